@@ -1,0 +1,28 @@
+"""rsLoRA: LoRA with the scale alpha / sqrt(rank), so that high ranks learn as fast (arXiv:2312.03732)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.variants import Variant
+from lowrank.adapters.variants.lora import Lora
+
+
+class Config(AdapterSettings):
+    """Rank-stabilised LoRA."""
+
+    type: Literal["rslora"] = "rslora"
+
+    def build(self) -> Variant:
+        """The variant."""
+        return RsLora()
+
+
+class RsLora(Lora):
+    """LoRA but for its scale."""
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """alpha / sqrt(rank)."""
+        return alpha / math.sqrt(rank)

@@ -1,0 +1,41 @@
+"""How frozen weights are kept: one file each, all the same to the rest of the system.
+
+A storage file has a `Config` (settings, told apart by `type`) whose `wrap(weight_OD, bias_O)` returns a
+`BaseLinear`. Adapter variants, the routed linear and merging see only that protocol, so variants and
+storages never multiply.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from lowrank.settings import Settings, choice_of
+
+
+class BaseLinear(Protocol):
+    """A frozen linear map y = x W^T + b, however W is kept."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, O), in the dtype of `x_TD`."""
+        ...
+
+    def dense_weight(self) -> torch.Tensor:
+        """W as (O, D) in the compute dtype. May be a scratch buffer: read it before the next call, never keep it."""
+        ...
+
+
+if TYPE_CHECKING:
+
+    class StorageConfig(Settings):
+        """What every storage's `Config` offers."""
+
+        type: str
+
+        def wrap(self, linear: torch.nn.Module) -> Any: ...
+else:
+    StorageConfig = choice_of(__name__, default="dense")

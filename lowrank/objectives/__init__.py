@@ -1,0 +1,47 @@
+"""What a job minimises: one file each.
+
+An objective file has a `Config` (settings, told apart by `type`) whose `build()` returns an
+`Objective`. An objective sees log-probabilities of its own job's segments; never logits, model or
+trainer. The engine counts over every micro-batch of the step first and hands the totals to each
+call, so how a step is cut never changes a result. One file more, one objective more; nothing else
+changes. A third party's is `type: my_module:MyObjective`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from lowrank.records import Batch, Scores, Totals
+from lowrank.settings import Settings, choice_of
+
+Metrics = dict[str, float | torch.Tensor]
+"""Per-call contributions; the engine sums them over the micro-batches of a step."""
+
+
+class Objective(Protocol):
+    """A job's loss."""
+
+    record: type
+    """The kind of record it learns from; checked against the data before any model loads."""
+
+    def count(self, batch: Batch) -> Totals:
+        """What the loss divides by, e.g. `{"tokens": 812.0}`. Needs no model."""
+        ...
+
+    def loss(self, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
+        """This batch's share of the step's loss: a sum divided by `totals`, so that shares add up."""
+        ...
+
+
+if TYPE_CHECKING:
+
+    class ObjectiveConfig(Settings):
+        """What every objective's `Config` offers."""
+
+        type: str
+
+        def build(self) -> Objective: ...
+else:
+    ObjectiveConfig = choice_of(__name__, default="sft")

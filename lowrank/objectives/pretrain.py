@@ -1,0 +1,20 @@
+"""(Continued) pre-training: the same loss as `sft`, over plain text in which every token counts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lowrank.objectives import Objective
+from lowrank.objectives.sft import TokenLoss
+from lowrank.records import Text
+from lowrank.settings import Settings
+
+
+class Config(Settings):
+    """Pre-training on plain text, each document on its own."""
+
+    type: Literal["pretrain"] = "pretrain"
+
+    def build(self) -> Objective:
+        """The objective."""
+        return TokenLoss(Text)

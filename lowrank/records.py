@@ -1,0 +1,221 @@
+"""What flows through the system: records of data, then tokenised segments, then packed batches.
+
+    row of a file -> Record -> Segment -> Batch -> Scores
+
+Letters in tensor names, everywhere in the package:
+
+    T tokens of the packed batch     A adapters        D in-features     R rank
+    S segments (one sequence each)   K scored tokens   O out-features    V vocabulary
+
+A batch is one flat stream without padding. Segments are sorted by slot, so the tokens of one
+adapter are contiguous and routing needs nothing but offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Union
+
+import numpy as np
+import torch
+
+Role = Literal["system", "user", "assistant", "tool"]
+BARE_BASE = -1
+"""The slot of segments that see the frozen base and no adapter."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `tool_calls` is OpenAI's: `({"type": "function", "function": {"name", "arguments": dict}},)`."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    trained: bool = True
+    """False keeps an assistant turn as context only (OpenAI's and Axolotl's `weight: 0`)."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat; the assistant's turns are what is learned. `tools` are OpenAI function schemas."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; every token is learned."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A conversation that ends in a question, and two answers to it."""
+
+    prompt: Conversation
+    chosen: Message
+    rejected: Message
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A conversation that ends in an answer somebody found desirable or not."""
+
+    conversation: Conversation
+    desirable: bool
+
+
+Record = Union[Conversation, Text, Preference, Rated]  # noqa: UP007 (also read at run time, on Python 3.10)
+
+PLAIN, CHOSEN, REJECTED = 0, 1, 2
+"""Values of `Segment.role` and `Batch.role_S`."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tokenised sequence of L tokens.
+
+    `weight_L[i]` is the loss weight of predicting `token_L[i]` from the tokens before it; 0 is
+    context. `weight_L[0]` is always 0, since nothing comes before.
+    """
+
+    token_L: np.ndarray
+    weight_L: np.ndarray
+    pair: int = -1
+    role: int = PLAIN
+    origin: int = 0
+    """Tokens of its job before it in the same optimiser step. Random draws (dropout, noise) count from
+    here, so they do not depend on how the step is cut into batches or on what other jobs do."""
+
+    def __len__(self) -> int:
+        return len(self.token_L)
+
+
+def number_the_step(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments of one job's optimiser step, each knowing its `origin`."""
+    numbered, origin = [], 0
+    for segment in segments:
+        numbered.append(replace(segment, origin=origin))
+        origin += len(segment)
+    return numbered
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Segments of any number of jobs as one flat stream.
+
+    token_T     int64    the input
+    target_T    int64    the token to predict at this place (the next of the same segment; 0 at its end)
+    weight_T    float32  loss weight of that prediction; 0 is context
+    position_T  int64    place within the segment
+    start_S1    int32    where each segment starts, and T at the end (cumulative lengths)
+    slot_S      int64    which adapter, ascending; -1 is the bare base
+    pair_S      int64    which pair of the job's step it belongs to, -1 for none
+    role_S      int64    PLAIN, CHOSEN or REJECTED
+    origin_S    int64    see `Segment.origin`
+    """
+
+    token_T: torch.Tensor
+    target_T: torch.Tensor
+    weight_T: torch.Tensor
+    position_T: torch.Tensor
+    start_S1: torch.Tensor
+    slot_S: torch.Tensor
+    pair_S: torch.Tensor
+    role_S: torch.Tensor
+    origin_S: torch.Tensor
+    lengths: tuple[int, ...] = field(default=())
+    """Segment lengths on the host, so that no step waits for the device to learn them."""
+    slots: tuple[int, ...] = field(default=())
+    """`slot_S` on the host."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def slot_ranges(self) -> list[tuple[int, int, int]]:
+        """`(slot, first token, end token)` of each slot that is present, in order."""
+        ranges: list[tuple[int, int, int]] = []
+        start = 0
+        for slot, length in zip(self.slots, self.lengths):
+            if ranges and ranges[-1][0] == slot:
+                ranges[-1] = (slot, ranges[-1][1], start + length)
+            else:
+                ranges.append((slot, start, start + length))
+            start += length
+        return ranges
+
+    def of_slot(self, slot: int) -> Batch:
+        """The segments of one slot, as a batch of their own. Its tensors are views."""
+        chosen = [index for index, other in enumerate(self.slots) if other == slot]
+        assert chosen, f"slot {slot} is not in this batch"
+        first, last = chosen[0], chosen[-1] + 1
+        begin = sum(self.lengths[:first])
+        end = begin + sum(self.lengths[first:last])
+        return Batch(
+            token_T=self.token_T[begin:end],
+            target_T=self.target_T[begin:end],
+            weight_T=self.weight_T[begin:end],
+            position_T=self.position_T[begin:end],
+            start_S1=self.start_S1[first : last + 1] - begin,
+            slot_S=self.slot_S[first:last],
+            pair_S=self.pair_S[first:last],
+            role_S=self.role_S[first:last],
+            origin_S=self.origin_S[first:last],
+            lengths=self.lengths[first:last],
+            slots=self.slots[first:last],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
+    """One batch of `(slot, segment)` entries, sorted by slot; entries of one slot keep their order."""
+    entries = sorted(entries, key=lambda entry: entry[0])
+    slots = [slot for slot, _ in entries]
+    segments = [segment for _, segment in entries]
+    lengths = [len(segment) for segment in segments]
+    token_T = torch.from_numpy(np.concatenate([segment.token_L for segment in segments]).astype(np.int64))
+    weight_T = torch.from_numpy(np.concatenate([segment.weight_L for segment in segments]).astype(np.float32))
+    start_S1 = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    # Shift once, here: the weight of a token becomes the weight of the prediction made one place before it.
+    target_T, shifted_T = token_T.roll(-1), weight_T.roll(-1)
+    ends = start_S1[1:].long() - 1
+    target_T[ends], shifted_T[ends] = 0, 0.0
+    return Batch(
+        token_T=token_T,
+        target_T=target_T,
+        weight_T=shifted_T,
+        position_T=torch.cat([torch.arange(length) for length in lengths]),
+        start_S1=start_S1,
+        slot_S=torch.tensor(slots),
+        pair_S=torch.tensor([segment.pair for segment in segments]),
+        role_S=torch.tensor([segment.role for segment in segments]),
+        origin_S=torch.tensor([segment.origin for segment in segments]),
+        lengths=tuple(lengths),
+        slots=tuple(slots),
+    )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model said about a batch.
+
+    logprob_T  float32  log-probability of `target_T`; 0 where `weight_T` is 0 (never computed there)
+    """
+
+    logprob_T: torch.Tensor
+
+
+Totals = dict[str, float]
+"""Counts summed over every micro-batch of a job's optimiser step, before the first forward."""
