@@ -1,0 +1,20 @@
+"""What every test may use: where the larger real datasets are, and a quiet, deterministic torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shared-data", default=None, help="folder with LLaMA-Factory's demo datasets (alpaca_zh_demo.json, ...)")
+
+
+@pytest.fixture(scope="session")
+def shared_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of real datasets; tests that need it are skipped without it."""
+    folder = request.config.getoption("--shared-data")
+    if not folder:
+        pytest.skip("needs --shared-data DIR (LLaMA-Factory's data folder)")
+    return Path(folder).resolve()
