@@ -1,0 +1,168 @@
+"""Log-probabilities of given tokens without ever holding the logits whole.
+
+The gradient of log p_k with respect to hidden row k is a vector that does not depend on what the loss
+does with log p_k: (onehot - softmax) W. So the forward pass computes it chunk by chunk, throws the
+logits away, and the backward pass is one multiplication per row. Two GEMMs over the vocabulary, no
+recomputation, K x D saved, and any loss may be built on top. A head with trainable weights needs the
+outer gradient inside a sum over rows, so there the chunks are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+_CHUNK_BYTES = 96 << 20
+_BLOCK_BYTES = 4 << 20
+"""Logits are made `_CHUNK_BYTES` at a time, so that the weight is read seldom; the softmax walks over them in pieces of
+`_BLOCK_BYTES` that stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer: logits = cap(multiplier * (h W^T + b + scale * (h A^T) B^T))."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    multiplier: float = 1.0
+    softcap: float | None = None
+    """Gemma 2: logits are softcap * tanh(logits / softcap)."""
+    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    """(A_RD, B_VR, scale) of an adapter on the head."""
+
+    @property
+    def trainable(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(W, b, A, B), None where there is none."""
+        A_RD, B_VR = self.low_rank[:2] if self.low_rank else (None, None)
+        return self.weight_VD, self.bias_V, A_RD, B_VR
+
+    def raw(self, hidden_KD: torch.Tensor) -> torch.Tensor:
+        """h W^T + b + the adapter's part, in the dtype of `hidden_KD`."""
+        logits_KV = F.linear(hidden_KD, self.weight_VD.to(hidden_KD.dtype), _cast(self.bias_V, hidden_KD))
+        if self.low_rank:
+            A_RD, B_VR, scale = self.low_rank
+            logits_KV = torch.addmm(
+                logits_KV, hidden_KD @ _cast(A_RD, hidden_KD).t(), _cast(B_VR, hidden_KD).t(), alpha=scale
+            )
+        return logits_KV
+
+    def logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
+        """The logits themselves, (K, V) in float32 or wider. For a handful of rows."""
+        logits_KV = self.raw(hidden_KD).to(_wide(hidden_KD)) * self.multiplier
+        return self.softcap * torch.tanh(logits_KV / self.softcap) if self.softcap else logits_KV
+
+
+def logprobs(hidden_KD: torch.Tensor, target_K: torch.Tensor, head: Head) -> torch.Tensor:
+    """log p(target) of each row: (K, D), (K) -> (K), float32 (float64 for float64)."""
+    return _LogProbs.apply(hidden_KD, target_K, head, *head.trainable)
+
+
+def _cast(tensor: Any, like: torch.Tensor) -> Any:
+    return None if tensor is None else tensor.to(like.dtype)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _chunks(num_rows: int, vocabulary: int, itemsize: int, num_bytes: int) -> range:
+    return range(0, num_rows, max(1, num_bytes // (vocabulary * itemsize)))
+
+
+def _score_chunk(raw_KV: torch.Tensor, target_K: torch.Tensor, head: Head, gradient: bool) -> torch.Tensor:
+    """log p of the targets; with `gradient`, `raw_KV` is overwritten by d log p / d raw."""
+    wide = _wide(raw_KV)
+    logprob_K = torch.empty(len(raw_KV), dtype=wide, device=raw_KV.device)
+    blocks = _chunks(len(raw_KV), raw_KV.shape[1], wide.itemsize, _BLOCK_BYTES)
+    for first in blocks:
+        rows = slice(first, first + blocks.step)
+        logits_KV = raw_KV[rows]
+        slope_KV = None
+        if head.multiplier != 1.0 or head.softcap:
+            logits_KV = logits_KV.to(wide) * head.multiplier
+        if head.softcap:
+            tanh_KV = torch.tanh(logits_KV / head.softcap)
+            slope_KV, logits_KV = 1.0 - tanh_KV * tanh_KV, tanh_KV * head.softcap
+        all_KV = torch.log_softmax(logits_KV, dim=-1, dtype=wide)
+        column_K1 = target_K[rows, None]
+        logprob_K[rows] = all_KV.gather(1, column_K1)[:, 0]
+        if gradient:
+            gradient_KV = all_KV.exp_().neg_()
+            gradient_KV.scatter_add_(1, column_K1, torch.ones_like(column_K1, dtype=wide))
+            if slope_KV is not None:
+                gradient_KV *= slope_KV
+            if head.multiplier != 1.0:
+                gradient_KV *= head.multiplier
+            raw_KV[rows] = gradient_KV
+    return logprob_K
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_KD: torch.Tensor, target_K: torch.Tensor, head: Head, *trainable: Any) -> torch.Tensor:
+        del trainable
+        ctx.head = head
+        ctx.head_trains = any(ctx.needs_input_grad[3:])
+        gradient = ctx.needs_input_grad[0] and not ctx.head_trains
+        gradient_KD = torch.empty_like(hidden_KD) if gradient else None
+        pieces = []
+        chunks = _chunks(len(hidden_KD), head.weight_VD.shape[0], hidden_KD.element_size(), _CHUNK_BYTES)
+        for first in chunks:
+            rows = slice(first, first + chunks.step)
+            raw_KV = head.raw(hidden_KD[rows])
+            pieces.append(_score_chunk(raw_KV, target_K[rows], head, gradient))
+            if gradient_KD is not None:
+                gradient_KD[rows] = _to_hidden(raw_KV, head)
+        if ctx.head_trains:
+            ctx.save_for_backward(hidden_KD, target_K)
+        elif gradient:
+            ctx.save_for_backward(gradient_KD)
+        return torch.cat(pieces) if pieces else hidden_KD.new_zeros(0, dtype=_wide(hidden_KD))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        (outer_K,) = outer
+        if not ctx.head_trains:
+            (gradient_KD,) = ctx.saved_tensors
+            return (gradient_KD * outer_K[:, None]).to(gradient_KD.dtype), *[None] * 6
+        hidden_KD, target_K = ctx.saved_tensors
+        head: Head = ctx.head
+        needs_hidden, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        sums = [torch.zeros_like(t) if need and t is not None else None for t, need in zip(head.trainable, needs)]
+        gradient_KD = torch.zeros_like(hidden_KD)
+        chunks = _chunks(len(hidden_KD), head.weight_VD.shape[0], hidden_KD.element_size(), _CHUNK_BYTES)
+        for first in chunks:
+            rows = slice(first, first + chunks.step)
+            raw_KV = head.raw(hidden_KD[rows])
+            _score_chunk(raw_KV, target_K[rows], head, gradient=True)
+            raw_KV *= outer_K[rows, None].to(raw_KV.dtype)
+            if needs_hidden:
+                gradient_KD[rows] = _to_hidden(raw_KV, head)
+            _add_head_gradients(sums, raw_KV, hidden_KD[rows], head)
+        return gradient_KD if needs_hidden else None, None, None, *sums
+
+
+def _to_hidden(gradient_KV: torch.Tensor, head: Head) -> torch.Tensor:
+    gradient_KD = gradient_KV @ head.weight_VD.to(gradient_KV.dtype)
+    if head.low_rank:
+        A_RD, B_VR, scale = head.low_rank
+        gradient_KD.addmm_(gradient_KV @ _cast(B_VR, gradient_KV), _cast(A_RD, gradient_KV), alpha=scale)
+    return gradient_KD
+
+
+def _add_head_gradients(sums: list[Any], gradient_KV: torch.Tensor, hidden_KD: torch.Tensor, head: Head) -> None:
+    """Add one chunk's gradients of (W, b, A, B) to `sums`, in the dtype of the parameters (float32 masters)."""
+    weight, bias, A, B = sums
+    if weight is not None:
+        weight += gradient_KV.t() @ hidden_KD
+    if bias is not None:
+        bias += gradient_KV.sum(0)
+    if head.low_rank and (A is not None or B is not None):
+        A_RD, B_VR, scale = head.low_rank
+        if A is not None:
+            A += scale * ((gradient_KV @ _cast(B_VR, gradient_KV)).t() @ hidden_KD)
+        if B is not None:
+            B += scale * (gradient_KV.t() @ (hidden_KD @ _cast(A_RD, hidden_KD).t()))

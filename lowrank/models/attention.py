@@ -1,0 +1,157 @@
+"""Attention over a flat stream of documents, for every model that dispatches through transformers' interface.
+
+`register` adds one attention function under the name `lowrank_packed`. The boundaries travel as the
+keyword `packed` of the model's forward call; where a model does not pass keywords down to its attention,
+the function refuses, and the load-time leak test (leak.py) chooses another path.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+try:  # CUDA's variable-length flash attention, in torch since 2.10
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover
+    varlen_attn = None
+
+NAME = "lowrank_packed"
+
+
+class BoundariesMissing(RuntimeError):
+    """The model did not pass the document boundaries on to its attention."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where documents start in the stream: `start_S1` (int32, cumulative lengths) and the same on the host."""
+
+    start_S1: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+def register() -> None:
+    """Make `lowrank_packed` known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed: Packed | None = None,
+    s_aux: torch.Tensor | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document: (1, H, T, d) -> (1, T, H, d).
+
+    `sliding_window` counts the query itself (transformers' meaning), `softcap` is Gemma 2's, `s_aux` are
+    gpt-oss's attention sinks (one logit per head that takes probability and gives no value).
+    """
+    del attention_mask, unused
+    if packed is None:
+        raise BoundariesMissing(f"{type(module).__name__} got no document boundaries")
+    assert dropout == 0.0, "the frozen base runs in evaluation mode"
+    scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    plain = softcap is None and s_aux is None and query.shape[-1] == value.shape[-1] <= 256
+    if query.is_cuda and half and plain and varlen_attn is not None:
+        return _varlen(query, key, value, scale, sliding_window, packed), None
+    pieces, first = [], 0
+    for length in packed.lengths:
+        q, k, v = (tensor[:, :, first : first + length] for tensor in (query, key, value))
+        window = sliding_window if sliding_window and sliding_window < length else None
+        if softcap is None and s_aux is None:
+            pieces.append(_sdpa(q, k, v, scale, window))
+        else:
+            pieces.append(_explicit(q, k, v, scale, window, softcap, s_aux))
+        first += length
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, packed: Packed
+) -> torch.Tensor:
+    """One kernel over all documents. transformers' window of w tokens is flash attention's (w - 1, 0)."""
+    assert varlen_attn is not None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    longest = max(packed.lengths)
+    options: dict[str, Any] = {}
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" in known:
+        options["window_size"] = (window - 1 if window else -1, 0)
+    elif window is None or window >= longest:
+        options["is_causal"] = True
+    else:  # torch 2.10/2.11 have no window: one SDPA call per document
+        return torch.cat(
+            [_sdpa(*(t[:, :, a:b] for t in (query, key, value)), scale, window) for a, b in _bounds(packed.lengths)],
+            dim=2,
+        ).transpose(1, 2)
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    output = varlen_attn(q, k, v, packed.start_S1, packed.start_S1, longest, longest, scale=scale, **options)
+    assert isinstance(output, torch.Tensor)
+    return output[None]
+
+
+def _bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [(end - length, end) for end, length in zip(ends, lengths)]
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(L, L) boolean: which keys a query sees."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    mask = _visible(q.shape[2], window, q.device) if window else None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _explicit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax attention written out, for what the fused kernels do not know."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
+    score = (q @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    score = score.masked_fill(~_visible(q.shape[2], window, q.device), float("-inf"))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if sinks is None:
+        return torch.softmax(score, dim=-1, dtype=wide).to(q.dtype) @ v
+    sink = sinks.reshape(1, -1, 1, 1).expand(*score.shape[:3], 1).to(score.dtype)
+    share = torch.softmax(torch.cat([score, sink], dim=-1), dim=-1, dtype=wide)[..., :-1]
+    return share.to(q.dtype) @ v

@@ -1,0 +1,153 @@
+"""The frozen base of a run: a transformers causal LM seen as a backbone and a head.
+
+    batch --hidden()--> hidden_TD --head()--> log-probabilities (kernels/logprobs.py)
+
+The backbone runs over the flat stream in one of two layouts. `packed`: one row of T tokens, attention
+keeps documents apart. `padded`: one document per right-padded row, for models whose attention cannot
+be told. Callers see the flat stream either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.kernels.logprobs import Head
+from lowrank.models import attention
+from lowrank.models.quiet import quiet_transformers
+from lowrank.records import Batch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the tokens of a batch lie in the rows that a linear layer sees (N of them).
+
+    `ranges`: `(slot, first row, end row)`; `counter_N`: the draw counter of each row (see `Segment.origin`).
+    """
+
+    num_rows: int
+    ranges: tuple[tuple[int, int, int], ...]
+    counter_N: torch.Tensor
+
+
+class Base:
+    """A loaded model. `layout` is decided at load time (loading.py); nothing here changes the weights."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.layout = "packed"
+        self.own_attention: str = model.config._attn_implementation
+        """What transformers chose for this model; used for the padded layout and for generation."""
+        self.multiplier, self.softcap = _logit_transform(model.config)
+        accepted = inspect.signature(self.backbone.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        attention.register()
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.base_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """D of the head's input."""
+        return self.model.get_output_embeddings().weight.shape[1]
+
+    @contextlib.contextmanager
+    def using_attention(self, name: str) -> Iterator[None]:
+        """Run with another attention function."""
+        before = self.model.config._attn_implementation
+        self._set_attention(name)
+        try:
+            yield
+        finally:
+            self._set_attention(before)
+
+    def settle(self, layout: str) -> None:
+        """Choose the layout for all that follows."""
+        self.layout = layout
+        self._set_attention(attention.NAME if layout == "packed" else self.own_attention)
+
+    def _set_attention(self, name: str) -> None:
+        if self.model.config._attn_implementation != name:
+            with quiet_transformers():  # it advises about families that ignore the request; the leak test sees those
+                self.model.set_attn_implementation(name)
+
+    def rows(self, batch: Batch) -> Rows:
+        """How `hidden` will lay out `batch`."""
+        counter_T = batch.position_T + batch.origin_S.repeat_interleave(batch.start_S1.diff(), dim=0)
+        if self.layout == "packed":
+            return Rows(batch.num_tokens, tuple(batch.slot_ranges()), counter_T)
+        longest = max(batch.lengths)
+        place = torch.arange(longest, device=batch.token_T.device)
+        counter_N = (batch.origin_S[:, None] + place[None, :]).reshape(-1)
+        ranges: list[tuple[int, int, int]] = []
+        for index, slot in enumerate(batch.slots):
+            first = ranges[-1][1] if ranges and ranges[-1][0] == slot else index * longest
+            ranges[len(ranges) - (first != index * longest) :] = [(slot, first, (index + 1) * longest)]
+        return Rows(len(batch.lengths) * longest, tuple(ranges), counter_N)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states of the flat stream, (T, D), after the final norm."""
+        if self.layout == "packed":
+            return self._call(
+                batch.token_T[None],
+                position_ids=batch.position_T[None],
+                packed=attention.Packed(batch.start_S1, batch.lengths),
+            )[0]
+        longest = max(batch.lengths)
+        segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
+            batch.start_S1.diff(), dim=0
+        )
+        token_SL = batch.token_T.new_zeros(len(batch.lengths), longest)
+        token_SL[segment_T, batch.position_T] = batch.token_T
+        seen_SL = torch.zeros_like(token_SL)
+        seen_SL[segment_T, batch.position_T] = 1
+        position_SL = torch.arange(longest, device=token_SL.device).expand_as(token_SL)
+        hidden_SLD = self._call(token_SL, position_ids=position_SL, attention_mask=seen_SL)
+        return hidden_SLD[segment_T, batch.position_T]
+
+    def _call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
+        if not self._takes_positions:
+            options.pop("position_ids")
+        return self.backbone(input_ids=token, use_cache=False, **options).last_hidden_state
+
+    def padded_tokens(self, lengths: tuple[int, ...]) -> int:
+        """What segments of these lengths cost in one forward pass, in tokens."""
+        return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths, default=0)
+
+    def head(self) -> Head:
+        """The model's own head, as logprobs() wants it."""
+        linear = self.model.get_output_embeddings()
+        return Head(linear.weight, getattr(linear, "bias", None), self.multiplier, self.softcap)
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """(multiplier, softcap) by the names transformers' configurations use; checked against the model at load time."""
+    multiplier = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        multiplier /= config.logits_scaling
+    if getattr(config, "logit_scale", None) is not None and isinstance(config.logit_scale, (int, float)):  # Cohere
+        multiplier *= config.logit_scale
+    if getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        multiplier *= config.lm_head_multiplier
+    return multiplier, getattr(config, "final_logit_softcapping", None)

@@ -1,0 +1,138 @@
+"""From a folder or a hub name to a `Base` that is known to work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowrank.errors import ModelError, raise_all
+from lowrank.models.base import Base
+from lowrank.models.config import Config
+from lowrank.models.leak import check_head, choose_layout
+from lowrank.models.quiet import quiet_transformers
+
+TINY = "lowrank/tiny"
+"""The name of the base that ships with the package."""
+
+
+def locate(path: str) -> str:
+    """The folder of a packaged model, or `path` as it is."""
+    return str(Path(__file__).parent / "tiny") if path == TINY else path
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The model's tokenizer. Needs no weights, so data can be checked before a model loads."""
+    with quiet_transformers():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(_cannot_load("the tokenizer", config, error)) from error
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device the settings ask for; `auto` is the GPU if there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ModelError(f"model.device: {config.device!r} is not a device; cpu, cuda, cuda:1, auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device: this machine has no CUDA device that torch can use; say cpu or auto")
+    return device
+
+
+def choose_dtype(config: Config, device: torch.device, train_all: bool = False) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it faster, else float32.
+
+    `train_all`: the base's own parameters are trained; they stay in float32, since bfloat16 would lose
+    updates smaller than 1/256 of a weight.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if train_all:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def load(
+    config: Config, *, tokenizer: Any = None, train_all: bool = False, notify: Callable[[str], None] = print
+) -> Base:
+    """Load, freeze, test. `notify` receives what a person should know.
+
+    Raises ModelError: not found, no safetensors, weights missing from the checkpoint, or documents would
+    see one another.
+    """
+    device = choose_device(config)
+    dtype = choose_dtype(config, device, train_all)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
+    model = _load_model(config, dtype).to(device)
+    model.requires_grad_(train_all)
+    model.eval()  # also in training: dropout of the base would tie jobs together
+    base = Base(model, tokenizer, config.path, config.revision)
+    check_head(base)
+    word = choose_layout(base, config.attention)
+    if word:
+        notify(word)
+    _recompute(model, config.recompute)
+    return base
+
+
+def _load_model(config: Config, dtype: torch.dtype) -> Any:
+    with quiet_transformers():
+        try:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                locate(config.path),
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(_cannot_load("the model", config, error)) from error
+    problems = [f"{name}: not in the checkpoint" for name in sorted(report["missing_keys"])]
+    problems += [
+        f"{item[0]}: shape {item[1]} in the checkpoint, {item[2]} in the model" for item in report["mismatched_keys"]
+    ]
+    raise_all(ModelError, f"{config.path}: the checkpoint does not fill the model", problems)
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{config.path}: {type(model).__name__} has no language-model head")
+    if dtype == torch.float64:  # grouped expert kernels know no float64
+        model.config._experts_implementation = "eager"
+    return model
+
+
+def _recompute(model: Any, policy: str | int) -> None:
+    """Let the first n decoder layers (`full`: all) recompute their activations in the backward pass."""
+    if policy in ("none", 0):
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"model.recompute: {type(model).__name__} does not support it; leave it at none")
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = policy == "full" or index < int(policy)
+        layer.training = layer.gradient_checkpointing  # the layer alone: its children stay in evaluation mode
+
+
+def _cannot_load(what: str, config: Config, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    hints = []
+    folder = Path(locate(config.path))
+    if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+        hints.append("it has only pickled .bin weights, which lowrank does not open: convert them to safetensors")
+    elif not folder.exists():
+        hints.append("no such folder here; if it is a hub name, check the spelling and the network")
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        hints.append("it comes with its own Python code: read it, then set model.trust_remote_code: true")
+    return "\n  ".join([f"cannot load {what} of {config.path!r}: {reason}", *hints])
