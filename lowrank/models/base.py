@@ -28,12 +28,14 @@ from lowrank.records import Batch
 class Rows:
     """How the tokens of a batch lie in the rows that a linear layer sees (N of them).
 
-    `ranges`: `(slot, first row, end row)`; `counter_N`: the draw counter of each row (see `Segment.origin`).
+    `ranges`: `(slot, first row, end row)`; `counter_N`: the draw counter of each row (see `Segment.origin`);
+    `length_N`: the length of the row's document.
     """
 
     num_rows: int
     ranges: tuple[tuple[int, int, int], ...]
     counter_N: torch.Tensor
+    length_N: torch.Tensor
 
 
 class Base:
@@ -94,17 +96,19 @@ class Base:
 
     def rows(self, batch: Batch) -> Rows:
         """How `hidden` will lay out `batch`."""
-        counter_T = batch.position_T + batch.origin_S.repeat_interleave(batch.start_S1.diff(), dim=0)
+        length_S = batch.start_S1.diff()
         if self.layout == "packed":
-            return Rows(batch.num_tokens, tuple(batch.slot_ranges()), counter_T)
+            origin_T, length_T = (each.repeat_interleave(length_S, dim=0) for each in (batch.origin_S, length_S))
+            return Rows(batch.num_tokens, tuple(batch.slot_ranges()), batch.position_T + origin_T, length_T)
         longest = max(batch.lengths)
         place = torch.arange(longest, device=batch.token_T.device)
         counter_N = (batch.origin_S[:, None] + place[None, :]).reshape(-1)
         ranges: list[tuple[int, int, int]] = []
         for index, slot in enumerate(batch.slots):
-            first = ranges[-1][1] if ranges and ranges[-1][0] == slot else index * longest
-            ranges[len(ranges) - (first != index * longest) :] = [(slot, first, (index + 1) * longest)]
-        return Rows(len(batch.lengths) * longest, tuple(ranges), counter_N)
+            same = bool(ranges) and ranges[-1][0] == slot
+            first = ranges.pop()[1] if same else index * longest
+            ranges.append((slot, first, (index + 1) * longest))
+        return Rows(len(counter_N), tuple(ranges), counter_N, length_S.repeat_interleave(longest))
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the flat stream, (T, D), after the final norm."""

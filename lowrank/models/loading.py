@@ -90,7 +90,7 @@ def load(
 def _load_model(config: Config, dtype: torch.dtype) -> Any:
     with quiet_transformers():
         try:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 locate(config.path),
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
@@ -100,6 +100,7 @@ def _load_model(config: Config, dtype: torch.dtype) -> Any:
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(_cannot_load("the model", config, error)) from error
+    model, report = loaded
     problems = [f"{name}: not in the checkpoint" for name in sorted(report["missing_keys"])]
     problems += [
         f"{item[0]}: shape {item[1]} in the checkpoint, {item[2]} in the model" for item in report["mismatched_keys"]

@@ -6,6 +6,7 @@ A variant sees the base only as a `BaseLinear`, so every variant works on every 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from lowrank.adapters.config import AdapterSettings
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import choice_of
 
-Tensors = dict[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
 """Trainable tensors of one adapter at one layer, by PEFT's name: `lora_A` (R, D), `lora_B` (O, R), ..."""
 
 

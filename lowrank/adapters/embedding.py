@@ -1,0 +1,121 @@
+"""What is routed besides linear layers: embeddings (adapters, NEFTune noise) and whole copies of a module."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank.adapters.routing import Routing
+from lowrank.adapters.variants import Tensors
+from lowrank.kernels.counter_random import uniform
+
+
+class RoutedEmbedding(nn.Module):
+    """A frozen lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise."""
+
+    is_routed = True
+
+    def __init__(self, base: nn.Module, name: str, routing: Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.routing = routing
+        self.adapters: dict[int, tuple[float, Tensors]] = {}
+        self.num_embeddings: int = self.weight.shape[0]
+        self.embedding_dim: int = self.weight.shape[1]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen table."""
+        weight = self.base.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        embedded_ND = self.base(token).reshape(-1, self.embedding_dim)
+        token_N = token.reshape(-1)
+        for slot, first, end in self.routing.in_rows_of(len(token_N), self.name):
+            rows = slice(first, end)
+            extra = None
+            if slot in self.adapters:
+                scale, tensors = self.adapters[slot]
+                A_NR = F.embedding(token_N[rows], tensors["lora_embedding_A"].t())
+                extra = (A_NR @ tensors["lora_embedding_B"].t()) * (scale * getattr(self.base, "embed_scale", 1.0))
+            noise = self._noise(slot, rows)
+            for part in (extra, noise):
+                if part is not None:
+                    changed = embedded_ND[rows] + part.to(embedded_ND.dtype)
+                    embedded_ND = torch.cat([embedded_ND[:first], changed, embedded_ND[end:]])
+        return embedded_ND.view(*token.shape, self.embedding_dim)
+
+    def _noise(self, slot: int, rows: slice) -> torch.Tensor | None:
+        """NEFTune (arXiv:2310.05914): uniform in +-alpha / sqrt(L D). L is the sequence's length."""
+        draws, counter_N = self.routing.draws.get(slot), self.routing.counter_N
+        if draws is None or not draws.neftune_alpha or counter_N is None:
+            return None
+        key = self.routing.key(slot, "neftune")
+        assert key is not None
+        assert self.routing.length_N is not None
+        size_N1 = draws.neftune_alpha / (self.routing.length_N[rows, None] * self.embedding_dim).sqrt()
+        return uniform(counter_N[rows], self.embedding_dim, key) * size_N1
+
+
+class RoutedCopy(nn.Module):
+    """A module that some slots have as their own, trained copy (`modules_to_save`). It must work row by row."""
+
+    is_routed = True
+
+    def __init__(self, base: nn.Module, name: str, routing: Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.routing = routing
+        self.copies: dict[int, nn.Module] = {}
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight."""
+        weight = self.base.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias."""
+        return getattr(self.base, "bias", None)
+
+    def add(self, slot: int) -> dict[str, nn.Parameter]:
+        """A float32 copy for `slot`, kept out of the model's own parameters."""
+        duplicate = copy.deepcopy(self.base).requires_grad_(True)
+        duplicate = duplicate.to(torch.promote_types(self.weight.dtype, torch.float32))
+        self.copies = {**self.copies, slot: duplicate}
+        return dict(duplicate.named_parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        present = self.routing.ranges
+        if not any(slot in self.copies for slot, _, _ in present):
+            return self.base(x)
+        rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
+        pieces, done = [], 0
+        for slot, first, end in self.routing.in_rows_of(len(rows), self.name):
+            if slot in self.copies:
+                pieces += [self.base(rows[done:first]), self._own(slot, rows[first:end])]
+                done = end
+        y = torch.cat([*pieces, self.base(rows[done:])])
+        return y.view(*(x.shape[:-1] if x.is_floating_point() else x.shape), y.shape[-1])
+
+    def _own(self, slot: int, rows: torch.Tensor) -> torch.Tensor:
+        module = self.copies[slot]
+        cast = {name: parameter.to(self.weight.dtype) for name, parameter in module.named_parameters()}
+        return torch.func.functional_call(module, cast, (rows,))
+
+
+def fresh_embedding_adapter(num_embeddings: int, width: int, rank: int, generator: torch.Generator) -> Tensors:
+    """As in PEFT: A (R, V) zero, B (D, R) standard normal."""
+    return {
+        "lora_embedding_A": torch.zeros(rank, num_embeddings),
+        "lora_embedding_B": torch.randn(width, rank, generator=generator),
+    }

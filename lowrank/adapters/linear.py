@@ -1,0 +1,146 @@
+"""The routed linear: one frozen layer, any number of adapters, one autograd Function.
+
+Forward: one base GEMM over all rows, then per slot y += scale * (drop(x) A^T) B^T on its rows. Backward:
+one GEMM for dx, then the small ones for dA, dB and their share of dx. Saved: x itself (which other
+layers with the same input share) and x A^T; never a copy of x, never the mask, never a dense weight.
+A NaN in one slot's rows stays in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.adapters.routing import Routing
+from lowrank.adapters.variants import Tensors, Variant
+from lowrank.kernels.counter_random import dropout
+from lowrank.kernels.grouped import grouped_backward, grouped_forward, prefers_grouped
+from lowrank.models.storages import BaseLinear
+
+
+@dataclass
+class LayerAdapter:
+    """One slot's adapter at one layer: trained `masters` (fp32) and their `working` copies in the compute dtype."""
+
+    variant: Variant
+    scale: float
+    masters: Tensors
+    working: Tensors
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The low-rank update of one slot on its rows of this call."""
+
+    first: int
+    end: int
+    scale: float
+    A_RD: torch.Tensor
+    B_OR: torch.Tensor
+    dropout: float = 0.0
+    key: int = 0
+    counter_N: torch.Tensor | None = None
+
+    def drop(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Dropout as this piece draws it; linear, and its own transpose."""
+        if not self.dropout or self.counter_N is None:
+            return x_TD
+        return dropout(x_TD, self.counter_N[self.first : self.end], self.key, self.dropout)
+
+
+class RoutedLinear(nn.Module):
+    """A frozen `BaseLinear` with the adapters of any number of slots. Its parameters live in the bank."""
+
+    is_routed = True
+
+    def __init__(self, base: BaseLinear, name: str, routing: Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.routing = routing
+        self.adapters: dict[int, LayerAdapter] = {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight, for code that asks a linear layer for it."""
+        return self.base.dense_weight()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias."""
+        return getattr(self.base, "bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_TD = x.reshape(-1, self.in_features)
+        pieces: list[Piece] = []
+        masters: list[torch.Tensor] = []
+        others: list[tuple[int, int, LayerAdapter]] = []
+        for slot, first, end in self.routing.in_rows_of(len(x_TD), self.name):
+            adapter = self.adapters.get(slot)
+            if adapter is None:
+                continue
+            low_rank = adapter.variant.as_low_rank(adapter.masters)
+            if low_rank is None:
+                others.append((first, end, adapter))
+                continue
+            A_RD, B_OR = adapter.variant.as_low_rank(adapter.working) or low_rank
+            key = self.routing.key(slot, self.name) if adapter.dropout else None
+            rate = adapter.dropout if key is not None else 0.0
+            pieces.append(Piece(first, end, adapter.scale, A_RD, B_OR, rate, key or 0, self.routing.counter_N))
+            masters += low_rank
+        y_TO = _RoutedLinear.apply(x_TD, self.base, tuple(pieces), *masters)
+        for first, end, adapter in others:
+            part = adapter.variant.apply(x_TD[first:end], y_TO[first:end], self.base, adapter.scale, adapter.masters)
+            y_TO = torch.cat([y_TO[:first], part, y_TO[end:]])
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+
+class _RoutedLinear(torch.autograd.Function):
+    """`masters` (A_0, B_0, A_1, B_1, ...) are inputs only to receive gradients; arithmetic uses the pieces' copies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: torch.Tensor, base: BaseLinear, pieces: tuple[Piece, ...], *masters: torch.Tensor
+    ) -> torch.Tensor:
+        del masters
+        y_TO = base(x_TD)
+        grouped = prefers_grouped(x_TD, pieces)
+        if grouped:
+            shrunk = grouped_forward(x_TD, y_TO, pieces)
+        else:
+            shrunk = [piece.drop(x_TD[piece.first : piece.end]) @ piece.A_RD.t() for piece in pieces]
+            for piece, h_TR in zip(pieces, shrunk):
+                y_TO[piece.first : piece.end].addmm_(h_TR, piece.B_OR.t(), alpha=piece.scale)
+        ctx.base, ctx.pieces, ctx.grouped = base, pieces, grouped
+        if pieces:
+            ctx.save_for_backward(x_TD, *shrunk)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        (dy_TO,) = outer
+        pieces: tuple[Piece, ...] = ctx.pieces
+        dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
+        if not pieces:
+            return dx_TD, None, None
+        x_TD, *shrunk = ctx.saved_tensors
+        if ctx.grouped:
+            gradients = grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
+            return dx_TD, None, None, *gradients
+        gradients = []
+        for piece, h_TR in zip(pieces, shrunk):
+            rows = slice(piece.first, piece.end)
+            g_TR = (dy_TO[rows] @ piece.B_OR).mul_(piece.scale)
+            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]))
+            gradients.append((dy_TO[rows].t() @ h_TR).mul_(piece.scale))
+            if dx_TD is not None:
+                if piece.dropout:
+                    dx_TD[rows] += piece.drop(g_TR @ piece.A_RD)
+                else:
+                    dx_TD[rows].addmm_(g_TR, piece.A_RD)
+        return dx_TD, None, None, *gradients

@@ -1,0 +1,94 @@
+"""Many slots at once on a GPU: the low-rank products of all slots as four grouped GEMMs.
+
+The loop in adapters/linear.py costs about six launches per slot and layer; `F.grouped_mm` costs four
+in all. Same meaning, other kernel. Ranks are padded with zeros to the largest (a multiple of 8): padded
+rows of A and columns of B are zero and their gradients are cut off, so nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+_MANY = 4
+_MULTIPLE = 8
+"""grouped_mm wants strides of 16 bytes."""
+
+
+class LowRank(Protocol):
+    """What a piece must offer: rows [first, end), scale, A (R, D), B (O, R)."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def A_RD(self) -> torch.Tensor: ...
+    @property
+    def B_OR(self) -> torch.Tensor: ...
+    @property
+    def dropout(self) -> float: ...
+
+
+def prefers_grouped(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
+    """More than four slots without dropout, bf16, on CUDA, widths that fit the kernel."""
+    return len(pieces) > _MANY and x_TD.is_cuda and can_group(x_TD, pieces)
+
+
+def can_group(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
+    """Whether the kernel takes these operands at all (on any device)."""
+    return (
+        x_TD.dtype == torch.bfloat16
+        and x_TD.shape[1] % _MULTIPLE == 0
+        and pieces[0].B_OR.shape[0] % _MULTIPLE == 0
+        and not any(piece.dropout for piece in pieces)
+    )
+
+
+def _stack(pieces: Sequence[LowRank]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, slice]:
+    """A (G, R, D), scale * B (G, O, R), end rows (G) and the rows they cover together."""
+    widest = max(piece.A_RD.shape[0] for piece in pieces)
+    rank = -(-widest // _MULTIPLE) * _MULTIPLE
+    A_GRD = torch.stack([F.pad(piece.A_RD, (0, 0, 0, rank - piece.A_RD.shape[0])) for piece in pieces])
+    B_GOR = torch.stack([F.pad(piece.B_OR * piece.scale, (0, rank - piece.B_OR.shape[1])) for piece in pieces])
+    begin = pieces[0].first
+    end_G = torch.tensor([piece.end - begin for piece in pieces], dtype=torch.int32, device=A_GRD.device)
+    return A_GRD, B_GOR, end_G, slice(begin, pieces[-1].end)
+
+
+def grouped_forward(x_TD: torch.Tensor, y_TO: torch.Tensor, pieces: Sequence[LowRank]) -> list[torch.Tensor]:
+    """Add every slot's update to `y_TO` in place; `[x A^T]` (T, R) for the backward pass.
+
+    Slots are sorted and the bare base comes first, so the rows of the pieces follow one another.
+    """
+    A_GRD, B_GOR, end_G, rows = _stack(pieces)
+    h_TR = F.grouped_mm(x_TD[rows], A_GRD.transpose(1, 2), offs=end_G)
+    y_TO[rows] += F.grouped_mm(h_TR, B_GOR.transpose(1, 2), offs=end_G)
+    return [h_TR]
+
+
+def grouped_backward(
+    dy_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    h_TR: torch.Tensor,
+    dx_TD: torch.Tensor | None,
+    pieces: Sequence[LowRank],
+) -> list[torch.Tensor]:
+    """[dA_0, dB_0, dA_1, dB_1, ...]; adds the slots' share to `dx_TD` in place."""
+    A_GRD, B_GOR, end_G, rows = _stack(pieces)
+    dy_TO = dy_TO[rows].contiguous()
+    g_TR = F.grouped_mm(dy_TO, B_GOR, offs=end_G)
+    dA_GRD = F.grouped_mm(g_TR.t(), x_TD[rows], offs=end_G)
+    dB_GOR = F.grouped_mm(dy_TO.t(), h_TR, offs=end_G)
+    if dx_TD is not None:
+        dx_TD[rows] += F.grouped_mm(g_TR, A_GRD, offs=end_G)
+    gradients = []
+    for index, piece in enumerate(pieces):
+        rank = piece.A_RD.shape[0]
+        gradients += [dA_GRD[index, :rank], dB_GOR[index, :, :rank] * piece.scale]
+    return gradients
