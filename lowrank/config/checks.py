@@ -1,0 +1,121 @@
+"""Settings that contradict each other, and settings that have no effect beside others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lowrank.settings import Settings
+
+if TYPE_CHECKING:
+    from lowrank.config.schema import JobConfig, RunConfig
+
+RESERVED_NAMES = ("checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png", "tensorboard")
+"""Names in the run folder that are not jobs."""
+
+
+def conflicts(config: RunConfig) -> list[str]:
+    """Everything that cannot be done as asked, one line each, with the way out."""
+    found = [*_name_conflicts(config), *_run_conflicts(config)]
+    for index, job in enumerate(config.jobs):
+        found.extend(f"{_place(config, index)}{problem}" for problem in _job_conflicts(config, job))
+    return found
+
+
+def unused(config: RunConfig) -> list[str]:
+    """Settings that were set, to something else than the default, but that nothing will read, one line each."""
+    found: dict[str, None] = {}
+    for index, job in enumerate(config.jobs):
+        for problem in _unused_in_job(config, job):
+            found[f"{_place(config, index)}{problem}"] = None
+    if config.save_steps is None and _is_set(config, "save_total_limit"):
+        found["save_total_limit has no effect without save_steps"] = None
+    return list(found)
+
+
+def has_eval(job: JobConfig) -> bool:
+    """Whether the job has held-out rows."""
+    return bool(job.data.eval) or job.data.validation_split > 0
+
+
+def _place(config: RunConfig, index: int) -> str:
+    return f"jobs.{index}." if len(config.jobs) > 1 else ""
+
+
+def _is_set(settings: Settings, name: str) -> bool:
+    default = type(settings).model_fields[name].get_default(call_default_factory=True)
+    return name in settings.model_fields_set and getattr(settings, name) != default
+
+
+def _name_conflicts(config: RunConfig) -> Iterator[str]:
+    # compared without case: two such folders are one on macOS and Windows
+    count = Counter(job.name.lower() for job in config.jobs)
+    for index, job in enumerate(config.jobs):
+        name = job.name.lower()
+        if count[name] > 1:
+            yield f"jobs.{index}.name: {job.name!r} is used more than once; give every job its own name"
+        if name in RESERVED_NAMES or name.endswith("."):
+            yield f"jobs.{index}.name: {job.name!r} cannot be the name of a folder in output_dir; choose another"
+
+
+def _run_conflicts(config: RunConfig) -> Iterator[str]:
+    full = [job.name for job in config.jobs if job.tuning == "full"]
+    if full and len(config.jobs) > 1:
+        yield (
+            f"tuning: job {full[0]!r} trains the base's own parameters, so no other job can use that base; "
+            "run it alone, or set tuning: adapter"
+        )
+    if config.resume and config.overwrite:
+        yield "resume and overwrite: one goes on with the run in output_dir, the other deletes it; set only one"
+    if _is_set(config, "eval_steps") and not any(has_eval(job) for job in config.jobs):
+        yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
+    if config.model.storage.type != "dense" and full:
+        yield f"tuning: full needs model.storage.type: dense, not {config.model.storage.type!r}"
+
+
+def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
+    if not job.data.train:
+        yield "data.train: nothing to learn from; give a file, a folder or a hub name"
+    if job.data.streaming and job.max_steps is None:
+        yield "max_steps: needed with data.streaming, since the number of rows is not known beforehand"
+    if job.early_stopping_patience is not None and not has_eval(job):
+        yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
+    if job.early_stopping_patience is not None and config.eval_steps is None:
+        yield "early_stopping_patience: eval_steps is null, so nothing is evaluated before the end; set eval_steps"
+    if job.tuning == "full" and job.adapter.path is not None:
+        yield "adapter.path: with tuning: full there is no adapter to continue; set tuning: adapter"
+
+
+def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
+    data, optimizer, schedule = job.data, job.optimizer, job.schedule
+    if job.max_steps is not None and _is_set(job, "num_train_epochs"):
+        yield "num_train_epochs has no effect, since max_steps is set"
+    if data.batch_tokens is not None and _is_set(data, "batch_size"):
+        yield "data.batch_size has no effect, since data.batch_tokens is set"
+    if data.eval and data.validation_split > 0:
+        yield "data.validation_split has no effect, since data.eval is set"
+    if data.mix == "concat" and any(_is_set(source, "weight") for source in (*data.train, *data.eval)):
+        yield "data: weights of datasets have no effect with mix: concat; set data.mix: interleave"
+    if optimizer.type == "sgd":
+        for name in ("betas", "eps"):
+            if _is_set(optimizer, name):
+                yield f"optimizer.{name} has no effect with type: sgd"
+    if schedule.type != "cosine_with_restarts" and _is_set(schedule, "num_cycles"):
+        yield f"schedule.num_cycles has no effect with type: {schedule.type}"
+    if schedule.type not in ("linear", "cosine") and _is_set(schedule, "min_ratio"):
+        yield f"schedule.min_ratio has no effect with type: {schedule.type}"
+    if job.max_steps is not None and schedule.warmup_steps >= job.max_steps:
+        yield f"schedule.warmup_steps ({schedule.warmup_steps}) outlasts the job ({job.max_steps} steps); no peak is reached"
+    yield from _unused_in_adapter(job)
+
+
+def _unused_in_adapter(job: JobConfig) -> Iterator[str]:
+    adapter = job.adapter
+    names = [name for name in type(adapter).model_fields if name != "type" and _is_set(adapter, name)]
+    if job.tuning == "full" and names:
+        yield f"adapter.{', adapter.'.join(names)} has no effect with tuning: full"
+    elif adapter.path is not None:
+        of_folder = [name for name in names if name not in ("path", "dropout")]
+        if of_folder:
+            yield f"adapter.{', adapter.'.join(of_folder)} has no effect: the adapter in adapter.path decides"

@@ -1,0 +1,95 @@
+"""Relative paths in a file: looked for from the current directory first, then beside the file.
+
+People run `lowrank train examples/first.yaml` from the project's folder and keep data beside the file
+or beside themselves; both work, and where both exist the current directory wins, as it does for a
+path typed on the command line. Names without a path's look (`org/dataset`) may also be hub names, so
+they are left as they are where no file matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".jinja", ".gz", ".zst")
+"""A name that ends like this is a file, never a hub name."""
+
+
+def locate_paths(settings: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings with `model.path`, data paths, adapter paths and template files located, and what was not found.
+
+    `settings` are spelled out (see `lowrank.config.jobs`).
+    """
+    problems: list[str] = []
+    located = dict(settings)
+    model = located.get("model")
+    if isinstance(model, Mapping):
+        located["model"] = _located_keys(model, ("path",), "model.", folder, problems)
+    located.update(_located_groups(located, "", folder, problems))
+    jobs = located.get("jobs")
+    if isinstance(jobs, list):
+        located["jobs"] = [
+            {**job, **_located_groups(job, f"jobs.{n}.", folder, problems)} if isinstance(job, Mapping) else job
+            for n, job in enumerate(jobs)
+        ]
+    return located, problems
+
+
+def locate(path: str, folder: Path) -> tuple[str, str | None]:
+    """Where `path` is, and a complaint if it is nowhere but must be a file.
+
+    A path found from the current directory, or found nowhere, stays as it stands.
+    """
+    if path.startswith("~"):
+        path = str(Path(path).expanduser())
+    beside = folder / path
+    if path.startswith("lowrank/") or Path(path).exists():
+        return path, None
+    if beside.exists():
+        return str(beside), None
+    if not (path.startswith((".", "/")) or Path(path).is_absolute() or path.lower().endswith(FILE_SUFFIXES)):
+        return path, None
+    places = [Path(path).absolute()] + ([beside.absolute()] if beside.absolute() != Path(path).absolute() else [])
+    return path, f"{path!r} was not found; looked for {' and '.join(map(str, places))}"
+
+
+def _located_groups(job: Mapping[str, Any], above: str, folder: Path, problems: list[str]) -> dict[str, Any]:
+    groups: dict[str, Any] = {}
+    data, adapter = job.get("data"), job.get("adapter")
+    if isinstance(adapter, Mapping):
+        groups["adapter"] = _located_keys(adapter, ("path",), f"{above}adapter.", folder, problems)
+    if isinstance(data, Mapping):
+        groups["data"] = dict(data)
+        template = data.get("chat_template")
+        if isinstance(template, str) and template.endswith(".jinja"):
+            groups["data"] = _located_keys(data, ("chat_template",), f"{above}data.", folder, problems)
+        for name in ("train", "eval"):
+            if name in data:
+                groups["data"][name] = _located_sources(data[name], f"{above}data.{name}", folder, problems)
+    return groups
+
+
+def _located_sources(sources: Any, place: str, folder: Path, problems: list[str]) -> Any:
+    if isinstance(sources, (str, Mapping)):
+        sources = [sources]
+    if not isinstance(sources, (list, tuple)):
+        return sources
+    spelled = [{"path": source} if isinstance(source, str) else source for source in sources]
+    return [
+        _located_keys(source, ("path",), f"{place}.{n}.", folder, problems) if isinstance(source, Mapping) else source
+        for n, source in enumerate(spelled)
+    ]
+
+
+def _located_keys(
+    group: Mapping[str, Any], keys: tuple[str, ...], above: str, folder: Path, problems: list[str]
+) -> dict[str, Any]:
+    located = dict(group)
+    for key in keys:
+        value = group.get(key)
+        if isinstance(value, (str, Path)):
+            located[key], complaint = locate(str(value), folder)
+            if complaint:
+                problems.append(f"{above}{key}: {complaint}")
+    return located

@@ -1,0 +1,201 @@
+"""pydantic's complaints in plain words, each with the place as the user wrote it."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from lowrank.config.schema import JobSettings, RunConfig, SettingsConflict
+from lowrank.errors import did_you_mean
+from lowrank.settings import Settings
+
+Path = tuple[Any, ...]
+"""Keys and list places from the top of the file to a setting."""
+
+
+def plain_words(error: ValidationError, settings: Mapping[str, Any]) -> list[str]:
+    """One line per problem: `jobs.1.adapter.rnk: unknown key; did you mean 'rank'?`.
+
+    `settings` are what was validated, spelled out, with `jobs` as the user wrote them.
+    """
+    conflicts: list[str] = []
+    by_path: dict[Path, list[Any]] = {}
+    for entry in error.errors():
+        cause = entry.get("ctx", {}).get("error")
+        if isinstance(cause, SettingsConflict):
+            conflicts.extend(cause.problems)
+        else:
+            # a mistake at the top level is found again in every job: one line for it
+            by_path.setdefault(_as_written(entry["loc"], entry["type"], settings), []).append(entry)
+    return [_line(path, entries, settings) for path, entries in by_path.items()] + conflicts
+
+
+def dotted(path: Path) -> str:
+    """`("jobs", 1, "name")` as `jobs.1.name`."""
+    return ".".join(map(str, path))
+
+
+def _line(path: Path, entries: Sequence[Any], settings: Mapping[str, Any]) -> str:
+    first = entries[0]
+    place = dotted(path) or "the file"
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_suggestion(path, settings)}"
+    if first["type"] == "missing":
+        return f"{place}: required, but not given{_help(path, settings)}"
+    if first["type"] == "value_error":
+        return f"{place}: {first['ctx']['error']}"
+    expected = list(dict.fromkeys(_expected(entry) for entry in entries))
+    if "a number" in expected and "a whole number" in expected:
+        expected.remove("a whole number")
+    hint = ""
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        hint = _near(first["input"], first["ctx"]["expected"])
+    return f"{place}: expected {' or '.join(expected)}, got {_short(first['input'])}{hint}"
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "path_type": "a path",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a group of settings (key: value)",
+    "model_type": "a group of settings (key: value)",
+    "model_attributes_type": "a group of settings (key: value)",
+    "finite_number": "a finite number",
+}
+
+
+def _expected(entry: Any) -> str:
+    kind, context = entry["type"], entry.get("ctx", {})
+    comparisons = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+    if kind in comparisons:
+        words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[comparisons[kind]]
+        return f"a number {words} {context[comparisons[kind]]:g}"
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind == "string_pattern_mismatch":
+        return "letters, digits and any of . _ + = - (it names a folder)"
+    if kind in ("string_too_short", "string_too_long"):
+        return (
+            f"a text of {'at least' if kind.endswith('short') else 'at most'} {next(iter(context.values()))} characters"
+        )
+    if kind in ("too_long", "too_short"):
+        return f"{context.get('max_length', context.get('min_length'))} values"
+    return _EXPECTED.get(kind, str(entry["msg"])[:1].lower() + str(entry["msg"])[1:])
+
+
+def _near(word: str, expected: str) -> str:
+    suggestion = did_you_mean(word, re.findall(r"'([^']*)'", expected))
+    return suggestion if "did you mean" in suggestion else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _as_written(loc: Path, kind: str, settings: Mapping[str, Any]) -> Path:
+    """Where the user wrote it: without pydantic's names of alternatives, and at the top where the entry of `jobs`
+    got it from there."""
+    if len(loc) < 2 or loc[0] != "jobs" or not isinstance(settings.get("jobs"), list):
+        rest = loc[2:] if loc[:1] == ("jobs",) and len(loc) > 2 else loc
+        return _existing(rest, kind, settings)
+    entry = settings["jobs"][loc[1]]
+    inside = _existing(loc[2:], kind, entry)
+    at_top = _existing(loc[2:], kind, settings)
+    if isinstance(entry, Mapping) and len(inside) < len(at_top) and loc[2:3] != ("name",):
+        return at_top
+    return ("jobs", loc[1], *inside)
+
+
+def _existing(loc: Path, kind: str, value: Any) -> Path:
+    """The part of `loc` that can be walked in `value`; a missing key is its own last step."""
+    path: list[Any] = []
+    for place, key in enumerate(loc):
+        in_list = isinstance(value, (list, tuple)) and isinstance(key, int) and key < len(value)
+        if in_list or (isinstance(value, Mapping) and key in value):
+            value = value[key]
+        elif kind == "missing" and place == len(loc) - 1:
+            path.append(key)
+            break
+        else:
+            continue
+        path.append(key)
+    return tuple(path)
+
+
+def _suggestion(path: Path, settings: Mapping[str, Any]) -> str:
+    *parents, key = path
+    known = known_keys(tuple(parents), settings)
+    if parents[:1] == ["jobs"] and len(parents) == 2 and key in RunConfig.model_fields:
+        return "; it belongs to the whole run: put it at the top level"
+    near = did_you_mean(str(key), known)
+    if "did you mean" in near:
+        return near
+    elsewhere = [dotted(place) for place in _places_of(str(key), RunConfig)]
+    if len(elsewhere) == 1 or (elsewhere and not parents):
+        return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
+    return near
+
+
+def known_keys(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings of the group at `path`."""
+    group: type[Settings] | None = RunConfig
+    value: Any = settings
+    for key in path:
+        value = value[key]
+        if isinstance(key, int) or group is None:
+            continue
+        group = _group_of(group.model_fields[key].annotation, value) if key in group.model_fields else None
+    return list(group.model_fields) if group else []
+
+
+def _group_of(annotation: Any, value: Any) -> type[Settings] | None:
+    """The class of settings behind an annotation; among several the one whose `type` is chosen."""
+    groups = list(_groups_in(annotation))
+    if len(groups) > 1 and isinstance(value, Mapping):
+        chosen = [group for group in groups if get_args(group.model_fields["type"].annotation) == (value.get("type"),)]
+        return chosen[0] if chosen else groups[0]
+    return groups[0] if groups else None
+
+
+def _groups_in(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list) or get_args(annotation):
+        return [group for part in get_args(annotation) for group in _groups_in(part)]
+    return []
+
+
+def _places_of(key: str, group: type[Settings], above: Path = ()) -> list[Path]:
+    """Every place of a setting named `key` in the groups below `group`; entries of `jobs` are left out."""
+    places: list[Path] = []
+    for name, field in group.model_fields.items():
+        for inner in _groups_in(field.annotation):
+            if name == "jobs" or get_origin(field.annotation) is tuple:
+                continue
+            if key in inner.model_fields and (*above, name, key) not in places:
+                places.append((*above, name, key))
+            places.extend(place for place in _places_of(key, inner, (*above, name)) if place not in places)
+    return places
+
+
+def _help(path: Path, settings: Mapping[str, Any]) -> str:
+    if path[:1] == ("jobs",) and path[-1:] == ("name",) and len(path) == 3:
+        return "; every entry of jobs needs one"
+    group: Any = RunConfig if len(path) == 1 else None
+    if group is None or path[0] not in group.model_fields or path[0] in JobSettings.model_fields:
+        return ""
+    text = group.model_fields[path[0]].description or ""
+    return f" ({text.split('. ')[0].rstrip('.')})"
