@@ -106,7 +106,7 @@ def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
     if schedule.type not in ("linear", "cosine") and _is_set(schedule, "min_ratio"):
         yield f"schedule.min_ratio has no effect with type: {schedule.type}"
     if job.max_steps is not None and schedule.warmup_steps >= job.max_steps:
-        yield f"schedule.warmup_steps ({schedule.warmup_steps}) outlasts the job ({job.max_steps} steps); no peak is reached"
+        yield f"schedule.warmup_steps: a warmup of {schedule.warmup_steps} outlasts the job's {job.max_steps} steps"
     yield from _unused_in_adapter(job)
 
 

@@ -1,0 +1,128 @@
+"""LLaMA-Factory's `dataset_info.json`: names of datasets -> sources as the data room knows them.
+
+An entry says where the rows are (`file_name`, `hf_hub_url`, ...), their `formatting`, which `columns`
+play which part and what the `tags` of a conversation are called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank.errors import did_you_mean
+
+FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
+"""`formatting` -> `format`."""
+
+PLACES = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name")
+KNOWN = (
+    *PLACES,
+    *("formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags", "revision"),
+)
+ELSEWHERE = {
+    "ms_hub_url": "a ModelScope dataset",
+    "om_hub_url": "a Modelers dataset",
+    "script_url": "a dataset script",
+    "cloud_file_name": "a file in cloud storage",
+}
+"""Places that are not read, in words."""
+
+TEXT_COLUMNS = {
+    "alpaca": ("prompt", "query", "response", "history", "system", "tools"),
+    "sharegpt": ("messages", "system", "tools"),
+    "openai": ("messages", "system", "tools"),
+}
+"""Columns that mean something in each formatting; others are set aside, as LLaMA-Factory does."""
+
+MEDIA_COLUMNS = ("images", "videos", "audios")
+
+
+def find_info(dataset_dir: str, folder: Path) -> tuple[Path | None, list[Path]]:
+    """The folder that holds `dataset_info.json`, and everywhere it was looked for.
+
+    `dataset_dir` is meant from the current directory, as in LLaMA-Factory; where it is not there, from
+    the folder of the configuration file and the folders above it (its examples lie two folders below `data`).
+    """
+    config_folder = folder.resolve()
+    bases = [Path(), folder, *config_folder.parents[:3]]
+    places = list(dict.fromkeys((base / Path(dataset_dir).expanduser()) for base in bases))
+    for place in places:
+        if (place / "dataset_info.json").is_file():
+            return place, places
+    return None, places
+
+
+def read_info(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The content of `dataset_info.json` in `folder`, and a complaint if it cannot be read."""
+    path = folder / "dataset_info.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, f"{path} cannot be read: {error}"
+    except json.JSONDecodeError as error:
+        return {}, f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
+    if not isinstance(content, dict):
+        return {}, f"{path}: expected {{name: entry}}"
+    return content, None
+
+
+def sources(
+    names: Sequence[str], info: Mapping[str, Any], folder: Path, stage: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One source per dataset name, and what stands in the way."""
+    found: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for name in names:
+        entry = info.get(name)
+        if not isinstance(entry, Mapping):
+            problem = "is not an entry" + did_you_mean(name, info) if entry is None else "is not a group of settings"
+            problems.append(f"dataset {name!r}: {problem} (in {folder / 'dataset_info.json'})")
+            continue
+        complaints = _complaints(entry, stage)
+        problems.extend(f"dataset {name!r}: {complaint}" for complaint in complaints)
+        if not complaints:
+            found.append(_source(entry, folder, stage))
+    return found, problems
+
+
+def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
+    columns, formatting = entry.get("columns") or {}, entry.get("formatting", "alpaca")
+    complaints = [f"unknown key {key!r}{did_you_mean(key, KNOWN)}" for key in entry if key not in KNOWN]
+    if formatting not in FORMATS:
+        complaints.append(f"formatting {formatting!r} is not known{did_you_mean(str(formatting), FORMATS)}")
+    media = [column for column in MEDIA_COLUMNS if columns.get(column)]
+    if media:
+        complaints.append(f"it has {', '.join(media)}, but only text is trained; choose another dataset")
+    if entry.get("ranking"):
+        complaints.append(f"it holds preference pairs (ranking: true), which stage {stage} cannot use")
+    elsewhere = [key for key in ELSEWHERE if entry.get(key)]
+    if not entry.get("hf_hub_url") and not entry.get("file_name"):
+        place = ELSEWHERE[elsewhere[0]] if elsewhere else "nowhere"
+        complaints.append(f"its rows are {place}; give file_name or hf_hub_url")
+    if entry.get("hf_hub_url") and entry.get("folder"):
+        complaints.append("`folder` of a hub dataset is not read; download the folder and give file_name")
+    if entry.get("revision"):
+        complaints.append("`revision` of a hub dataset is not read; download that revision and give file_name")
+    if stage == "pt" and (formatting != "alpaca" or not columns.get("prompt") or columns.get("query")):
+        complaints.append("for stage pt, name the one column of text: formatting alpaca, columns {prompt: NAME}")
+    return complaints
+
+
+def _source(entry: Mapping[str, Any], folder: Path, stage: str) -> dict[str, Any]:
+    formatting = entry.get("formatting", "alpaca")
+    source: dict[str, Any] = {"format": "text" if stage == "pt" else FORMATS[formatting]}
+    if entry.get("hf_hub_url"):
+        source["path"] = entry["hf_hub_url"]
+        source.update({key: entry[key] for key in ("split", "subset") if entry.get(key)})
+    else:
+        source["path"] = str(folder / entry["file_name"])
+    columns = entry.get("columns") or {}
+    wanted = ("prompt",) if stage == "pt" else TEXT_COLUMNS[formatting]
+    source["columns"] = {part: columns[part] for part in wanted if columns.get(part)}
+    if formatting != "alpaca" and entry.get("tags"):
+        source["tags"] = dict(entry["tags"])
+    if entry.get("num_samples"):
+        source["max_samples"] = entry["num_samples"]
+    return {key: value for key, value in source.items() if value != {}}

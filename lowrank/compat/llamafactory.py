@@ -1,0 +1,378 @@
+"""A LLaMA-Factory (v0) training file, read as it is.
+
+    their mapping -> Keys (checked, with LLaMA-Factory's defaults) -> the native mapping
+
+What a key becomes stands in `llamafactory_keys`. A key that cannot be honoured is an error that names
+the way out; a key without effect here is a warning if it would have mattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import lowrank.data
+from lowrank.compat.dataset_info import find_info, read_info, sources
+from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Keys, find, is_default, known
+from lowrank.config.problems import plain_words
+from lowrank.config.schema import RunConfig
+from lowrank.errors import ConfigError, did_you_mean, raise_all
+
+MARKS = ("model_name_or_path", "finetuning_type", "stage", "dataset", "dataset_dir", "template")
+"""Keys that only such a file has."""
+
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_apex_fused": "adamw",
+    "adamw_anyprecision": "adamw",
+    "paged_adamw_32bit": "adamw",
+    "paged_adamw": "adamw",
+    "sgd": "sgd",
+}
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "cosine_with_restarts": "cosine_with_restarts",
+    "inverse_sqrt": "inverse_sqrt",
+}
+STAGES = {"sft": "sft", "pt": "pretrain"}
+LATER_STAGES = ("rm", "ppo", "dpo", "kto")
+REPORTERS = ("tensorboard", "wandb", "mlflow", "swanlab")
+
+
+@dataclass
+class Converted:
+    """The native form of a file, and what its reader should know."""
+
+    config: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def is_llamafactory(settings: Mapping[str, Any]) -> bool:
+    """Whether this is such a file rather than a native one."""
+    return any(mark in settings for mark in MARKS) and not any(key in settings for key in ("model", "data", "jobs"))
+
+
+def convert(settings: Mapping[str, Any], *, folder: Path) -> Converted:
+    """The native form of a LLaMA-Factory file that lies in `folder`.
+
+    Raises `ConfigError` with every key that is unknown, malformed, or cannot be honoured.
+    """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    problems, warnings = _sort_keys(settings)
+    keys = _readable(settings, problems)
+    problems += _contradictions(keys)
+    train, evaluation = _datasets(keys, folder, problems)
+    config = {
+        "model": _model(keys),
+        "data": _data(keys, train, evaluation, problems, warnings),
+        "adapter": _adapter(keys),
+        "objective": {"type": STAGES.get(keys.stage, "sft")},
+        "optimizer": _optimizer(keys, problems),
+        "schedule": _schedule(keys, problems, warnings),
+        **_run(keys, problems, warnings),
+    }
+    raise_all(ConfigError, "This LLaMA-Factory file cannot be used as it is:", problems)
+    return Converted({key: value for key, value in config.items() if value != {}}, warnings)
+
+
+def _readable(settings: Mapping[str, Any], problems: list[str]) -> Keys:
+    """The honoured keys; those that are malformed are reported and left at their defaults, so that all is checked."""
+    given = {key: value for key, value in settings.items() if key in Keys.model_fields}
+    try:
+        return Keys.model_validate(given)
+    except ValidationError as error:
+        problems += plain_words(error, settings)
+        malformed = {entry["loc"][0] for entry in error.errors()}
+    required = {name: "-" for name, field in Keys.model_fields.items() if field.is_required()}
+    return Keys.model_validate(required | {key: value for key, value in given.items() if key not in malformed})
+
+
+def _sort_keys(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What is wrong with the keys themselves, and which of them have no effect though they ask for something."""
+    problems, warnings = [], []
+    for key, value in settings.items():
+        silent, refused = find(NO_EFFECT, key), find(REFUSED, key)
+        if refused is not None and not is_default(refused, value):
+            problems.append(f"{key}: {value!r} is not supported: {refused.why}")
+        elif silent is not None and silent.speaks and not is_default(silent, value):
+            warnings.append(f"{key} has no effect: {silent.why}")
+        elif silent is None and refused is None and key not in Keys.model_fields:
+            native = " (a native key; give it on the command line)" if key in RunConfig.model_fields else ""
+            problems.append(f"{key}: unknown key{native}{did_you_mean(key, known())}")
+    return problems, warnings
+
+
+def _contradictions(keys: Keys) -> list[str]:
+    found = []
+    if not keys.do_train:
+        found.append("do_train: it is not set, so LLaMA-Factory would not train; set do_train: true")
+    if keys.stage not in STAGES:
+        way = "sft and pt are" if keys.stage in LATER_STAGES else f"choose sft or pt{did_you_mean(keys.stage, STAGES)}"
+        found.append(f"stage: {keys.stage!r} is not trained; {way}")
+    if keys.finetuning_type not in ("lora", "full"):
+        found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose lora or full")
+    if keys.finetuning_type == "full":
+        of_lora = [key for key in ("adapter_name_or_path", "use_rslora") if getattr(keys, key)]
+        found += [f"{key}: only for finetuning_type: lora; remove it" for key in of_lora]
+    if len(keys.adapter_name_or_path) > 1:
+        found.append("adapter_name_or_path: training goes on with one adapter; merge the others into the base first")
+    if keys.bf16 and keys.fp16:
+        found.append("bf16 and fp16: set only one")
+    if keys.val_size >= 1:
+        found.append(f"val_size: a number of rows ({keys.val_size:g}) is not supported; give a share below 1, as 0.1")
+    if keys.val_size and keys.eval_dataset:
+        found.append("val_size and eval_dataset: set only one")
+    if keys.mask_history and keys.train_on_prompt:
+        found.append("mask_history and train_on_prompt: set only one")
+    if keys.stage == "pt" and (keys.mask_history or keys.train_on_prompt or keys.neat_packing):
+        found.append("mask_history, train_on_prompt and neat_packing are only for stage: sft; remove them")
+    return found
+
+
+def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    if not keys.dataset:
+        problems.append("dataset: required, but not given")
+    if keys.dataset_dir.startswith("REMOTE:"):
+        problems.append("dataset_dir: a remote dataset_info.json is not read; download it")
+        return [], []
+    if keys.dataset_dir == "ONLINE":
+        form = "text" if keys.stage == "pt" else "alpaca"
+        train, evaluation = ([{"path": name, "format": form} for name in d] for d in (keys.dataset, keys.eval_dataset))
+        return train, evaluation
+    if keys.stage not in STAGES:
+        return [], []  # what a dataset must hold depends on it
+    place, places = find_info(keys.dataset_dir, folder)
+    if place is None:
+        looked = ", ".join(str(path.absolute()) for path in places)
+        problems.append(f"dataset_dir: there is no dataset_info.json; looked for it in {looked}")
+        return [], []
+    info, complaint = read_info(place)
+    if complaint:
+        problems.append(complaint)
+        return [], []
+    train, train_problems = sources(keys.dataset, info, place, keys.stage)
+    evaluation, eval_problems = sources(keys.eval_dataset, info, place, keys.stage)
+    problems += train_problems + [problem for problem in eval_problems if problem not in train_problems]
+    return train, evaluation
+
+
+def _model(keys: Keys) -> dict[str, Any]:
+    model: dict[str, Any] = {"path": keys.model_name_or_path}
+    if keys.model_revision != "main":
+        model["revision"] = keys.model_revision
+    if keys.bf16 or keys.pure_bf16:
+        model["dtype"] = "bfloat16"
+    elif keys.fp16:
+        model["dtype"] = "float16"
+    if keys.use_cpu or keys.no_cuda:
+        model["device"] = "cpu"
+    if not keys.disable_gradient_checkpointing:
+        model["recompute"] = "full"
+    if keys.trust_remote_code:
+        model["trust_remote_code"] = True
+    return model
+
+
+def _data(
+    keys: Keys,
+    train: list[dict[str, Any]],
+    evaluation: list[dict[str, Any]],
+    problems: list[str],
+    warnings: list[str],
+) -> dict[str, Any]:
+    samples = keys.per_device_train_batch_size * keys.gradient_accumulation_steps
+    packing = keys.neat_packing or (keys.stage == "pt" if keys.packing is None else keys.packing)
+    data: dict[str, Any] = {"train": train, "eval": evaluation, "max_length": keys.cutoff_len}
+    data |= {"batch_tokens": samples * keys.cutoff_len} if packing else {"batch_size": samples}
+    if keys.stage == "pt":
+        data["on_too_long"] = "split"  # LLaMA-Factory chops documents into blocks and loses no text
+    optional = {
+        "max_samples": keys.max_samples,
+        "validation_split": keys.val_size,
+        "streaming": keys.streaming,
+        "train_on_prompt": keys.train_on_prompt,
+        "mask_history": keys.mask_history,
+        "default_system": keys.default_system,
+    }
+    data |= {key: value for key, value in optional.items() if value}
+    if keys.disable_shuffling:
+        data["shuffle"] = False
+    if keys.stage == "sft":
+        data |= _template(keys, warnings)
+        if packing and not keys.neat_packing:
+            warnings.append("packing: packed documents never see each other here; in LLaMA-Factory they do")
+    if keys.max_samples:
+        for source in (*train, *evaluation):
+            source["max_samples"] = min(source.get("max_samples", keys.max_samples), keys.max_samples)
+    return data | _mix(keys, train, problems)
+
+
+def _template(keys: Keys, warnings: list[str]) -> dict[str, Any]:
+    """A built-in template of that name, or the tokenizer's own."""
+    data: dict[str, Any] = {}
+    if keys.template in built_in_templates():
+        data["chat_template"] = keys.template
+    elif keys.template is not None:
+        warnings.append(f"template: the tokenizer's own chat template is used; {keys.template!r} is not built in")
+    if not keys.enable_thinking:
+        data["chat_template_kwargs"] = {"enable_thinking": False}
+    return data
+
+
+def _mix(keys: Keys, train: list[dict[str, Any]], problems: list[str]) -> dict[str, Any]:
+    if keys.mix_strategy == "concat":
+        if keys.interleave_probs:
+            problems.append("interleave_probs: only for mix_strategy: interleave_under")
+        return {}
+    if keys.mix_strategy != "interleave_under":
+        problems.append(f"mix_strategy: {keys.mix_strategy!r} is not supported; use concat or interleave_under")
+    if keys.interleave_probs and len(keys.interleave_probs) != len(keys.dataset):
+        problems.append(f"interleave_probs: {len(keys.interleave_probs)} numbers for {len(keys.dataset)} datasets")
+    for source, weight in zip(train, keys.interleave_probs):
+        source["weight"] = weight
+    return {"mix": "interleave"}
+
+
+def _adapter(keys: Keys) -> dict[str, Any]:
+    if keys.finetuning_type == "full":
+        return {}
+    targets = keys.lora_target
+    adapter: dict[str, Any] = {
+        "type": "rslora" if keys.use_rslora else "lora",
+        "rank": keys.lora_rank,
+        "target_modules": "all-linear" if targets == ("all",) else list(targets),
+    }
+    optional = {
+        "alpha": keys.lora_alpha,
+        "dropout": keys.lora_dropout,
+        "modules_to_save": list(keys.additional_target),
+        "path": keys.adapter_name_or_path[0] if keys.adapter_name_or_path else None,
+    }
+    return adapter | {key: value for key, value in optional.items() if value}
+
+
+def _optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
+    if keys.optim not in OPTIMIZERS:
+        problems.append(f"optim: {keys.optim!r} is not supported{did_you_mean(keys.optim, OPTIMIZERS)}")
+    return {
+        "type": OPTIMIZERS.get(keys.optim, "adamw"),
+        "learning_rate": keys.learning_rate,
+        "betas": [keys.adam_beta1, keys.adam_beta2],
+        "eps": keys.adam_epsilon,
+        "weight_decay": keys.weight_decay,
+        "max_grad_norm": keys.max_grad_norm or None,
+    }
+
+
+def _schedule(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    name, extra = keys.lr_scheduler_type, dict(keys.lr_scheduler_kwargs)
+    if name not in SCHEDULES:
+        problems.append(f"lr_scheduler_type: {name!r} is not supported{did_you_mean(name, SCHEDULES)}")
+    schedule: dict[str, Any] = {"type": SCHEDULES.get(name, "linear")}
+    if name == "cosine_with_min_lr":
+        floor = extra.pop("min_lr", None)
+        schedule["min_ratio"] = extra.pop("min_lr_rate", 0.0) if floor is None else floor / keys.learning_rate
+    if name == "cosine_with_restarts":
+        schedule["num_cycles"] = extra.pop("num_cycles", 1)
+    problems += [f"lr_scheduler_kwargs: {key!r} is not supported with {name}; remove it" for key in extra]
+    if name == "constant":
+        if keys.warmup_steps or keys.warmup_ratio:
+            warnings.append("warmup has no effect with lr_scheduler_type: constant (constant_with_warmup has one)")
+        return schedule
+    return schedule | _warmup(keys, warnings)
+
+
+def _warmup(keys: Keys, warnings: list[str]) -> dict[str, Any]:
+    if keys.warmup_steps and keys.warmup_ratio:
+        warnings.append("warmup_ratio has no effect, since warmup_steps is set")
+    if keys.warmup_steps >= 1:
+        return {"warmup_steps": int(keys.warmup_steps)}
+    ratio = keys.warmup_steps or keys.warmup_ratio
+    return {"warmup_ratio": ratio} if ratio else {}
+
+
+def _run(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    run: dict[str, Any] = {
+        "tuning": "full" if keys.finetuning_type == "full" else "adapter",
+        "seed": keys.seed,
+        "output_dir": keys.output_dir,
+        "micro_batch_tokens": min(4096, keys.per_device_train_batch_size * keys.cutoff_len),
+        "save_total_limit": keys.save_total_limit,
+    }
+    run |= {"max_steps": keys.max_steps} if keys.max_steps > 0 else {"num_train_epochs": keys.num_train_epochs}
+    if keys.neftune_noise_alpha:
+        run["neftune_noise_alpha"] = keys.neftune_noise_alpha
+    if keys.early_stopping_steps:
+        run["early_stopping_patience"] = keys.early_stopping_steps
+    return run | _intervals(keys, problems, warnings) | _folder(keys, problems) | _reporters(keys, problems)
+
+
+def _intervals(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    logging = _interval("logging", keys.logging_strategy, keys.logging_steps, keys, problems)
+    strategy = keys.eval_strategy if keys.eval_strategy != "no" else keys.evaluation_strategy
+    if strategy == "no" and keys.eval_steps is not None:
+        warnings.append("eval_steps has no effect while eval_strategy is 'no'; set eval_strategy: steps")
+    held_out = bool(keys.eval_dataset) or keys.val_size > 0
+    if strategy != "no" and not held_out:
+        problems.append(f"eval_strategy: {strategy!r} needs held-out rows; set eval_dataset or val_size")
+    saving = "no" if keys.save_strategy == "best" else keys.save_strategy
+    evaluation = _interval("eval", strategy, keys.eval_steps or keys.logging_steps, keys, problems)
+    intervals = {"save_steps": _interval("save", saving, keys.save_steps, keys, problems)}
+    if held_out:
+        intervals["eval_steps"] = evaluation
+    return intervals if logging is None else intervals | {"logging_steps": logging}
+
+
+def _interval(what: str, strategy: str, steps: float, keys: Keys, problems: list[str]) -> float | None:
+    """A strategy and its steps as a native interval. An epoch is a share of the epochs there are."""
+    if strategy == "no":
+        return None
+    if strategy == "epoch":
+        if keys.max_steps > 0:
+            problems.append(f"{what}_strategy: 'epoch' is not supported together with max_steps; set it to steps")
+            return None
+        # a run of one epoch or less has its only epoch's end at the end of the run
+        return 1 / keys.num_train_epochs if keys.num_train_epochs > 1 else None
+    if steps >= 1 and steps != int(steps):
+        problems.append(f"{what}_steps: expected a whole number, or a share below 1, got {steps:g}")
+    return int(steps) if steps >= 1 else steps
+
+
+def _folder(keys: Keys, problems: list[str]) -> dict[str, Any]:
+    checkpoint = keys.resume_from_checkpoint
+    if isinstance(checkpoint, str):
+        problems.append(
+            f"resume_from_checkpoint: {checkpoint!r} may be another program's checkpoint; set it to true to go on from "
+            "the last checkpoint in output_dir, or give the adapter as adapter_name_or_path"
+        )
+    if checkpoint:
+        return {"resume": True}
+    return {"overwrite": True} if keys.overwrite_output_dir else {"resume": checkpoint is None}
+
+
+def _reporters(keys: Keys, problems: list[str]) -> dict[str, Any]:
+    names = [name for name in keys.report_to if name != "none"]
+    if keys.use_swanlab and "swanlab" not in names:
+        names.append("swanlab")
+    problems += [
+        f"report_to: {name!r} is not supported; choose from {', '.join(REPORTERS)}, none"
+        for name in names
+        if name not in REPORTERS
+    ]
+    return {"report_to": names} if names else {}
+
+
+def built_in_templates() -> list[str]:
+    """Names of the chat templates that come with lowrank."""
+    folder = Path(str(lowrank.data.__file__)).parent / "templates"
+    return sorted(path.stem for path in folder.glob("*.jinja"))
