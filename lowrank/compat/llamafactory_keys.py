@@ -235,10 +235,10 @@ NO_EFFECT: Sequence[Group] = (
     ),
     Group(
         _keys(
-            "ddp_timeout ddp_backend ddp_bucket_cap_mb ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph "
-            "local_rank dispatch_batches split_batches ray_scope tpu_num_cores tpu_metrics_debug mp_parameters xpu_backend "
-            "ray_run_name ray_storage_path ray_storage_filesystem resources_per_worker placement_strategy "
-            "ray_init_kwargs"
+            "ddp_timeout ddp_backend ddp_bucket_cap_mb ddp_find_unused_parameters ddp_broadcast_buffers "
+            "ddp_static_graph local_rank dispatch_batches split_batches ray_scope tpu_num_cores tpu_metrics_debug "
+            "mp_parameters xpu_backend ray_run_name ray_storage_path ray_storage_filesystem resources_per_worker "
+            "placement_strategy ray_init_kwargs"
         ),
         "there is one process",
     ),

@@ -1,0 +1,5 @@
+"""`python -m lowrank`."""
+
+from lowrank.cli.main import main
+
+main()

@@ -1,0 +1,13 @@
+"""Warnings for the person at the terminal; stdout stays free for results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import typer
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """One line each, on stderr."""
+    for warning in warnings:
+        typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW, err=True)
