@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,17 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from lowrank.kernels.short_attention import LONGEST, short_attention
+
 try:  # CUDA's variable-length flash attention, in torch since 2.10
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover
     varlen_attn = None
 
 NAME = "lowrank_packed"
+_MULTIPLE = 32
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(N, H, L, d), (N, G, L, d), (N, G, L, d) -> (N, H, L, d): causal attention of N documents of one length."""
 
 
 class BoundariesMissing(RuntimeError):
@@ -73,23 +79,51 @@ def packed_attention(
     half = query.dtype in (torch.bfloat16, torch.float16)
     plain = softcap is None and s_aux is None and query.shape[-1] == value.shape[-1] <= 256
     if query.is_cuda and half and plain and varlen_attn is not None:
-        return _varlen(query, key, value, scale, sliding_window, packed), None
-    pieces, first = [], 0
-    for length in packed.lengths:
-        q, k, v = (tensor[:, :, first : first + length] for tensor in (query, key, value))
-        window = sliding_window if sliding_window and sliding_window < length else None
-        if softcap is None and s_aux is None:
-            pieces.append(_sdpa(q, k, v, scale, window))
-        else:
-            pieces.append(_explicit(q, k, v, scale, window, softcap, s_aux))
-        first += length
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+        output = _varlen(query, key, value, scale, sliding_window, packed)
+        if output is not None:
+            return output, None
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        window = sliding_window if sliding_window and sliding_window < q.shape[2] else None
+        if softcap is not None or s_aux is not None:
+            return _explicit(q, k, v, scale, window, softcap, s_aux)
+        if half and not q.is_cuda and plain and window is None and q.shape[2] <= LONGEST:
+            return short_attention(q, k, v, scale)
+        return _sdpa(q, k, v, scale, window)
+
+    return _by_length(query[0], key[0], value[0], packed.lengths, attend)[None], None
+
+
+def _by_length(
+    q_HTd: torch.Tensor, k_GTd: torch.Tensor, v_GTd: torch.Tensor, lengths: tuple[int, ...], attend: Attend
+) -> torch.Tensor:
+    """`attend` on each document, those of about the same length together: (H, T, d) -> (T, H, d).
+
+    Lengths are rounded up to a multiple of 32. Padding behind a document is invisible to it under a causal mask, and
+    the CPU's bf16 kernels, which are compiled anew for every shape, see few shapes (without this: 12 ms a document).
+    """
+    q, k, v = (tensor.split(lengths, dim=1) for tensor in (q_HTd, k_GTd, v_GTd))
+    same: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        same.setdefault(-(-length // _MULTIPLE) * _MULTIPLE, []).append(index)
+    pieces: list[Any] = [None] * len(lengths)
+    for padded, members in same.items():
+        stacked = (
+            torch.stack([F.pad(tensor[index], (0, 0, 0, padded - lengths[index])) for index in members])
+            for tensor in (q, k, v)
+        )
+        for index, output_HLd in zip(members, attend(*stacked).unbind(0)):
+            pieces[index] = output_HLd[:, : lengths[index]]
+    return torch.cat(pieces, dim=1).transpose(0, 1)
 
 
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, packed: Packed
-) -> torch.Tensor:
-    """One kernel over all documents. transformers' window of w tokens is flash attention's (w - 1, 0)."""
+) -> torch.Tensor | None:
+    """One kernel over all documents; None where this torch's kernel has no window (before 2.12).
+
+    transformers' window of w tokens is flash attention's (w - 1, 0).
+    """
     assert varlen_attn is not None
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     longest = max(packed.lengths)
@@ -99,11 +133,8 @@ def _varlen(
         options["window_size"] = (window - 1 if window else -1, 0)
     elif window is None or window >= longest:
         options["is_causal"] = True
-    else:  # torch 2.10/2.11 have no window: one SDPA call per document
-        return torch.cat(
-            [_sdpa(*(t[:, :, a:b] for t in (query, key, value)), scale, window) for a, b in _bounds(packed.lengths)],
-            dim=2,
-        ).transpose(1, 2)
+    else:
+        return None
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in known:
             options["enable_gqa"] = True
@@ -112,11 +143,6 @@ def _varlen(
     output = varlen_attn(q, k, v, packed.start_S1, packed.start_S1, longest, longest, scale=scale, **options)
     assert isinstance(output, torch.Tensor)
     return output[None]
-
-
-def _bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return [(end - length, end) for end, length in zip(ends, lengths)]
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""One job while it runs: where its data stands, how far it is, and what decides that it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lowrank.records import Segment
+from lowrank.train.optimizers import ScheduleConfig
+
+
+class Steps(Protocol):
+    """Where a job's optimiser steps come from (data/feed.py)."""
+
+    @property
+    def epoch(self) -> float: ...
+
+    def next_step(self) -> list[Segment]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps of a job, besides tensors and the feed. All of it is plain JSON."""
+
+    step: int = 0
+    """Optimiser steps taken, skipped ones included."""
+    finished: str | None = None
+    """Why it is over: done, early_stopping, not_finite. None while it runs."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    train_tokens: int = 0
+    train_seconds: float = 0.0
+
+
+@dataclass
+class Job:
+    """A job as the loop sees it. `slot` is its adapter in the bank (-1: the base's own parameters)."""
+
+    name: str
+    slot: int
+    feed: Steps
+    held_out: Sequence[Segment]
+    schedule: ScheduleConfig
+    learning_rate: float
+    num_steps: int
+    eval_every: int | None
+    """Steps between evaluations; None: only at the end."""
+    log_every: int
+    max_skipped_steps: int
+    patience: int | None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def active(self) -> bool:
+        """It still takes steps."""
+        return self.progress.finished is None
+
+    def next_learning_rate(self) -> float:
+        """Of the step that is about to be taken."""
+        return self.learning_rate * self.schedule.factor(self.progress.step, self.num_steps)
+
+    def count_step(self, tokens: int, seconds: float, skipped: bool) -> None:
+        """One optimiser step more, taken or skipped; the last one, or one skip too many, ends the job."""
+        progress = self.progress
+        progress.step += 1
+        progress.train_tokens += tokens
+        progress.train_seconds += seconds
+        progress.skipped += skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        if progress.skipped_in_a_row > self.max_skipped_steps:
+            progress.finished = "not_finite"
+        elif progress.step >= self.num_steps:
+            progress.finished = "done"
+
+    def logs_now(self) -> bool:
+        """This step's loss belongs in the log: the first, the last, and every `log_every`-th."""
+        step = self.progress.step
+        return step == 1 or step % self.log_every == 0 or not self.active
+
+    def evaluates_now(self) -> bool:
+        """Held-out rows are due."""
+        due = self.eval_every is not None and self.progress.step % self.eval_every == 0
+        return bool(self.held_out) and (due or self.progress.finished == "done")
+
+    def count_evaluation(self, loss: float) -> bool:
+        """Take note of a held-out loss; True if it is the lowest so far."""
+        progress = self.progress
+        best = progress.best_loss is None or loss < progress.best_loss
+        if best and loss == loss:
+            progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
+            return True
+        progress.evaluations_without_gain += 1
+        if self.active and self.patience is not None and progress.evaluations_without_gain >= self.patience:
+            progress.finished = "early_stopping"
+        return False

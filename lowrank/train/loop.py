@@ -1,0 +1,153 @@
+"""The loop: every tick, one optimiser step of every active job; now and then evaluate, save, report.
+
+Jobs of different length finish on their own; a finished job's slot costs nothing any more. The loop
+knows data as steps of segments, the disk as a `Keeper`, and people as a function that takes events.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from lowrank.train.engine import Engine, Forwarded, Updated
+from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
+from lowrank.train.job import Job
+
+
+class Keeper(Protocol):
+    """Who writes to the run folder (train/keeper.py)."""
+
+    def keep(self, job: Job, which: str) -> Path:
+        """Write a job's adapter as `best` or `last`."""
+        ...
+
+    def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
+        """Write the state of all jobs, from which `resume` goes on bit by bit."""
+        ...
+
+
+class Loop:
+    """Runs jobs to their ends. `tick` counts the rounds; job.progress.step counts a job's own steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        jobs: Sequence[Job],
+        keeper: Keeper,
+        report: Callable[[Event], None],
+        *,
+        save_every: int | None,
+        tick: int = 0,
+    ) -> None:
+        self.engine = engine
+        self.jobs = tuple(jobs)
+        self.keeper = keeper
+        self.report = report
+        self.save_every = save_every
+        self.tick = tick
+        self.stop_asked = False
+
+    def run(self) -> bool:
+        """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
+        with self._stop_on_interrupt():
+            while not self.stop_asked and (active := [job for job in self.jobs if job.active]):
+                self._step(active)
+                self._evaluate([job for job in active if job.evaluates_now()])
+                self._finish([job for job in active if not job.active])
+                if self.save_every and self.tick % self.save_every == 0 and any(job.active for job in active):
+                    self._save()
+            done = not any(job.active for job in self.jobs)
+            if not done:
+                for job in self.jobs:
+                    if job.active:
+                        self.report(JobFinished(job.name, job.progress.step, "interrupted"))
+            self._save()
+        return done
+
+    def _step(self, active: list[Job]) -> None:
+        started = time.perf_counter()
+        rates = {job.slot: job.next_learning_rate() for job in active}
+        forwarded = self.engine.forward_backward({job.slot: job.feed.next_step() for job in active})
+        updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
+        self.tick += 1
+        seconds = time.perf_counter() - started
+        for job in active:
+            job.count_step(forwarded[job.slot].tokens, seconds, updated[job.slot].skipped)
+            self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
+
+    def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
+        self.report(
+            StepDone(
+                job=job.name,
+                step=job.progress.step,
+                epoch=job.feed.epoch,
+                loss=forwarded.loss,
+                grad_norm=updated.grad_norm,
+                learning_rate=rate,
+                tokens=forwarded.tokens,
+                loss_tokens=forwarded.totals.get("tokens", 0.0),
+                seconds=seconds,
+                skipped=updated.skipped,
+                metrics=forwarded.metrics,
+                logged=job.logs_now() or updated.skipped,
+            )
+        )
+        if updated.skipped:
+            row = job.progress.skipped_in_a_row
+            self.report(
+                Notice(
+                    f"step {job.progress.step} of {job.name} gave a loss or gradient that is not finite; the step was "
+                    f"skipped ({row} in a row, the job stops after {job.max_skipped_steps + 1})",
+                    level="warning",
+                    job=job.name,
+                )
+            )
+
+    def _evaluate(self, due: list[Job]) -> None:
+        if not due:
+            return
+        results = self.engine.evaluate({job.slot: job.held_out for job in due})
+        for job in due:
+            result = results[job.slot]
+            best = job.count_evaluation(result.loss)
+            if best:
+                self.keeper.keep(job, "best")
+            self.report(
+                EvalDone(job.name, job.progress.step, result.loss, result.totals.get("tokens", 0.0), best=best)
+            )
+
+    def _finish(self, finished: list[Job]) -> None:
+        for job in finished:
+            self.keeper.keep(job, "last")
+            if job.progress.best_step is None:  # nothing was held out: the last is the best there is
+                self.keeper.keep(job, "best")
+            self.report(JobFinished(job.name, job.progress.step, job.progress.finished or "done"))
+
+    def _save(self) -> None:
+        self.report(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))
+
+    @contextmanager
+    def _stop_on_interrupt(self) -> Iterator[None]:
+        """Ctrl-C lets the running step end and saves; a second one stops at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            del number, frame
+            if self.stop_asked:
+                raise KeyboardInterrupt
+            self.stop_asked = True
+            self.report(Notice("stopping after this step and saving; press Ctrl-C again to stop at once", "warning"))
+
+        try:
+            before = signal.signal(signal.SIGINT, ask)
+        except ValueError:  # not in the main thread: whoever runs us there deals with interrupts
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
