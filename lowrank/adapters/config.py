@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from pydantic import Field
 
 from lowrank.settings import Fraction, Positive, Settings
@@ -9,6 +12,10 @@ from lowrank.settings import Fraction, Positive, Settings
 
 class AdapterSettings(Settings):
     """One job's adapter. PEFT's meaning of every field; a variant's `Config` adds `type` and its own."""
+
+    peft_fields: ClassVar[Mapping[str, Any] | None] = None
+    """What tells this variant apart in PEFT's adapter_config.json, beside the fields below; None: PEFT has no such
+    variant, and its adapters cannot be saved."""
 
     rank: Positive = 16
     """Rank of the update, PEFT's `r`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -15,6 +16,7 @@ from lowrank.models.storages import BaseLinear
 class Config(AdapterSettings):
     """Low-rank adaptation."""
 
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {}
     type: Literal["lora"] = "lora"
 
     def build(self) -> Variant:

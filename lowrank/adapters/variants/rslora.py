@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.variants import Variant
@@ -13,6 +14,7 @@ from lowrank.adapters.variants.lora import Lora
 class Config(AdapterSettings):
     """Rank-stabilised LoRA."""
 
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {"use_rslora": True}
     type: Literal["rslora"] = "rslora"
 
     def build(self) -> Variant:
