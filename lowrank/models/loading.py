@@ -83,7 +83,7 @@ def load(
     word = choose_layout(base, config.attention)
     if word:
         notify(word)
-    _recompute(model, config.recompute)
+    set_recompute(model, config.recompute)
     return base
 
 
@@ -113,14 +113,16 @@ def _load_model(config: Config, dtype: torch.dtype) -> Any:
     return model
 
 
-def _recompute(model: Any, policy: str | int) -> None:
+def set_recompute(model: Any, policy: str | int) -> None:
     """Let the first n decoder layers (`full`: all) recompute their activations in the backward pass."""
     if policy in ("none", 0):
         return
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(f"model.recompute: {type(model).__name__} does not support it; leave it at none")
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    # transformers 5.2x renamed it; the base has no random numbers of its own, so there is no state to keep
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = policy == "full" or index < int(policy)
         layer.training = layer.gradient_checkpointing  # the layer alone: its children stay in evaluation mode

@@ -1,0 +1,100 @@
+"""The autograd Function itself, and the grouped back-end against the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank.adapters.linear import LayerAdapter, Piece, RoutedLinear, _RoutedLinear
+from lowrank.adapters.routing import Draws, Routing
+from lowrank.adapters.variants.lora import Lora
+from lowrank.kernels.grouped import can_group, grouped_backward, grouped_forward
+from lowrank.models.storages.dense import DenseLinear
+
+RANKS = (4, 1, 6)
+RANGES = ((0, 2, 7), (1, 7, 8), (3, 8, 14))
+
+
+def make_layer(dropout: float, bias: bool = True) -> RoutedLinear:
+    """Rows 0-1 are the bare base, slot 2 is absent; ranks are mixed."""
+    torch.manual_seed(0)
+    routing = Routing()
+    layer = RoutedLinear(DenseLinear(nn.Linear(5, 7, bias=bias).double().requires_grad_(False)), "layer", routing)
+    for (slot, _, _), rank in zip(RANGES, RANKS):
+        masters = {
+            "lora_A": nn.Parameter(torch.randn(rank, 5, dtype=torch.float64)),
+            "lora_B": nn.Parameter(torch.randn(7, rank, dtype=torch.float64)),
+        }
+        layer.adapters[slot] = LayerAdapter(Lora(), 0.5 + slot, masters, masters, dropout)
+    draws = {slot: Draws(seed=slot, step=3) for slot, _, _ in RANGES}
+    routing.set(14, RANGES, torch.arange(14), torch.full((14,), 14), draws)
+    return layer
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(dropout: float, bias: bool) -> None:
+    layer = make_layer(dropout, bias)
+    x_TD = torch.randn(14, 5, dtype=torch.float64, requires_grad=True)
+    masters = [tensor for adapter in layer.adapters.values() for tensor in adapter.masters.values()]
+    # gradcheck moves one element of x, A, B at a time; the layer reads the moved tensors
+    assert torch.autograd.gradcheck(lambda *_: layer(x_TD), (x_TD, *masters))
+
+
+def test_equals_the_formula_with_the_mask_written_out() -> None:
+    layer = make_layer(0.4)
+    x_TD = torch.randn(14, 5, dtype=torch.float64)
+    expected = layer.base(x_TD)
+    for slot, first, end in RANGES:
+        adapter = layer.adapters[slot]
+        key = layer.routing.key(slot, "layer")
+        assert key is not None
+        piece = Piece(first, end, 1.0, x_TD, x_TD, 0.4, key, torch.arange(14))
+        mask_TD = piece.drop(torch.ones(end - first, 5, dtype=torch.float64))
+        assert 0 < (mask_TD == 0).float().mean() < 1
+        A_RD, B_OR = adapter.masters["lora_A"], adapter.masters["lora_B"]
+        expected[first:end] += adapter.scale * (x_TD[first:end] * mask_TD) @ A_RD.t() @ B_OR.t()
+    torch.testing.assert_close(layer(x_TD), expected)
+
+
+def test_saves_the_input_itself_and_no_weight() -> None:
+    """What is kept for the backward pass: x (the same storage), and T x R per slot."""
+    layer = make_layer(0.0)
+    x_TD = torch.randn(14, 5, dtype=torch.float64, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x_TD)
+    assert saved[0].data_ptr() == x_TD.data_ptr()
+    assert sum(tensor.numel() for tensor in saved[1:]) == sum((end - a) * r for (_, a, end), r in zip(RANGES, RANKS))
+
+
+def test_grouped_equals_the_loop() -> None:
+    """bf16, ranks that are no multiple of 8, bare-base rows in front: kernels/grouped.py against the plain loop."""
+    torch.manual_seed(0)
+    x_TD = torch.randn(60, 16).bfloat16()
+    pieces = tuple(
+        Piece(5 + 11 * i, 5 + 11 * (i + 1), 0.5 + i, torch.randn(r, 16).bfloat16(), torch.randn(24, r).bfloat16())
+        for i, r in enumerate((4, 8, 3, 16, 1))
+    )
+    assert can_group(x_TD, pieces)
+    base = DenseLinear(nn.Linear(16, 24).bfloat16().requires_grad_(False))
+    loop_input = x_TD.clone().requires_grad_()
+    masters = [tensor.float().requires_grad_() for piece in pieces for tensor in (piece.A_RD, piece.B_OR)]
+    loop = _RoutedLinear.apply(loop_input, base, pieces, *masters)
+    y_TO = base(x_TD)
+    (h_TR,) = grouped_forward(x_TD, y_TO, pieces)
+    torch.testing.assert_close(y_TO, loop, rtol=3e-2, atol=0.3)
+    dy_TO = torch.randn(60, 24).bfloat16()
+    loop.backward(dy_TO)
+    dx_TD = dy_TO @ base.dense_weight()
+    gradients = grouped_backward(dy_TO, x_TD, h_TR, dx_TD, pieces)
+    assert loop_input.grad is not None
+    assert _relative(dx_TD, loop_input.grad) < 1e-2
+    for gradient, master in zip(gradients, masters):
+        assert master.grad is not None
+        assert _relative(gradient, master.grad) < 1e-2
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one.double() - other.double()).norm() / other.double().norm()).item()

@@ -1,0 +1,136 @@
+"""Every family the field trains: same losses, gradients and updates as PEFT, packed or padded, and no leak."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.models.leak import check_head
+from lowrank.models.loading import set_recompute
+from lowrank.records import pack
+from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
+
+PADDED = {"bloom", "falcon", "mpt", "stablelm", "jamba"}
+"""Families whose attention cannot be told about documents; the leak test must find that out."""
+FLOAT32_INSIDE = {"gemma2", "mpt"}
+"""transformers computes their softmax in float32 whatever the model's dtype, we do not."""
+
+RENAMED_BY_PEFT = {"deepseek_v3"}
+"""PEFT 0.21 takes these families' `gate_proj` ... for the experts' old names, also where it means a dense layer."""
+
+
+def peft_twin(model: Any, parameters: dict[str, torch.Tensor], rank: int, alpha: float) -> tuple[Any, dict[str, Any]]:
+    """PEFT's own LoRA on a copy of `model` with our initial values: the oracle."""
+    modules = sorted({name.partition(".lora_")[0] for name in parameters})
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="|".join(m.replace(".", r"\.") for m in modules))
+    config.init_lora_weights = False
+    twin = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    own = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        for name, parameter in twin.named_parameters()
+        if parameter.requires_grad
+    }
+    assert own.keys() == parameters.keys()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(parameters[name])
+    return twin, own
+
+
+@pytest.mark.filterwarnings("ignore:.*(fan_in_fan_out|pattern keys).*")  # PEFT's advice about its own settings
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trains_like_peft(family: str) -> None:
+    base = make_base(family)
+    twin_model = make_model(family)
+    assert base.layout == ("padded" if family in PADDED else "packed")
+    check_head(base)
+    excluded = ("gate_proj", "up_proj", "down_proj") if family in RENAMED_BY_PEFT else ()
+    configs = [Lora(rank=rank, alpha=8, exclude_modules=excluded) for rank in (4, 2, 8)]
+    engine, slots = make_engine(base, *configs, learning_rate=1e-2)
+    parameters = engine.bank.parameters(slots[1])
+    twin, own = peft_twin(twin_model, parameters, rank=2, alpha=8)
+    optimizer = torch.optim.AdamW(own.values(), lr=1e-2, weight_decay=0.0)
+    tolerance = 1e-5 if family in FLOAT32_INSIDE else 1e-10
+    for step in range(3):
+        work = {slot: random_step(10 * step + slot, [5 + slot, 9, 14, 7 + step]) for slot in slots}
+        loss = _plain_loss(twin, work[slots[1]])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        forwarded = engine.forward_backward(work)
+        updated = {slot: engine.optim_step(slot, 1e-2) for slot in slots}
+        assert forwarded[slots[1]].loss == pytest.approx(loss.item(), abs=tolerance)
+        assert updated[slots[1]].grad_norm == pytest.approx(norm.item(), abs=tolerance)
+        assert norm > 0
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, own[name], rtol=0, atol=10 * tolerance)
+
+
+def _plain_loss(model: Any, segments: list[Any]) -> torch.Tensor:
+    """The loss as everybody would write it: one row at a time, full logits."""
+    total = sum(float(segment.weight_L.sum()) for segment in segments)
+    loss = torch.zeros((), dtype=torch.float64)
+    for segment in segments:
+        token_T = torch.from_numpy(segment.token_L)
+        logprob_TV = model(input_ids=token_T[None]).logits[0].double().log_softmax(-1)
+        logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
+        loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
+    return loss
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_adapter_changes_nothing(family: str, dtype: torch.dtype) -> None:
+    base = make_base(family, dtype)
+    batch = pack([(-1, segment) for segment in random_step(0, [6, 11, 4])])
+    with torch.no_grad():
+        before = base.hidden(batch)
+        engine, (slot,) = make_engine(base, Lora(rank=4))
+        routed = pack([(slot, segment) for segment in random_step(0, [6, 11, 4])])
+        rows = base.rows(routed)
+        engine.bank.routing.set(rows.num_rows, rows.ranges)
+        after = base.hidden(routed)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("recompute", ["full", 1])
+def test_recompute_changes_nothing(family: str, recompute: str | int) -> None:
+    work = random_step(3, [9, 20, 6])
+    results = []
+    for policy in ("none", recompute):
+        base = make_base(family)
+        engine, (slot,) = make_engine(base, Lora(rank=4, dropout=0.2))
+        set_recompute(base.model, policy)
+        with torch.no_grad():
+            for parameter in engine.bank.parameters(slot).values():
+                parameter.add_(0.01)
+        loss = engine.forward_backward({slot: work})[slot].loss
+        results.append((loss, [p.grad.clone() for p in engine.bank.parameters(slot).values()]))
+    (loss, gradients), (again, recomputed) = results
+    assert loss == again
+    for one, other in zip(gradients, recomputed):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+def test_masked_attention_is_not_confused_by_a_padded_bucket() -> None:
+    """Documents of one length, of many lengths, and of one token give what each gives alone."""
+    base = make_base("llama")
+    documents = random_step(1, [33, 1, 32, 64, 2, 31, 33])
+    with torch.no_grad():
+        together = base.hidden(pack([(-1, document) for document in documents]))
+        alone = torch.cat([base.hidden(pack([(-1, document)])) for document in documents])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_experts_are_announced() -> None:
+    engine, (slot,) = make_engine(make_base("mixtral"), Lora())
+    missed = engine.bank.slots[slot].missed
+    assert missed is not None
+    assert "gate_up_proj" in missed
