@@ -1,0 +1,317 @@
+"""Records as segments: chat template, tokens, loss weights, maximum length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from lowrank.data import templates, truncation
+from lowrank.data.chat_template import ChatTemplate, RowRefused
+from lowrank.data.config import Config
+from lowrank.data.masks import Sample, samples_of
+from lowrank.data.template_shape import Shape, shape_of
+from lowrank.errors import ConfigError, ModelError
+from lowrank.records import (
+    CHOSEN,
+    PLAIN,
+    REJECTED,
+    Conversation,
+    Message,
+    Preference,
+    Rated,
+    Record,
+    Segment,
+    Text,
+)
+
+_ROWS_AT_ONCE = 1000
+"""Rows tokenised in one call, which the tokenizer spreads over the processor's cores."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What one record became."""
+
+    segments: tuple[Segment, ...]
+    """Empty when the record is dropped. The two answers of a preference share a `pair`; others stand alone."""
+    problem: str | None = None
+    """Why it was dropped, in plain words."""
+    truncated_tokens: int = 0
+    """Tokens cut off at the end of its segments."""
+    refused: bool = False
+    """The settings ask for an error here (`on_too_long: error`), not for a dropped record."""
+
+    @property
+    def samples(self) -> tuple[tuple[Segment, ...], ...]:
+        """The segments as samples of a feed: a pair is one, and every other segment is one."""
+        if not self.segments:
+            return ()
+        return (self.segments,) if self.segments[0].pair >= 0 else tuple((segment,) for segment in self.segments)
+
+
+class Renderer:
+    """Turns records into segments, for one tokenizer and the data settings of one job.
+
+    chat_template   the Jinja source in use, the same that goes into exports
+    stop_tokens     ids that end an answer
+    notices         what a person should know about the template
+    """
+
+    def __init__(self, tokenizer: Any, config: Config) -> None:
+        """Raises ModelError for a slow tokenizer, ConfigError for settings that exclude each other.
+
+        The chat template is looked for when the first conversation comes: plain text needs none.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which characters a token stands for, so "
+                "answers cannot be told from prompts\n  use the fast one (a model folder with tokenizer.json)"
+            )
+        if config.train_on_prompt and config.mask_history:
+            raise ConfigError("data: train_on_prompt and mask_history exclude each other; choose one")
+        self.tokenizer = tokenizer
+        self.config = config
+        self._prefix = _prefix(tokenizer)
+        self._chat: tuple[ChatTemplate, Shape] | None = None
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source in use. Raises ModelError if there is none."""
+        return self._template[0].text
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know about the chat template, in whole sentences; nothing before one was needed."""
+        return self._chat[1].notices if self._chat else ()
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids at which an answer ends: EOS, and the end of turn of the chat template."""
+        stops = {self.tokenizer.eos_token_id}
+        if self._chat is not None or self.tokenizer.chat_template or self.config.chat_template:
+            template, shape = self._template
+            ends = [*template.control.findall(shape.closing)[-1:], *shape.added.values()]
+            stops |= {self.tokenizer.convert_tokens_to_ids(token) for token in ends}
+        return frozenset(stop for stop in stops if stop is not None)
+
+    def render(self, record: Record) -> Rendering:
+        """One record; see `render_many`."""
+        return next(self.render_many([record]))
+
+    def render_many(self, records: Iterable[Record]) -> Iterator[Rendering]:
+        """One rendering per record, in order, read and tokenised a thousand at a time.
+
+        Raises ModelError if conversations come and there is no usable chat template.
+        """
+        source = iter(records)
+        while rows := list(islice(source, _ROWS_AT_ONCE)):
+            written = [self._write(record) for record in rows]
+            texts = [sample.text for samples in written if not isinstance(samples, str) for sample in samples]
+            encoded = self._encode(texts)
+            at = 0
+            for record, samples in zip(rows, written):
+                if isinstance(samples, str):
+                    yield Rendering((), samples)
+                    continue
+                parts = [_weigh(sample, encoded, at + place) for place, sample in enumerate(samples)]
+                at += len(samples)
+                yield self._finish(record, parts)
+
+    def prompt(self, conversation: Conversation) -> np.ndarray:
+        """(L) int64 tokens of a conversation that waits for an answer, ending in the generation prompt.
+
+        Raises DataError if the chat template refuses it.
+        """
+        template, shape = self._template
+        conversation = self._with_system(conversation)
+        text = template.render(conversation.messages, conversation.tools, generation_prompt=True).text + shape.header
+        return np.asarray(self._encode([text])["input_ids"][0], np.int64)
+
+    def show(self, segment: Segment) -> list[tuple[str, float]]:
+        """The segment as text in pieces of equal loss weight, `[(text, weight), ...]`."""
+        changes = np.flatnonzero(np.diff(segment.weight_L)) + 1
+        pieces, shown = [], ""
+        for start, end in zip([0, *changes], [*changes, len(segment)]):
+            text = self.tokenizer.decode(
+                segment.token_L[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            if end < len(segment):
+                text = text.rstrip("\ufffd")  # half a character: the rest comes with the next piece
+            pieces.append((text[len(shown) :], float(segment.weight_L[start])))
+            shown = text
+        return pieces
+
+    @property
+    def _template(self) -> tuple[ChatTemplate, Shape]:
+        if self._chat is None:
+            text = templates.choose(self.tokenizer, self.config.chat_template)
+            template = ChatTemplate(text, self.tokenizer, self.config.chat_template_kwargs)
+            shape = shape_of(template, self.tokenizer.eos_token)
+            if self.config.default_system is not None and shape.refuses_system:
+                raise ConfigError(f"data.default_system: {shape.refuses_system}")
+            self._chat = template, shape
+        return self._chat
+
+    def _write(self, record: Record) -> list[Sample] | str:
+        """The texts of a record, or why there are none."""
+        try:
+            if isinstance(record, Text):
+                return self._plain(record)
+            if isinstance(record, Conversation):
+                return self._conversation(record)
+            if isinstance(record, Preference):
+                answers = (record.chosen, record.rejected)
+                return [
+                    self._answer(replace(record.prompt, messages=(*record.prompt.messages, answer)))
+                    for answer in answers
+                ]
+            return [self._answer(record.conversation)]
+        except RowRefused as error:
+            return str(error)
+
+    def _plain(self, record: Text) -> list[Sample]:
+        if not record.text.strip():
+            raise RowRefused("the text is empty")
+        return [Sample(record.text, ((0, len(record.text)),))]
+
+    def _conversation(self, conversation: Conversation) -> list[Sample]:
+        answers = [place for place, message in enumerate(conversation.messages) if message.role == "assistant"]
+        if not answers:
+            raise RowRefused("no answer: the conversation has no turn of the assistant")
+        considered = answers[-1:] if self.config.mask_history else answers
+        learned = [place for place in considered if _to_learn(conversation.messages[place])]
+        if not learned:
+            empty = not any(_says_something(conversation.messages[place]) for place in considered)
+            raise RowRefused("the answer is empty" if empty else "none of its answers is to be learned (weight 0)")
+        return self._samples(conversation, learned, prompt_too=self.config.train_on_prompt)
+
+    def _answer(self, conversation: Conversation) -> Sample:
+        """The last turn alone is learned, as preference objectives compare it."""
+        if not conversation.messages or conversation.messages[-1].role != "assistant":
+            raise RowRefused("no answer: the last turn is not the assistant's")
+        if not _says_something(conversation.messages[-1]):
+            raise RowRefused("the answer is empty")
+        return self._samples(conversation, [len(conversation.messages) - 1], prompt_too=False)[0]
+
+    def _samples(self, conversation: Conversation, learned: Sequence[int], prompt_too: bool) -> list[Sample]:
+        template, shape = self._template
+        added = self._with_system(conversation)
+        shift = len(added.messages) - len(conversation.messages)
+        return samples_of(template, shape, added, [place + shift for place in learned], prompt_too=prompt_too)
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        system = self.config.default_system
+        if system is None or any(message.role == "system" for message in conversation.messages):
+            return conversation
+        return replace(conversation, messages=(Message("system", system), *conversation.messages))
+
+    def _encode(self, texts: list[str]) -> Any:
+        """Never with the tokenizer's own special tokens: a chat template writes BOS itself, or means to have none."""
+        if not texts:
+            return None
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+
+    def _finish(self, record: Record, parts: list[Segment]) -> Rendering:
+        if isinstance(record, Text):
+            parts = [self._framed(part) for part in parts]
+        elif isinstance(record, Preference):
+            parts = [replace(part, pair=0, role=role) for part, role in zip(parts, (CHOSEN, REJECTED))]
+        else:
+            role = PLAIN if isinstance(record, Conversation) else (CHOSEN if record.desirable else REJECTED)
+            parts = [replace(_without_tail(part), role=role) for part in parts]
+        if not all(part.weight_L.any() for part in parts):
+            return Rendering((), "no token of it can be learned")
+        return self._fit(parts, splittable=isinstance(record, (Text, Conversation)))
+
+    def _fit(self, parts: list[Segment], splittable: bool) -> Rendering:
+        limit, policy = self.config.max_length, self.config.on_too_long
+        longest = max(map(len, parts))
+        if longest <= limit:
+            return Rendering(tuple(parts))
+        if policy in ("drop", "error"):
+            return Rendering((), truncation.too_long(longest, limit), refused=policy == "error")
+        if policy == "split" and splittable:
+            pieces = [piece for part in parts for piece in truncation.split(part, limit, self._prefix)]
+            return Rendering(tuple(pieces), None if pieces else truncation.too_long(longest, limit))
+        cut = [truncation.truncate(part, limit) for part in parts]
+        kept = [segment for segment, _ in cut if segment is not None]
+        if not kept or (len(kept) < len(parts) and not splittable):  # a pair needs both its answers
+            return Rendering((), f"{truncation.too_long(longest, limit)}, and its prompt alone fills that")
+        lost = sum(len(part) for part in parts) - sum(map(len, kept))
+        return Rendering(tuple(kept), truncated_tokens=lost)
+
+    def _framed(self, part: Segment) -> Segment:
+        """Plain text between what the tokenizer puts before it (BOS, never twice) and a learned EOS."""
+        tokens, prefix, end = part.token_L, self._prefix, self.tokenizer.eos_token_id
+        if len(prefix) and not np.array_equal(tokens[: len(prefix)], prefix):
+            tokens = np.concatenate([prefix, tokens])
+        if end is not None and len(part) and tokens[-1] != end:
+            tokens = np.concatenate([tokens, np.asarray([end], tokens.dtype)])
+        weights = np.ones(len(tokens), np.float32)
+        weights[: max(1, len(prefix))] = 0.0
+        return Segment(tokens, weights)
+
+
+def _to_learn(message: Message) -> bool:
+    return message.trained and _says_something(message)
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.content.strip() or message.tool_calls)
+
+
+def _prefix(tokenizer: Any) -> np.ndarray:
+    """(P) what the tokenizer puts before a text by itself, e.g. BOS."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    for place in range(len(framed) - len(bare) + 1):
+        if framed[place : place + len(bare)] == bare:
+            return np.asarray(framed[:place], np.int32)
+    return np.zeros(0, np.int32)
+
+
+def _weigh(sample: Sample, encoded: Any, row: int) -> Segment:
+    """Tokens and weights: a token is learned if any of its characters is."""
+    tokens = np.asarray(encoded["input_ids"][row], np.int32)
+    weights = np.zeros(len(tokens), np.float32)
+    for start, end in sample.learned:
+        first = _token_from(encoded, row, start, end)
+        if first is not None:
+            weights[first : _token_after(encoded, row, end, len(sample.text), len(tokens))] = 1.0
+    weights[:1] = 0.0  # nothing comes before the first token
+    return Segment(tokens, weights)
+
+
+def _token_from(encoded: Any, row: int, start: int, end: int) -> int | None:
+    """The first token with a character in [start, end); white space may belong to no token."""
+    for place in range(start, end):
+        token = encoded.char_to_token(row, place)
+        if token is not None:
+            return token
+    return None
+
+
+def _token_after(encoded: Any, row: int, end: int, length: int, num_tokens: int) -> int:
+    """One past the last token with a character before `end`."""
+    last = next((t for p in range(end - 1, -1, -1) if (t := encoded.char_to_token(row, p)) is not None), -1)
+    follows = next((t for p in range(end, length) if (t := encoded.char_to_token(row, p)) is not None), num_tokens)
+    return max(last + 1, follows)
+
+
+def _without_tail(segment: Segment) -> Segment:
+    """Without the tokens after the last learned one: they cannot change any loss."""
+    learned = np.flatnonzero(segment.weight_L)
+    end = int(learned[-1]) + 1 if len(learned) else 0
+    return Segment(segment.token_L[:end], segment.weight_L[:end], segment.pair, segment.role)
+
