@@ -29,12 +29,12 @@ ELSEWHERE = {
 }
 """Places that are not read, in words."""
 
-TEXT_COLUMNS = {
-    "alpaca": ("prompt", "query", "response", "history", "system", "tools"),
-    "sharegpt": ("messages", "system", "tools"),
-    "openai": ("messages", "system", "tools"),
+TEXT_COLUMNS: dict[str, dict[str, str]] = {
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "", "system": ""},
+    "sharegpt": {"messages": "conversations", "system": "", "tools": ""},
+    "openai": {"messages": "conversations", "system": "", "tools": ""},
 }
-"""Columns that mean something in each formatting; others are set aside, as LLaMA-Factory does."""
+"""Columns that mean something in each formatting, with LLaMA-Factory's defaults; "" is none. Others are set aside."""
 
 MEDIA_COLUMNS = ("images", "videos", "audios")
 
@@ -118,11 +118,20 @@ def _source(entry: Mapping[str, Any], folder: Path, stage: str) -> dict[str, Any
         source.update({key: entry[key] for key in ("split", "subset") if entry.get(key)})
     else:
         source["path"] = str(folder / entry["file_name"])
-    columns = entry.get("columns") or {}
-    wanted = ("prompt",) if stage == "pt" else TEXT_COLUMNS[formatting]
-    source["columns"] = {part: columns[part] for part in wanted if columns.get(part)}
+    source["columns"] = _columns(entry.get("columns") or {}, formatting, stage)
     if formatting != "alpaca" and entry.get("tags"):
         source["tags"] = dict(entry["tags"])
     if entry.get("num_samples"):
         source["max_samples"] = entry["num_samples"]
     return {key: value for key, value in source.items() if value != {}}
+
+
+def _columns(columns: Mapping[str, str], formatting: str, stage: str) -> dict[str, str]:
+    """Which column plays which part. As in LLaMA-Factory, a part that is not mapped is played by its default column
+    only where nothing is mapped, and by no column otherwise (written "", so that none is guessed)."""
+    if stage == "pt":
+        return {"text": columns["prompt"]}
+    defaults = TEXT_COLUMNS[formatting]
+    if not columns:
+        return {part: "" for part, default in defaults.items() if not default}
+    return {part: columns.get(part) or "" for part in defaults}

@@ -15,7 +15,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-import lowrank.data
 from lowrank.compat.dataset_info import find_info, read_info, sources
 from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Keys, find, is_default, known
 from lowrank.config.problems import plain_words
@@ -44,6 +43,19 @@ SCHEDULES = {
     "cosine_with_restarts": "cosine_with_restarts",
     "inverse_sqrt": "inverse_sqrt",
 }
+TEMPLATES = {
+    "alpaca": "alpaca",
+    "chatml": "chatml",
+    "deepseek3": "deepseek",
+    "gemma": "gemma",
+    "gemma3": "gemma",
+    "llama3": "llama3",
+    "mistral": "mistral",
+    "phi": "phi3",
+    "qwen": "qwen",
+}
+"""Templates of theirs that a built-in one reproduces, by name; `deepseek` means another format there."""
+
 STAGES = {"sft": "sft", "pt": "pretrain"}
 LATER_STAGES = ("rm", "ppo", "dpo", "kto")
 REPORTERS = ("tensorboard", "wandb", "mlflow", "swanlab")
@@ -220,10 +232,10 @@ def _data(
 def _template(keys: Keys, warnings: list[str]) -> dict[str, Any]:
     """A built-in template of that name, or the tokenizer's own."""
     data: dict[str, Any] = {}
-    if keys.template in built_in_templates():
-        data["chat_template"] = keys.template
+    if keys.template in TEMPLATES:
+        data["chat_template"] = TEMPLATES[keys.template]
     elif keys.template is not None:
-        warnings.append(f"template: the tokenizer's own chat template is used; {keys.template!r} is not built in")
+        warnings.append(f"template: {keys.template!r} is not built in; the tokenizer's own chat template is used")
     if not keys.enable_thinking:
         data["chat_template_kwargs"] = {"enable_thinking": False}
     return data
@@ -370,9 +382,3 @@ def _reporters(keys: Keys, problems: list[str]) -> dict[str, Any]:
         if name not in REPORTERS
     ]
     return {"report_to": names} if names else {}
-
-
-def built_in_templates() -> list[str]:
-    """Names of the chat templates that come with lowrank."""
-    folder = Path(str(lowrank.data.__file__)).parent / "templates"
-    return sorted(path.stem for path in folder.glob("*.jinja"))

@@ -68,7 +68,7 @@ class Keys(Settings):
     """where `dataset_info.json` is: looked for from the current directory, then beside the file; `ONLINE`: dataset
     names are hub names"""
     template: str | None = None
-    """`data.chat_template`, where a built-in template has that name; else the tokenizer's own is used, and said"""
+    """`data.chat_template`, for the templates listed below; else the tokenizer's own is used, with a warning"""
     cutoff_len: Positive = 2048
     """`data.max_length`"""
     max_samples: Positive | None = None
@@ -178,7 +178,7 @@ class Keys(Settings):
     @field_validator("interleave_probs", mode="before")
     @classmethod
     def _comma_separated_numbers(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+        return tuple(str(value).split(",")) if isinstance(value, (str, int, float)) else value
 
 
 @dataclass(frozen=True)
@@ -288,13 +288,11 @@ NO_EFFECT: Sequence[Group] = (
     Group(_keys("use_fast_tokenizer"), "tokenizers are always the fast ones", True, True),
     Group(_keys("run_name"), "a run is called after its output_dir", None, True),
     Group(_keys("cache_dir"), "set the environment variable HF_HOME instead", None, True),
-    Group(
-        _keys("hf_hub_token hub_token"), "log in with `hf auth login` instead of keeping a secret in a file", None, True
-    ),
+    Group(_keys("hf_hub_token hub_token"), "log in with `hf auth login` instead", None, True),
     Group(_keys("ms_hub_token om_hub_token"), "models and datasets come from the Hugging Face hub or from disk"),
     Group(_keys("swanlab_project swanlab_workspace swanlab_run_name swanlab_logdir"), "names come from output_dir"),
     Group(_keys("swanlab_mode"), "set the environment variable SWANLAB_MODE instead", "cloud", True),
-    Group(_keys("swanlab_api_key"), "log in with `swanlab login` instead of keeping a secret in a file", None, True),
+    Group(_keys("swanlab_api_key"), "log in with `swanlab login` instead", None, True),
     Group(_keys("swanlab_lark_webhook_url swanlab_lark_secret"), "no messages are sent", None, True),
     Group(
         _keys(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank.compat.llamafactory import OPTIMIZERS, SCHEDULES
+from lowrank.compat.llamafactory import OPTIMIZERS, SCHEDULES, TEMPLATES
 from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Group, Keys
 
 TOP = """\
@@ -35,8 +35,11 @@ its value asks for something. All of them are listed here.
   `max_samples`. A dataset smaller than `num_samples` is not repeated.
 - A too long sample keeps its prompt and loses the end of its answer; LLaMA-Factory cuts both. How many
   are cut is said before training. `stage: pt` loses no text: long documents are cut in pieces.
-- `template` chooses a built-in chat template of that name. Where there is none, the tokenizer's own is
-  used and a warning says so; for a chat model that is the template its makers trained it with.
+- `template` chooses the built-in chat template that reproduces it. Where there is none, the tokenizer's own
+  is used and a warning says so; for a chat model that is the template its makers trained it with. The line
+  break after the end of a turn is not learned, and BOS stands where the tokenizer puts it.
+- A column that `columns` does not map is not used, as in LLaMA-Factory; so `system` and `history` of an
+  alpaca file count only where they are mapped.
 - Without `resume_from_checkpoint` and `overwrite_output_dir`, a run goes on from the last checkpoint in
   `output_dir`, as in LLaMA-Factory. Checkpoints of LLaMA-Factory itself cannot be continued; its
   adapters can (`adapter_name_or_path`).
@@ -56,6 +59,7 @@ def llamafactory_page() -> str:
             "## Honoured\n",
             *honoured,
             "",
+            f"`template`: {_listed(TEMPLATES)}.\n",
             f"`optim`: {_listed(OPTIMIZERS)}. `lr_scheduler_type`: {_listed(SCHEDULES)}.\n",
             "## Refused\n\nUnless it has LLaMA-Factory's own default.\n",
             *_table(REFUSED, "way out"),

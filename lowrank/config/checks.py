@@ -68,7 +68,11 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
         )
     if config.resume and config.overwrite:
         yield "resume and overwrite: one goes on with the run in output_dir, the other deletes it; set only one"
-    if _is_set(config, "eval_steps") and not any(has_eval(job) for job in config.jobs):
+    if (
+        config.eval_steps is not None
+        and _is_set(config, "eval_steps")
+        and not any(has_eval(job) for job in config.jobs)
+    ):
         yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
     if config.model.storage.type != "dense" and full:
         yield f"tuning: full needs model.storage.type: dense, not {config.model.storage.type!r}"

@@ -1,0 +1,154 @@
+"""The command line as a program: start-up, errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lowrank
+from lowrank.cli import main as cli
+from lowrank.errors import ConfigError, DataError, LowrankError, ModelError, OutputError
+
+DOCS = Path(lowrank.__file__).parent.parent / "docs"
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "lowrank", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+
+
+def test_help_is_fast_and_names_every_command() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run("--help", COLUMNS="200")
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0
+    for name in cli.LazyGroup().list_commands(None):
+        assert cli.COMMANDS[name] in result.stdout
+    assert "130 interrupted" in result.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["show", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from lowrank.cli.main import main\n"
+        f"try: main({words!r})\n"
+        "except SystemExit as exit: assert not exit.code, exit.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"lowrank {lowrank.__version__}\n"
+
+
+def test_without_words_help_is_shown() -> None:
+    result = run()
+    assert "Usage" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["trian"], ["show"], ["show", "x.yaml", "--nope"], ["train"], ["show", "no-such-file.yaml"]]
+)
+def test_what_is_wrong_with_the_command_line_or_the_configuration_is_2(words: list[str]) -> None:
+    plain, as_json = run(*words), run(*words, "--json")
+    assert plain.returncode == as_json.returncode == 2
+    assert plain.stderr
+    assert "Traceback" not in plain.stderr
+    error = json.loads(as_json.stdout)["error"]
+    assert set(error) == {"type", "message", "exit_code"}
+    assert error["exit_code"] == 2
+    assert error["message"]
+
+
+def test_all_problems_of_a_file_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: {train: a/b, mxlength: 3}\nadapter: {rnk: 8}\n")
+    result = run("show", str(path))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "adapter.rnk: unknown key; did you mean 'rank'?" in result.stderr
+    assert "data.mxlength: unknown key; did you mean 'max_length'?" in result.stderr
+    assert "output_dir: required" in result.stderr
+
+
+def test_every_kind_of_error_has_its_documented_code() -> None:
+    kinds = {ConfigError: 2, DataError: 3, ModelError: 4, OutputError: 5, LowrankError: 1}
+    for kind, code in kinds.items():
+        assert kind.exit_code == code
+        assert code in cli.EXIT_CODES
+
+
+def test_exit_codes_are_documented() -> None:
+    page = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    for code, meaning in cli.EXIT_CODES.items():
+        assert f"| {code} | {meaning} |" in page
+
+
+@pytest.mark.parametrize("error", [DataError("row 3: no answer"), ModelError("no such base"), OutputError("not empty")])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_errors_from_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: LowrankError, as_json: bool
+) -> None:
+    import lowrank.cli.show
+
+    def fail(json: bool = False) -> None:
+        raise error
+
+    monkeypatch.setattr(lowrank.cli.show, "show", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["show", "--json"] if as_json else ["show"])
+    assert caught.value.code == error.exit_code
+    output = capsys.readouterr()
+    if as_json:
+        assert json.loads(output.out) == {
+            "error": {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+        }
+    else:
+        assert output.out == ""
+        assert output.err.strip() == str(error)
+
+
+@pytest.mark.parametrize("words", [["show"], ["show", "--json"]])
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    import lowrank.cli.show
+
+    def interrupted(json: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lowrank.cli.show, "show", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 130
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lowrank.cli.show
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(lowrank.cli.show, "show", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["show"])
+
+
+@pytest.mark.parametrize(("words", "expected"), [("lowrank s", "show"), ("lowrank show --sch", "--schema")])
+def test_tab_completion(words: str, expected: str) -> None:
+    environment = {"_LOWRANK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "import sys; sys.argv = ['lowrank']; from lowrank.cli.main import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=60
+    )
+    assert result.stdout.split() == [expected]
