@@ -1,0 +1,150 @@
+"""Files and folders that are there whole or not at all, whenever the process or the machine dies.
+
+New content is written beside its place, synced, and renamed into it. A folder that has something in it
+cannot be renamed over on any system, so the old one steps aside first:
+
+    .name.<token>.partial   being written; incomplete until the rename
+    .name.replaced          the old folder, between the two renames; whole as long as `name` is missing
+    .name.<token>.removed   being deleted
+
+After a crash `current` finds what is valid, and `recover` puts it in its place and removes the rest.
+Writers of one folder keep each other out with a lock (run_folder.py), readers need none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{12}\.(?:partial|removed)|replaced)")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to; afterwards the file is at `path`, durably. An exception leaves `path`."""
+    partial = _beside(path, "partial")
+    try:
+        yield partial
+        _sync_file(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder to fill; afterwards it is at `path`, durably, instead of what was there.
+
+    An exception leaves `path` as it was. A crash at any instant leaves the old folder or the new one to `current`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path, "partial")
+    partial.mkdir()
+    try:
+        yield partial
+        _sync_tree(partial)
+        _replace_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`new_file` for a text, in UTF-8."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder such that no half of it is ever seen at `path`."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink()
+        return
+    doomed = _beside(path, "removed")
+    os.rename(path, doomed)
+    _sync_folder(path.parent)
+    shutil.rmtree(doomed)
+
+
+def current(path: Path) -> Path:
+    """Where the valid content of `path` is: there, or, if a crash came between two renames, aside."""
+    aside = _aside(path)
+    return aside if aside.is_dir() and not path.exists() else path
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is something temporary of ours."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def recover(folder: Path) -> list[str]:
+    """Undo or finish what a crash interrupted in `folder` (not below it); says what was put back or removed.
+
+    Only for whoever holds the run's lock: it would delete what another process is just writing.
+    """
+    done = []
+    if not folder.is_dir():
+        return done
+    for found in sorted(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(found.name)
+        if match is None:
+            continue
+        place = folder / match["name"]
+        if found == _aside(place) and not place.exists():
+            os.rename(found, place)
+            done.append(f"{place}: put back, its replacement was interrupted")
+        else:
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+            done.append(f"{place}: removed what an interrupted run had left ({found.name})")
+    if done:
+        _sync_folder(folder)
+    return done
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    aside = _aside(path)
+    if path.exists():
+        if aside.exists():  # of a replacement that was complete but for this deletion
+            shutil.rmtree(aside)
+        os.rename(path, aside)
+    os.rename(new, path)
+    _sync_folder(path.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync_file(Path(parent, name))
+        _sync_folder(Path(parent))
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there; NTFS journals the rename
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,46 @@
+"""The README.md in an adapter's folder: what it is and how to load it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+
+from lowrank.adapters.variants import AdapterConfig
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+_CARD = """---
+{front}---
+
+# Adapter
+
+A `{type}` adapter of rank {rank} with {num_parameters:,} parameters on {num_targets} modules of {base}, trained with \
+lowrank.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({path!r})
+model = PeftModel.from_pretrained(base, "path/of/this/folder")
+```
+"""
+
+
+def model_card(config: AdapterConfig, targets: Collection[str], num_parameters: int, base_name: str) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads."""
+    on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
+    front = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if on_hub:  # the hub refuses a card whose base_model is a path
+        front["base_model"] = base_name
+    lines = [f"{key}: {value}\n" for key, value in sorted(front.items())]
+    return _CARD.format(
+        front="".join([*lines, "tags:\n- lora\n- lowrank\n"]),
+        type=config.type,
+        rank=config.rank,
+        num_parameters=num_parameters,
+        num_targets=len(targets),
+        base=f"`{base_name}`" if on_hub else "its base",
+        path=base_name if on_hub else "path/of/the/base",
+    )

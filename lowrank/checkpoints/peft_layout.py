@@ -1,0 +1,247 @@
+"""Adapters on disk, as PEFT keeps them: adapter_config.json beside adapter_model.safetensors.
+
+Tensors are named as in the bank; the files put `base_model.model.` in front. Letters: R rank, D in-features,
+O out-features, V vocabulary.
+
+    <module>.lora_A.weight (R, D)         <module>.lora_B.weight (O, R)          an adapted linear layer
+    <module>.lora_embedding_A (R, V)      <module>.lora_embedding_B (D, R)       an adapted embedding
+    <module>.weight ...                                                          a copy (modules_to_save)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints.atomic import current, new_folder
+from lowrank.checkpoints.model_card import model_card
+from lowrank.checkpoints.peft_config import BaseDescription, Description, as_pattern, from_peft, to_peft
+from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
+from lowrank.errors import ModelError, raise_all
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB])")
+_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+@dataclass(frozen=True)
+class AdapterOnDisk:
+    """One adapter: its settings, its tensors and what it reaches. After loading, `config` names modules in full."""
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    """Trained tensors, by the bank's names."""
+    targets: dict[str, tuple[int, float]]
+    """Rank and alpha of every adapted module, by full name."""
+    base_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Weights of the base that PEFT put into the file because it saw an embedding adapted or resized. They are
+    right only if the base has the same: `check_base_tensors`."""
+    base_name: str | None = None
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    """What a person should know about a loaded adapter."""
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Full names of the modules trained whole."""
+        return self.config.modules_to_save
+
+
+def save_adapter(
+    folder: Path,
+    adapter: AdapterOnDisk,
+    base: BaseDescription,
+    *,
+    copies: tuple[str, ...] | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    task_type: str = "CAUSAL_LM",
+    also: Callable[[Path], Any] | None = None,
+) -> None:
+    """Write `adapter` to `folder`, whole or not at all, instead of what was there.
+
+    `copies`: full names of the modules trained whole, if `adapter.config` has them abbreviated. `dtype`: of the
+    tensors in the file; None keeps theirs. `also` may write more files into the folder (a tokenizer).
+    """
+    with new_folder(folder) as partial:
+        write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
+        card = model_card(adapter.config, adapter.targets, sum(map(torch.numel, adapter.tensors.values())), base.name)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if also is not None:
+            also(partial)
+
+
+def write_adapter(
+    folder: Path,
+    adapter: AdapterOnDisk,
+    base: BaseDescription,
+    *,
+    copies: tuple[str, ...] | None = None,
+    dtype: torch.dtype | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> None:
+    """The two files of an adapter, into a folder that someone else makes durable."""
+    copies = adapter.copies if copies is None else copies
+    fields = to_peft(adapter.config, adapter.targets, copies, base, task_type)
+    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    write_tensors(folder / TENSOR_FILE, {f"{PREFIX}{name}": value for name, value in adapter.tensors.items()}, dtype)
+
+
+def load_adapter(folder: Path) -> AdapterOnDisk:
+    """Read an adapter that lowrank or PEFT wrote. Tensors come on the CPU, in float32 or wider.
+
+    Raises ModelError with everything in it that is missing, does not fit, or is not supported.
+    """
+    folder = current(Path(folder))
+    problems: list[str] = []
+    description = from_peft(_read_config(folder), problems)
+    stored = _read_tensors(folder)
+    if description is None:
+        raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
+        raise AssertionError("no description without problems")
+    problems += [
+        f"{name}: names in {TENSOR_FILE} begin with {PREFIX!r}" for name in stored if not name.startswith(PREFIX)
+    ]
+    tensors = {name.removeprefix(PREFIX): _widened(value) for name, value in stored.items()}
+    parts, copied, rest = _sorted_out(tensors, description)
+    problems += [problem for module, own in parts.items() for problem in _misfits(module, own, description)]
+    problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if ".lora_" in f".{name}"]
+    if not parts and not copied:
+        problems.append(f"{TENSOR_FILE} holds no tensor of an adapter")
+    raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
+    targets = {module: description.target(module) for module in parts}
+    return AdapterOnDisk(
+        config=_config(description, targets, tuple(dict.fromkeys(copied.values()))),
+        tensors={name: value for name, value in tensors.items() if name not in rest},
+        targets=targets,
+        base_tensors={name.replace(".base_layer.", "."): tensors[name] for name in rest},
+        base_name=description.base_name,
+        revision=description.revision,
+        notes=_notes(description, tuple(copied.values())),
+    )
+
+
+def check_base_tensors(adapter: AdapterOnDisk, base_tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ModelError if a base weight in the adapter's file differs from the base's own, given by name.
+
+    It does where tokens were added before training; the adapter then fits only the base so resized.
+    """
+    problems = []
+    for name, saved in adapter.base_tensors.items():
+        own = base_tensors.get(name)
+        if own is None:
+            problems.append(f"{name}: neither part of the adapter nor of the base")
+        elif own.shape != saved.shape:
+            problems.append(f"{name}: shape {tuple(saved.shape)} in the adapter's file, {tuple(own.shape)} in the base")
+        elif not torch.equal(own.detach().cpu(), saved.to(own.dtype)):
+            problems.append(f"{name}: other values in the adapter's file than in the base")
+    heading = "this adapter was trained on another base; use the base it was saved with, tokens added"
+    raise_all(ModelError, heading, problems)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder}: no {CONFIG_FILE} in it, so it is no adapter in PEFT's layout")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return fields
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / TENSOR_FILE
+    if path.is_file():
+        return read_tensors(path)
+    if (folder / "adapter_model.bin").is_file():
+        raise ModelError(
+            f"{folder}: only adapter_model.bin, a pickle, which can run code when it is opened; lowrank does not. If "
+            "you trust it, load it with peft.PeftModel.from_pretrained and save_pretrained it again"
+        )
+    raise ModelError(f"{folder}: no {TENSOR_FILE} in it")
+
+
+def _sorted_out(
+    tensors: Mapping[str, torch.Tensor], description: Description
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], list[str]]:
+    """(low-rank parts by module, copied module by tensor name, names of all other tensors)."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    copied: dict[str, str] = {}
+    rest: list[str] = []
+    for name, tensor in tensors.items():
+        match = _LOW_RANK.fullmatch(name)
+        copy = _copied_module(name, description)
+        if match is not None:
+            parts.setdefault(match["module"], {})[match["part"]] = tensor
+        elif copy is not None:
+            copied[name] = copy
+        else:
+            rest.append(name)
+    return parts, copied, rest
+
+
+def _copied_module(name: str, description: Description) -> str | None:
+    """The module a tensor of modules_to_save belongs to, by PEFT's rule: a module whose name ends with an entry."""
+    if ".base_layer." in name or ".lora_" in name:
+        return None
+    module = name.rpartition(".")[0]
+    if description.tied and description.modules_to_save and name.endswith(".weight"):
+        return module  # the other end of a tied pair is saved, but not listed
+    while module:
+        if module.endswith(description.modules_to_save):
+            return module
+        module = module.rpartition(".")[0]
+    return None
+
+
+def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Description) -> list[str]:
+    problems = []
+    rank, _ = description.target(module)
+    for name_A, name_B in _PAIRS:
+        if name_A not in own and name_B not in own:
+            continue
+        problems += [f"{module}.{name}: missing" for name in (name_A, name_B) if name not in own]
+        for name, axis in ((name_A, 0), (name_B, 1)):
+            if name in own and (own[name].ndim != 2 or own[name].shape[axis] != rank):
+                shape = tuple(own[name].shape)
+                expected = f"({rank}, ...)" if axis == 0 else f"(..., {rank})"
+                problems.append(f"{module}.{name}: shape {shape}, expected {expected} by {CONFIG_FILE}")
+    return problems
+
+
+def _config(description: Description, targets: dict[str, tuple[int, float]], copies: tuple[str, ...]) -> AdapterConfig:
+    settings = description.settings
+    return description.variant(
+        **settings,
+        target_modules=tuple(targets),
+        rank_pattern=as_pattern({name: rank for name, (rank, _) in targets.items()}, settings["rank"]),
+        alpha_pattern=as_pattern({name: alpha for name, (_, alpha) in targets.items()}, float(settings["alpha"])),
+        modules_to_save=copies,
+    )
+
+
+def _notes(description: Description, copies: tuple[str, ...]) -> tuple[str, ...]:
+    notes = []
+    for item in description.modules_to_save:
+        if not any(copy.endswith(item) for copy in copies):
+            notes.append(f"modules_to_save: {item!r} has no tensor in {TENSOR_FILE}")
+    if description.tied:
+        notes.append("ensure_weight_tying: embedding and head were one tensor; trained further here, they are two")
+    return tuple(notes)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,172 @@
+"""Checkpoints of a run: everything from which it goes on to the same bits.
+
+    <root>/step-000100/
+        state.json                    step, jobs, sizes of all files, and what the run itself wants to know
+        <job>/state.json              the job's counters and cursors
+        <job>/optimizer.safetensors
+        <job>/adapter_config.json, adapter_model.safetensors     an adapter, as PEFT reads it
+        <job>/model.safetensors                                  or all parameters of a full-parameter job
+
+A folder named `step-...` is complete: it got its name last. Older ones go once the new one is durable.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.checkpoints.atomic import new_folder, remove
+from lowrank.checkpoints.peft_config import BaseDescription
+from lowrank.checkpoints.peft_layout import CONFIG_FILE, AdapterOnDisk, load_adapter, write_adapter
+from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
+from lowrank.errors import OutputError, raise_all
+
+SCHEMA = 1
+STATE_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+PARAMETER_FILE = "model.safetensors"
+
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job at one instant. It has an adapter, or all parameters of the model."""
+
+    name: str
+    state: dict[str, Any]
+    """Anything that JSON can say: steps, cursors, counters, best loss."""
+    optimizer: dict[str, torch.Tensor]
+    """See optimizer_state.py."""
+    adapter: AdapterOnDisk | None = None
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of a full-parameter job, by name."""
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained."""
+        return self.parameters if self.adapter is None else self.adapter.tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at one instant."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    jobs: tuple[JobState, ...]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    jobs: Sequence[JobState],
+    state: dict[str, Any],
+    base: BaseDescription,
+    *,
+    save_total_limit: int | None,
+) -> Path:
+    """Write `<root>/step-...`, durably; then delete the oldest until `save_total_limit` (None: any number) are left.
+
+    `state` is the run's own part of state.json. Tensors are written in the dtype they have.
+    """
+    path = root / f"step-{step:06d}"
+    with new_folder(path) as partial:
+        for job in jobs:
+            _write_job(partial / job.name, job, base)
+        sizes = {file.relative_to(partial).as_posix(): file.stat().st_size for file in _files(partial)}
+        top = {"schema": SCHEMA, "step": step, "jobs": [job.name for job in jobs], "state": state, "bytes": sizes}
+        _write_json(partial / STATE_FILE, top)
+    if save_total_limit is not None:
+        others = [other for other in list_checkpoints(root) if other != path]
+        for oldest in others[: max(0, len(others) + 1 - save_total_limit)]:
+            remove(oldest)
+    return path
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, whole or not."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint of which no file is missing or cut short."""
+    for path in reversed(list_checkpoints(root)):
+        try:
+            _read_top(path)
+        except OutputError:
+            continue
+        return path
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises OutputError with every file that is missing or damaged."""
+    top = _read_top(path)
+    jobs = tuple(_read_job(path / name, name) for name in top["jobs"])
+    return Checkpoint(path, top["step"], top["state"], jobs)
+
+
+def _write_job(folder: Path, job: JobState, base: BaseDescription) -> None:
+    folder.mkdir()
+    _write_json(folder / STATE_FILE, job.state)
+    write_tensors(folder / OPTIMIZER_FILE, job.optimizer)
+    if job.adapter is not None:
+        write_adapter(folder, job.adapter, base)
+    else:
+        write_tensors(folder / PARAMETER_FILE, job.parameters)
+
+
+def _read_job(folder: Path, name: str) -> JobState:
+    state = _read_json(folder / STATE_FILE)
+    optimizer = read_tensors(folder / OPTIMIZER_FILE, OutputError)
+    if (folder / CONFIG_FILE).exists():
+        return JobState(name, state, optimizer, load_adapter(folder))
+    return JobState(name, state, optimizer, parameters=read_tensors(folder / PARAMETER_FILE, OutputError))
+
+
+def _read_top(path: Path) -> dict[str, Any]:
+    top = _read_json(path / STATE_FILE)
+    if top.get("schema") != SCHEMA:
+        raise OutputError(
+            f"{path}: a checkpoint of schema {top.get('schema')!r}, this lowrank reads {SCHEMA}; "
+            "resume with the version that wrote it"
+        )
+    problems = []
+    for name, size in top["bytes"].items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
+    raise_all(OutputError, f"{path}: this checkpoint is damaged; delete it to resume from the one before", problems)
+    return top
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    # json writes the shortest digits that read back as the same float
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise OutputError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,83 @@
+"""Which settings of a run differ from those of its checkpoint, and which of them may."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank.errors import OutputError, raise_all
+
+MAY_CHANGE = (
+    "output_dir", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "report_to", "resume", "overwrite",
+    "micro_batch_tokens", "num_train_epochs", "max_steps", "early_stopping_patience", "model.path", "model.device",
+    "model.attention", "model.recompute", "model.trust_remote_code",
+)  # fmt: skip
+"""What decides where a run writes, how often it looks, how long it goes on and what it runs on, but not what a step
+does. (The lengths move the schedules of learning rates; the base may have moved, its name is no proof either way.)"""
+
+_MISSING = object()
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stay the same as long as the settings do."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`optimizer.learning_rate: 0.0002 in the checkpoint, now 0.0001`: settings that must not change, but have.
+
+    Both are resolved configurations (`RunConfig.model_dump(mode="json")`); jobs are compared by name.
+    """
+    before, after = _flat(old), _flat(new)
+    alone = len(old.get("jobs") or ()) == len(new.get("jobs") or ()) == 1
+    changes = []
+    for path in sorted({*before, *after}):
+        was, now = before.get(path, _MISSING), after.get(path, _MISSING)
+        if was == now or _setting(path).startswith(tuple(f"{name}." for name in MAY_CHANGE)):
+            continue
+        shown = _setting(path).rstrip(".") if alone else path
+        changes.append(f"{shown}: {_said(was)} in the checkpoint, now {_said(now)}")
+    return changes
+
+
+def refuse_changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """OutputError that lists `changed_settings`, if there are any, and says which settings may change."""
+    changes = changed_settings(old, new)
+    heading = (
+        "resume: these settings are not those of the checkpoint, so going on would give neither run; set them back, "
+        f"or start anew in another output_dir. What may change: {', '.join(MAY_CHANGE)}. Changed:"
+    )
+    raise_all(OutputError, heading, changes)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted path: value}. Jobs are complete, so what the top level says for them is left out."""
+    jobs = {job["name"]: job for job in settings.get("jobs") or ()}
+    in_jobs = {key for job in jobs.values() for key in job}
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in in_jobs and key != "jobs":
+            _flatten(key, value, flat)
+    for name, job in jobs.items():
+        _flatten(f"jobs[{name}]", job, flat)
+    return flat
+
+
+def _flatten(path: str, value: Any, flat: dict[str, Any]) -> None:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            _flatten(f"{path}.{key}", item, flat)
+    else:
+        flat[path] = list(value) if isinstance(value, tuple) else value
+
+
+def _setting(path: str) -> str:
+    """The path without its job, with a dot at the end."""
+    return path.rpartition("].")[2] + "." if path.startswith("jobs[") else path + "."
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is _MISSING else json.dumps(value, ensure_ascii=False, default=str)
