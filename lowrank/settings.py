@@ -11,7 +11,15 @@ import importlib
 import pkgutil
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from lowrank.errors import did_you_mean
 
@@ -59,7 +67,12 @@ def choice_of(package: str, default: str) -> Any:
             raise ValueError(f"there is no type {name!r}{did_you_mean(str(name), configs)}")
         return built_in({**value, "type": name})
 
-    return Annotated[union, WrapValidator(resolve)]
+    return Annotated[union, WrapValidator(resolve), PlainSerializer(_dumped)]
+
+
+def _dumped(value: Settings, info: FieldSerializationInfo) -> dict[str, Any]:
+    """By its own class: a third party's is no member of the union, which pydantic would warn about."""
+    return value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset, exclude_defaults=info.exclude_defaults)
 
 
 def _third_party(name: str) -> type[Settings]:
@@ -71,6 +84,8 @@ def _third_party(name: str) -> type[Settings]:
     config = getattr(thing, "Config", None)
     if config is None:
         raise ValueError(f"{name} has no attribute `Config` (a lowrank.settings.Settings class)")
+    if "type" not in config.model_fields or config.model_fields["type"].default != name:
+        raise ValueError(f"{name}.Config needs the field `type: Literal[{name!r}] = {name!r}`, to be read back")
     return config
 
 

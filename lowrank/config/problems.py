@@ -166,6 +166,8 @@ def _group_of(annotation: Any, value: Any) -> type[Settings] | None:
     groups = list(_groups_in(annotation))
     if len(groups) > 1 and isinstance(value, Mapping):
         chosen = [group for group in groups if get_args(group.model_fields["type"].annotation) == (value.get("type"),)]
+        if ":" in str(value.get("type")):
+            return None  # a third party's, known only to its validation
         return chosen[0] if chosen else groups[0]
     return groups[0] if groups else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -10,6 +10,7 @@ from lowrank.adapters.variants.rslora import Config as RsLora
 from lowrank.config import JobConfig, RunConfig, resolve
 from lowrank.data.config import Config as Data
 from lowrank.errors import ConfigError
+from lowrank.settings import Settings
 
 TOP: dict[str, Any] = {"model": "lowrank/tiny", "data": "lowrank/demo", "output_dir": "runs/x"}
 
@@ -98,3 +99,33 @@ def test_names_must_differ_also_on_file_systems_without_case() -> None:
 def test_names_of_the_run_folder_are_taken() -> None:
     with pytest.raises(ConfigError, match="'checkpoints' cannot be the name"):
         jobs({"name": "checkpoints"})
+
+
+class MyLoss:
+    """A third party's objective, named `tests.config.test_jobs:MyLoss`."""
+
+    class Config(Settings):
+        type: Literal["tests.config.test_jobs:MyLoss"] = "tests.config.test_jobs:MyLoss"
+        beta: float = 1.0
+        """Of no meaning."""
+
+
+class Nameless:
+    class Config(Settings):
+        pass
+
+
+def test_a_third_party_s_type_goes_through_jobs_and_json() -> None:
+    name = "tests.config.test_jobs:MyLoss"
+    config = resolve(
+        {**TOP, "objective": {"type": name, "beta": 2}, "jobs": [{"name": "a"}, {"name": "b", "objective": "sft"}]}
+    )
+    a, b = config.jobs
+    assert (a.objective, b.objective.type) == (MyLoss.Config(beta=2), "sft")
+    assert resolve(config.model_dump(mode="json")) == config
+    with pytest.raises(ConfigError, match=r"objective\.bta: unknown key"):
+        resolve({**TOP, "objective": {"type": name, "bta": 2}})
+    with pytest.raises(ConfigError, match=r"Nameless\.Config needs the field `type"):
+        resolve({**TOP, "objective": "tests.config.test_jobs:Nameless"})
+    with pytest.raises(ConfigError, match="objective: cannot import 'nowhere:X'"):
+        resolve({**TOP, "objective": "nowhere:X"})
