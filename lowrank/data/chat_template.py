@@ -61,7 +61,7 @@ class ChatTemplate:
         last_try: bool = False,
     ) -> Rendered:
         try:
-            texts, blocks = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[[_as_dict(message) for message in messages]],
                 tools=list(tools) or None,
                 chat_template=self.text,
@@ -75,6 +75,7 @@ class ChatTemplate:
             if last_try or not any(message.tool_calls for message in messages):
                 raise RowRefused(f"the chat template cannot render it: {_words(error)}") from error
             raise
+        texts, blocks = rendered
         return Rendered(texts[0], tuple(blocks[0]) if blocks else ())
 
 

@@ -41,7 +41,12 @@ class _Turn:
 
 
 def samples_of(
-    template: ChatTemplate, shape: Shape, conversation: Conversation, learned: Sequence[int], *, prompt_too: bool = False
+    template: ChatTemplate,
+    shape: Shape,
+    conversation: Conversation,
+    learned: Sequence[int],
+    *,
+    prompt_too: bool = False,
 ) -> list[Sample]:
     """Texts that between them learn the answers `learned` (indices of messages), each exactly once.
 
@@ -138,7 +143,7 @@ def _within(template: ChatTemplate, conversation: Conversation, turn: _Turn, las
     if turn is last:
         return list(turn.spans)
     tail = len(turn.added)
-    spans = [(first, stop) for first, stop in turn.spans if last.text.startswith(turn.text[: stop])]
+    spans = [(first, stop) for first, stop in turn.spans if last.text.startswith(turn.text[:stop])]
     if not spans or not _shows_all("".join(last.text[a:b] for a, b in spans), conversation.messages[turn.index]):
         return []
     if tail:  # the template writes no end of turn: what follows has to be one

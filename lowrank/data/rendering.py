@@ -14,6 +14,7 @@ from lowrank.data.chat_template import ChatTemplate, RowRefused
 from lowrank.data.config import Config
 from lowrank.data.masks import Sample, samples_of
 from lowrank.data.template_shape import Shape, shape_of
+from lowrank.data.token_weights import frame_of, weigh, without_tail
 from lowrank.errors import ConfigError, ModelError
 from lowrank.records import (
     CHOSEN,
@@ -22,7 +23,6 @@ from lowrank.records import (
     Conversation,
     Message,
     Preference,
-    Rated,
     Record,
     Segment,
     Text,
@@ -68,14 +68,14 @@ class Renderer:
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which characters a token stands for, so "
-                "answers cannot be told from prompts\n  use the fast one (a model folder with tokenizer.json)"
+                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which characters a token stands for, "
+                "so answers cannot be told from prompts\n  use the fast one (a model folder with tokenizer.json)"
             )
         if config.train_on_prompt and config.mask_history:
             raise ConfigError("data: train_on_prompt and mask_history exclude each other; choose one")
         self.tokenizer = tokenizer
         self.config = config
-        self._prefix = _prefix(tokenizer)
+        self._prefix = frame_of(tokenizer)
         self._chat: tuple[ChatTemplate, Shape] | None = None
 
     @property
@@ -117,7 +117,7 @@ class Renderer:
                 if isinstance(samples, str):
                     yield Rendering((), samples)
                     continue
-                parts = [_weigh(sample, encoded, at + place) for place, sample in enumerate(samples)]
+                parts = [weigh(sample, encoded, at + place) for place, sample in enumerate(samples)]
                 at += len(samples)
                 yield self._finish(record, parts)
 
@@ -153,8 +153,24 @@ class Renderer:
             shape = shape_of(template, self.tokenizer.eos_token)
             if self.config.default_system is not None and shape.refuses_system:
                 raise ConfigError(f"data.default_system: {shape.refuses_system}")
-            self._chat = template, shape
+            self._chat = template, replace(shape, notices=(*shape.notices, *self._melting(template, shape)))
         return self._chat
+
+    def _melting(self, template: ChatTemplate, shape: Shape) -> list[str]:
+        """Tokenising prompt and answer as one text (as everybody does) may differ from the prompt alone."""
+        conversation = (Message("user", "question"), Message("assistant", "The"))
+        try:
+            asked = template.render(conversation[:1], generation_prompt=True).text + shape.header
+            both = template.render(conversation).text
+        except RowRefused:  # it insists on a system prompt
+            return []
+        alone, together = self._encode([asked, both])["input_ids"]
+        if not both.startswith(asked) or together[: len(alone)] == alone:
+            return []
+        return [
+            "the last token of the generation prompt and the first of an answer melt together in training, and cannot "
+            "when the model answers; a template whose prompt does not end in white space avoids that"
+        ]
 
     def _write(self, record: Record) -> list[Sample] | str:
         """The texts of a record, or why there are none."""
@@ -229,7 +245,7 @@ class Renderer:
             parts = [replace(part, pair=0, role=role) for part, role in zip(parts, (CHOSEN, REJECTED))]
         else:
             role = PLAIN if isinstance(record, Conversation) else (CHOSEN if record.desirable else REJECTED)
-            parts = [replace(_without_tail(part), role=role) for part in parts]
+            parts = [replace(without_tail(part), role=role) for part in parts]
         if not all(part.weight_L.any() for part in parts):
             return Rendering((), "no token of it can be learned")
         return self._fit(parts, splittable=isinstance(record, (Text, Conversation)))
@@ -269,49 +285,3 @@ def _to_learn(message: Message) -> bool:
 
 def _says_something(message: Message) -> bool:
     return bool(message.content.strip() or message.tool_calls)
-
-
-def _prefix(tokenizer: Any) -> np.ndarray:
-    """(P) what the tokenizer puts before a text by itself, e.g. BOS."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    for place in range(len(framed) - len(bare) + 1):
-        if framed[place : place + len(bare)] == bare:
-            return np.asarray(framed[:place], np.int32)
-    return np.zeros(0, np.int32)
-
-
-def _weigh(sample: Sample, encoded: Any, row: int) -> Segment:
-    """Tokens and weights: a token is learned if any of its characters is."""
-    tokens = np.asarray(encoded["input_ids"][row], np.int32)
-    weights = np.zeros(len(tokens), np.float32)
-    for start, end in sample.learned:
-        first = _token_from(encoded, row, start, end)
-        if first is not None:
-            weights[first : _token_after(encoded, row, end, len(sample.text), len(tokens))] = 1.0
-    weights[:1] = 0.0  # nothing comes before the first token
-    return Segment(tokens, weights)
-
-
-def _token_from(encoded: Any, row: int, start: int, end: int) -> int | None:
-    """The first token with a character in [start, end); white space may belong to no token."""
-    for place in range(start, end):
-        token = encoded.char_to_token(row, place)
-        if token is not None:
-            return token
-    return None
-
-
-def _token_after(encoded: Any, row: int, end: int, length: int, num_tokens: int) -> int:
-    """One past the last token with a character before `end`."""
-    last = next((t for p in range(end - 1, -1, -1) if (t := encoded.char_to_token(row, p)) is not None), -1)
-    follows = next((t for p in range(end, length) if (t := encoded.char_to_token(row, p)) is not None), num_tokens)
-    return max(last + 1, follows)
-
-
-def _without_tail(segment: Segment) -> Segment:
-    """Without the tokens after the last learned one: they cannot change any loss."""
-    learned = np.flatnonzero(segment.weight_L)
-    end = int(learned[-1]) + 1 if len(learned) else 0
-    return Segment(segment.token_L[:end], segment.weight_L[:end], segment.pair, segment.role)
-

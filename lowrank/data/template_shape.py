@@ -6,8 +6,6 @@ written nowhere. So it is tried out, on contents that cannot be confused with an
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,13 +72,26 @@ def shape_of(template: ChatTemplate, eos_token: str | None) -> Shape:
         added=added,
         ignores_tools=_ignores_tools(template, start, plain),
         refuses_system=refused,
-        notices=tuple(_notices(template, header, added, not closing and not added, history.startswith(later))),
+        notices=tuple(
+            _notices(
+                template,
+                header=header,
+                extra="" if alone.startswith(asked) else asked.partition(_ASKED.content)[2].removeprefix(opening),
+                added=added,
+                endless=not closing and not added,
+                same_later=history.startswith(later),
+            )
+        ),
     )
 
 
 def common_prefix(one: str, other: str) -> int:
     """How many characters two texts share at their start."""
-    return len(os.path.commonprefix([one, other]))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
 
 
 def _refusal(template: ChatTemplate, messages: list[Message]) -> str:
@@ -140,22 +151,27 @@ def _ignores_tools(template: ChatTemplate, start: list[Message], plain: str) -> 
 
 
 def _notices(
-    template: ChatTemplate, header: str, added: Mapping[str, Any], endless: bool, same_later: bool
+    template: ChatTemplate, *, header: str, extra: str, added: Mapping[str, Any], endless: bool, same_later: bool
 ) -> list[str]:
     found = []
     if endless:
-        found.append("neither the chat template nor the tokenizer has an end-of-turn token: answers have no end to learn")
+        found.append("neither chat template nor tokenizer has an end-of-turn token: answers have no end to learn")
     elif added:
         tokens = " or ".join(dict.fromkeys(added.values()))
         found.append(f"the chat template does not end answers with a token; {tokens} is added and learned")
     if header:
         found.append(f"the chat template writes no generation prompt; {header!r} is taken as one")
+    if extra:
+        found.append(
+            f"the chat template's generation prompt ends in {extra!r}, which finished answers lack; they are learned "
+            "without it, so the model will be asked in a way it was not trained on"
+        )
     if not same_later:
         found.append(
             "the chat template writes earlier answers of a conversation differently from the last one (it may drop "
             "their thinking): such a conversation becomes several samples, so each answer is learned as it is spoken"
         )
-    if re.search(r"strftime_now", template.text):
+    if "strftime_now" in template.text:
         found.append(
             "the chat template can write today's date into samples; fix it in data.chat_template_kwargs "
             "(often date_string) if a run may go on another day"

@@ -1,0 +1,55 @@
+"""From characters that are learned to tokens that are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lowrank.data.masks import Sample
+from lowrank.records import Segment
+
+
+def frame_of(tokenizer: Any) -> np.ndarray:
+    """(P) what the tokenizer puts before a text by itself, e.g. BOS."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    for place in range(len(framed) - len(bare) + 1):
+        if framed[place : place + len(bare)] == bare:
+            return np.asarray(framed[:place], np.int32)
+    return np.zeros(0, np.int32)
+
+
+def weigh(sample: Sample, encoded: Any, row: int) -> Segment:
+    """Tokens and weights: a token is learned if any of its characters is."""
+    tokens = np.asarray(encoded["input_ids"][row], np.int32)
+    weights = np.zeros(len(tokens), np.float32)
+    for start, end in sample.learned:
+        first = _token_from(encoded, row, start, end)
+        if first is not None:
+            weights[first : _token_after(encoded, row, end, len(sample.text), len(tokens))] = 1.0
+    weights[:1] = 0.0  # nothing comes before the first token
+    return Segment(tokens, weights)
+
+
+def _token_from(encoded: Any, row: int, start: int, end: int) -> int | None:
+    """The first token with a character in [start, end); white space may belong to no token."""
+    for place in range(start, end):
+        token = encoded.char_to_token(row, place)
+        if token is not None:
+            return token
+    return None
+
+
+def _token_after(encoded: Any, row: int, end: int, length: int, num_tokens: int) -> int:
+    """One past the last token with a character before `end`."""
+    last = next((t for p in range(end - 1, -1, -1) if (t := encoded.char_to_token(row, p)) is not None), -1)
+    follows = next((t for p in range(end, length) if (t := encoded.char_to_token(row, p)) is not None), num_tokens)
+    return max(last + 1, follows)
+
+
+def without_tail(segment: Segment) -> Segment:
+    """Without the tokens after the last learned one: they cannot change any loss."""
+    learned = np.flatnonzero(segment.weight_L)
+    end = int(learned[-1]) + 1 if len(learned) else 0
+    return Segment(segment.token_L[:end], segment.weight_L[:end], segment.pair, segment.role)

@@ -1,0 +1,58 @@
+"""Best fit decreasing against a plain quadratic one, and cutting in order."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from lowrank.data.packing import best_fit, cut
+
+
+def quadratic_best_fit(lengths: list[int], capacity: int) -> int:
+    """Number of bins of best fit decreasing, by looking at every bin each time."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [place for place, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting, key=lambda place: rooms[place])] -= length
+        else:
+            rooms.append(capacity - length)
+    return len(rooms)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_fit(seed: int) -> None:
+    draw = random.Random(seed)
+    capacity = draw.randint(1, 200)
+    lengths = [draw.randint(1, capacity + 10) for _ in range(draw.randint(0, 300))]
+    bins = best_fit(lengths, capacity)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    for members in bins:
+        assert members == sorted(members)
+        assert sum(lengths[index] for index in members) <= capacity or len(members) == 1
+    assert len(bins) == quadratic_best_fit(lengths, capacity)
+    shuffled = draw.sample(lengths, len(lengths))
+    assert len(best_fit(shuffled, capacity)) == len(bins)
+
+
+def test_best_fit_takes_the_fullest_bin_with_room() -> None:
+    assert best_fit([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
+    assert best_fit([], 10) == []
+    assert best_fit([11, 3], 10) == [[0], [1]]
+
+
+def test_best_fit_of_many() -> None:
+    draw = random.Random(0)
+    lengths = [min(8192, int(draw.lognormvariate(5.5, 1))) + 1 for _ in range(200_000)]
+    began = time.perf_counter()
+    bins = best_fit(lengths, 8192)
+    assert time.perf_counter() - began < 5  # quadratic would take minutes
+    assert len(bins) <= 1.02 * sum(lengths) / 8192
+
+
+def test_cut_keeps_the_order() -> None:
+    assert cut([3, 3, 3, 9, 1, 20, 1], 9) == [[0, 1, 2], [3], [4], [5], [6]]
+    assert cut([], 9) == []
+    assert cut([4, 4], 8) == [[0, 1]]
