@@ -1,0 +1,204 @@
+"""The run folder: who may write in it, what is in it already, and where a run goes on.
+
+`.lowrank.json` marks a folder as a run's and says what in it is the run's own and who writes it;
+`.lowrank.lock` is locked by the operating system as long as that process lives, so a lock is never stale.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lowrank.checkpoints.atomic import is_leftover, recover, remove, write_text
+from lowrank.checkpoints.run_state import latest_checkpoint, list_checkpoints
+from lowrank.errors import OutputError, raise_all
+
+MARKER = ".lowrank.json"
+LOCK = ".lowrank.lock"
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+"""The resolved configuration."""
+RUN_FILES = (CHECKPOINTS, CONFIG, "summary.json", "metrics.jsonl", "loss.png", "tensorboard")
+"""What a run writes into its folder, besides one folder per job."""
+JOB_FOLDERS = ("best", "last")
+"""What a run writes into a job's folder."""
+
+
+@dataclass
+class RunFolder:
+    """A run folder that this process alone may write to, until it is closed."""
+
+    path: Path
+    checkpoint: Path | None
+    """Where to go on; None: from the beginning."""
+    notes: tuple[str, ...]
+    """What a person should know."""
+    _lock: FileLock = field(repr=False)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The root of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def close(self) -> None:
+        """Let others write."""
+        self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_run_folder(
+    output_dir: Path, *, jobs: Sequence[str], resume: bool = False, overwrite: bool = False, also: Iterable[str] = ()
+) -> RunFolder:
+    """Take the folder for a run with these job names; `also`: other names the run will write at its top.
+
+    What a crashed run left half-done is put right. OutputError if the folder is not empty and neither
+    `resume` nor `overwrite` is asked for, holds what lowrank did not write, is in use, or has nothing to resume.
+    """
+    assert not (resume and overwrite), "the configuration refuses this"
+    output_dir = Path(output_dir)
+    _refuse_foreign(output_dir)
+    lock = _take(output_dir)
+    try:
+        notes = [note for folder in _folders(output_dir) for note in recover(folder)]
+        owned = {*_owned(output_dir), *jobs, *also}
+        present = _entries(output_dir)
+        checkpoint = None
+        if present and overwrite:
+            _remove_run(output_dir, owned)
+        elif present and resume:
+            checkpoint, more = _where_to_resume(output_dir)
+            notes += more
+        elif present:
+            raise OutputError(
+                f"{output_dir} is not empty: a run has left {_listed(present)} in it.\n"
+                "  - resume=true goes on from its last checkpoint\n"
+                "  - overwrite=true deletes that run and starts anew\n"
+                "  or choose another output_dir"
+            )
+        elif resume:
+            notes.append(f"{output_dir} is empty: nothing to resume, starting from the beginning")
+        _mark(output_dir, owned)
+    except BaseException:
+        lock.release()
+        raise
+    return RunFolder(output_dir, checkpoint, tuple(notes), lock)
+
+
+def _refuse_foreign(output_dir: Path) -> None:
+    """Before anything is written: the folder is empty, or a run's, or not for us."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise OutputError(f"{output_dir} is a file; output_dir must be a folder")
+    present = _entries(output_dir)
+    if present and not (output_dir / MARKER).is_file():
+        raise OutputError(
+            f"{output_dir} is not empty and was not written by lowrank ({_listed(present)}), so neither resume=true "
+            "nor overwrite=true applies; choose another output_dir, or empty it yourself"
+        )
+
+
+def _take(output_dir: Path) -> FileLock:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / LOCK, timeout=0, thread_local=False)
+        lock.acquire()
+    except Timeout:
+        owner = _read_marker(output_dir)
+        raise OutputError(
+            f"{output_dir} is in use by process {owner.get('pid', 'unknown')} on {owner.get('host', 'this machine')}, "
+            f"started {owner.get('started', 'at an unknown time')}; let it end or stop it, or choose another output_dir"
+        ) from None
+    except OSError as error:
+        raise OutputError(f"{output_dir}: cannot be written to ({error})") from error
+    return lock
+
+
+def _where_to_resume(output_dir: Path) -> tuple[Path | None, list[str]]:
+    root = output_dir / CHECKPOINTS
+    checkpoint, found = latest_checkpoint(root), list_checkpoints(root)
+    if checkpoint is not None:
+        newer = found[found.index(checkpoint) + 1 :]
+        return checkpoint, [f"{path} is damaged; resuming from {checkpoint.name} instead" for path in newer]
+    what = [f"{path.relative_to(output_dir)} is damaged" for path in found]
+    what += [f"{path.relative_to(output_dir)} would be replaced" for path in _trained(output_dir)]
+    heading = f"{output_dir}: resume=true, but there is no checkpoint to resume from; overwrite=true starts anew"
+    raise_all(OutputError, heading, what)
+    return None, [f"{output_dir} has no checkpoint yet: starting from the beginning"]
+
+
+def _trained(output_dir: Path) -> list[Path]:
+    jobs = [output_dir / name for name in sorted(_owned(output_dir))]
+    return [job / name for job in jobs for name in JOB_FOLDERS if (job / name).is_dir()]
+
+
+def _remove_run(output_dir: Path, owned: set[str]) -> None:
+    """Delete what a run wrote, checkpoints first; OutputError, and nothing deleted, if there is anything else."""
+    foreign = [output_dir / name for name in _entries(output_dir) if name not in {*RUN_FILES, *owned}]
+    foreign += [path for path in _inside(output_dir / CHECKPOINTS) if path not in list_checkpoints(path.parent)]
+    for name in owned - set(RUN_FILES):
+        foreign += [path for path in _inside(output_dir / name) if path.name not in JOB_FOLDERS]
+    heading = f"{output_dir}: overwrite=true deletes only what lowrank wrote; move away or delete yourself"
+    raise_all(OutputError, heading, [str(path.relative_to(output_dir)) for path in foreign])
+    for name in sorted(_entries(output_dir), key=lambda name: (name != CHECKPOINTS, name)):
+        remove(output_dir / name)
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names in a folder, but for the marker, the lock and temporaries."""
+    if not folder.is_dir():
+        return []
+    return sorted(name for name in os.listdir(folder) if name not in (MARKER, LOCK) and not is_leftover(name))
+
+
+def _inside(folder: Path) -> list[Path]:
+    return [folder / name for name in _entries(folder)]
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    """Where replacements may have been interrupted."""
+    return [output_dir, *(path for path in _inside(output_dir) if path.is_dir())]
+
+
+def _owned(output_dir: Path) -> list[str]:
+    """Names at the top that belong to the run, besides RUN_FILES: its jobs."""
+    return list(_read_marker(output_dir).get("owned", ()))
+
+
+def _mark(output_dir: Path, owned: Iterable[str]) -> None:
+    marker = {
+        "owned": sorted(owned),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_text(output_dir / MARKER, json.dumps(marker, indent=1) + "\n")
+
+
+def _read_marker(output_dir: Path) -> dict[str, Any]:
+    path = output_dir / MARKER
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}); choose another output_dir") from error
+    return marker if isinstance(marker, dict) else {}
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

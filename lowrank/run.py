@@ -1,0 +1,160 @@
+"""The main path, top to bottom: configuration -> data -> base -> adapters -> engine -> loop -> result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lowrank.models.loading as loading
+from lowrank.adapters.bank import Bank
+from lowrank.checkpoints.atomic import write_text
+from lowrank.checkpoints.peft_layout import load_adapter
+from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.run_folder import open_run_folder
+from lowrank.checkpoints.run_state import load_checkpoint
+from lowrank.checkpoints.settings_changes import refuse_changed_settings
+from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.data.prepare import Prepared, prepare
+from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.models.base import Base
+from lowrank.records import BARE_BASE
+from lowrank.train.engine import Engine
+from lowrank.train.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted
+from lowrank.train.job import Job
+from lowrank.train.keeper import DiskKeeper
+from lowrank.train.loop import Loop
+from lowrank.train.summary import SummaryBuilder
+
+
+def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool = False) -> dict[str, Any]:
+    """Train every job of `config` at once on one base; what stands in summary.json.
+
+    Everything that can be checked without the model's weights is checked before they load. Raises the
+    errors of lowrank.errors. Ctrl-C saves a checkpoint and returns with `"interrupted": True`.
+    """
+    keep_freed_memory()
+    with ExitStack() as stack:
+        report = _to_all(stack, reporters)
+        folder = stack.enter_context(
+            open_run_folder(
+                config.output_dir,
+                jobs=[job.name for job in config.jobs],
+                resume=config.resume,
+                overwrite=config.overwrite,
+            )
+        )
+        checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
+        settings = config.model_dump(mode="json")
+        if checkpoint:
+            refuse_changed_settings(checkpoint.state["settings"], settings)
+        write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        for note in folder.notes:
+            report(Notice(note))
+
+        tokenizer = loading.load_tokenizer(config.model)
+        data = [_prepare(job, tokenizer, report, strict) for job in config.jobs]
+        train_all = config.jobs[0].tuning == "full"
+        base = loading.load(
+            config.model, tokenizer=tokenizer, train_all=train_all, notify=lambda text: report(Notice(text))
+        )
+        engine = Engine(base, Bank(base, config.model.storage), config.micro_batch_tokens)
+        jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
+
+        keeper = DiskKeeper(engine, folder.path, settings, config.save_total_limit)
+        tick = keeper.restore(checkpoint, jobs) if checkpoint else 0
+        summary = SummaryBuilder(folder.path, previous=None)
+        report.listeners.append(summary)
+        report(_run_started(base, engine, config, jobs, settings))
+        save_every = steps_of(config.save_steps, max(job.num_steps for job in jobs))
+        done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
+        result = summary.finish(interrupted=not done)
+        report(RunFinished(result, interrupted=not done))
+        return result
+
+
+def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:
+    """Rows to segments, with the doctor's report; before any weights load."""
+    data = job.data.model_copy(update={"strict": job.data.strict or strict})
+    prepared = prepare(data, tokenizer=tokenizer, record=job.objective.build().record, seed=job.seed)
+    for text in prepared.report.notices:
+        report(Notice(text, level="warning", job=job.name))
+    return prepared
+
+
+def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, report: Callable[[Event], None]) -> Job:
+    """The job's adapter on the base (or the base itself), its optimiser, and its place in the loop."""
+    if config.tuning == "full":
+        slot = BARE_BASE
+    else:
+        slot = _attach(engine.bank, config, report)
+    engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    num_steps = config.max_steps or max(1, round(config.num_train_epochs * (data.train.steps_per_epoch or 0)))
+    return Job(
+        name=config.name,
+        slot=slot,
+        feed=data.train,
+        held_out=data.eval,
+        schedule=config.schedule,
+        learning_rate=config.optimizer.learning_rate,
+        num_steps=num_steps,
+        eval_every=steps_of(run.eval_steps, num_steps),
+        log_every=steps_of(run.logging_steps, num_steps) or num_steps,
+        max_skipped_steps=config.optimizer.max_skipped_steps,
+        patience=config.early_stopping_patience,
+    )
+
+
+def _attach(bank: Bank, config: JobConfig, report: Callable[[Event], None]) -> int:
+    """A fresh adapter, or the one that `adapter.path` names, in a slot of the bank."""
+    if config.adapter.path is None:
+        slot = bank.add(config.adapter, seed=config.seed)
+    else:
+        saved = load_adapter(Path(config.adapter.path))
+        slot = bank.add(saved.config, seed=config.seed)
+        bank.load(slot, saved.tensors)
+    if bank.slots[slot].missed:
+        report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
+    return slot
+
+
+def _run_started(
+    base: Base, engine: Engine, config: RunConfig, jobs: Sequence[Job], settings: dict[str, Any]
+) -> RunStarted:
+    started = [
+        JobStarted(
+            name=job.name,
+            num_steps=job.num_steps,
+            first_step=job.progress.step,
+            num_epochs=own.num_train_epochs,
+            num_trainable=sum(each.numel() for each in engine.jobs[job.slot].parameters.values()),
+            description=_describe(own),
+        )
+        for job, own in zip(jobs, config.jobs)
+    ]
+    dtype = str(base.dtype).removeprefix("torch.")
+    return RunStarted(config.output_dir, tuple(started), settings, str(base.device), dtype)
+
+
+def _describe(job: JobConfig) -> str:
+    what = "all parameters" if job.tuning == "full" else f"{job.adapter.type} r={job.adapter.rank}"
+    return f"{what}, lr {job.optimizer.learning_rate:g}"
+
+
+class _Report:
+    """Hands every event to every listener, in order."""
+
+    def __init__(self, listeners: Sequence[Any]) -> None:
+        self.listeners = list(listeners)
+
+    def __call__(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener.report(event)
+
+
+def _to_all(stack: ExitStack, reporters: Sequence[Reporter]) -> _Report:
+    for reporter in reporters:
+        stack.callback(reporter.close)
+    return _Report(reporters)

@@ -1,0 +1,101 @@
+"""What a run leaves on disk while it runs: `<job>/best`, `<job>/last`, and checkpoints to resume from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.checkpoints.full_model import save_full
+from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optimizer
+from lowrank.checkpoints.peft_config import describe_base
+from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
+from lowrank.checkpoints.run_folder import CHECKPOINTS
+from lowrank.checkpoints.run_state import Checkpoint, JobState, save_checkpoint
+from lowrank.errors import OutputError, raise_all
+from lowrank.records import BARE_BASE
+from lowrank.train.engine import Engine
+from lowrank.train.job import Job, Progress
+
+
+class DiskKeeper:
+    """Writes what the loop asks for into one run folder; every write is whole or not there."""
+
+    def __init__(self, engine: Engine, folder: Path, settings: dict[str, Any], save_total_limit: int | None) -> None:
+        self.engine = engine
+        self.folder = folder
+        self.settings = settings
+        self.save_total_limit = save_total_limit
+        base = engine.base
+        self.base = describe_base(base.model, base.name, base.revision)
+
+    def keep(self, job: Job, which: str) -> Path:
+        """Write a job's adapter (a full-parameter job: the whole model) as `<job>/<which>`."""
+        path = self.folder / job.name / which
+        tokenizer = self.engine.base.tokenizer
+        if job.slot == BARE_BASE:
+            save_full(path, self.engine.base.model, tokenizer)
+        else:
+            save_adapter(path, self._adapter(job), self.base, also=tokenizer.save_pretrained)
+        return path
+
+    def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
+        """Write the state of all jobs, finished ones too: they may be told to go on for longer."""
+        states = [self._state(job) for job in jobs]
+        return save_checkpoint(
+            self.folder / CHECKPOINTS,
+            tick,
+            states,
+            {"settings": self.settings},
+            self.base,
+            save_total_limit=self.save_total_limit,
+        )
+
+    def restore(self, checkpoint: Checkpoint, jobs: Sequence[Job]) -> int:
+        """Put every job back to where it was; the tick to go on from. OutputError if the jobs are others."""
+        saved = {state.name: state for state in checkpoint.jobs}
+        problems = [f"{name}: in the checkpoint, not in this run" for name in saved.keys() - {job.name for job in jobs}]
+        problems += [f"{job.name}: not in the checkpoint" for job in jobs if job.name not in saved]
+        raise_all(OutputError, f"{checkpoint.path} cannot be resumed with these jobs", problems)
+        for job in jobs:
+            self._restore(job, saved[job.name])
+        return checkpoint.step
+
+    def _adapter(self, job: Job) -> AdapterOnDisk:
+        slot = self.engine.bank.slots[job.slot]
+        tensors = {name: parameter.detach() for name, parameter in slot.parameters.items()}
+        config = slot.config.model_copy(update={"modules_to_save": slot.copies})  # by their full names
+        return AdapterOnDisk(config, tensors, slot.ranks)
+
+    def _state(self, job: Job) -> JobState:
+        trained = self.engine.jobs[job.slot]
+        optimizer = flatten_optimizer(trained.optimizer, trained.parameters)
+        state = {"progress": dataclasses.asdict(job.progress), "feed": job.feed.state()}
+        if job.slot == BARE_BASE:
+            parameters = {name: parameter.detach() for name, parameter in trained.parameters.items()}
+            return JobState(job.name, state, optimizer, parameters=parameters)
+        return JobState(job.name, state, optimizer, adapter=self._adapter(job))
+
+    def _restore(self, job: Job, saved: JobState) -> None:
+        trained = self.engine.jobs[job.slot]
+        if job.slot == BARE_BASE:
+            _copy_into(trained.parameters, saved.parameters)
+        else:
+            self.engine.bank.load(job.slot, saved.tensors)
+        restore_optimizer(trained.optimizer, trained.parameters, saved.optimizer)
+        job.progress = Progress(**saved.state["progress"])
+        trained.step = job.progress.step
+        job.feed.load_state(saved.state["feed"])
+        if job.progress.finished == "done" and job.progress.step < job.num_steps:
+            job.progress.finished = None  # more steps were asked for since
+
+
+@torch.no_grad()
+def _copy_into(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    problems = [f"{name}: missing" for name in parameters if name not in tensors]
+    raise_all(OutputError, "the checkpoint does not hold all parameters of the base", problems)
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
