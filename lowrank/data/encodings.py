@@ -1,0 +1,98 @@
+"""Which encoding a text file is in, found out before anything is parsed."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from lowrank.errors import DataError
+
+CHUNK_BYTES = 1 << 20
+SNIFFED_BYTES = 16 << 20
+"""How much of a streamed file is looked at; other files are looked at whole."""
+_BOMS = (  # the longer marks first: the UTF-32 mark begins with the UTF-16 one
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+Note = Callable[[str], None]
+"""Receives what a person should know about the data but need not mend."""
+
+
+def open_text(path: Path, note: Note, *, streaming: bool = False, newline: str | None = None) -> TextIO:
+    """The file as text: UTF-8 (with or without BOM), UTF-16 or UTF-32 by BOM, or Chinese in GB18030.
+
+    Raises DataError with the byte offset if it is none of these. `newline` is `open`'s.
+    """
+    encoding = detect(path, limit=SNIFFED_BYTES if streaming else None)
+    if not encoding.startswith("utf-8"):
+        note(f"{path.name} is read as {encoding.upper()}; saved as UTF-8 it is readable everywhere")
+    return path.open(encoding=encoding, newline=newline)
+
+
+def detect(path: Path, limit: int | None = None) -> str:
+    """The encoding of the first `limit` bytes (None: of the whole file), as Python names it."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+        for mark, encoding in _BOMS:
+            if head.startswith(mark):
+                return encoding
+        if b"\0" in head:
+            raise DataError(f"{path}: zero bytes in its beginning: a binary file, or UTF-16 without a byte order mark")
+        offset = _first_error(file, "utf-8", limit)
+        if offset is None:
+            return "utf-8"
+        if _is_chinese(file, limit):
+            return "gb18030"
+    raise DataError(
+        f"{path}: neither UTF-8 (invalid at byte offset {offset}) nor GB18030 nor marked as UTF-16; "
+        "save it as UTF-8, e.g. `iconv -f LATIN1 -t UTF-8`"
+    )
+
+
+def _chunks(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
+    file.seek(0)
+    left = limit
+    while chunk := file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)):
+        yield chunk
+        left = None if left is None else left - len(chunk)
+
+
+def _first_error(file: BinaryIO, encoding: str, limit: int | None) -> int | None:
+    """Byte offset of the first invalid byte, or None."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    read = 0
+    for chunk in _chunks(file, limit):
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            return read - pending + error.start
+        read += len(chunk)
+    pending = len(decoder.getstate()[0])
+    cut_by_us = limit is not None and read >= limit
+    return read - pending if pending and not cut_by_us else None
+
+
+def _is_chinese(file: BinaryIO, limit: int | None) -> bool:
+    """Whether the bytes are GB18030 and mostly common Chinese characters.
+
+    Western 8-bit text often happens to be valid GB18030 as well, but then its characters are rare ones:
+    those of GB2312 need two high bytes in a row.
+    """
+    decoder = codecs.getincrementaldecoder("gb18030")()
+    foreign = common = 0
+    for chunk in _chunks(file, limit):
+        try:
+            text = decoder.decode(chunk)
+        except UnicodeDecodeError:
+            return False
+        plain = len(text.encode("ascii", "ignore"))
+        foreign += len(text) - plain
+        common += (len(text.encode("gb2312", "ignore")) - plain) // 2
+    return common >= 0.9 * foreign > 0
