@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
 
 from lowrank.adapters.variants import AdapterConfig
 
@@ -16,7 +15,7 @@ _CARD = """---
 # Adapter
 
 A `{type}` adapter of rank {rank} with {num_parameters:,} parameters on {num_targets} modules of {base}, trained with \
-lowrank.
+lowrank.{trouble}
 
 ```python
 from peft import PeftModel
@@ -28,8 +27,10 @@ model = PeftModel.from_pretrained(base, "path/of/this/folder")
 """
 
 
-def model_card(config: AdapterConfig, targets: Collection[str], num_parameters: int, base_name: str) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads."""
+def model_card(
+    config: AdapterConfig, num_targets: int, num_parameters: int, base_name: str, trouble: str | None = None
+) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads. `trouble`: what to know before loading it."""
     on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
     front = {"library_name": "peft", "pipeline_tag": "text-generation"}
     if on_hub:  # the hub refuses a card whose base_model is a path
@@ -40,7 +41,8 @@ def model_card(config: AdapterConfig, targets: Collection[str], num_parameters: 
         type=config.type,
         rank=config.rank,
         num_parameters=num_parameters,
-        num_targets=len(targets),
+        num_targets=num_targets,
         base=f"`{base_name}`" if on_hub else "its base",
+        trouble=f"\n\n{trouble}." if trouble else "",
         path=base_name if on_hub else "path/of/the/base",
     )

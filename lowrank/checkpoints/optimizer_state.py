@@ -36,6 +36,7 @@ def restore_optimizer(
 ) -> None:
     """Put back, to the bit, what `flatten_optimizer` gave, into a fresh optimiser over the same parameters.
 
+    The optimiser takes over `tensors` and will change them: large ones are not copied where they fit as they are.
     Raises OutputError with every tensor that belongs to no parameter or has another shape.
     """
     _same_parameters(optimizer, parameters)
@@ -55,7 +56,7 @@ def restore_optimizer(
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {index: by_name[name_of[id(each)]] for index, each in enumerate(ordered) if name_of[id(each)] in by_name}
-    # torch puts the tensors on the parameters' device and copies what it keeps
+    # torch puts the tensors on the parameters' device
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -44,6 +44,8 @@ WITHOUT_MEANING = {
 HARMLESS_STARTS = {True, False, None, "gaussian", "eva", "orthogonal"}
 """Values of init_lora_weights that leave the base as it is; with all others the adapter fits an altered base."""
 
+OLD_EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
 
 @dataclass(frozen=True)
 class BaseDescription:
@@ -56,6 +58,8 @@ class BaseDescription:
     """Every module of the model; without them targets are written by full name."""
     transposed: frozenset[str] = frozenset()
     """Those that keep their weight as (D, O): GPT-2's Conv1D."""
+    fused_experts: bool = False
+    """A mixture whose experts are 3-D parameters."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,24 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
         names.append(module_name)
         if isinstance(module, Conv1D) or getattr(getattr(module, "base", None), "transposed", False):
             transposed.append(module_name)
-    return BaseDescription(name, revision, tuple(names), frozenset(transposed))
+    fused = any(parameter.ndim == 3 and "expert" in key for key, parameter in model.named_parameters())
+    return BaseDescription(name, revision, tuple(names), frozenset(transposed), fused)
+
+
+def peft_trouble(base: BaseDescription, targets: Collection[str]) -> str | None:
+    """Why PEFT would not load an adapter with these targets as it was trained, in words for the user; None: it would.
+
+    With transformers 5, PEFT (seen in 0.21) takes any target with the name an expert's layer had in transformers 4
+    for the fused experts, be it the full name of a dense layer, and leaves that layer without its adapter.
+    """
+    taken = sorted({name.rpartition(".")[2] for name in targets} & OLD_EXPERT_NAMES)
+    if not base.fused_experts or not taken:
+        return None
+    return (
+        f"PEFT takes the targets {', '.join(taken)} of a mixture for its experts, so it may load this adapter "
+        "without those layers; lowrank loads it as trained. For use with PEFT leave them out by "
+        f"adapter.exclude_modules: [{', '.join(taken)}]"
+    )
 
 
 def to_peft(

@@ -22,7 +22,7 @@ import torch
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.checkpoints.atomic import current, new_folder
 from lowrank.checkpoints.model_card import model_card
-from lowrank.checkpoints.peft_config import BaseDescription, Description, as_pattern, from_peft, to_peft
+from lowrank.checkpoints.peft_config import BaseDescription, Description, as_pattern, from_peft, peft_trouble, to_peft
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.errors import ModelError, raise_all
 
@@ -74,7 +74,9 @@ def save_adapter(
     """
     with new_folder(folder) as partial:
         write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
-        card = model_card(adapter.config, adapter.targets, sum(map(torch.numel, adapter.tensors.values())), base.name)
+        num_parameters = sum(map(torch.numel, adapter.tensors.values()))
+        trouble = peft_trouble(base, adapter.targets)
+        card = model_card(adapter.config, len(adapter.targets), num_parameters, base.name, trouble)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
             also(partial)

@@ -1,0 +1,401 @@
+"""Adapters go to PEFT and come back from it with the same logits. The oracle is a base with the update merged in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+from lowrank.adapters.targets import find_targets
+from lowrank.adapters.variants import lora, rslora
+from lowrank.checkpoints.peft_config import describe_base, peft_trouble
+from lowrank.checkpoints.peft_layout import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    AdapterOnDisk,
+    check_base_tensors,
+    load_adapter,
+    save_adapter,
+)
+from lowrank.errors import ModelError
+from tests.tiny_models import FAMILIES, make_model
+
+TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
+MISREAD_BY_PEFT = {"deepseek_v3", "jamba"}
+"""Mixtures with dense layers named like their experts once were."""
+
+
+@pytest.fixture(autouse=True)
+def _peft_may_warn() -> Iterator[None]:
+    """PEFT warns of what transformers deprecates, and of tied weights; both are its own affair."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
+        yield
+
+
+def random_adapter(model: Any, config: Any) -> AdapterOnDisk:
+    """An adapter as the bank would hold it, far from the identity."""
+    generator = torch.Generator().manual_seed(1)
+    found = find_targets(model, config)
+    targets, tensors = {}, {}
+    for name in (*found.linears, *found.embeddings):
+        rank = next((value for key, value in config.rank_pattern.items() if name.endswith(key)), config.rank)
+        alpha = next((value for key, value in config.alpha_pattern.items() if name.endswith(key)), config.alpha)
+        targets[name] = (rank, float(alpha or 2 * config.rank))
+        module = model.get_submodule(name)
+        height, width = module.weight.shape
+        if name in found.embeddings:
+            shapes = {"lora_embedding_A": (rank, height), "lora_embedding_B": (width, rank)}
+        else:
+            rows, columns = (width, height) if isinstance(module, Conv1D) else (height, width)
+            shapes = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
+        for key, shape in shapes.items():
+            tensors[f"{name}.{key}"] = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    for name in found.copies:
+        for key, value in model.get_submodule(name).state_dict().items():
+            tensors[f"{name}.{key}"] = value + 0.1 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+    return AdapterOnDisk(config, tensors, targets)
+
+
+@torch.no_grad()
+def merged_logits(model: Any, adapter: AdapterOnDisk) -> torch.Tensor:
+    """Logits of the base with each update added to its own copy of the weight."""
+    model = copy.deepcopy(model)
+    deltas: dict[str, torch.Tensor] = {}
+    for name, (rank, alpha) in adapter.targets.items():
+        scale = alpha / (math.sqrt(rank) if adapter.config.type == "rslora" else rank)
+        part = {key: adapter.tensors.get(f"{name}.{key}") for key in ("lora_A.weight", "lora_embedding_A")}
+        if part["lora_A.weight"] is not None:
+            deltas[name] = scale * adapter.tensors[f"{name}.lora_B.weight"] @ part["lora_A.weight"]
+        else:
+            embedding_A = part["lora_embedding_A"]
+            assert embedding_A is not None
+            deltas[name] = scale * (adapter.tensors[f"{name}.lora_embedding_B"] @ embedding_A).T
+    own = {key: value for key, value in adapter.tensors.items() if ".lora_" not in key}
+    modules = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in own}
+    for name, module in {**modules, **{name: model.get_submodule(name) for name in deltas}}.items():
+        weight = own.get(f"{name}.weight", module.weight)
+        delta = deltas.get(name, torch.zeros(()))
+        module.weight = torch.nn.Parameter(weight + (delta.T if isinstance(module, Conv1D) else delta))
+        if f"{name}.bias" in own:
+            module.bias = torch.nn.Parameter(own[f"{name}.bias"])
+    return model(TOKEN).logits
+
+
+def logits_in_peft(model: Any, folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder))(TOKEN).logits
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor, model: Any) -> None:
+    assert (model(TOKEN).logits - expected).abs().max() > 1e-3, "the adapter does nothing, so nothing is tested"
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG_FILE).read_text())
+
+
+# ---- ours to PEFT -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_all_linear_of_every_family(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    adapter = random_adapter(model, lora.Config(rank=2))
+    base = describe_base(model, "tiny")
+    save_adapter(tmp_path / "a", adapter, base, dtype=None)
+    trouble = peft_trouble(base, adapter.targets)
+    assert (trouble is not None) == (family in MISREAD_BY_PEFT)
+    if trouble is None:
+        assert_same(logits_in_peft(model, tmp_path / "a"), merged_logits(model, adapter), model)
+    else:
+        assert trouble in (tmp_path / "a" / "README.md").read_text()
+    back = load_adapter(tmp_path / "a")
+    assert back.targets == adapter.targets
+    assert all(torch.equal(back.tensors[name], value) for name, value in adapter.tensors.items())
+
+
+CONFIGS = {
+    "names": lora.Config(rank=4, alpha=6.5, target_modules=("q_proj", "v_proj")),
+    "some layers": lora.Config(rank=2, target_modules=r".*layers\.1\..*(up|o)_proj"),
+    "patterns": lora.Config(
+        rank=4, rank_pattern={"q_proj": 2, "layers.1.self_attn.v_proj": 8}, alpha_pattern={"layers.0.mlp.up_proj": 3.0}
+    ),
+    "rslora": rslora.Config(rank=4, alpha=4, rank_pattern={"k_proj": 9}),
+    "head": lora.Config(rank=2, target_modules=("q_proj", "lm_head")),
+    "embedding": lora.Config(rank=2, target_modules=("q_proj", "embed_tokens"), dropout=0.25),
+    "copies": lora.Config(rank=2, target_modules=("q_proj",), modules_to_save=("model.norm", "lm_head")),
+    "copied block": lora.Config(rank=2, target_modules="all-linear", exclude_modules=r".*layers\.0\.mlp.*",
+                                modules_to_save=("layers.0.mlp",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_peft_loads_ours(case: str, tied: bool, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=tied)
+    adapter = random_adapter(model, CONFIGS[case])
+    copies = find_targets(model, CONFIGS[case]).copies
+    save_adapter(tmp_path / "a", adapter, describe_base(model, "tiny"), copies=copies, dtype=None)
+    assert_same(logits_in_peft(model, tmp_path / "a"), merged_logits(model, adapter), model)
+
+
+@pytest.mark.parametrize("config", [
+    lora.Config(rank=2, rank_pattern={"c_attn": 3}),
+    lora.Config(rank=2, target_modules=("c_fc", "lm_head", "wte")),
+    rslora.Config(rank=2, target_modules=("h.1.attn.c_proj",), modules_to_save=("ln_f", "h.0.ln_1")),
+])  # fmt: skip
+def test_peft_loads_ours_on_gpt2(config: Any, tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    adapter = random_adapter(model, config)
+    copies = find_targets(model, config).copies
+    save_adapter(tmp_path / "a", adapter, describe_base(model, "tiny"), copies=copies, dtype=None)
+    with warnings.catch_warnings():
+        # a Linear beside Conv1D layers: PEFT corrects the one flag it has for both
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but the target module is")
+        got = logits_in_peft(model, tmp_path / "a")
+    assert read_fields(tmp_path / "a")["fan_in_fan_out"] is True
+    assert_same(got, merged_logits(model, adapter), model)
+
+
+def test_files_are_small_and_float32_as_people_expect(tmp_path: Path) -> None:
+    model = make_model("llama")
+    adapter = random_adapter(model, lora.Config(rank=4, alpha=16))
+    adapter.tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.randn(32, 4).T  # strided
+    save_adapter(
+        tmp_path / "a", adapter, describe_base(model, "some/base", "v1"), also=lambda folder: (folder / "x").touch()
+    )
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["README.md", CONFIG_FILE, TENSOR_FILE, "x"]
+    fields = read_fields(tmp_path / "a")
+    assert fields["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"]) == (4, 16, {})
+    assert (fields["base_model_name_or_path"], fields["revision"]) == ("some/base", "v1")
+    assert {value.dtype for value in load_file(tmp_path / "a" / TENSOR_FILE).values()} == {torch.float32}
+    assert "base_model: some/base" in (tmp_path / "a" / "README.md").read_text()
+    # PEFT knows every field and needs no other
+    assert set(fields) <= set(peft.LoraConfig().to_dict())
+
+
+def test_names_are_written_in_full_where_short_ones_reach_too_far(tmp_path: Path) -> None:
+    model = make_model("llama")
+    config = lora.Config(rank=2, target_modules=("layers.0.self_attn.q_proj", "v_proj"), modules_to_save=("norm",))
+    adapter = random_adapter(model, config)
+    save_adapter(tmp_path / "a", adapter, describe_base(model, "tiny"), copies=("model.norm",))
+    fields = read_fields(tmp_path / "a")
+    assert fields["target_modules"] == ["model.layers.0.self_attn.q_proj", "v_proj"]
+    assert fields["modules_to_save"] == ["model.norm"]  # PEFT would take input_layernorm for a `norm`
+
+
+# ---- PEFT to ours -------------------------------------------------------------------------------------------------
+
+
+def saved_by_peft(model: Any, folder: Path, **settings: Any) -> torch.Tensor:
+    """Let PEFT make, randomise and save an adapter; its logits."""
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        logits = adapted.eval()(TOKEN).logits
+    adapted.save_pretrained(str(folder))
+    return logits
+
+
+BY_PEFT: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.1},
+    "all-linear": {"r": 2, "target_modules": "all-linear"},
+    "regex": {"r": 2, "target_modules": r".*\.1\..*q_proj"},
+    "layers": {"r": 2, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "exclude": {"r": 2, "target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    "patterns": {
+        "r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "rank_pattern": {r"layers\.0\..*q_proj": 2, "q_proj": 6},
+        "alpha_pattern": {"down_proj": 5, "0.self_attn.v_proj": 2},
+    },
+    "rslora": {"r": 4, "target_modules": ["q_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 9}},
+    "embedding": {"r": 2, "target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"r": 2, "target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "copies": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "copied norms": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "gaussian": {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", BY_PEFT)
+def test_we_load_peft(case: str, tied: bool, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=tied)
+    expected = saved_by_peft(model, tmp_path / "peft", **BY_PEFT[case])
+    adapter = load_adapter(tmp_path / "peft")
+    assert_same(merged_logits(model, adapter), expected, model)
+    check_base_tensors(adapter, model.state_dict())
+    # what was read says the same to lowrank as to PEFT: modules, ranks, alphas
+    found = find_targets(model, adapter.config)
+    assert {*found.linears, *found.embeddings} == set(adapter.targets)
+    assert set(found.copies) == set(adapter.copies)
+    assert random_adapter(model, adapter.config).tensors.keys() == adapter.tensors.keys()
+    # and it goes back
+    save_adapter(tmp_path / "again", adapter, describe_base(model, "tiny"), dtype=None)
+    assert_same(logits_in_peft(model, tmp_path / "again"), expected, model)
+
+
+def test_we_load_peft_on_gpt2(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    expected = saved_by_peft(model, tmp_path / "peft", r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    assert_same(merged_logits(model, load_adapter(tmp_path / "peft")), expected, model)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_weights_tied_in_peft_are_loaded_as_two_and_it_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    settings = {"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True, **settings}
+    expected = saved_by_peft(model, tmp_path / "peft", **settings)
+    adapter = load_adapter(tmp_path / "peft")
+    assert_same(merged_logits(model, adapter), expected, model)
+    assert any("ensure_weight_tying" in note for note in adapter.notes)
+
+
+def test_a_resized_base_is_told_from_the_original(tmp_path: Path) -> None:
+    model = make_model("llama")
+    resized = copy.deepcopy(model)
+    resized.resize_token_embeddings(101)
+    saved_by_peft(resized, tmp_path / "peft", r=2, target_modules=["q_proj", "embed_tokens"])
+    adapter = load_adapter(tmp_path / "peft")
+    check_base_tensors(adapter, resized.state_dict())
+    with pytest.raises(
+        ModelError, match=r"model.embed_tokens.weight: shape \(101, 32\) in the adapter's file, \(97, 32\)"
+    ):
+        check_base_tensors(adapter, model.state_dict())
+    other = {name: value + 1 for name, value in resized.state_dict().items()}
+    with pytest.raises(ModelError, match="other values"):
+        check_base_tensors(adapter, other)
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+
+def a_saved_adapter(folder: Path, **fields: Any) -> Path:
+    model = make_model("llama")
+    adapter = random_adapter(model, lora.Config(rank=2, target_modules=("q_proj",)))
+    save_adapter(folder, adapter, describe_base(model, "tiny"))
+    rewrite(folder, fields)
+    return folder
+
+
+def rewrite(folder: Path, fields: Mapping[str, Any]) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps({**read_fields(folder), **fields}))
+
+
+def test_every_unsupported_field_is_named_at_once(tmp_path: Path) -> None:
+    folder = a_saved_adapter(
+        tmp_path / "a",
+        use_dora=True,
+        bias="all",
+        trainable_token_indices=[1, 2],
+        target_parameters=["experts.gate_up_proj"],
+        init_lora_weights="pissa",
+        a_field_of_tomorrow=3,
+        layer_replication=None,
+    )
+    with pytest.raises(ModelError) as caught:
+        load_adapter(folder)
+    message = str(caught.value)
+    for name in ("use_dora", "bias: 'all'", "trainable_token_indices", "fused expert weights (experts.gate_up_proj)",
+                 "init_lora_weights: 'pissa'", "path_initial_model_for_weight_conversion",
+                 "a_field_of_tomorrow"):  # fmt: skip
+        assert name in message
+    assert "layer_replication" not in message
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_the_refused_starts_do_alter_the_base(start: str, tmp_path: Path) -> None:
+    model = make_model("llama", torch.float32)
+    saved_by_peft(model, tmp_path / "a", r=2, target_modules=["q_proj"], init_lora_weights=start)
+    with pytest.raises(ModelError, match="altered the base"):
+        load_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+        ({"r": 0}, "r: "),
+        ({"lora_alpha": -1}, "lora_alpha: "),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern: 'q_proj' has '8'"),
+        ({"alpha_pattern": {"q_(proj": 8}}, "alpha_pattern: 'q_\\(proj' is no regular expression"),
+        ({"r": 3}, r"q_proj.lora_A.weight: shape \(2, 32\), expected \(3, ...\)"),
+    ],
+)
+def test_refuses(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_adapter(a_saved_adapter(tmp_path / "a", **fields))
+
+
+def test_every_misfitting_tensor_is_named_at_once(tmp_path: Path) -> None:
+    folder = a_saved_adapter(tmp_path / "a")
+    tensors = load_file(folder / TENSOR_FILE)
+    first, second = (f"base_model.model.model.layers.{index}.self_attn.q_proj" for index in (0, 1))
+    del tensors[f"{first}.lora_B.weight"]
+    tensors[f"{second}.lora_A.weight"] = torch.zeros(5, 32)
+    tensors[f"{second}.lora_magnitude_vector"] = torch.zeros(5)
+    tensors["stray"] = torch.zeros(1)
+    save_file(tensors, folder / TENSOR_FILE)
+    with pytest.raises(ModelError) as caught:
+        load_adapter(folder)
+    message = str(caught.value)
+    assert "model.layers.0.self_attn.q_proj.lora_B.weight: missing" in message
+    assert "model.layers.1.self_attn.q_proj.lora_A.weight: shape (5, 32), expected (2, ...)" in message
+    assert "lora_magnitude_vector: no kind of tensor" in message
+    assert "stray: names in adapter_model.safetensors begin with" in message
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    folder = a_saved_adapter(tmp_path / "a")
+    torch.save(load_file(folder / TENSOR_FILE), folder / "adapter_model.bin")
+    (folder / TENSOR_FILE).unlink()
+    with pytest.raises(ModelError, match="a pickle, which can run code"):
+        load_adapter(folder)
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    folder = a_saved_adapter(tmp_path / "a")
+    whole = (folder / TENSOR_FILE).read_bytes()
+    (folder / TENSOR_FILE).write_bytes(whole[:-9])
+    with pytest.raises(ModelError, match="damaged"):
+        load_adapter(folder)
+    (folder / TENSOR_FILE).unlink()
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        load_adapter(folder)
+    (folder / CONFIG_FILE).write_text("{")
+    with pytest.raises(ModelError, match="cannot be read as JSON"):
+        load_adapter(folder)
+    with pytest.raises(ModelError, match="no adapter in PEFT's layout"):
+        load_adapter(tmp_path / "nowhere")
+
+
+def test_a_variant_without_a_form_in_peft_is_not_saved_as_something_else(tmp_path: Path) -> None:
+    class Config(lora.Config):
+        peft_fields = None
+
+    model = make_model("llama")
+    adapter = random_adapter(model, Config(rank=2, target_modules=("q_proj",)))
+    with pytest.raises(ModelError, match="has no form in PEFT's layout"):
+        save_adapter(tmp_path / "a", adapter, describe_base(model, "tiny"))
+    assert list(tmp_path.iterdir()) == []
