@@ -149,12 +149,16 @@ def to_peft(
 
 def names_for(wanted: Collection[str], module_names: Sequence[str], is_match: Callable[[str, str], bool]) -> list[str]:
     """The last parts of the wanted names where they match nothing else in the model, else full names; sorted."""
-    chosen = set()
+    all_wanted, by_last = set(wanted), {}
     for name in wanted:
-        last = name.rpartition(".")[2]
-        unique = module_names and all(other in wanted for other in module_names if is_match(other, last))
-        chosen.add(last if unique else name)
-    excess = [other for other in module_names if other not in wanted and any(is_match(other, item) for item in chosen)]
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    chosen: set[str] = set()
+    for last, names in by_last.items():
+        unique = module_names and all(other in all_wanted for other in module_names if is_match(other, last))
+        chosen.update([last] if unique else names)
+    excess = [
+        other for other in module_names if other not in all_wanted and any(is_match(other, item) for item in chosen)
+    ]
     assert not excess, f"PEFT would also match {excess}"
     return sorted(chosen)
 

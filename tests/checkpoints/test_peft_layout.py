@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import find_targets
 from lowrank.adapters.variants import lora, rslora
 from lowrank.checkpoints.peft_config import describe_base, peft_trouble
@@ -28,7 +29,8 @@ from lowrank.checkpoints.peft_layout import (
     save_adapter,
 )
 from lowrank.errors import ModelError
-from tests.tiny_models import FAMILIES, make_model
+from lowrank.models.storages.dense import Config as Dense
+from tests.tiny_models import FAMILIES, make_base, make_model
 
 TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
 MISREAD_BY_PEFT = {"deepseek_v3", "jamba"}
@@ -399,3 +401,40 @@ def test_a_variant_without_a_form_in_peft_is_not_saved_as_something_else(tmp_pat
     with pytest.raises(ModelError, match="has no form in PEFT's layout"):
         save_adapter(tmp_path / "a", adapter, describe_base(model, "tiny"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_base_is_described_the_same_when_its_layers_are_wrapped(family: str) -> None:
+    base = make_base(family)
+    before = describe_base(base.model, "tiny")
+    last = {"llama": "norm", "gpt2": "ln_f", "mixtral": "norm"}[family]
+    bank = Bank(base, Dense())
+    slot = bank.add(lora.Config(rank=2, modules_to_save=(f"{base.model.base_model_prefix}.{last}",)), seed=0)
+    bank.enable_noise()
+    assert describe_base(base.model, "tiny") == before
+    assert before.fused_experts == (family == "mixtral")
+    assert bool(before.transposed) == (family == "gpt2")
+    assert set(bank.slots[slot].ranks) <= set(before.module_names)
+
+
+def test_the_bank_and_peft_agree(tmp_path: Path) -> None:
+    """The names here are the bank's: what it trained is loaded by PEFT, and the other way round."""
+    base = make_base("llama")
+    untouched = make_model("llama")  # the same weights
+    bank = Bank(base, Dense())
+    config = rslora.Config(
+        rank=4, target_modules=("q_proj", "up_proj", "embed_tokens"), modules_to_save=("model.norm",)
+    )
+    slot = bank.add(config, seed=3)
+    for parameter in bank.parameters(slot).values():
+        parameter.data += 0.1
+    adapter = AdapterOnDisk(config, dict(bank.parameters(slot)), bank.slots[slot].ranks)
+    save_adapter(tmp_path / "a", adapter, describe_base(base.model, "tiny"), copies=bank.slots[slot].copies, dtype=None)
+    detached = AdapterOnDisk(config, {name: value.detach() for name, value in adapter.tensors.items()}, adapter.targets)
+    assert_same(logits_in_peft(untouched, tmp_path / "a"), merged_logits(untouched, detached), untouched)
+    back = load_adapter(tmp_path / "a")
+    other = bank.add(back.config, seed=4)
+    bank.load(other, back.tensors)
+    assert bank.slots[other].ranks == bank.slots[slot].ranks
+    for name, parameter in bank.parameters(slot).items():
+        assert torch.equal(bank.parameters(other)[name], parameter)
