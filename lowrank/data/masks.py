@@ -60,7 +60,7 @@ def samples_of(
     groups: list[tuple[_Turn, list[Span]]] = []
     while waiting:
         last = turns[waiting[-1]]
-        found = {index: _within(template, conversation, turns[index], last) for index in waiting}
+        found = {index: _within(template, shape, conversation, turns[index], last) for index in waiting}
         groups.append((last, [span for spans in found.values() for span in spans]))
         waiting = [index for index in waiting if not found[index]]
     for last, spans in reversed(groups):
@@ -80,15 +80,12 @@ def _turn(template: ChatTemplate, shape: Shape, conversation: Conversation, inde
         raise RowRefused("the conversation begins with an answer, so there is nothing to answer")
     alone = template.render([*before, conversation.messages[index]], tools)
     content_end, end = _end(template, shape, alone.text)
-    if template.marked:
-        history = template.render(before, tools).text
-        spans = _marked_spans(alone, common_prefix(history, alone.text), end)
-    else:
-        asked = template.render(before, tools, generation_prompt=True).text
-        spans = [(_start(shape, asked, alone.text), end)]
+    asked = template.render(before, tools, generation_prompt=True).text
+    start = _start(shape, asked, alone.text)
+    spans = _marked_spans(alone, start, end) if template.marked else [(start, end)]
     said = "".join(alone.text[first:last] for first, last in spans)
     message = conversation.messages[index]
-    if not _shows_all(said, message):
+    if not _shows_all(shape.opening + said, message):
         raise RowRefused(
             f"the chat template leaves out part of the answer in turn {index + 1}, or does not follow the generation "
             f"prompt there: {_shorten(message)}"
@@ -116,16 +113,18 @@ def _end(template: ChatTemplate, shape: Shape, text: str) -> Span:
 def _start(shape: Shape, asked: str, text: str) -> int:
     if text.startswith(asked + shape.header):
         return len(asked) + len(shape.header)
-    shared = common_prefix(asked, text)
-    place = text.rfind(shape.opening, 0, shared) if shape.opening else -1
-    if place < 0:
-        raise RowRefused("its answer does not begin where the chat template's generation prompt ends")
-    return place + len(shape.opening)
+    beyond = len(shape.extra)
+    if beyond and asked.endswith(shape.opening + shape.extra) and text.startswith(asked[:-beyond]):
+        return len(asked) - beyond
+    raise RowRefused(
+        "it does not continue its generation prompt: the chat template writes the answer, or what comes before it, "
+        "differently once it is there"
+    )
 
 
-def _marked_spans(alone: Rendered, first: int, end: int) -> list[Span]:
-    """The template's own marks from `first` on; the last is stretched over an end-of-turn token it leaves out."""
-    spans = [(max(start, first), stop) for start, stop in alone.blocks if stop > first]
+def _marked_spans(alone: Rendered, start: int, end: int) -> list[Span]:
+    """The template's own marks of this turn; the last is stretched over an end-of-turn token it leaves out."""
+    spans = [(first, stop) for first, stop in alone.blocks if stop > start]
     if not spans:
         raise RowRefused("the chat template marks nothing of its last answer as generated")
     if spans[-1][1] < end:
@@ -138,13 +137,14 @@ def _ends_with_control(template: ChatTemplate, text: str) -> bool:
     return bool(ends) and not text[ends[-1] :].strip()
 
 
-def _within(template: ChatTemplate, conversation: Conversation, turn: _Turn, last: _Turn) -> list[Span]:
+def _within(template: ChatTemplate, shape: Shape, conversation: Conversation, turn: _Turn, last: _Turn) -> list[Span]:
     """The turn's spans in the text of a later one; nothing unless it stands there as it was spoken."""
     if turn is last:
         return list(turn.spans)
     tail = len(turn.added)
     spans = [(first, stop) for first, stop in turn.spans if last.text.startswith(turn.text[:stop])]
-    if not spans or not _shows_all("".join(last.text[a:b] for a, b in spans), conversation.messages[turn.index]):
+    said = "".join(last.text[first:stop] for first, stop in spans)
+    if not spans or not _shows_all(shape.opening + said, conversation.messages[turn.index]):
         return []
     if tail:  # the template writes no end of turn: what follows has to be one
         follows = template.control.match(last.text, len(turn.text))
@@ -161,7 +161,8 @@ def _others(
     spans: list[Span] = []
     for index, message in enumerate(conversation.messages[: last.index]):
         if message.role == "assistant" and index not in learned:
-            found = _within(template, conversation, _turn(template, shape, conversation, index), last)
+            turn = _turn(template, shape, conversation, index)
+            found = _within(template, shape, conversation, turn, last)
             if not found:
                 raise RowRefused(f"the answer in turn {index + 1}, which is not to be learned, cannot be told apart")
             spans += found
@@ -192,6 +193,7 @@ def _check_shown(conversation: Conversation, last: int, text: str) -> None:
 
 
 def _shows_all(text: str, message: Message) -> bool:
+    """`text` begins with the generation prompt, which may hold the `<think>` an answer begins with."""
     return _shows(text, message.content) and all(call["function"]["name"] in text for call in message.tool_calls)
 
 

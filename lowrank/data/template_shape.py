@@ -28,6 +28,8 @@ class Shape:
 
     opening: str
     """What precedes an answer both in the generation prompt and in a finished conversation."""
+    extra: str
+    """What the generation prompt holds beyond that, e.g. a `<think>` that finished answers lack."""
     header: str
     """What precedes an answer although the generation prompt lacks it (the template ignores that request)."""
     ending: str
@@ -59,13 +61,14 @@ def shape_of(template: ChatTemplate, eos_token: str | None) -> Shape:
     if alone.count(_ANSWER.content) != 1 or asked.count(_ASKED.content) != 1:
         raise ModelError("the chat template leaves out or repeats the question or its answer; set data.chat_template")
     history = _or_empty(template, [*start, _ASKED, _ANSWER, _ASKED_AGAIN, _ANSWER_AGAIN])
-    opening, header = _opening(template, alone, asked, plain)
+    opening, extra, header = _opening(template, alone, asked, plain)
     ending = alone.partition(_ANSWER.content)[2]
     closing = _closing(template, ending, history.partition(_ANSWER.content)[2])
     added = {} if closing else _added(template, start, eos_token)
     later = alone[: alone.index(_ANSWER.content)] + _ANSWER.content + closing
     return Shape(
         opening=opening,
+        extra=extra,
         header=header,
         ending=ending,
         closing=closing,
@@ -76,7 +79,7 @@ def shape_of(template: ChatTemplate, eos_token: str | None) -> Shape:
             _notices(
                 template,
                 header=header,
-                extra="" if alone.startswith(asked) else asked.partition(_ASKED.content)[2].removeprefix(opening),
+                extra=extra,
                 added=added,
                 endless=not closing and not added,
                 same_later=history.startswith(later),
@@ -109,16 +112,18 @@ def _or_empty(template: ChatTemplate, messages: list[Message]) -> str:
         return ""
 
 
-def _opening(template: ChatTemplate, alone: str, asked: str, plain: str) -> tuple[str, str]:
+def _opening(template: ChatTemplate, alone: str, asked: str, plain: str) -> tuple[str, str, str]:
+    """Opening, extra and header; see `Shape`."""
     between = alone.partition(_ASKED.content)[2].partition(_ANSWER.content)[0]
     prompted = asked.partition(_ASKED.content)[2]
     if alone.startswith(asked):
         rest = between[len(prompted) :]
         ignored = asked == plain and bool(template.control.search(rest))
-        return (between, rest) if ignored else (prompted, "")
+        return (between, "", rest) if ignored else (prompted, "", "")
     shared = between[: common_prefix(between, prompted)]
     ends = [match.end() for match in template.control.finditer(shared)] + [shared.rfind("\n") + 1]
-    return shared[: max(ends)], ""
+    opening = shared[: max(ends)]
+    return opening, prompted[len(opening) :], ""
 
 
 def _closing(template: ChatTemplate, ending: str, later: str) -> str:

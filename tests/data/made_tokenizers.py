@@ -71,9 +71,8 @@ def trl_template(name: str) -> str:
 
 
 @cache
-def _trained(family: str, adds_bos: bool, metaspace: bool) -> str:
-    names, bos, _ = FAMILIES[family]
-    added = names.split()
+def _trained(added: tuple[str, ...], bos: str | None, metaspace: bool) -> str:
+    """The tokenizer as JSON; it adds `bos` by itself unless that is None."""
     core = Tokenizer(models.BPE(byte_fallback=metaspace, unk_token="<unk>" if metaspace else None))
     if metaspace:  # as Llama 2, Mistral, Phi-3, Gemma
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -91,12 +90,12 @@ def _trained(family: str, adds_bos: bool, metaspace: bool) -> str:
         core.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=600,
-            special_tokens=added,
+            special_tokens=list(added),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
     core.train_from_iterator(TEXTS, trainer)
-    if adds_bos:
+    if bos is not None:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
         )
@@ -107,9 +106,16 @@ def tokenizer_of(
     family: str, chat_template: str | None = None, *, adds_bos: bool | None = None, metaspace: bool = False
 ) -> PreTrainedTokenizerFast:
     """A fresh tokenizer of a family. It adds BOS by itself if the family has one, unless said otherwise."""
-    _, bos, eos = FAMILIES[family]
-    adds_bos = bos is not None if adds_bos is None else adds_bos
-    core = Tokenizer.from_str(_trained(family, adds_bos, metaspace))
+    added, bos, eos = FAMILIES[family]
+    core = Tokenizer.from_str(_trained(tuple(added.split()), None if adds_bos is False else bos, metaspace))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tokenizer_with(added: list[str], chat_template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with these added tokens, BOS `<s>` and EOS `</s>`."""
+    core = Tokenizer.from_str(_trained(("<s>", "</s>", *added), None, False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = chat_template
     return tokenizer

@@ -175,7 +175,7 @@ def test_settings_reach_the_template() -> None:
     prompt = renderer.tokenizer.decode(renderer.prompt(chat("a")))
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     thinking = renderer.render(chat("a", "<think>\nhm\n</think>\n\nb"))
-    assert "does not begin where the chat template's generation prompt ends" in (thinking.problem or "")
+    assert "does not continue its generation prompt" in (thinking.problem or "")
 
 
 def test_glm_ends_answers_with_the_next_speaker() -> None:

@@ -1,0 +1,94 @@
+"""Whatever a chat template does, an answer is learned once and whole or its row is refused; nothing else is learned.
+
+Random conversations, with system prompts, thinking, tool calls and tool results, through every chat template that TRL
+knows: as the model's makers wrote it, and as TRL patched it for training.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import trl
+
+from lowrank.data.config import Config
+from lowrank.data.rendering import Renderer
+from lowrank.errors import ModelError
+from lowrank.records import Conversation, Message
+from tests.data.made_tokenizers import tokenizer_with, trl_template
+
+NAMES = sorted(path.stem for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+IMAGES = ("idefics3", "llava_next", "smolvlm")
+"""They want contents in parts, as lists."""
+TOKENS = re.compile(
+    r"<[^<>\s'\"]*[|｜][^<>\s'\"]*>|<(?:start|end)_of_turn>|</?think>|\[gMASK\]|<sop>|<bos>"  # as the makers' have
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": "Looks up.",
+        "parameters": {"type": "object", "properties": {"k": {"type": "string", "description": "-"}}, "required": []},
+    },
+}
+
+
+class Conversations:
+    """Made-up conversations in which `say` words are an assistant's and `ctx` words are not."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.tools = seed % 2 == 1
+        self.words = 0
+
+    def word(self, kind: str) -> str:
+        self.words += 1
+        return f"{kind}{self.words}q"
+
+    def answer(self, thinks: bool, call: bool) -> Message:
+        thought = f"<think>\n{self.word('say')}\n</think>\n\n" if thinks else ""
+        if not call:
+            return Message("assistant", thought + self.word("say"))
+        said = self.word("say") if self.draw.random() < 0.3 else ""
+        function = {"name": "lookup", "arguments": {"k": self.word("say")}}
+        return Message("assistant", thought + said, ({"type": "function", "id": "abcdefghi", "function": function},))
+
+    def conversation(self) -> Conversation:
+        messages = [Message("system", self.word("ctx"))] if self.draw.random() < 0.4 else []
+        for _ in range(self.draw.randint(1, 3)):
+            messages.append(Message("user", self.word("ctx")))
+            thinks = self.draw.random() < 0.4
+            for _ in range(self.draw.randint(0, 2) if self.tools else 0):
+                messages += [self.answer(thinks, call=True), Message("tool", self.word("ctx"))]
+            messages.append(self.answer(thinks, call=False))
+        return Conversation(tuple(messages), (TOOL,) if self.tools else ())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_learned_once_and_whole_or_refused(name: str) -> None:
+    template = trl_template(name)
+    tokens = sorted(set(TOKENS.findall(template)))
+    ends = re.compile(f"({'|'.join(map(re.escape, [*tokens, '</s>']))})$")
+    renderer = Renderer(tokenizer_with(tokens, template), Config(max_length=10**6))
+    if name.removesuffix("_training") in IMAGES:
+        with pytest.raises(ModelError, match="question"):
+            renderer.render(Conversations(0).conversation())
+        return
+    rendered = 0
+    for seed in range(30):
+        conversation = Conversations(seed).conversation()
+        rendering = renderer.render(conversation)
+        assert bool(rendering.problem) is not bool(rendering.segments)
+        if rendering.problem:
+            continue
+        rendered += 1
+        pieces = [text for segment in rendering.segments for text, weight in renderer.show(segment) if weight]
+        said = " ".join(pieces)
+        written = " ".join(message.content + str(message.tool_calls) for message in conversation.messages)
+        assert "ctx" not in said
+        assert sorted(re.findall(r"say\d+q", said)) == sorted(re.findall(r"say\d+q", written))
+        for piece in pieces:  # the last thing learned of an answer is a token that ends a turn
+            assert ends.search(piece.rstrip()), piece
+    assert rendered >= 3
