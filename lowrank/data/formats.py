@@ -35,6 +35,14 @@ Row = Mapping[str, Any]
 Names = Mapping[str, str]
 Format = Callable[[Row, Names, Names], Record]
 
+FEEDS: dict[type, str] = {
+    Conversation: "sft",
+    Text: "pretrain",
+    Preference: "objectives on preference pairs, such as dpo",
+    Rated: "objectives on rated answers, such as kto",
+}
+"""What each kind of record is for, in words."""
+
 
 def alpaca(row: Row, columns: Names, tags: Names) -> Conversation:
     """Instruction, optional input, output; optional `history` (pairs of question and answer), `system`, `tools`.
@@ -221,7 +229,8 @@ def find_format(name: str) -> Format:
     built_in = built_in_formats()
     if ":" not in name:
         if name not in built_in:
-            raise DataError(f"there is no format {name!r}{did_you_mean(name, built_in)}; or your own my_module:my_function")
+            hint = did_you_mean(name, built_in)
+            raise DataError(f"there is no format {name!r}{hint}; or your own my_module:my_function")
         return built_in[name]
     module_name, _, attribute = name.partition(":")
     try:
@@ -236,7 +245,7 @@ def record_type(function: Format) -> type:
     """The kind of record a format makes, by its annotation. DataError if it does not say."""
     kinds = get_args(Record)
     made = get_type_hints(function).get("return") if inspect.isroutine(function) else None
-    if made not in kinds:
+    if made is None or made not in kinds:
         name = getattr(function, "__name__", repr(function))
         names = ", ".join(kind.__name__ for kind in kinds)
         raise DataError(f"format {name}: annotate what it returns, `-> Conversation` for one; it can be {names}")

@@ -227,5 +227,3 @@ def _plain(message: Message) -> list[tuple[str, float]]:
 def transcript(record: Record) -> str:
     """`pieces` as one text."""
     return "".join(text for text, _ in pieces(record))
-
-

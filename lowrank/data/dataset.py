@@ -1,0 +1,158 @@
+"""The datasets of a job, opened: their format known and checked, their rows turned into samples one by one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from lowrank.data.columns import RowProblem, check_mapping
+from lowrank.data.config import Config, SourceConfig
+from lowrank.data.feed import Sample
+from lowrank.data.formats import FEEDS, Format, built_in_formats, find_format, recognise, record_type
+from lowrank.data.rendering import Rendering
+from lowrank.data.sources import Row, read_rows
+from lowrank.data.tally import Tally
+from lowrank.errors import DataError, raise_all
+from lowrank.records import Record, Segment
+
+_ROWS_TO_RECOGNISE = 100
+
+
+class AnyRenderer(Protocol):
+    """What turns records into segments: `Renderer`, or `CharacterRenderer`."""
+
+    @property
+    def notices(self) -> tuple[str, ...]: ...
+
+    def render_many(self, records: Iterable[Record]) -> Iterator[Rendering]: ...
+
+    def show(self, segment: Segment) -> list[tuple[str, float]]: ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset whose format is known. `rows` begins a new pass over it; `use` is train or eval."""
+
+    source: SourceConfig
+    use: str
+    name: str
+    function: Format
+    record: type
+    rows: Callable[[Callable[[str], None]], Iterator[Row]]
+
+    def tally(self, *, learn_digests: bool = True) -> Tally:
+        """A fresh count."""
+        return Tally(self.source.path, self.use, self.name, self.record, learn_digests=learn_digests)
+
+
+def open_datasets(config: Config, record: type | None, seed: int, root: Path | None) -> list[Dataset]:
+    """Every dataset of the settings, those for training first. Looks at the first rows of each.
+
+    Raises one DataError for everything that is wrong: a dataset that cannot be read or recognised, or whose
+    records are not of the kind `record` (None: any kind will do).
+    """
+    opened: list[Dataset] = []
+    problems: list[str] = []
+    for use, sources in (("train", config.train), ("eval", config.eval)):
+        for number, source in enumerate(sources):
+            try:
+                dataset = _open(config, source, use, seed, root)
+                if record is not None:
+                    _check_record(dataset, record)
+                opened.append(dataset)
+            except DataError as error:
+                problems.append(f"{use}.{number}: {error}")
+    raise_all(DataError, "the data cannot be used", problems)
+    return opened
+
+
+def _open(config: Config, source: SourceConfig, use: str, seed: int, root: Path | None) -> Dataset:
+    streaming = config.streaming and use == "train"
+    name = source.format or _recognised(source, streaming, root)
+    if name in built_in_formats():
+        check_mapping(source.path, source.columns, source.tags)
+    function = find_format(name)
+
+    def rows(note: Callable[[str], None]) -> Iterator[Row]:
+        return read_rows(source, seed=seed, max_samples=config.max_samples, streaming=streaming, root=root, note=note)
+
+    return Dataset(source, use, name, function, record_type(function), rows)
+
+
+def _recognised(source: SourceConfig, streaming: bool, root: Path | None) -> str:
+    """The format of the first rows of the file, whatever `max_samples` will choose."""
+    everything = source.model_copy(update={"max_samples": None})
+    first = list(islice(read_rows(everything, seed=0, streaming=streaming, root=root), _ROWS_TO_RECOGNISE))
+    good = [row.values for row in first if row.problem is None]
+    if not good:
+        reason = f"its first row: {first[0].problem}" if first else "it has no rows"
+        raise DataError(f"{source.path}: {reason}")
+    try:
+        return recognise(good, source.columns)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from error
+
+
+def _check_record(dataset: Dataset, record: type) -> None:
+    if dataset.record is not record:
+        raise DataError(
+            f"{dataset.source.path} (format {dataset.name}) gives {dataset.record.__name__} records, the objective "
+            f"learns from {record.__name__}\n    such data is for {FEEDS[dataset.record]}; {record.__name__} is for "
+            f"{FEEDS[record]}; change `objective`, the data, or `format`"
+        )
+
+
+def read_samples(
+    dataset: Dataset,
+    renderer: AnyRenderer,
+    tally: Tally,
+    *,
+    held_out: Mapping[int, str] | None = None,
+    limit: int | None = None,
+    on_row: Callable[[], None] | None = None,
+) -> Iterator[tuple[int, tuple[Sample, ...]]]:
+    """`(digest of the record, its samples)` of every row that can be used; everything else is counted in `tally`.
+
+    held_out   digests of held-out records; rows that are among them are counted as leaks
+    limit      rows to read at the most
+    """
+    waiting: deque[tuple[str, int]] = deque()
+
+    def records() -> Iterator[Record]:
+        for row in islice(dataset.rows(tally.notes.append), limit):
+            place = tally.read(row)
+            if on_row:
+                on_row()
+            try:
+                record = _record(row, dataset)
+                key = tally.recognise(place, record)
+            except RowProblem as problem:
+                tally.drop(place, str(problem))
+                continue
+            if held_out and key in held_out:
+                tally.leaked.add("leak", place, f"{place} is {held_out[key]} of the held-out data")
+            waiting.append((place, key))
+            yield record
+
+    for rendering in renderer.render_many(records()):
+        place, key = waiting.popleft()
+        if rendering.segments:
+            tally.take(place, rendering)
+            yield key, rendering.samples
+        else:
+            tally.drop(place, rendering.problem or "nothing left", refused=rendering.refused)
+
+
+def _record(row: Row, dataset: Dataset) -> Record:
+    if row.problem is not None:
+        raise RowProblem(row.problem)
+    try:
+        return dataset.function(row.values, dataset.source.columns, dataset.source.tags)
+    except RowProblem:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a third party's function
+        raise RowProblem(f"{dataset.name} fails: {type(error).__name__}: {error}") from error

@@ -1,0 +1,199 @@
+"""JSON as people have it: an array, `{"data": [...]}`, objects one after another, one object per line.
+
+Arrays are read piece by piece, so their size does not matter; what is broken is reported with line and column.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from lowrank.data.columns import RowProblem
+from lowrank.data.encodings import Note, open_text
+from lowrank.errors import DataError
+
+_CHUNK = 1 << 20
+_LARGEST_ROW = 64 << 20
+"""Characters of one array item at most; beyond this the file is broken rather than the item long."""
+_WRAPPER = re.compile(r'\s*\{\s*"data"\s*:\s*(?=\[)')
+_BLANK = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+Item = tuple[int, Any]
+"""Number of the row (in files of lines: the line), and its value or the RowProblem that took its place."""
+
+
+def read_json(path: Path, note: Note, streaming: bool) -> Iterator[Item]:
+    """The rows of a .json or .jsonl file, whichever of the forms it really has.
+
+    Raises DataError for broken JSON with file, line and column; in a file of lines only that line is a RowProblem.
+    """
+    with open_text(path, note, streaming=streaming) as file:
+        head = file.read(_CHUNK).lstrip()
+        file.seek(0)
+        wrapper = _WRAPPER.match(head)
+        if head.startswith("[") or wrapper:
+            yield from _array(file, path, skip=wrapper is not None)
+        elif path.suffix.lower() in (".jsonl", ".ndjson") or _has_lines(file):
+            yield from _lines(file)
+        else:
+            yield from _document(file, path)
+
+
+def _has_lines(file: TextIO) -> bool:
+    """Whether the first two lines with something on them are whole JSON values."""
+    first = list(islice((line for line in file if line.strip()), 2))
+    file.seek(0)
+    try:
+        return len(first) == 2 and all(json.loads(line) is not None for line in first)
+    except json.JSONDecodeError:
+        return False
+
+
+def _lines(file: TextIO) -> Iterator[Item]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, RowProblem(f"broken JSON: column {error.colno}: {error.msg}; {_way_out(error)}")
+
+
+def _document(file: TextIO, path: Path) -> Iterator[Item]:
+    text = file.read()
+    if not text.strip():
+        raise DataError(f"{path} is empty")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _broken(path, error, error.lineno, error.colno) from error
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        yield from enumerate(value["data"], start=1)
+    elif isinstance(value, dict) and not (len(value) > 1 and all(isinstance(item, list) for item in value.values())):
+        yield 1, value
+    else:
+        raise DataError(
+            f"{path}: expected a list of objects, one per row, got "
+            f"{'an object of columns' if isinstance(value, dict) else type(value).__name__}"
+        )
+
+
+def _array(file: TextIO, path: Path, skip: bool) -> Iterator[Item]:
+    """Items of the array at the beginning of `file`, or with `skip` after the first `[`."""
+    text = _Text(file, path)
+    text.enter()
+    number = 0
+    while not text.at("]"):
+        if number:
+            text.expect_comma()
+        number += 1
+        yield number, text.item()
+    if not skip:
+        text.expect_end()
+
+
+class _Text:
+    """A window on a file that slides forward over JSON values and knows its line and column."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._text, self._place = "", 0
+        self._lines, self._column = 0, 0  # what was before the window: lines ended, and characters of the last line
+
+    def enter(self) -> None:
+        """Go behind the first `[`."""
+        self._more(_CHUNK)
+        self._place = self._text.index("[") + 1
+
+    def at(self, mark: str) -> bool:
+        """Whether `mark` comes next, after white space."""
+        self._skip_blank()
+        return self._text.startswith(mark, self._place)
+
+    def expect_comma(self) -> None:
+        """Go behind a comma that something follows."""
+        if not self.at(","):
+            raise self._error("Expecting ',' delimiter")
+        comma = self._place
+        self._place += 1
+        if self.at("]"):
+            self._place = comma
+            raise self._error("Trailing comma")
+
+    def expect_end(self) -> None:
+        """Nothing but white space may follow."""
+        self._place += 1
+        self._skip_blank()
+        if self._place < len(self._text):
+            raise self._error("Extra data")
+
+    def item(self) -> Any:
+        """The JSON value that comes next; more of the file is read until it is whole."""
+        self._skip_blank()
+        while True:
+            try:
+                value, self._place = _DECODER.raw_decode(self._text, self._place)
+                return value
+            except json.JSONDecodeError as error:
+                waiting = len(self._text) - self._place
+                if waiting > _LARGEST_ROW or not self._more(max(_CHUNK, waiting)):
+                    self._place = error.pos
+                    raise self._error(error.msg) from error
+
+    def _skip_blank(self) -> None:
+        while True:
+            found = _BLANK.match(self._text, self._place)
+            assert found is not None
+            self._place = found.end()
+            if self._place < len(self._text) or not self._more(_CHUNK):
+                return
+
+    def _more(self, size: int) -> bool:
+        """Let go of what was read and read on; False at the end of the file."""
+        fresh = self._file.read(size)
+        if fresh:
+            gone = self._text[: self._place]
+            self._lines, self._column = self._position(gone)
+            self._text, self._place = self._text[self._place :] + fresh, 0
+        return bool(fresh)
+
+    def _position(self, gone: str) -> tuple[int, int]:
+        ended = gone.count("\n")
+        column = len(gone) - gone.rfind("\n") - 1 if ended else self._column + len(gone)
+        return self._lines + ended, column
+
+    def _error(self, message: str) -> DataError:
+        lines, column = self._position(self._text[: self._place])
+        error = json.JSONDecodeError(message, self._text, self._place)
+        return _broken(self._path, error, lines + 1, column + 1)
+
+
+def _broken(path: Path, error: json.JSONDecodeError, line: int, column: int) -> DataError:
+    return DataError(f"{path}: broken JSON in line {line}, column {column}: {error.msg}\n  {_way_out(error)}")
+
+
+def _way_out(error: json.JSONDecodeError) -> str:
+    """What most likely happened, and what to do."""
+    here = error.doc[error.pos : error.pos + 1]
+    if error.msg == "Trailing comma" or (error.msg.startswith(("Expecting", "Illegal")) and here in ("}", "]")):
+        return "remove the comma before the closing bracket"
+    if here == "'":
+        return "JSON wants double quotes"
+    if error.msg.startswith("Invalid control"):
+        return "a line break or tab stands inside a text; write \\n or \\t"
+    if error.msg.startswith("Invalid \\"):
+        return "a single backslash stands inside a text; write two"
+    if error.doc[error.pos :].lstrip()[:4] in ("None", "True") or error.doc[error.pos :].startswith("False"):
+        return "JSON writes null, true and false"
+    if not here or error.msg.startswith("Unterminated"):
+        return "it ends too early: was the file cut off while copying, or is a closing quote missing?"
+    if error.msg.startswith("Expecting ',' delimiter"):
+        return 'a comma is missing before it, or a quotation mark inside a text is not written \\"'
+    if error.msg == "Extra data":
+        return "objects that follow one another need commas between them and [ ] around all, or one line each"
+    return "mend it there, or write the file again with a JSON library"

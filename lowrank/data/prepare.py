@@ -1,0 +1,223 @@
+"""From the data settings of a job to what it trains on: rows, records, segments, a feed, and a report on all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from lowrank.data.config import Config
+from lowrank.data.dataset import AnyRenderer, Dataset, open_datasets, read_samples
+from lowrank.data.feed import Feed, Sample, StreamingFeed
+from lowrank.data.mixing import Row, flat, hold_out, mix, put_together
+from lowrank.data.rendering import Renderer
+from lowrank.data.report import Report, build_report
+from lowrank.data.tally import Tally
+from lowrank.errors import DataError, raise_all
+from lowrank.records import Segment
+
+_ROWS_AHEAD = 1000
+"""Rows of a stream that are looked at before training begins."""
+_ROWS_PER_TELL = 1000
+
+Progress = Callable[[int, int | None], None]
+"""`(rows done, rows in all if known)`."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a job trains on.
+
+    train    optimiser steps over the training samples
+    eval     held-out segments; the two of a pair share a number in `pair`
+    report   what happened to every row
+    """
+
+    train: Feed | StreamingFeed
+    eval: list[Segment]
+    report: Report
+
+
+def prepare(
+    config: Config,
+    *,
+    tokenizer: Any,
+    record: type,
+    seed: int,
+    source_root: Path | None = None,
+    on_progress: Progress | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Everything from files to segments. `record` is the kind of record the objective learns from.
+
+    `source_root`: where relative paths begin. `on_notice` hears at the end of a pass over a stream what was
+    lost in it, each thing once; everything else stands in the report. Raises DataError: data that cannot be
+    read, does not suit the objective, or has no usable row; any loss with `strict`; a sample too long with
+    `on_too_long: error`.
+    """
+    _check_settings(config)
+    job = _Job(config, Renderer(tokenizer, config), seed, open_datasets(config, record, seed, source_root))
+    if config.streaming:
+        return _prepare_stream(job, on_notice)
+    samples, held_out, report = job.read_all(_Counter(on_progress))
+    _check(report, config)
+    return Prepared(Feed(samples, config, seed), held_out, report)
+
+
+def examine(
+    config: Config, *, renderer: AnyRenderer, record: type | None = None, seed: int = 0, source_root: Path | None = None
+) -> Report:
+    """The report alone, on every row, without refusing what `prepare` would refuse; a stream is not kept in memory.
+
+    `record=None`: any kind of record will do.
+    """
+    _check_settings(config)
+    job = _Job(config, renderer, seed, open_datasets(config, record, seed, source_root))
+    if not config.streaming:
+        return job.read_all(_Counter(None))[2]
+    _, held_out, watched = job.read_eval()
+    tallies = [dataset.tally() for dataset in job.train]
+    samples = chain.from_iterable(
+        flat(read_samples(dataset, renderer, tally, held_out=watched)) for dataset, tally in zip(job.train, tallies)
+    )
+    shown = list(islice(samples, config.num_samples_shown))
+    for _ in samples:
+        pass  # counted as it goes by
+    return job.report([*tallies, *held_out], shown)
+
+
+def _check_settings(config: Config) -> None:
+    if not config.train:
+        raise DataError("data.train: no dataset to train on; give at least one file, folder or hub name")
+    if config.streaming and config.validation_split and not config.eval:
+        raise DataError("data.validation_split: a stream has no end to split; give held-out files as data.eval")
+
+
+class _Counter:
+    """Rows over all datasets, told now and then."""
+
+    def __init__(self, on_progress: Progress | None) -> None:
+        self._tell, self._rows = on_progress, 0
+
+    def one_more(self) -> None:
+        self._rows += 1
+        if self._tell and self._rows % _ROWS_PER_TELL == 0:
+            self._tell(self._rows, None)
+
+    def finish(self) -> None:
+        if self._tell:
+            self._tell(self._rows, self._rows)
+
+
+class _Job:
+    """The opened datasets of a job, and what turns them into segments."""
+
+    def __init__(self, config: Config, renderer: AnyRenderer, seed: int, datasets: Iterable[Dataset]) -> None:
+        self.config, self.renderer, self.seed = config, renderer, seed
+        self.train: list[Dataset] = []
+        self.eval: list[Dataset] = []
+        for dataset in datasets:
+            (self.train if dataset.use == "train" else self.eval).append(dataset)
+
+    def read_all(self, count: _Counter) -> tuple[list[Sample], list[Segment], Report]:
+        """Training samples, held-out segments and the report, in memory."""
+        held_out, eval_tallies, watched = self.read_eval(count)
+        tallies = [dataset.tally() for dataset in self.train]
+        parts = [
+            list(read_samples(dataset, self.renderer, tally, held_out=watched, on_row=count.one_more))
+            for dataset, tally in zip(self.train, tallies)
+        ]
+        count.finish()
+        if self.config.validation_split and not self.config.eval and any(parts):
+            parts, held = hold_out(parts, tallies, self.config.validation_split, self.seed)
+            held_out = _as_eval(held)
+        samples = put_together(self.config, parts, tallies, self.seed)
+        report = self.report([*tallies, *eval_tallies], samples[: self.config.num_samples_shown])
+        return samples, held_out, report
+
+    def read_eval(self, count: _Counter | None = None) -> tuple[list[Segment], list[Tally], dict[int, str]]:
+        """Held-out segments, their counts, and the digest and place of each record."""
+        on_row = count.one_more if count else None
+        tallies = [dataset.tally() for dataset in self.eval]
+        parts = [
+            list(read_samples(each, self.renderer, tally, on_row=on_row)) for each, tally in zip(self.eval, tallies)
+        ]
+        places = {key: f"{place} of {tally.path}" for tally in tallies for key, place in (tally.digests or {}).items()}
+        return _as_eval(parts), tallies, places
+
+    def report(self, tallies: Sequence[Tally], shown: Iterable[Sample], complete: bool = True) -> Report:
+        """On what the tallies counted; `shown` samples are rendered."""
+        return build_report(
+            tallies,
+            unit="tokens" if isinstance(self.renderer, Renderer) else "characters",
+            template_notices=self.renderer.notices,
+            shown=[self.renderer.show(segment) for sample in shown for segment in sample],
+            complete=complete,
+        )
+
+
+def _as_eval(parts: Iterable[Iterable[Row]]) -> list[Segment]:
+    """Held-out segments in order, pairs numbered."""
+    samples = chain.from_iterable(flat(part) for part in parts)
+    return [
+        replace(segment, pair=number) if segment.pair >= 0 else segment
+        for number, sample in enumerate(samples)
+        for segment in sample
+    ]
+
+
+def _check(report: Report, config: Config) -> None:
+    """Raise for what the settings refuse, and for datasets of which nothing is left."""
+    refused = [loss for dataset in report.datasets if dataset.refused for loss in dataset.losses]
+    raise_all(DataError, "data.on_too_long is error, and there are samples longer than data.max_length", refused)
+    if config.strict:
+        raise_all(DataError, "strict: this data would be lost", report.losses)
+    empty = [
+        "\n    ".join([f"{dataset.path} (format {dataset.format}): {dataset.read:,} rows read", *dataset.losses])
+        for dataset in report.datasets
+        if not dataset.used
+    ]
+    raise_all(DataError, "there are datasets without a single usable row", empty)
+
+
+def _prepare_stream(job: _Job, on_notice: Callable[[str], None] | None) -> Prepared:
+    """A feed that reads as it goes; the report is on the first rows of each dataset."""
+    held_out, eval_tallies, watched = job.read_eval()
+    tallies = [dataset.tally() for dataset in job.train]
+    first = [
+        sample
+        for dataset, tally in zip(job.train, tallies)
+        for sample in flat(read_samples(dataset, job.renderer, tally, held_out=watched, limit=_ROWS_AHEAD))
+    ]
+    report = job.report([*tallies, *eval_tallies], first[: job.config.num_samples_shown], complete=False)
+    _check(report, job.config)
+    told: set[str] = set()
+
+    def begin() -> Iterator[Sample]:
+        tallies = [dataset.tally(learn_digests=False) for dataset in job.train]
+        yield from _pass(job, tallies, watched)
+        for notice in job.report(tallies, ()).notices:
+            if on_notice and notice not in told:
+                told.add(notice)
+                on_notice(notice)
+
+    return Prepared(StreamingFeed(begin, job.config, job.seed), held_out, report)
+
+
+def _pass(job: _Job, tallies: Sequence[Tally], watched: Mapping[int, str]) -> Iterator[Sample]:
+    """One pass over a stream. Raises DataError at the first loss that the settings refuse."""
+
+    def part(dataset: Dataset, tally: Tally) -> Iterator[Sample]:
+        for sample in flat(read_samples(dataset, job.renderer, tally, held_out=watched)):
+            check(tally)
+            yield sample
+        check(tally)
+
+    def check(tally: Tally) -> None:
+        if tally.refused.counts or (job.config.strict and (tally.dropped.counts or tally.num_truncated)):
+            _check(job.report([tally], ()), job.config)
+
+    parts = [part(dataset, tally) for dataset, tally in zip(job.train, tallies)]
+    yield from (sample for _, sample in mix(job.config, parts, job.seed))
