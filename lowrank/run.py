@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -91,7 +92,7 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
     else:
         slot = _attach(engine.bank, config, report)
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
-    num_steps = config.max_steps or max(1, round(config.num_train_epochs * (data.train.steps_per_epoch or 0)))
+    num_steps = config.max_steps or math.ceil(config.num_train_epochs * (data.train.steps_per_epoch or 0) - 1e-9)
     return Job(
         name=config.name,
         slot=slot,

@@ -49,16 +49,10 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def choose_dtype(config: Config, device: torch.device, train_all: bool = False) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it faster, else float32.
-
-    `train_all`: the base's own parameters are trained; they stay in float32, since bfloat16 would lose
-    updates smaller than 1/256 of a weight.
-    """
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it faster, else float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    if train_all:
-        return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -73,7 +67,7 @@ def load(
     see one another.
     """
     device = choose_device(config)
-    dtype = choose_dtype(config, device, train_all)
+    dtype = choose_dtype(config, device)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
     model = _load_model(config, dtype).to(device)
     model.requires_grad_(train_all)

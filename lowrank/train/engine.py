@@ -12,8 +12,9 @@ could tie them is kept per job: normalisation, clipping, finite check, optimiser
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from lowrank.kernels.logprobs import Head, logprobs
 from lowrank.models.base import Base
 from lowrank.objectives import Objective
 from lowrank.records import BARE_BASE, Batch, Scores, Segment, Totals, number_the_step, pack
+from lowrank.train.masters import Masters
 from lowrank.train.optimizers import OptimizerConfig
 
 Work = Mapping[int, Sequence[Segment]]
@@ -37,6 +39,8 @@ class TrainedJob:
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     settings: OptimizerConfig
+    refresh: Callable[[], None]
+    """Brings what computes up to date with `parameters`, after each update."""
     seed: int
     neftune_alpha: float = 0.0
     step: int = 0
@@ -73,13 +77,15 @@ class Engine:
     def add(self, slot: int, objective: Objective, settings: OptimizerConfig, seed: int, neftune_alpha: float) -> None:
         """Train what is in `slot` (BARE_BASE: the base's own parameters)."""
         if slot == BARE_BASE:
-            parameters = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
+            own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
+            masters = Masters(own)
+            parameters, refresh = masters.parameters, masters.refresh
         else:
-            parameters = self.bank.parameters(slot)
+            parameters, refresh = self.bank.parameters(slot), partial(self.bank.refresh, slot)
         if neftune_alpha:
             self.bank.enable_noise()
         optimizer = settings.build(parameters.values())
-        self.jobs[slot] = TrainedJob(objective, parameters, optimizer, settings, seed, neftune_alpha)
+        self.jobs[slot] = TrainedJob(objective, parameters, optimizer, settings, refresh, seed, neftune_alpha)
 
     def remove(self, slot: int) -> None:
         """Forget a job's optimiser; its adapter stays in the bank."""
@@ -132,8 +138,7 @@ class Engine:
             for group in job.optimizer.param_groups:
                 group["lr"] = learning_rate
             job.optimizer.step()
-            if slot != BARE_BASE:
-                self.bank.refresh(slot)
+            job.refresh()
         job.optimizer.zero_grad(set_to_none=True)
         return Updated(norm, skipped=not finite)
 

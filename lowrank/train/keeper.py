@@ -83,6 +83,7 @@ class DiskKeeper:
         trained = self.engine.jobs[job.slot]
         if job.slot == BARE_BASE:
             _copy_into(trained.parameters, saved.parameters)
+            trained.refresh()
         else:
             self.engine.bank.load(job.slot, saved.tensors)
         restore_optimizer(trained.optimizer, trained.parameters, saved.optimizer)

@@ -1,0 +1,37 @@
+"""The ladder of examples runs, each on the base that ships with lowrank, a few steps of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "examples").glob("0*.yaml"))
+SCRIPTS = sorted((ROOT / "examples").glob("0*.py"))
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": "examples", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_trains(path: Path, tmp_path: Path) -> None:
+    out = run(
+        sys.executable, "-m", "lowrank", "train", str(path), f"output_dir={tmp_path / 'run'}", "max_steps=4", "--json"
+    )
+    summary = json.loads(out.splitlines()[-1])
+    for job in summary["jobs"].values() if isinstance(summary["jobs"], dict) else summary["jobs"]:
+        assert job["last_loss"] < job["first_loss"] * 1.2
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_script_runs(path: Path) -> None:
+    assert "held out" in run(sys.executable, str(path), "4")

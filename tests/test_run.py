@@ -1,0 +1,221 @@
+"""The main path whole: real files, a real checkpoint folder, adapters on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from lowrank.config import RunConfig
+from lowrank.errors import DataError, OutputError
+from lowrank.run import train
+from lowrank.train.events import EvalDone, Event, StepDone
+from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
+
+
+class Ear:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+    def losses(self, job: str) -> list[float]:
+        return [event.loss for event in self.events if isinstance(event, StepDone) and event.job == job]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_checkpoint_folder(folder / "model")
+    write_alpaca(folder / "train.json", 40)
+    write_alpaca(folder / "eval.json", 8, start=100)
+    return folder
+
+
+def settings(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Two jobs of different length, with everything that has a state: dropout, noise, schedules, shuffling."""
+    return {
+        "model": {"path": str(world / "model"), "dtype": "float32", "device": "cpu"},
+        "data": {"train": [str(world / "train.json")], "eval": [str(world / "eval.json")], "batch_size": 8},
+        "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"type": "cosine", "warmup_steps": 2},
+        "output_dir": str(out),
+        "save_steps": 4,
+        "eval_steps": 3,
+        "num_train_epochs": 2,
+        "jobs": [
+            {"name": "a", "adapter": {"rank": 4, "dropout": 0.1}},
+            {"name": "b", "adapter": {"rank": 8, "type": "rslora"}, "neftune_noise_alpha": 5.0, "max_steps": 6},
+        ],
+        **changes,
+    }
+
+
+def run(given: dict[str, Any]) -> tuple[dict[str, Any], Ear]:
+    ear = Ear()
+    return train(RunConfig(**given), reporters=[ear]), ear
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.parent.relative_to(out)}/{name}": tensor
+        for path in sorted(out.glob("?/*/adapter_model.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def test_learns_and_leaves_what_it_promises(world: Path, tmp_path: Path) -> None:
+    summary, ear = run(settings(world, tmp_path / "run"))
+    assert ear.losses("a")[-1] < ear.losses("a")[0] - 0.1  # a random frozen base can be taught no more in ten steps
+    assert (len(ear.losses("a")), len(ear.losses("b"))) == (10, 6)
+    assert [event.step for event in ear.events if isinstance(event, EvalDone) and event.job == "a"] == [3, 6, 9, 10]
+    for name in ("summary.json", "config.json", "a/best", "a/last", "b/best", "b/last", "checkpoints"):
+        assert (tmp_path / "run" / name).exists(), name
+    assert json.loads((tmp_path / "run/summary.json").read_text()).keys() == summary.keys()
+
+
+def test_peft_loads_the_adapter(world: Path, tmp_path: Path) -> None:
+    _, ear = run(settings(world, tmp_path / "run"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(world / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "model")
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "a" / "last").eval()
+    losses, count = 0.0, 0
+    for number in range(100, 108):
+        messages = [{"role": "user", "content": f"Say {number}"}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        answer = f"{number} {number}<|im_end|>"
+        token = tokenizer(prompt + answer, return_tensors="pt").input_ids
+        length = len(tokenizer(answer).input_ids)
+        with torch.no_grad():
+            logprob = model(token).logits[0, :-1].log_softmax(-1).gather(1, token[0, 1:, None])[-length:, 0]
+        losses, count = losses - logprob.sum().item(), count + length
+    last = [event.loss for event in ear.events if isinstance(event, EvalDone) and event.job == "a"][-1]
+    assert losses / count == pytest.approx(last, rel=1e-5)
+
+
+def test_resume_is_bit_exact(world: Path, tmp_path: Path) -> None:
+    """Stopped after step 5 (by a real Ctrl-C) and resumed: every loss and every weight as if nothing had happened."""
+    _, whole = run(settings(world, tmp_path / "whole"))
+
+    class Stopper(Ear):
+        def report(self, event: Event) -> None:
+            super().report(event)
+            if isinstance(event, StepDone) and event.job == "a" and event.step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = Stopper()
+    given = settings(world, tmp_path / "cut")
+    summary = train(RunConfig(**given), reporters=[stopper])
+    assert summary["interrupted"]
+    assert len(stopper.losses("a")) == 5
+    _, rest = run({**given, "resume": True})
+    assert stopper.losses("a") + rest.losses("a") == whole.losses("a")
+    assert stopper.losses("b") + rest.losses("b") == whole.losses("b")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert one.keys() == other.keys()
+    assert len(one) == 4 * 28
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resumed_job_leaves_the_other_alone_and_longer_runs_go_on(world: Path, tmp_path: Path) -> None:
+    given = settings(world, tmp_path / "run", schedule={"type": "constant"})
+    run(given)
+    given["num_train_epochs"] = 3
+    _, ear = run({**given, "resume": True})
+    assert (len(ear.losses("a")), len(ear.losses("b"))) == (5, 0)
+    _, again = run({**given, "resume": True})
+    assert not again.losses("a")
+
+
+def test_full_tuning_trains_the_base(world: Path, tmp_path: Path) -> None:
+    given = settings(world, tmp_path / "full", tuning="full", optimizer={"learning_rate": 1e-3})
+    del given["jobs"]
+    _, ear = run({**given, "num_train_epochs": 4})
+    assert ear.losses("default")[-1] < ear.losses("default")[0]
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "default" / "last")
+    before = transformers.AutoModelForCausalLM.from_pretrained(world / "model")
+    assert trained.state_dict().keys() == before.state_dict().keys()
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
+
+
+def test_a_folder_with_something_in_it_is_refused(world: Path, tmp_path: Path) -> None:
+    given = settings(world, tmp_path / "run", max_steps=1)
+    run(given)
+    with pytest.raises(OutputError, match=r"resume=true(.|\n)*overwrite=true"):
+        run(given)
+    summary, _ = run({**given, "overwrite": True})
+    assert not summary["interrupted"]
+    with pytest.raises(OutputError, match="learning_rate"):
+        run({**given, "resume": True, "optimizer": {"learning_rate": 5e-2}})
+
+
+def test_data_is_checked_before_the_model_loads(world: Path, tmp_path: Path) -> None:
+    """The model has no weights at all, and still the error is the data's."""
+    save_checkpoint_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "bad.json").write_text('[{"instruction": "x", "output": "y"},]', encoding="utf-8")
+    given = settings(world, tmp_path / "run", model={"path": str(tmp_path / "model")})
+    given["data"]["train"] = [str(tmp_path / "bad.json")]
+    with pytest.raises(DataError, match=r"bad\.json"):
+        run(given)
+
+
+_CHILD = """
+import sys, json
+from lowrank.config import RunConfig
+from lowrank.run import train
+print("ready", flush=True)
+train(RunConfig(**json.loads(sys.argv[1])), reporters=[])
+"""
+
+
+@pytest.mark.slow
+def test_kill_nine_at_random_moments(world: Path, tmp_path: Path) -> None:
+    """kill -9, twenty times, a save at every step so that many strike during one; the result is the same bits."""
+    given = settings(world, tmp_path / "whole", save_steps=1, num_train_epochs=60)
+    _, whole = run(given)
+    given["output_dir"], given["resume"] = str(tmp_path / "cut"), True
+    generator, kills = random.Random(0), 0
+    while True:
+        child = subprocess.Popen([sys.executable, "-c", _CHILD, json.dumps(given)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        if kills == 20:
+            assert child.wait(timeout=300) == 0
+            break
+        try:
+            child.wait(timeout=generator.uniform(0.5, 3.0))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills += 1
+        else:
+            pytest.fail(f"the run ended after {kills} kills: it is too short for this test")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert _steps(tmp_path / "whole") == _steps(tmp_path / "cut")
+    assert whole.losses("a")
+
+
+def _steps(out: Path) -> list[tuple[Any, ...]]:
+    """What metrics.jsonl says, but for the times."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line.get("job"), line.get("step"), line.get("loss")) for line in lines]
