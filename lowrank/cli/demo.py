@@ -1,0 +1,99 @@
+"""`lowrank demo`: the main job on the base and the data that ship with lowrank."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lowrank.evaluate.exact_match import Answered
+
+_SHOWN = 4
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the demo's configuration.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print events and the result as JSON.")] = False,
+) -> None:
+    """Three adapters learn, in one pass over one base, to turn messages in English and Chinese into JSON."""
+    from rich.console import Console
+
+    from lowrank.config import load
+    from lowrank.run import train
+    from lowrank.train.reporters import reporters_for
+
+    console = Console(quiet=json, highlight=False)
+    path = Path(__file__).parent.parent / "data" / "demo" / "demo.yaml"
+    config = load(path, [f"output_dir={output_dir}", "overwrite=true", *(overrides or [])])
+    console.print(f"[bold]lowrank demo[/]: {len(config.jobs)} adapters at once on {config.model.path}\n")
+    train(config, reporters=reporters_for(config, json=json, quiet=False))
+
+    console.print("\nAsking the untouched base and every adapter the held-out questions ...")
+    answered = _ask(output_dir)
+    scores = {voice: _score(answered, voice) for voice in answered[0].answers}
+    best = max((voice for voice in scores if voice != "base"), key=lambda voice: scores[voice])
+    result = {"exact_match": scores, "best": best, "adapter": str(output_dir / best / "best")}
+    (output_dir / "demo.json").write_text(json_format.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if json:
+        print(json_format.dumps(result, ensure_ascii=False))
+        return
+    _show(console, answered, scores, best)
+    console.print(f"\nThe best adapter is [bold]{best}[/], in {output_dir / best / 'best'}")
+    console.print(f"The curves are in {output_dir / 'loss.png'}\n")
+    console.print(f"  talk to it          [bold]lowrank chat {output_dir} --adapter {best}[/]")
+    console.print("  look at your data   [bold]lowrank data your.json[/]")
+    console.print(
+        "  train on it         [bold]lowrank train examples/01_sft.yaml model=MODEL data.train=your.json "
+        "output_dir=runs/mine[/]"
+    )
+
+
+def _ask(run: Path) -> list[Answered]:
+    """Every held-out question to every voice."""
+    from lowrank.data.config import SourceConfig
+    from lowrank.data.formats import messages
+    from lowrank.data.sources import read_rows
+    from lowrank.evaluate.exact_match import ask_all
+    from lowrank.generate.sampler import Config
+    from lowrank.trained import open_trained
+
+    trained = open_trained(str(run))
+    rows = read_rows(SourceConfig(path="lowrank/demo-heldout"), seed=0, max_samples=None)
+    conversations = [messages(dict(row.values), {}, {}) for row in rows]
+    sampling = Config(max_new_tokens=96)
+    return ask_all(conversations, list(trained.slots), lambda asked: trained.answer(asked, sampling))
+
+
+def _score(answered: Sequence[Answered], voice: str) -> float:
+    from lowrank.evaluate.exact_match import exact_match
+
+    return exact_match(answered, voice)
+
+
+def _show(console: object, answered: Sequence[Answered], scores: dict[str, float], best: str) -> None:
+    """A few answers side by side, and the scores."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    assert isinstance(console, Console)
+    table = Table("question", "before", f"after ({best})", expand=True, show_lines=True)
+    for each in answered[:: max(1, len(answered) // _SHOWN)][:_SHOWN]:
+        right = each.answers[best].strip() == each.expected.strip()
+        table.add_row(
+            Text(each.question), Text(each.answers["base"].strip()), Text(each.answers[best].strip(), "green" * right)
+        )
+    console.print(table)
+    marks = Table("exact match on held-out questions", "before", "after")
+    for voice, score in scores.items():
+        if voice != "base":
+            marks.add_row(voice, f"{scores['base']:.1%}", Text(f"{score:.1%}", "bold green" if voice == best else ""))
+    console.print(marks)
