@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
@@ -14,6 +16,7 @@ __all__ = ["Report", "render_report"]
 
 _BAR_WIDTH = 40
 _LONGEST_SHOWN = 2000
+_LONGEST_PATH = 40
 LEARNED, CONTEXT = "bold green", "dim"
 
 
@@ -44,7 +47,7 @@ def _datasets(report: Report) -> Table:
         cut = dataset.truncated.count if dataset.truncated else 0
         repeated = dataset.duplicates.count if dataset.duplicates else 0
         table.add_row(
-            dataset.path,
+            dataset.path if len(dataset.path) <= _LONGEST_PATH else Path(dataset.path).name,
             dataset.use,
             dataset.format,
             f"{dataset.read:,}",

@@ -62,7 +62,7 @@ def prepare(
     if config.streaming:
         return _prepare_stream(job, on_notice)
     samples, held_out, report = job.read_all(_Counter(on_progress))
-    _check(report, config)
+    refuse(report, strict=config.strict)
     return Prepared(Feed(samples, config, seed), held_out, report)
 
 
@@ -168,14 +168,14 @@ def _as_eval(parts: Iterable[Iterable[Row]]) -> list[Segment]:
     ]
 
 
-def _check(report: Report, config: Config) -> None:
-    """Raise for what the settings refuse, and for datasets of which nothing is left."""
-    refused = [loss for dataset in report.datasets if dataset.refused for loss in dataset.losses]
-    raise_all(DataError, "data.on_too_long is error, and there are samples longer than data.max_length", refused)
-    if config.strict:
+def refuse(report: Report, *, strict: bool) -> None:
+    """Raise DataError for samples that must not be too long, datasets without a usable row, with `strict` any loss."""
+    too_long = [loss for dataset in report.datasets if dataset.refused for loss in dataset.losses]
+    raise_all(DataError, "data.on_too_long is error, and there are samples longer than data.max_length", too_long)
+    if strict:
         raise_all(DataError, "strict: this data would be lost", report.losses)
     empty = [
-        "\n    ".join([f"{dataset.path} (format {dataset.format}): {dataset.read:,} rows read", *dataset.losses])
+        "\n    ".join(dataset.losses) or f"{dataset.path}: it has no rows"
         for dataset in report.datasets
         if not dataset.used
     ]
@@ -192,7 +192,7 @@ def _prepare_stream(job: _Job, on_notice: Callable[[str], None] | None) -> Prepa
         for sample in flat(read_samples(dataset, job.renderer, tally, held_out=watched, limit=_ROWS_AHEAD))
     ]
     report = job.report([*tallies, *eval_tallies], first[: job.config.num_samples_shown], complete=False)
-    _check(report, job.config)
+    refuse(report, strict=job.config.strict)
     told: set[str] = set()
 
     def begin() -> Iterator[Sample]:
@@ -217,7 +217,7 @@ def _pass(job: _Job, tallies: Sequence[Tally], watched: Mapping[int, str]) -> It
 
     def check(tally: Tally) -> None:
         if tally.refused.counts or (job.config.strict and (tally.dropped.counts or tally.num_truncated)):
-            _check(job.report([tally], ()), job.config)
+            refuse(job.report([tally], ()), strict=job.config.strict)
 
     parts = [part(dataset, tally) for dataset, tally in zip(job.train, tallies)]
     yield from (sample for _, sample in mix(job.config, parts, job.seed))

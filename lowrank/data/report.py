@@ -203,4 +203,6 @@ def _rows(finding: Finding) -> str:
 
 
 def _example(finding: Finding) -> str:
-    return finding.example if finding.count == 1 else f"{finding.what}, e.g. {finding.example}"
+    """In full if it happened once, else `"too long; the first: 4324 tokens, ..."`."""
+    detail = finding.example.removeprefix(finding.what).lstrip(": ")
+    return finding.example if finding.count == 1 or not detail else f"{finding.what}; the first: {detail}"

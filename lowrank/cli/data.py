@@ -1,0 +1,140 @@
+"""`lowrank data`: the doctor, on a configuration or on a file alone."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowrank.cli.warn import warn
+
+if TYPE_CHECKING:
+    from lowrank.config import RunConfig
+    from lowrank.data.report import Report
+
+_LARGE_FILE = 256 << 20
+"""Bytes from which a file is read as a stream."""
+_LARGEST_CONFIG = 1 << 20
+
+
+def data(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG|FILE", help="A configuration (YAML), or a file, folder or hub name of data."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a configuration: as data.max_length=512.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Count tokens as this model does (a folder or hub name).")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="Format of a file, instead of recognising it: alpaca, sharegpt, ...")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Any loss of data is an error (exit code 3).")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Shows rows read, used, left out and cut, with reasons and row numbers; repeated and leaked rows; lengths;
+
+    the share of tokens that carry loss; and samples as the model sees them. No weights are loaded.
+    """
+    if _is_config(target):
+        if format:
+            raise typer.BadParameter("goes with a data file; in a configuration it is data.train.0.format")
+        reports = _of_config(Path(target), overrides or [], model)
+    else:
+        if overrides:
+            raise typer.BadParameter(f"KEY=VALUE goes with a configuration file, and {target} is data")
+        reports = [_of_file(target, model, format)]
+    _say(reports, strict, json)
+
+
+def _is_config(target: str) -> bool:
+    """A YAML file, or a JSON file that names a model."""
+    path = Path(target)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return True
+    if path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > _LARGEST_CONFIG:
+        return False
+    try:
+        content = json_format.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and not content.keys().isdisjoint({"model", "model_name_or_path"})
+
+
+def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tuple[str, Report]]:
+    """A heading and a report for every job, equal jobs together."""
+    from lowrank.compat import load_any
+    from lowrank.data.prepare import examine
+    from lowrank.data.rendering import Renderer
+
+    config, warnings = load_any(path, overrides)
+    warn(warnings)
+    tokenizer, counted = _tokenizer(model, config)
+    groups: dict[str, list[Any]] = {}
+    for job in config.jobs:
+        key = json_format.dumps([job.data.model_dump(mode="json"), job.objective.type, job.seed], sort_keys=True)
+        groups.setdefault(key, []).append(job)
+    reports = []
+    for jobs in groups.values():
+        first = jobs[0]
+        record = first.objective.build().record
+        report = examine(first.data, renderer=Renderer(tokenizer, first.data), record=record, seed=first.seed)
+        names = ", ".join(job.name for job in jobs)
+        reports.append((f"{'job' if len(jobs) == 1 else 'jobs'} {names}, {counted}", report))
+    return reports
+
+
+def _of_file(target: str, model: str | None, format: str | None) -> tuple[str, Report]:
+    from lowrank.data.characters import CharacterRenderer
+    from lowrank.data.config import Config, SourceConfig
+    from lowrank.data.prepare import examine
+    from lowrank.data.rendering import Renderer
+
+    path = Path(target)
+    large = path.is_file() and path.stat().st_size > _LARGE_FILE
+    config = Config(train=(SourceConfig(path=target, format=format),), streaming=large)
+    tokenizer, counted = _tokenizer(model, None)
+    renderer = CharacterRenderer() if tokenizer is None else Renderer(tokenizer, config)
+    return f"{target}, {counted}", examine(config, renderer=renderer)
+
+
+def _tokenizer(model: str | None, config: RunConfig | None) -> tuple[Any, str]:
+    """The tokenizer and how lengths are counted, in words; None where there is none to be had."""
+    from lowrank.models.config import Config
+    from lowrank.models.loading import TINY, load_tokenizer, locate
+
+    if model is not None:
+        return load_tokenizer(Config(path=model)), f"in tokens of {model}"
+    if config is not None:
+        return load_tokenizer(config.model), f"in tokens of {config.model.path}"
+    if Path(locate(TINY)).is_dir():
+        return load_tokenizer(Config(path=TINY)), f"in tokens of {TINY} (name your model with --model)"
+    return None, "in characters (name your model with --model to count tokens)"
+
+
+def _say(reports: list[tuple[str, Report]], strict: bool, as_json: bool) -> None:
+    """Print the reports, then raise DataError for what cannot be trained on."""
+    from rich.console import Console
+
+    from lowrank.data.doctor import render_report
+    from lowrank.data.prepare import refuse
+    from lowrank.errors import DataError
+
+    console = Console(highlight=False)
+    if as_json:
+        content = [{"of": heading, **report.to_json()} for heading, report in reports]
+        print(json_format.dumps({"reports": content}, ensure_ascii=False))
+    for heading, report in () if as_json else reports:
+        console.rule(heading, align="left", style="dim")
+        console.print(render_report(report, marks=not console.is_terminal or console.no_color))
+    for _, report in reports:
+        try:
+            refuse(report, strict=strict)
+        except DataError as error:
+            if not as_json:
+                raise
+            raise typer.Exit(error.exit_code) from error  # the report says why
