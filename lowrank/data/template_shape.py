@@ -123,7 +123,11 @@ def _opening(template: ChatTemplate, alone: str, asked: str, plain: str) -> tupl
     shared = between[: common_prefix(between, prompted)]
     ends = [match.end() for match in template.control.finditer(shared)] + [shared.rfind("\n") + 1]
     opening = shared[: max(ends)]
-    return opening, prompted[len(opening) :], ""
+    extra, rest = prompted[len(opening) :], between[len(opening) :]
+    parts = [match[0] for match in template.control.finditer(extra)] + [extra.strip()]
+    if any(part and part in rest for part in parts):  # no addition: the same header, after something that was rewritten
+        extra = ""
+    return opening, extra, ""
 
 
 def _closing(template: ChatTemplate, ending: str, later: str) -> str:

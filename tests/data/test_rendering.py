@@ -229,6 +229,46 @@ def test_marks_that_leave_out_the_end_of_turn_are_stretched_over_it() -> None:
     assert learned(renderer, only(renderer.render(chat("a", "b", "c", "d")))) == ["b<|im_end|>", "d<|im_end|>"]
 
 
+def test_a_turn_that_history_keeps_in_part_is_learned_on_its_own() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}A: "
+        "{% endgeneration %}{% generation %}{{ m.content if loop.last else m.content[:1] }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    renderer = renderer_of("qwen2_5", template)
+    rendering = renderer.render(chat("a", "hello", "c", "world"))
+    assert [learned(renderer, segment) for segment in rendering.segments] == [
+        ["A: hello<|im_end|>"],
+        ["A: world<|im_end|>"],
+    ]
+
+
+@pytest.mark.parametrize("thinking", ["", "<think>\n"])
+@pytest.mark.parametrize("rewritten", ["user", "system"])
+def test_a_template_that_rewrites_what_was_said_once_it_is_answered_is_refused(thinking: str, rewritten: str) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{{ '!' if m.role == 'ROLE' and "
+        "messages[-1].role == 'assistant' else '' }}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nTHINK' }}{% endif %}"
+    ).replace("THINK", thinking.replace("\n", "\\n"))
+    rendering = renderer_of("qwen3", template.replace("ROLE", rewritten)).render(chat("a", "hello", system="s"))
+    assert rendering.segments == ()
+    assert "does not continue its generation prompt" in (rendering.problem or "")
+
+
+def test_an_end_of_two_tokens_is_learned_whole() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content }}<|end|><|return|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
+    )
+    renderer = renderer_of("gptoss", template)
+    assert learned(renderer, only(renderer.render(chat("a", "b", "c", "d")))) == [
+        "b<|end|><|return|>",
+        "d<|end|><|return|>",
+    ]
+
+
 @pytest.mark.parametrize(
     ("family", "conversation", "problem"),
     [
