@@ -23,6 +23,8 @@ class JobStarted:
     """Trainable parameters."""
     description: str = ""
     """A few words that tell it from the other jobs: `lora r=8, lr 2e-4`."""
+    finished: str | None = None
+    """After a resume: why it takes no more steps (a reason of `JobFinished`). None: it takes steps."""
 
 
 @dataclass(frozen=True)
