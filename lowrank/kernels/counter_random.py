@@ -39,12 +39,8 @@ def random_bits(counter_T: torch.Tensor, width: int, key: int) -> torch.Tensor:
     signed = key - (1 << 32) if key >= (1 << 31) else key
     row_T = _mix(counter_T.to(torch.int32) ^ signed)
     column_W = _mix(torch.arange(width, dtype=torch.int32, device=counter_T.device) * _GOLDEN + signed)
-    # Each row and column is fully mixed; one more round decorrelates their sums.
-    bits_TW = row_T[:, None] + column_W[None, :]
-    bits_TW *= _M1
-    bits_TW ^= (bits_TW >> 15) & 0x1FFFF
-    bits_TW *= _M2
-    return bits_TW
+    # Rows and columns are mixed by themselves and their sum once more, whole: with less, some rows draw nearly alike.
+    return _mix(row_T[:, None] + column_W[None, :])
 
 
 def dropout(x_TD: torch.Tensor, counter_T: torch.Tensor, key: int, probability: float) -> torch.Tensor:

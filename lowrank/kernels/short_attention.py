@@ -56,7 +56,9 @@ def _backward(
     hidden = torch.full((length, length), float("-inf"), dtype=q.dtype).triu_(1)
     score = torch.bmm(q_NMd, k_NLd.transpose(1, 2)).mul_(scale).view(groups, fold, length, length).add_(hidden)
     share = torch.softmax(score, dim=-1).view(groups, fold * length, length)
-    along_NM1 = (output * d_output).sum(-1, dtype=torch.float32).to(q.dtype).reshape(groups, fold * length, 1)
+    # Products in float32: where one key takes nearly all, the difference below is small and would be their rounding.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    along_NM1 = (output.to(wide) * d_output).sum(-1).to(q.dtype).reshape(groups, fold * length, 1)
     d_score = torch.bmm(d_NMd, v_NLd.transpose(1, 2)).sub_(along_NM1).mul_(share).mul_(scale)
     dq = torch.bmm(d_score, k_NLd).view_as(q)
     dk = torch.bmm(d_score.transpose(1, 2), q_NMd).view_as(k)
