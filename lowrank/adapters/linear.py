@@ -79,25 +79,44 @@ class RoutedLinear(nn.Module):
         x_TD = x.reshape(-1, self.in_features)
         pieces: list[Piece] = []
         masters: list[torch.Tensor] = []
-        others: list[tuple[int, int, LayerAdapter]] = []
+        others: list[tuple[int, int, int, LayerAdapter]] = []
         for slot, first, end in self.routing.in_rows_of(len(x_TD), self.name):
             adapter = self.adapters.get(slot)
             if adapter is None:
                 continue
             low_rank = adapter.variant.as_low_rank(adapter.masters)
             if low_rank is None:
-                others.append((first, end, adapter))
+                others.append((slot, first, end, adapter))
                 continue
             A_RD, B_OR = adapter.variant.as_low_rank(adapter.working) or low_rank
-            key = self.routing.key(slot, self.name) if adapter.dropout else None
-            rate = adapter.dropout if key is not None else 0.0
-            pieces.append(Piece(first, end, adapter.scale, A_RD, B_OR, rate, key or 0, self.routing.counter_N))
+            rate, key = self._dropout(slot, adapter)
+            pieces.append(Piece(first, end, adapter.scale, A_RD, B_OR, rate, key, self.routing.counter_N))
             masters += low_rank
         y_TO = _RoutedLinear.apply(x_TD, self.base, tuple(pieces), *masters)
-        for first, end, adapter in others:
-            part = adapter.variant.apply(x_TD[first:end], y_TO[first:end], self.base, adapter.scale, adapter.masters)
-            y_TO = torch.cat([y_TO[:first], part, y_TO[end:]])
+        if others:
+            y_TO = self._apply_others(x_TD, y_TO, others)
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _dropout(self, slot: int, adapter: LayerAdapter) -> tuple[float, int]:
+        """(probability, key) of a slot's dropout here; probability 0 where nothing is drawn."""
+        key = self.routing.key(slot, self.name) if adapter.dropout else None
+        return (0.0, 0) if key is None else (adapter.dropout, key)
+
+    def _apply_others(
+        self, x_TD: torch.Tensor, y_TO: torch.Tensor, others: list[tuple[int, int, int, LayerAdapter]]
+    ) -> torch.Tensor:
+        """The slots whose variant is no low-rank update, by their own `apply`."""
+        parts, done = [], 0
+        for slot, first, end, adapter in others:
+            rate, key = self._dropout(slot, adapter)
+            x_own = x_TD[first:end]
+            if rate:
+                assert self.routing.counter_N is not None
+                x_own = dropout(x_own, self.routing.counter_N[first:end], key, rate)
+            own = adapter.variant.apply(x_own, y_TO[first:end], self.base, adapter.scale, adapter.masters)
+            parts += [y_TO[done:first], own]
+            done = end
+        return torch.cat([*parts, y_TO[done:]])
 
 
 class _RoutedLinear(torch.autograd.Function):

@@ -1,0 +1,238 @@
+"""The contract of adapter variants. A new file in adapters/variants/ or models/storages/ is tested by being there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.linear import LayerAdapter, RoutedLinear
+from lowrank.adapters.routing import Draws, Routing
+from lowrank.kernels.counter_random import dropout
+from lowrank.models.storages import BaseLinear
+from lowrank.settings import configs_in
+from tests.adapters.variant_cases import TYPE, GainConfig
+from tests.tiny_models import make_base, make_engine, random_step
+
+VARIANTS: dict[str, Any] = {**configs_in("lowrank.adapters.variants"), TYPE: GainConfig}
+STORAGES: dict[str, Any] = configs_in("lowrank.models.storages")
+BUILT_IN = [name for name in VARIANTS if name != TYPE]
+RANK, ALPHA, D, O = 4, 6.0, 64, 48  # noqa: E741 (the letters of records.py)
+
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+@pytest.fixture(params=[f"{storage} {layer}" for storage in STORAGES for layer in ("linear", "conv1d", "no bias")])
+def base(request: pytest.FixtureRequest) -> Any:
+    """A frozen layer in every storage."""
+    storage, layer = request.param.split(" ", 1)
+    torch.manual_seed(0)
+    linear: nn.Module = Conv1D(O, D) if layer == "conv1d" else nn.Linear(D, O, bias=layer == "linear")
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return STORAGES[storage]().wrap(linear.double().requires_grad_(False))
+
+
+def fresh(name: str, base: BaseLinear, moved: float = 0.0, seed: int = 0) -> tuple[Any, float, dict[str, nn.Parameter]]:
+    """(variant, scale, masters), the masters moved away from the start by random numbers of size `moved`."""
+    variant = VARIANTS[name]().build()
+    scale = variant.scale(RANK, ALPHA)
+    generator = torch.Generator().manual_seed(seed)
+    start = variant.init(base, RANK, scale, generator)
+    assert all(tensor.dtype == torch.float32 for tensor in start.values())
+    masters = {}
+    for key, tensor in start.items():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        masters[key] = nn.Parameter(tensor.double() + moved * noise)
+    return variant, scale, masters
+
+
+def routed(base: BaseLinear, *slots: tuple[int, int, Any], rate: float = 0.0) -> RoutedLinear:
+    """A routed linear; `slots` are (first row, end row, what `fresh` gave)."""
+    routing = Routing()
+    layer = RoutedLinear(base, "layer", routing)
+    ranges = []
+    for number, (first, end, (variant, scale, masters)) in enumerate(slots):
+        layer.adapters[number] = LayerAdapter(variant, scale, masters, masters, rate)
+        ranges.append((number, first, end))
+    rows = ranges[-1][2]
+    draws = {number: Draws(seed=number, step=0) for number, _, _ in ranges}
+    routing.set(rows, tuple(ranges), torch.arange(rows), torch.full((rows,), rows), draws)
+    return layer
+
+
+def inputs(rows: int, seed: int = 5) -> torch.Tensor:
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(one: torch.Tensor, other: torch.Tensor, base: BaseLinear) -> None:
+    """To rounding of the dtype the storage computes in."""
+    tolerance = 1e-11 if base.dense_weight().dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+@every_variant
+def test_starts_as_the_base(name: str, base: Any) -> None:
+    x_TD = inputs(10)
+    assert torch.equal(routed(base, (0, 10, fresh(name, base)))(x_TD), base(x_TD))
+
+
+@every_variant
+def test_merged_applied_and_routed_are_the_same(name: str, base: Any) -> None:
+    x_TD = inputs(10)
+    variant, scale, masters = fresh(name, base, moved=0.3)
+    weight_OD = base.dense_weight().clone()
+    merged = F.linear(x_TD, variant.merge(weight_OD, scale, masters), base.bias)
+    assert torch.equal(base.dense_weight(), weight_OD), "merge changed the base"
+    applied = variant.apply(x_TD, base(x_TD), base, scale, masters)
+    close(applied, merged, base)
+    close(routed(base, (0, 10, (variant, scale, masters)))(x_TD), applied, base)
+    assert (merged - base(x_TD)).norm() > 0.1 * base(x_TD).norm()
+
+
+@every_variant
+def test_low_rank_if_it_says_so(name: str, base: Any) -> None:
+    variant, scale, masters = fresh(name, base, moved=0.3)
+    low_rank = variant.as_low_rank(masters)
+    if low_rank is None:
+        assert name not in ("lora", "rslora")
+        return
+    A_RD, B_OR = low_rank
+    assert (A_RD.shape, B_OR.shape) == ((RANK, D), (O, RANK))
+    x_TD = inputs(10)
+    close(base(x_TD) + scale * x_TD @ A_RD.t() @ B_OR.t(), variant.apply(x_TD, base(x_TD), base, scale, masters), base)
+
+
+@every_variant
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_gradients_are_those_of_apply(name: str, base: Any, rate: float) -> None:
+    """And dropout reaches every variant: `apply` gets the dropped-out input, the base the whole one."""
+    variant, scale, masters = fresh(name, base, moved=0.3)
+    x_TD = inputs(10).requires_grad_()
+    layer = routed(base, (0, 10, (variant, scale, masters)), rate=rate)
+    wanted = [x_TD, *masters.values()]
+    key = layer.routing.key(0, "layer")
+    assert key is not None
+    dropped = dropout(x_TD, torch.arange(10), key, rate)
+    y_TO = F.linear(x_TD, base.dense_weight(), base.bias)  # no scratch, no Function of ours
+    expected = variant.apply(dropped, y_TO, base, scale, masters)
+    ours = layer(x_TD)
+    close(ours, expected, base)
+    outer = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for one, other in zip(torch.autograd.grad(ours, wanted, outer), torch.autograd.grad(expected, wanted, outer)):
+        close(one, other, base)
+
+
+@every_variant
+def test_alone_or_one_of_three(name: str, base: Any) -> None:
+    """N=1 equals slot k of N=3, of other variants and itself; dropout on, outputs and gradients."""
+    mine = fresh(name, base, moved=0.3)
+    x_TD = inputs(10)
+    others = [fresh(other, base, moved=0.5, seed=9) for other in ("lora", TYPE)]
+    outcomes = []
+    for neighbours in (False, True):
+        own = x_TD.clone().requires_grad_()
+        slots = [(0, 4, others[0]), (4, 14, mine), (14, 17, others[1])] if neighbours else [(0, 10, mine)]
+        layer = routed(base, *slots)
+        rows = torch.cat([inputs(4, 1), own, inputs(3, 2)]) if neighbours else own
+        y_TO = layer(rows)[4:14] if neighbours else layer(rows)
+        gradients = torch.autograd.grad((y_TO**3).sum(), [own, *mine[2].values()])
+        outcomes.append((y_TO, *gradients))
+    for one, other in zip(*outcomes):
+        close(one, other, base)
+
+
+@every_variant
+def test_settings_are_documented(name: str) -> None:
+    config = VARIANTS[name]
+    assert config.__doc__
+    for field, info in config.model_fields.items():
+        assert field == "type" or info.description, field
+    assert config().build().scale(8, 16.0) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None])
+def test_peft_computes_the_same_from_the_same_tensors(name: str) -> None:
+    """Scale included: PEFT gets rank, alpha and `peft_fields`, nothing else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, O)).double()
+    base = STORAGES["dense"]().wrap(model[0].requires_grad_(False))
+    variant, scale, masters = fresh(name, base, moved=0.3)
+    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["0"], **VARIANTS[name].peft_fields}
+    twin = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=False).eval()
+    own = {
+        key.removeprefix("base_model.model.0.").replace(".default", "").removesuffix(".weight"): parameter
+        for key, parameter in twin.named_parameters()
+        if parameter.requires_grad
+    }
+    assert own.keys() == masters.keys()
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(masters[key])
+    x_TD = inputs(10)
+    layer = routed(base, (0, 10, (variant, scale, masters)))
+    torch.testing.assert_close(layer(x_TD), twin(x_TD), rtol=1e-12, atol=1e-12)
+    merged = variant.merge(base.dense_weight(), scale, masters)
+    twin.merge_adapter()  # in place, and the weight is the same object
+    torch.testing.assert_close(merged, twin.base_model.model[0].base_layer.weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None])
+def test_starts_like_peft(name: str) -> None:
+    """Same distribution of the initial values: bounds and spread of every tensor."""
+    model = nn.Sequential(nn.Linear(512, 384))
+    base = STORAGES["dense"]().wrap(model[0])
+    variant = VARIANTS[name]().build()
+    start = variant.init(base, 32, 1.0, torch.Generator().manual_seed(0))
+    settings = {"r": 32, "target_modules": ["0"], **VARIANTS[name].peft_fields}
+    twin = get_peft_model(model, LoraConfig(**settings))
+    for key, ours in start.items():
+        theirs = next(parameter for full, parameter in twin.named_parameters() if f".{key}." in full)
+        assert ours.shape == theirs.shape
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05, abs=1e-9)
+        assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.02, abs=1e-9)
+
+
+@every_variant
+def test_small_updates_survive_under_a_bfloat16_base(name: str) -> None:
+    """Masters are float32: 1,000 updates of 1e-6 add up to 1e-3, though bfloat16 cannot see one of them."""
+    config: AdapterSettings = VARIANTS[name](rank=RANK)
+    engine, (slot,) = make_engine(make_base("llama", torch.bfloat16), config, type="sgd", max_grad_norm=None)
+    parameters = engine.bank.parameters(slot)
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.fill_(0.5)
+    for _ in range(1000):
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        engine.optim_step(slot, 1e-6)
+    for parameter in parameters.values():
+        assert parameter.mean().item() == pytest.approx(0.499, abs=2e-5)
+    layer = next(iter(engine.bank.slots[slot].layers.values()))
+    for key, working in layer.working.items():
+        assert working.dtype == torch.bfloat16
+        assert torch.equal(working, layer.masters[key].bfloat16())
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trains_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    """The loss of one step taken over and over falls, and gradients arrive in the masters' dtype."""
+    engine, (slot,) = make_engine(make_base("llama", dtype), VARIANTS[name](rank=RANK, dropout=0.1))
+    work = {slot: random_step(0, [12, 20])}
+    losses = []
+    for _ in range(12):
+        losses.append(engine.forward_backward(work)[slot].loss)
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in engine.bank.parameters(slot).values())
+        assert not engine.optim_step(slot, 2e-2).skipped
+    assert math.isfinite(losses[-1])
+    assert min(losses[-3:]) < losses[0] - 0.05
