@@ -1,0 +1,186 @@
+"""The contract of objectives. A new file in objectives/ is tested by being there."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.objectives.sft import Config as Sft
+from lowrank.records import CHOSEN, PLAIN, REJECTED, Preference, Rated, Record, Scores, Segment, number_the_step, pack
+from lowrank.settings import configs_in
+from lowrank.train.engine import Engine
+from lowrank.train.optimizers import OptimizerConfig
+from tests.tiny_models import VOCABULARY, make_base, make_engine
+
+OBJECTIVES: dict[str, Any] = configs_in("lowrank.objectives")
+LENGTHS = [5, 12, 9, 3, 17, 8, 11, 6]
+
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def step_for(record: type, seed: int) -> list[Segment]:
+    """One optimiser step of what this kind of record becomes: plain segments, pairs, or rated ones."""
+    generator = np.random.default_rng(seed)
+    segments = []
+    for index, length in enumerate(LENGTHS):
+        weight_L = (generator.random(length) < 0.6).astype(np.float32)
+        weight_L[0], weight_L[-1] = 0.0, 1.0
+        pair, role = -1, PLAIN
+        if record is Preference:
+            pair, role = index // 2, CHOSEN if index % 2 == 0 else REJECTED
+        elif record is Rated:
+            role = CHOSEN if index % 3 else REJECTED
+        segments.append(Segment(generator.integers(3, VOCABULARY, length), weight_L, pair=pair, role=role))
+    return number_the_step(segments)
+
+
+def engine_for(name: str, micro_batch_tokens: int = 4096) -> tuple[Engine, list[int]]:
+    """Slot 0 has the objective under test, slot 1 is somebody else's SFT; adapters are away from their start."""
+    engine, slots = make_engine(make_base("llama"), Lora(rank=4), Lora(rank=2), micro_batch_tokens=micro_batch_tokens)
+    engine.add(slots[0], OBJECTIVES[name]().build(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
+    for slot in slots:
+        generator = torch.Generator().manual_seed(slot)
+        for parameter in engine.bank.parameters(slot).values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return engine, slots
+
+
+def gradients(engine: Engine, slot: int) -> dict[str, torch.Tensor]:
+    return {name: value.grad.clone() for name, value in engine.bank.parameters(slot).items() if value.grad is not None}
+
+
+@every_objective
+def test_says_what_it_learns_from_and_documents_its_settings(name: str) -> None:
+    config = OBJECTIVES[name]
+    objective = config().build()
+    assert objective.record in get_args(Record)
+    assert config.__doc__
+    for field, info in config.model_fields.items():
+        assert field == "type" or info.description, field
+
+
+@every_objective
+def test_counting_needs_no_model_and_adds_up(name: str) -> None:
+    objective = OBJECTIVES[name]().build()
+    segments = step_for(objective.record, 0)
+    whole = objective.count(pack([(0, segment) for segment in segments]))
+    halves = [objective.count(pack([(0, segment) for segment in half])) for half in (segments[:4], segments[4:])]
+    assert whole
+    for key, value in whole.items():
+        assert type(value) is float
+        assert value == pytest.approx(sum(half.get(key, 0.0) for half in halves))
+
+
+@every_objective
+def test_the_loss_is_a_scalar_with_a_gradient_and_leaves_its_inputs_alone(name: str) -> None:
+    objective = OBJECTIVES[name]().build()
+    batch = pack([(0, segment) for segment in step_for(objective.record, 0)])
+    before = copy.deepcopy(batch)
+    value_T = -torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(0)) * (batch.weight_T != 0)
+    logprob_T = value_T.clone().requires_grad_()
+    loss, metrics = objective.loss(Scores(logprob_T), batch, objective.count(batch))
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
+    loss.backward()
+    assert logprob_T.grad is not None
+    assert logprob_T.grad[batch.weight_T != 0].abs().sum() > 0
+    assert logprob_T.grad[batch.weight_T == 0].abs().sum() == 0
+    assert torch.equal(logprob_T.detach(), value_T)
+    assert all(isinstance(value, (float, torch.Tensor)) for value in metrics.values())
+    for key, value in vars(before).items():
+        same = (
+            torch.equal(value, getattr(batch, key)) if isinstance(value, torch.Tensor) else value == getattr(batch, key)
+        )
+        assert same, key
+
+
+@every_objective
+def test_cutting_changes_nothing(name: str) -> None:
+    """Loss, metrics and gradients of a step in 1, 2 and 4 or more micro-batches."""
+    outcomes = []
+    for micro_batch_tokens, least in ((4096, 1), (40, 2), (20, 4)):
+        engine, (slot, _) = engine_for(name, micro_batch_tokens)
+        work = {slot: step_for(engine.jobs[slot].objective.record, 1)}
+        assert len(engine.cut(work)) >= least
+        forwarded = engine.forward_backward(work)[slot]
+        outcomes.append((forwarded, gradients(engine, slot)))
+    (whole, expected), *others = outcomes
+    assert whole.loss != 0
+    for forwarded, own in others:
+        assert forwarded.loss == pytest.approx(whole.loss, rel=1e-12)
+        assert forwarded.totals == pytest.approx(whole.totals)
+        assert forwarded.metrics == pytest.approx(whole.metrics, rel=1e-6)
+        for key, value in own.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-13)
+
+
+@every_objective
+def test_other_jobs_do_not_notice(name: str) -> None:
+    """An SFT job beside it has the same loss and gradients as alone, and the objective the same as without it."""
+    engine, (mine, other) = engine_for(name)
+    own = step_for(engine.jobs[mine].objective.record, 1)
+    theirs = step_for(Sft().build().record, 2)
+    together = engine.forward_backward({mine: own, other: theirs})
+    both = {slot: gradients(engine, slot) for slot in (mine, other)}
+    for slot, work in ((mine, own), (other, theirs)):
+        alone_engine, _ = engine_for(name)
+        alone = alone_engine.forward_backward({slot: work})[slot]
+        assert together[slot].loss == pytest.approx(alone.loss, rel=1e-12)
+        for key, value in gradients(alone_engine, slot).items():
+            torch.testing.assert_close(both[slot][key], value, rtol=1e-10, atol=1e-13)
+    engine, (mine, other) = engine_for(name)
+    engine.forward_backward({mine: own})
+    assert not gradients(engine, other)
+
+
+@every_objective
+def test_nothing_to_learn_is_zero_and_not_nan(name: str) -> None:
+    """A step whose every token is masked."""
+    engine, (slot, _) = engine_for(name)
+    masked = [
+        replace(segment, weight_L=np.zeros_like(segment.weight_L))
+        for segment in step_for(engine.jobs[slot].objective.record, 1)
+    ]
+    forwarded = engine.forward_backward({slot: masked})[slot]
+    assert np.isfinite(forwarded.loss)
+    for value in gradients(engine, slot).values():
+        assert value.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_token_loss_by_hand(name: str) -> None:
+    """Two documents: (0.5 ln 2 + ln 4 + 2 ln 8) / 3.5, the weight on each prediction, once over all tokens."""
+    objective = OBJECTIVES[name]().build()
+    one = Segment(np.array([5, 6, 7]), np.array([0.0, 0.5, 1.0], np.float32))
+    other = Segment(np.array([8, 9]), np.array([0.0, 2.0], np.float32))
+    batch = pack([(0, one), (0, other)])
+    logprob_T = torch.log(torch.tensor([1 / 2, 1 / 4, 1.0, 1 / 8, 1.0]))
+    loss, metrics = objective.loss(Scores(logprob_T), batch, objective.count(batch))
+    assert objective.count(batch) == {"tokens": 3.5}
+    assert loss.item() == pytest.approx((0.5 * np.log(2) + np.log(4) + 2 * np.log(8)) / 3.5)
+    assert metrics == {}
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_token_loss_is_transformers_cross_entropy(name: str) -> None:
+    """A whole model's own `labels=` loss, over documents of different length, token-weighted."""
+    engine, _ = make_engine(make_base("llama"), Lora(rank=4))
+    engine.add(0, OBJECTIVES[name]().build(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
+    segments = step_for(engine.jobs[0].objective.record, 3)
+    total, tokens = 0.0, 0
+    for segment in segments:
+        token_1T = torch.from_numpy(segment.token_L)[None]
+        label_1T = torch.where(torch.from_numpy(segment.weight_L)[None] > 0, token_1T, -100)
+        with torch.no_grad(), engine.base.using_attention(engine.base.own_attention):
+            loss = engine.base.model(input_ids=token_1T, labels=label_1T).loss
+        count = int((label_1T[:, 1:] >= 0).sum())
+        total, tokens = total + float(loss) * count, tokens + count
+    forwarded = engine.evaluate({0: segments})[0]
+    assert forwarded.loss == pytest.approx(total / tokens, rel=1e-6)
+    assert forwarded.totals["tokens"] == tokens
