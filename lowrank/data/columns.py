@@ -124,6 +124,6 @@ def refuse_media(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         name = column_for(part, row, columns)
         if name is not None and row[name]:
             raise RowProblem(
-                f"it has {part}: column {name!r} is filled, and lowrank trains on text only, so it would learn to answer "
-                "about what it never sees; leave such rows out, or empty the column if the text stands on its own"
+                f"it has {part}: column {name!r} is filled, and lowrank trains on text only, so it would learn to "
+                "answer about what it never sees; leave such rows out, or empty the column if the text suffices"
             )

@@ -12,6 +12,8 @@ from lowrank.errors import DataError
 CHUNK_BYTES = 1 << 20
 SNIFFED_BYTES = 16 << 20
 """How much of a streamed file is looked at; other files are looked at whole."""
+_ENOUGH_UTF8 = 10
+"""So many characters beyond ASCII do not become valid UTF-8 by chance: such a file is UTF-8 with a broken byte."""
 _BOMS = (  # the longer marks first: the UTF-32 mark begins with the UTF-16 one
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -44,11 +46,16 @@ def detect(path: Path, limit: int | None = None) -> str:
                 return encoding
         if b"\0" in head:
             raise DataError(f"{path}: zero bytes in its beginning: a binary file, or UTF-16 without a byte order mark")
-        offset = _first_error(file, "utf-8", limit)
+        offset, characters = _valid_utf8(file, limit)
         if offset is None:
             return "utf-8"
-        if _is_chinese(file, limit):
+        if characters < _ENOUGH_UTF8 and _is_chinese(file, limit):
             return "gb18030"
+    if characters >= _ENOUGH_UTF8:
+        raise DataError(
+            f"{path}: broken UTF-8: the byte at offset {offset} belongs to no character; mend it there, or drop such "
+            "bytes with `iconv -c -f UTF-8 -t UTF-8`"
+        )
     raise DataError(
         f"{path}: neither UTF-8 (invalid at byte offset {offset}) nor GB18030 nor marked as UTF-16; "
         "save it as UTF-8, e.g. `iconv -f LATIN1 -t UTF-8`"
@@ -63,20 +70,28 @@ def _chunks(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
         left = None if left is None else left - len(chunk)
 
 
-def _first_error(file: BinaryIO, encoding: str, limit: int | None) -> int | None:
-    """Byte offset of the first invalid byte, or None."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    read = 0
+def _valid_utf8(file: BinaryIO, limit: int | None) -> tuple[int | None, int]:
+    """Byte offset of the first byte that is not UTF-8 (None: all are), and the characters beyond ASCII before it."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read = characters = 0
     for chunk in _chunks(file, limit):
         pending = len(decoder.getstate()[0])
         try:
-            decoder.decode(chunk)
+            characters += _beyond_ascii(decoder.decode(chunk))
         except UnicodeDecodeError as error:
-            return read - pending + error.start
+            return read - pending + error.start, characters + _beyond_ascii(error.object[: error.start].decode())
         read += len(chunk)
     pending = len(decoder.getstate()[0])
-    cut_by_us = limit is not None and read >= limit
-    return read - pending if pending and not cut_by_us else None
+    return (read - pending if pending and not _cut_by_us(read, limit) else None), characters
+
+
+def _cut_by_us(read: int, limit: int | None) -> bool:
+    """Whether a character at the end may be incomplete because no more of the file was read."""
+    return limit is not None and read >= limit
+
+
+def _beyond_ascii(text: str) -> int:
+    return 0 if text.isascii() else len(text) - len(text.encode("ascii", "ignore"))
 
 
 def _is_chinese(file: BinaryIO, limit: int | None) -> bool:
@@ -86,13 +101,14 @@ def _is_chinese(file: BinaryIO, limit: int | None) -> bool:
     those of GB2312 need two high bytes in a row.
     """
     decoder = codecs.getincrementaldecoder("gb18030")()
-    foreign = common = 0
+    foreign = common = read = 0
     for chunk in _chunks(file, limit):
         try:
             text = decoder.decode(chunk)
         except UnicodeDecodeError:
             return False
-        plain = len(text.encode("ascii", "ignore"))
-        foreign += len(text) - plain
-        common += (len(text.encode("gb2312", "ignore")) - plain) // 2
-    return common >= 0.9 * foreign > 0
+        read += len(chunk)
+        foreign += _beyond_ascii(text)
+        common += (len(text.encode("gb2312", "ignore")) - len(text.encode("ascii", "ignore"))) // 2
+    whole = not decoder.getstate()[0] or _cut_by_us(read, limit)
+    return whole and common >= 0.9 * foreign > 0

@@ -59,7 +59,7 @@ def _lines(file: TextIO) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             yield number, RowProblem(f"broken JSON: column {error.colno}: {error.msg}; {_way_out(error)}")
 
@@ -191,7 +191,7 @@ def _way_out(error: json.JSONDecodeError) -> str:
     if error.doc[error.pos :].lstrip()[:4] in ("None", "True") or error.doc[error.pos :].startswith("False"):
         return "JSON writes null, true and false"
     if not here or error.msg.startswith("Unterminated"):
-        return "it ends too early: was the file cut off while copying, or is a closing quote missing?"
+        return "it ends too early: was it cut off while copying, or is a closing quotation mark or bracket missing?"
     if error.msg.startswith("Expecting ',' delimiter"):
         return 'a comma is missing before it, or a quotation mark inside a text is not written \\"'
     if error.msg == "Extra data":
