@@ -1,0 +1,76 @@
+"""Who listens to a run: a view for people or programs, the metrics file, and experiment trackers.
+
+A tracker is a file of this folder with `connect(output_dir) -> Reporter`, which raises ImportError without its
+package; its name is the file's. A third party's is `my_module:MyReporter`, called with the run folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lowrank.errors import ConfigError, did_you_mean, raise_all
+from lowrank.train.events import Reporter
+from lowrank.train.reporters.json_lines import JsonReporter
+from lowrank.train.reporters.metrics import MetricsReporter
+from lowrank.train.reporters.plain import PlainReporter
+from lowrank.train.reporters.terminal import TerminalReporter
+
+
+def reporters_for(
+    *,
+    output_dir: Path,
+    report_to: Sequence[str] = (),
+    json: bool = False,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> list[Reporter]:
+    """The reporters of a run. Nothing is written, and no tracker's run begins, before `RunStarted`.
+
+    `json` writes events to standard output; `quiet` shows only warnings (on standard error, as does `json`'s
+    absence of a view). ConfigError lists every tracker that is unknown or not installed.
+    """
+    trackers = _trackers(output_dir, report_to)
+    return [MetricsReporter(output_dir), view_for(json=json, quiet=quiet, console=console), *trackers]
+
+
+def view_for(*, json: bool = False, quiet: bool = False, console: Console | None = None) -> Reporter:
+    """What shows the run: JSON lines, only warnings, a live view, or plain lines where nothing can be redrawn."""
+    if json:
+        return JsonReporter()
+    if quiet:
+        return PlainReporter(console or Console(stderr=True), quiet=True)
+    console = console or Console()
+    if console.is_terminal and not console.is_dumb_terminal:
+        return TerminalReporter(console)
+    return PlainReporter(console)
+
+
+def known_trackers() -> list[str]:
+    """What `report_to` may name, besides third parties'."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return [name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "connect")]
+
+
+def _trackers(output_dir: Path, report_to: Sequence[str]) -> list[Reporter]:
+    found, problems = [], []
+    known = known_trackers()
+    for name in dict.fromkeys(report_to):
+        module_name, _, attribute = name.partition(":")
+        try:
+            if attribute:
+                found.append(getattr(importlib.import_module(module_name), attribute)(output_dir))
+            elif name in known:
+                found.append(importlib.import_module(f"{__name__}.{name}").connect(output_dir))
+            else:
+                problems.append(f"{name!r} is not known{did_you_mean(name, known)}")
+        except (ImportError, AttributeError) as error:
+            way_out = f"pip install 'lowrank[{name}]'" if not attribute else f"python: {sys.executable}"
+            problems.append(f"{name} cannot be used ({error}); {way_out}")
+    raise_all(ConfigError, "report_to:", problems)
+    return found
