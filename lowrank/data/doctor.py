@@ -16,7 +16,6 @@ __all__ = ["Report", "render_report"]
 
 _BAR_WIDTH = 40
 _LONGEST_SHOWN = 2000
-_LONGEST_PATH = 40
 LEARNED, CONTEXT = "bold green", "dim"
 
 
@@ -47,7 +46,7 @@ def _datasets(report: Report) -> Table:
         cut = dataset.truncated.count if dataset.truncated else 0
         repeated = dataset.duplicates.count if dataset.duplicates else 0
         table.add_row(
-            dataset.path if len(dataset.path) <= _LONGEST_PATH else Path(dataset.path).name,
+            Path(dataset.path).name if Path(dataset.path).suffix else dataset.path,
             dataset.use,
             dataset.format,
             f"{dataset.read:,}",

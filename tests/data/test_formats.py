@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,22 @@ def test_third_partys_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         find_format("quiz_format:bare")
     with pytest.raises(DataError, match="cannot import 'no_such_module:f'"):
         find_format("no_such_module:f")
+
+
+def test_the_example_of_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-format.md").read_text(encoding="utf-8")
+    first, second = (block.split("```")[0] for block in page.split("```python\n")[1:])
+    (tmp_path / "quiz_format.py").write_text(first)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "quiz_format", raising=False)
+    quiz = find_format("quiz_format:quiz")
+    (example,) = doctest.DocTestParser().get_examples(second.split('"""')[1])
+    assert (
+        eval(example.source, {"quiz": quiz, "transcript": transcript, "print": lambda text: text})
+        == example.want.strip()
+    )
+    with pytest.raises(RowProblem, match=r"^no correct option: 'x' is not"):
+        quiz({"question": "?", "options": [], "correct": "x"}, {}, {})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,26 @@ def test_a_broken_line_is_that_line_alone(tmp_path: Path) -> None:
     assert [(row.number, row.values) for row in rows] == [(1, {"a": 1}), (2, {}), (4, {}), (5, {"a": 4})]
     assert (rows[1].problem or "").startswith("broken JSON: column 8:")
     assert (rows[2].problem or "").startswith("not an object: the row is a list")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv", "x.txt"])
+def test_a_file_is_never_in_memory_as_a_whole(name: str, tmp_path: Path) -> None:
+    texts = (f"{number} " + "y" * 2000 for number in range(10_000))  # 20 MB
+    writers: dict[str, Callable[[], str]] = {
+        "x.json": lambda: json.dumps([{"text": text} for text in texts]),
+        "x.jsonl": lambda: "".join(f'{{"text": "{text}"}}\n' for text in texts),
+        "x.csv": lambda: "text\n" + "".join(f"{text}\n" for text in texts),
+        "x.txt": lambda: "".join(f"{text}\n" for text in texts),
+    }
+    (tmp_path / name).write_text(writers[name](), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in read_rows(SourceConfig(path=str(tmp_path / name)), seed=0, streaming=True))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 10_000
+    assert peak < 8 << 20
 
 
 def test_csv_mistakes(tmp_path: Path) -> None:
