@@ -111,7 +111,7 @@ def _tokenizer(model: str | None, config: RunConfig | None) -> tuple[Any, str]:
         return load_tokenizer(Config(path=model)), f"in tokens of {model}"
     if config is not None:
         return load_tokenizer(config.model), f"in tokens of {config.model.path}"
-    if Path(locate(TINY)).is_dir():
+    if (Path(locate(TINY)) / "tokenizer.json").is_file():
         return load_tokenizer(Config(path=TINY)), f"in tokens of {TINY} (name your model with --model)"
     return None, "in characters (name your model with --model to count tokens)"
 
