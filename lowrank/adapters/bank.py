@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.routing import Routing
-from lowrank.adapters.targets import by_pattern, find_targets
+from lowrank.adapters.targets import Targets, by_pattern, find_targets, is_row_by_row
 from lowrank.adapters.variants import AdapterConfig, Tensors, Variant
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
 from lowrank.models.storages import StorageConfig
+from lowrank.models.storages.dense import DenseLinear
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Bank:
     def add(self, config: AdapterConfig, *, seed: int) -> int:
         """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, on nothing else."""
         targets = find_targets(self.base.model, config)
-        self._check(config, targets.linears, targets.copies)
+        self._check(config, targets)
         number = next(index for index in range(len(self.slots) + 1) if index not in self.slots)
         slot = Slot(config, copies=targets.copies, missed=targets.missed)
         variant = config.build()
@@ -126,19 +126,28 @@ class Bank:
         """Let the input embedding add the noise that routing asks for (NEFTune)."""
         self._wrapped(self._name_of(self.base.model.get_input_embeddings()), RoutedEmbedding)
 
-    def _check(self, config: AdapterSettings, linears: tuple[str, ...], copies: tuple[str, ...]) -> None:
+    def _check(self, config: AdapterConfig, targets: Targets) -> None:
         head = self._name_of(self.base.model.get_output_embeddings())
         problems = []
-        if head in linears and config.dropout:
+        if head in targets.linears and config.dropout:
             problems.append(
                 f"adapter.dropout does not reach {head}, which is a target: set it to 0 or leave {head} out"
             )
-        if set(linears) & set(copies):
-            problems.append(f"both in target_modules and modules_to_save: {', '.join(set(linears) & set(copies))}")
-        # One wrapper per layer: it is low-rank for all slots or a copy for all slots.
+        special = [name for name in targets.linears if name == head] + list(targets.embeddings)
+        if special and not _is_low_rank(config):
+            problems.append(f"adapter.type {config.type} is no low-rank update: leave {', '.join(special)} out")
+        both = {*targets.linears, *targets.embeddings} & set(targets.copies)
+        if both:
+            problems.append(f"both in target_modules and modules_to_save: {', '.join(sorted(both))}")
+        for name in targets.copies:
+            module = self.base.model.get_submodule(name)
+            if not is_row_by_row(module):
+                kind = type(module).__name__
+                problems.append(f"modules_to_save: {name} is a {kind}; name linear layers, embeddings or norms in it")
+        # One wrapper per linear layer: it is adapted for all slots or a copy for all slots.
         copied = {name for slot in self.slots.values() for name in slot.copies}
-        adapted = {name for slot in self.slots.values() for name in slot.ranks}
-        clash = (set(linears) & copied) | (set(copies) & adapted)
+        adapted = {name for slot in self.slots.values() for name in slot.layers}
+        clash = (set(targets.linears) & copied) | (set(targets.copies) & adapted)
         problems += [
             f"{name}: one job adapts it and another trains a copy; use one of the two" for name in sorted(clash)
         ]
@@ -182,6 +191,10 @@ class Bank:
         module = self.base.model.get_submodule(name)
         if isinstance(module, kind):
             return module
+        if kind is RoutedCopy and isinstance(module, RoutedEmbedding):  # noise and adapters lie around the copies
+            if not isinstance(module.base, RoutedCopy):
+                module.base = RoutedCopy(module.base, name, self.routing)
+            return module.base
         if kind is RoutedLinear:
             base = module if hasattr(module, "dense_weight") else self.storage.wrap(module)
             routed: nn.Module = RoutedLinear(base, name, self.routing)
@@ -192,6 +205,12 @@ class Bank:
 
     def _name_of(self, wanted: nn.Module) -> str:
         return next(name for name, module in self.base.model.named_modules() if module is wanted)
+
+
+def _is_low_rank(config: AdapterConfig) -> bool:
+    """Whether its variant is an update A, B, which heads and embeddings need; tried on a tiny layer."""
+    variant, tiny = config.build(), DenseLinear(nn.Linear(2, 2))
+    return variant.as_low_rank(variant.init(tiny, 1, 1.0, torch.Generator())) is not None
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.adapters.routing import Routing
+from lowrank.adapters.targets import innermost
 from lowrank.adapters.variants import Tensors
 from lowrank.kernels.counter_random import uniform
 
 
 class RoutedEmbedding(nn.Module):
-    """A frozen lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise."""
+    """A lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise."""
 
     is_routed = True
 
@@ -34,6 +35,11 @@ class RoutedEmbedding(nn.Module):
         assert isinstance(weight, torch.Tensor)
         return weight
 
+    @property
+    def embed_scale(self) -> float | torch.Tensor:
+        """What the family multiplies its embeddings with (Gemma); an adapter's part is multiplied too, as in PEFT."""
+        return getattr(innermost(self), "embed_scale", 1.0)
+
     def forward(self, token: torch.Tensor) -> torch.Tensor:
         embedded_ND = self.base(token).reshape(-1, self.embedding_dim)
         token_N = token.reshape(-1)
@@ -43,7 +49,7 @@ class RoutedEmbedding(nn.Module):
             if slot in self.adapters:
                 scale, tensors = self.adapters[slot]
                 A_NR = F.embedding(token_N[rows], tensors["lora_embedding_A"].t())
-                extra = (A_NR @ tensors["lora_embedding_B"].t()) * (scale * getattr(self.base, "embed_scale", 1.0))
+                extra = (A_NR @ tensors["lora_embedding_B"].t()) * (scale * self.embed_scale)
             noise = self._noise(slot, rows)
             for part in (extra, noise):
                 if part is not None:
@@ -95,9 +101,22 @@ class RoutedCopy(nn.Module):
         return dict(duplicate.named_parameters())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        present = self.routing.ranges
-        if not any(slot in self.copies for slot, _, _ in present):
+        if not any(slot in self.copies for slot, _, _ in self.routing.ranges):
             return self.base(x)
+        if self._heads_first(x):
+            return self._by_rows(x.transpose(1, 2)).transpose(1, 2)
+        return self._by_rows(x)
+
+    def _heads_first(self, x: torch.Tensor) -> bool:
+        """Whether `x` is (B, H, L, d), as norms of queries and keys see it in some families, and not (B, L, H, d)."""
+        num_rows = self.routing.num_rows
+        if x.ndim != 4 or x.shape[0] == num_rows:
+            return False
+        if x.shape[1] == x.shape[2]:
+            return x.stride(1) < x.stride(2)
+        return x.shape[0] * x.shape[1] != num_rows and x.shape[0] * x.shape[2] == num_rows
+
+    def _by_rows(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
         pieces, done = [], 0
         for slot, first, end in self.routing.in_rows_of(len(rows), self.name):

@@ -26,7 +26,7 @@ class Draws:
 
 @dataclass
 class Routing:
-    """The current batch: `num_rows` rows; `(slot, first row, end row)` for those that have an adapter."""
+    """The current batch: `num_rows` rows; `(slot, first row, end row)` for those that are not plainly the base's."""
 
     num_rows: int = 0
     ranges: tuple[tuple[int, int, int], ...] = ()
@@ -47,9 +47,10 @@ class Routing:
         `counter_N` and `length_N` (draw counter of each row, length of its sequence) are needed with `draws`.
         """
         self.num_rows = num_rows
-        self.ranges = tuple(entry for entry in ranges if entry[0] >= 0)
         self.counter_N, self.length_N = counter_N, length_N
         self.draws = draws or {}
+        # The bare base has no adapter, but its own parameters may be in training, with noise.
+        self.ranges = tuple(entry for entry in ranges if entry[0] >= 0 or entry[0] in self.draws)
 
     def in_rows_of(self, total: int, layer: str) -> list[tuple[int, int, int]]:
         """The ranges in a layer's own rows, of which there are `total`."""

@@ -11,7 +11,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.linear import RoutedLinear
 from lowrank.errors import ModelError, did_you_mean, raise_all
 
 Value = TypeVar("Value")
@@ -29,14 +28,30 @@ class Targets:
     """What `all-linear` cannot reach, in words for the user: fused expert weights."""
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The layer under whatever the bank wrapped around it."""
+    while getattr(module, "is_routed", False):
+        inner = module.base
+        assert isinstance(inner, nn.Module)
+        module = inner
+    return module
+
+
 def is_linear(module: nn.Module) -> bool:
-    """A layer that computes x W^T + b, in any storage."""
-    return isinstance(module, (nn.Linear, Conv1D, RoutedLinear)) or hasattr(module, "dense_weight")
+    """A layer that computes x W^T + b, in any storage, wrapped or not."""
+    inner = innermost(module)
+    return isinstance(inner, (nn.Linear, Conv1D)) or hasattr(inner, "dense_weight")
 
 
 def is_embedding(module: nn.Module) -> bool:
     """A lookup table, wrapped or not."""
-    return isinstance(module, nn.Embedding) or isinstance(getattr(module, "base", None), nn.Embedding)
+    return isinstance(innermost(module), nn.Embedding)
+
+
+def is_row_by_row(module: nn.Module) -> bool:
+    """A layer that treats every token alone, so that a slot may have its own: linear, embedding, norm."""
+    weight = getattr(innermost(module), "weight", None)
+    return is_linear(module) or is_embedding(module) or (isinstance(weight, nn.Parameter) and weight.ndim == 1)
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
@@ -46,12 +61,18 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     return any(name == item or name.endswith(f".{item}") for item in wanted)
 
 
+def is_copied(name: str, modules_to_save: Sequence[str]) -> bool:
+    """PEFT's rule for modules_to_save: endings of full names, not only whole parts (`norm`: every layer norm)."""
+    return any(name.endswith(item) for item in modules_to_save)
+
+
 def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of the name."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return otherwise
+    return next((value for pattern, value in patterns.items() if _fits(pattern, name)), otherwise)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def find_targets(model: Any, config: AdapterSettings) -> Targets:
@@ -66,7 +87,9 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     else:
         chosen = {name for name in linears | embeddings if matches(name, wanted)}
     chosen -= {name for name in chosen if config.exclude_modules and matches(name, config.exclude_modules)}
-    copies = tuple(name for name in modules if matches(name, config.modules_to_save))
+    copies = tuple(name for name in modules if is_copied(name, config.modules_to_save))
+    if isinstance(wanted, str):  # PEFT: what is copied is no target; named as both, it is for the bank to refuse
+        chosen -= set(copies)
     raise_all(ModelError, "adapter: some names match no layer of this model", _unmatched(config, modules, chosen))
     return Targets(
         linears=tuple(name for name in modules if name in chosen & linears),
@@ -87,18 +110,26 @@ def _inside_wrapper(model: nn.Module, name: str) -> bool:
 
 
 def _unmatched(config: AdapterSettings, modules: Mapping[str, nn.Module], chosen: set[str]) -> list[str]:
-    last = {name.rpartition(".")[2] for name, module in modules.items() if is_linear(module) or is_embedding(module)}
+    candidates = [name for name, module in modules.items() if is_linear(module) or is_embedding(module)]
+    last = {name.rpartition(".")[2] for name in candidates}
     problems = []
-    if isinstance(config.target_modules, str):
-        if not chosen:
-            problems.append(f"target_modules {config.target_modules!r} matches none of {', '.join(sorted(last))}")
-    else:
-        for item in config.target_modules:
-            if not any(matches(name, (item,)) for name in chosen):
-                problems.append(f"target_modules: {item!r}{did_you_mean(item, last)}")
+    for setting, found in (("target_modules", sorted(chosen)), ("exclude_modules", candidates)):
+        wanted = getattr(config, setting)
+        if isinstance(wanted, str):
+            if wanted and not any(matches(name, wanted) for name in found) and wanted != "all-linear":
+                problems.append(f"{setting}: {wanted!r} matches no layer; known: {', '.join(sorted(last))}")
+            continue
+        for item in wanted:
+            if not any(matches(name, (item,)) for name in found):
+                problems.append(f"{setting}: {item!r}{did_you_mean(item, last)}")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for item in getattr(config, setting):
+            if not any(_fits(item, name) for name in chosen):
+                problems.append(f"{setting}: {item!r} matches no target{did_you_mean(item, last)}")
     for item in config.modules_to_save:
-        if not any(matches(name, (item,)) for name in modules):
-            problems.append(f"modules_to_save: {item!r}{did_you_mean(item, {n.rpartition('.')[2] for n in modules})}")
+        if not any(is_copied(name, (item,)) for name in modules):
+            known = {name.rpartition(".")[2] for name, module in modules.items() if is_row_by_row(module)}
+            problems.append(f"modules_to_save: {item!r}{did_you_mean(item, known)}")
     return problems
 
 
