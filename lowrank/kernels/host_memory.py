@@ -1,8 +1,9 @@
-"""glibc gives large blocks back to the system at once, and every new one costs page faults.
+"""What glibc's allocator does to a training loop on a CPU, and the two calls that mend it.
 
-A training step frees and takes the same tens of megabytes hundreds of times; touching the fresh pages
-costs more than the arithmetic on them (docs/log.md has the measurement). `keep_freed_memory` tells the
-allocator to keep what was freed for the next request.
+It gives large blocks back to the system at once, and every new one costs page faults: a step frees and
+takes the same tens of megabytes hundreds of times, and touching fresh pages costs more than the arithmetic
+on them. So freed memory is kept. But steps of many lengths leave fragments, and the process would grow by half within a
+hundred steps; so when it has grown, everything unused is given back once. docs/log.md has the numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 import ctypes
 import platform
 
+import psutil
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_GROWTH = 1.25
+"""Resident memory may grow by this over that of a step on a clean heap."""
 
 
 def keep_freed_memory() -> bool:
@@ -20,3 +25,26 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 << 20}
     return all(mallopt(option, value) == 1 for option, value in wanted.items())
+
+
+class Heap:
+    """Watches the process between steps and gives unused memory back when fragments have piled up."""
+
+    def __init__(self) -> None:
+        self._trim = ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == "glibc" else None
+        self._process = psutil.Process()
+        self._usual = 0
+        """Resident bytes after a step on a clean heap; 0 right after a trim."""
+
+    def after_step(self) -> bool:
+        """Call between steps, when little is alive; True if memory was given back."""
+        if self._trim is None:
+            return False
+        resident = self._process.memory_info().rss
+        if not self._usual:
+            self._usual = resident
+        if resident <= _GROWTH * self._usual:
+            return False
+        self._trim(0)
+        self._usual = 0
+        return True

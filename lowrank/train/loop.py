@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from lowrank.kernels.host_memory import Heap
 from lowrank.train.engine import Engine, Forwarded, Updated
 from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.train.job import Job
@@ -51,6 +52,7 @@ class Loop:
         self.save_every = save_every
         self.tick = tick
         self.stop_asked = False
+        self._heap = Heap()
 
     def run(self) -> bool:
         """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
@@ -75,6 +77,7 @@ class Loop:
         forwarded = self.engine.forward_backward({job.slot: job.feed.next_step() for job in active})
         updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
         self.tick += 1
+        self._heap.after_step()
         seconds = time.perf_counter() - started
         for job in active:
             job.count_step(forwarded[job.slot].tokens, seconds, updated[job.slot].skipped)
