@@ -62,7 +62,7 @@ class Curve:
 def smooth(losses: Sequence[float] | np.ndarray, width: float | None = None) -> np.ndarray:
     """The course of a curve under its noise: a local straight line around each point, Gaussian weights.
 
-    Unlike a moving average it neither lags behind the curve nor bends at its ends. `width` is the
+    Unlike a moving average it neither lags behind the curve nor bends much at its ends. `width` is the
     standard deviation of the weights in points; left out, 3 % of the curve, at least 1. Points that
     are not finite have no weight; where nothing is near, the result is NaN.
     """
@@ -84,12 +84,12 @@ def smooth(losses: Sequence[float] | np.ndarray, width: float | None = None) -> 
     weight_N = known_N.astype(np.float64)
     s0, s1, s2 = (moment(power, weight_N) for power in range(3))
     t0, t1 = moment(0, value_N), moment(1, value_N)
-    determinant = s0 * s2 - s1**2
     with np.errstate(divide="ignore", invalid="ignore"):
-        line_N = (s2 * t0 - s1 * t1) / determinant
-        mean_N = t0 / s0
-    solvable = determinant > 1e-9 * np.maximum(s0 * s2, 1e-300)
-    return np.where(s0 > 1e-6, np.where(solvable, line_N, mean_N), np.nan)
+        centre_N, mean_N = s1 / s0, t0 / s0
+        spread_N = s2 / s0 - centre_N**2
+        # The line is held back a little (a ridge), or noise would tip it where points are on one side only.
+        slope_N = (t1 / s0 - centre_N * mean_N) / (spread_N + 0.15 * width**2)
+        return np.where(s0 > 1e-6, mean_N - slope_N * centre_N, np.nan)
 
 
 def noise_of(losses: Sequence[float] | np.ndarray) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,13 +85,13 @@ def _draw(jobs: dict[str, _Drawn], title: str) -> Figure:
     two = len(jobs) > 1 and with_held_out
     figure = Figure(figsize=(13 if two else 9, 5.2 + 0.1 * max(0, len(jobs) - 12)), layout="constrained")
     FigureCanvasAgg(figure)
-    text, _ = _drawable(title)
-    figure.suptitle(text, fontproperties=_font(13), parse_math=False)
-    panels = figure.subplots(1, 2 if two else 1, squeeze=False)[0]
+    letters = _Lettering()
+    figure.suptitle(letters.drawable(title), fontproperties=letters.font(13), parse_math=False)
+    panels = figure.subplots(1, 2 if two else 1, squeeze=False, sharex=True)[0]
     colours = _colours(len(jobs))
     handles = []
     for number, (name, job) in enumerate(jobs.items()):
-        handles.append(_training(panels[0], job, colours[number], label=_label(name, number)))
+        handles.append(_training(panels[0], job, colours[number], label=letters.label(name, number)))
         _held_out(panels[-1], job, colours[number], alone=len(jobs) == 1)
     _mark_skipped(panels[0], jobs, colours)
     if len(jobs) > 1:
@@ -108,7 +107,7 @@ def _draw(jobs: dict[str, _Drawn], title: str) -> Figure:
     handles = (handles if len(jobs) > 1 else []) + _key(jobs, alone=len(jobs) == 1)
     if handles:  # beside or below the panels, so that no curve hides behind it
         where, columns = ("outside right upper", 1) if len(jobs) > 1 else ("outside lower center", 4)
-        figure.legend(handles=handles, prop=_font(9), frameon=False, loc=where, ncols=columns)
+        figure.legend(handles=handles, prop=letters.font(9), frameon=False, loc=where, ncols=columns)
     if not any(job.train or job.held_out for job in jobs.values()):
         panels[0].text(0.5, 0.5, "no losses yet", transform=panels[0].transAxes, ha="center", color="gray")
     return figure
@@ -134,10 +133,12 @@ def _held_out(panel: Axes, job: _Drawn, colour: Any, alone: bool) -> None:
         panel.annotate(
             f"best {losses[best]:.4g} at step {steps[best]}",
             (steps[best], losses[best]),
-            xytext=(0, 11),
+            xytext=(0, 20),
             textcoords="offset points",
             ha="right" if steps[best] > 0.7 * max(steps) else "center",
             fontsize=9,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            zorder=5,
         )
 
 
@@ -236,29 +237,26 @@ def _colours(number: int) -> list[Any]:
     return list(colormaps["turbo"](np.linspace(0.05, 0.95, number)))
 
 
-def _label(name: str, number: int) -> str:
-    text, whole = _drawable(name)
-    text = text if whole else f"{number + 1}: {text}"
-    return f" {text}" if text.startswith("_") else text  # matplotlib leaves out what begins with an underscore
+class _Lettering:
+    """Which fonts are there, and what they can draw."""
 
+    def __init__(self) -> None:
+        installed = {font.name for font in fontManager.ttflist}
+        self.families = [LATIN, *[family for family in CJK if family in installed][:1]]
+        self._characters: set[int] = set()
+        for family in self.families:
+            self._characters |= set(FT2Font(fontManager.findfont(family)).get_charmap())
 
-def _drawable(text: str) -> tuple[str, bool]:
-    """The text with a box for every character that no font has, and whether it is whole."""
-    characters = functools.reduce(set.union, (_characters(family) for family in _families()), set())
-    drawn = "".join(char if ord(char) in characters else "□" for char in text)
-    return drawn, drawn == text
+    def font(self, size: int) -> FontProperties:
+        """The first font that has a character draws it."""
+        return FontProperties(family=self.families, size=size)
 
+    def drawable(self, text: str) -> str:
+        """The text with a box for every character that no font has."""
+        return "".join(char if ord(char) in self._characters else "□" for char in text)
 
-def _font(size: int) -> FontProperties:
-    return FontProperties(family=list(_families()), size=size)
-
-
-@functools.lru_cache(maxsize=1)
-def _families() -> tuple[str, ...]:
-    installed = {font.name for font in fontManager.ttflist}
-    return (LATIN, *[family for family in CJK if family in installed][:1])
-
-
-@functools.lru_cache(maxsize=4)
-def _characters(family: str) -> set[int]:
-    return set(FT2Font(fontManager.findfont(family)).get_charmap())
+    def label(self, name: str, number: int) -> str:
+        """Of a job; its number stands in front if boxes are all there is to tell it by."""
+        text = self.drawable(name)
+        text = text if text == name else f"{number + 1}: {text}"
+        return f" {text}" if text.startswith("_") else text  # matplotlib leaves out what begins with an underscore

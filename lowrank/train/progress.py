@@ -14,7 +14,6 @@ from lowrank.train.events import (
     Event,
     JobFinished,
     JobStarted,
-    Notice,
     RunFinished,
     RunStarted,
     StepDone,
@@ -99,7 +98,6 @@ class RunProgress:
     def __init__(self) -> None:
         self.run: RunStarted | None = None
         self.jobs: dict[str, JobView] = {}
-        self.notices: list[Notice] = []
         self.checkpoint_step: int | None = None
         self.finished: RunFinished | None = None
         self.started_at: float | None = None
@@ -120,8 +118,6 @@ class RunProgress:
             self._evaluated(event)
         elif isinstance(event, JobFinished):
             self.jobs[event.job].state = event.reason
-        elif isinstance(event, Notice):
-            self.notices.append(event)
         elif isinstance(event, CheckpointSaved):
             self.checkpoint_step = event.step
         elif isinstance(event, RunFinished):
@@ -171,8 +167,9 @@ class RunProgress:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over recent steps, all jobs together; None before the first step."""
-        rates = [each.tokens / each.seconds for each in self._rounds if each.seconds > 0 and each.tokens]
+        """The median over recent steps, all jobs together; None before the first step is whole."""
+        whole = list(self._rounds) if self.round_complete else list(self._rounds)[:-1]
+        rates = [each.tokens / each.seconds for each in whole if each.seconds > 0 and each.tokens]
         return statistics.median(rates) if rates else None
 
     def elapsed(self, now: float) -> float:

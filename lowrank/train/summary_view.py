@@ -14,42 +14,65 @@ from rich.text import Text
 from lowrank.train import wording
 
 KINDS = {"falling": "cyan", "flat": "green", "overfitting": "yellow", "diverged": "red", "too_short": "dim"}
+MANY = 6
+"""With more jobs than these, a verdict is a few words in the table; the sentence is in summary.json."""
 ENDS = {
     "done": "done",
     "early_stopping": "stopped early",
     "not_finite": "not finite",
     "interrupted": "interrupted",
-    None: "not over",
 }
 
 
 def render_summary(summary: dict[str, Any]) -> RenderableType:
     """A summary.json for people; fits any width."""
-    parts: list[RenderableType] = [_table(summary), Text(), *_verdicts(summary), Text(), _totals(summary), Text()]
-    parts += _best(summary)
-    parts += _next(summary)
-    return Padding(Group(*parts), (0, 0, 1, 1))
+    many = len(summary["jobs"]) > MANY
+    parts: list[RenderableType] = [_table(summary, many), Text()]
+    if not many:
+        parts += [*_verdicts(summary), Text()]
+    parts += [_totals(summary), Text(), *_best(summary), *_next(summary)]
+    return Padding(Group(*parts), (0, 0, 1, 1), expand=False)
 
 
-def _table(summary: dict[str, Any]) -> Table:
+def _table(summary: dict[str, Any], many: bool) -> Table:
+    """Of many jobs a line each, narrow enough for 80 columns; of few, more of each."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("job", style="bold", overflow="fold")
-    for title in ("steps", "loss", "held-out, best", "tok/s"):
-        table.add_column(title, justify="right")
-    table.add_column("")
+    for title in ("steps", "loss", "best held-out", *(() if many else ("tok/s",))):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("", *(("curve",) if many else ())):
+        table.add_column(title)
     for name, job in summary["jobs"].items():
         best = job["best_eval"]
-        held_out = f"{wording.loss(best['loss'])} at step {best['step']}" if best else "-"
-        steps = f"{job['steps']}/{job['num_steps']}"
-        losses = f"{wording.loss(job['first_loss'])} → {wording.loss(job['last_loss'])}"
-        rate = wording.rate(job["tokens_per_second"]).removesuffix(" tok/s")
-        end = Text(ENDS.get(job["finished"], str(job["finished"])))
-        end.stylize({"not_finite": "red", "interrupted": "yellow"}.get(job["finished"], "green"))
-        if job["skipped_steps"]:
-            end.append(f", {job['skipped_steps']} skipped", style="yellow")
         star = " ★" if name == summary["best_job"] and len(summary["jobs"]) > 1 else ""
-        table.add_row(Text(name + star), steps, losses, held_out, rate, end)
+        losses = wording.loss(job["last_loss"])
+        cells: list[RenderableType] = [
+            Text(name + star),
+            f"{job['steps']}/{job['num_steps']}",
+            losses if many else f"{wording.loss(job['first_loss'])} → {losses}",
+            f"{wording.loss(best['loss'])} at {'' if many else 'step '}{best['step']}" if best else "-",
+        ]
+        if many:
+            cells += [_end(job), _in_short(job["verdict"])]
+        else:
+            cells += [wording.rate(job["tokens_per_second"]).removesuffix(" tok/s"), _end(job)]
+        table.add_row(*cells)
     return table
+
+
+def _end(job: dict[str, Any]) -> Text:
+    style = {"not_finite": "red", "interrupted": "yellow"}.get(job["finished"], "green")
+    finished = job["finished"] or "not over"
+    text = Text(ENDS.get(finished, finished), style=style)
+    if job["skipped_steps"]:
+        text.append(f", {job['skipped_steps']} skipped", style="yellow")
+    return text
+
+
+def _in_short(verdict: dict[str, Any]) -> Text:
+    word = {"flat": "flat since", "overfitting": "overfitting since", "diverged": "diverged since"}
+    text = word.get(verdict["kind"], verdict["kind"].replace("_", " "))
+    return Text(f"{text} {verdict['step']}" if verdict["step"] else text, style=KINDS.get(verdict["kind"], ""))
 
 
 def _verdicts(summary: dict[str, Any]) -> list[Text]:

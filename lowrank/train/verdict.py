@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -65,7 +65,7 @@ def verdict(steps: Sequence[int], losses: Sequence[float], eval_points: Sequence
         what = f"{finite} {'loss' if finite == 1 else 'losses'}"
         return Verdict("too_short", f"Too short to say: {what}, at least {MIN_LOSSES} are needed.")
     known_N = np.isfinite(y_N)
-    return _course(x_N[known_N], y_N[known_N], "training loss")
+    return _with_held_out(_course(x_N[known_N], y_N[known_N], "training loss"), held_out)
 
 
 def _not_finite(x_N: np.ndarray, y_N: np.ndarray) -> Verdict | None:
@@ -147,6 +147,16 @@ def _course(x_N: np.ndarray, y_N: np.ndarray, name: str) -> Verdict:
     if unseen > 3 * material:
         return Verdict("flat", f"Flat within its noise: {course}; a fall below {unseen:.2g} would not show.", since)
     return Verdict("flat", f"Flat: {course}. Time to stop.", since)
+
+
+def _with_held_out(said: Verdict, held_out: Sequence[tuple[int, float]]) -> Verdict:
+    """What is known of too few evaluations to judge, added to a verdict on the training curve."""
+    if len(held_out) < 2:
+        return said
+    step, best = min(held_out, key=lambda point: point[1])
+    last = wording.loss(held_out[-1][1])
+    more = f" Held-out: best {wording.loss(best)} at step {step}, last {last}."
+    return replace(said, sentence=said.sentence + more)
 
 
 def _effective(num_points: int) -> float:

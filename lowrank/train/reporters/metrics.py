@@ -78,6 +78,15 @@ class MetricsReporter:
             self._file = None
 
 
+def _wanted(event: Event) -> bool:
+    """What a run leaves behind; an interruption is none of it."""
+    if isinstance(event, StepDone):
+        return event.logged or event.skipped
+    if isinstance(event, JobFinished):
+        return event.reason != "interrupted"
+    return isinstance(event, (EvalDone, Notice))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; losses that are not finite are floats again. A torn last line is left out."""
     return list(_lines(path))

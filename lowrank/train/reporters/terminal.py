@@ -45,13 +45,14 @@ class TerminalReporter:
         self._progress = RunProgress()
         self._lock = threading.RLock()  # re-entrant: Ctrl-C's handler reports a notice, perhaps from within report
         self._live: Live | None = None
+        self._notices: list[Notice] = []
         self._memory = _Sampled(memory_use, every=1.0)
 
     def report(self, event: Event) -> None:
         with self._lock:
             self._progress.consume(event, self._clock())
-        if isinstance(event, Notice) and self._live is None:
-            self._console.print(_notice_line(event))
+        if isinstance(event, Notice):
+            self._notice(event)
         elif isinstance(event, RunStarted):
             self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=4)
             self._live.start(refresh=True)
@@ -59,14 +60,19 @@ class TerminalReporter:
             self.close()
             self._console.print(render_summary(event.summary))
 
+    def _notice(self, notice: Notice) -> None:
+        if self._live is None:
+            self._console.print(_notice_line(notice))
+        else:
+            self._notices.append(notice)
+
     def close(self) -> None:
         """Leave the last state on the screen, and every warning under it."""
         live, self._live = self._live, None
         if live is None:
             return
         live.stop()
-        warnings = [notice for notice in self._progress.notices if notice.level == "warning"]
-        hidden = warnings[: max(0, len(warnings) - LATEST_NOTICES)]
+        hidden = [notice for notice in self._notices[:-LATEST_NOTICES] if notice.level == "warning"]
         for notice in hidden[:MOST_WARNINGS]:
             self._console.print(_notice_line(notice))
         if len(hidden) > MOST_WARNINGS:
@@ -76,7 +82,7 @@ class TerminalReporter:
     def _draw(self) -> RenderableType:
         with self._lock:
             device = self._progress.run.device if self._progress.run else "cpu"
-            return LiveView(self._progress, self._memory(device), self._clock())
+            return LiveView(self._progress, list(self._notices), self._memory(device), self._clock())
 
 
 @dataclass
@@ -84,12 +90,14 @@ class LiveView:
     """What is drawn; fits any width and height it is given."""
 
     progress: RunProgress
+    notices: list[Notice]
+    """Since the view began; those before stand above it."""
     memory: MemoryUse
     now: float
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         assert self.progress.run is not None
-        notices = _latest(self.progress.notices)
+        notices = [_notice_line(notice) for notice in self.notices[-LATEST_NOTICES:]]
         lines = sum(len(notice.wrap(console, options.max_width - 2)) for notice in notices)
         height = options.height or console.height
         yield Padding(
@@ -227,10 +235,6 @@ def _folded(jobs: list[JobView]) -> Text:
         counts[STATES.get(job.state, job.state)] = counts.get(STATES.get(job.state, job.state), 0) + 1
     listed = ", ".join(f"{number} {state}" for state, number in counts.items())
     return Text(f"and {len(jobs)} more: {listed}", style="dim", no_wrap=True, overflow="ellipsis")
-
-
-def _latest(notices: list[Notice]) -> list[Text]:
-    return [_notice_line(notice) for notice in notices[-LATEST_NOTICES:]]
 
 
 def _notice_line(notice: Notice) -> Text:
