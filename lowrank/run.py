@@ -64,10 +64,14 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         engine = Engine(base, Bank(base, config.model.storage), config.micro_batch_tokens)
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
 
-        keeper = DiskKeeper(engine, folder.path, settings, config.save_total_limit)
-        tick = keeper.restore(checkpoint, jobs) if checkpoint else 0
-        summary = SummaryBuilder(folder.path, previous=None)
+        summary = SummaryBuilder(folder.path, checkpoint.state["summary"] if checkpoint else None)
         report.listeners.append(summary)
+        keeper = DiskKeeper(
+            engine, folder.path, config.save_total_limit, lambda: {"settings": settings, "summary": summary.state()}
+        )
+        tick = keeper.restore(checkpoint, jobs) if checkpoint else 0
+        for trouble in keeper.troubles(jobs):
+            report(Notice(trouble, level="warning"))
         report(_run_started(base, engine, config, jobs, settings))
         save_every = steps_of(config.save_steps, max(job.num_steps for job in jobs))
         done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
@@ -79,9 +83,14 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
 def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:
     """Rows to segments, with the doctor's report; before any weights load."""
     data = job.data.model_copy(update={"strict": job.data.strict or strict})
-    prepared = prepare(data, tokenizer=tokenizer, record=job.objective.build().record, seed=job.seed)
-    for text in prepared.report.notices:
+
+    def warn(text: str) -> None:
         report(Notice(text, level="warning", job=job.name))
+
+    record = job.objective.build().record
+    prepared = prepare(data, tokenizer=tokenizer, record=record, seed=job.seed, on_notice=warn)
+    for text in prepared.report.notices:
+        warn(text)
     return prepared
 
 
@@ -132,6 +141,7 @@ def _run_started(
             num_epochs=own.num_train_epochs,
             num_trainable=sum(each.numel() for each in engine.jobs[job.slot].parameters.values()),
             description=_describe(own),
+            finished=job.progress.finished,
         )
         for job, own in zip(jobs, config.jobs)
     ]

@@ -34,7 +34,7 @@ def demo(
     path = Path(__file__).parent.parent / "data" / "demo" / "demo.yaml"
     config = load(path, [f"output_dir={output_dir}", "overwrite=true", *(overrides or [])])
     console.print(f"[bold]lowrank demo[/]: {len(config.jobs)} adapters at once on {config.model.path}\n")
-    train(config, reporters=reporters_for(config, json=json, quiet=False))
+    train(config, reporters=reporters_for(output_dir=config.output_dir, json=json))
 
     console.print("\nAsking the untouched base and every adapter the held-out questions ...")
     answered = _ask(output_dir)

@@ -27,7 +27,8 @@ def train(
 
     settings, warnings = load_any(config, overrides or [])
     warn(warnings)
-    summary = run_train(settings, reporters=reporters_for(settings, json=json, quiet=quiet), strict=strict)
+    reporters = reporters_for(output_dir=settings.output_dir, report_to=settings.report_to, json=json, quiet=quiet)
+    summary = run_train(settings, reporters=reporters, strict=strict)
     if json:
         print(json_format.dumps(summary, ensure_ascii=False, default=str))
     if summary.get("interrupted"):

@@ -36,8 +36,6 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
-    train_tokens: int = 0
-    train_seconds: float = 0.0
 
 
 @dataclass
@@ -67,12 +65,10 @@ class Job:
         """Of the step that is about to be taken."""
         return self.learning_rate * self.schedule.factor(self.progress.step, self.num_steps)
 
-    def count_step(self, tokens: int, seconds: float, skipped: bool) -> None:
+    def count_step(self, skipped: bool) -> None:
         """One optimiser step more, taken or skipped; the last one, or one skip too many, ends the job."""
         progress = self.progress
         progress.step += 1
-        progress.train_tokens += tokens
-        progress.train_seconds += seconds
         progress.skipped += skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
         if progress.skipped_in_a_row > self.max_skipped_steps:

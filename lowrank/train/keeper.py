@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 
 from lowrank.checkpoints.full_model import save_full
 from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optimizer
-from lowrank.checkpoints.peft_config import describe_base
+from lowrank.checkpoints.peft_config import describe_base, peft_trouble
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.checkpoints.run_folder import CHECKPOINTS
 from lowrank.checkpoints.run_state import Checkpoint, JobState, save_checkpoint
 from lowrank.errors import OutputError, raise_all
+from lowrank.models.loading import locate
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, Progress
@@ -24,13 +25,21 @@ from lowrank.train.job import Job, Progress
 class DiskKeeper:
     """Writes what the loop asks for into one run folder; every write is whole or not there."""
 
-    def __init__(self, engine: Engine, folder: Path, settings: dict[str, Any], save_total_limit: int | None) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, save_total_limit: int | None, run_state: Callable[[], dict[str, Any]]
+    ) -> None:
+        """`run_state` gives what a checkpoint should hold beside the jobs; plain JSON."""
         self.engine = engine
         self.folder = folder
-        self.settings = settings
+        self.run_state = run_state
         self.save_total_limit = save_total_limit
         base = engine.base
-        self.base = describe_base(base.model, base.name, base.revision)
+        self.base = describe_base(base.model, locate(base.name), base.revision)
+
+    def troubles(self, jobs: Sequence[Job]) -> list[str]:
+        """What people should know about loading these adapters with PEFT."""
+        found = [peft_trouble(self.base, self.engine.bank.slots[job.slot].ranks) for job in jobs if job.slot >= 0]
+        return sorted({trouble for trouble in found if trouble})
 
     def keep(self, job: Job, which: str) -> Path:
         """Write a job's adapter (a full-parameter job: the whole model) as `<job>/<which>`."""
@@ -49,7 +58,7 @@ class DiskKeeper:
             self.folder / CHECKPOINTS,
             tick,
             states,
-            {"settings": self.settings},
+            self.run_state(),
             self.base,
             save_total_limit=self.save_total_limit,
         )

@@ -80,7 +80,7 @@ class Loop:
         self._heap.after_step()
         seconds = time.perf_counter() - started
         for job in active:
-            job.count_step(forwarded[job.slot].tokens, seconds, updated[job.slot].skipped)
+            job.count_step(updated[job.slot].skipped)
             self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
 
     def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
@@ -120,9 +120,7 @@ class Loop:
             best = job.count_evaluation(result.loss)
             if best:
                 self.keeper.keep(job, "best")
-            self.report(
-                EvalDone(job.name, job.progress.step, result.loss, result.totals.get("tokens", 0.0), best=best)
-            )
+            self.report(EvalDone(job.name, job.progress.step, result.loss, result.totals.get("tokens", 0.0), best=best))
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:

@@ -18,8 +18,8 @@ class Masters:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
-        self._narrow: list[nn.Parameter] = []
-        self._wide: list[nn.Parameter] = []
+        self._narrow: list[torch.Tensor] = []
+        self._wide: list[torch.Tensor] = []
         for name, parameter in parameters.items():
             wide = torch.promote_types(parameter.dtype, torch.float32)
             if wide == parameter.dtype:

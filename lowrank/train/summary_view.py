@@ -62,7 +62,7 @@ def _table(summary: dict[str, Any], many: bool) -> Table:
 
 def _end(job: dict[str, Any]) -> Text:
     style = {"not_finite": "red", "interrupted": "yellow"}.get(job["finished"], "green")
-    finished = job["finished"] or "not over"
+    finished: str = job["finished"] or "not over"
     text = Text(ENDS.get(finished, finished), style=style)
     if job["skipped_steps"]:
         text.append(f", {job['skipped_steps']} skipped", style="yellow")

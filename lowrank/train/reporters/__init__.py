@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +31,8 @@ def reporters_for(
 ) -> list[Reporter]:
     """The reporters of a run. Nothing is written, and no tracker's run begins, before `RunStarted`.
 
-    `json` writes events to standard output; `quiet` shows only warnings (on standard error, as does `json`'s
-    absence of a view). ConfigError lists every tracker that is unknown or not installed.
+    `json` writes events to standard output, `quiet` only warnings, to standard error. ConfigError lists every
+    tracker that is unknown, not installed, or cannot be used as it is set up.
     """
     trackers = _trackers(output_dir, report_to)
     return [MetricsReporter(output_dir), view_for(json=json, quiet=quiet, console=console), *trackers]
@@ -61,16 +60,22 @@ def _trackers(output_dir: Path, report_to: Sequence[str]) -> list[Reporter]:
     found, problems = [], []
     known = known_trackers()
     for name in dict.fromkeys(report_to):
-        module_name, _, attribute = name.partition(":")
+        if ":" not in name and name not in known:
+            problems.append(f"{name!r} is not known{did_you_mean(name, known)}")
+            continue
         try:
-            if attribute:
-                found.append(getattr(importlib.import_module(module_name), attribute)(output_dir))
-            elif name in known:
-                found.append(importlib.import_module(f"{__name__}.{name}").connect(output_dir))
-            else:
-                problems.append(f"{name!r} is not known{did_you_mean(name, known)}")
-        except (ImportError, AttributeError) as error:
-            way_out = f"pip install 'lowrank[{name}]'" if not attribute else f"python: {sys.executable}"
-            problems.append(f"{name} cannot be used ({error}); {way_out}")
+            found.append(_connect(name, output_dir))
+        except ImportError as error:
+            way_out = "is it installed here?" if ":" in name else f"pip install 'lowrank[{name}]'"
+            problems.append(f"{name} needs a package that is not installed ({error}): {way_out}")
+        except Exception as error:  # whatever a tracker's own set-up objects to, before hours are spent training
+            problems.append(f"{name} cannot be used: {error}")
     raise_all(ConfigError, "report_to:", problems)
     return found
+
+
+def _connect(name: str, output_dir: Path) -> Reporter:
+    module_name, _, attribute = name.partition(":")
+    if attribute:
+        return getattr(importlib.import_module(module_name), attribute)(output_dir)
+    return importlib.import_module(f"{__name__}.{name}").connect(output_dir)
