@@ -1,66 +1,126 @@
-"""Causal attention of many short sequences on a CPU, with a backward pass of plain matrix products.
+"""Causal attention of a packed stream of documents on a CPU, with a backward pass of plain matrix products.
 
 torch's fused attention is fast forward on a CPU, but its bf16 backward pass on sequences of a few
 hundred tokens costs four to six times what the five matrix products in it cost (docs/log.md). So the
-forward pass is torch's, and the backward pass computes the probabilities again and multiplies.
+forward pass is torch's, and the backward pass computes the probabilities again and multiplies, a block
+of queries at a time, with the keys that block can see.
+
+Documents of about the same length go together. Lengths are rounded up to a multiple of 32: padding
+behind a document is invisible to it under a causal mask, and the CPU's bf16 kernels, which are compiled
+anew for every shape, see few shapes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-LONGEST = 512
-"""Beyond this length torch's own backward pass is as fast, and the probabilities grow with the square."""
+_MULTIPLE = 32
+_BLOCK = 128
+"""Queries of a document whose probabilities are computed together in the backward pass."""
 _BLOCK_ELEMENTS = 8 << 20
 """Probabilities alive at a time."""
 
 
-def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal softmax(q k^T * scale) v: (N, H, L, d), (N, G, L, d), (N, G, L, d) -> (N, H, L, d); G divides H."""
-    return _ShortAttention.apply(q, k, v, scale)
+@dataclass(frozen=True)
+class _Padded:
+    """Documents of one padded length each next to each other: P rows, in `groups` of (first row, N documents, L)."""
+
+    num_rows: int
+    place_T: torch.Tensor
+    """The row of each token of the stream."""
+    groups: tuple[tuple[int, int, int], ...]
+
+    def pad(self, x_THd: torch.Tensor) -> torch.Tensor:
+        """(T, H, d) -> (P, H, d), zeros behind each document."""
+        return x_THd.new_zeros(self.num_rows, *x_THd.shape[1:]).index_copy_(0, self.place_T, x_THd)
+
+    def documents(self, x_PHd: torch.Tensor) -> list[torch.Tensor]:
+        """Views (N, H, L, d) of the groups."""
+        return [
+            x_PHd[first : first + num * length].view(num, length, *x_PHd.shape[1:]).transpose(1, 2)
+            for first, num, length in self.groups
+        ]
+
+
+def short_attention(
+    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, lengths: tuple[int, ...], scale: float
+) -> torch.Tensor:
+    """Causal softmax(q k^T * scale) v within each document of the stream: (T, H, d); G divides H."""
+    return _ShortAttention.apply(q_THd, k_TGd, v_TGd, _padded(lengths), scale)
+
+
+def _padded(lengths: tuple[int, ...]) -> _Padded:
+    same: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        same.setdefault(-(-length // _MULTIPLE) * _MULTIPLE, []).append(index)
+    starts: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
+    groups, row = [], 0
+    for padded, members in same.items():
+        groups.append((row, len(members), padded))
+        for index in members:
+            starts[index] = torch.arange(row, row + lengths[index])
+            row += padded
+    return _Padded(row, torch.cat(starts), tuple(groups))
 
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        ctx.scale = scale
-        ctx.save_for_backward(q, k, v, output)
-        return output
+    def forward(
+        ctx: Any, q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, layout: _Padded, scale: float
+    ) -> torch.Tensor:
+        padded = [layout.pad(tensor) for tensor in (q_THd, k_TGd, v_TGd)]
+        output_PHd = torch.empty_like(padded[0])
+        for q, k, v, output in zip(*map(layout.documents, (*padded, output_PHd))):
+            output.copy_(
+                F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                )
+            )
+        ctx.layout, ctx.scale = layout, scale
+        ctx.save_for_backward(q_THd, k_TGd, v_TGd)
+        return output_PHd.index_select(0, layout.place_T)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
-        q, k, v, output = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        at_once = max(1, _BLOCK_ELEMENTS // (q.shape[1] * q.shape[2] ** 2))
-        for first in range(0, len(q), at_once):
-            rows = slice(first, first + at_once)
-            parts = _backward(q[rows], k[rows], v[rows], output[rows], outer[0][rows], ctx.scale)
-            dq[rows], dk[rows], dv[rows] = parts
-        return dq, dk, dv, None
+        layout: _Padded = ctx.layout
+        padded = [layout.pad(tensor) for tensor in (*ctx.saved_tensors, outer[0])]
+        gradients = [torch.empty_like(tensor) for tensor in padded[:3]]
+        for q, k, v, d_output, dq, dk, dv in zip(*map(layout.documents, (*padded, *gradients))):
+            at_once = max(1, _BLOCK_ELEMENTS // (q.shape[1] * min(_BLOCK, q.shape[2]) * q.shape[2]))
+            for first in range(0, len(q), at_once):
+                rows = slice(first, first + at_once)
+                parts = _backward(q[rows], k[rows], v[rows], d_output[rows], ctx.scale)
+                dq[rows], dk[rows], dv[rows] = parts
+        return *(tensor.index_select(0, layout.place_T) for tensor in gradients), None, None
 
 
 def _backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, d_output: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_output: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The softmax's gradient written out. Query heads that share a key head are folded into its rows (M = H/G * L)."""
+    """The softmax's gradient written out, (N, H, L, d). Query heads that share a key head become its M rows."""
     num, heads, length, width = q.shape
     groups, fold = num * k.shape[1], heads // k.shape[1]
-    q_NMd, d_NMd = (tensor.reshape(groups, fold * length, width) for tensor in (q, d_output))
+    q_NFLd, d_NFLd = (each.reshape(groups, fold, length, width) for each in (q, d_output))
     k_NLd, v_NLd = (tensor.reshape(groups, length, width) for tensor in (k, v))
-    hidden = torch.full((length, length), float("-inf"), dtype=q.dtype).triu_(1)
-    score = torch.bmm(q_NMd, k_NLd.transpose(1, 2)).mul_(scale).view(groups, fold, length, length).add_(hidden)
-    share = torch.softmax(score, dim=-1).view(groups, fold * length, length)
-    # Products in float32: where one key takes nearly all, the difference below is small and would be their rounding.
     wide = torch.promote_types(q.dtype, torch.float32)
-    along_NM1 = (output.to(wide) * d_output).sum(-1).to(q.dtype).reshape(groups, fold * length, 1)
-    d_score = torch.bmm(d_NMd, v_NLd.transpose(1, 2)).sub_(along_NM1).mul_(share).mul_(scale)
-    dq = torch.bmm(d_score, k_NLd).view_as(q)
-    dk = torch.bmm(d_score.transpose(1, 2), q_NMd).view_as(k)
-    dv = torch.bmm(share.transpose(1, 2), d_NMd).view_as(v)
-    return dq, dk, dv
+    dq_NFLd = torch.empty_like(q_NFLd)
+    dk_NLd, dv_NLd = (torch.zeros_like(k_NLd, dtype=wide) for _ in range(2))  # sums over blocks
+    for first in range(0, length, _BLOCK):
+        end = min(first + _BLOCK, length)
+        q_NMd, d_NMd = (each[:, :, first:end].reshape(groups, -1, width) for each in (q_NFLd, d_NFLd))
+        q_NMd = q_NMd * scale
+        keys, values = k_NLd[:, :end], v_NLd[:, :end]
+        score = torch.bmm(q_NMd, keys.transpose(1, 2))
+        hidden = torch.full((end - first, end - first), float("-inf"), dtype=q.dtype).triu_(1)
+        score.view(groups, fold, end - first, end)[..., first:] += hidden
+        share = torch.softmax(score, dim=-1)
+        d_share = torch.bmm(d_NMd, values.transpose(1, 2))
+        d_score = torch.ops.aten._softmax_backward_data(d_share, share, -1, q.dtype)
+        dq_NFLd[:, :, first:end] = torch.bmm(d_score, keys).mul_(scale).view(groups, fold, end - first, width)
+        dk_NLd[:, :end] += torch.bmm(d_score.transpose(1, 2), q_NMd)
+        dv_NLd[:, :end] += torch.bmm(share.transpose(1, 2), d_NMd)
+    return dq_NFLd.view_as(q), dk_NLd.view_as(k), dv_NLd.view_as(v)

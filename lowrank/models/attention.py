@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lowrank.kernels.short_attention import LONGEST, short_attention
+from lowrank.kernels.short_attention import short_attention
 
 try:  # CUDA's variable-length flash attention, in torch since 2.10
     from torch.nn.attention.varlen import varlen_attn
@@ -82,13 +82,14 @@ def packed_attention(
         output = _varlen(query, key, value, scale, sliding_window, packed)
         if output is not None:
             return output, None
+    if query.device.type == "cpu" and half and plain and (not sliding_window or sliding_window >= max(packed.lengths)):
+        q_THd, k_TGd, v_TGd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return short_attention(q_THd, k_TGd, v_TGd, packed.lengths, scale)[None], None
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         window = sliding_window if sliding_window and sliding_window < q.shape[2] else None
         if softcap is not None or s_aux is not None:
             return _explicit(q, k, v, scale, window, softcap, s_aux)
-        if half and not q.is_cuda and plain and window is None and q.shape[2] <= LONGEST:
-            return short_attention(q, k, v, scale)
         return _sdpa(q, k, v, scale, window)
 
     return _by_length(query[0], key[0], value[0], packed.lengths, attend)[None], None
@@ -99,8 +100,7 @@ def _by_length(
 ) -> torch.Tensor:
     """`attend` on each document, those of about the same length together: (H, T, d) -> (T, H, d).
 
-    Lengths are rounded up to a multiple of 32. Padding behind a document is invisible to it under a causal mask, and
-    the CPU's bf16 kernels, which are compiled anew for every shape, see few shapes (without this: 12 ms a document).
+    Lengths are rounded up to a multiple of 32: padding behind a document is invisible to it under a causal mask.
     """
     q, k, v = (tensor.split(lengths, dim=1) for tensor in (q_HTd, k_GTd, v_GTd))
     same: dict[int, list[int]] = {}

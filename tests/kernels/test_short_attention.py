@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lowrank.kernels.short_attention as kernel
-from lowrank.kernels.short_attention import short_attention
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SHAPES = {
@@ -17,6 +16,7 @@ SHAPES = {
     "grouped": (3, 6, 2, 17, 8),
     "one key head": (2, 4, 1, 33, 16),
     "one token": (2, 4, 2, 1, 8),
+    "several blocks": (2, 4, 2, 300, 8),
 }
 
 
@@ -29,6 +29,14 @@ def operands(shape: str, dtype: torch.dtype) -> tuple[Triple, torch.Tensor]:
 
     q, k, v = (random(count).requires_grad_() for count in (heads, key_heads, key_heads))
     return (q, k, v), random(heads)
+
+
+def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The kernel on N documents of one length, (N, H, L, d), laid out as its stream."""
+    num, _, length, _ = q.shape
+    stream = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
+    output_THd = kernel.short_attention(*stream, (length,) * num, scale)
+    return output_THd.view(num, length, *output_THd.shape[1:]).transpose(1, 2)
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -76,6 +84,23 @@ def test_a_head_that_looks_at_one_token_gets_no_noise() -> None:
     ours = torch.autograd.grad(short_attention(*sharp, 0.125), sharp, outer.bfloat16())
     for one, true, size in zip(ours[:2], exact, usual):
         assert (one.double() - true).norm() < 2e-3 * size.double().norm()
+
+
+def test_documents_of_different_lengths() -> None:
+    """A stream of documents is each document alone, in its place."""
+    lengths = (40, 3, 200, 33, 129, 40)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    outer = torch.randn_like(q)
+    ours = kernel.short_attention(q, k, v, lengths, 0.3)
+    alone = [
+        reference(*(tensor.transpose(0, 1)[None] for tensor in document), 0.3)[0].transpose(0, 1)
+        for document in zip(*(tensor.split(lengths) for tensor in (q, k, v)))
+    ]
+    torch.testing.assert_close(ours, torch.cat(alone), rtol=1e-12, atol=1e-12)
+    theirs = torch.autograd.grad(torch.cat(alone), (q, k, v), outer)
+    for one, other in zip(torch.autograd.grad(ours, (q, k, v), outer), theirs):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
 def test_padding_behind_a_document_is_invisible() -> None:
