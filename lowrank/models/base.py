@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.models import attention
 from lowrank.models.quiet import quiet_transformers
@@ -45,6 +46,8 @@ class Base:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.backbone = _find_backbone(model)
+        """The model without its head."""
         self.revision = revision
         self.layout = "packed"
         self.own_attention: str = model.config._attn_implementation
@@ -53,11 +56,6 @@ class Base:
         accepted = inspect.signature(self.backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
         attention.register()
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The model without its head."""
-        return self.model.base_model
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +141,17 @@ class Base:
         """The model's own head, as logprobs() wants it."""
         linear = self.model.get_output_embeddings()
         return Head(linear.weight, getattr(linear, "bias", None), self.multiplier, self.softcap)
+
+
+def _find_backbone(model: Any) -> nn.Module:
+    """What transformers calls the base model; where a family forgot to say, the part that has the embedding in it."""
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()
+    for child in model.children():
+        if child is not embedding and any(module is embedding for module in child.modules()):
+            return child
+    raise ModelError(f"{type(model).__name__}: lowrank cannot tell the backbone of this model from its head")
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:

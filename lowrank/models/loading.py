@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank.errors import ModelError, raise_all
@@ -46,6 +47,10 @@ def choose_device(config: Config) -> torch.device:
         raise ModelError(f"model.device: {config.device!r} is not a device; cpu, cuda, cuda:1, auto") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device: this machine has no CUDA device that torch can use; say cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"model.device: {config.device} is not there; this machine has {torch.cuda.device_count()}")
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise ModelError(f"model.device: {config.device!r} cannot be used here; say cpu or auto")
     return device
 
 
@@ -63,13 +68,16 @@ def load(
 ) -> Base:
     """Load, freeze, test. `notify` receives what a person should know.
 
-    Raises ModelError: not found, no safetensors, weights missing from the checkpoint, or documents would
-    see one another.
+    Raises ModelError: not found, no safetensors, damaged, weights missing from the checkpoint or of another
+    shape, or documents would see one another.
     """
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
-    model = _load_model(config, dtype).to(device)
+    model, unused = _load_model(config, dtype)
+    if unused:
+        notify(unused)
+    model.to(device)
     model.requires_grad_(train_all)
     model.eval()  # also in training: dropout of the base would tie jobs together
     base = Base(model, tokenizer, config.path, config.revision)
@@ -81,7 +89,8 @@ def load(
     return base
 
 
-def _load_model(config: Config, dtype: torch.dtype) -> Any:
+def _load_model(config: Config, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """The model, and a sentence about what in the checkpoint has no place in it."""
     with quiet_transformers():
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -91,20 +100,29 @@ def _load_model(config: Config, dtype: torch.dtype) -> Any:
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are listed below, all at once
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             raise ModelError(_cannot_load("the model", config, error)) from error
     model, report = loaded
     problems = [f"{name}: not in the checkpoint" for name in sorted(report["missing_keys"])]
     problems += [
-        f"{item[0]}: shape {item[1]} in the checkpoint, {item[2]} in the model" for item in report["mismatched_keys"]
+        f"{name}: shape {tuple(saved)} in the checkpoint, {tuple(wanted)} in the model"
+        for name, saved, wanted in sorted(report["mismatched_keys"])
     ]
     raise_all(ModelError, f"{config.path}: the checkpoint does not fill the model", problems)
     if model.get_output_embeddings() is None:
         raise ModelError(f"{config.path}: {type(model).__name__} has no language-model head")
     if dtype == torch.float64:  # grouped expert kernels know no float64
         model.config._experts_implementation = "eager"
-    return model
+    return model, _not_used(sorted(report["unexpected_keys"]))
+
+
+def _not_used(names: list[str]) -> str | None:
+    if not names:
+        return None
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"the checkpoint has tensors this model has no place for; they are not used ({len(names)}): {shown}"
 
 
 def set_recompute(model: Any, policy: str | int) -> None:
@@ -119,7 +137,27 @@ def set_recompute(model: Any, policy: str | int) -> None:
     enable({"use_reentrant": False, "preserve_rng_state": False})
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = policy == "full" or index < int(policy)
-        layer.training = layer.gradient_checkpointing  # the layer alone: its children stay in evaluation mode
+        if layer.gradient_checkpointing:
+            _recompute_when_training(layer)
+
+
+def _recompute_when_training(layer: Any) -> None:
+    """transformers asks `layer.training` whether to recompute, and then also drops caches and activates dropout.
+
+    So it is true from the moment the layer is called with gradients until the layer has asked, and at no other time.
+    """
+    checkpoint = layer._gradient_checkpointing_func
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        layer.training = False
+        return checkpoint(function, *args)
+
+    def ask(module: torch.nn.Module, args: Any) -> None:
+        del args
+        module.training = torch.is_grad_enabled()
+
+    layer._gradient_checkpointing_func = run
+    layer.register_forward_pre_hook(ask)
 
 
 def _cannot_load(what: str, config: Config, error: Exception) -> str:
@@ -130,6 +168,8 @@ def _cannot_load(what: str, config: Config, error: Exception) -> str:
         hints.append("it has only pickled .bin weights, which lowrank does not open: convert them to safetensors")
     elif not folder.exists():
         hints.append("no such folder here; if it is a hub name, check the spelling and the network")
+    if isinstance(error, SafetensorError):
+        hints.append("a weight file is damaged or was not downloaded to its end: get it again")
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         hints.append("it comes with its own Python code: read it, then set model.trust_remote_code: true")
     return "\n  ".join([f"cannot load {what} of {config.path!r}: {reason}", *hints])
