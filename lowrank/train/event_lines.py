@@ -53,10 +53,10 @@ def _run(event: RunStarted) -> dict[str, Any]:
     return {"output_dir": str(event.output_dir), "device": event.device, "dtype": event.dtype, "jobs": jobs}
 
 
-def encode(line: dict[str, Any]) -> str:
-    """One line of JSON, without the line break."""
+def encode(line: dict[str, Any], ascii: bool = False) -> str:
+    """One line of JSON, without the line break; `ascii` escapes all other characters."""
     plain, strange = _split(line)
-    return json.dumps(plain | ({"nonfinite": strange} if strange else {}), ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain | ({"nonfinite": strange} if strange else {}), ensure_ascii=ascii, allow_nan=False)
 
 
 def _split(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -62,7 +62,7 @@ def _table(summary: dict[str, Any], many: bool) -> Table:
 
 def _end(job: dict[str, Any]) -> Text:
     style = {"not_finite": "red", "interrupted": "yellow"}.get(job["finished"], "green")
-    finished: str = job["finished"] or "not over"
+    finished = str(job["finished"] or "not over")
     text = Text(ENDS.get(finished, finished), style=style)
     if job["skipped_steps"]:
         text.append(f", {job['skipped_steps']} skipped", style="yellow")
@@ -71,8 +71,9 @@ def _end(job: dict[str, Any]) -> Text:
 
 def _in_short(verdict: dict[str, Any]) -> Text:
     word = {"flat": "flat since", "overfitting": "overfitting since", "diverged": "diverged since"}
-    text = word.get(verdict["kind"], verdict["kind"].replace("_", " "))
-    return Text(f"{text} {verdict['step']}" if verdict["step"] else text, style=KINDS.get(verdict["kind"], ""))
+    kind: str = verdict["kind"]
+    text = word.get(kind, kind.replace("_", " "))
+    return Text(f"{text} {verdict['step']}" if verdict["step"] else text, style=KINDS.get(kind, ""))
 
 
 def _verdicts(summary: dict[str, Any]) -> list[Text]:

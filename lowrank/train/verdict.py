@@ -42,10 +42,10 @@ def verdict(steps: Sequence[int], losses: Sequence[float], eval_points: Sequence
        two are both worse, and their mean is worse than the level around b by more than 1 % and 4 standard
        errors.
     3. too short: fewer than 12 finite losses, and fewer than 8 evaluations.
-    4. falling: over the last third, the Theil-Sen slope is negative with 97.5 % confidence (Mann-Kendall), and
-       the fall it makes is more than 1 % of the loss and 1 % of its whole fall. Judged on the held-out curve if
-       there are at least 8 evaluations, since learning that helps nobody is no reason to go on; else on
-       the training curve.
+    4. falling: over the last third (of fewer than 30 points: the last 10, at most half), the Theil-Sen slope
+       is negative with 97.5 % confidence (Mann-Kendall), and the fall it makes is more than 1 % of the loss
+       and 1 % of its whole fall. Judged on the held-out curve if there are at least 8 evaluations, since
+       learning that helps nobody is no reason to go on; else on the training curve.
     5. flat otherwise, since the first step from which the curve stayed in a band around its end level: that
        1 %, widened by 3 standard errors. Where a fall of 3 times that 1 % would drown in the noise, the
        sentence says so and gives no advice.
@@ -124,7 +124,7 @@ def _overfitting(held_out: Sequence[tuple[int, float]]) -> Verdict | None:
 def _course(x_N: np.ndarray, y_N: np.ndarray, name: str) -> Verdict:
     """Falling or flat, for a curve of finite values."""
     level_N, noise = smooth(y_N), noise_of(y_N)
-    third = max(5, math.ceil(len(y_N) / 3))
+    third = max(5, min(10, len(y_N) // 2), math.ceil(len(y_N) / 3))
     x_tail, y_tail = x_N[-third:], y_N[-third:]
     end = float(np.median(level_N[-max(3, third // 2) :]))
     fall = max(0.0, float(level_N[0]) - end)
@@ -135,8 +135,8 @@ def _course(x_N: np.ndarray, y_N: np.ndarray, name: str) -> Verdict:
         last = float(np.median(y_tail - slope * (x_tail - x_tail[-1])))
         return Verdict(
             "falling",
-            f"Still falling: the {name} went from {wording.loss(last + drop)} to {wording.loss(last)} over the last "
-            f"third (steps {x_tail[0]:.0f} to {x_tail[-1]:.0f}). More steps may help.",
+            f"Still falling: the {name} went from {wording.loss(last + drop)} to {wording.loss(last)} from step "
+            f"{x_tail[0]:.0f} to {x_tail[-1]:.0f}. More steps may help.",
         )
     band = material + 3 * noise / math.sqrt(_effective(len(y_N)))
     outside = np.flatnonzero(np.abs(level_N - end) > band)

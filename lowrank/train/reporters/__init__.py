@@ -7,6 +7,7 @@ package; its name is the file's. A third party's is `my_module:MyReporter`, call
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,9 +43,11 @@ def view_for(*, json: bool = False, quiet: bool = False, console: Console | None
     """What shows the run: JSON lines, only warnings, a live view, or plain lines where nothing can be redrawn."""
     if json:
         return JsonReporter()
+    console = console or Console(stderr=quiet)
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="replace")  # a `?` for what an old code page lacks, not the end of the run
     if quiet:
-        return PlainReporter(console or Console(stderr=True), quiet=True)
-    console = console or Console()
+        return PlainReporter(console, quiet=True)
     if console.is_terminal and not console.is_dumb_terminal:
         return TerminalReporter(console)
     return PlainReporter(console)

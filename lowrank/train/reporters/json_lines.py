@@ -13,7 +13,10 @@ from lowrank.train.progress import RunProgress
 
 
 class JsonReporter:
-    """Every event but the steps that are not logged; steps also say `tokens_per_second` and `seconds_left`."""
+    """Every event but the steps that are not logged; steps also say `tokens_per_second` and `seconds_left`.
+
+    Only ASCII is written, whatever the encoding of the stream.
+    """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.time) -> None:
         self._stream = stream or sys.stdout
@@ -29,7 +32,7 @@ class JsonReporter:
         if isinstance(event, StepDone):
             line["tokens_per_second"] = self._progress.tokens_per_second
             line["seconds_left"] = self._progress.seconds_left(now)
-        self._stream.write(encode(line) + "\n")
+        self._stream.write(encode(line, ascii=True) + "\n")
         self._stream.flush()
 
     def close(self) -> None:

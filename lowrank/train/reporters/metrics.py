@@ -53,6 +53,7 @@ class MetricsReporter:
         self._step = {job.name: job.first_step for job in event.jobs}
         over = {job.name for job in event.jobs if job.finished or job.first_step >= job.num_steps}
         kept = [line for line in _lines(self.path) if _before(line, self._step, over)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(self.path) as partial:
             partial.write_bytes("".join(encode(line) + "\n" for line in kept).encode())
         # A notice of the first start comes again with every resume.
