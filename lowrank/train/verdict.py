@@ -60,7 +60,8 @@ def verdict(steps: Sequence[int], losses: Sequence[float], eval_points: Sequence
         return found
     if len(held_out) >= MIN_EVALS:
         points = np.array(held_out)
-        return _course(points[:, 0], points[:, 1], "held-out loss")
+        said = _course(points[:, 0], points[:, 1], "held-out loss")
+        return _with_held_out(said, held_out) if said.kind == "flat" else said
     if finite < MIN_LOSSES:
         what = f"{finite} {'loss' if finite == 1 else 'losses'}"
         return Verdict("too_short", f"Too short to say: {what}, at least {MIN_LOSSES} are needed.")
@@ -150,7 +151,7 @@ def _course(x_N: np.ndarray, y_N: np.ndarray, name: str) -> Verdict:
 
 
 def _with_held_out(said: Verdict, held_out: Sequence[tuple[int, float]]) -> Verdict:
-    """What is known of too few evaluations to judge, added to a verdict on the training curve."""
+    """Where the best evaluation is, added to a verdict that does not say so."""
     if len(held_out) < 2:
         return said
     step, best = min(held_out, key=lambda point: point[1])
