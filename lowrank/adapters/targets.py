@@ -130,6 +130,8 @@ def _unmatched(config: AdapterSettings, modules: Mapping[str, nn.Module], chosen
         if not any(is_copied(name, (item,)) for name in modules):
             known = {name.rpartition(".")[2] for name, module in modules.items() if is_row_by_row(module)}
             problems.append(f"modules_to_save: {item!r}{did_you_mean(item, known)}")
+    if not problems and not chosen and not config.modules_to_save:
+        problems.append("exclude_modules leaves nothing of target_modules to train")
     return problems
 
 

@@ -45,6 +45,8 @@ class TrainedJob:
     neftune_alpha: float = 0.0
     step: int = 0
     """Optimiser steps taken, skipped ones included."""
+    loss_is_finite: bool = True
+    """Of every forward pass since the last optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Forwarded:
 
 @dataclass(frozen=True)
 class Updated:
-    """What the update did. `skipped`: the gradient was not finite and nothing was changed."""
+    """What the update did. `skipped`: loss or gradient was not finite and nothing was changed."""
 
     grad_norm: float
     skipped: bool
@@ -111,26 +113,23 @@ class Engine:
                 for name, value in extra.items():
                     metrics[slot][name] = metrics[slot].get(name, 0.0) + float(value)
             torch.stack(shares).sum().backward()
-        return {
-            slot: Forwarded(
-                loss=float(torch.stack(losses[slot]).sum()),
-                tokens=sum(len(segment) for segment in work[slot]),
-                totals=totals[slot],
-                metrics=metrics[slot],
-            )
-            for slot in work
-        }
+        forwarded = {}
+        for slot in work:
+            loss = float(torch.stack(losses[slot]).sum())
+            self.jobs[slot].loss_is_finite &= math.isfinite(loss)
+            forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], metrics[slot])
+        return forwarded
 
     def optim_step(self, slot: int, learning_rate: float) -> Updated:
         """Update one job's parameters from its gradients, clipped to its own norm, and clear them.
 
-        A gradient that is not finite leaves parameters and optimiser state as they were.
+        A loss or gradient that is not finite leaves parameters and optimiser state as they were.
         """
         job = self.jobs[slot]
         job.step += 1
         gradients = [parameter.grad for parameter in job.parameters.values() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        finite = math.isfinite(norm)
+        finite, job.loss_is_finite = job.loss_is_finite and math.isfinite(norm), True
         if finite:
             limit = job.settings.max_grad_norm
             if limit is not None and norm > limit:

@@ -48,7 +48,9 @@ class Loop:
         self.engine = engine
         self.jobs = tuple(jobs)
         self.keeper = keeper
-        self.report = report
+        self._report = report
+        self._telling = False
+        self._to_tell: list[Event] = []
         self.save_every = save_every
         self.tick = tick
         self.stop_asked = False
@@ -67,9 +69,18 @@ class Loop:
             if not done:
                 for job in self.jobs:
                     if job.active:
-                        self.report(JobFinished(job.name, job.progress.step, "interrupted"))
+                        self._tell(JobFinished(job.name, job.progress.step, "interrupted"))
             self._save()
         return done
+
+    def _tell(self, event: Event) -> None:
+        self._telling = True
+        try:
+            self._report(event)
+        finally:
+            self._telling = False
+        while self._to_tell:
+            self._tell(self._to_tell.pop(0))
 
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
@@ -84,7 +95,7 @@ class Loop:
             self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
 
     def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
-        self.report(
+        self._tell(
             StepDone(
                 job=job.name,
                 step=job.progress.step,
@@ -102,7 +113,7 @@ class Loop:
         )
         if updated.skipped:
             row = job.progress.skipped_in_a_row
-            self.report(
+            self._tell(
                 Notice(
                     f"step {job.progress.step} of {job.name} gave a loss or gradient that is not finite; the step was "
                     f"skipped ({row} in a row, the job stops after {job.max_skipped_steps + 1})",
@@ -120,17 +131,17 @@ class Loop:
             best = job.count_evaluation(result.loss)
             if best:
                 self.keeper.keep(job, "best")
-            self.report(EvalDone(job.name, job.progress.step, result.loss, result.totals.get("tokens", 0.0), best=best))
+            self._tell(EvalDone(job.name, job.progress.step, result.loss, result.totals.get("tokens", 0.0), best=best))
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:
             self.keeper.keep(job, "last")
             if job.progress.best_step is None:  # nothing was held out: the last is the best there is
                 self.keeper.keep(job, "best")
-            self.report(JobFinished(job.name, job.progress.step, job.progress.finished or "done"))
+            self._tell(JobFinished(job.name, job.progress.step, job.progress.finished or "done"))
 
     def _save(self) -> None:
-        self.report(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))
+        self._tell(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))
 
     @contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
@@ -141,7 +152,11 @@ class Loop:
             if self.stop_asked:
                 raise KeyboardInterrupt
             self.stop_asked = True
-            self.report(Notice("stopping after this step and saving; press Ctrl-C again to stop at once", "warning"))
+            notice = Notice("stopping after this step and saving; press Ctrl-C again to stop at once", "warning")
+            if self._telling:  # a reporter is in the middle of a line
+                self._to_tell.append(notice)
+            else:
+                self._tell(notice)
 
         try:
             before = signal.signal(signal.SIGINT, ask)

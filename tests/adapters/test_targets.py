@@ -128,5 +128,7 @@ def test_a_regex_that_matches_nothing(setting: str) -> None:
 
 
 def test_nothing_left_after_excluding() -> None:
+    with pytest.raises(ModelError, match="exclude_modules leaves nothing of target_modules to train"):
+        find_targets(make_model("llama"), Lora(exclude_modules=r".*"))
     with pytest.raises(ModelError, match="q_proj"):
         find_targets(make_model("llama"), Lora(target_modules=("q_proj",), exclude_modules=("q_proj",)))
