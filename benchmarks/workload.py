@@ -122,3 +122,10 @@ def _train_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
+
+
+def count_parameters(config: dict[str, Any]) -> int:
+    """Parameters of a model of this configuration, shared ones once."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**config))
+    return sum(parameter.numel() for parameter in model.parameters())

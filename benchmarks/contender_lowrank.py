@@ -1,0 +1,84 @@
+"""One run of lowrank, in a process of its own: `python -m benchmarks.contender_lowrank SPEC.json RESULT.json`.
+
+What `lowrank.run.train` does without the data room and the run folder: load, adapter, engine, steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import workload
+from benchmarks.machine import load, peak_memory
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import load as load_base
+from lowrank.models.storages.dense import Config as Dense
+from lowrank.objectives.sft import Config as Sft
+from lowrank.records import Segment, number_the_step
+from lowrank.train.engine import Engine
+from lowrank.train.optimizers import OptimizerConfig
+
+
+def engine_of(model: str, device: str, num_jobs: int, rank: int, micro_batch_tokens: int) -> tuple[Engine, list[int]]:
+    """An engine with `num_jobs` SFT jobs, all-linear adapters; job i has seed i."""
+    base = load_base(ModelConfig(path=model, device=device))
+    engine = Engine(base, Bank(base, Dense()), micro_batch_tokens)
+    slots = []
+    for seed in range(num_jobs):
+        slots.append(engine.bank.add(Lora(rank=rank), seed=seed))
+        engine.add(slots[-1], Sft().build(), OptimizerConfig(), seed, 0.0)
+    return engine, slots
+
+
+def segments(work: workload.Workload, numbers: list[int]) -> list[Segment]:
+    """Rows as the segments of one optimiser step."""
+    rows = [work.rows[number] for number in numbers]
+    return number_the_step([Segment(np.array(row.tokens), np.array(row.learned, np.float32)) for row in rows])
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train the steps of `spec`; what was measured."""
+    if spec.get("keep_freed_memory", True):
+        keep_freed_memory()
+    work = workload.read(Path(spec["folder"]))
+    engine, (slot,) = engine_of(work.model, spec["device"], 1, spec["rank"], spec["micro_batch_tokens"])
+    steps = []
+    for numbers in spec["steps"]:
+        step = segments(work, numbers)
+        started, started_cpu = time.perf_counter(), time.process_time()
+        forwarded = engine.forward_backward({slot: step})[slot]
+        updated = engine.optim_step(slot, spec["learning_rate"])
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+        steps.append(
+            {
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "tokens": forwarded.tokens,
+                "loss": forwarded.loss,
+                "grad_norm": updated.grad_norm,
+                "load": load(),
+            }
+        )
+    peak = torch.cuda.max_memory_allocated() if spec["device"] == "cuda" else peak_memory()
+    config = {
+        "dtype": str(engine.base.dtype),
+        "layout": engine.base.layout,
+        "micro_batch_tokens": spec["micro_batch_tokens"],
+        "keep_freed_memory": spec.get("keep_freed_memory", True),
+        "adapter": Lora(rank=spec["rank"]).model_dump(mode="json"),
+        "optimizer": OptimizerConfig(learning_rate=spec["learning_rate"]).model_dump(mode="json"),
+    }
+    return {"steps": steps, "peak_memory_bytes": peak, "config": config}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
