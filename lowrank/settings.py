@@ -61,10 +61,12 @@ def choice_of(package: str, default: str) -> Any:
         if not isinstance(value, dict):
             return built_in(value)
         name = value.get("type", default)
-        if ":" in str(name):
-            return _third_party(str(name))(**{key: item for key, item in value.items() if key != "type"})
+        if not isinstance(name, str):
+            raise ValueError(f"type must be a name, not {name!r}{did_you_mean('', configs)}")
+        if ":" in name:
+            return _third_party(name)(**{key: item for key, item in value.items() if key != "type"})
         if name not in configs:
-            raise ValueError(f"there is no type {name!r}{did_you_mean(str(name), configs)}")
+            raise ValueError(f"there is no type {name!r}{did_you_mean(name, configs)}")
         return built_in({**value, "type": name})
 
     return Annotated[union, WrapValidator(resolve), PlainSerializer(_dumped)]
