@@ -61,12 +61,10 @@ def choice_of(package: str, default: str) -> Any:
         if not isinstance(value, dict):
             return built_in(value)
         name = value.get("type", default)
-        if not isinstance(name, str):
-            raise ValueError(f"type must be a name, not {name!r}{did_you_mean('', configs)}")
-        if ":" in name:
+        if isinstance(name, str) and ":" in name:
             return _third_party(name)(**{key: item for key, item in value.items() if key != "type"})
-        if name not in configs:
-            raise ValueError(f"there is no type {name!r}{did_you_mean(name, configs)}")
+        if not isinstance(name, str) or name not in configs:
+            raise ValueError(f"there is no type {name!r}{did_you_mean(str(name), configs)}")
         return built_in({**value, "type": name})
 
     return Annotated[union, WrapValidator(resolve), PlainSerializer(_dumped)]

@@ -91,7 +91,7 @@ def test_an_unknown_type_gets_a_suggestion() -> None:
 @pytest.mark.parametrize("nonsense", [["lora"], {"lora": 1}, 3, None, True])
 def test_a_type_that_is_no_name_is_an_error_and_no_crash(nonsense: Any) -> None:
     adapter = TypeAdapter(choice_of("lowrank.adapters.variants", default="lora"))
-    with pytest.raises(ValidationError, match=r"type must be a name, not .*known: lora"):
+    with pytest.raises(ValidationError, match="there is no type "):
         adapter.validate_python({"type": nonsense})
 
 
