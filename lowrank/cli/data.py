@@ -25,7 +25,7 @@ def data(
         typer.Argument(metavar="CONFIG|FILE", help="A configuration (YAML), or a file, folder or hub name of data."),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a configuration: as data.max_length=512.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For a configuration: as data.max_length=512.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Count tokens as this model does (a folder or hub name).")
@@ -36,9 +36,9 @@ def data(
     strict: Annotated[bool, typer.Option("--strict", help="Any loss of data is an error (exit code 3).")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Shows rows read, used, left out and cut, with reasons and row numbers; repeated and leaked rows; lengths;
+    """Shows what is read, left out and cut, and why; repeated and leaked rows; what carries loss; rendered samples.
 
-    the share of tokens that carry loss; and samples as the model sees them. No weights are loaded.
+    No weights are loaded.
     """
     if _is_config(target):
         if format:

@@ -19,7 +19,7 @@ _SHOWN = 4
 def demo(
     output_dir: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the demo's configuration.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the demo's configuration.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print events and the result as JSON.")] = False,
 ) -> None:
@@ -28,13 +28,13 @@ def demo(
 
     from lowrank.config import load
     from lowrank.run import train
-    from lowrank.train.reporters import reporters_for
+    from lowrank.train.reporters import view_for
 
     console = Console(quiet=json, highlight=False)
     path = Path(__file__).parent.parent / "data" / "demo" / "demo.yaml"
     config = load(path, [f"output_dir={output_dir}", "overwrite=true", *(overrides or [])])
     console.print(f"[bold]lowrank demo[/]: {len(config.jobs)} adapters at once on {config.model.path}\n")
-    train(config, reporters=reporters_for(output_dir=config.output_dir, json=json))
+    train(config, reporters=[view_for(json=json)])
 
     console.print("\nAsking the untouched base and every adapter the held-out questions ...")
     answered = _ask(output_dir)

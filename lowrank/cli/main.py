@@ -94,8 +94,11 @@ def main(words: list[str] | None = None) -> None:
     """Run the command line (`sys.argv` by default) and exit with one of `EXIT_CODES`."""
     words = sys.argv[1:] if words is None else words
     as_json = "--json" in words
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per attempt; our error says what could not be had
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a person's own `my_module:MyThing` lies where they are; last, so it hides nothing
+        sys.path.append(
+            os.getcwd()
+        )  # a person's own `my_module:MyThing` lies where they are; last, so it hides nothing
     try:
         # In standalone mode typer prints its own errors and exits.
         code = app(words, prog_name="lowrank", standalone_mode=not as_json)

@@ -19,7 +19,7 @@ def show(
         Path | None, typer.Argument(metavar="CONFIG", help="A YAML or JSON file, native or LLaMA-Factory's.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As optimizer.learning_rate=1e-4.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optimizer.learning_rate=1e-4.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a configuration.")] = False,

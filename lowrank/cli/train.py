@@ -14,7 +14,7 @@ from lowrank.cli.warn import warn
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML or JSON file, native or LLaMA-Factory's.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As optimizer.learning_rate=1e-4.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optimizer.learning_rate=1e-4.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print events and the summary as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop if any row would be dropped or cut.")] = False,
@@ -23,12 +23,11 @@ def train(
     """Ctrl-C saves a checkpoint; run the same command with resume=true to go on."""
     from lowrank.compat import load_any
     from lowrank.run import train as run_train
-    from lowrank.train.reporters import reporters_for
+    from lowrank.train.reporters import view_for
 
     settings, warnings = load_any(config, overrides or [])
     warn(warnings)
-    reporters = reporters_for(output_dir=settings.output_dir, report_to=settings.report_to, json=json, quiet=quiet)
-    summary = run_train(settings, reporters=reporters, strict=strict)
+    summary = run_train(settings, reporters=[view_for(json=json, quiet=quiet)], strict=strict)
     if json:
         print(json_format.dumps(summary, ensure_ascii=False, default=str))
     if summary.get("interrupted"):

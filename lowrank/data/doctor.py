@@ -60,9 +60,9 @@ def _datasets(report: Report) -> Table:
 
 def _remarks(report: Report) -> list[RenderableType]:
     losses = report.losses
-    odd = report.notices[len(losses) :]
     lines = [Text(f"  lost  {loss}", style="red") for loss in losses]
-    lines += [Text(f"  note  {text}", style="yellow") for text in odd]
+    lines += [Text(f"  odd   {text}", style="yellow") for text in report.warnings[len(losses) :]]
+    lines += [Text(f"  note  {text}") for text in report.information]
     return [Text(), *(lines or [Text("  nothing is lost, nothing is odd", style="green")])]
 
 

@@ -54,11 +54,17 @@ class DatasetReport:
         return [f"{self.path}: {part}" for part in parts]
 
     @property
-    def oddities(self) -> list[str]:
-        """What a person should look at though nothing is lost, in words."""
+    def information(self) -> list[str]:
+        """What was done as asked and is worth knowing, in words."""
         parts = list(self.notes)
         if self.duplicates:
             parts.append(f"{_rows(self.duplicates)} repeated: {self.duplicates.example}")
+        return [f"{self.path}: {part}" for part in parts]
+
+    @property
+    def oddities(self) -> list[str]:
+        """What a person should look at though nothing is lost, in words."""
+        parts = []
         if self.leaked:
             parts.append(f"{_rows(self.leaked)} also in the held-out data, whose loss will look too good")
         if len(self.schemas) > 1:
@@ -111,14 +117,25 @@ class Report:
         return [loss for dataset in self.datasets for loss in dataset.losses]
 
     @property
-    def notices(self) -> tuple[str, ...]:
-        """Everything a person should know, in words: losses first."""
+    def warnings(self) -> tuple[str, ...]:
+        """What is lost, and what a person should look at."""
         odd = [oddity for dataset in self.datasets for oddity in dataset.oddities]
         if self.train_tokens and self.learned_share < _RARELY_LEARNED:
             odd.append(f"only {self.learned_share:.2%} of the {self.unit} carry loss")
-        if not self.complete:
-            odd.append("streaming: only the beginning of the data has been looked at")
         return (*self.losses, *odd, *self.template_notices)
+
+    @property
+    def information(self) -> tuple[str, ...]:
+        """What is worth knowing and needs no mending."""
+        texts = [text for dataset in self.datasets for text in dataset.information]
+        if not self.complete:
+            texts.append("streaming: only the beginning of the data has been looked at")
+        return tuple(texts)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Everything a person should know, in words: losses first."""
+        return (*self.warnings, *self.information)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, with the sentences of `notices`."""

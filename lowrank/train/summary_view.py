@@ -103,14 +103,18 @@ def _best(summary: dict[str, Any]) -> list[Text]:
     folder, name = Path(summary["output_dir"]), summary["best_job"]
     if name is None:
         where = Text.assemble("Adapters  ", (str(folder / "<job>" / "best"), "bold"))
-        return [where]
+        return [where, _curves(summary)]
     job = summary["jobs"][name]
     which = "best" if job["best_eval"] else "last"
     text = Text.assemble("Adapter   " if len(summary["jobs"]) == 1 else f"Best job  {name}, ")
     text.append(str(folder / job["paths"][which]), style="bold")
     if job["best_eval"]:
         text.append(f" (held-out {wording.loss(job['best_eval']['loss'])} at step {job['best_eval']['step']})")
-    return [text, Text.assemble("Curves    ", str(folder / summary["paths"]["plot"]))]
+    return [text, _curves(summary)]
+
+
+def _curves(summary: dict[str, Any]) -> Text:
+    return Text.assemble("Curves    ", str(Path(summary["output_dir"]) / summary["paths"]["plot"]))
 
 
 def _next(summary: dict[str, Any]) -> list[Text]:

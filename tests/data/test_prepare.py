@@ -279,3 +279,14 @@ def test_real_placeholders_are_told_and_filled(shared_data: Path) -> None:
 def test_real_images_are_refused_with_the_reason(shared_data: Path) -> None:
     with pytest.raises(DataError, match=r"6 rows .* of 6 left out: it has images; the first: .*text only"):
         run(train=str(shared_data / "mllm_demo.json"))
+
+
+def test_what_was_asked_for_is_information_and_no_warning(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [*map(row, range(20)), row(3), row(90, "")])
+    report = run(train={"path": path, "max_samples": 22}, validation_split=0.1).report
+    assert report.warnings == tuple(report.losses)
+    assert len(report.losses) == 1
+    assert any("repeated" in text for text in report.information)
+    assert report.notices == (*report.warnings, *report.information)
+    (chosen,) = run(train={"path": path, "max_samples": 15}).report.information[:1]
+    assert "15 of 22 rows are taken, chosen by seed 0" in chosen
