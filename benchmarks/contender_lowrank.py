@@ -28,12 +28,14 @@ from lowrank.train.engine import Engine
 from lowrank.train.optimizers import OptimizerConfig
 
 
-def engine_of(model: str, device: str, num_jobs: int, rank: int, micro_batch_tokens: int) -> tuple[Engine, list[int]]:
-    """An engine with `num_jobs` SFT jobs, all-linear adapters; job i has seed i."""
+def engine_of(
+    model: str, device: str, seeds: list[int], rank: int, micro_batch_tokens: int
+) -> tuple[Engine, list[int]]:
+    """An engine with one SFT job for each seed, adapters on all linear layers; and the jobs' slots."""
     base = load_base(ModelConfig(path=model, device=device))
     engine = Engine(base, Bank(base, Dense()), micro_batch_tokens)
     slots = []
-    for seed in range(num_jobs):
+    for seed in seeds:
         slots.append(engine.bank.add(Lora(rank=rank), seed=seed))
         engine.add(slots[-1], Sft().build(), OptimizerConfig(), seed, 0.0)
     return engine, slots
@@ -50,7 +52,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if spec.get("keep_freed_memory", True):
         keep_freed_memory()
     work = workload.read(Path(spec["folder"]))
-    engine, (slot,) = engine_of(work.model, spec["device"], 1, spec["rank"], spec["micro_batch_tokens"])
+    engine, (slot,) = engine_of(work.model, spec["device"], [0], spec["rank"], spec["micro_batch_tokens"])
     steps = []
     for numbers in spec["steps"]:
         step = segments(work, numbers)

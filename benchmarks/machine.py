@@ -70,29 +70,33 @@ def peak_memory() -> int:
     raise RuntimeError("this system does not say how much memory a process had (no VmHWM in /proc/self/status)")
 
 
-def seconds_of(work: Callable[[], object], device: str, times: int) -> float:
-    """Median time of a call, after one to warm up."""
-    taken = []
+def seconds_of(work: Callable[[], object], device: str, times: int) -> tuple[float, float]:
+    """Median time of a call, after one to warm up: by the clock, and of the processor."""
+    taken, taken_cpu = [], []
     for _ in range(times + 1):
         _wait(device)
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         work()
         _wait(device)
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
+        taken_cpu.append(time.process_time() - started_cpu)
+    return statistics.median(taken[1:]), statistics.median(taken_cpu[1:])
 
 
 def gemm_limit(shapes: Mapping[tuple[int, int], int], tokens: int, device: str, times: int = 5) -> dict[str, Any]:
     """How fast the frozen products of one step are by themselves: x W^T forward and dy W backward.
 
     `shapes`: (out, in) of a weight and how often the model has it. "flops_per_second" is over all of them, each
-    weighted by its work, so 4N / flops_per_second is the least time a token can take.
+    weighted by its work, so 4N / flops_per_second is the least time a token can take. "flops_per_cpu_second" is the
+    same over the processor time of this process, which other people's work does not stretch.
     """
-    flops = seconds = 0.0
+    flops = seconds = cpu_seconds = 0.0
     each = []
     for (out_features, in_features), count in shapes.items():
         height = _ROWS_OF_HEAD if out_features > 50_000 else tokens
-        forward, backward = _gemm_seconds(height, in_features, out_features, device, times)
+        (forward, forward_cpu), (backward, backward_cpu) = _gemm_seconds(
+            height, in_features, out_features, device, times
+        )
         work = 2.0 * height * in_features * out_features
         each.append(
             {
@@ -103,10 +107,14 @@ def gemm_limit(shapes: Mapping[tuple[int, int], int], tokens: int, device: str, 
         )
         flops += count * 2.0 * work * tokens / height
         seconds += count * (forward + backward) * tokens / height
-    return {"flops_per_second": flops / seconds, "shapes": each, "load": load()}
+        cpu_seconds += count * (forward_cpu + backward_cpu) * tokens / height
+    rates = {"flops_per_second": flops / seconds, "flops_per_cpu_second": flops / cpu_seconds}
+    return {**rates, "shapes": each, "load": load()}
 
 
-def _gemm_seconds(tokens: int, in_features: int, out_features: int, device: str, times: int) -> tuple[float, float]:
+def _gemm_seconds(
+    tokens: int, in_features: int, out_features: int, device: str, times: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
     x_TD, dy_TO, weight_OD = (
         torch.randn(*size, device=device).to(torch.bfloat16)
         for size in ((tokens, in_features), (tokens, out_features), (out_features, in_features))

@@ -30,14 +30,12 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += ["", "| ratio of medians | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in result["ratios"].items()]
-    rates = sorted(each["flops_per_second"] for each in result["gemm"])
-    lines += [
-        "",
-        f"The model's own matrix products by themselves, bf16, forward and backward, measured between the rounds: "
-        f"{rates[0] / 1e12:.2f} to {rates[-1] / 1e12:.2f} TFLOP/s, median {rates[len(rates) // 2] / 1e12:.2f}.",
-    ]
+    lines += ["", "The model's own matrix products by themselves, bf16, forward and backward, between the rounds:"]
+    for unit in ("second", "cpu_second"):
+        rates = sorted(each[f"flops_per_{unit}"] / 1e12 for each in result["gemm"])
+        lines.append(f"{rates[0]:.2f} to {rates[-1]:.2f} TFLOP per {unit.replace('_', ' ')}.")
     for name, share in result.get("share_of_gemm_limit", {}).items():
-        lines.append(f"lowrank reaches {share:.0%} of that limit ({name}).")
+        lines.append(f"lowrank reaches {share:.0%} of that limit ({name.replace('_', ' ')}).")
     lines += ["", "| resolved configuration | |", "|---|---|"]
     for name, found in result["contenders"].items():
         lines.append(f"| {name} | {_flat(found['config'])} |")

@@ -131,18 +131,21 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 def share_of_limit(
     found: dict[str, Any], rates: list[dict[str, Any]], num_parameters: int, work: workload.Workload
 ) -> dict[str, float]:
-    """Our speed over that of the products alone, by wall clock.
+    """Our speed over that of the products alone, by the clock and by processor time.
 
     `of 4N`: 4 FLOP per parameter and token. `of products done`: only learned tokens meet the vocabulary, so the head's
     part counts for them alone.
     """
-    rate = median_of([each["flops_per_second"] for each in rates])
     config = json.loads((work.folder / "model" / "config.json").read_text())
     head = config["hidden_size"] * config["vocab_size"]
     learned = sum(sum(row.learned) for row in work.rows) / sum(len(row.tokens) for row in work.rows)
     done = num_parameters - head + head * learned
-    speed = found["tokens_per_second"]
-    return {"of 4N": speed * 4 * num_parameters / rate, "of products done": speed * 4 * done / rate}
+    shares = {}
+    for unit in ("second", "cpu_second"):
+        per_flop = found[f"tokens_per_{unit}"] / median_of([each[f"flops_per_{unit}"] for each in rates])
+        shares[f"of 4N, by {unit}"] = 4 * num_parameters * per_flop
+        shares[f"of the products done, by {unit}"] = 4 * done * per_flop
+    return shares
 
 
 def main() -> None:
