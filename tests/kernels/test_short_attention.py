@@ -103,6 +103,22 @@ def test_documents_of_different_lengths() -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("height", [30.0, 100.0])
+@pytest.mark.parametrize("scale", [0.125, 128**-0.5])
+def test_high_scores_are_as_good_as_low_ones(height: float, scale: float) -> None:
+    """A part that all keys share lifts every score and changes no probability; bf16 cannot hold such scores."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 2, 64, 64).unbind(0)
+    q, outer = torch.randn(2, 2, 8, 64, 64).unbind(0)
+    q[..., 0], k[..., 0] = height, 8.0
+    inputs = [tensor.bfloat16().requires_grad_() for tensor in (q, k, v)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = torch.autograd.grad(reference(*wide, scale), wide, outer.bfloat16().double())
+    ours = torch.autograd.grad(short_attention(*inputs, scale), inputs, outer.bfloat16())
+    for one, true in zip(ours, exact):
+        assert (one.double() - true).norm() < 1e-2 * true.norm()
+
+
 def test_padding_behind_a_document_is_invisible() -> None:
     """Rows of zeros after the end, as attention by length adds them: the same output, and no gradient from there."""
     (q, k, v), outer = operands("grouped", torch.float64)
