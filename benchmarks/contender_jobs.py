@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.contender_lowrank import engine_of, segments
-from benchmarks.machine import load, peak_memory
+from benchmarks.machine import load, peak_memory, wait
 from lowrank.kernels.host_memory import keep_freed_memory
 
 
@@ -27,6 +27,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         started, started_cpu = time.perf_counter(), time.process_time()
         forwarded = engine.forward_backward({slot: segments(work, rows) for slot, rows in zip(slots, numbers)})
         norms = [engine.optim_step(slot, spec["learning_rate"]).grad_norm for slot in slots]
+        wait(spec["device"])
         steps.append(
             {
                 "seconds": time.perf_counter() - started,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks import workload
-from benchmarks.machine import load, peak_memory
+from benchmarks.machine import load, peak_memory, wait
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.kernels.host_memory import keep_freed_memory
@@ -59,6 +59,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         started, started_cpu = time.perf_counter(), time.process_time()
         forwarded = engine.forward_backward({slot: step})[slot]
         updated = engine.optim_step(slot, spec["learning_rate"])
+        wait(spec["device"])
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
         steps.append(
             {

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks import workload
-from benchmarks.machine import load, peak_memory
+from benchmarks.machine import load, peak_memory, wait
 
 IGNORED = -100
 SHOWN = (
@@ -64,8 +65,7 @@ class Clock(transformers.TrainerCallback):
             self.logged.append(logs)
 
     def _now(self) -> tuple[float, float]:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        wait(self.device)
         return time.perf_counter(), time.process_time()
 
 
@@ -89,7 +89,13 @@ def rows_of(work: workload.Workload, spec: dict[str, Any]) -> list[dict[str, Any
     return made
 
 
-def main(spec: dict[str, Any]) -> dict[str, Any]:
+def with_peft(path: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """What SFTTrainer is told about the model: load it yourself, and add a PEFT adapter."""
+    config = LoraConfig(r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
+    return {"model": path, "peft_config": config}
+
+
+def main(spec: dict[str, Any], model: Callable[[str, dict[str, Any]], dict[str, Any]] = with_peft) -> dict[str, Any]:
     """Train the steps of `spec`; what was measured."""
     work = workload.read(Path(spec["folder"]))
     arguments = SFTConfig(
@@ -109,14 +115,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     )
     clock = Clock(spec["device"])
     trainer = SFTTrainer(
-        model=work.model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows_of(work, spec)),
         processing_class=transformers.AutoTokenizer.from_pretrained(work.model),
-        peft_config=LoraConfig(
-            r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
         callbacks=[clock],
+        **model(work.model, spec),
     )
     trainer.train()
     tokens = [sum(len(work.rows[number].tokens) for number in numbers) for numbers in spec["steps"]]

@@ -74,10 +74,10 @@ def seconds_of(work: Callable[[], object], device: str, times: int) -> tuple[flo
     """Median time of a call, after one to warm up: by the clock, and of the processor."""
     taken, taken_cpu = [], []
     for _ in range(times + 1):
-        _wait(device)
+        wait(device)
         started, started_cpu = time.perf_counter(), time.process_time()
         work()
-        _wait(device)
+        wait(device)
         taken.append(time.perf_counter() - started)
         taken_cpu.append(time.process_time() - started_cpu)
     return statistics.median(taken[1:]), statistics.median(taken_cpu[1:])
@@ -130,7 +130,8 @@ def median_of(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until a GPU has done what it was told; a CPU has."""
     if device == "cuda":
         torch.cuda.synchronize()
 

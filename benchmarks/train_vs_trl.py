@@ -9,6 +9,7 @@ benchmarks/README.md for what is measured and how to read it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str
     size = {} if options.rows_per_step == 8 else {"per_device_train_batch_size": options.rows_per_step}
     trl_packed = {**TRL_PACKED, "max_length": options.tokens}
     if options.device == "cuda":
-        trl_packed["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": options.cuda_attention}
+        varlen = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+        trl_packed["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": varlen}
     found = {
         "lowrank": {**ours, "steps": packed},
         "trl_packed": {**trl, "steps": packed, "packed": True, "arguments": trl_packed},
@@ -58,6 +61,9 @@ def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str
         "trl_default": {**trl, "steps": batched, "packed": False, "arguments": size},
         "lowrank_plain_heap": {**ours, "steps": packed, "keep_freed_memory": False},
     }
+    if options.device == "cuda" and importlib.util.find_spec("unsloth"):
+        without = {key: value for key, value in trl_packed.items() if key != "model_init_kwargs"}
+        found["unsloth"] = {"program": "contender_unsloth", "steps": packed, "packed": True, "arguments": without}
     return {name: spec for name, spec in found.items() if name in options.contenders}
 
 
@@ -121,7 +127,8 @@ def limits(work: workload.Workload, options: argparse.Namespace) -> dict[str, An
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     """What the issue of this benchmark is, each with its name."""
     made = {}
-    for ours, theirs in (("lowrank", "trl_packed"), ("lowrank", "trl_default"), ("lowrank_same_rows", "trl_default")):
+    pairs = [("lowrank", "trl_packed"), ("lowrank", "trl_default"), ("lowrank_same_rows", "trl_default")]
+    for ours, theirs in [*pairs, ("lowrank", "lowrank_plain_heap"), ("lowrank", "unsloth")]:
         if ours in found and theirs in found:
             for key in ("tokens_per_second", "tokens_per_cpu_second", "peak_memory_bytes"):
                 made[f"{ours} / {theirs}: {key}"] = found[ours][key] / found[theirs][key]
@@ -150,7 +157,7 @@ def share_of_limit(
 
 def main() -> None:
     """Prepare, run the rounds, write the result."""
-    options = _options()
+    options = options_of()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -207,9 +214,10 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     print(table(result))
 
 
-def _options() -> argparse.Namespace:
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everyone = ["lowrank", "trl_packed", "lowrank_same_rows", "trl_default", "lowrank_plain_heap"]
+    everyone = ["lowrank", "trl_packed", "lowrank_same_rows", "trl_default", "lowrank_plain_heap", "unsloth"]
     parser.add_argument("--data", type=Path, help="an alpaca json file; without it rows are synthesised")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender")
@@ -219,9 +227,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows-per-step", type=int, default=8, help="of an unpacked step; 8 is TRL's default")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try the script")
     parser.add_argument("--contenders", nargs="+", choices=everyone, default=everyone)
-    parser.add_argument("--cuda-attention", default="flash_attention_2", help="TRL packed, on a GPU")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
