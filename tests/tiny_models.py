@@ -22,7 +22,8 @@ from lowrank.train.optimizers import OptimizerConfig
 VOCABULARY = 97
 
 
-def _tiny(name: str, **changes: Any) -> Callable[[], Any]:
+def tiny(name: str, **changes: Any) -> Callable[[], Any]:
+    """A small configuration of transformers' class `name`, made anew at each call."""
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -56,14 +57,14 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": _tiny("LlamaConfig"),
-    "mistral": _tiny("MistralConfig", sliding_window=4),
-    "mixtral": _tiny("MixtralConfig", num_local_experts=4),
-    "qwen2": _tiny("Qwen2Config"),
-    "qwen3": _tiny("Qwen3Config", head_dim=8),
-    "qwen3_moe": _tiny("Qwen3MoeConfig", **_EXPERTS),
-    "gemma": _tiny("GemmaConfig", head_dim=8),
-    "gemma2": _tiny(
+    "llama": tiny("LlamaConfig"),
+    "mistral": tiny("MistralConfig", sliding_window=4),
+    "mixtral": tiny("MixtralConfig", num_local_experts=4),
+    "qwen2": tiny("Qwen2Config"),
+    "qwen3": tiny("Qwen3Config", head_dim=8),
+    "qwen3_moe": tiny("Qwen3MoeConfig", **_EXPERTS),
+    "gemma": tiny("GemmaConfig", head_dim=8),
+    "gemma2": tiny(
         "Gemma2Config",
         head_dim=8,
         sliding_window=4,
@@ -71,22 +72,22 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
-    "gemma3": _tiny("Gemma3TextConfig", head_dim=8, sliding_window=4),
-    "phi": _tiny("PhiConfig"),
-    "phi3": _tiny("Phi3Config"),
-    "glm4": _tiny("Glm4Config", head_dim=8),
+    "gemma3": tiny("Gemma3TextConfig", head_dim=8, sliding_window=4),
+    "phi": tiny("PhiConfig"),
+    "phi3": tiny("Phi3Config"),
+    "glm4": tiny("Glm4Config", head_dim=8),
     "falcon": lambda: transformers.FalconConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
     ),
     "bloom": lambda: transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **_GPT2),
     "mpt": lambda: transformers.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
-    "olmo2": _tiny("Olmo2Config"),
-    "deepseek_v3": _tiny("DeepseekV3Config", **_LATENT),
-    "granite": _tiny("GraniteConfig", logits_scaling=4.0, embedding_multiplier=2.0, residual_multiplier=0.5),
-    "cohere2": _tiny("Cohere2Config", sliding_window=4),
-    "gpt_oss": _tiny("GptOssConfig", head_dim=8, sliding_window=4, num_local_experts=4, num_experts_per_tok=2),
-    "stablelm": _tiny("StableLmConfig"),
+    "olmo2": tiny("Olmo2Config"),
+    "deepseek_v3": tiny("DeepseekV3Config", **_LATENT),
+    "granite": tiny("GraniteConfig", logits_scaling=4.0, embedding_multiplier=2.0, residual_multiplier=0.5),
+    "cohere2": tiny("Cohere2Config", sliding_window=4),
+    "gpt_oss": tiny("GptOssConfig", head_dim=8, sliding_window=4, num_local_experts=4, num_experts_per_tok=2),
+    "stablelm": tiny("StableLmConfig"),
     "opt": lambda: transformers.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -96,8 +97,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         max_position_embeddings=64,
         word_embed_proj_dim=32,
     ),
-    "lfm2": _tiny("Lfm2Config"),
-    "jamba": _tiny(
+    "lfm2": tiny("Lfm2Config"),
+    "jamba": tiny(
         "JambaConfig", mamba_d_state=4, mamba_dt_rank=4, num_experts=2, attn_layer_period=2, attn_layer_offset=1
     ),
 }

@@ -53,6 +53,7 @@ class Base:
         self.own_attention: str = model.config._attn_implementation
         """What transformers chose for this model; used for the padded layout and for generation."""
         self.multiplier, self.softcap = _logit_transform(model.config)
+        self._stretching = _stretching(model.config)
         accepted = inspect.signature(self.backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
         attention.register()
@@ -110,6 +111,12 @@ class Base:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states of the flat stream, (T, D), after the final norm."""
+        kind, limit = self._stretching
+        if kind == "dynamic" and max(batch.lengths) > limit:
+            raise ModelError(
+                f"{self.name} stretches its rotary embedding to the longest document it has seen (rope_type dynamic), "
+                f"so documents of more than {limit} tokens would change one another: set data.max_length to {limit}"
+            )
         if self.layout == "packed":
             return self._call(
                 batch.token_T[None],
@@ -137,6 +144,15 @@ class Base:
         """What segments of these lengths cost in one forward pass, in tokens."""
         return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths, default=0)
 
+    def may_share(self, lengths: tuple[int, ...]) -> bool:
+        """Whether segments of these lengths may go through in one pass.
+
+        A LongRoPE model (Phi-3 and 4) rotates every position otherwise as soon as one document of the pass is longer
+        than those it was first trained on.
+        """
+        kind, limit = self._stretching
+        return kind != "longrope" or max(lengths) <= limit or min(lengths) > limit
+
     def head(self) -> Head:
         """The model's own head, as logprobs() wants it."""
         linear = self.model.get_output_embeddings()
@@ -152,6 +168,16 @@ def _find_backbone(model: Any) -> nn.Module:
         if child is not embedding and any(module is embedding for module in child.modules()):
             return child
     raise ModelError(f"{type(model).__name__}: lowrank cannot tell the backbone of this model from its head")
+
+
+def _stretching(config: Any) -> tuple[str | None, int]:
+    """("longrope" or "dynamic", longest document it does not affect) of a rotary embedding that looks at lengths."""
+    given = getattr(config, "rope_parameters", None) or {}
+    for parameters in [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]:
+        kind = parameters.get("rope_type")
+        if kind in ("longrope", "dynamic"):
+            return kind, parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    return None, 0
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:

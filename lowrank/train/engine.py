@@ -160,7 +160,8 @@ class Engine:
         for slot in sorted(work):
             for unit in _units(work[slot]):
                 lengths = tuple(len(segment) for _, segment in batches[-1]) + tuple(map(len, unit))
-                if batches[-1] and self.base.padded_tokens(lengths) > self.micro_batch_tokens:
+                fits = self.base.padded_tokens(lengths) <= self.micro_batch_tokens and self.base.may_share(lengths)
+                if batches[-1] and not fits:
                     batches.append([])
                 batches[-1] += [(slot, segment) for segment in unit]
         return [pack(entries) for entries in batches if entries]

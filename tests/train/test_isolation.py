@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.errors import ModelError
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers import OptimizerConfig
-from tests.tiny_models import make_base, make_engine, random_step
+from tests.tiny_models import FAMILIES, make_base, make_engine, random_step, tiny
 
 A = Lora(rank=4, alpha=8, dropout=0.3)
 LENGTHS = [5, 12, 9, 3, 17, 8]
@@ -142,3 +143,34 @@ def test_noise_is_per_job_and_cut_invariant() -> None:
         results.append(train(engine, slots[0], others))
     same(*results)
     assert results[0][0] != pytest.approx(alone()[0], abs=1e-6)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "long_factor": [4.0] * 4,
+    "short_factor": [1.0] * 4,
+    "original_max_position_embeddings": 16,
+}
+
+
+def test_a_long_document_does_not_turn_the_positions_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LongRoPE changes every rotation of a pass that has one long document in it."""
+    monkeypatch.setitem(FAMILIES, "longrope", tiny("LlamaConfig", max_position_embeddings=64, rope_parameters=LONGROPE))
+    outcomes = []
+    for with_other in (False, True):
+        engine, (a, b) = make_engine(make_base("longrope"), A, Lora(rank=2))
+        others = {b: lambda step: random_step(step, [40, 3, 22])} if with_other else None
+        outcomes.append(train(engine, a, others))
+    same(*outcomes)
+    batches = engine.cut({b: random_step(0, [40, 3, 22, 16, 17, 30])})
+    assert [batch.lengths for batch in batches] == [(40,), (3,), (22,), (16,), (17, 30)]
+
+
+def test_a_rotation_that_remembers_the_longest_document_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    monkeypatch.setitem(FAMILIES, "dynamic", tiny("LlamaConfig", max_position_embeddings=16, rope_parameters=dynamic))
+    engine, (slot,) = make_engine(make_base("dynamic"), A)
+    engine.forward_backward({slot: random_step(0, [16, 3])})
+    with pytest.raises(ModelError, match=r"documents of more than 16 tokens .* set data\.max_length to 16"):
+        engine.forward_backward({slot: random_step(0, [17, 3])})
