@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.peft_layout import CONFIG_FILE, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
-from lowrank.config import load
+from lowrank.config import resolve
+from lowrank.config.read import read_file
 from lowrank.data.config import Config as DataConfig
 from lowrank.data.rendering import Renderer
 from lowrank.errors import ModelError, did_you_mean
@@ -50,11 +52,23 @@ class Trained:
     ) -> list[str]:
         """The next answer of each `(voice, conversation)`, in order; `on_text` hears a single one as it comes."""
         prompts = [Prompt(self.renderer.prompt(each), self.slot(name)) for name, each in conversations]
+        config = self._within_reach(max(len(prompt.token_L) for prompt in prompts), config)
         listener = _Text(self.base.tokenizer, on_text) if on_text else None
         tokens = generate(
             self.base, self.bank, prompts, config, stop_tokens=self.renderer.stop_tokens, on_token=listener
         )
         return [self.base.tokenizer.decode(answer, skip_special_tokens=True) for answer in tokens]
+
+    def _within_reach(self, length: int, config: Config) -> Config:
+        """Answers end where the model's positions end; ModelError if the conversation alone goes that far."""
+        reach = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
+        if not reach or length + config.max_new_tokens <= reach:
+            return config
+        if length >= reach:
+            raise ModelError(
+                f"the conversation has {length} tokens and the model reads {reach}; ask less at once (/undo, /reset)"
+            )
+        return config.model_copy(update={"max_new_tokens": reach - length})
 
 
 def open_trained(path: str, *, which: str = "best", notify: Callable[[str], None] = print) -> Trained:
@@ -64,11 +78,20 @@ def open_trained(path: str, *, which: str = "best", notify: Callable[[str], None
     """
     keep_freed_memory()
     folder = Path(path)
-    if (folder / RUN_CONFIG).is_file():
+    if _is_run(folder):
         return _open_run(folder, which, notify)
     if (current(folder) / CONFIG_FILE).is_file():
         return _open_adapter(folder, notify)
     return _open_model(ModelConfig(path=path), DataConfig(), notify)
+
+
+def _is_run(folder: Path) -> bool:
+    """A model's folder has a config.json too; a run's names its model and where it is."""
+    try:
+        content = json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"model", "output_dir"}
 
 
 def _open_model(model: ModelConfig, data: DataConfig, notify: Callable[[str], None]) -> Trained:
@@ -87,31 +110,48 @@ def _open_adapter(folder: Path, notify: Callable[[str], None]) -> Trained:
 
 
 def _open_run(folder: Path, which: str, notify: Callable[[str], None]) -> Trained:
-    config = load(folder / RUN_CONFIG)
+    # Without a folder: what it was trained on need not be there any more, nor be looked for.
+    config = resolve(read_file(folder / RUN_CONFIG), source=str(folder / RUN_CONFIG))
     first = config.jobs[0]
-    if first.tuning == "full":
-        model = ModelConfig(path=str(current(folder / first.name / which)))
-        return _open_model(model, first.data, notify)
-    trained = _open_model(config.model, first.data, notify)
-    missing = [job.name for job in config.jobs if not _find(folder, job.name, which)]
-    for job in config.jobs:
-        found = _find(folder, job.name, which)
-        if found:
-            _attach(trained, job.name, found)
-    if len(missing) == len(config.jobs):
-        raise ModelError(f"{folder}: no job has an adapter yet; train it first")
+    found = {job.name: _find(folder / job.name, which, first.tuning) for job in config.jobs}
+    missing = [name for name, path in found.items() if path is None]
+    if len(missing) == len(found):
+        what = "model" if first.tuning == "full" else "adapter"
+        raise ModelError(
+            f"{folder} holds no trained {what} yet; one is written at a job's first evaluation or at its end. "
+            "Go on with resume=true, or give the base itself"
+        )
     if missing:
         notify(f"no adapter yet: {', '.join(missing)}")
+    for name, path in found.items():
+        if path is not None and path.name != which:
+            notify(f"{name} has no {which} yet, this is its {path.name}")
+    if first.tuning == "full":
+        model = config.model.model_copy(update={"path": str(current(found[first.name] or folder)), "revision": None})
+        trained = _open_model(model, first.data, notify)
+        trained.slots = {first.name: BARE_BASE}  # the base itself was trained: there is no untouched one here
+        return trained
+    trained = _open_model(_where_it_is_now(config.model, found.values()), first.data, notify)
+    for name, path in found.items():
+        if path is not None:
+            _attach(trained, name, path)
     return trained
 
 
-def _find(folder: Path, job: str, which: str) -> Path | None:
-    """`<job>/<which>`, else the job's other adapter."""
-    for name in (which, "best", "last"):
-        path = folder / job / name
-        if (current(path) / CONFIG_FILE).is_file():
-            return path
-    return None
+def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
+    """A run may have named its base from another current directory; its adapters name it in full."""
+    if not Path(model.path).exists():
+        for adapter in adapters:
+            base = load_adapter(adapter).base_name if adapter else None
+            if base and Path(base).is_dir():
+                return model.model_copy(update={"path": base})
+    return model
+
+
+def _find(folder: Path, which: str, tuning: str) -> Path | None:
+    """A job's `best` or `last`, whichever is asked for, else the other."""
+    file = "config.json" if tuning == "full" else CONFIG_FILE
+    return next((folder / name for name in (which, "best", "last") if (current(folder / name) / file).is_file()), None)
 
 
 def _attach(trained: Trained, name: str, folder: Path) -> None:

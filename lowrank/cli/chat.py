@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json as json_format
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -16,26 +17,35 @@ def chat(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter folder, or a model.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Who answers; several answer side by side. `base`: no adapter."),
+        typer.Option("--adapter", help="Who answers; r8,r64 or given twice: side by side. `base`: no adapter."),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this one question and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at the most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability in all.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at the most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens with this probability in all.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
 ) -> None:
-    """Type /help for what can be done besides talking. Questions may also come through a pipe, one a line."""
+    """Type /help for what can be done besides talking.
+
+    Questions may also come through a pipe, one a line; they are one conversation.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     from lowrank.cli.talk import Talk
     from lowrank.cli.warn import warn
     from lowrank.generate.sampler import Config
     from lowrank.trained import open_trained
 
-    trained = open_trained(model, which="last" if last else "best", notify=lambda text: warn([text]))
     config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    talk = Talk(trained, config, system=system, voices=adapter or None)
+    trained = open_trained(model, which="last" if last else "best", notify=lambda text: warn([text]))
+    voices = [name for names in adapter or () for name in names.split(",") if name]
+    talk = Talk(trained, config, system=system, voices=voices)
     if prompt is not None:
         _ask(talk, prompt, json)
     elif json or not sys.stdin.isatty():

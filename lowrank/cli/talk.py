@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+with contextlib.suppress(ImportError):  # not on Windows, whose console edits lines itself
+    import readline
 
 from lowrank.errors import LowrankError
 from lowrank.generate.sampler import Config
@@ -35,7 +41,7 @@ class Talk:
         self.config = config
         self.console = Console(highlight=False)
         self.system = system
-        self.voices = list(voices) if voices else [next((n for n in trained.slots if n != BARE), BARE)]
+        self.voices = list(dict.fromkeys(voices or [next((n for n in trained.slots if n != BARE), BARE)]))
         for voice in self.voices:
             trained.slot(voice)
         self.history: list[Message] = []
@@ -47,11 +53,12 @@ class Talk:
 
     def loop(self) -> None:
         """Until the person leaves."""
-        others = [name for name in self.trained.slots if name not in self.voices]
-        self.console.print(f"[bold]{' | '.join(self.voices)}[/] answers; there are also {', '.join(others)}. /help")
+        self._complete_with_tab()
+        self._introduce()
+        prompt = "> " if self.console.no_color else "\001\033[1;32m\002> \001\033[0m\002"  # readline counts no colours
         while True:
             try:
-                line = self.console.input("[bold green]> [/]").strip()
+                line = input(prompt).strip()
             except (EOFError, KeyboardInterrupt):
                 self.console.print()
                 return
@@ -62,7 +69,31 @@ class Talk:
             except KeyboardInterrupt:
                 self.console.print("\n[dim]stopped[/]")
             except LowrankError as error:
-                self.console.print(f"[red]{error}[/]")
+                self.console.print(str(error), style="red", markup=False)
+
+    def _introduce(self) -> None:
+        others = [name for name in self.trained.slots if name not in self.voices]
+        also = f"; also here: {', '.join(others)}" if others else ""
+        verb = "answers" if len(self.voices) == 1 else "answer"
+        text = Text.assemble((" | ".join(self.voices), "bold"), f" {verb}{also}. /help shows what else can be done.")
+        self.console.print(text)
+
+    def _complete_with_tab(self) -> None:
+        """Commands, and after /adapter the names."""
+        if "readline" not in globals():
+            return
+
+        def complete(text: str, state: int) -> str | None:
+            line = readline.get_line_buffer()
+            words = (
+                [f"/{name}" for name in (*self._commands(), "exit")] if " " not in line else list(self.trained.slots)
+            )
+            found = [word for word in words if line.startswith("/") and word.startswith(text)]
+            return found[state] if state < len(found) else None
+
+        readline.set_completer_delims(" ")
+        readline.set_completer(complete)
+        readline.parse_and_bind("tab: complete")
 
     def ask(self, question: str) -> None:
         """Put a question and print the answer, streamed if there is one voice."""
@@ -82,6 +113,7 @@ class Talk:
         return answers
 
     def _with(self, question: str) -> Conversation:
+        question = question.encode("utf-8", "replace").decode()  # half a character from a shell is no text
         return Conversation((*self.history, Message("user", question)))
 
     def _answers(self, conversation: Conversation) -> dict[str, str]:
@@ -94,19 +126,22 @@ class Talk:
 
         def hear(text: str) -> None:
             pieces.append(text)
-            sys.stdout.write(text)
+            sys.stdout.write(printable(text))
             sys.stdout.flush()
 
         (answer,) = self.trained.answer([(voice, conversation)], self.config, on_text=hear)
-        sys.stdout.write(answer[len("".join(pieces)) :] + "\n")
+        sys.stdout.write(printable(answer[len("".join(pieces)) :]) + "\n")
         if self.console.is_terminal:
             tokens = len(self.trained.base.tokenizer(answer)["input_ids"])
-            self.console.print(f"[dim]{voice} · {tokens / (time.perf_counter() - started):.0f} tokens/s[/]")
+            speed = tokens / (time.perf_counter() - started)
+            self.console.print(f"{voice} · {speed:.0f} tokens/s", style="dim", markup=False)
         return answer
 
     def _side_by_side(self, answers: dict[str, str]) -> None:
-        table = Table(*answers, expand=True)
-        table.add_row(*answers.values())
+        table = Table(expand=True)
+        for voice in answers:
+            table.add_column(Text(voice), ratio=1, overflow="fold")
+        table.add_row(*(Text(printable(answer.strip("\n"))) for answer in answers.values()))
         self.console.print(table)
 
     def _line(self, line: str) -> None:
@@ -117,7 +152,7 @@ class Talk:
         name, _, rest = line[1:].partition(" ")
         command = self._commands().get(name)
         if command is None:
-            self.console.print(f"there is no /{name}\n{_HELP}")
+            self.console.print(f"there is no /{name}\n{_HELP}", markup=False)
         else:
             command(rest.strip())
 
@@ -137,11 +172,11 @@ class Talk:
     def _choose(self, names: str) -> None:
         wanted = names.replace(",", " ").split()
         if not wanted:
-            self.console.print(f"there are {', '.join(self.trained.slots)}")
+            self.console.print(f"there are {', '.join(self.trained.slots)}", markup=False)
             return
         for name in wanted:
             self.trained.slot(name)
-        self.voices = wanted
+        self.voices = list(dict.fromkeys(wanted))
 
     def _ask_base(self, _: str) -> None:
         questions = [index for index, message in enumerate(self.history) if message.role == "user"]
@@ -158,7 +193,8 @@ class Talk:
         try:
             self.config = Config(**{**self.config.model_dump(), **changes})  # type: ignore[arg-type]
         except ValueError:
-            self.console.print(f"[red]not a number that fits: {next(iter(changes.values()))!r}[/]")
+            text = f"not a number that fits: {next(iter(changes.values()))!r}"
+            self.console.print(text, style="red", markup=False)
 
     def _undo(self) -> None:
         questions = [index for index, message in enumerate(self.history) if message.role == "user"]
@@ -171,3 +207,8 @@ class Talk:
             conversation = Conversation(conversation.messages[:-1])
         tokens = self.trained.renderer.prompt(conversation)
         self.console.print(self.trained.base.tokenizer.decode(tokens), markup=False)
+
+
+def printable(text: str) -> str:
+    """Without control characters but line breaks and tabs: what a model says must not steer the terminal."""
+    return "".join(sign for sign in text if sign in "\n\t" or unicodedata.category(sign) != "Cc")

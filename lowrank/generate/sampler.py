@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -26,9 +27,9 @@ class Config(Settings):
 
     max_new_tokens: Positive = 512
     """Tokens of one answer at the most."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token; higher is livelier."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Draw from the likeliest tokens that together have this probability."""
     top_k: NonNegative = 0
     """Draw from this many likeliest tokens; 0: all."""

@@ -168,6 +168,8 @@ def _cannot_load(what: str, config: Config, error: Exception) -> str:
         hints.append("it has only pickled .bin weights, which lowrank does not open: convert them to safetensors")
     elif not folder.exists():
         hints.append("no such folder here; if it is a hub name, check the spelling and the network")
+    elif folder.is_dir() and "tokenizer" in what and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        hints.append("the folder has no tokenizer (tokenizer.json, tokenizer_config.json): is it a model's folder?")
     if isinstance(error, SafetensorError):
         hints.append("a weight file is damaged or was not downloaded to its end: get it again")
     if "trust_remote_code" in str(error) or "custom code" in str(error):
