@@ -22,14 +22,15 @@ from lowrank.train.optimizers import ScheduleConfig
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.tiny_models import make_base, make_engine, make_model
 
+BYTES = {"vocab_size": 259, "initializer_range": 0.1}
 BATCH, PEAK, LONGEST = 6, 5e-3, 48
-END, FIRST_BYTE, VOCABULARY = 2, 3, 259
+END, FIRST_BYTE = 2, 3
 
 
 def as_segment(question: str, answer: str) -> Segment:
     """UTF-8 bytes as tokens; the answer and the end token carry the loss."""
-    prompt = [byte + FIRST_BYTE for byte in question.encode()][: LONGEST // 2]
-    completion = [byte + FIRST_BYTE for byte in answer.encode()][: LONGEST - len(prompt) - 1] + [END]
+    prompt = [byte + FIRST_BYTE for byte in question.encode()[: LONGEST // 2]]
+    completion = [*(byte + FIRST_BYTE for byte in answer.encode()[: LONGEST - len(prompt) - 1]), END]
     weight_L = np.array([0.0] * len(prompt) + [1.0] * len(completion), np.float32)
     return Segment(np.array(prompt + completion), weight_L)
 
@@ -89,11 +90,11 @@ def test_fifty_steps_of_a_plain_peft_loop(
     Ours shares the base with another job and is cut in two passes.
     """
     num_steps, limit = 50, 0.55
-    base = make_base(family, dtype, vocab_size=VOCABULARY, initializer_range=0.1)
+    base = make_base(family, dtype, **BYTES)
     settings = {"learning_rate": PEAK, "weight_decay": 0.05, "max_grad_norm": limit}
     engine, (slot, other) = make_engine(base, Lora(rank=4, alpha=8), Lora(rank=2), micro_batch_tokens=200, **settings)
     ours = engine.bank.parameters(slot)
-    twin, theirs = peft_twin(make_model(family, dtype, vocab_size=VOCABULARY, initializer_range=0.1), ours)
+    twin, theirs = peft_twin(make_model(family, dtype, **BYTES), ours)
     optimizer = torch.optim.AdamW(theirs.values(), lr=PEAK, weight_decay=0.05)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=num_steps)
     schedule = ScheduleConfig(type="cosine", warmup_steps=5)
@@ -126,13 +127,11 @@ def test_fifty_steps_of_a_plain_peft_loop(
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_loss_per_step_is_trls(samples: list[Segment], tmp_path: Path) -> None:
-    """TRL's SFTTrainer with its own collator, loss, clipping, schedule and gradient accumulation, float32 on the CPU."""
+    """TRL's SFTTrainer with its own collator, loss, clipping, schedule and accumulation, float32 on the CPU."""
     num_steps = 8
-    base = make_base("llama", torch.float32, vocab_size=VOCABULARY, initializer_range=0.1)
+    base = make_base("llama", torch.float32, **BYTES)
     engine, (slot,) = make_engine(base, Lora(rank=4, alpha=8), weight_decay=0.0)
-    twin, _ = peft_twin(
-        make_model("llama", torch.float32, vocab_size=VOCABULARY, initializer_range=0.1), engine.bank.parameters(slot)
-    )
+    twin, _ = peft_twin(make_model("llama", torch.float32, **BYTES), engine.bank.parameters(slot))
     rows = [segment for step in range(num_steps) for segment in step_of(samples, step)]
     dataset = datasets.Dataset.from_list(
         [
