@@ -14,10 +14,10 @@ demo: $(VENV)/.core
 	$(BIN)/lowrank demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(if $(SHARED_DATA),--shared-data $(SHARED_DATA)) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow --timeout=3600 $(if $(SHARED_DATA),--shared-data $(SHARED_DATA)) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow --timeout=3600 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

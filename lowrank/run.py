@@ -27,6 +27,7 @@ from lowrank.train.events import Event, JobStarted, Notice, Reporter, RunFinishe
 from lowrank.train.job import Job
 from lowrank.train.keeper import DiskKeeper
 from lowrank.train.loop import Loop
+from lowrank.train.reporters import recorders_for
 from lowrank.train.summary import SummaryBuilder
 
 
@@ -34,11 +35,12 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
     """Train every job of `config` at once on one base; what stands in summary.json.
 
     Everything that can be checked without the model's weights is checked before they load. Raises the
-    errors of lowrank.errors. Ctrl-C saves a checkpoint and returns with `"interrupted": True`.
+    errors of lowrank.errors. Ctrl-C saves a checkpoint and returns with `"interrupted": True`. `reporters` hear the
+    run besides metrics.jsonl and what `report_to` names.
     """
     keep_freed_memory()
     with ExitStack() as stack:
-        report = _to_all(stack, reporters)
+        report = _to_all(stack, [*recorders_for(config.output_dir, config.report_to), *reporters])
         folder = stack.enter_context(
             open_run_folder(
                 config.output_dir,
@@ -55,8 +57,11 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         for note in folder.notes:
             report(Notice(note))
 
+        report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
         data = [_prepare(job, tokenizer, report, strict) for job in config.jobs]
+        _tell_about_data(report, config.jobs, data)
+        report(Notice(f"loading {config.model.path}"))
         train_all = config.jobs[0].tuning == "full"
         base = loading.load(
             config.model, tokenizer=tokenizer, train_all=train_all, notify=lambda text: report(Notice(text))
@@ -87,11 +92,20 @@ def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], st
     def warn(text: str) -> None:
         report(Notice(text, level="warning", job=job.name))
 
-    record = job.objective.build().record
-    prepared = prepare(data, tokenizer=tokenizer, record=record, seed=job.seed, on_notice=warn)
-    for text in prepared.report.notices:
-        warn(text)
-    return prepared
+    return prepare(data, tokenizer=tokenizer, record=job.objective.build().record, seed=job.seed, on_notice=warn)
+
+
+def _tell_about_data(report: Callable[[Event], None], jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
+    """What the doctor found, each thing once, with the jobs it concerns unless it concerns all."""
+    concerned: dict[tuple[str, str], list[str]] = {}
+    for job, own in zip(jobs, data):
+        for level, texts in (("warning", own.report.warnings), ("info", own.report.information)):
+            for text in texts:
+                concerned.setdefault((level, text), []).append(job.name)
+    for (level, text), names in concerned.items():
+        if 1 < len(names) < len(jobs):
+            text = f"{', '.join(names)}: {text}"
+        report(Notice(text, level=level, job=names[0] if len(names) == 1 < len(jobs) else None))
 
 
 def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, report: Callable[[Event], None]) -> Job:

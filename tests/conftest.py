@@ -8,7 +8,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shared-data", default=None, help="folder with LLaMA-Factory's demo datasets (alpaca_zh_demo.json, ...)")
+    parser.addoption(
+        "--shared-data", default=None, help="folder with LLaMA-Factory's demo datasets (alpaca_zh_demo.json, ...)"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,9 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_help_is_fast_and_names_every_command() -> None:
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = os.times().children_user + os.times().children_system  # of the processor: this machine has other work
         result = run("--help", COLUMNS="200")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(os.times().children_user + os.times().children_system - start)
         assert result.returncode == 0
     for name in cli.LazyGroup().list_commands(None):
         assert cli.COMMANDS[name] in result.stdout

@@ -22,7 +22,7 @@ from lowrank.train.event_lines import decode, encode
 from lowrank.train.events import CheckpointSaved, Event, JobFinished, JobStarted, Notice, Reporter, RunStarted, StepDone
 from lowrank.train.process_memory import MemoryUse, memory_use
 from lowrank.train.progress import RunProgress
-from lowrank.train.reporters import known_trackers, reporters_for, view_for
+from lowrank.train.reporters import known_trackers, recorders_for, view_for
 from lowrank.train.reporters.json_lines import JsonReporter
 from lowrank.train.reporters.metrics import MetricsReporter, read_metrics
 from lowrank.train.reporters.plain import PlainReporter
@@ -500,9 +500,7 @@ def scalars_of(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_reads_our_curves_also_after_a_resume(tmp_path: Path) -> None:
     def trackers() -> list[Reporter]:
-        return reporters_for(
-            output_dir=tmp_path, report_to=["tensorboard"], quiet=True, console=Console(file=io.StringIO())
-        )
+        return recorders_for(tmp_path, ["tensorboard"])
 
     feed(run_events(TWO, tmp_path, until=11), *trackers())
     feed(run_events(TWO, tmp_path, first=7), *trackers())
@@ -520,7 +518,7 @@ def test_missing_packages_are_named_all_at_once(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setitem(sys.modules, name, None)
     names = ["wandb", "tensorboard", "mlflow", "swanlab", "tensorbord", "no_such_module:Thing"]
     with pytest.raises(ConfigError) as caught:
-        reporters_for(output_dir=tmp_path / "run", report_to=names)
+        recorders_for(tmp_path / "run", names)
     message = str(caught.value)
     for name in ("wandb", "mlflow", "swanlab"):
         assert f"pip install 'lowrank[{name}]'" in message
@@ -547,6 +545,6 @@ class Collecting:
 
 
 def test_third_parties_reporters_are_found_by_name(tmp_path: Path) -> None:
-    found = reporters_for(output_dir=tmp_path, report_to=[f"{__name__}:Collecting"], quiet=True)
+    found = recorders_for(tmp_path, [f"{__name__}:Collecting"])
     assert type(found[-1]).__name__ == "Collecting"
     assert isinstance(found[0], MetricsReporter)

@@ -22,25 +22,18 @@ from lowrank.train.reporters.plain import PlainReporter
 from lowrank.train.reporters.terminal import TerminalReporter
 
 
-def reporters_for(
-    *,
-    output_dir: Path,
-    report_to: Sequence[str] = (),
-    json: bool = False,
-    quiet: bool = False,
-    console: Console | None = None,
-) -> list[Reporter]:
-    """The reporters of a run. Nothing is written, and no tracker's run begins, before `RunStarted`.
+def recorders_for(output_dir: Path, report_to: Sequence[str] = ()) -> list[Reporter]:
+    """metrics.jsonl and the trackers. Nothing is written, and no tracker's run begins, before `RunStarted`.
 
-    `json` writes events to standard output, `quiet` only warnings, to standard error. ConfigError lists every
-    tracker that is unknown, not installed, or cannot be used as it is set up.
+    ConfigError lists every tracker that is unknown, not installed, or cannot be used as it is set up.
     """
-    trackers = _trackers(output_dir, report_to)
-    return [MetricsReporter(output_dir), view_for(json=json, quiet=quiet, console=console), *trackers]
+    return [MetricsReporter(output_dir), *_trackers(output_dir, report_to)]
 
 
 def view_for(*, json: bool = False, quiet: bool = False, console: Console | None = None) -> Reporter:
-    """What shows the run: JSON lines, only warnings, a live view, or plain lines where nothing can be redrawn."""
+    """What shows the run: JSON lines on standard output, only warnings (`quiet`) on standard error, a live view,
+    or plain lines where nothing can be redrawn.
+    """
     if json:
         return JsonReporter()
     console = console or Console(stderr=quiet)
