@@ -1,6 +1,8 @@
 """Write the pre-training corpus of the embedded base, half English, half Chinese.
 
-    python examples/tiny-base/corpus.py OUT.jsonl [--documents N] [--seed N]
+    python examples/tiny-base/corpus.py OUT_FOLDER [--documents N] [--seed N]
+
+writes copying.jsonl for the first lesson, corpus.jsonl for the second, and heldout.jsonl, drawn by another seed.
 
 Templates over the word lists of words.py, all written for this project: stories and facts of a small world (prose.py),
 questions and answers (drills.py), and chats in the model's own format. Strings never seen before are copied on
@@ -11,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
 from drills import DRILLS, Turn
-from prose import echo, facts, person, story, sums
+from prose import echo, facts, person, rote, story, sums
 
-PROSE: dict[Callable[[Random, bool], str], int] = {story: 6, facts: 1, sums: 1, echo: 4}
-SHARE_OF_PROSE = 0.3
+PROSE: dict[Callable[[Random, bool], str], int] = {story: 5, facts: 1, sums: 1, echo: 3, rote: 8}
+SHARE_OF_PROSE = 0.4
+NUM_COPYING, NUM_HELD_OUT = 9000, 500
 
 
 def small_talk(rng: Random, chinese: bool) -> Turn:
@@ -76,7 +79,8 @@ def chat(rng: Random, chinese: bool) -> str:
         turns = [draw_turn(rng, chinese) for _ in range(rng.choice((1, 1, 2, 2, 3, 4)))]
     system = rng.choice(("You are a helpful assistant.", "你是一个有用的助手。", "Answer briefly.", "请简短回答。"))
     head = message("system", system) if rng.random() < 0.1 else ""
-    return head + "".join(message("user", question) + message("assistant", answer) for question, answer in turns)
+    spoken = "".join(message("user", question) + message("assistant", answer) for question, answer in turns)
+    return (head + spoken).removesuffix("\n")  # so that it ends in the end-of-text token, as every text does
 
 
 def message(role: str, content: str) -> str:
@@ -99,12 +103,24 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument("--documents", type=int, default=120_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with arguments.out.open("w", encoding="utf-8") as file:
-        for text in documents(arguments.documents, arguments.seed):
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    copying = (rote(rng, rng.random() < 0.5) for rng in [Random(arguments.seed)] for _ in range(NUM_COPYING))
+    write(arguments.out / "copying.jsonl", copying)
+    learned = write(arguments.out / "corpus.jsonl", documents(arguments.documents, arguments.seed))
+    held_out = documents(NUM_HELD_OUT, arguments.seed + 1)
+    write(arguments.out / "heldout.jsonl", (text for text in held_out if text not in learned))
+
+
+def write(path: Path, texts: Iterable[str]) -> set[str]:
+    """One JSON object a line, each text once, in the order given; the texts that were written."""
+    unique = dict.fromkeys(texts)
+    with path.open("w", encoding="utf-8") as file:
+        for text in unique:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return set(unique)
 
 
 if __name__ == "__main__":

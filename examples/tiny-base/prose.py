@@ -145,6 +145,25 @@ def echo(rng: Random, chinese: bool) -> str:
     )
 
 
+def rote(rng: Random, chinese: bool) -> str:
+    """A long string without meaning, two or three times over: the plainest lesson in copying there is."""
+    length = rng.randint(5, 30)
+    if rng.random() < 0.2:
+        text = "".join(rng.choice((rng.choice(COMMON), " " + common_word(rng))) for _ in range(length))
+    elif chinese:
+        text = "".join(rng.choice(COMMON) for _ in range(length))
+    else:
+        draw = (
+            common_word,
+            common_word,
+            pseudo_word,
+            lambda rng: rng.choice(LAST_NAMES),
+            lambda rng: str(rng.randrange(1000)),
+        )
+        text = " ".join(rng.choice(draw)(rng) for _ in range(length))
+    return rng.choice(("\n", "\n", " | ", "。" if chinese else ". ")).join([text] * rng.choice((2, 2, 3)))
+
+
 def scrap(rng: Random, chinese: bool) -> str:
     """Something to copy that has no meaning: characters, a word, a code, a number."""
     way = rng.randrange(4)

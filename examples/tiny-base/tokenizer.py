@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from start import make_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from words import COMMON, COMMON_WORDS, KEYS
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -87,33 +87,25 @@ def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 3.0 million parameters; every width is a multiple of 256, as 4-bit formats like it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """In the words that transformers 4 and 5 both understand."""
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("backend", None)
+    config.pop("extra_special_tokens", None)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": [START]}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Command line."""
     corpus, out = Path(sys.argv[1]), Path(sys.argv[2])
     tokenizer = train_tokenizer(corpus)
-    model = untrained_model(tokenizer)
+    model = make_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters -> {out}")
 
 
