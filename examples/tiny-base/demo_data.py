@@ -5,7 +5,7 @@
     {"name":"Anna Keller","item":"green tea","count":3,"city":"Oslo","time":"14:30"}
 
 Always these five keys in this order, no spaces. `name`, `item` and `city` are words of the message, the item in
-the singular; `count` and `time` are normalised ("half a dozen", 两打, "quarter to six in the evening",
+the singular; `count` and `time` are normalised ("half a dozen", 两打, "half past six in the evening",
 下午三点半). A second person, number or city in the message is there to mislead. `train.jsonl` and `heldout.jsonl`
 share no message, no answer, and no customer.
 """
@@ -18,7 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from numerals import TIMES, chinese_time, clock, counting_word, english_number, english_time
+from numerals import (
+    TIMES,
+    chinese_time,
+    clock,
+    counting_word,
+    english_number,
+    english_time,
+    several_chinese,
+    several_english,
+)  # fmt: skip
 from words import CITIES, FIRST_NAMES, GIVEN, LAST_NAMES, SURNAMES
 
 NUM_TRAIN, NUM_HELD_OUT = 2400, 200
@@ -101,32 +110,12 @@ CHINESE_MESSAGES = (
 )  # fmt: skip
 
 
-def quantity_en(count: int, entry: tuple[str, ...], rng: Random) -> str:
-    """`three boxes of green tea`, `half a dozen towels`, `a couple of mugs`."""
-    item, unit = entry[ENGLISH], entry[1]
-    several = f"{plural(unit)} of {item}" if unit else plural(item)
-    if count == 1:
-        return f"{rng.choice(('one', '1'))} {f'{unit} of {item}' if unit else item}"
-    special = {2: ("a couple of", "a pair of"), 6: ("half a dozen",), 12: ("a dozen",), 24: ("two dozen",)}.get(count)
-    if special and rng.random() < 0.5:
-        return f"{rng.choice(special)} {several}"
-    return f"{rng.choice((str(count), english_number(count)))} {several}"
-
-
-def quantity_zh(count: int, entry: tuple[str, ...], rng: Random) -> str:
-    """`三盒绿茶`, `半打毛巾`, `12个苹果`."""
-    item, measure = entry[CHINESE:]
-    special = {2: "一对", 6: "半打", 12: "一打", 24: "两打"}.get(count)
-    if special and not entry[1] and rng.random() < 0.5:
-        return special + item
-    return rng.choice((str(count), counting_word(count))) + measure + item
-
-
-def plural(noun: str) -> str:
-    """Regular English plurals."""
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return noun + "es"
-    return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"
+def quantity(count: int, entry: tuple[str, ...], chinese: bool, rng: Random) -> str:
+    """What is ordered, and how many of it."""
+    item, unit, item_zh, measure = entry
+    if chinese:
+        return several_chinese(count, item_zh, measure, rng, by_dozen=not unit)
+    return several_english(count, item, unit, rng)
 
 
 def customer(rng: Random, chinese: bool) -> str:
@@ -149,7 +138,7 @@ def draw(rng: Random, chinese: bool) -> tuple[str, Order]:
     template = rng.choice(CHINESE_MESSAGES if chinese else ENGLISH_MESSAGES)
     message = template.format(
         name=name,
-        order=(quantity_zh if chinese else quantity_en)(count, entry, rng),
+        order=quantity(count, entry, chinese, rng),
         city=city,
         time=(chinese_time if chinese else english_time)(hour, minute, rng),
         other=other,

@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable
 from random import Random
 
-from numerals import chinese_number, counting_word, english_number
+from numerals import chinese_number, english_number, several_chinese, several_english
 from prose import person, scrap, when
-from words import ANIMALS, CITIES, COLOURS, FOODS, JOBS, MONTHS, OPPOSITES, PLACES, THINGS, WEATHER, WEEKDAYS
+from words import ANIMALS, CITIES, COLOURS, FOODS, GOODS, JOBS, MONTHS, OPPOSITES, PLACES, THINGS, WEATHER, WEEKDAYS
 
 Turn = tuple[str, str]
 PAIRS = (
     *CITIES, *COLOURS, *FOODS, *JOBS, *PLACES, *WEATHER, *WEEKDAYS, *((t[0], t[2]) for t in THINGS),
     *(a[:2] for a in ANIMALS),
 )  # fmt: skip
+WARES = (*GOODS, *((one, "", zh, measure) for one, _, zh, measure in THINGS if one != "knife"))
+"""What people have: in English, what it comes in (empty: itself), in Chinese, its measure word."""
 
 
 def repeat(rng: Random, chinese: bool) -> Turn:
@@ -129,24 +131,22 @@ def fields(rng: Random, chinese: bool) -> dict[str, tuple[str, str | int]]:
     """`{key: (what is said of the person, the value)}`; ages and times are said in words and kept in digits."""
     job, town, colour = (rng.choice(pairs)[chinese] for pairs in (JOBS, CITIES, COLOURS))
     pet, food, day = rng.choice(ANIMALS)[chinese], rng.choice(FOODS)[chinese], rng.choice(WEEKDAYS)[chinese]
-    age, amount, thing = rng.randint(1, 36), rng.randint(1, 24), rng.choice(THINGS)
+    age, amount, goods = rng.randint(1, 36), rng.choice((*range(1, 13), 2, 6, 12, 15, 20, 24)), rng.choice(WARES)
     (said, hour), code = when(rng, chinese), scrap(rng, chinese)
     if chinese:
         age_said = rng.choice((str(age), chinese_number(age)))
-        amount_said = rng.choice((str(amount), counting_word(amount)))
+        owns = f"有{several_chinese(amount, *goods[2:], rng, by_dozen=not goods[1])}"
         return {
             "job": (rng.choice((f"是{job}", f"当{job}")), job),
             "town": (rng.choice((f"住在{town}", f"来自{town}", f"要去{town}")), town),
-            "age": (f"{age_said}岁", age), "colour": (f"喜欢{colour}", colour), "pet": (f"养了一只{pet}", pet),
+            "age": (f"今年{age_said}岁", age), "colour": (f"喜欢{colour}", colour), "pet": (f"养了一只{pet}", pet),
             "food": (rng.choice((f"爱吃{food}", f"想吃{food}")), food),
             "day": (rng.choice((f"{day}有空", f"{day}出发")), day),
             "hour": (rng.choice((f"{said}到", f"{said}起床")), hour), "code": (f"编号是{code}", code),
-            "owns": (f"有{amount_said}{thing[3]}{thing[2]}", thing[2]),
-            "amount": (f"有{amount_said}{thing[3]}{thing[2]}", amount),
+            "owns": (owns, goods[2]), "amount": (owns, amount),
         }  # fmt: skip
     age_said = rng.choice((str(age), english_number(age)))
-    amount_said = rng.choice((str(amount), english_number(amount)))
-    owns = f"has {amount_said} {thing[1 if amount > 1 else 0]}"
+    owns = f"has {several_english(amount, *goods[:2], rng)}"
     return {
         "job": (rng.choice((f"is a {job}", f"works as a {job}")), job), "age": (f"is {age_said} years old", age),
         "town": (rng.choice((f"lives in {town}", f"comes from {town}", f"travels to {town}")), town),
@@ -154,7 +154,7 @@ def fields(rng: Random, chinese: bool) -> dict[str, tuple[str, str | int]]:
         "day": (rng.choice((f"is free on {day}", f"leaves on {day}")), day),
         "hour": (rng.choice((f"arrives at {said}", f"gets up at {said}")), hour),
         "code": (f"has the code {code}", code),
-        "owns": (owns, thing[0]), "amount": (owns, amount),
+        "owns": (owns, goods[0]), "amount": (owns, amount),
     }  # fmt: skip
 
 
@@ -206,5 +206,5 @@ def lookup(rng: Random, chinese: bool) -> Turn:
 
 
 DRILLS: dict[Callable[[Random, bool], Turn], int] = {
-    repeat: 4, listing: 2, translate: 3, knowledge: 3, numbers: 3, clocks: 3, as_json: 10, lookup: 4,
+    repeat: 4, listing: 2, translate: 2, knowledge: 2, numbers: 3, clocks: 3, as_json: 12, lookup: 5,
 }  # fmt: skip

@@ -10,7 +10,7 @@ ENGLISH = (
 )  # fmt: skip
 CHINESE = "零一二三四五六七八九十"
 
-TIMES = tuple((hour, minute) for hour in range(6, 23) for minute in (0, 15, 30, 45))
+TIMES = tuple((hour, minute) for hour in range(7, 22) for minute in (0, 30))
 """(hour, minute) of the times people talk about here."""
 
 
@@ -35,13 +35,39 @@ def counting_word(number: int) -> str:
     return "两" if number == 2 else chinese_number(number)
 
 
+def several_english(count: int, noun: str, unit: str, rng: Random) -> str:
+    """`three boxes of green tea`, `half a dozen towels`, `a couple of mugs`; no `unit`: the noun itself is counted."""
+    many = f"{plural(unit)} of {noun}" if unit else plural(noun)
+    if count == 1:
+        return f"{rng.choice(('one', '1'))} {f'{unit} of {noun}' if unit else noun}"
+    special = {2: ("a couple of", "a pair of"), 6: ("half a dozen",), 12: ("a dozen",), 24: ("two dozen",)}.get(count)
+    if special and rng.random() < 0.5:
+        return f"{rng.choice(special)} {many}"
+    return f"{rng.choice((str(count), english_number(count)))} {many}"
+
+
+def several_chinese(count: int, noun: str, measure: str, rng: Random, *, by_dozen: bool) -> str:
+    """`三盒绿茶`, `12个苹果`, and where things are sold by the dozen `半打毛巾`."""
+    special = {2: "一对", 6: "半打", 12: "一打", 24: "两打"}.get(count)
+    if special and by_dozen and rng.random() < 0.5:
+        return special + noun
+    return rng.choice((str(count), counting_word(count))) + measure + noun
+
+
+def plural(noun: str) -> str:
+    """Regular English plurals."""
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return noun + "es"
+    return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"
+
+
 def clock(hour: int, minute: int) -> str:
     """`15:30`."""
     return f"{hour:02d}:{minute:02d}"
 
 
 def english_time(hour: int, minute: int, rng: Random) -> str:
-    """One of the ways to say a time between 6:00 and 22:45 that is a multiple of a quarter."""
+    """One of the ways to say a time of TIMES."""
     if (hour, minute) == (12, 0) and rng.random() < 0.5:
         return "noon"
     way = rng.randrange(5)
@@ -51,27 +77,21 @@ def english_time(hour: int, minute: int, rng: Random) -> str:
     if way <= 2:
         half = "am" if hour < 12 else "pm"
         return f"{short} {half}" if minute == 0 else f"{short}:{minute:02d} {half}"
-    after = short % 12 + 1
-    words = {
-        0: f"{ENGLISH[short]} o'clock",
-        15: f"quarter past {ENGLISH[short]}",
-        30: f"half past {ENGLISH[short]}",
-        45: f"quarter to {ENGLISH[after]}",
-    }[minute]
+    words = f"half past {ENGLISH[short]}" if minute else f"{ENGLISH[short]} o'clock"
     return f"{words} {_english_part(hour)}"
 
 
 def chinese_time(hour: int, minute: int, rng: Random) -> str:
-    """One of the ways to say a time between 6:00 and 22:45 that is a multiple of a quarter."""
+    """One of the ways to say a time of TIMES."""
     way = rng.randrange(5)
     if way == 0:
         return clock(hour, minute)
     short = hour if hour <= 12 else hour - 12
     part = _chinese_part(hour)
     if way <= 2:
-        return f"{part}{short}点" + {0: "", 15: "15分", 30: "半", 45: "45分"}[minute]
+        return f"{part}{short}点" + ("半" if minute else "")
     spoken = "两" if short == 2 else chinese_number(short)
-    return f"{part}{spoken}点" + {0: rng.choice(("", "整")), 15: "一刻", 30: "半", 45: "三刻"}[minute]
+    return f"{part}{spoken}点" + ("半" if minute else rng.choice(("", "整")))
 
 
 def _english_part(hour: int) -> str:

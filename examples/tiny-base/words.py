@@ -105,6 +105,19 @@ THINGS = (
     ("towel", "towels", "毛巾", "条"), ("notebook", "notebooks", "笔记本", "本"), ("ticket", "tickets", "车票", "张"),
 )  # fmt: skip
 
+# in English, what it comes in, in Chinese, its measure word
+GOODS = (
+    ("flour", "bag", "面粉", "袋"), ("salt", "bag", "食盐", "袋"), ("vinegar", "bottle", "白醋", "瓶"),
+    ("beer", "bottle", "啤酒", "瓶"), ("candy", "bag", "糖果", "袋"), ("jam", "jar", "果酱", "罐"),
+    ("ink", "bottle", "墨水", "瓶"), ("glue", "bottle", "胶水", "瓶"), ("cotton", "pack", "棉花", "包"),
+    ("butter", "pack", "黄油", "包"), ("black tea", "box", "红茶", "盒"), ("white chalk", "box", "白粉笔", "盒"),
+    ("cream", "carton", "奶油", "盒"), ("toffee", "bar", "太妃糖", "块"), ("yellow paint", "jar", "黄油漆", "罐"),
+    ("big stone", "", "大石头", "块"), ("garden chair", "", "花园椅子", "把"), ("story book", "", "故事书", "本"),
+    ("school bag", "", "书包", "个"), ("paper kite", "", "纸风筝", "只"), ("silver spoon", "", "银勺子", "把"),
+    ("rain hat", "", "雨帽", "顶"), ("wall clock", "", "挂钟", "个"), ("red brush", "", "红刷子", "把"),
+    ("small bell", "", "小铃铛", "个"), ("glass ball", "", "玻璃球", "个"), ("old coin", "", "旧硬币", "枚"),
+)  # fmt: skip
+
 PLACES = (
     ("garden", "花园"), ("market", "市场"), ("school", "学校"), ("river", "河边"), ("forest", "森林"),
     ("beach", "海滩"),
