@@ -156,7 +156,7 @@ def share_of_limit(
 
 
 def main() -> None:
-    """Prepare, run the rounds, write the result."""
+    """Prepare, run the rounds; the result is written anew after each."""
     options = options_of()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
@@ -171,36 +171,49 @@ def main() -> None:
                 one = run(spec, folder, options)
                 check(contender, one["steps"])
                 runs[contender].append(one)
-                speed = summarise([one])
-                print(
-                    f"round {round_number + 1} {contender:20s} {speed['tokens_per_second']:8.1f} tokens/s  "
-                    f"{speed['tokens_per_cpu_second']:8.1f} per CPU second  "
-                    f"{speed['peak_memory_bytes'] / 2**30:5.2f} GiB  load {speed['load']:.1f}",
-                    flush=True,
-                )
+                _say(round_number + 1, contender, summarise([one]))
             rates.append(limits(work, options))
-        found = {contender: summarise(each) for contender, each in runs.items()}
-        num_parameters = workload.count_parameters(json.loads((folder / "model/config.json").read_text()))
-        result = {
-            "date": time.strftime("%Y-%m-%d %H:%M"),
-            "device": options.device,
-            "machine": describe(options.device),
-            "workload": {
-                "rows": work.source,
-                "parameters": num_parameters,
-                "rank": RANK,
-                "tokens_per_step": options.tokens,
-                "rows_per_step": options.rows_per_step,
-                "steps": options.steps,
-                "rounds": options.rounds,
-            },
-            "contenders": found,
-            "ratios": ratios(found),
-            "gemm": rates,
-        }
-        if "lowrank" in found:
-            result["share_of_gemm_limit"] = share_of_limit(found["lowrank"], rates, num_parameters, work)
-    _write(result, options)
+            _write(result_of(work, runs, rates, options), options)
+
+
+def result_of(
+    work: workload.Workload,
+    runs: dict[str, list[dict[str, Any]]],
+    rates: list[dict[str, Any]],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What goes into the file."""
+    found = {contender: summarise(each) for contender, each in runs.items()}
+    num_parameters = workload.count_parameters(json.loads((work.folder / "model/config.json").read_text()))
+    result = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "device": options.device,
+        "machine": describe(options.device),
+        "workload": {
+            "rows": work.source,
+            "parameters": num_parameters,
+            "rank": RANK,
+            "tokens_per_step": options.tokens,
+            "rows_per_step": options.rows_per_step,
+            "steps": options.steps,
+            "rounds": len(rates) - 1,
+        },
+        "contenders": found,
+        "ratios": ratios(found),
+        "gemm": rates,
+    }
+    if "lowrank" in found:
+        result["share_of_gemm_limit"] = share_of_limit(found["lowrank"], rates, num_parameters, work)
+    return result
+
+
+def _say(round_number: int, contender: str, speed: dict[str, Any]) -> None:
+    print(
+        f"round {round_number} {contender:20s} {speed['tokens_per_second']:8.1f} tokens/s  "
+        f"{speed['tokens_per_cpu_second']:8.1f} per CPU second  "
+        f"{speed['peak_memory_bytes'] / 2**30:5.2f} GiB  load {speed['load']:.1f}",
+        flush=True,
+    )
 
 
 def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
@@ -211,7 +224,7 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(table(result))
-    print(table(result))
+    print(f"{stem}.md")
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
