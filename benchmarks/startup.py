@@ -59,14 +59,13 @@ def _until_step(command: list[str]) -> float:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    found = None
+    found, line = None, ""
     for line in process.stdout:  # to the end, or the run would stop at a full pipe
         if found is None and '"loss"' in line:
             found = time.perf_counter() - started
     process.wait()
     if found is None or process.returncode:
-        assert process.stderr is not None
-        raise SystemExit(f"no step: {process.stderr.read()[-2000:]}")
+        raise SystemExit(f"no step; the last it said: {line}")
     return found
 
 
