@@ -53,7 +53,6 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         settings = config.model_dump(mode="json")
         if checkpoint:
             refuse_changed_settings(checkpoint.state["settings"], settings)
-        write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         for note in folder.notes:
             report(Notice(note))
 
@@ -69,6 +68,8 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         engine = Engine(base, Bank(base, config.model.storage), config.micro_batch_tokens)
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
 
+        # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt.
+        write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         summary = SummaryBuilder(folder.path, checkpoint.state["summary"] if checkpoint else None)
         report.listeners.append(summary)
         keeper = DiskKeeper(

@@ -71,18 +71,22 @@ class Trained:
         return config.model_copy(update={"max_new_tokens": reach - length})
 
 
-def open_trained(path: str, *, which: str = "best", notify: Callable[[str], None] = print) -> Trained:
+def open_trained(
+    path: str, *, which: str = "best", chat_template: str | None = None, notify: Callable[[str], None] = print
+) -> Trained:
     """Load what `path` names: a run folder (all its jobs), an adapter folder, or a model.
 
-    `which`: a run's `best` or `last` adapters. Raises ModelError, ConfigError.
+    `which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
+    the tokenizer's. Raises ModelError, ConfigError.
     """
     keep_freed_memory()
     folder = Path(path)
+    data = DataConfig(chat_template=chat_template)
     if _is_run(folder):
-        return _open_run(folder, which, notify)
+        return _open_run(folder, which, chat_template, notify)
     if (current(folder) / CONFIG_FILE).is_file():
-        return _open_adapter(folder, notify)
-    return _open_model(ModelConfig(path=path), DataConfig(), notify)
+        return _open_adapter(folder, data, notify)
+    return _open_model(ModelConfig(path=path), data, notify)
 
 
 def _is_run(folder: Path) -> bool:
@@ -100,19 +104,20 @@ def _open_model(model: ModelConfig, data: DataConfig, notify: Callable[[str], No
     return Trained(base, Bank(base, model.storage), Renderer(tokenizer, data))
 
 
-def _open_adapter(folder: Path, notify: Callable[[str], None]) -> Trained:
+def _open_adapter(folder: Path, data: DataConfig, notify: Callable[[str], None]) -> Trained:
     saved = load_adapter(folder)
     if not saved.base_name:
         raise ModelError(f"{folder / CONFIG_FILE} does not name its base model (base_model_name_or_path)")
-    trained = _open_model(ModelConfig(path=saved.base_name, revision=saved.revision), DataConfig(), notify)
+    trained = _open_model(ModelConfig(path=saved.base_name, revision=saved.revision), data, notify)
     _attach(trained, folder.name, folder)
     return trained
 
 
-def _open_run(folder: Path, which: str, notify: Callable[[str], None]) -> Trained:
+def _open_run(folder: Path, which: str, chat_template: str | None, notify: Callable[[str], None]) -> Trained:
     # Without a folder: what it was trained on need not be there any more, nor be looked for.
     config = resolve(read_file(folder / RUN_CONFIG), source=str(folder / RUN_CONFIG))
     first = config.jobs[0]
+    data = first.data.model_copy(update={"chat_template": chat_template}) if chat_template else first.data
     found = {job.name: _find(folder / job.name, which, first.tuning) for job in config.jobs}
     missing = [name for name, path in found.items() if path is None]
     if len(missing) == len(found):
@@ -128,10 +133,10 @@ def _open_run(folder: Path, which: str, notify: Callable[[str], None]) -> Traine
             notify(f"{name} has no {which} yet, this is its {path.name}")
     if first.tuning == "full":
         model = config.model.model_copy(update={"path": str(current(found[first.name] or folder)), "revision": None})
-        trained = _open_model(model, first.data, notify)
+        trained = _open_model(model, data, notify)
         trained.slots = {first.name: BARE_BASE}  # the base itself was trained: there is no untouched one here
         return trained
-    trained = _open_model(_where_it_is_now(config.model, found.values()), first.data, notify)
+    trained = _open_model(_where_it_is_now(config.model, found.values()), data, notify)
     for name, path in found.items():
         if path is not None:
             _attach(trained, name, path)

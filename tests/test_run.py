@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from lowrank.config import RunConfig
 from lowrank.errors import DataError, OutputError
 from lowrank.run import train
-from lowrank.train.events import EvalDone, Event, StepDone
+from lowrank.train.events import EvalDone, Event, Notice, StepDone
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
 
 
@@ -166,6 +166,23 @@ def test_a_folder_with_something_in_it_is_refused(world: Path, tmp_path: Path) -
         run({**given, "resume": True, "optimizer": {"learning_rate": 5e-2}})
 
 
+def test_what_concerns_several_jobs_is_said_once_and_choices_are_no_warnings(world: Path, tmp_path: Path) -> None:
+    given = settings(world, tmp_path / "run", max_steps=1)
+    given["data"] |= {"max_samples": 30, "max_length": 30, "on_too_long": "drop", "eval": []}
+    jobs = [{"name": "a"}, {"name": "b"}, {"name": "c", "seed": 7}]
+    _, ear = run({**given, "jobs": jobs})
+    notices = [(event.level, event.job, event.text) for event in ear.events if isinstance(event, Notice)]
+    chosen = [(level, job, text) for level, job, text in notices if "rows are taken" in text]
+    assert {(level, job, text.partition(": ")[0]) for level, job, text in chosen} == {
+        ("info", None, "a, b"),
+        ("info", "c", str(world / "train.json")),
+    }
+    lost = [level for level, _, text in notices if "left out" in text]
+    assert lost
+    assert set(lost) == {"warning"}
+    assert len(notices) == len(set(notices))
+
+
 def test_data_is_checked_before_the_model_loads(world: Path, tmp_path: Path) -> None:
     """The model has no weights at all, and still the error is the data's."""
     save_checkpoint_folder(tmp_path / "model")
@@ -175,6 +192,7 @@ def test_data_is_checked_before_the_model_loads(world: Path, tmp_path: Path) -> 
     given["data"]["train"] = [str(tmp_path / "bad.json")]
     with pytest.raises(DataError, match=r"bad\.json"):
         run(given)
+    run(settings(world, tmp_path / "run", max_steps=1))  # nothing was left that refuses the mended run
 
 
 _CHILD = """

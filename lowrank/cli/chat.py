@@ -26,6 +26,9 @@ def chat(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens with this probability in all.")
     ] = 1.0,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A built-in template (chatml, llama3, ...) or a .jinja file, instead of its own.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
@@ -43,7 +46,8 @@ def chat(
     from lowrank.trained import open_trained
 
     config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    trained = open_trained(model, which="last" if last else "best", notify=lambda text: warn([text]))
+    which = "last" if last else "best"
+    trained = open_trained(model, which=which, chat_template=chat_template, notify=lambda text: warn([text]))
     voices = [name for names in adapter or () for name in names.split(",") if name]
     talk = Talk(trained, config, system=system, voices=voices)
     if prompt is not None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import importlib.util
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-with contextlib.suppress(ImportError):  # not on Windows, whose console edits lines itself
-    import readline
-
 from lowrank.errors import LowrankError
 from lowrank.generate.sampler import Config
 from lowrank.records import Conversation, Message
 from lowrank.trained import BARE, Trained
+
+readline: Any = importlib.import_module("readline") if importlib.util.find_spec("readline") else None
+"""Line editing; not on Windows, whose console edits lines itself."""
 
 _HELP = """/adapter NAME ...  who answers; several answer side by side, `base` is the untouched model
 /base             ask the untouched base the last question again
@@ -80,7 +82,7 @@ class Talk:
 
     def _complete_with_tab(self) -> None:
         """Commands, and after /adapter the names."""
-        if "readline" not in globals():
+        if readline is None:
             return
 
         def complete(text: str, state: int) -> str | None:

@@ -72,7 +72,7 @@ def _own(tokenizer: Any) -> str:
         return own
     raise ModelError(
         "this model's tokenizer has no chat template, so it does not say how a conversation is written\n"
-        f"  set data.chat_template to one of {', '.join(names())}, or to a .jinja file; "
+        f"  set data.chat_template (chat: --chat-template) to one of {', '.join(names())}, or to a .jinja file; "
         f"{suitable(tokenizer)} is a good choice for this tokenizer"
     )
 

@@ -1,0 +1,211 @@
+"""`lowrank chat`: whatever it is pointed at, asked from wherever, in every way a person asks."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank.checkpoints.atomic import current
+from lowrank.cli.main import main
+from lowrank.cli.talk import Talk, printable
+from lowrank.config import RunConfig
+from lowrank.errors import ModelError
+from lowrank.generate.sampler import Config
+from lowrank.run import train
+from lowrank.trained import Trained, open_trained
+from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
+
+BASE = {"dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a run of two adapters and a run of all parameters, made from another current directory."""
+    folder = tmp_path_factory.mktemp("world")
+    save_checkpoint_folder(folder / "model")
+    write_alpaca(folder / "train.json", 16)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        shared: dict[str, Any] = {
+            "model": {"path": "model", **BASE},
+            "data": {"train": ["train.json"], "batch_size": 4},
+            "max_steps": 3,
+        }
+        jobs = [{"name": "r4", "adapter": {"rank": 4}}, {"name": "中文", "optimizer": {"learning_rate": 0.5}}]
+        train(RunConfig.model_validate({**shared, "output_dir": "run", "jobs": jobs}))
+        train(RunConfig.model_validate({**shared, "output_dir": "full", "tuning": "full"}))
+    finally:
+        os.chdir(before)
+    (folder / "train.json").unlink()  # nobody needs it to talk
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Trained:
+    return open_trained(str(world / "run"))
+
+
+def chat(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", *words, "--max-new-tokens", "4"])
+    output = capsys.readouterr()
+    assert caught.value.code == code, output
+    return output.out, output.err
+
+
+@pytest.mark.parametrize(
+    ("target", "voice"),
+    [("model", "base"), ("run", "r4"), ("run/中文/best", "best"), ("full", "default"), ("full/default/last", "base")],
+)
+def test_it_talks_to_models_runs_and_adapters(
+    world: Path, capsys: pytest.CaptureFixture[str], target: str, voice: str
+) -> None:
+    out, err = chat(capsys, str(world / target), "-p", "你好", "--json")
+    answer = json.loads(out)
+    assert (answer["adapter"], answer["question"]) == (voice, "你好")
+    assert err == ""
+
+
+def test_every_adapter_answers_as_itself(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = chat(capsys, str(world / "run"), "--adapter", "base,r4", "--adapter", "中文", "-p", "Say 3", "--json")
+    answers = {line["adapter"]: line["answer"] for line in map(json.loads, out.splitlines())}
+    assert list(answers) == ["base", "r4", "中文"]
+    assert answers["中文"] != answers["base"]
+    alone, _ = chat(capsys, str(world / "run" / "中文" / "best"), "-p", "Say 3", "--json")
+    assert json.loads(alone)["answer"] == answers["中文"]
+
+
+def test_a_pipe_is_one_conversation(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n\nand \xff?\n".encode("latin-1", "replace"))))
+    out, _ = chat(capsys, str(world / "model"), "--json")
+    assert len(out.splitlines()) == 2
+
+
+def test_side_by_side_shows_what_looks_like_markup(world: Path, trained: Trained) -> None:
+    talk = Talk(trained, Config(max_new_tokens=2), voices=["base", "r4"])
+    with talk.console.capture() as captured:
+        talk._side_by_side({"base": "a [/INST] b", "r4": "\x1b[31mred"})
+    assert "[/INST]" in captured.get()
+    assert "\x1b[31m" not in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["run", "--adapter", "r44"], 4, "did you mean 'r4'"),
+        (["empty"], 4, "has no tokenizer"),
+        (["run", "--temperature", "-1"], 2, "--temperature"),
+    ],
+)
+def test_mistakes_are_named(
+    world: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
+) -> None:
+    (world / "empty").mkdir(exist_ok=True)
+    _, err = chat(capsys, str(world / words[0]), *words[1:], "-p", "x", code=code)
+    assert said in err
+
+
+def test_a_run_without_adapters_says_so(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(world / "run" / "config.json", tmp_path / "run")
+    _, err = chat(capsys, str(tmp_path / "run"), "-p", "x", code=4)
+    assert "holds no trained adapter yet" in err
+    shutil.copytree(current(world / "run" / "r4" / "last"), tmp_path / "run" / "r4" / "last")
+    _, err = chat(capsys, str(tmp_path / "run"), "-p", "x")
+    assert "no adapter yet: 中文" in err
+    assert "r4 has no best yet, this is its last" in err
+
+
+def test_a_conversation_longer_than_the_model_reads_is_refused(trained: Trained) -> None:
+    talk = Talk(trained, Config(max_new_tokens=8))
+    with pytest.raises(ModelError, match="the model reads 512"):
+        talk.ask_quietly("x" * 600)
+    talk.ask_quietly("x" * 470)  # fits, with few tokens left to answer
+
+
+def test_a_model_without_a_template_takes_a_built_in_one(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(world / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
+    _, err = chat(capsys, str(bare), "-p", "x", code=4)
+    assert "has no chat template" in err
+    assert "--chat-template" in err
+    own, _ = chat(capsys, str(world / "model"), "-p", "x", "--json")
+    given, _ = chat(capsys, str(bare), "-p", "x", "--json", "--chat-template", "chatml")
+    assert given == own
+
+
+def test_a_full_run_has_no_untouched_base(world: Path) -> None:
+    assert list(open_trained(str(world / "full")).slots) == ["default"]
+
+
+def test_printable() -> None:
+    assert printable("a\x1b[2J\r\x07b\n\t中") == "a[2Jb\n\t中"
+
+
+def test_at_a_terminal(world: Path) -> None:
+    """Commands, completion, a mistake, and leaving, as a person would."""
+    screen = _Screen([sys.executable, "-m", "lowrank", "chat", str(world / "run"), "--max-new-tokens", "4"])
+    assert "also here: base, 中文" in screen.until("> ")
+    assert "r4 · " in screen.type("Say 3\n")
+    assert "/system" in screen.type("/sys\t")
+    screen.type(" 你是诗人\n")
+    assert "你是诗人" in screen.type("/template\n")
+    assert "did you mean 'r4'" in screen.type("/adapter r44\n")
+    screen.type("/adapter r4 base\n")
+    assert re.search(r"┃.*r4.*┃.*base.*┃", screen.type("hello [/b]\n"))
+    assert "not a number" in screen.type("/temperature -1\n")
+    assert "there is no /nope" in screen.type("/nope\n")
+    assert screen.leave() == 0
+    assert "Traceback" not in screen.shown
+
+
+class _Screen:
+    """A child at a pseudo-terminal."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.own, child = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "NO_COLOR": "1", "PYTHONUTF8": "1"}
+        self.process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=environment)
+        os.close(child)
+        self.shown = ""
+
+    def until(self, end: str, seconds: float = 30) -> str:
+        """What appears until it ends in `end` and nothing more comes."""
+        new, deadline = b"", time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if select.select([self.own], [], [], 0.3)[0]:
+                try:
+                    new += os.read(self.own, 4096)
+                except OSError:
+                    break
+            elif new.decode(errors="replace").replace("\x1b[?2004h", "").endswith(end):
+                break
+        text = new.decode(errors="replace")
+        self.shown += text
+        return text
+
+    def type(self, text: str) -> str:
+        os.write(self.own, text.encode())
+        return self.until("> " if text.endswith("\n") else "")
+
+    def leave(self) -> int:
+        os.write(self.own, b"\x04")
+        code = self.process.wait(timeout=30)
+        os.close(self.own)
+        return code
