@@ -170,7 +170,7 @@ def test_what_concerns_several_jobs_is_said_once_and_choices_are_no_warnings(wor
     given = settings(world, tmp_path / "run", max_steps=1)
     given["data"] |= {"max_samples": 30, "max_length": 30, "on_too_long": "drop", "eval": []}
     jobs = [{"name": "a"}, {"name": "b"}, {"name": "c", "seed": 7}]
-    _, ear = run({**given, "jobs": jobs})
+    _, ear = run({**given, "jobs": jobs, "eval_steps": None})
     notices = [(event.level, event.job, event.text) for event in ear.events if isinstance(event, Notice)]
     chosen = [(level, job, text) for level, job, text in notices if "rows are taken" in text]
     assert {(level, job, text.partition(": ")[0]) for level, job, text in chosen} == {
