@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -37,7 +38,8 @@ def render_summary(summary: dict[str, Any]) -> RenderableType:
 def _table(summary: dict[str, Any], many: bool) -> Table:
     """Of many jobs a line each, narrow enough for 80 columns; of few, more of each."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("job", style="bold", overflow="fold")
+    widest = max((cell_len(name) for name in summary["jobs"]), default=0) + 2
+    table.add_column("job", style="bold", overflow="fold", min_width=min(widest, 14))  # else the others squeeze it
     for title in ("steps", "loss", "best held-out", *(() if many else ("tok/s",))):
         table.add_column(title, justify="right", no_wrap=True)
     for title in ("", *(("curve",) if many else ())):

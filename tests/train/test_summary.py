@@ -179,3 +179,21 @@ def test_a_run_without_one_step_has_a_summary(tmp_path: Path) -> None:
 )
 def test_wording(said: str, expected: str) -> None:
     assert said == expected
+
+
+def test_a_jobs_name_keeps_its_line_on_a_narrow_screen() -> None:
+    job = {
+        "steps": 50, "num_steps": 50, "first_loss": 5.5, "last_loss": 5.4, "tokens_per_second": 10_000.0,
+        "best_eval": {"loss": 5.4, "step": 50}, "finished": "done", "skipped_steps": 0,
+        "verdict": {"kind": "flat", "sentence": "Flat: so it is.", "step": 1}, "paths": {"best": "x", "last": "x"},
+    }  # fmt: skip
+    summary = {
+        "output_dir": "runs/x", "jobs": {"中文任务": job, "r8": job}, "best_job": None, "train_tokens": 9,
+        "train_seconds": 1.0, "tokens_per_second": 9.0, "peak_memory_bytes": 2**30, "peak_device_memory_bytes": None,
+        "interrupted": False, "paths": {"plot": "loss.png"},
+    }  # fmt: skip
+    console = Console(width=60, file=io.StringIO(), record=True)
+    console.print(render_summary(summary))
+    shown = console.export_text()
+    assert "中文任务 " in shown
+    assert "Curves    runs/x/loss.png" in shown
