@@ -10,13 +10,13 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.data.config import Config as Data
 from lowrank.data.prepare import prepare
+from lowrank.data.rendering import Renderer
 from lowrank.generate.sampler import Config as Sampling
 from lowrank.generate.sampler import Prompt, generate
 from lowrank.models import loading
 from lowrank.models.config import Config as Model
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Conversation, Message
-from lowrank.data.rendering import Renderer
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers import OptimizerConfig
 

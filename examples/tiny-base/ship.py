@@ -1,28 +1,18 @@
-"""Put a trained base into the package: bfloat16 weights, and the tokenizer as tokenizer.py wrote it.
+"""Put a pre-trained base into the package: bfloat16 weights and the tokenizer.
 
-python examples/tiny-base/ship.py TRAINED_FOLDER UNTRAINED_FOLDER lowrank/models/tiny
+python examples/tiny-base/ship.py runs/tiny-base/default/last lowrank/models/tiny
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-def ship(trained: Path, untrained: Path, out: Path) -> int:
-    """Write the model; its size in bytes, all files together."""
-    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
-    model.save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        shutil.copy(untrained / name, out / name)
-    return sum(path.stat().st_size for path in out.iterdir() if path.is_file())
-
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if __name__ == "__main__":
-    print(f"{ship(*map(Path, sys.argv[1:4])):,} bytes")
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    print(f"{sum(file.stat().st_size for file in target.iterdir()) / 1e6:.1f} MB in {target}")
