@@ -1,1 +1,1 @@
-"""`lowrank/demo`, `lowrank/demo-heldout`: bookings in free text to one line of JSON (examples/tiny-base/demo_data.py)."""
+"""`lowrank/demo` and `lowrank/demo-heldout`: bookings to one line of JSON (examples/tiny-base/demo_data.py)."""
