@@ -1,5 +1,6 @@
 # make demo   train three adapters on the base that ships with lowrank, in about two minutes
 # make test   run the tests
+# Two workers of one thread each: threads that wait for one another on shared cores cost more than they bring.
 # Each makes its own environment in .venv; nothing else on the machine is touched.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ demo: $(VENV)/.core
 	$(BIN)/lowrank demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
