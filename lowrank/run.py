@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,18 +18,24 @@ from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.run_folder import open_run_folder
 from lowrank.checkpoints.run_state import load_checkpoint
 from lowrank.checkpoints.settings_changes import refuse_changed_settings
+from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
+from lowrank.objectives import needs
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
-from lowrank.train.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted
+from lowrank.train.events import Event, JobStarted, Notice, Preparing, Reporter, RunFinished, RunStarted
 from lowrank.train.job import Job
 from lowrank.train.keeper import DiskKeeper
 from lowrank.train.loop import Loop
+from lowrank.train.reference import ReferencedSteps, References, cache_folder
 from lowrank.train.reporters import recorders_for
 from lowrank.train.summary import SummaryBuilder
+
+SECONDS_BETWEEN_WORDS = 5.0
+"""Between two words about how far something long has come."""
 
 
 def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool = False) -> dict[str, Any]:
@@ -67,6 +74,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         )
         engine = Engine(base, Bank(base, config.model.storage), config.micro_batch_tokens)
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
+        _refer(engine, jobs, data, report)  # before the base can change, be it by a checkpoint
 
         # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt.
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
@@ -93,7 +101,15 @@ def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], st
     def warn(text: str) -> None:
         report(Notice(text, level="warning", job=job.name))
 
-    return prepare(data, tokenizer=tokenizer, record=job.objective.build().record, seed=job.seed, on_notice=warn)
+    objective = job.objective.build()
+    return prepare(
+        data,
+        tokenizer=tokenizer,
+        record=objective.record,
+        seed=job.seed,
+        mismatched=needs(objective, "mismatched"),
+        on_notice=warn,
+    )
 
 
 def _tell_about_data(report: Callable[[Event], None], jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
@@ -116,6 +132,10 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
     else:
         slot = _attach(engine.bank, config, report)
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
+        value_D = read_value_head(Path(config.adapter.path))
+        if value_D is not None:
+            engine.load_value_head(slot, value_D)
     num_steps = config.max_steps or math.ceil(config.num_train_epochs * (data.train.steps_per_epoch or 0) - 1e-9)
     return Job(
         name=config.name,
@@ -143,6 +163,35 @@ def _attach(bank: Bank, config: JobConfig, report: Callable[[Event], None]) -> i
     if bank.slots[slot].missed:
         report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
     return slot
+
+
+def _refer(engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], report: Callable[[Event], None]) -> None:
+    """Give every job that compares with the bare base its log-probabilities, computed once for all of them."""
+    comparing = [(job, own) for job, own in zip(jobs, data) if needs(engine.jobs[job.slot].objective, "reference")]
+    if not comparing:
+        return
+    references = References(engine, cache_folder())
+    told = time.monotonic()
+
+    def progress(done: int, total: int, seconds_left: float) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told > SECONDS_BETWEEN_WORDS:
+            told = time.monotonic()
+            report(Preparing("reference log-probabilities", done, total, seconds_left))
+
+    samples = [sample for _, own in comparing for sample in (*own.train.samples, own.eval)]
+    references.prepare((segment for sample in samples for segment in sample), progress)
+    report(
+        Notice(
+            f"reference log-probabilities under the bare base: {references.num_computed} segments computed, "
+            f"{references.num_found} found in {cache_folder()}"
+        )
+    )
+    if references.trouble:
+        report(Notice(references.trouble, level="warning"))
+    for job, own in comparing:
+        job.feed = ReferencedSteps(own.train, references)
+        job.held_out = references.attach(own.eval)
 
 
 def _run_started(

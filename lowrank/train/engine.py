@@ -22,6 +22,7 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
+from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head, logprobs
 from lowrank.models.base import Base
@@ -103,6 +104,16 @@ class Engine:
     def remove(self, slot: int) -> None:
         """Forget a job's optimiser; its adapter stays in the bank."""
         del self.jobs[slot]
+
+    @torch.no_grad()
+    def load_value_head(self, slot: int, value_D: torch.Tensor | None) -> None:
+        """Put a saved value head in the place of a job's fresh one. ModelError if it does not fit."""
+        own_D = self.jobs[slot].value_D
+        assert own_D is not None, f"the job in slot {slot} has no value head"
+        if value_D is None or value_D.shape != own_D.shape:
+            found = "none" if value_D is None else f"{len(value_D)} numbers"
+            raise ModelError(f"the value head has {len(own_D)} numbers, in the saved job there is {found}")
+        own_D.copy_(value_D)
 
     def forward_backward(self, work: Work) -> dict[int, Forwarded]:
         """Accumulate the gradients of one optimiser step of every job in `work`.
