@@ -121,9 +121,9 @@ def sides(segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
 
 def references(segments: Sequence[Segment]) -> torch.Tensor:
     """(S) sums over each segment."""
-    sums = [float(segment.reference_L.sum()) for segment in segments if segment.reference_L is not None]
+    sums = [float(segment.reference_L.sum(dtype=np.float64)) for segment in segments if segment.reference_L is not None]
     assert len(sums) == len(segments)
-    return torch.tensor(sums)
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def padded(segments: Sequence[Segment]) -> dict[str, torch.Tensor]:
