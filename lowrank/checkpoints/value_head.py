@@ -1,4 +1,4 @@
-"""A value head on disk: `value_head.safetensors` with one tensor, `score.weight` (1, D), beside what it was trained with.
+"""A value head on disk: `value_head.safetensors` with one tensor, `score.weight` (1, D), beside its adapter or model.
 
 The name and shape are those of transformers' sequence classification, which a reward model is one of.
 """

@@ -211,7 +211,7 @@ def _before(row: Row, columns: Names, tags: Names, chosen: Sequence[Message]) ->
         return [*_system(row, columns), *led]
     if not known:
         raise RowProblem(
-            "missing prompt: there is no column for it, and chosen and rejected are answers alone; map it with `columns`"
+            "missing prompt: there is no column for it, and chosen and rejected hold answers alone; map `columns`"
         )
     return [*_prompt_turns(row, columns, tags), *led]
 

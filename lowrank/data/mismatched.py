@@ -41,7 +41,9 @@ def with_mismatched(samples: Iterable[Sample], max_length: int) -> Iterator[Samp
 
 def _other(segment: Segment, before: deque[Segment]) -> Segment | None:
     prompt = segment.token_L[: _answer_at(segment)]
-    return next((each for each in reversed(before) if not np.array_equal(each.token_L[: _answer_at(each)], prompt)), None)
+    return next(
+        (each for each in reversed(before) if not np.array_equal(each.token_L[: _answer_at(each)], prompt)), None
+    )
 
 
 def _answer_at(segment: Segment) -> int:

@@ -242,9 +242,7 @@ class Renderer:
         if isinstance(record, Text):
             parts = [self._framed(part) for part in parts]
         elif isinstance(record, Preference):
-            parts = [
-                replace(without_tail(part), pair=0, role=role) for part, role in zip(parts, (CHOSEN, REJECTED))
-            ]
+            parts = [replace(without_tail(part), pair=0, role=role) for part, role in zip(parts, (CHOSEN, REJECTED))]
         else:
             role = PLAIN if isinstance(record, Conversation) else (CHOSEN if record.desirable else REJECTED)
             parts = [replace(without_tail(part), role=role) for part in parts]

@@ -45,7 +45,7 @@ class Config(Settings):
 
 
 class DPO:
-    """Mean over pairs of `preference_loss(log ratio of chosen - log ratio of rejected)`, plus pref_ftx times the NLL."""
+    """Mean over pairs of `preference_loss(log ratio of chosen - log ratio of rejected)`, plus `pref_ftx` times NLL."""
 
     record = Preference
     needs = ("reference",)

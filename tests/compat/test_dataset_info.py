@@ -68,8 +68,13 @@ def test_pairs_and_ratings() -> None:
     rated = one({"file_name": "a", "columns": {"prompt": "q", "response": "a", "kto_tag": "ok"}}, stage="kto")
     assert rated["format"] == "rated"
     assert rated["columns"] == {
-        **{"prompt": "q", "query": "", "response": "a", "history": "", "system": ""},
-        **{"messages": "", "kto_tag": "ok"},
+        "prompt": "q",
+        "query": "",
+        "response": "a",
+        "history": "",
+        "system": "",
+        "messages": "",
+        "kto_tag": "ok",
     }
 
 

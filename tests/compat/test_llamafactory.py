@@ -344,8 +344,14 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
         ("stage: dpo\n", "dataset 'identity': stage dpo needs preference pairs, and it is not marked ranking: true"),
         ("stage: kto\n", "dataset 'identity': stage kto needs rated answers, and columns.kto_tag is not given"),
         ("dataset: chats\nstage: dpo\npref_loss: kto_pair\n", "pref_loss: 'kto_pair' is not supported; use stage: kto"),
-        ("dataset: chats\nstage: dpo\npref_loss: ipo\ndpo_label_smoothing: 0.1\n", "dpo_label_smoothing: only for pref_loss: sigmoid"),
-        ("dataset: chats\nstage: dpo\nref_model: other\n", "ref_model: 'other' is not supported: the reference is the base itself"),
+        (
+            "dataset: chats\nstage: dpo\npref_loss: ipo\ndpo_label_smoothing: 0.1\n",
+            "dpo_label_smoothing: only for pref_loss: sigmoid",
+        ),
+        (
+            "dataset: chats\nstage: dpo\nref_model: other\n",
+            "ref_model: 'other' is not supported: the reference is the base itself",
+        ),
         ("finetuning_type: freeze\n", "finetuning_type: 'freeze' is not there; choose lora or full"),
         ("quantization_bit: 4\n", "quantization_bit: 4 is not supported: bases are kept in 16 or 32 bit"),
         ("use_dora: true\n", "use_dora: True is not supported"),

@@ -96,7 +96,9 @@ def render(record: Preference | Rated, **settings: Any) -> Any:
 
 
 def pair(chosen: str, rejected: str) -> Preference:
-    return Preference(Conversation((Message("user", "Go."),)), Message("assistant", chosen), Message("assistant", rejected))
+    return Preference(
+        Conversation((Message("user", "Go."),)), Message("assistant", chosen), Message("assistant", rejected)
+    )
 
 
 def test_a_pair_shares_its_prompt_to_the_token_also_when_it_is_cut() -> None:
@@ -132,8 +134,10 @@ def test_mismatched_answers_come_from_the_nearest_row_with_another_prompt() -> N
 
 
 def test_mismatched_answers_of_one_prompt_or_one_row() -> None:
-    same = [[int(other.token_L[3]) for _, other in with_mismatched([rated(7, n) for n in range(10, 10 + count)], 100)]
-            for count in (1, 3)]
+    same = [
+        [int(other.token_L[3]) for _, other in with_mismatched([rated(7, n) for n in range(10, 10 + count)], 100)]
+        for count in (1, 3)
+    ]
     assert same == [[10], [12, 10, 11]]
 
 

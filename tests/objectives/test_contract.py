@@ -40,7 +40,7 @@ every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 def step_for(objective: Any, seed: int) -> list[Segment]:
-    """One optimiser step of what the objective learns from: plain segments, pairs, or rated ones; with what it needs."""
+    """One optimiser step of what the objective learns from, with what it needs."""
     generator = np.random.default_rng(seed)
     segments = []
     for index, length in enumerate(LENGTHS):

@@ -1,4 +1,4 @@
-"""SFT, DPO, KTO and a reward model in one run on one base: none notices another; runs, resumes, and says how it went."""
+"""SFT, DPO, KTO and a reward model in one run on one base: none notices another; runs, resumes, and reports."""
 
 from __future__ import annotations
 
@@ -87,8 +87,10 @@ def files(tmp_path: Path) -> dict[str, str]:
     kinds = {
         "chats": [{"prompt": ask, "completion": good} for ask, good, _ in rows],
         "pairs": [{"prompt": ask, "chosen": good, "rejected": bad} for ask, good, bad in rows],
-        "rated": [{"prompt": ask, "completion": good if i % 2 else bad, "label": bool(i % 2)}
-                  for i, (ask, good, bad) in enumerate(rows)],
+        "rated": [
+            {"prompt": ask, "completion": good if i % 2 else bad, "label": bool(i % 2)}
+            for i, (ask, good, bad) in enumerate(rows)
+        ],
     }
     for name, made in kinds.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
@@ -108,7 +110,11 @@ def settings(files: dict[str, str], out: Path, **changes: Any) -> dict[str, Any]
         "jobs": [
             {"name": "sft", "data": {"train": files["chats"], **shared}},
             {"name": "dpo", "objective": "dpo", "data": {"train": files["pairs"], **shared}},
-            {"name": "ipo", "objective": {"type": "dpo", "loss_type": "ipo"}, "data": {"train": files["pairs"], **shared}},
+            {
+                "name": "ipo",
+                "objective": {"type": "dpo", "loss_type": "ipo"},
+                "data": {"train": files["pairs"], **shared},
+            },
             {"name": "kto", "objective": "kto", "data": {"train": files["rated"], **shared}},
             {"name": "reward", "objective": "reward", "data": {"train": files["pairs"], **shared}},
         ],
@@ -116,8 +122,10 @@ def settings(files: dict[str, str], out: Path, **changes: Any) -> dict[str, Any]
     }
 
 
-def test_a_run_of_all_and_its_resumption(files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Metrics of steps and evaluations are kept; references are computed once; a stopped run goes on to the same bits."""
+def test_a_run_of_all_and_its_resumption(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics are kept; references are computed once; a stopped run goes on to the same bits."""
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "cache"))
     whole = Ear()
     summary = train(RunConfig(**settings(files, tmp_path / "whole")), reporters=[whole])
@@ -133,7 +141,9 @@ def test_a_run_of_all_and_its_resumption(files: dict[str, str], tmp_path: Path, 
     assert any("kl" in line["metrics"] for line in lines if line["event"] == "eval" and line["job"] == "kto")
     notices = [event.text for event in whole.events if isinstance(event, Notice)]
     (told,) = [text for text in notices if text.startswith("reference log-probabilities")]
-    assert "60 segments computed, 0 found" in told  # pairs once for three jobs, since their answers are rated, and mismatched
+    assert (
+        "60 segments computed, 0 found" in told
+    )  # pairs once for three jobs, since their answers are rated, and mismatched
 
     class Stopper(Ear):
         def report(self, event: Event) -> None:
@@ -159,20 +169,23 @@ def test_a_run_of_all_and_its_resumption(files: dict[str, str], tmp_path: Path, 
     assert read_value_head(tmp_path / "whole" / "dpo" / "last") is None
 
 
-def test_a_full_parameter_job_keeps_its_reference(files: dict[str, str], tmp_path: Path) -> None:
-    """The base changes; what it is compared with does not, also after a resume. A value head is saved with the model."""
-    given = settings(files, tmp_path / "whole", tuning="full", optimizer={"learning_rate": 1e-4})
+def test_a_full_parameter_job_keeps_its_reference(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base changes, what it is compared with does not, also after a resume. A value head is saved with it."""
+    given = settings(files, tmp_path / "whole", tuning="full", optimizer={"learning_rate": 1e-4}, schedule="constant")
     given["jobs"] = [given["jobs"][1]]
     whole, first, rest = Ear(), Ear(), Ear()
     train(RunConfig(**given), reporters=[whole])
     train(RunConfig(**{**given, "output_dir": tmp_path / "cut", "max_steps": 2}), reporters=[first])
-    os.environ["LOWRANK_CACHE"] = str(tmp_path / "empty")  # computed anew: before the checkpoint is loaded
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "empty"))  # computed anew: before the checkpoint is loaded
     train(RunConfig(**{**given, "output_dir": tmp_path / "cut", "resume": True}), reporters=[rest])
     metrics = [
-        [event.metrics["rewards/chosen"] for event in ear.events if isinstance(event, EvalDone)] for ear in (whole, rest)
+        [event.metrics["rewards/chosen"] for event in ear.events if isinstance(event, EvalDone)]
+        for ear in (whole, rest)
     ]
     assert metrics[0][-1] != 0
-    assert metrics[1][-1] == pytest.approx(metrics[0][-1], rel=0.3)  # another schedule in its first two steps
+    assert metrics[1][-1] == pytest.approx(metrics[0][-1], rel=1e-6)
     given["jobs"] = [{**given["jobs"][0], "name": "reward", "objective": {"type": "reward"}}]
     train(RunConfig(**{**given, "output_dir": tmp_path / "reward"}))
     head = read_value_head(tmp_path / "reward" / "reward" / "last")
