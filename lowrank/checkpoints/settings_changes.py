@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +17,6 @@ MAY_CHANGE = (
 does. (The lengths do move the schedules of learning rates: a person who asks for more steps knows.)"""
 
 _MISSING = object()
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that stay the same as long as the settings do."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
