@@ -75,8 +75,9 @@ def open_run_folder(
 ) -> RunFolder:
     """Take the folder for a run with these job names; `also`: other names the run will write at its top.
 
-    What a crashed run left half-done is put right. With `overwrite` the old run stands until `clear`. OutputError if the folder is not empty and neither
-    `resume` nor `overwrite` is asked for, holds what lowrank did not write, is in use, or has nothing to resume.
+    What a crashed run left half-done is put right. With `overwrite` the old run stands until `clear`. OutputError if
+    the folder is not empty and neither `resume` nor `overwrite` is asked for, holds what lowrank did not write, is in
+    use, or has nothing to resume.
     """
     assert not (resume and overwrite), "the configuration refuses this"
     output_dir = Path(output_dir)

@@ -61,7 +61,7 @@ def learning_rate(value: float | None) -> str:
 
 
 def program() -> str:
-    """How this program is called from where the person is: `lowrank`, or the path that was typed if it is on no path."""
+    """How this program is called from where the person is: `lowrank`, or the path that was typed."""
     typed = sys.argv[0]
     if shutil.which("lowrank"):
         return "lowrank"
