@@ -7,7 +7,7 @@ same gradient on random input. What differs in any way stays as it is. Parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -27,6 +27,7 @@ class LeanNorm(nn.Module):
         super().__init__()
         assert isinstance(norm.weight, nn.Parameter)
         self.weight = norm.weight
+        self.width = len(norm.weight)
         self.eps = eps
         self.kind: Kind = kind
 
@@ -41,6 +42,7 @@ class LeanMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
+        self.width: int = mlp.gate_proj.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn))
@@ -57,7 +59,7 @@ def make_lean(model: nn.Module) -> int:
     return len(replaced)
 
 
-def _candidates(module: nn.Module) -> list[nn.Module]:
+def _candidates(module: nn.Module) -> Sequence[LeanNorm | LeanMLP]:
     """What might compute the same as `module`."""
     parameters, children = dict(module.named_parameters(recurse=False)), dict(module.named_children())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -72,15 +74,14 @@ def _candidates(module: nn.Module) -> list[nn.Module]:
     return []
 
 
-def _same(module: nn.Module, replacement: nn.Module) -> bool:
+def _same(module: nn.Module, replacement: LeanNorm | LeanMLP) -> bool:
     """Equal bits forward, and an input gradient equal to rounding. Not tried on the meta device."""
     weight = next(module.parameters())
     if weight.device.type == "meta":
         return False
-    width = module.gate_proj.in_features if isinstance(replacement, LeanMLP) else len(weight)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_ROWS, width, generator=generator).to(weight)
-    dy = torch.randn(_ROWS, width, generator=generator).to(weight)
+    x = torch.randn(_ROWS, replacement.width, generator=generator).to(weight)
+    dy = torch.randn(_ROWS, replacement.width, generator=generator).to(weight)
     try:
         (theirs, own), (their_dx, own_dx) = zip(_run(module, x, dy), _run(replacement, x, dy))
     except (RuntimeError, TypeError, ValueError, AttributeError):
