@@ -101,7 +101,9 @@ def compare(model: Any, objective: Objective, peer: Peer, segments: list[Segment
     shared = metrics.keys() & forwarded.metrics.keys()
     assert shared >= {"rewards/chosen", "rewards/rejected", "rewards/margins"}
     assert {name: forwarded.metrics[name] for name in shared} == pytest.approx(
-        {name: metrics[name] for name in shared}, rel=1e-4, abs=1e-4  # TRL sums float32 log-probabilities
+        {name: metrics[name] for name in shared},
+        rel=1e-4,
+        abs=1e-4,  # TRL sums float32 log-probabilities
     )
     compare_gradients(engine, theirs, tolerance)
 
