@@ -25,6 +25,7 @@ from lowrank.adapters.routing import Draws
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head, logprobs
+from lowrank.kernels.values import last_token_values
 from lowrank.models.base import Base
 from lowrank.objectives import Metrics, Objective, needs
 from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
@@ -231,7 +232,7 @@ class Engine:
         scored = []
         for slot, first, end in batch.slot_ranges():
             part, value_D = batch.of_slot(slot), heads[slot]
-            value_S = None if value_D is None else hidden_TD[first + part.start_S1[1:] - 1].to(value_D.dtype) @ value_D
+            value_S = None if value_D is None else last_token_values(hidden_TD[first:end], part.start_S1, value_D)
             scored.append((slot, part, Scores(logprob_T[first:end], part.reference_T, value_S)))
         return scored
 

@@ -16,13 +16,14 @@ import lowrank.train.reference as reference
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import RunConfig
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, ModelError
 from lowrank.objectives import dpo, kto, reward, sft
-from lowrank.records import BARE_BASE, Segment
+from lowrank.records import Conversation, Message, Segment
 from lowrank.run import train
 from lowrank.train.engine import Engine
 from lowrank.train.events import EvalDone, Event, Notice, StepDone
 from lowrank.train.optimizers import OptimizerConfig
+from lowrank.trained import open_trained
 from tests.objectives.test_contract import step_for
 from tests.tiny_models import make_base, make_engine
 
@@ -193,6 +194,24 @@ def test_a_full_parameter_job_keeps_its_reference(
     assert (tmp_path / "reward" / "reward" / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("tuning", ["adapter", "full"])
+def test_a_saved_reward_model_says_what_it_said_in_training(files: dict[str, str], tmp_path: Path, tuning: str) -> None:
+    given = settings(files, tmp_path / "run", tuning=tuning, max_steps=2)
+    data = {"train": files["pairs"], "eval": files["pairs"], "batch_size": 4}
+    given["jobs"] = [{"name": "rm", "objective": "reward", "data": data}]
+    metrics = train(RunConfig(**given))["jobs"]["rm"]["eval_metrics"]
+    trained = open_trained(str(tmp_path / "run"), which="last", notify=lambda text: None)
+    ask = [Message("user", f"Say {n}") for n in range(20)]
+    for side, offset in (("chosen", 0), ("rejected", 1)):
+        texts = [f"{n} {n}" if side == "chosen" else f"{n + offset}" for n in range(20)]
+        chats = [Conversation((question, Message("assistant", text))) for question, text in zip(ask, texts)]
+        found = trained.rewards([("rm", chat) for chat in chats])
+        assert sum(found) / 20 == pytest.approx(metrics[f"rewards/{side}"], abs=1e-5)
+    if tuning == "adapter":
+        with pytest.raises(ModelError, match="'base' is no reward model"):
+            trained.rewards([("base", chats[0])])
+
+
 def test_training_of_a_reward_model_goes_on(files: dict[str, str], tmp_path: Path) -> None:
     given = settings(files, tmp_path / "one")
     given["jobs"] = given["jobs"][-1:]
@@ -223,4 +242,3 @@ def test_dpo_on_a_stream_has_the_same_references(files: dict[str, str], tmp_path
         train(RunConfig(**given), reporters=[ear])
         losses.append(ear.losses("a"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert BARE_BASE == -1
