@@ -36,7 +36,8 @@ def engine_with(names: list[str], micro_batch_tokens: int) -> tuple[Engine, dict
     slots = {}
     for name in names:
         seed = list(OBJECTIVES).index(name)
-        slots[name] = engine.bank.add(Lora(rank=4, dropout=0.2), seed=seed)
+        adapter: Any = Lora(rank=4, dropout=0.2)
+        slots[name] = engine.bank.add(adapter, seed=seed)
         engine.add(slots[name], OBJECTIVES[name].build(), OptimizerConfig(), seed=seed, neftune_alpha=0.0)
     return engine, slots
 
