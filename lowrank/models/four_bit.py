@@ -17,9 +17,9 @@ from lowrank.models.storages.packed import PackedLinear, bias_of, weight_of
 
 
 class FourBitLinear(PackedLinear):
-    """Codes in `weight`, two to a byte; their scales in `absmax`: float32, or 8-bit codes with scales of their own."""
+    """Codes, two to a byte; their scales in `absmax`: float32, or 8-bit codes with scales of their own."""
 
-    weight: torch.Tensor
+    codes: torch.Tensor
     absmax: torch.Tensor
     nested_absmax: torch.Tensor | None
     nested_map: torch.Tensor | None
@@ -29,7 +29,7 @@ class FourBitLinear(PackedLinear):
         shape: tuple[int, int],
         code: str,
         block_size: int,
-        weight: torch.Tensor,
+        codes: torch.Tensor,
         absmax: torch.Tensor,
         bias_O: torch.Tensor | None,
         dtype: torch.dtype,
@@ -43,15 +43,15 @@ class FourBitLinear(PackedLinear):
         super().__init__(shape[1], shape[0], bias_O, dtype)
         self.code, self.block_size = code, block_size
         self.offset, self.nested_block_size = offset, nested_block_size
-        self.register_buffer("weight", weight)
+        self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.register_buffer("nested_absmax", nested_absmax)
         own_map = nested_map is not None and not torch.equal(nested_map, dynamic_map(nested_map.device))
         self.register_buffer("nested_map", nested_map if own_map else None)
 
     def dense_weight(self) -> torch.Tensor:
-        out = scratch((self.out_features, self.in_features), self.dtype, self.weight.device)
-        dequantise(self.weight, self.scales(), self.code, self.block_size, out)
+        out = scratch((self.out_features, self.in_features), self.dtype, self.codes.device)
+        dequantise(self.codes, self.scales(), self.code, self.block_size, out)
         return out
 
     def scales(self) -> torch.Tensor:

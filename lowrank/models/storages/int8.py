@@ -52,7 +52,7 @@ def quantise_rows(weight_OD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Int8Linear(PackedLinear):
     """W = codes * absmax / 127, row by row; with some columns as they were."""
 
-    weight: torch.Tensor
+    codes: torch.Tensor
     absmax: torch.Tensor
     columns: torch.Tensor | None
     outliers: torch.Tensor | None
@@ -67,18 +67,18 @@ class Int8Linear(PackedLinear):
         outliers_OK: torch.Tensor | None = None,
     ) -> None:
         super().__init__(codes_OD.shape[1], codes_OD.shape[0], bias_O, dtype)
-        self.register_buffer("weight", codes_OD)
+        self.register_buffer("codes", codes_OD)
         self.register_buffer("absmax", absmax_O)
         self.register_buffer("columns", columns_K)
         self.register_buffer("outliers", outliers_OK)
 
     def dense_weight(self) -> torch.Tensor:
-        out = scratch((self.out_features, self.in_features), self.dtype, self.weight.device)
+        out = scratch((self.out_features, self.in_features), self.dtype, self.codes.device)
         scale_O1 = (self.absmax / 127.0)[:, None]
         rows = max(1, _CHUNK // self.in_features) if out.device.type == "cpu" else len(out)
         for first in range(0, len(out), rows):  # in pieces that stay in the processor's cache; one type at a time
             part = slice(first, first + rows)
-            out[part] = self.weight[part].float().mul_(scale_O1[part])
+            out[part] = self.codes[part].float().mul_(scale_O1[part])
         if self.columns is not None:
             assert self.outliers is not None
             out[:, self.columns] = self.outliers

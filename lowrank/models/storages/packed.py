@@ -53,6 +53,11 @@ class PackedLinear(nn.Module):
         """W as (O, D) in `self.dtype`, in scratch memory: good until the next call."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight in memory of its own, for model code that takes a layer apart (Mamba); slow, and right."""
+        return self.dense_weight().clone()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., O), in the dtype of `x`."""
         return _FrozenProduct.apply(x, self)
