@@ -84,7 +84,8 @@ def from_bit_stream(word_NW: torch.Tensor, bits: int, count: int) -> torch.Tenso
 
     32 codes take `bits` words; a code may lie across two of them.
     """
-    assert word_NW.dtype == torch.int32 and word_NW.shape[1] * _WORD >= count * bits, (word_NW.shape, bits, count)
+    assert word_NW.dtype == torch.int32
+    assert word_NW.shape[1] * _WORD >= count * bits, (word_NW.shape, bits, count)
     rows, words = word_NW.shape
     word_NW = torch.nn.functional.pad(word_NW, (0, -words % bits))
     word_NKW = word_NW.view(rows, -1, bits)

@@ -26,6 +26,8 @@ class Reader(Protocol):
     suffixes: tuple[str, ...]
     """How the tensors of one linear are called, after the linear's name and a dot. A linear of the checkpoint is
     quantised if there is any of them besides `weight`; one with a plain `weight` is not."""
+    notice: str | None
+    """What a person should know before training on it, or None."""
 
     def build(
         self, name: str, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype
