@@ -13,6 +13,31 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank.settings import Settings
+
+DENSE_MODULES = ("lm_head", "embed_out", "router", "gate", "shared_expert_gate")
+"""Heads, and the small layers that choose the experts of a mixture: few bytes, and sensitive to rounding."""
+
+
+class QuantisedStorage(Settings):
+    """Settings that every storage which quantises while it loads has; a storage adds `type`, its own, and `wrap`."""
+
+    skip_modules: tuple[str, ...] = DENSE_MODULES
+    """Linear layers that stay in 16 bit, by name or the end of a name. The head and tied weights always do."""
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """The weight of an `nn.Linear`, or of a transformers `Conv1D` (GPT-2 keeps it as (D, O)), as (O, D)."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach() if isinstance(linear, nn.Linear) else weight.detach().t()
+
+
+def bias_of(linear: nn.Module) -> torch.Tensor | None:
+    """Its bias, if it has one."""
+    bias = getattr(linear, "bias", None)
+    return bias.detach() if isinstance(bias, torch.Tensor) else None
+
 
 class PackedLinear(nn.Module):
     """A frozen `BaseLinear`; a storage adds its buffers and `dense_weight`."""
@@ -27,6 +52,11 @@ class PackedLinear(nn.Module):
     def dense_weight(self) -> torch.Tensor:
         """W as (O, D) in `self.dtype`, in scratch memory: good until the next call."""
         raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight in memory of its own, for model code that takes a layer apart (Mamba); slow, and right."""
+        return self.dense_weight().clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., O), in the dtype of `x`."""
