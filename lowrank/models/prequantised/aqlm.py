@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lowrank.models.prequantised.checks import FLOATS, one_of, take
-from lowrank.models.storages.additive import AdditiveLinear
+from lowrank.models.additive import AdditiveLinear
 
 METHODS = ("aqlm",)
 

@@ -24,7 +24,7 @@ from lowrank.models.prequantised.checks import (
     scattered,
     take,
 )
-from lowrank.models.storages.affine import AffineLinear
+from lowrank.models.affine import AffineLinear
 
 METHODS = ("gptq",)
 BITS = (2, 3, 4, 8)

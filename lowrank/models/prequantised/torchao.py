@@ -14,7 +14,7 @@ import torch
 
 from lowrank.errors import ModelError
 from lowrank.models.prequantised.checks import FLOATS, WAY_OUT, same_everywhere, take
-from lowrank.models.storages.affine import AffineLinear
+from lowrank.models.affine import AffineLinear
 
 METHODS = ("torchao",)
 _READ = ("Int8WeightOnlyConfig",)
