@@ -16,7 +16,7 @@ from torch import nn
 
 from lowrank.errors import ModelError
 from lowrank.kernels.four_bit import BLOCK_SIZES, CODES, dynamic_map, packed_bytes
-from lowrank.models.four_bit import FourBitLinear
+from lowrank.models.storages.four_bit import FourBitLinear
 from lowrank.models.storages.int8 import Int8Linear
 
 METHODS = ("bitsandbytes",)
