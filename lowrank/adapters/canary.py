@@ -27,7 +27,7 @@ _RANGES = ((0, 2, 11), (1, 11, _TOKENS))
 
 
 def gradient_errors(base: BaseLinear, other: BaseLinear, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """{situation: largest relative error of y, dx, dA and dB}. `other`: a layer that runs between forward and backward."""
+    """{situation: largest relative error of y, dx, dA, dB}. `other`: a layer that runs between forward and backward."""
     weight_OD = base.dense_weight().double().clone()
     bias = getattr(base, "bias", None)
     generator = torch.Generator().manual_seed(0)

@@ -138,9 +138,7 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
     return model, [sentence for sentence in said if sentence]
 
 
-def _packing(
-    config: Config, shape: Any, dtype: torch.dtype, device: torch.device, train_all: bool
-) -> Packing | None:
+def _packing(config: Config, shape: Any, dtype: torch.dtype, device: torch.device, train_all: bool) -> Packing | None:
     """How linear layers are packed while they load; None if they are not. Takes what config.json says about it out."""
     holders = [each for each in (shape, shape.get_text_config()) if getattr(each, "quantization_config", None)]
     stored_as = holders[0].quantization_config if holders else None

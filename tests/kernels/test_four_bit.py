@@ -110,16 +110,20 @@ def test_double_quantisation(count: int) -> None:
     ours = dequantise_scales(codes, nested, offset, dynamic_map())
     other = dequantise_scales(theirs, nested, offset, dynamic_map())
     assert (ours - absmax).norm() <= (other - absmax).norm() + 1e-6
-    assert torch.equal(
-        bnb.dequantize_blockwise(codes, state) + offset, ours
-    )  # and what the codes mean is the same
+    assert torch.equal(bnb.dequantize_blockwise(codes, state) + offset, ours)  # and what the codes mean is the same
 
 
 def test_the_error_on_normal_weights() -> None:
     """docs/quantisation.md's numbers: 2048^2 values of N(0, 1)."""
     torch.manual_seed(0)
     weight = torch.randn(2048, 2048)
-    expected = {("nf4", 32): 0.0873, ("nf4", 64): 0.0920, ("nf4", 128): 0.0956, ("nf4", 256): 0.0987, ("fp4", 64): 0.1219}
+    expected = {
+        ("nf4", 32): 0.0873,
+        ("nf4", 64): 0.0920,
+        ("nf4", 128): 0.0956,
+        ("nf4", 256): 0.0987,
+        ("fp4", 64): 0.1219,
+    }
     for (code, block_size), error in expected.items():
         out = torch.empty_like(weight)
         dequantise(*quantise(weight, code, block_size), code, block_size, out)

@@ -19,8 +19,8 @@ from lowrank.models.config import Config as ModelConfig
 from lowrank.models.storages import nf4
 from lowrank.models.storages.dense import Config as Dense
 from lowrank.settings import configs_in
-from tests.train.test_isolation import same, train
 from tests.tiny_models import make_base, make_engine, random_step
+from tests.train.test_isolation import same, train
 
 STORAGES = configs_in("lowrank.models.storages")
 CASES: dict[str, Any] = {name: kind() for name, kind in STORAGES.items()} | {

@@ -102,7 +102,9 @@ def shard(folder: Path) -> list[Path]:
 def test_a_missing_shard(folder: Path) -> None:
     missing = shard(folder)[1]
     missing.unlink()
-    with pytest.raises(ModelError, match=rf"files that are not there.*\n.*{missing.name}: \d+ tensors lie in it, among"):
+    with pytest.raises(
+        ModelError, match=rf"files that are not there.*\n.*{missing.name}: \d+ tensors lie in it, among"
+    ):
         load(config_of(folder))
 
 
