@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -31,10 +32,18 @@ class Config(Settings):
 
     def wrap(self, linear: nn.Module) -> AffineLinear:
         """The packed copy of an `nn.Linear` or a transformers `Conv1D` (GPT-2: weight kept as (D, O))."""
-        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, torch.Tensor)
+        weight_OD = weight if isinstance(linear, nn.Linear) else weight.t()
         groups = half_quadratic(
-            weight, self.bits, self.group_size, fit_scale=self.fit_scale, iterations=self.iterations
+            weight_OD, self.bits, self.group_size, fit_scale=self.fit_scale, iterations=self.iterations
         )
         return AffineLinear(
-            groups.code_OD, self.bits, groups.scale_OG, groups.zero_OG, groups.group_size, linear.bias, weight.dtype
+            groups.code_OD,
+            self.bits,
+            groups.scale_OG,
+            groups.zero_OG,
+            groups.group_size,
+            bias if isinstance(bias, torch.Tensor) else None,
+            weight.dtype,
         )
