@@ -135,6 +135,7 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
     if dtype == torch.float64:  # grouped expert kernels know no float64
         model.config._experts_implementation = "eager"
     said = [_not_used(sorted(report["unexpected_keys"])), _not_packed(model) if packing else None]
+    said += [packing.reader.notice] if packing and packing.reader else []
     return model, [sentence for sentence in said if sentence]
 
 

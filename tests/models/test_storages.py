@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.canary import TOLERANCE, gradient_errors
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.models.config import Config as ModelConfig
+from lowrank.models.prequantised import reader_for
 from lowrank.models.storages import nf4
 from lowrank.models.storages.dense import Config as Dense
 from lowrank.settings import configs_in
@@ -60,6 +63,22 @@ def test_canary_after_save_and_load(case: str, tmp_path: Path) -> None:
     again.load_state_dict(load_file(tmp_path / "layer"))
     assert torch.equal(again.dense_weight().clone(), layer.dense_weight())
     assert max(gradient_errors(again, layer, torch.float64, CPU).values()) < 1e-12
+
+
+FIXTURES = Path(__file__).parent / "prequantised" / "fixtures"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.safetensors")))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_canary_of_every_reader(name: str, dtype: torch.dtype) -> None:
+    """Layers packed by the tools themselves."""
+    with safe_open(str(FIXTURES / f"{name}.safetensors"), "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != "dense"}  # noqa: SIM118
+        reader = reader_for(json.loads(file.metadata()["quantization_config"]))
+    assert reader is not None
+    layer = reader.build("layer", tensors, None, dtype)
+    errors = gradient_errors(layer, CASES["nf4"].wrap(linear(96, 64, dtype)), dtype, CPU)  # type: ignore[arg-type]
+    assert {name: error for name, error in errors.items() if not error < TOLERANCE[dtype]} == {}
 
 
 def test_the_canary_sees_a_scratch_weight_that_was_kept() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -248,6 +249,30 @@ def change(folder: Path, to: Path, tensors: Any = None, config: Any = None) -> P
 def test_wrong_quantised_checkpoints(changes: Any, message: str, quantised: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         load(config_of(change(quantised["nf4"], tmp_path / "changed", **changes), "dense"))
+
+
+FIXTURES = Path(__file__).parent / "prequantised" / "fixtures"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.safetensors")))
+def test_every_reader_from_a_checkpoint(name: str, folder: Path) -> None:
+    """A layer packed by the tool itself (out 64, in 128), among layers that are not quantised, which stay as they are."""
+    down = "model.layers.0.mlp.down_proj"
+    with safe_open(str(FIXTURES / f"{name}.safetensors"), "pt") as file:
+        packed_tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        config = json.loads(file.metadata()["quantization_config"])
+    dense = packed_tensors.pop("dense")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{down}.weight"]
+    tensors |= {f"{down}.{suffix}": tensor for suffix, tensor in packed_tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    own = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**own, "quantization_config": config}))
+    base = load(config_of(folder, "dense"), notify=lambda sentence: None)
+    assert packed(base).keys() == {down}
+    got = packed(base)[down].dense_weight()
+    assert (got - dense.to(got.dtype)).norm() <= 1e-2 * dense.float().norm()
+    assert f"{UP}.weight" in dict(base.model.named_parameters())
 
 
 # Memory

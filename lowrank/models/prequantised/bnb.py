@@ -41,6 +41,8 @@ class BnbReader:
         *(_STATE + code for code in CODES), "SCB", "weight_format",
     )  # fmt: skip
 
+    notice = None
+
     def build(
         self, name: str, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype
     ) -> nn.Module:

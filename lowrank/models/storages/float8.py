@@ -16,7 +16,7 @@ _GPU_BLOCK = 1 << 24
 class Float8Linear(PackedLinear):
     """W[o, d] = weight[o, d] * scale[o // height, d // width]; the last block of a row or column has what is left."""
 
-    weight: torch.Tensor
+    codes: torch.Tensor
     scale: torch.Tensor
 
     def __init__(
@@ -38,12 +38,12 @@ class Float8Linear(PackedLinear):
                 f"{name}: scales of shape {(rows, columns)} do not fit a weight of {(out_features, in_features)} in "
                 f"blocks of {(self.height, self.width)}; config.json's quantization_config is not this file's"
             )
-        self.register_buffer("weight", weight_OD)
+        self.register_buffer("codes", weight_OD)
         self.register_buffer("scale", scale_PQ.float().contiguous())
 
     def dense_weight(self) -> torch.Tensor:
         """W as (O, D), in scratch memory. Multiplied in float32, rounded once."""
-        out_OD = scratch((self.out_features, self.in_features), self.dtype, self.weight.device)
+        out_OD = scratch((self.out_features, self.in_features), self.dtype, self.codes.device)
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
         size = _CPU_BLOCK if out_OD.device.type == "cpu" else _GPU_BLOCK
         step = max(1, size // self.in_features)
@@ -51,7 +51,7 @@ class Float8Linear(PackedLinear):
         whole = self.in_features // self.width
         for first in range(0, self.out_features, step):
             rows = slice(first, first + step)
-            weight_ND = self.weight[rows].to(work)
+            weight_ND = self.codes[rows].to(work)
             scale_NQ = self.scale[row_O[rows]].to(work)
             edge = whole * self.width
             if whole:
