@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank.checkpoints.atomic import new_folder
-from lowrank.errors import ModelError
+from lowrank.checkpoints.atomic import current, new_folder
+from lowrank.errors import ConfigError, ModelError, OutputError
+from lowrank.kernels.four_bit import quantise_way
+from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.models.checkpoint_files import checkpoint_files
+from lowrank.models.config import Config
+from lowrank.models.loading import load, locate
 from lowrank.models.prequantised.bnb import as_config, as_tensors
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.storages.packed import PackedLinear
+from lowrank.models.streaming import kept_dense
+
+WRITABLE = ("nf4", "fp4", "int8")
+"""Storages that bitsandbytes has a format for."""
 
 
 def save_packed(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -38,3 +48,34 @@ def save_packed(folder: Path, model: Any, tokenizer: Any) -> None:
         finally:
             del model.config.quantization_config
         tokenizer.save_pretrained(partial)
+
+
+def quantize_model(config: Config, folder: Path, notify: Callable[[str], None] = print) -> dict[str, Any]:
+    """Write a quantised copy of `config.path` to `folder`, which must not exist; what was written, in numbers.
+
+    Raises ConfigError for a storage that bitsandbytes has no format for, OutputError, ModelError.
+    """
+    if config.storage.type not in WRITABLE:
+        raise ConfigError(
+            f"storage {config.storage.type} has no file format of its own: {', '.join(WRITABLE)} can be written "
+            "(bitsandbytes' format). In a run, model.storage takes any storage and quantises while it loads"
+        )
+    if folder.exists():
+        raise OutputError(f"{folder} exists already: name another folder with -o, or remove it")
+    keep_freed_memory()
+    base = load(config, notify=notify)
+    save_packed(folder, base.model, base.tokenizer)
+    layers = [module for module in base.model.modules() if isinstance(module, PackedLinear)]
+    packed = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.state_dict().values())
+    biases = sum(layer.bias.numel() * layer.bias.element_size() for layer in layers if layer.bias is not None)
+    original = checkpoint_files(locate(config.path), config.revision)
+    return {
+        "folder": str(folder),
+        "storage": config.storage.type,
+        "layers": len(layers),
+        "bits_per_parameter": 8 * (packed - biases) / sum(each.in_features * each.out_features for each in layers),
+        "quantised_by": quantise_way(base.device),
+        "bytes": sum(file.stat().st_size for file in current(folder).glob("*.safetensors")),
+        "original_bytes": sum(Path(file).stat().st_size for file in original),
+        "kept_dense_bytes": kept_dense(base.model),
+    }

@@ -26,17 +26,18 @@ NESTED_BLOCK = 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes accepts, and so what a checkpoint may have."""
 
+_NF4 = """
+-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+-0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0
+"""
+_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+"""Without the sign: two bits of exponent, one of mantissa."""
 CODES: dict[str, tuple[float, ...]] = {
-    # fmt: off
-    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    # fmt: on
-    # sign, two bits of exponent, one of mantissa; the largest is 12
-    "fp4": tuple(
-        sign * value / 12.0 for sign in (1.0, -1.0) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-    ),
+    "nf4": tuple(map(float, _NF4.split())),
+    "fp4": tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4),
 }
+"""What each of the 16 codes stands for, before its block's scale."""
 _TINY = 1e-38
 _CHUNK = 1 << 17
 """Values handled at a time on a CPU, so that what lies between stays in its caches."""

@@ -26,4 +26,4 @@ def dequantise_triton(
 ) -> None:
     """Fill `flat` (contiguous, one dimension). `values`: the 16 float32 values of the code, on the same device."""
     grid = (triton.cdiv(len(packed), _BYTES),)
-    _dequantise[grid](packed, absmax, values, flat, flat.numel(), block_size, BYTES=_BYTES)
+    _dequantise[grid](packed, absmax, values, flat, flat.numel(), block_size, BYTES=_BYTES)  # pyright: ignore[reportArgumentType]

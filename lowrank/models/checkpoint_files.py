@@ -100,7 +100,7 @@ class _File:
 
 
 def checkpoint_files(path: str, revision: str | None) -> list[str]:
-    """The safetensors files of a folder or a hub model. OSError if there is none; ModelError names a shard not there."""
+    """The safetensors files of a folder or a hub model. OSError if there are none; ModelError names missing shards."""
     single = cached_file(path, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
     if single is not None:
         return [single]
@@ -126,7 +126,7 @@ def checkpoint_files(path: str, revision: str | None) -> list[str]:
 
 
 def stored_tensors(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
-    """Every tensor of these files, by name; only headers are read. ModelError names the file that is damaged, and how."""
+    """Every tensor of these files, by name; only headers are read. ModelError names a file that is damaged, and how."""
     found: dict[str, StoredTensor] = {}
     for path in files:
         found.update(_File(Path(path)).tensors)

@@ -135,12 +135,11 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
     if dtype == torch.float64:  # grouped expert kernels know no float64
         model.config._experts_implementation = "eager"
     said = [_not_used(sorted(report["unexpected_keys"])), _not_packed(model) if packing else None]
+    said += [packing.reader.notice] if packing and packing.reader else []
     return model, [sentence for sentence in said if sentence]
 
 
-def _packing(
-    config: Config, shape: Any, dtype: torch.dtype, device: torch.device, train_all: bool
-) -> Packing | None:
+def _packing(config: Config, shape: Any, dtype: torch.dtype, device: torch.device, train_all: bool) -> Packing | None:
     """How linear layers are packed while they load; None if they are not. Takes what config.json says about it out."""
     holders = [each for each in (shape, shape.get_text_config()) if getattr(each, "quantization_config", None)]
     stored_as = holders[0].quantization_config if holders else None

@@ -25,13 +25,14 @@ from lowrank.errors import LowrankError, ModelError
 from lowrank.models.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
 from lowrank.models.prequantised import Reader
 from lowrank.models.storages import StorageConfig
+from lowrank.models.storages.packed import weight_of
 
 METHOD = "lowrank"
 """Our name among transformers' quantisers."""
 
 
 class Packing(QuantizationConfigMixin):
-    """What transformers hands to its quantiser: how to pack, and what came of it. `storage` and `reader`: one of them."""
+    """What transformers hands to its quantiser: how to pack (`storage` or `reader`), and what came of it."""
 
     def __init__(
         self,
@@ -66,31 +67,25 @@ class Packing(QuantizationConfigMixin):
                 bias = getattr(linear, "bias", None)
                 real = isinstance(bias, torch.Tensor) and not bias.is_meta
                 module = value.build(bias if real else None)
-                wanted = (linear.out_features, linear.in_features) if isinstance(linear, nn.Linear) else _of(linear)
-                if (module.out_features, module.in_features) != wanted:
-                    got = (module.out_features, module.in_features)
+                got, wanted = (module.out_features, module.in_features), tuple(weight_of(linear).shape)
+                if got != wanted:
                     self.problems.append(f"{name}: {got} (out, in) in the checkpoint, {wanted} in the model")
                 self.packed[name] = module
                 return None
-            if tuple(value.shape) != tuple(linear.weight.shape):
-                shapes = f"shape {tuple(value.shape)} in the checkpoint, {tuple(linear.weight.shape)} in the model"
+            empty = linear.weight
+            assert isinstance(empty, nn.Parameter)
+            if value.shape != empty.shape:
+                shapes = f"shape {tuple(value.shape)} in the checkpoint, {tuple(empty.shape)} in the model"
                 self.problems.append(f"{name}.weight: {shapes}")
                 return None
             if self.storage is None:
                 return value
-            empty = linear.weight
             linear.weight = nn.Parameter(value.to(self.device), requires_grad=False)
             self.packed[name] = self.storage.wrap(linear)
             linear.weight = empty
         except LowrankError as error:
             self.problems.append(str(error) if name in str(error) else f"{name}: {error}")
         return None
-
-
-def _of(conv: nn.Module) -> tuple[int, int]:
-    """(O, D) of a Conv1D."""
-    assert isinstance(conv.weight, torch.Tensor)
-    return conv.weight.shape[1], conv.weight.shape[0]
 
 
 class _PackedWeight:
@@ -149,18 +144,19 @@ class _Quantiser(HfQuantizer):
         """The model's own."""
         return weight_conversions
 
-    def postprocess_model(self, model: Any, **options: Any) -> None:
+    def postprocess_model(self, model: Any, **options: Any) -> Any:
         """Everything is read: the packed layers take their places, and no trace of us stays with the model."""
         for name, module in self.quantization_config.packed.items():
             model.set_submodule(name, module)
         self.remove_quantization_config(model)
+        return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         """Not by transformers."""
         return False
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         """Adapters on it are; transformers is not asked."""
         return False
 
@@ -179,7 +175,8 @@ class _Pack(ConversionOps):
                 value = self.packing.pack(name, value)
             if value is None:
                 options["missing_keys"].discard(target)
-                self.packing.linears[name].weight._is_hf_initialized = True  # or it would be drawn at random
+                weight: Any = self.packing.linears[name].weight
+                weight._is_hf_initialized = True  # or it would be drawn at random
             else:
                 rest[target] = value
         return rest
@@ -204,7 +201,7 @@ def linears_to_pack(model: Any, storage: StorageConfig | None) -> dict[str, nn.M
 
 @functools.cache
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether a subclass of a linear layer computes x W^T + b as well; found out by trying (Llama 4's router does not)."""
+    """Whether a subclass of a linear layer computes x W^T + b too; found out by trying (Llama 4's router does not)."""
     if kind in (nn.Linear, Conv1D):
         return True
     try:
@@ -270,7 +267,7 @@ def load_packed(
 
 
 def kept_dense(model: Any) -> dict[str, int]:
-    """Bytes of parameters of two and more dimensions that are in 16 bit, by kind: embeddings and heads, experts, other."""
+    """Bytes of matrices that are not packed, by kind: embedding and head, fused experts, other layers."""
     kinds: dict[str, int] = {}
     embeddings = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}
     for name, parameter in model.named_parameters():

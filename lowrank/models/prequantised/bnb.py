@@ -16,7 +16,7 @@ from torch import nn
 
 from lowrank.errors import ModelError
 from lowrank.kernels.four_bit import BLOCK_SIZES, CODES, dynamic_map, packed_bytes
-from lowrank.models.four_bit import FourBitLinear
+from lowrank.models.storages.four_bit import FourBitLinear
 from lowrank.models.storages.int8 import Int8Linear
 
 METHODS = ("bitsandbytes",)
@@ -27,7 +27,9 @@ _NESTED_DTYPE = "float32"
 def reader(quantization_config: Mapping[str, Any]) -> BnbReader:
     """Raises ModelError for a configuration that asks for neither 4 nor 8 bits."""
     if not (quantization_config.get("load_in_4bit") or quantization_config.get("load_in_8bit")):
-        raise ModelError("config.json: quantization_config says bitsandbytes, but neither load_in_4bit nor load_in_8bit")
+        raise ModelError(
+            "config.json: quantization_config says bitsandbytes, but neither load_in_4bit nor load_in_8bit"
+        )
     return BnbReader()
 
 
@@ -38,6 +40,8 @@ class BnbReader:
         "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
         *(_STATE + code for code in CODES), "SCB", "weight_format",
     )  # fmt: skip
+
+    notice = None
 
     def build(
         self, name: str, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype
@@ -51,9 +55,7 @@ class BnbReader:
         return _four_bit(name, code, tensors, bias, dtype)
 
 
-def _int8(
-    name: str, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype
-) -> Int8Linear:
+def _int8(name: str, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype) -> Int8Linear:
     codes_OD, absmax_O = _have(name, tensors, "weight"), tensors["SCB"]
     if codes_OD.dtype != torch.int8 or codes_OD.ndim != 2 or absmax_O.numel() != len(codes_OD):
         raise ModelError(
@@ -146,7 +148,7 @@ def as_tensors(linear: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def as_config(linears: Mapping[str, nn.Module], skipped: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """`quantization_config` for config.json. `linears`: our packed layers by name, of one kind; `skipped`: the others."""
+    """`quantization_config` for config.json. `linears`: our packed layers by name, of one kind; `skipped`: others."""
     first = next(iter(linears.values()))
     common = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": skipped or None}
     if isinstance(first, Int8Linear):

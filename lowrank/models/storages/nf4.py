@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from lowrank.models.four_bit import FourBitLinear, four_bit_of
+from lowrank.models.storages.four_bit import FourBitLinear, four_bit_of
 from lowrank.models.storages.packed import QuantisedStorage
 
 
