@@ -80,8 +80,8 @@ def test_half_quadratic(bits: int, published: float, fitted: float, normal: torc
     """`published` is what the package hqq 0.2.8 gives in float32, to 2.5 %; see test_peers."""
     plain = relative_error(half_quadratic(normal, bits, fit_scale=False).weight(), normal)
     better = relative_error(half_quadratic(normal, bits).weight(), normal)
-    assert plain == pytest.approx(published, rel=0.01)
-    assert better == pytest.approx(fitted, rel=0.01)
+    assert plain == pytest.approx(published, rel=0.02)
+    assert better == pytest.approx(fitted, rel=0.02)
     assert better <= plain * 1.001
 
 
