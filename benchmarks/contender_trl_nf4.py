@@ -1,6 +1,8 @@
-"""TRL + PEFT on a base that bitsandbytes keeps in 4 bits: `python -m benchmarks.contender_trl_nf4 SPEC.json RESULT.json`.
+"""TRL + PEFT on a base that bitsandbytes keeps in 4 bits, in a process of its own.
 
-With `evaluate` in the spec, an evaluation pass over one row comes before every step but the first, as `eval_steps` does.
+    python -m benchmarks.contender_trl_nf4 SPEC.json RESULT.json
+
+With `evaluate` in the spec, a short evaluation pass comes before every training pass.
 """
 
 from __future__ import annotations
