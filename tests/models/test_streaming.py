@@ -256,7 +256,7 @@ FIXTURES = Path(__file__).parent / "prequantised" / "fixtures"
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.safetensors")))
 def test_every_reader_from_a_checkpoint(name: str, folder: Path) -> None:
-    """A layer packed by the tool itself (out 64, in 128), among layers that are not quantised, which stay as they are."""
+    """A layer packed by the tool itself (out 64, in 128), among layers that are not quantised and stay as they are."""
     down = "model.layers.0.mlp.down_proj"
     with safe_open(str(FIXTURES / f"{name}.safetensors"), "pt") as file:
         packed_tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
