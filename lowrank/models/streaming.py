@@ -25,8 +25,7 @@ from lowrank.errors import LowrankError, ModelError
 from lowrank.models.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
 from lowrank.models.prequantised import Reader
 from lowrank.models.storages import StorageConfig
-from lowrank.models.storages.packed import QuantisedStorage
-from lowrank.models.storages.packed import weight_of
+from lowrank.models.storages.packed import QuantisedStorage, weight_of
 
 METHOD = "lowrank"
 """Our name among transformers' quantisers."""
