@@ -19,7 +19,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     work = workload.read(Path(spec["folder"]))
     seeds = [int(seed) for seed in spec["jobs"]]
-    engine, slots = engine_of(work.model, spec["device"], seeds, spec["rank"], spec["micro_batch_tokens"])
+    storage = spec.get("storage", "dense")
+    engine, slots = engine_of(work.model, spec["device"], seeds, spec["rank"], spec["micro_batch_tokens"], storage)
     after_load = peak_memory()
     losses: dict[str, list[float]] = {seed: [] for seed in spec["jobs"]}
     steps = []

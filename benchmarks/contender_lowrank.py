@@ -22,6 +22,7 @@ from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.loading import load as load_base
 from lowrank.models.storages.dense import Config as Dense
+from lowrank.models.storages.packed import PackedLinear
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment, number_the_step
 from lowrank.train.engine import Engine
@@ -29,16 +30,34 @@ from lowrank.train.optimizers import OptimizerConfig
 
 
 def engine_of(
-    model: str, device: str, seeds: list[int], rank: int, micro_batch_tokens: int
+    model: str, device: str, seeds: list[int], rank: int, micro_batch_tokens: int, storage: str = "dense"
 ) -> tuple[Engine, list[int]]:
-    """An engine with one SFT job for each seed, adapters on all linear layers; and the jobs' slots."""
-    base = load_base(ModelConfig(path=model, device=device))
+    """An engine with one SFT job for each seed, adapters on all linear layers; and the jobs' slots.
+
+    `storage`: model.storage, or `nf4, dequantised`: the weights that nf4 leaves, dense.
+    """
+    name, _, dequantised = storage.partition(", ")
+    base = load_base(ModelConfig(path=model, device=device, storage={"type": name}))  # type: ignore[arg-type]
+    if dequantised:
+        unpack(base.model)
     engine = Engine(base, Bank(base, Dense()), micro_batch_tokens)
     slots = []
     for seed in seeds:
         slots.append(engine.bank.add(Lora(rank=rank), seed=seed))
         engine.add(slots[-1], Sft().build(), OptimizerConfig(), seed, 0.0)
     return engine, slots
+
+
+def unpack(model: torch.nn.Module) -> None:
+    """Every packed layer becomes a dense one with the same weights."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain = plain.to(module.dtype).requires_grad_(False)
+            plain.weight.copy_(module.dense_weight())
+            if module.bias is not None:
+                plain.bias.copy_(module.bias)
+            model.set_submodule(name, plain)
 
 
 def segments(work: workload.Workload, numbers: list[int]) -> list[Segment]:
@@ -52,10 +71,14 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if spec.get("keep_freed_memory", True):
         keep_freed_memory()
     work = workload.read(Path(spec["folder"]))
-    engine, (slot,) = engine_of(work.model, spec["device"], [0], spec["rank"], spec["micro_batch_tokens"])
+    storage = spec.get("storage", "dense")
+    engine, (slot,) = engine_of(work.model, spec["device"], [0], spec["rank"], spec["micro_batch_tokens"], storage)
+    after_load = peak_memory()
     steps = []
     for numbers in spec["steps"]:
         step = segments(work, numbers)
+        if spec.get("evaluate"):
+            engine.evaluate({slot: step})
         started, started_cpu = time.perf_counter(), time.process_time()
         forwarded = engine.forward_backward({slot: step})[slot]
         updated = engine.optim_step(slot, spec["learning_rate"])
@@ -80,7 +103,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "adapter": Lora(rank=spec["rank"]).model_dump(mode="json"),
         "optimizer": OptimizerConfig(learning_rate=spec["learning_rate"]).model_dump(mode="json"),
     }
-    return {"steps": steps, "peak_memory_bytes": peak, "config": config}
+    config["storage"] = storage
+    return {"steps": steps, "peak_memory_bytes": peak, "after_load_bytes": after_load, "config": config}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def run(jobs: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict
         "rank": RANK,
         "learning_rate": LEARNING_RATE,
         "micro_batch_tokens": options.micro_batch_tokens,
+        "storage": options.storage,
         "jobs": jobs,
     }
     given, result = folder / "spec.json", folder / "result.json"
@@ -96,6 +97,8 @@ def main() -> None:
         "machine": describe(options.device),
         "jobs": options.jobs,
         "steps": options.steps,
+        "storage": options.storage,
+        "layers": options.layers,
         "micro_batch_tokens": options.micro_batch_tokens,
         "sizes": [],
     }
@@ -111,7 +114,8 @@ def main() -> None:
             result["sizes"].append(found)
             print(json.dumps(found, indent=1), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    stem = f"jobs_in_one_process_{options.threads}-threads_{result['date'][:10]}"
+    packed = "" if options.storage == "dense" else f"_{options.storage}"
+    stem = f"jobs_in_one_process{packed}_{options.threads}-threads_{result['date'][:10]}"
     (options.results / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -123,6 +127,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024], help="per job and step")
+    parser.add_argument("--storage", default="dense", help="how the base is kept: dense, nf4, int8 ...")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

@@ -24,6 +24,7 @@ from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
+from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives import needs
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
@@ -74,7 +75,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         base = loading.load(
             config.model, tokenizer=tokenizer, train_all=train_all, notify=lambda text: report(Notice(text))
         )
-        engine = Engine(base, Bank(base, config.model.storage), config.micro_batch_tokens)
+        engine = Engine(base, Bank(base, Dense()), config.micro_batch_tokens)
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
         _refer(engine, jobs, data, report)  # before the base can change, be it by a checkpoint
 

@@ -27,7 +27,12 @@ from lowrank.generate.sampler import Config, Prompt, generate
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
+<<<<<<< HEAD
 from lowrank.records import BARE_BASE, Conversation, Rated
+=======
+from lowrank.models.storages.dense import Config as Dense
+
+>>>>>>> formats
 
 BARE = "base"
 """How the untouched base is called among the voices."""
@@ -124,7 +129,7 @@ def _is_run(folder: Path) -> bool:
 def _open_model(model: ModelConfig, data: DataConfig, notify: Callable[[str], None]) -> Trained:
     tokenizer = loading.load_tokenizer(model)
     base = loading.load(model, tokenizer=tokenizer, notify=notify)
-    return Trained(base, Bank(base, model.storage), Renderer(tokenizer, data))
+    return Trained(base, Bank(base, Dense()), Renderer(tokenizer, data))
 
 
 def _open_adapter(folder: Path, data: DataConfig, notify: Callable[[str], None]) -> Trained:

@@ -23,6 +23,8 @@ COMMANDS = {
     "data": "Look through the data before training on it.",
     "show": "Print the configuration as it will be used.",
     "chat": "Talk to a base or to a trained adapter.",
+    "quantize": "Write a quantised copy of a model, which loads faster and anywhere.",
+    "doctor": "What this machine and each storage can do, found out by trying.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }
 """Each is `lowrank.cli.<name>:<name>`; one whose file is not there is not offered."""

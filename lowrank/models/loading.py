@@ -11,13 +11,17 @@ import transformers
 from safetensors import SafetensorError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowrank.errors import ModelError, raise_all
+from lowrank.errors import LowrankError, ModelError, raise_all
 from lowrank.models.base import Base
 from lowrank.models.config import Config
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
+from lowrank.models.prequantised import reader_for
 from lowrank.models.quiet import quiet_transformers
+from lowrank.models.streaming import Packing, kept_dense, load_packed
 
+DENSE = "dense"
+"""The storage that leaves weights as they are."""
 TINY = "lowrank/tiny"
 """The name of the base that ships with the package."""
 
@@ -74,10 +78,15 @@ def load(
     """
     device = choose_device(config)
     dtype = choose_dtype(config, device)
+    if train_all and config.storage.type != DENSE:
+        raise ModelError(
+            f"tuning: full trains the base's own weights, and model.storage: {config.storage.type} keeps them rounded: "
+            "set model.storage to dense, or train an adapter (tuning: adapter)"
+        )
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
-    model, unused = _load_model(config, dtype)
-    if unused:
-        notify(unused)
+    model, said = _load_model(config, dtype, device, train_all)
+    for sentence in said:
+        notify(sentence)
     model.to(device)
     model.requires_grad_(train_all)
     model.eval()  # also in training: dropout of the base would tie jobs together
@@ -92,33 +101,81 @@ def load(
     return base
 
 
-def _load_model(config: Config, dtype: torch.dtype) -> tuple[Any, str | None]:
-    """The model, and a sentence about what in the checkpoint has no place in it."""
+def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_all: bool) -> tuple[Any, list[str]]:
+    """The model, and sentences about what in the checkpoint has no place in it and what of it is not packed."""
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    path = locate(config.path)
+    packing = None
     with quiet_transformers():
         try:
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                locate(config.path),
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are listed below, all at once
-            )
+            shape = transformers.AutoConfig.from_pretrained(path, **options)
+            packing = _packing(config, shape, dtype, device, train_all)
+            if packing:
+                model, report = load_packed(path, packing, shape, **options)
+            else:
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    path,
+                    **options,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are listed below, all at once
+                )
+                model, report = loaded
+        except LowrankError:
+            raise
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             raise ModelError(_cannot_load("the model", config, error)) from error
-    model, report = loaded
     problems = [f"{name}: not in the checkpoint" for name in sorted(report["missing_keys"])]
     problems += [
         f"{name}: shape {tuple(saved)} in the checkpoint, {tuple(wanted)} in the model"
         for name, saved, wanted in sorted(report["mismatched_keys"])
     ]
+    problems += packing.problems if packing else []
     raise_all(ModelError, f"{config.path}: the checkpoint does not fill the model", problems)
     if model.get_output_embeddings() is None:
         raise ModelError(f"{config.path}: {type(model).__name__} has no language-model head")
     if dtype == torch.float64:  # grouped expert kernels know no float64
         model.config._experts_implementation = "eager"
-    return model, _not_used(sorted(report["unexpected_keys"]))
+    said = [_not_used(sorted(report["unexpected_keys"])), _not_packed(model) if packing else None]
+    said += [packing.reader.notice] if packing and packing.reader else []
+    return model, [sentence for sentence in said if sentence]
+
+
+def _packing(config: Config, shape: Any, dtype: torch.dtype, device: torch.device, train_all: bool) -> Packing | None:
+    """How linear layers are packed while they load; None if they are not. Takes what config.json says about it out."""
+    holders = [each for each in (shape, shape.get_text_config()) if getattr(each, "quantization_config", None)]
+    stored_as = holders[0].quantization_config if holders else None
+    for holder in holders:
+        if getattr(holder, "quantization_config", None):
+            del holder.quantization_config
+    if stored_as is None:
+        return Packing(config.storage, None, device, dtype) if config.storage.type != DENSE else None
+    stored_as = stored_as if isinstance(stored_as, dict) else stored_as.to_dict()
+    method = stored_as.get("quant_method", "unknown")
+    if config.storage.type != DENSE:
+        raise ModelError(
+            f"{config.path} is quantised already (config.json: quantization_config.quant_method is {method!r}), and "
+            f"model.storage: {config.storage.type} would quantise it twice: leave model.storage out to train on it as "
+            "it is, or give the original 16-bit checkpoint"
+        )
+    if train_all:
+        raise ModelError(
+            f"{config.path} is quantised ({method}), so its own weights cannot be trained: give the original 16-bit "
+            "checkpoint, or train an adapter (tuning: adapter)"
+        )
+    return Packing(None, reader_for(stored_as), device, dtype)
+
+
+def _not_packed(model: Any) -> str | None:
+    """What one might expect to be packed and is not: the experts of mixtures, which transformers fuses."""
+    experts = kept_dense(model).get("fused experts")
+    if not experts:
+        return None
+    return (
+        f"the experts of this mixture are fused parameters, which no storage packs yet: {experts / 1e9:.3g} GB of them "
+        "stay in the run's dtype"
+    )
 
 
 def _not_used(names: list[str]) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from lowrank.settings import Settings, choice_of
+from lowrank.settings import choice_of
 
 
 class BaseLinear(Protocol):
@@ -31,10 +31,11 @@ class BaseLinear(Protocol):
 
 if TYPE_CHECKING:
 
-    class StorageConfig(Settings):
+    class StorageConfig(Protocol):
         """What every storage's `Config` offers."""
 
-        type: str
+        @property
+        def type(self) -> str: ...
 
         def wrap(self, linear: torch.nn.Module) -> Any: ...
 else:

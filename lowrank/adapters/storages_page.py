@@ -1,0 +1,50 @@
+"""docs/storages.md, made from what the storages do: `python -m lowrank.adapters.storages_page > docs/storages.md`."""
+
+from __future__ import annotations
+
+import torch
+
+from lowrank.adapters.capabilities import readers, storage_capabilities
+
+HEAD = """# Storages: how the frozen base is kept
+
+Made by `python -m lowrank.adapters.storages_page > docs/storages.md`; every line was found out by trying it, on a CPU
+in float32, on a 512 x 512 matrix of normal weights. `lowrank doctor` tries the same on your machine and GPU.
+
+*train*: the gradient is that of the dequantised weight, in training, after an evaluation, recomputed, with and without
+adapters. *merge*: an adapter can be merged into the dequantised weight. *save*: `lowrank quantize` can write it (dense:
+it is as it was). Bits are per weight, with scales, at default settings.
+
+| `model.storage` | train | merge | save | bits | relative error |
+|---|---|---|---|---|---|
+"""
+MIDDLE = """
+Every linear layer of the backbone is packed, adapted or not; the head, embeddings, tied weights and what
+`storage.skip_modules` names stay in the run's dtype, and so do the experts of mixtures, which transformers keeps as
+fused parameters (a run says how many bytes that is).
+
+## Checkpoints that come quantised
+
+Give the folder as `model` and leave `model.storage` out. config.json's `quant_method`:
+
+| `quant_method` | |
+|---|---|
+"""
+
+
+def page() -> str:
+    """The page's markdown."""
+    lines = [
+        f"| {each.storage} | {_mark(each.train)} | {_mark(each.merge)} | {_mark(each.save)} | {each.bits:.1f} "
+        f"| {each.relative_error:.3f} |"
+        for each in storage_capabilities(torch.device("cpu"))
+    ]
+    return HEAD + "\n".join(lines) + "\n" + MIDDLE + "\n".join(f"| {k} | {v} |" for k, v in readers().items()) + "\n"
+
+
+def _mark(ability: bool) -> str:
+    return "yes" if ability else "no"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,39 @@
+"""Memory that is used again: one growing buffer for each thread, device and dtype.
+
+On a CPU about 90 % of the cost of unpacking a 4-bit matrix into fresh memory is page faults; on a GPU
+a reused buffer keeps one dense matrix, not one for each layer, at the peak.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+
+
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.by_kind: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised contiguous tensor over the thread's buffer: the next call hands out the same memory."""
+    size = math.prod(shape)
+    buffer = _buffers.by_kind.get((device, dtype))
+    if buffer is None or buffer.numel() < size:
+        _buffers.by_kind.pop((device, dtype), None)  # the old one goes before the new one comes
+        buffer = None
+        with torch.inference_mode(False):  # else a buffer first asked for in inference could not be saved in training
+            buffer = torch.empty(size, dtype=dtype, device=device)
+        _buffers.by_kind[(device, dtype)] = buffer
+    return buffer[:size].view(*shape)
+
+
+def release_scratch() -> None:
+    """Give this thread's buffers back."""
+    _buffers.by_kind.clear()

@@ -1,0 +1,80 @@
+"""What every packed storage shares: y = x W^T + b over a weight that exists whole only while it is used.
+
+Nothing dense is saved for the backward pass: it unpacks once more. There is no second path for
+evaluation, so an evaluation leaves nothing behind that training could trip over (two well-known
+libraries repack in eval and lose the gradient).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank.settings import Settings
+
+DENSE_MODULES = ("lm_head", "embed_out", "router", "gate", "shared_expert_gate")
+"""Heads, and the small layers that choose the experts of a mixture: few bytes, and sensitive to rounding."""
+
+
+class QuantisedStorage(Settings):
+    """Settings that every storage which quantises while it loads has; a storage adds `type`, its own, and `wrap`."""
+
+    skip_modules: tuple[str, ...] = DENSE_MODULES
+    """Linear layers that stay in 16 bit, by name or the end of a name. The head and tied weights always do."""
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """The weight of an `nn.Linear`, or of a transformers `Conv1D` (GPT-2 keeps it as (D, O)), as (O, D)."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach() if isinstance(linear, nn.Linear) else weight.detach().t()
+
+
+def bias_of(linear: nn.Module) -> torch.Tensor | None:
+    """Its bias, if it has one."""
+    bias = getattr(linear, "bias", None)
+    return bias.detach() if isinstance(bias, torch.Tensor) else None
+
+
+class PackedLinear(nn.Module):
+    """A frozen `BaseLinear`; a storage adds its buffers and `dense_weight`."""
+
+    bias: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias_O: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.register_buffer("bias", None if bias_O is None else bias_O.detach().to(dtype))
+
+    def dense_weight(self) -> torch.Tensor:
+        """W as (O, D) in `self.dtype`, in scratch memory: good until the next call."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight in memory of its own, for model code that takes a layer apart (Mamba); slow, and right."""
+        return self.dense_weight().clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., O), in the dtype of `x`."""
+        return _FrozenProduct.apply(x, self)
+
+    def extra_repr(self) -> str:
+        """As torch prints a linear layer."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.dtype}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: PackedLinear) -> torch.Tensor:
+        ctx.linear = linear
+        bias = linear.bias
+        return F.linear(x, linear.dense_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        (dy,) = outer
+        return (dy @ ctx.linear.dense_weight().to(dy.dtype) if ctx.needs_input_grad[0] else None), None

@@ -1,0 +1,279 @@
+"""Load a model whose linear layers are packed as they arrive: never more than one of them in 16 bit at a time.
+
+transformers does the loading: which tensor goes where, under which name, fused or split, tied or not, is its business.
+We give it lazy tensors, and a quantiser (its own extension point) that packs each weight the moment it is read. Both
+kinds of packed base come this way: one we quantise (model.storage), and one that is stored quantised
+(models/prequantised), whose packed tensors travel as one lazy weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowrank.errors import LowrankError, ModelError
+from lowrank.models.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
+from lowrank.models.prequantised import Reader
+from lowrank.models.storages import StorageConfig
+from lowrank.models.storages.packed import QuantisedStorage, weight_of
+
+METHOD = "lowrank"
+"""Our name among transformers' quantisers."""
+
+
+class Packing(QuantizationConfigMixin):
+    """What transformers hands to its quantiser: how to pack (`storage` or `reader`), and what came of it."""
+
+    def __init__(
+        self,
+        storage: StorageConfig | None,
+        reader: Reader | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.storage, self.reader, self.device, self.dtype = storage, reader, device, dtype
+        self.stored: dict[str, StoredTensor] = {}
+        """What the files hold."""
+        self.tensors: dict[str, Any] = {}
+        """The same as transformers is to see it; filled once there is a model to compare it with."""
+        self.linears: dict[str, nn.Module] = {}
+        """Layers that are packed, if their weight turns out to be."""
+        self.packed: dict[str, nn.Module] = {}
+        self.problems: list[str] = []
+
+    def __deepcopy__(self, memo: Any) -> Packing:
+        return self  # transformers copies configurations, and this one holds the files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing of it is for a file."""
+        return {"quant_method": METHOD}
+
+    def pack(self, name: str, value: Any) -> torch.Tensor | None:
+        """Take the weight of linear `name`: None if it is packed now, the tensor if it stays as it is."""
+        linear = self.linears[name]
+        try:
+            if isinstance(value, _PackedWeight):
+                bias = getattr(linear, "bias", None)
+                real = isinstance(bias, torch.Tensor) and not bias.is_meta
+                module = value.build(bias if real else None)
+                got, wanted = (module.out_features, module.in_features), tuple(weight_of(linear).shape)
+                if got != wanted:
+                    self.problems.append(f"{name}: {got} (out, in) in the checkpoint, {wanted} in the model")
+                self.packed[name] = module
+                return None
+            empty = linear.weight
+            assert isinstance(empty, nn.Parameter)
+            if value.shape != empty.shape:
+                shapes = f"shape {tuple(value.shape)} in the checkpoint, {tuple(empty.shape)} in the model"
+                self.problems.append(f"{name}.weight: {shapes}")
+                return None
+            if self.storage is None:
+                return value
+            linear.weight = nn.Parameter(value.to(self.device), requires_grad=False)
+            self.packed[name] = self.storage.wrap(linear)
+            linear.weight = empty
+        except LowrankError as error:
+            self.problems.append(str(error) if name in str(error) else f"{name}: {error}")
+        return None
+
+
+class _PackedWeight:
+    """The tensors of one quantised linear, in the place of its weight. Passes through a loader untouched."""
+
+    def __init__(self, packing: Packing, name: str, tensors: Mapping[str, StoredTensor]) -> None:
+        self.packing, self.name, self.tensors = packing, name, tensors
+
+    def __getitem__(self, index: Any) -> _PackedWeight:
+        return self
+
+    def to(self, *where: Any, **options: Any) -> _PackedWeight:
+        """Cast and moved later."""
+        return self
+
+    def build(self, bias: torch.Tensor | None) -> Any:
+        """The layer. Raises ModelError naming the tensor and the file."""
+        reader = self.packing.reader
+        assert reader is not None
+        tensors = {suffix: stored.read() for suffix, stored in self.tensors.items()}
+        try:
+            return reader.build(self.name, tensors, bias, self.packing.dtype)
+        except LowrankError as error:
+            file = next(iter(self.tensors.values())).file.path
+            raise ModelError(f"{file}: {error}") from error
+
+
+class _UnpackedWeight(_PackedWeight):
+    """The same where no linear layer stands for it (an expert that is fused with others): dense when it is read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.build(None).dense_weight().clone()[index]
+
+
+class _Quantiser(HfQuantizer):
+    """transformers' extension point. Always on the fly in its eyes, also where the packing was done long ago."""
+
+    quantization_config: Any
+
+    def preprocess_model(self, model: Any, dtype: Any = None, **options: Any) -> None:
+        """The model is on the meta device."""
+        packing: Packing = self.quantization_config
+        packing.linears.update(linears_to_pack(model, packing.storage))
+        packing.tensors.update(_as_weights(packing, packing.stored, model))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        """Whether `pack` is asked about it."""
+        name, _, kind = param_name.rpartition(".")
+        return kind == "weight" and name in self.quantization_config.linears
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What the loader calls with each such weight."""
+        return _Pack(self.quantization_config)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        """The model's own."""
+        return weight_conversions
+
+    def postprocess_model(self, model: Any, **options: Any) -> Any:
+        """Everything is read: the packed layers take their places, and no trace of us stays with the model."""
+        for name, module in self.quantization_config.packed.items():
+            model.set_submodule(name, module)
+        self.remove_quantization_config(model)
+        return model
+
+    def is_serializable(self) -> Any:
+        """Not by transformers."""
+        return False
+
+    @property
+    def is_trainable(self) -> Any:
+        """Adapters on it are; transformers is not asked."""
+        return False
+
+
+class _Pack(ConversionOps):
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **options: Any) -> dict[str, Any]:
+        """Packs what is to be, and returns the rest for the loader to set."""
+        rest = {}
+        for target, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            name, _, kind = target.rpartition(".")
+            if kind == "weight" and name in self.packing.linears:
+                value = self.packing.pack(name, value)
+            if value is None:
+                options["missing_keys"].discard(target)
+                weight: Any = self.packing.linears[name].weight
+                weight._is_hf_initialized = True  # or it would be drawn at random
+            else:
+                rest[target] = value
+        return rest
+
+
+def linears_to_pack(model: Any, storage: StorageConfig | None) -> dict[str, nn.Module]:
+    """Linear layers that are no head, not tied, and not to be skipped."""
+    skipped = storage.skip_modules if isinstance(storage, QuantisedStorage) else ()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    kept = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and _is_plain(type(module))
+        and module is not head
+        and name not in kept
+        and not any(name == skip or name.endswith(f".{skip}") for skip in skipped)
+    }
+
+
+@functools.cache
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a subclass of a linear layer computes x W^T + b too; found out by trying (Llama 4's router does not)."""
+    if kind in (nn.Linear, Conv1D):
+        return True
+    try:
+        with torch.device("cpu"), torch.no_grad():  # called where transformers builds models on the meta device
+            tried, x_TD = kind(3, 2).float(), torch.linspace(-1, 1, 12).view(4, 3)
+            for parameter in tried.parameters():
+                parameter.copy_(torch.linspace(-1, 2, parameter.numel()).view_as(parameter))
+            assert isinstance(tried.weight, torch.Tensor)
+            ours_TO = nn.functional.linear(x_TD, tried.weight, getattr(tried, "bias", None))
+            return torch.allclose(tried(x_TD), ours_TO, rtol=1e-5, atol=1e-6)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+
+
+def _as_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -> dict[str, Any]:
+    """The checkpoint as if nothing in it were quantised: every packed linear has one `weight`."""
+    if packing.reader is None:
+        return dict(stored)
+    suffixes = sorted(packing.reader.suffixes, key=len, reverse=True)
+    groups: dict[str, dict[str, StoredTensor]] = {}
+    found: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        suffix = next((each for each in suffixes if name.endswith(f".{each}")), None)
+        if suffix is None:
+            found[name] = tensor
+        else:
+            groups.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = tensor
+    prefix = f"{model.base_model_prefix}."
+    for name, tensors in groups.items():
+        if tensors.keys() <= {"weight"}:
+            found[f"{name}.weight"] = tensors["weight"]
+            continue
+        there = {name, prefix + name, name.removeprefix(prefix)} & packing.linears.keys()
+        found[f"{name}.weight"] = (_PackedWeight if there else _UnpackedWeight)(packing, name, tensors)
+    return found
+
+
+def load_packed(
+    path: str, packing: Packing, config: Any, *, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """`from_pretrained` with `packing`: the model, and transformers' report.
+
+    Raises what from_pretrained raises, and ModelError for damaged files. Tensors that do not fit are listed in
+    `packing.problems`.
+    """
+    AUTO_QUANTIZER_MAPPING[METHOD] = _Quantiser
+    packing.stored = stored_tensors(checkpoint_files(path, revision))
+    with torch.device("meta"):
+        kind = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    model, report = kind.from_pretrained(
+        None,
+        config=config,
+        dtype=packing.dtype,
+        quantization_config=packing,
+        state_dict=packing.tensors,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are listed by the caller, all at once
+    )
+    errors = report.get("conversion_errors") or {}
+    assert not errors, "\n".join(errors.values())
+    model.config.name_or_path = path
+    return model, report
+
+
+def kept_dense(model: Any) -> dict[str, int]:
+    """Bytes of matrices that are not packed, by kind: embedding and head, fused experts, other layers."""
+    kinds: dict[str, int] = {}
+    embeddings = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        kind = "fused experts" if parameter.ndim == 3 and "expert" in name else "other layers"
+        kind = "embedding and head" if id(parameter) in embeddings else kind
+        kinds[kind] = kinds.get(kind, 0) + parameter.numel() * parameter.element_size()
+    return kinds
