@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.variants import AdapterConfig
 from lowrank.errors import did_you_mean
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator
@@ -52,7 +52,7 @@ class Published:
         generation.listen(lambda piece: self._hear(slot, piece))
         return generation
 
-    def publish(self, name: str, config: AdapterSettings, tensors: Mapping[str, torch.Tensor]) -> None:
+    def publish(self, name: str, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add an adapter, or a new version of one. ModelError if it does not fit; then the old one stays."""
 
         def add() -> int:

@@ -32,9 +32,7 @@ def generate(
         if on_token is not None and piece.token is not None:
             on_token(piece.token)
 
-    answers = answer_all(
-        base, bank, prompts, config, stop_tokens=stop_tokens, rows_at_once=rows_at_once, on_piece=hear
-    )
+    answers = answer_all(base, bank, prompts, config, stop_tokens=stop_tokens, rows_at_once=rows_at_once, on_piece=hear)
     return [answer.tokens for answer in answers]
 
 

@@ -40,7 +40,9 @@ class Choice:
 
 def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
     """One token for each row; overwrites the logits."""
-    reported = {index: _report(logits_BV[index], row) for index, row in enumerate(rows) if row.config.logprobs is not None}
+    reported = {
+        index: _report(logits_BV[index], row) for index, row in enumerate(rows) if row.config.logprobs is not None
+    }
     for logits_V, row in zip(logits_BV, rows):
         _adjust(logits_V, row)
     likeliest_B, greedy_B = (each.tolist() for each in logits_BV.max(-1))
@@ -70,9 +72,7 @@ def _adjust(logits_V: torch.Tensor, row: Drawing) -> None:
     if config.repetition_penalty != 1.0:
         seen = torch.tensor(row.tokens, device=logits_V.device)
         value = logits_V[seen]
-        logits_V[seen] = torch.where(
-            value < 0, value * config.repetition_penalty, value / config.repetition_penalty
-        )
+        logits_V[seen] = torch.where(value < 0, value * config.repetition_penalty, value / config.repetition_penalty)
     answered = row.tokens[row.num_prompt :]
     if answered and (config.presence_penalty or config.frequency_penalty):
         tokens, times = torch.tensor(answered, device=logits_V.device).unique(return_counts=True)
@@ -104,7 +104,9 @@ def _draw(logits_V: torch.Tensor, row: Drawing) -> int:
     reached_V = chance_V.cumsum(-1)
     place = len(row.tokens) - row.num_prompt
     level = _uniform(row.seed, place) * float(reached_V[-1])
-    index = int(torch.searchsorted(reached_V, torch.tensor(level, dtype=reached_V.dtype, device=reached_V.device), right=True))
+    index = int(
+        torch.searchsorted(reached_V, torch.tensor(level, dtype=reached_V.dtype, device=reached_V.device), right=True)
+    )
     index = min(index, int(chance_V.nonzero()[-1]))
     return index if token_V is None else int(token_V[index])
 

@@ -1,4 +1,4 @@
-"""The test every base passes before it generates on pages: reading a text in pieces must give what reading it whole gives.
+"""The test every base passes before it generates on pages: a text read in pieces must give what it gives whole.
 
 As with leaks (leak.py), the loaded model itself is asked, with a few tokens. A family that keeps something
 else between tokens than keys and values (a convolution, a recurrent state), or keeps them elsewhere,
@@ -36,7 +36,9 @@ def what_breaks(base: Base) -> str | None:
     except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError, AttributeError) as error:
         return f"it does not run so ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
     apart = max(distance(one, other) for one, other in zip(pieces, whole))
-    return None if apart <= tolerance(base) else f"a text read in pieces gives another result than whole (by {apart:.1e})"
+    return (
+        None if apart <= tolerance(base) else f"a text read in pieces gives another result than whole (by {apart:.1e})"
+    )
 
 
 def _in_pieces(base: Base, documents: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -47,9 +49,7 @@ def _in_pieces(base: Base, documents: list[torch.Tensor]) -> list[torch.Tensor]:
     found: list[list[torch.Tensor]] = [[], [], []]
     for lengths in _PIECES:
         members = [index for index in range(3) if lengths[index]]
-        spans = [
-            Span(read[i], lengths[i], tables[i], fresh=tables[i] if read[i] == 0 else ()) for i in members
-        ]
+        spans = [Span(read[i], lengths[i], tables[i], fresh=tables[i] if read[i] == 0 else ()) for i in members]
         token_T = torch.cat([documents[i][read[i] : read[i] + lengths[i]] for i in members]).to(base.device)
         hidden_TD = base.extend(token_T, Step(cache, spans, base.device)).double()
         for i, piece in zip(members, hidden_TD.split([span.length for span in spans])):

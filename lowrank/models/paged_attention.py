@@ -32,9 +32,7 @@ class KeyValueCache:
         self.page_size = page_size
         self.layers: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def of(
-        self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(P, page, G, d) keys and values of a layer; memory is touched page by page as it is written."""
         if module not in self.layers:
             pages = tuple(
@@ -189,11 +187,10 @@ class Step:
         start, seen, table = (each.to(device, torch.int32) for each in (start_S1, seen_S, table_SP))
         return start, seen, table
 
-    def _by_kernel(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Softmax
-    ) -> torch.Tensor:
+    def _by_kernel(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Softmax) -> torch.Tensor:
         """All sequences in one kernel, which reads the pages where they lie."""
-        assert self._tables is not None and varlen_attn is not None
+        assert self._tables is not None
+        assert varlen_attn is not None
         start_S1, seen_S, table_SP = self._tables
         options: dict[str, Any] = {"enable_gqa": keys.shape[2] != query.shape[1]}
         output = varlen_attn(

@@ -108,9 +108,12 @@ def test_new_weights_never_meet_old_keys() -> None:
     after = generator.submit(prompt, GREEDY).result()
     assert after.reused_tokens == 0
     assert after.tokens == alone(engine, prompt).tokens != before.tokens
-    assert on_its_way.result().tokens[2:] == alone(
-        engine, Prompt(np.concatenate([prompt.token_L, before.tokens[:2]]), one), Config(max_new_tokens=10)
-    ).tokens
+    assert (
+        on_its_way.result().tokens[2:]
+        == alone(
+            engine, Prompt(np.concatenate([prompt.token_L, before.tokens[:2]]), one), Config(max_new_tokens=10)
+        ).tokens
+    )
     del two
 
 
