@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,10 @@ class Trained:
         if name not in self.slots:
             raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.slots)}")
         return self.slots[name]
+
+    def versions(self, names: Iterable[str]) -> dict[str, str]:
+        """What tells one state of an adapter from another: the digest of its tensors, `base` for the bare base."""
+        return {name: _digest(self.bank, self.slot(name)) for name in names}
 
     def answer(
         self,
@@ -164,6 +169,15 @@ def _attach(trained: Trained, name: str, folder: Path) -> None:
     slot = trained.bank.add(saved.config, seed=0)
     trained.bank.load(slot, saved.tensors)
     trained.slots[name] = slot
+
+
+def _digest(bank: Bank, slot: int) -> str:
+    if slot == BARE_BASE:
+        return BARE
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(bank.parameters(slot).items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Text:

@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "Look through the data before training on it.",
     "show": "Print the configuration as it will be used.",
     "chat": "Talk to a base or to a trained adapter.",
+    "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }
 """Each is `lowrank.cli.<name>:<name>`; one whose file is not there is not offered."""
