@@ -88,7 +88,9 @@ def _bleu4(predictions: Sequence[str], labels: Sequence[str]) -> Metric:
         counts, totals = sums[:4].astype(int).tolist(), sums[4:8].astype(int).tolist()
         return BLEU.compute_bleu(counts, totals, int(sums[8]), int(sums[9]), smooth_method="exp").score
 
-    return Metric(statistics_NK, combine, BLEU(tokenize="zh" if chinese else "13a").get_signature().format())
+    plain = BLEU(tokenize="zh" if chinese else "13a")
+    plain.corpus_score(predictions[:1], [labels[:1]])  # it knows its signature once it has seen references
+    return Metric(statistics_NK, combine, plain.get_signature().format())
 
 
 def _rouge(prediction: str, label: str) -> dict[str, float]:

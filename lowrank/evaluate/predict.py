@@ -90,7 +90,7 @@ def answer_questions(
                 generator.step()
         while generator.step():
             pass
-    return found
+    return [{name: answers[name] for name in voices.slots} for answers in found]
 
 
 def text_of(tokenizer: Any, answer: Answer) -> str:
