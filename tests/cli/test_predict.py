@@ -76,7 +76,7 @@ def test_an_interrupted_one_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "text_of", stop)
-        with pytest.raises(BaseException):  # noqa: B017, PT011 (typer turns it into an exit)
+        with pytest.raises(BaseException):  # noqa: B017 (typer turns it into an exit)
             main(["predict", *words, str(tmp_path / "again"), "--max-new-tokens", "6"])
     (partial,) = (tmp_path / "again").glob("unfinished-*")
     with open(partial, "a", encoding="utf-8") as file:
