@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +28,8 @@ from lowrank.generate.sampler import Config, Prompt, generate
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
-<<<<<<< HEAD
-from lowrank.records import BARE_BASE, Conversation, Rated
-=======
 from lowrank.models.storages.dense import Config as Dense
-
->>>>>>> formats
+from lowrank.records import BARE_BASE, Conversation, Rated
 
 BARE = "base"
 """How the untouched base is called among the voices."""
@@ -70,6 +67,10 @@ class Trained:
                 raise DataError(rendering.problem or "the conversation is longer than data.max_length")
             scored.append((slot, self.value_heads[name], rendering.segments[0]))
         return rewards(self.base, self.bank, scored)
+
+    def versions(self, names: Iterable[str]) -> dict[str, str]:
+        """What tells one state of an adapter from another: the digest of its tensors, `base` for the bare base."""
+        return {name: _digest(self.bank, self.slot(name)) for name in names}
 
     def answer(
         self,
@@ -200,6 +201,15 @@ def _attach_value_head(trained: Trained, name: str, folder: Path) -> None:
     value_D = read_value_head(folder)
     if value_D is not None:
         trained.value_heads[name] = value_D
+
+
+def _digest(bank: Bank, slot: int) -> str:
+    if slot == BARE_BASE:
+        return BARE
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(bank.parameters(slot).items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Text:

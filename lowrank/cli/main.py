@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "Talk to a base or to a trained adapter.",
     "quantize": "Write a quantised copy of a model, which loads faster and anywhere.",
     "doctor": "What this machine and each storage can do, found out by trying.",
+    "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }
 """Each is `lowrank.cli.<name>:<name>`; one whose file is not there is not offered."""

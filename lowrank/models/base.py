@@ -21,6 +21,7 @@ from torch import nn
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.models import attention
+from lowrank.models.paged_attention import Step
 from lowrank.models.quiet import quiet_transformers
 from lowrank.records import Batch
 
@@ -139,6 +140,21 @@ class Base:
         if not self._takes_positions:
             options.pop("position_ids")
         return self.backbone(input_ids=token, use_cache=False, **options).last_hidden_state
+
+    def extend(self, token_T: torch.Tensor, step: Step) -> torch.Tensor:
+        """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`."""
+        return self._call(token_T[None], position_ids=step.position_T[None], packed=step)[0]
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens of the longest sequence its positions are made for; None where it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def steady_length(self) -> int | None:
+        """Up to this many tokens a sequence's rotary embedding does not depend on how long it is; None: at any."""
+        kind, limit = self._stretching
+        return limit if kind else None
 
     def padded_tokens(self, lengths: tuple[int, ...]) -> int:
         """What segments of these lengths cost in one forward pass, in tokens."""
