@@ -111,9 +111,7 @@ def natural_type(checkpoint: Checkpoint) -> str:
     return {frozenset({"BF16"}): "bf16", frozenset({"F16"}): "f16"}.get(frozenset(kinds), "f32")
 
 
-def convert(
-    folder: Path, path: Path, kind: str = "auto", progress: Callable[[int, int], None] | None = None
-) -> Plan:
+def convert(folder: Path, path: Path, kind: str = "auto", progress: Callable[[int, int], None] | None = None) -> Plan:
     """Write the model in `folder` to `path` as `kind` (one of PLAIN_TYPES; `auto`: no weight changes).
 
     Memory: the largest tensor as saved, and 64 MB. `progress(bytes written, bytes in all)`. Raises ModelError.
@@ -128,9 +126,7 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
     if kind not in PLAIN_TYPES:
         raise ModelError(f"the converter writes {', '.join(PLAIN_TYPES)}, not {kind!r}")
     gguf = library()
-    entries = [
-        Entry(name, tuple(tensor.shape), gguf.GGMLQuantizationType.F32) for name, tensor in made.extra.items()
-    ]
+    entries = [Entry(name, tuple(tensor.shape), gguf.GGMLQuantizationType.F32) for name, tensor in made.extra.items()]
     for name, part in made.parts:
         shape = _shape(made.checkpoint, part)
         entries.append(Entry(name, shape, stored_type(name, shape, kind)))
@@ -155,10 +151,7 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
         sources = [[tensor] for tensor in made.extra.values()]
         tensors = (iter(each) for each in sources)
         rest = (_tensors(reader, part) for _, part in made.parts)
-        data = (
-            counted(_encoded(each, entry.kind))
-            for each, entry in zip(_chain(tensors, rest), entries)
-        )
+        data = (counted(_encoded(each, entry.kind)) for each, entry in zip(_chain(tensors, rest), entries))
         write_file(partial, made.family.arch, fields, entries, data)
 
 
@@ -196,5 +189,3 @@ def _encoded(tensors: Iterator[torch.Tensor], kind: Any) -> Iterator[np.ndarray]
         for start in range(0, len(row_TD), step):
             rows = row_TD[start : start + step].float().contiguous().numpy()
             yield quantize(rows, kind)
-
-

@@ -43,7 +43,7 @@ TORTURE = [
     "\ufeffBOM and \u200bzero\u200dwidth\u00ad",
     "controls \x01\x02\x1f end",
     "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𠮷野家 𝟘𝟙𝟚",
-    "<div class=\"x\">&nbsp;</div> <!-- c --> </s> <s> <unk> [INST] [/INST] <|x|>",
+    '<div class="x">&nbsp;</div> <!-- c --> </s> <s> <unk> [INST] [/INST] <|x|>',
     "x" * 200,
     "ab" * 50 + "!" * 40 + " " * 30 + "\n" * 10,
 ]

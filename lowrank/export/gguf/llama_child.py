@@ -1,8 +1,8 @@
-"""llama.cpp in a process of its own: run as a script with one request on standard input (see llama_cpp.py).
+"""llama.cpp in a process of its own: run as a module with one request on standard input (see llama_cpp.py).
 
 It talks to the C functions inside the wheel of xllamacpp. Their two structures of settings have changed often,
-so the defaults that llama.cpp fills in are compared with what is known before anything is trusted. Nothing of
-lowrank is imported, so that the process starts at once; llama.cpp may end it at any assertion.
+so the defaults that llama.cpp fills in are compared with what is known before anything is trusted. Nothing heavy
+is imported, so that the process starts at once; llama.cpp may end it at any assertion.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, which a script's own imports would otherwise search first
 
 import numpy as np
 
@@ -60,7 +57,9 @@ class ContextSettings(ctypes.Structure):
     _fields_ = (
         *(
             (name, Unsigned)
-            for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq", "n_outputs_max", "n_outputs_max_per_seq")
+            for name in (
+                "n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq", "n_outputs_max", "n_outputs_max_per_seq",
+            )
         ),
         ("n_threads", Int),
         ("n_threads_batch", Int),
@@ -146,7 +145,9 @@ def open_library() -> Any:
 def _check(settings: Any, known: dict[str, Any]) -> None:
     for name, value in known.items():
         if getattr(settings, name) != value:
-            raise RuntimeError(f"this xllamacpp has other structures than lowrank knows ({name} is {getattr(settings, name)})")
+            raise RuntimeError(
+                f"this xllamacpp has other structures than lowrank knows ({name} is {getattr(settings, name)})"
+            )
 
 
 class Session:
@@ -210,7 +211,9 @@ class Session:
         if self._library.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp cannot compute these tokens")
         wanted = range(len(tokens)) if all_logits else [len(tokens) - 1]
-        rows = [np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, i), (self.size,)) for i in wanted]
+        rows = [
+            np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, i), (self.size,)) for i in wanted
+        ]
         return np.stack(rows)
 
     def _forget(self) -> None:

@@ -8,6 +8,7 @@ own defaults errors below 1e-7 drown.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,6 @@ import numpy as np
 
 from lowrank.errors import ModelError
 
-CHILD = Path(__file__).with_name("llama_child.py")
 Adapters = Sequence[tuple[Path, float]]
 """Adapter files and how strongly each counts."""
 
@@ -62,17 +62,18 @@ def ask(
             "threads": threads,
             "answers": str(answers),
         }
-        run_child(CHILD, request, f"llama.cpp on {path}", timeout)
+        run_child("llama_child", request, f"llama.cpp on {path}", timeout)
         with np.load(answers) as arrays:
             said = json.loads(arrays["said"].tobytes())
             return [said[str(i)] if str(i) in said else arrays[str(i)] for i in range(len(tasks))]
 
 
-def run_child(script: Path, request: dict[str, Any], what: str, timeout: float | None) -> None:
-    """Run one of this folder's scripts on a request. Raises ModelError with the end of what it said."""
+def run_child(module: str, request: dict[str, Any], what: str, timeout: float | None) -> None:
+    """Run one of this folder's modules on a request. Raises ModelError with the end of what it said."""
     try:
         done = subprocess.run(
-            [sys.executable, str(script)],
+            [sys.executable, "-m", f"{__package__}.{module}"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             input=json.dumps(request),
             capture_output=True,
             text=True,
@@ -101,9 +102,7 @@ def tokenize(
     return ask(path, [task])[0]
 
 
-def generate(
-    path: Path, tokens: Sequence[int], max_tokens: int, *, adapters: Adapters = ()
-) -> tuple[list[int], bool]:
+def generate(path: Path, tokens: Sequence[int], max_tokens: int, *, adapters: Adapters = ()) -> tuple[list[int], bool]:
     """The likeliest continuation of at most `max_tokens`, and whether the model ended it."""
     task = {"kind": "generate", "tokens": list(tokens), "max_tokens": max_tokens}
     answer = ask(path, [task], length=len(tokens) + max_tokens, adapters=adapters)[0]

@@ -49,7 +49,9 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     kind = described["model"]["type"]
     if kind != "BPE":
-        raise ModelError(f"{path}: a {kind} tokenizer; lowrank writes BPE tokenizers to GGUF (byte-level and SentencePiece)")
+        raise ModelError(
+            f"{path}: a {kind} tokenizer; lowrank writes BPE tokenizers to GGUF (byte-level and SentencePiece)"
+        )
     tokens, kinds = _tokens(described, size, path)
     notes: list[str] = []
     if _is_byte_level(described):
@@ -121,21 +123,24 @@ def _sentencepiece(described: dict[str, Any], kinds: list[int], tokens: list[str
     """
     model = described["model"]
     if not model.get("byte_fallback"):
-        raise ModelError(f"{path}: a BPE tokenizer that is neither byte-level nor falls back to bytes; llama.cpp has none")
+        raise ModelError(
+            f"{path}: a BPE tokenizer that is neither byte-level nor falls back to bytes; llama.cpp has none"
+        )
     unknown = model["vocab"].get(model.get("unk_token"))
     for index, text in enumerate(tokens):
         if kinds[index] == NORMAL and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kinds[index] = BYTE
+    own: Fields = {}
     if unknown is not None:
         kinds[unknown] = UNKNOWN
-    scores = [
-        -float(index) if kind in (NORMAL, UNKNOWN, BYTE) else -1000.0 for index, kind in enumerate(kinds)
-    ]
+        own["tokenizer.ggml.unknown_token_id"] = unknown
+    scores = [-float(index) if kind in (NORMAL, UNKNOWN, BYTE) else -1000.0 for index, kind in enumerate(kinds)]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": scores,
         "tokenizer.ggml.add_space_prefix": _adds_space(described),
+        **own,
     }
 
 
@@ -147,7 +152,7 @@ def _adds_space(described: dict[str, Any]) -> bool:
 
 def _special(folder: Path, tokenizer: Any, core: Tokenizer, notes: list[str]) -> Fields:
     fields: Fields = {}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         index = getattr(tokenizer, f"{ours}_token_id")
         if index is not None:
             fields[f"tokenizer.ggml.{theirs}_token_id"] = index
@@ -161,7 +166,9 @@ def _special(folder: Path, tokenizer: Any, core: Tokenizer, notes: list[str]) ->
     for added, known, side in zip((before, after), told, ("before", "after")):
         if added and not known:
             names = " ".join(core.id_to_token(index) for index in added)
-            notes.append(f"the tokenizer puts {names} {side} plain text, which a GGUF file cannot say; chats are not affected")
+            notes.append(
+                f"the tokenizer puts {names} {side} plain text, which a GGUF file cannot say; chats are not affected"
+            )
     stops = _stops(folder, tokenizer, core)
     if tokenizer.eos_token_id is None and stops:
         fields["tokenizer.ggml.eos_token_id"] = stops[0]
@@ -173,7 +180,9 @@ def _special(folder: Path, tokenizer: Any, core: Tokenizer, notes: list[str]) ->
         fields["tokenizer.ggml.eot_token_id"] = (unnamed or others)[0]
     if len(unnamed) > 1:
         names = ", ".join(core.id_to_token(index) for index in unnamed[1:])
-        notes.append(f"a GGUF file names two tokens that end an answer; give these to the server as stop words: {names}")
+        notes.append(
+            f"a GGUF file names two tokens that end an answer; give these to the server as stop words: {names}"
+        )
     if tokenizer.chat_template:
         fields["tokenizer.chat_template"] = _one_template(tokenizer.chat_template)
     return fields

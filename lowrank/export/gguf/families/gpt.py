@@ -71,7 +71,9 @@ def bloom_parts(config: dict[str, Any], name: str) -> list[Part] | None:
 
 def bloom_refuse(config: dict[str, Any]) -> list[str]:
     """An option llama.cpp lacks."""
-    return ["apply_residual_connection_post_layernorm"] if config.get("apply_residual_connection_post_layernorm") else []
+    return (
+        ["apply_residual_connection_post_layernorm"] if config.get("apply_residual_connection_post_layernorm") else []
+    )
 
 
 def falcon_kv_heads(config: dict[str, Any]) -> int:

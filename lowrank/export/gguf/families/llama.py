@@ -46,11 +46,8 @@ def llama3_frequencies(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     frequency = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     context, factor = parameters["original_max_position_embeddings"], parameters["factor"]
-    divisors = []
-    for wave in (2 * math.pi / frequency).tolist():
-        blend = min(max((context / wave - low) / (high - low), 0.0), 1.0)
-        divisors.append(1.0 / ((1.0 - blend) / factor + blend))
-    return {"rope_freqs.weight": torch.tensor(divisors, dtype=torch.float32)}
+    blend = ((context / (2 * math.pi / frequency) - low) / (high - low)).clamp(0.0, 1.0)
+    return {"rope_freqs.weight": 1.0 / ((1.0 - blend) / factor + blend)}
 
 
 def refuse(config: dict[str, Any]) -> list[str]:
@@ -58,9 +55,7 @@ def refuse(config: dict[str, Any]) -> list[str]:
     return refuse_rope(config, "linear", "yarn", "llama3")
 
 
-LLAMA = Family(
-    arch="llama", fields=fields, parts=parts, extra=llama3_frequencies, refuse=refuse, notes=windows
-)
+LLAMA = Family(arch="llama", fields=fields, parts=parts, extra=llama3_frequencies, refuse=refuse, notes=windows)
 
 
 def granite_fields(config: dict[str, Any]) -> Fields:
