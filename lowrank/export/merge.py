@@ -162,7 +162,7 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
             changes[name] = _Instead(tensor)
     for module, (rank, alpha) in adapter.targets.items():
         parts = {
-            name.removeprefix(f"{module}.").removesuffix(".weight"): tensor.float()
+            name.removeprefix(f"{module}.").removesuffix(".weight"): tensor
             for name, tensor in adapter.tensors.items()
             if name.startswith(f"{module}.")
         }
