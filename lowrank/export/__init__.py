@@ -101,3 +101,7 @@ class Target(Protocol):
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """What in `folder` (in its final place) can be run, each with its tolerance."""
         ...
+
+    def usage(self, source: Source, path: str) -> str:
+        """Markdown for the model card: how what lies at `path` (a folder or a hub name) is run."""
+        ...

@@ -27,6 +27,14 @@ TOLERANCES = {
 """By the dtype of the merged weights: what rounding them may do. Both sides are computed in the same dtype."""
 _COPIES = 4
 """Of the largest tensor, in float32, in memory where an update needs the whole of it."""
+_USAGE = """```python
+from transformers import pipeline
+
+ask = pipeline("text-generation", "{path}")
+print(ask([{{"role": "user", "content": "Hello"}}])[0]["generated_text"][-1]["content"])
+```
+
+Or served: `vllm serve {path}`, `lowrank chat {path}`."""
 
 
 def _size(value: str) -> str:
@@ -74,6 +82,10 @@ class MergedTarget:
         """The folder as transformers loads it."""
         written = self.dtype or _base_dtype(Merged(source))
         return (ReadBack("merged", TOLERANCES[written], lambda: read_model(source, folder)),)
+
+    def usage(self, source: Source, path: str) -> str:
+        """With transformers and with vLLM."""
+        return _USAGE.format(path=path)
 
     def _plan(self, source: Source) -> tuple[Merged, Layout]:
         merged = Merged(source)

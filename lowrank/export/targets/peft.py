@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from lowrank.checkpoints.model_card import model_card
 from lowrank.checkpoints.peft_config import describe_base, peft_trouble
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
 from lowrank.errors import ModelError, raise_all
@@ -25,6 +24,15 @@ TOLERANCES = {
     "float16": Tolerance(mean_kl=1e-4, top1_agreement=0.99, perplexity=1e-3),
     "bfloat16": Tolerance(mean_kl=1e-3, top1_agreement=0.98, perplexity=5e-3),
 }
+_USAGE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{path}")
+```
+
+Or, without PEFT: `lowrank chat {path}`."""
 
 
 class Config(Settings):
@@ -60,8 +68,6 @@ class PeftTarget:
         write_adapter(folder, adapter, base, dtype=self.dtype)
         size = sum(tensor.numel() for tensor in adapter.tensors.values())
         trouble = peft_trouble(base, adapter.targets)
-        card = model_card(adapter.config, len(adapter.targets), size, base.name, trouble)
-        (folder / "README.md").write_text(card, encoding="utf-8")
         write_tokenizer(source, folder)
         progress(1, 1)
         return tuple(filter(None, [f"{size:,} parameters on {len(adapter.targets)} modules", trouble]))
@@ -70,6 +76,10 @@ class PeftTarget:
         """The adapter as a user loads it again, on the base."""
         tolerance = TOLERANCES[self.config.dtype]
         return (ReadBack("peft", tolerance, lambda: read_adapter(source, load_adapter(folder))),)
+
+    def usage(self, source: Source, path: str) -> str:
+        """With PEFT on the base."""
+        return _USAGE.format(path=path, base=source.model.path)
 
 
 def _adapter(source: Source) -> AdapterOnDisk:
