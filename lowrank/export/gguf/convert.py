@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from lowrank.checkpoints.atomic import new_file
 from lowrank.errors import ModelError, did_you_mean, raise_all
-from lowrank.export.gguf.checkpoint import Checkpoint, Reader, read_checkpoint
+from lowrank.export.gguf.checkpoint import Checkpoint, read_folder
 from lowrank.export.gguf.families import families
 from lowrank.export.gguf.pieces import Family, Part, all_parts
 from lowrank.export.gguf.vocabulary import read_vocabulary
@@ -38,11 +39,10 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan(folder: Path) -> Plan:
-    """Read a folder's descriptions. Raises ModelError for what cannot be converted, with every reason."""
-    checkpoint = read_checkpoint(folder)
+def plan(checkpoint: Checkpoint) -> Plan:
+    """Decide everything. Raises ModelError for what cannot be converted, with every reason."""
     known = families()
-    kind, config = checkpoint.model_type, checkpoint.config
+    folder, kind, config = checkpoint.name, checkpoint.model_type, checkpoint.config
     family = known.get(kind)
     if family is None:
         raise ModelError(
@@ -57,9 +57,9 @@ def plan(folder: Path) -> Plan:
     if config.get("quantization_config"):
         problems.append("quantised weights: merge to 16 bits first (lowrank export --to merged)")
     raise_all(ModelError, f"{folder}: llama.cpp would compute this {kind} model otherwise than transformers", problems)
-    vocabulary = read_vocabulary(folder, _vocabulary_size(checkpoint))
+    vocabulary = read_vocabulary(checkpoint.folder, _vocabulary_size(checkpoint))
     header = {f"{family.arch}.{key}": value for key, value in family.fields(config).items()}
-    fields = {"general.type": "model", "general.name": folder.resolve().name, **header, **vocabulary.fields}
+    fields = {"general.type": "model", "general.name": checkpoint.name, **header, **vocabulary.fields}
     notes = [*family.notes(config), *vocabulary.notes]
     return Plan(checkpoint, family, fields, _named_parts(checkpoint, family), family.extra(config), notes)
 
@@ -69,7 +69,7 @@ def _vocabulary_size(checkpoint: Checkpoint) -> int:
     for name, shape in checkpoint.shapes.items():
         if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")):
             return shape[0]
-    raise ModelError(f"{checkpoint.folder}: no embedding among the tensors; is it a whole model?")
+    raise ModelError(f"{checkpoint.name}: no embedding among the tensors; is it a whole model?")
 
 
 def _named_parts(checkpoint: Checkpoint, family: Family) -> list[tuple[str, Part]]:
@@ -83,7 +83,7 @@ def _named_parts(checkpoint: Checkpoint, family: Family) -> list[tuple[str, Part
             unknown.append(f"{part.name} {checkpoint.shapes[part.sources[0]]}")
         else:
             found.append((name, part))
-    raise_all(ModelError, f"{checkpoint.folder}: tensors that have no place in a GGUF file of {family.arch!r}", unknown)
+    raise_all(ModelError, f"{checkpoint.name}: tensors that have no place in a GGUF file of {family.arch!r}", unknown)
     return found
 
 
@@ -108,7 +108,7 @@ def tensor_names(arch: str, config: dict[str, Any]) -> Callable[[str], str | Non
 def natural_type(checkpoint: Checkpoint) -> str:
     """The smallest type that keeps every weight as it is."""
     kinds = {checkpoint.dtypes[name] for name, shape in checkpoint.shapes.items() if len(shape) > 1}
-    return {frozenset({"BF16"}): "bf16", frozenset({"F16"}): "f16"}.get(frozenset(kinds), "f32")
+    return {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(kinds), "f32")
 
 
 def convert(folder: Path, path: Path, kind: str = "auto", progress: Callable[[int, int], None] | None = None) -> Plan:
@@ -116,7 +116,7 @@ def convert(folder: Path, path: Path, kind: str = "auto", progress: Callable[[in
 
     Memory: the largest tensor as saved, and 64 MB. `progress(bytes written, bytes in all)`. Raises ModelError.
     """
-    made = plan(folder)
+    made = plan(read_folder(folder))
     write_plan(made, path, natural_type(made.checkpoint) if kind == "auto" else kind, progress)
     return made
 
@@ -147,22 +147,18 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
             if progress is not None:
                 progress(written, total)
 
-    with Reader(made.checkpoint) as reader, new_file(path) as partial:
-        sources = [[tensor] for tensor in made.extra.values()]
-        tensors = (iter(each) for each in sources)
-        rest = (_tensors(reader, part) for _, part in made.parts)
-        data = (counted(_encoded(each, entry.kind)) for each, entry in zip(_chain(tensors, rest), entries))
+    with new_file(path) as partial:
+        tensors = chain(
+            (iter([tensor]) for tensor in made.extra.values()),
+            (_tensors(made.checkpoint, part) for _, part in made.parts),
+        )
+        data = (counted(_encoded(each, entry.kind)) for each, entry in zip(tensors, entries))
         write_file(partial, made.family.arch, fields, entries, data)
 
 
-def _chain(*several: Iterator[Iterator[torch.Tensor]]) -> Iterator[Iterator[torch.Tensor]]:
-    for each in several:
-        yield from each
-
-
-def _tensors(reader: Reader, part: Part) -> Iterator[torch.Tensor]:
+def _tensors(checkpoint: Checkpoint, part: Part) -> Iterator[torch.Tensor]:
     for source in part.sources:
-        yield part.make(reader.tensor(source))
+        yield part.make(checkpoint.tensor(source))
 
 
 def _shape(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:

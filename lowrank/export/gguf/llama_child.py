@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own: run as a module with one request on standard input (see llama_cpp.py).
+"""llama.cpp in a process of its own: run as a module, one line of JSON a question (see llama_cpp.py).
 
 It talks to the C functions inside the wheel of xllamacpp. Their two structures of settings have changed often,
 so the defaults that llama.cpp fills in are compared with what is known before anything is trusted. Nothing heavy
@@ -127,6 +127,8 @@ def open_library() -> Any:
         ("llama_batch_init", Batch, [Int, Int, Int]),
         ("llama_decode", Int, [Pointer, Batch]),
         ("llama_get_logits_ith", ctypes.POINTER(Float), [Pointer, Int]),
+        ("llama_batch_free", None, [Batch]),
+        ("llama_free", None, [Pointer]),
         ("llama_get_memory", Pointer, [Pointer]),
         ("llama_memory_clear", None, [Pointer, Bool]),
         ("llama_adapter_lora_init", Pointer, [Pointer, ctypes.c_char_p]),
@@ -150,44 +152,54 @@ def _check(settings: Any, known: dict[str, Any]) -> None:
             )
 
 
-class Session:
-    """A model, its adapters, and a cache in float32 for up to `length` tokens."""
+BATCH = 512
+"""Tokens computed at once."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+
+class Session:
+    """A model, its adapters, and a cache in float32 that grows with what is asked."""
+
+    def __init__(self, opening: dict[str, Any]) -> None:
         self._library = open_library()
         self._library.llama_backend_init()
-        self._length = request["length"]
+        self._threads, self._length, self._context = opening["threads"], 0, None
         settings = self._library.llama_model_default_params()
         settings.n_gpu_layers = 0
-        settings.vocab_only = self._length == 0
+        settings.vocab_only = opening["only_words"]
         settings.use_extra_bufts = False  # repacked weights round otherwise
-        self._model = self._library.llama_model_load_from_file(request["model"].encode(), settings)
+        self._model = self._library.llama_model_load_from_file(opening["model"].encode(), settings)
         if not self._model:
             raise RuntimeError("llama.cpp cannot load this file")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.size = self._library.llama_vocab_n_tokens(self._vocabulary)
-        self._context = self._open_context(request) if self._length else None
+        self._adapters = (Pointer * len(opening["adapters"]))()
+        self._scales = (Float * len(self._adapters))(*(scale for _, scale in opening["adapters"]))
+        for index, (path, _) in enumerate(opening["adapters"]):
+            self._adapters[index] = self._library.llama_adapter_lora_init(self._model, path.encode())
+            if not self._adapters[index]:
+                raise RuntimeError(f"llama.cpp cannot load the adapter {path}")
 
-    def _open_context(self, request: dict[str, Any]) -> Any:
+    def _start(self, length: int) -> None:
+        """An empty cache for `length` tokens."""
+        if self._context is not None and length <= self._length:
+            self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+            return
+        if self._context is not None:
+            self._library.llama_free(self._context)
+        self._length = max(256, 1 << (length - 1).bit_length())
         settings = self._library.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = max(self._length, 64)
-        settings.n_outputs_max = settings.n_outputs_max_per_seq = max(self._length, 64)
-        settings.n_threads = settings.n_threads_batch = request["threads"]
+        settings.n_ctx = self._length
+        settings.n_batch = settings.n_ubatch = BATCH
+        settings.n_outputs_max = settings.n_outputs_max_per_seq = BATCH
+        settings.n_threads = settings.n_threads_batch = self._threads
         settings.flash_attn_type = 0
         settings.type_k = settings.type_v = F32
-        context = self._library.llama_init_from_model(self._model, settings)
-        if not context:
+        self._context = self._library.llama_init_from_model(self._model, settings)
+        if not self._context:
             raise RuntimeError("llama.cpp cannot run this file")
-        if request["adapters"]:
-            loaded = (Pointer * len(request["adapters"]))()
-            scales = (Float * len(loaded))(*(scale for _, scale in request["adapters"]))
-            for index, (path, _) in enumerate(request["adapters"]):
-                loaded[index] = self._library.llama_adapter_lora_init(self._model, path.encode())
-                if not loaded[index]:
-                    raise RuntimeError(f"llama.cpp cannot load the adapter {path}")
-            if self._library.llama_set_adapters_lora(context, loaded, len(loaded), scales):
-                raise RuntimeError("llama.cpp refuses the adapters")
-        return context
+        count = len(self._adapters)
+        if count and self._library.llama_set_adapters_lora(self._context, self._adapters, count, self._scales):
+            raise RuntimeError("llama.cpp refuses the adapters")
 
     def tokenize(self, task: dict[str, Any]) -> list[list[int]]:
         """Ids of each text."""
@@ -201,63 +213,58 @@ class Session:
         return list(room[:count])
 
     def _decode(self, tokens: list[int], first: int, all_logits: bool) -> np.ndarray:
-        """Logits after each token (or the last), (T, V)."""
+        """Logits after each of at most BATCH tokens (or the last), (T, V)."""
         batch = self._library.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
             batch.token[index], batch.pos[index] = token, first + index
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
             batch.logits[index] = int(all_logits or index == len(tokens) - 1)
-        if self._library.llama_decode(self._context, batch):
+        failed = self._library.llama_decode(self._context, batch)
+        self._library.llama_batch_free(batch)
+        if failed:
             raise RuntimeError("llama.cpp cannot compute these tokens")
         wanted = range(len(tokens)) if all_logits else [len(tokens) - 1]
-        rows = [
-            np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, i), (self.size,)) for i in wanted
-        ]
-        return np.stack(rows)
-
-    def _forget(self) -> None:
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        rows = (self._library.llama_get_logits_ith(self._context, index) for index in wanted)
+        return np.stack([np.ctypeslib.as_array(row, (self.size,)) for row in rows])
 
     def logits(self, task: dict[str, Any]) -> np.ndarray:
         """After each of the tokens, (T, V) float32."""
-        self._forget()
-        return self._decode(task["tokens"], 0, all_logits=True)
+        tokens = task["tokens"]
+        self._start(len(tokens))
+        return np.concatenate([self._decode(tokens[i : i + BATCH], i, True) for i in range(0, len(tokens), BATCH)])
 
     def generate(self, task: dict[str, Any]) -> dict[str, Any]:
         """The likeliest continuation, and whether it ended by itself."""
-        self._forget()
-        tokens, answer = task["tokens"], []
-        done = 0
-        while len(answer) < task["max_tokens"]:
-            token = int(self._decode(tokens, done, all_logits=False)[0].argmax())
-            done += len(tokens)
-            if self._library.llama_vocab_is_eog(self._vocabulary, token):
+        tokens, answer, stops = task["tokens"], [], set(task["stop_tokens"])
+        self._start(len(tokens) + task["max_tokens"])
+        for start in range(0, len(tokens), BATCH):
+            last = self._decode(tokens[start : start + BATCH], start, False)
+        for place in range(len(tokens), len(tokens) + task["max_tokens"]):
+            token = int(last[0].argmax())
+            if token in stops or self._library.llama_vocab_is_eog(self._vocabulary, token):
                 return {"tokens": answer, "stopped": True}
             answer.append(token)
-            tokens = [token]
+            last = self._decode([token], place, False)
         return {"tokens": answer, "stopped": False}
 
 
 def main() -> None:
-    """Answer the request: arrays and everything else to one .npz file."""
-    request = json.load(sys.stdin)
-    session = Session(request)
+    """Answer one line of JSON with another until there is no more; arrays go to the file that the question names."""
+    session = Session(json.loads(sys.stdin.readline()))
     kinds: dict[str, Callable[[dict[str, Any]], Any]] = {
         "tokenize": session.tokenize,
         "logits": session.logits,
         "generate": session.generate,
     }
-    arrays: dict[str, np.ndarray] = {}
-    said: dict[str, Any] = {}
-    for index, task in enumerate(request["tasks"]):
+    print(json.dumps({"answer": session.size}), flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
         answer = kinds[task["kind"]](task)
         if isinstance(answer, np.ndarray):
-            arrays[str(index)] = answer
-        else:
-            said[str(index)] = answer
-    arrays["said"] = np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
-    np.savez(request["answers"], **arrays)
+            np.save(task["array"], answer)
+            answer = None
+        print(json.dumps({"answer": answer}), flush=True)
 
 
 if __name__ == "__main__":

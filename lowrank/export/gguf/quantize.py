@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.checkpoints.atomic import new_file
-from lowrank.errors import ModelError, did_you_mean
+from lowrank.errors import ModelError, did_you_mean, raise_all
 from lowrank.export.gguf.llama_cpp import run_child
 from lowrank.export.gguf.mixes import BASES, choose_types, describe, needs_importance
 from lowrank.export.gguf.writer import library
@@ -66,6 +66,7 @@ def quantise(
     chosen = choose_types(recipe, describe(arch, header, shapes), shapes, importance is not None)
     kernels, notes = _kernels(), []
     if kernels is None:
+        raise_all(ModelError, f"quantising {source.name}", kernels_trouble([recipe]))
         chosen = {name: _simple(kind, recipe) for name, kind in chosen.items()}
         notes.append("llama.cpp's kernels cannot be reached here: all but q8_0, q4_0, q4_1, q5_0, q5_1 became q8_0")
     lacking = [name for name in needs_importance(chosen) if importance is None or name not in importance]
@@ -88,16 +89,26 @@ def quantise(
             "arch": arch,
             "file_type": int(gguf.LlamaFileType[f"MOSTLY_{recipe}"]),
         }
-        run_child("quantize_child", request, f"quantising {source.name} to {recipe}", None)
+        run_child("quantize_child", request, f"quantising {source.name} to {recipe}")
     return Written(target, recipe, *_contents(target), tuple(notes))
+
+
+def kernels_trouble(recipes: Sequence[str]) -> list[str]:
+    """Recipes that cannot be made here, one sentence each."""
+    if _kernels() is not None:
+        return []
+    known = ", ".join(name.lower() for name in sorted(WITHOUT_KERNELS - {"F16"}))
+    return [
+        f"{name} needs llama.cpp's kernels, which cannot be reached here (pip install 'lowrank[gguf]'; not on Windows); "
+        f"possible without: {known}"
+        for name in recipes
+        if BASES[check_recipe(name)] not in WITHOUT_KERNELS
+    ]
 
 
 def _simple(kind: str | None, recipe: str) -> str | None:
     if kind is None or kind in WITHOUT_KERNELS:
         return kind
-    if BASES[recipe] not in WITHOUT_KERNELS:
-        known = ", ".join(name.lower() for name in sorted(WITHOUT_KERNELS - {"F16"}))
-        raise ModelError(f"{recipe.lower()} needs llama.cpp's kernels, which cannot be reached here; possible: {known}")
     return "Q8_0"
 
 
