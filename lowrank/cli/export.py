@@ -77,13 +77,13 @@ def export(
         which="last" if last else "best",
         combination=read_combination(combine, weights, density),
         chat_template=chat_template,
-        notify=lambda text: warn([text]) if json else console.print(text),
+        notify=lambda text: warn([text]) if json else console.print(text, soft_wrap=True),
     )
     orders = order(targets, output or _default_place(found, [target.type for target in targets]))
     with Watcher(console) as watch:
         result = take_home(
             found, orders, verify=verify, prompts=prompts, dry_run=dry_run, watch=watch,
-            notify=lambda text: console.print(text),
+            notify=lambda text: console.print(text, soft_wrap=True),
         )  # fmt: skip
     if push:
         result["pushed"] = [

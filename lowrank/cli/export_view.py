@@ -56,7 +56,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 def _row(target: str, each: dict[str, Any]) -> list[Text]:
     name = target if each["name"] == target else f"{target} {each['name']}"
-    verdict = Text("the same model", "green") if each["passed"] else Text("differs", "bold red")
+    verdict = Text("same model", "green") if each["passed"] else Text("differs", "bold red")
     return [
         Text(name), Text(f"{each['mean_kl']:.2g}"), Text(f"{each['top1_agreement']:.1%}"),
         Text(f"{each['perplexity']:.4g}"), Text(f"{each['greedy_same']} of {each['greedy_asked']}"), verdict,

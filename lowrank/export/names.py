@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -30,7 +29,7 @@ class Names:
     """Of every parameter of the model: the tensor in the files that it is loaded from."""
 
     def __init__(self, folder: Path, checkpoint: Mapping[str, Entry], *, trust_remote_code: bool = False) -> None:
-        self.model = _without_memory(folder, trust_remote_code)
+        self.model = model_without_memory(folder, trust_remote_code=trust_remote_code)
         self.checkpoint = checkpoint
         state = self.model.state_dict(keep_vars=True)
         self._file_name: dict[str, str] = {}
@@ -126,7 +125,8 @@ def _tied(model: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
     return {name for name, tensor in state.items() if tensor is head.weight}
 
 
-def _without_memory(folder: Path, trust_remote_code: bool) -> nn.Module:
+def model_without_memory(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model of a folder's config.json, on torch's `meta` device: shapes and names, no values."""
     with quiet_transformers(), torch.device("meta"):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
