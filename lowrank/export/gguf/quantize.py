@@ -99,7 +99,7 @@ def kernels_trouble(recipes: Sequence[str]) -> list[str]:
         return []
     known = ", ".join(name.lower() for name in sorted(WITHOUT_KERNELS - {"F16"}))
     return [
-        f"{name} needs llama.cpp's kernels, which cannot be reached here (pip install 'lowrank[gguf]'; not on Windows); "
+        f"{name} needs llama.cpp's kernels, out of reach here (pip install 'lowrank[gguf]'; not on Windows); "
         f"possible without: {known}"
         for name in recipes
         if BASES[check_recipe(name)] not in WITHOUT_KERNELS

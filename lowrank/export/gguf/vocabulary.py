@@ -165,7 +165,7 @@ def _special(folder: Path, tokenizer: Any, core: Tokenizer, notes: list[str]) ->
     told = [bool(fields[f"tokenizer.ggml.add_{end}_token"]) for end in ("bos", "eos")]
     for added, known, side in zip((before, after), told, ("before", "after")):
         if added and not known:
-            names = " ".join(core.id_to_token(index) for index in added)
+            names = " ".join(str(core.id_to_token(index)) for index in added)
             notes.append(
                 f"the tokenizer puts {names} {side} plain text, which a GGUF file cannot say; chats are not affected"
             )
@@ -179,7 +179,7 @@ def _special(folder: Path, tokenizer: Any, core: Tokenizer, notes: list[str]) ->
     if others:
         fields["tokenizer.ggml.eot_token_id"] = (unnamed or others)[0]
     if len(unnamed) > 1:
-        names = ", ".join(core.id_to_token(index) for index in unnamed[1:])
+        names = ", ".join(str(core.id_to_token(index)) for index in unnamed[1:])
         notes.append(
             f"a GGUF file names two tokens that end an answer; give these to the server as stop words: {names}"
         )

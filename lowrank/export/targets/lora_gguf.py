@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
@@ -77,8 +78,10 @@ class OverBase(LlamaReader):
         write_plan(plan(read_merged(replace(source, adapter=None), side)), file, "f32")
         super().__init__(file, [(path, 1.0)])
 
-    def __exit__(self, *error: object) -> None:
-        self._session.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         self._folder.cleanup()
 
 
