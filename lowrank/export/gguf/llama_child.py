@@ -238,6 +238,7 @@ class Session:
         """The likeliest continuation, and whether it ended by itself."""
         tokens, answer, stops = task["tokens"], [], set(task["stop_tokens"])
         self._start(len(tokens) + task["max_tokens"])
+        last = np.empty((1, self.size))
         for start in range(0, len(tokens), BATCH):
             last = self._decode(tokens[start : start + BATCH], start, False)
         for place in range(len(tokens), len(tokens) + task["max_tokens"]):

@@ -173,7 +173,9 @@ def child_environment() -> dict[str, str]:
 def last_words(what: str, code: int, said: str) -> str:
     """How a child ended, and the end of what it said."""
     how = f"ended by signal {-code}" if code < 0 else "failed"
-    return "\n  ".join([f"{what} {how}; it said last:", *[line for line in said.splitlines() if line.strip()][-6:]])
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "assert" in line.lower()]
+    return "\n  ".join([f"{what} {how}:", *list(dict.fromkeys([*telling, *lines[-1:]]))[-5:]])
 
 
 def squared_error(ours: np.ndarray, reference: np.ndarray) -> float:

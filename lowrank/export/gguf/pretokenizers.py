@@ -115,7 +115,7 @@ def _nearest(described: dict[str, Any], corpus: Sequence[str]) -> Choice:
         ours = Tokenizer.from_str(json.dumps(as_preset(described, preset)))
         got = [ours.encode(text, add_special_tokens=False).ids for text in corpus]
         wrong = [index for index in range(len(corpus)) if got[index] != wanted[index]]
-        different = sum(_differing(wanted[i], got[i]) for i in wrong)
+        different = sum(differing(wanted[i], got[i]) for i in wrong)
         cuts = sum(len(_cuts(original, text) ^ _cuts(ours, text)) for text in corpus)
         results.append((different, cuts, preset.name, wrong))
     different, _, name, wrong = min(results, key=lambda result: result[:2])
@@ -152,7 +152,7 @@ def as_preset(described: dict[str, Any], preset: Preset) -> dict[str, Any]:
     }
 
 
-def _differing(wanted: list[int], got: list[int]) -> int:
+def differing(wanted: list[int], got: list[int]) -> int:
     """Tokens between the first and the last place where two encodings part."""
     start = 0
     while start < min(len(wanted), len(got)) and wanted[start] == got[start]:

@@ -78,7 +78,8 @@ def quantise(
     with tempfile.TemporaryDirectory() as folder, new_file(target) as partial:
         weights = Path(folder, "importance.npz")
         if importance is not None:
-            np.savez(weights, **dict(importance))
+            arrays: dict[str, Any] = dict(importance)
+            np.savez(weights, **arrays)
         request = {
             "source": str(source),
             "target": str(partial),
@@ -99,7 +100,7 @@ def kernels_trouble(recipes: Sequence[str]) -> list[str]:
         return []
     known = ", ".join(name.lower() for name in sorted(WITHOUT_KERNELS - {"F16"}))
     return [
-        f"{name} needs llama.cpp's kernels, out of reach here (pip install 'lowrank[gguf]'; not on Windows); "
+        f"{name.lower()} needs llama.cpp's kernels, out of reach here (pip install 'lowrank[gguf]'; not on Windows); "
         f"possible without: {known}"
         for name in recipes
         if BASES[check_recipe(name)] not in WITHOUT_KERNELS

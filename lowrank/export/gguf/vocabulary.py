@@ -128,7 +128,7 @@ def _sentencepiece(described: dict[str, Any], kinds: list[int], tokens: list[str
         )
     unknown = model["vocab"].get(model.get("unk_token"))
     for index, text in enumerate(tokens):
-        if kinds[index] == NORMAL and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        if kinds[index] != UNUSED and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kinds[index] = BYTE
     own: Fields = {}
     if unknown is not None:

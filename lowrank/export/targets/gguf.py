@@ -17,7 +17,9 @@ from lowrank.export.gguf.checkpoint import read_merged
 from lowrank.export.gguf.convert import PLAIN_TYPES, Plan, plan, write_plan
 from lowrank.export.gguf.llama_cpp import Adapters, LlamaCpp, unreachable
 from lowrank.export.gguf.mixes import BASES
+from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
 from lowrank.export.gguf.quantize import check_recipe, kernels_trouble, quantise
+from lowrank.export.gguf.words import compare_words
 from lowrank.export.source import Source
 from lowrank.settings import Settings
 
@@ -91,6 +93,7 @@ class GgufTarget:
 
                 write_plan(made, self._path(source, folder, kind), kind, heard)
                 done += _bytes(made, kind)
+            said += self._words(self._path(source, folder, [*plain, *self._between()][0]), Path(side))
         for name in self.quantised:
             origin = self._path(source, folder, "f32" if "f32" in plain else "f16")
             written = quantise(origin, self._path(source, folder, name), name, threads=self.config.threads or None)
@@ -114,6 +117,15 @@ class GgufTarget:
         """With llama.cpp and Ollama."""
         name = self._path(source, Path(path), self.config.types[0])
         return f"```\nllama-server -m {name}\n```\n\nOr a `Modelfile` with the line `FROM {name}`, and `ollama create`."
+
+    def _words(self, path: Path, side: Path) -> list[str]:
+        """Whether llama.cpp reads text as the model was trained to. Raises ModelError if it does not at all."""
+        if _unchecked():
+            return []
+        words = compare_words(path, side)
+        if words.share > MOST_DIFFERENT:
+            raise ModelError(f"{words}: the model would not understand its input. Serve it from its merged checkpoint")
+        return [str(words)]
 
     def _between(self) -> list[str]:
         """The type that quantised files are made from, if it is not asked for itself."""
