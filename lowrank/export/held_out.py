@@ -18,6 +18,7 @@ from lowrank.records import Conversation, Message, Segment
 
 _ROWS_LOOKED_AT = 512
 _TOKENS_OF_ONE = 512
+_PROMPTS = 8
 QUESTIONS = (
     "Explain in two sentences why the sky is blue.",
     "用一句话说明什么是机器学习。",
@@ -37,7 +38,7 @@ class HeldOut:
 
     documents   (L) int64 tokens each
     compared    (L) bool each: true at the place before each token that an answer has
-    prompts     (L) int64 each: the same documents up to their first answer, to be continued
+    prompts     (L) int64 each: some of the same documents up to their first answer, to be continued
     """
 
     documents: tuple[np.ndarray, ...]
@@ -96,7 +97,7 @@ def from_segments(segments: Sequence[Segment], what: str) -> HeldOut:
         documents.append(np.asarray(token_L, np.int64))
         compared.append(np.append(weight_L[1:] > 0, False))
         prompts.append(np.asarray(token_L[: max(1, first)], np.int64))
-    return HeldOut(tuple(documents), tuple(compared), tuple(prompts), f"{len(documents)} {what}")
+    return HeldOut(tuple(documents), tuple(compared), tuple(prompts[:_PROMPTS]), f"{len(documents)} {what}")
 
 
 def _first_rows(

@@ -20,7 +20,7 @@ from lowrank.records import BARE_BASE
 STORE_BYTES = 512 << 20
 """Memory for the distributions of base + adapter, which all targets are compared with."""
 _MOST_PLACES = 4096
-_NEW_TOKENS = 48
+_NEW_TOKENS = 32
 
 Tick = Callable[[int, int], None]
 
@@ -77,7 +77,8 @@ def places_for(held_out: HeldOut, vocabulary: int) -> HeldOut:
     cut, compared = [], []
     for document, chosen in zip(held_out.documents, held_out.compared):
         places = np.flatnonzero(chosen)[:each]
-        end = int(places[-1]) + 2 if len(places) else len(document)  # the token after the last place is its target
+        last = int(places[-1]) if len(places) else len(document)
+        end = min(len(document), last + 2)  # the token after the last place is its target
         mask = np.zeros(end, bool)
         mask[places] = True
         cut.append(document[:end])

@@ -239,7 +239,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_stays_flat(tmp_path: Path) -> None:
-    """A model of 0.6 GB, of which the largest tensor has 67 MB: the peak, Python and torch included, is below
+    """A model of 0.4 GB, of which the largest tensor has 67 MB: the peak, Python and torch included, is below
     4 x 67 + 500 MB."""
     source = make_source(
         tmp_path, lora.Config(rank=2, target_modules=("q_proj", "down_proj")), dtype=torch.bfloat16,
@@ -247,7 +247,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     )  # fmt: skip
     config = json.loads((source.base / "config.json").read_text())
     largest = 1024 * 32768
-    config |= {"hidden_size": 1024, "intermediate_size": 32768, "num_hidden_layers": 3, "head_dim": 8}
+    config |= {"hidden_size": 1024, "intermediate_size": 32768, "num_hidden_layers": 2, "head_dim": 8}
     (source.base / "config.json").write_text(json.dumps(config))
     _grow(source.base)
     _save_adapter_for(source.base, tmp_path / "adapter")
@@ -256,7 +256,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    assert size > 6e8
+    assert size > 4e8
     assert int(done.stdout) * 1024 <= 4 * largest * 2 + 500e6
 
 
