@@ -102,7 +102,7 @@ class GgufTarget:
             progress(done, total, name)
         for kind in self._between():
             self._path(source, folder, kind).unlink()
-        return (*said, *made.notes)
+        return said
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """Every file as llama.cpp loads it; none where llama.cpp cannot be asked."""
