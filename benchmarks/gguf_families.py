@@ -1,6 +1,6 @@
 """How far llama.cpp is from transformers on a small random model of every family: the table of docs/gguf.md.
 
-    python -m benchmarks.gguf_families
+python -m benchmarks.gguf_families
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
     gguf = library()
     entries = [Entry(name, tuple(tensor.shape), gguf.GGMLQuantizationType.F32) for name, tensor in made.extra.items()]
     for name, part in made.parts:
-        shape = _shape(made.checkpoint, part)
+        shape = part_shape(made.checkpoint, part)
         entries.append(Entry(name, shape, stored_type(name, shape, kind)))
     total = sum(entry.bytes for entry in entries)
     file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[kind]
@@ -161,7 +161,8 @@ def _tensors(checkpoint: Checkpoint, part: Part) -> Iterator[torch.Tensor]:
         yield part.make(checkpoint.tensor(source))
 
 
-def _shape(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:
+def part_shape(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:
+    """Of the tensor to be, in torch's order."""
     shape = tuple(part.make(torch.empty(checkpoint.shapes[part.sources[0]], device="meta")).shape)
     return shape if len(part.sources) == 1 else (len(part.sources), *shape)
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator
 
-from lowrank.errors import ModelError, raise_all
+from lowrank.errors import DataError, ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
 from lowrank.export.gguf.checkpoint import read_merged
 from lowrank.export.gguf.convert import PLAIN_TYPES, Plan, plan, write_plan
+from lowrank.export.gguf.importance import cut, measure
 from lowrank.export.gguf.llama_cpp import Adapters, LlamaCpp, unreachable
 from lowrank.export.gguf.mixes import BASES
 from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
@@ -47,6 +48,9 @@ class Config(Settings):
     type: Literal["gguf"] = "gguf"
     types: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ("q8_0",)
     """What the weights are stored in, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, ..."""
+    importance: Path | None = None
+    """A text file (UTF-8) like what the model will be used for, at least 512 tokens: quantised types then spend their
+    bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*) need it."""
     threads: int = 0
     """Threads that quantise; 0: one for each core."""
 
@@ -69,6 +73,8 @@ class GgufTarget:
     def needs(self, source: Source) -> Needs:
         """All files, the 16-bit one that quantised ones are made from, and one tensor in memory."""
         raise_all(ModelError, "--to gguf", kernels_trouble(self.quantised))
+        if self.config.importance is not None:
+            cut(source, self._text())
         with tempfile.TemporaryDirectory() as side:
             made = plan(read_merged(source, Path(side)))
         counts = [int(np.prod(shape)) for shape in made.checkpoint.shapes.values()]
@@ -80,6 +86,7 @@ class GgufTarget:
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """One file for each type; what each really holds."""
         said: list[str] = []
+        importance = None
         with tempfile.TemporaryDirectory() as side:
             made = plan(read_merged(source, Path(side)))
             done = 0
@@ -93,10 +100,13 @@ class GgufTarget:
 
                 write_plan(made, self._path(source, folder, kind), kind, heard)
                 done += _bytes(made, kind)
+            if self.config.importance is not None and self.quantised:
+                importance = measure(source, made, cut(source, self._text()))
             said += self._words(self._path(source, folder, [*plain, *self._between()][0]), Path(side))
         for name in self.quantised:
             origin = self._path(source, folder, "f32" if "f32" in plain else "f16")
-            written = quantise(origin, self._path(source, folder, name), name, threads=self.config.threads or None)
+            target, threads = self._path(source, folder, name), self.config.threads or None
+            written = quantise(origin, target, name, importance=importance, threads=threads)
             said += [str(written), *written.notes]
             done += _bytes(made, name)
             progress(done, total, name)
@@ -126,6 +136,13 @@ class GgufTarget:
         if words.share > MOST_DIFFERENT:
             raise ModelError(f"{words}: the model would not understand its input. Serve it from its merged checkpoint")
         return [str(words)]
+
+    def _text(self) -> str:
+        assert self.config.importance is not None
+        try:
+            return self.config.importance.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"gguf.importance: {self.config.importance} cannot be read: {error}") from error
 
     def _between(self) -> list[str]:
         """The type that quantised files are made from, if it is not asked for itself."""
