@@ -19,11 +19,14 @@ from lowrank.export.source import Source
 
 CHUNK = 512
 """Tokens read at once."""
+MOST = 16384
+"""Tokens read in all: more do not help consistently (llama.cpp's tools/perplexity/README.md)."""
 
 
 def cut(source: Source, text: str) -> list[np.ndarray]:
-    """A text as documents of CHUNK tokens. Raises DataError for one that is too short to measure anything on."""
-    tokens = np.asarray(source.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
+    """A text, or its first MOST tokens, as documents of CHUNK tokens. Raises DataError for one that is too short to measure anything on."""
+    encoded = source.tokenizer(text[: 8 * MOST], add_special_tokens=False, verbose=False).input_ids
+    tokens = np.asarray(encoded[:MOST], dtype=np.int64)
     if len(tokens) < CHUNK:
         raise DataError(f"the text for the importance matrix has {len(tokens)} tokens; at least {CHUNK} are needed")
     return [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
