@@ -24,7 +24,7 @@ MOST = 16384
 
 
 def cut(source: Source, text: str) -> list[np.ndarray]:
-    """A text, or its first MOST tokens, as documents of CHUNK tokens. Raises DataError for one that is too short to measure anything on."""
+    """A text, or its first MOST tokens, as documents of CHUNK tokens. Raises DataError for one that is too short."""
     encoded = source.tokenizer(text[: 8 * MOST], add_special_tokens=False, verbose=False).input_ids
     tokens = np.asarray(encoded[:MOST], dtype=np.int64)
     if len(tokens) < CHUNK:
