@@ -111,14 +111,14 @@ def open_trained(
     keep_freed_memory()
     folder = Path(path)
     data = DataConfig(chat_template=chat_template)
-    if _is_run(folder):
+    if is_run(folder):
         return _open_run(folder, which, chat_template, notify)
     if (current(folder) / CONFIG_FILE).is_file():
         return _open_adapter(folder, data, notify)
     return _open_model(ModelConfig(path=path), data, notify)
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """A model's folder has a config.json too; a run's names its model and where it is."""
     try:
         content = json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
     config = resolve(read_file(folder / RUN_CONFIG), source=str(folder / RUN_CONFIG))
     first = config.jobs[0]
     data = first.data.model_copy(update={"chat_template": chat_template}) if chat_template else first.data
-    found = {job.name: _find(folder / job.name, which, first.tuning) for job in config.jobs}
+    found = {job.name: find_trained(folder / job.name, which, first.tuning) for job in config.jobs}
     missing = [name for name, path in found.items() if path is None]
     if len(missing) == len(found):
         what = "model" if first.tuning == "full" else "adapter"
@@ -166,14 +166,14 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
         trained.slots = {first.name: BARE_BASE}  # the base itself was trained: there is no untouched one here
         _attach_value_head(trained, first.name, found[first.name] or folder)
         return trained
-    trained = _open_model(_where_it_is_now(config.model, found.values()), data, notify)
+    trained = _open_model(where_it_is_now(config.model, found.values()), data, notify)
     for name, path in found.items():
         if path is not None:
             _attach(trained, name, path)
     return trained
 
 
-def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
+def where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
     """A run may have named its base from another current directory; its adapters name it in full."""
     if not Path(model.path).exists():
         for adapter in adapters:
@@ -183,7 +183,7 @@ def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> Mod
     return model
 
 
-def _find(folder: Path, which: str, tuning: str) -> Path | None:
+def find_trained(folder: Path, which: str, tuning: str) -> Path | None:
     """A job's `best` or `last`, whichever is asked for, else the other."""
     file = "config.json" if tuning == "full" else CONFIG_FILE
     return next((folder / name for name in (which, "best", "last") if (current(folder / name) / file).is_file()), None)

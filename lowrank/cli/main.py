@@ -26,6 +26,7 @@ COMMANDS = {
     "quantize": "Write a quantised copy of a model, which loads faster and anywhere.",
     "doctor": "What this machine and each storage can do, found out by trying.",
     "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
+    "export": "Take a trained model home: PEFT adapter, merged model, and other forms, each compared with it.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }
 """Each is `lowrank.cli.<name>:<name>`; one whose file is not there is not offered."""
@@ -36,7 +37,8 @@ EXIT_CODES = {
     2: "the command line or the configuration",
     3: "the data",
     4: "the base model or an adapter",
-    5: "the run folder",
+    5: "the run folder, or where an export goes",
+    6: "an exported model differs from what was trained",
     130: "interrupted with Ctrl-C; a training run has saved a checkpoint",
 }
 """What the program returns, and what each means."""
