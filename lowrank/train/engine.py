@@ -25,7 +25,7 @@ from lowrank.models.base import Base
 from lowrank.objectives import Objective
 from lowrank.records import BARE_BASE, Batch, Scores, Segment, Totals, number_the_step, pack
 from lowrank.train.masters import Masters
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
 
 Work = Mapping[int, Sequence[Segment]]
 """The segments of each slot's optimiser step."""
@@ -81,12 +81,13 @@ class Engine:
         if slot == BARE_BASE:
             own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
             masters = Masters(own)
-            parameters, refresh = masters.parameters, masters.refresh
+            parameters, refresh, factors = masters.parameters, masters.refresh, None
         else:
             parameters, refresh = self.bank.parameters(slot), partial(self.bank.refresh, slot)
+            factors = self.bank.learning_rate_factors(slot, settings.learning_rate)
         if neftune_alpha:
             self.bank.enable_noise()
-        optimizer = settings.build(parameters.values())
+        optimizer = settings.build(parameters.values(), factors)
         self.jobs[slot] = TrainedJob(objective, parameters, optimizer, settings, refresh, seed, neftune_alpha)
 
     def remove(self, slot: int) -> None:
@@ -134,8 +135,7 @@ class Engine:
             limit = job.settings.max_grad_norm
             if limit is not None and norm > limit:
                 torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
-            for group in job.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(job.optimizer, learning_rate)
             job.optimizer.step()
             job.refresh()
         job.optimizer.zero_grad(set_to_none=True)

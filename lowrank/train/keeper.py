@@ -74,10 +74,10 @@ class DiskKeeper:
         return checkpoint.step
 
     def _adapter(self, job: Job) -> AdapterOnDisk:
-        slot = self.engine.bank.slots[job.slot]
-        tensors = {name: parameter.detach() for name, parameter in slot.parameters.items()}
-        config = slot.config.model_copy(update={"modules_to_save": slot.copies})  # by their full names
-        return AdapterOnDisk(config, tensors, slot.ranks)
+        saved = self.engine.bank.saved(job.slot)
+        copies = self.engine.bank.slots[job.slot].copies  # by their full names
+        config = saved.config.model_copy(update={"modules_to_save": copies})
+        return AdapterOnDisk(config, saved.tensors, saved.ranks)
 
     def _state(self, job: Job) -> JobState:
         trained = self.engine.jobs[job.slot]

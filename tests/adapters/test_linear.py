@@ -26,7 +26,7 @@ def make_layer(dropout: float, bias: bool = True) -> RoutedLinear:
             "lora_A": nn.Parameter(torch.randn(rank, 5, dtype=torch.float64)),
             "lora_B": nn.Parameter(torch.randn(7, rank, dtype=torch.float64)),
         }
-        layer.adapters[slot] = LayerAdapter(Lora(), 0.5 + slot, masters, masters, dropout)
+        layer.adapters[slot] = LayerAdapter(Lora(), 0.5 + slot, masters, None, dropout)
     draws = {slot: Draws(seed=slot, step=3) for slot, _, _ in RANGES}
     routing.set(14, RANGES, torch.arange(14), torch.full((14,), 14), draws)
     return layer

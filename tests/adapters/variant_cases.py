@@ -23,7 +23,7 @@ class GainConfig(AdapterSettings):
         return Gain()
 
 
-class Gain:
+class Gain(Variant):
     """y += s * ((x * (1 + u)) W^T * (1 + v) - x W^T), x being dropped out."""
 
     Config = GainConfig
@@ -37,9 +37,6 @@ class Gain:
         """Zeros."""
         del rank, scale, generator
         return {"gain_D": torch.zeros(base.in_features), "gain_O": torch.zeros(base.out_features)}
-
-    def as_low_rank(self, tensors: Tensors) -> None:
-        """It is not."""
 
     def apply(
         self, x_TD: torch.Tensor, y_TO: torch.Tensor, base: BaseLinear, scale: float, tensors: Tensors
