@@ -121,7 +121,8 @@ class RoutedLinear(nn.Module):
             if rate:
                 assert self.routing.counter_N is not None
                 x_own = dropout(x_own, self.routing.counter_N[first:end], key, rate)
-            own = adapter.variant.apply(x_own, y_TO[first:end], self.base, adapter.scale, adapter.masters)
+            y_own = y_TO[first:end].clone()  # what one slot does to it in place is no other's affair
+            own = adapter.variant.apply(x_own, y_own, self.base, adapter.scale, adapter.masters)
             parts += [y_TO[done:first], own]
             done = end
         return torch.cat([*parts, y_TO[done:]])
