@@ -30,17 +30,25 @@ Targets = Mapping[str, tuple[int, float]]
 VARIANTS = configs_in(variants.__name__)
 
 READ = {
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "rank_pattern",
-    "alpha_pattern", "modules_to_save", "init_lora_weights", "ensure_weight_tying",
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "init_lora_weights", "ensure_weight_tying",
 }  # fmt: skip
+"""Fields of every kind of adapter; a variant's `peft_names` and `peft_fields` add its own."""
 SAID_BY_TENSORS = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
 }  # fmt: skip
 WITHOUT_MEANING = {
     # where the file comes from, and how the adapter once began
     "auto_mapping", "peft_version", "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "qalora_group_size",
+    "corda_config", "lora_ga_config", "qalora_group_size", "save_projection",
+    # matter in training only, where lowrank has none of them, or for convolutions
+    "rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights", "init_ia3_weights", "use_effective_conv2d",
+    "eps",
 }  # fmt: skip
+WITH_PATTERNS = ("LORA", "LOHA", "LOKR")
+"""Kinds of adapters whose modules may differ in rank and alpha."""
+WITHOUT_CONV1D = ("LOHA", "LOKR")
+"""Kinds that PEFT does not put on layers with a transposed weight."""
 HARMLESS_STARTS = {True, False, None, "gaussian", "eva", "orthogonal"}
 """Values of init_lora_weights that leave the base as it is; with all others the adapter fits an altered base."""
 
@@ -77,9 +85,15 @@ class Description:
     revision: str | None
 
     def target(self, name: str) -> tuple[int, float]:
-        """Rank and alpha of a module, by PEFT's rules."""
-        rank = by_pattern(self.rank_pattern, name, self.settings["rank"])
-        return rank, float(by_pattern(self.alpha_pattern, name, self.settings["alpha"]))
+        """Rank and alpha of a module, by PEFT's rules; those of a variant without them mean nothing."""
+        rank, alpha = self.general
+        return by_pattern(self.rank_pattern, name, rank), float(by_pattern(self.alpha_pattern, name, alpha))
+
+    @property
+    def general(self) -> tuple[int, float]:
+        """Rank and alpha where no pattern says otherwise."""
+        rank = self.settings.get("rank", self.variant.model_fields["rank"].default)
+        return rank, self.settings.get("alpha", 2.0 * rank)
 
 
 def describe_base(model: nn.Module, name: str, revision: str | None = None) -> BaseDescription:
@@ -96,12 +110,15 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
     return BaseDescription(name, revision, tuple(names), frozenset(transposed), fused)
 
 
-def peft_trouble(base: BaseDescription, targets: Collection[str]) -> str | None:
+def peft_trouble(base: BaseDescription, targets: Collection[str], peft_type: str = "LORA") -> str | None:
     """Why PEFT would not load an adapter with these targets as it was trained, in words for the user; None: it would.
 
     With transformers 5, PEFT (seen in 0.21) takes any target with the name an expert's layer had in transformers 4
     for the fused experts, be it the full name of a dense layer, and leaves that layer without its adapter.
     """
+    transposed = sorted({name.rpartition(".")[2] for name in targets if name in base.transposed})
+    if transposed and peft_type in WITHOUT_CONV1D:
+        return f"PEFT has no {peft_type} for layers like {', '.join(transposed)} (Conv1D); lowrank loads this adapter"
     taken = sorted({name.rpartition(".")[2] for name in targets} & OLD_EXPERT_NAMES)
     if not base.fused_experts or not taken:
         return None
@@ -121,30 +138,49 @@ def to_peft(
             f"adapter.type {config.type!r} has no form in PEFT's layout and cannot be saved; "
             "its `Config` says it in `peft_fields`"
         )
-    alpha = config.alpha if config.alpha is not None else 2.0 * config.rank
     outside = [name for name in base.module_names if not any(f"{name}.".startswith(f"{copy}.") for copy in copies)]
-    ranks = {name: rank for name, (rank, _) in targets.items()}
-    alphas = {name: _whole(value) for name, (_, value) in targets.items()}
-    return {
-        "peft_type": "LORA",
+    fields = {
+        "peft_type": config.peft_type,
         "task_type": task_type,
         "base_model_name_or_path": os.path.abspath(base.name) if os.path.isdir(base.name) else base.name,
         "revision": base.revision,
         "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": _whole(alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": names_for(targets, outside, lambda name, item: matches(name, (item,))),
+        "target_modules": names_for(targets, outside, _is_named),
         # PEFT compares these endings without regard to dots
         "modules_to_save": names_for(copies, base.module_names, str.endswith) or None,
-        "rank_pattern": as_pattern(ranks, config.rank),
-        "alpha_pattern": as_pattern(alphas, _whole(alpha)),
-        "fan_in_fan_out": any(name in base.transposed for name in targets),
-        "bias": "none",
-        "init_lora_weights": True,
-        **_variant_fields(),
-        **config.peft_fields,
+        **_own_fields(config, targets, outside),
     }
+    if config.peft_type in WITH_PATTERNS:
+        ranks = {name: rank for name, (rank, _) in targets.items()}
+        alphas = {name: _whole(value) for name, (_, value) in targets.items()}
+        fields["rank_pattern"] = as_pattern(ranks, config.rank)
+        fields["alpha_pattern"] = as_pattern(alphas, _whole(_alpha(config)))
+    if config.peft_type not in WITHOUT_CONV1D:
+        fields["fan_in_fan_out"] = any(name in base.transposed for name in targets)
+    if config.peft_type == "LORA":
+        fields |= {"bias": "none", "init_lora_weights": True, **_variant_fields()}
+    return {**fields, **config.peft_fields}
+
+
+def _own_fields(config: AdapterConfig, targets: Targets, outside: Sequence[str]) -> dict[str, Any]:
+    """The settings that PEFT has too, under its names."""
+    fields = {peft_name: getattr(config, name) for name, peft_name in config.peft_names.items()}
+    if "alpha" in config.peft_names:
+        fields[config.peft_names["alpha"]] = _whole(_alpha(config))
+    if "feedforward_modules" in fields:
+        inner = {name: None for name in targets if matches(name, fields["feedforward_modules"])}
+        fields["feedforward_modules"] = names_for(inner, outside, _is_named)
+        if not set(fields["feedforward_modules"]) <= set(names_for(targets, outside, _is_named)):
+            fields["feedforward_modules"] = sorted(inner)
+    return fields
+
+
+def _alpha(config: AdapterConfig) -> float:
+    return config.alpha if config.alpha is not None else 2.0 * config.rank
+
+
+def _is_named(name: str, item: str) -> bool:
+    return matches(name, (item,))
 
 
 def names_for(wanted: Collection[str], module_names: Sequence[str], is_match: Callable[[str, str], bool]) -> list[str]:
@@ -187,18 +223,26 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
     problems += _wrong_kind(fields)
     if len(problems) > before:
         return None
-    problems += _unsupported(fields)
-    settings = {"rank": fields.get("r", 8), "alpha": fields.get("lora_alpha", 8)}
-    settings["dropout"] = fields.get("lora_dropout") or 0.0
     variant = _variant(fields)
     if variant is None:
         problems.append(f"lowrank has no variant with {_variant_said(fields)} together")
         return None
+    problems += _unsupported(fields, variant)
+    settings: dict[str, Any] = {}
+    if fields["peft_type"] in WITH_PATTERNS:  # PEFT's defaults
+        settings = {"rank": 8, "alpha": 8}
+    for name, peft_name in variant.peft_names.items():
+        if fields.get(peft_name) is not None:
+            settings[name] = fields[peft_name]
     try:
         variant(**settings)
     except ValidationError as error:
-        names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-        problems += [f"{names[str(each['loc'][0])]}: {each['msg']}, got {each['input']!r}" for each in error.errors()]
+        names = variant.peft_names
+        problems += [
+            f"{names.get(str(each['loc'][0]), each['loc'][0]) if each['loc'] else 'settings'}: {each['msg']}, "
+            f"got {each['input']!r}"
+            for each in error.errors()
+        ]
     patterns = []
     for key in ("rank_pattern", "alpha_pattern"):
         patterns.append(fields.get(key) or {})
@@ -221,17 +265,20 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
 
 def _wrong_kind(fields: Mapping[str, Any]) -> list[str]:
     problems = []
-    if fields.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {fields.get('peft_type')!r}; lowrank reads LORA")
+    known = sorted({config.peft_type for config in _saved_by_peft()})
+    if fields.get("peft_type") not in known:
+        problems.append(f"peft_type is {fields.get('peft_type')!r}; lowrank reads {', '.join(known)}")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         problems.append(f"task_type is {fields['task_type']!r}; lowrank reads CAUSAL_LM")
     return problems
 
 
-def _unsupported(fields: Mapping[str, Any]) -> list[str]:
+def _unsupported(fields: Mapping[str, Any], variant: type[Any]) -> list[str]:
     """One line for every field that changes what the adapter computes in a way lowrank does not know."""
     problems = []
-    known = READ | SAID_BY_TENSORS | WITHOUT_MEANING | set(_variant_fields())
+    known = READ | SAID_BY_TENSORS | WITHOUT_MEANING | set(variant.peft_names.values())
+    if variant.peft_type == "LORA":
+        known |= set(_variant_fields())
     for name in sorted(set(fields) - known):
         value = fields[name]
         if name == "target_parameters" and value:
@@ -250,9 +297,13 @@ def _unsupported(fields: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _saved_by_peft() -> list[type[Any]]:
+    return [config for config in VARIANTS.values() if getattr(config, "peft_fields", None) is not None]
+
+
 def _variant_fields() -> dict[str, Any]:
-    """Every field that tells variants apart, at PEFT's default, false."""
-    return {name: False for config in VARIANTS.values() for name in getattr(config, "peft_fields", None) or {}}
+    """Every field that tells variants of LoRA apart, at PEFT's default, false."""
+    return {name: False for config in _saved_by_peft() if config.peft_type == "LORA" for name in config.peft_fields}
 
 
 def _variant_said(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,10 +311,10 @@ def _variant_said(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variant(fields: Mapping[str, Any]) -> type[Any] | None:
-    said = _variant_said(fields)
-    for config in VARIANTS.values():
-        own = getattr(config, "peft_fields", None)
-        if own is not None and {**_variant_fields(), **own} == said:
+    for config in _saved_by_peft():
+        if config.peft_type != fields["peft_type"]:
+            continue
+        if config.peft_type != "LORA" or {**_variant_fields(), **config.peft_fields} == _variant_said(fields):
             return config
     return None
 

@@ -5,6 +5,9 @@ O out-features, V vocabulary.
 
     <module>.lora_A.weight (R, D)         <module>.lora_B.weight (O, R)          an adapted linear layer
     <module>.lora_embedding_A (R, V)      <module>.lora_embedding_B (D, R)       an adapted embedding
+    <module>.lora_magnitude_vector (O)                                           DoRA
+    <module>.vera_lambda_b (O)            <module>.vera_lambda_d (R)             VeRA; vera_A, vera_B if PEFT saved them
+    <module>.ia3_l, hada_w1_a ..., lokr_w1 ..., oft_R.weight                     (IA)^3, LoHa, LoKr, OFT
     <module>.weight ...                                                          a copy (modules_to_save)
 """
 
@@ -30,7 +33,14 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB])")
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd]|ia3_l"
+    r"|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_R\.weight)"
+)
+_OF_ADAPTERS = re.compile(r"(^|\.)(lora|vera|ia3|hada|lokr|oft)_")
+_MAGNITUDE = "lora_magnitude_vector"
+_SHARED = ("vera_A", "vera_B")
+"""What all layers of an adapter share; PEFT puts it beside the model, under `base_model.`."""
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -75,7 +85,7 @@ def save_adapter(
     with new_folder(folder) as partial:
         write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
         num_parameters = sum(map(torch.numel, adapter.tensors.values()))
-        trouble = peft_trouble(base, adapter.targets)
+        trouble = peft_trouble(base, adapter.targets, adapter.config.peft_type)
         card = model_card(adapter.config, len(adapter.targets), num_parameters, base.name, trouble)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
@@ -111,20 +121,21 @@ def load_adapter(folder: Path) -> AdapterOnDisk:
     if description is None:
         raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
         raise AssertionError("no description without problems")
+    shared = {key: stored.pop(f"base_model.{key}") for key in _SHARED if f"base_model.{key}" in stored}
     problems += [
         f"{name}: names in {TENSOR_FILE} begin with {PREFIX!r}" for name in stored if not name.startswith(PREFIX)
     ]
     tensors = {name.removeprefix(PREFIX): _widened(value) for name, value in stored.items()}
     parts, copied, rest = _sorted_out(tensors, description)
     problems += [problem for module, own in parts.items() for problem in _misfits(module, own, description)]
-    problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if ".lora_" in f".{name}"]
+    problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if _OF_ADAPTERS.search(name)]
     if not parts and not copied:
         problems.append(f"{TENSOR_FILE} holds no tensor of an adapter")
     raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
     targets = {module: description.target(module) for module in parts}
     return AdapterOnDisk(
-        config=_config(description, targets, tuple(dict.fromkeys(copied.values()))),
-        tensors={name: value for name, value in tensors.items() if name not in rest},
+        config=_config(description, parts, targets, tuple(dict.fromkeys(copied.values()))),
+        tensors={**{name: value for name, value in tensors.items() if name not in rest}, **shared},
         targets=targets,
         base_tensors={name.replace(".base_layer.", "."): tensors[name] for name in rest},
         base_name=description.base_name,
@@ -179,12 +190,12 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _sorted_out(
     tensors: Mapping[str, torch.Tensor], description: Description
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], list[str]]:
-    """(low-rank parts by module, copied module by tensor name, names of all other tensors)."""
+    """(an adapter's parts by module, copied module by tensor name, names of all other tensors)."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     copied: dict[str, str] = {}
     rest: list[str] = []
     for name, tensor in tensors.items():
-        match = _LOW_RANK.fullmatch(name)
+        match = _PART.fullmatch(name)
         copy = _copied_module(name, description)
         if match is not None:
             parts.setdefault(match["module"], {})[match["part"]] = tensor
@@ -197,7 +208,7 @@ def _sorted_out(
 
 def _copied_module(name: str, description: Description) -> str | None:
     """The module a tensor of modules_to_save belongs to, by PEFT's rule: a module whose name ends with an entry."""
-    if ".base_layer." in name or ".lora_" in name:
+    if ".base_layer." in name or _OF_ADAPTERS.search(name):
         return None
     module = name.rpartition(".")[0]
     if description.tied and description.modules_to_save and name.endswith(".weight"):
@@ -212,6 +223,8 @@ def _copied_module(name: str, description: Description) -> str | None:
 def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Description) -> list[str]:
     problems = []
     rank, _ = description.target(module)
+    if (description.variant.peft_fields or {}).get("use_dora") and "lora_A.weight" in own and _MAGNITUDE not in own:
+        problems.append(f"{module}.{_MAGNITUDE}: missing, though use_dora is set")
     for name_A, name_B in _PAIRS:
         if name_A not in own and name_B not in own:
             continue
@@ -224,15 +237,21 @@ def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Descript
     return problems
 
 
-def _config(description: Description, targets: dict[str, tuple[int, float]], copies: tuple[str, ...]) -> AdapterConfig:
-    settings = description.settings
-    return description.variant(
-        **settings,
-        target_modules=tuple(targets),
-        rank_pattern=as_pattern({name: rank for name, (rank, _) in targets.items()}, settings["rank"]),
-        alpha_pattern=as_pattern({name: alpha for name, (_, alpha) in targets.items()}, float(settings["alpha"])),
-        modules_to_save=copies,
-    )
+def _config(
+    description: Description,
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    targets: dict[str, tuple[int, float]],
+    copies: tuple[str, ...],
+) -> AdapterConfig:
+    settings = {**description.settings, "target_modules": tuple(targets), "modules_to_save": copies}
+    if "feedforward_modules" in description.variant.model_fields:  # the tensors say it
+        settings["feedforward_modules"] = tuple(name for name, own in parts.items() if own["ia3_l"].shape[0] == 1)
+    rank, alpha = description.general
+    patterns = {
+        "rank_pattern": as_pattern({name: rank for name, (rank, _) in targets.items()}, rank),
+        "alpha_pattern": as_pattern({name: alpha for name, (_, alpha) in targets.items()}, float(alpha)),
+    }
+    return description.variant(**settings, **{name: pattern for name, pattern in patterns.items() if pattern})
 
 
 def _notes(description: Description, copies: tuple[str, ...]) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ def _file(path: str, revision: str | None, name: str) -> Path | None:
     """A file of a checkpoint folder, or of a hub checkpoint that is already here."""
     if Path(path).is_dir():
         return Path(path) / name if (Path(path) / name).is_file() else None
-    found = cached_file(
-        path, name, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-    )
+    try:
+        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # neither a folder nor a hub name
+        return None
     return Path(found) if found else None

@@ -38,7 +38,8 @@ class DiskKeeper:
 
     def troubles(self, jobs: Sequence[Job]) -> list[str]:
         """What people should know about loading these adapters with PEFT."""
-        found = [peft_trouble(self.base, self.engine.bank.slots[job.slot].ranks) for job in jobs if job.slot >= 0]
+        slots = [self.engine.bank.slots[job.slot] for job in jobs if job.slot >= 0]
+        found = [peft_trouble(self.base, slot.ranks, slot.config.peft_type) for slot in slots]
         return sorted({trouble for trouble in found if trouble})
 
     def keep(self, job: Job, which: str) -> Path:

@@ -307,7 +307,7 @@ def rewrite(folder: Path, fields: Mapping[str, Any]) -> None:
 def test_every_unsupported_field_is_named_at_once(tmp_path: Path) -> None:
     folder = a_saved_adapter(
         tmp_path / "a",
-        use_dora=True,
+        lora_bias=True,
         bias="all",
         trainable_token_indices=[1, 2],
         target_parameters=["experts.gate_up_proj"],
@@ -318,7 +318,7 @@ def test_every_unsupported_field_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_adapter(folder)
     message = str(caught.value)
-    for name in ("use_dora", "bias: 'all'", "trainable_token_indices", "fused expert weights (experts.gate_up_proj)",
+    for name in ("lora_bias", "bias: 'all'", "trainable_token_indices", "fused expert weights (experts.gate_up_proj)",
                  "init_lora_weights: 'pissa'", "path_initial_model_for_weight_conversion",
                  "a_field_of_tomorrow"):  # fmt: skip
         assert name in message

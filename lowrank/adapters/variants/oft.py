@@ -31,6 +31,7 @@ class Config(AdapterSettings):
     }
     peft_fields: ClassVar[Mapping[str, Any] | None] = {
         "r": 0, "module_dropout": 0.0, "coft": False, "block_share": False, "init_weights": True,
+        "peft_version": "0.18.0",  # since then the polynomial is the one below
     }  # fmt: skip
     refused: ClassVar[Mapping[str, str]] = {
         "dropout": "OFT rotates the input, so there is nothing to drop; set it to 0",
