@@ -17,9 +17,10 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
+from lowrank.adapters.experts import Expert, RoutedExperts, why_not
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.routing import Routing
-from lowrank.adapters.targets import Targets, by_pattern, find_targets, is_row_by_row
+from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
 from lowrank.adapters.variants import AdapterConfig, Site, Tensors, Variant, name_in_files
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
@@ -38,6 +39,8 @@ class Slot:
     ranks: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Rank and alpha of each adapted module."""
     layers: dict[str, LayerAdapter] = field(default_factory=dict)
+    experts: dict[str, LayerAdapter] = field(default_factory=dict)
+    """By the full name of the fused parameter."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """What is trained. Frozen tensors are with their layers."""
     copies: tuple[str, ...] = ()
@@ -83,6 +86,8 @@ class Bank:
         raise_all(ModelError, f"adapter.type {config.type} does not fit these layers", problems)
         for name in targets.embeddings:
             self._add_embedding(number, slot, name, _generator(seed, name))
+        for name in targets.parameters:
+            self._add_experts(number, slot, name, _generator(seed, name))
         for name in targets.copies:
             routed = self._wrapped(name, RoutedCopy)
             slot.parameters.update({f"{name}.{key}": value for key, value in routed.add(number).items()})
@@ -93,7 +98,7 @@ class Bank:
         """Free a slot and the memory of its tensors; the layers stay wrapped."""
         del self.slots[number]
         for module in self.base.model.modules():
-            if isinstance(module, (RoutedLinear, RoutedEmbedding)):
+            if isinstance(module, (RoutedLinear, RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
             elif isinstance(module, RoutedCopy):
                 module.copies.pop(number, None)
@@ -118,7 +123,8 @@ class Bank:
         of_layers = self._names_of_layers(slot)
         tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
         ranks = {name: _rank_by(config, name) for name in slot.ranks}
-        return Saved(config, tensors, ranks)
+        by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
+        return Saved(config.model_copy(update=by_full_name), tensors, ranks)
 
     def load(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy `tensors`, in the form that `saved` gives, into a slot.
@@ -153,6 +159,7 @@ class Bank:
         for name, layer in self.slots[number].layers.items():
             routed = self.base.model.get_submodule(name)
             layer.variant.refresh(routed.base, layer.scale, layer.masters)
+        for layer in (*self.slots[number].layers.values(), *self.slots[number].experts.values()):
             if layer.copies is not None:
                 copies += layer.copies
                 masters += layer.variant.as_low_rank(layer.masters) or ()
@@ -191,6 +198,7 @@ class Bank:
                 f"adapter.type {config.type} reaches neither heads nor embeddings: leave {', '.join(special)} out, or "
                 "use lora or rslora"
             )
+        problems += self._trouble_with_experts(config, targets)
         if config.needs_quantised and self.storage.type == "dense":
             problems.append(
                 f"adapter.type {config.type} makes up for what quantisation lost, and model.storage.type dense loses "
@@ -212,6 +220,38 @@ class Bank:
             f"{name}: one job adapts it and another trains a copy; use one of the two" for name in sorted(clash)
         ]
         raise_all(ModelError, "this adapter cannot be attached", problems)
+
+    def _trouble_with_experts(self, config: AdapterConfig, targets: Targets) -> list[str]:
+        problems = [
+            f"{name} is a layer of one expert and sees only the tokens that chose it, so it cannot carry an adapter; "
+            "leave it out of target_modules"
+            for name in targets.linears
+            if is_of_one_expert(name)
+        ]
+        if not targets.parameters:
+            return problems
+        for name in targets.parameters:
+            module, _, key = name.rpartition(".")
+            reason = why_not(innermost(self.base.model.get_submodule(module)), key)
+            problems += [f"target_parameters: {name}: {reason}"] if reason else []
+        if not config.build().reaches_heads:
+            problems.append(f"target_parameters: adapter.type {config.type} does not reach them; use lora or rslora")
+        if config.dropout:
+            problems.append("target_parameters: dropout does not reach fused experts (nor in PEFT): set it to 0")
+        return problems
+
+    def _add_experts(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
+        """An adapter for each expert of a fused parameter, as one pair A (R E, D), B (O, R E)."""
+        path, _, key = name.rpartition(".")
+        routed: RoutedExperts = self._wrapped(path, RoutedExperts)
+        rank, alpha = slot.ranks[name] = _rank_by(slot.config, name)
+        scale = slot.variant.scale(rank, alpha)
+        fresh = slot.variant.init(Expert(routed.base, key, 0), rank * routed.num_experts, scale, generator)
+        masters = {key: self._master(value, trained=True) for key, value in fresh.items()}
+        layer = LayerAdapter(slot.variant, scale, masters, self._copies(slot.variant, masters))
+        routed.adapters.setdefault(number, {})[key] = slot.experts[name] = layer
+        trained = {part: value for part, value in masters.items() if isinstance(value, nn.Parameter)}
+        slot.parameters.update({f"{name}.{name_in_files(part)}": value for part, value in trained.items()})
 
     def _begin(self, variant: Variant, config: AdapterConfig, layers: dict[str, BaseLinear]) -> None:
         if layers:

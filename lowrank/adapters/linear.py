@@ -8,6 +8,7 @@ copy of x, never the mask, never a dense weight. A NaN in one slot's rows stays 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +101,7 @@ class RoutedLinear(nn.Module):
             piece, own = make_piece(adapter, low_rank, x_TD.dtype, first, end)
             pieces.append(replace(piece, dropout=rate, key=key, counter_N=self.routing.counter_N))
             masters += own
-        y_TO = _RoutedLinear.apply(x_TD, self.base, tuple(pieces), *masters)
+        y_TO = routed_product(x_TD, self.base, pieces, masters)
         if others:
             y_TO = self._apply_others(x_TD, y_TO, others)
         return y_TO.view(*x.shape[:-1], self.out_features)
@@ -137,6 +138,13 @@ def make_piece(
     if excess_O is None:
         return Piece(first, end, adapter.scale, A_RD, B_OR), [*low_rank]
     return Piece(first, end, adapter.scale, A_RD, B_OR, excess_O=excess_O.detach().to(dtype)), [*low_rank, excess_O]
+
+
+def routed_product(
+    x_TD: torch.Tensor, base: BaseLinear, pieces: Sequence[Piece], masters: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """x W^T + b with each piece's update on its rows, inside autograd."""
+    return _RoutedLinear.apply(x_TD, base, tuple(pieces), *masters)  # pyright: ignore[reportReturnType]
 
 
 class _RoutedLinear(torch.autograd.Function):

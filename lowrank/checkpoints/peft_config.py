@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters import variants
-from lowrank.adapters.targets import by_pattern, matches
+from lowrank.adapters.targets import by_pattern, fused_parameters, matches
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.errors import ModelError
 from lowrank.settings import configs_in
@@ -31,7 +31,7 @@ VARIANTS = configs_in(variants.__name__)
 
 READ = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "init_lora_weights", "ensure_weight_tying",
+    "init_lora_weights", "ensure_weight_tying", "target_parameters",
 }  # fmt: skip
 """Fields of every kind of adapter; a variant's `peft_names` and `peft_fields` add its own."""
 SAID_BY_TENSORS = {
@@ -66,8 +66,8 @@ class BaseDescription:
     """Every module of the model; without them targets are written by full name."""
     transposed: frozenset[str] = frozenset()
     """Those that keep their weight as (D, O): GPT-2's Conv1D."""
-    fused_experts: bool = False
-    """A mixture whose experts are 3-D parameters."""
+    expert_parameters: tuple[str, ...] = ()
+    """Fused weights of experts by full name, in the model's order."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Description:
     modules_to_save: tuple[str, ...]
     tied: bool
     """Copies of the embedding and of the head are one tensor in PEFT."""
+    target_parameters: tuple[str, ...]
+    """Fused weights of experts, by the ends of their names."""
     base_name: str | None
     revision: str | None
 
@@ -106,8 +108,7 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
         names.append(module_name)
         if isinstance(module, Conv1D) or getattr(getattr(module, "base", None), "transposed", False):
             transposed.append(module_name)
-    fused = any(parameter.ndim == 3 and "expert" in key for key, parameter in model.named_parameters())
-    return BaseDescription(name, revision, tuple(names), frozenset(transposed), fused)
+    return BaseDescription(name, revision, tuple(names), frozenset(transposed), fused_parameters(model))
 
 
 def peft_trouble(base: BaseDescription, targets: Collection[str], peft_type: str = "LORA") -> str | None:
@@ -120,7 +121,7 @@ def peft_trouble(base: BaseDescription, targets: Collection[str], peft_type: str
     if transposed and peft_type in WITHOUT_CONV1D:
         return f"PEFT has no {peft_type} for layers like {', '.join(transposed)} (Conv1D); lowrank loads this adapter"
     taken = sorted({name.rpartition(".")[2] for name in targets} & OLD_EXPERT_NAMES)
-    if not base.fused_experts or not taken:
+    if not base.expert_parameters or not taken:
         return None
     return (
         f"PEFT takes the targets {', '.join(taken)} of a mixture for its experts, so it may load this adapter "
@@ -138,6 +139,8 @@ def to_peft(
             f"adapter.type {config.type!r} has no form in PEFT's layout and cannot be saved; "
             "its `Config` says it in `peft_fields`"
         )
+    parameters = [name for name in targets if name in config.target_parameters]
+    modules = {name: target for name, target in targets.items() if name not in parameters}
     outside = [name for name in base.module_names if not any(f"{name}.".startswith(f"{copy}.") for copy in copies)]
     fields = {
         "peft_type": config.peft_type,
@@ -145,11 +148,13 @@ def to_peft(
         "base_model_name_or_path": os.path.abspath(base.name) if os.path.isdir(base.name) else base.name,
         "revision": base.revision,
         "inference_mode": True,
-        "target_modules": names_for(targets, outside, _is_named),
+        "target_modules": names_for(modules, outside, _is_named),
         # PEFT compares these endings without regard to dots
         "modules_to_save": names_for(copies, base.module_names, str.endswith) or None,
-        **_own_fields(config, targets, outside),
+        **_own_fields(config, modules, outside),
     }
+    if parameters:
+        fields["target_parameters"] = names_for_parameters(parameters, base.expert_parameters)
     if config.peft_type in WITH_PATTERNS:
         ranks = {name: rank for name, (rank, _) in targets.items()}
         alphas = {name: _whole(value) for name, (_, value) in targets.items()}
@@ -196,6 +201,16 @@ def names_for(wanted: Collection[str], module_names: Sequence[str], is_match: Ca
         other for other in module_names if other not in all_wanted and any(is_match(other, item) for item in chosen)
     ]
     assert not excess, f"PEFT would also match {excess}"
+    return sorted(chosen)
+
+
+def names_for_parameters(wanted: Collection[str], fused: Sequence[str]) -> list[str]:
+    """The last two parts of the wanted names where no other parameter ends like that, else full names; sorted."""
+    chosen = set()
+    for name in wanted:
+        last = ".".join(name.split(".")[-2:])
+        unique = fused and all(other in wanted for other in fused if other.endswith(f".{last}"))
+        chosen.add(last if unique else name)
     return sorted(chosen)
 
 
@@ -258,6 +273,7 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
         alpha_pattern=patterns[1],
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         tied=bool(fields.get("ensure_weight_tying")),
+        target_parameters=tuple(fields.get("target_parameters") or ()),
         base_name=fields.get("base_model_name_or_path"),
         revision=fields.get("revision"),
     )
@@ -281,12 +297,7 @@ def _unsupported(fields: Mapping[str, Any], variant: type[Any]) -> list[str]:
         known |= set(_variant_fields())
     for name in sorted(set(fields) - known):
         value = fields[name]
-        if name == "target_parameters" and value:
-            problems.append(
-                f"target_parameters: adapters on fused expert weights ({', '.join(map(str, value))}) are not "
-                "supported; train one with target_modules instead"
-            )
-        elif value and (name, value) != ("bias", "none"):
+        if value and (name, value) != ("bias", "none"):
             problems.append(f"{name}: {value!r} is not supported; lowrank reads adapters that leave it out")
     start = fields.get("init_lora_weights", True)
     if not isinstance(start, (bool, str, type(None))) or start not in HARMLESS_STARTS:

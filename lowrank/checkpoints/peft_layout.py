@@ -8,6 +8,8 @@ O out-features, V vocabulary.
     <module>.lora_magnitude_vector (O)                                           DoRA
     <module>.vera_lambda_b (O)            <module>.vera_lambda_d (R)             VeRA; vera_A, vera_B if PEFT saved them
     <module>.ia3_l, hada_w1_a ..., lokr_w1 ..., oft_R.weight                     (IA)^3, LoHa, LoKr, OFT
+    <experts>.lora_A.weight (R E, D)      <experts>.lora_B.weight (O, R E)       fused experts: the last adapted parameter
+    <experts>.base_layer.lora_A.weight ...                                       the one before it
     <module>.weight ...                                                          a copy (modules_to_save)
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,9 @@ def write_adapter(
     fields = to_peft(adapter.config, adapter.targets, copies, base, task_type)
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    write_tensors(folder / TENSOR_FILE, {f"{PREFIX}{name}": value for name, value in adapter.tensors.items()}, dtype)
+    in_file = _names_in_file([name for name in adapter.targets if name in adapter.config.target_parameters], base)
+    tensors = {f"{PREFIX}{_renamed(name, in_file)}": value for name, value in adapter.tensors.items()}
+    write_tensors(folder / TENSOR_FILE, tensors, dtype)
 
 
 def load_adapter(folder: Path) -> AdapterOnDisk:
@@ -126,15 +130,19 @@ def load_adapter(folder: Path) -> AdapterOnDisk:
         f"{name}: names in {TENSOR_FILE} begin with {PREFIX!r}" for name in stored if not name.startswith(PREFIX)
     ]
     tensors = {name.removeprefix(PREFIX): _widened(value) for name, value in stored.items()}
+    parameters = _parameters_in_file(tensors, description.target_parameters)
+    tensors = {_renamed(name, parameters): value for name, value in tensors.items()}
     parts, copied, rest = _sorted_out(tensors, description)
-    problems += [problem for module, own in parts.items() for problem in _misfits(module, own, description)]
+    fused = set(parameters.values())
+    for module, own in parts.items():
+        problems += _misfits(module, own, description, fused=module in fused)
     problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if _OF_ADAPTERS.search(name)]
     if not parts and not copied:
         problems.append(f"{TENSOR_FILE} holds no tensor of an adapter")
     raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
     targets = {module: description.target(module) for module in parts}
     return AdapterOnDisk(
-        config=_config(description, parts, targets, tuple(dict.fromkeys(copied.values()))),
+        config=_config(description, parts, targets, tuple(dict.fromkeys(copied.values())), tuple(sorted(fused))),
         tensors={**{name: value for name, value in tensors.items() if name not in rest}, **shared},
         targets=targets,
         base_tensors={name.replace(".base_layer.", "."): tensors[name] for name in rest},
@@ -187,6 +195,41 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     raise ModelError(f"{folder}: no {TENSOR_FILE} in it")
 
 
+def _names_in_file(parameters: Sequence[str], base: BaseDescription) -> dict[str, str]:
+    """PEFT wraps a module of experts once for each adapted parameter, in the model's order, the first innermost."""
+    names, by_module = {}, {}
+    for name in sorted(parameters, key=lambda name: _place(name, base.expert_parameters)):
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for module, own in by_module.items():
+        for depth, name in enumerate(reversed(own)):
+            names[name] = module + ".base_layer" * depth
+    return names
+
+
+def _parameters_in_file(tensors: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> dict[str, str]:
+    """The inverse: {module in the file: parameter}. Files do not say the order; it is the same in all models."""
+    found: dict[str, str] = {}
+    for item in wanted:
+        ending = item.rpartition(".")[0]
+        own = sorted({other for other in wanted if other.rpartition(".")[0] == ending}, key=lambda name: _place(name, ()))
+        for name in tensors:
+            match = _PART.fullmatch(name)
+            module = match["module"] if match else ""
+            plain, depth = module.replace(".base_layer", ""), module.count(".base_layer")
+            if module and (plain == ending or plain.endswith(f".{ending}")) and depth < len(own):
+                found[module] = f"{plain}.{own[-1 - depth].rpartition('.')[2]}"
+    return found
+
+
+def _place(name: str, order: Sequence[str]) -> tuple[int, bool]:
+    return (order.index(name) if name in order else 0), name.endswith("down_proj")
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    match = _PART.fullmatch(name)
+    return f"{names[match['module']]}.{match['part']}" if match and match["module"] in names else name
+
+
 def _sorted_out(
     tensors: Mapping[str, torch.Tensor], description: Description
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], list[str]]:
@@ -220,7 +263,7 @@ def _copied_module(name: str, description: Description) -> str | None:
     return None
 
 
-def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Description) -> list[str]:
+def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Description, *, fused: bool) -> list[str]:
     problems = []
     rank, _ = description.target(module)
     if (description.variant.peft_fields or {}).get("use_dora") and "lora_A.weight" in own and _MAGNITUDE not in own:
@@ -230,7 +273,10 @@ def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Descript
             continue
         problems += [f"{module}.{name}: missing" for name in (name_A, name_B) if name not in own]
         for name, axis in ((name_A, 0), (name_B, 1)):
-            if name in own and (own[name].ndim != 2 or own[name].shape[axis] != rank):
+            if name not in own:
+                continue
+            fits = own[name].ndim == 2 and (own[name].shape[axis] % rank == 0 if fused else own[name].shape[axis] == rank)
+            if not fits:
                 shape = tuple(own[name].shape)
                 expected = f"({rank}, ...)" if axis == 0 else f"(..., {rank})"
                 problems.append(f"{module}.{name}: shape {shape}, expected {expected} by {CONFIG_FILE}")
@@ -242,8 +288,11 @@ def _config(
     parts: Mapping[str, Mapping[str, torch.Tensor]],
     targets: dict[str, tuple[int, float]],
     copies: tuple[str, ...],
+    parameters: tuple[str, ...],
 ) -> AdapterConfig:
-    settings = {**description.settings, "target_modules": tuple(targets), "modules_to_save": copies}
+    modules = tuple(name for name in targets if name not in parameters)
+    settings = {**description.settings, "target_modules": modules, "modules_to_save": copies}
+    settings |= {"target_parameters": parameters} if parameters else {}
     if "feedforward_modules" in description.variant.model_fields:  # the tensors say it
         settings["feedforward_modules"] = tuple(name for name, own in parts.items() if own["ia3_l"].shape[0] == 1)
     rank, alpha = description.general

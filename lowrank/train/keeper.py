@@ -76,9 +76,7 @@ class DiskKeeper:
 
     def _adapter(self, job: Job) -> AdapterOnDisk:
         saved = self.engine.bank.saved(job.slot)
-        copies = self.engine.bank.slots[job.slot].copies  # by their full names
-        config = saved.config.model_copy(update={"modules_to_save": copies})
-        return AdapterOnDisk(config, saved.tensors, saved.ranks)
+        return AdapterOnDisk(saved.config, saved.tensors, saved.ranks)
 
     def _state(self, job: Job) -> JobState:
         trained = self.engine.jobs[job.slot]
