@@ -75,6 +75,12 @@ class AdapterSettings(Settings):
         """The settings under which files describe it: its own, or those of a variant that PEFT knows."""
         return self
 
+    @property
+    def title(self) -> str:
+        """In a few words: `dora r=16`."""
+        kind = getattr(self, "type", "adapter")
+        return kind if "rank" in self.unused else f"{kind} r={self.rank}"
+
     def shared(self) -> dict[str, Any]:
         """The settings that all variants have, as they were set."""
         return {

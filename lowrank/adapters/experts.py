@@ -11,7 +11,6 @@ expert. Dropout does not reach them, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +67,20 @@ class _Chosen:
     """(expert, [(slot, first, end)]) of every expert that was chosen; a range covers all its rows, bare ones as -1."""
 
 
+_ByExpert = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """One slot's adapter at one projection, by expert: A and B as computed with, and those that receive gradients."""
+
+    scale: float
+    A: _ByExpert
+    B: _ByExpert
+    master_A: _ByExpert
+    master_B: _ByExpert
+
+
 class RoutedExperts(nn.Module):
     """The fused experts of one layer with the adapters of any number of slots."""
 
@@ -114,35 +127,32 @@ class RoutedExperts(nn.Module):
             for slot, own in self.adapters.items()
             if projection in own
         }
-        done, outputs = 0, []
+        outputs, done = [x_PD[:0].new_zeros(0, Expert(self.base, projection, 0).out_features)], 0
         for expert, ranges in chosen.rows:
             pieces, masters = [], []
-            first_of_all = done
             for slot, first, end in ranges:
                 if slot in parts:
-                    scale, A, B, master_A, master_B = parts[slot]
-                    pieces.append(Piece(first - done, end - done, scale, A[expert], B[expert]))
-                    masters += [master_A[expert], master_B[expert]]
-                first_of_all = end
-            outputs.append(routed_product(x_PD[done:first_of_all], Expert(self.base, projection, expert), pieces, masters))
-            done = first_of_all
-        return torch.cat([*outputs, outputs[0].new_zeros(0, outputs[0].shape[1])] if outputs else [x_PD[:0]])
-
-
-_Parts = tuple[float, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
+                    own = parts[slot]
+                    pieces.append(Piece(first - done, end - done, own.scale, own.A[expert], own.B[expert]))
+                    masters += [own.master_A[expert], own.master_B[expert]]
+            end = ranges[-1][2]
+            outputs.append(routed_product(x_PD[done:end], Expert(self.base, projection, expert), pieces, masters))
+            done = end
+        return torch.cat(outputs)
 
 
 def _by_expert(adapter: LayerAdapter, dtype: torch.dtype, num_experts: int) -> _Parts:
     """(scale, A and B in the compute dtype, A and B that receive gradients), each by expert."""
     low_rank = adapter.variant.as_low_rank(adapter.masters)
     assert low_rank is not None, "checked by the bank"
-    A, B = adapter.at_work(dtype, low_rank)
-    return adapter.scale, *_cut(A, B, num_experts), *_cut(*low_rank, num_experts)
+    at_work = _cut(*adapter.at_work(dtype, low_rank), num_experts)
+    masters = _cut(*low_rank, num_experts)
+    return _Parts(adapter.scale, *at_work, *masters)
 
 
-def _cut(A: torch.Tensor, B: torch.Tensor, num_experts: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    yield A.view(num_experts, -1, A.shape[1]).unbind(0)
-    yield B.view(B.shape[0], -1, num_experts).unbind(2)
+def _cut(A: torch.Tensor, B: torch.Tensor, num_experts: int) -> tuple[_ByExpert, _ByExpert]:
+    """(R, D) and (O, R) of every expert. Unbound, not indexed: the gradients come back in one piece."""
+    return A.view(num_experts, -1, A.shape[1]).unbind(0), B.view(B.shape[0], -1, num_experts).unbind(2)
 
 
 def _choose(

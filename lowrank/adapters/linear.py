@@ -192,8 +192,7 @@ class _RoutedLinear(torch.autograd.Function):
                     dy_own.addcmul_(dy_own.clone(), piece.excess_O)
         dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
         if ctx.grouped:
-            gradients = grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
-            return dx_TD, None, None, *gradients
+            return dx_TD, None, None, *grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
         gradients: list[torch.Tensor | None] = []
         for index, (piece, h_TR) in enumerate(zip(pieces, shrunk)):
             rows = slice(piece.first, piece.end)

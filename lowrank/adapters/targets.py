@@ -187,8 +187,8 @@ def _experts_left_out(model: nn.Module, linears_left: set[str], parameters: set[
             size += getattr(innermost(model.get_submodule(module)), key).numel()
         kinds = sorted({".".join(name.split(".")[-2:]) for name in fused})
         return (
-            f"{size / total:.0%} of this model's weights are experts kept as fused parameters; all-linear does not reach "
-            "them: attention and shared layers get adapters, the experts stay as they are. To train them too: "
+            f"{size / total:.0%} of this model's weights are experts kept as fused parameters; all-linear does not "
+            "reach them: attention and shared layers get adapters, the experts stay as they are. To train them too: "
             f"adapter.target_parameters: [{', '.join(kinds)}]"
         )
     if listed:

@@ -6,9 +6,9 @@ O out-features, V vocabulary.
     <module>.lora_A.weight (R, D)         <module>.lora_B.weight (O, R)          an adapted linear layer
     <module>.lora_embedding_A (R, V)      <module>.lora_embedding_B (D, R)       an adapted embedding
     <module>.lora_magnitude_vector (O)                                           DoRA
-    <module>.vera_lambda_b (O)            <module>.vera_lambda_d (R)             VeRA; vera_A, vera_B if PEFT saved them
+    <module>.vera_lambda_b (O)            <module>.vera_lambda_d (R)             VeRA; maybe vera_A, vera_B
     <module>.ia3_l, hada_w1_a ..., lokr_w1 ..., oft_R.weight                     (IA)^3, LoHa, LoKr, OFT
-    <experts>.lora_A.weight (R E, D)      <experts>.lora_B.weight (O, R E)       fused experts: the last adapted parameter
+    <experts>.lora_A.weight (R E, D)      <experts>.lora_B.weight (O, R E)       fused experts: the last parameter
     <experts>.base_layer.lora_A.weight ...                                       the one before it
     <module>.weight ...                                                          a copy (modules_to_save)
 """
@@ -40,6 +40,7 @@ _PART = re.compile(
     r"|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_R\.weight)"
 )
 _OF_ADAPTERS = re.compile(r"(^|\.)(lora|vera|ia3|hada|lokr|oft)_")
+_BEGINNINGS = {"LORA": "lora_", "VERA": "vera_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_"}
 _MAGNITUDE = "lora_magnitude_vector"
 _SHARED = ("vera_A", "vera_B")
 """What all layers of an adapter share; PEFT puts it beside the model, under `base_model.`."""
@@ -211,7 +212,9 @@ def _parameters_in_file(tensors: Mapping[str, torch.Tensor], wanted: Sequence[st
     found: dict[str, str] = {}
     for item in wanted:
         ending = item.rpartition(".")[0]
-        own = sorted({other for other in wanted if other.rpartition(".")[0] == ending}, key=lambda name: _place(name, ()))
+        own = sorted(
+            {other for other in wanted if other.rpartition(".")[0] == ending}, key=lambda name: _place(name, ())
+        )
         for name in tensors:
             match = _PART.fullmatch(name)
             module = match["module"] if match else ""
@@ -266,7 +269,11 @@ def _copied_module(name: str, description: Description) -> str | None:
 def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Description, *, fused: bool) -> list[str]:
     problems = []
     rank, _ = description.target(module)
-    if (description.variant.peft_fields or {}).get("use_dora") and "lora_A.weight" in own and _MAGNITUDE not in own:
+    kind, is_dora = description.variant.peft_type, "use_dora" in description.variant.peft_fields
+    for name in own:
+        if not name.startswith(_BEGINNINGS[kind]) or (name == _MAGNITUDE and not is_dora):
+            problems.append(f"{module}.{name}: no kind of tensor of a {kind} adapter with this {CONFIG_FILE}")
+    if is_dora and "lora_A.weight" in own and _MAGNITUDE not in own:
         problems.append(f"{module}.{_MAGNITUDE}: missing, though use_dora is set")
     for name_A, name_B in _PAIRS:
         if name_A not in own and name_B not in own:
@@ -275,7 +282,9 @@ def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Descript
         for name, axis in ((name_A, 0), (name_B, 1)):
             if name not in own:
                 continue
-            fits = own[name].ndim == 2 and (own[name].shape[axis] % rank == 0 if fused else own[name].shape[axis] == rank)
+            fits = own[name].ndim == 2 and (
+                own[name].shape[axis] % rank == 0 if fused else own[name].shape[axis] == rank
+            )
             if not fits:
                 shape = tuple(own[name].shape)
                 expected = f"({rank}, ...)" if axis == 0 else f"(..., {rank})"

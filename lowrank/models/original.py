@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from lowrank.errors import ModelError
 from lowrank.models.base import Base

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.adapters.variants.rslora import Config as RsLora
 from lowrank.adapters.variants.vera import Config as Vera
 from lowrank.checkpoints.peft_config import describe_base
-from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, save_adapter
+from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.storages.dense import Config as Dense
@@ -74,7 +73,9 @@ def test_ours_to_peft_and_back(family: str, case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_peft_to_ours(family: str, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj"])
+    config = peft.LoraConfig(
+        r=3, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    )
     twin = peft.get_peft_model(make_model(family), config, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
         for index, parameter in enumerate(twin.parameters()):
@@ -103,7 +104,9 @@ def test_gradients_equal_pefts_in_one_pass_with_other_slots(family: str, tmp_pat
     for slot in slots:
         moved(engine.bank, slot, 0.1)
     save_adapter(tmp_path / "a", on_disk(engine.bank, slots[1]), describe_base(base.model, family), dtype=None)
-    twin = peft.PeftModel.from_pretrained(make_model(family), str(tmp_path / "a"), is_trainable=True, autocast_adapter_dtype=False).eval()
+    twin = peft.PeftModel.from_pretrained(
+        make_model(family), str(tmp_path / "a"), is_trainable=True, autocast_adapter_dtype=False
+    ).eval()
     work = {slot: random_step(slot, [5 + slot, 9, 14]) for slot in slots}
     loss = plain_loss(twin, work[slots[1]])
     loss.backward()

@@ -24,9 +24,7 @@ from tests.tiny_models import make_base, make_engine, random_step
 VARIANTS: dict[str, Any] = {**configs_in("lowrank.adapters.variants"), TYPE: GainConfig}
 STORAGES: dict[str, Any] = {**configs_in("lowrank.models.storages"), LOSSY: RoundedConfig}
 BUILT_IN = [name for name in VARIANTS if name != TYPE]
-LIKE_LORA = [
-    name for name in BUILT_IN if VARIANTS[name].peft_fields is not None and VARIANTS[name].peft_type == "LORA"
-]
+LIKE_LORA = [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None and VARIANTS[name].peft_type == "LORA"]
 RANK, ALPHA, D, O = 4, 6.0, 64, 48  # noqa: E741 (the letters of records.py)
 
 on_dense = pytest.mark.parametrize("name", [name for name in VARIANTS if not VARIANTS[name].needs_quantised])
@@ -45,7 +43,7 @@ def base(request: pytest.FixtureRequest) -> Any:
 
 
 def settings_for(name: str, **settings: Any) -> Any:
-    """The variant's `Config` for the layers of these tests: OFT's blocks must divide 48, IA3 and OFT know no dropout."""
+    """The variant's `Config` for the layers of these tests: OFT's blocks must divide 48, some know no dropout."""
     own = {"rank": RANK, "alpha": ALPHA, **({"block_size": 8} if name == "oft" else {}), **settings}
     return VARIANTS[name](**{key: value for key, value in own.items() if key not in VARIANTS[name].refused})
 

@@ -44,7 +44,10 @@ every_variant = pytest.mark.parametrize("name", ON_DENSE)
 @pytest.fixture(autouse=True)
 def _peft_may_warn() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out|vera_A and vera_B|pattern keys|PiSSA changes).*")
+        warnings.filterwarnings(
+            "ignore",
+            message=".*(is_gradient_checkpointing|fan_in_fan_out|vera_A and vera_B|pattern keys|PiSSA changes).*",
+        )
         yield
 
 
@@ -88,7 +91,9 @@ def new_bank(family: str = "llama") -> Bank:
 def test_ours_to_peft_and_back(name: str, family: str, tmp_path: Path) -> None:
     model = make_model(family)
     bank = new_bank(family)
-    slots = [bank.add(config, seed=seed) for seed, config in enumerate([config_of("lora", family), config_of(name, family)])]
+    slots = [
+        bank.add(config, seed=seed) for seed, config in enumerate([config_of("lora", family), config_of(name, family)])
+    ]
     for slot in slots:
         moved(bank, slot)
     ours, plain = logits(bank, slots[1]), model(TOKEN).logits
@@ -252,11 +257,15 @@ def test_pissa_is_saved_as_peft_converts_it(tmp_path: Path) -> None:
             parameter += 0.1
     save_adapter(tmp_path / "ours", on_disk(bank, slot), describe_base(bank.base.model, "llama"))
     model = make_model("llama", torch.float32)
-    twin = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa"))
+    twin = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
     layers = {path: twin.base_model.model.get_submodule(path) for path in bank.slots[slot].layers}
     for path, layer in layers.items():
         for key in ("lora_A", "lora_B"):
-            getattr(layer, key)["default"].weight.data = bank.slots[slot].layers[path].masters[f"start_{key[-1]}"].clone()
+            getattr(layer, key)["default"].weight.data = (
+                bank.slots[slot].layers[path].masters[f"start_{key[-1]}"].clone()
+            )
     twin.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it: keep the start
     twin.save_pretrained(str(tmp_path / "start"))
     twin.peft_config["default"].init_lora_weights = "pissa"
@@ -277,7 +286,9 @@ def test_loftq_makes_up_for_what_quantisation_lost(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "model"))
     exact = model(TOKEN).logits
     bank = Bank(Base(model, None, str(tmp_path / "model")), RoundedConfig())
-    slots = [bank.add(VARIANTS["loftq"](rank=rank, niter=niter), seed=0) for rank, niter in ((4, 16), (16, 0), (16, 16))]
+    slots = [
+        bank.add(VARIANTS["loftq"](rank=rank, niter=niter), seed=0) for rank, niter in ((4, 16), (16, 0), (16, 16))
+    ]
     error = [float((logits(bank, slot) - exact).norm()) for slot in (-1, *slots)]
     assert error[0] > 1.15 * error[1] > 1.5 * error[2]
     assert error[3] == pytest.approx(error[2], rel=0.05)
@@ -338,7 +349,9 @@ def test_loraplus_groups_are_pefts() -> None:
     optimizer = create_loraplus_optimizer(twin, torch.optim.AdamW, lr=2e-4, loraplus_lr_ratio=16.0)
     rate_of = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
     theirs = {
-        key.removeprefix("base_model.model.").replace(".default", "").replace("vector.weight", "vector"): rate_of[id(each)]
+        key.removeprefix("base_model.model.").replace(".default", "").replace("vector.weight", "vector"): rate_of[
+            id(each)
+        ]
         for key, each in twin.named_parameters()
         if each.requires_grad
     }

@@ -91,5 +91,7 @@ class Rounded(nn.Module):
     def dense_weight(self) -> torch.Tensor:
         """In scratch memory."""
         shape = tuple(self.code_OD.shape)
-        buffer = self.scratch.setdefault((*shape, self.step_O1.element_size()), torch.empty(shape, dtype=self.step_O1.dtype))
+        buffer = self.scratch.setdefault(
+            (*shape, self.step_O1.element_size()), torch.empty(shape, dtype=self.step_O1.dtype)
+        )
         return buffer.copy_(self.code_OD).mul_(self.step_O1)

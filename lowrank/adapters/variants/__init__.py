@@ -35,7 +35,7 @@ class Site:
     layers: Mapping[str, BaseLinear]
     """Every linear layer it reaches, by full name."""
     original: Callable[[str], torch.Tensor]
-    """The weight (O, D) of a layer as the checkpoint has it, before any quantisation; ModelError if it cannot be read."""
+    """The weight (O, D) of a layer as the checkpoint has it, before quantisation; ModelError if it cannot be read."""
     device: torch.device
     dtype: torch.dtype
     """Of masters: float32 or wider."""
@@ -50,9 +50,9 @@ class Variant:
     frozen: frozenset[str] = frozenset()
     """Tensors of `init` that are not trained."""
     keeps_copies: bool = True
-    """Whether A and B are kept in the compute dtype, or cast in every pass (where copies would cost too much memory)."""
+    """Whether A and B are kept in the compute dtype, or cast in every pass (where copies would cost memory)."""
     reaches_heads: bool = False
-    """Whether it may sit on the output head and on embeddings: a plain pair A, B that starts as LoRA's."""
+    """Whether it may sit on the output head, embeddings and fused experts: a plain pair A, B that starts as LoRA's."""
 
     def scale(self, rank: int, alpha: float) -> float:
         """The factor of the update: alpha / rank, or what the variant makes of them."""
@@ -66,7 +66,7 @@ class Variant:
         raise NotImplementedError
 
     def refresh(self, base: BaseLinear, scale: float, tensors: Tensors) -> None:
-        """Bring frozen tensors that follow from trained ones up to date: after each update and load, without autograd."""
+        """Bring frozen tensors that follow from trained ones up to date: after each update and load."""
 
     def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(A_RD, B_OR)` if y += scale * (x A^T) B^T says it all: rides the routed linear. None: `apply` is called."""

@@ -53,7 +53,9 @@ class Ia3(Variant):
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
         """Ones."""
         del rank, scale, generator
-        return {"ia3_l": torch.ones(1, base.in_features) if id(base) in self.of_inputs else torch.ones(base.out_features, 1)}
+        return {
+            "ia3_l": torch.ones(1, base.in_features) if id(base) in self.of_inputs else torch.ones(base.out_features, 1)
+        }
 
     def apply(
         self, x_TD: torch.Tensor, y_TO: torch.Tensor, base: BaseLinear, scale: float, tensors: Tensors

@@ -32,7 +32,7 @@ class Config(AdapterSettings):
     when: ClassVar[str] = "faster start than LoRA at the same rank"
     type: Literal["pissa"] = "pissa"
     niter: NonNegative = 16
-    """Power iterations of the fast randomised SVD (PEFT's pissa_niter_16); 0: the exact SVD, minutes per large layer."""
+    """Power iterations of the fast randomised SVD (PEFT's pissa_niter_16); 0: exact, minutes per large layer."""
 
     def build(self) -> Variant:
         """The variant."""
