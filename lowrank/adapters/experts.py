@@ -145,9 +145,8 @@ def _by_expert(adapter: LayerAdapter, dtype: torch.dtype, num_experts: int) -> _
     """(scale, A and B in the compute dtype, A and B that receive gradients), each by expert."""
     low_rank = adapter.variant.as_low_rank(adapter.masters)
     assert low_rank is not None, "checked by the bank"
-    at_work = _cut(*adapter.at_work(dtype, low_rank), num_experts)
-    masters = _cut(*low_rank, num_experts)
-    return _Parts(adapter.scale, *at_work, *masters)
+    working_A, working_B = adapter.at_work(dtype, low_rank)
+    return _Parts(adapter.scale, *_cut(working_A, working_B, num_experts), *_cut(*low_rank, num_experts))
 
 
 def _cut(A: torch.Tensor, B: torch.Tensor, num_experts: int) -> tuple[_ByExpert, _ByExpert]:

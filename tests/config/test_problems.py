@@ -30,6 +30,11 @@ def problems(settings: dict[str, Any]) -> list[str]:
             "adapter: there is no type 3; known: dora, ia3, loftq, loha, lokr, lora, lora_fa, oft, olora, pissa, "
             "rslora, vera",
         ),
+        (
+            {"adapter": "adalora"},
+            "adapter: there is no type 'adalora' here: it moves ranks between layers while it trains, by a schedule over "
+            "all steps; use lora with rank_pattern",
+        ),
         ({"adapter": 5}, "adapter: expected a group of settings (key: value), got 5"),
         ({"adapter": {"rank": 0}}, "adapter.rank: expected a number above 0, got 0"),
         ({"adapter": {"rank": 1.5}}, "adapter.rank: expected a whole number, got 1.5"),

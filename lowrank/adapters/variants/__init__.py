@@ -116,6 +116,19 @@ class Variant:
         return saved
 
 
+_VIRTUAL = (
+    "it puts virtual tokens before every document, for which the packed stream has no place yet; ia3 and vera have "
+    "files as small"
+)
+ABSENT = {
+    "adalora": "it moves ranks between layers while it trains, by a schedule over all steps; use lora with rank_pattern",
+    "prompt_tuning": _VIRTUAL,
+    "prefix_tuning": _VIRTUAL,
+    "p_tuning": _VIRTUAL,
+    "bottleneck": "it inserts layers of its own into the model, which cannot be merged; use lora",
+}
+"""Methods that people know from PEFT and elsewhere, and what to use."""
+
 if TYPE_CHECKING:
 
     class AdapterConfig(AdapterSettings):
@@ -125,4 +138,4 @@ if TYPE_CHECKING:
 
         def build(self) -> Variant: ...
 else:
-    AdapterConfig = choice_of(__name__, default="lora")
+    AdapterConfig = choice_of(__name__, default="lora", absent=ABSENT)
