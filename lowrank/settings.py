@@ -64,8 +64,8 @@ def choice_of(package: str, default: str, absent: Mapping[str, str] | None = Non
         name = value.get("type", default)
         if isinstance(name, str) and ":" in name:
             return _third_party(name)(**{key: item for key, item in value.items() if key != "type"})
-        if name in (absent or {}):
-            raise ValueError(f"there is no type {name!r} here: {(absent or {})[name]}")
+        if absent and isinstance(name, str) and name in absent:
+            raise ValueError(f"there is no type {name!r} here: {absent[name]}")
         if not isinstance(name, str) or name not in configs:
             raise ValueError(f"there is no type {name!r}{did_you_mean(str(name), configs)}")
         return built_in({**value, "type": name})

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import find_targets, fused_parameters
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.adapters.variants.rslora import Config as RsLora
@@ -20,9 +19,7 @@ from lowrank.adapters.variants.vera import Config as Vera
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
-from lowrank.models.base import Base
-from lowrank.models.storages.dense import Config as Dense
-from tests.adapters.test_variants_in_peft import logits, moved, on_disk, plain_loss
+from tests.adapters.peft_twins import logits, moved, new_bank, on_disk, plain_loss
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "jamba"]
@@ -35,10 +32,6 @@ def _peft_may_warn() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|pattern keys).*")
         yield
-
-
-def new_bank(family: str) -> Bank:
-    return Bank(Base(make_model(family), None, family), Dense())
 
 
 CONFIGS: dict[str, Any] = {

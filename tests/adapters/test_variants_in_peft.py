@@ -16,18 +16,26 @@ from safetensors.torch import load_file
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.pissa import largest_singular
 from lowrank.checkpoints.peft_config import describe_base, peft_trouble
-from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, save_adapter
+from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.storages.dense import Config as Dense
-from lowrank.settings import configs_in
+from tests.adapters.peft_twins import (
+    SHIFTED,
+    TOKEN,
+    VARIANTS,
+    config_of,
+    logits,
+    moved,
+    new_bank,
+    on_disk,
+    plain_loss,
+    twin_of,
+)
 from tests.adapters.variant_cases import GainConfig, RoundedConfig
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
-VARIANTS: dict[str, Any] = configs_in("lowrank.adapters.variants")
 ON_DENSE = [name for name in VARIANTS if not VARIANTS[name].needs_quantised]
-TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
-SHIFTED = ("pissa", "olora")
 PEFT_CONFIGS: dict[str, Any] = {
     "dora": peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "up_proj"]),
     "vera": peft.VeraConfig(r=6, target_modules=["q_proj", "k_proj", "down_proj"], projection_prng_key=7),
@@ -49,41 +57,6 @@ def _peft_may_warn() -> Iterator[None]:
             message=".*(is_gradient_checkpointing|fan_in_fan_out|vera_A and vera_B|pattern keys|PiSSA changes).*",
         )
         yield
-
-
-def config_of(name: str, family: str = "llama") -> Any:
-    """Different ranks where the method has them."""
-    own: dict[str, Any] = {"rank": 4, "alpha": 6.0}
-    if name == "oft":
-        own["block_size"] = 8
-    elif "rank_pattern" not in VARIANTS[name].refused:
-        names = ("c_attn", "c_fc") if family == "gpt2" else ("v_proj", "o_proj")
-        own |= {"rank_pattern": {names[0]: 2}, "alpha_pattern": {names[1]: 3.0}}
-    return VARIANTS[name](**own)
-
-
-def moved(bank: Bank, slot: int, size: float = 0.2) -> None:
-    """Away from the start, by random numbers."""
-    with torch.no_grad():
-        for index, parameter in enumerate(bank.parameters(slot).values()):
-            generator = torch.Generator().manual_seed(100 * slot + index)
-            parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    bank.refresh(slot)
-
-
-@torch.no_grad()
-def logits(bank: Bank, slot: int) -> torch.Tensor:
-    bank.routing.set(TOKEN.numel(), ((slot, 0, TOKEN.numel()),))
-    return bank.base.model(TOKEN).logits
-
-
-def on_disk(bank: Bank, slot: int) -> AdapterOnDisk:
-    saved = bank.saved(slot)
-    return AdapterOnDisk(saved.config, saved.tensors, saved.ranks)
-
-
-def new_bank(family: str = "llama") -> Bank:
-    return Bank(Base(make_model(family), None, family), Dense())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -158,30 +131,6 @@ def test_other_projections_than_the_key_gives_are_refused(tmp_path: Path) -> Non
         bank.load(bank.add(saved.config, seed=0), saved.tensors)
 
 
-def twin_of(bank: Bank, slot: int, folder: Path, family: str = "llama") -> tuple[Any, dict[str, Any]]:
-    """PEFT's model of a slot's adapter, ready to train; its parameters by our names. PiSSA and OLoRA: on the residual
-    base that PEFT would have made."""
-    name, model = bank.slots[slot].config.type, make_model(family)
-    adapter = on_disk(bank, slot)
-    if name in SHIFTED:
-        config = bank.slots[slot].config
-        plain = VARIANTS["lora"](**config.shared())
-        tensors = {}
-        for path, layer in bank.slots[slot].layers.items():
-            own = layer.masters
-            model.get_submodule(path).weight -= layer.scale * own["start_B"] @ own["start_A"]
-            tensors |= {f"{path}.{key}.weight": own[key].detach() for key in ("lora_A", "lora_B")}
-        adapter = AdapterOnDisk(plain, tensors, bank.slots[slot].ranks)
-    save_adapter(folder, adapter, describe_base(model, family), dtype=None)
-    twin = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True, autocast_adapter_dtype=False).eval()
-    own = {
-        key.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for key, parameter in twin.named_parameters()
-        if parameter.requires_grad
-    }
-    return twin, {key.replace("magnitude_vector.weight", "magnitude_vector"): value for key, value in own.items()}
-
-
 @every_variant
 def test_gradients_equal_pefts_next_to_other_variants(name: str, tmp_path: Path) -> None:
     """Slot 1 of 3, other variants beside it; three AdamW steps in float64."""
@@ -209,17 +158,6 @@ def test_gradients_equal_pefts_next_to_other_variants(name: str, tmp_path: Path)
             engine.optim_step(slot, 1e-2)
     for key, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[key], rtol=0, atol=1e-8)
-
-
-def plain_loss(model: Any, segments: list[Any]) -> torch.Tensor:
-    total = sum(float(segment.weight_L.sum()) for segment in segments)
-    loss = torch.zeros((), dtype=torch.float64)
-    for segment in segments:
-        token_T = torch.from_numpy(segment.token_L)
-        logprob_TV = model(input_ids=token_T[None]).logits[0].log_softmax(-1)
-        logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
-        loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
-    return loss
 
 
 @pytest.mark.parametrize("name", SHIFTED)

@@ -32,8 +32,8 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ),
         (
             {"adapter": "adalora"},
-            "adapter: there is no type 'adalora' here: it moves ranks between layers while it trains, by a schedule over "
-            "all steps; use lora with rank_pattern",
+            "adapter: there is no type 'adalora' here: it moves ranks between layers by a schedule over all "
+            "steps; use lora with rank_pattern",
         ),
         ({"adapter": 5}, "adapter: expected a group of settings (key: value), got 5"),
         ({"adapter": {"rank": 0}}, "adapter.rank: expected a number above 0, got 0"),

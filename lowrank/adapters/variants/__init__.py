@@ -121,7 +121,7 @@ _VIRTUAL = (
     "files as small"
 )
 ABSENT = {
-    "adalora": "it moves ranks between layers while it trains, by a schedule over all steps; use lora with rank_pattern",
+    "adalora": "it moves ranks between layers by a schedule over all steps; use lora with rank_pattern",
     "prompt_tuning": _VIRTUAL,
     "prefix_tuning": _VIRTUAL,
     "p_tuning": _VIRTUAL,
