@@ -3,8 +3,8 @@
     python -m benchmarks.methods > docs/methods.md
 
 A random Llama in float64, three documents. The adapter is moved away from its start by random numbers, saved, and
-loaded by PEFT; outputs of every layer are compared, then the gradients of one loss. PiSSA and OLoRA are compared with PEFT's
-LoRA on the base that PEFT would have altered.
+loaded by PEFT; outputs of every layer are compared, then the gradients of one loss. PiSSA and OLoRA are compared with
+PEFT's LoRA on the base that PEFT would have altered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants import ABSENT
-from tests.adapters.peft_twins import VARIANTS, config_of, moved, plain_loss, twin_of
+from tests.adapters.peft_twins import VARIANTS, config_of, moved, twin_of
+from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_engine, random_step
 
 HEAD = """# Methods
@@ -29,10 +30,10 @@ Written by `python -m benchmarks.methods > docs/methods.md`.
 ## Adapter variants
 
 `adapter: {{type: ...}}`. Any of them may stand beside any other in one run, on every storage. *Path*: `fast` rides the
-routed linear; `own` runs its own formula for its rows; `own x2` multiplies with the base weight a second time. *Trained*:
+routed linear; `own` runs its own formula for its rows; `own x2` multiplies with the base weight twice. *Trained*:
 parameters against `lora` of rank 4, on a model of width 32 (OFT's blocks: 8). *Outputs*, *gradients*: the largest
-difference from PEFT {version} on the same tensors in float64, of a layer's output and of a loss's gradients, relative to
-the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base.
+difference from PEFT {version} on the same tensors in float64, of a layer's output and of a loss's gradients, relative
+to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base.
 
 | type | in a word | when | paper | path | trained | in PEFT's files | outputs | gradients |
 |---|---|---|---|---|---|---|---|---|

@@ -78,14 +78,3 @@ def twin_of(bank: Bank, slot: int, folder: Path, family: str = "llama") -> tuple
         if parameter.requires_grad
     }
     return twin, {key.replace("magnitude_vector.weight", "magnitude_vector"): value for key, value in own.items()}
-
-
-def plain_loss(model: Any, segments: list[Any]) -> torch.Tensor:
-    total = sum(float(segment.weight_L.sum()) for segment in segments)
-    loss = torch.zeros((), dtype=torch.float64)
-    for segment in segments:
-        token_T = torch.from_numpy(segment.token_L)
-        logprob_TV = model(input_ids=token_T[None]).logits[0].log_softmax(-1)
-        logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
-        loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
-    return loss

@@ -19,7 +19,8 @@ from lowrank.adapters.variants.vera import Config as Vera
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
-from tests.adapters.peft_twins import logits, moved, new_bank, on_disk, plain_loss
+from tests.adapters.peft_twins import logits, moved, new_bank, on_disk
+from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "jamba"]

@@ -29,10 +29,10 @@ from tests.adapters.peft_twins import (
     moved,
     new_bank,
     on_disk,
-    plain_loss,
     twin_of,
 )
 from tests.adapters.variant_cases import GainConfig, RoundedConfig
+from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 ON_DENSE = [name for name in VARIANTS if not VARIANTS[name].needs_quantised]
@@ -274,6 +274,20 @@ def test_kronecker_factors_are_pefts() -> None:
     for width in range(1, 200):
         for factor in (-1, 2, 3, 4, 7, 8, 16):
             assert factors(width, factor) == factorization(width, factor), (width, factor)
+
+
+def test_loraplus_learns_faster_in_B() -> None:
+    engine, (slot,) = make_engine(
+        make_base("llama"), VARIANTS["lora"](rank=4, loraplus_lr_ratio=16.0), type="sgd", max_grad_norm=None
+    )
+    moved(engine.bank, slot)
+    engine.forward_backward({slot: random_step(0, [9, 14])})
+    before = {key: (value.detach().clone(), value.grad) for key, value in engine.bank.parameters(slot).items()}
+    engine.optim_step(slot, 1e-3)
+    for key, value in engine.bank.parameters(slot).items():
+        start, gradient = before[key]
+        assert gradient is not None
+        torch.testing.assert_close(value, start - (16e-3 if "lora_B" in key else 1e-3) * gradient)
 
 
 def test_loraplus_groups_are_pefts() -> None:
