@@ -254,7 +254,7 @@ def _run_started(
 
 
 def _describe(job: JobConfig) -> str:
-    what = "all parameters" if job.tuning == "full" else f"{job.adapter.type} r={job.adapter.rank}"
+    what = "all parameters" if job.tuning == "full" else job.adapter.title
     return f"{what}, lr {job.optimizer.learning_rate:g}"
 
 

@@ -30,7 +30,7 @@ from lowrank.models.base import Base
 from lowrank.objectives import Metrics, Objective, needs
 from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
 from lowrank.train.masters import Masters
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
 
 Work = Mapping[int, Sequence[Segment]]
 """The segments of each slot's optimiser step."""
@@ -91,15 +91,17 @@ class Engine:
         if slot == BARE_BASE:
             own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
             masters = Masters(own)
-            parameters, refresh = masters.parameters, masters.refresh
+            parameters, refresh, factors = masters.parameters, masters.refresh, None
         else:
             parameters, refresh = self.bank.parameters(slot), partial(self.bank.refresh, slot)
+            factors = self.bank.learning_rate_factors(slot, settings.learning_rate)
         if neftune_alpha:
             self.bank.enable_noise()
         value_D = self._fresh_value_head(seed) if needs(objective, "value") else None
         if value_D is not None:
             parameters = {**parameters, VALUE_HEAD: value_D}
-        optimizer = settings.build(parameters.values())
+            factors = factors and [*factors, 1.0]
+        optimizer = settings.build(parameters.values(), factors)
         self.jobs[slot] = TrainedJob(objective, parameters, optimizer, settings, refresh, seed, neftune_alpha, value_D)
 
     def remove(self, slot: int) -> None:
@@ -155,8 +157,7 @@ class Engine:
             limit = job.settings.max_grad_norm
             if limit is not None and norm > limit:
                 torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
-            for group in job.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(job.optimizer, learning_rate)
             job.optimizer.step()
             job.refresh()
         job.optimizer.zero_grad(set_to_none=True)

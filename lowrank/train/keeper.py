@@ -39,7 +39,8 @@ class DiskKeeper:
 
     def troubles(self, jobs: Sequence[Job]) -> list[str]:
         """What people should know about loading these adapters with PEFT."""
-        found = [peft_trouble(self.base, self.engine.bank.slots[job.slot].ranks) for job in jobs if job.slot >= 0]
+        slots = [self.engine.bank.slots[job.slot] for job in jobs if job.slot >= 0]
+        found = [peft_trouble(self.base, slot.ranks, slot.config.peft_type) for slot in slots]
         return sorted({trouble for trouble in found if trouble})
 
     def keep(self, job: Job, which: str) -> Path:
@@ -81,10 +82,8 @@ class DiskKeeper:
         return checkpoint.step
 
     def _adapter(self, job: Job) -> AdapterOnDisk:
-        slot = self.engine.bank.slots[job.slot]
-        tensors = {name: parameter.detach() for name, parameter in slot.parameters.items()}
-        config = slot.config.model_copy(update={"modules_to_save": slot.copies})  # by their full names
-        return AdapterOnDisk(config, tensors, slot.ranks)
+        saved = self.engine.bank.saved(job.slot)
+        return AdapterOnDisk(saved.config, saved.tensors, saved.ranks)
 
     def _state(self, job: Job) -> JobState:
         trained = self.engine.jobs[job.slot]
