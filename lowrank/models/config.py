@@ -26,7 +26,7 @@ class Config(Settings):
     attention: Literal["auto", "packed", "padded"] = "auto"
     """packed: one flat stream of documents. padded: one document per padded row, slower. auto: packed if a test at load
     time finds that no document sees another and nothing else changed, else padded, and it says so."""
-    recompute: Literal["none", "full"] | NonNegative = "none"
+    recompute: Literal["auto", "none", "selective", "full", "sqrt", "offload"] | NonNegative = "auto"
     """Recompute decoder layers in the backward pass instead of keeping their activations: no layer, every layer, or
     the first n. Saves memory, costs up to half again the time."""
     trust_remote_code: bool = False

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.models.leak import check_head
-from lowrank.models.loading import set_recompute
+from lowrank.models.recompute import set_recompute
 from lowrank.records import pack
 from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
 
