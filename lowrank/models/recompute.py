@@ -42,7 +42,7 @@ def set_recompute(model: Any, policy: str | int) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     runs = _runs(model, policy, len(layers))
-    if not layers and policy not in ("none", 0):
+    if not layers and policy not in ("none", "auto", 0):
         raise ModelError(f"model.recompute: {type(model).__name__} does not support it; leave it at none")
     for layer, run in zip(layers, runs):
         _use(layer, run)
@@ -52,7 +52,7 @@ def _runs(model: Any, policy: str | int, num_layers: int) -> list[Run | None]:
     """How each layer is run; None: as it is."""
     if isinstance(policy, int):
         return [_full if index < policy else None for index in range(num_layers)]
-    if policy == "none":
+    if policy in ("none", "auto"):  # what `auto` means is decided before a model is loaded (planning/)
         return [None] * num_layers
     if policy == "full":
         return [_full] * num_layers

@@ -56,7 +56,7 @@ class StepMemory:
 
     def __init__(self, model: ModelConfig, jobs: Sequence[PlannedJob]) -> None:
         self.jobs = tuple(jobs)
-        self._model = model
+        self.model = model
         self._config = read_config(model)
         whole = Simulation(model, self._config, [], None)
         self._kinds = kinds_of_layers(whole.base.model)
@@ -123,7 +123,7 @@ class StepMemory:
 
     def _simulation(self, core: tuple[int, ...] | None) -> Simulation:
         if core not in self._simulations:
-            self._simulations[core] = Simulation(self._model, self._config, self.jobs, core)
+            self._simulations[core] = Simulation(self.model, self._config, self.jobs, core)
         return self._simulations[core]
 
     def _trace(self, core: tuple[int, ...] | None, batch: Batch, recompute: str) -> StepTrace:

@@ -75,6 +75,10 @@ class Planner:
         self._file_bytes = weight_file_bytes(model)
         self._resident = psutil.Process().memory_info().rss
 
+    def of(self, model: ModelConfig, memory: StepMemory) -> Planner:
+        """The same for another base or other jobs."""
+        return Planner(model, memory, self.machine)
+
     def plan(self, micro_batch_tokens: int, recompute: str | int) -> Plan:
         """With these two settings."""
         step = self.memory.step(micro_batch_tokens, recompute)

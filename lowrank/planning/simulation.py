@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers.initialization import no_init_weights
 
 from lowrank.adapters.bank import Bank
@@ -32,6 +32,7 @@ from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute
 from lowrank.objectives import Objective
 from lowrank.planning.layers import keep_layers
+from lowrank.planning.lean import make_lean_unseen
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.stand_in import stand_in_for_packed_weights
 from lowrank.records import BARE_BASE, Batch, Segment, pack
@@ -94,6 +95,9 @@ class Simulation:
                 config, dtype=choose_dtype(settings, self._device), trust_remote_code=settings.trust_remote_code
             )
         model.tie_weights()
+        if settings.lean:
+            with unset_fake_temporarily():
+                make_lean_unseen(model)
         if keep is not None:
             keep_layers(model, keep)
         model.requires_grad_(train_all)
