@@ -63,15 +63,27 @@ def planned_jobs(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> list[Pl
         if adapter is not None and adapter.path is not None:
             adapter = load_adapter(Path(adapter.path)).config
         step = own.train.heaviest_step()
-        planned.append(
-            PlannedJob(adapter, job.objective.build(), job.optimizer, step, job.neftune_noise_alpha or 0.0)
-        )
+        planned.append(PlannedJob(adapter, job.objective.build(), job.optimizer, step, job.neftune_noise_alpha or 0.0))
     return planned
 
 
 def tokens_of(config: RunConfig) -> int:
     """Tokens of a forward pass; where nothing was decided, the first that `auto` would try."""
     return TOKENS[0] if isinstance(config.micro_batch_tokens, str) else config.micro_batch_tokens
+
+
+def tokens_to_train(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> int:
+    """Tokens that go through the base until every job is done."""
+    total = 0.0
+    for job, own in zip(jobs, data):
+        step = sum(map(len, own.train.heaviest_step()))
+        epoch = own.train.state().get("tokens")
+        if job.max_steps is not None:
+            per_epoch = own.train.steps_per_epoch
+            total += job.max_steps * (epoch / per_epoch if epoch and per_epoch else step)
+        else:
+            total += job.num_train_epochs * (epoch or 0)
+    return int(total)
 
 
 def _as_before(config: RunConfig, checkpoint: Mapping[str, Any] | None) -> RunConfig:
@@ -94,7 +106,7 @@ def _decided(config: RunConfig, tokens: int | str, recompute: str | int) -> RunC
 
 def _warn_or_refuse(config: RunConfig, planner: Planner, plan: Plan, report: Callable[[Event], None]) -> None:
     text = f"this run needs about {gigabytes(plan.peak)}, and {gigabytes(plan.available)} are free on {plan.device}"
-    for change in changes_that_fit(planner, plan, _open_settings(config)):
+    for change in changes_that_fit(planner, plan, open_settings(config)):
         text += f"\n  - {change}"
     surely = plan.peak > _SURELY * plan.available
     if surely and not config.ignore_memory_plan:
@@ -102,7 +114,7 @@ def _warn_or_refuse(config: RunConfig, planner: Planner, plan: Plan, report: Cal
     report(Notice(text, level="warning"))
 
 
-def _open_settings(config: RunConfig) -> dict[str, Any]:
+def open_settings(config: RunConfig) -> dict[str, Any]:
     """What a change may be about, as it stands in the settings."""
     return {
         "recompute": config.model.recompute,

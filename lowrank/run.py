@@ -79,7 +79,9 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         # and takes nothing away.
         folder.clear()
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        summary = SummaryBuilder(folder.path, checkpoint.state["summary"] if checkpoint else None, plan.peak if plan else None)
+        summary = SummaryBuilder(
+            folder.path, checkpoint.state["summary"] if checkpoint else None, plan.as_dict() if plan else None
+        )
         report.listeners.append(summary)
         keeper = DiskKeeper(
             engine,

@@ -89,7 +89,7 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
     """The fused attention kernels of all devices, by torch's naming; attention written out is computed again."""
     del context, args, kwargs
     name = str(operator)
-    kept = "attention" in name and "backward" not in name or "varlen_attn" in name
+    kept = ("attention" in name and "backward" not in name) or "varlen_attn" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

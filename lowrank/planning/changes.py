@@ -23,13 +23,21 @@ def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) 
     `settings`: recompute, micro_batch_tokens and max_length as they stand.
     """
     found = []
-    for kind in (_recompute(plan, settings), _tokens(plan, settings), _storage(planner), _length(planner, settings), _rank(planner)):
+    for kind in (
+        _recompute(plan, settings),
+        _tokens(plan, settings),
+        _storage(planner),
+        _length(planner, settings),
+        _rank(planner),
+    ):
         for words, change in kind:
             changed = change(planner, plan)
             if changed.fits:
                 found.append(f"{words} would make it fit (about {changed.peak / 1e9:.1f} GB)")
                 break
-    return found or ["no single change makes it fit: take a smaller base, or several of: full recompute, shorter rows, fewer jobs"]
+    return found or [
+        "no single change makes it fit: take a smaller base, or several of: full recompute, shorter rows, fewer jobs"
+    ]
 
 
 def _recompute(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
@@ -97,4 +105,3 @@ def _with_model(model: ModelConfig) -> Any:
         return planner.of(model, memory).plan(plan.micro_batch_tokens, plan.recompute)
 
     return plan
-

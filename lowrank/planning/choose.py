@@ -25,7 +25,9 @@ def choose(planner: Planner, micro_batch_tokens: int | str, recompute: str | int
     return smallest
 
 
-def _candidates(planner: Planner, micro_batch_tokens: int | str, recompute: str | int) -> Iterator[tuple[int, str | int]]:
+def _candidates(
+    planner: Planner, micro_batch_tokens: int | str, recompute: str | int
+) -> Iterator[tuple[int, str | int]]:
     """The fastest first: whole steps, then smaller forward passes, then recomputation, then both to the end."""
     first = TOKENS if isinstance(micro_batch_tokens, str) else (micro_batch_tokens,)
     if recompute != "auto":

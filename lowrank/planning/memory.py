@@ -57,19 +57,21 @@ class StepMemory:
     def __init__(self, model: ModelConfig, jobs: Sequence[PlannedJob]) -> None:
         self.jobs = tuple(jobs)
         self.model = model
-        self._config = read_config(model)
-        whole = Simulation(model, self._config, [], None)
-        self._kinds = kinds_of_layers(whole.base.model)
-        self.num_layers = len(self._kinds)
+        self.config = read_config(model)
+        whole = Simulation(model, self.config, [], None)
+        self.kinds = kinds_of_layers(whole.base.model)
+        self.num_layers = len(self.kinds)
         self.layout = whole.base.layout
+        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        """The longest document the model was made for, where its config.json says."""
         self._simulations: dict[tuple[int, ...] | None, Simulation] = {}
         self._traces: dict[Any, StepTrace] = {}
-        first = self._simulation(self._cores()[0])
+        first = self._simulation(self.cores()[0])
         self.work: Work = work_of(first.slots, self.jobs)
 
     def heaviest_batch(self, micro_batch_tokens: int, work: Work | None = None) -> tuple[Batch, int]:
         """(the largest forward pass of a step, number of forward passes in it)."""
-        return self._simulation(self._cores()[0]).heaviest_batch(work or self.work, micro_batch_tokens)
+        return self._simulation(self.cores()[0]).heaviest_batch(work or self.work, micro_batch_tokens)
 
     def step(self, micro_batch_tokens: int, recompute: str | int, work: Work | None = None) -> StepBytes:
         """The heaviest step of all jobs together (or `work`), cut and recomputed so."""
@@ -99,31 +101,31 @@ class StepMemory:
 
     def _whole(self, batch: Batch, recompute: str) -> StepTrace:
         """A step of the whole model out of steps of models of a few layers."""
-        first, others = self._cores()
+        first, others = self.cores()
         trace = self._trace(first, batch, recompute)
         if first is None:
             return trace
         result = trace
         for kind, core in others.items():
             more = self._trace(core, batch, recompute).plus(trace, -1)
-            result = result.plus(more, self._kinds.count(kind) - 1)
+            result = result.plus(more, self.kinds.count(kind) - 1)
         return result
 
-    def _cores(self) -> tuple[tuple[int, ...] | None, dict[int, tuple[int, ...]]]:
+    def cores(self) -> tuple[tuple[int, ...] | None, dict[int, tuple[int, ...]]]:
         """The layers of the models that are simulated: one of each kind; and by kind, that with a second of the kind.
 
         (None, {}): all layers.
         """
-        kinds = sorted(set(self._kinds))
+        kinds = sorted(set(self.kinds))
         if self.num_layers <= _FEW or len(kinds) > self.num_layers // 2 or any(map(_names_layers, self.jobs)):
             return None, {}
-        of_kind = {kind: [index for index, each in enumerate(self._kinds) if each == kind] for kind in kinds}
+        of_kind = {kind: [index for index, each in enumerate(self.kinds) if each == kind] for kind in kinds}
         seconds = {kind: tuple(sorted([*kinds, places[1]])) for kind, places in of_kind.items() if len(places) > 1}
         return tuple(kinds), seconds
 
     def _simulation(self, core: tuple[int, ...] | None) -> Simulation:
         if core not in self._simulations:
-            self._simulations[core] = Simulation(self.model, self._config, self.jobs, core)
+            self._simulations[core] = Simulation(self.model, self.config, self.jobs, core)
         return self._simulations[core]
 
     def _trace(self, core: tuple[int, ...] | None, batch: Batch, recompute: str) -> StepTrace:

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.loading import choose_device, locate
 from lowrank.planning.machine import Machine, this_machine
 from lowrank.planning.memory import StepBytes, StepMemory
 
-_LIBRARIES = 110 << 20
+_LIBRARIES = 50 << 20
 """What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
 kernels, matplotlib. Measured (docs/log.md)."""
-_FRAGMENTS = 0.06
-"""Of what a step allocates, the share that lies idle between blocks in use (glibc, one thread). Measured."""
+_IDLE = 2.5
+_IDLE_MOST = 512 << 20
+"""A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into. Fitted to measured
+peaks (docs/log.md), not derived; the bound is for steps far larger than those."""
 MARGIN = 0.95
 """A run is said to fit if it needs at most this share of what is free."""
 
@@ -36,6 +37,8 @@ class Plan:
     step: StepBytes
     process: int
     """Python, libraries, data, the allocator's fragments. On a GPU: 0, it is in host memory."""
+    resident: int
+    """What this process held when the plan was made; a part of `process`."""
     loading: int
     """The peak while the weights are read."""
     available: int
@@ -75,6 +78,12 @@ class Planner:
         self._file_bytes = weight_file_bytes(model)
         self._resident = psutil.Process().memory_info().rss
 
+    def total(self, step: StepBytes) -> int:
+        """What a step needs, with the process around it where that is in the same memory."""
+        if self.device.type == "cuda":
+            return step.total
+        return step.total + int(self._resident + _LIBRARIES + min(_IDLE_MOST, _IDLE * (step.loss + step.workspace)))
+
     def of(self, model: ModelConfig, memory: StepMemory) -> Planner:
         """The same for another base or other jobs."""
         return Planner(model, memory, self.machine)
@@ -84,12 +93,13 @@ class Planner:
         step = self.memory.step(micro_batch_tokens, recompute)
         _, passes = self.memory.heaviest_batch(micro_batch_tokens)
         on_host = self.device.type != "cuda"
-        process = int(self._resident + _LIBRARIES + _FRAGMENTS * (step.total - step.static)) if on_host else 0
+        process = self.total(step) - step.total
         loading = self._resident + _LIBRARIES // 2 + step.base + self._file_bytes if on_host else step.base
         available = self.machine.host if self.machine.device is None else self.machine.device
         return Plan(
             step,
             process,
+            self._resident,
             loading,
             available,
             str(self.device),

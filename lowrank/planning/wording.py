@@ -30,3 +30,11 @@ def one_line(plan: Plan) -> str:
         f"needs about {gigabytes(plan.peak)} of {gigabytes(plan.available)} free {where}; forward passes of up to "
         f"{plan.micro_batch_tokens:,} tokens, {recompute_in_words(plan.recompute)}"
     )
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

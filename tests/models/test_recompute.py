@@ -22,14 +22,15 @@ from tests.tiny_models import make_base, make_engine, random_step
 POLICIES: list[str | int] = ["selective", "full", "sqrt", 2, "offload"]
 
 
-
 @pytest.fixture(autouse=True)
 def _offload_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mechanism of `offload` runs on any device; here everything moves, from host memory to host memory."""
     whole = recompute._runs
 
     def runs(model: Any, policy: str | int, num_layers: int) -> Any:
-        return [HostMemory(model, small=0).run] * num_layers if policy == "offload" else whole(model, policy, num_layers)
+        return (
+            [HostMemory(model, small=0).run] * num_layers if policy == "offload" else whole(model, policy, num_layers)
+        )
 
     monkeypatch.setattr(recompute, "_runs", runs)
 
