@@ -127,9 +127,8 @@ def table(points: list[dict[str, Any]]) -> str:
             f"{each['predicted'] / 1e6:.0f} | {each['measured'] / 1e6:.0f} | {error:+.1%} |"
         )
     within = sum(error <= 0.1 for error in errors)
-    lines.append(
-        f"\n{within} of {len(errors)} points within 10 %; mean {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}."
-    )
+    mean = sum(errors) / len(errors)
+    lines.append(f"\n{within} of {len(errors)} points within 10 %; mean error {mean:.1%}, worst {max(errors):.1%}.")
     return "\n".join(lines)
 
 
@@ -163,7 +162,8 @@ def main() -> None:
                 f"{point['predicted'] / 1e6:.0f} {point['measured'] / 1e6:.0f} {error:+.1%} {point['seconds']:.0f}s",
                 flush=True,
             )
-    text = f"# Predicted and measured peak memory\n\n{describe('cpu')['cpu']}, one thread, {datetime.date.today()}\n\n{table(points)}\n"
+    machine = f"{describe('cpu')['cpu']}, one thread, {datetime.date.today()}"
+    text = f"# Predicted and measured peak memory\n\n{machine}\n\n{table(points)}\n"
     print(text)
     if options.out:
         options.out.write_text(text)

@@ -94,8 +94,8 @@ class RunConfig(JobSettings):
     logging_steps: Interval = 10
     """Optimiser steps between logged losses, or a share of the job."""
     micro_batch_tokens: Auto | Positive = "auto"
-    """Tokens of one forward pass over all jobs together. Smaller saves memory; the result stays the same. auto: 4096, or
-    as many as fit into memory."""
+    """Tokens of one forward pass over all jobs together. Smaller saves memory; the result stays the same. auto: 4096,
+    or as many as fit into memory."""
     ignore_memory_plan: bool = False
     """Start even if the run needs more memory than is free; without, a run that surely does not fit is refused."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab"], ...] = ()

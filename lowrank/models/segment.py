@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Segments:
-    """Cuts the layers of each forward pass into segments of `length`, as long as one's output is the next one's input."""
+    """Cuts the layers of each forward pass into segments of `length`, as long as one's output is the next's input."""
 
     def __init__(self, length: int) -> None:
         self._length = length

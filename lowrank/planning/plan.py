@@ -24,8 +24,8 @@ _LIBRARIES = 50 << 20
 kernels, matplotlib. Measured (docs/log.md)."""
 _IDLE = 2.5
 _IDLE_MOST = 512 << 20
-"""A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into. Fitted to measured
-peaks (docs/log.md), not derived; the bound is for steps far larger than those."""
+"""A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into. Fitted to
+measured peaks (docs/log.md), not derived; the bound is for steps far larger than those."""
 MARGIN = 0.95
 """A run is said to fit if it needs at most this share of what is free."""
 

@@ -8,8 +8,10 @@ temporaries are, is found by running it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +151,7 @@ class Simulation:
             rows.num_rows, rows.ranges, self._move(rows.counter_N), self._move(rows.length_N), draws
         )
         before = live.now
-        with self._mode, live:
+        with _torch_keeps_quiet(), self._mode, live:
             with live.phase() as forward:
                 hidden_TD = self.base.hidden(fake)
             kept = live.now - before
@@ -178,6 +180,18 @@ class Simulation:
                 for job in self._engine.jobs.values():
                     job.optimizer.state.clear()
         return self._optimizer_bytes
+
+
+@contextlib.contextmanager
+def _torch_keeps_quiet() -> Iterator[None]:
+    """It logs a traceback for every operator that has no fake form; the error itself is enough."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def read_config(config: ModelConfig) -> Any:

@@ -157,7 +157,7 @@ class Engine:
         return self._with_room(work, self._evaluate, lambda _: None)
 
     def _with_room(self, work: Work, run: Callable[[Work], _Result], undo: Callable[[Work], None] | None) -> _Result:
-        """`run(work)`; where memory runs out, `undo` and again, with forward passes of half the size, to the last cut."""
+        """`run(work)`; where memory runs out, `undo` and again with forward passes of half the size."""
         while True:
             with in_plain_words("computing a forward pass that cannot be cut smaller"):
                 try:

@@ -39,7 +39,7 @@ def in_plain_words(doing: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"out of memory while {doing}: {reason}\n"
-            "  what needs less: model.recompute: full or sqrt, a smaller data.max_length, a smaller adapter.rank, fewer "
-            "jobs at once, model.storage: nf4, a smaller base\n"
+            "  what needs less: model.recompute: full or sqrt, a smaller data.max_length, a smaller adapter.rank, "
+            "fewer jobs at once, model.storage: nf4, a smaller base\n"
             "  `lowrank plan CONFIG` tells what takes how much; resume=true goes on from the last checkpoint"
         ) from None

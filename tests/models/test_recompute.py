@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -102,7 +101,7 @@ def count_work(policy: str | int, num_layers: int) -> tuple[int, int]:
     [("none", 9, 9), ("selective", 9, 18), ("full", 18, 18), (4, 13, 13), ("sqrt", 24, 24), ("offload", 9, 9)],
 )
 def test_what_is_computed_again(policy: str | int, attention: int, projections: int) -> None:
-    """Of 9 layers. `sqrt` has 3 segments of 3: every layer again, and the first two of each once more for the inputs."""
+    """Of 9 layers. `sqrt` has 3 segments of 3: every layer again, the first two of each once more."""
     assert count_work(policy, num_layers=9) == (attention, projections)
 
 
@@ -139,12 +138,12 @@ def test_segments() -> None:
 
 
 @pytest.fixture
-def real_policies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _real_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    yield
 
 
-def test_offload_on_a_cpu_is_refused(real_policies: None) -> None:
+@pytest.mark.usefixtures("_real_policies")
+def test_offload_on_a_cpu_is_refused() -> None:
     with pytest.raises(ModelError, match="in host memory already; use selective, full or sqrt"):
         set_recompute(make_base("llama").model, "offload")
 

@@ -32,7 +32,7 @@ def of_cpu() -> Exception:
 
 
 def limit(engine: Engine, tokens: int, error: Callable[[], Exception], backward: bool) -> list[int]:
-    """Let forward passes of more than `tokens` tokens fail, in the backward pass or before; the sizes that were tried."""
+    """Let forward passes of more than `tokens` tokens fail, in the backward pass or before; the sizes tried."""
     hidden, tried = engine.base.hidden, []
 
     def limited(batch: Batch) -> torch.Tensor:
