@@ -7,7 +7,7 @@ same gradient on random input. What differs in any way stays as it is. Parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -27,6 +27,7 @@ class LeanNorm(nn.Module):
         super().__init__()
         assert isinstance(norm.weight, nn.Parameter)
         self.weight = norm.weight
+        self.width = len(norm.weight)
         self.eps = eps
         self.kind: Kind = kind
 
@@ -41,12 +42,16 @@ class LeanMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
+        self.width: int = mlp.gate_proj.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn))
 
 
-def make_lean(model: nn.Module, same: Callable[[nn.Module, nn.Module], bool] | None = None) -> int:
+Same = Callable[[nn.Module, LeanNorm | LeanMLP], bool]
+
+
+def make_lean(model: nn.Module, same: Same | None = None) -> int:
     """Replace what can be replaced, in place; how many modules were. `same` tells whether a replacement is one."""
     same = same or same_bits
     candidates = [(name, replacement) for name, module in model.named_modules() for replacement in _candidates(module)]
@@ -58,7 +63,7 @@ def make_lean(model: nn.Module, same: Callable[[nn.Module, nn.Module], bool] | N
     return len(replaced)
 
 
-def _candidates(module: nn.Module) -> list[nn.Module]:
+def _candidates(module: nn.Module) -> Sequence[LeanNorm | LeanMLP]:
     """What might compute the same as `module`."""
     parameters, children = dict(module.named_parameters(recurse=False)), dict(module.named_children())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -73,15 +78,14 @@ def _candidates(module: nn.Module) -> list[nn.Module]:
     return []
 
 
-def same_bits(module: nn.Module, replacement: nn.Module) -> bool:
+def same_bits(module: nn.Module, replacement: LeanNorm | LeanMLP) -> bool:
     """Equal bits forward, and an input gradient equal to rounding. Not tried on the meta device."""
     weight = next(module.parameters())
     if weight.device.type == "meta":
         return False
-    width = module.gate_proj.in_features if isinstance(replacement, LeanMLP) else len(weight)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_ROWS, width, generator=generator).to(weight)
-    dy = torch.randn(_ROWS, width, generator=generator).to(weight)
+    x = torch.randn(_ROWS, replacement.width, generator=generator).to(weight)
+    dy = torch.randn(_ROWS, replacement.width, generator=generator).to(weight)
     try:
         (theirs, own), (their_dx, own_dx) = zip(_run(module, x, dy), _run(replacement, x, dy))
     except (RuntimeError, TypeError, ValueError, AttributeError):

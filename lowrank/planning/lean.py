@@ -21,7 +21,7 @@ def make_lean_unseen(model: nn.Module) -> int:
     """`make_lean` on a model of fake tensors; how many modules were replaced."""
     known: dict[Any, bool] = {}
 
-    def same(module: nn.Module, replacement: nn.Module) -> bool:
+    def same(module: nn.Module, replacement: LeanNorm | LeanMLP) -> bool:
         dtype = next(module.parameters()).dtype
         key = (type(module), type(replacement), getattr(replacement, "kind", None), dtype)
         if key not in known:
@@ -31,7 +31,7 @@ def make_lean_unseen(model: nn.Module) -> int:
     return make_lean(model, same)
 
 
-def _try(module: nn.Module, replacement: nn.Module, dtype: torch.dtype) -> bool:
+def _try(module: nn.Module, replacement: LeanNorm | LeanMLP, dtype: torch.dtype) -> bool:
     small = copy.copy(module)
     small._modules = dict(module._modules)
     small._parameters = dict(module._parameters)
