@@ -26,12 +26,14 @@ from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives import needs
+from lowrank.planned import tokens_of, with_plan
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, JobStarted, Notice, Preparing, Reporter, RunFinished, RunStarted
 from lowrank.train.job import Job
 from lowrank.train.keeper import DiskKeeper
 from lowrank.train.loop import Loop
+from lowrank.train.out_of_memory import in_plain_words
 from lowrank.train.reference import ReferencedSteps, References, cache_folder
 from lowrank.train.reporters import recorders_for
 from lowrank.train.summary import SummaryBuilder
@@ -68,14 +70,17 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
 
         report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
-        data = _prepare_all(config.jobs, tokenizer, report, strict)
+        data = prepare_all(config.jobs, tokenizer, report, strict)
         _tell_about_data(report, config.jobs, data)
+        config, plan = with_plan(config, data, checkpoint.state["settings"] if checkpoint else None, report)
+        settings = config.model_dump(mode="json")
         report(Notice(f"loading {config.model.path}"))
         train_all = config.jobs[0].tuning == "full"
         base = loading.load(
             config.model, tokenizer=tokenizer, train_all=train_all, notify=lambda text: report(Notice(text))
         )
-        engine = Engine(base, Bank(base, Dense()), config.micro_batch_tokens)
+        engine = Engine(base, Bank(base, Dense()), tokens_of(config))
+        engine.notify = lambda text: report(Notice(text, level="warning"))
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
         _refer(engine, jobs, data, report)  # before the base can change, be it by a checkpoint
 
@@ -83,17 +88,26 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         # and takes nothing away.
         folder.clear()
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        summary = SummaryBuilder(folder.path, checkpoint.state["summary"] if checkpoint else None)
+        summary = SummaryBuilder(
+            folder.path, checkpoint.state["summary"] if checkpoint else None, plan.as_dict() if plan else None
+        )
         report.listeners.append(summary)
         keeper = DiskKeeper(
-            engine, folder.path, config.save_total_limit, lambda: {"settings": settings, "summary": summary.state()}
+            engine,
+            folder.path,
+            config.save_total_limit,
+            lambda: {
+                "settings": {**settings, "micro_batch_tokens": engine.micro_batch_tokens},
+                "summary": summary.state(),
+            },
         )
         tick = keeper.restore(checkpoint, jobs) if checkpoint else 0
         for trouble in keeper.troubles(jobs):
             report(Notice(trouble, level="warning"))
         report(_run_started(base, engine, config, jobs, settings))
         save_every = steps_of(config.save_steps, max(job.num_steps for job in jobs))
-        done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
+        with in_plain_words("training"):
+            done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
         result = summary.finish(interrupted=not done)
         report(RunFinished(result, interrupted=not done))
         return result
@@ -115,7 +129,7 @@ def _with_date(config: RunConfig, settings: dict[str, Any] | None) -> RunConfig:
     return config.model_copy(update={"jobs": jobs})
 
 
-def _prepare_all(
+def prepare_all(
     jobs: Sequence[JobConfig], tokenizer: Any, report: Callable[[Event], None], strict: bool
 ) -> list[Prepared]:
     """The data of every job; jobs that ask for the same share what was read and tokenised, each with its own feed."""

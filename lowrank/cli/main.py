@@ -20,6 +20,7 @@ from lowrank.errors import LowrankError
 
 COMMANDS = {
     "train": "Train the jobs of a configuration file.",
+    "plan": "Tell what a run will need and how long it will take, before loading the model.",
     "data": "Look through the data before training on it.",
     "show": "Print the configuration as it will be used.",
     "chat": "Talk to a base or to a trained adapter.",

@@ -75,6 +75,11 @@ class Feed:
             self._steps = self._plan(self._epoch)
         return _as_step([self._samples[index] for index in chosen])
 
+    def heaviest_step(self) -> list[Segment]:
+        """The segments of the step with the most tokens, of the running epoch; nothing is taken from the feed."""
+        chosen = max(self._steps, key=lambda step: sum(self._lengths[index] for index in step))
+        return _as_step([self._samples[index] for index in chosen])
+
     def state(self) -> dict[str, Any]:
         """Plain JSON for `load_state`."""
         return {"epoch": self._epoch, "step": self._step, "samples": self.num_samples, "tokens": sum(self._lengths)}
@@ -142,6 +147,10 @@ class StreamingFeed:
             following = self._first()
         self._waiting = following
         return step
+
+    def heaviest_step(self) -> list[Segment]:
+        """The segments of the next step: the only one that is known. Nothing is taken from the feed."""
+        return self._waiting
 
     def state(self) -> dict[str, Any]:
         """Plain JSON for `load_state`."""

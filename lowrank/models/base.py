@@ -98,7 +98,10 @@ class Base:
         """How `hidden` will lay out `batch`."""
         length_S = batch.start_S1.diff()
         if self.layout == "packed":
-            origin_T, length_T = (each.repeat_interleave(length_S, dim=0) for each in (batch.origin_S, length_S))
+            origin_T, length_T = (
+                each.repeat_interleave(length_S, dim=0, output_size=batch.num_tokens)
+                for each in (batch.origin_S, length_S)
+            )
             return Rows(batch.num_tokens, tuple(batch.slot_ranges()), batch.position_T + origin_T, length_T)
         longest = max(batch.lengths)
         place = torch.arange(longest, device=batch.token_T.device)
@@ -126,7 +129,7 @@ class Base:
             )[0]
         longest = max(batch.lengths)
         segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
-            batch.start_S1.diff(), dim=0
+            batch.start_S1.diff(), dim=0, output_size=batch.num_tokens
         )
         token_SL = batch.token_T.new_zeros(len(batch.lengths), longest)
         token_SL[segment_T, batch.position_T] = batch.token_T

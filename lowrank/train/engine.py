@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ from lowrank.objectives import Metrics, Objective, needs
 from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
 from lowrank.train.masters import Masters
 from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
+from lowrank.train.out_of_memory import give_back_unused, in_plain_words, is_out_of_memory
 
+_Result = TypeVar("_Result")
 Work = Mapping[int, Sequence[Segment]]
 """The segments of each slot's optimiser step."""
 
@@ -84,6 +87,8 @@ class Engine:
         self.base = base
         self.bank = bank
         self.micro_batch_tokens = micro_batch_tokens
+        self.notify: Callable[[str], None] = print
+        """Hears what a person should know."""
         self.jobs: dict[int, TrainedJob] = {}
 
     def add(self, slot: int, objective: Objective, settings: OptimizerConfig, seed: int, neftune_alpha: float) -> None:
@@ -122,8 +127,13 @@ class Engine:
         """Accumulate the gradients of one optimiser step of every job in `work`.
 
         All jobs go through the base together, in as few passes as `micro_batch_tokens` allows; how the
-        step is cut changes nothing but rounding.
+        step is cut changes nothing but rounding. Where memory runs out, it is cut smaller and done again, with the same
+        random draws.
         """
+        clean = all(p.grad is None for slot in work for p in self.jobs[slot].parameters.values())
+        return self._with_room(work, self._forward_backward, self._clear_gradients if clean else None)
+
+    def _forward_backward(self, work: Work) -> dict[int, Forwarded]:
         batches = [batch.to(self.base.device) for batch in self.cut(_learned(work))]
         totals = self._totals(work, batches)
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in work}
@@ -166,6 +176,34 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, work: Work) -> dict[int, Forwarded]:
         """Losses and metrics of held-out segments, of any number of jobs in one pass, without dropout or noise."""
+        return self._with_room(work, self._evaluate, lambda _: None)
+
+    def _with_room(self, work: Work, run: Callable[[Work], _Result], undo: Callable[[Work], None] | None) -> _Result:
+        """`run(work)`; where memory runs out, `undo` and again with forward passes of half the size."""
+        while True:
+            with in_plain_words("computing a forward pass that cannot be cut smaller"):
+                try:
+                    return run(work)
+                except Exception as error:
+                    batches = self.cut(work)
+                    smallest = len(batches) == sum(len(_units(segments)) for segments in work.values())
+                    if undo is None or smallest or not is_out_of_memory(error):
+                        raise
+            # only here the error is gone, and with it the frames that hold the tensors of the attempt
+            undo(work)
+            give_back_unused()
+            largest = max(self.base.padded_tokens(batch.lengths) for batch in batches)
+            self.micro_batch_tokens = max(1, min(largest, self.micro_batch_tokens) // 2)
+            self.notify(
+                f"out of memory in a forward pass of {largest} tokens: it is done again, and the run goes on, with "
+                f"micro_batch_tokens: {self.micro_batch_tokens}; the results are the same"
+            )
+
+    def _clear_gradients(self, work: Work) -> None:
+        for slot in work:
+            self.jobs[slot].optimizer.zero_grad(set_to_none=True)
+
+    def _evaluate(self, work: Work) -> dict[int, Forwarded]:
         numbered = {slot: number_the_step(segments) for slot, segments in work.items()}
         batches = self.cut(_learned(numbered))
         totals = self._totals(numbered, batches)

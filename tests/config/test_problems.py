@@ -55,7 +55,8 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"save_steps": "often"}, "save_steps: expected a number, got 'often'"),
         (
             {"model": {"path": "m", "recompute": "some"}},
-            "model.recompute: expected 'none' or 'full' or a whole number, got 'some'",
+            "model.recompute: expected 'auto', 'none', 'selective', 'full', 'sqrt' or 'offload' or a whole number, "
+            "got 'some'",
         ),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1: required, but not given"),
         (
