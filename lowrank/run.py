@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,24 @@ from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.run_folder import open_run_folder
 from lowrank.checkpoints.run_state import load_checkpoint
 from lowrank.checkpoints.settings_changes import refuse_changed_settings
+from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
+from lowrank.objectives import needs
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
-from lowrank.train.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted
+from lowrank.train.events import Event, JobStarted, Notice, Preparing, Reporter, RunFinished, RunStarted
 from lowrank.train.job import Job
 from lowrank.train.keeper import DiskKeeper
 from lowrank.train.loop import Loop
+from lowrank.train.reference import ReferencedSteps, References, cache_folder
 from lowrank.train.reporters import recorders_for
 from lowrank.train.summary import SummaryBuilder
+
+SECONDS_BETWEEN_WORDS = 5.0
+"""Between two words about how far something long has come."""
 
 
 def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool = False) -> dict[str, Any]:
@@ -50,6 +58,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
             )
         )
         checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
+        config = _with_date(config, checkpoint.state["settings"] if checkpoint else None)
         settings = config.model_dump(mode="json")
         if checkpoint:
             refuse_changed_settings(checkpoint.state["settings"], settings)
@@ -58,7 +67,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
 
         report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
-        data = [_prepare(job, tokenizer, report, strict) for job in config.jobs]
+        data = _prepare_all(config.jobs, tokenizer, report, strict)
         _tell_about_data(report, config.jobs, data)
         report(Notice(f"loading {config.model.path}"))
         train_all = config.jobs[0].tuning == "full"
@@ -67,8 +76,11 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         )
         engine = Engine(base, Bank(base, config.model.storage), config.micro_batch_tokens)
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
+        _refer(engine, jobs, data, report)  # before the base can change, be it by a checkpoint
 
-        # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt.
+        # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
+        # and takes nothing away.
+        folder.clear()
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         summary = SummaryBuilder(folder.path, checkpoint.state["summary"] if checkpoint else None)
         report.listeners.append(summary)
@@ -86,6 +98,41 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         return result
 
 
+def _with_date(config: RunConfig, settings: dict[str, Any] | None) -> RunConfig:
+    """The same with the day on which the run began, so that templates that write the date say the same when it goes on.
+
+    `settings`: those of the checkpoint, if the run goes on.
+    """
+    began = [job["data"].get("chat_template_date") for job in settings["jobs"]] if settings else []
+    today = date.fromisoformat(began[0]) if began and began[0] else date.today()
+    jobs = tuple(
+        job.model_copy(update={"data": job.data.model_copy(update={"chat_template_date": today})})
+        if job.data.chat_template_date is None
+        else job
+        for job in config.jobs
+    )
+    return config.model_copy(update={"jobs": jobs})
+
+
+def _prepare_all(
+    jobs: Sequence[JobConfig], tokenizer: Any, report: Callable[[Event], None], strict: bool
+) -> list[Prepared]:
+    """The data of every job; jobs that ask for the same share what was read and tokenised, each with its own feed."""
+    done: dict[str, Prepared] = {}
+    prepared = []
+    for job in jobs:
+        objective = job.objective.build()
+        mismatched = needs(objective, "mismatched")
+        key = f"{objective.record.__qualname__} {mismatched} {job.seed} {job.data.model_dump_json()}"
+        own = done.get(key)
+        if own is None or job.data.streaming:
+            own = done[key] = _prepare(job, tokenizer, report, strict)
+        else:
+            own = own.again()
+        prepared.append(own)
+    return prepared
+
+
 def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:
     """Rows to segments, with the doctor's report; before any weights load."""
     data = job.data.model_copy(update={"strict": job.data.strict or strict})
@@ -93,7 +140,15 @@ def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], st
     def warn(text: str) -> None:
         report(Notice(text, level="warning", job=job.name))
 
-    return prepare(data, tokenizer=tokenizer, record=job.objective.build().record, seed=job.seed, on_notice=warn)
+    objective = job.objective.build()
+    return prepare(
+        data,
+        tokenizer=tokenizer,
+        record=objective.record,
+        seed=job.seed,
+        mismatched=needs(objective, "mismatched"),
+        on_notice=warn,
+    )
 
 
 def _tell_about_data(report: Callable[[Event], None], jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
@@ -116,6 +171,10 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
     else:
         slot = _attach(engine.bank, config, report)
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
+        value_D = read_value_head(Path(config.adapter.path))
+        if value_D is not None:
+            engine.load_value_head(slot, value_D)
     num_steps = config.max_steps or math.ceil(config.num_train_epochs * (data.train.steps_per_epoch or 0) - 1e-9)
     return Job(
         name=config.name,
@@ -143,6 +202,35 @@ def _attach(bank: Bank, config: JobConfig, report: Callable[[Event], None]) -> i
     if bank.slots[slot].missed:
         report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
     return slot
+
+
+def _refer(engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], report: Callable[[Event], None]) -> None:
+    """Give every job that compares with the bare base its log-probabilities, computed once for all of them."""
+    comparing = [(job, own) for job, own in zip(jobs, data) if needs(engine.jobs[job.slot].objective, "reference")]
+    if not comparing:
+        return
+    references = References(engine, cache_folder())
+    told = time.monotonic()
+
+    def progress(done: int, total: int, seconds_left: float) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told > SECONDS_BETWEEN_WORDS:
+            told = time.monotonic()
+            report(Preparing("reference log-probabilities", done, total, seconds_left))
+
+    samples = [sample for _, own in comparing for sample in (*own.train.samples, own.eval)]
+    references.prepare((segment for sample in samples for segment in sample), progress)
+    report(
+        Notice(
+            f"reference log-probabilities under the bare base: {references.num_computed} segments computed, "
+            f"{references.num_found} found in {cache_folder()}"
+        )
+    )
+    if references.trouble:
+        report(Notice(references.trouble, level="warning"))
+    for job, own in comparing:
+        job.feed = ReferencedSteps(own.train, references)
+        job.held_out = references.attach(own.eval)
 
 
 def _run_started(

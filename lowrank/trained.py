@@ -8,21 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lowrank.models.loading as loading
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.peft_layout import CONFIG_FILE, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.value_head import FILE as VALUE_HEAD_FILE
+from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import resolve
 from lowrank.config.read import read_file
 from lowrank.data.config import Config as DataConfig
 from lowrank.data.rendering import Renderer
-from lowrank.errors import ModelError, did_you_mean
+from lowrank.errors import DataError, ModelError, did_you_mean
+from lowrank.evaluate.reward import rewards
 from lowrank.generate.sampler import Config, Prompt, generate
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
-from lowrank.records import BARE_BASE, Conversation
+from lowrank.records import BARE_BASE, Conversation, Rated
 
 BARE = "base"
 """How the untouched base is called among the voices."""
@@ -36,12 +41,30 @@ class Trained:
     bank: Bank
     renderer: Renderer
     slots: dict[str, int] = field(default_factory=lambda: {BARE: BARE_BASE})
+    value_heads: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(D) of the voices that are reward models."""
 
     def slot(self, name: str) -> int:
         """The slot of a voice; ModelError with what there is."""
         if name not in self.slots:
             raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.slots)}")
         return self.slots[name]
+
+    def rewards(self, conversations: Sequence[tuple[str, Conversation]]) -> list[float]:
+        """What each `(reward model, conversation that ends in an answer)` is given; higher is better.
+
+        ModelError for a voice that is no reward model, DataError for a conversation it cannot read whole.
+        """
+        scored = []
+        for name, conversation in conversations:
+            slot = self.slot(name)
+            if name not in self.value_heads:
+                raise ModelError(f"{name!r} is no reward model: there is no {VALUE_HEAD_FILE} beside it")
+            rendering = self.renderer.render(Rated(conversation, desirable=True))
+            if rendering.problem or rendering.truncated_tokens:
+                raise DataError(rendering.problem or "the conversation is longer than data.max_length")
+            scored.append((slot, self.value_heads[name], rendering.segments[0]))
+        return rewards(self.base, self.bank, scored)
 
     def answer(
         self,
@@ -135,6 +158,7 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
         model = config.model.model_copy(update={"path": str(current(found[first.name] or folder)), "revision": None})
         trained = _open_model(model, data, notify)
         trained.slots = {first.name: BARE_BASE}  # the base itself was trained: there is no untouched one here
+        _attach_value_head(trained, first.name, found[first.name] or folder)
         return trained
     trained = _open_model(where_it_is_now(config.model, found.values()), data, notify)
     for name, path in found.items():
@@ -164,6 +188,13 @@ def _attach(trained: Trained, name: str, folder: Path) -> None:
     slot = trained.bank.add(saved.config, seed=0)
     trained.bank.load(slot, saved.tensors)
     trained.slots[name] = slot
+    _attach_value_head(trained, name, folder)
+
+
+def _attach_value_head(trained: Trained, name: str, folder: Path) -> None:
+    value_D = read_value_head(folder)
+    if value_D is not None:
+        trained.value_heads[name] = value_D
 
 
 class _Text:

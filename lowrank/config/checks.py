@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lowrank.objectives import needs
 from lowrank.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "data.train: nothing to learn from; give a file, a folder or a hub name"
     if job.data.streaming and job.max_steps is None:
         yield "max_steps: needed with data.streaming, since the number of rows is not known beforehand"
+    if job.data.streaming and job.tuning == "full" and needs(job.objective.build(), "reference"):
+        yield (
+            f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: full "
+            "changes while the stream is read; leave streaming out, or set tuning: adapter"
+        )
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
     if job.early_stopping_patience is not None and config.eval_steps is None:

@@ -18,7 +18,7 @@ from lowrank.errors import DataError
 from lowrank.records import Segment, number_the_step
 
 Sample = tuple[Segment, ...]
-"""What is never torn apart: a plain segment, or the two of a pair."""
+"""What is never torn apart: a plain segment, the two of a pair, or a rated one and its mismatched one."""
 
 _WINDOW = 4096
 """Samples of a stream that are shuffled and packed together."""
@@ -41,6 +41,15 @@ class Feed:
         self._epoch = 0
         self._step = 0
         self._steps = self._plan(0)
+
+    def again(self) -> Feed:
+        """A feed of its own over the same samples, at its beginning."""
+        return Feed(self._samples, self._config, self._seed)
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """The samples of every epoch, in the order of the data."""
+        return self._samples
 
     @property
     def num_samples(self) -> int:
@@ -101,6 +110,11 @@ class StreamingFeed:
         self._steps_seen: int | None = None
         self._running = self._begin()
         self._waiting = self._first()
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """None are known beforehand."""
+        return ()
 
     @property
     def num_samples(self) -> None:

@@ -38,6 +38,8 @@ class _Job:
     evals: list[list[float]] = field(default_factory=list)
     """`[step, loss]` of each finite evaluation."""
     best: list[float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the objective added to the last evaluation, where it is finite."""
     finished: str | None = None
     curve: dict[str, Any] = field(default_factory=lambda: Curve().state())
 
@@ -67,6 +69,7 @@ class SummaryBuilder:
             self._step(event)
         elif isinstance(event, EvalDone):
             job = self._jobs[event.job]
+            job.metrics = {name: value for name, value in event.metrics.items() if math.isfinite(value)}
             if math.isfinite(event.loss):
                 job.evals.append([event.step, event.loss])
             if event.best:
@@ -162,6 +165,7 @@ class SummaryBuilder:
             "last_loss": job.last_loss,
             "best_eval": None if job.best is None else {"step": int(job.best[0]), "loss": job.best[1]},
             "last_eval": None if not job.evals else {"step": int(job.evals[-1][0]), "loss": job.evals[-1][1]},
+            "eval_metrics": job.metrics,
             "verdict": asdict(judged),
             "paths": {"best": f"{started.name}/best", "last": f"{started.name}/last"},
         }
