@@ -111,7 +111,7 @@ def _default_place(found: Found, targets: list[str]) -> Path:
 def _say_pushed(console: Console, result: dict[str, Any]) -> None:
     for each in result.get("pushed", ()):
         done = "would be uploaded to" if each["dry_run"] else "uploaded to"
-        console.print(f"{each['files']} files {done} {each['url']}")
+        console.print(f"{each['files']} files {done} {each['url']}", soft_wrap=True)
 
 
 def _different(orders: list[Order], result: dict[str, Any]) -> str:

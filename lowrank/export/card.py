@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
 from lowrank import __version__
 from lowrank.export.source import Source
 from lowrank.export.verify import Comparison
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison], notes: Sequence[str]) -> str:
     """Markdown with the metadata that the Hugging Face hub reads; nothing in it that is not known."""
-    base = str(source.facts.get("base") or source.model.path)
     parts = [
-        _front(kind, base if _is_on_hub(base) else None),
+        _front(kind, source.hub_base),
         f"# {source.name}\n",
-        _made_of(source, base if _is_on_hub(base) else os.path.basename(base.rstrip("/\\")), notes),
+        _made_of(source, notes),
         f"## How to run it\n\n{usage}\n",
     ]
     if comparisons:
         parts.append(_checked(comparisons))
     return "\n".join(parts)
-
-
-def _is_on_hub(name: str) -> bool:
-    return _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name) and not name.startswith("lowrank/")
 
 
 def _front(kind: str, base: str | None) -> str:
@@ -40,8 +32,9 @@ def _front(kind: str, base: str | None) -> str:
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
-def _made_of(source: Source, base: str, notes: Sequence[str]) -> str:
+def _made_of(source: Source, notes: Sequence[str]) -> str:
     facts = source.facts
+    base = source.hub_base or os.path.basename(str(facts.get("base") or source.model.path).rstrip("/\\"))
     lines = [f"- **base**: `{base}`"]
     if facts.get("data"):
         lines.append("- **data**: " + ", ".join(f"`{os.path.basename(str(path))}`" for path in facts["data"]))

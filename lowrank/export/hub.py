@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lowrank.errors import ConfigError, OutputError
 
@@ -41,7 +40,7 @@ def push_folder(folder: Path, name: str, *, dry_run: bool, private: bool = True)
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by lowrank")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub's client passes on the errors of whichever HTTP library it uses
         raise OutputError(f"{name}: the hub refuses the upload ({_said(error)}); {folder} is complete") from error
     return {"repository": name, "url": url, "files": len(files), "dry_run": False}
 

@@ -14,9 +14,12 @@ from lowrank.adapters.targets import is_embedding
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
-from lowrank.export.checkpoint import BLOCK_BYTES, Checkpoint
+from lowrank.export.checkpoint import Checkpoint
 from lowrank.export.names import Names
 from lowrank.export.source import Source
+
+_BLOCK_BYTES = 1 << 20
+"""Of a tensor merged at once: small enough that a block and its float32 copies stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +178,12 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
 
 
 def _row_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
-    """Blocks of rows of about BLOCK_BYTES; one block where a change needs the whole tensor."""
+    """Blocks of rows of about _BLOCK_BYTES; one block where a change needs the whole tensor."""
     if not plan.shape or (plan.change is not None and not plan.change.by_rows):
         yield 0, plan.shape[0] if plan.shape else 1
         return
     row_bytes = max(1, plan.dtype.itemsize * torch.Size(plan.shape[1:]).numel())
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, _BLOCK_BYTES // row_bytes)
     for first in range(0, plan.shape[0], step):
         yield first, min(first + step, plan.shape[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.models.config import Config as ModelConfig
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,10 @@ class Source:
     """Ids that end an answer: EOS and the template's end of turn."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""
+
+    @property
+    def hub_base(self) -> str | None:
+        """The base's name on the hub; None for a folder, whose path is nobody else's business."""
+        name = str(self.facts.get("base") or self.model.path)
+        on_hub = _HUB_NAME.fullmatch(name) and not name.startswith("lowrank/") and not Path(name).exists()
+        return name if on_hub else None

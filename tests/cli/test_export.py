@@ -118,8 +118,15 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            self.repositories[name], self.private[name] = {}, asked["private"]
-            return self.answer(200, {"url": f"http://hub/{name}", "name": name})
+            self.repositories[name], self.private[name] = (
+                {},
+                asked.get("visibility") == "private" or asked.get("private"),
+            )
+            return self.answer(200, {"url": f"http://{self.headers['Host']}/{name}", "name": name})
+        if self.path == "/api/validate-yaml":
+            card = json.loads(body)["content"]
+            assert card.startswith("---\nlibrary_name: peft\n")
+            return self.answer(200, {"errors": [], "warnings": []})
         name = "/".join(self.path.split("/")[3:5])
         if name not in self.repositories:
             return self.answer(404, {"error": "no such repository"})
@@ -131,7 +138,14 @@ class Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        return self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": f"http://hub/{name}/commit/0"})
+        return self.answer(
+            200,
+            {
+                "success": True,
+                "commitOid": "0" * 40,
+                "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{'0' * 40}",
+            },
+        )
 
     def do_GET(self) -> None:
         self.answer(200, {"id": "me/it", "sha": "0" * 40, "siblings": []})

@@ -62,6 +62,7 @@ class MergedTarget:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        self._planned: tuple[Source, Merged] | None = None
 
     def needs(self, source: Source) -> Needs:
         """The size of the weights on disk; in memory a few blocks, or a few copies of one tensor."""
@@ -80,15 +81,25 @@ class MergedTarget:
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as transformers loads it."""
-        written = self.dtype or _base_dtype(Merged(source))
+        written = self.dtype or _base_dtype(self._merged(source))
         return (ReadBack("merged", TOLERANCES[written], lambda: read_model(source, folder)),)
 
     def usage(self, source: Source, path: str) -> str:
         """With transformers and with vLLM."""
         return _USAGE.format(path=path)
 
+    def _merged(self, source: Source) -> Merged:
+        """Planned once for the checks, the writing and the reading back."""
+        if (
+            self._planned is None
+            or self._planned[0].base != source.base
+            or self._planned[0].adapter is not source.adapter
+        ):
+            self._planned = source, Merged(source)
+        return self._planned[1]
+
     def _plan(self, source: Source) -> tuple[Merged, Layout]:
-        merged = Merged(source)
+        merged = self._merged(source)
         return merged, lay_out(merged, self.dtype, parse_size(self.config.max_shard_size))
 
 

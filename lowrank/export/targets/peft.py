@@ -79,7 +79,7 @@ class PeftTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """With PEFT on the base."""
-        return _USAGE.format(path=path, base=source.model.path)
+        return _USAGE.format(path=path, base=source.hub_base or "path/of/the/base")
 
 
 def _adapter(source: Source) -> AdapterOnDisk:
