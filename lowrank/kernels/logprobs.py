@@ -51,7 +51,11 @@ class Head:
 
     def logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         """The logits themselves, (K, V) in float32 or wider. For a handful of rows."""
-        logits_KV = self.raw(hidden_KD).to(_wide(hidden_KD)) * self.multiplier
+        return self.finish(self.raw(hidden_KD))
+
+    def finish(self, raw_KV: torch.Tensor) -> torch.Tensor:
+        """The logits of what `raw` gives, in float32 or wider."""
+        logits_KV = raw_KV.to(_wide(raw_KV)) * self.multiplier
         return self.softcap * torch.tanh(logits_KV / self.softcap) if self.softcap else logits_KV
 
 

@@ -39,7 +39,7 @@ class HostMemory:
                 return tensor
             if storage.data_ptr() not in moved:
                 moved[storage.data_ptr()] = _Moved(tensor)
-            view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+            view = (tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
             return _View(moved[storage.data_ptr()], *view)
 
         with saved_tensors_hooks(pack, _unpack):

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers.initialization import no_init_weights
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.routing import Draws
+from lowrank.adapters.variants import AdapterConfig
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.attention import BoundariesMissing
@@ -46,7 +46,7 @@ from lowrank.train.optimizers import OptimizerConfig
 class PlannedJob:
     """What of a job decides about memory. `adapter` None: the base's own parameters are trained."""
 
-    adapter: AdapterSettings | None
+    adapter: AdapterConfig | None
     objective: Objective
     optimizer: OptimizerConfig
     step: Sequence[Segment]
