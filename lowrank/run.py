@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
             )
         )
         checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
+        config = _with_date(config, checkpoint.state["settings"] if checkpoint else None)
         settings = config.model_dump(mode="json")
         if checkpoint:
             refuse_changed_settings(checkpoint.state["settings"], settings)
@@ -59,7 +61,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
 
         report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
-        data = [_prepare(job, tokenizer, report, strict) for job in config.jobs]
+        data = _prepare_all(config.jobs, tokenizer, report, strict)
         _tell_about_data(report, config.jobs, data)
         report(Notice(f"loading {config.model.path}"))
         train_all = config.jobs[0].tuning == "full"
@@ -69,7 +71,9 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         engine = Engine(base, Bank(base, Dense()), config.micro_batch_tokens)
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
 
-        # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt.
+        # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
+        # and takes nothing away.
+        folder.clear()
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         summary = SummaryBuilder(folder.path, checkpoint.state["summary"] if checkpoint else None)
         report.listeners.append(summary)
@@ -85,6 +89,40 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         result = summary.finish(interrupted=not done)
         report(RunFinished(result, interrupted=not done))
         return result
+
+
+def _with_date(config: RunConfig, settings: dict[str, Any] | None) -> RunConfig:
+    """The same with the day on which the run began, so that templates that write the date say the same when it goes on.
+
+    `settings`: those of the checkpoint, if the run goes on.
+    """
+    began = [job["data"].get("chat_template_date") for job in settings["jobs"]] if settings else []
+    today = date.fromisoformat(began[0]) if began and began[0] else date.today()
+    jobs = tuple(
+        job.model_copy(update={"data": job.data.model_copy(update={"chat_template_date": today})})
+        if job.data.chat_template_date is None
+        else job
+        for job in config.jobs
+    )
+    return config.model_copy(update={"jobs": jobs})
+
+
+def _prepare_all(
+    jobs: Sequence[JobConfig], tokenizer: Any, report: Callable[[Event], None], strict: bool
+) -> list[Prepared]:
+    """The data of every job; jobs that ask for the same share what was read and tokenised, each with its own feed."""
+    done: dict[str, Prepared] = {}
+    prepared = []
+    for job in jobs:
+        record = job.objective.build().record
+        key = f"{record.__qualname__} {job.seed} {job.data.model_dump_json()}"
+        own = done.get(key)
+        if own is None or job.data.streaming:
+            own = done[key] = _prepare(job, tokenizer, report, strict)
+        else:
+            own = own.again()
+        prepared.append(own)
+    return prepared
 
 
 def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:

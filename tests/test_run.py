@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lowrank.config import RunConfig
+from lowrank.data.prepare import prepare
 from lowrank.errors import DataError, OutputError
 from lowrank.run import train
 from lowrank.train.events import EvalDone, Event, Notice, StepDone
@@ -160,10 +162,44 @@ def test_a_folder_with_something_in_it_is_refused(world: Path, tmp_path: Path) -
     run(given)
     with pytest.raises(OutputError, match=r"resume=true(.|\n)*overwrite=true"):
         run(given)
+    broken = {**given["data"], "train": [str(world / "no_such.json")]}
+    with pytest.raises(DataError):
+        run({**given, "overwrite": True, "data": broken})
+    assert (tmp_path / "run" / "summary.json").exists()  # what is refused takes nothing away
     summary, _ = run({**given, "overwrite": True})
     assert not summary["interrupted"]
     with pytest.raises(OutputError, match="learning_rate"):
         run({**given, "resume": True, "optimizer": {"learning_rate": 5e-2}})
+
+
+def test_jobs_with_the_same_data_share_what_was_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And learn what they would learn alone, since each walks over it by itself."""
+    reads: list[str] = []
+    monkeypatch.setattr("lowrank.run.prepare", lambda data, **how: reads.append("read") or prepare(data, **how))
+    given = settings(world, tmp_path / "run", max_steps=3)
+    _, ear = run({**given, "jobs": [{"name": "a"}, {"name": "b"}, {"name": "c", "seed": 7}]})
+    assert len(reads) == 2
+    assert ear.losses("a") == ear.losses("b") != ear.losses("c")
+
+
+DATED = "{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}\n{%- endif %}"
+
+
+def test_a_run_goes_on_with_the_date_it_began_on(world: Path, tmp_path: Path) -> None:
+    template = transformers.AutoTokenizer.from_pretrained(world / "model").chat_template
+    (tmp_path / "dated.jinja").write_text(DATED + template)
+    given = settings(world, tmp_path / "run")
+    given["data"] |= {"chat_template": str(tmp_path / "dated.jinja"), "chat_template_date": "2024-07-26"}
+    run({**given, "max_steps": 2})
+    del given["data"]["chat_template_date"]
+    run({**given, "max_steps": 4, "resume": True})  # today's would change the data, which is refused
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["jobs"][0]["data"]["chat_template_date"] == "2024-07-26"
+    run({**given, "max_steps": 1, "overwrite": True})
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["jobs"][0]["data"]["chat_template_date"] == str(date.today())
 
 
 def test_what_concerns_several_jobs_is_said_once_and_choices_are_no_warnings(world: Path, tmp_path: Path) -> None:
@@ -198,6 +234,7 @@ def test_data_is_checked_before_the_model_loads(world: Path, tmp_path: Path) -> 
 _CHILD = """
 import sys, json
 from lowrank.config import RunConfig
+from lowrank.data.prepare import prepare
 from lowrank.run import train
 print("ready", flush=True)
 train(RunConfig(**json.loads(sys.argv[1])), reporters=[])

@@ -22,21 +22,23 @@ from lowrank.train.optimizers import OptimizerConfig
 VOCABULARY = 97
 
 
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def tiny(name: str, **changes: Any) -> Callable[[], Any]:
     """A small configuration of transformers' class `name`, made anew at each call."""
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return lambda: getattr(transformers, name)(**{**settings, **changes})
+    return lambda: getattr(transformers, name)(**{**SMALL, **changes})
 
 
 _LATENT = {

@@ -14,8 +14,8 @@ from lowrank.adapters.variants import Tensors
 from lowrank.kernels.counter_random import uniform
 
 
-class RoutedEmbedding(nn.Module):
-    """A lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise."""
+class _Routed(nn.Module):
+    """A frozen module of the model and the way its rows go."""
 
     is_routed = True
 
@@ -24,16 +24,23 @@ class RoutedEmbedding(nn.Module):
         self.base = base
         self.name = name
         self.routing = routing
-        self.adapters: dict[int, tuple[float, Tensors]] = {}
-        self.num_embeddings: int = self.weight.shape[0]
-        self.embedding_dim: int = self.weight.shape[1]
 
     @property
     def weight(self) -> torch.Tensor:
-        """The frozen table."""
+        """The frozen weight."""
         weight = self.base.weight
         assert isinstance(weight, torch.Tensor)
         return weight
+
+
+class RoutedEmbedding(_Routed):
+    """A lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise."""
+
+    def __init__(self, base: nn.Module, name: str, routing: Routing) -> None:
+        super().__init__(base, name, routing)
+        self.adapters: dict[int, tuple[float, Tensors]] = {}
+        self.num_embeddings: int = self.weight.shape[0]
+        self.embedding_dim: int = self.weight.shape[1]
 
     @property
     def embed_scale(self) -> float | torch.Tensor:
@@ -69,24 +76,12 @@ class RoutedEmbedding(nn.Module):
         return uniform(counter_N[rows], self.embedding_dim, key) * size_N1
 
 
-class RoutedCopy(nn.Module):
+class RoutedCopy(_Routed):
     """A module that some slots have as their own, trained copy (`modules_to_save`). It must work row by row."""
 
-    is_routed = True
-
     def __init__(self, base: nn.Module, name: str, routing: Routing) -> None:
-        super().__init__()
-        self.base = base
-        self.name = name
-        self.routing = routing
+        super().__init__(base, name, routing)
         self.copies: dict[int, nn.Module] = {}
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The frozen weight."""
-        weight = self.base.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -43,6 +43,14 @@ class RunFolder:
     notes: tuple[str, ...]
     """What a person should know."""
     _lock: FileLock = field(repr=False)
+    _doomed: bool = field(default=False, repr=False)
+
+    def clear(self) -> None:
+        """Delete the run that is to be overwritten, if one is: once nothing can be refused any more."""
+        if self._doomed:
+            for name in sorted(_entries(self.path), key=lambda name: (name != CHECKPOINTS, name)):
+                remove(self.path / name)
+            self._doomed = False
 
     @property
     def checkpoints(self) -> Path:
@@ -67,8 +75,9 @@ def open_run_folder(
 ) -> RunFolder:
     """Take the folder for a run with these job names; `also`: other names the run will write at its top.
 
-    What a crashed run left half-done is put right. OutputError if the folder is not empty and neither
-    `resume` nor `overwrite` is asked for, holds what lowrank did not write, is in use, or has nothing to resume.
+    What a crashed run left half-done is put right. With `overwrite` the old run stands until `clear`. OutputError if
+    the folder is not empty and neither `resume` nor `overwrite` is asked for, holds what lowrank did not write, is in
+    use, or has nothing to resume.
     """
     assert not (resume and overwrite), "the configuration refuses this"
     output_dir = Path(output_dir)
@@ -80,7 +89,7 @@ def open_run_folder(
         present = _entries(output_dir)
         checkpoint = None
         if present and overwrite:
-            _remove_run(output_dir, owned)
+            _refuse_to_delete_foreign(output_dir, owned)
         elif present and resume:
             checkpoint, more = _where_to_resume(output_dir)
             notes += more
@@ -97,7 +106,7 @@ def open_run_folder(
     except BaseException:
         lock.release()
         raise
-    return RunFolder(output_dir, checkpoint, tuple(notes), lock)
+    return RunFolder(output_dir, checkpoint, tuple(notes), lock, bool(present) and overwrite)
 
 
 def _refuse_foreign(output_dir: Path) -> None:
@@ -146,16 +155,14 @@ def _trained(output_dir: Path) -> list[Path]:
     return [job / name for job in jobs for name in JOB_FOLDERS if (job / name).is_dir()]
 
 
-def _remove_run(output_dir: Path, owned: set[str]) -> None:
-    """Delete what a run wrote, checkpoints first; OutputError, and nothing deleted, if there is anything else."""
+def _refuse_to_delete_foreign(output_dir: Path, owned: set[str]) -> None:
+    """OutputError if there is anything in the folder that a run did not write."""
     foreign = [output_dir / name for name in _entries(output_dir) if name not in {*RUN_FILES, *owned}]
     foreign += [path for path in _inside(output_dir / CHECKPOINTS) if path not in list_checkpoints(path.parent)]
     for name in owned - set(RUN_FILES):
         foreign += [path for path in _inside(output_dir / name) if path.name not in JOB_FOLDERS]
     heading = f"{output_dir}: overwrite=true deletes only what lowrank wrote; move away or delete yourself"
     raise_all(OutputError, heading, [str(path.relative_to(output_dir)) for path in foreign])
-    for name in sorted(_entries(output_dir), key=lambda name: (name != CHECKPOINTS, name)):
-        remove(output_dir / name)
 
 
 def _entries(folder: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,18 +11,12 @@ from lowrank.errors import OutputError, raise_all
 MAY_CHANGE = (
     "output_dir", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "report_to", "resume", "overwrite",
     "micro_batch_tokens", "num_train_epochs", "max_steps", "early_stopping_patience", "model.device", "model.attention",
-    "model.recompute", "model.trust_remote_code",
+    "model.recompute", "model.lean", "model.trust_remote_code",
 )  # fmt: skip
 """What decides where a run writes, how often it looks, how long it goes on and what it runs on, but not what a step
 does. (The lengths do move the schedules of learning rates: a person who asks for more steps knows.)"""
 
 _MISSING = object()
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that stay the same as long as the settings do."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

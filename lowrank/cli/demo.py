@@ -28,6 +28,7 @@ def demo(
 
     from lowrank.config import load
     from lowrank.run import train
+    from lowrank.train import wording
     from lowrank.train.reporters import view_for
 
     console = Console(quiet=json, highlight=False)
@@ -48,11 +49,11 @@ def demo(
     _show(console, answered, scores, best)
     console.print(f"\nThe best adapter is [bold]{best}[/], in {output_dir / best / 'best'}")
     console.print(f"The curves are in {output_dir / 'loss.png'}\n")
-    console.print(f"  talk to it          [bold]lowrank chat {output_dir} --adapter {best}[/]")
-    console.print("  look at your data   [bold]lowrank data your.json[/]")
+    program = wording.program()
+    console.print(f"  talk to it          [bold]{program} chat {output_dir} --adapter {best}[/]")
+    console.print(f"  look at your data   [bold]{program} data your.json[/]")
     console.print(
-        "  train on it         [bold]lowrank train examples/01_sft.yaml model=MODEL data.train=your.json "
-        "output_dir=runs/mine[/]"
+        f"  train on it         [bold]{program} train model=MODEL data.train=your.json output_dir=runs/mine[/]"
     )
 
 
@@ -85,7 +86,9 @@ def _show(console: object, answered: Sequence[Answered], scores: dict[str, float
     from rich.text import Text
 
     assert isinstance(console, Console)
-    table = Table("question", "before", f"after ({best})", expand=True, show_lines=True)
+    table = Table(expand=True, show_lines=True)
+    for title in ("question", "before", f"after ({best})"):
+        table.add_column(title, overflow="fold")  # Chinese has no spaces to break lines at
     for each in answered[:: max(1, len(answered) // _SHOWN)][:_SHOWN]:
         right = each.answers[best].strip() == each.expected.strip()
         table.add_row(

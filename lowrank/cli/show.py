@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 def show(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A YAML or JSON file, native or LLaMA-Factory's.")
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML or JSON file, native or LLaMA-Factory's; or settings alone, as model=... data.train=...",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optimizer.learning_rate=1e-4.")

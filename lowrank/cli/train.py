@@ -12,7 +12,13 @@ from lowrank.cli.warn import warn
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML or JSON file, native or LLaMA-Factory's.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML or JSON file, native or LLaMA-Factory's; or settings alone, as model=... data.train=...",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optimizer.learning_rate=1e-4.")
     ] = None,

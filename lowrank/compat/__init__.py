@@ -14,8 +14,12 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
     """The configuration in a native or a LLaMA-Factory file, with overrides over it, and warnings.
 
     Over a LLaMA-Factory file, overrides may be its own keys (`lora_rank=16`) or native ones
-    (`adapter.rank=16`). Raises `ConfigError`.
+    (`adapter.rank=16`). In place of a file, `path` may be a word like them: the settings are then the words alone.
+    Raises `ConfigError`.
     """
+    if "=" in str(path) and not Path(path).exists():
+        config = resolve(override({}, [str(path), *overrides]), Path(), "the command line")
+        return config, unused(config)
     path = Path(path)
     settings = read_file(path)
     if not is_llamafactory(settings):

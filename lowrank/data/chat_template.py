@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,6 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lowrank.errors import DataError
 from lowrank.records import Message
 
+_NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+"""Written over in the text, since transformers lets no function of ours into a template."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -35,12 +38,15 @@ class ChatTemplate:
     text      the Jinja source
     marked    it has `{% generation %}` blocks
     control   matches any added token of the tokenizer, e.g. `<|im_end|>`
+
+    `today` is what the template takes for today; None: today.
     """
 
-    def __init__(self, text: str, tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    def __init__(self, text: str, tokenizer: Any, variables: Mapping[str, Any], *, today: date | None = None) -> None:
         self.text = text
         self.marked = _GENERATION.search(text) is not None
         self.control = _control_tokens(tokenizer)
+        self._dated = _NOW.sub(lambda call: json.dumps(today.strftime(call["format"])), text) if today else text
         self._variables = {**tokenizer.special_tokens_map, **variables}
 
     def render(
@@ -64,7 +70,7 @@ class ChatTemplate:
             rendered: Any = render_jinja_template(
                 conversations=[[_as_dict(message) for message in messages]],
                 tools=list(tools) or None,
-                chat_template=self.text,
+                chat_template=self._dated,
                 add_generation_prompt=generation_prompt,
                 return_assistant_tokens_mask=self.marked,
                 **self._variables,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -63,6 +64,9 @@ class Config(Settings):
     """A built-in template (chatml, llama3, alpaca, ...) or a .jinja file, instead of the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking: false}."""
+    chat_template_date: date | None = None
+    """What templates that write today's date (Llama 3) take for today. Left out: the day the run began, also when it
+    goes on on another day."""
     default_system: str | None = None
     """System prompt for conversations that have none; a system prompt that is there is never altered."""
     train_on_prompt: bool = False

@@ -42,6 +42,10 @@ class Feed:
         self._step = 0
         self._steps = self._plan(0)
 
+    def again(self) -> Feed:
+        """A feed of its own over the same samples, at its beginning."""
+        return Feed(self._samples, self._config, self._seed)
+
     @property
     def num_samples(self) -> int:
         """Samples of one epoch."""

@@ -1,4 +1,4 @@
-"""Filling bins with sequences: whole optimiser steps by best fit, and forward passes in order."""
+"""Filling optimiser steps with sequences by best fit."""
 
 from __future__ import annotations
 
@@ -35,16 +35,3 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 with_room[left] = []
             with_room[left].append(number)
     return [sorted(members) for members in bins]
-
-
-def cut(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in runs of at most `capacity`, in order; one length above it stands alone."""
-    runs: list[list[int]] = []
-    room = -1
-    for index, length in enumerate(lengths):
-        if not runs or length > room:
-            runs.append([])
-            room = capacity
-        runs[-1].append(index)
-        room -= length
-    return runs

@@ -39,6 +39,11 @@ class Prepared:
     eval: list[Segment]
     report: Report
 
+    def again(self) -> Prepared:
+        """The same samples for another job that asked for the same, with a feed of its own."""
+        assert isinstance(self.train, Feed), "a stream is read by one job"
+        return replace(self, train=self.train.again())
+
 
 def prepare(
     config: Config,

@@ -149,7 +149,9 @@ class Renderer:
     def _template(self) -> tuple[ChatTemplate, Shape]:
         if self._chat is None:
             text = templates.choose(self.tokenizer, self.config.chat_template)
-            template = ChatTemplate(text, self.tokenizer, self.config.chat_template_kwargs)
+            template = ChatTemplate(
+                text, self.tokenizer, self.config.chat_template_kwargs, today=self.config.chat_template_date
+            )
             shape = shape_of(template, self.tokenizer.eos_token)
             if self.config.default_system is not None and shape.refuses_system:
                 raise ConfigError(f"data.default_system: {shape.refuses_system}")

@@ -180,9 +180,4 @@ def _notices(
             "the chat template writes earlier answers of a conversation differently from the last one (it may drop "
             "their thinking): such a conversation becomes several samples, so each answer is learned as it is spoken"
         )
-    if "strftime_now" in template.text:
-        found.append(
-            "the chat template can write today's date into samples; fix it in data.chat_template_kwargs "
-            "(often date_string) if a run may go on another day"
-        )
     return found

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-_CHUNK_BYTES = 144 << 20
+_CHUNK_BYTES = 64 << 20
 _BLOCK_BYTES = 2 << 20
-"""Logits are made `_CHUNK_BYTES` at a time, so that the weight is read seldom. On a CPU the softmax walks over them in
+"""Logits are made `_CHUNK_BYTES` at a time: a few hundred rows, beside which reading the weight costs nothing. On a CPU the softmax walks over them in
 pieces of `_BLOCK_BYTES` for each thread, which stay in the cache."""
 
 

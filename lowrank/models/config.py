@@ -29,5 +29,8 @@ class Config(Settings):
     recompute: Literal["none", "full"] | NonNegative = "none"
     """Recompute decoder layers in the backward pass instead of keeping their activations: no layer, every layer, or
     the first n. Saves memory, costs up to half again the time."""
+    lean: bool = True
+    """Put norms and gated MLPs that keep less for the backward pass (a third less in all) in place of the model's own,
+    wherever a test at load time finds that they compute the same bits."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""

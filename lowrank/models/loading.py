@@ -15,6 +15,7 @@ from lowrank.errors import LowrankError, ModelError, raise_all
 from lowrank.models.base import Base
 from lowrank.models.config import Config
 from lowrank.models.leak import check_head, choose_layout
+from lowrank.models.lean import make_lean
 from lowrank.models.prequantised import reader_for
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.streaming import Packing, kept_dense, load_packed
@@ -89,6 +90,8 @@ def load(
     model.to(device)
     model.requires_grad_(train_all)
     model.eval()  # also in training: dropout of the base would tie jobs together
+    if config.lean:
+        make_lean(model)
     base = Base(model, tokenizer, config.path, config.revision)
     check_head(base)
     word = choose_layout(base, config.attention)

@@ -104,11 +104,11 @@ def _totals(summary: dict[str, Any]) -> Text:
 def _best(summary: dict[str, Any]) -> list[Text]:
     folder, name = Path(summary["output_dir"]), summary["best_job"]
     if name is None:
-        where = Text.assemble("Adapters  ", (str(folder / "<job>" / "best"), "bold"))
+        where = Text.assemble("Results   ", (str(folder / "<job>" / "best"), "bold"))
         return [where, _curves(summary)]
     job = summary["jobs"][name]
     which = "best" if job["best_eval"] else "last"
-    text = Text.assemble("Adapter   " if len(summary["jobs"]) == 1 else f"Best job  {name}, ")
+    text = Text.assemble("Result    " if len(summary["jobs"]) == 1 else f"Best job  {name}, ")
     text.append(str(folder / job["paths"][which]), style="bold")
     if job["best_eval"]:
         text.append(f" (held-out {wording.loss(job['best_eval']['loss'])} at step {job['best_eval']['step']})")
@@ -122,7 +122,7 @@ def _curves(summary: dict[str, Any]) -> Text:
 def _next(summary: dict[str, Any]) -> list[Text]:
     if summary["interrupted"]:
         return [Text.assemble("Go on     ", ("run the same command with resume=true", "bold"))]
-    command = f"lowrank chat {shlex.quote(summary['output_dir'])}"
+    command = f"{wording.program()} chat {shlex.quote(summary['output_dir'])}"
     if len(summary["jobs"]) > 1 and summary["best_job"]:
         command += f" --adapter {shlex.quote(summary['best_job'])}"
     return [Text.assemble("Talk      ", (command, "bold"))]

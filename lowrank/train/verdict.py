@@ -117,7 +117,7 @@ def _overfitting(held_out: Sequence[tuple[int, float]]) -> Verdict | None:
     return Verdict(
         "overfitting",
         f"Overfitting: the held-out loss rises since step {step}, from {wording.loss(low)} to "
-        f"{wording.loss(float(loss_E[-1]))}. Use the adapter of step {step}.",
+        f"{wording.loss(float(loss_E[-1]))}. Use what was kept at step {step}.",
         step,
     )
 

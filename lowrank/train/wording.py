@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 
 
 def duration(seconds: float | None) -> str:
@@ -55,3 +58,11 @@ def loss(value: float | None) -> str:
 def learning_rate(value: float | None) -> str:
     """`2.0e-04`; `-` where there is none."""
     return "-" if value is None else f"{value:.1e}"
+
+
+def program() -> str:
+    """How this program is called from where the person is: `lowrank`, or the path that was typed."""
+    typed = sys.argv[0]
+    if shutil.which("lowrank"):
+        return "lowrank"
+    return typed if os.path.basename(typed) == "lowrank" else f"{os.path.basename(sys.executable)} -m lowrank"

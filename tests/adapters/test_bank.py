@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.errors import ModelError
 from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives.sft import Config as Sft
-from lowrank.records import BARE_BASE, Segment
+from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers import OptimizerConfig
 from tests.adapters.variant_cases import GainConfig
+from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -43,32 +42,6 @@ MODELS = {
     "scaled embedding": ("gemma3", True),
     "bias": ("phi", False),
 }
-
-
-def peft_twin(model: Any, choice: dict[str, Any], rank: int, alpha: float) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    """PEFT's adapter on `model`, and its trainable tensors by our names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about tied weights
-        config = LoraConfig(r=rank, lora_alpha=alpha, **choice)
-        twin = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
-    names = {
-        name.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".default", ""): parameter
-        for name, parameter in twin.named_parameters()
-        if parameter.requires_grad
-    }
-    return twin, names
-
-
-def plain_loss(model: Any, segments: list[Segment]) -> torch.Tensor:
-    """One document at a time, full logits."""
-    total = sum(float(segment.weight_L.sum()) for segment in segments)
-    loss = torch.zeros((), dtype=torch.float64)
-    for segment in segments:
-        token_T = torch.from_numpy(segment.token_L)
-        logprob_TV = model(input_ids=token_T[None]).logits[0].double().log_softmax(-1)
-        logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
-        loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
-    return loss
 
 
 def move(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
@@ -96,16 +69,12 @@ def test_heads_embeddings_and_copies_train_like_peft(choice: str, model: str) ->
         settings = {key: [renamed.get(name, name) for name in names] for key, names in settings.items()}
     tolerance = loosely_scaled(family)
     base = make_base(family, tie_word_embeddings=tied)
-    twin, theirs = peft_twin(make_model(family, tie_word_embeddings=tied), settings, 3, 6.0)
     neighbour = {"target_modules": ("k_proj",), "modules_to_save": settings.get("modules_to_save", ())}
     engine, (other, slot) = make_engine(base, Lora(rank=2, **neighbour), Lora(rank=3, alpha=6, **settings))
     ours = engine.bank.parameters(slot)
-    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
     move(ours, 1)
     move(engine.bank.parameters(other), 2)
-    with torch.no_grad():
-        for name, parameter in theirs.items():
-            parameter.copy_(ours[name])
+    twin, theirs = peft_twin(make_model(family, tie_word_embeddings=tied), ours, r=3, lora_alpha=6, **settings)
     optimizer = torch.optim.AdamW(theirs.values(), lr=1e-2, weight_decay=0.0)
     for step in range(3):
         work = {slot: random_step(step, [5, 9, 14]), other: random_step(50 + step, [4, 11])}

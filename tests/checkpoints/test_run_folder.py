@@ -80,6 +80,8 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     a_run(tmp_path)
     with open_run_folder(tmp_path, jobs=("other",), overwrite=True) as run:
         assert run.checkpoint is None
+        assert (tmp_path / "metrics.jsonl").exists()  # until nothing can be refused any more
+        run.clear()
         assert sorted(os.listdir(tmp_path)) == [MARKER, LOCK]
 
 

@@ -1,4 +1,4 @@
-"""Best fit decreasing against a plain quadratic one, and cutting in order."""
+"""Best fit decreasing against a plain quadratic one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lowrank.data.packing import best_fit, cut
+from lowrank.data.packing import best_fit
 
 
 def quadratic_best_fit(lengths: list[int], capacity: int) -> int:
@@ -50,9 +50,3 @@ def test_best_fit_of_many() -> None:
     bins = best_fit(lengths, 8192)
     assert time.perf_counter() - began < 5  # quadratic would take minutes
     assert len(bins) <= 1.02 * sum(lengths) / 8192
-
-
-def test_cut_keeps_the_order() -> None:
-    assert cut([3, 3, 3, 9, 1, 20, 1], 9) == [[0, 1, 2], [3], [4], [5], [6]]
-    assert cut([], 9) == []
-    assert cut([4, 4], 8) == [[0, 1]]

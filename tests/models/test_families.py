@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.models.leak import check_head
 from lowrank.models.loading import set_recompute
 from lowrank.records import pack
+from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
 
 PADDED = {"bloom", "falcon", "mpt", "stablelm", "jamba"}
@@ -23,25 +21,6 @@ RENAMED_BY_PEFT = {"deepseek_v3"}
 """PEFT 0.21 takes these families' `gate_proj` ... for the experts' old names, also where it means a dense layer."""
 
 
-def peft_twin(model: Any, parameters: dict[str, torch.Tensor], rank: int, alpha: float) -> tuple[Any, dict[str, Any]]:
-    """PEFT's own LoRA on a copy of `model` with our initial values: the oracle."""
-    modules = sorted({name.partition(".lora_")[0] for name in parameters})
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="|".join(m.replace(".", r"\.") for m in modules))
-    config.init_lora_weights = False
-    twin = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
-    own = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for name, parameter in twin.named_parameters()
-        if parameter.requires_grad
-    }
-    assert own.keys() == parameters.keys()
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(parameters[name])
-    return twin, own
-
-
-@pytest.mark.filterwarnings("ignore:.*(fan_in_fan_out|pattern keys).*")  # PEFT's advice about its own settings
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trains_like_peft(family: str) -> None:
     base = make_base(family)
@@ -52,12 +31,13 @@ def test_trains_like_peft(family: str) -> None:
     configs = [Lora(rank=rank, alpha=8, exclude_modules=excluded) for rank in (4, 2, 8)]
     engine, slots = make_engine(base, *configs, learning_rate=1e-2)
     parameters = engine.bank.parameters(slots[1])
-    twin, own = peft_twin(twin_model, parameters, rank=2, alpha=8)
+    modules = sorted({name.partition(".lora_")[0].replace(".", r"\.") for name in parameters})
+    twin, own = peft_twin(twin_model, parameters, r=2, lora_alpha=8, target_modules="|".join(modules))
     optimizer = torch.optim.AdamW(own.values(), lr=1e-2, weight_decay=0.0)
     tolerance = 1e-5 if family in FLOAT32_INSIDE else 1e-10
     for step in range(3):
         work = {slot: random_step(10 * step + slot, [5 + slot, 9, 14, 7 + step]) for slot in slots}
-        loss = _plain_loss(twin, work[slots[1]])
+        loss = plain_loss(twin, work[slots[1]])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
         optimizer.step()
@@ -69,18 +49,6 @@ def test_trains_like_peft(family: str) -> None:
         assert norm > 0
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, own[name], rtol=0, atol=10 * tolerance)
-
-
-def _plain_loss(model: Any, segments: list[Any]) -> torch.Tensor:
-    """The loss as everybody would write it: one row at a time, full logits."""
-    total = sum(float(segment.weight_L.sum()) for segment in segments)
-    loss = torch.zeros((), dtype=torch.float64)
-    for segment in segments:
-        token_T = torch.from_numpy(segment.token_L)
-        logprob_TV = model(input_ids=token_T[None]).logits[0].double().log_softmax(-1)
-        logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
-        loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
-    return loss
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "bloom"])

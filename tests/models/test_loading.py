@@ -23,7 +23,7 @@ from lowrank.models.loading import choose_device, choose_dtype, load, load_token
 from lowrank.records import pack
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.models.leaky_model import make_mixer
-from tests.tiny_models import FAMILIES, VOCABULARY, make_base, make_engine, make_model, random_step
+from tests.tiny_models import FAMILIES, SMALL, make_base, make_engine, make_model, random_step
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -49,8 +49,8 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def config_of(folder: Path, **settings: Any) -> Config:
-    return Config(path=str(folder), dtype="float32", device="cpu", **settings)
+def config_of(folder: Path, **SMALL: Any) -> Config:
+    return Config(path=str(folder), dtype="float32", device="cpu", **SMALL)
 
 
 def test_a_good_checkpoint(folder: Path) -> None:
@@ -215,18 +215,6 @@ LOCAL = {
     "llama4": lambda: transformers.Llama4TextConfig(
         attention_chunk_size=16, head_dim=8, num_local_experts=2, intermediate_size_mlp=48, **SMALL
     ),
-}
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 

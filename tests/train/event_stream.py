@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lowrank.train.events import EvalDone, Event, JobFinished, JobStarted, Notice, RunStarted, StepDone
+from lowrank.train.events import EvalDone, Event, JobFinished, JobStarted, Notice, Reporter, RunStarted, StepDone
+from lowrank.train.progress import RunProgress
+
+TWO = {"a": 20, "b": 12}
 
 
 def loss_of(job: str, step: int) -> float:
@@ -57,3 +60,42 @@ def run_events(
         for name in active:
             if step == jobs[name]:
                 yield JobFinished(name, step, "done")
+
+
+def feed(events: Iterable[Event], *reporters: Reporter) -> None:
+    for event in events:
+        for reporter in reporters:
+            reporter.report(event)
+    for reporter in reporters:
+        reporter.close()
+
+
+class Clock:
+    """Ticks by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def timed(events: Iterable[Event], clock: Clock, *, between: float = 0.0) -> Iterator[Event]:
+    """The clock moves by a step's seconds when the first job reports it, and `between` on every evaluation."""
+    reported: set[str] = set()
+    for event in events:
+        if isinstance(event, StepDone):
+            if not reported or event.job in reported:
+                reported = set()
+                clock.now += event.seconds
+            reported.add(event.job)
+        elif type(event).__name__ == "EvalDone":
+            clock.now += between
+        yield event
+
+
+def progress_after(events: Iterable[Event], clock: Clock, **how: float) -> RunProgress:
+    progress = RunProgress()
+    for event in timed(events, clock, **how):
+        progress.consume(event, clock.now)
+    return progress

@@ -37,7 +37,7 @@ def train(
     return losses, {name: value.detach().clone() for name, value in engine.bank.parameters(slot).items()}
 
 
-def same(one: tuple[list[float], Any], other: tuple[list[float], Any], tolerance: float = 1e-12) -> None:
+def assert_same(one: tuple[list[float], Any], other: tuple[list[float], Any], tolerance: float = 1e-12) -> None:
     assert one[0] == pytest.approx(other[0], abs=tolerance)
     for name in one[1]:
         torch.testing.assert_close(one[1][name], other[1][name], rtol=0, atol=tolerance)
@@ -53,7 +53,7 @@ def alone(**changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_other_jobs_longer_shorter_or_with_dropout() -> None:
     engine, (a, b, c) = make_engine(make_base("llama"), A, Lora(rank=8, dropout=0.5), Lora(rank=2))
     others = {b: lambda step: random_step(step, [40, 3, 22]), c: lambda step: random_step(7 * step, [2])}
-    same(train(engine, a, others), alone())
+    assert_same(train(engine, a, others), alone())
 
 
 def test_a_job_that_becomes_nan() -> None:
@@ -62,7 +62,7 @@ def test_a_job_that_becomes_nan() -> None:
         for parameter in engine.bank.parameters(b).values():
             parameter.fill_(float("nan"))
     before = {name: value.clone() for name, value in engine.bank.parameters(b).items()}
-    same(train(engine, a, {b: lambda step: random_step(step, [20, 6])}), alone())
+    assert_same(train(engine, a, {b: lambda step: random_step(step, [20, 6])}), alone())
     assert before.keys() == engine.bank.parameters(b).keys()
     assert engine.jobs[b].step == STEPS
     assert not engine.jobs[b].optimizer.state  # never stepped
@@ -76,7 +76,7 @@ def test_nan_does_not_cross_in_other_families(family: str) -> None:
         for parameter in engine.bank.parameters(b).values():
             parameter.fill_(float("nan"))
     solo, (slot,) = make_engine(make_base(family), config)
-    same(train(engine, a, {b: lambda step: random_step(step, [20, 6])}), train(solo, slot))
+    assert_same(train(engine, a, {b: lambda step: random_step(step, [20, 6])}), train(solo, slot))
 
 
 def test_slot_number_does_not_matter() -> None:
@@ -86,7 +86,7 @@ def test_slot_number_does_not_matter() -> None:
     third = engine.bank.add(A, seed=0)
     engine.add(third, Sft().build(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
     assert third == 2
-    same(train(engine, third, {slots[0]: lambda step: random_step(step, [11])}), alone())
+    assert_same(train(engine, third, {slots[0]: lambda step: random_step(step, [11])}), alone())
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 30, 10_000])
@@ -95,7 +95,7 @@ def test_cutting_a_step_changes_nothing(micro_batch_tokens: int) -> None:
     engine, (slot,) = make_engine(make_base("llama"), A, micro_batch_tokens=micro_batch_tokens)
     cuts = len(engine.cut({slot: random_step(100, LENGTHS)}))
     assert cuts == {1: 6, 20: 4, 30: 2, 10_000: 1}[micro_batch_tokens]
-    same(train(engine, slot), alone())
+    assert_same(train(engine, slot), alone())
 
 
 def test_a_fully_masked_piece_is_harmless() -> None:
@@ -141,7 +141,7 @@ def test_noise_is_per_job_and_cut_invariant() -> None:
         engine.bank.enable_noise()
         others = {slots[1]: lambda step: random_step(step, [13])} if with_other else None
         results.append(train(engine, slots[0], others))
-    same(*results)
+    assert_same(*results)
     assert results[0][0] != pytest.approx(alone()[0], abs=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_a_long_document_does_not_turn_the_positions_of_others(monkeypatch: pyte
         engine, (a, b) = make_engine(make_base("longrope"), A, Lora(rank=2))
         others = {b: lambda step: random_step(step, [40, 3, 22])} if with_other else None
         outcomes.append(train(engine, a, others))
-    same(*outcomes)
+    assert_same(*outcomes)
     batches = engine.cut({b: random_step(0, [40, 3, 22, 16, 17, 30])})
     assert [batch.lengths for batch in batches] == [(40,), (3,), (22,), (16,), (17, 30)]
 

@@ -6,13 +6,11 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, get_scheduler
 from trl import SFTConfig, SFTTrainer
 
@@ -20,9 +18,11 @@ from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.records import Segment, number_the_step
 from lowrank.train.optimizers import ScheduleConfig
 from tests.checkpoint_folder import save_checkpoint_folder
+from tests.peft_oracle import peft_twin
 from tests.tiny_models import make_base, make_engine, make_model
 
 BYTES = {"vocab_size": 259, "initializer_range": 0.1}
+PEFT = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 BATCH, PEAK, LONGEST = 6, 5e-3, 48
 END, FIRST_BYTE = 2, 3
 
@@ -64,22 +64,6 @@ def padded(segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor, tor
     return token_BL, mask_BL, label_BL
 
 
-def peft_twin(model: Any, parameters: dict[str, torch.nn.Parameter]) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    """PEFT's LoRA of rank 4, alpha 8 on all linear layers, started from our values."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    twin = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
-    own = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for name, parameter in twin.named_parameters()
-        if parameter.requires_grad
-    }
-    assert own.keys() == parameters.keys()
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(parameters[name])
-    return twin, own
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_fifty_steps_of_a_plain_peft_loop(
@@ -94,7 +78,7 @@ def test_fifty_steps_of_a_plain_peft_loop(
     settings = {"learning_rate": PEAK, "weight_decay": 0.05, "max_grad_norm": limit}
     engine, (slot, other) = make_engine(base, Lora(rank=4, alpha=8), Lora(rank=2), micro_batch_tokens=200, **settings)
     ours = engine.bank.parameters(slot)
-    twin, theirs = peft_twin(make_model(family, dtype, **BYTES), ours)
+    twin, theirs = peft_twin(make_model(family, dtype, **BYTES), ours, **PEFT)
     optimizer = torch.optim.AdamW(theirs.values(), lr=PEAK, weight_decay=0.05)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=num_steps)
     schedule = ScheduleConfig(type="cosine", warmup_steps=5)
@@ -131,7 +115,7 @@ def test_loss_per_step_is_trls(samples: list[Segment], tmp_path: Path) -> None:
     num_steps = 8
     base = make_base("llama", torch.float32, **BYTES)
     engine, (slot,) = make_engine(base, Lora(rank=4, alpha=8), weight_decay=0.0)
-    twin, _ = peft_twin(make_model("llama", torch.float32, **BYTES), engine.bank.parameters(slot))
+    twin, _ = peft_twin(make_model("llama", torch.float32, **BYTES), engine.bank.parameters(slot), **PEFT)
     rows = [segment for step in range(num_steps) for segment in step_of(samples, step)]
     dataset = datasets.Dataset.from_list(
         [

@@ -1,0 +1,118 @@
+"""Norms and gated MLPs that keep less: the same bits forward, the same gradients, on every family, and less kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank.models.lean import LeanMLP, LeanNorm, make_lean
+from tests.tiny_models import FAMILIES, VOCABULARY, make_model
+
+RMS_NORMS = {
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3", "phi3", "glm4",
+    "olmo2", "deepseek_v3", "granite", "gpt_oss", "lfm2", "jamba",
+}  # fmt: skip
+"""Families whose norms are RMSNorms of the two usual kinds."""
+GATED = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "deepseek_v3",
+    "granite",
+    "cohere2",
+    "stablelm",
+}
+"""Families whose dense MLPs have three projections of the usual names."""
+
+
+def run(model: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(logits, gradient of the embedded input, bytes kept for the backward pass besides weights)."""
+    token_BT = torch.arange(2 * 12).view(2, 12) % VOCABULARY
+    embedded = model.get_input_embeddings()(token_BT).detach().to(dtype).requires_grad_()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    logits.square().sum().backward()
+    assert embedded.grad is not None
+    return logits.detach(), embedded.grad, sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"jamba"}))  # jamba's conv wants a cache with inputs_embeds
+def test_the_same_function(family: str, dtype: torch.dtype) -> None:
+    model = make_model(family, dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    names = set(model.state_dict())
+    before, gradient, kept = run(model, dtype)
+    make_lean(model)
+    after, lean_gradient, lean_kept = run(model, dtype)
+    kinds = {type(module) for module in model.modules()}
+    assert (LeanNorm in kinds) == (family in RMS_NORMS)
+    assert (LeanMLP in kinds) == (family in GATED)
+    assert set(model.state_dict()) == names
+    assert torch.equal(before, after)
+    scale = float(gradient.abs().max())
+    assert float((gradient - lean_gradient).abs().max()) <= (1e-5 if dtype == torch.float32 else 3e-2) * scale
+    if family in RMS_NORMS & GATED:
+        assert lean_kept < (0.95 if dtype == torch.float32 else 0.85) * kept
+
+
+def test_float64_is_left_alone() -> None:
+    """transformers' norms compute in float32 and autograd follows them in every bit; ours would differ by rounding."""
+    assert all(not isinstance(module, LeanNorm) for module in lean(make_model("llama")).modules())
+
+
+def lean(model: nn.Module) -> nn.Module:
+    make_lean(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_weights_of_norms_learn_as_before(family: str) -> None:
+    """In full tuning."""
+    gradients = []
+    for change in (False, True):
+        model = make_model(family, torch.float32).requires_grad_(True)
+        if change:
+            make_lean(model)
+        run(model, torch.float32)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "norm" in name})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+class TwiceNorm(nn.Module):
+    """Looks like an RMSNorm and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def test_what_computes_something_else_stays() -> None:
+    model = nn.Sequential(TwiceNorm(), nn.LayerNorm(8), nn.RMSNorm(8))
+    assert make_lean(model) in (0, 1)  # torch's own RMSNorm may be equal bit for bit
+    assert isinstance(model[0], TwiceNorm)
+    assert isinstance(model[1], nn.LayerNorm)
