@@ -11,20 +11,32 @@ import typer
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a 16-bit checkpoint, or a hub name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As model.storage.block_size=128, model.dtype=...")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder to write; it must not exist.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write nothing: show what each way to quantise would cost this model.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="With --report: a PNG of error against bits.")] = None,
     storage: Annotated[str, typer.Option("--storage", help="nf4, fp4 or int8.")] = "nf4",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Layers are packed one by one as they are read, so the model need not fit into memory in 16 bit.
 
     A run trains on the result with `model: DIR`, and without `model.storage`, since it is quantised already.
+    With --report nothing is written: every method is measured on the model's own weights.
     """
+    if report == (output is not None):
+        raise typer.BadParameter("say where to write the model (-o DIR), or --report", param_hint="-o / --report")
+    if plot is not None and not report:
+        raise typer.BadParameter("goes with --report", param_hint="--plot")
     from pydantic import ValidationError
 
     from lowrank.checkpoints.packed_model import quantize_model
+    from lowrank.cli.quantize_report import show_report
     from lowrank.cli.warn import warn
     from lowrank.config.problems import plain_words
     from lowrank.config.read import override
@@ -40,6 +52,10 @@ def quantize(
     except ValidationError as error:
         raise_all(ConfigError, "these settings cannot be used", plain_words(error, settings["model"]))
         raise
+    if report:
+        show_report(model, config.revision, plot, json)
+        return
+    assert output is not None
     result = quantize_model(config, output, notify=lambda sentence: warn([sentence]))
     if json:
         print(json_format.dumps(result, ensure_ascii=False))

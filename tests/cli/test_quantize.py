@@ -55,3 +55,26 @@ def test_writes_what_a_run_loads(storage: str, bits: float, folder: Path, tmp_pa
 def test_mistakes(words: list[str], message: str, folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert run(str(folder), "-o", str(tmp_path / "out"), *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_report(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    picture = tmp_path / "report.png"
+    assert run(str(folder), "--report", "--json", "--plot", str(picture)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["layers"] == 14
+    assert report["weights"] == report["weights_looked_at"]
+    rows = {row["method"]: row for row in report["methods"]}
+    assert rows["nf4 double"]["relative_error"] == pytest.approx(0.092, abs=0.002)
+    assert rows["int8 per row"]["worst_layer"].startswith("model.layers.")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "report.png"]
+
+
+def test_report_of_a_quantised_checkpoint_and_of_nothing(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert run(str(folder), "-o", str(tmp_path / "out"), "model.dtype=float32") == 0
+    assert run(str(tmp_path / "out"), "--report") == 4
+    assert "quantised already" in capsys.readouterr().err
+    assert run(str(folder)) == 2
+    assert run(str(folder), "--report", "-o", str(tmp_path / "other")) == 2
+    assert run(str(folder), "-o", str(tmp_path / "other"), "--plot", "x.png") == 2
+    assert run(str(tmp_path / "nothing"), "--report") == 4

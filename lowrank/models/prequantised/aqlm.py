@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from lowrank.models.additive import AdditiveLinear
 from lowrank.models.prequantised.checks import FLOATS, one_of, take
-from lowrank.models.storages.additive import AdditiveLinear
 
 METHODS = ("aqlm",)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lowrank.errors import ModelError
+from lowrank.models.affine import AffineLinear
 from lowrank.models.prequantised.checks import FLOATS, INTEGERS, one_of, same_everywhere, take
-from lowrank.models.storages.affine import AffineLinear
 
 METHODS = ("awq",)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -18,9 +18,9 @@ from torch import nn
 
 from lowrank.errors import ModelError
 from lowrank.kernels.bit_packing import from_bit_stream
+from lowrank.models.affine import AffineLinear
+from lowrank.models.float8 import FLOAT8, Float8Linear
 from lowrank.models.prequantised.checks import FLOATS, INTEGERS, WAY_OUT, one_of, same_everywhere, scattered, take
-from lowrank.models.storages.affine import AffineLinear
-from lowrank.models.storages.float8 import FLOAT8, Float8Linear
 
 METHODS = ("compressed-tensors", "compressed_tensors")
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from lowrank.models.float8 import FLOAT8, Float8Linear
 from lowrank.models.prequantised.checks import FLOATS, one_of, take
-from lowrank.models.storages.float8 import FLOAT8, Float8Linear
 
 METHODS = ("fp8", "fbgemm_fp8")
 

@@ -15,6 +15,7 @@ import torch
 
 from lowrank.errors import ModelError
 from lowrank.kernels.bit_packing import from_bit_stream
+from lowrank.models.affine import AffineLinear
 from lowrank.models.prequantised.checks import (
     FLOATS,
     INTEGERS,
@@ -24,7 +25,6 @@ from lowrank.models.prequantised.checks import (
     scattered,
     take,
 )
-from lowrank.models.storages.affine import AffineLinear
 
 METHODS = ("gptq",)
 BITS = (2, 3, 4, 8)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lowrank.errors import ModelError
+from lowrank.models.affine import AffineLinear
 from lowrank.models.prequantised.checks import FLOATS, WAY_OUT, take
-from lowrank.models.storages.affine import AffineLinear
 
 METHODS = ("hqq",)
 _FIELDS = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3, 2: 2, 1: 1}

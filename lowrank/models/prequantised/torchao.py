@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lowrank.errors import ModelError
+from lowrank.models.affine import AffineLinear
 from lowrank.models.prequantised.checks import FLOATS, WAY_OUT, same_everywhere, take
-from lowrank.models.storages.affine import AffineLinear
 
 METHODS = ("torchao",)
 _READ = ("Int8WeightOnlyConfig",)

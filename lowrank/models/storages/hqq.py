@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
-from lowrank.models.storages.affine import AffineLinear
+from lowrank.models.affine import AffineLinear
+from lowrank.models.storages.packed import QuantisedStorage, bias_of, weight_of
 from lowrank.quantisation.half_quadratic import half_quadratic
-from lowrank.settings import Positive, Settings
+from lowrank.settings import Positive
 
 
-class Config(Settings):
+class Config(QuantisedStorage):
     """Half-quadratic quantisation."""
 
     type: Literal["hqq"] = "hqq"
@@ -31,10 +31,8 @@ class Config(Settings):
     """At most so many rounds; it stops when no group gets better."""
 
     def wrap(self, linear: nn.Module) -> AffineLinear:
-        """The packed copy of an `nn.Linear` or a transformers `Conv1D` (GPT-2: weight kept as (D, O))."""
-        weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, torch.Tensor)
-        weight_OD = weight if isinstance(linear, nn.Linear) else weight.t()
+        """The layer in few bits, on the device its weight is on."""
+        weight_OD = weight_of(linear)
         groups = half_quadratic(
             weight_OD, self.bits, self.group_size, fit_scale=self.fit_scale, iterations=self.iterations
         )
@@ -44,6 +42,6 @@ class Config(Settings):
             groups.scale_OG,
             groups.zero_OG,
             groups.group_size,
-            bias if isinstance(bias, torch.Tensor) else None,
-            weight.dtype,
+            bias_of(linear),
+            weight_OD.dtype,
         )

@@ -14,7 +14,7 @@ _GPU_BLOCK = 1 << 24
 
 
 class Float8Linear(PackedLinear):
-    """W[o, d] = weight[o, d] * scale[o // height, d // width]; the last block of a row or column has what is left."""
+    """W[o, d] = codes[o, d] * scale[o // height, d // width]; the last block of a row or column has what is left."""
 
     codes: torch.Tensor
     scale: torch.Tensor
