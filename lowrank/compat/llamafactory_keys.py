@@ -358,7 +358,7 @@ NO_EFFECT: Sequence[Group] = (
 )
 
 REFUSED: Sequence[Group] = (
-    Group(_keys("quantization_bit"), "remove it and set model.storage in the native form (`lowrank show` prints it): nf4, int8, hqq", None),
+    Group(_keys("quantization_bit"), "remove it and set model.storage (nf4, int8) in the native form", None),
     Group(_keys("fp8"), "there is no FP8 training; remove it and set bf16", False),
     Group(_keys("use_dora"), "DoRA is not there yet; remove it to train plain LoRA", False),
     Group(_keys("pissa_init"), "PiSSA is not there yet; remove it to train plain LoRA", False),
