@@ -25,7 +25,7 @@ from lowrank.errors import LowrankError, ModelError
 from lowrank.models.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
 from lowrank.models.prequantised import Reader
 from lowrank.models.storages import StorageConfig
-from lowrank.models.storages.packed import weight_of
+from lowrank.models.storages.packed import QuantisedStorage, weight_of
 
 METHOD = "lowrank"
 """Our name among transformers' quantisers."""
@@ -184,7 +184,7 @@ class _Pack(ConversionOps):
 
 def linears_to_pack(model: Any, storage: StorageConfig | None) -> dict[str, nn.Module]:
     """Linear layers that are no head, not tied, and not to be skipped."""
-    skipped = tuple(getattr(storage, "skip_modules", ()))
+    skipped = storage.skip_modules if isinstance(storage, QuantisedStorage) else ()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     kept = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
     head = model.get_output_embeddings()
