@@ -21,14 +21,7 @@ def quantize(
         bool, typer.Option("--report", help="Write nothing: show what each way to quantise would cost this model.")
     ] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="With --report: a PNG of error against bits.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder to write; it must not exist.")
-    ] = None,
     storage: Annotated[str, typer.Option("--storage", help="nf4, fp4 or int8.")] = "nf4",
-    report: Annotated[
-        bool, typer.Option("--report", help="Write no model: measure what each way of quantising would do to it.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="With --report: draw it into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Layers are packed one by one as they are read, so the model need not fit into memory in 16 bit.
@@ -43,7 +36,6 @@ def quantize(
     from pydantic import ValidationError
 
     from lowrank.checkpoints.packed_model import quantize_model
-    from lowrank.cli.quantize_report import show_report
     from lowrank.cli.quantize_report import show_report
     from lowrank.cli.warn import warn
     from lowrank.config.problems import plain_words
@@ -64,11 +56,6 @@ def quantize(
         show_report(model, config.revision, plot, json)
         return
     assert output is not None
-    if report:
-        show_report(config.path, config.revision, plot, json)
-        return
-    if output is None or plot is not None:
-        raise typer.BadParameter("name the folder to write with -o; or --report, to which --plot belongs")
     result = quantize_model(config, output, notify=lambda sentence: warn([sentence]))
     if json:
         print(json_format.dumps(result, ensure_ascii=False))

@@ -43,13 +43,6 @@ def test_writes_what_a_run_loads(storage: str, bits: float, folder: Path, tmp_pa
     assert not (tmp_path / "twice").exists()
 
 
-def test_a_report_writes_no_model(folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    assert run(str(folder), "--report", "--json") == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["layers"] == 14
-    assert {each.name for each in tmp_path.iterdir()} == {"model"}
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -57,7 +50,6 @@ def test_a_report_writes_no_model(folder: Path, tmp_path: Path, capsys) -> None:
         (["--storage", "nf5"], "there is no type 'nf5'"),
         (["model.storage.block_size=60"], "block_size: expected"),
         (["optimizer.learning_rate=1"], "only settings of model"),
-        (["--plot", "x.png"], "to which --plot belongs"),
     ],
 )
 def test_mistakes(words: list[str], message: str, folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
