@@ -379,7 +379,7 @@ REFUSED: Sequence[Group] = (
     ),
     Group(_keys("pref_bco_weight"), "there is no BCO term; remove it", 0.0),
     Group(_keys("ld_alpha"), "long answers are not weighed down; remove it", None),
-    Group(_keys("quantization_bit"), "bases are kept in 16 or 32 bit so far; remove it", None),
+    Group(_keys("quantization_bit"), "remove it and set model.storage (nf4, int8) in the native form", None),
     Group(_keys("fp8"), "there is no FP8 training; remove it and set bf16", False),
     Group(_keys("use_dora"), "DoRA is not there yet; remove it to train plain LoRA", False),
     Group(_keys("pissa_init"), "PiSSA is not there yet; remove it to train plain LoRA", False),

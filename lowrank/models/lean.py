@@ -73,14 +73,22 @@ def _candidates(module: nn.Module) -> Sequence[LeanNorm | LeanMLP]:
         projections = [children[name] for name in ("gate_proj", "up_proj", "down_proj")]
         act = getattr(module, "act_fn", None)
         plain = not isinstance(act, nn.Module) or not list(act.parameters())
-        if callable(act) and plain and all(type(each) is nn.Linear for each in projections):
+        if callable(act) and plain and all(_is_linear(each) for each in projections):
             return [LeanMLP(module)]
     return []
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """A plain layer, or one in any storage."""
+    return type(module) is nn.Linear or hasattr(module, "dense_weight")
+
+
 def same_bits(module: nn.Module, replacement: LeanNorm | LeanMLP) -> bool:
     """Equal bits forward, and an input gradient equal to rounding. Not tried on the meta device."""
-    weight = next(module.parameters())
+    weight = next(module.parameters(), None)
+    if weight is None:  # its linears are packed
+        assert isinstance(replacement, LeanMLP)
+        weight = replacement.gate_proj.dense_weight()
     if weight.device.type == "meta":
         return False
     generator = torch.Generator().manual_seed(0)

@@ -353,7 +353,7 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
             "ref_model: 'other' is not supported: the reference is the base itself",
         ),
         ("finetuning_type: freeze\n", "finetuning_type: 'freeze' is not there; choose lora or full"),
-        ("quantization_bit: 4\n", "quantization_bit: 4 is not supported: bases are kept in 16 or 32 bit"),
+        ("quantization_bit: 4\n", "quantization_bit: 4 is not supported: remove it and set model.storage"),
         ("use_dora: true\n", "use_dora: True is not supported"),
         ("optim: adamw_8bit\n", "optim: 'adamw_8bit' is not supported"),
         ("lr_scheduler_type: polynomial\n", "lr_scheduler_type: 'polynomial' is not supported"),

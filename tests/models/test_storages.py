@@ -23,7 +23,7 @@ from lowrank.models.storages import nf4
 from lowrank.models.storages.dense import Config as Dense
 from lowrank.settings import configs_in
 from tests.tiny_models import make_base, make_engine, random_step
-from tests.train.test_isolation import same, train
+from tests.train.test_isolation import assert_same, train
 
 STORAGES = configs_in("lowrank.models.storages")
 CASES: dict[str, Any] = {name: kind() for name, kind in STORAGES.items()} | {
@@ -177,7 +177,7 @@ def test_training_on_it_holds_what_is_promised(case: str) -> None:
     alone, (slot,) = engine()
     expected = train(alone, slot)
     together, (a, b) = engine(Lora(rank=2))
-    same(train(together, a, {b: lambda step: random_step(step, [20, 6])}), expected)
+    assert_same(train(together, a, {b: lambda step: random_step(step, [20, 6])}), expected)
     evaluated, (slot,) = engine()
     losses: list[float] = []
     for step in range(4):
@@ -203,7 +203,7 @@ def test_equals_training_on_the_dequantised_base() -> None:
             dense.model.get_submodule(name).weight.copy_(module.dense_weight())
     one, (slot,) = make_engine(packed, Lora(rank=4))
     other, _ = make_engine(dense, Lora(rank=4))
-    same(train(one, slot), train(other, slot))
+    assert_same(train(one, slot), train(other, slot))
 
 
 def test_settings_are_checked() -> None:
