@@ -51,6 +51,16 @@ def test_gradient_canary(case: str, dtype: torch.dtype, shape: tuple[int, int]) 
     assert {name: error for name, error in errors.items() if not error < TOLERANCE[dtype]} == {}
 
 
+@pytest.mark.parametrize("case", [*CASES, *(f"hqq {bits}" for bits in (8, 6, 5, 3, 2, 1))])
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 300)], ids=str)
+def test_bytes_are_known_from_the_shape(case: str, shape: tuple[int, int]) -> None:
+    """What the memory plan counts with, before any weight is read."""
+    config = CASES[case] if case in CASES else STORAGES["hqq"].model_validate({"bits": int(case[4:])})
+    layer = config.wrap(linear(*shape, torch.bfloat16, bias=False))
+    kept = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    assert config.bytes_of(shape, 2) == kept  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_canary_after_save_and_load(case: str, tmp_path: Path) -> None:
     config = CASES[case]

@@ -66,6 +66,13 @@ class FourBitLinear(PackedLinear):
         return f"{super().extra_repr()}, {self.code}, block_size={self.block_size}{double}"
 
 
+def four_bit_bytes(shape: tuple[int, int], block_size: int, double_quant: bool) -> int:
+    """Bytes that a weight of (O, D) takes: half a byte each, and the scales of its blocks, in 8 bits with their own."""
+    weights = shape[0] * shape[1]
+    blocks = -(-weights // block_size)
+    return -(-weights // 2) + (blocks + 4 * -(-blocks // 256) if double_quant else 4 * blocks)
+
+
 def four_bit_of(linear: nn.Module, code: str, block_size: int, double_quant: bool) -> FourBitLinear:
     """The layer in 4 bits; it computes in the dtype its weight has now."""
     weight_OD = weight_of(linear)

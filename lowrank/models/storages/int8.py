@@ -33,6 +33,11 @@ class Config(QuantisedStorage):
         codes_OD, absmax_O = quantise_rows(weight_OD)
         return Int8Linear(codes_OD, absmax_O, bias_of(linear), dtype, columns_K, outliers_OK)
 
+    def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
+        """A byte each, a scale a row, and the columns that stay as they were, with their numbers."""
+        columns = min(self.outlier_columns, shape[1])
+        return shape[0] * shape[1] + 4 * shape[0] + columns * (8 + itemsize * shape[0])
+
 
 _CHUNK = 1 << 17
 
