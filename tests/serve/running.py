@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,20 @@ class Running:
     engine: BankEngine
     url: str
     service: Any
+    clients: list[Any] = field(default_factory=list)
+    """To be closed."""
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=TOKEN, max_retries=0, **options)
+        """OpenAI's."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=TOKEN, max_retries=0, **options)
+        self.clients.append(client)
+        return client
 
     def http(self, **headers: str) -> httpx.Client:
-        given = {"Authorization": f"Bearer {TOKEN}", **headers}
-        return httpx.Client(base_url=self.url, headers=given, timeout=60)
+        """One that knows the token."""
+        client = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}", **headers}, timeout=60)
+        self.clients.append(client)
+        return client
 
     def settles(self) -> bool:
         """Nobody holds anything any more."""
@@ -93,9 +100,12 @@ def serving(trained: Trained, *, limits: Limits | None = None, max_rows: int = 6
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     app: Any = server.config.app
+    running = Running(trained, engine, f"http://127.0.0.1:{port}", app.state.service)
     try:
-        yield Running(trained, engine, f"http://127.0.0.1:{port}", app.state.service)
+        yield running
     finally:
+        for client in running.clients:
+            client.close()
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
