@@ -13,6 +13,7 @@ import typer
 from lowrank.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    from lowrank.generate.generator import GeneratorConfig
     from lowrank.serve.engine import Engine
 
 
@@ -29,7 +30,7 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="Another name this server is called by.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="torch or vllm.")] = "torch",
+    engine: Annotated[str, typer.Option(help="torch, or llama.cpp for .gguf files; auto: by the file.")] = "auto",
     adapters: Annotated[
         list[Path] | None,
         typer.Option("--adapters", help="A folder of adapter folders: each is served, and more may be loaded from it."),
@@ -52,7 +53,9 @@ def serve(
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install lowrank[serve]")
+    is_gguf = _check_engine(engine, model)
     token = token or os.environ.get("LOWRANK_TOKEN") or None
+    from lowrank.generate.generator import GeneratorConfig
     from lowrank.serve.app import new_token
     from lowrank.serve.limits import Limits
     from lowrank.serve.server import check_host, run
@@ -63,7 +66,11 @@ def serve(
             raise OutputError(f"--adapters {folder}: no such folder")
     logging.basicConfig(level=logging.WARNING)
     limits = Limits(answers_at_once=at_once, waiting=max_waiting, request_seconds=timeout)
-    served = _open(engine, model, last, chat_template, adapters or [], resident, cache_tokens, at_once)
+    if is_gguf:
+        served = _open_gguf(model, adapters or [], at_once, cache_tokens)
+    else:
+        config = GeneratorConfig(max_rows=at_once, cache_tokens=cache_tokens)
+        served = _open(model, last, chat_template, adapters or [], resident, config)
     generated = token is None
     token = token or new_token()
 
@@ -76,36 +83,47 @@ def serve(
     run(served, host=host, port=port, token=token, hosts=allow_host or (), limits=limits, on_listening=say)
 
 
+def _check_engine(engine: str, model: str) -> bool:
+    """Whether llama.cpp answers. ConfigError for an engine that is not there, or that cannot read `model`."""
+    is_gguf = model.endswith(".gguf")
+    if engine == "vllm":
+        raise ConfigError("--engine vllm is not there yet; torch serves the same requests, also on a GPU")
+    if engine not in ("auto", "torch", "llama.cpp"):
+        raise ConfigError(f"there is no engine {engine!r}; there are auto, torch (folders and hub names) and llama.cpp")
+    if engine != "auto" and is_gguf != (engine == "llama.cpp"):
+        reads = "GGUF files" if engine == "llama.cpp" else "folders and hub names"
+        raise ConfigError(f"--engine {engine} reads {reads}, and {model} is none; leave --engine out")
+    return is_gguf
+
+
+def _open_gguf(model: str, adapters: list[Path], at_once: int, cache_tokens: int) -> Engine:
+    from lowrank.serve.gguf_engine import LlamaCppEngine
+
+    found = {file.stem: file for folder in adapters for file in sorted(folder.glob("*.gguf"))}
+    return LlamaCppEngine(Path(model), adapters=found, at_once=at_once, cache_tokens=cache_tokens)
+
+
 def _open(
-    engine: str,
     model: str,
     last: bool,
     chat_template: str | None,
     adapters: list[Path],
     resident: int,
-    cache_tokens: int,
-    at_once: int,
+    config: GeneratorConfig,
 ) -> Engine:
     from lowrank.cli.warn import warn
-    from lowrank.generate.generator import GeneratorConfig
     from lowrank.serve.bank_engine import BankEngine
     from lowrank.trained import open_trained
 
-    if engine == "vllm":
-        raise ConfigError("--engine vllm is not written yet; torch serves the same requests")
-    if engine != "torch":
-        raise ConfigError(f"there is no engine {engine!r}; there are torch and vllm")
     which = "last" if last else "best"
     trained = open_trained(model, which=which, chat_template=chat_template, notify=lambda text: warn([text]))
-    roots = [*([Path(model)] if trained.folders else []), *adapters]
-    config = GeneratorConfig(max_rows=at_once, cache_tokens=cache_tokens)
     served = BankEngine(
         trained.base,
         trained.bank,
         trained.renderer,
         trained.slots,
         folders=trained.folders,
-        roots=roots,
+        roots=[*([Path(model)] if trained.folders else []), *adapters],
         config=config,
         most_resident=resident,
     )

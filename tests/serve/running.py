@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowrank.checkpoints.peft_config import BaseDescription
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.generate.generator import GeneratorConfig
 from lowrank.serve.bank_engine import BankEngine
+from lowrank.serve.engine import Engine
 from lowrank.serve.limits import Limits
 from lowrank.serve.server import make_server
 from lowrank.trained import Trained, open_trained
@@ -61,7 +62,7 @@ class Running:
     engine: BankEngine
     url: str
     service: Any
-    clients: list[Any] = field(default_factory=list)
+    clients: list[Any]
     """To be closed."""
 
     def client(self, **options: Any) -> openai.OpenAI:
@@ -88,24 +89,37 @@ class Running:
 
 
 @contextmanager
-def serving(trained: Trained, *, limits: Limits | None = None, max_rows: int = 64, **options: Any) -> Iterator[Running]:
-    config = GeneratorConfig(max_rows=max_rows, cache_tokens=8192)
-    engine = BankEngine(trained.base, trained.bank, trained.renderer, trained.slots, config=config, **options)
+def http_serving(engine: Engine, limits: Limits | None = None, services: list[Any] | None = None) -> Iterator[str]:
+    """The address of a server around any engine; its `Service` is put into `services`."""
     server = make_server(engine, token=TOKEN, hosts=(), limits=limits or Limits())
     server.config.port = 0
+    app: Any = server.config.app
+    if services is not None:
+        services.append(app.state.service)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    app: Any = server.config.app
-    running = Running(trained, engine, f"http://127.0.0.1:{port}", app.state.service)
     try:
-        yield running
+        yield f"http://127.0.0.1:{port}"
     finally:
-        for client in running.clients:
-            client.close()
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def serving(trained: Trained, *, limits: Limits | None = None, max_rows: int = 64, **options: Any) -> Iterator[Running]:
+    """A server on our own engine; clients it handed out are closed after it."""
+    config = GeneratorConfig(max_rows=max_rows, cache_tokens=8192)
+    engine = BankEngine(trained.base, trained.bank, trained.renderer, trained.slots, config=config, **options)
+    services: list[Any] = []
+    clients: list[Any] = []
+    try:
+        with http_serving(engine, limits, services) as url:
+            yield Running(trained, engine, url, services[0], clients)
+    finally:
+        for client in clients:
+            client.close()

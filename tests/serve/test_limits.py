@@ -150,8 +150,8 @@ def test_answers_in_the_making_end_when_the_server_is_stopped() -> None:
         assert started.wait(10)
     thread.join(10)
     assert heard[-1].choices[0].finish_reason == "length"
-    with pytest.raises(httpx.ConnectError):
-        server.http().get("/health")
+    with pytest.raises(httpx.ConnectError), server.http() as http:
+        http.get("/health")
 
 
 def test_an_answer_that_fails_says_so_and_others_go_on(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
