@@ -2,7 +2,8 @@
 
     python -m benchmarks.serve_load --clients 64 --adapters 16
 
-A real server (HTTP on loopback, in a process of its own), `lowrank/tiny` or any other base, random LoRA adapters.
+A real server (HTTP on loopback, in a process of its own) with random LoRA adapters on `lowrank/tiny`, any other base,
+or with `--layers N` that many random layers of the shape of Qwen2.5-0.5B and its vocabulary.
 Each client sends its requests one after another, streamed. Both loads have the same prompts, lengths and order, and
 take turns; the ratio is of answered tokens per second of the server's processor time, which other work on the machine
 disturbs less than wall time. Throughput in wall time and the memory of the server are reported beside it.
@@ -16,6 +17,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from typing import Any
 import httpx
 import psutil
 import torch
+import transformers
 
 from benchmarks.machine import describe
+from benchmarks.workload import QWEN_05B
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.generate.generator import GeneratorConfig
 from lowrank.serve.bank_engine import BankEngine
@@ -112,8 +116,17 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="a random base of this many layers instead of --model")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.layers:
+            options.model = _random_base(Path(folder), options.layers)
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Both loads in turns."""
     options.never_stop = _never_stop(options.model)
     context = multiprocessing.get_context("spawn")
     port: Any = context.Queue()
@@ -135,7 +148,7 @@ def main() -> None:
         name: statistics.median(r["tokens"] / r["processor_seconds"] for r in runs) for name, runs in found.items()
     }
     result = {
-        "settings": {**vars(options), "output": None},
+        "settings": {**vars(options), "output": None, "model": "random" if options.layers else options.model},
         "machine": {**describe("cpu"), "load": os.getloadavg()},
         "runs": found,
         "tokens_per_processor_second": speed,
@@ -148,6 +161,15 @@ def main() -> None:
     )
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _random_base(folder: Path, layers: int) -> str:
+    """With the tokenizer of `lowrank/tiny`, which knows fewer tokens than the head has rows."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**{**QWEN_05B, "num_hidden_layers": layers})
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    open_trained("lowrank/tiny", notify=lambda text: None).base.tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def _never_stop(model: str) -> dict[str, float]:

@@ -99,7 +99,7 @@ class RoutedLinear(nn.Module):
                 others.append((slot, first, end, adapter))
                 continue
             piece, own = make_piece(adapter, low_rank, x_TD.dtype, first, end)
-            pieces.append(replace(piece, dropout=rate, key=key, counter_N=self.routing.counter_N))
+            pieces.append(replace(piece, dropout=rate, key=key, counter_N=self.routing.counter_N) if rate else piece)
             masters += own
         y_TO = routed_product(x_TD, self.base, pieces, masters)
         if others:

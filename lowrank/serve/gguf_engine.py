@@ -149,7 +149,7 @@ class LlamaCppEngine:
         asked: dict[str, Any] = {key: getattr(config, key) for key in same}
         asked |= {"prompt": tokens, "stream": True, "return_tokens": True, "samplers": list(_SAMPLERS)}
         asked |= {"n_predict": min(config.max_new_tokens, self._context - len(tokens)), "stop": list(config.stop)}
-        asked |= {"repeat_penalty": config.repetition_penalty, "repeat_last_n": -1}
+        asked |= {"repeat_penalty": config.repetition_penalty, "repeat_last_n": self._context}
         asked |= {"seed": -1 if config.seed is None else config.seed % (1 << 32), "cache_prompt": self._reuses_prompts}
         asked["logit_bias"] = [[token, bias] for token, bias in config.logit_bias.items()]
         asked["lora"] = [{"id": index, "scale": float(each == name)} for index, each in enumerate(self._names[1:])]
@@ -284,8 +284,9 @@ def _start(
     path: Path, adapters: list[Path], key: str, at_once: int, cache_tokens: int, threads: int | None, gpu_layers: int
 ) -> Any:
     """llama.cpp's server on a free loopback port, with everything off that reads files or shows what others ask."""
-    import xllamacpp  # optional third-party package
+    import xllamacpp as library  # optional third-party package
 
+    xllamacpp: Any = library  # it has no types
     settings = xllamacpp.CommonParams()
     settings.model.path = str(path)
     settings.hostnames, settings.port, settings.api_keys = ["127.0.0.1"], 0, [key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -91,20 +92,29 @@ def test_a_folder_that_is_trained_on_is_read_anew(server: Running, shelf: tuple[
     assert say(server, "job") == shelf[1]["a3"]
 
 
-def test_more_registered_than_resident(server: Running, shelf: tuple[Path, dict[str, str]]) -> None:
-    folder, said = server.engine.shelf.roots[0], shelf[1]
+def test_a_thousand_registered_and_three_resident(server: Running, shelf: tuple[Path, dict[str, str]]) -> None:
+    folder, said = server.engine.shelf.roots[0], dict(shelf[1])
+    for number in range(MANY, 1000):  # links: the same files under other names
+        (folder / f"b{number}").mkdir()
+        for file in (folder / f"a{number % MANY}").iterdir():
+            os.link(file, folder / f"b{number}" / file.name)
+        said[f"b{number}"] = said[f"a{number % MANY}"]
     assert server.engine.shelf.register_all(folder) == sorted(said)
     assert server.engine.shelf.register_all(folder) == []
-    names = [name for _ in range(2) for name in said] + ["a0", "a0", "a1"]
+    names = [*list(said)[::37], *list(said)[:5], "a0", "b500", "a0", "a1"]
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(lambda name: say(server, name), names)) == [said[name] for name in names]
+    assert say(server, "b999") == said["b999"]
     assert server.settles()
     models = {model["id"]: model for model in server.http().get("/v1/models").json()["data"]}
     resident = [name for name, model in models.items() if model.get("resident")]
-    assert len(models) == 3 + MANY
+    assert len(models) == 3 + 1000
     assert len(resident) == 3
-    assert "a1" in resident, "it was asked for last"
+    assert "b999" in resident, "it was asked for last"
     assert len(server.engine.generator.bank.slots) == 2 + 3
+    reply = server.http().post("/v1/completions", json={"model": "b1000", "prompt": "x"})
+    assert "did you mean" in reply.json()["error"]["message"]
+    assert len(reply.text) < 1000
 
 
 @pytest.mark.parametrize(
