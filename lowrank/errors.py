@@ -4,7 +4,8 @@
     +-- ConfigError         the configuration
     +-- DataError           the training or evaluation data
     +-- ModelError          the base model or the adapter files
-    +-- OutputError         the run folder
+    +-- OutputError         the run folder, or where an export goes
+    +-- NotTheSameError     an exported model differs from what was trained
 
 Every message says what is wrong, where, what was expected, and the way out. A check collects all it
 finds and raises once, through `raise_all`. Mistakes of ours are `assert`s, not these.
@@ -44,6 +45,12 @@ class OutputError(LowrankError):
     """The run folder is not what the command needs: not empty, not a run, or changed since."""
 
     exit_code = 5
+
+
+class NotTheSameError(LowrankError):
+    """What was exported does not behave like what was trained."""
+
+    exit_code = 6
 
 
 def raise_all(kind: type[LowrankError], heading: str, problems: Sequence[str]) -> None:

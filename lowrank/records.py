@@ -70,8 +70,9 @@ class Rated:
 
 Record = Union[Conversation, Text, Preference, Rated]  # noqa: UP007 (also read at run time, on Python 3.10)
 
-PLAIN, CHOSEN, REJECTED = 0, 1, 2
-"""Values of `Segment.role` and `Batch.role_S`."""
+PLAIN, CHOSEN, REJECTED, MISMATCHED = 0, 1, 2, 3
+"""Values of `Segment.role` and `Batch.role_S`. A desirable answer is CHOSEN, an undesirable one REJECTED. MISMATCHED is
+a prompt with another prompt's answer: nothing is learned from it, it is looked at before the step (KTO's estimate)."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class Segment:
     origin: int = 0
     """Tokens of its job before it in the same optimiser step. Random draws (dropout, noise) count from
     here, so they do not depend on how the step is cut into batches or on what other jobs do."""
+    reference_L: np.ndarray | None = None
+    """float32: log-probability of `token_L[i]` under the bare base, 0 where `weight_L` is 0. For objectives that
+    compare with where they began; attached before the step (train/reference.py)."""
 
     def __len__(self) -> int:
         return len(self.token_L)
@@ -114,8 +118,9 @@ class Batch:
     start_S1    int32    where each segment starts, and T at the end (cumulative lengths)
     slot_S      int64    which adapter, ascending; -1 is the bare base
     pair_S      int64    which pair of the job's step it belongs to, -1 for none
-    role_S      int64    PLAIN, CHOSEN or REJECTED
+    role_S      int64    PLAIN, CHOSEN, REJECTED or MISMATCHED
     origin_S    int64    see `Segment.origin`
+    reference_T float32  log-probability of `target_T` under the bare base; None if no segment knows it
     """
 
     token_T: torch.Tensor
@@ -127,6 +132,7 @@ class Batch:
     pair_S: torch.Tensor
     role_S: torch.Tensor
     origin_S: torch.Tensor
+    reference_T: torch.Tensor | None = None
     lengths: tuple[int, ...] = field(default=())
     """Segment lengths on the host, so that no step waits for the device to learn them."""
     slots: tuple[int, ...] = field(default=())
@@ -165,6 +171,7 @@ class Batch:
             pair_S=self.pair_S[first:last],
             role_S=self.role_S[first:last],
             origin_S=self.origin_S[first:last],
+            reference_T=None if self.reference_T is None else self.reference_T[begin:end],
             lengths=self.lengths[first:last],
             slots=self.slots[first:last],
         )
@@ -202,19 +209,37 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         pair_S=torch.tensor([segment.pair for segment in segments]),
         role_S=torch.tensor([segment.role for segment in segments]),
         origin_S=torch.tensor([segment.origin for segment in segments]),
+        reference_T=_references(segments, ends),
         lengths=tuple(lengths),
         slots=tuple(slots),
     )
 
 
+def _references(segments: Sequence[Segment], end_S: torch.Tensor) -> torch.Tensor | None:
+    """Shifted like the weights; 0 for segments that know none."""
+    if all(segment.reference_L is None for segment in segments):
+        return None
+    known = [
+        np.zeros(len(segment), np.float32) if segment.reference_L is None else segment.reference_L
+        for segment in segments
+    ]
+    reference_T = torch.from_numpy(np.concatenate(known).astype(np.float32)).roll(-1)
+    reference_T[end_S] = 0.0
+    return reference_T
+
+
 @dataclass(frozen=True)
 class Scores:
-    """What the model said about a batch.
+    """What the models said about a batch.
 
-    logprob_T  float32  log-probability of `target_T`; 0 where `weight_T` is 0 (never computed there)
+    logprob_T    float32  log-probability of `target_T`; 0 where `weight_T` is 0 (never computed there)
+    reference_T  float32  the same under the bare base, for objectives that need "reference"
+    value_S      float32  the value head on each segment's last token, for objectives that need "value"
     """
 
     logprob_T: torch.Tensor
+    reference_T: torch.Tensor | None = None
+    value_S: torch.Tensor | None = None
 
 
 Totals = dict[str, float]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import date
@@ -18,19 +19,27 @@ from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.run_folder import open_run_folder
 from lowrank.checkpoints.run_state import load_checkpoint
 from lowrank.checkpoints.settings_changes import refuse_changed_settings
+from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.storages.dense import Config as Dense
+from lowrank.objectives import needs
+from lowrank.planned import tokens_of, with_plan
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
-from lowrank.train.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted
+from lowrank.train.events import Event, JobStarted, Notice, Preparing, Reporter, RunFinished, RunStarted
 from lowrank.train.job import Job
 from lowrank.train.keeper import DiskKeeper
 from lowrank.train.loop import Loop
+from lowrank.train.out_of_memory import in_plain_words
+from lowrank.train.reference import ReferencedSteps, References, cache_folder
 from lowrank.train.reporters import recorders_for
 from lowrank.train.summary import SummaryBuilder
+
+SECONDS_BETWEEN_WORDS = 5.0
+"""Between two words about how far something long has come."""
 
 
 def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool = False) -> dict[str, Any]:
@@ -61,31 +70,44 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
 
         report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
-        data = _prepare_all(config.jobs, tokenizer, report, strict)
+        data = prepare_all(config.jobs, tokenizer, report, strict)
         _tell_about_data(report, config.jobs, data)
+        config, plan = with_plan(config, data, checkpoint.state["settings"] if checkpoint else None, report)
+        settings = config.model_dump(mode="json")
         report(Notice(f"loading {config.model.path}"))
         train_all = config.jobs[0].tuning == "full"
         base = loading.load(
             config.model, tokenizer=tokenizer, train_all=train_all, notify=lambda text: report(Notice(text))
         )
-        engine = Engine(base, Bank(base, Dense()), config.micro_batch_tokens)
+        engine = Engine(base, Bank(base, Dense()), tokens_of(config))
+        engine.notify = lambda text: report(Notice(text, level="warning"))
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
+        _refer(engine, jobs, data, report)  # before the base can change, be it by a checkpoint
 
         # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
         # and takes nothing away.
         folder.clear()
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        summary = SummaryBuilder(folder.path, checkpoint.state["summary"] if checkpoint else None)
+        summary = SummaryBuilder(
+            folder.path, checkpoint.state["summary"] if checkpoint else None, plan.as_dict() if plan else None
+        )
         report.listeners.append(summary)
         keeper = DiskKeeper(
-            engine, folder.path, config.save_total_limit, lambda: {"settings": settings, "summary": summary.state()}
+            engine,
+            folder.path,
+            config.save_total_limit,
+            lambda: {
+                "settings": {**settings, "micro_batch_tokens": engine.micro_batch_tokens},
+                "summary": summary.state(),
+            },
         )
         tick = keeper.restore(checkpoint, jobs) if checkpoint else 0
         for trouble in keeper.troubles(jobs):
             report(Notice(trouble, level="warning"))
         report(_run_started(base, engine, config, jobs, settings))
         save_every = steps_of(config.save_steps, max(job.num_steps for job in jobs))
-        done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
+        with in_plain_words("training"):
+            done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
         result = summary.finish(interrupted=not done)
         report(RunFinished(result, interrupted=not done))
         return result
@@ -107,15 +129,16 @@ def _with_date(config: RunConfig, settings: dict[str, Any] | None) -> RunConfig:
     return config.model_copy(update={"jobs": jobs})
 
 
-def _prepare_all(
+def prepare_all(
     jobs: Sequence[JobConfig], tokenizer: Any, report: Callable[[Event], None], strict: bool
 ) -> list[Prepared]:
     """The data of every job; jobs that ask for the same share what was read and tokenised, each with its own feed."""
     done: dict[str, Prepared] = {}
     prepared = []
     for job in jobs:
-        record = job.objective.build().record
-        key = f"{record.__qualname__} {job.seed} {job.data.model_dump_json()}"
+        objective = job.objective.build()
+        mismatched = needs(objective, "mismatched")
+        key = f"{objective.record.__qualname__} {mismatched} {job.seed} {job.data.model_dump_json()}"
         own = done.get(key)
         if own is None or job.data.streaming:
             own = done[key] = _prepare(job, tokenizer, report, strict)
@@ -132,7 +155,15 @@ def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], st
     def warn(text: str) -> None:
         report(Notice(text, level="warning", job=job.name))
 
-    return prepare(data, tokenizer=tokenizer, record=job.objective.build().record, seed=job.seed, on_notice=warn)
+    objective = job.objective.build()
+    return prepare(
+        data,
+        tokenizer=tokenizer,
+        record=objective.record,
+        seed=job.seed,
+        mismatched=needs(objective, "mismatched"),
+        on_notice=warn,
+    )
 
 
 def _tell_about_data(report: Callable[[Event], None], jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
@@ -155,6 +186,10 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
     else:
         slot = _attach(engine.bank, config, report)
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
+        value_D = read_value_head(Path(config.adapter.path))
+        if value_D is not None:
+            engine.load_value_head(slot, value_D)
     num_steps = config.max_steps or math.ceil(config.num_train_epochs * (data.train.steps_per_epoch or 0) - 1e-9)
     return Job(
         name=config.name,
@@ -184,6 +219,35 @@ def _attach(bank: Bank, config: JobConfig, report: Callable[[Event], None]) -> i
     return slot
 
 
+def _refer(engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], report: Callable[[Event], None]) -> None:
+    """Give every job that compares with the bare base its log-probabilities, computed once for all of them."""
+    comparing = [(job, own) for job, own in zip(jobs, data) if needs(engine.jobs[job.slot].objective, "reference")]
+    if not comparing:
+        return
+    references = References(engine, cache_folder())
+    told = time.monotonic()
+
+    def progress(done: int, total: int, seconds_left: float) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told > SECONDS_BETWEEN_WORDS:
+            told = time.monotonic()
+            report(Preparing("reference log-probabilities", done, total, seconds_left))
+
+    samples = [sample for _, own in comparing for sample in (*own.train.samples, own.eval)]
+    references.prepare((segment for sample in samples for segment in sample), progress)
+    report(
+        Notice(
+            f"reference log-probabilities under the bare base: {references.num_computed} segments computed, "
+            f"{references.num_found} found in {cache_folder()}"
+        )
+    )
+    if references.trouble:
+        report(Notice(references.trouble, level="warning"))
+    for job, own in comparing:
+        job.feed = ReferencedSteps(own.train, references)
+        job.held_out = references.attach(own.eval)
+
+
 def _run_started(
     base: Base, engine: Engine, config: RunConfig, jobs: Sequence[Job], settings: dict[str, Any]
 ) -> RunStarted:
@@ -204,7 +268,7 @@ def _run_started(
 
 
 def _describe(job: JobConfig) -> str:
-    what = "all parameters" if job.tuning == "full" else f"{job.adapter.type} r={job.adapter.rank}"
+    what = "all parameters" if job.tuning == "full" else job.adapter.title
     return f"{what}, lr {job.optimizer.learning_rate:g}"
 
 

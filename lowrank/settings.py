@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -44,11 +45,11 @@ def configs_in(package: str) -> dict[str, type[Settings]]:
     return found
 
 
-def choice_of(package: str, default: str) -> Any:
+def choice_of(package: str, default: str, absent: Mapping[str, str] | None = None) -> Any:
     """The type of a setting whose `type` names a file of `package`, or a third party's `my_module:MyThing`.
 
     A third party's class carries its settings class as the attribute `Config`. Where `type` is left
-    out, `default` is meant.
+    out, `default` is meant. `absent`: types that people know from elsewhere, and why they are not there.
     """
     configs = configs_in(package)
     union: Any = Union[tuple(configs.values())]  # noqa: UP007 (the members are not known to the parser)
@@ -63,6 +64,8 @@ def choice_of(package: str, default: str) -> Any:
         name = value.get("type", default)
         if isinstance(name, str) and ":" in name:
             return _third_party(name)(**{key: item for key, item in value.items() if key != "type"})
+        if absent and isinstance(name, str) and name in absent:
+            raise ValueError(f"there is no type {name!r} here: {absent[name]}")
         if not isinstance(name, str) or name not in configs:
             raise ValueError(f"there is no type {name!r}{did_you_mean(str(name), configs)}")
         return built_in({**value, "type": name})

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lowrank.models.loading as loading
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.peft_layout import CONFIG_FILE, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.value_head import FILE as VALUE_HEAD_FILE
+from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import resolve
 from lowrank.config.read import read_file
 from lowrank.data.config import Config as DataConfig
 from lowrank.data.rendering import Renderer
-from lowrank.errors import ModelError, did_you_mean
+from lowrank.errors import DataError, ModelError, did_you_mean
+from lowrank.evaluate.reward import rewards
 from lowrank.generate.sampler import Config, Prompt, generate
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.storages.dense import Config as Dense
-from lowrank.records import BARE_BASE, Conversation
+from lowrank.records import BARE_BASE, Conversation, Rated
 
 BARE = "base"
 """How the untouched base is called among the voices."""
@@ -37,12 +43,34 @@ class Trained:
     bank: Bank
     renderer: Renderer
     slots: dict[str, int] = field(default_factory=lambda: {BARE: BARE_BASE})
+    value_heads: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(D) of the voices that are reward models."""
 
     def slot(self, name: str) -> int:
         """The slot of a voice; ModelError with what there is."""
         if name not in self.slots:
             raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.slots)}")
         return self.slots[name]
+
+    def rewards(self, conversations: Sequence[tuple[str, Conversation]]) -> list[float]:
+        """What each `(reward model, conversation that ends in an answer)` is given; higher is better.
+
+        ModelError for a voice that is no reward model, DataError for a conversation it cannot read whole.
+        """
+        scored = []
+        for name, conversation in conversations:
+            slot = self.slot(name)
+            if name not in self.value_heads:
+                raise ModelError(f"{name!r} is no reward model: there is no {VALUE_HEAD_FILE} beside it")
+            rendering = self.renderer.render(Rated(conversation, desirable=True))
+            if rendering.problem or rendering.truncated_tokens:
+                raise DataError(rendering.problem or "the conversation is longer than data.max_length")
+            scored.append((slot, self.value_heads[name], rendering.segments[0]))
+        return rewards(self.base, self.bank, scored)
+
+    def versions(self, names: Iterable[str]) -> dict[str, str]:
+        """What tells one state of an adapter from another: the digest of its tensors, `base` for the bare base."""
+        return {name: _digest(self.bank, self.slot(name)) for name in names}
 
     def answer(
         self,
@@ -83,14 +111,14 @@ def open_trained(
     keep_freed_memory()
     folder = Path(path)
     data = DataConfig(chat_template=chat_template)
-    if _is_run(folder):
+    if is_run(folder):
         return _open_run(folder, which, chat_template, notify)
     if (current(folder) / CONFIG_FILE).is_file():
         return _open_adapter(folder, data, notify)
     return _open_model(ModelConfig(path=path), data, notify)
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """A model's folder has a config.json too; a run's names its model and where it is."""
     try:
         content = json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8"))
@@ -119,7 +147,7 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
     config = resolve(read_file(folder / RUN_CONFIG), source=str(folder / RUN_CONFIG))
     first = config.jobs[0]
     data = first.data.model_copy(update={"chat_template": chat_template}) if chat_template else first.data
-    found = {job.name: _find(folder / job.name, which, first.tuning) for job in config.jobs}
+    found = {job.name: find_trained(folder / job.name, which, first.tuning) for job in config.jobs}
     missing = [name for name, path in found.items() if path is None]
     if len(missing) == len(found):
         what = "model" if first.tuning == "full" else "adapter"
@@ -136,15 +164,16 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
         model = config.model.model_copy(update={"path": str(current(found[first.name] or folder)), "revision": None})
         trained = _open_model(model, data, notify)
         trained.slots = {first.name: BARE_BASE}  # the base itself was trained: there is no untouched one here
+        _attach_value_head(trained, first.name, found[first.name] or folder)
         return trained
-    trained = _open_model(_where_it_is_now(config.model, found.values()), data, notify)
+    trained = _open_model(where_it_is_now(config.model, found.values()), data, notify)
     for name, path in found.items():
         if path is not None:
             _attach(trained, name, path)
     return trained
 
 
-def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
+def where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
     """A run may have named its base from another current directory; its adapters name it in full."""
     if not Path(model.path).exists():
         for adapter in adapters:
@@ -154,7 +183,7 @@ def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> Mod
     return model
 
 
-def _find(folder: Path, which: str, tuning: str) -> Path | None:
+def find_trained(folder: Path, which: str, tuning: str) -> Path | None:
     """A job's `best` or `last`, whichever is asked for, else the other."""
     file = "config.json" if tuning == "full" else CONFIG_FILE
     return next((folder / name for name in (which, "best", "last") if (current(folder / name) / file).is_file()), None)
@@ -165,6 +194,22 @@ def _attach(trained: Trained, name: str, folder: Path) -> None:
     slot = trained.bank.add(saved.config, seed=0)
     trained.bank.load(slot, saved.tensors)
     trained.slots[name] = slot
+    _attach_value_head(trained, name, folder)
+
+
+def _attach_value_head(trained: Trained, name: str, folder: Path) -> None:
+    value_D = read_value_head(folder)
+    if value_D is not None:
+        trained.value_heads[name] = value_D
+
+
+def _digest(bank: Bank, slot: int) -> str:
+    if slot == BARE_BASE:
+        return BARE
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(bank.parameters(slot).items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Text:

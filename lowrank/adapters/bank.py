@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
+from lowrank.adapters.experts import Expert, RoutedExperts, why_not
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.routing import Routing
-from lowrank.adapters.targets import Targets, by_pattern, find_targets, is_row_by_row
-from lowrank.adapters.variants import AdapterConfig, Tensors, Variant
+from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
+from lowrank.adapters.variants import AdapterConfig, Site, Tensors, Variant, name_in_files
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
-from lowrank.models.storages import StorageConfig
-from lowrank.models.storages.dense import DenseLinear
+from lowrank.models.original import original_weight
+from lowrank.models.storages import BaseLinear, StorageConfig
 
 
 @dataclass
@@ -32,13 +35,26 @@ class Slot:
     """One adapter: its settings, what it reaches and its trainable tensors by PEFT's names."""
 
     config: AdapterConfig
+    variant: Variant
     ranks: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Rank and alpha of each adapted module."""
     layers: dict[str, LayerAdapter] = field(default_factory=dict)
+    experts: dict[str, LayerAdapter] = field(default_factory=dict)
+    """By the full name of the fused parameter."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    """What is trained. Frozen tensors are with their layers."""
     copies: tuple[str, ...] = ()
     missed: str | None = None
     """What its `target_modules` could not reach, for the user."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter as files have it: settings, tensors by PEFT's names, rank and alpha of each module."""
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    ranks: dict[str, tuple[int, float]]
 
 
 class Bank:
@@ -55,12 +71,23 @@ class Bank:
         targets = find_targets(self.base.model, config)
         self._check(config, targets)
         number = next(index for index in range(len(self.slots) + 1) if index not in self.slots)
-        slot = Slot(config, copies=targets.copies, missed=targets.missed)
         variant = config.build()
-        for name in targets.linears:
-            self._add_linear(number, slot, variant, name, _generator(seed, name))
+        slot = Slot(config, variant, copies=targets.copies, missed=targets.missed)
+        routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
+        self._begin(variant, config, {name: layer.base for name, layer in routed.items()})
+        problems = [
+            problem
+            for name, layer in routed.items()
+            if (problem := self._add_linear(number, slot, layer, name, _generator(seed, name)))
+        ]
+        if problems:
+            for layer in routed.values():
+                layer.adapters.pop(number, None)
+        raise_all(ModelError, f"adapter.type {config.type} does not fit these layers", problems)
         for name in targets.embeddings:
-            self._add_embedding(number, slot, variant, name, _generator(seed, name))
+            self._add_embedding(number, slot, name, _generator(seed, name))
+        for name in targets.parameters:
+            self._add_experts(number, slot, name, _generator(seed, name))
         for name in targets.copies:
             routed = self._wrapped(name, RoutedCopy)
             slot.parameters.update({f"{name}.{key}": value for key, value in routed.add(number).items()})
@@ -71,7 +98,7 @@ class Bank:
         """Free a slot and the memory of its tensors; the layers stay wrapped."""
         del self.slots[number]
         for module in self.base.model.modules():
-            if isinstance(module, (RoutedLinear, RoutedEmbedding)):
+            if isinstance(module, (RoutedLinear, RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
             elif isinstance(module, RoutedCopy):
                 module.copies.pop(number, None)
@@ -80,32 +107,64 @@ class Bank:
         """The trainable tensors of a slot, by PEFT's names."""
         return self.slots[number].parameters
 
+    def learning_rate_factors(self, number: int, learning_rate: float) -> list[float]:
+        """What the learning rate of each of a slot's parameters is multiplied by (LoRA+), in their order."""
+        slot = self.slots[number]
+        return [slot.config.learning_rate_factor(*item, learning_rate) for item in slot.parameters.items()]
+
+    def saved(self, number: int) -> Saved:
+        """An adapter in the form in which PEFT knows it, without copies where the tensors are its own."""
+        slot = self.slots[number]
+        config: Any = slot.config.as_saved()
+        tensors: dict[str, torch.Tensor] = {}
+        for name, layer in slot.layers.items():
+            for key, tensor in slot.variant.saved(layer.masters).items():
+                tensors[f"{name}.{name_in_files(key)}"] = tensor.detach()
+        of_layers = self._names_of_layers(slot)
+        tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
+        ranks = {name: _rank_by(config, name) for name in slot.ranks}
+        by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
+        return Saved(config.model_copy(update=by_full_name), tensors, ranks)
+
     def load(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy `tensors` into a slot. ModelError lists every name that is missing or unknown and every wrong shape."""
-        own = self.parameters(number)
-        problems = [f"{name}: missing" for name in own if name not in tensors]
-        problems += [f"{name}: this adapter has no such tensor" for name in tensors if name not in own]
+        """Copy `tensors`, in the form that `saved` gives, into a slot.
+
+        ModelError lists every name that is missing or unknown and every wrong shape.
+        """
+        slot, own = self.slots[number], self.saved(number).tensors
+        rest, problems = _check_shared(slot.variant, tensors)
+        problems += [f"{name}: missing" for name in own if name not in rest]
+        problems += [f"{name}: this adapter has no such tensor" for name in rest if name not in own]
         problems += [
-            f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+            f"{name}: shape {tuple(rest[name].shape)}, expected {tuple(own[name].shape)}"
             for name in own
-            if name in tensors and tensors[name].shape != own[name].shape
+            if name in rest and rest[name].shape != own[name].shape
         ]
         raise_all(ModelError, "the tensors do not fit the adapter", problems)
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+            for name, layer in slot.layers.items():
+                given = {key: rest[f"{name}.{name_in_files(key)}"] for key in slot.variant.saved(layer.masters)}
+                for key, value in slot.variant.restored(given, layer.masters).items():
+                    layer.masters[key].copy_(value)
+            of_layers = self._names_of_layers(slot)
+            for name, parameter in slot.parameters.items():
+                if name not in of_layers:
+                    parameter.copy_(rest[name])
         self.refresh(number)
 
     @torch.no_grad()
     def refresh(self, number: int) -> None:
-        """Bring the compute-dtype copies up to date with the masters: once per optimiser step, not per forward."""
-        working, masters = [], []
-        for layer in self.slots[number].layers.values():
-            if layer.working is not layer.masters:
-                working += list(layer.working.values())
-                masters += list(layer.masters.values())
-        if working:
-            torch._foreach_copy_(working, masters)  # pyright: ignore[reportPrivateImportUsage]
+        """Bring what follows from the masters up to date: once per optimiser step, not per forward."""
+        copies, masters = [], []
+        for name, layer in self.slots[number].layers.items():
+            routed = self.base.model.get_submodule(name)
+            layer.variant.refresh(routed.base, layer.scale, layer.masters)
+        for layer in (*self.slots[number].layers.values(), *self.slots[number].experts.values()):
+            if layer.copies is not None:
+                copies += layer.copies
+                masters += layer.variant.as_low_rank(layer.masters) or ()
+        if copies:
+            torch._foreach_copy_(copies, masters)  # pyright: ignore[reportPrivateImportUsage]
 
     def head(self, number: int) -> Head:
         """The head as a slot sees it (-1: the bare base)."""
@@ -134,8 +193,17 @@ class Bank:
                 f"adapter.dropout does not reach {head}, which is a target: set it to 0 or leave {head} out"
             )
         special = [name for name in targets.linears if name == head] + list(targets.embeddings)
-        if special and not _is_low_rank(config):
-            problems.append(f"adapter.type {config.type} is no low-rank update: leave {', '.join(special)} out")
+        if special and not config.build().reaches_heads:
+            problems.append(
+                f"adapter.type {config.type} reaches neither heads nor embeddings: leave {', '.join(special)} out, or "
+                "use lora or rslora"
+            )
+        problems += self._trouble_with_experts(config, targets)
+        if config.needs_quantised and self.storage.type == "dense":
+            problems.append(
+                f"adapter.type {config.type} makes up for what quantisation lost, and model.storage.type dense loses "
+                "nothing; use lora, or quantise the base"
+            )
         both = {*targets.linears, *targets.embeddings} & set(targets.copies)
         if both:
             problems.append(f"both in target_modules and modules_to_save: {', '.join(sorted(both))}")
@@ -153,38 +221,89 @@ class Bank:
         ]
         raise_all(ModelError, "this adapter cannot be attached", problems)
 
-    def _add_linear(self, number: int, slot: Slot, variant: Variant, name: str, generator: torch.Generator) -> None:
-        routed = self._wrapped(name, RoutedLinear)
-        rank, alpha = self._rank(slot, name)
-        scale = variant.scale(rank, alpha)
-        fresh = variant.init(routed.base, rank, scale, generator)
-        masters, working = self._trainable(fresh)
-        layer = LayerAdapter(variant, scale, masters, working, slot.config.dropout)
-        routed.adapters[number] = slot.layers[name] = layer
-        slot.parameters.update({f"{name}.{key}.weight": value for key, value in masters.items()})
+    def _trouble_with_experts(self, config: AdapterConfig, targets: Targets) -> list[str]:
+        problems = [
+            f"{name} is a layer of one expert and sees only the tokens that chose it, so it cannot carry an adapter; "
+            "leave it out of target_modules"
+            for name in targets.linears
+            if is_of_one_expert(name)
+        ]
+        if not targets.parameters:
+            return problems
+        for name in targets.parameters:
+            module, _, key = name.rpartition(".")
+            reason = why_not(innermost(self.base.model.get_submodule(module)), key)
+            problems += [f"target_parameters: {name}: {reason}"] if reason else []
+        if not config.build().reaches_heads:
+            problems.append(f"target_parameters: adapter.type {config.type} does not reach them; use lora or rslora")
+        if config.dropout:
+            problems.append("target_parameters: dropout does not reach fused experts (nor in PEFT): set it to 0")
+        return problems
 
-    def _add_embedding(self, number: int, slot: Slot, variant: Variant, name: str, generator: torch.Generator) -> None:
+    def _add_experts(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
+        """An adapter for each expert of a fused parameter, as one pair A (R E, D), B (O, R E)."""
+        path, _, key = name.rpartition(".")
+        routed: RoutedExperts = self._wrapped(path, RoutedExperts)
+        rank, alpha = slot.ranks[name] = _rank_by(slot.config, name)
+        scale = slot.variant.scale(rank, alpha)
+        fresh = slot.variant.init(Expert(routed.base, key, 0), rank * routed.num_experts, scale, generator)
+        masters = {key: self._master(value, trained=True) for key, value in fresh.items()}
+        layer = LayerAdapter(slot.variant, scale, masters, self._copies(slot.variant, masters))
+        routed.adapters.setdefault(number, {})[key] = slot.experts[name] = layer
+        trained = {part: value for part, value in masters.items() if isinstance(value, nn.Parameter)}
+        slot.parameters.update({f"{name}.{name_in_files(part)}": value for part, value in trained.items()})
+
+    def _begin(self, variant: Variant, config: AdapterConfig, layers: dict[str, BaseLinear]) -> None:
+        if layers:
+            site = Site(layers, partial(original_weight, self.base), self.base.device, self._wide)
+            variant.begin(site, config.rank)
+
+    def _add_linear(
+        self, number: int, slot: Slot, routed: RoutedLinear, name: str, generator: torch.Generator
+    ) -> str | None:
+        """Attach a slot to a layer; or the reason why that cannot be."""
+        variant = slot.variant
+        rank, alpha = slot.ranks[name] = _rank_by(slot.config, name)
+        scale = variant.scale(rank, alpha)
+        try:
+            fresh = variant.init(routed.base, rank, scale, generator)
+        except ValueError as error:
+            return f"{name}: {error}"
+        masters = {key: self._master(value, key not in variant.frozen) for key, value in fresh.items()}
+        layer = LayerAdapter(variant, scale, masters, self._copies(variant, masters), slot.config.dropout)
+        routed.adapters[number] = slot.layers[name] = layer
+        trained = {key: value for key, value in masters.items() if isinstance(value, nn.Parameter)}
+        slot.parameters.update({f"{name}.{name_in_files(key)}": value for key, value in trained.items()})
+        return None
+
+    def _add_embedding(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
         routed = self._wrapped(name, RoutedEmbedding)
-        rank, alpha = self._rank(slot, name)
+        rank, alpha = slot.ranks[name] = _rank_by(slot.config, name)
         fresh = fresh_embedding_adapter(routed.num_embeddings, routed.embedding_dim, rank, generator)
-        masters, _ = self._trainable(fresh)
-        routed.adapters[number] = (variant.scale(rank, alpha), {**masters})
+        masters = {key: nn.Parameter(value.to(self.base.device, self._wide)) for key, value in fresh.items()}
+        routed.adapters[number] = (slot.variant.scale(rank, alpha), {**masters})
         slot.parameters.update({f"{name}.{key}": value for key, value in masters.items()})
 
-    def _rank(self, slot: Slot, name: str) -> tuple[int, float]:
-        config = slot.config
-        rank = by_pattern(config.rank_pattern, name, config.rank)
-        alpha = by_pattern(config.alpha_pattern, name, config.alpha if config.alpha is not None else 2.0 * config.rank)
-        slot.ranks[name] = (rank, alpha)
-        return rank, alpha
+    @property
+    def _wide(self) -> torch.dtype:
+        """Of masters: float32, or float64 where the base has it."""
+        return torch.promote_types(self.base.dtype, torch.float32)
 
-    def _trainable(self, fresh: Mapping[str, torch.Tensor]) -> tuple[dict[str, nn.Parameter], Tensors]:
-        """(float32 or wider masters, copies in the compute dtype), on the base's device."""
-        wide = torch.promote_types(self.base.dtype, torch.float32)
-        masters = {key: nn.Parameter(value.to(self.base.device, wide)) for key, value in fresh.items()}
-        if wide == self.base.dtype:
-            return masters, masters  # the same dict: nothing to refresh
-        return masters, {key: value.detach().to(self.base.dtype) for key, value in masters.items()}
+    def _master(self, value: torch.Tensor, trained: bool) -> torch.Tensor:
+        value = value.to(self.base.device, self._wide)
+        return nn.Parameter(value) if trained else value
+
+    def _copies(self, variant: Variant, masters: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B in the compute dtype, if that is not the masters' and the variant wants them kept."""
+        low_rank = variant.as_low_rank(masters)
+        if low_rank is None or self._wide == self.base.dtype or not variant.keeps_copies:
+            return None
+        A_RD, B_OR = (tensor.detach().to(self.base.dtype) for tensor in low_rank)
+        return A_RD, B_OR
+
+    def _names_of_layers(self, slot: Slot) -> set[str]:
+        """Names of the trained tensors of linear layers; the others are saved as they are."""
+        return {f"{name}.{name_in_files(key)}" for name, layer in slot.layers.items() for key in layer.masters}
 
     def _wrapped(self, name: str, kind: type) -> Any:
         """The routed layer at `name`, put there if it is not there yet."""
@@ -207,10 +326,20 @@ class Bank:
         return next(name for name, module in self.base.model.named_modules() if module is wanted)
 
 
-def _is_low_rank(config: AdapterConfig) -> bool:
-    """Whether its variant is an update A, B, which heads and embeddings need; tried on a tiny layer."""
-    variant, tiny = config.build(), DenseLinear(nn.Linear(2, 2))
-    return variant.as_low_rank(variant.init(tiny, 1, 1.0, torch.Generator())) is not None
+def _rank_by(config: AdapterSettings, name: str) -> tuple[int, float]:
+    """Rank and alpha of a module, by PEFT's rules."""
+    alpha = config.alpha if config.alpha is not None else 2.0 * config.rank
+    return by_pattern(config.rank_pattern, name, config.rank), by_pattern(config.alpha_pattern, name, alpha)
+
+
+def _check_shared(variant: Variant, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(all but the tensors that layers share, what is wrong with those)."""
+    shared: Tensors = getattr(variant, "shared", {})
+    problems = []
+    for key, own in shared.items():
+        if key in tensors and not torch.equal(tensors[key].to(own), own):
+            problems.append(f"{key}: other values than its key gives here; train the adapter anew")
+    return {name: tensor for name, tensor in tensors.items() if name not in shared}, problems
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -85,8 +85,7 @@ def _routed(
             "lora_A": nn.Parameter(torch.randn(_RANK, base.in_features, generator=generator).to(device, wide)),
             "lora_B": nn.Parameter(torch.randn(base.out_features, _RANK, generator=generator).to(device, wide)),
         }
-        working = {key: value.detach().to(dtype) for key, value in masters.items()} if wide != dtype else masters
-        layer.adapters[slot] = LayerAdapter(Lora(), _SCALE, masters, working)
+        layer.adapters[slot] = LayerAdapter(Lora(), _SCALE, {**masters})
         trained += masters.values()
     return layer, trained
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from lowrank.settings import Fraction, Positive, Settings
 
@@ -13,9 +15,23 @@ from lowrank.settings import Fraction, Positive, Settings
 class AdapterSettings(Settings):
     """One job's adapter. PEFT's meaning of every field; a variant's `Config` adds `type` and its own."""
 
+    paper: ClassVar[str] = ""
+    """Where the method is described."""
+    when: ClassVar[str] = ""
+    """When a person would choose it, in a few words for docs/methods.md."""
+    peft_type: ClassVar[str] = "LORA"
+    """PEFT's family of methods that it belongs to in files."""
+    peft_names: ClassVar[Mapping[str, str]] = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    """Settings that adapter_config.json has too, and their names there."""
     peft_fields: ClassVar[Mapping[str, Any] | None] = None
-    """What tells this variant apart in PEFT's adapter_config.json, beside the fields below; None: PEFT has no such
-    variant, and its adapters cannot be saved."""
+    """Fields of adapter_config.json that tell this variant apart, or that it needs as they are. None: PEFT has no such
+    variant; its adapters are saved as what `as_saved` says, or not at all."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Shared settings that this variant cannot honour, and why."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Shared settings that mean nothing to it."""
+    needs_quantised: ClassVar[bool] = False
+    """It makes sense only where the base's storage loses something."""
 
     rank: Positive = 16
     """Rank of the update, PEFT's `r`."""
@@ -34,5 +50,50 @@ class AdapterSettings(Settings):
     """Another alpha for some modules."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole, as the job's own copy: lm_head, embed_tokens, norms."""
+    target_parameters: tuple[str, ...] = ()
+    """Weights that are no layer of their own, PEFT's `target_parameters`: the fused experts of a mixture, by the end of
+    their names (`[mlp.experts.gate_up_proj, mlp.experts.down_proj]`). `all-linear` leaves them out."""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+ (arXiv:2402.12354): B learns this many times as fast as A (16 is usual); left out: equally fast."""
+    loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
+    """With LoRA+: the learning rate of adapters on embeddings."""
     path: str | None = None
     """Continue from this adapter folder (PEFT layout) instead of a fresh one; its rank, alpha, targets are used."""
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> Self:
+        problems = [
+            f"{name}: {reason}"
+            for name, reason in self.refused.items()
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def as_saved(self) -> AdapterSettings:
+        """The settings under which files describe it: its own, or those of a variant that PEFT knows."""
+        return self
+
+    @property
+    def title(self) -> str:
+        """In a few words: `dora r=16`."""
+        kind = getattr(self, "type", "adapter")
+        return kind if "rank" in self.unused else f"{kind} r={self.rank}"
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that all variants have, as they were set."""
+        return {
+            name: getattr(self, name)
+            for name in AdapterSettings.model_fields
+            if name in self.model_fields_set or name == "rank"
+        }
+
+    def learning_rate_factor(self, name: str, parameter: torch.Tensor, learning_rate: float) -> float:
+        """What a tensor's learning rate is multiplied by (LoRA+; tensors are sorted as PEFT's
+        `create_loraplus_optimizer` sorts them)."""
+        if self.loraplus_lr_ratio is None:
+            return 1.0
+        if ".lora_embedding_" in name:
+            return self.loraplus_lr_embedding / learning_rate
+        return self.loraplus_lr_ratio if ".lora_B" in name or parameter.ndim == 1 else 1.0

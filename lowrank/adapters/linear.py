@@ -1,19 +1,21 @@
 """The routed linear: one frozen layer, any number of adapters, one autograd Function.
 
-Forward: one base GEMM over all rows, then per slot y += scale * (drop(x) A^T) B^T on its rows. Backward:
-one GEMM for dx, then the small ones for dA, dB and their share of dx. Saved: x itself (which other
-layers with the same input share) and x A^T; never a copy of x, never the mask, never a dense weight.
-A NaN in one slot's rows stays in them.
+Forward: one base GEMM over all rows, then per slot y += scale * (drop(x) A^T) B^T on its rows, and where a slot
+has a gain y += (g - 1) * (y - b). Backward: one GEMM for dx, then the small ones for dA, dB and their share of
+dx. Saved: x itself (which other layers with the same input share; not where no A is trained) and x A^T; never a
+copy of x, never the mask, never a dense weight. A NaN in one slot's rows stays in them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowrank.adapters.frozen import bias_of
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.kernels.counter_random import dropout
@@ -23,13 +25,18 @@ from lowrank.models.storages import BaseLinear
 
 @dataclass
 class LayerAdapter:
-    """One slot's adapter at one layer: trained `masters` (fp32) and their `working` copies in the compute dtype."""
+    """One slot's adapter at one layer: its `masters` (fp32, trained or frozen), and A, B in the compute dtype."""
 
     variant: Variant
     scale: float
     masters: Tensors
-    working: Tensors
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    """None: the masters have the compute dtype, or are cast in every pass."""
     dropout: float = 0.0
+
+    def at_work(self, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        """A and B as the arithmetic takes them, `low_rank` being the masters'."""
+        return [tensor.detach().to(dtype) for tensor in self.copies or low_rank]
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Piece:
     dropout: float = 0.0
     key: int = 0
     counter_N: torch.Tensor | None = None
+    excess_O: torch.Tensor | None = None
+    """g - 1, where the slot's outputs have a gain."""
 
     def drop(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Dropout as this piece draws it; linear, and its own transpose."""
@@ -84,15 +93,15 @@ class RoutedLinear(nn.Module):
             adapter = self.adapters.get(slot)
             if adapter is None:
                 continue
+            rate, key = self._dropout(slot, adapter)
             low_rank = adapter.variant.as_low_rank(adapter.masters)
-            if low_rank is None:
+            if low_rank is None or not adapter.variant.rides(bool(rate)):
                 others.append((slot, first, end, adapter))
                 continue
-            A_RD, B_OR = adapter.variant.as_low_rank(adapter.working) or low_rank
-            rate, key = self._dropout(slot, adapter)
-            pieces.append(Piece(first, end, adapter.scale, A_RD, B_OR, rate, key, self.routing.counter_N))
-            masters += low_rank
-        y_TO = _RoutedLinear.apply(x_TD, self.base, tuple(pieces), *masters)
+            piece, own = make_piece(adapter, low_rank, x_TD.dtype, first, end)
+            pieces.append(replace(piece, dropout=rate, key=key, counter_N=self.routing.counter_N))
+            masters += own
+        y_TO = routed_product(x_TD, self.base, pieces, masters)
         if others:
             y_TO = self._apply_others(x_TD, y_TO, others)
         return y_TO.view(*x.shape[:-1], self.out_features)
@@ -113,14 +122,34 @@ class RoutedLinear(nn.Module):
             if rate:
                 assert self.routing.counter_N is not None
                 x_own = dropout(x_own, self.routing.counter_N[first:end], key, rate)
-            own = adapter.variant.apply(x_own, y_TO[first:end], self.base, adapter.scale, adapter.masters)
+            y_own = y_TO[first:end].clone()  # what one slot does to it in place is no other's affair
+            own = adapter.variant.apply(x_own, y_own, self.base, adapter.scale, adapter.masters)
             parts += [y_TO[done:first], own]
             done = end
         return torch.cat([*parts, y_TO[done:]])
 
 
+def make_piece(
+    adapter: LayerAdapter, low_rank: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, first: int, end: int
+) -> tuple[Piece, list[torch.Tensor]]:
+    """(a slot's update on rows [first, end), what of it receives gradients: A, B, and g - 1 if it has a gain)."""
+    A_RD, B_OR = adapter.at_work(dtype, low_rank)
+    excess_O = adapter.variant.excess_gain(adapter.masters)
+    if excess_O is None:
+        return Piece(first, end, adapter.scale, A_RD, B_OR), [*low_rank]
+    return Piece(first, end, adapter.scale, A_RD, B_OR, excess_O=excess_O.detach().to(dtype)), [*low_rank, excess_O]
+
+
+def routed_product(
+    x_TD: torch.Tensor, base: BaseLinear, pieces: Sequence[Piece], masters: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """x W^T + b with each piece's update on its rows, inside autograd."""
+    return _RoutedLinear.apply(x_TD, base, tuple(pieces), *masters)  # pyright: ignore[reportReturnType]
+
+
 class _RoutedLinear(torch.autograd.Function):
-    """`masters` (A_0, B_0, A_1, B_1, ...) are inputs only to receive gradients; arithmetic uses the pieces' copies."""
+    """`masters` (A_0, B_0, [g_0 - 1,] A_1, B_1, ...) are inputs only to receive gradients; arithmetic uses the
+    pieces' copies."""
 
     @staticmethod
     def forward(
@@ -129,37 +158,70 @@ class _RoutedLinear(torch.autograd.Function):
         del masters
         y_TO = base(x_TD)
         grouped = prefers_grouped(x_TD, pieces)
+        gained: list[torch.Tensor] = []
         if grouped:
             shrunk = grouped_forward(x_TD, y_TO, pieces)
         else:
             shrunk = [piece.drop(x_TD[piece.first : piece.end]) @ piece.A_RD.t() for piece in pieces]
             for piece, h_TR in zip(pieces, shrunk):
                 y_TO[piece.first : piece.end].addmm_(h_TR, piece.B_OR.t(), alpha=piece.scale)
-        ctx.base, ctx.pieces, ctx.grouped = base, pieces, grouped
+                if piece.excess_O is not None:
+                    gained.append(_without(y_TO[piece.first : piece.end], bias_of(base)))
+                    y_TO[piece.first : piece.end].addcmul_(gained[-1], piece.excess_O)
+        ctx.base, ctx.pieces, ctx.grouped, ctx.num_gained = base, pieces, grouped, len(gained)
         if pieces:
-            ctx.save_for_backward(x_TD, *shrunk)
+            keeps_x = grouped or any(ctx.needs_input_grad[3 + place] for place in _places_of_A(pieces))
+            ctx.save_for_backward(x_TD if keeps_x else None, *shrunk, *gained)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
         (dy_TO,) = outer
         pieces: tuple[Piece, ...] = ctx.pieces
-        dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
         if not pieces:
-            return dx_TD, None, None
-        x_TD, *shrunk = ctx.saved_tensors
+            return dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None, None, None
+        x_TD, *saved = ctx.saved_tensors
+        shrunk, gained = saved[: len(saved) - ctx.num_gained], iter(saved[len(saved) - ctx.num_gained :])
+        of_gains: dict[int, torch.Tensor] = {}
+        if ctx.num_gained:
+            dy_TO = dy_TO.clone()
+            for index, piece in enumerate(pieces):
+                if piece.excess_O is not None:
+                    dy_own = dy_TO[piece.first : piece.end]
+                    of_gains[index] = (dy_own * next(gained)).sum(0, dtype=_wide(dy_TO.dtype))
+                    dy_own.addcmul_(dy_own.clone(), piece.excess_O)
+        dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
         if ctx.grouped:
-            gradients = grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
-            return dx_TD, None, None, *gradients
-        gradients = []
-        for piece, h_TR in zip(pieces, shrunk):
+            return dx_TD, None, None, *grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
+        gradients: list[torch.Tensor | None] = []
+        for index, (piece, h_TR) in enumerate(zip(pieces, shrunk)):
             rows = slice(piece.first, piece.end)
             g_TR = (dy_TO[rows] @ piece.B_OR).mul_(piece.scale)
-            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]))
+            trains_A = ctx.needs_input_grad[3 + len(gradients)]
+            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]) if trains_A else None)
             gradients.append((dy_TO[rows].t() @ h_TR).mul_(piece.scale))
+            if index in of_gains:
+                gradients.append(of_gains[index])
             if dx_TD is not None:
                 if piece.dropout:
                     dx_TD[rows] += piece.drop(g_TR @ piece.A_RD)
                 else:
                     dx_TD[rows].addmm_(g_TR, piece.A_RD)
         return dx_TD, None, None, *gradients
+
+
+def _places_of_A(pieces: tuple[Piece, ...]) -> list[int]:
+    """Where in `masters` each piece's A stands."""
+    places, place = [], 0
+    for piece in pieces:
+        places.append(place)
+        place += 2 if piece.excess_O is None else 3
+    return places
+
+
+def _without(y_TO: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    return y_TO.clone() if bias_O is None else y_TO - bias_O
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

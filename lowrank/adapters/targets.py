@@ -16,6 +16,9 @@ from lowrank.errors import ModelError, did_you_mean, raise_all
 Value = TypeVar("Value")
 
 
+_OF_ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+(\.|$)")
+
+
 @dataclass(frozen=True)
 class Targets:
     """Full module names, in the model's order."""
@@ -24,8 +27,10 @@ class Targets:
     embeddings: tuple[str, ...]
     copies: tuple[str, ...]
     """`modules_to_save`: trained whole, as the job's own copy."""
+    parameters: tuple[str, ...]
+    """`target_parameters`: fused weights of experts, by full name."""
     missed: str | None
-    """What `all-linear` cannot reach, in words for the user: fused expert weights."""
+    """What `all-linear` leaves out, in words for the user: experts."""
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -82,21 +87,45 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     linears = {name for name, module in modules.items() if is_linear(module)}
     embeddings = {name for name, module in modules.items() if is_embedding(module)}
     wanted = config.target_modules
+    fused = fused_parameters(model)
+    parameters = tuple(name for name in fused if any(_is_parameter(name, item) for item in config.target_parameters))
     if wanted == "all-linear":
-        chosen = {name for name in linears if modules[name] is not head}
+        chosen = {name for name in linears if modules[name] is not head and not _OF_ONE_EXPERT.search(name)}
     else:
         chosen = {name for name in linears | embeddings if matches(name, wanted)}
     chosen -= {name for name in chosen if config.exclude_modules and matches(name, config.exclude_modules)}
     copies = tuple(name for name in modules if is_copied(name, config.modules_to_save))
     if isinstance(wanted, str):  # PEFT: what is copied is no target; named as both, it is for the bank to refuse
         chosen -= set(copies)
-    raise_all(ModelError, "adapter: some names match no layer of this model", _unmatched(config, modules, chosen))
+    problems = _unmatched(config, modules, chosen, parameters, fused)
+    raise_all(ModelError, "adapter: some names match no layer of this model", problems)
     return Targets(
         linears=tuple(name for name in modules if name in chosen & linears),
         embeddings=tuple(name for name in modules if name in chosen & embeddings),
         copies=copies,
-        missed=_fused_experts(model) if wanted == "all-linear" else None,
+        parameters=parameters,
+        missed=_experts_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None,
     )
+
+
+def fused_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Full names of the 3-D weights of experts, in the model's order, without the wrappers of the bank."""
+    found = []
+    for name, module in model.named_modules():
+        if name and not _inside_wrapper(model, name) and "expert" in name:
+            own = innermost(module).named_parameters(recurse=False)
+            found += [f"{name}.{key}" for key, parameter in own if parameter.ndim == 3]
+    return tuple(found)
+
+
+def is_of_one_expert(name: str) -> bool:
+    """A layer of one expert among a list: it sees only the tokens that chose it."""
+    return _OF_ONE_EXPERT.search(name) is not None
+
+
+def _is_parameter(name: str, item: str) -> bool:
+    """PEFT's rule for target_parameters."""
+    return name == item or name.endswith(f".{item}")
 
 
 def _inside_wrapper(model: nn.Module, name: str) -> bool:
@@ -109,7 +138,13 @@ def _inside_wrapper(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _unmatched(config: AdapterSettings, modules: Mapping[str, nn.Module], chosen: set[str]) -> list[str]:
+def _unmatched(
+    config: AdapterSettings,
+    modules: Mapping[str, nn.Module],
+    chosen: set[str],
+    parameters: Sequence[str],
+    fused: Sequence[str],
+) -> list[str]:
     candidates = [name for name, module in modules.items() if is_linear(module) or is_embedding(module)]
     last = {name.rpartition(".")[2] for name in candidates}
     problems = []
@@ -124,25 +159,41 @@ def _unmatched(config: AdapterSettings, modules: Mapping[str, nn.Module], chosen
                 problems.append(f"{setting}: {item!r}{did_you_mean(item, last)}")
     for setting in ("rank_pattern", "alpha_pattern"):
         for item in getattr(config, setting):
-            if not any(_fits(item, name) for name in chosen):
+            if not any(_fits(item, name) for name in (*chosen, *parameters)):
                 problems.append(f"{setting}: {item!r} matches no target{did_you_mean(item, last)}")
     for item in config.modules_to_save:
         if not any(is_copied(name, (item,)) for name in modules):
             known = {name.rpartition(".")[2] for name, module in modules.items() if is_row_by_row(module)}
             problems.append(f"modules_to_save: {item!r}{did_you_mean(item, known)}")
-    if not problems and not chosen and not config.modules_to_save:
+    for item in config.target_parameters:
+        if not any(_is_parameter(name, item) for name in fused):
+            endings = {".".join(name.split(".")[-3:]) for name in fused}
+            known = did_you_mean(item, endings) if fused else "; this model has no fused experts: name linear layers"
+            problems.append(f"target_parameters: {item!r}{known}")
+    if not problems and not chosen and not config.modules_to_save and not parameters:
         problems.append("exclude_modules leaves nothing of target_modules to train")
     return problems
 
 
-def _fused_experts(model: nn.Module) -> str | None:
-    """Mixtures keep their experts as 3-D parameters, which no linear layer stands for."""
-    fused = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name}
-    if not fused:
-        return None
-    share = sum(fused.values()) / sum(parameter.numel() for parameter in model.parameters())
-    kinds = sorted({name.rpartition(".")[2] for name in fused})
-    return (
-        f"{share:.0%} of this model's weights are experts kept as fused parameters ({', '.join(kinds)}); "
-        "all-linear does not reach them: attention and shared layers get adapters, the experts stay as they are"
-    )
+def _experts_left_out(model: nn.Module, linears_left: set[str], parameters: set[str]) -> str | None:
+    """Experts that get no adapter: fused 3-D parameters, and layers that see only some of the tokens."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    fused = [name for name in fused_parameters(model) if name not in parameters]
+    listed = [name for name in linears_left if is_of_one_expert(name)]
+    if fused:
+        size = 0
+        for name in fused:
+            module, _, key = name.rpartition(".")
+            size += getattr(innermost(model.get_submodule(module)), key).numel()
+        kinds = sorted({".".join(name.split(".")[-2:]) for name in fused})
+        return (
+            f"{size / total:.0%} of this model's weights are experts kept as fused parameters; all-linear does not "
+            "reach them: attention and shared layers get adapters, the experts stay as they are. To train them too: "
+            f"adapter.target_parameters: [{', '.join(kinds)}]"
+        )
+    if listed:
+        return (
+            f"{len(listed)} layers of single experts see only the tokens that chose them, so all-linear leaves them "
+            "out: attention and shared layers get adapters, the experts stay as they are"
+        )
+    return None

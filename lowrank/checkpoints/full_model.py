@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from lowrank.checkpoints.atomic import new_folder
 from lowrank.models.quiet import quiet_transformers
 
 
-def save_full(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a trained model and its tokenizer to `folder`, whole or not at all, as `from_pretrained` reads them.
+def save_full(folder: Path, model: Any, also: Callable[[Path], Any]) -> None:
+    """Write a trained model to `folder`, whole or not at all, as `from_pretrained` reads it.
 
-    Layers that lowrank wrapped are written under the names they had.
+    Layers that lowrank wrapped are written under the names they had. `also` writes more files into the folder (a
+    tokenizer).
     """
     with new_folder(Path(folder)) as partial, quiet_transformers():
         model.save_pretrained(partial, state_dict=unwrapped_state(model))
-        tokenizer.save_pretrained(partial)
+        also(partial)
 
 
 def unwrapped_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

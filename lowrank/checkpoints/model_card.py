@@ -14,7 +14,7 @@ _CARD = """---
 
 # Adapter
 
-A `{type}` adapter of rank {rank} with {num_parameters:,} parameters on {num_targets} modules of {base}, trained with \
+A `{title}` adapter with {num_parameters:,} parameters on {num_targets} modules of {base}, trained with \
 lowrank.{trouble}
 
 ```python
@@ -37,9 +37,8 @@ def model_card(
         front["base_model"] = base_name
     lines = [f"{key}: {value}\n" for key, value in sorted(front.items())]
     return _CARD.format(
-        front="".join([*lines, "tags:\n- lora\n- lowrank\n"]),
-        type=config.type,
-        rank=config.rank,
+        front="".join([*lines, f"tags:\n- {config.peft_type.lower()}\n- lowrank\n"]),
+        title=config.title,
         num_parameters=num_parameters,
         num_targets=num_targets,
         base=f"`{base_name}`" if on_hub else "its base",

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters import variants
-from lowrank.adapters.targets import by_pattern, matches
+from lowrank.adapters.targets import by_pattern, fused_parameters, matches
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.errors import ModelError
 from lowrank.settings import configs_in
@@ -30,17 +30,25 @@ Targets = Mapping[str, tuple[int, float]]
 VARIANTS = configs_in(variants.__name__)
 
 READ = {
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "rank_pattern",
-    "alpha_pattern", "modules_to_save", "init_lora_weights", "ensure_weight_tying",
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "init_lora_weights", "ensure_weight_tying", "target_parameters",
 }  # fmt: skip
+"""Fields of every kind of adapter; a variant's `peft_names` and `peft_fields` add its own."""
 SAID_BY_TENSORS = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
 }  # fmt: skip
 WITHOUT_MEANING = {
     # where the file comes from, and how the adapter once began
     "auto_mapping", "peft_version", "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "qalora_group_size",
+    "corda_config", "lora_ga_config", "qalora_group_size", "save_projection",
+    # matter in training only, where lowrank has none of them, or for convolutions
+    "rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights", "init_ia3_weights", "use_effective_conv2d",
+    "eps",
 }  # fmt: skip
+WITH_PATTERNS = ("LORA", "LOHA", "LOKR")
+"""Kinds of adapters whose modules may differ in rank and alpha."""
+WITHOUT_CONV1D = ("LOHA", "LOKR")
+"""Kinds that PEFT does not put on layers with a transposed weight."""
 HARMLESS_STARTS = {True, False, None, "gaussian", "eva", "orthogonal"}
 """Values of init_lora_weights that leave the base as it is; with all others the adapter fits an altered base."""
 
@@ -58,8 +66,8 @@ class BaseDescription:
     """Every module of the model; without them targets are written by full name."""
     transposed: frozenset[str] = frozenset()
     """Those that keep their weight as (D, O): GPT-2's Conv1D."""
-    fused_experts: bool = False
-    """A mixture whose experts are 3-D parameters."""
+    expert_parameters: tuple[str, ...] = ()
+    """Fused weights of experts by full name, in the model's order."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,21 @@ class Description:
     modules_to_save: tuple[str, ...]
     tied: bool
     """Copies of the embedding and of the head are one tensor in PEFT."""
+    target_parameters: tuple[str, ...]
+    """Fused weights of experts, by the ends of their names."""
     base_name: str | None
     revision: str | None
 
     def target(self, name: str) -> tuple[int, float]:
-        """Rank and alpha of a module, by PEFT's rules."""
-        rank = by_pattern(self.rank_pattern, name, self.settings["rank"])
-        return rank, float(by_pattern(self.alpha_pattern, name, self.settings["alpha"]))
+        """Rank and alpha of a module, by PEFT's rules; those of a variant without them mean nothing."""
+        rank, alpha = self.general
+        return by_pattern(self.rank_pattern, name, rank), float(by_pattern(self.alpha_pattern, name, alpha))
+
+    @property
+    def general(self) -> tuple[int, float]:
+        """Rank and alpha where no pattern says otherwise."""
+        rank = self.settings.get("rank", self.variant.model_fields["rank"].default)
+        return rank, self.settings.get("alpha", 2.0 * rank)
 
 
 def describe_base(model: nn.Module, name: str, revision: str | None = None) -> BaseDescription:
@@ -92,18 +108,20 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
         names.append(module_name)
         if isinstance(module, Conv1D) or getattr(getattr(module, "base", None), "transposed", False):
             transposed.append(module_name)
-    fused = any(parameter.ndim == 3 and "expert" in key for key, parameter in model.named_parameters())
-    return BaseDescription(name, revision, tuple(names), frozenset(transposed), fused)
+    return BaseDescription(name, revision, tuple(names), frozenset(transposed), fused_parameters(model))
 
 
-def peft_trouble(base: BaseDescription, targets: Collection[str]) -> str | None:
+def peft_trouble(base: BaseDescription, targets: Collection[str], peft_type: str = "LORA") -> str | None:
     """Why PEFT would not load an adapter with these targets as it was trained, in words for the user; None: it would.
 
     With transformers 5, PEFT (seen in 0.21) takes any target with the name an expert's layer had in transformers 4
     for the fused experts, be it the full name of a dense layer, and leaves that layer without its adapter.
     """
+    transposed = sorted({name.rpartition(".")[2] for name in targets if name in base.transposed})
+    if transposed and peft_type in WITHOUT_CONV1D:
+        return f"PEFT has no {peft_type} for layers like {', '.join(transposed)} (Conv1D); lowrank loads this adapter"
     taken = sorted({name.rpartition(".")[2] for name in targets} & OLD_EXPERT_NAMES)
-    if not base.fused_experts or not taken:
+    if not base.expert_parameters or not taken:
         return None
     return (
         f"PEFT takes the targets {', '.join(taken)} of a mixture for its experts, so it may load this adapter "
@@ -121,30 +139,53 @@ def to_peft(
             f"adapter.type {config.type!r} has no form in PEFT's layout and cannot be saved; "
             "its `Config` says it in `peft_fields`"
         )
-    alpha = config.alpha if config.alpha is not None else 2.0 * config.rank
+    parameters = [name for name in targets if name in config.target_parameters]
+    modules = {name: target for name, target in targets.items() if name not in parameters}
     outside = [name for name in base.module_names if not any(f"{name}.".startswith(f"{copy}.") for copy in copies)]
-    ranks = {name: rank for name, (rank, _) in targets.items()}
-    alphas = {name: _whole(value) for name, (_, value) in targets.items()}
-    return {
-        "peft_type": "LORA",
+    fields = {
+        "peft_type": config.peft_type,
         "task_type": task_type,
         "base_model_name_or_path": os.path.abspath(base.name) if os.path.isdir(base.name) else base.name,
         "revision": base.revision,
         "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": _whole(alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": names_for(targets, outside, lambda name, item: matches(name, (item,))),
+        "target_modules": names_for(modules, outside, _is_named),
         # PEFT compares these endings without regard to dots
         "modules_to_save": names_for(copies, base.module_names, str.endswith) or None,
-        "rank_pattern": as_pattern(ranks, config.rank),
-        "alpha_pattern": as_pattern(alphas, _whole(alpha)),
-        "fan_in_fan_out": any(name in base.transposed for name in targets),
-        "bias": "none",
-        "init_lora_weights": True,
-        **_variant_fields(),
-        **config.peft_fields,
+        **_own_fields(config, modules, outside),
     }
+    if parameters:
+        fields["target_parameters"] = names_for_parameters(parameters, base.expert_parameters)
+    if config.peft_type in WITH_PATTERNS:
+        ranks = {name: rank for name, (rank, _) in targets.items()}
+        alphas = {name: _whole(value) for name, (_, value) in targets.items()}
+        fields["rank_pattern"] = as_pattern(ranks, config.rank)
+        fields["alpha_pattern"] = as_pattern(alphas, _whole(_alpha(config)))
+    if config.peft_type not in WITHOUT_CONV1D:
+        fields["fan_in_fan_out"] = any(name in base.transposed for name in targets)
+    if config.peft_type == "LORA":
+        fields |= {"bias": "none", "init_lora_weights": True, **_variant_fields()}
+    return {**fields, **config.peft_fields}
+
+
+def _own_fields(config: AdapterConfig, targets: Targets, outside: Sequence[str]) -> dict[str, Any]:
+    """The settings that PEFT has too, under its names."""
+    fields = {peft_name: getattr(config, name) for name, peft_name in config.peft_names.items()}
+    if "alpha" in config.peft_names:
+        fields[config.peft_names["alpha"]] = _whole(_alpha(config))
+    if "feedforward_modules" in fields:
+        inner = {name: None for name in targets if matches(name, fields["feedforward_modules"])}
+        fields["feedforward_modules"] = names_for(inner, outside, _is_named)
+        if not set(fields["feedforward_modules"]) <= set(names_for(targets, outside, _is_named)):
+            fields["feedforward_modules"] = sorted(inner)
+    return fields
+
+
+def _alpha(config: AdapterConfig) -> float:
+    return config.alpha if config.alpha is not None else 2.0 * config.rank
+
+
+def _is_named(name: str, item: str) -> bool:
+    return matches(name, (item,))
 
 
 def names_for(wanted: Collection[str], module_names: Sequence[str], is_match: Callable[[str, str], bool]) -> list[str]:
@@ -160,6 +201,16 @@ def names_for(wanted: Collection[str], module_names: Sequence[str], is_match: Ca
         other for other in module_names if other not in all_wanted and any(is_match(other, item) for item in chosen)
     ]
     assert not excess, f"PEFT would also match {excess}"
+    return sorted(chosen)
+
+
+def names_for_parameters(wanted: Collection[str], fused: Sequence[str]) -> list[str]:
+    """The last two parts of the wanted names where no other parameter ends like that, else full names; sorted."""
+    chosen = set()
+    for name in wanted:
+        last = ".".join(name.split(".")[-2:])
+        unique = fused and all(other in wanted for other in fused if other.endswith(f".{last}"))
+        chosen.add(last if unique else name)
     return sorted(chosen)
 
 
@@ -187,18 +238,26 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
     problems += _wrong_kind(fields)
     if len(problems) > before:
         return None
-    problems += _unsupported(fields)
-    settings = {"rank": fields.get("r", 8), "alpha": fields.get("lora_alpha", 8)}
-    settings["dropout"] = fields.get("lora_dropout") or 0.0
     variant = _variant(fields)
     if variant is None:
         problems.append(f"lowrank has no variant with {_variant_said(fields)} together")
         return None
+    problems += _unsupported(fields, variant)
+    settings: dict[str, Any] = {}
+    if fields["peft_type"] in WITH_PATTERNS:  # PEFT's defaults
+        settings = {"rank": 8, "alpha": 8}
+    for name, peft_name in variant.peft_names.items():
+        if fields.get(peft_name) is not None:
+            settings[name] = fields[peft_name]
     try:
         variant(**settings)
     except ValidationError as error:
-        names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-        problems += [f"{names[str(each['loc'][0])]}: {each['msg']}, got {each['input']!r}" for each in error.errors()]
+        names = variant.peft_names
+        problems += [
+            f"{names.get(str(each['loc'][0]), each['loc'][0]) if each['loc'] else 'settings'}: {each['msg']}, "
+            f"got {each['input']!r}"
+            for each in error.errors()
+        ]
     patterns = []
     for key in ("rank_pattern", "alpha_pattern"):
         patterns.append(fields.get(key) or {})
@@ -214,6 +273,7 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
         alpha_pattern=patterns[1],
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         tied=bool(fields.get("ensure_weight_tying")),
+        target_parameters=tuple(fields.get("target_parameters") or ()),
         base_name=fields.get("base_model_name_or_path"),
         revision=fields.get("revision"),
     )
@@ -221,25 +281,23 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
 
 def _wrong_kind(fields: Mapping[str, Any]) -> list[str]:
     problems = []
-    if fields.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {fields.get('peft_type')!r}; lowrank reads LORA")
+    known = sorted({config.peft_type for config in _saved_by_peft()})
+    if fields.get("peft_type") not in known:
+        problems.append(f"peft_type is {fields.get('peft_type')!r}; lowrank reads {', '.join(known)}")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         problems.append(f"task_type is {fields['task_type']!r}; lowrank reads CAUSAL_LM")
     return problems
 
 
-def _unsupported(fields: Mapping[str, Any]) -> list[str]:
+def _unsupported(fields: Mapping[str, Any], variant: type[Any]) -> list[str]:
     """One line for every field that changes what the adapter computes in a way lowrank does not know."""
     problems = []
-    known = READ | SAID_BY_TENSORS | WITHOUT_MEANING | set(_variant_fields())
+    known = READ | SAID_BY_TENSORS | WITHOUT_MEANING | set(variant.peft_names.values())
+    if variant.peft_type == "LORA":
+        known |= set(_variant_fields())
     for name in sorted(set(fields) - known):
         value = fields[name]
-        if name == "target_parameters" and value:
-            problems.append(
-                f"target_parameters: adapters on fused expert weights ({', '.join(map(str, value))}) are not "
-                "supported; train one with target_modules instead"
-            )
-        elif value and (name, value) != ("bias", "none"):
+        if value and (name, value) != ("bias", "none"):
             problems.append(f"{name}: {value!r} is not supported; lowrank reads adapters that leave it out")
     start = fields.get("init_lora_weights", True)
     if not isinstance(start, (bool, str, type(None))) or start not in HARMLESS_STARTS:
@@ -250,9 +308,13 @@ def _unsupported(fields: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _saved_by_peft() -> list[type[Any]]:
+    return [config for config in VARIANTS.values() if getattr(config, "peft_fields", None) is not None]
+
+
 def _variant_fields() -> dict[str, Any]:
-    """Every field that tells variants apart, at PEFT's default, false."""
-    return {name: False for config in VARIANTS.values() for name in getattr(config, "peft_fields", None) or {}}
+    """Every field that tells variants of LoRA apart, at PEFT's default, false."""
+    return {name: False for config in _saved_by_peft() if config.peft_type == "LORA" for name in config.peft_fields}
 
 
 def _variant_said(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,10 +322,10 @@ def _variant_said(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variant(fields: Mapping[str, Any]) -> type[Any] | None:
-    said = _variant_said(fields)
-    for config in VARIANTS.values():
-        own = getattr(config, "peft_fields", None)
-        if own is not None and {**_variant_fields(), **own} == said:
+    for config in _saved_by_peft():
+        if config.peft_type != fields["peft_type"]:
+            continue
+        if config.peft_type != "LORA" or {**_variant_fields(), **config.peft_fields} == _variant_said(fields):
             return config
     return None
 

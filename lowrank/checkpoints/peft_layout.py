@@ -5,6 +5,11 @@ O out-features, V vocabulary.
 
     <module>.lora_A.weight (R, D)         <module>.lora_B.weight (O, R)          an adapted linear layer
     <module>.lora_embedding_A (R, V)      <module>.lora_embedding_B (D, R)       an adapted embedding
+    <module>.lora_magnitude_vector (O)                                           DoRA
+    <module>.vera_lambda_b (O)            <module>.vera_lambda_d (R)             VeRA; maybe vera_A, vera_B
+    <module>.ia3_l, hada_w1_a ..., lokr_w1 ..., oft_R.weight                     (IA)^3, LoHa, LoKr, OFT
+    <experts>.lora_A.weight (R E, D)      <experts>.lora_B.weight (O, R E)       fused experts: the last parameter
+    <experts>.base_layer.lora_A.weight ...                                       the one before it
     <module>.weight ...                                                          a copy (modules_to_save)
 """
 
@@ -12,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +35,15 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_LOW_RANK = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB])")
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd]|ia3_l"
+    r"|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_R\.weight)"
+)
+_OF_ADAPTERS = re.compile(r"(^|\.)(lora|vera|ia3|hada|lokr|oft)_")
+_BEGINNINGS = {"LORA": "lora_", "VERA": "vera_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_"}
+_MAGNITUDE = "lora_magnitude_vector"
+_SHARED = ("vera_A", "vera_B")
+"""What all layers of an adapter share; PEFT puts it beside the model, under `base_model.`."""
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -75,7 +88,7 @@ def save_adapter(
     with new_folder(folder) as partial:
         write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
         num_parameters = sum(map(torch.numel, adapter.tensors.values()))
-        trouble = peft_trouble(base, adapter.targets)
+        trouble = peft_trouble(base, adapter.targets, adapter.config.peft_type)
         card = model_card(adapter.config, len(adapter.targets), num_parameters, base.name, trouble)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
@@ -96,7 +109,9 @@ def write_adapter(
     fields = to_peft(adapter.config, adapter.targets, copies, base, task_type)
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    write_tensors(folder / TENSOR_FILE, {f"{PREFIX}{name}": value for name, value in adapter.tensors.items()}, dtype)
+    in_file = _names_in_file([name for name in adapter.targets if name in adapter.config.target_parameters], base)
+    tensors = {f"{PREFIX}{_renamed(name, in_file)}": value for name, value in adapter.tensors.items()}
+    write_tensors(folder / TENSOR_FILE, tensors, dtype)
 
 
 def load_adapter(folder: Path) -> AdapterOnDisk:
@@ -111,20 +126,25 @@ def load_adapter(folder: Path) -> AdapterOnDisk:
     if description is None:
         raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
         raise AssertionError("no description without problems")
+    shared = {key: stored.pop(f"base_model.{key}") for key in _SHARED if f"base_model.{key}" in stored}
     problems += [
         f"{name}: names in {TENSOR_FILE} begin with {PREFIX!r}" for name in stored if not name.startswith(PREFIX)
     ]
     tensors = {name.removeprefix(PREFIX): _widened(value) for name, value in stored.items()}
+    parameters = _parameters_in_file(tensors, description.target_parameters)
+    tensors = {_renamed(name, parameters): value for name, value in tensors.items()}
     parts, copied, rest = _sorted_out(tensors, description)
-    problems += [problem for module, own in parts.items() for problem in _misfits(module, own, description)]
-    problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if ".lora_" in f".{name}"]
+    fused = set(parameters.values())
+    for module, own in parts.items():
+        problems += _misfits(module, own, description, fused=module in fused)
+    problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if _OF_ADAPTERS.search(name)]
     if not parts and not copied:
         problems.append(f"{TENSOR_FILE} holds no tensor of an adapter")
     raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
     targets = {module: description.target(module) for module in parts}
     return AdapterOnDisk(
-        config=_config(description, targets, tuple(dict.fromkeys(copied.values()))),
-        tensors={name: value for name, value in tensors.items() if name not in rest},
+        config=_config(description, parts, targets, tuple(dict.fromkeys(copied.values())), tuple(sorted(fused))),
+        tensors={**{name: value for name, value in tensors.items() if name not in rest}, **shared},
         targets=targets,
         base_tensors={name.replace(".base_layer.", "."): tensors[name] for name in rest},
         base_name=description.base_name,
@@ -176,15 +196,52 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     raise ModelError(f"{folder}: no {TENSOR_FILE} in it")
 
 
+def _names_in_file(parameters: Sequence[str], base: BaseDescription) -> dict[str, str]:
+    """PEFT wraps a module of experts once for each adapted parameter, in the model's order, the first innermost."""
+    names, by_module = {}, {}
+    for name in sorted(parameters, key=lambda name: _place(name, base.expert_parameters)):
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    for module, own in by_module.items():
+        for depth, name in enumerate(reversed(own)):
+            names[name] = module + ".base_layer" * depth
+    return names
+
+
+def _parameters_in_file(tensors: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> dict[str, str]:
+    """The inverse: {module in the file: parameter}. Files do not say the order; it is the same in all models."""
+    found: dict[str, str] = {}
+    for item in wanted:
+        ending = item.rpartition(".")[0]
+        own = sorted(
+            {other for other in wanted if other.rpartition(".")[0] == ending}, key=lambda name: _place(name, ())
+        )
+        for name in tensors:
+            match = _PART.fullmatch(name)
+            module = match["module"] if match else ""
+            plain, depth = module.replace(".base_layer", ""), module.count(".base_layer")
+            if module and (plain == ending or plain.endswith(f".{ending}")) and depth < len(own):
+                found[module] = f"{plain}.{own[-1 - depth].rpartition('.')[2]}"
+    return found
+
+
+def _place(name: str, order: Sequence[str]) -> tuple[int, bool]:
+    return (order.index(name) if name in order else 0), name.endswith("down_proj")
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    match = _PART.fullmatch(name)
+    return f"{names[match['module']]}.{match['part']}" if match and match["module"] in names else name
+
+
 def _sorted_out(
     tensors: Mapping[str, torch.Tensor], description: Description
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], list[str]]:
-    """(low-rank parts by module, copied module by tensor name, names of all other tensors)."""
+    """(an adapter's parts by module, copied module by tensor name, names of all other tensors)."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     copied: dict[str, str] = {}
     rest: list[str] = []
     for name, tensor in tensors.items():
-        match = _LOW_RANK.fullmatch(name)
+        match = _PART.fullmatch(name)
         copy = _copied_module(name, description)
         if match is not None:
             parts.setdefault(match["module"], {})[match["part"]] = tensor
@@ -197,7 +254,7 @@ def _sorted_out(
 
 def _copied_module(name: str, description: Description) -> str | None:
     """The module a tensor of modules_to_save belongs to, by PEFT's rule: a module whose name ends with an entry."""
-    if ".base_layer." in name or ".lora_" in name:
+    if ".base_layer." in name or _OF_ADAPTERS.search(name):
         return None
     module = name.rpartition(".")[0]
     if description.tied and description.modules_to_save and name.endswith(".weight"):
@@ -209,30 +266,50 @@ def _copied_module(name: str, description: Description) -> str | None:
     return None
 
 
-def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Description) -> list[str]:
+def _misfits(module: str, own: Mapping[str, torch.Tensor], description: Description, *, fused: bool) -> list[str]:
     problems = []
     rank, _ = description.target(module)
+    kind, is_dora = description.variant.peft_type, "use_dora" in description.variant.peft_fields
+    for name in own:
+        if not name.startswith(_BEGINNINGS[kind]) or (name == _MAGNITUDE and not is_dora):
+            problems.append(f"{module}.{name}: no kind of tensor of a {kind} adapter with this {CONFIG_FILE}")
+    if is_dora and "lora_A.weight" in own and _MAGNITUDE not in own:
+        problems.append(f"{module}.{_MAGNITUDE}: missing, though use_dora is set")
     for name_A, name_B in _PAIRS:
         if name_A not in own and name_B not in own:
             continue
         problems += [f"{module}.{name}: missing" for name in (name_A, name_B) if name not in own]
         for name, axis in ((name_A, 0), (name_B, 1)):
-            if name in own and (own[name].ndim != 2 or own[name].shape[axis] != rank):
+            if name not in own:
+                continue
+            fits = own[name].ndim == 2 and (
+                own[name].shape[axis] % rank == 0 if fused else own[name].shape[axis] == rank
+            )
+            if not fits:
                 shape = tuple(own[name].shape)
                 expected = f"({rank}, ...)" if axis == 0 else f"(..., {rank})"
                 problems.append(f"{module}.{name}: shape {shape}, expected {expected} by {CONFIG_FILE}")
     return problems
 
 
-def _config(description: Description, targets: dict[str, tuple[int, float]], copies: tuple[str, ...]) -> AdapterConfig:
-    settings = description.settings
-    return description.variant(
-        **settings,
-        target_modules=tuple(targets),
-        rank_pattern=as_pattern({name: rank for name, (rank, _) in targets.items()}, settings["rank"]),
-        alpha_pattern=as_pattern({name: alpha for name, (_, alpha) in targets.items()}, float(settings["alpha"])),
-        modules_to_save=copies,
-    )
+def _config(
+    description: Description,
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    targets: dict[str, tuple[int, float]],
+    copies: tuple[str, ...],
+    parameters: tuple[str, ...],
+) -> AdapterConfig:
+    modules = tuple(name for name in targets if name not in parameters)
+    settings = {**description.settings, "target_modules": modules, "modules_to_save": copies}
+    settings |= {"target_parameters": parameters} if parameters else {}
+    if "feedforward_modules" in description.variant.model_fields:  # the tensors say it
+        settings["feedforward_modules"] = tuple(name for name, own in parts.items() if own["ia3_l"].shape[0] == 1)
+    rank, alpha = description.general
+    patterns = {
+        "rank_pattern": as_pattern({name: rank for name, (rank, _) in targets.items()}, rank),
+        "alpha_pattern": as_pattern({name: alpha for name, (_, alpha) in targets.items()}, float(alpha)),
+    }
+    return description.variant(**settings, **{name: pattern for name, pattern in patterns.items() if pattern})
 
 
 def _notes(description: Description, copies: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@
         <job>/optimizer.safetensors
         <job>/adapter_config.json, adapter_model.safetensors     an adapter, as PEFT reads it
         <job>/model.safetensors                                  or all parameters of a full-parameter job
+        <job>/value_head.safetensors                             of a job that has one
 
 A folder named `step-...` is complete: it got its name last. Older ones go once the new one is durable.
 """
@@ -25,6 +26,7 @@ from lowrank.checkpoints.atomic import new_folder, remove
 from lowrank.checkpoints.peft_config import BaseDescription
 from lowrank.checkpoints.peft_layout import CONFIG_FILE, AdapterOnDisk, load_adapter, write_adapter
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
+from lowrank.checkpoints.value_head import read_value_head, write_value_head
 from lowrank.errors import OutputError, raise_all
 
 SCHEMA = 1
@@ -47,6 +49,8 @@ class JobState:
     adapter: AdapterOnDisk | None = None
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of a full-parameter job, by name."""
+    value_D: torch.Tensor | None = None
+    """The value head of a reward model."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -125,14 +129,18 @@ def _write_job(folder: Path, job: JobState, base: BaseDescription) -> None:
         write_adapter(folder, job.adapter, base)
     else:
         write_tensors(folder / PARAMETER_FILE, job.parameters)
+    if job.value_D is not None:
+        write_value_head(folder, job.value_D)
 
 
 def _read_job(folder: Path, name: str) -> JobState:
     state = _read_json(folder / STATE_FILE)
     optimizer = read_tensors(folder / OPTIMIZER_FILE, OutputError)
+    value_D = read_value_head(folder)
     if (folder / CONFIG_FILE).exists():
-        return JobState(name, state, optimizer, load_adapter(folder))
-    return JobState(name, state, optimizer, parameters=read_tensors(folder / PARAMETER_FILE, OutputError))
+        return JobState(name, state, optimizer, load_adapter(folder), value_D=value_D)
+    parameters = read_tensors(folder / PARAMETER_FILE, OutputError)
+    return JobState(name, state, optimizer, parameters=parameters, value_D=value_D)
 
 
 def _read_top(path: Path) -> dict[str, Any]:

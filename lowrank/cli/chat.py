@@ -42,7 +42,7 @@ def chat(
             stream.reconfigure(errors="replace")
     from lowrank.cli.talk import Talk
     from lowrank.cli.warn import warn
-    from lowrank.generate.sampler import Config
+    from lowrank.generate.request import Config
     from lowrank.trained import open_trained
 
     config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)

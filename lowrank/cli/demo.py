@@ -63,7 +63,7 @@ def _ask(run: Path) -> list[Answered]:
     from lowrank.data.formats import messages
     from lowrank.data.sources import read_rows
     from lowrank.evaluate.exact_match import ask_all
-    from lowrank.generate.sampler import Config
+    from lowrank.generate.request import Config
     from lowrank.trained import open_trained
 
     trained = open_trained(str(run))

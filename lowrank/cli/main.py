@@ -20,11 +20,14 @@ from lowrank.errors import LowrankError
 
 COMMANDS = {
     "train": "Train the jobs of a configuration file.",
+    "plan": "Tell what a run will need and how long it will take, before loading the model.",
     "data": "Look through the data before training on it.",
     "show": "Print the configuration as it will be used.",
     "chat": "Talk to a base or to a trained adapter.",
     "quantize": "Write a quantised copy of a model, which loads faster and anywhere.",
     "doctor": "What this machine and each storage can do, found out by trying.",
+    "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
+    "export": "Take a trained model home: PEFT adapter, merged model, and other forms, each compared with it.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }
 """Each is `lowrank.cli.<name>:<name>`; one whose file is not there is not offered."""
@@ -35,7 +38,8 @@ EXIT_CODES = {
     2: "the command line or the configuration",
     3: "the data",
     4: "the base model or an adapter",
-    5: "the run folder",
+    5: "the run folder, or where an export goes",
+    6: "an exported model differs from what was trained",
     130: "interrupted with Ctrl-C; a training run has saved a checkpoint",
 }
 """What the program returns, and what each means."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank.errors import LowrankError
-from lowrank.generate.sampler import Config
+from lowrank.generate.request import Config
 from lowrank.records import Conversation, Message
 from lowrank.trained import BARE, Trained
 

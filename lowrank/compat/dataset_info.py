@@ -36,6 +36,9 @@ TEXT_COLUMNS: dict[str, dict[str, str]] = {
 }
 """Columns that mean something in each formatting, with LLaMA-Factory's defaults; "" is none. Others are set aside."""
 
+RECORDS = {"sft": "conversation", "pt": "text", "dpo": "pair", "rm": "pair", "kto": "rated"}
+"""What a row has to be for each stage."""
+
 MEDIA_COLUMNS = ("images", "videos", "audios")
 
 
@@ -95,8 +98,13 @@ def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
     media = [column for column in MEDIA_COLUMNS if columns.get(column)]
     if media:
         complaints.append(f"it has {', '.join(media)}, but only text is trained; choose another dataset")
-    if entry.get("ranking"):
+    pairs = RECORDS.get(stage) == "pair"
+    if entry.get("ranking") and not pairs:
         complaints.append(f"it holds preference pairs (ranking: true), which stage {stage} cannot use")
+    if not entry.get("ranking") and pairs:
+        complaints.append(f"stage {stage} needs preference pairs, and it is not marked ranking: true")
+    if RECORDS.get(stage) == "rated" and not columns.get("kto_tag"):
+        complaints.append("stage kto needs rated answers, and columns.kto_tag is not given")
     elsewhere = [key for key in ELSEWHERE if entry.get(key)]
     if not entry.get("hf_hub_url") and not entry.get("file_name"):
         place = ELSEWHERE[elsewhere[0]] if elsewhere else "nowhere"
@@ -112,7 +120,8 @@ def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
 
 def _source(entry: Mapping[str, Any], folder: Path, stage: str) -> dict[str, Any]:
     formatting = entry.get("formatting", "alpaca")
-    source: dict[str, Any] = {"format": "text" if stage == "pt" else FORMATS[formatting]}
+    by_record = {"text": "text", "pair": "preference", "rated": "rated"}
+    source: dict[str, Any] = {"format": by_record.get(RECORDS[stage]) or FORMATS[formatting]}
     if entry.get("hf_hub_url"):
         source["path"] = entry["hf_hub_url"]
         source.update({key: entry[key] for key in ("split", "subset") if entry.get(key)})
@@ -133,5 +142,17 @@ def _columns(columns: Mapping[str, str], formatting: str, stage: str) -> dict[st
         return {"text": columns["prompt"]}
     defaults = TEXT_COLUMNS[formatting]
     if not columns:
-        return {part: "" for part, default in defaults.items() if not default}
-    return {part: columns.get(part) or "" for part in defaults}
+        mapped = {part: "" for part, default in defaults.items() if not default}
+    else:
+        mapped = {part: columns.get(part) or "" for part in defaults}
+    return mapped | _of_answers(columns, formatting, stage)
+
+
+def _of_answers(columns: Mapping[str, str], formatting: str, stage: str) -> dict[str, str]:
+    """The parts of pairs and ratings. A prompt is played by the columns of its formatting, never by another's."""
+    if RECORDS[stage] not in ("pair", "rated"):
+        return {}
+    other = {"messages": ""} if formatting == "alpaca" else {"prompt": ""}
+    if RECORDS[stage] == "rated":
+        return other | {"kto_tag": columns["kto_tag"]}
+    return other | {part: columns.get(part) or part for part in ("chosen", "rejected")}

@@ -56,8 +56,10 @@ TEMPLATES = {
 }
 """Templates of theirs that a built-in one reproduces, by name; `deepseek` means another format there."""
 
-STAGES = {"sft": "sft", "pt": "pretrain"}
-LATER_STAGES = ("rm", "ppo", "dpo", "kto")
+STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward"}
+"""`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
+LATER_STAGES = ("ppo",)
+PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 REPORTERS = ("tensorboard", "wandb", "mlflow", "swanlab")
 
 
@@ -88,7 +90,7 @@ def convert(settings: Mapping[str, Any], *, folder: Path) -> Converted:
         "model": _model(keys),
         "data": _data(keys, train, evaluation, problems, warnings),
         "adapter": _adapter(keys),
-        "objective": {"type": STAGES.get(keys.stage, "sft")},
+        "objective": _objective(keys, warnings),
         "optimizer": _optimizer(keys, problems),
         "schedule": _schedule(keys, problems, warnings),
         **_run(keys, problems, warnings),
@@ -129,7 +131,9 @@ def _contradictions(keys: Keys) -> list[str]:
     if not keys.do_train:
         found.append("do_train: it is not set, so LLaMA-Factory would not train; set do_train: true")
     if keys.stage not in STAGES:
-        way = "sft and pt are" if keys.stage in LATER_STAGES else f"choose sft or pt{did_you_mean(keys.stage, STAGES)}"
+        all_stages = ", ".join(STAGES)
+        way = f"{all_stages} are" if keys.stage in LATER_STAGES else f"choose one of {all_stages}"
+        way += "" if keys.stage in LATER_STAGES else did_you_mean(keys.stage, STAGES)
         found.append(f"stage: {keys.stage!r} is not trained; {way}")
     if keys.finetuning_type not in ("lora", "full"):
         found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose lora or full")
@@ -148,6 +152,11 @@ def _contradictions(keys: Keys) -> list[str]:
         found.append("mask_history and train_on_prompt: set only one")
     if keys.stage == "pt" and (keys.mask_history or keys.train_on_prompt or keys.neat_packing):
         found.append("mask_history, train_on_prompt and neat_packing are only for stage: sft; remove them")
+    if keys.stage == "dpo" and keys.pref_loss not in PREFERENCE_LOSSES:
+        way = "use stage: kto" if keys.pref_loss == "kto_pair" else f"choose {', '.join(PREFERENCE_LOSSES)}"
+        found.append(f"pref_loss: {keys.pref_loss!r} is not supported; {way}")
+    if keys.stage == "dpo" and keys.dpo_label_smoothing and keys.pref_loss != "sigmoid":
+        found.append("dpo_label_smoothing: only for pref_loss: sigmoid; remove it")
     return found
 
 
@@ -158,7 +167,7 @@ def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[
         problems.append("dataset_dir: a remote dataset_info.json is not read; download it")
         return [], []
     if keys.dataset_dir == "ONLINE":
-        form = "text" if keys.stage == "pt" else "alpaca"
+        form = {"pt": "text", "dpo": "preference", "rm": "preference", "kto": "rated"}.get(keys.stage, "alpaca")
         train, evaluation = ([{"path": name, "format": form} for name in d] for d in (keys.dataset, keys.eval_dataset))
         return train, evaluation
     if keys.stage not in STAGES:
@@ -219,7 +228,7 @@ def _data(
     data |= {key: value for key, value in optional.items() if value}
     if keys.disable_shuffling:
         data["shuffle"] = False
-    if keys.stage == "sft":
+    if keys.stage != "pt":
         data |= _template(keys, warnings)
         if packing and not keys.neat_packing:
             warnings.append("packing: packed documents never see each other here; in LLaMA-Factory they do")
@@ -271,6 +280,26 @@ def _adapter(keys: Keys) -> dict[str, Any]:
         "path": keys.adapter_name_or_path[0] if keys.adapter_name_or_path else None,
     }
     return adapter | {key: value for key, value in optional.items() if value}
+
+
+def _objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
+    """The objective of the stage. What plays no part in it is left out; where it was set, that is said."""
+    name = STAGES.get(keys.stage, "sft")
+    if name == "dpo" and keys.pref_loss in ("orpo", "simpo"):
+        name = keys.pref_loss
+    shared = {"beta": keys.pref_beta, "pref_ftx": keys.pref_ftx}
+    used: dict[str, dict[str, Any]] = {
+        "dpo": shared | {"loss_type": keys.pref_loss, "label_smoothing": keys.dpo_label_smoothing},
+        "orpo": {"beta": keys.pref_beta},
+        "simpo": {"beta": keys.pref_beta, "gamma": keys.simpo_gamma},
+        "kto": shared | {"desirable_weight": keys.kto_chosen_weight, "undesirable_weight": keys.kto_rejected_weight},
+    }
+    objective = {"type": name} | used.get(name, {})
+    if keys.pref_ftx and "pref_ftx" not in objective:
+        warnings.append(f"pref_ftx has no effect with objective {name}")
+    if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):
+        objective["loss_type"] = "sigmoid"  # refused elsewhere; the rest is checked all the same
+    return objective
 
 
 def _optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:

@@ -31,7 +31,22 @@ class Keys(Settings):
     adapter_name_or_path: tuple[str, ...] = ()
     """`adapter.path`; one adapter, on which training goes on"""
     stage: str = "sft"
-    """`objective.type`: `sft`, or `pretrain` for `pt`; rm, ppo, dpo and kto are refused so far"""
+    """`objective.type`: `sft`, `pretrain` for `pt`, `dpo` (or what `pref_loss` names), `kto`, `reward` for `rm`; ppo is
+    refused so far"""
+    pref_loss: str = "sigmoid"
+    """`objective.loss_type`: sigmoid, hinge or ipo; `orpo` and `simpo` are `objective.type`"""
+    pref_beta: float = Field(default=0.1, gt=0)
+    """`objective.beta`"""
+    pref_ftx: float = Field(default=0.0, ge=0)
+    """`objective.pref_ftx`, of dpo and kto; a mean over tokens here, over answers there"""
+    dpo_label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """`objective.label_smoothing`"""
+    simpo_gamma: float = Field(default=0.5, ge=0)
+    """`objective.gamma`"""
+    kto_chosen_weight: float = Field(default=1.0, ge=0)
+    """`objective.desirable_weight`"""
+    kto_rejected_weight: float = Field(default=1.0, ge=0)
+    """`objective.undesirable_weight`"""
     do_train: bool = False
     """must be true"""
     finetuning_type: str = "lora"
@@ -331,10 +346,9 @@ NO_EFFECT: Sequence[Group] = (
     ),
     Group(
         _keys(
-            "pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight "
-            "simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ref_model "
-            "ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters "
-            "reward_model_quantization_bit reward_model_type ld_alpha"
+            "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards "
+            "ref_model_quantization_bit reward_model reward_model_adapters "
+            "reward_model_quantization_bit reward_model_type"
         ),
         "belongs to the stages rm, ppo, dpo and kto",
     ),
@@ -358,6 +372,13 @@ NO_EFFECT: Sequence[Group] = (
 )
 
 REFUSED: Sequence[Group] = (
+    Group(
+        _keys("ref_model ref_model_adapters"),
+        "the reference is the base itself, without any adapter; remove it",
+        None,
+    ),
+    Group(_keys("pref_bco_weight"), "there is no BCO term; remove it", 0.0),
+    Group(_keys("ld_alpha"), "long answers are not weighed down; remove it", None),
     Group(_keys("quantization_bit"), "remove it and set model.storage (nf4, int8) in the native form", None),
     Group(_keys("fp8"), "there is no FP8 training; remove it and set bf16", False),
     Group(_keys("use_dora"), "DoRA is not there yet; remove it to train plain LoRA", False),

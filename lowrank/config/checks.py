@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lowrank.objectives import needs
 from lowrank.settings import Settings
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 RESERVED_NAMES = ("checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png", "tensorboard")
 """Names in the run folder that are not jobs."""
+
+
+_NOT_OF_A_FOLDER = ("path", "dropout", "loraplus_lr_ratio", "loraplus_lr_embedding")
+"""Settings of an adapter that hold beside adapter.path."""
 
 
 def conflicts(config: RunConfig) -> list[str]:
@@ -83,10 +88,20 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "data.train: nothing to learn from; give a file, a folder or a hub name"
     if job.data.streaming and job.max_steps is None:
         yield "max_steps: needed with data.streaming, since the number of rows is not known beforehand"
+    if job.data.streaming and job.tuning == "full" and needs(job.objective.build(), "reference"):
+        yield (
+            f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: full "
+            "changes while the stream is read; leave streaming out, or set tuning: adapter"
+        )
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
     if job.early_stopping_patience is not None and config.eval_steps is None:
         yield "early_stopping_patience: eval_steps is null, so nothing is evaluated before the end; set eval_steps"
+    if job.tuning == "adapter" and job.adapter.needs_quantised and config.model.storage.type == "dense":
+        yield (
+            f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
+            "nothing; choose lora, or a storage of fewer bits"
+        )
     if job.tuning == "full" and job.adapter.path is not None:
         yield "adapter.path: with tuning: full there is no adapter to continue; set tuning: adapter"
 
@@ -119,7 +134,13 @@ def _unused_in_adapter(job: JobConfig) -> Iterator[str]:
     names = [name for name in type(adapter).model_fields if name != "type" and _is_set(adapter, name)]
     if job.tuning == "full" and names:
         yield f"adapter.{', adapter.'.join(names)} has no effect with tuning: full"
-    elif adapter.path is not None:
-        of_folder = [name for name in names if name not in ("path", "dropout")]
+        return
+    for name in adapter.unused:
+        if adapter.path is None and _is_set(adapter, name):
+            yield f"adapter.{name} has no effect with type: {adapter.type}"
+    if adapter.loraplus_lr_ratio is None and _is_set(adapter, "loraplus_lr_embedding"):
+        yield "adapter.loraplus_lr_embedding has no effect without adapter.loraplus_lr_ratio"
+    if adapter.path is not None:
+        of_folder = [name for name in names if name not in _NOT_OF_A_FOLDER]
         if of_folder:
             yield f"adapter.{', adapter.'.join(of_folder)} has no effect: the adapter in adapter.path decides"

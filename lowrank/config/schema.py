@@ -20,7 +20,7 @@ from lowrank.adapters.variants import AdapterConfig
 from lowrank.config.checks import conflicts
 from lowrank.config.jobs import complete_jobs, spell_out
 from lowrank.objectives import ObjectiveConfig
-from lowrank.settings import NonNegative, Positive, Settings
+from lowrank.settings import Auto, NonNegative, Positive, Settings
 from lowrank.train.optimizers import OptimizerConfig, ScheduleConfig
 
 Interval = Union[Positive, Annotated[float, Field(gt=0, lt=1)]]  # noqa: UP007 (read at run time on Python 3.10)
@@ -93,8 +93,11 @@ class RunConfig(JobSettings):
     """Optimiser steps between evaluations on the held-out rows, or a share of the job; null: only at the end."""
     logging_steps: Interval = 10
     """Optimiser steps between logged losses, or a share of the job."""
-    micro_batch_tokens: Positive = 4096
-    """Tokens of one forward pass over all jobs together. Smaller saves memory; the result stays the same."""
+    micro_batch_tokens: Auto | Positive = "auto"
+    """Tokens of one forward pass over all jobs together. Smaller saves memory; the result stays the same. auto: 4096,
+    or as many as fit into memory."""
+    ignore_memory_plan: bool = False
+    """Start even if the run needs more memory than is free; without, a run that surely does not fit is refused."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab"], ...] = ()
     """Where to send metrics besides `metrics.jsonl`."""
     resume: bool = False

@@ -128,7 +128,7 @@ def read_samples(
             if on_row:
                 on_row()
             try:
-                record = _record(row, dataset)
+                record = read_record(row, dataset)
                 key = tally.recognise(place, record)
             except RowProblem as problem:
                 tally.drop(place, str(problem))
@@ -147,7 +147,8 @@ def read_samples(
             tally.drop(place, rendering.problem or "nothing left", refused=rendering.refused)
 
 
-def _record(row: Row, dataset: Dataset) -> Record:
+def read_record(row: Row, dataset: Dataset) -> Record:
+    """The record of a row; RowProblem says why there is none."""
     if row.problem is not None:
         raise RowProblem(row.problem)
     try:

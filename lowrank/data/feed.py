@@ -18,7 +18,7 @@ from lowrank.errors import DataError
 from lowrank.records import Segment, number_the_step
 
 Sample = tuple[Segment, ...]
-"""What is never torn apart: a plain segment, or the two of a pair."""
+"""What is never torn apart: a plain segment, the two of a pair, or a rated one and its mismatched one."""
 
 _WINDOW = 4096
 """Samples of a stream that are shuffled and packed together."""
@@ -47,6 +47,11 @@ class Feed:
         return Feed(self._samples, self._config, self._seed)
 
     @property
+    def samples(self) -> Sequence[Sample]:
+        """The samples of every epoch, in the order of the data."""
+        return self._samples
+
+    @property
     def num_samples(self) -> int:
         """Samples of one epoch."""
         return len(self._samples)
@@ -68,6 +73,11 @@ class Feed:
         if self._step == len(self._steps):
             self._epoch, self._step = self._epoch + 1, 0
             self._steps = self._plan(self._epoch)
+        return _as_step([self._samples[index] for index in chosen])
+
+    def heaviest_step(self) -> list[Segment]:
+        """The segments of the step with the most tokens, of the running epoch; nothing is taken from the feed."""
+        chosen = max(self._steps, key=lambda step: sum(self._lengths[index] for index in step))
         return _as_step([self._samples[index] for index in chosen])
 
     def state(self) -> dict[str, Any]:
@@ -107,6 +117,11 @@ class StreamingFeed:
         self._waiting = self._first()
 
     @property
+    def samples(self) -> Sequence[Sample]:
+        """None are known beforehand."""
+        return ()
+
+    @property
     def num_samples(self) -> None:
         """Not known before the end."""
         return None
@@ -132,6 +147,10 @@ class StreamingFeed:
             following = self._first()
         self._waiting = following
         return step
+
+    def heaviest_step(self) -> list[Segment]:
+        """The segments of the next step: the only one that is known. Nothing is taken from the feed."""
+        return self._waiting
 
     def state(self) -> dict[str, Any]:
         """Plain JSON for `load_state`."""

@@ -140,12 +140,9 @@ def preference(row: Row, columns: Names, tags: Names) -> Preference:
     refuse_media(row, columns)
     tools = read_tools(optional("tools", row, columns))
     chosen, rejected = (_answer(required(part, row, columns), tags, part) for part in ("chosen", "rejected"))
-    if column_for("messages", row, columns) or column_for("prompt", row, columns):
-        before = _prompt_turns(row, columns, tags)
-    else:
-        before = chosen[:-1]
-        if before != rejected[:-1]:
-            raise RowProblem("two different prompts: the turns before the last differ between chosen and rejected")
+    before = _before(row, columns, tags, chosen)
+    if chosen[:-1] != rejected[:-1]:
+        raise RowProblem("two different prompts: the turns before the last differ between chosen and rejected")
     good, bad = (conversation([*before, answers[-1]]).messages[-1] for answers in (chosen, rejected))
     if good == bad:
         raise RowProblem("equal answers: chosen and rejected are the same, which teaches nothing")
@@ -201,6 +198,22 @@ def _prompt_turns(row: Row, columns: Names, tags: Names) -> list[Message]:
     if name is not None and isinstance(row[name], (list, tuple)):
         return [*_system(row, columns), *read_turns(row[name], tags, "prompt")]
     return _alpaca_prompt(row, columns)
+
+
+def _before(row: Row, columns: Names, tags: Names, chosen: Sequence[Message]) -> list[Message]:
+    """What leads to the answers: the prompt's turns and those before the last of `chosen`, or these alone if they are
+    a chat from its beginning (`prompt` is then only its first question again)."""
+    known = column_for("messages", row, columns) or column_for("prompt", row, columns)
+    led = list(chosen[:-1])
+    if led and led[0].role == "system":
+        return led
+    if led and led[0].role == "user":
+        return [*_system(row, columns), *led]
+    if not known:
+        raise RowProblem(
+            "missing prompt: there is no column for it, and chosen and rejected hold answers alone; map `columns`"
+        )
+    return [*_prompt_turns(row, columns, tags), *led]
 
 
 def _answer(value: Any, tags: Names, part: str) -> list[Message]:

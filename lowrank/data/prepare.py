@@ -11,6 +11,7 @@ from typing import Any
 from lowrank.data.config import Config
 from lowrank.data.dataset import AnyRenderer, Dataset, open_datasets, read_samples
 from lowrank.data.feed import Feed, Sample, StreamingFeed
+from lowrank.data.mismatched import with_mismatched
 from lowrank.data.mixing import Row, flat, hold_out, mix, put_together
 from lowrank.data.rendering import Renderer
 from lowrank.data.report import Report, build_report
@@ -51,13 +52,15 @@ def prepare(
     tokenizer: Any,
     record: type,
     seed: int,
+    mismatched: bool = False,
     source_root: Path | None = None,
     on_progress: Progress | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> Prepared:
     """Everything from files to segments. `record` is the kind of record the objective learns from.
 
-    `source_root`: where relative paths begin. `on_notice` hears at the end of a pass over a stream what was
+    `mismatched`: rated samples are followed by a segment of role MISMATCHED. `source_root`: where relative paths
+    begin. `on_notice` hears at the end of a pass over a stream what was
     lost in it, each thing once; everything else stands in the report. Raises DataError: data that cannot be
     read, does not suit the objective, or has no usable row; any loss with `strict`; a sample too long with
     `on_too_long: error`.
@@ -65,9 +68,12 @@ def prepare(
     _check_settings(config)
     job = _Job(config, Renderer(tokenizer, config), seed, open_datasets(config, record, seed, source_root))
     if config.streaming:
-        return _prepare_stream(job, on_notice)
+        return _prepare_stream(job, mismatched, on_notice)
     samples, held_out, report = job.read_all(_Counter(on_progress))
     refuse(report, strict=config.strict)
+    if mismatched:
+        samples = list(with_mismatched(samples, config.max_length))
+        held_out = _mismatched(held_out, config.max_length)
     return Prepared(Feed(samples, config, seed), held_out, report)
 
 
@@ -173,6 +179,11 @@ def _as_eval(parts: Iterable[Iterable[Row]]) -> list[Segment]:
     ]
 
 
+def _mismatched(held_out: Sequence[Segment], max_length: int) -> list[Segment]:
+    """Held-out rated segments, each followed by a mismatched one."""
+    return list(chain.from_iterable(with_mismatched(((segment,) for segment in held_out), max_length)))
+
+
 def refuse(report: Report, *, strict: bool) -> None:
     """Raise DataError for samples that must not be too long, datasets without a usable row, with `strict` any loss."""
     too_long = [loss for dataset in report.datasets if dataset.refused for loss in dataset.losses]
@@ -187,7 +198,7 @@ def refuse(report: Report, *, strict: bool) -> None:
     raise_all(DataError, "there are datasets without a single usable row", empty)
 
 
-def _prepare_stream(job: _Job, on_notice: Callable[[str], None] | None) -> Prepared:
+def _prepare_stream(job: _Job, mismatched: bool, on_notice: Callable[[str], None] | None) -> Prepared:
     """A feed that reads as it goes; the report is on the first rows of each dataset."""
     held_out, eval_tallies, watched = job.read_eval()
     tallies = [dataset.tally() for dataset in job.train]
@@ -202,12 +213,15 @@ def _prepare_stream(job: _Job, on_notice: Callable[[str], None] | None) -> Prepa
 
     def begin() -> Iterator[Sample]:
         tallies = [dataset.tally(learn_digests=False) for dataset in job.train]
-        yield from _pass(job, tallies, watched)
+        samples = _pass(job, tallies, watched)
+        yield from with_mismatched(samples, job.config.max_length) if mismatched else samples
         for notice in job.report(tallies, ()).notices:
             if on_notice and notice not in told:
                 told.add(notice)
                 on_notice(notice)
 
+    if mismatched:
+        held_out = _mismatched(held_out, job.config.max_length)
     return Prepared(StreamingFeed(begin, job.config, job.seed), held_out, report)
 
 

@@ -244,7 +244,7 @@ class Renderer:
         if isinstance(record, Text):
             parts = [self._framed(part) for part in parts]
         elif isinstance(record, Preference):
-            parts = [replace(part, pair=0, role=role) for part, role in zip(parts, (CHOSEN, REJECTED))]
+            parts = [replace(without_tail(part), pair=0, role=role) for part, role in zip(parts, (CHOSEN, REJECTED))]
         else:
             role = PLAIN if isinstance(record, Conversation) else (CHOSEN if record.desirable else REJECTED)
             parts = [replace(without_tail(part), role=role) for part in parts]
@@ -266,6 +266,9 @@ class Renderer:
         kept = [segment for segment, _ in cut if segment is not None]
         if not kept or (len(kept) < len(parts) and not splittable):  # a pair needs both its answers
             return Rendering((), f"{truncation.too_long(longest, limit)}, and its prompt alone fills that")
+        if len(kept) == 2 and kept[0].pair >= 0 and np.array_equal(kept[0].token_L, kept[1].token_L):
+            what = truncation.too_long(longest, limit)
+            return Rendering((), f"equal answers after cutting: {what}, and chosen and rejected differ only beyond")
         lost = sum(len(part) for part in parts) - sum(map(len, kept))
         return Rendering(tuple(kept), truncated_tokens=lost)
 

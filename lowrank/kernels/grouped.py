@@ -33,6 +33,8 @@ class LowRank(Protocol):
     def B_OR(self) -> torch.Tensor: ...
     @property
     def dropout(self) -> float: ...
+    @property
+    def excess_O(self) -> torch.Tensor | None: ...
 
 
 def prefers_grouped(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
@@ -46,7 +48,7 @@ def can_group(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
         x_TD.dtype == torch.bfloat16
         and x_TD.shape[1] % _MULTIPLE == 0
         and pieces[0].B_OR.shape[0] % _MULTIPLE == 0
-        and not any(piece.dropout for piece in pieces)
+        and not any(piece.dropout or piece.excess_O is not None for piece in pieces)
     )
 
 

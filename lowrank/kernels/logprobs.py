@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 _CHUNK_BYTES = 64 << 20
 _BLOCK_BYTES = 2 << 20
-"""Logits are made `_CHUNK_BYTES` at a time: a few hundred rows, beside which reading the weight costs nothing. On a CPU
-the softmax walks over them in pieces of `_BLOCK_BYTES` for each thread, which stay in the cache."""
+"""Logits are made `_CHUNK_BYTES` at a time: a few hundred rows, beside which reading the weight costs nothing. On a
+CPU the softmax walks over them in pieces of `_BLOCK_BYTES` for each thread, which stay in the cache."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 `register` adds one attention function under the name `lowrank_packed`. The boundaries travel as the
 keyword `packed` of the model's forward call; where a model does not pass keywords down to its attention,
-the function refuses, and the load-time leak test (leak.py) chooses another path.
+the function refuses, and the load-time leak test (leak.py) chooses another path. In the place of `Packed` may
+stand a `Step` of paged_attention.py: documents that go on where an earlier call left them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -28,6 +29,35 @@ NAME = "lowrank_packed"
 _MULTIPLE = 32
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(N, H, L, d), (N, G, L, d), (N, G, L, d) -> (N, H, L, d): causal attention of N documents of one length."""
+
+
+class Attending(Protocol):
+    """A stream that knows by itself what its tokens see (paged_attention.Step)."""
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax
+    ) -> torch.Tensor:
+        """(1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """How a layer weighs its scores.
+
+    `window` counts the query itself (transformers' meaning), `softcap` is Gemma 2's, `sinks` are gpt-oss's (one logit
+    per head that takes probability and gives no value).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """The fused kernels know all of it."""
+        return self.softcap is None and self.sinks is None
 
 
 class BoundariesMissing(RuntimeError):
@@ -62,37 +92,43 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed: Packed | None = None,
+    packed: Packed | Attending | None = None,
     s_aux: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document: (1, H, T, d) -> (1, T, H, d).
-
-    `sliding_window` counts the query itself (transformers' meaning), `softcap` is Gemma 2's, `s_aux` are
-    gpt-oss's attention sinks (one logit per head that takes probability and gives no value).
-    """
+    """What transformers calls: causal attention within each document, (1, H, T, d) -> (1, T, H, d)."""
     del attention_mask, unused
     if packed is None:
         raise BoundariesMissing(f"{type(module).__name__} got no document boundaries")
     assert dropout == 0.0, "the frozen base runs in evaluation mode"
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    how = Softmax(scale, sliding_window or None, softcap, s_aux)
+    if isinstance(packed, Packed):
+        return attend_documents(query, key, value, how, packed), None
+    return packed.attend(module, query, key, value, how), None
+
+
+def attend_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax, packed: Packed
+) -> torch.Tensor:
+    """Causal attention of whole documents: (1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    plain = softcap is None and s_aux is None and query.shape[-1] == value.shape[-1] <= 256
+    plain = how.plain and query.shape[-1] == value.shape[-1] <= 256
     if query.is_cuda and half and plain and varlen_attn is not None:
-        output = _varlen(query, key, value, scale, sliding_window, packed)
+        output = _varlen(query, key, value, how.scale, how.window, packed)
         if output is not None:
-            return output, None
-    if query.device.type == "cpu" and half and plain and (not sliding_window or sliding_window >= max(packed.lengths)):
+            return output
+    if query.device.type == "cpu" and half and plain and (how.window is None or how.window >= max(packed.lengths)):
         q_THd, k_TGd, v_TGd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return short_attention(q_THd, k_TGd, v_TGd, packed.lengths, scale)[None], None
+        return short_attention(q_THd, k_TGd, v_TGd, packed.lengths, how.scale)[None]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        window = sliding_window if sliding_window and sliding_window < q.shape[2] else None
-        if softcap is not None or s_aux is not None:
-            return _explicit(q, k, v, scale, window, softcap, s_aux)
-        return _sdpa(q, k, v, scale, window)
+        window = how.window if how.window and how.window < q.shape[2] else None
+        if not how.plain:
+            return attend_explicitly(q, k, v, how, visible(q.shape[2], window, q.device))
+        return _sdpa(q, k, v, how.scale, window)
 
-    return _by_length(query[0], key[0], value[0], packed.lengths, attend)[None], None
+    return _by_length(query[0], key[0], value[0], packed.lengths, attend)[None]
 
 
 def _by_length(
@@ -145,7 +181,7 @@ def _varlen(
     return output[None]
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+def visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
     """(L, L) boolean: which keys a query sees."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
     return (distance >= 0) & (distance < window) if window else distance >= 0
@@ -153,31 +189,28 @@ def _visible(length: int, window: int | None, device: torch.device) -> torch.Ten
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
-    mask = _visible(q.shape[2], window, q.device) if window else None
+    mask = visible(q.shape[2], window, q.device) if window else None
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
 
 
-def _explicit(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+def attend_explicitly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Softmax, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Softmax attention written out, for what the fused kernels do not know."""
+    """Softmax attention written out, for what the fused kernels do not know. `mask` is true where a query sees a key.
+
+    (N, H, L, d), (N, G, K, d), (N, G, K, d), (..., L, K) -> (N, H, L, d).
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
-    score = (q @ k.transpose(-1, -2)) * scale
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
-    score = score.masked_fill(~_visible(q.shape[2], window, q.device), float("-inf"))
+    score = (q @ k.transpose(-1, -2)) * how.scale
+    if how.softcap is not None:
+        score = how.softcap * torch.tanh(score / how.softcap)
+    score = score.masked_fill(~mask, float("-inf"))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if sinks is None:
+    if how.sinks is None:
         return torch.softmax(score, dim=-1, dtype=wide).to(q.dtype) @ v
-    sink = sinks.reshape(1, -1, 1, 1).expand(*score.shape[:3], 1).to(score.dtype)
+    sink = how.sinks.reshape(1, -1, 1, 1).expand(*score.shape[:3], 1).to(score.dtype)
     share = torch.softmax(torch.cat([score, sink], dim=-1), dim=-1, dtype=wide)[..., :-1]
     return share.to(q.dtype) @ v

@@ -21,6 +21,7 @@ from torch import nn
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.models import attention
+from lowrank.models.paged_attention import Step
 from lowrank.models.quiet import quiet_transformers
 from lowrank.records import Batch
 
@@ -97,7 +98,10 @@ class Base:
         """How `hidden` will lay out `batch`."""
         length_S = batch.start_S1.diff()
         if self.layout == "packed":
-            origin_T, length_T = (each.repeat_interleave(length_S, dim=0) for each in (batch.origin_S, length_S))
+            origin_T, length_T = (
+                each.repeat_interleave(length_S, dim=0, output_size=batch.num_tokens)
+                for each in (batch.origin_S, length_S)
+            )
             return Rows(batch.num_tokens, tuple(batch.slot_ranges()), batch.position_T + origin_T, length_T)
         longest = max(batch.lengths)
         place = torch.arange(longest, device=batch.token_T.device)
@@ -125,7 +129,7 @@ class Base:
             )[0]
         longest = max(batch.lengths)
         segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
-            batch.start_S1.diff(), dim=0
+            batch.start_S1.diff(), dim=0, output_size=batch.num_tokens
         )
         token_SL = batch.token_T.new_zeros(len(batch.lengths), longest)
         token_SL[segment_T, batch.position_T] = batch.token_T
@@ -139,6 +143,21 @@ class Base:
         if not self._takes_positions:
             options.pop("position_ids")
         return self.backbone(input_ids=token, use_cache=False, **options).last_hidden_state
+
+    def extend(self, token_T: torch.Tensor, step: Step) -> torch.Tensor:
+        """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`."""
+        return self._call(token_T[None], position_ids=step.position_T[None], packed=step)[0]
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens of the longest sequence its positions are made for; None where it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def steady_length(self) -> int | None:
+        """Up to this many tokens a sequence's rotary embedding does not depend on how long it is; None: at any."""
+        kind, limit = self._stretching
+        return limit if kind else None
 
     def padded_tokens(self, lengths: tuple[int, ...]) -> int:
         """What segments of these lengths cost in one forward pass, in tokens."""

@@ -27,9 +27,12 @@ class Config(Settings):
     attention: Literal["auto", "packed", "padded"] = "auto"
     """packed: one flat stream of documents. padded: one document per padded row, slower. auto: packed if a test at load
     time finds that no document sees another and nothing else changed, else padded, and it says so."""
-    recompute: Literal["none", "full"] | NonNegative = "none"
-    """Recompute decoder layers in the backward pass instead of keeping their activations: no layer, every layer, or
-    the first n. Saves memory, costs up to half again the time."""
+    recompute: Literal["auto", "none", "selective", "full", "sqrt", "offload"] | NonNegative = "auto"
+    """What decoder layers do with their activations until the backward pass. none: keep them. selective: keep the
+    attention's result, compute the rest again. full: compute every layer again from its input; a number n: the first n
+    layers. sqrt: keep only every sqrt(n)-th input, and compute layers up to twice again. offload: keep them in host
+    memory (GPU). auto: the first of none, n, selective, full, sqrt that fits into memory. The results are the same,
+    bit by bit."""
     lean: bool = True
     """Put norms and gated MLPs that keep less for the backward pass (a third less in all) in place of the model's own,
     wherever a test at load time finds that they compute the same bits."""

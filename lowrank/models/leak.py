@@ -24,12 +24,12 @@ _NARROW = 4
 
 def check_head(base: Base) -> None:
     """Our hidden states times our head must be the model's own logits."""
-    token_1T = _documents(base, 0)[1][None].to(base.device)
+    token_1T = random_documents(base, 0)[1][None].to(base.device)
     with torch.no_grad(), base.using_attention(base.own_attention):
         own_TV = base.model(input_ids=token_1T, use_cache=False).logits[0]
         ours_TV = base.head().logits(base._call(token_1T, position_ids=_places(token_1T))[0])
-    error = _distance(ours_TV, own_TV)
-    if error > _tolerance(base):
+    error = distance(ours_TV, own_TV)
+    if error > tolerance(base):
         raise ModelError(
             f"{base.name}: the model does something to its logits that lowrank does not know "
             f"(relative difference {error:.1e}). Please report the model's type, {base.model.config.model_type!r}."
@@ -63,13 +63,13 @@ def choose_layout(base: Base, wanted: str) -> str | None:
 
 def _what_leaks(base: Base) -> str | None:
     """None if all is well, else what happened, in words."""
-    first, other = _documents(base, 0), _documents(base, 1)
+    first, other = random_documents(base, 0), random_documents(base, 1)
     try:
-        with _narrow_windows(base.model):
-            with _one_token_at_a_time(base):
+        with narrow_windows(base.model):
+            with one_token_at_a_time(base):
                 together = _hidden(base, first)
                 moved = _hidden(base, [other[0], first[1], first[2]])
-            alone = [_hidden_alone(base, document) for document in first]
+            alone = [hidden_alone(base, document) for document in first]
     except BoundariesMissing:
         return "its attention does not receive the document boundaries"
     except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
@@ -77,15 +77,15 @@ def _what_leaks(base: Base) -> str | None:
     ends = torch.tensor(_LENGTHS).cumsum(0).tolist()
     # Same shapes, same rows: the kernels must give the same bits, so the smallest leak shows in every dtype.
     if not torch.equal(moved[ends[0] :], together[ends[0] :]):
-        return f"one document changes another (by {_distance(moved[ends[0] :], together[ends[0] :]):.1e})"
-    apart = max(_distance(together[b - len(t) : b], t) for b, t in zip(ends, alone))
-    if not apart <= _tolerance(base):
+        return f"one document changes another (by {distance(moved[ends[0] :], together[ends[0] :]):.1e})"
+    apart = max(distance(together[b - len(t) : b], t) for b, t in zip(ends, alone))
+    if not apart <= tolerance(base):
         return f"a document gives another result than alone (by {apart:.1e})"
     return None
 
 
 @contextlib.contextmanager
-def _narrow_windows(model: Any) -> Iterator[None]:
+def narrow_windows(model: Any) -> Iterator[None]:
     """Sliding windows and chunks of attention become 4 tokens wide, so that a dozen tokens show what thousands would.
 
     Some families build them into the mask alone, which the packed attention never sees.
@@ -107,7 +107,7 @@ def _narrow_windows(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_token_at_a_time(base: Base) -> Iterator[None]:
+def one_token_at_a_time(base: Base) -> Iterator[None]:
     """Experts see other shapes when another document is routed otherwise, hence other rounding; not in this mode."""
     config = base.model.config
     before = getattr(config, "_experts_implementation", None)
@@ -120,7 +120,8 @@ def _one_token_at_a_time(base: Base) -> Iterator[None]:
             config._experts_implementation = before
 
 
-def _documents(base: Base, seed: int) -> list[torch.Tensor]:
+def random_documents(base: Base, seed: int) -> list[torch.Tensor]:
+    """Three short ones, of 7, 12 and 5 tokens."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
     return [torch.randint(0, vocabulary, (length,), generator=generator) for length in _LENGTHS]
@@ -136,18 +137,19 @@ def _hidden(base: Base, documents: list[torch.Tensor]) -> torch.Tensor:
         return base.hidden(pack([(-1, segment) for segment in segments]).to(base.device)).double()
 
 
-def _hidden_alone(base: Base, document: torch.Tensor) -> torch.Tensor:
+def hidden_alone(base: Base, document: torch.Tensor) -> torch.Tensor:
+    """What the model makes of one document, with its own attention, (T, D)."""
     token_1T = document[None].to(base.device)
     with torch.no_grad(), base.using_attention(base.own_attention):
         return base._call(token_1T, position_ids=_places(token_1T))[0].double()
 
 
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Relative distance; NaN anywhere counts as far."""
     value = ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-12)).item()
     return value if value == value else float("inf")
 
 
-def _tolerance(base: Base) -> float:
+def tolerance(base: Base) -> float:
     """Rounding of a whole network in the base's dtype; some families compute parts in float32 whatever it is."""
     return {torch.float64: 1e-6, torch.float32: 1e-4}.get(base.dtype, 6e-2)

@@ -48,12 +48,16 @@ class LeanMLP(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act_fn))
 
 
-def make_lean(model: nn.Module) -> int:
-    """Replace what can be replaced, in place; how many modules were."""
+Same = Callable[[nn.Module, LeanNorm | LeanMLP], bool]
+
+
+def make_lean(model: nn.Module, same: Same | None = None) -> int:
+    """Replace what can be replaced, in place; how many modules were. `same` tells whether a replacement is one."""
+    same = same or same_bits
     candidates = [(name, replacement) for name, module in model.named_modules() for replacement in _candidates(module)]
     replaced = set()
     for name, replacement in candidates:
-        if name not in replaced and _same(model.get_submodule(name), replacement):
+        if name not in replaced and same(model.get_submodule(name), replacement):
             model.set_submodule(name, replacement.train(model.training))
             replaced.add(name)
     return len(replaced)
@@ -79,7 +83,7 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or hasattr(module, "dense_weight")
 
 
-def _same(module: nn.Module, replacement: LeanNorm | LeanMLP) -> bool:
+def same_bits(module: nn.Module, replacement: LeanNorm | LeanMLP) -> bool:
     """Equal bits forward, and an input gradient equal to rounding. Not tried on the meta device."""
     weight = next(module.parameters(), None)
     if weight is None:  # its linears are packed

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank.errors import LowrankError, ModelError, raise_all
 from lowrank.models.base import Base
@@ -18,6 +17,7 @@ from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
 from lowrank.models.prequantised import reader_for
 from lowrank.models.quiet import quiet_transformers
+from lowrank.models.recompute import set_recompute
 from lowrank.models.streaming import Packing, kept_dense, load_packed
 
 DENSE = "dense"
@@ -183,41 +183,6 @@ def _not_used(names: list[str]) -> str | None:
         return None
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"the checkpoint has tensors this model has no place for; they are not used ({len(names)}): {shown}"
-
-
-def set_recompute(model: Any, policy: str | int) -> None:
-    """Let the first n decoder layers (`full`: all) recompute their activations in the backward pass."""
-    if policy in ("none", 0):
-        return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError(f"model.recompute: {type(model).__name__} does not support it; leave it at none")
-    # transformers 5.2x renamed it; the base has no random numbers of its own, so there is no state to keep
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": False})
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = policy == "full" or index < int(policy)
-        if layer.gradient_checkpointing:
-            _recompute_when_training(layer)
-
-
-def _recompute_when_training(layer: Any) -> None:
-    """transformers asks `layer.training` whether to recompute, and then also drops caches and activates dropout.
-
-    So it is true from the moment the layer is called with gradients until the layer has asked, and at no other time.
-    """
-    checkpoint = layer._gradient_checkpointing_func
-
-    def run(function: Callable[..., Any], *args: Any) -> Any:
-        layer.training = False
-        return checkpoint(function, *args)
-
-    def ask(module: torch.nn.Module, args: Any) -> None:
-        del args
-        module.training = torch.is_grad_enabled()
-
-    layer._gradient_checkpointing_func = run
-    layer.register_forward_pre_hook(ask)
 
 
 def _cannot_load(what: str, config: Config, error: Exception) -> str:

@@ -9,7 +9,7 @@ changes. A third party's is `type: my_module:MyObjective`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -20,8 +20,24 @@ Metrics = dict[str, float | torch.Tensor]
 """Per-call contributions; the engine sums them over the micro-batches of a step."""
 
 
+Need = Literal["reference", "mismatched", "value"]
+"""What an objective may ask for, besides log-probabilities, in its attribute `needs`:
+
+reference    `scores.reference_T`: log-probabilities under the bare base, computed once before training
+mismatched   for each sample a segment of role MISMATCHED, its prompt with another sample's answer. The objective's
+             `observe(scores, batch) -> Totals` sees these without gradient before the step; what it gives is summed
+             over the step and added to `totals`
+value        `scores.value_S`: a trained vector of the job on the last hidden state; nothing meets the vocabulary then
+"""
+
+
+def needs(objective: Any, what: Need) -> bool:
+    """Whether `objective` asks for `what`."""
+    return what in getattr(objective, "needs", ())
+
+
 class Objective(Protocol):
-    """A job's loss."""
+    """A job's loss. May have an attribute `needs`, see `Need`."""
 
     record: type
     """The kind of record it learns from; checked against the data before any model loads."""

@@ -1,8 +1,9 @@
-"""The engine: four verbs over a bank of adapters. Everything that trains is a client of these.
+"""The engine: a few verbs over a bank of adapters. Everything that trains is a client of these.
 
     forward_backward(work)   gradients of one optimiser step of any number of jobs
     optim_step(slot)         clip, guard, update one job's parameters
-    evaluate(work)           losses, no gradients
+    evaluate(work)           losses and the objectives' metrics, no gradients
+    logprobs(slot, segments) what a slot thinks of given tokens
     (sampling is generate/, saving and loading are checkpoints/: both need only the base and the bank)
 
 Jobs share nothing that is trained, so the gradient of the sum of their losses is each job's own. What
@@ -15,20 +16,30 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
+from lowrank.errors import ModelError
+from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head, logprobs
+from lowrank.kernels.values import last_token_values
 from lowrank.models.base import Base
-from lowrank.objectives import Objective
-from lowrank.records import BARE_BASE, Batch, Scores, Segment, Totals, number_the_step, pack
+from lowrank.objectives import Metrics, Objective, needs
+from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
 from lowrank.train.masters import Masters
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
+from lowrank.train.out_of_memory import give_back_unused, in_plain_words, is_out_of_memory
 
+_Result = TypeVar("_Result")
 Work = Mapping[int, Sequence[Segment]]
 """The segments of each slot's optimiser step."""
+
+VALUE_HEAD = "value_head"
+"""The name of a job's value head among its parameters."""
 
 
 @dataclass
@@ -43,6 +54,8 @@ class TrainedJob:
     """Brings what computes up to date with `parameters`, after each update."""
     seed: int
     neftune_alpha: float = 0.0
+    value_D: torch.nn.Parameter | None = None
+    """The value head, for an objective that needs one; also among `parameters`."""
     step: int = 0
     """Optimiser steps taken, skipped ones included."""
     loss_is_finite: bool = True
@@ -74,6 +87,8 @@ class Engine:
         self.base = base
         self.bank = bank
         self.micro_batch_tokens = micro_batch_tokens
+        self.notify: Callable[[str], None] = print
+        """Hears what a person should know."""
         self.jobs: dict[int, TrainedJob] = {}
 
     def add(self, slot: int, objective: Objective, settings: OptimizerConfig, seed: int, neftune_alpha: float) -> None:
@@ -81,43 +96,61 @@ class Engine:
         if slot == BARE_BASE:
             own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
             masters = Masters(own)
-            parameters, refresh = masters.parameters, masters.refresh
+            parameters, refresh, factors = masters.parameters, masters.refresh, None
         else:
             parameters, refresh = self.bank.parameters(slot), partial(self.bank.refresh, slot)
+            factors = self.bank.learning_rate_factors(slot, settings.learning_rate)
         if neftune_alpha:
             self.bank.enable_noise()
-        optimizer = settings.build(parameters.values())
-        self.jobs[slot] = TrainedJob(objective, parameters, optimizer, settings, refresh, seed, neftune_alpha)
+        value_D = self._fresh_value_head(seed) if needs(objective, "value") else None
+        if value_D is not None:
+            parameters = {**parameters, VALUE_HEAD: value_D}
+            factors = factors and [*factors, 1.0]
+        optimizer = settings.build(parameters.values(), factors)
+        self.jobs[slot] = TrainedJob(objective, parameters, optimizer, settings, refresh, seed, neftune_alpha, value_D)
 
     def remove(self, slot: int) -> None:
         """Forget a job's optimiser; its adapter stays in the bank."""
         del self.jobs[slot]
 
+    @torch.no_grad()
+    def load_value_head(self, slot: int, value_D: torch.Tensor | None) -> None:
+        """Put a saved value head in the place of a job's fresh one. ModelError if it does not fit."""
+        own_D = self.jobs[slot].value_D
+        assert own_D is not None, f"the job in slot {slot} has no value head"
+        if value_D is None or value_D.shape != own_D.shape:
+            found = "none" if value_D is None else f"{len(value_D)} numbers"
+            raise ModelError(f"the value head has {len(own_D)} numbers, in the saved job there is {found}")
+        own_D.copy_(value_D)
+
     def forward_backward(self, work: Work) -> dict[int, Forwarded]:
         """Accumulate the gradients of one optimiser step of every job in `work`.
 
         All jobs go through the base together, in as few passes as `micro_batch_tokens` allows; how the
-        step is cut changes nothing but rounding.
+        step is cut changes nothing but rounding. Where memory runs out, it is cut smaller and done again, with the same
+        random draws.
         """
-        batches = [batch.to(self.base.device) for batch in self.cut(work)]
-        totals = {slot: self._count(slot, batches) for slot in work}
+        clean = all(p.grad is None for slot in work for p in self.jobs[slot].parameters.values())
+        return self._with_room(work, self._forward_backward, self._clear_gradients if clean else None)
+
+    def _forward_backward(self, work: Work) -> dict[int, Forwarded]:
+        batches = [batch.to(self.base.device) for batch in self.cut(_learned(work))]
+        totals = self._totals(work, batches)
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in work}
-        metrics: dict[int, dict[str, float]] = {slot: {} for slot in work}
+        metrics: dict[int, Metrics] = {slot: {} for slot in work}
         for batch in batches:
-            logprob_T = self._logprobs(batch, train=True)
             shares = []
-            for slot, part, scores in _by_slot(batch, logprob_T):
+            for slot, part, scores in self._score(batch, train=True):
                 share, extra = self.jobs[slot].objective.loss(scores, part, totals[slot])
                 shares.append(share)
                 losses[slot].append(share.detach())
-                for name, value in extra.items():
-                    metrics[slot][name] = metrics[slot].get(name, 0.0) + float(value)
+                _add(metrics[slot], extra)
             torch.stack(shares).sum().backward()
         forwarded = {}
         for slot in work:
             loss = float(torch.stack(losses[slot]).sum())
             self.jobs[slot].loss_is_finite &= math.isfinite(loss)
-            forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], metrics[slot])
+            forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], _floats(metrics[slot]))
         return forwarded
 
     def optim_step(self, slot: int, learning_rate: float) -> Updated:
@@ -134,8 +167,7 @@ class Engine:
             limit = job.settings.max_grad_norm
             if limit is not None and norm > limit:
                 torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
-            for group in job.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(job.optimizer, learning_rate)
             job.optimizer.step()
             job.refresh()
         job.optimizer.zero_grad(set_to_none=True)
@@ -143,16 +175,63 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, work: Work) -> dict[int, Forwarded]:
-        """Losses of held-out segments, of any number of jobs in one pass, without dropout or noise."""
+        """Losses and metrics of held-out segments, of any number of jobs in one pass, without dropout or noise."""
+        return self._with_room(work, self._evaluate, lambda _: None)
+
+    def _with_room(self, work: Work, run: Callable[[Work], _Result], undo: Callable[[Work], None] | None) -> _Result:
+        """`run(work)`; where memory runs out, `undo` and again with forward passes of half the size."""
+        while True:
+            with in_plain_words("computing a forward pass that cannot be cut smaller"):
+                try:
+                    return run(work)
+                except Exception as error:
+                    batches = self.cut(work)
+                    smallest = len(batches) == sum(len(_units(segments)) for segments in work.values())
+                    if undo is None or smallest or not is_out_of_memory(error):
+                        raise
+            # only here the error is gone, and with it the frames that hold the tensors of the attempt
+            undo(work)
+            give_back_unused()
+            largest = max(self.base.padded_tokens(batch.lengths) for batch in batches)
+            self.micro_batch_tokens = max(1, min(largest, self.micro_batch_tokens) // 2)
+            self.notify(
+                f"out of memory in a forward pass of {largest} tokens: it is done again, and the run goes on, with "
+                f"micro_batch_tokens: {self.micro_batch_tokens}; the results are the same"
+            )
+
+    def _clear_gradients(self, work: Work) -> None:
+        for slot in work:
+            self.jobs[slot].optimizer.zero_grad(set_to_none=True)
+
+    def _evaluate(self, work: Work) -> dict[int, Forwarded]:
         numbered = {slot: number_the_step(segments) for slot, segments in work.items()}
-        batches = self.cut(numbered)
-        totals = {slot: self._count(slot, batches) for slot in work}
+        batches = self.cut(_learned(numbered))
+        totals = self._totals(numbered, batches)
         losses = dict.fromkeys(work, 0.0)
+        metrics: dict[int, Metrics] = {slot: {} for slot in work}
         for batch in batches:
+            for slot, part, scores in self._score(batch.to(self.base.device), train=False):
+                share, extra = self.jobs[slot].objective.loss(scores, part, totals[slot])
+                losses[slot] += float(share)
+                _add(metrics[slot], extra)
+        return {
+            slot: Forwarded(losses[slot], sum(map(len, work[slot])), totals[slot], _floats(metrics[slot]))
+            for slot in work
+        }
+
+    @torch.no_grad()
+    def logprobs(self, slot: int, segments: Sequence[Segment]) -> list[np.ndarray]:
+        """log p of each segment's tokens as a slot sees them (-1: the bare base), without dropout or noise.
+
+        (L) float32 each, 0 where the token carries no weight.
+        """
+        found: list[np.ndarray] = []
+        for batch in self.cut({slot: segments}):
             batch = batch.to(self.base.device)
-            for slot, part, scores in _by_slot(batch, self._logprobs(batch, train=False)):
-                losses[slot] += float(self.jobs[slot].objective.loss(scores, part, totals[slot])[0])
-        return {slot: Forwarded(losses[slot], sum(map(len, work[slot])), totals[slot]) for slot in work}
+            logprob_T = self._logprobs(batch, self._hidden(batch, train=False), batch.weight_T != 0).float().cpu()
+            for piece_L in logprob_T.split(batch.lengths):
+                found.append(piece_L.roll(1).numpy())  # the last prediction of a segment is of nothing, and 0
+        return found
 
     def cut(self, work: Work) -> list[Batch]:
         """Micro-batches of at most `micro_batch_tokens` tokens; pairs stay together, order within a slot is kept."""
@@ -166,29 +245,61 @@ class Engine:
                 batches[-1] += [(slot, segment) for segment in unit]
         return [pack(entries) for entries in batches if entries]
 
-    def _count(self, slot: int, batches: Sequence[Batch]) -> Totals:
-        totals: Totals = {}
+    def _totals(self, work: Work, batches: Sequence[Batch]) -> dict[int, Totals]:
+        """What the losses of a step divide by: counted, and for objectives that ask for it, observed."""
+        totals: dict[int, Totals] = {slot: {} for slot in work}
         for batch in batches:
-            if slot in batch.slots:
-                for name, value in self.jobs[slot].objective.count(batch.of_slot(slot)).items():
-                    totals[name] = totals.get(name, 0.0) + value
+            for slot, _, _ in batch.slot_ranges():
+                _sum_up(totals[slot], self.jobs[slot].objective.count(batch.of_slot(slot)))
+        observed = {slot: [each for each in work[slot] if each.role == MISMATCHED] for slot in work}
+        with torch.no_grad():
+            for batch in self.cut(observed):
+                for slot, part, scores in self._score(batch.to(self.base.device), train=False):
+                    observe = getattr(self.jobs[slot].objective, "observe")  # noqa: B009 (only some have it)
+                    _sum_up(totals[slot], observe(scores, part))
         return totals
 
-    def _logprobs(self, batch: Batch, train: bool) -> torch.Tensor:
-        """log p of every target that counts, (T), 0 elsewhere; only those rows ever meet the vocabulary."""
+    def _score(self, batch: Batch, train: bool) -> list[tuple[int, Batch, Scores]]:
+        """Each job's part of the batch, and what the models say about it."""
+        hidden_TD = self._hidden(batch, train)
+        heads = {slot: self.jobs[slot].value_D for slot in set(batch.slots)}
+        wanted_T = batch.weight_T != 0
+        for slot, first, end in batch.slot_ranges():
+            if heads[slot] is not None:
+                wanted_T[first:end] = False
+        logprob_T = self._logprobs(batch, hidden_TD, wanted_T)
+        scored = []
+        for slot, first, end in batch.slot_ranges():
+            part, value_D = batch.of_slot(slot), heads[slot]
+            value_S = None if value_D is None else last_token_values(hidden_TD[first:end], part.start_S1, value_D)
+            scored.append((slot, part, Scores(logprob_T[first:end], part.reference_T, value_S)))
+        return scored
+
+    def _hidden(self, batch: Batch, train: bool) -> torch.Tensor:
+        """The last hidden states, (T, D), each segment through its own slot."""
         rows = self.base.rows(batch)
         draws = (
             {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self.jobs.items()} if train else None
         )
         self.bank.routing.set(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws)
-        hidden_TD = self.base.hidden(batch)
+        return self.base.hidden(batch)
+
+    def _logprobs(self, batch: Batch, hidden_TD: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
+        """log p of every target that is wanted, (T), 0 elsewhere; only those rows ever meet the vocabulary."""
         pieces = []
         for head, first, end in self._heads(batch):
-            index_K = batch.weight_T[first:end].nonzero()[:, 0] + first
+            index_K = wanted_T[first:end].nonzero()[:, 0] + first
             pieces.append((index_K, logprobs(hidden_TD[index_K], batch.target_T[index_K], head)))
         index_K = torch.cat([index for index, _ in pieces])
         logprob_K = torch.cat([logprob for _, logprob in pieces])
         return logprob_K.new_zeros(batch.num_tokens).index_put((index_K,), logprob_K)
+
+    def _fresh_value_head(self, seed: int) -> torch.nn.Parameter:
+        """(D) float32 or wider, drawn as transformers draws the head of a sequence classifier."""
+        std = getattr(self.base.model.config.get_text_config(), "initializer_range", None) or 0.02
+        generator = torch.Generator().manual_seed(key_of(seed, VALUE_HEAD))
+        value_D = std * torch.randn(self.base.hidden_size, generator=generator)
+        return torch.nn.Parameter(value_D.to(self.base.device, torch.promote_types(self.base.dtype, torch.float32)))
 
     def _heads(self, batch: Batch) -> list[tuple[Head, int, int]]:
         """(head, first token, end token): one entry for all neighbours that share the base's own head."""
@@ -204,10 +315,24 @@ class Engine:
         return heads
 
 
-def _by_slot(batch: Batch, logprob_T: torch.Tensor) -> list[tuple[int, Batch, Scores]]:
-    return [
-        (slot, batch.of_slot(slot), Scores(logprob_T=logprob_T[first:end])) for slot, first, end in batch.slot_ranges()
-    ]
+def _learned(work: Work) -> dict[int, list[Segment]]:
+    """What the losses are of: everything that is not only observed."""
+    return {slot: [segment for segment in segments if segment.role != MISMATCHED] for slot, segments in work.items()}
+
+
+def _add(metrics: Metrics, extra: Metrics) -> None:
+    """Shares of one micro-batch, added where they are: nothing waits for the device."""
+    for name, value in extra.items():
+        metrics[name] = metrics[name] + value if name in metrics else value
+
+
+def _floats(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _sum_up(totals: Totals, more: Totals) -> None:
+    for name, value in more.items():
+        totals[name] = totals.get(name, 0.0) + value
 
 
 def _units(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -19,6 +19,7 @@ from lowrank.train.events import (
     Event,
     JobFinished,
     Notice,
+    Preparing,
     RunFinished,
     RunStarted,
     StepDone,
@@ -42,6 +43,8 @@ def as_line(event: Event, *, step: int, time: float) -> dict[str, Any]:
         line = {"event": "job_finished", **vars(event)}
     elif isinstance(event, Notice):
         line = {"event": "notice", "job": event.job, "step": step, "level": event.level, "text": event.text}
+    elif isinstance(event, Preparing):
+        line = {"event": "preparing", "step": step, **vars(event)}
     else:
         assert isinstance(event, RunFinished)
         line = {"event": "run_finished", "step": step, "interrupted": event.interrupted}

@@ -74,6 +74,8 @@ class EvalDone:
     tokens: float
     best: bool
     """The lowest so far; its adapter was kept."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the objective adds."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,16 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Preparing:
+    """Something long before the first step, so far. Said now and then, and not kept."""
+
+    text: str
+    done: int
+    total: int
+    seconds_left: float
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """The last event. `summary` is what stands in summary.json."""
 
@@ -111,7 +123,7 @@ class RunFinished:
 
 
 Event = Union[  # noqa: UP007 (read at run time on Python 3.10)
-    RunStarted, StepDone, EvalDone, CheckpointSaved, JobFinished, Notice, RunFinished
+    RunStarted, StepDone, EvalDone, CheckpointSaved, JobFinished, Notice, Preparing, RunFinished
 ]
 
 

@@ -15,10 +15,11 @@ from lowrank.checkpoints.peft_config import describe_base, peft_trouble
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.checkpoints.run_folder import CHECKPOINTS
 from lowrank.checkpoints.run_state import Checkpoint, JobState, save_checkpoint
+from lowrank.checkpoints.value_head import write_value_head
 from lowrank.errors import OutputError, raise_all
 from lowrank.models.loading import locate
 from lowrank.records import BARE_BASE
-from lowrank.train.engine import Engine
+from lowrank.train.engine import VALUE_HEAD, Engine
 from lowrank.train.job import Job, Progress
 
 
@@ -38,17 +39,24 @@ class DiskKeeper:
 
     def troubles(self, jobs: Sequence[Job]) -> list[str]:
         """What people should know about loading these adapters with PEFT."""
-        found = [peft_trouble(self.base, self.engine.bank.slots[job.slot].ranks) for job in jobs if job.slot >= 0]
+        slots = [self.engine.bank.slots[job.slot] for job in jobs if job.slot >= 0]
+        found = [peft_trouble(self.base, slot.ranks, slot.config.peft_type) for slot in slots]
         return sorted({trouble for trouble in found if trouble})
 
     def keep(self, job: Job, which: str) -> Path:
         """Write a job's adapter (a full-parameter job: the whole model) as `<job>/<which>`."""
         path = self.folder / job.name / which
-        tokenizer = self.engine.base.tokenizer
+        value_D = self.engine.jobs[job.slot].value_D
+
+        def also(partial: Path) -> None:
+            self.engine.base.tokenizer.save_pretrained(partial)
+            if value_D is not None:
+                write_value_head(partial, value_D.detach())
+
         if job.slot == BARE_BASE:
-            save_full(path, self.engine.base.model, tokenizer)
+            save_full(path, self.engine.base.model, also)
         else:
-            save_adapter(path, self._adapter(job), self.base, also=tokenizer.save_pretrained)
+            save_adapter(path, self._adapter(job), self.base, also=also)
         return path
 
     def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
@@ -74,33 +82,38 @@ class DiskKeeper:
         return checkpoint.step
 
     def _adapter(self, job: Job) -> AdapterOnDisk:
-        slot = self.engine.bank.slots[job.slot]
-        tensors = {name: parameter.detach() for name, parameter in slot.parameters.items()}
-        config = slot.config.model_copy(update={"modules_to_save": slot.copies})  # by their full names
-        return AdapterOnDisk(config, tensors, slot.ranks)
+        saved = self.engine.bank.saved(job.slot)
+        return AdapterOnDisk(saved.config, saved.tensors, saved.ranks)
 
     def _state(self, job: Job) -> JobState:
         trained = self.engine.jobs[job.slot]
         optimizer = flatten_optimizer(trained.optimizer, trained.parameters)
         state = {"progress": dataclasses.asdict(job.progress), "feed": job.feed.state()}
+        value_D = None if trained.value_D is None else trained.value_D.detach()
         if job.slot == BARE_BASE:
-            parameters = {name: parameter.detach() for name, parameter in trained.parameters.items()}
-            return JobState(job.name, state, optimizer, parameters=parameters)
-        return JobState(job.name, state, optimizer, adapter=self._adapter(job))
+            parameters = {name: parameter.detach() for name, parameter in _of_base(trained.parameters).items()}
+            return JobState(job.name, state, optimizer, parameters=parameters, value_D=value_D)
+        return JobState(job.name, state, optimizer, adapter=self._adapter(job), value_D=value_D)
 
     def _restore(self, job: Job, saved: JobState) -> None:
         trained = self.engine.jobs[job.slot]
         if job.slot == BARE_BASE:
-            _copy_into(trained.parameters, saved.parameters)
+            _copy_into(_of_base(trained.parameters), saved.parameters)
             trained.refresh()
         else:
             self.engine.bank.load(job.slot, saved.tensors)
+        if trained.value_D is not None:
+            self.engine.load_value_head(job.slot, saved.value_D)
         restore_optimizer(trained.optimizer, trained.parameters, saved.optimizer)
         job.progress = Progress(**saved.state["progress"])
         trained.step = job.progress.step
         job.feed.load_state(saved.state["feed"])
         if job.progress.finished == "done" and job.progress.step < job.num_steps:
             job.progress.finished = None  # more steps were asked for since
+
+
+def _of_base(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in parameters.items() if name != VALUE_HEAD}
 
 
 @torch.no_grad()

@@ -131,7 +131,8 @@ class Loop:
             best = job.count_evaluation(result.loss)
             if best:
                 self.keeper.keep(job, "best")
-            self._tell(EvalDone(job.name, job.progress.step, result.loss, result.totals.get("tokens", 0.0), best=best))
+            tokens = result.totals.get("tokens", 0.0)
+            self._tell(EvalDone(job.name, job.progress.step, result.loss, tokens, best, result.metrics))
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -31,9 +31,11 @@ class OptimizerConfig(Settings):
     """A step whose loss or gradient is not finite is skipped; after this many in a row the job stops, the others go
     on."""
 
-    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser over one job's parameters."""
-        parameters = list(parameters)
+    def build(
+        self, parameters: Iterable[torch.nn.Parameter], factors: Sequence[float] | None = None
+    ) -> torch.optim.Optimizer:
+        """The optimiser over one job's parameters. `factors`: what each one's learning rate is multiplied by."""
+        parameters = _in_groups(list(parameters), factors)
         if self.type == "sgd":
             return torch.optim.SGD(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         return torch.optim.AdamW(
@@ -44,6 +46,22 @@ class OptimizerConfig(Settings):
             weight_decay=self.weight_decay,
             fused=True,
         )
+
+
+def _in_groups(parameters: Sequence[torch.nn.Parameter], factors: Sequence[float] | None) -> list[Any]:
+    """One group for each factor, kept in it as `lr_factor`; plain parameters where all learn equally fast."""
+    if factors is None or set(factors) <= {1.0}:
+        return list(parameters)
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for parameter, factor in zip(parameters, factors):
+        groups.setdefault(factor, []).append(parameter)
+    return [{"params": own, "lr_factor": factor} for factor, own in groups.items()]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of the next step; groups that learn faster or slower keep their factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
 
 
 class ScheduleConfig(Settings):

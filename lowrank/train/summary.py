@@ -38,6 +38,8 @@ class _Job:
     evals: list[list[float]] = field(default_factory=list)
     """`[step, loss]` of each finite evaluation."""
     best: list[float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the objective added to the last evaluation, where it is finite."""
     finished: str | None = None
     curve: dict[str, Any] = field(default_factory=lambda: Curve().state())
 
@@ -49,7 +51,9 @@ class SummaryBuilder:
     curves and peaks continue from there, as if the run had never stopped.
     """
 
-    def __init__(self, output_dir: Path, previous: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, output_dir: Path, previous: dict[str, Any] | None = None, plan: dict[str, Any] | None = None
+    ) -> None:
         previous = previous or {}
         self.output_dir = output_dir
         self._run: RunStarted | None = None
@@ -59,6 +63,8 @@ class SummaryBuilder:
         self._train_seconds: float = previous.get("train_seconds", 0.0)
         self._peaks: dict[str, int] = dict(previous.get("peaks", {}))
         self._round: set[str] = set()
+        self._plan = plan
+        """The memory plan's parts and `peak`, in bytes; None if there is none."""
 
     def report(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -67,6 +73,7 @@ class SummaryBuilder:
             self._step(event)
         elif isinstance(event, EvalDone):
             job = self._jobs[event.job]
+            job.metrics = {name: value for name, value in event.metrics.items() if math.isfinite(value)}
             if math.isfinite(event.loss):
                 job.evals.append([event.step, event.loss])
             if event.best:
@@ -136,12 +143,22 @@ class SummaryBuilder:
             "tokens_per_second": _rate(self._train_tokens, self._train_seconds),
             "peak_memory_bytes": peaks["host"],
             "peak_device_memory_bytes": peaks.get("device"),
+            "predicted_peak_memory_bytes": self._plan and self._plan["peak"],
+            "prediction_error": self._prediction_error(peaks),
+            "memory_plan": self._plan,
             "device": self._run.device,
             "dtype": self._run.dtype,
             "jobs": jobs,
             "paths": {"metrics": METRICS, "plot": PLOT},
             "versions": versions(),
         }
+
+    def _prediction_error(self, peaks: dict[str, int]) -> float | None:
+        """(predicted - measured) / measured, of the memory the plan is about: the device's if there is one."""
+        if self._plan is None:
+            return None
+        measured = peaks.get("device", peaks["host"])
+        return round(self._plan["peak"] / measured - 1.0, 4) if measured else None
 
     def _of_job(self, started: JobStarted) -> dict[str, Any]:
         job = self._jobs[started.name]
@@ -162,6 +179,7 @@ class SummaryBuilder:
             "last_loss": job.last_loss,
             "best_eval": None if job.best is None else {"step": int(job.best[0]), "loss": job.best[1]},
             "last_eval": None if not job.evals else {"step": int(job.evals[-1][0]), "loss": job.evals[-1][1]},
+            "eval_metrics": job.metrics,
             "verdict": asdict(judged),
             "paths": {"best": f"{started.name}/best", "last": f"{started.name}/last"},
         }

@@ -231,8 +231,9 @@ def test_load_refreshes_the_working_copies() -> None:
     slot = bank.add(Lora(rank=2, target_modules=("q_proj",)), seed=0)
     bank.load(slot, {name: torch.full_like(value, 0.3) for name, value in bank.parameters(slot).items()})
     for layer in bank.slots[slot].layers.values():
-        for working in layer.working.values():
-            assert torch.equal(working, torch.full_like(working, 0.3))
+        for copied in layer.copies or ():
+            assert copied.dtype == torch.bfloat16
+            assert torch.equal(copied, torch.full_like(copied, 0.3))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_what_cannot_be_attached(settings: dict[str, Any], message: str) -> None
 
 def test_variants_that_are_no_low_rank_update_stay_off_heads_and_embeddings() -> None:
     config = GainConfig(target_modules=("q_proj", "lm_head", "embed_tokens"))
-    with pytest.raises(ModelError, match=r"no low-rank update: leave lm_head, model\.embed_tokens out"):
+    with pytest.raises(ModelError, match=r"neither heads nor embeddings: leave lm_head, model\.embed_tokens out"):
         Bank(make_base("llama"), Dense()).add(config, seed=0)
 
 

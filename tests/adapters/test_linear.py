@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ def make_layer(dropout: float, bias: bool = True) -> RoutedLinear:
             "lora_A": nn.Parameter(torch.randn(rank, 5, dtype=torch.float64)),
             "lora_B": nn.Parameter(torch.randn(7, rank, dtype=torch.float64)),
         }
-        layer.adapters[slot] = LayerAdapter(Lora(), 0.5 + slot, masters, masters, dropout)
+        layer.adapters[slot] = LayerAdapter(Lora(), 0.5 + slot, masters, None, dropout)
     draws = {slot: Draws(seed=slot, step=3) for slot, _, _ in RANGES}
     routing.set(14, RANGES, torch.arange(14), torch.full((14,), 14), draws)
     return layer
@@ -98,3 +100,19 @@ def test_grouped_equals_the_loop() -> None:
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one.double() - other.double()).norm() / other.double().norm()).item()
+
+
+def test_the_input_is_kept_only_where_some_A_is_trained() -> None:
+    """LoRA-FA: the backward pass needs x A^T alone."""
+    for trains_A in (True, False):
+        layer = make_layer(0.4)
+        for adapter in layer.adapters.values():
+            adapter.masters["lora_A"].requires_grad_(trains_A)
+        x_TD = torch.randn(14, 5, dtype=torch.float64, requires_grad=True)
+        function: Any = _RoutedLinear.apply(
+            x_TD,
+            layer.base,
+            (Piece(2, 7, 1.0, *(layer.adapters[0].masters[key].detach() for key in ("lora_A", "lora_B"))),),
+            *layer.adapters[0].masters.values(),
+        )
+        assert (function.grad_fn.saved_tensors[0] is not None) == trains_A

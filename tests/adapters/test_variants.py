@@ -18,14 +18,16 @@ from lowrank.adapters.routing import Draws, Routing
 from lowrank.kernels.counter_random import dropout
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import configs_in
-from tests.adapters.variant_cases import TYPE, GainConfig
+from tests.adapters.variant_cases import LOSSY, TYPE, GainConfig, RoundedConfig
 from tests.tiny_models import make_base, make_engine, random_step
 
 VARIANTS: dict[str, Any] = {**configs_in("lowrank.adapters.variants"), TYPE: GainConfig}
-STORAGES: dict[str, Any] = configs_in("lowrank.models.storages")
+STORAGES: dict[str, Any] = {**configs_in("lowrank.models.storages"), LOSSY: RoundedConfig}
 BUILT_IN = [name for name in VARIANTS if name != TYPE]
+LIKE_LORA = [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None and VARIANTS[name].peft_type == "LORA"]
 RANK, ALPHA, D, O = 4, 6.0, 64, 48  # noqa: E741 (the letters of records.py)
 
+on_dense = pytest.mark.parametrize("name", [name for name in VARIANTS if not VARIANTS[name].needs_quantised])
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -40,18 +42,32 @@ def base(request: pytest.FixtureRequest) -> Any:
     return STORAGES[storage]().wrap(linear.double().requires_grad_(False))
 
 
-def fresh(name: str, base: BaseLinear, moved: float = 0.0, seed: int = 0) -> tuple[Any, float, dict[str, nn.Parameter]]:
-    """(variant, scale, masters), the masters moved away from the start by random numbers of size `moved`."""
-    variant = VARIANTS[name]().build()
+def settings_for(name: str, **settings: Any) -> Any:
+    """The variant's `Config` for the layers of these tests: OFT's blocks must divide 48, some know no dropout."""
+    own = {"rank": RANK, "alpha": ALPHA, **({"block_size": 8} if name == "oft" else {}), **settings}
+    return VARIANTS[name](**{key: value for key, value in own.items() if key not in VARIANTS[name].refused})
+
+
+def fresh(name: str, base: BaseLinear, moved: float = 0.0, seed: int = 0) -> tuple[Any, float, dict[str, torch.Tensor]]:
+    """(variant, scale, masters), the trained ones moved away from the start by random numbers of size `moved`."""
+    variant = settings_for(name).build()
     scale = variant.scale(RANK, ALPHA)
     generator = torch.Generator().manual_seed(seed)
     start = variant.init(base, RANK, scale, generator)
-    assert all(tensor.dtype == torch.float32 for tensor in start.values())
-    masters = {}
+    masters: dict[str, torch.Tensor] = {}
     for key, tensor in start.items():
+        assert tensor.dtype in (torch.float32, torch.float64)
+        if key in variant.frozen:
+            masters[key] = tensor.double()
+            continue
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         masters[key] = nn.Parameter(tensor.double() + moved * noise)
+    variant.refresh(base, scale, masters)
     return variant, scale, masters
+
+
+def trained(masters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for tensor in masters.values() if tensor.requires_grad]
 
 
 def routed(base: BaseLinear, *slots: tuple[int, int, Any], rate: float = 0.0) -> RoutedLinear:
@@ -60,7 +76,7 @@ def routed(base: BaseLinear, *slots: tuple[int, int, Any], rate: float = 0.0) ->
     layer = RoutedLinear(base, "layer", routing)
     ranges = []
     for number, (first, end, (variant, scale, masters)) in enumerate(slots):
-        layer.adapters[number] = LayerAdapter(variant, scale, masters, masters, rate)
+        layer.adapters[number] = LayerAdapter(variant, scale, masters, None, rate)
         ranges.append((number, first, end))
     rows = ranges[-1][2]
     draws = {number: Draws(seed=number, step=0) for number, _, _ in ranges}
@@ -89,12 +105,13 @@ def test_merged_applied_and_routed_are_the_same(name: str, base: Any) -> None:
     x_TD = inputs(10)
     variant, scale, masters = fresh(name, base, moved=0.3)
     weight_OD = base.dense_weight().clone()
-    merged = F.linear(x_TD, variant.merge(weight_OD, scale, masters), base.bias)
+    merged_bias = None if base.bias is None else variant.merge_bias(base.bias, masters)
+    merged = F.linear(x_TD, variant.merge(weight_OD, scale, masters), merged_bias)
     assert torch.equal(base.dense_weight(), weight_OD), "merge changed the base"
     applied = variant.apply(x_TD, base(x_TD), base, scale, masters)
     close(applied, merged, base)
     close(routed(base, (0, 10, (variant, scale, masters)))(x_TD), applied, base)
-    assert (merged - base(x_TD)).norm() > 0.1 * base(x_TD).norm()
+    assert (merged - base(x_TD)).norm() > 0.05 * base(x_TD).norm()
 
 
 @every_variant
@@ -102,10 +119,13 @@ def test_low_rank_if_it_says_so(name: str, base: Any) -> None:
     variant, scale, masters = fresh(name, base, moved=0.3)
     low_rank = variant.as_low_rank(masters)
     if low_rank is None:
-        assert name not in ("lora", "rslora")
+        assert name in (TYPE, "ia3", "loha", "lokr", "oft")
         return
     A_RD, B_OR = low_rank
-    assert (A_RD.shape, B_OR.shape) == ((RANK, D), (O, RANK))
+    rank = 2 * RANK if name in ("pissa", "olora") else RANK
+    assert (A_RD.shape, B_OR.shape) == ((rank, D), (O, rank))
+    if variant.excess_gain(masters) is not None:
+        return
     x_TD = inputs(10)
     close(base(x_TD) + scale * x_TD @ A_RD.t() @ B_OR.t(), variant.apply(x_TD, base(x_TD), base, scale, masters), base)
 
@@ -117,11 +137,11 @@ def test_gradients_are_those_of_apply(name: str, base: Any, rate: float) -> None
     variant, scale, masters = fresh(name, base, moved=0.3)
     x_TD = inputs(10).requires_grad_()
     layer = routed(base, (0, 10, (variant, scale, masters)), rate=rate)
-    wanted = [x_TD, *masters.values()]
+    wanted = [x_TD, *trained(masters)]
     key = layer.routing.key(0, "layer")
     assert key is not None
     dropped = dropout(x_TD, torch.arange(10), key, rate)
-    y_TO = F.linear(x_TD, base.dense_weight(), base.bias)  # no scratch, no Function of ours
+    y_TO = F.linear(x_TD, base.dense_weight().clone(), base.bias)  # no scratch, no Function of ours
     expected = variant.apply(dropped, y_TO, base, scale, masters)
     ours = layer(x_TD)
     close(ours, expected, base)
@@ -143,7 +163,7 @@ def test_alone_or_one_of_three(name: str, base: Any) -> None:
         layer = routed(base, *slots)
         rows = torch.cat([inputs(4, 1), own, inputs(3, 2)]) if neighbours else own
         y_TO = layer(rows)[4:14] if neighbours else layer(rows)
-        gradients = torch.autograd.grad((y_TO**3).sum(), [own, *mine[2].values()])
+        gradients = torch.autograd.grad((y_TO**3).sum(), [own, *trained(mine[2])])
         outcomes.append((y_TO, *gradients))
     for one, other in zip(*outcomes):
         close(one, other, base)
@@ -156,10 +176,11 @@ def test_settings_are_documented(name: str) -> None:
     for field, info in config.model_fields.items():
         assert field == "type" or info.description, field
     assert config().build().scale(8, 16.0) > 0
+    assert name == TYPE or (config.paper and config.when)
 
 
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None])
+@pytest.mark.parametrize("name", LIKE_LORA)
 def test_peft_computes_the_same_from_the_same_tensors(name: str) -> None:
     """Scale included: PEFT gets rank, alpha and `peft_fields`, nothing else."""
     torch.manual_seed(0)
@@ -173,7 +194,7 @@ def test_peft_computes_the_same_from_the_same_tensors(name: str) -> None:
         for key, parameter in twin.named_parameters()
         if parameter.requires_grad
     }
-    assert own.keys() == masters.keys()
+    assert own.keys() == {key for key, tensor in masters.items() if tensor.requires_grad}
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(masters[key])
@@ -185,7 +206,7 @@ def test_peft_computes_the_same_from_the_same_tensors(name: str) -> None:
     torch.testing.assert_close(merged, twin.base_model.model[0].base_layer.weight, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None])
+@pytest.mark.parametrize("name", LIKE_LORA)
 def test_starts_like_peft(name: str) -> None:
     """Same distribution of the initial values: bounds and spread of every tensor."""
     model = nn.Sequential(nn.Linear(512, 384))
@@ -194,17 +215,18 @@ def test_starts_like_peft(name: str) -> None:
     start = variant.init(base, 32, 1.0, torch.Generator().manual_seed(0))
     settings = {"r": 32, "target_modules": ["0"], **VARIANTS[name].peft_fields}
     twin = get_peft_model(model, LoraConfig(**settings))
-    for key, ours in start.items():
+    for key in start.keys() - variant.frozen:
+        ours = start[key]
         theirs = next(parameter for full, parameter in twin.named_parameters() if f".{key}." in full)
         assert ours.shape == theirs.shape
         assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05, abs=1e-9)
         assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.02, abs=1e-9)
 
 
-@every_variant
+@on_dense
 def test_small_updates_survive_under_a_bfloat16_base(name: str) -> None:
     """Masters are float32: 1,000 updates of 1e-6 add up to 1e-3, though bfloat16 cannot see one of them."""
-    config: AdapterSettings = VARIANTS[name](rank=RANK)
+    config: AdapterSettings = settings_for(name)
     engine, (slot,) = make_engine(make_base("llama", torch.bfloat16), config, type="sgd", max_grad_norm=None)
     parameters = engine.bank.parameters(slot)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
@@ -218,21 +240,22 @@ def test_small_updates_survive_under_a_bfloat16_base(name: str) -> None:
     for parameter in parameters.values():
         assert parameter.mean().item() == pytest.approx(0.499, abs=2e-5)
     layer = next(iter(engine.bank.slots[slot].layers.values()))
-    for key, working in layer.working.items():
-        assert working.dtype == torch.bfloat16
-        assert torch.equal(working, layer.masters[key].bfloat16())
+    if layer.copies is not None:
+        for copied, master in zip(layer.copies, layer.variant.as_low_rank(layer.masters) or ()):
+            assert copied.dtype == torch.bfloat16
+            assert torch.equal(copied, master.bfloat16())
 
 
-@every_variant
+@on_dense
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_trains_in_every_dtype(name: str, dtype: torch.dtype) -> None:
     """The loss of one step taken over and over falls, and gradients arrive in the masters' dtype."""
-    engine, (slot,) = make_engine(make_base("llama", dtype), VARIANTS[name](rank=RANK, dropout=0.1))
+    engine, (slot,) = make_engine(make_base("llama", dtype), settings_for(name, dropout=0.1))
     work = {slot: random_step(0, [12, 20])}
     losses = []
     for _ in range(12):
         losses.append(engine.forward_backward(work)[slot].loss)
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in engine.bank.parameters(slot).values())
-        assert not engine.optim_step(slot, 2e-2).skipped
+        assert not engine.optim_step(slot, 0.1 if name == "ia3" else 2e-2).skipped  # it has few parameters
     assert math.isfinite(losses[-1])
     assert min(losses[-3:]) < losses[0] - 0.05

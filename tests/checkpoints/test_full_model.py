@@ -29,7 +29,7 @@ def test_round_trip(wrapped: bool, tied: bool, tmp_path: Path) -> None:
         )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, "a")))
     for _ in range(2):  # the second replaces the first
-        save_full(tmp_path / "last", model, tokenizer)
+        save_full(tmp_path / "last", model, tokenizer.save_pretrained)
     assert os.listdir(tmp_path) == ["last"]
     assert {path.suffix for path in (tmp_path / "last").iterdir()} == {".json", ".safetensors"}
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "last", output_loading_info=True)

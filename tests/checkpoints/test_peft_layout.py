@@ -307,10 +307,9 @@ def rewrite(folder: Path, fields: Mapping[str, Any]) -> None:
 def test_every_unsupported_field_is_named_at_once(tmp_path: Path) -> None:
     folder = a_saved_adapter(
         tmp_path / "a",
-        use_dora=True,
+        lora_bias=True,
         bias="all",
         trainable_token_indices=[1, 2],
-        target_parameters=["experts.gate_up_proj"],
         init_lora_weights="pissa",
         a_field_of_tomorrow=3,
         layer_replication=None,
@@ -318,7 +317,7 @@ def test_every_unsupported_field_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_adapter(folder)
     message = str(caught.value)
-    for name in ("use_dora", "bias: 'all'", "trainable_token_indices", "fused expert weights (experts.gate_up_proj)",
+    for name in ("lora_bias", "bias: 'all'", "trainable_token_indices",
                  "init_lora_weights: 'pissa'", "path_initial_model_for_weight_conversion",
                  "a_field_of_tomorrow"):  # fmt: skip
         assert name in message
@@ -336,7 +335,9 @@ def test_the_refused_starts_do_alter_the_base(start: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
+        ({"use_dora": True}, "lora_magnitude_vector: missing, though use_dora is set"),
+        ({"peft_type": "LOHA", "lora_alpha": None}, "q_proj.lora_A.weight: no kind of tensor of a LOHA adapter"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
         ({"r": 0}, "r: "),
         ({"lora_alpha": -1}, "lora_alpha: "),
@@ -412,7 +413,7 @@ def test_a_base_is_described_the_same_when_its_layers_are_wrapped(family: str) -
     slot = bank.add(lora.Config(rank=2, modules_to_save=(f"{base.model.base_model_prefix}.{last}",)), seed=0)
     bank.enable_noise()
     assert describe_base(base.model, "tiny") == before
-    assert before.fused_experts == (family == "mixtral")
+    assert bool(before.expert_parameters) == (family == "mixtral")
     assert bool(before.transposed) == (family == "gpt2")
     assert set(bank.slots[slot].ranks) <= set(before.module_names)
 

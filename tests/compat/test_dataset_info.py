@@ -55,6 +55,29 @@ def test_plain_text_for_pretraining() -> None:
     assert source == {"path": "data/a.txt", "format": "text", "columns": {"text": "text"}}
 
 
+def test_pairs_and_ratings() -> None:
+    """Each prompt is played by the columns of its formatting alone."""
+    assert one({"file_name": "a", "ranking": True}, stage="dpo") == {
+        "path": "data/a",
+        "format": "preference",
+        "columns": {"history": "", "system": "", "messages": "", "chosen": "chosen", "rejected": "rejected"},
+    }
+    columns = {"messages": "conversations", "chosen": "good", "rejected": "bad"}
+    chat = one({"file_name": "a", "ranking": True, "formatting": "sharegpt", "columns": columns}, stage="rm")
+    assert chat["columns"] == columns | {"system": "", "tools": "", "prompt": ""}
+    rated = one({"file_name": "a", "columns": {"prompt": "q", "response": "a", "kto_tag": "ok"}}, stage="kto")
+    assert rated["format"] == "rated"
+    assert rated["columns"] == {
+        "prompt": "q",
+        "query": "",
+        "response": "a",
+        "history": "",
+        "system": "",
+        "messages": "",
+        "kto_tag": "ok",
+    }
+
+
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [

@@ -15,7 +15,12 @@ from lowrank.compat import load_any
 from lowrank.compat.llamafactory import SCHEDULES, Keys, is_llamafactory
 from lowrank.compat.llamafactory_keys import known
 from lowrank.config import RunConfig
+from lowrank.data.prepare import examine
+from lowrank.data.rendering import Renderer
 from lowrank.errors import ConfigError
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import load_tokenizer
+from lowrank.records import Preference, Rated
 
 LLAMA3_LORA_SFT = """
 ### model
@@ -147,6 +152,17 @@ INFO: dict[str, Any] = {
     "alpaca_en_demo": {"file_name": "alpaca_en_demo.json"},
     "c4_demo": {"file_name": "c4_demo.jsonl", "columns": {"prompt": "text"}},
     "pairs": {"file_name": "identity.json", "ranking": True},
+    "chats": {
+        "file_name": "identity.json",
+        "ranking": True,
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    },
+    "rated": {
+        "file_name": "identity.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "label"},
+    },
     "pictures": {"file_name": "identity.json", "formatting": "sharegpt", "columns": {"messages": "m", "images": "i"}},
 }
 
@@ -323,8 +339,19 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
     [
         ("lora_rnk: 8\n", "lora_rnk: unknown key; did you mean 'lora_rank'?"),
         ("lora_rank: big\n", "lora_rank: expected a whole number, got 'big'"),
-        ("stage: dpo\n", "stage: 'dpo' is not trained; sft and pt are"),
-        ("stage: sftt\n", "stage: 'sftt' is not trained; choose sft or pt; did you mean 'sft'?"),
+        ("stage: ppo\n", "stage: 'ppo' is not trained; sft, pt, dpo, kto, rm are"),
+        ("stage: sftt\n", "stage: 'sftt' is not trained; choose one of sft, pt, dpo, kto, rm; did you mean 'sft'?"),
+        ("stage: dpo\n", "dataset 'identity': stage dpo needs preference pairs, and it is not marked ranking: true"),
+        ("stage: kto\n", "dataset 'identity': stage kto needs rated answers, and columns.kto_tag is not given"),
+        ("dataset: chats\nstage: dpo\npref_loss: kto_pair\n", "pref_loss: 'kto_pair' is not supported; use stage: kto"),
+        (
+            "dataset: chats\nstage: dpo\npref_loss: ipo\ndpo_label_smoothing: 0.1\n",
+            "dpo_label_smoothing: only for pref_loss: sigmoid",
+        ),
+        (
+            "dataset: chats\nstage: dpo\nref_model: other\n",
+            "ref_model: 'other' is not supported: the reference is the base itself",
+        ),
         ("finetuning_type: freeze\n", "finetuning_type: 'freeze' is not there; choose lora or full"),
         ("quantization_bit: 4\n", "quantization_bit: 4 is not supported: remove it and set model.storage"),
         ("use_dora: true\n", "use_dora: True is not supported"),
@@ -471,6 +498,61 @@ def test_learning_rates_are_those_of_transformers(workplace: Path, name: str, wa
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15), step
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("lines", "objective"),
+    [
+        ("stage: rm\ndataset: chats\n", {"type": "reward", "center_rewards_coefficient": 0.0}),
+        (
+            "stage: dpo\ndataset: chats\npref_loss: hinge\npref_beta: 0.3\npref_ftx: 0.5\n",
+            {"type": "dpo", "loss_type": "hinge", "beta": 0.3, "pref_ftx": 0.5, "label_smoothing": 0.0},
+        ),
+        (
+            "stage: dpo\ndataset: chats\ndpo_label_smoothing: 0.1\n",
+            {"type": "dpo", "loss_type": "sigmoid", "beta": 0.1, "pref_ftx": 0.0, "label_smoothing": 0.1},
+        ),
+        ("stage: dpo\ndataset: chats\npref_loss: orpo\n", {"type": "orpo", "beta": 0.1}),
+        (
+            "stage: dpo\ndataset: pairs\npref_loss: simpo\npref_beta: 2.0\nsimpo_gamma: 1.2\n",
+            {"type": "simpo", "beta": 2.0, "gamma": 1.2},
+        ),
+        (
+            "stage: kto\ndataset: rated\nkto_chosen_weight: 1.5\nkto_rejected_weight: 0.5\n",
+            {"type": "kto", "beta": 0.1, "pref_ftx": 0.0, "desirable_weight": 1.5, "undesirable_weight": 0.5},
+        ),
+    ],
+)
+def test_stages_on_answers(workplace: Path, lines: str, objective: dict[str, Any]) -> None:
+    text = "".join(
+        line + "\n"
+        for line in MINIMAL.splitlines()
+        if not any(line.startswith(key.split(":")[0] + ":") for key in lines.splitlines())
+    )
+    config, _ = read(workplace, text + lines)
+    assert config.objective.model_dump() == objective
+
+
+def test_pref_ftx_that_is_not_heard_speaks(workplace: Path) -> None:
+    text = MINIMAL.replace("dataset: identity", "dataset: chats")
+    _, warnings = read(workplace, text + "stage: dpo\npref_loss: simpo\npref_ftx: 0.5\n")
+    assert "pref_ftx has no effect with objective simpo" in warnings
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "record"),
+    [("dpo", "dpo_en_demo", Preference), ("rm", "dpo_zh_demo", Preference), ("kto", "kto_en_demo", Rated)],
+)
+def test_their_preference_data(shared_data: Path, workplace: Path, stage: str, name: str, record: type) -> None:
+    """Found through their dataset_info.json; the doctor loses no row."""
+    text = MINIMAL.replace("dataset: identity", f"dataset: {name}")
+    config, _ = read(workplace, text + f"stage: {stage}\ndataset_dir: {shared_data}\n")
+    tokenizer = load_tokenizer(ModelConfig(path="lowrank/tiny"))
+    data = config.data.model_copy(update={"max_length": 100_000, "chat_template": None})
+    report = examine(data, renderer=Renderer(tokenizer, data), record=record)
+    (dataset,) = report.datasets
+    rows = len(json.loads((shared_data / f"{name}.json").read_text()))
+    assert (dataset.read, dataset.used) == (rows, rows)
 
 
 def test_their_whole_dataset_info(shared_data: Path, workplace: Path) -> None:

@@ -25,7 +25,16 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"learning_rate": 1}, "learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
         ({"optimizer": {"rank": 1}}, "optimizer.rank: unknown key; did you mean 'adapter.rank'?"),
         ({"adapter": "rslra"}, "adapter: there is no type 'rslra'; did you mean 'rslora'?"),
-        ({"adapter": {"type": 3}}, "adapter: there is no type 3; known: lora, rslora"),
+        (
+            {"adapter": {"type": 3}},
+            "adapter: there is no type 3; known: dora, ia3, loftq, loha, lokr, lora, lora_fa, oft, olora, pissa, "
+            "rslora, vera",
+        ),
+        (
+            {"adapter": "adalora"},
+            "adapter: there is no type 'adalora' here: it moves ranks between layers by a schedule over all "
+            "steps; use lora with rank_pattern",
+        ),
         ({"adapter": 5}, "adapter: expected a group of settings (key: value), got 5"),
         ({"adapter": {"rank": 0}}, "adapter.rank: expected a number above 0, got 0"),
         ({"adapter": {"rank": 1.5}}, "adapter.rank: expected a whole number, got 1.5"),
@@ -46,7 +55,8 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"save_steps": "often"}, "save_steps: expected a number, got 'often'"),
         (
             {"model": {"path": "m", "recompute": "some"}},
-            "model.recompute: expected 'none' or 'full' or a whole number, got 'some'",
+            "model.recompute: expected 'auto', 'none', 'selective', 'full', 'sqrt' or 'offload' or a whole number, "
+            "got 'some'",
         ),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1: required, but not given"),
         (

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.generate.generator import Generator
 from lowrank.generate.sampler import Config, Prompt, generate
 from lowrank.train.engine import Engine
-from tests.tiny_models import make_base, make_engine, make_model, random_step
+from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
 
 STOP = frozenset({2})
 
@@ -18,15 +19,27 @@ def merged(family: str, engine: Engine, slot: int, dtype: torch.dtype) -> torch.
     model = make_model(family, dtype)
     if slot >= 0:
         for name, layer in engine.bank.slots[slot].layers.items():
-            weight = model.get_submodule(name).weight
-            weight.data = layer.variant.merge(weight.data, layer.scale, layer.masters)
+            module = model.get_submodule(name)
+            turned = type(module).__name__ == "Conv1D"
+            weight_OD = module.weight.data.t() if turned else module.weight.data
+            merged_OD = layer.variant.merge(weight_OD, layer.scale, layer.masters)
+            module.weight.data = merged_OD.t().contiguous() if turned else merged_OD
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "bloom", "mistral"])
+FIXED = {"bloom", "falcon", "mpt", "stablelm", "jamba"}
+"""Families whose cache is not ours; transformers' `generate` answers them, in fixed batches."""
+
+
+@pytest.mark.filterwarnings("ignore:.*attention mask.*")
+@pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch_equals_merged_models(family: str) -> None:
-    dtype = torch.float32 if family == "bloom" else torch.float64  # its mask overflows in float64 under left padding
-    engine, slots = make_engine(make_base(family, dtype), Lora(rank=4, alpha=8), Lora(rank=2, alpha=8))
+    # transformers' masks of these two overflow in float64 under left padding
+    dtype = torch.float32 if family in ("bloom", "mpt") else torch.float64
+    excluded = ("gate_proj", "up_proj", "down_proj") if family == "deepseek_v3" else ()
+    loras = [Lora(rank=rank, alpha=8, exclude_modules=excluded) for rank in (4, 2)]
+    engine, slots = make_engine(make_base(family, dtype), *loras)
+    assert (Generator(engine.base, engine.bank).notice is None) == (family not in FIXED)
     for step in range(3):
         engine.forward_backward({slot: random_step(step + slot, [20, 9]) for slot in slots})
         for slot in slots:

@@ -7,7 +7,7 @@ import torch
 
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.models.leak import check_head
-from lowrank.models.loading import set_recompute
+from lowrank.models.recompute import set_recompute
 from lowrank.records import pack
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step

@@ -19,7 +19,8 @@ from lowrank.generate.sampler import Prompt, generate
 from lowrank.models.base import Base
 from lowrank.models.config import Config
 from lowrank.models.leak import check_head, choose_layout
-from lowrank.models.loading import choose_device, choose_dtype, load, load_tokenizer, set_recompute
+from lowrank.models.loading import choose_device, choose_dtype, load, load_tokenizer
+from lowrank.models.recompute import set_recompute
 from lowrank.records import pack
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.models.leaky_model import make_mixer

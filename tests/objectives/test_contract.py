@@ -11,8 +11,23 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.objectives import needs
 from lowrank.objectives.sft import Config as Sft
-from lowrank.records import CHOSEN, PLAIN, REJECTED, Preference, Rated, Record, Scores, Segment, number_the_step, pack
+from lowrank.records import (
+    CHOSEN,
+    MISMATCHED,
+    PLAIN,
+    REJECTED,
+    Batch,
+    Preference,
+    Rated,
+    Record,
+    Scores,
+    Segment,
+    Totals,
+    number_the_step,
+    pack,
+)
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers import OptimizerConfig
@@ -24,20 +39,39 @@ LENGTHS = [5, 12, 9, 3, 17, 8, 11, 6]
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
-def step_for(record: type, seed: int) -> list[Segment]:
-    """One optimiser step of what this kind of record becomes: plain segments, pairs, or rated ones."""
+def step_for(objective: Any, seed: int) -> list[Segment]:
+    """One optimiser step of what the objective learns from, with what it needs."""
     generator = np.random.default_rng(seed)
     segments = []
     for index, length in enumerate(LENGTHS):
-        weight_L = (generator.random(length) < 0.6).astype(np.float32)
-        weight_L[0], weight_L[-1] = 0.0, 1.0
         pair, role = -1, PLAIN
-        if record is Preference:
+        if objective.record is Preference:
             pair, role = index // 2, CHOSEN if index % 2 == 0 else REJECTED
-        elif record is Rated:
+        elif objective.record is Rated:
             role = CHOSEN if index % 3 else REJECTED
-        segments.append(Segment(generator.integers(3, VOCABULARY, length), weight_L, pair=pair, role=role))
+        segments.append(_random_segment(generator, length, pair=pair, role=role))
+        if needs(objective, "mismatched"):
+            segments.append(_random_segment(generator, length + 2, role=MISMATCHED))
+    if needs(objective, "reference"):
+        segments = [replace(segment, reference_L=_random_reference(generator, segment)) for segment in segments]
     return number_the_step(segments)
+
+
+def _random_segment(generator: np.random.Generator, length: int, **place: int) -> Segment:
+    weight_L = (generator.random(length) < 0.6).astype(np.float32)
+    weight_L[0], weight_L[-1] = 0.0, 1.0
+    return Segment(generator.integers(3, VOCABULARY, length), weight_L, **place)
+
+
+def _random_reference(generator: np.random.Generator, segment: Segment) -> np.ndarray:
+    """Around what random models think."""
+    return np.where(segment.weight_L != 0, generator.normal(-np.log(VOCABULARY), 1.0, len(segment)), 0.0)
+
+
+def counted(objective: Any, batch: Batch) -> Totals:
+    """The totals of a step of one batch; what is observed is made up."""
+    observed = {"mismatched": 2.0, "mismatched_ratio": 0.5} if needs(objective, "mismatched") else {}
+    return objective.count(batch) | observed
 
 
 def engine_for(name: str, micro_batch_tokens: int = 4096) -> tuple[Engine, list[int]]:
@@ -52,7 +86,8 @@ def engine_for(name: str, micro_batch_tokens: int = 4096) -> tuple[Engine, list[
 
 
 def gradients(engine: Engine, slot: int) -> dict[str, torch.Tensor]:
-    return {name: value.grad.clone() for name, value in engine.bank.parameters(slot).items() if value.grad is not None}
+    parameters = engine.jobs[slot].parameters
+    return {name: value.grad.clone() for name, value in parameters.items() if value.grad is not None}
 
 
 @every_objective
@@ -68,7 +103,7 @@ def test_says_what_it_learns_from_and_documents_its_settings(name: str) -> None:
 @every_objective
 def test_counting_needs_no_model_and_adds_up(name: str) -> None:
     objective = OBJECTIVES[name]().build()
-    segments = step_for(objective.record, 0)
+    segments = [segment for segment in step_for(objective, 0) if segment.role != MISMATCHED]
     whole = objective.count(pack([(0, segment) for segment in segments]))
     halves = [objective.count(pack([(0, segment) for segment in half])) for half in (segments[:4], segments[4:])]
     assert whole
@@ -80,17 +115,24 @@ def test_counting_needs_no_model_and_adds_up(name: str) -> None:
 @every_objective
 def test_the_loss_is_a_scalar_with_a_gradient_and_leaves_its_inputs_alone(name: str) -> None:
     objective = OBJECTIVES[name]().build()
-    batch = pack([(0, segment) for segment in step_for(objective.record, 0)])
+    segments = [segment for segment in step_for(objective, 0) if segment.role != MISMATCHED]
+    batch = pack([(0, segment) for segment in segments])
     before = copy.deepcopy(batch)
     value_T = -torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(0)) * (batch.weight_T != 0)
     logprob_T = value_T.clone().requires_grad_()
-    loss, metrics = objective.loss(Scores(logprob_T), batch, objective.count(batch))
+    value_S = torch.linspace(-1, 1, len(segments)).requires_grad_() if needs(objective, "value") else None
+    loss, metrics = objective.loss(Scores(logprob_T, batch.reference_T, value_S), batch, counted(objective, batch))
     assert loss.shape == ()
     assert torch.isfinite(loss)
     loss.backward()
-    assert logprob_T.grad is not None
-    assert logprob_T.grad[batch.weight_T != 0].abs().sum() > 0
-    assert logprob_T.grad[batch.weight_T == 0].abs().sum() == 0
+    if value_S is not None:
+        assert value_S.grad is not None
+        assert value_S.grad.abs().min() > 0
+        assert logprob_T.grad is None
+    else:
+        assert logprob_T.grad is not None
+        assert logprob_T.grad[batch.weight_T != 0].abs().sum() > 0
+        assert logprob_T.grad[batch.weight_T == 0].abs().sum() == 0
     assert torch.equal(logprob_T.detach(), value_T)
     assert all(isinstance(value, (float, torch.Tensor)) for value in metrics.values())
     for key, value in vars(before).items():
@@ -106,7 +148,7 @@ def test_cutting_changes_nothing(name: str) -> None:
     outcomes = []
     for micro_batch_tokens, least in ((4096, 1), (40, 2), (20, 4)):
         engine, (slot, _) = engine_for(name, micro_batch_tokens)
-        work = {slot: step_for(engine.jobs[slot].objective.record, 1)}
+        work = {slot: step_for(engine.jobs[slot].objective, 1)}
         assert len(engine.cut(work)) >= least
         forwarded = engine.forward_backward(work)[slot]
         outcomes.append((forwarded, gradients(engine, slot)))
@@ -124,8 +166,8 @@ def test_cutting_changes_nothing(name: str) -> None:
 def test_other_jobs_do_not_notice(name: str) -> None:
     """An SFT job beside it has the same loss and gradients as alone, and the objective the same as without it."""
     engine, (mine, other) = engine_for(name)
-    own = step_for(engine.jobs[mine].objective.record, 1)
-    theirs = step_for(Sft().build().record, 2)
+    own = step_for(engine.jobs[mine].objective, 1)
+    theirs = step_for(Sft().build(), 2)
     together = engine.forward_backward({mine: own, other: theirs})
     both = {slot: gradients(engine, slot) for slot in (mine, other)}
     for slot, work in ((mine, own), (other, theirs)):
@@ -143,14 +185,45 @@ def test_other_jobs_do_not_notice(name: str) -> None:
 def test_nothing_to_learn_is_zero_and_not_nan(name: str) -> None:
     """A step whose every token is masked."""
     engine, (slot, _) = engine_for(name)
+    if needs(engine.jobs[slot].objective, "value"):
+        pytest.skip("it learns from whole answers, whatever their tokens weigh")
     masked = [
         replace(segment, weight_L=np.zeros_like(segment.weight_L))
-        for segment in step_for(engine.jobs[slot].objective.record, 1)
+        for segment in step_for(engine.jobs[slot].objective, 1)
     ]
     forwarded = engine.forward_backward({slot: masked})[slot]
     assert np.isfinite(forwarded.loss)
     for value in gradients(engine, slot).values():
         assert value.abs().max() == 0
+
+
+@every_objective
+def test_evaluation_says_what_training_says(name: str) -> None:
+    """The same loss and metrics over the same rows, whatever else is evaluated; nothing keeps a gradient."""
+    engine, (slot, other) = engine_for(name)
+    work = {slot: step_for(engine.jobs[slot].objective, 1), other: step_for(Sft().build(), 2)}
+    evaluated = engine.evaluate(work)[slot]
+    assert not gradients(engine, slot)
+    trained = engine.forward_backward(work)[slot]
+    assert evaluated.loss == pytest.approx(trained.loss, rel=1e-12)
+    assert evaluated.metrics == pytest.approx(trained.metrics, rel=1e-9)
+    assert evaluated.totals == pytest.approx(trained.totals)
+
+
+@every_objective
+def test_a_job_that_becomes_nan_beside_it_is_not_noticed(name: str) -> None:
+    engine, (slot, other) = engine_for(name)
+    own = step_for(engine.jobs[slot].objective, 1)
+    alone, expected = engine.forward_backward({slot: own})[slot], gradients(engine, slot)
+    engine, (slot, other) = engine_for(name)
+    with torch.no_grad():
+        for parameter in engine.bank.parameters(other).values():
+            parameter.fill_(float("nan"))
+    beside = engine.forward_backward({slot: own, other: step_for(Sft().build(), 2)})[slot]
+    assert beside.loss == pytest.approx(alone.loss, rel=1e-12)
+    assert beside.metrics == pytest.approx(alone.metrics, rel=1e-9)
+    for key, value in gradients(engine, slot).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["sft", "pretrain"])
@@ -172,7 +245,7 @@ def test_token_loss_is_transformers_cross_entropy(name: str) -> None:
     """A whole model's own `labels=` loss, over documents of different length, token-weighted."""
     engine, _ = make_engine(make_base("llama"), Lora(rank=4))
     engine.add(0, OBJECTIVES[name]().build(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
-    segments = step_for(engine.jobs[0].objective.record, 3)
+    segments = step_for(engine.jobs[0].objective, 3)
     total, tokens = 0.0, 0
     for segment in segments:
         token_1T = torch.from_numpy(segment.token_L)[None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import subprocess
@@ -15,11 +16,13 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lowrank.train.event_lines import decode
-from lowrank.train.events import Notice
+from lowrank.train.events import EvalDone, Notice, Preparing
 from lowrank.train.process_memory import MemoryUse
 from lowrank.train.reporters import view_for
 from lowrank.train.reporters.json_lines import JsonReporter
+from lowrank.train.reporters.metrics import MetricsReporter, read_metrics
 from lowrank.train.reporters.plain import PlainReporter
+from lowrank.train.reporters.scalars import scalars
 from lowrank.train.reporters.terminal import LiveView, TerminalReporter
 from tests.train.event_stream import TWO, Clock, feed, loss_of, progress_after, run_events, timed
 
@@ -62,6 +65,25 @@ def test_plain_lines_of_many_jobs_are_one_entry_each_and_not_endless() -> None:
     assert all(sum(f"{name} loss" in line for line in lines) == 3 for name in jobs)
     assert max(len(line) for line in lines) <= 120
     assert not any("\x1b" in line for line in lines)
+
+
+def test_metrics_of_an_evaluation_and_the_time_before_the_first_step(tmp_path: Path) -> None:
+    """A person sees the share of pairs that are right, a file and trackers everything; preparing is not kept."""
+    evaluated = EvalDone("a", 20, 0.5, 9.0, True, {"rewards/accuracies": 0.87, "rewards/margins": math.inf})
+    *events, finished = run_events({"a": 20})
+    whole = [Preparing("reference log-probabilities", 256, 4000, 185.0), *events, evaluated, finished]
+    console = Console(file=io.StringIO(), width=200)
+    stream = io.StringIO()
+    feed(whole, PlainReporter(console), MetricsReporter(tmp_path), JsonReporter(stream))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "reference log-probabilities: 256 of 4000, 3:05 left" in shown
+    assert "a held-out 0.5000, 87 % of pairs right  best so far" in shown
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line for line in lines if line["event"] == "eval"][-1]["metrics"] == evaluated.metrics
+    assert all(line["event"] != "preparing" for line in lines)
+    first = json.loads(stream.getvalue().splitlines()[0])
+    assert (first["event"], first["done"], first["total"], first["seconds_left"]) == ("preparing", 256, 4000, 185.0)
+    assert scalars(evaluated)["eval/rewards/accuracies"] == 0.87
 
 
 def test_quiet_shows_warnings_alone() -> None:
@@ -163,7 +185,7 @@ def test_terminal_reporter_on_a_real_terminal(tmp_path: Path) -> None:
     pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
     code = """
 import signal, threading, time, os
-from lowrank.train.events import Notice
+from lowrank.train.events import EvalDone, Notice, Preparing
 from lowrank.train.reporters import view_for
 from tests.train.event_stream import run_events
 view = view_for()

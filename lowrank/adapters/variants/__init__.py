@@ -6,8 +6,9 @@ A variant sees the base only as a `BaseLinear`, so every variant works on every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,34 +17,117 @@ from lowrank.models.storages import BaseLinear
 from lowrank.settings import choice_of
 
 Tensors = Mapping[str, torch.Tensor]
-"""Trainable tensors of one adapter at one layer, by PEFT's name: `lora_A` (R, D), `lora_B` (O, R), ..."""
+"""Tensors of one adapter at one layer, by PEFT's name: `lora_A` (R, D), `lora_B` (O, R), ..."""
+
+IN_MODULES = ("lora_A", "lora_B", "oft_R")
+"""Tensors that PEFT keeps in modules of their own, so that their names in files end in `.weight`."""
 
 
-class Variant(Protocol):
-    """One kind of update of a linear layer. `scale` is alpha / rank, or what the variant makes of them."""
+def name_in_files(key: str) -> str:
+    """The end of a tensor's name in adapter_model.safetensors."""
+    return f"{key}.weight" if key in IN_MODULES else key
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter is about to be attached."""
+
+    layers: Mapping[str, BaseLinear]
+    """Every linear layer it reaches, by full name."""
+    original: Callable[[str], torch.Tensor]
+    """The weight (O, D) of a layer as the checkpoint has it, before quantisation; ModelError if it cannot be read."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of masters: float32 or wider."""
+
+
+class Variant:
+    """One kind of update of a linear layer; an object serves one adapter at all its layers.
+
+    A subclass says its formula in `as_low_rank` (rides the routed linear, `gain` may add a factor) or in `apply`.
+    """
+
+    frozen: frozenset[str] = frozenset()
+    """Tensors of `init` that are not trained."""
+    keeps_copies: bool = True
+    """Whether A and B are kept in the compute dtype, or cast in every pass (where copies would cost memory)."""
+    reaches_heads: bool = False
+    """Whether it may sit on the output head, embeddings and fused experts: a plain pair A, B that starts as LoRA's."""
 
     def scale(self, rank: int, alpha: float) -> float:
-        """The factor of the update."""
-        ...
+        """The factor of the update: alpha / rank, or what the variant makes of them."""
+        return alpha / rank
+
+    def begin(self, site: Site, rank: int) -> None:
+        """Called once, before the first `init`. `rank` is the adapter's general one."""
 
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
-        """Fresh fp32 tensors on the CPU; the layer must compute what the base computes."""
-        ...
+        """Fresh float32 tensors; the layer must compute what the base computes."""
+        raise NotImplementedError
+
+    def refresh(self, base: BaseLinear, scale: float, tensors: Tensors) -> None:
+        """Bring frozen tensors that follow from trained ones up to date: after each update and load."""
 
     def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(A_RD, B_OR)` if y += scale * (x A^T) B^T says it all: rides the routed linear. None: `apply` is called."""
-        ...
+        del tensors
+        return None
+
+    def excess_gain(self, tensors: Tensors) -> torch.Tensor | None:
+        """g - 1 (O) where every output is multiplied by a gain g after the low-rank update, the bias left out."""
+        del tensors
+        return None
+
+    def rides(self, dropped: bool) -> bool:
+        """Whether the low-rank form holds under dropout of the adapter's input too."""
+        del dropped
+        return True
 
     def apply(
         self, x_TD: torch.Tensor, y_TO: torch.Tensor, base: BaseLinear, scale: float, tensors: Tensors
     ) -> torch.Tensor:
-        """(dropped-out input, base output) -> output, with autograd."""
-        ...
+        """(dropped-out input, base output) -> output, with autograd. `base.dense_weight()` may be scratch memory: let
+        `frozen_linear` multiply with it."""
+        low_rank = self.as_low_rank(tensors)
+        assert low_rank is not None, f"{type(self).__name__} has neither apply nor as_low_rank"
+        A_RD, B_OR = (tensor.to(x_TD.dtype) for tensor in low_rank)
+        return y_TO + scale * (x_TD @ A_RD.t()) @ B_OR.t()
 
     def merge(self, weight_OD: torch.Tensor, scale: float, tensors: Tensors) -> torch.Tensor:
-        """The weight of a plain linear that computes the same."""
-        ...
+        """The weight of a plain linear that computes the same; in the wider of the dtypes."""
+        low_rank = self.as_low_rank(tensors)
+        assert low_rank is not None, f"{type(self).__name__} has neither merge nor as_low_rank"
+        A_RD, B_OR = low_rank
+        wide = torch.promote_types(weight_OD.dtype, A_RD.dtype)
+        return (weight_OD.to(wide) + scale * (B_OR.to(wide) @ A_RD.to(wide))).to(weight_OD.dtype)
 
+    def merge_bias(self, bias_O: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        """The bias that goes with `merge`."""
+        del tensors
+        return bias_O
+
+    def saved(self, tensors: Tensors) -> Tensors:
+        """What stands in the file: as PEFT has it, under the settings `Config.as_saved` gives."""
+        return {key: tensor for key, tensor in tensors.items() if key not in self.frozen}
+
+    def restored(self, saved: Tensors, tensors: Tensors) -> Tensors:
+        """The inverse of `saved`, for a fresh adapter's `tensors`; those left out stay as they are."""
+        del tensors
+        return saved
+
+
+_VIRTUAL = (
+    "it puts virtual tokens before every document, for which the packed stream has no place yet; ia3 and vera have "
+    "files as small"
+)
+ABSENT = {
+    "adalora": "it moves ranks between layers by a schedule over all steps; use lora with rank_pattern",
+    "prompt_tuning": _VIRTUAL,
+    "prefix_tuning": _VIRTUAL,
+    "p_tuning": _VIRTUAL,
+    "bottleneck": "it inserts layers of its own into the model, which cannot be merged; use lora",
+}
+"""Methods that people know from PEFT and elsewhere, and what to use."""
 
 if TYPE_CHECKING:
 
@@ -54,4 +138,4 @@ if TYPE_CHECKING:
 
         def build(self) -> Variant: ...
 else:
-    AdapterConfig = choice_of(__name__, default="lora")
+    AdapterConfig = choice_of(__name__, default="lora", absent=ABSENT)

@@ -14,6 +14,8 @@ from lowrank.adapters.variants.lora import Lora
 class Config(AdapterSettings):
     """Rank-stabilised LoRA."""
 
+    paper: ClassVar[str] = "arXiv:2312.03732"
+    when: ClassVar[str] = "ranks of 32 and more"
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"use_rslora": True}
     type: Literal["rslora"] = "rslora"
 

@@ -1,7 +1,8 @@
 """How frozen weights are kept: one file each, all the same to the rest of the system.
 
 A storage file has a `Config` (settings, told apart by `type`) whose `wrap(weight_OD, bias_O)` returns a
-`BaseLinear`. Adapter variants, the routed linear and merging see only that protocol, so variants and
+`BaseLinear`, and whose `bytes_of(shape, itemsize)` says, without a weight, what it keeps of one (itemsize: bytes of
+a number in the compute dtype). Adapter variants, the routed linear and merging see only that protocol, so variants and
 storages never multiply.
 """
 
@@ -38,5 +39,7 @@ if TYPE_CHECKING:
         def type(self) -> str: ...
 
         def wrap(self, linear: torch.nn.Module) -> Any: ...
+
+        def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int: ...
 else:
     StorageConfig = choice_of(__name__, default="dense")

@@ -20,6 +20,10 @@ class Config(Settings):
         """The frozen base layer of an `nn.Linear` or a transformers `Conv1D` (GPT-2: weight kept as (D, O))."""
         return DenseLinear(linear)
 
+    def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
+        """What a weight of (O, D) takes."""
+        return shape[0] * shape[1] * itemsize
+
 
 class DenseLinear(nn.Module):
     """A `BaseLinear` over the parameters of the layer it wraps; nothing is copied."""

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from lowrank.kernels.four_bit import (
+    NESTED_BLOCK,
     dequantise,
     dequantise_scales,
     dynamic_map,
+    packed_bytes,
     quantise,
     quantise_scales,
 )
@@ -64,6 +66,12 @@ class FourBitLinear(PackedLinear):
     def extra_repr(self) -> str:
         double = ", double_quant" if self.nested_absmax is not None else ""
         return f"{super().extra_repr()}, {self.code}, block_size={self.block_size}{double}"
+
+
+def four_bit_bytes(numel: int, block_size: int, double_quant: bool) -> int:
+    """Codes and scales of `numel` weights."""
+    blocks = -(-numel // block_size)
+    return packed_bytes(numel) + (blocks + 4 * -(-blocks // NESTED_BLOCK) if double_quant else 4 * blocks)
 
 
 def four_bit_of(linear: nn.Module, code: str, block_size: int, double_quant: bool) -> FourBitLinear:

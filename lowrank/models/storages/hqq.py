@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
+from lowrank.kernels.bit_packing import packed_bytes
 from lowrank.models.affine import AffineLinear
 from lowrank.models.storages.packed import QuantisedStorage, bias_of, weight_of
 from lowrank.quantisation.half_quadratic import half_quadratic
@@ -45,3 +46,9 @@ class Config(QuantisedStorage):
             bias_of(linear),
             weight_OD.dtype,
         )
+
+    def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
+        """What it keeps of a weight of (O, D): codes, and for each group a scale and a zero point in 16 bit."""
+        del itemsize
+        groups = -(-shape[1] // min(self.group_size or shape[1], shape[1]))
+        return shape[0] * (packed_bytes(shape[1], self.bits) + 4 * groups)

@@ -33,6 +33,11 @@ class Config(QuantisedStorage):
         codes_OD, absmax_O = quantise_rows(weight_OD)
         return Int8Linear(codes_OD, absmax_O, bias_of(linear), dtype, columns_K, outliers_OK)
 
+    def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
+        """What it keeps of a weight of (O, D): codes, a scale for each row, and outliers with their places."""
+        outliers = min(self.outlier_columns, shape[1])
+        return shape[0] * shape[1] + 4 * shape[0] + outliers * (8 + shape[0] * itemsize)
+
 
 _CHUNK = 1 << 17
 

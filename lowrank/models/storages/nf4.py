@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from lowrank.models.storages.four_bit import FourBitLinear, four_bit_of
+from lowrank.models.storages.four_bit import FourBitLinear, four_bit_bytes, four_bit_of
 from lowrank.models.storages.packed import QuantisedStorage
 
 
@@ -22,3 +22,8 @@ class Config(QuantisedStorage):
     def wrap(self, linear: nn.Module) -> FourBitLinear:
         """The layer in 4 bits, on the device its weight is on."""
         return four_bit_of(linear, "nf4", self.block_size, self.double_quant)
+
+    def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
+        """What it keeps of a weight of (O, D): the same in every compute dtype."""
+        del itemsize
+        return four_bit_bytes(shape[0] * shape[1], self.block_size, self.double_quant)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lowrank.train import wording
-from lowrank.train.events import EvalDone, Event, JobFinished, Notice, RunFinished, RunStarted, StepDone
+from lowrank.train.events import EvalDone, Event, JobFinished, Notice, Preparing, RunFinished, RunStarted, StepDone
 from lowrank.train.process_memory import memory_use
 from lowrank.train.progress import JobView, RunProgress
 from lowrank.train.summary_view import render_summary
@@ -38,6 +38,8 @@ class PlainReporter:
             self._notice(event)
         elif self._quiet:
             return
+        elif isinstance(event, Preparing):
+            self._say(preparing(event))
         elif isinstance(event, RunStarted):
             self._say(title(event))
             for job in event.jobs:
@@ -47,7 +49,8 @@ class PlainReporter:
             self._step(event, now)
         elif isinstance(event, EvalDone):
             best = "  best so far" if event.best else ""
-            self._say(f"{self._at(event.step)}  {event.job} held-out {wording.loss(event.loss)}{best}")
+            right = wording.accuracy(event.metrics)
+            self._say(f"{self._at(event.step)}  {event.job} held-out {wording.loss(event.loss)}{right}{best}")
         elif isinstance(event, JobFinished):
             self._say(f"{self._at(event.step)}  {event.job} is over: {STATES.get(event.reason, event.reason)}")
         elif isinstance(event, RunFinished):
@@ -109,6 +112,11 @@ def title(event: RunStarted) -> str:
     """`runs/first · 3 jobs · cpu, float32`."""
     number = len(event.jobs)
     return f"{event.output_dir} · {number} {'job' if number == 1 else 'jobs'} · {event.device}, {event.dtype}"
+
+
+def preparing(event: Preparing) -> str:
+    """`reference log-probabilities: 256 of 4000, 3 min left`."""
+    return f"{event.text}: {event.done} of {event.total}, {wording.duration(event.seconds_left)} left"
 
 
 def about(notice: Notice) -> str:

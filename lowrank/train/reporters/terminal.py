@@ -17,10 +17,10 @@ from rich.text import Text
 
 from lowrank.train import wording
 from lowrank.train.curve import smooth
-from lowrank.train.events import Event, Notice, RunFinished, RunStarted
+from lowrank.train.events import Event, Notice, Preparing, RunFinished, RunStarted
 from lowrank.train.process_memory import MemoryUse, memory_use
 from lowrank.train.progress import JobView, RunProgress
-from lowrank.train.reporters.plain import STATES, about, title
+from lowrank.train.reporters.plain import STATES, about, preparing, title
 from lowrank.train.summary_view import render_summary
 
 LATEST_NOTICES = 3
@@ -53,6 +53,8 @@ class TerminalReporter:
             self._progress.consume(event, self._clock())
         if isinstance(event, Notice):
             self._notice(event)
+        elif isinstance(event, Preparing):
+            self._console.print(preparing(event), style="dim")
         elif isinstance(event, RunStarted):
             self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=4)
             self._live.start(refresh=True)

@@ -1,0 +1,27 @@
+"""Train an adapter, take it home as a merged model, and see that it is the same model.
+
+python examples/07_export.py [steps]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from lowrank.config import load
+from lowrank.export.targets.merged import Config as Merged
+from lowrank.export.targets.peft import Config as Peft
+from lowrank.run import train
+from lowrank.take_home import order, take_home
+from lowrank.to_take_home import open_source
+
+with tempfile.TemporaryDirectory() as folder:
+    here = Path(__file__).parent
+    train(load(here / "01_sft.yaml", [f"output_dir={folder}/run", f"max_steps={(sys.argv[1:] or ['30'])[0]}"]))
+
+    found = open_source(f"{folder}/run")
+    result = take_home(found, order([Peft(), Merged(dtype="float16")], Path(folder) / "home"))
+    for name, told in result["targets"].items():
+        (compared,) = told["comparisons"]
+        print(f"{name}: mean KL {compared['mean_kl']:.1e} on {told['compared_on']}, held out, passed: {told['passed']}")

@@ -1,0 +1,100 @@
+"""VeRA: random A and B shared by all layers, a trained vector on either (arXiv:2310.11454).
+
+y += b * B (d * A x). A (R, D) and B (O, R) are the first columns and rows of matrices as large as the adapter's
+largest layer, drawn from `projection_prng_key` exactly as PEFT draws them, so files hold the vectors alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.variants import Site, Tensors, Variant
+from lowrank.models.storages import BaseLinear
+from lowrank.settings import Positive
+
+
+class Config(AdapterSettings):
+    """Vector-based random matrix adaptation: about a hundredth of LoRA's parameters."""
+
+    paper: ClassVar[str] = "arXiv:2310.11454"
+    when: ClassVar[str] = "very many adapters, tiny files"
+    peft_type: ClassVar[str] = "VERA"
+    peft_names: ClassVar[Mapping[str, str]] = {
+        "rank": "r",
+        "dropout": "vera_dropout",
+        "d_initial": "d_initial",
+        "projection_prng_key": "projection_prng_key",
+    }
+    peft_fields: ClassVar[Mapping[str, Any] | None] = {"save_projection": False, "init_weights": True}
+    refused: ClassVar[Mapping[str, str]] = {
+        "rank_pattern": "all layers share A and B, so they have one rank; use adapter.rank",
+        "alpha_pattern": "VeRA has no alpha; its vectors learn the scale",
+    }
+    unused: ClassVar[tuple[str, ...]] = ("alpha",)
+    type: Literal["vera"] = "vera"
+    rank: Positive = 256
+    """Rank of the shared matrices, PEFT's `r`; needs to be higher than LoRA's."""
+    d_initial: float = 0.1
+    """Start of the vector between A and B."""
+    projection_prng_key: int = 0
+    """What A and B are drawn from; adapters with the same key can be served together."""
+
+    def build(self) -> Variant:
+        """The variant."""
+        return Vera(self.d_initial, self.projection_prng_key)
+
+
+class Vera(Variant):
+    """`vera_lambda_b` (O) starts at zero, `vera_lambda_d` (R) at `d_initial`; `vera_A` (R, D) and `vera_B` (O, R)
+    are views of the shared matrices."""
+
+    frozen = frozenset({"vera_A", "vera_B"})
+    keeps_copies = False
+
+    def __init__(self, d_initial: float, key: int) -> None:
+        self.d_initial = d_initial
+        self.key = key
+        self.shared: dict[str, torch.Tensor] = {}
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """1."""
+        del rank, alpha
+        return 1.0
+
+    def begin(self, site: Site, rank: int) -> None:
+        """Draw A and B, as large as the largest layer."""
+        drawn = _projections(site.layers.values(), rank, self.key)
+        self.shared = {key: tensor.to(site.device, site.dtype) for key, tensor in drawn.items()}
+
+    def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
+        """Identity at the start, since the outer vector is zero."""
+        del scale, generator
+        shared = self.shared or _projections([base], rank, self.key)
+        return {
+            "vera_lambda_b": torch.zeros(base.out_features),
+            "vera_lambda_d": torch.full((rank,), self.d_initial),
+            "vera_A": shared["vera_A"][:, : base.in_features],
+            "vera_B": shared["vera_B"][: base.out_features],
+        }
+
+    def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """(d * A, b * B)."""
+        A_RD, B_OR = tensors["vera_A"], tensors["vera_B"]
+        return tensors["vera_lambda_d"][:, None] * A_RD, tensors["vera_lambda_b"][:, None] * B_OR
+
+
+def _projections(layers: Collection[BaseLinear], rank: int, key: int) -> dict[str, torch.Tensor]:
+    """Uniform with Kaiming's bound, A first, on the CPU in float32: PEFT's random numbers."""
+    generator = torch.Generator().manual_seed(key)
+    widest = max(layer.in_features for layer in layers)
+    tallest = max(layer.out_features for layer in layers)
+    drawn = {}
+    for name, shape in (("vera_A", (rank, widest)), ("vera_B", (tallest, rank))):
+        bound = math.sqrt(3.0) * math.sqrt(2.0) / math.sqrt(shape[1])
+        drawn[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return drawn

@@ -1,0 +1,67 @@
+"""What a person sees of an export: how far it is, and how close to what was trained it came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Watcher:
+    """One line for every piece of work, with the time left; nothing where nobody looks."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """See `Watch`."""
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what, total=total)
+        self.progress.update(self.tasks[what], completed=done, total=total)
+
+    def __enter__(self) -> Watcher:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Where everything is, the table of comparisons, and what does not fit."""
+    table = Table("", "mean KL", "same next token", "perplexity", "same answers", "", title_justify="left")
+    for name, told in result["targets"].items():
+        for each in told["comparisons"]:
+            table.add_row(*_row(name, each))
+    if table.row_count:
+        first = next(each for told in result["targets"].values() for each in told["comparisons"])
+        on = next(told["compared_on"] for told in result["targets"].values())
+        console.print(f"\nCompared with what was trained, on {on} ({first['tokens']} tokens of answers):")
+        console.print(table)
+        console.print(f"  trained: perplexity {first['reference_perplexity']:.4g}{_base(first)}", style="dim")
+    for name, told in result["targets"].items():
+        console.print(f"[bold]{name}[/]  {told['path']}")
+        for each in told["comparisons"]:
+            for problem in each["problems"]:
+                console.print(Text(f"  {each['name']}: {problem}", "red"))
+
+
+def _row(target: str, each: dict[str, Any]) -> list[Text]:
+    name = target if each["name"] == target else f"{target} {each['name']}"
+    verdict = Text("same model", "green") if each["passed"] else Text("differs", "bold red")
+    return [
+        Text(name), Text(f"{each['mean_kl']:.2g}"), Text(f"{each['top1_agreement']:.1%}"),
+        Text(f"{each['perplexity']:.4g}"), Text(f"{each['greedy_same']} of {each['greedy_asked']}"), verdict,
+    ]  # fmt: skip
+
+
+def _base(each: dict[str, Any]) -> str:
+    return "" if each["base_perplexity"] is None else f", untouched base: {each['base_perplexity']:.4g}"

@@ -1,0 +1,175 @@
+"""All adapters answer all questions in one pass; every answer is on disk as soon as it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank.adapters.bank import Bank
+from lowrank.data.rendering import Renderer
+from lowrank.evaluate.bootstrap import Interval, difference, interval
+from lowrank.evaluate.likelihood import label_logprobs, perplexity
+from lowrank.evaluate.metrics import Metric, measure
+from lowrank.evaluate.questions import Question
+from lowrank.generate.generator import Generator, GeneratorConfig
+from lowrank.generate.request import Answer, Config, Piece, Prompt, RequestError
+from lowrank.models.base import Base
+
+Done = Callable[[int, int], None]
+"""`(done, of how many)`."""
+_AHEAD = 4
+"""Questions that wait in the generator, for each it works on."""
+
+
+@dataclass(frozen=True)
+class Voices:
+    """Who answers: names and their slots, on one base."""
+
+    base: Base
+    bank: Bank
+    renderer: Renderer
+    slots: Mapping[str, int]
+
+
+def answer_questions(
+    voices: Voices,
+    questions: Sequence[Question],
+    config: Config,
+    partial: Path,
+    *,
+    max_rows: int = 64,
+    on_done: Done = lambda done, total: None,
+) -> list[dict[str, str]]:
+    """`{voice: answer}` of each question. Lines of `partial` are answers of an earlier attempt; new ones are added.
+
+    An answer that cannot be had (a question beyond the model's reach, an adapter that gives NaN) is empty.
+    """
+    found = _read_partial(partial, questions)
+    todo = [(index, name) for index in range(len(questions)) for name in voices.slots if name not in found[index]]
+    total = len(questions) * len(voices.slots)
+    done = total - len(todo)
+    on_done(done, total)
+    longest = (voices.base.reach or 4096) if todo else 1
+    settings = GeneratorConfig(max_rows=max_rows, cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest)))
+    generator = Generator(voices.base, voices.bank, settings)
+    prompts: dict[int, np.ndarray] = {}
+    with open(partial, "a", encoding="utf-8") as file:
+        file.write("\n")  # the last line of an attempt that was killed may have no end
+
+        def note(index: int, name: str, text: str) -> None:
+            nonlocal done
+            found[index][name] = text
+            line = {"digest": _digest(questions[index]), "voice": name, "answer": text}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            done += 1
+            on_done(done, total)
+
+        for index, name in todo:
+            if index not in prompts:
+                prompts = {index: voices.renderer.prompt(questions[index].prompt)}
+            prompt = Prompt(prompts[index], voices.slots[name])
+            try:
+                generation = generator.submit(prompt, config, stop_tokens=voices.renderer.stop_tokens)
+            except RequestError:
+                note(index, name, "")
+                continue
+
+            def hear(piece: Piece, index: int = index, name: str = name, generation: Any = generation) -> None:
+                if piece.finish is not None:
+                    note(index, name, text_of(voices.base.tokenizer, generation.answer))
+
+            generation.listen(hear)
+            while generator.num_waiting > _AHEAD * max_rows:
+                generator.step()
+        while generator.step():
+            pass
+    return [{name: answers[name] for name in voices.slots} for answers in found]
+
+
+def text_of(tokenizer: Any, answer: Answer) -> str:
+    """All of an answer's tokens as one text."""
+    return tokenizer.decode(answer.tokens, skip_special_tokens=True)
+
+
+def score_labels(
+    voices: Voices, questions: Sequence[Question], *, on_done: Done = lambda done, total: None
+) -> tuple[dict[str, np.ndarray], int]:
+    """`{voice: (N, 2)}` of log-probabilities of the answers in the data (likelihood.py); and how many are too long."""
+    settings = voices.renderer.config.model_copy(
+        update={
+            "mask_history": True,  # the last answer alone is scored
+            "train_on_prompt": False,
+            "on_too_long": "drop",
+            "max_length": voices.base.reach or 1 << 30,
+        }
+    )
+    renderer = Renderer(voices.renderer.tokenizer, settings)
+    rendered = list(renderer.render_many([question.answered for question in questions]))
+    entries, places = [], []
+    for index, each in enumerate(rendered):
+        if each.segments:
+            for name, slot in voices.slots.items():
+                entries.append((slot, each.segments[0]))
+                places.append((name, index))
+    values_N2 = label_logprobs(voices.base, voices.bank, entries, on_done=lambda done: on_done(done, len(entries)))
+    found = {name: np.zeros((len(questions), 2)) for name in voices.slots}
+    for (name, index), value_2 in zip(places, values_N2):
+        found[name][index] = value_2
+    return found, len(questions) - len(entries) // max(1, len(voices.slots))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One voice's metric, and how far it is from the bare base's (None for the base itself)."""
+
+    value: Interval
+    gain: Interval | None
+    signature: str = ""
+
+
+def compare(
+    answers: Sequence[Mapping[str, str]],
+    labels: Sequence[str],
+    names: Sequence[str],
+    likelihood: Mapping[str, np.ndarray],
+    reference: str | None,
+) -> dict[str, dict[str, Verdict]]:
+    """`{voice: {metric: verdict}}`; `reference` is the voice that the others are compared with."""
+    metrics: dict[str, dict[str, Metric]] = {}
+    for voice in answers[0]:
+        metrics[voice] = measure([each[voice] for each in answers], labels, names)
+        if voice in likelihood and likelihood[voice].sum() != 0:
+            metrics[voice]["perplexity"] = perplexity(likelihood[voice])
+    verdicts: dict[str, dict[str, Verdict]] = {}
+    for voice, own in metrics.items():
+        other = metrics.get(reference or "") if voice != reference else None
+        verdicts[voice] = {
+            name: Verdict(interval(metric), difference(metric, other[name]) if other else None, metric.signature)
+            for name, metric in own.items()
+        }
+    return verdicts
+
+
+def _digest(question: Question) -> str:
+    content = repr((question.prompt, question.label.content)).encode("utf-8", "replace")
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str, str]]:
+    """Answers of an attempt that was interrupted; a line that was cut off is left out."""
+    known: dict[str, dict[str, str]] = {}
+    if partial.exists():
+        for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                known.setdefault(entry["digest"], {})[entry["voice"]] = entry["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue
+    return [dict(known.get(_digest(question), {})) for question in questions]

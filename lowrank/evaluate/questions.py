@@ -1,0 +1,73 @@
+"""Questions with a known answer, from any dataset that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lowrank.data.columns import RowProblem
+from lowrank.data.config import Config as DataConfig
+from lowrank.data.config import SourceConfig
+from lowrank.data.dataset import open_datasets, read_record
+from lowrank.errors import DataError
+from lowrank.records import Conversation, Message, Preference, Rated, Record
+
+
+@dataclass(frozen=True)
+class Question:
+    """`prompt` waits for an answer; `label` is the one in the data. `place` says where it stands."""
+
+    place: str
+    prompt: Conversation
+    label: Message
+
+    @property
+    def answered(self) -> Conversation:
+        """With the answer of the data."""
+        return replace(self.prompt, messages=(*self.prompt.messages, self.label))
+
+
+def read_questions(
+    source: SourceConfig, *, seed: int = 42, root: Path | None = None, notify: Callable[[str], None] = print
+) -> list[Question]:
+    """The last answer of every conversation, as a question; of a preference, the chosen one.
+
+    `notify` hears how many rows cannot be used and why. Raises DataError if none can.
+    """
+    (dataset,) = open_datasets(DataConfig(train=(source,)), None, seed, root)
+    questions: list[Question] = []
+    problems: list[str] = []
+    for row in dataset.rows(notify):
+        try:
+            prompt, label = _split(read_record(row, dataset))
+            questions.append(Question(f"{row.place} row {row.number}", prompt, label))
+        except RowProblem as problem:
+            problems.append(f"row {row.number}: {problem}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        text = f"{source.path}: {len(problems)} rows are no questions with an answer ({'; '.join(problems[:3])}{more})"
+        if not questions:
+            raise DataError(text)
+        notify(text)
+    if not questions:
+        raise DataError(f"{source.path} has no rows")
+    return questions
+
+
+def _split(record: Record) -> tuple[Conversation, Message]:
+    if isinstance(record, Preference):
+        return record.prompt, record.chosen
+    if isinstance(record, Rated):
+        record = record.conversation
+    if not isinstance(record, Conversation):
+        raise RowProblem("plain text asks nothing")
+    answers = [place for place, message in enumerate(record.messages) if message.role == "assistant"]
+    if not answers:
+        raise RowProblem("no answer: the conversation has no turn of the assistant")
+    label = record.messages[answers[-1]]
+    if not label.content.strip():
+        raise RowProblem("the answer is empty")
+    if answers[-1] == 0:
+        raise RowProblem("nothing comes before the answer")
+    return replace(record, messages=record.messages[: answers[-1]]), label

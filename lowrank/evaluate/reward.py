@@ -1,0 +1,24 @@
+"""What a reward model gives for answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lowrank.adapters.bank import Bank
+from lowrank.kernels.values import last_token_values
+from lowrank.models.base import Base
+from lowrank.records import Segment, pack
+
+
+@torch.no_grad()
+def rewards(base: Base, bank: Bank, scored: Sequence[tuple[int, torch.Tensor, Segment]]) -> list[float]:
+    """The reward of each `(slot, value_D, segment)`, in order. One forward pass each: an evaluation, not training."""
+    found = []
+    for slot, value_D, segment in scored:
+        batch = pack([(slot, segment)]).to(base.device)
+        rows = base.rows(batch)
+        bank.routing.set(rows.num_rows, rows.ranges)
+        found.append(float(last_token_values(base.hidden(batch), batch.start_S1, value_D.to(base.device))[0]))
+    return found

@@ -1,0 +1,107 @@
+"""Taking a model home: a base on disk and the adapters trained on it, in the form that the user runs.
+
+    Source --target.write--> a folder --target.read_back--> Reader --verify--> is it the model that was trained?
+
+A *target* (targets/, one file each) writes one form. It gets a `Source` and an empty folder, which the caller renames
+into its place when everything in it is written, and says for each file that can be run how it is read back. What is
+read back answers as a `Reader`, so that one function (verify.py) compares every target with base + adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lowrank.export.source import Source
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What writing will take, known before anything is written."""
+
+    disk_bytes: int
+    """Free space on the disk of the target folder, temporary files in it included."""
+    memory_bytes: int
+    """Main memory at the peak, without what can be paged out to the base's own files."""
+    notes: tuple[str, ...] = ()
+    """What a person should know beforehand, in whole sentences."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a target may be from base + adapter. Each target states its own; a gap above it fails the export."""
+
+    mean_kl: float
+    """Mean over held-out tokens of KL(base + adapter || target) of the next-token distribution, in nats."""
+    top1_agreement: float
+    """Least share of tokens at which both have the same likeliest next token."""
+    perplexity: float
+    """Relative difference of the perplexities on the held-out tokens."""
+
+
+class Reader(Protocol):
+    """A model as it is run from what was written. Tokens are those of the base's tokenizer."""
+
+    def logprobs(self, token_L: np.ndarray) -> np.ndarray:
+        """(L) int64 tokens of one document -> (L, V) float32 log-probabilities of the token that follows each.
+
+        V is the width of the model's head; columns past the shorter of two heads are not compared.
+        """
+        ...
+
+    def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
+        """The likeliest continuation of a prompt, without the stop token."""
+        ...
+
+    def __enter__(self) -> Reader: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the memory back, end the process behind it."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """One thing in a target's folder that can be run."""
+
+    name: str
+    """For people and export.json: `merged`, or a file name where a target writes several."""
+    tolerance: Tolerance
+    open: Callable[[], Reader]
+    """Loads it; used as a context."""
+
+
+class Progress(Protocol):
+    """Hears how far writing is, so that the time left can be shown."""
+
+    def __call__(self, done: int, total: int, what: str = "") -> None:
+        """`done` of `total` bytes of work; `what`: at present."""
+        ...
+
+
+class Target(Protocol):
+    """One form of a model. Raises ModelError or OutputError for what cannot be written, in `needs`, before any work."""
+
+    def needs(self, source: Source) -> Needs:
+        """Check that this source can take this form, and say what it takes."""
+        ...
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+        """Write into the empty `folder`; sentences about what was written, for the user."""
+        ...
+
+    def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
+        """What in `folder` (in its final place) can be run, each with its tolerance."""
+        ...
+
+    def usage(self, source: Source, path: str) -> str:
+        """Markdown for the model card: how what lies at `path` (a folder or a hub name) is run."""
+        ...

@@ -1,0 +1,70 @@
+"""Which input channels of each matrix matter, measured on texts: so that few bits go where they count.
+
+What llama.cpp calls an importance matrix: the mean square of every input channel over the tokens of the texts. It is
+measured on base + adapter in transformers; experts, the embedding and the head have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowrank.errors import DataError
+from lowrank.export.gguf.convert import Plan, part_shape, tensor_names
+from lowrank.export.readers import read_adapter
+from lowrank.export.source import Source
+
+CHUNK = 512
+"""Tokens read at once."""
+MOST = 16384
+"""Tokens read in all: more do not help consistently (llama.cpp's tools/perplexity/README.md)."""
+
+
+def cut(source: Source, text: str) -> list[np.ndarray]:
+    """A text, or its first MOST tokens, as documents of CHUNK tokens. Raises DataError for one that is too short."""
+    encoded = source.tokenizer(text[: 8 * MOST], add_special_tokens=False, verbose=False).input_ids
+    tokens = np.asarray(encoded[:MOST], dtype=np.int64)
+    if len(tokens) < CHUNK:
+        raise DataError(f"the text for the importance matrix has {len(tokens)} tokens; at least {CHUNK} are needed")
+    return [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
+
+
+def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Mean squares by the names in the GGUF file, (D) float32 each."""
+    squares: dict[str, torch.Tensor] = {}
+    count = sum(map(len, documents))
+
+    def listen(names: list[str]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def hear(module: Any, given: tuple[torch.Tensor, ...]) -> None:
+            del module
+            square_D = given[0].detach().reshape(-1, given[0].shape[-1]).double().square().sum(0).cpu()
+            for name in names:
+                squares[name] = squares.get(name, torch.zeros(())) + square_D
+
+        return hear
+
+    with read_adapter(source, source.adapter) as reader:
+        handles = []
+        for name, module in reader.base.model.named_modules():
+            names = _names(made, f"{name}.weight", getattr(module, "in_features", None))
+            if names:
+                handles.append(module.register_forward_pre_hook(listen(names)))
+        for document in documents:
+            reader.logprobs(document)
+        for handle in handles:
+            handle.remove()
+    return {name: (square_D / count).float().numpy() for name, square_D in squares.items()}
+
+
+def _names(made: Plan, weight: str, width: int | None) -> list[str]:
+    """The tensors of the file whose rows this layer's input meets."""
+    checkpoint = made.checkpoint
+    if width is None or weight not in checkpoint.shapes:
+        return []
+    names = tensor_names(made.family.arch, checkpoint.config)
+    parts = made.family.parts(checkpoint.config, weight) or []
+    found = [names(part.name) for part in parts if part_shape(checkpoint, part)[-1] == width]
+    return [name for name in found if name is not None]

@@ -1,0 +1,185 @@
+"""Ask llama.cpp itself what it makes of a GGUF file.
+
+The caches are in float32 and flash attention is off, so that logits of a float32 file agree with transformers'
+to rounding (normalised squared error about 1e-12) and a wrong epsilon or rotary base shows; with llama.cpp's
+own defaults errors below 1e-7 drown. It lives in a child process, which its assertions may end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from lowrank.errors import ModelError
+
+Adapters = Sequence[tuple[Path, float]]
+"""Adapter files and how strongly each counts."""
+
+
+def unreachable() -> str | None:
+    """Why llama.cpp cannot be asked here; None: it can."""
+    if find_spec("xllamacpp") is None:
+        return "llama.cpp is not installed: pip install 'lowrank[gguf]'"
+    if sys.platform == "win32":
+        return "on Windows the package xllamacpp hides llama.cpp's functions; check the file on Linux or macOS"
+    return None
+
+
+class LlamaCpp:
+    """A file (and adapters over it) loaded by llama.cpp, until the end of the `with` block.
+
+    Raises ModelError: not installed, cannot load the file, died on an assertion, or took more than `timeout`
+    seconds for one answer.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        adapters: Adapters = (),
+        only_words: bool = False,
+        threads: int = 1,
+        timeout: float = 600.0,
+    ) -> None:
+        reason = unreachable()
+        if reason:
+            raise ModelError(reason)
+        self._what, self._timeout = f"llama.cpp on {path}", timeout
+        self._folder = tempfile.TemporaryDirectory()
+        self._said = Path(self._folder.name, "said")
+        with open(self._said, "wb") as said:
+            self._process = subprocess.Popen(
+                child_command("llama_child"),
+                env=child_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
+        opening = {
+            "model": str(path),
+            "adapters": [[str(adapter), scale] for adapter, scale in adapters],
+            "only_words": only_words,
+            "threads": threads,
+        }
+        try:
+            self.vocabulary_size: int = self._ask(opening)
+        except ModelError:
+            self.close()
+            raise
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """After each token, (T, V) float32."""
+        array = Path(self._folder.name, "array.npy")
+        self._ask({"kind": "logits", "tokens": [int(token) for token in tokens], "array": str(array)})
+        found = np.load(array)
+        array.unlink()
+        return found
+
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, stop_tokens: Iterable[int] = ()
+    ) -> tuple[list[int], bool]:
+        """The likeliest continuation, and whether the model ended it: by the file's own tokens or `stop_tokens`."""
+        task = {
+            "kind": "generate",
+            "tokens": [int(token) for token in tokens],
+            "max_tokens": max_tokens,
+            "stop_tokens": [int(token) for token in stop_tokens],
+        }
+        answer = self._ask(task)
+        return answer["tokens"], answer["stopped"]
+
+    def tokenize(
+        self, texts: Sequence[str], *, add_special: bool = False, parse_special: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text."""
+        task = {"kind": "tokenize", "texts": list(texts), "add_special": add_special, "parse_special": parse_special}
+        return self._ask(task)
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, task: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        alarm = threading.Timer(self._timeout, self._process.kill)
+        alarm.start()
+        try:
+            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        late = not alarm.is_alive()
+        alarm.cancel()
+        if line:
+            return json.loads(line)["answer"]
+        if late:
+            raise ModelError(f"{self._what}: no answer within {self._timeout:.0f} seconds")
+        said = self._said.read_text(encoding="utf-8", errors="replace")
+        raise ModelError(last_words(self._what, self._process.wait(), said))
+
+
+def run_child(module: str, request: dict[str, Any], what: str) -> None:
+    """Run one of this folder's modules on one request. Raises ModelError with the end of what it said."""
+    done = subprocess.run(
+        child_command(module),
+        env=child_environment(),
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise ModelError(last_words(what, done.returncode, done.stderr))
+
+
+def child_command(module: str) -> list[str]:
+    """This Python on one of this folder's modules."""
+    return [sys.executable, "-m", f"{__package__}.{module}"]
+
+
+def child_environment() -> dict[str, str]:
+    """Finds what this process finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def last_words(what: str, code: int, said: str) -> str:
+    """How a child ended, and the end of what it said."""
+    how = f"ended by signal {-code}" if code < 0 else "failed"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "assert" in line.lower()]
+    return "\n  ".join([f"{what} {how}:", *list(dict.fromkeys([*telling, *lines[-1:]]))[-5:]])
+
+
+def squared_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Normalised: mean squared difference over the reference's variance along the vocabulary. Shapes (T, V)."""
+    wanted = reference.astype(np.float64)
+    spread = wanted - wanted.mean(axis=-1, keepdims=True)
+    return float(((ours.astype(np.float64) - wanted) ** 2).sum() / (spread**2).sum())

@@ -1,0 +1,129 @@
+"""A GGUF file of 16 or 32 bits to the types people run, with llama.cpp's own kernels and recipes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank.checkpoints.atomic import new_file
+from lowrank.errors import ModelError, did_you_mean, raise_all
+from lowrank.export.gguf.llama_cpp import run_child
+from lowrank.export.gguf.mixes import BASES, choose_types, describe, needs_importance
+from lowrank.export.gguf.writer import library
+
+WITHOUT_KERNELS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16"}
+"""What the package gguf can quantise by itself, in numpy."""
+
+Importance = Mapping[str, np.ndarray]
+"""Mean square of each input channel of a tensor, by its name in the file: (D), or (experts, D)."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a quantised file really holds."""
+
+    path: Path
+    recipe: str
+    kinds: dict[str, int]
+    """Matrices of each type."""
+    bits_per_weight: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.kinds.items(), key=lambda pair: -pair[1]))
+        size = self.path.stat().st_size / 2**20
+        return f"{self.path.name}: {size:.1f} MiB, {self.bits_per_weight:.2f} bits per weight ({kinds})"
+
+
+def check_recipe(name: str) -> str:
+    """The recipe in llama.cpp's spelling. Raises ModelError for one that does not exist."""
+    if name.upper() not in BASES:
+        raise ModelError(f"there is no GGUF type {name!r}{did_you_mean(name.lower(), [key.lower() for key in BASES])}")
+    return name.upper()
+
+
+def quantise(
+    source: Path, target: Path, recipe: str, *, importance: Importance | None = None, threads: int | None = None
+) -> Written:
+    """Write `source` (f32, f16 or bf16) as `recipe` to `target`.
+
+    Raises ModelError: no such type, a type that needs an importance matrix without one, kernels not reachable.
+    """
+    recipe = check_recipe(recipe)
+    gguf = library()
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    header = {name: value.contents() for name, value in reader.fields.items() if name.startswith(f"{arch}.")}
+    chosen = choose_types(recipe, describe(arch, header, shapes), shapes, importance is not None)
+    kernels, notes = _kernels(), []
+    if kernels is None:
+        raise_all(ModelError, f"quantising {source.name}", kernels_trouble([recipe]))
+        chosen = {name: _simple(kind, recipe) for name, kind in chosen.items()}
+        notes.append("llama.cpp's kernels cannot be reached here: all but q8_0, q4_0, q4_1, q5_0, q5_1 became q8_0")
+    lacking = [name for name in needs_importance(chosen) if importance is None or name not in importance]
+    if lacking:
+        raise ModelError(
+            f"{recipe.lower()} needs an importance matrix for {len(lacking)} tensors ({', '.join(lacking[:3])}, ...): "
+            "give texts to measure it on (--importance), or take q3_k_s or larger"
+        )
+    with tempfile.TemporaryDirectory() as folder, new_file(target) as partial:
+        weights = Path(folder, "importance.npz")
+        if importance is not None:
+            arrays: dict[str, Any] = dict(importance)
+            np.savez(weights, **arrays)
+        request = {
+            "source": str(source),
+            "target": str(partial),
+            "types": chosen,
+            "importance": str(weights) if importance is not None else None,
+            "threads": threads or os.cpu_count() or 1,
+            "library": str(kernels) if kernels else None,
+            "arch": arch,
+            "file_type": int(gguf.LlamaFileType[f"MOSTLY_{recipe}"]),
+        }
+        run_child("quantize_child", request, f"quantising {source.name} to {recipe}")
+    return Written(target, recipe, *_contents(target), tuple(notes))
+
+
+def kernels_trouble(recipes: Sequence[str]) -> list[str]:
+    """Recipes that cannot be made here, one sentence each."""
+    if _kernels() is not None:
+        return []
+    known = ", ".join(name.lower() for name in sorted(WITHOUT_KERNELS - {"F16"}))
+    return [
+        f"{name.lower()} needs llama.cpp's kernels, out of reach here (pip install 'lowrank[gguf]'; not on Windows); "
+        f"possible without: {known}"
+        for name in recipes
+        if BASES[check_recipe(name)] not in WITHOUT_KERNELS
+    ]
+
+
+def _simple(kind: str | None, recipe: str) -> str | None:
+    if kind is None or kind in WITHOUT_KERNELS:
+        return kind
+    return "Q8_0"
+
+
+def _kernels() -> Path | None:
+    """The shared library with llama.cpp in it."""
+    found = find_spec("xllamacpp")
+    if found is None or found.origin is None:
+        return None
+    return next(iter(sorted(Path(found.origin).parent.glob("xllamacpp*.so"))), None)
+
+
+def _contents(path: Path) -> tuple[dict[str, int], float]:
+    """Matrices of each type, and bits per weight."""
+    tensors: list[Any] = library().GGUFReader(path).tensors
+    kinds = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
+    weights = sum(int(tensor.n_elements) for tensor in tensors)
+    return dict(kinds), 8 * sum(int(tensor.n_bytes) for tensor in tensors) / weights

@@ -1,0 +1,118 @@
+"""Quantises a GGUF file in a process of its own (see quantize.py), which the kernels end where they disagree."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank.export.gguf.writer import Entry, library, write_file
+
+ROWS_AT_ONCE = 8 << 20
+"""Weights given to one thread at a time."""
+
+
+def kernel(path: Path) -> Any:
+    """`ggml_quantize_chunk` of the shared library at `path`."""
+    function = ctypes.CDLL(str(path)).ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return function
+
+
+def quantise_rows(function: Any, kind: Any, row_ND: np.ndarray, importance_D: np.ndarray | None) -> np.ndarray:
+    """Bytes of float32 rows, (N, bytes of a row)."""
+    gguf = library()
+    if function is None or kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32):
+        return gguf.quants.quantize(row_ND, kind).reshape(len(row_ND), -1).view(np.uint8)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.ascontiguousarray(row_ND, dtype=np.float32)
+    out = np.empty((len(rows), rows.shape[1] // block * size), dtype=np.uint8)
+    weights = None if importance_D is None else np.ascontiguousarray(importance_D, dtype=np.float32)
+    address = None if weights is None else weights.ctypes.data
+    written = function(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], address)
+    assert written == out.nbytes, f"{written} of {out.nbytes} bytes"
+    return out
+
+
+def main() -> None:
+    """Read the request from standard input: source, target, the type of each tensor, importance, threads, library."""
+    request = json.load(sys.stdin)
+    gguf = library()
+    reader = gguf.GGUFReader(request["source"])
+    types = gguf.GGMLQuantizationType
+    function = kernel(Path(request["library"])) if request["library"] else None
+    importance = dict(np.load(request["importance"])) if request["importance"] else {}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    entries = []
+    for name, tensor in tensors.items():
+        kind = types[request["types"][name] or tensor.tensor_type.name]
+        entries.append(Entry(name, tuple(int(n) for n in reversed(tensor.shape)), kind))
+
+    def encoded(entry: Entry) -> Iterator[np.ndarray]:
+        tensor = tensors[entry.name]
+        if tensor.tensor_type == entry.kind:
+            yield np.asarray(tensor.data)
+            return
+        yield from _quantised(function, entry, tensor, importance.get(entry.name), pool)
+
+    with ThreadPoolExecutor(request["threads"]) as pool:
+        data = (encoded(entry) for entry in entries)
+        write_file(Path(request["target"]), request["arch"], _fields(reader, request), entries, data)
+
+
+def _quantised(
+    function: Any, entry: Entry, tensor: Any, importance: np.ndarray | None, pool: ThreadPoolExecutor
+) -> Iterator[np.ndarray]:
+    """Slabs of rows through the pool, in order. Importance is per matrix: (D) or (experts x D)."""
+    gguf = library()
+    width = entry.shape[-1]
+    stored = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
+    matrices = entry.shape[0] if len(entry.shape) == 3 else 1
+    per_matrix = len(stored) // matrices
+    weights = None if importance is None else importance.reshape(-1, width)
+    step = max(1, ROWS_AT_ONCE // width)
+
+    def slab(place: tuple[int, int]) -> np.ndarray:
+        start, end = place
+        rows = gguf.quants.dequantize(stored[start:end], tensor.tensor_type).reshape(end - start, width)
+        row = None if weights is None else weights[(start // per_matrix) % len(weights)]
+        return quantise_rows(function, entry.kind, rows, row)
+
+    places = [
+        (matrix * per_matrix + start, matrix * per_matrix + min(start + step, per_matrix))
+        for matrix in range(matrices)
+        for start in range(0, per_matrix, step)
+    ]
+    ahead = (os.cpu_count() or 1) + 1
+    waiting = [pool.submit(slab, place) for place in places[:ahead]]
+    for index in range(len(places)):
+        yield waiting.pop(0).result()
+        if index + ahead < len(places):
+            waiting.append(pool.submit(slab, places[index + ahead]))
+
+
+def _fields(reader: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The source's header with the new file type."""
+    fields = {
+        name: value.contents()
+        for name, value in reader.fields.items()
+        if not name.startswith("GGUF.") and name != "general.architecture"
+    }
+    return {**fields, "general.file_type": request["file_type"], "general.quantization_version": 2}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""A base with its adapter merged in, one tensor at a time, under the names of the base's own files.
+
+Merged in float32 from the weights on disk, by the variant's own `merge`; what no adapter reaches is the base's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lowrank.adapters.targets import is_embedding
+from lowrank.adapters.variants import Tensors, Variant
+from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.errors import ModelError, raise_all
+from lowrank.export.checkpoint import Checkpoint
+from lowrank.export.names import Names
+from lowrank.export.source import Source
+
+_BLOCK_BYTES = 1 << 20
+"""Of a tensor merged at once: small enough that a block and its float32 copies stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class _Instead:
+    """A tensor trained whole (modules_to_save)."""
+
+    tensor: torch.Tensor
+    by_rows = False
+
+    def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        del weight, first, end
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class _LinearUpdate:
+    """A variant's update of a linear layer."""
+
+    variant: Variant
+    scale: float
+    tensors: Tensors
+    transposed: bool
+
+    @property
+    def by_rows(self) -> bool:
+        """Plain A, B: row o of the result needs row o of the weight and of B only."""
+        return self.tensors.keys() == {"lora_A", "lora_B"} and not self.transposed
+
+    def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        tensors = self.tensors
+        if self.by_rows:
+            tensors = {**tensors, "lora_B": tensors["lora_B"][first:end]}
+        if self.transposed:
+            return self.variant.merge(weight.t(), self.scale, tensors).t()
+        return self.variant.merge(weight, self.scale, tensors)
+
+
+@dataclass(frozen=True)
+class _EmbeddingUpdate:
+    """W (V, D) + scale * (B A)^T of a lookup table."""
+
+    scale: float
+    A_RV: torch.Tensor
+    B_DR: torch.Tensor
+    by_rows = True
+
+    def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        return torch.addmm(weight, self.A_RV[:, first:end].t(), self.B_DR.t(), alpha=self.scale)
+
+
+_Change = _Instead | _LinearUpdate | _EmbeddingUpdate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tensor as it will be written: read from `origin` of the base's files, changed or not."""
+
+    origin: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Of the base's tensor; what it is written as is the target's affair."""
+    change: _Change | None = None
+
+
+class Merged(Mapping[str, Plan]):
+    """Base + adapter as a checkpoint: names, shapes and dtypes at once, values when asked for.
+
+    checkpoint  the base's own files
+    untied      embedding and head were one tensor in the base and are two now, so the configuration must say
+                `tie_word_embeddings: false`
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Raises ModelError for files that are missing, an adapter of another base, and what cannot be merged."""
+        self.checkpoint = Checkpoint(source.base)
+        self.untied = False
+        self._plans = {name: Plan(name, entry.shape, entry.dtype) for name, entry in self.checkpoint.items()}
+        if source.adapter is not None:
+            _refuse_quantised(source, self.checkpoint)
+            self._merge(source, source.adapter)
+
+    def __getitem__(self, name: str) -> Plan:
+        return self._plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole merged tensor, by default in the dtype of the base's."""
+        plan = self[name]
+        whole = torch.empty(plan.shape, dtype=dtype or plan.dtype)
+        at = 0
+        for rows in self.blocks(name, dtype):
+            if not plan.shape:
+                return rows
+            whole[at : at + len(rows)] = rows
+            at += len(rows)
+        return whole
+
+    def blocks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """The merged tensor in blocks of whole rows, in order; a scalar is one block.
+
+        ModelError if a value does not fit into `dtype` (float16 ends at 65504).
+        """
+        plan = self[name]
+        dtype = dtype or plan.dtype
+        for first, end in _row_ranges(plan):
+            rows = self.checkpoint.rows(plan.origin, first, end)
+            if plan.change is not None:
+                wide = torch.promote_types(rows.dtype, torch.float32)
+                rows = plan.change(rows.to(wide), first, end)
+            yield _cast(name, rows, dtype)
+
+    def is_unchanged(self, name: str, dtype: torch.dtype | None = None) -> bool:
+        """Whether its bytes in `dtype` are those of the base's file."""
+        plan = self[name]
+        return plan.change is None and dtype in (None, plan.dtype)
+
+    def _merge(self, source: Source, adapter: AdapterOnDisk) -> None:
+        names = Names(source.base, self.checkpoint, trust_remote_code=source.model.trust_remote_code)
+        heading = f"{source.name}: this adapter does not fit the base in {source.base}"
+        raise_all(ModelError, heading, names.refusals(adapter))
+        changes = _changes(adapter, names)
+        parameters = set(changes)
+        if names.tied & parameters:
+            self.untied = True
+            parameters |= names.tied  # the other end of the pair keeps what the base has
+        for parameter in parameters:
+            entry = self.checkpoint[names.origin(parameter)]
+            plan = Plan(names.origin(parameter), entry.shape, entry.dtype, changes.get(parameter))
+            self._plans[names.file_name(parameter)] = plan
+
+
+def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
+    """What happens to each parameter that the adapter reaches, by the model's names."""
+    variant = adapter.config.build()
+    changes: dict[str, _Change] = {}
+    for name, tensor in adapter.tensors.items():
+        if not any(name.startswith(f"{module}.") for module in adapter.targets):
+            changes[name] = _Instead(tensor)
+    for module, (rank, alpha) in adapter.targets.items():
+        parts = {
+            name.removeprefix(f"{module}.").removesuffix(".weight"): tensor
+            for name, tensor in adapter.tensors.items()
+            if name.startswith(f"{module}.")
+        }
+        scale = variant.scale(rank, alpha)
+        if is_embedding(names.model.get_submodule(module)):
+            changes[f"{module}.weight"] = _EmbeddingUpdate(scale, parts["lora_embedding_A"], parts["lora_embedding_B"])
+        else:
+            changes[f"{module}.weight"] = _LinearUpdate(variant, scale, parts, names.is_transposed(module))
+    return changes
+
+
+def _row_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
+    """Blocks of rows of about _BLOCK_BYTES; one block where a change needs the whole tensor."""
+    if not plan.shape or (plan.change is not None and not plan.change.by_rows):
+        yield 0, plan.shape[0] if plan.shape else 1
+        return
+    row_bytes = max(1, plan.dtype.itemsize * torch.Size(plan.shape[1:]).numel())
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for first in range(0, plan.shape[0], step):
+        yield first, min(first + step, plan.shape[0])
+
+
+def _cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = rows.to(dtype)
+    if dtype == torch.float16 and rows.dtype != dtype and not cast.isfinite().all() and rows.isfinite().all():
+        raise ModelError(f"{name}: has values above 65504, which float16 cannot hold; use bfloat16 or float32")
+    return cast
+
+
+def _refuse_quantised(source: Source, checkpoint: Checkpoint) -> None:
+    said = checkpoint.config.get("quantization_config")
+    if said:
+        kind = said.get("quant_method", "unknown") if isinstance(said, dict) else said
+        raise ModelError(
+            f"{source.model.path}: its files hold quantised weights ({kind}), into which nothing can be merged without "
+            "losing part of it; name the 16-bit model it was made from as the base, or export --to peft"
+        )

@@ -1,0 +1,139 @@
+"""The names tensors have in a checkpoint's files, and those of the model that transformers makes of it.
+
+They differ by renamings, by a prefix, and where transformers 5 fuses tensors (the experts of mixtures). Whatever is
+renamed only can be merged in place. Asked of transformers' own loader, on a model without memory (`meta`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from lowrank.adapters.targets import is_embedding, is_linear
+from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.errors import ModelError
+from lowrank.export.checkpoint import Entry
+from lowrank.models.quiet import quiet_transformers
+
+_SHOWN = 12
+
+
+class Names:
+    """Of every parameter of the model: the tensor in the files that it is loaded from."""
+
+    def __init__(self, folder: Path, checkpoint: Mapping[str, Entry], *, trust_remote_code: bool = False) -> None:
+        self.model = model_without_memory(folder, trust_remote_code=trust_remote_code)
+        self.checkpoint = checkpoint
+        state = self.model.state_dict(keep_vars=True)
+        self._file_name: dict[str, str] = {}
+        self._converted: dict[str, list[str]] = {}
+        for name, parameter, converted in _loaded_from(self.model, state, checkpoint):
+            if converted:
+                self._converted.setdefault(parameter, []).append(name)
+            else:
+                self._file_name[parameter] = name
+        self.tied = _tied(self.model, state)
+        """Parameters that are one tensor in the base: usually the embedding's weight and the head's."""
+
+    def is_transposed(self, module: str) -> bool:
+        """A layer that keeps its weight as (D, O): GPT-2's Conv1D."""
+        return isinstance(self.model.get_submodule(module), Conv1D)
+
+    def origin(self, parameter: str) -> str:
+        """The tensor in the files that holds a parameter's values; of a tied one perhaps under its twin's name."""
+        pair = [parameter, *sorted(self.tied - {parameter})] if parameter in self.tied else [parameter]
+        return next(self._file_name[name] for name in pair if name in self._file_name)
+
+    def file_name(self, parameter: str) -> str:
+        """Its name in the files; where it is not in them (a tied head), the model's own name for it."""
+        return self._file_name.get(parameter, parameter)
+
+    def refusals(self, adapter: AdapterOnDisk) -> list[str]:
+        """Why this adapter cannot be merged into this base: one sentence for every tensor that does not fit."""
+        problems = [problem for module in adapter.targets for problem in self._misfits(module, adapter)]
+        own = [name for name in adapter.tensors if not any(name.startswith(f"{module}.") for module in adapter.targets)]
+        for name in own:
+            problem = self._unmergeable(name)
+            if problem is not None:
+                problems.append(problem)
+            elif adapter.tensors[name].shape != self._entry(name).shape:
+                problems.append(f"{name}: {_shape(adapter.tensors[name])} in the adapter, {self._said(name)}")
+        return problems if len(problems) <= _SHOWN else [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more"]
+
+    def _misfits(self, module: str, adapter: AdapterOnDisk) -> list[str]:
+        weight = f"{module}.weight"
+        problem = self._unmergeable(weight)
+        if problem is not None:
+            return [problem]
+        layer = self.model.get_submodule(module)
+        if not is_linear(layer) and not is_embedding(layer):
+            return [f"{module} is a {type(layer).__name__} in the base, no layer that an adapter goes to"]
+        shape = self._entry(weight).shape
+        tall, wide = (shape[1], shape[0]) if is_embedding(layer) or self.is_transposed(module) else shape
+        wanted = {"lora_A.weight": (1, wide), "lora_embedding_A": (1, wide),
+                  "lora_B.weight": (0, tall), "lora_embedding_B": (0, tall)}  # fmt: skip
+        return [
+            f"{module}.{part}: {_shape(adapter.tensors[f'{module}.{part}'])} in the adapter, {self._said(weight)}"
+            for part, (axis, length) in wanted.items()
+            if f"{module}.{part}" in adapter.tensors and adapter.tensors[f"{module}.{part}"].shape[axis] != length
+        ]
+
+    def _unmergeable(self, parameter: str) -> str | None:
+        if parameter in self._converted:
+            files = self._converted[parameter]
+            return f"{parameter}: transformers makes it of {len(files)} tensors ({files[0]}, ...), not yet mergeable"
+        if parameter in self._file_name or (parameter in self.tied and self.tied & self._file_name.keys()):
+            return None
+        return f"{parameter}: the base has no such tensor"
+
+    def _entry(self, parameter: str) -> Entry:
+        return self.checkpoint[self.origin(parameter)]
+
+    def _said(self, parameter: str) -> str:
+        return f"{self._entry(parameter).shape} in the base ({self.origin(parameter)})"
+
+
+def _loaded_from(
+    model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Entry]
+) -> Iterator[tuple[str, str, bool]]:
+    """(name in the files, parameter, whether anything but its name changes on the way)."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    for name in sorted(checkpoint, key=dot_natural_key):  # some renamings wait for an earlier name
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(state))
+        if renamed not in state and name in state:
+            renamed, pattern = name, None
+        if renamed in state:
+            same = pattern is None and checkpoint[name].shape == tuple(state[renamed].shape)
+            resized = pattern is None and len(checkpoint[name].shape) == state[renamed].ndim
+            yield name, renamed, not (same or resized)
+
+
+def _tied(model: Any, state: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of the one tensor that embedding and head share; empty if they do not."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is not getattr(embedding, "weight", 0):
+        return set()
+    return {name for name, tensor in state.items() if tensor is head.weight}
+
+
+def model_without_memory(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model of a folder's config.json, on torch's `meta` device: shapes and names, no values."""
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"{folder}: transformers cannot make a model of its config.json ({error})") from error
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,103 @@
+"""Safetensors files of any size, written in one pass with no more than a block of a tensor in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.export import Progress
+from lowrank.export.checkpoint import DTYPE_NAMES, INDEX, SINGLE
+from lowrank.export.merge import Merged, Plan
+
+_ALIGNMENT = 8
+"""safetensors pads its header with blanks so that tensors begin at multiples of 8."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors go to which file."""
+
+    files: tuple[tuple[str, tuple[str, ...]], ...]
+    """(file name, names of the tensors in it, in order)."""
+    total_bytes: int
+    """Of all tensors."""
+
+
+def lay_out(merged: Merged, dtype: torch.dtype | None, max_shard_size: int) -> Layout:
+    """Tensors in the base's order; a file is full when the next would exceed `max_shard_size` bytes.
+
+    A tensor that is larger gets a file of its own, as with transformers.
+    """
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name, plan in merged.items():
+        size = num_bytes(plan, dtype)
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+        total += size
+    if len(shards) == 1:
+        return Layout(((SINGLE, tuple(shards[0])),), total)
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return Layout(tuple((file, tuple(names)) for file, names in zip(files, shards)), total)
+
+
+def written_dtype(plan: Plan, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype` for floats of 16 bits and more; None, and all else, keeps what the base has."""
+    return dtype if dtype is not None and plan.dtype.is_floating_point and plan.dtype.itemsize > 1 else plan.dtype
+
+
+def num_bytes(plan: Plan, dtype: torch.dtype | None) -> int:
+    """What a tensor takes in a file."""
+    return torch.Size(plan.shape).numel() * written_dtype(plan, dtype).itemsize
+
+
+def write_shards(merged: Merged, layout: Layout, dtype: torch.dtype | None, folder: Path, progress: Progress) -> None:
+    """Write the files of `layout`, and their index if there are several."""
+    done = 0
+    for file, names in layout.files:
+        with open(folder / file, "wb", buffering=0) as out:
+            out.write(_header(merged, names, dtype))
+            for name in names:
+                for block in _bytes(merged, name, dtype):
+                    _write_all(out, block)
+                    done += len(block)
+                    progress(done, layout.total_bytes, name)
+    if len(layout.files) > 1:
+        weight_map = {name: file for file, names in layout.files for name in names}
+        index = {"metadata": {"total_size": layout.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(merged: Merged, name: str, dtype: torch.dtype | None) -> Iterator[memoryview]:
+    wanted = written_dtype(merged[name], dtype)
+    if merged.is_unchanged(name, wanted):
+        yield from merged.checkpoint.blocks(merged[name].origin)
+        return
+    for rows in merged.blocks(name, wanted):
+        yield rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(merged: Mapping[str, Plan], names: Sequence[str], dtype: torch.dtype | None) -> bytes:
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        size = num_bytes(merged[name], dtype)
+        kind = DTYPE_NAMES[written_dtype(merged[name], dtype)]
+        fields[name] = {"dtype": kind, "shape": list(merged[name].shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(out: Any, block: memoryview) -> None:
+    while block:
+        block = block[out.write(block) :]

@@ -1,0 +1,43 @@
+"""What is taken home: a base on disk, the adapters on it, and how training wrote conversations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.models.config import Config as ModelConfig
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base and what was trained on it. Nothing of it is in memory but the adapter."""
+
+    name: str
+    """What a file or model of it is called: the job's or the adapter folder's name."""
+    base: Path
+    """A folder with the base's config.json, safetensors and tokenizer files."""
+    model: ModelConfig
+    """How the base was named and loaded (`path` may be a hub name, `storage` what training kept it in); `dtype` and
+    `device`: what verification computes in and where."""
+    adapter: AdapterOnDisk | None
+    """None: the base as it is, which is also what a full-parameter run gives."""
+    tokenizer: Any
+    chat_template: str | None
+    """The Jinja source that training used; None where there is none (plain text)."""
+    stop_tokens: frozenset[int] = frozenset()
+    """Ids that end an answer: EOS and the template's end of turn."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""
+
+    @property
+    def hub_base(self) -> str | None:
+        """The base's name on the hub; None for a folder, whose path is nobody else's business."""
+        name = str(self.facts.get("base") or self.model.path)
+        on_hub = _HUB_NAME.fullmatch(name) and not name.startswith("lowrank/") and not Path(name).exists()
+        return name if on_hub else None

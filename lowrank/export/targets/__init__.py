@@ -1,0 +1,22 @@
+"""The forms a model can be taken home in: one file each, found by its name.
+
+A target file has a `Config` (settings, told apart by `type`) whose `build()` returns a `Target`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowrank.export import Target
+from lowrank.settings import Settings, choice_of
+
+if TYPE_CHECKING:
+
+    class TargetConfig(Settings):
+        """What every target's `Config` offers."""
+
+        type: str
+
+        def build(self) -> Target: ...
+else:
+    TargetConfig = choice_of(__name__, default="merged")

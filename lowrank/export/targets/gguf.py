@@ -1,0 +1,193 @@
+"""The merged model as GGUF files, for llama.cpp, Ollama, LM Studio: one file for each type asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BeforeValidator
+
+from lowrank.errors import DataError, ModelError, raise_all
+from lowrank.export import Needs, Progress, ReadBack, Tolerance
+from lowrank.export.gguf.checkpoint import read_merged
+from lowrank.export.gguf.convert import PLAIN_TYPES, Plan, plan, write_plan
+from lowrank.export.gguf.importance import cut, measure
+from lowrank.export.gguf.llama_cpp import Adapters, LlamaCpp, unreachable
+from lowrank.export.gguf.mixes import BASES
+from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
+from lowrank.export.gguf.quantize import check_recipe, kernels_trouble, quantise
+from lowrank.export.gguf.words import compare_words
+from lowrank.export.source import Source
+from lowrank.settings import Settings
+
+BITS = {
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q5_k_s": 5.5, "q5_0": 5.5,
+    "q5_1": 6.0, "q4_k_m": 4.9, "q4_k_s": 4.6, "q4_0": 4.6, "q4_1": 5.0, "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.6,
+}  # fmt: skip
+"""Bits a weight; for all others 4.5."""
+
+_KL = {
+    "f32": 1e-6, "f16": 1e-4, "bf16": 1e-2, "q8_0": 1e-2, "q6_k": 3e-2, "q5_k_m": 5e-2, "q5_k_s": 6e-2, "q5_1": 6e-2,
+    "q5_0": 8e-2, "q4_k_m": 0.15, "q4_k_s": 0.2, "q4_1": 0.25, "q4_0": 0.3,
+}  # fmt: skip
+"""Mean KL from base + adapter that a type may cost: several times what is reported for 8 B models (llama.cpp's
+tools/perplexity/README.md), since small models suffer more. For all others 1.0."""
+
+
+def _listed(value: Any) -> Any:
+    return tuple(part.strip().lower() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+class Config(Settings):
+    """GGUF files of the merged model."""
+
+    type: Literal["gguf"] = "gguf"
+    types: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ("q8_0",)
+    """What the weights are stored in, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, ..."""
+    importance: Path | None = None
+    """A text file (UTF-8) like what the model will be used for, at least 512 tokens: quantised types then spend their
+    bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*) need it."""
+    threads: int = 0
+    """Threads that quantise; 0: one for each core."""
+
+    def build(self) -> GgufTarget:
+        """The target."""
+        return GgufTarget(self)
+
+
+class GgufTarget:
+    """See the module."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        known = [*PLAIN_TYPES, *(name.lower() for name in BASES)]
+        for name in config.types:
+            if name not in known:
+                check_recipe(name)
+        self.quantised = [name for name in config.types if name not in PLAIN_TYPES]
+
+    def needs(self, source: Source) -> Needs:
+        """All files, the 16-bit one that quantised ones are made from, and one tensor in memory."""
+        raise_all(ModelError, "--to gguf", kernels_trouble(self.quantised))
+        if self.config.importance is not None:
+            cut(source, self._text())
+        with tempfile.TemporaryDirectory() as side:
+            made = plan(read_merged(source, Path(side)))
+        counts = [int(np.prod(shape)) for shape in made.checkpoint.shapes.values()]
+        kinds = [*self.config.types, *(["f16"] if self.quantised else [])]
+        disk = sum(int(sum(counts) * BITS.get(kind, 4.5) / 8) for kind in kinds)
+        notes = [*made.notes, *filter(None, [_unchecked()])]
+        return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes))
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+        """One file for each type; what each really holds."""
+        said: list[str] = []
+        importance = None
+        with tempfile.TemporaryDirectory() as side:
+            made = plan(read_merged(source, Path(side)))
+            done = 0
+            plain = [name for name in self.config.types if name in PLAIN_TYPES]
+            total = sum(_bytes(made, kind) for kind in [*plain, *self.quantised, *self._between()])
+            for kind in [*plain, *self._between()]:
+                start = done
+
+                def heard(written: int, _: int, kind: str = kind, start: int = start) -> None:
+                    progress(start + written, total, kind)
+
+                write_plan(made, self._path(source, folder, kind), kind, heard)
+                done += _bytes(made, kind)
+            if self.config.importance is not None and self.quantised:
+                importance = measure(source, made, cut(source, self._text()))
+            said += self._words(self._path(source, folder, [*plain, *self._between()][0]), Path(side))
+        for name in self.quantised:
+            origin = self._path(source, folder, "f32" if "f32" in plain else "f16")
+            target, threads = self._path(source, folder, name), self.config.threads or None
+            written = quantise(origin, target, name, importance=importance, threads=threads)
+            said += [str(written), *written.notes]
+            done += _bytes(made, name)
+            progress(done, total, name)
+        for kind in self._between():
+            self._path(source, folder, kind).unlink()
+        return said
+
+    def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
+        """Every file as llama.cpp loads it; none where llama.cpp cannot be asked."""
+        if _unchecked():
+            return ()
+        paths = {kind: self._path(source, folder, kind) for kind in self.config.types}
+        return tuple(
+            ReadBack(path.name, tolerance(kind), lambda path=path: LlamaReader(path)) for kind, path in paths.items()
+        )
+
+    def usage(self, source: Source, path: str) -> str:
+        """With llama.cpp and Ollama."""
+        name = self._path(source, Path(path), self.config.types[0])
+        return f"```\nllama-server -m {name}\n```\n\nOr a `Modelfile` with the line `FROM {name}`, and `ollama create`."
+
+    def _words(self, path: Path, side: Path) -> list[str]:
+        """Whether llama.cpp reads text as the model was trained to. Raises ModelError if it does not at all."""
+        if _unchecked():
+            return []
+        words = compare_words(path, side)
+        if words.share > MOST_DIFFERENT:
+            raise ModelError(f"{words}: the model would not understand its input. Serve it from its merged checkpoint")
+        return [str(words)]
+
+    def _text(self) -> str:
+        assert self.config.importance is not None
+        try:
+            return self.config.importance.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"gguf.importance: {self.config.importance} cannot be read: {error}") from error
+
+    def _between(self) -> list[str]:
+        """The type that quantised files are made from, if it is not asked for itself."""
+        return ["f16"] if self.quantised and not {"f16", "f32"} & set(self.config.types) else []
+
+    def _path(self, source: Source, folder: Path, kind: str) -> Path:
+        return folder / f"{source.name}-{kind.upper()}.gguf"
+
+
+class LlamaReader:
+    """A GGUF file in llama.cpp, as a `Reader`."""
+
+    def __init__(self, path: Path, adapters: Adapters = ()) -> None:
+        self._session = LlamaCpp(path, adapters=adapters)
+
+    def logprobs(self, token_L: np.ndarray) -> np.ndarray:
+        """See `Reader`."""
+        logits_LV = self._session.logits(token_L.tolist())
+        logits_LV -= logits_LV.max(axis=-1, keepdims=True)
+        return logits_LV - np.log(np.exp(logits_LV).sum(axis=-1, keepdims=True))
+
+    def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
+        """See `Reader`; ends also where llama.cpp itself would."""
+        return self._session.generate(token_L.tolist(), max_new_tokens, stop_tokens)[0]
+
+    def __enter__(self) -> LlamaReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.close()
+
+
+def tolerance(kind: str) -> Tolerance:
+    """What a type may cost."""
+    kl = _KL.get(kind, 1.0)
+    agreement = max(0.5, 1.0 - kl**0.5)
+    return Tolerance(mean_kl=kl, top1_agreement=agreement, perplexity=max(1e-4, kl))
+
+
+def _bytes(made: Plan, kind: str) -> int:
+    return int(sum(int(np.prod(shape)) for shape in made.checkpoint.shapes.values()) * BITS.get(kind, 4.5) / 8)
+
+
+def _unchecked() -> str | None:
+    reason = unreachable()
+    return f"the files cannot be checked against llama.cpp here: {reason}" if reason else None

@@ -1,0 +1,92 @@
+"""The adapter alone, in PEFT's layout: for PEFT, vLLM's and others' adapter loading, and for lowrank itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lowrank.checkpoints.peft_config import describe_base, peft_trouble
+from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
+from lowrank.errors import ModelError, raise_all
+from lowrank.export import Needs, Progress, ReadBack, Tolerance
+from lowrank.export.checkpoint import Checkpoint
+from lowrank.export.names import Names
+from lowrank.export.readers import read_adapter
+from lowrank.export.side_files import write_tokenizer
+from lowrank.export.source import Source
+from lowrank.settings import Settings
+
+TOLERANCES = {
+    "float32": Tolerance(mean_kl=1e-9, top1_agreement=1.0, perplexity=1e-6),
+    "float16": Tolerance(mean_kl=1e-4, top1_agreement=0.99, perplexity=1e-3),
+    "bfloat16": Tolerance(mean_kl=1e-3, top1_agreement=0.98, perplexity=5e-3),
+}
+_USAGE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{path}")
+```
+
+Or, without PEFT: `lowrank chat {path}`."""
+
+
+class Config(Settings):
+    """The adapter alone, in PEFT's layout."""
+
+    type: Literal["peft"] = "peft"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the adapter's tensors are written in."""
+
+    def build(self) -> PeftTarget:
+        """The target."""
+        return PeftTarget(self)
+
+
+class PeftTarget:
+    """See the module."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+
+    def needs(self, source: Source) -> Needs:
+        """The size of the adapter."""
+        adapter = _adapter(source)
+        raise_all(ModelError, f"{source.name}: this adapter does not fit its base", _names(source).refusals(adapter))
+        size = sum(tensor.numel() for tensor in adapter.tensors.values()) * self.dtype.itemsize
+        return Needs(size + (64 << 20), 2 * size)
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+        """adapter_config.json, adapter_model.safetensors, a card, the tokenizer with the template training used."""
+        adapter = _adapter(source)
+        base = describe_base(_names(source).model, source.model.path, source.model.revision)
+        write_adapter(folder, adapter, base, dtype=self.dtype)
+        size = sum(tensor.numel() for tensor in adapter.tensors.values())
+        trouble = peft_trouble(base, adapter.targets)
+        write_tokenizer(source, folder)
+        progress(1, 1)
+        return tuple(filter(None, [f"{size:,} parameters on {len(adapter.targets)} modules", trouble]))
+
+    def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
+        """The adapter as a user loads it again, on the base."""
+        tolerance = TOLERANCES[self.config.dtype]
+        return (ReadBack("peft", tolerance, lambda: read_adapter(source, load_adapter(folder))),)
+
+    def usage(self, source: Source, path: str) -> str:
+        """With PEFT on the base."""
+        return _USAGE.format(path=path, base=source.hub_base or "path/of/the/base")
+
+
+def _adapter(source: Source) -> AdapterOnDisk:
+    if source.adapter is None:
+        raise ModelError(f"{source.name} is a whole model, there is no adapter to write; export --to merged")
+    return source.adapter
+
+
+def _names(source: Source) -> Names:
+    return Names(source.base, Checkpoint(source.base), trust_remote_code=source.model.trust_remote_code)

@@ -1,0 +1,208 @@
+"""Is what was written the model that was trained? Every target is asked the same documents as base + adapter.
+
+Compared are the next-token distributions at every place where an answer of a held-out document goes on, the perplexity
+of those answers, and greedy answers to the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lowrank.export import ReadBack, Tolerance
+from lowrank.export.held_out import HeldOut
+from lowrank.export.readers import BankReader
+from lowrank.records import BARE_BASE
+
+STORE_BYTES = 512 << 20
+"""Memory for the distributions of base + adapter, which all targets are compared with."""
+_MOST_PLACES = 4096
+_NEW_TOKENS = 32
+
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What base + adapter says: the side that every target is compared with."""
+
+    held_out: HeldOut
+    logprobs: tuple[np.ndarray, ...]
+    """(places compared, V) float32 of each document."""
+    greedy: tuple[tuple[int, ...], ...]
+    loss: float
+    """Nats per compared token."""
+    base_loss: float | None
+    """Of the base without its adapter; None if there is no adapter."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far one thing that was written is from base + adapter."""
+
+    name: str
+    tokens: int
+    mean_kl: float
+    """Nats: KL(base + adapter || this), over the compared places."""
+    worst_kl: float
+    top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+    base_perplexity: float | None
+    greedy_same: int
+    greedy_asked: int
+    gain_kept: float | None
+    """Of what training gained in held-out loss over the bare base: the share that is left. None: nothing was gained."""
+    tolerance: Tolerance
+    problems: tuple[str, ...]
+    """Which tolerances are exceeded, in words; empty: it is the model that was trained."""
+
+    @property
+    def passed(self) -> bool:
+        """Within all tolerances."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """For export.json."""
+        return asdict(self) | {"passed": self.passed, "problems": list(self.problems)}
+
+
+def places_for(held_out: HeldOut, vocabulary: int) -> HeldOut:
+    """As many compared places as STORE_BYTES holds, from every document the same number at most."""
+    most = min(_MOST_PLACES, max(16, STORE_BYTES // (4 * max(1, vocabulary))))
+    each = max(1, most // max(1, len(held_out.documents)))
+    cut, compared = [], []
+    for document, chosen in zip(held_out.documents, held_out.compared):
+        places = np.flatnonzero(chosen)[:each]
+        last = int(places[-1]) if len(places) else len(document)
+        end = min(len(document), last + 2)  # the token after the last place is its target
+        mask = np.zeros(end, bool)
+        mask[places] = True
+        cut.append(document[:end])
+        compared.append(mask)
+    return replace(held_out, documents=tuple(cut), compared=tuple(compared))
+
+
+def ask_reference(
+    reader: BankReader, held_out: HeldOut, stop_tokens: frozenset[int], vocabulary: int, tick: Tick
+) -> Answers:
+    """Ask base + adapter, and the bare base for its loss. Questions without an answer are compared on its own."""
+    greedy = []
+    for number, prompt in enumerate(held_out.prompts):
+        greedy.append(tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)))
+        tick(number + 1, 2 * len(held_out.prompts))
+    if not any(chosen.any() for chosen in held_out.compared):
+        held_out = _answered(held_out, greedy)
+    held_out = places_for(held_out, vocabulary)
+    has_adapter = reader.slot != BARE_BASE
+    logprobs, losses, base_losses = [], [], []
+    for number, (document, compared) in enumerate(zip(held_out.documents, held_out.compared)):
+        logprobs.append(reader.logprobs(document)[compared])
+        losses.append(_losses(logprobs[-1], document, compared))
+        if has_adapter:
+            alone = BankReader(reader.base, reader.bank).logprobs(document)[compared]
+            base_losses.append(_losses(alone, document, compared))
+        tick(len(held_out.prompts) + number + 1, 2 * len(held_out.prompts))
+    base_loss = float(np.concatenate(base_losses).mean()) if has_adapter else None
+    return Answers(held_out, tuple(logprobs), tuple(greedy), float(np.concatenate(losses).mean()), base_loss)
+
+
+def compare(read_back: ReadBack, answers: Answers, stop_tokens: frozenset[int], tick: Tick) -> Comparison:
+    """Load what was written, ask it the same, and hold it against its tolerance."""
+    asked = answers.held_out
+    kls, agreed, losses, same = [], [], [], 0
+    with read_back.open() as reader:
+        for number, (prompt, expected) in enumerate(zip(asked.prompts, answers.greedy)):
+            same += tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)) == expected
+            tick(number + 1, 2 * len(asked.prompts))
+        for number, (document, compared) in enumerate(zip(asked.documents, asked.compared)):
+            own = reader.logprobs(document)[compared]
+            reference = answers.logprobs[number]
+            kls.append(_kl(reference, own))
+            agreed.append(reference.argmax(1) == own.argmax(1))
+            losses.append(_losses(own, document, compared))
+            tick(len(asked.prompts) + number + 1, 2 * len(asked.prompts))
+    kl = np.concatenate(kls)
+    loss = float(np.concatenate(losses).mean())
+    return _judged(
+        Comparison(
+            name=read_back.name,
+            tokens=len(kl),
+            mean_kl=float(kl.mean()),
+            worst_kl=float(kl.max()),
+            top1_agreement=float(np.concatenate(agreed).mean()),
+            perplexity=_perplexity(loss),
+            reference_perplexity=_perplexity(answers.loss),
+            base_perplexity=None if answers.base_loss is None else _perplexity(answers.base_loss),
+            greedy_same=same,
+            greedy_asked=len(asked.prompts),
+            gain_kept=_gain_kept(answers, loss),
+            tolerance=read_back.tolerance,
+            problems=(),
+        )
+    )
+
+
+def _judged(found: Comparison) -> Comparison:
+    allowed = found.tolerance
+    relative = abs(found.perplexity / found.reference_perplexity - 1)
+    problems = []
+    if not found.mean_kl <= allowed.mean_kl:  # not <=: NaN is a problem too
+        problems.append(f"mean KL is {found.mean_kl:.2g}, at most {allowed.mean_kl:.2g} is expected")
+    if not found.top1_agreement >= allowed.top1_agreement:
+        problems.append(
+            f"the likeliest next token is the same in {found.top1_agreement:.1%} of places, "
+            f"at least {allowed.top1_agreement:.1%} is expected"
+        )
+    if not relative <= allowed.perplexity:
+        problems.append(f"the perplexity differs by {relative:.2%}, at most {allowed.perplexity:.2%} is expected")
+    return replace(found, problems=tuple(problems))
+
+
+def _answered(held_out: HeldOut, greedy: Sequence[tuple[int, ...]]) -> HeldOut:
+    """Questions with base + adapter's own answers, which both sides then read."""
+    documents, compared = [], []
+    for prompt, answer in zip(held_out.prompts, greedy):
+        document = np.append(prompt, np.asarray(answer, np.int64))
+        mask = np.zeros(len(document), bool)
+        mask[len(prompt) - 1 : max(len(prompt), len(document) - 1)] = True
+        documents.append(document)
+        compared.append(mask)
+    return replace(held_out, documents=tuple(documents), compared=tuple(compared))
+
+
+def _kl(reference_KV: np.ndarray, own_KV: np.ndarray) -> np.ndarray:
+    """(K) nats. A head that was padded is compared on the columns that both have."""
+    width = min(reference_KV.shape[1], own_KV.shape[1])
+    kl_K = np.empty(len(reference_KV))
+    for row, (reference_V, own_V) in enumerate(zip(reference_KV, own_KV)):  # float64 of one row at a time
+        p, q = reference_V[:width].astype(np.float64), own_V[:width].astype(np.float64)
+        p, q = p - _logsumexp(p), q - _logsumexp(q)
+        kl_K[row] = max(0.0, float((np.exp(p) * (p - q))[np.isfinite(p)].sum()))
+    return kl_K
+
+
+def _logsumexp(values: np.ndarray) -> float:
+    top = values.max()
+    return float(top + np.log(np.exp(values - top).sum()))
+
+
+def _losses(logprob_KV: np.ndarray, document: np.ndarray, compared: np.ndarray) -> np.ndarray:
+    """Minus the log-probability of the token that follows each compared place; the very last has none."""
+    places = np.flatnonzero(compared)
+    known = places + 1 < len(document)
+    rows = np.flatnonzero(known)
+    return -logprob_KV[rows, document[places[known] + 1]].astype(np.float64)
+
+
+def _perplexity(loss: float) -> float:
+    return float(np.exp(min(loss, 700.0)))
+
+
+def _gain_kept(answers: Answers, loss: float) -> float | None:
+    if answers.base_loss is None or answers.base_loss - answers.loss < 1e-3:
+        return None
+    return (answers.base_loss - loss) / (answers.base_loss - answers.loss)

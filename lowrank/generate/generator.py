@@ -1,0 +1,391 @@
+"""Continuous batching: any number of requests, each for its own adapter, answered together on one base.
+
+    submit --> waiting --> running: pages of the cache, a place in every step --> finished: pages free again
+
+A step is one forward pass over a flat stream: the next token of every sequence that is answering, and pieces
+of the questions of those that are not there yet, so a long question never stands in the way of others
+(chunked prefill, arXiv:2308.16369). Sequences join and leave between steps (arXiv `Orca`, OSDI 2022).
+
+Everything that touches the model happens in the thread that makes steps: a thread of its own after `start`,
+else whoever iterates over an answer. Other threads leave what they want in an inbox.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+
+from lowrank.adapters.bank import Bank
+from lowrank.generate import static
+from lowrank.generate.constraint import JsonConstraint
+from lowrank.generate.generation import Generation
+from lowrank.generate.pages import PageTable, root_digest
+from lowrank.generate.request import Config, Prompt, RequestError
+from lowrank.generate.sampling import choose
+from lowrank.generate.sequence import Sequence
+from lowrank.models.base import Base
+from lowrank.models.continuation import what_breaks
+from lowrank.models.paged_attention import KeyValueCache, Span, Step
+from lowrank.settings import Positive, Settings
+
+Result = TypeVar("Result")
+_PAGE = 16
+"""Tokens of a page on a CPU, where pages are copied together before they are used."""
+_KERNEL_PAGE = 256
+
+
+class GeneratorConfig(Settings):
+    """How much is answered at once."""
+
+    max_rows: Positive = 64
+    """Sequences in one step at the most; others wait."""
+    step_tokens: Positive = 512
+    """Tokens of one step at the most: one for each sequence that answers, and the rest for pieces of questions."""
+    cache_tokens: Positive = 65536
+    """Tokens whose keys and values are kept, of all sequences together."""
+    reuse_prefixes: bool = True
+    """Keep the keys of finished sequences while there is room, for others that begin alike."""
+
+
+class Generator:
+    """Answers requests for the adapters of a bank, and for its bare base.
+
+    `notice` says why a family cannot be served so and is answered in fixed batches; None where all is well.
+    """
+
+    def __init__(self, base: Base, bank: Bank, config: GeneratorConfig | None = None) -> None:
+        self.base = base
+        self.bank = bank
+        self.config = config or GeneratorConfig()
+        bank.routing.set(0, ())  # the test below asks the bare base
+        reason = what_breaks(base)
+        self.notice = None if reason is None else f"requests are answered in fixed batches, which is slower: {reason}"
+        size = _KERNEL_PAGE if base.device.type == "cuda" else _PAGE
+        num_pages = 1 + -(-self.config.cache_tokens // size)
+        self._cache = KeyValueCache(num_pages, size)
+        self._table = PageTable(num_pages, size)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._version: defaultdict[int, int] = defaultdict(int)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stepping = threading.RLock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    # -- what others call, from any thread
+
+    def submit(self, prompt: Prompt, config: Config, *, stop_tokens: frozenset[int] = frozenset()) -> Generation:
+        """Start answering; RequestError if it can never be answered."""
+        most = self._most(len(prompt.token_L), config)
+        sequence = Sequence(
+            prompt,
+            config,
+            stop_tokens=stop_tokens,
+            most=most,
+            tokenizer=self.base.tokenizer,
+            constraint=self._constraint(config, stop_tokens),
+        )
+        steady = self.base.steady_length
+        sequence.alone = steady is not None and len(prompt.token_L) + most > steady
+        self.post(lambda: self._waiting.append(sequence))
+        return Generation(self, sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Its pages are free before the next step. A finished one stays as it is."""
+        sequence.cancelled = True
+        self.post(self._drop_cancelled)
+
+    def between_steps(self, function: Callable[[], Result]) -> Result:
+        """Run `function` while no step is running: to add, remove or change adapters of the bank."""
+        if self._thread is None or self._thread is threading.current_thread():
+            with self._stepping:
+                return function()
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return future.result()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Have `function` run before the next step, and do not wait for it."""
+        self._inbox.put(function)
+        self._wake.set()
+
+    def changed(self, slot: int) -> None:
+        """The weights of a slot are others now: nothing computed with the old ones is used again.
+
+        Sequences in the middle of an answer go on with the new ones, and read their text again.
+        """
+        self.between_steps(lambda: self._forget(slot))
+
+    @property
+    def busy(self) -> bool:
+        """Somebody waits for an answer."""
+        return bool(self._running or self._waiting or not self._inbox.empty())
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a place in the steps."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have none yet."""
+        return len(self._waiting) + self._inbox.qsize()
+
+    @property
+    def free_tokens(self) -> int:
+        """Room in the cache for tokens of new sequences."""
+        return self._table.available * self._table.page_size
+
+    # -- a thread of its own
+
+    def start(self) -> None:
+        """Make steps in a thread from now on, whenever there is something to do."""
+        assert self._thread is None, "it runs already"
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="lowrank-generator", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread after the running step; what is not finished ends as cancelled."""
+        thread, self._closing = self._thread, True
+        self._wake.set()
+        if thread is not None:
+            thread.join()
+        self._thread = None
+        with self._stepping:
+            self._read_inbox()
+            for sequence in [*self._running, *self._waiting]:
+                sequence.cancelled = True
+            self._drop_cancelled()
+
+    @property
+    def threaded(self) -> bool:
+        """Whether a thread of its own makes the steps."""
+        return self._thread is not None
+
+    def _run(self) -> None:
+        while not self._closing:
+            if not self.busy:
+                self._wake.wait()
+            self._wake.clear()
+            try:
+                self.step()
+            except Exception as error:
+                self._fail_all(f"{type(error).__name__}: {error}")
+
+    # -- one step
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Bring everybody a token (or a piece of a question) further; False if there is nobody."""
+        with self._stepping:
+            self._read_inbox()
+            if self.notice is not None:
+                return self._fixed_batch(self.config.max_rows)
+            if self._waiting and self._waiting[0].alone and not self._running:
+                return self._fixed_batch(1)
+            plan = self._plan()
+            if not plan:
+                return False
+            logits_BV, rows = self._forward(plan)
+            for sequence, choice in zip(rows, choose(logits_BV, rows) if rows else ()):
+                sequence.take(choice)
+            self._drop_finished()
+            return True
+
+    def _read_inbox(self) -> None:
+        while True:
+            try:
+                function = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            function()
+
+    def _plan(self) -> list[tuple[Sequence, int]]:
+        """Who gets how many tokens of this step, by slot; pages are taken."""
+        planned: dict[int, int] = {}
+        budget = self.config.step_tokens
+        for sequence in list(self._running):  # those who answer come first: nobody waits for another's question
+            if sequence in self._running and sequence.remaining == 1 and self._make_room(sequence, 1):
+                planned[id(sequence)] = 1
+                budget -= 1
+        for sequence in list(self._running):
+            if budget > 0 and sequence in self._running and sequence.remaining > 1:
+                length = min(sequence.remaining, budget)
+                if self._make_room(sequence, length):
+                    planned[id(sequence)] = length
+                    budget -= length
+        while budget > 0 and self._waiting and len(self._running) < self.config.max_rows:
+            sequence = self._waiting[0]
+            if sequence.alone or not self._admit(sequence):
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            length = min(sequence.remaining, budget)
+            taken = self._make_room(sequence, length)
+            assert taken, "it was admitted because there is room"
+            planned[id(sequence)] = length
+            budget -= length
+        plan = [(each, planned[id(each)]) for each in self._running if id(each) in planned]
+        return sorted(plan, key=lambda entry: entry[0].slot)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Whether there is room for all of its tokens; then it has the pages that are known already."""
+        size = self._table.page_size
+        sequence.digests = [root_digest(sequence.slot, self._version[sequence.slot])]
+        if self.config.reuse_prefixes:  # the last token is always computed: its logits are wanted
+            sequence.pages = self._table.find(sequence.digest((len(sequence.tokens) - 1) // size, size))
+        if self._table.available < -(-(len(sequence.tokens) + 1) // size) - len(sequence.pages) and self._running:
+            self._table.release(sequence.pages)
+            sequence.pages = []
+            return False
+        sequence.cached = len(sequence.pages) * size
+        sequence.reused = min(sequence.cached, sequence.num_prompt)
+        return True
+
+    def _make_room(self, sequence: Sequence, length: int) -> bool:
+        """Pages for `length` tokens more; puts the youngest aside where there are none. False if it was itself."""
+        needed = -(-(sequence.cached + length) // self._table.page_size)
+        while len(sequence.pages) < needed:
+            if self._table.available:
+                sequence.pages.append(self._table.take())
+                continue
+            youngest = self._running[-1]
+            self._put_aside(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _put_aside(self, sequence: Sequence) -> None:
+        """It gives its pages back, and reads its text again when there is room."""
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._table.release(sequence.pages)
+        sequence.pages, sequence.cached = [], 0
+
+    def _forward(self, plan: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, list[Sequence]]:
+        """Logits (B, V) of those whose next token is wanted now."""
+        spans, tokens, ends, rows = [], [], [], []
+        for sequence, length in plan:
+            known = -(-sequence.cached // self._table.page_size)
+            spans.append(Span(sequence.cached, length, sequence.pages, fresh=sequence.pages[known:]))
+            tokens += sequence.tokens[sequence.cached : sequence.cached + length]
+            if length == sequence.remaining:
+                rows.append(sequence)
+                ends.append(len(tokens) - 1)
+        device = self.base.device
+        self.bank.routing.set(len(tokens), _ranges([(each.slot, length) for each, length in plan]))
+        hidden_TD = self.base.extend(torch.tensor(tokens, device=device), Step(self._cache, spans, device))
+        for sequence, length in plan:
+            self._count(sequence, length)
+        return self._logits(hidden_TD[torch.tensor(ends, dtype=torch.int64, device=device)], rows), rows
+
+    def _logits(self, hidden_BD: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
+        """By the model's own head module, which the bank may have routed."""
+        self.bank.routing.set(len(rows), _ranges([(each.slot, 1) for each in rows]))
+        return self.base.head().finish(self.base.model.get_output_embeddings()(hidden_BD))
+
+    def _count(self, sequence: Sequence, length: int) -> None:
+        """`length` tokens more are in the cache; pages that became full can be found by others."""
+        size = self._table.page_size
+        before, sequence.cached = sequence.cached, sequence.cached + length
+        if self.config.reuse_prefixes and before // size < sequence.cached // size:
+            digests = sequence.digest(sequence.cached // size, size)
+            for place in range(before // size, sequence.cached // size):
+                self._table.know(sequence.pages[place], digests[place])
+
+    def _fixed_batch(self, most: int) -> bool:
+        """Where the cache is not ours: whoever waits, as one batch, to its end."""
+        rows = [self._waiting.popleft() for _ in range(min(len(self._waiting), most))]
+        if not rows:
+            return False
+        self._running = sorted(rows, key=lambda sequence: sequence.slot)
+        static.answer(self.base, self.bank, self._running, self._drop_cancelled)
+        self._running = []
+        return True
+
+    # -- leaving
+
+    def _drop_finished(self) -> None:
+        for sequence in self._running:
+            if sequence.finish is not None:
+                self._release(sequence)
+        self._running = [sequence for sequence in self._running if sequence.finish is None]
+
+    def _drop_cancelled(self) -> None:
+        for sequence in (*self._running, *self._waiting):
+            if sequence.cancelled:
+                sequence.give_up("cancelled")
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.finish is None)
+        if self.notice is None and not (self._running and self._running[0].alone):
+            self._drop_finished()
+
+    def _fail_all(self, error: str) -> None:
+        """A step went wrong; what it left behind must not be used."""
+        with self._stepping:
+            for sequence in self._running:
+                sequence.give_up("error", error)
+            for slot in {sequence.slot for sequence in self._running}:
+                self._version[slot] += 1
+            self._drop_finished()
+
+    def _forget(self, slot: int) -> None:
+        self._read_inbox()
+        self._version[slot] += 1
+        for sequence in [each for each in self._running if each.slot == slot]:
+            self._put_aside(sequence)
+
+    # -- what a request may ask for
+
+    def _most(self, length: int, config: Config) -> int:
+        """Tokens its answer may have; RequestError if its question alone is too long."""
+        reach = self.base.reach
+        if length == 0:
+            raise RequestError("the prompt has no tokens")
+        if reach is not None and length >= reach:
+            raise RequestError(f"the conversation has {length} tokens and the model reads {reach}")
+        most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
+        room = self._table.capacity * self._table.page_size
+        if self.notice is None and length + most > room:
+            raise RequestError(
+                f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"
+            )
+        return most
+
+    def _constraint(self, config: Config, stop_tokens: frozenset[int]) -> JsonConstraint | None:
+        vocabulary = self.base.model.get_output_embeddings().weight.shape[0]
+        wrong = [token for token in config.logit_bias if not 0 <= token < vocabulary]
+        if wrong:
+            raise RequestError(f"logit_bias: the model has {vocabulary} tokens, there is no {wrong[0]}")
+        if config.json_schema is None:
+            return None
+        return JsonConstraint(self.base.tokenizer, config.json_schema, vocabulary, stop_tokens)
+
+
+def _ranges(lengths: list[tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """(slot, first row, end row) of sorted (slot, number of rows)."""
+    ranges: list[tuple[int, int, int]] = []
+    start = 0
+    for slot, length in lengths:
+        same = bool(ranges) and ranges[-1][0] == slot
+        first = ranges.pop()[1] if same else start
+        start += length
+        ranges.append((slot, first, start))
+    return tuple(ranges)

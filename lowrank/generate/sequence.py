@@ -1,0 +1,125 @@
+"""One request while it is answered: its tokens, its pages, its text, and whoever listens."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from lowrank.generate.constraint import JsonConstraint
+from lowrank.generate.pages import next_digest
+from lowrank.generate.request import Answer, Config, Piece, Prompt
+from lowrank.generate.sampling import Choice
+from lowrank.generate.streaming import TextStream
+
+Listener = Callable[[Piece], None]
+
+
+class Sequence:
+    """The generator's own view of a request. Touched only by the thread that makes steps, but for the listeners."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        config: Config,
+        *,
+        stop_tokens: frozenset[int],
+        most: int,
+        tokenizer: Any,
+        constraint: JsonConstraint | None,
+    ) -> None:
+        """`most`: tokens of the answer at the most, which may be fewer than `config` says."""
+        self.tokens: list[int] = prompt.token_L.tolist()
+        self.num_prompt = len(self.tokens)
+        self.slot = prompt.slot
+        self.config = config
+        self.stop_tokens = stop_tokens
+        self.most = most
+        self.seed = config.seed if config.seed is not None else int.from_bytes(os.urandom(8), "little")
+        self.constraint = constraint
+        self.text = TextStream(tokenizer, config.stop)
+        self.pages: list[int] = []
+        self.digests: list[bytes] = []
+        """Of the full pages of `tokens`, as far as they were asked for; starts with the root of its adapter version."""
+        self.cached = 0
+        """Tokens whose keys and values are in `pages`."""
+        self.reused = 0
+        self.finish: str | None = None
+        self.cancelled = False
+        self.alone = False
+        """It is answered by itself: its length would change how positions of others are read."""
+        self._pieces: list[Piece] = []
+        self._listeners: list[Listener] = []
+        self._lock = threading.Lock()
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are known and not in the cache yet. 1 when it decodes."""
+        return len(self.tokens) - self.cached
+
+    def digest(self, pages: int, page_size: int) -> list[bytes]:
+        """Of the first full pages, the root left out."""
+        while len(self.digests) <= pages:
+            first = (len(self.digests) - 1) * page_size
+            self.digests.append(next_digest(self.digests[-1], self.tokens[first : first + page_size]))
+        return self.digests[1 : pages + 1]
+
+    def take(self, choice: Choice) -> None:
+        """The next token; tells the listeners, and knows afterwards whether it was the last."""
+        if choice.token is None:
+            self.give_up("error", "the probabilities are not finite: this adapter, or the base, has diverged")
+            return
+        if choice.token in self.stop_tokens:
+            self._end("stop", Piece(None, self.text.end(), choice.logprob, choice.top))
+            return
+        self.tokens.append(choice.token)
+        if self.constraint is not None:
+            self.constraint.add(choice.token)
+        text = self.text.add(choice.token)
+        piece = Piece(choice.token, text, choice.logprob, choice.top)
+        if self.text.stopped_by is not None:
+            self._end("stop", piece)
+        elif self.constraint is not None and self.constraint.complete:
+            self._end("stop", Piece(choice.token, text + self.text.end(), choice.logprob, choice.top))
+        elif len(self.tokens) - self.num_prompt >= self.most:
+            self._end("length", Piece(choice.token, text + self.text.end(), choice.logprob, choice.top))
+        else:
+            self._tell(piece)
+
+    def give_up(self, finish: str, error: str | None = None) -> None:
+        """It ends without a last token: cancelled, or error."""
+        if self.finish is None:
+            self._end(finish, Piece(None, self.text.end(), error=error))
+
+    def listen(self, listener: Listener) -> None:
+        """Hear every piece, those of the past first. The listener is called from the thread that makes steps."""
+        with self._lock:
+            for piece in self._pieces:
+                listener(piece)
+            self._listeners.append(listener)
+
+    def answer(self) -> Answer:
+        """What there is so far."""
+        pieces = list(self._pieces)
+        said = [piece for piece in pieces if piece.token is not None]
+        return Answer(
+            tokens=[piece.token for piece in said if piece.token is not None],
+            text="".join(piece.text for piece in pieces),
+            finish=self.finish or "",
+            logprobs=[piece.logprob for piece in said if piece.logprob is not None],
+            top=[piece.top for piece in said],
+            error=next((piece.error for piece in pieces if piece.error), None),
+            prompt_tokens=self.num_prompt,
+            reused_tokens=self.reused,
+        )
+
+    def _end(self, finish: str, piece: Piece) -> None:
+        self.finish = finish
+        self._tell(Piece(piece.token, piece.text, piece.logprob, piece.top, finish, piece.error))
+
+    def _tell(self, piece: Piece) -> None:
+        with self._lock:
+            self._pieces.append(piece)
+            for listener in self._listeners:
+                listener(piece)

@@ -1,0 +1,53 @@
+"""A reward model (Bradley-Terry): a number for each answer, higher for the chosen one of a pair.
+
+The number is the value head's, a trained vector on the hidden state of the answer's last token, as in transformers'
+sequence classification and TRL. It is saved beside the adapter as value_head.safetensors.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch.nn import functional as F
+
+from lowrank.objectives import Metrics, Objective
+from lowrank.objectives.answers import count_pairs, pair_metrics, pairs_of
+from lowrank.records import Batch, Preference, Scores, Totals
+from lowrank.settings import Settings
+
+
+class Config(Settings):
+    """Preference pairs: a value head learns to give the chosen answer more than the rejected one."""
+
+    type: Literal["reward"] = "reward"
+    center_rewards_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of a penalty on (chosen + rejected)^2, which keeps rewards around 0 (arXiv:2312.09244); 0.01 is usual."""
+
+    def build(self) -> Objective:
+        """The objective."""
+        return Reward(self.center_rewards_coefficient)
+
+
+class Reward:
+    """Mean over pairs of - log sigmoid(reward of chosen - reward of rejected), plus the centering penalty."""
+
+    record = Preference
+    needs = ("value",)
+
+    def __init__(self, center_rewards_coefficient: float) -> None:
+        self.center_rewards_coefficient = center_rewards_coefficient
+
+    def count(self, batch: Batch) -> Totals:
+        """Pairs, and tokens of their answers."""
+        return count_pairs(batch)
+
+    def loss(self, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
+        """See the class."""
+        assert scores.value_S is not None, "the objective needs a value head, and there is none"
+        rewards = pairs_of(batch).of(scores.value_S)
+        losses_P = -F.logsigmoid(rewards[0] - rewards[1])
+        if self.center_rewards_coefficient:
+            losses_P = losses_P + self.center_rewards_coefficient * (rewards[0] + rewards[1]) ** 2
+        return losses_P.sum() / max(totals["pairs"], 1.0), pair_metrics(rewards, None, totals)

@@ -1,0 +1,107 @@
+"""Which single change of the settings would make a run fit that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lowrank.models.config import Config as ModelConfig
+from lowrank.planning.choose import TOKENS
+from lowrank.planning.memory import StepMemory
+from lowrank.planning.plan import Plan, Planner
+from lowrank.planning.simulation import PlannedJob
+from lowrank.settings import configs_in
+
+_LENGTHS = (4096, 2048, 1024, 512, 256, 128)
+_RANKS = (64, 32, 16, 8, 4)
+
+
+def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) -> list[str]:
+    """Each change by itself, as `setting: value (needs ...)`, the mildest of its kind.
+
+    `settings`: recompute, micro_batch_tokens and max_length as they stand.
+    """
+    found = []
+    for kind in (
+        _recompute(plan, settings),
+        _tokens(plan, settings),
+        _storage(planner),
+        _length(planner, settings),
+        _rank(planner),
+    ):
+        for words, change in kind:
+            changed = change(planner, plan)
+            if changed.fits:
+                found.append(f"{words} would make it fit (about {changed.peak / 1e9:.1f} GB)")
+                break
+    return found or [
+        "no single change makes it fit: take a smaller base, or several of: full recompute, shorter rows, fewer jobs"
+    ]
+
+
+def _recompute(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
+    if settings["recompute"] != "auto":
+        for policy in ("selective", "full", "sqrt"):
+            yield f"model.recompute: {policy}", lambda p, plan, policy=policy: p.plan(plan.micro_batch_tokens, policy)
+
+
+def _tokens(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
+    if settings["micro_batch_tokens"] != "auto":
+        for tokens in (*TOKENS, 512, 256, 128, 64):
+            if tokens < plan.micro_batch_tokens:
+                yield f"micro_batch_tokens: {tokens}", lambda p, plan, tokens=tokens: p.plan(tokens, plan.recompute)
+
+
+def _storage(planner: Planner) -> Iterator[Any]:
+    model = planner.memory.model
+    if model.storage.type != "dense":
+        return
+    for name in ("int8", "nf4"):
+        config = configs_in("lowrank.models.storages").get(name)
+        if config is not None:
+            yield f"model.storage: {name}", _with_model(model.model_copy(update={"storage": config(type=name)}))  # pyright: ignore[reportCallIssue]
+
+
+def _length(planner: Planner, settings: Mapping[str, Any]) -> Iterator[Any]:
+    longest = max(len(segment) for job in planner.memory.jobs for segment in job.step)
+    for length in _LENGTHS:
+        if length < min(longest, settings["max_length"]):
+            yield f"data.max_length: {length}", _with_jobs(lambda job, length=length: cut_job(job, length))
+
+
+def _rank(planner: Planner) -> Iterator[Any]:
+    ranks = [job.adapter.rank for job in planner.memory.jobs if job.adapter is not None]
+    for rank in _RANKS:
+        if ranks and rank < max(ranks):
+            yield f"adapter.rank: {rank}", _with_jobs(lambda job, rank=rank: _of_rank(job, rank))
+
+
+def cut_job(job: PlannedJob, length: int) -> PlannedJob:
+    """The same with no segment longer than `length`."""
+    cut = [
+        dataclasses.replace(each, token_L=each.token_L[:length], weight_L=each.weight_L[:length]) for each in job.step
+    ]
+    return dataclasses.replace(job, step=cut)
+
+
+def _of_rank(job: PlannedJob, rank: int) -> PlannedJob:
+    if job.adapter is None:
+        return job
+    return dataclasses.replace(job, adapter=job.adapter.model_copy(update={"rank": min(rank, job.adapter.rank)}))
+
+
+def _with_jobs(change: Any) -> Any:
+    def plan(planner: Planner, plan: Plan) -> Plan:
+        memory = StepMemory(planner.memory.model, [change(job) for job in planner.memory.jobs])
+        return planner.of(memory.model, memory).plan(plan.micro_batch_tokens, plan.recompute)
+
+    return plan
+
+
+def _with_model(model: ModelConfig) -> Any:
+    def plan(planner: Planner, plan: Plan) -> Plan:
+        memory = StepMemory(model, planner.memory.jobs)
+        return planner.of(model, memory).plan(plan.micro_batch_tokens, plan.recompute)
+
+    return plan

@@ -1,0 +1,45 @@
+"""Which modules of a simulated model would be replaced by lean ones (models/lean.py), without its weights.
+
+That is found out by trying, which fake tensors cannot do; so a small real copy is tried: what a norm or a gated MLP
+computes does not depend on its width.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.models.lean import LeanMLP, LeanNorm, make_lean, same_bits
+
+_WIDTH = 32
+
+
+def make_lean_unseen(model: nn.Module) -> int:
+    """`make_lean` on a model of fake tensors; how many modules were replaced."""
+    known: dict[Any, bool] = {}
+
+    def same(module: nn.Module, replacement: LeanNorm | LeanMLP) -> bool:
+        dtype = next(module.parameters()).dtype
+        key = (type(module), type(replacement), getattr(replacement, "kind", None), dtype)
+        if key not in known:
+            known[key] = _try(module, replacement, dtype)
+        return known[key]
+
+    return make_lean(model, same)
+
+
+def _try(module: nn.Module, replacement: LeanNorm | LeanMLP, dtype: torch.dtype) -> bool:
+    small = copy.copy(module)
+    small._modules = dict(module._modules)
+    small._parameters = dict(module._parameters)
+    if isinstance(replacement, LeanNorm):
+        weight = torch.rand(_WIDTH, generator=torch.Generator().manual_seed(0)) + 0.5
+        small._parameters["weight"] = nn.Parameter(weight.to(dtype), requires_grad=False)
+        return same_bits(small, LeanNorm(small, replacement.eps, replacement.kind))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        bias = getattr(module, name).bias is not None
+        small._modules[name] = nn.Linear(_WIDTH, _WIDTH, bias=bias, dtype=dtype).requires_grad_(False)
+    return same_bits(small, LeanMLP(small))

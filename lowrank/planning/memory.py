@@ -1,0 +1,158 @@
+"""The memory of a run's optimiser steps, part by part, for any cut and any recompute policy.
+
+Decoder layers of one kind add the same to every number, so a model with one layer of each kind is simulated,
+and one with a second layer of each kind; the rest is multiplication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank.adapters.config import AdapterSettings
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.recompute import segment_length
+from lowrank.planning.layers import kinds_of_layers
+from lowrank.planning.simulation import PlannedJob, Simulation, StepTrace, read_config, work_of
+from lowrank.records import Batch
+from lowrank.train.engine import Work
+
+_FEW = 3
+"""A model of so many layers is simulated whole."""
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Where the memory of a training step goes, on the device that computes; the sum is the peak of all tensors."""
+
+    base: int
+    adapters: int
+    """Float32 masters and the copies that compute (`tuning: full`: the masters)."""
+    optimizer: int
+    gradients: int
+    activations: int
+    """Kept between forward and backward pass."""
+    loss: int
+    """Log-probabilities, where the peak is there."""
+    workspace: int
+    """Temporaries of attention, dequantisation and everything else at the peak."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors at the worst moment."""
+        return sum(dataclasses.asdict(self).values())
+
+    @property
+    def static(self) -> int:
+        """What is alive between steps."""
+        return self.base + self.adapters + self.optimizer
+
+
+class StepMemory:
+    """Simulated steps of one run, remembered."""
+
+    def __init__(self, model: ModelConfig, jobs: Sequence[PlannedJob]) -> None:
+        self.jobs = tuple(jobs)
+        self.model = model
+        self.config = read_config(model)
+        whole = Simulation(model, self.config, [], None)
+        self.kinds = kinds_of_layers(whole.base.model)
+        self.num_layers = len(self.kinds)
+        self.layout = whole.base.layout
+        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        """The longest document the model was made for, where its config.json says."""
+        self._simulations: dict[tuple[int, ...] | None, Simulation] = {}
+        self._traces: dict[Any, StepTrace] = {}
+        first = self._simulation(self.cores()[0])
+        self.work: Work = work_of(first.slots, self.jobs)
+
+    def heaviest_batch(self, micro_batch_tokens: int, work: Work | None = None) -> tuple[Batch, int]:
+        """(the largest forward pass of a step, number of forward passes in it)."""
+        return self._simulation(self.cores()[0]).heaviest_batch(work or self.work, micro_batch_tokens)
+
+    def step(self, micro_batch_tokens: int, recompute: str | int, work: Work | None = None) -> StepBytes:
+        """The heaviest step of all jobs together (or `work`), cut and recomputed so."""
+        batch, count = self.heaviest_batch(micro_batch_tokens, work)
+        return _parts(self._policy(batch, recompute), several=count > 1)
+
+    def _policy(self, batch: Batch, recompute: str | int) -> StepTrace:
+        """`sqrt` and a number of layers follow from `full` and `none`."""
+        if isinstance(recompute, int):
+            return self._first_layers(batch, min(recompute, self.num_layers))
+        if recompute != "sqrt":
+            return self._whole(batch, recompute)
+        full = self._whole(batch, "full")
+        length = segment_length(self.num_layers)
+        each = full.kept // max(1, self.num_layers)
+        spared = each * (self.num_layers + -self.num_layers // length)
+        phases = {name: getattr(full, name) - spared for name in ("kept", "forward", "loss")}
+        again = full.backward - spared + each * (length - 1)  # the inputs of the segment that is computed again
+        return dataclasses.replace(full, **phases, backward=min(full.backward, again))
+
+    def _first_layers(self, batch: Batch, number: int) -> StepTrace:
+        none, full = self._whole(batch, "none"), self._whole(batch, "full")
+        spared = (none.kept - full.kept) * number // max(1, self.num_layers)
+        phases = {name: getattr(none, name) - spared for name in ("kept", "forward", "loss", "backward")}
+        phases["backward"] = max(phases["backward"], full.backward)
+        return dataclasses.replace(none, **phases)
+
+    def _whole(self, batch: Batch, recompute: str) -> StepTrace:
+        """A step of the whole model out of steps of models of a few layers."""
+        first, others = self.cores()
+        trace = self._trace(first, batch, recompute)
+        if first is None:
+            return trace
+        result = trace
+        for kind, core in others.items():
+            more = self._trace(core, batch, recompute).plus(trace, -1)
+            result = result.plus(more, self.kinds.count(kind) - 1)
+        return result
+
+    def cores(self) -> tuple[tuple[int, ...] | None, dict[int, tuple[int, ...]]]:
+        """The layers of the models that are simulated: one of each kind; and by kind, that with a second of the kind.
+
+        (None, {}): all layers.
+        """
+        kinds = sorted(set(self.kinds))
+        if self.num_layers <= _FEW or len(kinds) > self.num_layers // 2 or any(map(_names_layers, self.jobs)):
+            return None, {}
+        of_kind = {kind: [index for index, each in enumerate(self.kinds) if each == kind] for kind in kinds}
+        seconds = {kind: tuple(sorted([*kinds, places[1]])) for kind, places in of_kind.items() if len(places) > 1}
+        return tuple(kinds), seconds
+
+    def _simulation(self, core: tuple[int, ...] | None) -> Simulation:
+        if core not in self._simulations:
+            self._simulations[core] = Simulation(self.model, self.config, self.jobs, core)
+        return self._simulations[core]
+
+    def _trace(self, core: tuple[int, ...] | None, batch: Batch, recompute: str) -> StepTrace:
+        key = (core, batch.lengths, batch.slots, int((batch.weight_T != 0).sum()), recompute)
+        if key not in self._traces:
+            self._traces[key] = self._simulation(core).step(batch, recompute)
+        return self._traces[key]
+
+
+def _parts(trace: StepTrace, several: bool) -> StepBytes:
+    """The peak of a step, and what it consists of. `several` forward passes: the gradients are there from the first."""
+    phases = {"forward": trace.forward, "loss": trace.loss, "backward": trace.backward}
+    where = max(phases, key=lambda name: phases[name])
+    activations = min(trace.kept, phases[where])
+    rest = phases[where] - activations
+    gradients = trace.gradients if several else min(trace.gradients, rest) if where == "backward" else 0
+    rest -= 0 if several else gradients
+    loss = rest if where == "loss" else 0
+    return StepBytes(trace.base, trace.adapters, trace.optimizer, gradients, activations, loss, rest - loss)
+
+
+def _names_layers(job: PlannedJob) -> bool:
+    """Whether its adapter treats layers by their number, so that no layer can stand for another."""
+    adapter: AdapterSettings | None = job.adapter
+    if adapter is None:
+        return False
+    words = [*adapter.rank_pattern, *adapter.alpha_pattern, *adapter.modules_to_save]
+    for given in (adapter.target_modules, adapter.exclude_modules):
+        words += [given] if isinstance(given, str) else given
+    return any(re.search(r"(^|[.\[(|])\d", word) for word in words)

@@ -1,0 +1,116 @@
+"""The plan of a run's memory: its parts, its peak, and whether the machine has it.
+
+Tensors are counted by simulation (memory.py). What a process takes beside them on a CPU (Python and its libraries,
+the allocator's fragments, weights being read) is measured or follows from the sizes; benchmarks/memory_plan.py holds
+the sum against real peaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import choose_device, locate
+from lowrank.planning.machine import Machine, this_machine
+from lowrank.planning.memory import StepBytes, StepMemory
+
+_LIBRARIES = 50 << 20
+"""What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
+kernels, matplotlib. Measured (docs/log.md)."""
+_IDLE = 2.5
+_IDLE_MOST = 512 << 20
+"""A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into. Fitted to
+measured peaks (docs/log.md), not derived; the bound is for steps far larger than those."""
+MARGIN = 0.95
+"""A run is said to fit if it needs at most this share of what is free."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, on the device that computes. `available` counts what this process holds already."""
+
+    step: StepBytes
+    process: int
+    """Python, libraries, data, the allocator's fragments. On a GPU: 0, it is in host memory."""
+    resident: int
+    """What this process held when the plan was made; a part of `process`."""
+    loading: int
+    """The peak while the weights are read."""
+    available: int
+    device: str
+    layout: str
+    micro_batch_tokens: int
+    recompute: str | int
+    forward_passes: int
+    """Per optimiser step of all jobs together, in the heaviest."""
+
+    @property
+    def peak(self) -> int:
+        """The most the run needs at any moment."""
+        return max(self.step.total + self.process, self.loading)
+
+    @property
+    def fits(self) -> bool:
+        """With a margin for what a plan cannot know."""
+        return self.peak <= MARGIN * self.available
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "peak": self.peak,
+            "fits": self.fits,
+        }
+
+
+class Planner:
+    """Plans of one run under different cuts and recompute policies."""
+
+    def __init__(self, model: ModelConfig, memory: StepMemory, machine: Machine | None = None) -> None:
+        self.memory = memory
+        self.device = choose_device(model)
+        self.machine = machine or this_machine(self.device)
+        self._file_bytes = weight_file_bytes(model)
+        self._resident = psutil.Process().memory_info().rss
+
+    def total(self, step: StepBytes) -> int:
+        """What a step needs, with the process around it where that is in the same memory."""
+        if self.device.type == "cuda":
+            return step.total
+        return step.total + int(self._resident + _LIBRARIES + min(_IDLE_MOST, _IDLE * (step.loss + step.workspace)))
+
+    def of(self, model: ModelConfig, memory: StepMemory) -> Planner:
+        """The same for another base or other jobs."""
+        return Planner(model, memory, self.machine)
+
+    def plan(self, micro_batch_tokens: int, recompute: str | int) -> Plan:
+        """With these two settings."""
+        step = self.memory.step(micro_batch_tokens, recompute)
+        _, passes = self.memory.heaviest_batch(micro_batch_tokens)
+        on_host = self.device.type != "cuda"
+        process = self.total(step) - step.total
+        loading = self._resident + _LIBRARIES // 2 + step.base + self._file_bytes if on_host else step.base
+        available = self.machine.host if self.machine.device is None else self.machine.device
+        return Plan(
+            step,
+            process,
+            self._resident,
+            loading,
+            available,
+            str(self.device),
+            self.memory.layout,
+            micro_batch_tokens,
+            recompute,
+            passes,
+        )
+
+
+def weight_file_bytes(model: ModelConfig) -> int:
+    """Bytes of the model's safetensors files here, which are mapped while they are read; 0 for a hub name."""
+    folder = Path(locate(model.path))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0

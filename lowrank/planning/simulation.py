@@ -1,0 +1,210 @@
+"""One optimiser step of a run without its weights: the real model class, adapters and loss on fake tensors.
+
+Fake tensors have a shape, a dtype and a device but no memory, so a step of any model takes a second or two and
+every allocation it would make is counted (live_bytes.py). There is no formula per family: what a model
+saves for its backward pass, what recomputation saves, how large its attention's and its experts'
+temporaries are, is found by running it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers.initialization import no_init_weights
+
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.routing import Draws
+from lowrank.errors import ModelError
+from lowrank.kernels.logprobs import logprobs
+from lowrank.models.attention import BoundariesMissing
+from lowrank.models.base import Base
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import choose_device, choose_dtype, locate
+from lowrank.models.quiet import quiet_transformers
+from lowrank.models.recompute import set_recompute
+from lowrank.objectives import Objective
+from lowrank.planning.layers import keep_layers
+from lowrank.planning.lean import make_lean_unseen
+from lowrank.planning.live_bytes import LiveBytes
+from lowrank.planning.stand_in import stand_in_for_packed_weights
+from lowrank.records import BARE_BASE, Batch, Segment, pack
+from lowrank.train.engine import Engine, Work
+from lowrank.train.optimizers import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """What of a job decides about memory. `adapter` None: the base's own parameters are trained."""
+
+    adapter: AdapterSettings | None
+    objective: Objective
+    optimizer: OptimizerConfig
+    step: Sequence[Segment]
+    """Its heaviest optimiser step."""
+    neftune_alpha: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Bytes of tensors seen in one simulated step. The phases are peaks above what lives between steps."""
+
+    base: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    kept: int
+    """What the backbone's graph keeps for the backward pass."""
+    forward: int
+    loss: int
+    backward: int
+
+    def plus(self, other: StepTrace, times: int) -> StepTrace:
+        """Each number plus `times` the other's."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+        return StepTrace(*(one + times * two for one, two in pairs))
+
+
+class Simulation:
+    """The base, with all or some of its decoder layers, and the jobs of a run, on fake tensors."""
+
+    def __init__(self, model: ModelConfig, config: Any, jobs: Sequence[PlannedJob], keep: Sequence[int] | None) -> None:
+        """`config` is the model's config.json (`read_config`), `keep` the decoder layers to keep; None: all."""
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._live = LiveBytes()
+        self._device = choose_device(model)
+        with self._mode, self._live:
+            self.base = self._build(model, config, any(job.adapter is None for job in jobs), keep)
+            self._packed = stand_in_for_packed_weights(self.base.model, model.storage)
+            self._base_bytes = self._live.now + self._packed
+            self._engine = Engine(self.base, Bank(self.base, model.storage), 1)
+            self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
+        self._adapter_bytes = self._live.now + self._packed - self._base_bytes
+        self._optimizer_bytes: int | None = None
+
+    def _build(self, settings: ModelConfig, config: Any, train_all: bool, keep: Sequence[int] | None) -> Base:
+        with quiet_transformers(), torch.device(self._device), no_init_weights():
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=choose_dtype(settings, self._device), trust_remote_code=settings.trust_remote_code
+            )
+        model.tie_weights()
+        if settings.lean:
+            with unset_fake_temporarily():
+                make_lean_unseen(model)
+        if keep is not None:
+            keep_layers(model, keep)
+        model.requires_grad_(train_all)
+        model.eval()
+        base = Base(model, None, settings.path, settings.revision)
+        base.settle("packed")
+        if settings.attention == "padded" or not self._takes_boundaries(base):
+            base.settle("padded")
+        return base
+
+    def _takes_boundaries(self, base: Base) -> bool:
+        """The leak test needs weights; this much shows without."""
+        segment = Segment(np.zeros(4, np.int64), np.zeros(4, np.float32))
+        try:
+            with torch.no_grad():
+                base.hidden(self._fake(pack([(BARE_BASE, segment)])))
+        except BoundariesMissing:
+            return False
+        return True
+
+    def _add(self, job: PlannedJob, seed: int) -> int:
+        slot = BARE_BASE if job.adapter is None else self._engine.bank.add(job.adapter, seed=seed)
+        self._engine.add(slot, job.objective, job.optimizer, seed, job.neftune_alpha)
+        return slot
+
+    def _fake(self, batch: Batch) -> Batch:
+        fake = {name: self._move(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(batch, **fake)
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._mode.from_tensor(tensor).to(self._device)
+
+    def heaviest_batch(self, work: Work, micro_batch_tokens: int) -> tuple[Batch, int]:
+        """(the forward pass with the most tokens of a step that is cut so, number of forward passes)."""
+        self._engine.micro_batch_tokens = micro_batch_tokens
+        batches = self._engine.cut(work)
+        return max(batches, key=lambda batch: self.base.padded_tokens(batch.lengths)), len(batches)
+
+    def step(self, batch: Batch, recompute: str | int) -> StepTrace:
+        """What the engine does with one forward pass, and then the optimisers, with nothing to read."""
+        set_recompute(self.base.model, recompute)
+        rows, engine, fake, live = self.base.rows(batch), self._engine, self._fake(batch), self._live
+        chosen = [
+            (head, self._move(batch.weight_T[first:end].nonzero()[:, 0] + first))
+            for head, first, end in engine._heads(batch)
+        ]
+        draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in engine.jobs.items()}
+        engine.bank.routing.set(
+            rows.num_rows, rows.ranges, self._move(rows.counter_N), self._move(rows.length_N), draws
+        )
+        before = live.now
+        with _torch_keeps_quiet(), self._mode, live:
+            with live.phase() as forward:
+                hidden_TD = self.base.hidden(fake)
+            kept = live.now - before
+            with live.phase() as loss:
+                pieces = [logprobs(hidden_TD[index_K], fake.target_T[index_K], head) for head, index_K in chosen]
+                total = torch.cat(pieces).sum()
+            del hidden_TD, pieces
+            with live.phase() as backward:
+                total.backward()
+        del total
+        gradients = live.now - before
+        optimizer = self._optimizer_state()
+        for job in engine.jobs.values():
+            job.optimizer.zero_grad(set_to_none=True)
+        phases = (each.bytes - before for each in (forward, loss, backward))
+        return StepTrace(self._base_bytes, self._adapter_bytes, optimizer, gradients, kept, *phases)
+
+    def _optimizer_state(self) -> int:
+        """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
+        if self._optimizer_bytes is None:
+            with self._mode, self._live as live:
+                before = live.now
+                for job in self._engine.jobs.values():
+                    job.optimizer.step()
+                self._optimizer_bytes = live.now - before
+                for job in self._engine.jobs.values():
+                    job.optimizer.state.clear()
+        return self._optimizer_bytes
+
+
+@contextlib.contextmanager
+def _torch_keeps_quiet() -> Iterator[None]:
+    """It logs a traceback for every operator that has no fake form; the error itself is enough."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def read_config(config: ModelConfig) -> Any:
+    """The model's config.json. ModelError if it cannot be had."""
+    with quiet_transformers():
+        try:
+            return transformers.AutoConfig.from_pretrained(
+                locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"cannot read the configuration of {config.path!r}: {error}") from error
+
+
+def work_of(slots: Sequence[int], jobs: Sequence[PlannedJob]) -> Mapping[int, Sequence[Segment]]:
+    """The heaviest step of every job, together."""
+    return {slot: job.step for slot, job in zip(slots, jobs)}

@@ -1,0 +1,180 @@
+"""Log-probabilities under the bare base, for objectives that compare with where they began.
+
+They come from the weights the run has anyway, with no adapter on them (slot -1), and are computed before the
+first update: once for all jobs on the same data, and kept on disk for the next run on it. Under one folder per
+model (a digest of its weights and configuration), a file holds a few hundred neighbouring segments and is named by
+a digest of their tokens, so rows appended to a dataset leave the files before them valid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowrank.checkpoints.atomic import new_file
+from lowrank.checkpoints.full_model import unwrapped_state
+from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
+from lowrank.errors import ModelError
+from lowrank.records import BARE_BASE, Segment
+from lowrank.train.engine import Engine
+from lowrank.train.job import Steps
+
+CACHE_VARIABLE = "LOWRANK_CACHE"
+_SEGMENTS_PER_FILE = 256
+_SAMPLED = 4096
+"""Values of each tensor that go into a model's digest."""
+
+OnProgress = Callable[[int, int, float], None]
+"""`(segments done, segments in all, seconds left)`, after every file."""
+
+
+def cache_folder() -> Path:
+    """`$LOWRANK_CACHE/references`, else below the user's cache folder. May be deleted at any time."""
+    own = os.environ.get(CACHE_VARIABLE)
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank"
+    return (Path(own).expanduser() if own else shared) / "references"
+
+
+def digest_of_model(model: torch.nn.Module) -> str:
+    """The same for the same weights, dtypes and configuration, wherever they came from.
+
+    Of large tensors, values at even distances stand for all: no training leaves those alone.
+    """
+    digest = blake2b(digest_size=16)
+    config: Any = model.config
+    settings = config.to_dict()
+    described = {key: value for key, value in settings.items() if not key.startswith(("_", "transformers_version"))}
+    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(unwrapped_state(model).items()):
+        if ".copies." in name:  # of modules that some adapter trains whole; the bare base does not see them
+            continue
+        flat = tensor.detach().reshape(-1)
+        sampled = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(sampled.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class References:
+    """Reference log-probabilities of segments, by their content. `folder`: where they are kept; None: nowhere."""
+
+    def __init__(self, engine: Engine, folder: Path | None) -> None:
+        self._engine = engine
+        self._folder = folder / digest_of_model(engine.base.model) if folder else None
+        self._known: dict[bytes, np.ndarray] = {}
+        """By a segment's key: float32 log-probabilities of the tokens that carry weight."""
+        self.num_computed = self.num_found = 0
+        self.trouble: str | None = None
+        """Why nothing could be kept on disk."""
+
+    def prepare(self, segments: Iterable[Segment], on_progress: OnProgress | None = None) -> None:
+        """Know the references of all `segments`, from disk or computed. Must come before the base is trained."""
+        waiting = {_key(segment): segment for segment in segments}
+        waiting = {key: segment for key, segment in waiting.items() if key not in self._known}
+        total, done, computed, seconds = len(waiting), 0, 0, 0.0
+        source = iter(waiting.items())
+        while part := dict(islice(source, _SEGMENTS_PER_FILE)):
+            started = time.perf_counter()
+            if not self._read(part):
+                self._compute(part)
+                self._write(part)
+                computed += len(part)
+                seconds += time.perf_counter() - started
+            done += len(part)
+            if on_progress:
+                on_progress(done, total, (total - done) * seconds / computed if computed else 0.0)
+
+    def attach(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The segments, each with its `reference_L`. What is not known yet is computed now, and not kept."""
+        missing = {key: segment for segment in segments if (key := _key(segment)) not in self._known}
+        if missing:
+            self._compute(missing)
+        attached = [self._attached(segment) for segment in segments]
+        for key in missing:
+            del self._known[key]
+        return attached
+
+    def _attached(self, segment: Segment) -> Segment:
+        reference_L = np.zeros(len(segment), np.float32)
+        reference_L[segment.weight_L != 0] = self._known[_key(segment)]
+        return replace(segment, reference_L=reference_L)
+
+    def _compute(self, part: dict[bytes, Segment]) -> None:
+        scored = self._engine.logprobs(BARE_BASE, list(part.values()))
+        for (key, segment), logprob_L in zip(part.items(), scored):
+            self._known[key] = logprob_L[segment.weight_L != 0]
+        self.num_computed += len(part)
+
+    def _path(self, part: dict[bytes, Segment]) -> Path | None:
+        if self._folder is None:
+            return None
+        return self._folder / f"{blake2b(b''.join(part), digest_size=16).hexdigest()}.safetensors"
+
+    def _read(self, part: dict[bytes, Segment]) -> bool:
+        path = self._path(part)
+        if path is None or not path.is_file():
+            return False
+        try:
+            logprob_K = read_tensors(path)["logprob"].numpy()
+        except (ModelError, KeyError):
+            return False  # damaged: computed again and written over
+        lengths = [int((segment.weight_L != 0).sum()) for segment in part.values()]
+        if sum(lengths) != len(logprob_K):
+            return False
+        self._known.update(zip(part, np.split(logprob_K, np.cumsum(lengths)[:-1])))
+        self.num_found += len(part)
+        return True
+
+    def _write(self, part: dict[bytes, Segment]) -> None:
+        path = self._path(part)
+        if path is None or self.trouble:
+            return
+        logprob_K = torch.from_numpy(np.concatenate([self._known[key] for key in part]))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as partial:
+                write_tensors(partial, {"logprob": logprob_K})
+        except OSError as error:
+            self.trouble = f"reference log-probabilities cannot be kept in {path.parent}: {error}"
+
+
+class ReferencedSteps:
+    """A feed whose segments have their references with them."""
+
+    def __init__(self, steps: Steps, references: References) -> None:
+        self._steps = steps
+        self._references = references
+
+    @property
+    def epoch(self) -> float:
+        """The feed's own."""
+        return self._steps.epoch
+
+    def next_step(self) -> list[Segment]:
+        """The segments of the next optimiser step."""
+        return self._references.attach(self._steps.next_step())
+
+    def state(self) -> dict[str, Any]:
+        """The feed's own."""
+        return self._steps.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The feed's own."""
+        self._steps.load_state(state)
+
+
+def _key(segment: Segment) -> bytes:
+    """A digest of the tokens and of which of them carry weight."""
+    tokens = np.ascontiguousarray(segment.token_L, np.int64).tobytes()
+    carried = np.packbits(segment.weight_L != 0).tobytes()
+    return blake2b(tokens + carried, digest_size=16).digest()

@@ -1,0 +1,52 @@
+"""The importance matrix against plain hooks on transformers' own model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import lowrank.models.tiny
+from lowrank.errors import DataError
+from lowrank.export.gguf.checkpoint import read_folder
+from lowrank.export.gguf.convert import convert, plan
+from lowrank.export.gguf.importance import cut, measure
+from lowrank.export.gguf.quantize import quantise
+from lowrank.export.source import Source
+from lowrank.models.config import Config as ModelConfig
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+TINY = Path(lowrank.models.tiny.__file__).parent
+
+
+@pytest.fixture
+def source():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    model = ModelConfig(path="lowrank/tiny", dtype="float32", device="cpu")
+    return Source("tiny", TINY, model, None, tokenizer, tokenizer.chat_template)
+
+
+def test_mean_squares_of_the_inputs(source, tmp_path):
+    tokens = np.random.default_rng(0).integers(3, 3000, 64)
+    found = measure(source, plan(read_folder(TINY)), [tokens[:40], tokens[40:]])
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    heard = []
+    model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda module, given: heard.append(given[0][0]))
+    with torch.no_grad():
+        for part in (tokens[:40], tokens[40:]):
+            model(torch.tensor(part)[None])
+    expected = torch.cat(heard).square().mean(0).numpy()
+    np.testing.assert_allclose(found["blk.2.ffn_down.weight"], expected, rtol=1e-4)
+    assert len(found) == 6 * 7
+    convert(TINY, tmp_path / "tiny.gguf")
+    assert "IQ2_XXS" in quantise(tmp_path / "tiny.gguf", tmp_path / "iq2.gguf", "iq2_xxs", importance=found).kinds
+
+
+def test_too_short_a_text_is_refused(source):
+    with pytest.raises(DataError, match="at least 512"):
+        cut(source, "Hello")

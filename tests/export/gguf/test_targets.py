@@ -1,0 +1,55 @@
+"""An adapter of the shipped base, taken home as GGUF files that llama.cpp runs."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lowrank.cli.main import main
+from lowrank.export.gguf.llama_cpp import LlamaCpp
+from lowrank.models.loading import TINY, locate
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A random adapter, in PEFT's layout."""
+    folder = tmp_path_factory.mktemp("adapter") / "taught"
+    model = transformers.AutoModelForCausalLM.from_pretrained(locate(TINY), dtype=torch.float32)
+    torch.manual_seed(0)
+    both = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in both.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    both.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": TINY}))
+    return folder
+
+
+def test_from_adapter_to_llama_cpp(adapter, tmp_path, capsys):
+    words = ["export", str(adapter), "--to", "gguf,lora_gguf", "--type", "f32,q8_0,q4_k_m", "-o", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    assert ended.value.code == 0
+    files = sorted(path.name for path in (tmp_path / "out").rglob("*.gguf"))
+    assert files == ["taught-F32.gguf", "taught-Q4_K_M.gguf", "taught-Q8_0.gguf", "taught-lora.gguf"]
+    saved = json.loads((tmp_path / "out" / "gguf" / "export.json").read_text())
+    found = {each["name"]: each for each in saved["comparisons"]}
+    assert found["taught-F32.gguf"]["mean_kl"] < 1e-9
+    assert found["taught-F32.gguf"]["mean_kl"] < found["taught-Q8_0.gguf"]["mean_kl"]
+    assert found["taught-Q8_0.gguf"]["mean_kl"] < found["taught-Q4_K_M.gguf"]["mean_kl"]
+    capsys.readouterr()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(locate(TINY))
+    asked = [{"role": "user", "content": "Hello"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
+    with LlamaCpp(tmp_path / "out" / "gguf" / "taught-Q8_0.gguf") as llama:
+        answer, stopped = llama.generate(prompt, 200)
+    assert stopped
+    assert tokenizer.eos_token_id not in answer

@@ -1,0 +1,274 @@
+"""Continuous batching: the right tokens for everybody, whoever else is there, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.generate.generator import Generator, GeneratorConfig
+from lowrank.generate.published import Published
+from lowrank.generate.request import Answer, Config, Prompt, RequestError
+from lowrank.train.engine import Engine
+from tests.tiny_models import make_base, make_engine, random_step
+
+GREEDY = Config(max_new_tokens=8)
+
+
+def text(seed: int, length: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 97, length)
+
+
+def world(family: str = "llama", dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[Engine, list[int]]:
+    """Two adapters that say something else than the base."""
+    engine, slots = make_engine(make_base(family, dtype, **changes), Lora(rank=4, alpha=8), Lora(rank=2, alpha=8))
+    for step in range(3):
+        engine.forward_backward({slot: random_step(step + slot, [20, 9]) for slot in slots})
+        for slot in slots:
+            engine.optim_step(slot, 0.1)
+    return engine, slots
+
+
+def generator_of(engine: Engine, **settings: Any) -> Generator:
+    return Generator(engine.base, engine.bank, GeneratorConfig(**settings))
+
+
+def alone(engine: Engine, prompt: Prompt, config: Config = GREEDY) -> Answer:
+    return generator_of(engine).submit(prompt, config).result()
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[Engine, list[int]]:
+    return world()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_same_answer_whatever_else_is_in_the_batch(dtype: torch.dtype, temperature: float) -> None:
+    engine, slots = world(dtype=dtype)
+    config = Config(max_new_tokens=12, temperature=temperature, top_p=0.95, seed=5)
+    prompts = [Prompt(text(i, 3 + 5 * (i % 5)), (*slots, -1)[i % 3]) for i in range(9)]
+    expected = [alone(engine, prompt, config).tokens for prompt in prompts]
+    generator = generator_of(engine, step_tokens=7, max_rows=4)  # pieces of questions, and a queue
+    generations = []
+    for prompt in prompts:  # they come one by one while others are being answered
+        generations.append(generator.submit(prompt, config))
+        generator.step()
+    assert [generation.result().tokens for generation in generations] == expected
+    assert len({tuple(tokens) for tokens in expected}) > 3
+
+
+def test_a_long_question_does_not_stop_an_answer(llama: tuple[Engine, list[int]]) -> None:
+    generator = generator_of(llama[0], step_tokens=8)
+    answering = generator.submit(Prompt(text(0, 4)), Config(max_new_tokens=20))
+    generator.step()
+    asking = generator.submit(Prompt(text(1, 50)), Config(max_new_tokens=2))
+    for said in range(2, 9):
+        generator.step()
+        assert len(answering.answer.tokens) == said
+        assert asking.answer.tokens == []
+    generator.step()
+    assert len(asking.answer.tokens) == 1
+
+
+def test_a_common_beginning_is_read_once(llama: tuple[Engine, list[int]]) -> None:
+    engine, (one, two) = llama
+    generator = generator_of(engine)
+    long = text(0, 40)
+    first = generator.submit(Prompt(long, one), GREEDY).result()
+    again = generator.submit(Prompt(long, one), GREEDY).result()
+    longer = generator.submit(Prompt(np.concatenate([long, text(1, 5)]), one), GREEDY).result()
+    other = generator.submit(Prompt(long, two), GREEDY).result()
+    assert (first.reused_tokens, again.reused_tokens, longer.reused_tokens, other.reused_tokens) == (0, 32, 32, 0)
+    assert again.tokens == first.tokens
+    assert longer.tokens == alone(engine, Prompt(np.concatenate([long, text(1, 5)]), one)).tokens
+    assert other.tokens == alone(engine, Prompt(long, two)).tokens != first.tokens
+
+
+def test_new_weights_never_meet_old_keys() -> None:
+    """vLLM #42125: an adapter loaded anew under its old name read the cache of its old version."""
+    engine, (one, two) = world()
+    generator = generator_of(engine)
+    prompt = Prompt(text(0, 40), one)
+    before = generator.submit(prompt, GREEDY).result()
+    on_its_way = generator.submit(prompt, Config(max_new_tokens=12))
+    generator.step()
+    generator.step()
+    with torch.no_grad():
+        for parameter in engine.bank.parameters(one).values():
+            parameter.mul_(-1.5)
+    engine.bank.refresh(one)
+    generator.changed(one)
+    after = generator.submit(prompt, GREEDY).result()
+    assert after.reused_tokens == 0
+    assert after.tokens == alone(engine, prompt).tokens != before.tokens
+    assert (
+        on_its_way.result().tokens[2:]
+        == alone(
+            engine, Prompt(np.concatenate([prompt.token_L, before.tokens[:2]]), one), Config(max_new_tokens=10)
+        ).tokens
+    )
+    del two
+
+
+def test_published_anew_while_it_answers() -> None:
+    engine, (one, two) = world()
+    bank = engine.bank
+    generator = generator_of(engine)
+    published = Published(generator, {"base": -1, "pet": one})
+    old = alone(engine, Prompt(text(0, 40), one), Config(max_new_tokens=10)).tokens
+    new = alone(engine, Prompt(text(0, 40), two), Config(max_new_tokens=10)).tokens
+    tensors = {name: value.detach().clone() for name, value in bank.parameters(two).items()}
+    running = published.submit("pet", text(0, 40), Config(max_new_tokens=10))
+    generator.step()
+    published.publish("pet", bank.slots[two].config, tensors)
+    fresh = published.submit("pet", text(0, 40), Config(max_new_tokens=10))
+    assert one in bank.slots
+    assert (running.result().tokens, fresh.result().tokens) == (old, new)
+    generator.step()
+    assert one not in bank.slots, "the old version is gone with its last answer"
+    published.publish("third", bank.slots[two].config, tensors)  # takes the number that is free
+    third = published.submit("third", text(0, 40), Config(max_new_tokens=10)).result()
+    assert (third.tokens, third.reused_tokens) == (new, 0)
+    with pytest.raises(RequestError, match="did you mean 'pet'"):
+        published.submit("pett", text(0, 4), GREEDY)
+    published.withdraw("pet")
+    with pytest.raises(RequestError):
+        published.withdraw("base")
+
+
+def test_too_little_room_costs_time_only(llama: tuple[Engine, list[int]]) -> None:
+    engine, slots = llama
+    config = Config(max_new_tokens=25, temperature=0.8, seed=1)
+    prompts = [Prompt(text(i, 20), (*slots, -1)[i % 3]) for i in range(6)]
+    expected = [alone(engine, prompt, config).tokens for prompt in prompts]
+    generator = generator_of(engine, cache_tokens=100)
+    room = generator.free_tokens
+    generations = [generator.submit(prompt, config) for prompt in prompts]
+    assert [generation.result().tokens for generation in generations] == expected
+    assert generator.free_tokens == room
+    with pytest.raises(RequestError, match="room for 112"):
+        generator_of(world(max_position_embeddings=512)[0], cache_tokens=100).submit(
+            Prompt(text(0, 100)), Config(max_new_tokens=30)
+        )
+
+
+def test_what_nan_leaves_behind_hurts_nobody() -> None:
+    engine, (one, two) = world()
+    prompts = [Prompt(text(i, 17), two) for i in range(3)]
+    expected = [alone(engine, prompt).tokens for prompt in prompts]
+    with torch.no_grad():
+        for parameter in engine.bank.parameters(one).values():
+            parameter.fill_(float("nan"))
+    generator = generator_of(engine, cache_tokens=200)
+    for _ in range(3):
+        sick = [generator.submit(Prompt(text(9, 30), one), GREEDY) for _ in range(2)]
+        well = [generator.submit(prompt, GREEDY) for prompt in prompts]
+        assert [generation.result().tokens for generation in well] == expected
+        assert [generation.result().finish for generation in sick] == ["error", "error"]
+        assert "diverged" in (sick[0].answer.error or "")
+
+
+def test_cancelled_ones_leave_their_room(llama: tuple[Engine, list[int]]) -> None:
+    generator = generator_of(llama[0], max_rows=1)
+    room = generator.free_tokens
+    running, waiting = (generator.submit(Prompt(text(i, 9)), Config(max_new_tokens=40)) for i in range(2))
+    generator.step()
+    assert generator.free_tokens < room
+    assert (generator.num_running, generator.num_waiting) == (1, 1)
+    running.cancel()
+    waiting.cancel()
+    assert not generator.step()
+    assert generator.free_tokens == room
+    assert [each.result().finish for each in (running, waiting)] == ["cancelled", "cancelled"]
+    assert len(running.answer.tokens) == 1
+    running.cancel()  # too late, and no harm
+    assert not generator.step()
+
+
+@pytest.mark.parametrize("family", ["llama", "jamba"])
+def test_many_threads_and_async_listeners(family: str) -> None:
+    engine, slots = world(family)
+    prompts = [Prompt(text(i, 3 + i), (*slots, -1)[i % 3]) for i in range(8)]
+    expected = [alone(engine, prompt).tokens for prompt in prompts]
+    generator = generator_of(engine)
+    assert (generator.notice is None) == (family == "llama")
+    generator.start()
+    found: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        found[index] = generator.submit(prompts[index], GREEDY).result().tokens
+
+    async def ask_async(index: int) -> None:
+        pieces = [piece async for piece in generator.submit(prompts[index], GREEDY)]
+        assert [piece.finish is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+        found[index] = [piece.token for piece in pieces if piece.token is not None]
+
+    async def ask_all_async() -> None:
+        await asyncio.gather(*(ask_async(index) for index in range(4, 8)))
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    asyncio.run(ask_all_async())
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(8)] == expected
+    endless = generator.submit(prompts[0], Config(max_new_tokens=40))
+    assert generator.between_steps(lambda: threading.current_thread().name) == "lowrank-generator"
+    generator.close()
+    assert endless.answer.finish in ("cancelled", "length")
+    assert not generator.threaded
+
+
+def test_a_step_that_fails_ends_its_requests_and_nothing_else(
+    llama: tuple[Engine, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = llama
+    expected = alone(engine, Prompt(text(0, 20))).tokens
+    generator = generator_of(engine)
+    generator.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.base, "extend", lambda *_: 1 / 0)
+        broken = generator.submit(Prompt(text(0, 20)), GREEDY).result()
+    assert (broken.finish, broken.error) == ("error", "ZeroDivisionError: division by zero")
+    assert generator.submit(Prompt(text(0, 20)), GREEDY).result().tokens == expected
+    deadline = time.monotonic() + 10
+    while generator.busy and time.monotonic() < deadline:
+        time.sleep(0.01)
+    generator.close()
+
+
+def test_what_cannot_be_answered_is_said_at_once(llama: tuple[Engine, list[int]]) -> None:
+    generator = generator_of(llama[0])
+    with pytest.raises(RequestError, match="70 tokens and the model reads 64"):
+        generator.submit(Prompt(text(0, 70)), GREEDY)
+    with pytest.raises(RequestError, match="no tokens"):
+        generator.submit(Prompt(text(0, 0)), GREEDY)
+    with pytest.raises(RequestError, match="there is no 97"):
+        generator.submit(Prompt(text(0, 5)), Config(logit_bias={97: 1.0}))
+    answer = generator.submit(Prompt(text(0, 60)), GREEDY).result()
+    assert (len(answer.tokens), answer.finish) == (4, "length")
+
+
+def test_a_stretching_rotary_embedding_is_answered_by_itself() -> None:
+    """LongRoPE reads all positions otherwise as soon as one is far away."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "long_factor": [4.0] * 4,
+        "short_factor": [1.0] * 4,
+        "original_max_position_embeddings": 20,
+    }
+    engine, (one, _) = world("phi3", rope_parameters=rope, original_max_position_embeddings=20)
+    prompts = [Prompt(text(0, 6), one), Prompt(text(1, 30), one), Prompt(text(2, 5))]
+    expected = [alone(engine, prompt).tokens for prompt in prompts]
+    generator = generator_of(engine)
+    generations = [generator.submit(prompt, GREEDY) for prompt in prompts]
+    assert [generation.result().tokens for generation in generations] == expected

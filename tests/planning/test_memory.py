@@ -1,0 +1,188 @@
+"""What the plan counts without weights, against the same step with weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.models.base import Base
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.lean import make_lean
+from lowrank.models.recompute import set_recompute
+from lowrank.objectives.sft import Config as Sft
+from lowrank.planning.changes import changes_that_fit
+from lowrank.planning.choose import choose
+from lowrank.planning.live_bytes import LiveBytes
+from lowrank.planning.machine import Machine
+from lowrank.planning.memory import StepMemory
+from lowrank.planning.plan import Plan, Planner
+from lowrank.planning.reach import largest_tokens, longest_document
+from lowrank.planning.simulation import PlannedJob
+from lowrank.planning.wording import one_line
+from lowrank.records import Segment
+from lowrank.train.engine import Engine
+from lowrank.train.optimizers import OptimizerConfig
+from tests.tiny_models import FAMILIES, random_step
+
+LENGTHS = [40, 64, 23, 64]
+
+
+def planned(*adapters: Any, lengths: list[int] = LENGTHS) -> list[PlannedJob]:
+    steps: list[list[Segment]] = [random_step(seed, lengths) for seed in range(len(adapters))]
+    return [PlannedJob(adapter, Sft().build(), OptimizerConfig(), step) for adapter, step in zip(adapters, steps)]
+
+
+def folder_of(family: str, tmp_path: Path, **changes: Any) -> ModelConfig:
+    """A checkpoint folder without a single weight."""
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.architectures = None
+    config.save_pretrained(tmp_path / family)
+    return ModelConfig(path=str(tmp_path / family), dtype="bfloat16", device="cpu")
+
+
+def measured(settings: ModelConfig, jobs: list[PlannedJob], tokens: int, recompute: str | int) -> tuple[int, int]:
+    """(bytes that live between steps without the optimiser, peak above them) of the real step on real tensors."""
+    config = transformers.AutoConfig.from_pretrained(settings.path)
+    live = LiveBytes()
+    with live:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.eval().requires_grad_(False)
+    make_lean(model)
+    base = Base(model, None, "m")
+    base.settle("packed")
+    with live:
+        engine = Engine(base, Bank(base, settings.storage), tokens)
+        for seed, job in enumerate(jobs):
+            assert job.adapter is not None
+            engine.add(engine.bank.add(job.adapter, seed=seed), job.objective, job.optimizer, seed, 0.0)
+    set_recompute(model, recompute)
+    before = live.now
+    with live, live.phase() as phase:
+        engine.forward_backward({slot: job.step for slot, job in enumerate(jobs)})
+    return before, phase.bytes - before
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [("llama", "none"), ("llama", "full"), ("gpt2", "none"), ("gemma2", "none"), ("qwen3_moe", "none")],
+)
+def test_a_simulated_step_is_a_real_step(family: str, recompute: str, tmp_path: Path) -> None:
+    """To a few per cent: batches and losses themselves are not counted, and a mixture's routing is not known."""
+    settings = folder_of(family, tmp_path)
+    jobs = planned(Lora(rank=4), Lora(rank=8, dropout=0.1))
+    static, peak = measured(settings, jobs, 4096, recompute)
+    step = StepMemory(settings, jobs).step(4096, recompute)
+    assert step.base + step.adapters == pytest.approx(static, rel=0.03)
+    assert step.total - step.static == pytest.approx(peak, rel=0.1)
+
+
+def test_a_few_layers_stand_for_all(tmp_path: Path) -> None:
+    """Counting 8 layers one by one gives what multiplying gives; mixed kinds of layers too."""
+    jobs = planned(Lora(rank=4))
+    for family, changes in (("llama", {"num_hidden_layers": 8}), ("deepseek_v3", {"num_hidden_layers": 8})):
+        memory = StepMemory(folder_of(family, tmp_path, **changes), jobs)
+        core, seconds = memory.cores()
+        assert core is not None
+        assert seconds
+        multiplied = {policy: memory.step(4096, policy) for policy in ("none", "full")}
+        memory.cores = lambda: (None, {})  # type: ignore[method-assign]
+        for policy, step in multiplied.items():
+            assert memory.step(4096, policy).total == pytest.approx(step.total, rel=0.01), (family, policy)
+
+
+def test_an_adapter_that_names_layers_is_counted_layer_by_layer(tmp_path: Path) -> None:
+    settings = folder_of("llama", tmp_path, num_hidden_layers=8)
+    one = StepMemory(settings, planned(Lora(rank=4, target_modules=("layers.7.mlp.down_proj",))))
+    assert one.cores() == (None, {})
+    assert one.step(4096, "none").adapters < StepMemory(settings, planned(Lora(rank=4))).step(4096, "none").adapters / 8
+
+
+def test_parts_move_as_they_must(tmp_path: Path) -> None:
+    settings = folder_of("llama", tmp_path, num_hidden_layers=16)
+    memory = StepMemory(settings, planned(Lora(rank=4)))
+    steps = {policy: memory.step(4096, policy) for policy in ("none", 4, 12, "selective", "full", "sqrt")}
+    peaks = [step.total for step in steps.values()]
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[4] > peaks[5]
+    assert peaks[0] > peaks[3] >= peaks[4]
+    assert len({(step.base, step.adapters, step.optimizer) for step in steps.values()}) == 1
+    assert memory.step(64, "none").activations < steps["none"].activations / 2
+    wide = StepMemory(settings, planned(Lora(rank=8))).step(4096, "none")
+    assert wide.adapters == pytest.approx(2 * steps["none"].adapters, rel=0.1)
+    assert wide.optimizer == pytest.approx(2 * steps["none"].optimizer, rel=0.1)
+
+
+def planner_with(memory: StepMemory, room: int) -> Planner:
+    """As if the machine had `room` bytes beyond what the process takes by itself."""
+    planner = Planner(memory.model, memory)
+    smallest = planner.plan(64, "sqrt")
+    planner.machine = Machine(smallest.process + smallest.step.static + room, 1 << 40)
+    return planner
+
+
+def test_auto_spends_no_more_than_it_must(tmp_path: Path) -> None:
+    memory = StepMemory(folder_of("llama", tmp_path, num_hidden_layers=16), planned(Lora(rank=4)))
+    planner = planner_with(memory, 1 << 40)
+    free = choose(planner, "auto", "auto")
+    assert (free.recompute, free.micro_batch_tokens) == ("none", 4096)
+    kept = planner.plan(4096, "none")
+    seen = []
+    for spared in range(1, 10):
+        room = int(kept.peak - spared * kept.step.activations / 10)
+        planner.machine = Machine(int(room / 0.95), 1 << 40)
+        plan = choose(planner, 4096, "auto")
+        assert plan.fits or plan.recompute == "sqrt"
+        seen.append(plan.recompute)
+    numbers = [each for each in seen if isinstance(each, int)]
+    assert numbers == sorted(numbers)
+    assert numbers
+    assert choose(planner, 4096, "none").recompute == "none", "what a person chose stays"
+
+
+def test_changes_are_offered_that_make_it_fit(tmp_path: Path) -> None:
+    memory = StepMemory(folder_of("llama", tmp_path, num_hidden_layers=16), planned(Lora(rank=64)))
+    planner = Planner(memory.model, memory)
+    kept = planner.plan(4096, "none")
+    planner.machine = Machine(int((kept.peak - 0.7 * kept.step.activations) / 0.95), 1 << 40)
+    plan = planner.plan(4096, "none")
+    assert not plan.fits
+    found = changes_that_fit(planner, plan, {"recompute": "none", "micro_batch_tokens": 4096, "max_length": 64})
+    assert any(text.startswith("model.recompute: ") for text in found), found
+
+
+def test_reach(tmp_path: Path) -> None:
+    memory = StepMemory(folder_of("llama", tmp_path, max_position_embeddings=32768), planned(Lora(rank=4)))
+    planner = planner_with(memory, 200 << 20)
+    plan = planner.plan(4096, "none")
+    tokens, longest = largest_tokens(planner, plan), longest_document(planner, plan)
+    assert tokens > 64
+    assert 64 < longest <= 32768
+    assert planner_with(memory, 400 << 20).machine.host > planner.machine.host
+    assert largest_tokens(planner_with(memory, 400 << 20), plan_on(plan, planner, 200 << 20)) > tokens
+
+
+def plan_on(plan: Plan, planner: Planner, more: int) -> Plan:
+    return dataclasses.replace(plan, available=planner.machine.host + more)
+
+
+def test_a_plan_is_plain_json_and_one_line(tmp_path: Path) -> None:
+    memory = StepMemory(folder_of("llama", tmp_path), planned(Lora(rank=4)))
+    plan = Planner(memory.model, memory).plan(4096, "none")
+    content = json.loads(json.dumps(plan.as_dict()))
+    assert content["peak"] == max(sum(content["step"].values()) + content["process"], content["loading"])
+    assert one_line(plan).startswith("needs about ")
+
+
+def test_full_tuning_is_planned_too(tmp_path: Path) -> None:
+    step = StepMemory(folder_of("llama", tmp_path), planned(None)).step(4096, "none")
+    assert step.adapters == pytest.approx(2 * step.base, rel=0.05)
+    assert step.optimizer == pytest.approx(4 * step.base, rel=0.05)
