@@ -19,7 +19,13 @@ from lowrank.adapters.frozen import bias_of
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.kernels.counter_random import dropout
-from lowrank.kernels.grouped import grouped_backward, grouped_forward, prefers_grouped
+from lowrank.kernels.grouped import (
+    batched_forward,
+    grouped_backward,
+    grouped_forward,
+    prefers_batched,
+    prefers_grouped,
+)
 from lowrank.models.storages import BaseLinear
 
 
@@ -144,6 +150,10 @@ def routed_product(
     x_TD: torch.Tensor, base: BaseLinear, pieces: Sequence[Piece], masters: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """x W^T + b with each piece's update on its rows, inside autograd."""
+    if not torch.is_grad_enabled() and prefers_batched(x_TD, pieces):
+        y_TO = base(x_TD)
+        batched_forward(x_TD, y_TO, pieces)
+        return y_TO
     return _RoutedLinear.apply(x_TD, base, tuple(pieces), *masters)  # pyright: ignore[reportReturnType]
 
 
