@@ -214,7 +214,8 @@ class _Answer:
         with self._lock:
             for piece in self._pieces:
                 listener(piece)
-            self._listeners.append(listener)
+            if not (self._pieces and self._pieces[-1].finish):
+                self._listeners.append(listener)
 
     def cancel(self) -> None:
         """llama.cpp frees the slot of a client that hangs up."""
@@ -278,6 +279,8 @@ class _Answer:
             self._pieces.append(piece)
             for listener in self._listeners:
                 listener(piece)
+            if piece.finish is not None:
+                self._listeners.clear()
 
 
 def _start(

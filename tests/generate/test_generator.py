@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -289,3 +291,18 @@ def test_a_failure_before_anybody_runs_ends_those_who_wait(
     assert [answer.finish for answer in answers] == ["error"] * 3
     assert "ZeroDivisionError" in (answers[0].error or "")
     assert not generator.busy
+
+
+def test_a_finished_answer_is_gone_with_whoever_holds_it(llama: tuple[Engine, list[int]]) -> None:
+    """Without waiting for the collector of cycles: a listener often holds the answer it listens to."""
+    generator = generator_of(llama[0])
+    generation = generator.submit(Prompt(text(0, 4)), GREEDY)
+    generation.listen(lambda piece, generation=generation: None)
+    generation.result()
+    sequence = weakref.ref(generation._sequence)
+    gc.disable()
+    try:
+        del generation
+        assert sequence() is None
+    finally:
+        gc.enable()
