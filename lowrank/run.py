@@ -22,6 +22,9 @@ from lowrank.checkpoints.settings_changes import refuse_changed_settings
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
+from lowrank.data.rendering import Renderer
+from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
+from lowrank.evaluate.metrics import check_installed
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.storages.dense import Config as Dense
@@ -68,6 +71,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         for note in folder.notes:
             report(Notice(note))
 
+        check_installed(sorted({job.eval_metric for job in config.jobs} - {"loss"}))
         report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
         data = prepare_all(config.jobs, tokenizer, report, strict)
@@ -190,6 +194,9 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:
             engine.load_value_head(slot, value_D)
+    answers = _answers(engine.base, config, data)
+    for text in answers.notices if answers else ():
+        report(Notice(text, job=config.name))
     num_steps = config.max_steps or math.ceil(config.num_train_epochs * (data.train.steps_per_epoch or 0) - 1e-9)
     return Job(
         name=config.name,
@@ -203,6 +210,22 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
         log_every=steps_of(run.logging_steps, num_steps) or num_steps,
         max_skipped_steps=config.optimizer.max_skipped_steps,
         patience=config.early_stopping_patience,
+        answers=answers,
+    )
+
+
+def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
+    """The held-out questions that the job is asked; None where the loss decides."""
+    if config.eval_metric == "loss":
+        return None
+    return answers_of(
+        data.eval,
+        base.tokenizer,
+        Renderer(base.tokenizer, config.data).stop_tokens,
+        metric=config.eval_metric,
+        samples=config.eval_generate_samples,
+        max_new_tokens=config.eval_max_new_tokens,
+        reach=base.reach,
     )
 
 
