@@ -31,6 +31,7 @@ from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives import needs
 from lowrank.planned import tokens_of, with_plan
 from lowrank.records import BARE_BASE
+from lowrank.report.page import DATA_REPORT, write_report
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, JobStarted, Notice, Preparing, Reporter, RunFinished, RunStarted
 from lowrank.train.job import Job
@@ -92,6 +93,8 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         # and takes nothing away.
         folder.clear()
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        found = {job.name: own.report.to_json() for job, own in zip(config.jobs, data)}
+        write_text(folder.path / DATA_REPORT, json.dumps(found, ensure_ascii=False) + "\n")
         summary = SummaryBuilder(
             folder.path, checkpoint.state["summary"] if checkpoint else None, plan.as_dict() if plan else None
         )
@@ -113,6 +116,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         with in_plain_words("training"):
             done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
         result = summary.finish(interrupted=not done)
+        write_report(folder.path)
         report(RunFinished(result, interrupted=not done))
         return result
 

@@ -149,7 +149,7 @@ class Keys(Settings):
     early_stopping_steps: Positive | None = None
     """`early_stopping_patience`"""
     metric_for_best_model: str = "eval_loss"
-    """`eval_metric`: loss, or with `predict_with_generate` bleu-4, rouge-1, rouge-2 or rouge-l as LLaMA-Factory computes
+    """`eval_metric`: loss, or with `predict_with_generate` bleu-4, rouge-1, rouge-2 or rouge-l as LLaMA-Factory has
     them (`llamafactory_bleu4` ...), with or without `eval_` in front"""
     predict_with_generate: bool = False
     """`eval_metric`, together with a `metric_for_best_model` of generated answers"""

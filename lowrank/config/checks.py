@@ -13,7 +13,10 @@ from lowrank.settings import Settings
 if TYPE_CHECKING:
     from lowrank.config.schema import JobConfig, RunConfig
 
-RESERVED_NAMES = ("checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png", "tensorboard")
+RESERVED_NAMES = (
+    "checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png", "tensorboard", "report.html",
+    "data_report.json", "predict", "eval",
+)  # fmt: skip
 """Names in the run folder that are not jobs."""
 
 
