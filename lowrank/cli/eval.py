@@ -75,11 +75,10 @@ def eval(
             results[name] = found["results"]
     warn(failed.values())
     if answers.shortened:
-        warn(
-            [f"{answers.shortened} contexts were longer than the model reads and were cut on the left, as lm-eval does"]
-        )
+        cut = len(answers.shortened)
+        warn([f"{cut} contexts were longer than the model reads and were cut on the left, as lm-eval does"])
     if json:
-        content = {"results": results, "failed": failed, "shortened": answers.shortened, "folder": str(folder)}
+        content = {"results": results, "failed": failed, "shortened": len(answers.shortened), "folder": str(folder)}
         print(json_format.dumps(content, ensure_ascii=False, default=str))
         return
     _show(Console(highlight=False), results)

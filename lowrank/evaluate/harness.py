@@ -44,14 +44,14 @@ class Answers:
     """What all voices said, found by what was asked.
 
     broken      voices whose numbers are not finite, which have no result
-    shortened   how many contexts were cut on the left to fit into the model, as lm-eval does
+    shortened   contexts that were cut on the left to fit into the model, as lm-eval does
     """
 
     voices: Voices
     scored: dict[str, dict[_Key, Scored]] = field(default_factory=dict)
     written: dict[str, dict[_Key, str]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
-    shortened: int = 0
+    shortened: set[_Key] = field(default_factory=set)
     on_done: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def score(self, voice: str, keys: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:
@@ -186,8 +186,9 @@ class BankLM(TemplateLM):
             room = self.max_length + 1 - len(continuation)
             if room < 1:
                 raise ModelError(f"an answer of {len(continuation)} tokens, and the model reads {self.max_length}")
-            self.answers.shortened += len(context) > room
             keys.append((tuple(context[-room:]), tuple(continuation)))
+            if len(context) > room:
+                self.answers.shortened.add(keys[-1][0])
         return self.answers.score(self.voice, keys)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -222,7 +223,7 @@ class BankLM(TemplateLM):
             until = arguments.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             config = self._config(arguments, stops[-1], seed=seen[key])
-            asked[*key, seen[key]] = self._prompt(context, config.max_new_tokens), config
+            asked[(*key, seen[key])] = self._prompt(context, config.max_new_tokens), config
         texts = self.answers.write(self.voice, asked, self._stop)
         ending = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         return [postprocess_generated_text(text, [*stop, ending], None) for text, stop in zip(texts, stops)]
@@ -249,5 +250,6 @@ class BankLM(TemplateLM):
         tokens = self.tokenizer.encode(context)
         if has_bos_prefix(context, self.tokenizer.bos_token):
             tokens = self.tokenizer.encode(context, add_special_tokens=False)
-        self.answers.shortened += len(tokens) > room
+        if len(tokens) > room:
+            self.answers.shortened.add((context,))
         return np.asarray(tokens[-room:], np.int64)

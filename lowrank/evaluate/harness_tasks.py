@@ -22,11 +22,15 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
     """What knows the tasks, those in `include_path` too. ConfigError for names that it does not know."""
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"--include-path: there is no folder {include_path}")
+    if not names:
+        raise ConfigError("--tasks: name at least one")
+    if include_path is not None:
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        if all(own.match_tasks([name]) for name in names):
+            return own  # reading lm-eval's own list takes seconds
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     known = list(manager.all_tasks)
     problems = [f"{name}{did_you_mean(name, known)}" for name in names if not manager.match_tasks([name])]
-    if not names:
-        problems.append("name at least one")
     raise_all(ConfigError, f"--tasks: lm-eval has {len(known)} tasks, these are not among them:", problems)
     return manager
 
@@ -52,8 +56,8 @@ def run_tasks(
         )
     except (OSError, ConnectionError) as error:  # what `datasets` and the hub raise, offline too
         raise DataError(
-            f"the data of a task cannot be had ({type(error).__name__}: {error}); connect to the hub once, or give task "
-            "files with local data (--include-path)"
+            f"the data of a task cannot be had ({type(error).__name__}: {error}); connect to the hub once, or give "
+            "task files with local data (--include-path)"
         ) from error
     assert results is not None, "there is one process"
     return dict(results)

@@ -79,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "tasks" / f"{name}.yaml").write_text(text.format(folder=folder), "utf-8")
     rows = [
         {
-            "question": f"Say {number} " * (12 if number == 3 else 1),  # one is longer than the model reads
+            "question": f"Say {number} " * (24 if number == 3 else 1),  # one is longer than the model reads
             "choices": [f"{number}", "no", f"{number} {number}", "是"],
             "label": number % 4,
             "answer": f"{number} {number}",
