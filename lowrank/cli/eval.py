@@ -54,8 +54,9 @@ def eval(
     which = "last" if last else "best"
     trained = open_trained(model, which=which, chat_template=chat_template, notify=lambda text: warn([text]))
     chosen = [name for each in adapter or () for name in each.split(",") if name] or list(trained.slots)
-    voices = Voices(trained.base, trained.bank, trained.renderer, {name: trained.slot(name) for name in chosen})
-    answers = Answers(voices)
+    slots = {name: trained.slot(name) for name in chosen}
+    renderers = {name: trained.renderer_of(name) for name in chosen}
+    answers = Answers(Voices(trained.base, trained.bank, slots, renderers))
     folder = output or (Path(model) / "eval" if (Path(model) / "summary.json").is_file() else Path("eval"))
     console = Console(stderr=True, highlight=False)
     results: dict[str, Any] = {}
@@ -63,7 +64,7 @@ def eval(
     with console.status("") as status:
         answers.on_done = lambda what, done, total: status.update(f"{what}: {done} of {total}, {len(chosen)} voices")
         for name in chosen:
-            lm = BankLM(answers, name, trained.renderer)
+            lm = BankLM(answers, name)
             try:
                 found = run_tasks(lm, wanted, manager, num_fewshot, limit, apply_chat_template)
             except LowrankError as error:

@@ -64,7 +64,8 @@ def predict(
         model, which="last" if last else "best", chat_template=chat_template, notify=lambda text: warn([text])
     )
     chosen = [name for each in adapter or () for name in each.split(",") if name] or list(trained.slots)
-    voices = Voices(trained.base, trained.bank, trained.renderer, {name: trained.slot(name) for name in chosen})
+    slots = {name: trained.slot(name) for name in chosen}
+    voices = Voices(trained.base, trained.bank, slots, {name: trained.renderer_of(name) for name in chosen})
     folder = output or _folder_for(model, data)
     folder.mkdir(parents=True, exist_ok=True)
     config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -89,7 +90,7 @@ def predict(
     for voice in likelihood:
         own = verdicts[voice].get("perplexity")
         strange = len(questions) - len(unscored) - (own.rows if own else 0)
-        if strange:
+        if strange > 0:
             warn([f"{voice}: perplexity leaves out {strange} questions whose log-probabilities are not finite"])
 
     with new_file(folder / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as file:

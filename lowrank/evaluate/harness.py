@@ -21,7 +21,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lowrank.data.rendering import Renderer
 from lowrank.errors import ModelError
 from lowrank.evaluate.likelihood import continuation_logprobs
 from lowrank.evaluate.predict import Voices
@@ -118,11 +117,11 @@ class Answers:
 class BankLM(TemplateLM):
     """One voice, as lm-eval sees a model."""
 
-    def __init__(self, answers: Answers, voice: str, renderer: Renderer) -> None:
+    def __init__(self, answers: Answers, voice: str) -> None:
         super().__init__()
         self.answers = answers
         self.voice = voice
-        self.renderer = renderer
+        self.renderer = answers.voices.renderers[voice]
         self.base = answers.voices.base
         self.tokenizer = self.base.tokenizer
         self.max_length = self.base.reach or _DEFAULT_LENGTH

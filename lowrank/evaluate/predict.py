@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
-from lowrank.data.rendering import Renderer
+from lowrank.data.rendering import Renderer, Rendering
 from lowrank.errors import DataError
 from lowrank.evaluate.bootstrap import Interval, difference, interval
 from lowrank.evaluate.likelihood import label_logprobs, perplexity
@@ -38,12 +38,12 @@ class Said:
 
 @dataclass(frozen=True)
 class Voices:
-    """Who answers: names and their slots, on one base."""
+    """Who answers: names and their slots, on one base, each with the way it reads a conversation."""
 
     base: Base
     bank: Bank
-    renderer: Renderer
     slots: Mapping[str, int]
+    renderers: Mapping[str, Renderer]
 
 
 def answer_questions(
@@ -68,7 +68,7 @@ def answer_questions(
     longest = (voices.base.reach or 4096) if todo else 1
     settings = GeneratorConfig(max_rows=max_rows, cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest)))
     generator = Generator(voices.base, voices.bank, settings)
-    prompts: dict[int, np.ndarray] = {}
+    prompts: dict[tuple[int, Renderer], np.ndarray] = {}
     with open(partial, "a", encoding="utf-8") as file:
         file.write("\n")  # the last line of an attempt that was killed may have no end
 
@@ -83,10 +83,12 @@ def answer_questions(
 
         for index, name in todo:
             try:
-                if index not in prompts:
-                    prompts = {index: voices.renderer.prompt(questions[index].prompt)}
-                prompt = Prompt(prompts[index], voices.slots[name])
-                generation = generator.submit(prompt, config, stop_tokens=voices.renderer.stop_tokens)
+                renderer = voices.renderers[name]
+                if (index, renderer) not in prompts:
+                    prompts = {key: value for key, value in prompts.items() if key[0] == index}
+                    prompts[index, renderer] = renderer.prompt(questions[index].prompt)
+                prompt = Prompt(prompts[index, renderer], voices.slots[name])
+                generation = generator.submit(prompt, config, stop_tokens=renderer.stop_tokens)
             except (RequestError, DataError) as error:
                 note(index, name, Said("", str(error)))
                 continue
@@ -116,27 +118,34 @@ def score_labels(
 
     The line of a question that was not scored is 0.
     """
-    settings = voices.renderer.config.model_copy(
-        update={
-            "mask_history": True,  # the last answer alone is scored
-            "train_on_prompt": False,
-            "on_too_long": "drop",
-            "max_length": voices.base.reach or 1 << 30,
-        }
-    )
-    renderer = Renderer(voices.renderer.tokenizer, settings)
-    rendered = list(renderer.render_many([question.answered for question in questions]))
-    entries, places = [], []
-    for index, each in enumerate(rendered):
-        if each.segments:
-            for name, slot in voices.slots.items():
-                entries.append((slot, each.segments[0]))
+    entries, places, unscored = [], [], {}
+    for renderer in dict.fromkeys(voices.renderers[name] for name in voices.slots):
+        names = [name for name in voices.slots if voices.renderers[name] is renderer]
+        for index, each in enumerate(_labels(renderer, questions, voices.base.reach)):
+            if not each.segments:
+                unscored[index] = each.problem or "nothing to score"
+                continue
+            for name in names:
+                entries.append((voices.slots[name], each.segments[0]))
                 places.append((name, index))
     values_N2 = label_logprobs(voices.base, voices.bank, entries, on_done=lambda done: on_done(done, len(entries)))
     found = {name: np.zeros((len(questions), 2)) for name in voices.slots}
     for (name, index), value_2 in zip(places, values_N2):
         found[name][index] = value_2
-    return found, [each.problem or "nothing to score" for each in rendered if not each.segments]
+    return found, list(unscored.values())
+
+
+def _labels(renderer: Renderer, questions: Sequence[Question], reach: int | None) -> Iterator[Rendering]:
+    """Questions with the answers of the data, of which the last alone is scored."""
+    settings = renderer.config.model_copy(
+        update={
+            "mask_history": True,
+            "train_on_prompt": False,
+            "on_too_long": "drop",
+            "max_length": reach or 1 << 30,
+        }
+    )
+    return Renderer(renderer.tokenizer, settings).render_many([question.answered for question in questions])
 
 
 @dataclass(frozen=True)
