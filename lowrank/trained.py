@@ -102,7 +102,7 @@ class Trained:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
-        """As `answer`, with tokens and, where there is no answer, the error. Each voice is asked by its own template."""
+        """As `answer`, with tokens and, where there is no answer, the error. Each voice has its own template."""
         prompts = [Prompt(self.renderer_of(name).prompt(each), self.slot(name)) for name, each in conversations]
         config = self._within_reach(max(len(prompt.token_L) for prompt in prompts), config)
         listener = _Text(self.base.tokenizer, on_text) if on_text else None
