@@ -91,7 +91,9 @@ def _show(console: Any, results: Mapping[str, Mapping[str, Mapping[str, Any]]]) 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("task", "metric", *(Text(name) for name in results))
+    table = Table("task", "metric")
+    for name in results:
+        table.add_column(Text(name))
     for task, metric in _rows(list(results.values())):
         cells = []
         for own in results.values():

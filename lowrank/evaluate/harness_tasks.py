@@ -47,7 +47,7 @@ def run_tasks(
     try:
         results = simple_evaluate(
             lm,
-            tasks=manager.match_tasks(list(names)),
+            tasks=[*manager.match_tasks(list(names))],
             task_manager=manager,
             num_fewshot=num_fewshot,
             limit=limit,
