@@ -22,12 +22,16 @@ from lowrank.checkpoints.settings_changes import refuse_changed_settings
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
+from lowrank.data.rendering import Renderer
+from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
+from lowrank.evaluate.metrics import check_installed
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives import needs
 from lowrank.planned import tokens_of, with_plan
 from lowrank.records import BARE_BASE
+from lowrank.report.page import DATA_REPORT, write_report
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, JobStarted, Notice, Preparing, Reporter, RunFinished, RunStarted
 from lowrank.train.job import Job
@@ -68,6 +72,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         for note in folder.notes:
             report(Notice(note))
 
+        check_installed(sorted({job.eval_metric for job in config.jobs} - {"loss"}))
         report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
         data = prepare_all(config.jobs, tokenizer, report, strict)
@@ -88,6 +93,8 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         # and takes nothing away.
         folder.clear()
         write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        found = {job.name: own.report.to_json() for job, own in zip(config.jobs, data)}
+        write_text(folder.path / DATA_REPORT, json.dumps(found, ensure_ascii=False) + "\n")
         summary = SummaryBuilder(
             folder.path, checkpoint.state["summary"] if checkpoint else None, plan.as_dict() if plan else None
         )
@@ -109,6 +116,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         with in_plain_words("training"):
             done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
         result = summary.finish(interrupted=not done)
+        write_report(folder.path)
         report(RunFinished(result, interrupted=not done))
         return result
 
@@ -190,6 +198,9 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:
             engine.load_value_head(slot, value_D)
+    answers = _answers(engine.base, config, data)
+    for text in answers.notices if answers else ():
+        report(Notice(text, job=config.name))
     num_steps = config.max_steps or math.ceil(config.num_train_epochs * (data.train.steps_per_epoch or 0) - 1e-9)
     return Job(
         name=config.name,
@@ -203,6 +214,22 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
         log_every=steps_of(run.logging_steps, num_steps) or num_steps,
         max_skipped_steps=config.optimizer.max_skipped_steps,
         patience=config.early_stopping_patience,
+        answers=answers,
+    )
+
+
+def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
+    """The held-out questions that the job is asked; None where the loss decides."""
+    if config.eval_metric == "loss":
+        return None
+    return answers_of(
+        data.eval,
+        base.tokenizer,
+        Renderer(base.tokenizer, config.data).stop_tokens,
+        metric=config.eval_metric,
+        samples=config.eval_generate_samples,
+        max_new_tokens=config.eval_max_new_tokens,
+        reach=base.reach,
     )
 
 

@@ -16,6 +16,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.peft_layout import CONFIG_FILE, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.run_state import STATE_FILE
 from lowrank.checkpoints.value_head import FILE as VALUE_HEAD_FILE
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import resolve
@@ -24,7 +25,8 @@ from lowrank.data.config import Config as DataConfig
 from lowrank.data.rendering import Renderer
 from lowrank.errors import DataError, ModelError, did_you_mean
 from lowrank.evaluate.reward import rewards
-from lowrank.generate.sampler import Config, Prompt, generate
+from lowrank.generate.request import Answer, Piece
+from lowrank.generate.sampler import Config, Prompt, answer_all
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
@@ -42,17 +44,24 @@ class Trained:
     base: Base
     bank: Bank
     renderer: Renderer
+    """The base's, and that of every voice without one of its own."""
     slots: dict[str, int] = field(default_factory=lambda: {BARE: BARE_BASE})
     value_heads: dict[str, torch.Tensor] = field(default_factory=dict)
     """(D) of the voices that are reward models."""
     folders: dict[str, Path] = field(default_factory=dict)
     """Where the adapters were loaded from."""
+    renderers: dict[str, Renderer] = field(default_factory=dict)
+    """Of voices that were trained with chat templates of their own; those with the same settings share one."""
 
     def slot(self, name: str) -> int:
         """The slot of a voice; ModelError with what there is."""
         if name not in self.slots:
             raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.slots)}")
         return self.slots[name]
+
+    def renderer_of(self, name: str) -> Renderer:
+        """How a voice reads a conversation: as in its training."""
+        return self.renderers.get(name, self.renderer)
 
     def rewards(self, conversations: Sequence[tuple[str, Conversation]]) -> list[float]:
         """What each `(reward model, conversation that ends in an answer)` is given; higher is better.
@@ -64,7 +73,7 @@ class Trained:
             slot = self.slot(name)
             if name not in self.value_heads:
                 raise ModelError(f"{name!r} is no reward model: there is no {VALUE_HEAD_FILE} beside it")
-            rendering = self.renderer.render(Rated(conversation, desirable=True))
+            rendering = self.renderer_of(name).render(Rated(conversation, desirable=True))
             if rendering.problem or rendering.truncated_tokens:
                 raise DataError(rendering.problem or "the conversation is longer than data.max_length")
             scored.append((slot, self.value_heads[name], rendering.segments[0]))
@@ -81,14 +90,38 @@ class Trained:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The next answer of each `(voice, conversation)`, in order; `on_text` hears a single one as it comes."""
-        prompts = [Prompt(self.renderer.prompt(each), self.slot(name)) for name, each in conversations]
+        """The next answer of each `(voice, conversation)`, in order; `on_text` hears a single one as it comes.
+
+        A voice that gives NaN has an empty answer; `answers` says why.
+        """
+        found = self.answers(conversations, config, on_text=on_text)
+        return [self.base.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in found]
+
+    def answers(
+        self,
+        conversations: Sequence[tuple[str, Conversation]],
+        config: Config,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
+        """As `answer`, with tokens and, where there is no answer, the error. Each voice has its own template."""
+        prompts = [Prompt(self.renderer_of(name).prompt(each), self.slot(name)) for name, each in conversations]
         config = self._within_reach(max(len(prompt.token_L) for prompt in prompts), config)
         listener = _Text(self.base.tokenizer, on_text) if on_text else None
-        tokens = generate(
-            self.base, self.bank, prompts, config, stop_tokens=self.renderer.stop_tokens, on_token=listener
-        )
-        return [self.base.tokenizer.decode(answer, skip_special_tokens=True) for answer in tokens]
+
+        def hear(index: int, piece: Piece) -> None:
+            if listener is not None and piece.token is not None:
+                listener(piece.token)
+
+        by_stop: dict[frozenset[int], list[int]] = {}
+        for index, (name, _) in enumerate(conversations):
+            by_stop.setdefault(self.renderer_of(name).stop_tokens, []).append(index)
+        found: dict[int, Answer] = {}
+        for stop_tokens, members in by_stop.items():
+            asked = [prompts[index] for index in members]
+            answers = answer_all(self.base, self.bank, asked, config, stop_tokens=stop_tokens, on_piece=hear)
+            found.update(zip(members, answers))
+        return [found[index] for index in range(len(conversations))]
 
     def _within_reach(self, length: int, config: Config) -> Config:
         """Answers end where the model's positions end; ModelError if the conversation alone goes that far."""
@@ -105,7 +138,7 @@ class Trained:
 def open_trained(
     path: str, *, which: str = "best", chat_template: str | None = None, notify: Callable[[str], None] = print
 ) -> Trained:
-    """Load what `path` names: a run folder (all its jobs), an adapter folder, or a model.
+    """Load what `path` names: a run folder (all its jobs), one of its checkpoints, an adapter folder, or a model.
 
     `which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
     the tokenizer's. Raises ModelError, ConfigError.
@@ -115,6 +148,8 @@ def open_trained(
     data = DataConfig(chat_template=chat_template)
     if is_run(folder):
         return _open_run(folder, which, chat_template, notify)
+    if (folder / STATE_FILE).is_file() and is_run(folder.resolve().parent.parent):
+        return _open_run(folder.resolve().parent.parent, which, chat_template, notify, checkpoint=folder)
     if (current(folder) / CONFIG_FILE).is_file():
         return _open_adapter(folder, data, notify)
     return _open_model(ModelConfig(path=path), data, notify)
@@ -144,12 +179,25 @@ def _open_adapter(folder: Path, data: DataConfig, notify: Callable[[str], None])
     return trained
 
 
-def _open_run(folder: Path, which: str, chat_template: str | None, notify: Callable[[str], None]) -> Trained:
+def _open_run(
+    folder: Path,
+    which: str,
+    chat_template: str | None,
+    notify: Callable[[str], None],
+    checkpoint: Path | None = None,
+) -> Trained:
+    """`checkpoint`: its adapters instead of the jobs' best or last."""
     # Without a folder: what it was trained on need not be there any more, nor be looked for.
     config = resolve(read_file(folder / RUN_CONFIG), source=str(folder / RUN_CONFIG))
     first = config.jobs[0]
-    data = first.data.model_copy(update={"chat_template": chat_template}) if chat_template else first.data
-    found = {job.name: find_trained(folder / job.name, which, first.tuning) for job in config.jobs}
+    settings = {job.name: _with_template(job.data, chat_template) for job in config.jobs}
+    data = settings[first.name]
+    if checkpoint is not None and first.tuning == "full":
+        raise ModelError(f"{checkpoint}: a checkpoint of tuning: full is no model by itself; give the run folder")
+    if checkpoint is not None:
+        found = {job.name: _in_checkpoint(checkpoint / job.name) for job in config.jobs}
+    else:
+        found = {job.name: find_trained(folder / job.name, which, first.tuning) for job in config.jobs}
     missing = [name for name, path in found.items() if path is None]
     if len(missing) == len(found):
         what = "model" if first.tuning == "full" else "adapter"
@@ -160,7 +208,7 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
     if missing:
         notify(f"no adapter yet: {', '.join(missing)}")
     for name, path in found.items():
-        if path is not None and path.name != which:
+        if path is not None and path.name != which and checkpoint is None:
             notify(f"{name} has no {which} yet, this is its {path.name}")
     if first.tuning == "full":
         model = config.model.model_copy(update={"path": str(current(found[first.name] or folder)), "revision": None})
@@ -169,10 +217,26 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
         _attach_value_head(trained, first.name, found[first.name] or folder)
         return trained
     trained = _open_model(where_it_is_now(config.model, found.values()), data, notify)
+    renderers = {_reading(data): trained.renderer}
     for name, path in found.items():
         if path is not None:
             _attach(trained, name, path)
+            own = settings[name]
+            trained.renderers[name] = renderers.setdefault(_reading(own), Renderer(trained.base.tokenizer, own))
     return trained
+
+
+def _with_template(data: DataConfig, chat_template: str | None) -> DataConfig:
+    return data.model_copy(update={"chat_template": chat_template}) if chat_template else data
+
+
+def _reading(data: DataConfig) -> str:
+    """Settings that decide how a conversation is read; jobs with the same ones share a renderer."""
+    return data.model_dump_json(exclude={"train", "eval"})
+
+
+def _in_checkpoint(folder: Path) -> Path | None:
+    return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:

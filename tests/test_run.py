@@ -12,15 +12,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lowrank.config import RunConfig
+from lowrank.config import RunConfig, resolve
 from lowrank.data.prepare import prepare
-from lowrank.errors import DataError, OutputError
+from lowrank.errors import ConfigError, DataError, OutputError
+from lowrank.evaluate.held_out_answers import score_answers
 from lowrank.run import train
 from lowrank.train.events import EvalDone, Event, Notice, StepDone
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
@@ -112,16 +114,18 @@ def test_peft_loads_the_adapter(world: Path, tmp_path: Path) -> None:
     assert losses / count == pytest.approx(last, rel=1e-5)
 
 
+class Stopper(Ear):
+    """Presses Ctrl-C after step 5."""
+
+    def report(self, event: Event) -> None:
+        super().report(event)
+        if isinstance(event, StepDone) and event.job == "a" and event.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_resume_is_bit_exact(world: Path, tmp_path: Path) -> None:
     """Stopped after step 5 (by a real Ctrl-C) and resumed: every loss and every weight as if nothing had happened."""
     _, whole = run(settings(world, tmp_path / "whole"))
-
-    class Stopper(Ear):
-        def report(self, event: Event) -> None:
-            super().report(event)
-            if isinstance(event, StepDone) and event.job == "a" and event.step == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-
     stopper = Stopper()
     given = settings(world, tmp_path / "cut")
     summary = train(RunConfig(**given), reporters=[stopper])
@@ -233,8 +237,9 @@ def test_data_is_checked_before_the_model_loads(world: Path, tmp_path: Path) -> 
 
 _CHILD = """
 import sys, json
-from lowrank.config import RunConfig
+from lowrank.config import RunConfig, resolve
 from lowrank.data.prepare import prepare
+from lowrank.evaluate.held_out_answers import score_answers
 from lowrank.run import train
 print("ready", flush=True)
 train(RunConfig(**json.loads(sys.argv[1])), reporters=[])
@@ -277,3 +282,69 @@ def _steps(out: Path) -> list[tuple[Any, ...]]:
     # Notices differ: only a run that was killed has leftovers to remove.
     told = [line for line in lines if line.get("event") != "notice"]
     return [(line.get("job"), line.get("step"), line.get("loss")) for line in told]
+
+
+def test_generated_answers_decide_and_disturb_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`a` keeps what answers best, `b` its lowest loss; every loss and weight as if nobody had generated."""
+    judged = {"eval_metric": "rougeL", "eval_generate_samples": 4, "eval_max_new_tokens": 6}
+    plain = settings(world, tmp_path / "plain")
+    given = {
+        **plain,
+        "output_dir": str(tmp_path / "judged"),
+        "jobs": [{**plain["jobs"][0], **judged}, plain["jobs"][1]],
+    }
+    _, whole = run(plain)
+    draws = 0
+
+    def watched(*words: Any) -> Any:
+        nonlocal draws
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+        found = score_answers(*words)
+        draws += not torch.equal(before[0], torch.get_rng_state())
+        draws += before[1:] != (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index]
+        return found
+
+    monkeypatch.setattr("lowrank.train.loop.score_answers", watched)
+    summary, ear = run(given)
+    assert draws == 0
+    assert [ear.losses(name) for name in "ab"] == [whole.losses(name) for name in "ab"]
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "judged")
+    assert all(torch.equal(one[name], other[name]) for name in one if "/best/" not in name)
+    evaluated = [event for event in ear.events if isinstance(event, EvalDone) and event.job == "a"]
+    scores = [(event.metrics["rougeL"], -event.loss, event.step) for event in evaluated]
+    assert {event.metric for event in evaluated} == {"rougeL"}
+    best = summary["jobs"]["a"]["best_eval"]
+    assert (best["score"], -best["loss"], best["step"]) == max(scores)
+    assert best["metric"] == "rougeL"
+    assert "score" not in summary["jobs"]["b"]["best_eval"]
+    assert any("rougeL is of 4 of 8 held-out answers" in e.text for e in ear.events if isinstance(e, Notice))
+    lines = [json.loads(line) for line in (tmp_path / "judged" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["metrics"]["rougeL"] for line in lines if line["event"] == "eval" and line["job"] == "a"] == [
+        score for score, _, _ in scores
+    ]
+    cut = {**given, "output_dir": str(tmp_path / "cut")}
+    stopper = Stopper()
+    assert train(RunConfig(**cut), reporters=[stopper])["interrupted"]
+    resumed, rest = run({**cut, "resume": True})
+    assert stopper.losses("a") + rest.losses("a") == whole.losses("a")
+    assert resumed["jobs"]["a"]["best_eval"] == best
+    again = weights(tmp_path / "cut")
+    assert all(torch.equal(other[name], again[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"train": ["x.json"]}}, "eval_metric: there are no held-out rows"),
+        ({"objective": "reward"}, "eval_metric: objective reward learns no answers"),
+        ({"objective": "pretrain"}, "eval_metric: objective pretrain learns no answers"),
+    ],
+)
+def test_a_metric_that_cannot_be_had_is_refused(
+    world: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    given = {**settings(world, tmp_path), "eval_metric": "exact_match", **changes}
+    with pytest.raises(ConfigError, match=said):
+        resolve(given)

@@ -27,7 +27,10 @@ LOCK = ".lowrank.lock"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 """The resolved configuration."""
-RUN_FILES = (CHECKPOINTS, CONFIG, "demo.json", "summary.json", "metrics.jsonl", "loss.png", "tensorboard")
+RUN_FILES = (
+    CHECKPOINTS, CONFIG, "demo.json", "summary.json", "metrics.jsonl", "loss.png", "tensorboard", "report.html",
+    "data_report.json", "predict", "eval",
+)  # fmt: skip
 """What a run writes into its folder, besides one folder per job."""
 JOB_FOLDERS = ("best", "last")
 """What a run writes into a job's folder."""

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter folder, or a model.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="A run folder, one of its checkpoints, an adapter folder, or a model."
+        ),
+    ],
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", help="Who answers; r8,r64 or given twice: side by side. `base`: no adapter."),

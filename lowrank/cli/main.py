@@ -28,6 +28,8 @@ COMMANDS = {
     "doctor": "What this machine and each storage can do, found out by trying.",
     "serve": "Answer OpenAI clients: the base and every adapter, loaded and replaced while it runs.",
     "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
+    "eval": "Run lm-eval's benchmarks on every adapter at once.",
+    "report": "Write report.html, one page with everything about a run.",
     "export": "Take a trained model home: PEFT adapter, merged model, and other forms, each compared with it.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }

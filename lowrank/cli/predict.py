@@ -49,7 +49,7 @@ def predict(
     from lowrank.checkpoints.atomic import new_file, write_text
     from lowrank.data.config import SourceConfig
     from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
-    from lowrank.evaluate.predict import Voices, answer_questions, compare, score_labels
+    from lowrank.evaluate.predict import Voices, answer_questions, compare, score_labels, unanswered
     from lowrank.evaluate.questions import read_questions
     from lowrank.generate.request import Config
     from lowrank.trained import BARE, open_trained
@@ -64,7 +64,8 @@ def predict(
         model, which="last" if last else "best", chat_template=chat_template, notify=lambda text: warn([text])
     )
     chosen = [name for each in adapter or () for name in each.split(",") if name] or list(trained.slots)
-    voices = Voices(trained.base, trained.bank, trained.renderer, {name: trained.slot(name) for name in chosen})
+    slots = {name: trained.slot(name) for name in chosen}
+    voices = Voices(trained.base, trained.bank, slots, {name: trained.renderer_of(name) for name in chosen})
     folder = output or _folder_for(model, data)
     folder.mkdir(parents=True, exist_ok=True)
     config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -75,23 +76,35 @@ def predict(
     with _progress(console) as bar:
         told = _teller(bar, f"{len(questions)} questions, {len(chosen)} voices")
         answers = answer_questions(voices, questions, config, partial, max_rows=batch_size, on_done=told)
-        likelihood, too_long = {}, 0
+        likelihood, unscored = {}, []
         if perplexity:
             told = _teller(bar, "perplexity of the labels")
-            likelihood, too_long = score_labels(voices, questions, on_done=told)
-    if too_long:
-        warn([f"{too_long} questions with their labels are too long to score; perplexity leaves them out"])
+            likelihood, unscored = score_labels(voices, questions, on_done=told)
+    missing = unanswered(answers)
+    warn([each.said(len(questions)) for each in missing])
+    if unscored:
+        reasons = "; ".join(list(dict.fromkeys(unscored))[:3])
+        warn([f"perplexity leaves out {len(unscored)} of {len(questions)} questions ({reasons})"])
     labels = [question.label.content for question in questions]
     verdicts = compare(answers, labels, names, likelihood, BARE if BARE in chosen else None)
+    for voice in likelihood:
+        own = verdicts[voice].get("perplexity")
+        strange = len(questions) - len(unscored) - (own.rows if own else 0)
+        if strange > 0:
+            warn([f"{voice}: perplexity leaves out {strange} questions whose log-probabilities are not finite"])
 
     with new_file(folder / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as file:
         for question, answer in zip(questions, answers):
             messages = [{"role": each.role, "content": each.content} for each in question.prompt.messages]
-            line = {"place": question.place, "prompt": messages, "label": question.label.content, "predictions": answer}
+            line = {"place": question.place, "prompt": messages, "label": question.label.content}
+            line["predictions"] = {name: said.text if said.problem is None else None for name, said in answer.items()}
+            problems = {name: said.problem for name, said in answer.items() if said.problem is not None}
+            line |= {"problems": problems} if problems else {}
             file.write(json_format.dumps(line, ensure_ascii=False) + "\n")
     result = {
         **settings,
         "rows": len(questions),
+        "unanswered": {name: len(each.places) for each in missing for name in each.voices},
         "metrics": _plain(verdicts),
         "predictions": str(folder / "predictions.jsonl"),
     }
@@ -131,6 +144,7 @@ def _plain(verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, dict[str,
         voice: {
             name: {
                 "value": verdict.value.value,
+                "rows": verdict.rows,
                 "interval": [verdict.value.low, verdict.value.high],
                 **({"gain": vars(verdict.gain)} if verdict.gain else {}),
                 **({"signature": verdict.signature} if verdict.signature else {}),
@@ -146,7 +160,7 @@ def _show(console: Any, verdicts: Mapping[str, Mapping[str, Verdict]], rows: int
     from rich.table import Table
     from rich.text import Text
 
-    names = list(next(iter(verdicts.values())))
+    names = list(dict.fromkeys(name for own in verdicts.values() for name in own))
     table = Table(f"{rows} rows", *(name.replace("_", " ") for name in names))
     for voice, own in verdicts.items():
         cells = []

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank.errors import LowrankError
-from lowrank.generate.request import Config
+from lowrank.generate.request import Answer, Config
 from lowrank.records import Conversation, Message
 from lowrank.trained import BARE, Trained
 
@@ -26,10 +26,16 @@ _HELP = """/adapter NAME ...  who answers; several answer side by side, `base` i
 /base             ask the untouched base the last question again
 /system TEXT      set the system prompt and start anew; /system alone clears it
 /temperature X    0 takes the likeliest token
+/top_p X          draw from the likeliest tokens with this probability in all
+/top_k N          draw from this many likeliest tokens; 0: all
+/min_p X          leave out tokens with less than this share of the likeliest one's probability
+/penalty X        repetition penalty; 1: none
+/seed N           makes draws repeatable; /seed alone: not any more
+/sampling         show how answers are drawn
 /max N            tokens of one answer at the most
 /undo             take back the last question and its answer
 /reset            start anew
-/template         show the last conversation as the model reads it
+/template [NAME]  the chat template of the first voice, or of NAME, and the last conversation as it is read
 /exit             leave (or Ctrl-D)"""
 
 
@@ -47,6 +53,7 @@ class Talk:
         for voice in self.voices:
             trained.slot(voice)
         self.history: list[Message] = []
+        self._speed = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -103,6 +110,8 @@ class Talk:
         if len(self.voices) > 1:
             answers = self._answers(conversation)
             self._side_by_side(answers)
+            if self.console.is_terminal:
+                self.console.print(f"{len(answers)} voices · {self._speed:.0f} tokens/s in all", style="dim")
         else:
             answers = {self.voices[0]: self._stream(self.voices[0], conversation)}
         self.history = [*conversation.messages, Message("assistant", answers[self.voices[0]])]
@@ -119,8 +128,16 @@ class Talk:
         return Conversation((*self.history, Message("user", question)))
 
     def _answers(self, conversation: Conversation) -> dict[str, str]:
-        answers = self.trained.answer([(voice, conversation) for voice in self.voices], self.config)
-        return dict(zip(self.voices, answers))
+        started = time.perf_counter()
+        found = self.trained.answers([(voice, conversation) for voice in self.voices], self.config)
+        self._speed = sum(len(each.tokens) for each in found) / (time.perf_counter() - started)
+        return {voice: self._text(voice, answer) for voice, answer in zip(self.voices, found)}
+
+    def _text(self, voice: str, answer: Answer) -> str:
+        """Its whole text; what went wrong is said on the screen and is no part of the conversation."""
+        if answer.error is not None:
+            self.console.print(f"{voice}: no answer: {answer.error}", style="red", markup=False)
+        return self.trained.base.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
     def _stream(self, voice: str, conversation: Conversation) -> str:
         started = time.perf_counter()
@@ -131,11 +148,11 @@ class Talk:
             sys.stdout.write(printable(text))
             sys.stdout.flush()
 
-        (answer,) = self.trained.answer([(voice, conversation)], self.config, on_text=hear)
+        (found,) = self.trained.answers([(voice, conversation)], self.config, on_text=hear)
+        answer = self._text(voice, found)
         sys.stdout.write(printable(answer[len("".join(pieces)) :]) + "\n")
         if self.console.is_terminal:
-            tokens = len(self.trained.base.tokenizer(answer)["input_ids"])
-            speed = tokens / (time.perf_counter() - started)
+            speed = len(found.tokens) / (time.perf_counter() - started)
             self.console.print(f"{voice} · {speed:.0f} tokens/s", style="dim", markup=False)
         return answer
 
@@ -165,10 +182,16 @@ class Talk:
             "base": self._ask_base,
             "system": self._set_system,
             "temperature": lambda value: self._set(temperature=value),
+            "top_p": lambda value: self._set(top_p=value),
+            "top_k": lambda value: self._set(top_k=value),
+            "min_p": lambda value: self._set(min_p=value),
+            "penalty": lambda value: self._set(repetition_penalty=value),
+            "seed": lambda value: self._set(seed=value or None),
+            "sampling": lambda _: self._show_sampling(),
             "max": lambda value: self._set(max_new_tokens=value),
             "undo": lambda _: self._undo(),
             "reset": lambda _: self.reset(),
-            "template": lambda _: self._show_template(),
+            "template": self._show_template,
         }
 
     def _choose(self, names: str) -> None:
@@ -191,7 +214,7 @@ class Talk:
         self.system = text or None
         self.reset()
 
-    def _set(self, **changes: str) -> None:
+    def _set(self, **changes: str | None) -> None:
         try:
             self.config = Config(**{**self.config.model_dump(), **changes})  # type: ignore[arg-type]
         except ValueError:
@@ -203,12 +226,21 @@ class Talk:
         if questions:
             self.history = self.history[: questions[-1]]
 
-    def _show_template(self) -> None:
+    def _show_sampling(self) -> None:
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+        self.console.print(", ".join(f"{name} {getattr(self.config, name)}" for name in names), markup=False)
+
+    def _show_template(self, name: str) -> None:
+        renderer = self.trained.renderer_of(name or self.voices[0])
+        if name:
+            self.trained.slot(name)
         conversation = Conversation(tuple(self.history)) if self.history else self._with("...")
         if conversation.messages[-1].role == "assistant":
             conversation = Conversation(conversation.messages[:-1])
-        tokens = self.trained.renderer.prompt(conversation)
-        self.console.print(self.trained.base.tokenizer.decode(tokens), markup=False)
+        ends = ", ".join(map(repr, self.trained.base.tokenizer.convert_ids_to_tokens(sorted(renderer.stop_tokens))))
+        self.console.print(renderer.chat_template, style="dim", markup=False)
+        self.console.print(self.trained.base.tokenizer.decode(renderer.prompt(conversation)), markup=False)
+        self.console.print(f"an answer ends at {ends}", style="dim", markup=False)
 
 
 def printable(text: str) -> str:

@@ -56,6 +56,19 @@ TEMPLATES = {
 }
 """Templates of theirs that a built-in one reproduces, by name; `deepseek` means another format there."""
 
+METRICS = {
+    f"{prefix}{theirs}": ours
+    for theirs, ours in {
+        "loss": "loss",
+        "bleu-4": "llamafactory_bleu4",
+        "rouge-1": "llamafactory_rouge1",
+        "rouge-2": "llamafactory_rouge2",
+        "rouge-l": "llamafactory_rougeL",
+    }.items()
+    for prefix in ("", "eval_")
+}
+"""`metric_for_best_model` -> `eval_metric`."""
+
 STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 """`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
 LATER_STAGES = ("ppo",)
@@ -127,7 +140,7 @@ def _sort_keys(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _contradictions(keys: Keys) -> list[str]:
-    found = []
+    found = [*_metric_contradictions(keys)]
     if not keys.do_train:
         found.append("do_train: it is not set, so LLaMA-Factory would not train; set do_train: true")
     if keys.stage not in STAGES:
@@ -158,6 +171,20 @@ def _contradictions(keys: Keys) -> list[str]:
     if keys.stage == "dpo" and keys.dpo_label_smoothing and keys.pref_loss != "sigmoid":
         found.append("dpo_label_smoothing: only for pref_loss: sigmoid; remove it")
     return found
+
+
+def _metric_contradictions(keys: Keys) -> list[str]:
+    name = keys.metric_for_best_model
+    if name not in METRICS:
+        return [f"metric_for_best_model: {name!r} is not supported; choose {', '.join(METRICS)}"]
+    if METRICS[name] != "loss" and not keys.predict_with_generate:
+        return [f"metric_for_best_model: {name!r} is of generated answers; set predict_with_generate: true too"]
+    if METRICS[name] == "loss" and keys.predict_with_generate:
+        return [
+            "predict_with_generate: training generates only for a metric_for_best_model of generated answers, as "
+            "eval_rouge-l; set one, or remove it and measure the result with `lowrank predict`"
+        ]
+    return []
 
 
 def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -352,6 +379,9 @@ def _run(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]
     run |= {"max_steps": keys.max_steps} if keys.max_steps > 0 else {"num_train_epochs": keys.num_train_epochs}
     if keys.neftune_noise_alpha:
         run["neftune_noise_alpha"] = keys.neftune_noise_alpha
+    metric = METRICS.get(keys.metric_for_best_model, "loss")
+    if metric != "loss":
+        run |= {"eval_metric": metric, "eval_generate_samples": None, "eval_max_new_tokens": keys.max_new_tokens}
     if keys.early_stopping_steps:
         run["early_stopping_patience"] = keys.early_stopping_steps
     return run | _intervals(keys, problems, warnings) | _folder(keys, problems) | _reporters(keys, problems)

@@ -148,8 +148,13 @@ class Keys(Settings):
     """`neftune_noise_alpha`"""
     early_stopping_steps: Positive | None = None
     """`early_stopping_patience`"""
-    metric_for_best_model: Literal["loss", "eval_loss"] = "eval_loss"
-    """the held-out loss is what decides"""
+    metric_for_best_model: str = "eval_loss"
+    """`eval_metric`: loss, or with `predict_with_generate` bleu-4, rouge-1, rouge-2 or rouge-l as LLaMA-Factory has
+    them (`llamafactory_bleu4` ...), with or without `eval_` in front"""
+    predict_with_generate: bool = False
+    """`eval_metric`, together with a `metric_for_best_model` of generated answers"""
+    max_new_tokens: Positive = 1024
+    """`eval_max_new_tokens`, with `predict_with_generate`"""
     output_dir: str
     """`output_dir`"""
     overwrite_output_dir: bool = False
@@ -276,7 +281,7 @@ NO_EFFECT: Sequence[Group] = (
         _keys("load_best_model_at_end"),
         "the best adapter is always kept as `<job>/best`, the last one as `<job>/last`",
     ),
-    Group(_keys("greater_is_better"), "the held-out loss decides, and lower is better"),
+    Group(_keys("greater_is_better"), "of the held-out loss lower is better, of all other metrics higher"),
     Group(_keys("save_only_model"), "a checkpoint always holds what is needed to go on", False),
     Group(_keys("save_safetensors"), "adapters are always safetensors", True),
     Group(
@@ -355,7 +360,7 @@ NO_EFFECT: Sequence[Group] = (
     Group(
         _keys(
             "infer_backend infer_dtype use_kv_cache do_sample temperature top_p top_k num_beams max_length "
-            "max_new_tokens repetition_penalty length_penalty skip_special_tokens eval_num_beams generation_max_length "
+            "repetition_penalty length_penalty skip_special_tokens eval_num_beams generation_max_length "
             "generation_num_beams generation_config sortish_sampler vllm_maxlen vllm_gpu_util vllm_enforce_eager "
             "vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config "
             "sglang_lora_backend"
@@ -406,8 +411,8 @@ REFUSED: Sequence[Group] = (
     Group(_keys("tool_format"), "tools are rendered by the chat template; give data.chat_template=FILE.jinja", None),
     Group(_keys("tokenized_path"), "rows are tokenised at the start; remove it and name the dataset", None),
     Group(
-        _keys("do_predict predict_with_generate"),
-        "training does not generate; remove it, and try the result with `lowrank chat`",
+        _keys("do_predict"),
+        "training does not predict; remove it, and measure the result with `lowrank predict`",
         False,
     ),
     Group(_keys("label_smoothing_factor"), "the loss is not smoothed; remove it", 0.0),

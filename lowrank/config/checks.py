@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lowrank.objectives import needs
+from lowrank.records import Text
 from lowrank.settings import Settings
 
 if TYPE_CHECKING:
     from lowrank.config.schema import JobConfig, RunConfig
 
-RESERVED_NAMES = ("checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png", "tensorboard")
+RESERVED_NAMES = (
+    "checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png", "tensorboard", "report.html",
+    "data_report.json", "predict", "eval",
+)  # fmt: skip
 """Names in the run folder that are not jobs."""
 
 
@@ -97,6 +101,7 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
     if job.early_stopping_patience is not None and config.eval_steps is None:
         yield "early_stopping_patience: eval_steps is null, so nothing is evaluated before the end; set eval_steps"
+    yield from _metric_conflicts(job)
     if job.tuning == "adapter" and job.adapter.needs_quantised and config.model.storage.type == "dense":
         yield (
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
@@ -104,6 +109,20 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.tuning == "full" and job.adapter.path is not None:
         yield "adapter.path: with tuning: full there is no adapter to continue; set tuning: adapter"
+
+
+def _metric_conflicts(job: JobConfig) -> Iterator[str]:
+    if job.eval_metric == "loss":
+        return
+    objective = job.objective.build()
+    if not has_eval(job):
+        yield "eval_metric: there are no held-out rows; give data.eval or data.validation_split"
+    if objective.record is Text or needs(objective, "value"):
+        yield f"eval_metric: objective {job.objective.type} learns no answers, so {job.eval_metric} has none; use loss"
+    if job.data.train_on_prompt:
+        yield "eval_metric: with data.train_on_prompt questions and answers are learned alike; use loss"
+    if job.data.on_too_long == "split":
+        yield "eval_metric: data.on_too_long: split cuts questions from their answers; choose drop or truncate"
 
 
 def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
@@ -116,6 +135,10 @@ def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "data.validation_split has no effect, since data.eval is set"
     if data.mix == "concat" and any(_is_set(source, "weight") for source in (*data.train, *data.eval)):
         yield "data: weights of datasets have no effect with mix: concat; set data.mix: interleave"
+    if job.eval_metric == "loss":
+        for name in ("eval_generate_samples", "eval_max_new_tokens"):
+            if _is_set(job, name):
+                yield f"{name} has no effect with eval_metric: loss"
     if optimizer.type == "sgd":
         for name in ("betas", "eps"):
             if _is_set(optimizer, name):

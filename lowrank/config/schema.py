@@ -26,6 +26,20 @@ from lowrank.train.optimizers import OptimizerConfig, ScheduleConfig
 Interval = Union[Positive, Annotated[float, Field(gt=0, lt=1)]]  # noqa: UP007 (read at run time on Python 3.10)
 """A number of optimiser steps, or, below 1, a share of the run."""
 
+EvalMetric = Literal[
+    "loss",
+    "exact_match",
+    "bleu4",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "llamafactory_bleu4",
+    "llamafactory_rouge1",
+    "llamafactory_rouge2",
+    "llamafactory_rougeL",
+]
+"""The held-out loss, or a metric of evaluate/metrics.py."""
+
 DEFAULT_JOB = "default"
 """The name of the one job of a file without `jobs`."""
 
@@ -61,7 +75,16 @@ class JobSettings(Settings):
     max_steps: Positive | None = None
     """Optimiser steps, instead of `num_train_epochs`."""
     early_stopping_patience: Positive | None = None
-    """Stop the job after this many evaluations in a row without a lower held-out loss."""
+    """Stop the job after this many evaluations in a row without a gain in `eval_metric`."""
+    eval_metric: EvalMetric = "loss"
+    """What decides which adapter is kept as `best`, and early stopping. loss: the held-out loss. The others compare
+    generated answers to held-out questions with those in the data, higher is better; of equal ones the lower loss is
+    the better. All but exact_match need `pip install lowrank[metrics]`."""
+    eval_generate_samples: Positive | None = 64
+    """Held-out questions that are answered at each evaluation for `eval_metric`, spread over the held-out rows; null:
+    all."""
+    eval_max_new_tokens: Positive = 256
+    """Tokens of such an answer at the most."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Strength of NEFTune noise on the input embeddings while training (arXiv:2310.05914); 5 is usual. Left out: no
     noise."""

@@ -46,6 +46,55 @@ def label_logprobs(
     return found_N2
 
 
+@torch.no_grad()
+def continuation_logprobs(
+    base: Base,
+    bank: Bank,
+    entries: Sequence[tuple[int, Sequence[int], Sequence[int]]],
+    *,
+    micro_batch_tokens: int = 4096,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> list[tuple[float, bool]]:
+    """For each `(slot, context, continuation)`: log p of the continuation, and whether greedy decoding would give it.
+
+    What is read is the context and the continuation but for its last token; entries that read the same (answers of one
+    token to one question) share a pass. `on_done` hears how many entries are done.
+    """
+    readers: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index, (slot, context, continuation) in enumerate(entries):
+        readers.setdefault((slot, (*context, *continuation[:-1])), []).append(index)
+    texts = [(slot, Segment(np.asarray(read, np.int64), np.zeros(len(read), np.float32))) for slot, read in readers]
+    members = list(readers.values())
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(entries)
+    done = 0
+    for chosen in _cut(base, texts, micro_batch_tokens):
+        batch = pack([texts[place] for place in chosen]).to(base.device)
+        rows = base.rows(batch)
+        bank.routing.set(rows.num_rows, rows.ranges)
+        hidden_TD = base.hidden(batch)
+        end = 0
+        for place in chosen:
+            slot, segment = texts[place]
+            end += len(segment)
+            longest = max(len(entries[index][2]) for index in members[place])
+            logprob_CV = _logprobs_of_all(base, bank, slot, hidden_TD[end - longest : end])
+            for index in members[place]:
+                target_C = torch.tensor(entries[index][2], device=base.device)
+                own_CV = logprob_CV[len(logprob_CV) - len(target_C) :]
+                said = own_CV.gather(1, target_C[:, None]).double().sum()
+                found[index] = float(said), bool((own_CV.argmax(-1) == target_C).all())
+                done += 1
+        on_done(done)
+    return found
+
+
+def _logprobs_of_all(base: Base, bank: Bank, slot: int, hidden_CD: torch.Tensor) -> torch.Tensor:
+    """(C, V) float32 or wider, by the model's own head module, which the bank may have routed."""
+    bank.routing.set(len(hidden_CD), ((slot, 0, len(hidden_CD)),))
+    logits_CV = base.head().finish(base.model.get_output_embeddings()(hidden_CD))
+    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).log_softmax(-1)
+
+
 def perplexity(logprob_N2: np.ndarray) -> Metric:
     """exp of minus the mean log-probability of a token (Jelinek et al. 1977)."""
     return Metric(logprob_N2, lambda sums, rows: float(np.exp(-sums[0] / max(1.0, sums[1]))))

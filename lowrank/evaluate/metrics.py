@@ -14,7 +14,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ class Metric:
     def value(self) -> float:
         """Of all rows."""
         return self.combine(self.statistics_NK.sum(0), len(self.statistics_NK))
+
+    def of(self, rows_N: np.ndarray) -> Metric:
+        """Of the rows that `rows_N` (bool) chooses."""
+        return replace(self, statistics_NK=self.statistics_NK[rows_N])
 
 
 NAMES = ("exact_match", "bleu4", "rouge1", "rouge2", "rougeL")

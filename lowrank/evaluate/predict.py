@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
-from lowrank.data.rendering import Renderer
+from lowrank.data.rendering import Renderer, Rendering
+from lowrank.errors import DataError
 from lowrank.evaluate.bootstrap import Interval, difference, interval
 from lowrank.evaluate.likelihood import label_logprobs, perplexity
 from lowrank.evaluate.metrics import Metric, measure
@@ -28,13 +29,21 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True)
+class Said:
+    """A voice's answer to a question; where there is none, `problem` says why, and it counts in no metric."""
+
+    text: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Voices:
-    """Who answers: names and their slots, on one base."""
+    """Who answers: names and their slots, on one base, each with the way it reads a conversation."""
 
     base: Base
     bank: Bank
-    renderer: Renderer
     slots: Mapping[str, int]
+    renderers: Mapping[str, Renderer]
 
 
 def answer_questions(
@@ -45,10 +54,11 @@ def answer_questions(
     *,
     max_rows: int = 64,
     on_done: Done = lambda done, total: None,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Said]]:
     """`{voice: answer}` of each question. Lines of `partial` are answers of an earlier attempt; new ones are added.
 
-    An answer that cannot be had (a question beyond the model's reach, an adapter that gives NaN) is empty.
+    An answer that cannot be had (a question beyond the model's reach or that the chat template refuses, an adapter that
+    gives NaN) has a `problem`.
     """
     found = _read_partial(partial, questions)
     todo = [(index, name) for index in range(len(questions)) for name in voices.slots if name not in found[index]]
@@ -58,32 +68,35 @@ def answer_questions(
     longest = (voices.base.reach or 4096) if todo else 1
     settings = GeneratorConfig(max_rows=max_rows, cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest)))
     generator = Generator(voices.base, voices.bank, settings)
-    prompts: dict[int, np.ndarray] = {}
+    prompts: dict[tuple[int, Renderer], np.ndarray] = {}
     with open(partial, "a", encoding="utf-8") as file:
         file.write("\n")  # the last line of an attempt that was killed may have no end
 
-        def note(index: int, name: str, text: str) -> None:
+        def note(index: int, name: str, said: Said) -> None:
             nonlocal done
-            found[index][name] = text
-            line = {"digest": _digest(questions[index]), "voice": name, "answer": text}
+            found[index][name] = said
+            line = {"digest": _digest(questions[index]), "voice": name, "answer": said.text, "problem": said.problem}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             done += 1
             on_done(done, total)
 
         for index, name in todo:
-            if index not in prompts:
-                prompts = {index: voices.renderer.prompt(questions[index].prompt)}
-            prompt = Prompt(prompts[index], voices.slots[name])
             try:
-                generation = generator.submit(prompt, config, stop_tokens=voices.renderer.stop_tokens)
-            except RequestError:
-                note(index, name, "")
+                renderer = voices.renderers[name]
+                if (index, renderer) not in prompts:
+                    prompts = {key: value for key, value in prompts.items() if key[0] == index}
+                    prompts[index, renderer] = renderer.prompt(questions[index].prompt)
+                prompt = Prompt(prompts[index, renderer], voices.slots[name])
+                generation = generator.submit(prompt, config, stop_tokens=renderer.stop_tokens)
+            except (RequestError, DataError) as error:
+                note(index, name, Said("", str(error)))
                 continue
 
             def hear(piece: Piece, index: int = index, name: str = name, generation: Any = generation) -> None:
                 if piece.finish is not None:
-                    note(index, name, text_of(voices.base.tokenizer, generation.answer))
+                    answer = generation.answer
+                    note(index, name, Said(text_of(voices.base.tokenizer, answer), answer.error))
 
             generation.listen(hear)
             while generator.num_waiting > _AHEAD * max_rows:
@@ -100,29 +113,74 @@ def text_of(tokenizer: Any, answer: Answer) -> str:
 
 def score_labels(
     voices: Voices, questions: Sequence[Question], *, on_done: Done = lambda done, total: None
-) -> tuple[dict[str, np.ndarray], int]:
-    """`{voice: (N, 2)}` of log-probabilities of the answers in the data (likelihood.py); and how many are too long."""
-    settings = voices.renderer.config.model_copy(
-        update={
-            "mask_history": True,  # the last answer alone is scored
-            "train_on_prompt": False,
-            "on_too_long": "drop",
-            "max_length": voices.base.reach or 1 << 30,
-        }
-    )
-    renderer = Renderer(voices.renderer.tokenizer, settings)
-    rendered = list(renderer.render_many([question.answered for question in questions]))
-    entries, places = [], []
-    for index, each in enumerate(rendered):
-        if each.segments:
-            for name, slot in voices.slots.items():
-                entries.append((slot, each.segments[0]))
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """`{voice: (N, 2)}` of log-probabilities of the answers in the data (likelihood.py); and why some were not scored.
+
+    The line of a question that was not scored is 0.
+    """
+    entries, places, unscored = [], [], {}
+    for renderer in dict.fromkeys(voices.renderers[name] for name in voices.slots):
+        names = [name for name in voices.slots if voices.renderers[name] is renderer]
+        for index, each in enumerate(_labels(renderer, questions, voices.base.reach)):
+            if not each.segments:
+                unscored[index] = each.problem or "nothing to score"
+                continue
+            for name in names:
+                entries.append((voices.slots[name], each.segments[0]))
                 places.append((name, index))
     values_N2 = label_logprobs(voices.base, voices.bank, entries, on_done=lambda done: on_done(done, len(entries)))
     found = {name: np.zeros((len(questions), 2)) for name in voices.slots}
     for (name, index), value_2 in zip(places, values_N2):
         found[name][index] = value_2
-    return found, len(questions) - len(entries) // max(1, len(voices.slots))
+    return found, list(unscored.values())
+
+
+def _labels(renderer: Renderer, questions: Sequence[Question], reach: int | None) -> Iterator[Rendering]:
+    """Questions with the answers of the data, of which the last alone is scored."""
+    settings = renderer.config.model_copy(
+        update={
+            "mask_history": True,
+            "train_on_prompt": False,
+            "on_too_long": "drop",
+            "max_length": reach or 1 << 30,
+        }
+    )
+    return Renderer(renderer.tokenizer, settings).render_many([question.answered for question in questions])
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """Questions to which some voices gave no answer, all of them the same questions."""
+
+    voices: tuple[str, ...]
+    places: tuple[int, ...]
+    reasons: tuple[str, ...]
+    """Different ones, in the order they came."""
+
+    def said(self, total: int) -> str:
+        """In one sentence; `total` is the number of all questions."""
+        reasons = "; ".join(self.reasons[:3]) + (f"; and {len(self.reasons) - 3} more" * (len(self.reasons) > 3))
+        return (
+            f"{', '.join(self.voices)}: no answer to {len(self.places)} of {total} questions ({reasons}); "
+            f"metrics are of the other {total - len(self.places)}"
+        )
+
+
+def unanswered(answers: Sequence[Mapping[str, Said]]) -> list[Unanswered]:
+    """What is missing, voices that miss the same questions together."""
+    missing: dict[tuple[int, ...], list[str]] = {}
+    for voice in answers[0]:
+        places = tuple(place for place, each in enumerate(answers) if each[voice].problem is not None)
+        if places:
+            missing.setdefault(places, []).append(voice)
+    return [
+        Unanswered(
+            tuple(names),
+            places,
+            tuple(dict.fromkeys(answers[place][name].problem or "" for place in places for name in names)),
+        )
+        for places, names in missing.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -131,30 +189,46 @@ class Verdict:
 
     value: Interval
     gain: Interval | None
+    """Over the rows that both have."""
+    rows: int
+    """How many the value is of."""
     signature: str = ""
 
 
 def compare(
-    answers: Sequence[Mapping[str, str]],
+    answers: Sequence[Mapping[str, Said]],
     labels: Sequence[str],
     names: Sequence[str],
     likelihood: Mapping[str, np.ndarray],
     reference: str | None,
 ) -> dict[str, dict[str, Verdict]]:
-    """`{voice: {metric: verdict}}`; `reference` is the voice that the others are compared with."""
-    metrics: dict[str, dict[str, Metric]] = {}
+    """`{voice: {metric: verdict}}`; `reference` is the voice that the others are compared with.
+
+    A row that a voice has no answer to counts in none of its metrics; nor in its perplexity a row whose log-probability
+    is not finite. A metric without any row is not there.
+    """
+    measured: dict[str, dict[str, tuple[Metric, np.ndarray]]] = {}
     for voice in answers[0]:
-        metrics[voice] = measure([each[voice] for each in answers], labels, names)
-        if voice in likelihood and likelihood[voice].sum() != 0:
-            metrics[voice]["perplexity"] = perplexity(likelihood[voice])
+        known_N = np.asarray([each[voice].problem is None for each in answers])
+        found = measure([each[voice].text for each in answers], labels, names)
+        measured[voice] = {name: (metric, known_N) for name, metric in found.items()}
+        if voice in likelihood:
+            scored_N = np.isfinite(likelihood[voice]).all(1) & (likelihood[voice][:, 1] > 0)
+            measured[voice]["perplexity"] = perplexity(likelihood[voice]), scored_N
     verdicts: dict[str, dict[str, Verdict]] = {}
-    for voice, own in metrics.items():
-        other = metrics.get(reference or "") if voice != reference else None
+    for voice, own in measured.items():
+        other = measured.get(reference or "", {}) if voice != reference else {}
         verdicts[voice] = {
-            name: Verdict(interval(metric), difference(metric, other[name]) if other else None, metric.signature)
-            for name, metric in own.items()
+            name: _verdict(metric, known_N, other.get(name)) for name, (metric, known_N) in own.items() if known_N.any()
         }
     return verdicts
+
+
+def _verdict(metric: Metric, known_N: np.ndarray, other: tuple[Metric, np.ndarray] | None) -> Verdict:
+    gain = None
+    if other is not None and (both_N := known_N & other[1]).any():
+        gain = difference(metric.of(both_N), other[0].of(both_N))
+    return Verdict(interval(metric.of(known_N)), gain, int(known_N.sum()), metric.signature)
 
 
 def _digest(question: Question) -> str:
@@ -162,14 +236,14 @@ def _digest(question: Question) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str, str]]:
+def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str, Said]]:
     """Answers of an attempt that was interrupted; a line that was cut off is left out."""
-    known: dict[str, dict[str, str]] = {}
+    known: dict[str, dict[str, Said]] = {}
     if partial.exists():
         for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                known.setdefault(entry["digest"], {})[entry["voice"]] = entry["answer"]
+                known.setdefault(entry["digest"], {})[entry["voice"]] = Said(entry["answer"], entry["problem"])
             except (ValueError, KeyError, TypeError):
                 continue
     return [dict(known.get(_digest(question), {})) for question in questions]

@@ -73,9 +73,11 @@ class EvalDone:
     loss: float
     tokens: float
     best: bool
-    """The lowest so far; its adapter was kept."""
+    """The best so far, by `metric`; its adapter was kept."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the objective adds."""
+    """What the objective adds, and `metric` if it is of generated answers (a percentage; higher is better)."""
+    metric: str = "loss"
+    """What decides which adapter is the best."""
 
 
 @dataclass(frozen=True)

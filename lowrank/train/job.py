@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lowrank.evaluate.held_out_answers import HeldOutAnswers
 from lowrank.records import Segment
 from lowrank.train.optimizers import ScheduleConfig
 
@@ -34,6 +35,9 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     best_loss: float | None = None
+    """At the best step."""
+    best_score: float | None = None
+    """At the best step, where a metric of generated answers decides."""
     best_step: int | None = None
     evaluations_without_gain: int = 0
 
@@ -55,6 +59,13 @@ class Job:
     max_skipped_steps: int
     patience: int | None
     progress: Progress = field(default_factory=Progress)
+    answers: HeldOutAnswers | None = None
+    """Held-out questions whose generated answers decide what is best; None: the held-out loss does."""
+
+    @property
+    def eval_metric(self) -> str:
+        """What decides which of its adapters is the best."""
+        return "loss" if self.answers is None else self.answers.metric
 
     @property
     def active(self) -> bool:
@@ -86,12 +97,15 @@ class Job:
         due = self.eval_every is not None and self.progress.step % self.eval_every == 0
         return bool(self.held_out) and (due or self.progress.finished == "done")
 
-    def count_evaluation(self, loss: float) -> bool:
-        """Take note of a held-out loss; True if it is the lowest so far."""
+    def count_evaluation(self, loss: float, score: float | None = None) -> bool:
+        """Take note of an evaluation; True if it is the best so far: the lowest loss, or, where answers are generated,
+        the highest score, and of equal scores the one with the lower loss."""
         progress = self.progress
-        best = progress.best_loss is None or loss < progress.best_loss
-        if best and loss == loss:
-            progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
+        standing = (score or 0.0, -loss)
+        best = progress.best_loss is None or standing > (progress.best_score or 0.0, -progress.best_loss)
+        if best and loss == loss and score == score:
+            progress.best_loss, progress.best_score, progress.best_step = loss, score, progress.step
+            progress.evaluations_without_gain = 0
             return True
         progress.evaluations_without_gain += 1
         if self.active and self.patience is not None and progress.evaluations_without_gain >= self.patience:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from lowrank.evaluate.held_out_answers import score_answers
 from lowrank.kernels.host_memory import Heap
 from lowrank.train.engine import Engine, Forwarded, Updated
 from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
@@ -126,13 +127,16 @@ class Loop:
         if not due:
             return
         results = self.engine.evaluate({job.slot: job.held_out for job in due})
+        asked = {job.slot: job.answers for job in due if job.answers is not None}
+        scores = score_answers(self.engine.base, self.engine.bank, asked) if asked else {}
         for job in due:
-            result = results[job.slot]
-            best = job.count_evaluation(result.loss)
+            result, own = results[job.slot], scores.get(job.slot, {})
+            best = job.count_evaluation(result.loss, own.get(job.eval_metric))
             if best:
                 self.keeper.keep(job, "best")
             tokens = result.totals.get("tokens", 0.0)
-            self._tell(EvalDone(job.name, job.progress.step, result.loss, tokens, best, result.metrics))
+            metrics = {**result.metrics, **own}
+            self._tell(EvalDone(job.name, job.progress.step, result.loss, tokens, best, metrics, job.eval_metric))
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:

@@ -48,6 +48,11 @@ class _Drawn:
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    metric: str = ""
+    """Of the scores: what decides which evaluation is the best; without scores the loss does."""
+    best: int | None = None
+    """The step of the best evaluation, where the lines say it."""
     skipped: list[int] = field(default_factory=list)
 
 
@@ -73,6 +78,11 @@ def _collect(lines: Iterable[Mapping[str, Any]]) -> dict[str, _Drawn]:
         finite = math.isfinite(line["loss"])
         if line["event"] == "eval":
             job.held_out += [(line["step"], line["loss"])] if finite else []
+            job.best = line["step"] if finite and line.get("best") else job.best
+            score = line.get("metrics", {}).get(line.get("metric"))
+            if score is not None:
+                job.metric = line["metric"]
+                job.scores += [(line["step"], score)] if math.isfinite(score) else []
             continue
         job.train += [(line["step"], line["loss"])] if finite else []
         job.skipped += [line["step"]] if line.get("skipped") or not finite else []
@@ -83,16 +93,20 @@ def _draw(jobs: dict[str, _Drawn], title: str) -> Figure:
     """The whole picture."""
     with_held_out = any(job.held_out for job in jobs.values())
     two = len(jobs) > 1 and with_held_out
-    figure = Figure(figsize=(13 if two else 9, 5.2 + 0.1 * max(0, len(jobs) - 12)), layout="constrained")
+    scored = any(job.scores for job in jobs.values())
+    num_panels = 1 + two + scored
+    figure = Figure(figsize=((9, 13, 18)[num_panels - 1], 5.2 + 0.1 * max(0, len(jobs) - 12)), layout="constrained")
     FigureCanvasAgg(figure)
     letters = _Lettering()
     figure.suptitle(letters.drawable(title), fontproperties=letters.font(13), parse_math=False)
-    panels = figure.subplots(1, 2 if two else 1, squeeze=False, sharex=True)[0]
+    panels = figure.subplots(1, num_panels, squeeze=False, sharex=True)[0]
     colours = _colours(len(jobs))
     handles = []
     for number, (name, job) in enumerate(jobs.items()):
         handles.append(_training(panels[0], job, colours[number], label=letters.label(name, number)))
-        _held_out(panels[-1], job, colours[number], alone=len(jobs) == 1)
+        _held_out(panels[int(two)], job, colours[number], alone=len(jobs) == 1)
+        if scored:
+            _scores(panels[-1], job, colours[number])
     _mark_skipped(panels[0], jobs, colours)
     if len(jobs) > 1:
         panels[0].set_title("training loss", fontsize=11)
@@ -100,6 +114,9 @@ def _draw(jobs: dict[str, _Drawn], title: str) -> Figure:
             panels[1].set_title("held-out loss", fontsize=11)
     for panel in panels:
         _furnish(panel)
+    if scored:
+        names = dict.fromkeys(job.metric.replace("_", " ") for job in jobs.values() if job.metric)
+        panels[-1].set_ylabel(f"{', '.join(names)} of held-out answers (%)")
     if len(jobs) == 1:
         _limit(panels[0], [job.train for job in jobs.values()], [job.held_out for job in jobs.values()])
     else:
@@ -125,7 +142,7 @@ def _held_out(panel: Axes, job: _Drawn, colour: Any, alone: bool) -> None:
     steps, losses = _split(job.held_out)
     colour = "#d55e00" if alone else colour
     panel.plot(steps, losses, color=colour, linewidth=1.2, marker="o", markersize=3.5, linestyle="--" if alone else "-")
-    best = int(np.argmin(losses))
+    best = steps.index(job.best) if job.scores and job.best in steps else int(np.argmin(losses))
     panel.plot(
         steps[best], losses[best], marker="*", markersize=14, color=colour, markeredgecolor="black", markeredgewidth=0.7
     )
@@ -139,6 +156,16 @@ def _held_out(panel: Axes, job: _Drawn, colour: Any, alone: bool) -> None:
             fontsize=9,
             bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
             zorder=5,
+        )
+
+
+def _scores(panel: Axes, job: _Drawn, colour: Any) -> None:
+    steps, scores = _split(job.scores)
+    panel.plot(steps, scores, color=colour, linewidth=1.2, marker="o", markersize=3.5)
+    if job.best in steps:
+        best = scores[steps.index(job.best)]
+        panel.plot(
+            job.best, best, marker="*", markersize=14, color=colour, markeredgecolor="black", markeredgewidth=0.7
         )
 
 

@@ -39,6 +39,8 @@ class JobView:
     last_loss: float | None = None
     learning_rate: float | None = None
     eval_loss: float | None = None
+    eval_score: float | None = None
+    """Percent, where a metric of generated answers decides."""
     eval_is_best: bool = False
     best_loss: float | None = None
     best_step: int | None = None
@@ -132,6 +134,7 @@ class RunProgress:
     def _evaluated(self, event: EvalDone) -> None:
         job = self.jobs[event.job]
         job.eval_loss, job.eval_is_best = event.loss, event.best
+        job.eval_score = event.metrics.get(event.metric)
         if event.best:
             job.best_loss, job.best_step = event.loss, event.step
 

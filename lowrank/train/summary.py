@@ -38,6 +38,9 @@ class _Job:
     evals: list[list[float]] = field(default_factory=list)
     """`[step, loss]` of each finite evaluation."""
     best: list[float] | None = None
+    best_score: float | None = None
+    eval_metric: str = "loss"
+    """What decides which evaluation is the best; `best_score` is its value there, unless it is the loss."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the objective added to the last evaluation, where it is finite."""
     finished: str | None = None
@@ -78,6 +81,8 @@ class SummaryBuilder:
                 job.evals.append([event.step, event.loss])
             if event.best:
                 job.best = [event.step, event.loss]
+                job.best_score = event.metrics.get(event.metric)
+            job.eval_metric = event.metric
         elif isinstance(event, JobFinished):
             self._jobs[event.job].finished = event.reason
 
@@ -177,7 +182,7 @@ class SummaryBuilder:
             "tokens_per_second": _rate(job.train_tokens, job.train_seconds),
             "first_loss": job.first_loss,
             "last_loss": job.last_loss,
-            "best_eval": None if job.best is None else {"step": int(job.best[0]), "loss": job.best[1]},
+            "best_eval": None if job.best is None else _best(job.best, job.eval_metric, job.best_score),
             "last_eval": None if not job.evals else {"step": int(job.evals[-1][0]), "loss": job.evals[-1][1]},
             "eval_metrics": job.metrics,
             "verdict": asdict(judged),
@@ -209,16 +214,21 @@ class SummaryBuilder:
 
 
 def best_job(jobs: dict[str, dict[str, Any]], config: dict[str, Any]) -> str | None:
-    """The job with the lowest held-out loss; None where the losses do not compare.
+    """The job with the lowest held-out loss, or the best score of generated answers; None where these do not compare.
 
-    They compare if every job has one, of the same objective on the same held-out rows.
+    They compare if every job has one, by the same `eval_metric`, of the same objective on the same held-out rows.
     """
     if len(jobs) == 1:
         return next(iter(jobs))
-    best = {name: job["best_eval"]["loss"] for name, job in jobs.items() if job["best_eval"]}
+    best = {name: job["best_eval"] for name, job in jobs.items() if job["best_eval"]}
     if len(best) < len(jobs) or not _comparable(config.get("jobs", ())):
         return None
-    return min(best, key=lambda name: best[name])
+    return min(best, key=lambda name: (-best[name].get("score", 0.0), best[name]["loss"]))
+
+
+def _best(step_and_loss: list[float], metric: str, score: float | None) -> dict[str, Any]:
+    step, loss = step_and_loss
+    return {"step": int(step), "loss": loss} | ({} if score is None else {"metric": metric, "score": score})
 
 
 def _comparable(configs: Any) -> bool:
@@ -228,10 +238,14 @@ def _comparable(configs: Any) -> bool:
         if data.get("eval"):  # the rows are named; which rows are trained on does not matter
             for name in ("train", "mix", "shuffle", "batch_size", "batch_tokens", "validation_split", "streaming"):
                 data.pop(name, None)
-            measured.append([config.get("objective"), data])
+            measured.append([_judged_by(config), data])
         else:
-            measured.append([config.get("objective"), data, config.get("seed")])
+            measured.append([_judged_by(config), data, config.get("seed")])
     return bool(measured) and all(each == measured[0] for each in measured)
+
+
+def _judged_by(config: Any) -> list[Any]:
+    return [config.get(name) for name in ("objective", "eval_metric", "eval_generate_samples", "eval_max_new_tokens")]
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

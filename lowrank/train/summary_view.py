@@ -52,7 +52,7 @@ def _table(summary: dict[str, Any], many: bool) -> Table:
             Text(name + star),
             f"{job['steps']}/{job['num_steps']}",
             losses if many else f"{wording.loss(job['first_loss'])} → {losses}",
-            f"{wording.loss(best['loss'])} at {'' if many else 'step '}{best['step']}" if best else "-",
+            f"{wording.best(best)} at {'' if many else 'step '}{best['step']}" if best else "-",
         ]
         if many:
             cells += [_end(job), _in_short(job["verdict"])]
@@ -111,7 +111,7 @@ def _best(summary: dict[str, Any]) -> list[Text]:
     text = Text.assemble("Result    " if len(summary["jobs"]) == 1 else f"Best job  {name}, ")
     text.append(str(folder / job["paths"][which]), style="bold")
     if job["best_eval"]:
-        text.append(f" (held-out {wording.loss(job['best_eval']['loss'])} at step {job['best_eval']['step']})")
+        text.append(f" (held-out {wording.best(job['best_eval'])} at step {job['best_eval']['step']})")
     return [text, _curves(summary)]
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 
 def duration(seconds: float | None) -> str:
@@ -65,6 +66,16 @@ def accuracy(metrics: Mapping[str, float]) -> str:
     """`, 87 % of pairs right`, where an objective on pairs says so; else nothing."""
     share = metrics.get("rewards/accuracies")
     return "" if share is None else f", {100 * share:.0f} % of pairs right"
+
+
+def score(metric: str, value: float) -> str:
+    """`exact match 66.7 %`, of generated answers."""
+    return f"{metric.replace('_', ' ')} {value:.1f} %"
+
+
+def best(evaluation: Mapping[str, Any]) -> str:
+    """The `best_eval` of a summary, by what decided."""
+    return score(evaluation["metric"], evaluation["score"]) if "score" in evaluation else loss(evaluation["loss"])
 
 
 def program() -> str:

@@ -23,6 +23,7 @@ from lowrank.cli.talk import Talk, printable
 from lowrank.config import RunConfig
 from lowrank.errors import ModelError
 from lowrank.generate.sampler import Config
+from lowrank.records import Conversation, Message
 from lowrank.run import train
 from lowrank.trained import Trained, open_trained
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
@@ -86,6 +87,59 @@ def test_every_adapter_answers_as_itself(world: Path, capsys: pytest.CaptureFixt
     assert answers["中文"] != answers["base"]
     alone, _ = chat(capsys, str(world / "run" / "中文" / "best"), "-p", "Say 3", "--json")
     assert json.loads(alone)["answer"] == answers["中文"]
+
+
+def test_a_checkpoint_in_the_middle_of_training_talks(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint,) = (world / "run" / "checkpoints").iterdir()
+    from_it, err = chat(capsys, str(checkpoint), "--adapter", "r4,中文,base", "-p", "Say 3", "--json")
+    of_last, _ = chat(capsys, str(world / "run"), "--last", "--adapter", "r4,中文,base", "-p", "Say 3", "--json")
+    assert from_it == of_last
+    assert err == ""
+    (full,) = (world / "full" / "checkpoints").iterdir()
+    _, err = chat(capsys, str(full), "-p", "x", code=4)
+    assert "give the run folder" in err
+
+
+def test_every_job_is_asked_by_the_template_it_was_trained_with(world: Path, tmp_path: Path) -> None:
+    """Two jobs of one run, two templates: each answers in company as it does alone."""
+    run = shutil.copytree(world / "run", tmp_path / "run", symlinks=True)
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    config["jobs"][1]["data"]["chat_template"] = "alpaca"
+    config["model"]["path"] = str(world / "model")
+    (run / "config.json").write_text(json.dumps(config), "utf-8")
+    mixed, plain = open_trained(str(run)), open_trained(str(world / "run"))
+    assert mixed.renderer_of("r4") is mixed.renderer_of("base") is not mixed.renderer_of("中文")
+    assert "### Instruction" in mixed.renderer_of("中文").chat_template
+    question = Conversation((Message("user", "Say 3"),))
+    own = open_trained(str(run), chat_template="alpaca").answer([("中文", question)], Config(max_new_tokens=6))
+    both = mixed.answer([("r4", question), ("中文", question)], Config(max_new_tokens=6))
+    assert both == [*plain.answer([("r4", question)], Config(max_new_tokens=6)), *own]
+
+
+def test_sampling_commands(trained: Trained) -> None:
+    talk = Talk(trained, Config(max_new_tokens=2), voices=["r4"])
+    for line in ("/temperature 0.7", "/top_p 0.9", "/top_k 5", "/min_p 0.1", "/penalty 1.2", "/seed 3", "/top_k -1"):
+        talk._line(line)
+    found = talk.config
+    assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.7, 0.9, 5, 0.1)
+    assert (found.repetition_penalty, found.seed) == (1.2, 3)
+    talk._line("/seed")
+    assert talk.config.seed is None
+    with talk.console.capture() as captured:
+        talk._line("/template 中文")
+    assert "an answer ends at '<|im_end|>'" in captured.get()
+
+
+def test_a_diverged_voice_says_so_and_the_other_answers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = open_trained(str(world / "run"))
+    for parameter in trained.bank.parameters(trained.slot("r4")).values():
+        parameter.data.fill_(float("nan"))
+    trained.bank.refresh(trained.slot("r4"))
+    talk = Talk(trained, Config(max_new_tokens=3), voices=["r4", "base"])
+    answers = talk.ask_quietly("Say 3")
+    assert answers["r4"] == ""
+    assert answers["base"] == Talk(trained, Config(max_new_tokens=3), voices=["base"]).ask_quietly("Say 3")["base"]
+    assert "r4: no answer: the probabilities are not finite" in capsys.readouterr().out
 
 
 def test_a_pipe_is_one_conversation(

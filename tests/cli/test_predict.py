@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from lowrank.checkpoints.atomic import current
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.evaluate import predict as module
@@ -99,6 +103,35 @@ def test_a_table_for_people(world: Path, capsys: pytest.CaptureFixture[str], tmp
     assert "strong" in out
     assert "weak" not in out
     assert "5 of 12 rows are taken" in err
+
+
+def test_what_has_no_answer_is_counted_and_in_no_metric(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A question beyond the model's reach, and an adapter that gives NaN: named, counted, null, and left out."""
+    run = shutil.copytree(world / "run", tmp_path / "run", symlinks=True)
+    weights = current(run / "weak" / "best") / "adapter_model.safetensors"
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()}, weights)
+    rows = [*json.loads((world / "train.json").read_text("utf-8"))[:3], {"instruction": "x" * 600, "output": "y"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    words = [str(run), "--data", str(tmp_path / "rows.json"), "--json", "--output", str(tmp_path / "out")]
+    out, err = predict(capsys, *words)
+    result = json.loads(out)
+    assert result["unanswered"] == {"base": 1, "strong": 1, "weak": 4}
+    assert "weak: no answer to 4 of 4 questions (the probabilities are not finite" in err
+    assert "base, strong: no answer to 1 of 4 questions" in err
+    assert "the model reads 512" in err
+    assert "weak: perplexity leaves out 3 questions whose log-probabilities are not finite" in err
+    assert "perplexity leaves out 1 of 4 questions (" in err
+    assert result["metrics"]["weak"] == {}
+    assert {metric["rows"] for voice in ("base", "strong") for metric in result["metrics"][voice].values()} == {3}
+    lines = [json.loads(line) for line in Path(result["predictions"]).read_text("utf-8").splitlines()]
+    assert [list(line.get("problems", {})) for line in lines] == [["weak"]] * 3 + [["base", "weak", "strong"]]
+    assert lines[3]["predictions"] == {"base": None, "weak": None, "strong": None}
+    shorter, _ = predict(capsys, *words, "--adapter", "base,strong")
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:3]), "utf-8")
+    whole, _ = predict(capsys, *words, "--adapter", "base,strong")
+    assert json.loads(shorter)["metrics"] == json.loads(whole)["metrics"], "as if the question had not been asked"
 
 
 @pytest.mark.parametrize(

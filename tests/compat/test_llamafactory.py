@@ -372,9 +372,13 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
         ("interleave_probs: 0.5\n", "interleave_probs: only for mix_strategy"),
         ("dataset_dir: REMOTE:a/b\n", "dataset_dir: a remote dataset_info.json is not read"),
         ("bf16: true\nfp16: true\n", "bf16 and fp16: set only one"),
-        ("metric_for_best_model: accuracy\n", "metric_for_best_model: expected 'loss' or 'eval_loss'"),
+        ("metric_for_best_model: accuracy\n", "metric_for_best_model: 'accuracy' is not supported; choose loss"),
+        (
+            "metric_for_best_model: eval_rouge-l\n",
+            "metric_for_best_model: 'eval_rouge-l' is of generated answers; set predict_with",
+        ),
         ("stage: pt\n", "dataset 'identity': for stage pt, name the one column of text"),
-        ("predict_with_generate: true\n", "predict_with_generate: True is not supported"),
+        ("predict_with_generate: true\n", "predict_with_generate: training generates only for"),
         ("push_to_hub: true\n", "push_to_hub: True is not supported"),
         ("model: m\n", None),
         ("micro_batch_tokens: 64\n", "micro_batch_tokens: unknown key (a native key; give it on the command line)"),
@@ -564,6 +568,14 @@ def test_their_whole_dataset_info(shared_data: Path, workplace: Path) -> None:
     config, _ = read(workplace, text, f"dataset={','.join(files)}")
     assert [Path(source.path).name for source in config.data.train] == [info[name]["file_name"] for name in files]
     assert len(files) >= 5
+
+
+def test_generated_answers_may_decide(workplace: Path) -> None:
+    text = MINIMAL + "predict_with_generate: true\nmetric_for_best_model: eval_rouge-l\nval_size: 0.5\n"
+    config, _ = read(workplace, text + "load_best_model_at_end: true\ngreater_is_better: true\nmax_new_tokens: 32\n")
+    job = config.jobs[0]
+    assert (job.eval_metric, job.eval_generate_samples, job.eval_max_new_tokens) == ("llamafactory_rougeL", None, 32)
+    assert read(workplace, MINIMAL)[0].jobs[0].eval_metric == "loss"
 
 
 def test_defaults_are_those_of_transformers() -> None:

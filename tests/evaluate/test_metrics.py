@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jieba
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 from rouge_score.rouge_scorer import RougeScorer
 
+from lowrank.config.schema import EvalMetric
 from lowrank.errors import ConfigError
 from lowrank.evaluate.bootstrap import difference, interval
 from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, measure
@@ -57,6 +60,10 @@ def test_exact_match_and_unknown_names() -> None:
     assert measure(["a ", "b"], ["a", "c"], ["exact_match"])["exact_match"].value == 50.0
     with pytest.raises(ConfigError, match="no metric 'bleu'; known: exact_match, bleu4"):
         measure([], [], ["bleu"])
+
+
+def test_every_metric_can_decide_which_adapter_is_best() -> None:
+    assert get_args(EvalMetric) == ("loss", *NAMES, *LLAMAFACTORY_NAMES)
 
 
 def test_intervals_hold_what_they_promise() -> None:

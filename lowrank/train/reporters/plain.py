@@ -50,6 +50,8 @@ class PlainReporter:
         elif isinstance(event, EvalDone):
             best = "  best so far" if event.best else ""
             right = wording.accuracy(event.metrics)
+            if event.metric != "loss":
+                right += f", {wording.score(event.metric, event.metrics[event.metric])}"
             self._say(f"{self._at(event.step)}  {event.job} held-out {wording.loss(event.loss)}{right}{best}")
         elif isinstance(event, JobFinished):
             self._say(f"{self._at(event.step)}  {event.job} is over: {STATES.get(event.reason, event.reason)}")

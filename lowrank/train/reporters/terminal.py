@@ -203,7 +203,8 @@ def _held_out(job: JobView, unicode: bool) -> Text:
     if job.eval_loss is None:
         return Text("-", style="dim")
     mark = ("★" if unicode else "*") if job.eval_is_best else " "
-    return Text(f"{wording.loss(job.eval_loss)}{mark}", style="green" if job.eval_is_best else "")
+    value = wording.loss(job.eval_loss) if job.eval_score is None else f"{job.eval_score:.1f} %"
+    return Text(f"{value}{mark}", style="green" if job.eval_is_best else "")
 
 
 def _state(job: JobView, progress: RunProgress, now: float) -> Text:

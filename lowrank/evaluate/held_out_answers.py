@@ -1,0 +1,130 @@
+"""While a job trains: its adapter answers held-out questions, and a metric says how near it comes.
+
+The questions are made from the held-out segments themselves: what stands before the last learned answer is the prompt,
+token for token as in training, and that answer is the label. Answers are greedy, so nothing random is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowrank.adapters.bank import Bank
+from lowrank.errors import DataError
+from lowrank.evaluate.metrics import measure
+from lowrank.generate.generation import Generation
+from lowrank.generate.generator import Generator, GeneratorConfig
+from lowrank.generate.request import Config, Prompt
+from lowrank.models.base import Base
+from lowrank.records import CHOSEN, PLAIN, Segment
+
+_MAX_ROWS = 32
+"""Answers in the making at once: training has filled the memory already."""
+
+
+@dataclass(frozen=True)
+class HeldOutAnswers:
+    """What one job is asked at its evaluations, and by what the answers are judged.
+
+    prompts, labels   the questions' tokens, the answers in the data
+    notices           what of the held-out rows is not asked, in words
+    """
+
+    metric: str
+    prompts: tuple[np.ndarray, ...]
+    labels: tuple[str, ...]
+    stop_tokens: frozenset[int]
+    max_new_tokens: int
+    notices: tuple[str, ...] = ()
+
+
+def answers_of(
+    segments: Sequence[Segment],
+    tokenizer: Any,
+    stop_tokens: frozenset[int],
+    *,
+    metric: str,
+    samples: int | None,
+    max_new_tokens: int,
+    reach: int | None,
+) -> HeldOutAnswers:
+    """Questions from `samples` of the held-out `segments`, evenly spread over them; None: from all.
+
+    Of pairs and rated answers those that are wanted. Left out, and counted, are answers that were cut at
+    data.max_length, and prompts that leave the model (`reach`: its positions) no room. DataError if none is left.
+    """
+    wanted = [segment for segment in segments if segment.role in (PLAIN, CHOSEN)]
+    asked, cut, too_long = [], 0, 0
+    for segment in _spread(wanted, samples):
+        start, end = _last_answer(segment)
+        if int(segment.token_L[end - 1]) not in stop_tokens:
+            cut += 1
+        elif reach is not None and start >= reach:
+            too_long += 1
+        else:
+            asked.append(
+                (segment.token_L[:start], tokenizer.decode(segment.token_L[start:end], skip_special_tokens=True))
+            )
+    notices = []
+    if cut:
+        notices.append(f"{metric}: {cut} held-out answers are not asked for, since they were cut at data.max_length")
+    if too_long:
+        notices.append(
+            f"{metric}: {too_long} held-out questions are not asked, since they are all that the model reads"
+        )
+    if not asked:
+        raise DataError("; ".join([f"eval_metric: no held-out row has an answer to compare with {metric}", *notices]))
+    if len(wanted) > len(asked) + cut + too_long:
+        notices.append(f"{metric} is of {len(asked)} of {len(wanted)} held-out answers (eval_generate_samples)")
+    prompts, labels = zip(*asked)
+    return HeldOutAnswers(metric, prompts, labels, stop_tokens, max_new_tokens, tuple(notices))
+
+
+def score_answers(base: Base, bank: Bank, asked: Mapping[int, HeldOutAnswers]) -> dict[int, dict[str, float]]:
+    """`{slot: {metric: value}}`, all slots in the same forward passes; percentages, higher is better.
+
+    Beside the metric: `answers_cut`, how many answers ended at `max_new_tokens`, where there are any. A slot that gives
+    NaN has NaN: whoever cannot answer is not the best.
+    """
+    longest = max((len(prompt) + each.max_new_tokens for each in asked.values() for prompt in each.prompts), default=0)
+    rows = min(_MAX_ROWS, sum(len(each.prompts) for each in asked.values()))
+    generator = Generator(base, bank, GeneratorConfig(max_rows=max(1, rows), cache_tokens=(rows + 1) * (longest + 256)))
+    generations = {slot: list(_submit(generator, slot, each)) for slot, each in asked.items()}
+    while generator.step():
+        pass
+    found = {}
+    for slot, each in asked.items():
+        answers = [generation.answer for generation in generations[slot]]
+        if any(answer.error is not None for answer in answers):
+            found[slot] = {each.metric: math.nan}
+            continue
+        said = [base.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+        found[slot] = {each.metric: measure(said, each.labels, [each.metric])[each.metric].value}
+        cut = sum(answer.finish == "length" for answer in answers)
+        found[slot] |= {"answers_cut": float(cut)} if cut else {}
+    return found
+
+
+def _submit(generator: Generator, slot: int, asked: HeldOutAnswers) -> Iterator[Generation]:
+    config = Config(max_new_tokens=asked.max_new_tokens, seed=0)
+    for prompt in asked.prompts:
+        yield generator.submit(Prompt(prompt, slot), config, stop_tokens=asked.stop_tokens)
+
+
+def _spread(segments: Sequence[Segment], number: int | None) -> list[Segment]:
+    """Evenly over the rows: a file may be sorted."""
+    if number is None or number >= len(segments):
+        return list(segments)
+    return [segments[place * len(segments) // number] for place in range(number)]
+
+
+def _last_answer(segment: Segment) -> tuple[int, int]:
+    """Where the last run of learned tokens begins and ends."""
+    learned_L = segment.weight_L > 0
+    end = int(np.flatnonzero(learned_L)[-1]) + 1
+    before = np.flatnonzero(~learned_L[:end])
+    return (int(before[-1]) + 1 if len(before) else 0), end

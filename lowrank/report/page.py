@@ -1,0 +1,163 @@
+"""`report.html`: everything about a run on one page that needs nothing else, not even a network.
+
+It is written from what lies in the run folder: config.json, summary.json, metrics.jsonl, data_report.json, and what
+`lowrank predict` and `lowrank eval` left there. Whatever is missing is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lowrank.checkpoints.atomic import write_text
+from lowrank.checkpoints.run_folder import CONFIG
+from lowrank.errors import OutputError
+from lowrank.report.curves import lines_of, loss_chart, score_chart
+from lowrank.train import wording
+from lowrank.train.reporters.metrics import FILE as METRICS
+from lowrank.train.reporters.metrics import read_metrics
+from lowrank.train.summary import SUMMARY
+
+REPORT = "report.html"
+DATA_REPORT = "data_report.json"
+"""What the data doctor found, by job."""
+_SAMPLES = 6
+_LONGEST = 2000
+"""Characters of one text that are shown."""
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run folder; its path. OutputError if no run lies there."""
+    config, summary = _json(folder / CONFIG), _json(folder / SUMMARY)
+    if config is None or summary is None:
+        missing = CONFIG if config is None else SUMMARY
+        raise OutputError(f"{folder} is no run that came to an end: there is no {missing} in it")
+    metrics = read_metrics(folder / METRICS)
+    lines = lines_of(metrics)
+    page = (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            name=folder.name,
+            config=config,
+            settings=json.dumps(config, indent=2, ensure_ascii=False),
+            summary=summary,
+            losses=loss_chart(lines),
+            scores=score_chart(lines),
+            metric=next((line["metric"] for line in metrics if line.get("metric", "loss") != "loss"), ""),
+            memory=_memory(summary),
+            data=_data(_json(folder / DATA_REPORT) or {}),
+            warnings=[line for line in metrics if line.get("event") == "notice" and line.get("level") == "warning"],
+            predictions=_predictions(folder / "predict"),
+            evaluations=_evaluations(folder / "eval"),
+        )
+    )
+    write_text(folder / REPORT, page)
+    return folder / REPORT
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lowrank.report", ""),
+        autoescape=True,  # what models say, and names, are text and never markup
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "duration": wording.duration,
+        "memory": wording.memory,
+        "count": wording.count,
+        "loss": wording.loss,
+        "rate": wording.rate,
+        "best": wording.best,
+        "short": _short,
+    }
+    return environment
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [... {len(text) - _LONGEST} more characters]"
+
+
+def _memory(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plan against what was used; widths are shares of the largest of them."""
+    plan = summary.get("memory_plan")
+    if not plan:
+        return None
+    device = summary.get("peak_device_memory_bytes")
+    used = summary["peak_memory_bytes"] if device is None else device
+    widest = max(plan["peak"], used, 1)
+    parts = {**plan["step"], "process": plan["process"]}
+    return {
+        "parts": [(name, value, 100 * value / widest) for name, value in parts.items() if value],
+        "planned": (plan["peak"], 100 * plan["peak"] / widest),
+        "used": (used, 100 * used / widest),
+        "available": plan["available"],
+        "error": summary.get("prediction_error"),
+        "device": plan["device"],
+    }
+
+
+def _data(reports: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Reports with the jobs that share them."""
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for name, report in reports.items():
+        for names, other in found:
+            if other == report:
+                names.append(name)
+                break
+        else:
+            found.append(([name], report))
+    return found
+
+
+def _predictions(folder: Path) -> list[dict[str, Any]]:
+    """What `lowrank predict` left: its metrics, and the first answers, those first in which the voices differ."""
+    found = []
+    for path in sorted(folder.glob("*/metrics.json")):
+        result = _json(path)
+        if result is None:
+            continue
+        rows = list(islice(_lines(path.parent / "predictions.jsonl"), 500))
+        rows.sort(key=lambda row: len(set(row["predictions"].values())) == 1)
+        names = dict.fromkeys(name for own in result["metrics"].values() for name in own)
+        found.append({"name": path.parent.name, "result": result, "names": list(names), "rows": rows[:_SAMPLES]})
+    return found
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What `lowrank eval` left: `{task: {metric: {voice: value}}}`."""
+    tables: dict[tuple[str, str], dict[str, Any]] = {}
+    voices: dict[str, None] = {}
+    for path in sorted(folder.glob("*/results.json")):
+        result = _json(path) or {}
+        voices[path.parent.name] = None
+        for task, own in result.get("results", {}).items():
+            for metric, value in own.items():
+                if isinstance(value, (int, float)) and "_stderr" not in metric and metric != "sample_len":
+                    tables.setdefault((task, metric.partition(",")[0]), {})[path.parent.name] = value
+    if not tables:
+        return []
+    rows = [(task, metric, [values.get(voice) for voice in voices]) for (task, metric), values in tables.items()]
+    return [{"voices": list(voices), "rows": rows}]
+
+
+def _lines(path: Path) -> Any:
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            if line.strip():
+                yield json.loads(line)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
