@@ -17,7 +17,7 @@ from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment, number_the_step
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 
 VOCABULARY = 97
 
@@ -133,7 +133,7 @@ def make_engine(base: Base, *configs: Any, micro_batch_tokens: int = 4096, **set
     slots = []
     for seed, config in enumerate(configs):
         slots.append(bank.add(config, seed=seed))
-        engine.add(slots[-1], Sft().build(), OptimizerConfig(**settings), seed=seed, neftune_alpha=0.0)
+        engine.add(slots[-1], Sft().build(), AdamW(**settings), seed=seed, neftune_alpha=0.0)
     return engine, slots
 
 

@@ -102,12 +102,22 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
+    if job.tuning == "adapter" and job.optimizer.not_for_adapters:
+        yield (
+            f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose adamw, "
+            "or paged_adamw_8bit"
+        )
+    if job.optimizer.has_own_schedule and job.schedule.type != "constant":
+        yield (
+            f"schedule.type: optimizer {job.optimizer.type} takes the place of a schedule; set schedule: constant (with "
+            "warmup_steps, if you like)"
+        )
     if job.tuning == "full" and job.adapter.path is not None:
         yield "adapter.path: with tuning: full there is no adapter to continue; set tuning: adapter"
 
 
 def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
-    data, optimizer, schedule = job.data, job.optimizer, job.schedule
+    data, schedule = job.data, job.schedule
     if job.max_steps is not None and _is_set(job, "num_train_epochs"):
         yield "num_train_epochs has no effect, since max_steps is set"
     if data.batch_tokens is not None and _is_set(data, "batch_size"):
@@ -116,10 +126,6 @@ def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "data.validation_split has no effect, since data.eval is set"
     if data.mix == "concat" and any(_is_set(source, "weight") for source in (*data.train, *data.eval)):
         yield "data: weights of datasets have no effect with mix: concat; set data.mix: interleave"
-    if optimizer.type == "sgd":
-        for name in ("betas", "eps"):
-            if _is_set(optimizer, name):
-                yield f"optimizer.{name} has no effect with type: sgd"
     if schedule.type != "cosine_with_restarts" and _is_set(schedule, "num_cycles"):
         yield f"schedule.num_cycles has no effect with type: {schedule.type}"
     if schedule.type not in ("linear", "cosine") and _is_set(schedule, "min_ratio"):

@@ -21,7 +21,8 @@ from lowrank.config.checks import conflicts
 from lowrank.config.jobs import complete_jobs, spell_out
 from lowrank.objectives import ObjectiveConfig
 from lowrank.settings import Auto, NonNegative, Positive, Settings
-from lowrank.train.optimizers import OptimizerConfig, ScheduleConfig
+from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.schedule import ScheduleConfig
 
 Interval = Union[Positive, Annotated[float, Field(gt=0, lt=1)]]  # noqa: UP007 (read at run time on Python 3.10)
 """A number of optimiser steps, or, below 1, a share of the run."""
@@ -47,8 +48,8 @@ class JobSettings(Settings):
     """The low-rank update that is trained; only its type stands for `{type: ...}`."""
     objective: ObjectiveConfig = Field(default_factory=dict)  # type: ignore[assignment]  # validated into a Config
     """What is minimised."""
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    """How parameters are updated."""
+    optimizer: OptimizerConfig = Field(default_factory=dict)  # type: ignore[assignment]  # validated into a Config
+    """How parameters are updated; only its type stands for `{type: ...}`."""
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     """How the learning rate moves."""
     tuning: Literal["adapter", "full"] = "adapter"
