@@ -147,10 +147,10 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
     config = resolve(read_file(folder / RUN_CONFIG), source=str(folder / RUN_CONFIG))
     first = config.jobs[0]
     data = first.data.model_copy(update={"chat_template": chat_template}) if chat_template else first.data
-    found = {job.name: find_trained(folder / job.name, which, first.tuning) for job in config.jobs}
+    found = {job.name: find_trained(folder / job.name, which, first.trains_base) for job in config.jobs}
     missing = [name for name, path in found.items() if path is None]
     if len(missing) == len(found):
-        what = "model" if first.tuning == "full" else "adapter"
+        what = "model" if first.trains_base else "adapter"
         raise ModelError(
             f"{folder} holds no trained {what} yet; one is written at a job's first evaluation or at its end. "
             "Go on with resume=true, or give the base itself"
@@ -160,7 +160,7 @@ def _open_run(folder: Path, which: str, chat_template: str | None, notify: Calla
     for name, path in found.items():
         if path is not None and path.name != which:
             notify(f"{name} has no {which} yet, this is its {path.name}")
-    if first.tuning == "full":
+    if first.trains_base:
         model = config.model.model_copy(update={"path": str(current(found[first.name] or folder)), "revision": None})
         trained = _open_model(model, data, notify)
         trained.slots = {first.name: BARE_BASE}  # the base itself was trained: there is no untouched one here
@@ -183,9 +183,9 @@ def where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> Mode
     return model
 
 
-def find_trained(folder: Path, which: str, tuning: str) -> Path | None:
+def find_trained(folder: Path, which: str, whole_model: bool) -> Path | None:
     """A job's `best` or `last`, whichever is asked for, else the other."""
-    file = "config.json" if tuning == "full" else CONFIG_FILE
+    file = "config.json" if whole_model else CONFIG_FILE
     return next((folder / name for name in (which, "best", "last") if (current(folder / name) / file).is_file()), None)
 
 
