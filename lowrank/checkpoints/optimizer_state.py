@@ -90,9 +90,7 @@ def _from_tensor(key: str, value: torch.Tensor) -> tuple[str, Any]:
     return name, value.item() if kind else value
 
 
-def _misshapen(
-    optimizer: torch.optim.Optimizer, key: str, value: torch.Tensor, parameter: torch.nn.Parameter
-) -> bool:
+def _misshapen(optimizer: torch.optim.Optimizer, key: str, value: torch.Tensor, parameter: torch.nn.Parameter) -> bool:
     elementwise = isinstance(optimizer, _ELEMENTWISE) and key in _LIKE_PARAMETERS
     return elementwise and value.shape != parameter.shape
 

@@ -95,7 +95,9 @@ class Simulation:
         self._adapter_bytes = self._live.now + self._packed - self._base_bytes
         self._optimizer_bytes: int | None = None
 
-    def _build(self, settings: ModelConfig, config: Any, jobs: Sequence[PlannedJob], keep: Sequence[int] | None) -> Base:
+    def _build(
+        self, settings: ModelConfig, config: Any, jobs: Sequence[PlannedJob], keep: Sequence[int] | None
+    ) -> Base:
         with quiet_transformers(), torch.device(self._device), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=choose_dtype(settings, self._device), trust_remote_code=settings.trust_remote_code

@@ -23,8 +23,8 @@ from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
-from lowrank.planning.simulation import train_what_is_trained
 from lowrank.planning.plan import Plan
+from lowrank.planning.simulation import train_what_is_trained
 from lowrank.records import BARE_BASE, Segment, number_the_step
 from lowrank.train.engine import Engine, Work
 

@@ -114,7 +114,9 @@ class Loop:
             )
         )
         if updated.loss_scale is not None:
-            text = f"step {job.progress.step} of {job.name}: float16 gradients overflowed; the step was skipped, and its "
+            text = (
+                f"step {job.progress.step} of {job.name}: float16 gradients overflowed; the step was skipped, and its "
+            )
             self._tell(Notice(f"{text}loss scale is {updated.loss_scale:g} from now on", job=job.name))
         elif updated.skipped:
             row = job.progress.skipped_in_a_row

@@ -284,7 +284,10 @@ def test_full_parameter_tuning_is_a_plain_torch_loop(tied: bool, dtype: torch.dt
     assert ("lm_head.weight" in engine.jobs[BARE_BASE].parameters) is not tied
     decayed = Trainer.get_decay_parameter_names(None, twin)  # type: ignore[arg-type]  # asks nothing of the trainer
     groups = [
-        {"params": [value for name, value in twin.named_parameters() if (name in decayed) is wanted], "weight_decay": decay}
+        {
+            "params": [value for name, value in twin.named_parameters() if (name in decayed) is wanted],
+            "weight_decay": decay,
+        }
         for wanted, decay in ((True, 0.1), (False, 0.0))
     ]
     assert all(group["params"] for group in groups)

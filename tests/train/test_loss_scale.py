@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.config import RunConfig
 from lowrank.run import train
-from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.train.loss_scale import STEPS_TO_GROW, LossScale, scale_for
 from tests.tiny_models import make_base, make_engine, random_step
 
