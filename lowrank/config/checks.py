@@ -91,8 +91,8 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "max_steps: needed with data.streaming, since the number of rows is not known beforehand"
     if job.data.streaming and job.trains_base and needs(job.objective.build(), "reference"):
         yield (
-            f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: {job.tuning} "
-            "changes while the stream is read; leave streaming out, or set tuning: adapter"
+            f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: "
+            f"{job.tuning} changes while the stream is read; leave streaming out, or set tuning: adapter"
         )
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
@@ -105,13 +105,13 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.tuning == "adapter" and job.optimizer.not_for_adapters:
         yield (
-            f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose adamw, "
-            "or paged_adamw_8bit"
+            f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose "
+            "adamw, or paged_adamw_8bit"
         )
     if job.optimizer.has_own_schedule and job.schedule.type != "constant":
         yield (
-            f"schedule.type: optimizer {job.optimizer.type} takes the place of a schedule; set schedule: constant (with "
-            "warmup_steps, if you like)"
+            f"schedule.type: optimizer {job.optimizer.type} takes the place of a schedule; set schedule: constant "
+            "(with warmup_steps, if you like)"
         )
     if job.trains_base and job.adapter.path is not None:
         yield f"adapter.path: with tuning: {job.tuning} there is no adapter to continue; set tuning: adapter"

@@ -19,7 +19,6 @@ SHORT_FORMS = {
     "objective": "type",
     "optimizer": "type",
     "schedule": "type",
-    "freeze": "trainable_layers",
 }
 """Groups of settings, and the setting that a bare value stands for: `model: lowrank/tiny` is `{path: lowrank/tiny}`."""
 

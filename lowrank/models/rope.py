@@ -24,7 +24,8 @@ class RopeScaling(Settings):
     def _not_dynamic(cls, value: Any) -> Any:
         if value == "dynamic":
             raise ValueError(
-                "dynamic scaling looks at the longest document of a pass, so documents would change one another; use yarn"
+                "dynamic scaling looks at the longest document of a pass, so documents would change one another; "
+                "use yarn"
             )
         return value
 
@@ -56,7 +57,7 @@ def said(config: Any, scaling: RopeScaling) -> str:
     """For a person, of a stretched configuration."""
     positions = config.get_text_config().max_position_embeddings
     return (
-        f"the rotary embedding is stretched ({scaling.type}, factor {scaling.factor:g}): documents of up to {positions} "
-        "tokens can be read. An adapter does not carry this: whoever loads it gives the base the same rope_parameters; "
+        f"the rotary embedding is stretched ({scaling.type}, factor {scaling.factor:g}): documents of up to "
+        f"{positions} tokens can be read. An adapter does not carry this: whoever loads it gives the base the same rope_parameters; "
         "a merged or fully tuned model has them in its config.json"
     )

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lowrank.compat.llamafactory_method import SCHEDULES
 from transformers import get_scheduler
 
 from lowrank.compat import load_any
 from lowrank.compat.llamafactory import Keys, is_llamafactory
 from lowrank.compat.llamafactory_keys import known
+from lowrank.compat.llamafactory_method import SCHEDULES
 from lowrank.config import RunConfig
 from lowrank.data.prepare import examine
 from lowrank.data.rendering import Renderer

@@ -1,4 +1,4 @@
-"""The families of LLaMA-Factory's `examples/` for text models, run with only their paths changed.
+"""The families of LLaMA-Factory's `examples/` for text models, run with only their paths and the template changed.
 
 Written from its documented keys; each takes two steps on the tiny base.
 """
@@ -21,7 +21,7 @@ COMMON = """
 model_name_or_path: lowrank/tiny
 trust_remote_code: true
 do_train: true
-template: llama3
+template: default
 cutoff_len: 128
 max_samples: 8
 preprocessing_num_workers: 16
@@ -104,7 +104,13 @@ INFO = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = ("train_full/sft", "train_lora/pretrain", "train_lora/kto", "train_qlora/bnb", "extras/llama_pro")
+"""The others are slow only together."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_runs_as_it_is(name: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
