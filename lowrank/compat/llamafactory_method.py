@@ -110,7 +110,8 @@ def _rope_scaling(keys: Keys, problems: list[str], warnings: list[str]) -> dict[
     except (OSError, ValueError, KeyError, TypeError):
         problems.append(
             f"rope_scaling: how far {keys.model_name_or_path} reads is not known here, so neither is the factor; "
-            f"remove it and add model.rope_scaling.type={keys.rope_scaling} model.rope_scaling.factor=... to the command line"
+            f"remove it and add model.rope_scaling.type={keys.rope_scaling} model.rope_scaling.factor=... to the "
+            "command line"
         )
         return {}
     if keys.cutoff_len <= reach:

@@ -58,6 +58,6 @@ def said(config: Any, scaling: RopeScaling) -> str:
     positions = config.get_text_config().max_position_embeddings
     return (
         f"the rotary embedding is stretched ({scaling.type}, factor {scaling.factor:g}): documents of up to "
-        f"{positions} tokens can be read. An adapter does not carry this: whoever loads it gives the base the same rope_parameters; "
-        "a merged or fully tuned model has them in its config.json"
+        f"{positions} tokens can be read. An adapter does not carry this: whoever loads it gives the "
+        "base the same rope_parameters; a merged or fully tuned model has them in its config.json"
     )

@@ -106,8 +106,8 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
 ABSENT = {
     "badam": "it freezes all layers but one and changes which, so gradients would have to be attached anew while the "
     "run goes on; galore and adamw_8bit save as much memory",
-    "lomo": "it updates inside the backward pass, before a gradient's norm is known, so it could neither be clipped nor "
-    "guarded; use galore or adafactor",
+    "lomo": "it updates inside the backward pass, before a gradient's norm is known, so it could neither be clipped "
+    "nor guarded; use galore or adafactor",
     "adam_mini": "its library prints and asks for torch.distributed, and finds blocks by names that only some families "
     "have; adafactor and adamw_8bit keep less",
 }
