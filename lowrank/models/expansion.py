@@ -44,7 +44,7 @@ def expand(model: Any, num_new: int) -> None:
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010 (torch types it as a tensor)
     with torch.no_grad():
         after = model(token, use_cache=False).logits
     if not torch.equal(before, after):

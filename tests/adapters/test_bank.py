@@ -273,8 +273,8 @@ def test_one_job_adapts_what_another_copies(layer: str, copy_first: bool) -> Non
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_full_parameter_tuning_is_a_plain_torch_loop(tied: bool, dtype: torch.dtype, tolerance: float) -> None:
-    """The base's own parameters, 20 AdamW steps with weight decay where transformers' Trainer has it, and clipping; tied
-    embeddings get both gradients."""
+    """The base's own parameters, 20 AdamW steps with weight decay where transformers' Trainer has it, and clipping;
+    tied embeddings get both gradients."""
     base = make_base("llama", dtype, tie_word_embeddings=tied)
     base.model.requires_grad_(True)
     engine = Engine(base, Bank(base, Dense()), micro_batch_tokens=30)
