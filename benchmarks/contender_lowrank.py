@@ -26,7 +26,7 @@ from lowrank.models.storages.packed import PackedLinear
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment, number_the_step
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 
 
 def engine_of(
@@ -44,7 +44,7 @@ def engine_of(
     slots = []
     for seed in seeds:
         slots.append(engine.bank.add(Lora(rank=rank), seed=seed))
-        engine.add(slots[-1], Sft().build(), OptimizerConfig(), seed, 0.0)
+        engine.add(slots[-1], Sft().build(), AdamW(), seed, 0.0)
     return engine, slots
 
 
@@ -101,7 +101,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "micro_batch_tokens": spec["micro_batch_tokens"],
         "keep_freed_memory": spec.get("keep_freed_memory", True),
         "adapter": Lora(rank=spec["rank"]).model_dump(mode="json"),
-        "optimizer": OptimizerConfig(learning_rate=spec["learning_rate"]).model_dump(mode="json"),
+        "optimizer": AdamW(learning_rate=spec["learning_rate"]).model_dump(mode="json"),
     }
     config["storage"] = storage
     return {"steps": steps, "peak_memory_bytes": peak, "after_load_bytes": after_load, "config": config}

@@ -63,7 +63,9 @@ def planned_jobs(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> list[Pl
         if adapter is not None and adapter.path is not None:
             adapter = load_adapter(Path(adapter.path)).config
         step = own.train.heaviest_step()
-        planned.append(PlannedJob(adapter, job.objective.build(), job.optimizer, step, job.neftune_noise_alpha or 0.0))
+        freeze = job.freeze if job.tuning == "freeze" else None
+        alpha = job.neftune_noise_alpha or 0.0
+        planned.append(PlannedJob(adapter, job.objective.build(), job.optimizer, step, alpha, freeze))
     return planned
 
 

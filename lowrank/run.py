@@ -80,9 +80,13 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         config, plan = with_plan(config, data, checkpoint.state["settings"] if checkpoint else None, report)
         settings = config.model_dump(mode="json")
         report(Notice(f"loading {config.model.path}"))
-        train_all = config.jobs[0].tuning == "full"
+        first = config.jobs[0]
         base = loading.load(
-            config.model, tokenizer=tokenizer, train_all=train_all, notify=lambda text: report(Notice(text))
+            config.model,
+            tokenizer=tokenizer,
+            train_all=first.trains_base,
+            freeze=first.freeze if first.tuning == "freeze" else None,
+            notify=lambda text: report(Notice(text)),
         )
         engine = Engine(base, Bank(base, Dense()), tokens_of(config))
         engine.notify = lambda text: report(Notice(text, level="warning"))
@@ -189,7 +193,7 @@ def _tell_about_data(report: Callable[[Event], None], jobs: Sequence[JobConfig],
 
 def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, report: Callable[[Event], None]) -> Job:
     """The job's adapter on the base (or the base itself), its optimiser, and its place in the loop."""
-    if config.tuning == "full":
+    if config.trains_base:
         slot = BARE_BASE
     else:
         slot = _attach(engine.bank, config, report)
@@ -295,7 +299,8 @@ def _run_started(
 
 
 def _describe(job: JobConfig) -> str:
-    what = "all parameters" if job.tuning == "full" else job.adapter.title
+    of_base = {"full": "all parameters", "freeze": "some layers"}
+    what = of_base.get(job.tuning) or job.adapter.title
     return f"{what}, lr {job.optimizer.learning_rate:g}"
 
 

@@ -91,7 +91,7 @@ def _of_run(
     config = resolve(read_file(folder / RUN_CONFIG), source=str(folder / RUN_CONFIG))
     summary = _read_json(folder / SUMMARY)
     jobs = [_job(config, name) for name in names or [_best(config, summary, notify)]]
-    places = {job.name: find_trained(folder / job.name, which, job.tuning) for job in jobs}
+    places = {job.name: find_trained(folder / job.name, which, job.trains_base) for job in jobs}
     for name, place in places.items():
         if place is None:
             raise ModelError(
@@ -102,7 +102,7 @@ def _of_run(
     first = jobs[0]
     data = first.data.model_copy(update={"chat_template": chat_template}) if chat_template else first.data
     facts = _facts(config, jobs, summary)
-    if first.tuning == "full":
+    if first.trains_base:
         model = config.model.model_copy(update={"path": str(current(places[first.name] or folder)), "revision": None})
         return _found(first.name, folder, model, None, data, facts | {"base": config.model.path}, first)
     loaded = [(name, load_adapter(place)) for name, place in places.items() if place is not None]
@@ -218,8 +218,8 @@ def _facts(config: RunConfig, jobs: Sequence[JobConfig], summary: dict[str, Any]
         "adapters": [
             {
                 "name": job.name,
-                "type": None if job.tuning == "full" else job.adapter.type,
-                "rank": None if job.tuning == "full" else job.adapter.rank,
+                "type": None if job.trains_base else job.adapter.type,
+                "rank": None if job.trains_base else job.adapter.rank,
                 "steps": own.get("steps"),
                 "held_out_loss": (own.get("best_eval") or {}).get("loss"),
                 "train_tokens": own.get("train_tokens"),

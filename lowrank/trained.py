@@ -192,15 +192,17 @@ def _open_run(
     first = config.jobs[0]
     settings = {job.name: _with_template(job.data, chat_template) for job in config.jobs}
     data = settings[first.name]
-    if checkpoint is not None and first.tuning == "full":
-        raise ModelError(f"{checkpoint}: a checkpoint of tuning: full is no model by itself; give the run folder")
+    if checkpoint is not None and first.trains_base:
+        raise ModelError(
+            f"{checkpoint}: a checkpoint of tuning: {first.tuning} is no model by itself; give the run folder"
+        )
     if checkpoint is not None:
         found = {job.name: _in_checkpoint(checkpoint / job.name) for job in config.jobs}
     else:
-        found = {job.name: find_trained(folder / job.name, which, first.tuning) for job in config.jobs}
+        found = {job.name: find_trained(folder / job.name, which, first.trains_base) for job in config.jobs}
     missing = [name for name, path in found.items() if path is None]
     if len(missing) == len(found):
-        what = "model" if first.tuning == "full" else "adapter"
+        what = "model" if first.trains_base else "adapter"
         raise ModelError(
             f"{folder} holds no trained {what} yet; one is written at a job's first evaluation or at its end. "
             "Go on with resume=true, or give the base itself"
@@ -210,7 +212,7 @@ def _open_run(
     for name, path in found.items():
         if path is not None and path.name != which and checkpoint is None:
             notify(f"{name} has no {which} yet, this is its {path.name}")
-    if first.tuning == "full":
+    if first.trains_base:
         model = config.model.model_copy(update={"path": str(current(found[first.name] or folder)), "revision": None})
         trained = _open_model(model, data, notify)
         trained.slots = {first.name: BARE_BASE}  # the base itself was trained: there is no untouched one here
@@ -249,9 +251,9 @@ def where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> Mode
     return model
 
 
-def find_trained(folder: Path, which: str, tuning: str) -> Path | None:
+def find_trained(folder: Path, which: str, whole_model: bool) -> Path | None:
     """A job's `best` or `last`, whichever is asked for, else the other."""
-    file = "config.json" if tuning == "full" else CONFIG_FILE
+    file = "config.json" if whole_model else CONFIG_FILE
     return next((folder / name for name in (which, "best", "last") if (current(folder / name) / file).is_file()), None)
 
 

@@ -16,8 +16,8 @@ from lowrank.models.leak import choose_layout
 from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment, number_the_step
+from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
 
 VOCABULARY = 97
 
@@ -130,10 +130,11 @@ def make_engine(base: Base, *configs: Any, micro_batch_tokens: int = 4096, **set
     """An engine with one SFT job for each adapter config; job i has seed i. `settings` go to the optimiser."""
     bank = Bank(base, Dense())
     engine = Engine(base, bank, micro_batch_tokens)
+    optimizer: Any = configs_in("lowrank.train.optimizers")[settings.pop("type", "adamw")](**settings)
     slots = []
     for seed, config in enumerate(configs):
         slots.append(bank.add(config, seed=seed))
-        engine.add(slots[-1], Sft().build(), OptimizerConfig(**settings), seed=seed, neftune_alpha=0.0)
+        engine.add(slots[-1], Sft().build(), optimizer, seed=seed, neftune_alpha=0.0)
     return engine, slots
 
 

@@ -15,8 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lowrank.compat import llamafactory_method as method
 from lowrank.compat.dataset_info import find_info, read_info, sources
 from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Keys, find, is_default, known
+from lowrank.compat.llamafactory_method import LATER_STAGES, PREFERENCE_LOSSES, STAGES
 from lowrank.config.problems import plain_words
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError, did_you_mean, raise_all
@@ -24,25 +26,6 @@ from lowrank.errors import ConfigError, did_you_mean, raise_all
 MARKS = ("model_name_or_path", "finetuning_type", "stage", "dataset", "dataset_dir", "template")
 """Keys that only such a file has."""
 
-OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adamw_apex_fused": "adamw",
-    "adamw_anyprecision": "adamw",
-    "paged_adamw_32bit": "adamw",
-    "paged_adamw": "adamw",
-    "sgd": "sgd",
-}
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "cosine_with_min_lr": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "cosine_with_restarts": "cosine_with_restarts",
-    "inverse_sqrt": "inverse_sqrt",
-}
 TEMPLATES = {
     "alpaca": "alpaca",
     "chatml": "chatml",
@@ -69,10 +52,6 @@ METRICS = {
 }
 """`metric_for_best_model` -> `eval_metric`."""
 
-STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward"}
-"""`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
-LATER_STAGES = ("ppo",)
-PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 REPORTERS = ("tensorboard", "wandb", "mlflow", "swanlab")
 
 
@@ -100,12 +79,12 @@ def convert(settings: Mapping[str, Any], *, folder: Path) -> Converted:
     problems += _contradictions(keys)
     train, evaluation = _datasets(keys, folder, problems)
     config = {
-        "model": _model(keys),
+        "model": method.model(keys, problems, warnings),
         "data": _data(keys, train, evaluation, problems, warnings),
-        "adapter": _adapter(keys),
-        "objective": _objective(keys, warnings),
-        "optimizer": _optimizer(keys, problems),
-        "schedule": _schedule(keys, problems, warnings),
+        "adapter": method.adapter(keys),
+        "objective": method.objective(keys, warnings),
+        "optimizer": method.optimizer(keys, problems),
+        "schedule": method.schedule(keys, problems, warnings),
         **_run(keys, problems, warnings),
     }
     raise_all(ConfigError, "This LLaMA-Factory file cannot be used as it is:", problems)
@@ -148,11 +127,7 @@ def _contradictions(keys: Keys) -> list[str]:
         way = f"{all_stages} are" if keys.stage in LATER_STAGES else f"choose one of {all_stages}"
         way += "" if keys.stage in LATER_STAGES else did_you_mean(keys.stage, STAGES)
         found.append(f"stage: {keys.stage!r} is not trained; {way}")
-    if keys.finetuning_type not in ("lora", "full"):
-        found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose lora or full")
-    if keys.finetuning_type == "full":
-        of_lora = [key for key in ("adapter_name_or_path", "use_rslora") if getattr(keys, key)]
-        found += [f"{key}: only for finetuning_type: lora; remove it" for key in of_lora]
+    found += method.contradictions(keys)
     if len(keys.adapter_name_or_path) > 1:
         found.append("adapter_name_or_path: training goes on with one adapter; merge the others into the base first")
     if keys.bf16 and keys.fp16:
@@ -212,22 +187,6 @@ def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[
     evaluation, eval_problems = sources(keys.eval_dataset, info, place, keys.stage)
     problems += train_problems + [problem for problem in eval_problems if problem not in train_problems]
     return train, evaluation
-
-
-def _model(keys: Keys) -> dict[str, Any]:
-    model: dict[str, Any] = {"path": keys.model_name_or_path}
-    if keys.model_revision != "main":
-        model["revision"] = keys.model_revision
-    if keys.bf16 or keys.pure_bf16:
-        model["dtype"] = "bfloat16"
-    elif keys.fp16:
-        model["dtype"] = "float16"
-    if keys.use_cpu or keys.no_cuda:
-        model["device"] = "cpu"
-    model["recompute"] = "none" if keys.disable_gradient_checkpointing else "full"
-    if keys.trust_remote_code:
-        model["trust_remote_code"] = True
-    return model
 
 
 def _data(
@@ -290,87 +249,9 @@ def _mix(keys: Keys, train: list[dict[str, Any]], problems: list[str]) -> dict[s
     return {"mix": "interleave"}
 
 
-def _adapter(keys: Keys) -> dict[str, Any]:
-    if keys.finetuning_type == "full":
-        return {}
-    targets = keys.lora_target
-    adapter: dict[str, Any] = {
-        "type": "rslora" if keys.use_rslora else "lora",
-        "rank": keys.lora_rank,
-        "target_modules": "all-linear" if targets == ("all",) else list(targets),
-    }
-    optional = {
-        "alpha": keys.lora_alpha,
-        "dropout": keys.lora_dropout,
-        "modules_to_save": list(keys.additional_target),
-        "path": keys.adapter_name_or_path[0] if keys.adapter_name_or_path else None,
-    }
-    return adapter | {key: value for key, value in optional.items() if value}
-
-
-def _objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
-    """The objective of the stage. What plays no part in it is left out; where it was set, that is said."""
-    name = STAGES.get(keys.stage, "sft")
-    if name == "dpo" and keys.pref_loss in ("orpo", "simpo"):
-        name = keys.pref_loss
-    shared = {"beta": keys.pref_beta, "pref_ftx": keys.pref_ftx}
-    used: dict[str, dict[str, Any]] = {
-        "dpo": shared | {"loss_type": keys.pref_loss, "label_smoothing": keys.dpo_label_smoothing},
-        "orpo": {"beta": keys.pref_beta},
-        "simpo": {"beta": keys.pref_beta, "gamma": keys.simpo_gamma},
-        "kto": shared | {"desirable_weight": keys.kto_chosen_weight, "undesirable_weight": keys.kto_rejected_weight},
-    }
-    objective = {"type": name} | used.get(name, {})
-    if keys.pref_ftx and "pref_ftx" not in objective:
-        warnings.append(f"pref_ftx has no effect with objective {name}")
-    if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):
-        objective["loss_type"] = "sigmoid"  # refused elsewhere; the rest is checked all the same
-    return objective
-
-
-def _optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
-    if keys.optim not in OPTIMIZERS:
-        problems.append(f"optim: {keys.optim!r} is not supported{did_you_mean(keys.optim, OPTIMIZERS)}")
-    return {
-        "type": OPTIMIZERS.get(keys.optim, "adamw"),
-        "learning_rate": keys.learning_rate,
-        "betas": [keys.adam_beta1, keys.adam_beta2],
-        "eps": keys.adam_epsilon,
-        "weight_decay": keys.weight_decay,
-        "max_grad_norm": keys.max_grad_norm or None,
-    }
-
-
-def _schedule(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
-    name, extra = keys.lr_scheduler_type, dict(keys.lr_scheduler_kwargs)
-    if name not in SCHEDULES:
-        problems.append(f"lr_scheduler_type: {name!r} is not supported{did_you_mean(name, SCHEDULES)}")
-    schedule: dict[str, Any] = {"type": SCHEDULES.get(name, "linear")}
-    if name == "cosine_with_min_lr":
-        floor = extra.pop("min_lr", None)
-        schedule["min_ratio"] = extra.pop("min_lr_rate", 0.0) if floor is None else floor / keys.learning_rate
-    if name == "cosine_with_restarts":
-        schedule["num_cycles"] = extra.pop("num_cycles", 1)
-    problems += [f"lr_scheduler_kwargs: {key!r} is not supported with {name}; remove it" for key in extra]
-    if name == "constant":
-        if keys.warmup_steps or keys.warmup_ratio:
-            warnings.append("warmup has no effect with lr_scheduler_type: constant (constant_with_warmup has one)")
-        return schedule
-    return schedule | _warmup(keys, warnings)
-
-
-def _warmup(keys: Keys, warnings: list[str]) -> dict[str, Any]:
-    if keys.warmup_steps and keys.warmup_ratio:
-        warnings.append("warmup_ratio has no effect, since warmup_steps is set")
-    if keys.warmup_steps >= 1:
-        return {"warmup_steps": int(keys.warmup_steps)}
-    ratio = keys.warmup_steps or keys.warmup_ratio
-    return {"warmup_ratio": ratio} if ratio else {}
-
-
 def _run(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
     run: dict[str, Any] = {
-        "tuning": "full" if keys.finetuning_type == "full" else "adapter",
+        **method.tuning(keys),
         "seed": keys.seed,
         "output_dir": keys.output_dir,
         "micro_batch_tokens": min(4096, keys.per_device_train_batch_size * keys.cutoff_len),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from lowrank.settings import NonNegative, Positive, Settings
+from lowrank.train.optimizers import ABSENT
 
 
 class Keys(Settings):
@@ -50,7 +51,15 @@ class Keys(Settings):
     do_train: bool = False
     """must be true"""
     finetuning_type: str = "lora"
-    """`tuning`: `adapter` for `lora`, or `full`; freeze and oft are refused so far"""
+    """`tuning`: `adapter` for `lora` and `oft` (`adapter.type: oft`), `full`, or `freeze`"""
+    freeze_trainable_layers: int = 2
+    """`freeze.trainable_layers`"""
+    freeze_trainable_modules: tuple[str, ...] = ("all",)
+    """`freeze.trainable_modules`"""
+    freeze_extra_modules: tuple[str, ...] = ()
+    """`freeze.extra_modules`"""
+    use_llama_pro: bool = False
+    """`freeze.spread`, on a model that `lowrank expand` wrote"""
     lora_rank: Positive = 8
     """`adapter.rank`"""
     lora_alpha: float | None = None
@@ -61,6 +70,30 @@ class Keys(Settings):
     """`adapter.target_modules`; `all` is `all-linear`"""
     use_rslora: bool = False
     """`adapter.type: rslora`"""
+    use_dora: bool = False
+    """`adapter.type: dora`"""
+    pissa_init: bool = False
+    """`adapter.type: pissa`"""
+    pissa_iter: int = Field(default=16, ge=-1)
+    """`adapter.niter`; -1: exact"""
+    loraplus_lr_ratio: float | None = None
+    """`adapter.loraplus_lr_ratio`"""
+    loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
+    """`adapter.loraplus_lr_embedding`"""
+    oft_block_size: int = Field(default=32, ge=0)
+    """`adapter.block_size`"""
+    oft_target: tuple[str, ...] = ("all",)
+    """`adapter.target_modules`; `all` is `all-linear`"""
+    quantization_bit: int | None = None
+    """`model.storage`: nf4 or fp4 for 4 bits, int8 for 8, or hqq of so many bits"""
+    quantization_method: str = "bnb"
+    """`model.storage.type: hqq` for `hqq`"""
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    """`model.storage.type`"""
+    double_quantization: bool = True
+    """`model.storage.double_quant`"""
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
+    """`model.rope_scaling.type`; its factor is what `cutoff_len` needs, by the config.json in the model's folder"""
     additional_target: tuple[str, ...] = ()
     """`adapter.modules_to_save`"""
     pure_bf16: bool = False
@@ -128,7 +161,37 @@ class Keys(Settings):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """`optimizer.max_grad_norm`; 0: never clip"""
     optim: str = "adamw_torch"
-    """`optimizer.type`: `adamw` for every 32-bit AdamW, or `sgd`"""
+    """`optimizer.type`; see below"""
+    use_galore: bool = False
+    """`optimizer.type: galore`, with tuning full or freeze"""
+    galore_target: tuple[str, ...] = ("all",)
+    """`optimizer.targets`"""
+    galore_rank: Positive = 16
+    """`optimizer.rank`"""
+    galore_update_interval: Positive = 200
+    """`optimizer.update_interval`"""
+    galore_scale: float = Field(default=2.0, gt=0)
+    """`optimizer.scale`"""
+    galore_proj_type: Literal["std"] = "std"
+    """the one there is"""
+    use_apollo: bool = False
+    """`optimizer.type: apollo`, with tuning full or freeze"""
+    apollo_target: tuple[str, ...] = ("all",)
+    """`optimizer.targets`"""
+    apollo_rank: Positive = 16
+    """`optimizer.rank`"""
+    apollo_update_interval: Positive = 200
+    """`optimizer.update_interval`"""
+    apollo_scale: float = Field(default=32.0, gt=0)
+    """`optimizer.scale`"""
+    apollo_proj: Literal["random"] = "random"
+    """the one there is"""
+    apollo_proj_type: Literal["std"] = "std"
+    """the one there is"""
+    apollo_scale_type: Literal["channel", "tensor"] = "channel"
+    """`optimizer.scale_type`"""
+    use_muon: bool = False
+    """`optimizer.type: muon`, torch's"""
     lr_scheduler_type: str = "linear"
     """`schedule.type`: linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr,
     inverse_sqrt"""
@@ -185,6 +248,11 @@ class Keys(Settings):
     @field_validator(
         "adapter_name_or_path",
         "lora_target",
+        "oft_target",
+        "galore_target",
+        "apollo_target",
+        "freeze_trainable_modules",
+        "freeze_extra_modules",
         "additional_target",
         "dataset",
         "eval_dataset",
@@ -282,6 +350,7 @@ NO_EFFECT: Sequence[Group] = (
         "the best adapter is always kept as `<job>/best`, the last one as `<job>/last`",
     ),
     Group(_keys("greater_is_better"), "of the held-out loss lower is better, of all other metrics higher"),
+    Group(_keys("pissa_convert"), "what is saved is a LoRA on the unchanged base already", False),
     Group(_keys("save_only_model"), "a checkpoint always holds what is needed to go on", False),
     Group(_keys("save_safetensors"), "adapters are always safetensors", True),
     Group(
@@ -330,19 +399,12 @@ NO_EFFECT: Sequence[Group] = (
         "belongs to images, video and audio; datasets that have them are refused",
     ),
     Group(
-        _keys(
-            "quantization_method quantization_type double_quantization quantization_device_map fp8_backend "
-            "fp8_enable_fsdp_float8_all_gather"
-        ),
+        _keys("quantization_device_map fp8_backend fp8_enable_fsdp_float8_all_gather"),
         "belongs to quantization, which `quantization_bit` or `fp8` would ask for",
     ),
     Group(
         _keys(
-            "pissa_iter pissa_convert loraplus_lr_embedding freeze_trainable_layers freeze_trainable_modules "
-            "freeze_extra_modules module_dropout oft_rank oft_block_size oft_target galore_target galore_rank "
-            "galore_update_interval galore_scale galore_proj_type galore_layerwise apollo_target apollo_rank "
-            "apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise "
-            "apollo_scale_front badam_mode badam_start_block badam_switch_mode badam_switch_interval "
+            "oft_rank badam_mode badam_start_block badam_switch_mode badam_switch_interval "
             "badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha init_special_tokens "
             "kt_optimize_rule cpu_infer chunk_size mode kt_maxlen kt_use_cuda_graph kt_mode kt_force_think "
             "optim_target_modules"
@@ -384,20 +446,33 @@ REFUSED: Sequence[Group] = (
     ),
     Group(_keys("pref_bco_weight"), "there is no BCO term; remove it", 0.0),
     Group(_keys("ld_alpha"), "long answers are not weighed down; remove it", None),
-    Group(_keys("quantization_bit"), "remove it and set model.storage (nf4, int8) in the native form", None),
     Group(_keys("fp8"), "there is no FP8 training; remove it and set bf16", False),
-    Group(_keys("use_dora"), "DoRA is not there yet; remove it to train plain LoRA", False),
-    Group(_keys("pissa_init"), "PiSSA is not there yet; remove it to train plain LoRA", False),
-    Group(_keys("loraplus_lr_ratio"), "LoRA+ is not there yet; remove it to train A and B at one rate", None),
+    Group(_keys("module_dropout"), "OFT's blocks are not dropped; remove it", 0.0),
+    Group(
+        _keys("galore_layerwise apollo_layerwise"),
+        "updates inside the backward pass could be neither clipped nor guarded; remove it",
+        False,
+    ),
+    Group(_keys("apollo_scale_front"), "the scale comes after the limit of growth; remove it", False),
     Group(
         _keys("create_new_adapter"),
         "it would merge the given adapter into the base first; merge it yourself, or remove the key to go on training "
         "the given adapter",
         False,
     ),
-    Group(_keys("use_galore use_apollo use_badam use_adam_mini use_muon"), "remove it to train with AdamW", False),
+    Group(_keys("use_badam"), f"{ABSENT['badam']}: use_galore: true, or optim: adamw_8bit", False),
+    Group(_keys("use_adam_mini"), f"{ABSENT['adam_mini']}: optim: adafactor or adamw_8bit", False),
     Group(_keys("use_dft_loss use_asft_loss use_eaft_loss"), "remove it to train with the plain token loss", False),
-    Group(_keys("use_llama_pro mixture_of_depths shift_attn"), "the model is trained as it is; remove it", False),
+    Group(
+        _keys("mixture_of_depths"),
+        "it puts a router before every layer, which changes the model's own code; remove it",
+        False,
+    ),
+    Group(
+        _keys("shift_attn"),
+        "attention inside a document is always whole; remove it, and stretch the base with rope_scaling",
+        False,
+    ),
     Group(_keys("train_from_scratch"), "the base's weights are always loaded; remove it", False),
     Group(_keys("use_mca use_kt use_hyper_parallel use_megatron_bridge"), "there is one back end; remove it", False),
     Group(
@@ -406,7 +481,6 @@ REFUSED: Sequence[Group] = (
         None,
     ),
     Group(_keys("split_special_tokens"), "special tokens are never split; remove it", False),
-    Group(_keys("rope_scaling"), "put it into the checkpoint's config.json (rope_parameters); then remove it", None),
     Group(_keys("moe_aux_loss_coef"), "the router's auxiliary loss is not trained; remove it", None),
     Group(_keys("tool_format"), "tools are rendered by the chat template; give data.chat_template=FILE.jinja", None),
     Group(_keys("tokenized_path"), "rows are tokenised at the start; remove it and name the dataset", None),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank.compat.llamafactory import OPTIMIZERS, SCHEDULES, TEMPLATES
+from lowrank.compat.llamafactory import TEMPLATES
 from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Group, Keys
+from lowrank.compat.llamafactory_method import OPTIMIZERS, SCHEDULES
 
 TOP = """\
 # LLaMA-Factory files

@@ -69,7 +69,7 @@ def _name_conflicts(config: RunConfig) -> Iterator[str]:
 
 
 def _run_conflicts(config: RunConfig) -> Iterator[str]:
-    full = [job.name for job in config.jobs if job.tuning == "full"]
+    full = [job.name for job in config.jobs if job.trains_base]
     if full and len(config.jobs) > 1:
         yield (
             f"tuning: job {full[0]!r} trains the base's own parameters, so no other job can use that base; "
@@ -84,7 +84,8 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
     ):
         yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
     if config.model.storage.type != "dense" and full:
-        yield f"tuning: full needs model.storage.type: dense, not {config.model.storage.type!r}"
+        kind = next(job.tuning for job in config.jobs if job.trains_base)
+        yield f"tuning: {kind} needs model.storage.type: dense, not {config.model.storage.type!r}"
 
 
 def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
@@ -92,10 +93,10 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "data.train: nothing to learn from; give a file, a folder or a hub name"
     if job.data.streaming and job.max_steps is None:
         yield "max_steps: needed with data.streaming, since the number of rows is not known beforehand"
-    if job.data.streaming and job.tuning == "full" and needs(job.objective.build(), "reference"):
+    if job.data.streaming and job.trains_base and needs(job.objective.build(), "reference"):
         yield (
-            f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: full "
-            "changes while the stream is read; leave streaming out, or set tuning: adapter"
+            f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: "
+            f"{job.tuning} changes while the stream is read; leave streaming out, or set tuning: adapter"
         )
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
@@ -107,8 +108,18 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
-    if job.tuning == "full" and job.adapter.path is not None:
-        yield "adapter.path: with tuning: full there is no adapter to continue; set tuning: adapter"
+    if job.tuning == "adapter" and job.optimizer.not_for_adapters:
+        yield (
+            f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose "
+            "adamw, or paged_adamw_8bit"
+        )
+    if job.optimizer.has_own_schedule and job.schedule.type != "constant":
+        yield (
+            f"schedule.type: optimizer {job.optimizer.type} takes the place of a schedule; set schedule: constant "
+            "(with warmup_steps, if you like)"
+        )
+    if job.trains_base and job.adapter.path is not None:
+        yield f"adapter.path: with tuning: {job.tuning} there is no adapter to continue; set tuning: adapter"
 
 
 def _metric_conflicts(job: JobConfig) -> Iterator[str]:
@@ -126,7 +137,9 @@ def _metric_conflicts(job: JobConfig) -> Iterator[str]:
 
 
 def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
-    data, optimizer, schedule = job.data, job.optimizer, job.schedule
+    if job.tuning != "freeze" and _is_set(job, "freeze"):
+        yield "freeze has no effect without tuning: freeze"
+    data, schedule = job.data, job.schedule
     if job.max_steps is not None and _is_set(job, "num_train_epochs"):
         yield "num_train_epochs has no effect, since max_steps is set"
     if data.batch_tokens is not None and _is_set(data, "batch_size"):
@@ -139,10 +152,6 @@ def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
         for name in ("eval_generate_samples", "eval_max_new_tokens"):
             if _is_set(job, name):
                 yield f"{name} has no effect with eval_metric: loss"
-    if optimizer.type == "sgd":
-        for name in ("betas", "eps"):
-            if _is_set(optimizer, name):
-                yield f"optimizer.{name} has no effect with type: sgd"
     if schedule.type != "cosine_with_restarts" and _is_set(schedule, "num_cycles"):
         yield f"schedule.num_cycles has no effect with type: {schedule.type}"
     if schedule.type not in ("linear", "cosine") and _is_set(schedule, "min_ratio"):
@@ -155,8 +164,8 @@ def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
 def _unused_in_adapter(job: JobConfig) -> Iterator[str]:
     adapter = job.adapter
     names = [name for name in type(adapter).model_fields if name != "type" and _is_set(adapter, name)]
-    if job.tuning == "full" and names:
-        yield f"adapter.{', adapter.'.join(names)} has no effect with tuning: full"
+    if job.trains_base and names:
+        yield f"adapter.{', adapter.'.join(names)} has no effect with tuning: {job.tuning}"
         return
     for name in adapter.unused:
         if adapter.path is None and _is_set(adapter, name):

@@ -22,7 +22,11 @@ SHORT_FORMS = {
 }
 """Groups of settings, and the setting that a bare value stands for: `model: lowrank/tiny` is `{path: lowrank/tiny}`."""
 
-TYPED = {"adapter": ("lowrank.adapters.variants", "lora"), "objective": ("lowrank.objectives", "sft")}
+TYPED = {
+    "adapter": ("lowrank.adapters.variants", "lora"),
+    "objective": ("lowrank.objectives", "sft"),
+    "optimizer": ("lowrank.train.optimizers", "adamw"),
+}
 """Groups whose `type` decides which settings there are: the folder of types, and the one meant by default."""
 
 

@@ -15,7 +15,8 @@ import lowrank.models.config
 from lowrank.adapters.config import AdapterSettings
 from lowrank.config.schema import JobSettings, RunConfig
 from lowrank.settings import Settings, configs_in
-from lowrank.train.optimizers import OptimizerConfig, ScheduleConfig
+from lowrank.train.optimizers import OptimizerSettings
+from lowrank.train.schedule import ScheduleConfig
 
 TOP = """\
 # Settings
@@ -66,7 +67,8 @@ def settings_page() -> str:
         "## `adapter`\n\n" + _table(AdapterSettings),
         _choices("adapter", "lowrank.adapters.variants", AdapterSettings),
         _choices("objective", "lowrank.objectives", Settings).replace("###", "##", 1),
-        "## `optimizer`\n\n" + _table(OptimizerConfig),
+        "## `optimizer`\n\n" + _table(OptimizerSettings),
+        _choices("optimizer", "lowrank.train.optimizers", OptimizerSettings),
         "## `schedule`\n\n" + _table(ScheduleConfig),
     ]
     return "\n".join(parts)

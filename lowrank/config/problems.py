@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from lowrank.config.jobs import TYPED
 from lowrank.config.schema import JobSettings, RunConfig, SettingsConflict
 from lowrank.errors import did_you_mean
 from lowrank.settings import Settings
@@ -143,7 +144,7 @@ def _suggestion(path: Path, settings: Mapping[str, Any]) -> str:
     near = did_you_mean(str(key), known)
     if "did you mean" in near:
         return near
-    elsewhere = [dotted(place) for place in _places_of(str(key), RunConfig)]
+    elsewhere = [dotted(place) for place in _places_of(str(key), RunConfig) if place != path]
     if len(elsewhere) == 1 or (elsewhere and not parents):
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
     return near
@@ -165,7 +166,8 @@ def _group_of(annotation: Any, value: Any) -> type[Settings] | None:
     """The class of settings behind an annotation; among several the one whose `type` is chosen."""
     groups = list(_groups_in(annotation))
     if len(groups) > 1 and isinstance(value, Mapping):
-        chosen = [group for group in groups if get_args(group.model_fields["type"].annotation) == (value.get("type"),)]
+        wanted = (value["type"],) if "type" in value else tuple(default for _, default in TYPED.values())
+        chosen = [group for group in groups if set(get_args(group.model_fields["type"].annotation)) & {*wanted}]
         if ":" in str(value.get("type")):
             return None  # a third party's, known only to its validation
         return chosen[0] if chosen else groups[0]

@@ -19,9 +19,11 @@ import lowrank.models.config
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.config.checks import conflicts
 from lowrank.config.jobs import complete_jobs, spell_out
+from lowrank.models.freezing import FreezeConfig
 from lowrank.objectives import ObjectiveConfig
 from lowrank.settings import Auto, NonNegative, Positive, Settings
-from lowrank.train.optimizers import OptimizerConfig, ScheduleConfig
+from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.schedule import ScheduleConfig
 
 Interval = Union[Positive, Annotated[float, Field(gt=0, lt=1)]]  # noqa: UP007 (read at run time on Python 3.10)
 """A number of optimiser steps, or, below 1, a share of the run."""
@@ -61,13 +63,15 @@ class JobSettings(Settings):
     """The low-rank update that is trained; only its type stands for `{type: ...}`."""
     objective: ObjectiveConfig = Field(default_factory=dict)  # type: ignore[assignment]  # validated into a Config
     """What is minimised."""
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    """How parameters are updated."""
+    optimizer: OptimizerConfig = Field(default_factory=dict)  # type: ignore[assignment]  # validated into a Config
+    """How parameters are updated; only its type stands for `{type: ...}`."""
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     """How the learning rate moves."""
-    tuning: Literal["adapter", "full"] = "adapter"
-    """adapter: the base stays as it is and an adapter is trained. full: the base's own parameters are trained; such a
-    run has one job."""
+    tuning: Literal["adapter", "full", "freeze"] = "adapter"
+    """adapter: the base stays as it is and an adapter is trained. full: the base's own parameters are trained. freeze:
+    some of its layers are. A run of the last two has one job."""
+    freeze: FreezeConfig = Field(default_factory=FreezeConfig)
+    """With `tuning: freeze`: what is trained."""
     seed: NonNegative = 42
     """Decides the adapter's initial values, the order of the rows, the held-out rows, dropout and noise."""
     num_train_epochs: float = Field(default=3.0, gt=0)
@@ -92,6 +96,11 @@ class JobSettings(Settings):
 
 class JobConfig(JobSettings):
     """One job, complete."""
+
+    @property
+    def trains_base(self) -> bool:
+        """Its result is a whole model, not an adapter."""
+        return self.tuning != "adapter"
 
     name: str = Field(max_length=100, pattern=r"^\w[\w.+=-]*$")
     """What the job is called; also its folder in `output_dir`."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from lowrank.models.rope import RopeScaling
 from lowrank.models.storages import StorageConfig
 from lowrank.settings import NonNegative, Settings
 
@@ -36,5 +37,7 @@ class Config(Settings):
     lean: bool = True
     """Put norms and gated MLPs that keep less for the backward pass (a third less in all) in place of the model's own,
     wherever a test at load time finds that they compute the same bits."""
+    rope_scaling: RopeScaling | None = None
+    """Stretch the rotary embedding for longer documents than the base was made for: {type: yarn, factor: 4}."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""

@@ -11,13 +11,16 @@ import transformers
 from safetensors import SafetensorError
 
 from lowrank.errors import LowrankError, ModelError, raise_all
+from lowrank.models import rope
 from lowrank.models.base import Base
 from lowrank.models.config import Config
+from lowrank.models.freezing import FreezeConfig, train_only
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
 from lowrank.models.prequantised import reader_for
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute
+from lowrank.models.rope import stretch
 from lowrank.models.streaming import Packing, kept_dense, load_packed
 
 DENSE = "dense"
@@ -69,9 +72,15 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def load(
-    config: Config, *, tokenizer: Any = None, train_all: bool = False, notify: Callable[[str], None] = print
+    config: Config,
+    *,
+    tokenizer: Any = None,
+    train_all: bool = False,
+    freeze: FreezeConfig | None = None,
+    notify: Callable[[str], None] = print,
 ) -> Base:
-    """Load, freeze, test. `notify` receives what a person should know.
+    """Load, freeze, test. `notify` receives what a person should know. `train_all`: the base's own parameters are
+    trained, or those that `freeze` chooses.
 
     Raises ModelError: not found, no safetensors, damaged, weights missing from the checkpoint or of another
     shape, or documents would see one another.
@@ -89,6 +98,8 @@ def load(
         notify(sentence)
     model.to(device)
     model.requires_grad_(train_all)
+    if train_all and freeze is not None:
+        train_only(model, freeze)
     model.eval()  # also in training: dropout of the base would tie jobs together
     if config.lean:
         make_lean(model)
@@ -109,6 +120,7 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
     with quiet_transformers():
         try:
             shape = transformers.AutoConfig.from_pretrained(path, **options)
+            stretch(shape, config.rope_scaling)
             packing = _packing(config, shape, dtype, device, train_all)
             if packing:
                 model, report = load_packed(path, packing, shape, **options)
@@ -116,6 +128,7 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
                 loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     path,
                     **options,
+                    **({"config": shape} if config.rope_scaling else {}),
                     dtype=dtype,
                     use_safetensors=True,
                     output_loading_info=True,
@@ -139,6 +152,7 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
         model.config._experts_implementation = "eager"
     said = [_not_used(sorted(report["unexpected_keys"])), _not_packed(model) if packing else None]
     said += [packing.reader.notice] if packing and packing.reader else []
+    said += [rope.said(shape, config.rope_scaling)] if config.rope_scaling else []
     return model, [sentence for sentence in said if sentence]
 
 

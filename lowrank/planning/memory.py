@@ -151,7 +151,7 @@ def _names_layers(job: PlannedJob) -> bool:
     """Whether its adapter treats layers by their number, so that no layer can stand for another."""
     adapter: AdapterSettings | None = job.adapter
     if adapter is None:
-        return False
+        return job.freeze is not None
     words = [*adapter.rank_pattern, *adapter.alpha_pattern, *adapter.modules_to_save]
     for given in (adapter.target_modules, adapter.exclude_modules):
         words += [given] if isinstance(given, str) else given

@@ -29,9 +29,11 @@ from lowrank.kernels.logprobs import logprobs
 from lowrank.models.attention import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
+from lowrank.models.freezing import FreezeConfig, train_only
 from lowrank.models.loading import choose_device, choose_dtype, locate
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute
+from lowrank.models.rope import stretch
 from lowrank.objectives import Objective
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.lean import make_lean_unseen
@@ -52,6 +54,8 @@ class PlannedJob:
     step: Sequence[Segment]
     """Its heaviest optimiser step."""
     neftune_alpha: float = 0.0
+    freeze: FreezeConfig | None = None
+    """Of a job without adapter: which of the base's parameters it trains; None: all."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Simulation:
         self._live = LiveBytes()
         self._device = choose_device(model)
         with self._mode, self._live:
-            self.base = self._build(model, config, any(job.adapter is None for job in jobs), keep)
+            self.base = self._build(model, config, jobs, keep)
             self._packed = stand_in_for_packed_weights(self.base.model, model.storage)
             self._base_bytes = self._live.now + self._packed
             self._engine = Engine(self.base, Bank(self.base, model.storage), 1)
@@ -91,7 +95,9 @@ class Simulation:
         self._adapter_bytes = self._live.now + self._packed - self._base_bytes
         self._optimizer_bytes: int | None = None
 
-    def _build(self, settings: ModelConfig, config: Any, train_all: bool, keep: Sequence[int] | None) -> Base:
+    def _build(
+        self, settings: ModelConfig, config: Any, jobs: Sequence[PlannedJob], keep: Sequence[int] | None
+    ) -> Base:
         with quiet_transformers(), torch.device(self._device), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=choose_dtype(settings, self._device), trust_remote_code=settings.trust_remote_code
@@ -102,7 +108,7 @@ class Simulation:
                 make_lean_unseen(model)
         if keep is not None:
             keep_layers(model, keep)
-        model.requires_grad_(train_all)
+        train_what_is_trained(model, jobs)
         model.eval()
         base = Base(model, None, settings.path, settings.revision)
         base.settle("packed")
@@ -172,14 +178,25 @@ class Simulation:
     def _optimizer_state(self) -> int:
         """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
         if self._optimizer_bytes is None:
+            known = [job.settings.state_bytes(job.parameters.values()) for job in self._engine.jobs.values()]
+            watched = [job for job, size in zip(self._engine.jobs.values(), known) if size is None]
             with self._mode, self._live as live:
                 before = live.now
-                for job in self._engine.jobs.values():
+                for job in watched:
                     job.optimizer.step()
-                self._optimizer_bytes = live.now - before
-                for job in self._engine.jobs.values():
+                self._optimizer_bytes = live.now - before + sum(size for size in known if size is not None)
+                for job in watched:
                     job.optimizer.state.clear()
         return self._optimizer_bytes
+
+
+def train_what_is_trained(model: Any, jobs: Sequence[PlannedJob]) -> None:
+    """Set `requires_grad` of the base's own parameters."""
+    of_base = [job for job in jobs if job.adapter is None]
+    model.requires_grad_(bool(of_base))
+    for job in of_base:
+        if job.freeze is not None:
+            train_only(model, job.freeze)
 
 
 @contextlib.contextmanager
@@ -198,9 +215,11 @@ def read_config(config: ModelConfig) -> Any:
     """The model's config.json. ModelError if it cannot be had."""
     with quiet_transformers():
         try:
-            return transformers.AutoConfig.from_pretrained(
+            found = transformers.AutoConfig.from_pretrained(
                 locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code
             )
+            stretch(found, config.rope_scaling)
+            return found
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"cannot read the configuration of {config.path!r}: {error}") from error
 

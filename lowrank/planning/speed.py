@@ -24,6 +24,7 @@ from lowrank.models.recompute import set_recompute
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Plan
+from lowrank.planning.simulation import train_what_is_trained
 from lowrank.records import BARE_BASE, Segment, number_the_step
 from lowrank.train.engine import Engine, Work
 
@@ -82,8 +83,7 @@ def _time(memory: StepMemory, plan: Plan, work: Work, core: tuple[int, ...] | No
 
 def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Engine:
     model = _random_model(memory.model, memory.config, core)
-    train_all = any(job.adapter is None for job in memory.jobs)
-    model.requires_grad_(train_all)
+    train_what_is_trained(model, memory.jobs)
     base = Base(model, None, memory.model.path, memory.model.revision)
     base.settle(memory.layout)
     set_recompute(model, plan.recompute)

@@ -12,8 +12,9 @@ could tie them is kept per job: normalisation, clipping, finite check, optimiser
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -30,6 +31,8 @@ from lowrank.kernels.values import last_token_values
 from lowrank.models.base import Base
 from lowrank.objectives import Metrics, Objective, needs
 from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
+from lowrank.train.decay import undecayed
+from lowrank.train.loss_scale import LossScale, scale_for
 from lowrank.train.masters import Masters
 from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
 from lowrank.train.out_of_memory import give_back_unused, in_plain_words, is_out_of_memory
@@ -56,6 +59,8 @@ class TrainedJob:
     neftune_alpha: float = 0.0
     value_D: torch.nn.Parameter | None = None
     """The value head, for an objective that needs one; also among `parameters`."""
+    scale: LossScale | None = None
+    """What its losses are multiplied by in the backward pass, where gradients would underflow."""
     step: int = 0
     """Optimiser steps taken, skipped ones included."""
     loss_is_finite: bool = True
@@ -78,6 +83,8 @@ class Updated:
 
     grad_norm: float
     skipped: bool
+    loss_scale: float | None = None
+    """It was skipped because scaled float16 gradients overflowed; the scale from now on."""
 
 
 class Engine:
@@ -106,8 +113,13 @@ class Engine:
         if value_D is not None:
             parameters = {**parameters, VALUE_HEAD: value_D}
             factors = factors and [*factors, 1.0]
-        optimizer = settings.build(parameters.values(), factors)
-        self.jobs[slot] = TrainedJob(objective, parameters, optimizer, settings, refresh, seed, neftune_alpha, value_D)
+        optimizer = settings.build(parameters, factors, undecayed(parameters, self.base.model))
+        for note in settings.notes(self.base.device):
+            self.notify(note)
+        scale = scale_for(self.base.dtype)
+        self.jobs[slot] = TrainedJob(
+            objective, parameters, optimizer, settings, refresh, seed, neftune_alpha, value_D, scale
+        )
 
     def remove(self, slot: int) -> None:
         """Forget a job's optimiser; its adapter stays in the bank."""
@@ -142,7 +154,8 @@ class Engine:
             shares = []
             for slot, part, scores in self._score(batch, train=True):
                 share, extra = self.jobs[slot].objective.loss(scores, part, totals[slot])
-                shares.append(share)
+                scale = self.jobs[slot].scale
+                shares.append(share if scale is None else share * scale.value)
                 losses[slot].append(share.detach())
                 _add(metrics[slot], extra)
             torch.stack(shares).sum().backward()
@@ -161,9 +174,14 @@ class Engine:
         job = self.jobs[slot]
         job.step += 1
         gradients = [parameter.grad for parameter in job.parameters.values() if parameter.grad is not None]
+        if job.scale is not None and gradients:
+            torch._foreach_mul_(gradients, 1.0 / job.scale.value)  # pyright: ignore[reportPrivateImportUsage]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        overflow = job.scale is not None and job.loss_is_finite and not math.isfinite(norm) and job.scale.shrink()
         finite, job.loss_is_finite = job.loss_is_finite and math.isfinite(norm), True
         if finite:
+            if job.scale is not None:
+                job.scale.grow()
             limit = job.settings.max_grad_norm
             if limit is not None and norm > limit:
                 torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
@@ -171,12 +189,31 @@ class Engine:
             job.optimizer.step()
             job.refresh()
         job.optimizer.zero_grad(set_to_none=True)
-        return Updated(norm, skipped=not finite)
+        return Updated(norm, not finite, job.scale.value if overflow and job.scale else None)
+
+    @contextlib.contextmanager
+    def settled(self, slots: Iterable[int]) -> Iterator[None]:
+        """Jobs as they are evaluated and kept: an optimiser that averages its steps puts the average in place, and
+        afterwards everything is as before, to the bit."""
+        averaging = [job for slot in slots if (job := self.jobs.get(slot)) and hasattr(job.optimizer, "eval")]
+        before = [{name: value.detach().clone() for name, value in job.parameters.items()} for job in averaging]
+        for job in averaging:
+            getattr(job.optimizer, "eval")()  # noqa: B009 (only some have it)
+            job.refresh()
+        try:
+            yield
+        finally:
+            for job, values in zip(averaging, before):
+                getattr(job.optimizer, "train")()  # noqa: B009
+                for name, parameter in job.parameters.items():
+                    parameter.detach().copy_(values[name])
+                job.refresh()
 
     @torch.no_grad()
     def evaluate(self, work: Work) -> dict[int, Forwarded]:
         """Losses and metrics of held-out segments, of any number of jobs in one pass, without dropout or noise."""
-        return self._with_room(work, self._evaluate, lambda _: None)
+        with self.settled(work):
+            return self._with_room(work, self._evaluate, lambda _: None)
 
     def _with_room(self, work: Work, run: Callable[[Work], _Result], undo: Callable[[Work], None] | None) -> _Result:
         """`run(work)`; where memory runs out, `undo` and again with forward passes of half the size."""

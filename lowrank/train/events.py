@@ -95,6 +95,8 @@ class JobFinished:
     job: str
     step: int
     reason: str
+    optimizer_state_bytes: int = 0
+    """What its optimiser kept."""
 
 
 @dataclass(frozen=True)

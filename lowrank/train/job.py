@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lowrank.evaluate.held_out_answers import HeldOutAnswers
 from lowrank.records import Segment
-from lowrank.train.optimizers import ScheduleConfig
+from lowrank.train.schedule import ScheduleConfig
 
 
 class Steps(Protocol):
@@ -76,12 +76,15 @@ class Job:
         """Of the step that is about to be taken."""
         return self.learning_rate * self.schedule.factor(self.progress.step, self.num_steps)
 
-    def count_step(self, skipped: bool) -> None:
-        """One optimiser step more, taken or skipped; the last one, or one skip too many, ends the job."""
+    def count_step(self, skipped: bool, overflowed: bool = False) -> None:
+        """One optimiser step more, taken or skipped; the last one, or one skip too many, ends the job.
+
+        `overflowed`: skipped only to find the loss scale, which says nothing against the job.
+        """
         progress = self.progress
         progress.step += 1
         progress.skipped += skipped
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        progress.skipped_in_a_row = progress.skipped_in_a_row + (not overflowed) if skipped else 0
         if progress.skipped_in_a_row > self.max_skipped_steps:
             progress.finished = "not_finite"
         elif progress.step >= self.num_steps:

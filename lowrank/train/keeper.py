@@ -21,6 +21,7 @@ from lowrank.models.loading import locate
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import VALUE_HEAD, Engine
 from lowrank.train.job import Job, Progress
+from lowrank.train.loss_scale import LossScale
 
 
 class DiskKeeper:
@@ -53,10 +54,11 @@ class DiskKeeper:
             if value_D is not None:
                 write_value_head(partial, value_D.detach())
 
-        if job.slot == BARE_BASE:
-            save_full(path, self.engine.base.model, also)
-        else:
-            save_adapter(path, self._adapter(job), self.base, also=also)
+        with self.engine.settled([job.slot]):
+            if job.slot == BARE_BASE:
+                save_full(path, self.engine.base.model, also)
+            else:
+                save_adapter(path, self._adapter(job), self.base, also=also)
         return path
 
     def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
@@ -89,6 +91,8 @@ class DiskKeeper:
         trained = self.engine.jobs[job.slot]
         optimizer = flatten_optimizer(trained.optimizer, trained.parameters)
         state = {"progress": dataclasses.asdict(job.progress), "feed": job.feed.state()}
+        if trained.scale is not None:
+            state["loss_scale"] = dataclasses.asdict(trained.scale)
         value_D = None if trained.value_D is None else trained.value_D.detach()
         if job.slot == BARE_BASE:
             parameters = {name: parameter.detach() for name, parameter in _of_base(trained.parameters).items()}
@@ -105,6 +109,8 @@ class DiskKeeper:
         if trained.value_D is not None:
             self.engine.load_value_head(job.slot, saved.value_D)
         restore_optimizer(trained.optimizer, trained.parameters, saved.optimizer)
+        if trained.scale is not None and "loss_scale" in saved.state:
+            trained.scale = LossScale(**saved.state["loss_scale"])
         job.progress = Progress(**saved.state["progress"])
         trained.step = job.progress.step
         job.feed.load_state(saved.state["feed"])

@@ -19,6 +19,7 @@ from lowrank.kernels.host_memory import Heap
 from lowrank.train.engine import Engine, Forwarded, Updated
 from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.train.job import Job
+from lowrank.train.optimizers import bytes_of_state
 
 
 class Keeper(Protocol):
@@ -70,7 +71,8 @@ class Loop:
             if not done:
                 for job in self.jobs:
                     if job.active:
-                        self._tell(JobFinished(job.name, job.progress.step, "interrupted"))
+                        kept = bytes_of_state(self.engine.jobs[job.slot].optimizer)
+                        self._tell(JobFinished(job.name, job.progress.step, "interrupted", kept))
             self._save()
         return done
 
@@ -92,7 +94,7 @@ class Loop:
         self._heap.after_step()
         seconds = time.perf_counter() - started
         for job in active:
-            job.count_step(updated[job.slot].skipped)
+            job.count_step(updated[job.slot].skipped, overflowed=updated[job.slot].loss_scale is not None)
             self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
 
     def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
@@ -112,7 +114,12 @@ class Loop:
                 logged=job.logs_now() or updated.skipped,
             )
         )
-        if updated.skipped:
+        if updated.loss_scale is not None:
+            text = (
+                f"step {job.progress.step} of {job.name}: float16 gradients overflowed; the step was skipped, and its "
+            )
+            self._tell(Notice(f"{text}loss scale is {updated.loss_scale:g} from now on", job=job.name))
+        elif updated.skipped:
             row = job.progress.skipped_in_a_row
             self._tell(
                 Notice(
@@ -143,7 +150,8 @@ class Loop:
             self.keeper.keep(job, "last")
             if job.progress.best_step is None:  # nothing was held out: the last is the best there is
                 self.keeper.keep(job, "best")
-            self._tell(JobFinished(job.name, job.progress.step, job.progress.finished or "done"))
+            kept = bytes_of_state(self.engine.jobs[job.slot].optimizer)
+            self._tell(JobFinished(job.name, job.progress.step, job.progress.finished or "done", kept))
 
     def _save(self) -> None:
         self._tell(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))

@@ -44,6 +44,7 @@ class _Job:
     metrics: dict[str, float] = field(default_factory=dict)
     """What the objective added to the last evaluation, where it is finite."""
     finished: str | None = None
+    optimizer_state_bytes: int = 0
     curve: dict[str, Any] = field(default_factory=lambda: Curve().state())
 
 
@@ -85,6 +86,7 @@ class SummaryBuilder:
             job.eval_metric = event.metric
         elif isinstance(event, JobFinished):
             self._jobs[event.job].finished = event.reason
+            self._jobs[event.job].optimizer_state_bytes = event.optimizer_state_bytes
 
     def _start(self, event: RunStarted) -> None:
         self._run = event
@@ -175,6 +177,7 @@ class SummaryBuilder:
             "num_steps": started.num_steps,
             "epochs": round(job.epoch, 4),
             "skipped_steps": job.skipped_steps,
+            "optimizer_state_bytes": job.optimizer_state_bytes,
             "finished": job.finished,
             "train_tokens": job.train_tokens,
             "loss_tokens": job.loss_tokens,

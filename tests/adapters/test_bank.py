@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import Config as Lora
@@ -16,7 +17,7 @@ from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.adapters.variant_cases import GainConfig
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import make_base, make_engine, make_model, random_step
@@ -156,7 +157,7 @@ def test_noise_adapters_and_copies_of_the_embedding_live_together(family: str, f
         for kind in order:
             slot = bank.add(kinds[kind], seed=3)
             move(bank.parameters(slot), 7)
-            engine.add(slot, Sft().build(), OptimizerConfig(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
+            engine.add(slot, Sft().build(), AdamW(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
             work[slot] = random_step(len(kind), [6, 12])
         together = engine.forward_backward(work)
         for slot, kind in enumerate(order):
@@ -164,7 +165,7 @@ def test_noise_adapters_and_copies_of_the_embedding_live_together(family: str, f
             alone.bank.remove(own)
             assert alone.bank.add(kinds[kind], seed=3) == own
             move(alone.bank.parameters(own), 7)
-            alone.add(own, Sft().build(), OptimizerConfig(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
+            alone.add(own, Sft().build(), AdamW(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
             expected = alone.forward_backward({own: work[slot]})[own]
             assert together[slot].loss == pytest.approx(expected.loss, abs=1e-12), (order, kind)
             assert bank.parameters(slot).keys() == alone.bank.parameters(own).keys()
@@ -272,15 +273,25 @@ def test_one_job_adapts_what_another_copies(layer: str, copy_first: bool) -> Non
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_full_parameter_tuning_is_a_plain_torch_loop(tied: bool, dtype: torch.dtype, tolerance: float) -> None:
-    """The base's own parameters, 20 AdamW steps with weight decay and clipping; tied embeddings get both gradients."""
+    """The base's own parameters, 20 AdamW steps with weight decay where transformers' Trainer has it, and clipping;
+    tied embeddings get both gradients."""
     base = make_base("llama", dtype, tie_word_embeddings=tied)
     base.model.requires_grad_(True)
     engine = Engine(base, Bank(base, Dense()), micro_batch_tokens=30)
-    settings = OptimizerConfig(weight_decay=0.1, max_grad_norm=0.5)
+    settings = AdamW(weight_decay=0.1, max_grad_norm=0.5)
     engine.add(BARE_BASE, Sft().build(), settings, seed=0, neftune_alpha=0.0)
     twin = make_model("llama", dtype, tie_word_embeddings=tied).requires_grad_(True)
     assert ("lm_head.weight" in engine.jobs[BARE_BASE].parameters) is not tied
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.1)
+    decayed = Trainer.get_decay_parameter_names(None, twin)  # type: ignore[arg-type]  # asks nothing of the trainer
+    groups = [
+        {
+            "params": [value for name, value in twin.named_parameters() if (name in decayed) is wanted],
+            "weight_decay": decay,
+        }
+        for wanted, decay in ((True, 0.1), (False, 0.0))
+    ]
+    assert all(group["params"] for group in groups)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
     for step in range(20):
         segments = random_step(step, [5, 17, 9, 14])
         loss = plain_loss(twin, segments)
@@ -304,7 +315,7 @@ def test_full_parameter_tuning_hears_neftune() -> None:
         base = make_base("llama")
         base.model.requires_grad_(True)
         engine = Engine(base, Bank(base, Dense()), 4096)
-        engine.add(BARE_BASE, Sft().build(), OptimizerConfig(), seed=0, neftune_alpha=alpha)
+        engine.add(BARE_BASE, Sft().build(), AdamW(), seed=0, neftune_alpha=alpha)
         work = {BARE_BASE: random_step(0, [9, 20])}
         losses.append((engine.forward_backward(work)[BARE_BASE].loss, engine.evaluate(work)[BARE_BASE].loss))
         table = engine.jobs[BARE_BASE].parameters["model.embed_tokens.weight"]

@@ -11,7 +11,8 @@ import torch
 from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optimizer
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.errors import OutputError
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.sgd import Config as Sgd
 
 Parameters = dict[str, torch.nn.Parameter]
 Build = Callable[[Parameters], torch.optim.Optimizer]
@@ -41,8 +42,8 @@ def train(parameters: Parameters, optimizer: torch.optim.Optimizer, first: int, 
 
 
 BUILDS: dict[str, Build] = {
-    "adamw": lambda parameters: OptimizerConfig(weight_decay=0.1).build(parameters.values()),
-    "sgd": lambda parameters: OptimizerConfig(type="sgd").build(parameters.values()),
+    "adamw": lambda parameters: AdamW(weight_decay=0.1).build(parameters),
+    "sgd": lambda parameters: Sgd().build(parameters),
     "momentum": lambda parameters: torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9),
     "amsgrad": lambda parameters: torch.optim.AdamW(parameters.values(), amsgrad=True, foreach=True),
     "groups": lambda parameters: torch.optim.AdamW(

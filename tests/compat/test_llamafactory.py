@@ -12,8 +12,9 @@ import yaml
 from transformers import get_scheduler
 
 from lowrank.compat import load_any
-from lowrank.compat.llamafactory import SCHEDULES, Keys, is_llamafactory
+from lowrank.compat.llamafactory import Keys, is_llamafactory
 from lowrank.compat.llamafactory_keys import known
+from lowrank.compat.llamafactory_method import SCHEDULES
 from lowrank.config import RunConfig
 from lowrank.data.prepare import examine
 from lowrank.data.rendering import Renderer
@@ -324,6 +325,21 @@ def test_a_missing_dataset_info_says_where_it_was_looked_for(workplace: Path) ->
         ("resume_from_checkpoint: false\n", "resume", False),
         ("per_device_train_batch_size: 1\ncutoff_len: 512\n", "micro_batch_tokens", 512),
         ("finetuning_type: full\n", "tuning", "full"),
+        ("finetuning_type: freeze\nfreeze_trainable_layers: -1\n", "freeze.trainable_layers", -1),
+        ("finetuning_type: freeze\nfreeze_trainable_modules: mlp,self_attn\n", "tuning", "freeze"),
+        ("finetuning_type: oft\n", "adapter.type", "oft"),
+        ("use_dora: true\n", "adapter.type", "dora"),
+        ("pissa_init: true\npissa_iter: -1\n", "adapter.niter", 0),
+        ("loraplus_lr_ratio: 16.0\n", "adapter.loraplus_lr_ratio", 16.0),
+        ("quantization_bit: 4\n", "model.storage.type", "nf4"),
+        ("quantization_bit: 4\ndouble_quantization: false\n", "model.storage.double_quant", False),
+        ("quantization_bit: 3\nquantization_method: hqq\n", "model.storage.bits", 3),
+        ("quantization_bit: 8\n", "model.storage.type", "int8"),
+        ("optim: paged_adamw_8bit\n", "optimizer.type", "paged_adamw_8bit"),
+        ("optim: adafactor\n", "optimizer.type", "adafactor"),
+        ("finetuning_type: full\nuse_galore: true\ngalore_rank: 128\n", "optimizer.rank", 128),
+        ("finetuning_type: full\nuse_apollo: true\napollo_scale: 4.0\n", "optimizer.scale", 4.0),
+        ("finetuning_type: full\nuse_muon: true\n", "optimizer.type", "muon"),
     ],
 )
 def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) -> None:
@@ -352,10 +368,14 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
             "dataset: chats\nstage: dpo\nref_model: other\n",
             "ref_model: 'other' is not supported: the reference is the base itself",
         ),
-        ("finetuning_type: freeze\n", "finetuning_type: 'freeze' is not there; choose lora or full"),
-        ("quantization_bit: 4\n", "quantization_bit: 4 is not supported: remove it and set model.storage"),
-        ("use_dora: true\n", "use_dora: True is not supported"),
-        ("optim: adamw_8bit\n", "optim: 'adamw_8bit' is not supported"),
+        ("finetuning_type: bone\n", "finetuning_type: 'bone' is not there; choose lora, oft, freeze, full"),
+        ("use_dora: true\nuse_rslora: true\n", "use_dora and use_rslora: set only one"),
+        ("quantization_bit: 5\n", "quantization_bit: bnb has 4, 8 bits, not 5"),
+        ("quantization_bit: 8\nquantization_method: eetq\n", "quantization_method: 'eetq' is not there"),
+        ("rope_scaling: yarn\n", "rope_scaling: how far "),
+        ("use_badam: true\n", "use_badam: True is not supported: it freezes all layers but one"),
+        ("use_galore: true\noptim: adamw_8bit\n", "optim: adamw_8bit inside of use_galore is not there"),
+        ("optim: rmsprop\n", "optim: 'rmsprop' is not supported"),
         ("lr_scheduler_type: polynomial\n", "lr_scheduler_type: 'polynomial' is not supported"),
         ("lr_scheduler_kwargs: {power: 2}\n", "lr_scheduler_kwargs: 'power' is not supported with linear"),
         ("report_to: neptune\n", "report_to: 'neptune' is not supported; choose from"),
@@ -401,10 +421,10 @@ def test_datasets_that_cannot_be_used(workplace: Path, dataset: str) -> None:
 
 
 def test_all_problems_at_once(workplace: Path) -> None:
-    words = ["lora_rank=x", "use_dora=true", "lora_rnk=1", "dataset=identty,pairs", "optim=adafactor", "do_train=false"]
+    words = ["lora_rank=x", "use_badam=true", "lora_rnk=1", "dataset=identty,pairs", "optim=rmsprop", "do_train=false"]
     found = problems(workplace, MINIMAL, *words)
     assert [problem.split(":")[0] for problem in found] == [
-        "use_dora",
+        "use_badam",
         "lora_rnk",
         "lora_rank",
         "do_train",

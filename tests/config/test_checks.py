@@ -60,7 +60,7 @@ def test_no_conflicts(settings: dict[str, Any]) -> None:
         ({"data": {"train": "lowrank/demo", "batch_size": 4, "batch_tokens": 99}}, "data.batch_size has no effect"),
         ({"data": {**HELD_OUT, "eval": "lowrank/demo-heldout"}}, "data.validation_split has no effect"),
         ({"data": {"train": [{"path": "lowrank/demo", "weight": 2}]}}, "data: weights of datasets have no effect"),
-        ({"optimizer": {"type": "sgd", "betas": [0.8, 0.9]}}, "optimizer.betas has no effect with type: sgd"),
+        ({"freeze": {"trainable_layers": 1}}, "freeze has no effect without tuning: freeze"),
         ({"schedule": {"num_cycles": 3}}, "schedule.num_cycles has no effect with type: cosine"),
         ({"schedule": {"type": "constant", "min_ratio": 0.1}}, "schedule.min_ratio has no effect with type: constant"),
         ({"max_steps": 3, "schedule": {"warmup_steps": 3}}, "schedule.warmup_steps: a warmup of 3 outlasts"),

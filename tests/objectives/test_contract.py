@@ -30,7 +30,7 @@ from lowrank.records import (
 )
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.tiny_models import VOCABULARY, make_base, make_engine
 
 OBJECTIVES: dict[str, Any] = configs_in("lowrank.objectives")
@@ -77,7 +77,7 @@ def counted(objective: Any, batch: Batch) -> Totals:
 def engine_for(name: str, micro_batch_tokens: int = 4096) -> tuple[Engine, list[int]]:
     """Slot 0 has the objective under test, slot 1 is somebody else's SFT; adapters are away from their start."""
     engine, slots = make_engine(make_base("llama"), Lora(rank=4), Lora(rank=2), micro_batch_tokens=micro_batch_tokens)
-    engine.add(slots[0], OBJECTIVES[name]().build(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
+    engine.add(slots[0], OBJECTIVES[name]().build(), AdamW(), seed=0, neftune_alpha=0.0)
     for slot in slots:
         generator = torch.Generator().manual_seed(slot)
         for parameter in engine.bank.parameters(slot).values():
@@ -244,7 +244,7 @@ def test_token_loss_by_hand(name: str) -> None:
 def test_token_loss_is_transformers_cross_entropy(name: str) -> None:
     """A whole model's own `labels=` loss, over documents of different length, token-weighted."""
     engine, _ = make_engine(make_base("llama"), Lora(rank=4))
-    engine.add(0, OBJECTIVES[name]().build(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
+    engine.add(0, OBJECTIVES[name]().build(), AdamW(), seed=0, neftune_alpha=0.0)
     segments = step_for(engine.jobs[0].objective, 3)
     total, tokens = 0.0, 0
     for segment in segments:

@@ -28,7 +28,7 @@ from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives import Objective, cpo, dpo, kto, needs, orpo, reward, simpo
 from lowrank.records import BARE_BASE, CHOSEN, MISMATCHED, REJECTED, Segment, number_the_step
 from lowrank.train.engine import VALUE_HEAD, Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.objectives import trl_peers
 from tests.tiny_models import VOCABULARY, make_model
 
@@ -112,7 +112,7 @@ def engine_for(model: Any, objective: Objective, micro_batch_tokens: int) -> Eng
     base = Base(copy.deepcopy(model).requires_grad_(True), None, "tiny")
     choose_layout(base, "auto")
     engine = Engine(base, Bank(base, Dense()), micro_batch_tokens)
-    engine.add(BARE_BASE, objective, OptimizerConfig(), seed=0, neftune_alpha=0.0)
+    engine.add(BARE_BASE, objective, AdamW(), seed=0, neftune_alpha=0.0)
     return engine
 
 

@@ -29,7 +29,7 @@ from lowrank.planning.simulation import PlannedJob
 from lowrank.planning.wording import one_line
 from lowrank.records import Segment
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.tiny_models import FAMILIES, random_step
 
 LENGTHS = [40, 64, 23, 64]
@@ -37,7 +37,7 @@ LENGTHS = [40, 64, 23, 64]
 
 def planned(*adapters: Any, lengths: list[int] = LENGTHS) -> list[PlannedJob]:
     steps: list[list[Segment]] = [random_step(seed, lengths) for seed in range(len(adapters))]
-    return [PlannedJob(adapter, Sft().build(), OptimizerConfig(), step) for adapter, step in zip(adapters, steps)]
+    return [PlannedJob(adapter, Sft().build(), AdamW(), step) for adapter, step in zip(adapters, steps)]
 
 
 def folder_of(family: str, tmp_path: Path, **changes: Any) -> ModelConfig:

@@ -14,7 +14,7 @@ import torch
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Batch, Scores, Segment, Text, Totals, number_the_step
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.tiny_models import make_base, make_engine, random_step
 
 
@@ -123,7 +123,7 @@ class BrokenSum:
 
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is() -> None:
     engine, slots = make_engine(make_base("llama"), Lora(rank=4), Lora(rank=4))
-    engine.add(slots[0], BrokenSum(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
+    engine.add(slots[0], BrokenSum(), AdamW(), seed=0, neftune_alpha=0.0)
     work = {slot: random_step(slot, [9, 14]) for slot in slots}
     forwarded = engine.forward_backward(work)
     assert not np.isfinite(forwarded[slots[0]].loss)
@@ -252,7 +252,10 @@ def test_gradients_in_half_precision(dtype: torch.dtype, bound: float, num_docum
         engine.bank.refresh(slot)
         lengths = [20 + index % 7 for index in range(num_documents)]
         engine.forward_backward({slot: number_the_step(_repeatable(lengths))})
-        outcomes.append([value.grad.double() for value in engine.bank.parameters(slot).values()])
+        scale = engine.jobs[slot].scale
+        assert (scale is None) is (each != torch.float16)
+        divisor = 1.0 if scale is None else scale.value
+        outcomes.append([value.grad.double() / divisor for value in engine.bank.parameters(slot).values()])
     for ours, exact in zip(outcomes[1], outcomes[0]):
         assert (ours - exact).norm() < bound * exact.norm()
 

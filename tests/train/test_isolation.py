@@ -13,7 +13,7 @@ from lowrank.errors import ModelError
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.tiny_models import FAMILIES, make_base, make_engine, random_step, tiny
 
 A = Lora(rank=4, alpha=8, dropout=0.3)
@@ -84,7 +84,7 @@ def test_slot_number_does_not_matter() -> None:
     base = make_base("llama")
     engine, slots = make_engine(base, Lora(rank=2), Lora(rank=3))
     third = engine.bank.add(A, seed=0)
-    engine.add(third, Sft().build(), OptimizerConfig(), seed=0, neftune_alpha=0.0)
+    engine.add(third, Sft().build(), AdamW(), seed=0, neftune_alpha=0.0)
     assert third == 2
     assert_same(train(engine, third, {slots[0]: lambda step: random_step(step, [11])}), alone())
 

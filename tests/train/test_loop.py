@@ -19,7 +19,7 @@ from lowrank.train.engine import Engine
 from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.train.job import Job
 from lowrank.train.loop import Loop
-from lowrank.train.optimizers import ScheduleConfig
+from lowrank.train.schedule import ScheduleConfig
 from tests.tiny_models import make_base, make_engine, random_step
 
 

@@ -22,7 +22,7 @@ from lowrank.records import Conversation, Message, Segment
 from lowrank.run import train
 from lowrank.train.engine import Engine
 from lowrank.train.events import EvalDone, Event, Notice, StepDone
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 from lowrank.trained import open_trained
 from tests.objectives.test_contract import step_for
 from tests.tiny_models import make_base, make_engine
@@ -38,7 +38,7 @@ def engine_with(names: list[str], micro_batch_tokens: int) -> tuple[Engine, dict
         seed = list(OBJECTIVES).index(name)
         adapter: Any = Lora(rank=4, dropout=0.2)
         slots[name] = engine.bank.add(adapter, seed=seed)
-        engine.add(slots[name], OBJECTIVES[name].build(), OptimizerConfig(), seed=seed, neftune_alpha=0.0)
+        engine.add(slots[name], OBJECTIVES[name].build(), AdamW(), seed=seed, neftune_alpha=0.0)
     return engine, slots
 
 

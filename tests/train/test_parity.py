@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.records import Segment, number_the_step
-from lowrank.train.optimizers import ScheduleConfig
+from lowrank.train.schedule import ScheduleConfig
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.peft_oracle import peft_twin
 from tests.tiny_models import make_base, make_engine, make_model

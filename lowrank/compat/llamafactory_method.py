@@ -1,0 +1,235 @@
+"""What of a LLaMA-Factory file says how is trained: base, tuning, adapter, objective, optimiser, schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lowrank.compat.llamafactory_keys import Keys
+from lowrank.errors import did_you_mean
+from lowrank.models.loading import locate
+
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_apex_fused": "adamw",
+    "adamw_anyprecision": "adamw",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "lion": "lion",
+    "lion_32bit": "lion",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+    "schedule_free_adamw": "schedule_free",
+}
+WITHOUT_BETAS = ("sgd", "adafactor", "lion")
+VARIANTS = {"use_dora": "dora", "use_rslora": "rslora", "pissa_init": "pissa"}
+"""Keys that choose another adapter than LoRA; one at most."""
+METHODS = {"use_galore": "galore", "use_apollo": "apollo", "use_muon": "muon"}
+"""Keys that choose an optimiser; one at most."""
+HQQ_BITS = (8, 6, 5, 4, 3, 2, 1)
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "cosine_with_restarts": "cosine_with_restarts",
+    "inverse_sqrt": "inverse_sqrt",
+}
+STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward"}
+"""`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
+LATER_STAGES = ("ppo",)
+PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
+OF_LORA = ("adapter_name_or_path", *VARIANTS, "loraplus_lr_ratio")
+
+
+def contradictions(keys: Keys) -> list[str]:
+    """Keys about the method that cannot be honoured together, or at all."""
+    found = []
+    kinds = ("lora", "oft", "freeze", "full")
+    if keys.finetuning_type not in kinds:
+        found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose {', '.join(kinds)}")
+    if keys.finetuning_type in ("freeze", "full"):
+        found += [f"{key}: only for finetuning_type: lora; remove it" for key in OF_LORA if getattr(keys, key)]
+    for family in (VARIANTS, METHODS):
+        chosen = [key for key in family if getattr(keys, key)]
+        if len(chosen) > 1:
+            found.append(f"{' and '.join(chosen)}: set only one")
+    if keys.use_llama_pro and keys.finetuning_type != "freeze":
+        found.append("use_llama_pro: only for finetuning_type: freeze, on a model that `lowrank expand` wrote")
+    bits, kind = keys.quantization_bit, keys.quantization_method
+    allowed = {"bnb": (4, 8), "hqq": HQQ_BITS}.get(kind)
+    if bits is not None and allowed is None:
+        found.append(f"quantization_method: {kind!r} is not there; choose bnb or hqq")
+    elif bits is not None and allowed is not None and bits not in allowed:
+        found.append(f"quantization_bit: {kind} has {', '.join(map(str, sorted(allowed)))} bits, not {bits}")
+    return found
+
+
+def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    """The base: where it is, how it is kept and computes."""
+    found: dict[str, Any] = {"path": keys.model_name_or_path}
+    if keys.model_revision != "main":
+        found["revision"] = keys.model_revision
+    if keys.bf16 or keys.pure_bf16:
+        found["dtype"] = "bfloat16"
+    elif keys.fp16:
+        found["dtype"] = "float16"
+    if keys.use_cpu or keys.no_cuda:
+        found["device"] = "cpu"
+    found["recompute"] = "none" if keys.disable_gradient_checkpointing else "full"
+    if keys.trust_remote_code:
+        found["trust_remote_code"] = True
+    if keys.quantization_bit is not None:
+        found["storage"] = _storage(keys)
+    if keys.rope_scaling is not None:
+        found |= _rope_scaling(keys, problems, warnings)
+    return found
+
+
+def _storage(keys: Keys) -> dict[str, Any]:
+    if keys.quantization_method == "hqq":
+        return {"type": "hqq", "bits": keys.quantization_bit}
+    if keys.quantization_bit == 8:
+        return {"type": "int8"}
+    return {"type": keys.quantization_type, "double_quant": keys.double_quantization}
+
+
+def _rope_scaling(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    """As much as `cutoff_len` needs, as in LLaMA-Factory."""
+    config = Path(locate(keys.model_name_or_path)) / "config.json"
+    try:
+        reach = int(json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        problems.append(
+            f"rope_scaling: how far {keys.model_name_or_path} reads is not known here, so neither is the factor; "
+            f"remove it and add model.rope_scaling.type={keys.rope_scaling} model.rope_scaling.factor=... to the "
+            "command line"
+        )
+        return {}
+    if keys.cutoff_len <= reach:
+        warnings.append(f"rope_scaling has no effect: the base reads {reach} tokens, cutoff_len is {keys.cutoff_len}")
+        return {}
+    return {"rope_scaling": {"type": keys.rope_scaling, "factor": float(math.ceil(keys.cutoff_len / reach))}}
+
+
+def tuning(keys: Keys) -> dict[str, Any]:
+    """What is trained."""
+    if keys.finetuning_type != "freeze":
+        return {"tuning": "full" if keys.finetuning_type == "full" else "adapter"}
+    freeze: dict[str, Any] = {
+        "trainable_layers": keys.freeze_trainable_layers,
+        "trainable_modules": list(keys.freeze_trainable_modules),
+        "extra_modules": list(keys.freeze_extra_modules),
+    }
+    if keys.use_llama_pro:
+        freeze["spread"] = True
+    return {"tuning": "freeze", "freeze": freeze}
+
+
+def adapter(keys: Keys) -> dict[str, Any]:
+    """What is put on the base; empty where the base itself is trained."""
+    if keys.finetuning_type in ("full", "freeze"):
+        return {}
+    if keys.finetuning_type == "oft":
+        block = {"block_size": keys.oft_block_size} if keys.oft_block_size else {}
+        return {"type": "oft", "target_modules": _targets(keys.oft_target), **block}
+    kind = next((name for key, name in VARIANTS.items() if getattr(keys, key)), "lora")
+    found: dict[str, Any] = {"type": kind, "rank": keys.lora_rank, "target_modules": _targets(keys.lora_target)}
+    optional = {
+        "alpha": keys.lora_alpha,
+        "dropout": keys.lora_dropout,
+        "modules_to_save": list(keys.additional_target),
+        "path": keys.adapter_name_or_path[0] if keys.adapter_name_or_path else None,
+        "loraplus_lr_ratio": keys.loraplus_lr_ratio,
+        "loraplus_lr_embedding": keys.loraplus_lr_embedding if keys.loraplus_lr_ratio else None,
+    }
+    found |= {key: value for key, value in optional.items() if value}
+    if kind == "pissa":
+        found["niter"] = max(0, keys.pissa_iter)
+    return found
+
+
+def _targets(names: tuple[str, ...]) -> str | list[str]:
+    return "all-linear" if names == ("all",) else list(names)
+
+
+def objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
+    """The objective of the stage. What plays no part in it is left out; where it was set, that is said."""
+    name = STAGES.get(keys.stage, "sft")
+    if name == "dpo" and keys.pref_loss in ("orpo", "simpo"):
+        name = keys.pref_loss
+    shared = {"beta": keys.pref_beta, "pref_ftx": keys.pref_ftx}
+    used: dict[str, dict[str, Any]] = {
+        "dpo": shared | {"loss_type": keys.pref_loss, "label_smoothing": keys.dpo_label_smoothing},
+        "orpo": {"beta": keys.pref_beta},
+        "simpo": {"beta": keys.pref_beta, "gamma": keys.simpo_gamma},
+        "kto": shared | {"desirable_weight": keys.kto_chosen_weight, "undesirable_weight": keys.kto_rejected_weight},
+    }
+    found = {"type": name} | used.get(name, {})
+    if keys.pref_ftx and "pref_ftx" not in found:
+        warnings.append(f"pref_ftx has no effect with objective {name}")
+    if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):
+        found["loss_type"] = "sigmoid"  # refused elsewhere; the rest is checked all the same
+    return found
+
+
+def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
+    """How parameters are updated."""
+    if keys.optim not in OPTIMIZERS:
+        problems.append(f"optim: {keys.optim!r} is not supported{did_you_mean(keys.optim, OPTIMIZERS)}")
+    chosen = next((name for key, name in METHODS.items() if getattr(keys, key)), None)
+    if chosen and OPTIMIZERS.get(keys.optim) not in ("adamw", None):
+        problems.append(f"optim: {keys.optim} inside of use_{chosen} is not there; remove optim")
+    kind = chosen or OPTIMIZERS.get(keys.optim, "adamw")
+    found: dict[str, Any] = {
+        "type": kind,
+        "learning_rate": keys.learning_rate,
+        "weight_decay": keys.weight_decay,
+        "max_grad_norm": keys.max_grad_norm or None,
+    }
+    if kind not in WITHOUT_BETAS:
+        found |= {"betas": [keys.adam_beta1, keys.adam_beta2], "eps": keys.adam_epsilon}
+    elif kind == "lion":
+        found["betas"] = [keys.adam_beta1, keys.adam_beta2]
+    if kind in ("galore", "apollo"):
+        targets = getattr(keys, f"{kind}_target")
+        found["targets"] = "all" if targets == ("all",) else list(targets)
+        found |= {name: getattr(keys, f"{kind}_{name}") for name in ("rank", "update_interval", "scale")}
+    if kind == "apollo":
+        found["scale_type"] = keys.apollo_scale_type
+    return found
+
+
+def schedule(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    name, extra = keys.lr_scheduler_type, dict(keys.lr_scheduler_kwargs)
+    if name not in SCHEDULES:
+        problems.append(f"lr_scheduler_type: {name!r} is not supported{did_you_mean(name, SCHEDULES)}")
+    found: dict[str, Any] = {"type": SCHEDULES.get(name, "linear")}
+    if name == "cosine_with_min_lr":
+        floor = extra.pop("min_lr", None)
+        found["min_ratio"] = extra.pop("min_lr_rate", 0.0) if floor is None else floor / keys.learning_rate
+    if name == "cosine_with_restarts":
+        found["num_cycles"] = extra.pop("num_cycles", 1)
+    problems += [f"lr_scheduler_kwargs: {key!r} is not supported with {name}; remove it" for key in extra]
+    if name == "constant":
+        if keys.warmup_steps or keys.warmup_ratio:
+            warnings.append("warmup has no effect with lr_scheduler_type: constant (constant_with_warmup has one)")
+        return found
+    return found | _warmup(keys, warnings)
+
+
+def _warmup(keys: Keys, warnings: list[str]) -> dict[str, Any]:
+    if keys.warmup_steps and keys.warmup_ratio:
+        warnings.append("warmup_ratio has no effect, since warmup_steps is set")
+    if keys.warmup_steps >= 1:
+        return {"warmup_steps": int(keys.warmup_steps)}
+    ratio = keys.warmup_steps or keys.warmup_ratio
+    return {"warmup_ratio": ratio} if ratio else {}

@@ -1,0 +1,20 @@
+"""The stack of decoder layers in a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def decoder_layers(model: Any) -> nn.ModuleList | None:
+    """The one list of decoder layers; None where there is none, or several."""
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(each, GradientCheckpointingLayer) for each in module)
+    ]
+    return stacks[0] if len(stacks) == 1 else None

@@ -1,0 +1,123 @@
+"""How a job's parameters are updated: one file each, found by its name.
+
+A file has a `Config` (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimiser. From torch
+and from living libraries where there is one; written here only where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from lowrank.settings import NonNegative, Settings, choice_of
+
+Groups = list[dict[str, Any]]
+"""torch's parameter groups; each also has `names`, `weight_decay` and `lr_factor`."""
+
+
+class OptimizerSettings(Settings):
+    """Settings every optimiser shares."""
+
+    paper: ClassVar[str] = ""
+    """Where the method is described."""
+    when: ClassVar[str] = ""
+    """When a person would choose it, in a few words."""
+    not_for_adapters: ClassVar[str | None] = None
+    """Why it makes no sense for the matrices of an adapter, if it does not."""
+    has_own_schedule: ClassVar[bool] = False
+    """Whether it takes the place of a learning-rate schedule."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate; LoRA likes about ten times what full fine-tuning likes."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay. Norms and biases are left out, as in transformers."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the job's own gradient to this norm; null: never."""
+    max_skipped_steps: NonNegative = 5
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the job stops, the others go
+    on."""
+
+    def build(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        factors: Sequence[float] | None = None,
+        undecayed: Collection[str] = (),
+    ) -> torch.optim.Optimizer:
+        """The optimiser over one job's parameters, by name. `factors`: what each one's learning rate is multiplied by.
+        `undecayed`: names that weight decay does not reach. ConfigError where its library is missing."""
+        return self.make(self._groups(parameters, factors, undecayed))
+
+    def make(self, groups: Groups) -> torch.optim.Optimizer:
+        """The optimiser over these groups."""
+        raise NotImplementedError
+
+    def notes(self, device: torch.device) -> list[str]:
+        """What a person should know about it on this device."""
+        del device
+        return []
+
+    def state_bytes(self, parameters: Iterable[nn.Parameter]) -> int | None:
+        """Bytes it keeps for them; None where a step on tensors without memory can be watched instead."""
+        del parameters
+        return None
+
+    def _groups(
+        self, parameters: Mapping[str, nn.Parameter], factors: Sequence[float] | None, undecayed: Collection[str]
+    ) -> Groups:
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        for index, (name, parameter) in enumerate(parameters.items()):
+            factor = factors[index] if factors else 1.0
+            decay = 0.0 if name in undecayed else self.weight_decay
+            empty = {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor}
+            group = groups.setdefault((factor, decay), empty)
+            group["params"].append(parameter)
+            group["names"].append(name)
+        return list(groups.values())
+
+
+def split(groups: Groups, chosen: Callable[[str, nn.Parameter], bool]) -> tuple[Groups, Groups]:
+    """(groups of the parameters that are chosen, groups of the others), without empty ones."""
+    parts: tuple[Groups, Groups] = ([], [])
+    for group in groups:
+        for part, wanted in zip(parts, (True, False)):
+            own = [(name, each) for name, each in zip(group["names"], group["params"]) if chosen(name, each) is wanted]
+            if own:
+                names, parameters = map(list, zip(*own))
+                part.append({**group, "names": names, "params": parameters})
+    return parts
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of the next step; groups that learn faster or slower keep their factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+
+
+def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimiser keeps in tensors; those that parameters share are counted once."""
+    tensors = {id(value): value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)}
+    return sum(each.numel() * each.element_size() for each in tensors.values())
+
+
+ABSENT = {
+    "badam": "it freezes all layers but one and changes which, so gradients would have to be attached anew while the "
+    "run goes on; galore and adamw_8bit save as much memory",
+    "lomo": "it updates inside the backward pass, before a gradient's norm is known, so it could neither be clipped "
+    "nor guarded; use galore or adafactor",
+    "adam_mini": "its library prints and asks for torch.distributed, and finds blocks by names that only some families "
+    "have; adafactor and adamw_8bit keep less",
+}
+"""Optimisers that people know from elsewhere, and what to use."""
+
+if TYPE_CHECKING:
+
+    class OptimizerConfig(OptimizerSettings):
+        """What every optimiser's `Config` offers."""
+
+        type: str
+else:
+    OptimizerConfig = choice_of(__name__, default="adamw", absent=ABSENT)

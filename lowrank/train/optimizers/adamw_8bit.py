@@ -1,0 +1,29 @@
+"""AdamW with its moments in 8 bit, bitsandbytes'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lowrank.train.optimizers import Groups
+from lowrank.train.optimizers.adamw import AdamSettings
+from lowrank.train.optimizers.with_bitsandbytes import bytes_in_8_bit, optimizer_of_bitsandbytes
+
+
+class Config(AdamSettings):
+    """AdamW that keeps its moments in 8 bit: 2 bytes for each trained parameter."""
+
+    paper = "arXiv:2110.02861"
+    when = "full tuning, where AdamW's state does not fit"
+    type: Literal["adamw_8bit"] = "adamw_8bit"
+
+    def make(self, groups: Groups) -> torch.optim.Optimizer:
+        return optimizer_of_bitsandbytes(
+            "AdamW8bit", groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=0.0
+        )
+
+    def state_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        return bytes_in_8_bit(parameters, moments=2)
