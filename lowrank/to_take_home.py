@@ -17,6 +17,7 @@ from lowrank.checkpoints.peft_layout import CONFIG_FILE, AdapterOnDisk, load_ada
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.config import JobConfig, RunConfig, resolve
 from lowrank.config.read import read_file
+from lowrank.data.chat_template import without_marks
 from lowrank.data.config import Config as DataConfig
 from lowrank.data.rendering import Renderer
 from lowrank.errors import DataError, ModelError, did_you_mean
@@ -154,7 +155,7 @@ def _found(
     tokenizer = loading.load_tokenizer(model)
     renderer = Renderer(tokenizer, data)
     try:
-        template = renderer.chat_template
+        template = without_marks(renderer.chat_template)
     except ModelError:
         template = None  # plain text: nothing to carry along
     source = Source(

@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "What this machine and each storage can do, found out by trying.",
     "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
     "export": "Take a trained model home: PEFT adapter, merged model, and other forms, each compared with it.",
+    "deploy": "Make an export a model of a running Ollama server.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }
 """Each is `lowrank.cli.<name>:<name>`; one whose file is not there is not offered."""
