@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowrank.models.layers import decoder_layers
 
 _OWN_NUMBER = ("layer_idx", "layer_index", "layer_number", "block_idx", "layer_id")
 
@@ -16,7 +17,7 @@ def kinds_of_layers(model: Any) -> list[int]:
 
     Alike: the same classes, shapes and plain attributes all the way down. Empty where no stack of layers is found.
     """
-    stack = _stack(model)
+    stack = decoder_layers(model)
     if stack is None:
         return []
     looks = [_look(layer) for layer in stack]
@@ -25,22 +26,11 @@ def kinds_of_layers(model: Any) -> list[int]:
 
 def keep_layers(model: Any, keep: Sequence[int]) -> None:
     """Take the other decoder layers out of the model."""
-    stack = _stack(model)
+    stack = decoder_layers(model)
     assert stack is not None
     chosen = [stack[index] for index in keep]
     del stack[:]
     stack.extend(chosen)
-
-
-def _stack(model: Any) -> nn.ModuleList | None:
-    stacks = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(each, GradientCheckpointingLayer) for each in module)
-    ]
-    return stacks[0] if len(stacks) == 1 else None
 
 
 def _look(layer: nn.Module) -> str:
