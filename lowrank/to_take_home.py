@@ -159,6 +159,7 @@ def _found(
         template = without_marks(renderer.chat_template)
     except ModelError:
         template = None  # plain text: nothing to carry along
+
     def documents(count: int) -> Sequence[np.ndarray]:
         assert job is not None
         return training_documents(job.data, renderer, job.objective.build().record, job.seed, count)

@@ -64,7 +64,9 @@ def quantise_in_order(
     base = _loaded(source, merged)
     stack = decoder_layers(base.model)
     if stack is None:
-        raise ModelError(f"{source.model.path}: it has no single list of decoder layers; calibrate=false rounds as it is")
+        raise ModelError(
+            f"{source.model.path}: it has no single list of decoder layers; calibrate=false rounds as it is"
+        )
     names = {module: name for name, module in base.model.named_modules() if name in linears}
     states: list[torch.Tensor | None] = [None] * len(documents)
     done = 0
@@ -126,7 +128,9 @@ def _moments(linears: dict[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]
 
 
 @contextmanager
-def _only(stack: nn.ModuleList, index: int) -> Iterator[Callable[[Base, np.ndarray, torch.Tensor | None], torch.Tensor]]:
+def _only(
+    stack: nn.ModuleList, index: int
+) -> Iterator[Callable[[Base, np.ndarray, torch.Tensor | None], torch.Tensor]]:
     """Run a document through one decoder layer, beginning with its input (None for the first: embeddings do it)."""
     entering: list[torch.Tensor | None] = [None]
     leaving: list[torch.Tensor] = []

@@ -7,7 +7,6 @@ it differs. Tool calls cannot be carried over this way.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,8 +79,8 @@ def turn_texts(render: Render, bos: str | None) -> TurnTexts:
         pieces.append(piece)
     system_begins, to_user, to_answer, next_user, _ = pieces
     first, _, tail = text([("user", _ASKED)], True).partition(_ASKED)
-    user_begins = os.path.commonprefix([before[::-1] for before in (first, to_user, next_user)])[::-1]
-    user_ends = os.path.commonprefix([to_answer, tail])
+    user_begins = _common([before[::-1] for before in (first, to_user, next_user)])[::-1]
+    user_ends = _common([to_answer, tail])
     texts = TurnTexts(
         without_system=first.removesuffix(user_begins),
         system=(system_begins, to_user.removesuffix(user_begins)),
@@ -93,6 +92,12 @@ def turn_texts(render: Render, bos: str | None) -> TurnTexts:
         if texts.render(turns) != text(turns, True):
             raise ModelError(f"the chat template cannot be written as Go's: it does more than that can say; {_WAY_OUT}")
     return texts
+
+
+def _common(texts: Sequence[str]) -> str:
+    """The beginning that all have."""
+    length = next((at for at, chars in enumerate(zip(*texts)) if len(set(chars)) > 1), min(map(len, texts)))
+    return texts[0][:length]
 
 
 def _tried() -> list[list[tuple[str, str]]]:

@@ -4,8 +4,8 @@
     PARAMETER num_ctx 1024
     PARAMETER stop "<|im_end|>"
 
-Values stand bare to the end of the line, in `"..."`, or in triple quotes; nothing can be escaped, and a value ends at the
-first line that ends in its closing quotes. Ollama drops characters that cannot be printed (docs/modelfile and its
+Values stand bare to the end of the line, in `"..."`, or in triple quotes; nothing can be escaped, and a value ends at
+the first line that ends in its closing quotes. Ollama drops characters that cannot be printed (docs/modelfile and its
 parser, as of 0.33). No TEMPLATE is the better one since Ollama 0.30: the chat template in the GGUF file is then used.
 """
 

@@ -62,7 +62,9 @@ class Format(Protocol):
         """The tensors by suffix, and the weight that a reader gets of them. `dtype`: of the base's weight."""
         ...
 
-    def describe(self, shapes: Mapping[str, tuple[int, int]], others: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    def describe(
+        self, shapes: Mapping[str, tuple[int, int]], others: Sequence[str], dtype: torch.dtype
+    ) -> dict[str, Any]:
         """`quantization_config`; `others`: linear layers that stay as they are."""
         ...
 
@@ -113,7 +115,9 @@ class PackedTarget:
         else:
             how = "rounded to the nearest, since there is no text to calibrate on (give one: calibration=FILE)"
         kept = f"; {len(planned.others)} other linear layers stay as they are" if planned.others else ""
-        return Needs(disk, memory, (f"{len(planned.shapes)} layers packed from original + update in float32, {how}{kept}",))
+        return Needs(
+            disk, memory, (f"{len(planned.shapes)} layers packed from original + update in float32, {how}{kept}",)
+        )
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """Weights, configuration, tokenizer, template."""
@@ -201,7 +205,9 @@ def _planned(source: Source) -> _Planned:
     names = Names(source.base, merged.checkpoint, trust_remote_code=source.model.trust_remote_code)
     fused = [name for name, parameter in names.model.named_parameters() if parameter.ndim > 2]
     if fused:
-        raise ModelError(f"{source.model.path}: a mixture of experts ({fused[0]}, ...), not packed yet; export --to gguf")
+        raise ModelError(
+            f"{source.model.path}: a mixture of experts ({fused[0]}, ...), not packed yet; export --to gguf"
+        )
     linears = {
         name: module for name, module in linears_to_pack(names.model, None).items() if isinstance(module, nn.Linear)
     }

@@ -16,7 +16,14 @@ def correlated(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator) @ mix
 
 
-GRIDS: list[Grid] = [Even(2, symmetric=False), Even(3), Even(4), Even(4, symmetric=False), Even(8), Levels(nf4_levels())]
+GRIDS: list[Grid] = [
+    Even(2, symmetric=False),
+    Even(3),
+    Even(4),
+    Even(4, symmetric=False),
+    Even(8),
+    Levels(nf4_levels()),
+]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -1,4 +1,4 @@
-"""The merged model in vLLM's own format (compressed-tensors, pack-quantized): weights of 4 or 8 bits, W4A16 and W8A16."""
+"""The merged model in vLLM's own format (compressed-tensors, pack-quantized): W4A16 and W8A16."""
 
 from __future__ import annotations
 

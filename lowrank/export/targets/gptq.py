@@ -25,8 +25,8 @@ class Config(PackedSettings):
     group_size: int = 0
     """Inputs that share a scale; -1: all of a row. 0: the largest of 128, 64 and 32 that divides every layer."""
     symmetric: bool | None = None
-    """The zero in the middle of each group's range, which the fast kernels for 4 and 8 bits want. Left out: so at 4 and 8
-    bits, while 2 and 3 bits, which need every level, have zeros of their own."""
+    """The zero in the middle of each group's range, which the fast kernels for 4 and 8 bits want. Left out: so at 4 and
+    8 bits, while 2 and 3 bits, which need every level, have zeros of their own."""
 
     def build(self) -> PackedTarget:
         """The target."""

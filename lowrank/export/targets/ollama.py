@@ -39,8 +39,8 @@ class Config(Settings):
     """With as_adapter: the name of a model that the Ollama server has and that is this adapter's base, for example
     llama3.2:1b-instruct-fp16. Left out: the base is written as a GGUF file too."""
     template: bool = False
-    """Write a TEMPLATE in Go's language, for Ollama before 0.30. Later ones use the chat template in the GGUF file, which
-    is exact and knows tools; a TEMPLATE would replace it."""
+    """Write a TEMPLATE in Go's language, for Ollama before 0.30. Later ones use the chat template in the GGUF file,
+    which is exact and knows tools; a TEMPLATE would replace it."""
     system: str | None = None
     """SYSTEM: the system prompt that the model has by default."""
     num_ctx: int = Field(default=0, ge=0)

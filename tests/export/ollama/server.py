@@ -1,4 +1,4 @@
-"""The part of Ollama's documented HTTP API that a deployment uses, strict: digests, order, names and fields are checked."""
+"""The part of Ollama's documented HTTP API that a deployment uses: digests, order, names, fields are checked."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from lowrank.export.modelfile import Modelfile, parse, printable
 from tests.export.ollama.go_renderer import render
 from tests.export.ollama.modelfile_reader import WrongModelfile, read
 
-TORTURE = ["plain", "two\nlines", ' "quoted" ', 'ends in "', '""', "trailing space ", "# no comment", "\n", "你好，世界",
-           "{{ .System }}\n  {{- end }}", "tab\tin it", "a\r\nb"]  # fmt: skip
+TORTURE = ["plain", "two\nlines", ' "quoted" ', 'ends in "', '""', "trailing space ", "# no comment", "\n",
+           "你好，世界", "{{ .System }}\n  {{- end }}", "tab\tin it", "a\r\nb"]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", TORTURE)
@@ -57,8 +57,13 @@ def test_what_the_format_cannot_hold_is_refused(value: str) -> None:
 
 
 def test_wrong_lines_are_named() -> None:
-    for text, said in (("FROM x\nFORM y\n", "line 2: 'form'"), ("SYSTEM x\n", "no FROM"), ('FROM "x\n', "never closed"),
-                       ("FROM x\nPARAMETER num_ctx many\n", "expected a number"), ("FROM x\nMESSAGE user hi\n", "MESSAGE")):  # fmt: skip
+    for text, said in (
+        ("FROM x\nFORM y\n", "line 2: 'form'"),
+        ("SYSTEM x\n", "no FROM"),
+        ('FROM "x\n', "never closed"),
+        ("FROM x\nPARAMETER num_ctx many\n", "expected a number"),
+        ("FROM x\nMESSAGE user hi\n", "MESSAGE"),
+    ):
         with pytest.raises(ModelError, match=said):
             parse(text)
     assert printable("a\u200b你🙂\x0c\n") == "a你🙂\n"
