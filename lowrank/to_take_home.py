@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 import lowrank.models.loading as loading
@@ -17,12 +18,13 @@ from lowrank.checkpoints.peft_layout import CONFIG_FILE, AdapterOnDisk, load_ada
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.config import JobConfig, RunConfig, resolve
 from lowrank.config.read import read_file
+from lowrank.data.chat_template import without_marks
 from lowrank.data.config import Config as DataConfig
 from lowrank.data.rendering import Renderer
 from lowrank.errors import DataError, ModelError, did_you_mean
 from lowrank.export.combine import Config as CombineConfig
 from lowrank.export.combine import combine
-from lowrank.export.held_out import HeldOut, from_data, from_file, from_questions
+from lowrank.export.held_out import HeldOut, from_data, from_file, from_questions, training_documents
 from lowrank.export.source import Source
 from lowrank.models.config import Config as ModelConfig
 from lowrank.train.summary import SUMMARY
@@ -154,9 +156,14 @@ def _found(
     tokenizer = loading.load_tokenizer(model)
     renderer = Renderer(tokenizer, data)
     try:
-        template = renderer.chat_template
+        template = without_marks(renderer.chat_template)
     except ModelError:
         template = None  # plain text: nothing to carry along
+
+    def documents(count: int) -> Sequence[np.ndarray]:
+        assert job is not None
+        return training_documents(job.data, renderer, job.objective.build().record, job.seed, count)
+
     source = Source(
         name=name,
         base=_on_disk(model),
@@ -165,6 +172,7 @@ def _found(
         tokenizer=tokenizer,
         chat_template=template,
         stop_tokens=renderer.stop_tokens if template is not None else _eos(tokenizer),
+        documents=None if job is None else documents,
         facts=facts,
     )
     return Found(source, folder, renderer, job)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "examples").glob("0*.yaml"))
-SCRIPTS = sorted((ROOT / "examples").glob("0*.py"))
+CONFIGS = sorted((ROOT / "examples").glob("[0-9]*.yaml"))
+SCRIPTS = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
 
 def run(*command: str) -> str:

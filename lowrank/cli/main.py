@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": "Run lm-eval's benchmarks on every adapter at once.",
     "report": "Write report.html, one page with everything about a run.",
     "export": "Take a trained model home: PEFT adapter, merged model, and other forms, each compared with it.",
+    "deploy": "Make an export a model of a running Ollama server.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",
 }
 """Each is `lowrank.cli.<name>:<name>`; one whose file is not there is not offered."""

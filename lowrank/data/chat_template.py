@@ -18,10 +18,17 @@ from lowrank.records import Message
 _NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 """Written over in the text, since transformers lets no function of ours into a template."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 
 
 class RowRefused(DataError):
     """This conversation cannot be rendered, or its answers not be told apart; the message says why."""
+
+
+def without_marks(text: str) -> str:
+    """A Jinja source without `{% generation %}`, which only transformers knows; it renders the same text everywhere."""
+    plain = {"generation": "if true", "endgeneration": "endif"}
+    return _MARKS.sub(lambda mark: f"{{%{mark[1]} {plain[mark[2]]} {mark[3]}%}}", text)
 
 
 @dataclass(frozen=True)

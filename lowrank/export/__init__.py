@@ -43,6 +43,10 @@ class Tolerance:
     """Least share of tokens at which both have the same likeliest next token."""
     perplexity: float
     """Relative difference of the perplexities on the held-out tokens."""
+    gain_lost: float | None = None
+    """Of what training gained in held-out loss over the bare base, the share that may be lost."""
+    remedy: str = ""
+    """What to do where a target is further away than this."""
 
 
 class Reader(Protocol):

@@ -24,7 +24,7 @@ def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison
 
 
 def _front(kind: str, base: str | None) -> str:
-    library = "peft" if kind == "peft" else "gguf" if "gguf" in kind else "transformers"
+    library = "peft" if kind == "peft" else "gguf" if "gguf" in kind or kind == "ollama" else "transformers"
     lines = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if base is not None:  # the hub refuses a card whose base_model is a path
         lines.append(f"base_model: {base}")

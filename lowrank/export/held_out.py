@@ -74,6 +74,18 @@ def from_file(path: str, renderer: Renderer, seed: int, *, documents: int) -> He
     return from_segments(segments[:: max(1, len(segments) // documents)][:documents], f"rows of {path}")
 
 
+def training_documents(
+    data: DataConfig, renderer: Renderer, record: type, seed: int, count: int
+) -> tuple[np.ndarray, ...]:
+    """Rows that a run was trained on, as tokens; none if the data is not there any more."""
+    try:
+        segments = _first_rows(data.train, data, renderer, record, seed)
+    except DataError:
+        return ()
+    step = max(1, len(segments) // count)
+    return tuple(np.asarray(segment.token_L[:_TOKENS_OF_ONE], np.int64) for segment in segments[::step][:count])
+
+
 def from_questions(renderer: Renderer, *, chat: bool) -> HeldOut:
     """Questions that need no data; as plain text where there is no chat template. Their answers are still to be given:
     verify.py takes those of base + adapter.

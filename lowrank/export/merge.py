@@ -58,6 +58,19 @@ class _LinearUpdate:
 
 
 @dataclass(frozen=True)
+class _BiasUpdate:
+    """A variant's update of a linear layer's bias: (IA)^3 scales it with the outputs."""
+
+    variant: Variant
+    tensors: Tensors
+    by_rows = False
+
+    def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        del first, end
+        return self.variant.merge_bias(weight, self.tensors)
+
+
+@dataclass(frozen=True)
 class _EmbeddingUpdate:
     """W (V, D) + scale * (B A)^T of a lookup table."""
 
@@ -70,7 +83,7 @@ class _EmbeddingUpdate:
         return torch.addmm(weight, self.A_RV[:, first:end].t(), self.B_DR.t(), alpha=self.scale)
 
 
-_Change = _Instead | _LinearUpdate | _EmbeddingUpdate
+_Change = _Instead | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate
 
 
 @dataclass(frozen=True)
@@ -174,6 +187,9 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
             changes[f"{module}.weight"] = _EmbeddingUpdate(scale, parts["lora_embedding_A"], parts["lora_embedding_B"])
         else:
             changes[f"{module}.weight"] = _LinearUpdate(variant, scale, parts, names.is_transposed(module))
+            moves_bias = type(variant).merge_bias is not Variant.merge_bias
+            if moves_bias and getattr(names.model.get_submodule(module), "bias", None) is not None:
+                changes[f"{module}.bias"] = _BiasUpdate(variant, parts)
     return changes
 
 

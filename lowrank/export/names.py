@@ -69,6 +69,8 @@ class Names:
 
     def _misfits(self, module: str, adapter: AdapterOnDisk) -> list[str]:
         weight = f"{module}.weight"
+        if module in adapter.config.target_parameters:
+            return [f"{module}: an adapter on fused experts (target_parameters), not merged yet; use it with --to peft"]
         problem = self._unmergeable(weight)
         if problem is not None:
             return [problem]

@@ -24,14 +24,25 @@ _TOKENIZER = (
 )  # fmt: skip
 
 
-def write_side_files(source: Source, folder: Path, *, dtype: torch.dtype | None = None, untied: bool = False) -> None:
+def write_side_files(
+    source: Source,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    untied: bool = False,
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """config.json with the base's own keys, generation_config.json with every token that ends an answer, all tokenizer
     files byte for byte, and the chat template that training used.
 
-    `dtype`: of the weights, None: the base's. `untied`: embedding and head are two tensors now.
+    `dtype`: of the weights, None: the base's. `untied`: embedding and head are two tensors now. `quantization`: what
+    config.json says of packed weights.
     """
     _copy(source.base, folder, lambda name: not _fits(name, _NOT_COPIED))
-    _write_json(folder / "config.json", config_of(source, dtype=dtype, untied=untied))
+    config = config_of(source, dtype=dtype, untied=untied)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config_of(source))
     if source.chat_template is not None:
         write_template(folder, source.chat_template)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.models.config import Config as ModelConfig
@@ -32,6 +34,8 @@ class Source:
     """The Jinja source that training used; None where there is none (plain text)."""
     stop_tokens: frozenset[int] = frozenset()
     """Ids that end an answer: EOS and the template's end of turn."""
+    documents: Callable[[int], Sequence[np.ndarray]] | None = None
+    """At most so many documents that it was trained on, (L) int64 tokens each; None: its data is not at hand."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""
 

@@ -159,6 +159,14 @@ def _judged(found: Comparison) -> Comparison:
         )
     if not relative <= allowed.perplexity:
         problems.append(f"the perplexity differs by {relative:.2%}, at most {allowed.perplexity:.2%} is expected")
+    if allowed.gain_lost is not None and found.gain_kept is not None and not found.gain_kept >= 1 - allowed.gain_lost:
+        before, after = np.log(found.reference_perplexity), np.log(found.perplexity)
+        problems.append(
+            f"{1 - found.gain_kept:.1%} of what training gained is lost (loss {before:.4f}, now {after:.4f}), at most "
+            f"{allowed.gain_lost:.0%} is expected"
+        )
+    if problems and allowed.remedy:
+        problems.append(allowed.remedy)
     return replace(found, problems=tuple(problems))
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank.adapters.variants import lora
+from lowrank.adapters.variants import ia3, lora
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.errors import ModelError
@@ -169,6 +169,39 @@ def test_adapter_of_another_base_lists_shapes(tmp_path: Path) -> None:
     deeper = make_source(tmp_path / "deep", lora.Config(rank=2), num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"model\.layers\.2\.self_attn\.q_proj\.weight: the base has no such tensor"):
         Merged(source_of(source.base, deeper.adapter))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_biases_that_an_adapter_scales(family: str, tmp_path: Path) -> None:
+    """(IA)^3 scales outputs, the bias among them."""
+    config = ia3.Config(target_modules=("q_proj", "v_proj"))
+    source = make_source(tmp_path, config, family, torch.float32)
+    assert source.adapter is not None
+    model = load(source.base, torch.float32)
+    rows = {module: model.get_submodule(module).out_features for module in source.adapter.targets}
+    factors = {f"{module}.ia3_l": torch.rand(count, 1) + 0.5 for module, count in rows.items()}
+    source = replace(source, adapter=replace(source.adapter, tensors=factors))
+    assert source.adapter is not None
+    for module in source.adapter.targets:
+        factor = factors[f"{module}.ia3_l"]
+        linear = model.get_submodule(module)
+        assert linear.bias is not None
+        linear.weight.mul_(factor)
+        linear.bias.mul_(factor.flatten())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load(write_merged(source, tmp_path / "out"), torch.float32)(TOKEN).logits, model(TOKEN).logits
+        )
+
+
+def test_adapters_on_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
+    source = make_source(tmp_path, lora.Config(rank=2, target_modules=("q_proj",)), "mixtral", torch.float32)
+    assert source.adapter is not None
+    name = "model.layers.0.mlp.experts.down_proj"
+    config = source.adapter.config.model_copy(update={"target_parameters": (name,)})
+    adapter = replace(source.adapter, config=config, targets={**source.adapter.targets, name: (2, 4.0)})
+    with pytest.raises(ModelError, match=r"experts\.down_proj: an adapter on fused experts"):
+        Merged(replace(source, adapter=adapter))
 
 
 def test_resized_vocabulary(tmp_path: Path) -> None:

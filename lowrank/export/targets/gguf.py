@@ -38,7 +38,8 @@ _KL = {
 tools/perplexity/README.md), since small models suffer more. For all others 1.0."""
 
 
-def _listed(value: Any) -> Any:
+def as_types(value: Any) -> Any:
+    """`q8_0,Q4_K_M` as a tuple of types in small letters."""
     return tuple(part.strip().lower() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -46,7 +47,7 @@ class Config(Settings):
     """GGUF files of the merged model."""
 
     type: Literal["gguf"] = "gguf"
-    types: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ("q8_0",)
+    types: Annotated[tuple[str, ...], BeforeValidator(as_types)] = ("q8_0",)
     """What the weights are stored in, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, ..."""
     importance: Path | None = None
     """A text file (UTF-8) like what the model will be used for, at least 512 tokens: quantised types then spend their
@@ -98,34 +99,34 @@ class GgufTarget:
                 def heard(written: int, _: int, kind: str = kind, start: int = start) -> None:
                     progress(start + written, total, kind)
 
-                write_plan(made, self._path(source, folder, kind), kind, heard)
+                write_plan(made, self.path(source, folder, kind), kind, heard)
                 done += _bytes(made, kind)
             if self.config.importance is not None and self.quantised:
                 importance = measure(source, made, cut(source, self._text()))
-            said += self._words(self._path(source, folder, [*plain, *self._between()][0]), Path(side))
+            said += self._words(self.path(source, folder, [*plain, *self._between()][0]), Path(side))
         for name in self.quantised:
-            origin = self._path(source, folder, "f32" if "f32" in plain else "f16")
-            target, threads = self._path(source, folder, name), self.config.threads or None
+            origin = self.path(source, folder, "f32" if "f32" in plain else "f16")
+            target, threads = self.path(source, folder, name), self.config.threads or None
             written = quantise(origin, target, name, importance=importance, threads=threads)
             said += [str(written), *written.notes]
             done += _bytes(made, name)
             progress(done, total, name)
         for kind in self._between():
-            self._path(source, folder, kind).unlink()
+            self.path(source, folder, kind).unlink()
         return said
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """Every file as llama.cpp loads it; none where llama.cpp cannot be asked."""
         if _unchecked():
             return ()
-        paths = {kind: self._path(source, folder, kind) for kind in self.config.types}
+        paths = {kind: self.path(source, folder, kind) for kind in self.config.types}
         return tuple(
             ReadBack(path.name, tolerance(kind), lambda path=path: LlamaReader(path)) for kind, path in paths.items()
         )
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
-        name = self._path(source, Path(path), self.config.types[0])
+        name = self.path(source, Path(path), self.config.types[0])
         return f"```\nllama-server -m {name}\n```\n\nOr a `Modelfile` with the line `FROM {name}`, and `ollama create`."
 
     def _words(self, path: Path, side: Path) -> list[str]:
@@ -148,7 +149,8 @@ class GgufTarget:
         """The type that quantised files are made from, if it is not asked for itself."""
         return ["f16"] if self.quantised and not {"f16", "f32"} & set(self.config.types) else []
 
-    def _path(self, source: Source, folder: Path, kind: str) -> Path:
+    def path(self, source: Source, folder: Path, kind: str) -> Path:
+        """The file of a type."""
         return folder / f"{source.name}-{kind.upper()}.gguf"
 
 

@@ -48,7 +48,7 @@ class LoraGgufTarget:
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """One file."""
         adapter = _adapter(source)
-        write_adapter_file(plan(read_folder(source.base)), adapter, self._path(source, folder))
+        write_adapter_file(plan(read_folder(source.base)), adapter, self.path(source, folder))
         progress(1, 1)
         return (f"{len(adapter.targets)} modules; the scale is in the tensors, so a scale of 1 is right for any rank",)
 
@@ -56,15 +56,16 @@ class LoraGgufTarget:
         """Over the base's own file in float32, which is made for the purpose and removed again."""
         if unreachable():
             return ()
-        path = self._path(source, folder)
+        path = self.path(source, folder)
         return (ReadBack(path.name, tolerance("f32"), lambda: OverBase(source, path)),)
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
-        name = self._path(source, Path(path))
+        name = self.path(source, Path(path))
         return f"```\nllama-server -m BASE.gguf --lora {name}\n```"
 
-    def _path(self, source: Source, folder: Path) -> Path:
+    def path(self, source: Source, folder: Path) -> Path:
+        """The file."""
         return folder / f"{source.name}-lora.gguf"
 
 

@@ -1,6 +1,6 @@
 """Train an adapter, take it home as a merged model, and see that it is the same model.
 
-python examples/07_export.py [steps]
+python examples/10_export.py [steps]
 """
 
 from __future__ import annotations

@@ -1,0 +1,174 @@
+"""A GGUF file and the Modelfile that makes an Ollama model of it; or the adapter alone, over a base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lowrank.errors import ConfigError, DataError, ModelError
+from lowrank.export import Needs, Progress, ReadBack
+from lowrank.export.gguf.llama_cpp import unreachable
+from lowrank.export.go_template import Turns, turn_texts
+from lowrank.export.modelfile import Modelfile, printable
+from lowrank.export.source import Source
+from lowrank.export.targets.gguf import Config as GgufConfig
+from lowrank.export.targets.gguf import LlamaReader, as_types, tolerance
+from lowrank.export.targets.lora_gguf import Config as LoraConfig
+from lowrank.settings import Settings
+
+MODELFILE = "Modelfile"
+_MOST_CONTEXT = 8192
+"""Ollama reserves memory for the whole context when a model is loaded."""
+_LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+
+
+class Config(Settings):
+    """An Ollama model: a GGUF file and a Modelfile."""
+
+    type: Literal["ollama"] = "ollama"
+    types: Annotated[tuple[str], BeforeValidator(as_types)] = ("q8_0",)
+    """What the weights of the GGUF file are stored in: one type, as with `gguf`."""
+    as_adapter: bool = False
+    """Keep the adapter apart: FROM the base, ADAPTER the adapter. Several adapters can then share one base."""
+    base: str | None = None
+    """With as_adapter: the name of a model that the Ollama server has and that is this adapter's base, for example
+    llama3.2:1b-instruct-fp16. Left out: the base is written as a GGUF file too."""
+    template: bool = False
+    """Write a TEMPLATE in Go's language, for Ollama before 0.30. Later ones use the chat template in the GGUF file,
+    which is exact and knows tools; a TEMPLATE would replace it."""
+    system: str | None = None
+    """SYSTEM: the system prompt that the model has by default."""
+    num_ctx: int = Field(default=0, ge=0)
+    """Context length in tokens; 0: the model's own, 8192 at the most, since memory is reserved for all of it."""
+    importance: Path | None = None
+    """A text file for the importance matrix of quantised types; see gguf.importance."""
+
+    def build(self) -> OllamaTarget:
+        """The target."""
+        return OllamaTarget(self)
+
+
+class OllamaTarget:
+    """See the module."""
+
+    def __init__(self, config: Config) -> None:
+        if config.base is not None and not config.as_adapter:
+            raise ConfigError("ollama.base goes with ollama.as_adapter=true: a merged model needs no base")
+        self.config = config
+        self.gguf = GgufConfig(types=config.types, importance=config.importance).build()
+        self.lora = LoraConfig().build()
+
+    def needs(self, source: Source) -> Needs:
+        """Those of the GGUF files. The Modelfile is made here once, so that what it cannot hold is refused first."""
+        self._modelfile(source).text()
+        parts = []
+        if self.config.base is None:
+            parts.append(self.gguf.needs(self._model(source)))
+        if self.config.as_adapter:
+            parts.append(self.lora.needs(source))
+        notes = [note for part in parts for note in part.notes]
+        if self.config.template:
+            notes.append("the TEMPLATE is for Ollama before 0.30; tool calls are not in it")
+        if self.config.base is not None:
+            notes.append(f"nothing is compared: only your Ollama server has {self.config.base}")
+        return Needs(
+            sum(part.disk_bytes for part in parts), max(part.memory_bytes for part in parts), tuple(notes)
+        )  # fmt: skip
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+        """The GGUF files, then the Modelfile beside them."""
+        said: list[str] = []
+        if self.config.as_adapter:
+            said += self.lora.write(source, folder, lambda done, total, what="": None)
+        if self.config.base is None:
+            said += self.gguf.write(self._model(source), folder, progress)
+        modelfile = self._modelfile(source)
+        (folder / MODELFILE).write_text(modelfile.text(), encoding="utf-8")
+        settings = ", ".join(f"{name} {value}" for name, value in modelfile.parameters)
+        return [*said, f"Modelfile: FROM {modelfile.model}, {settings}"]
+
+    def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
+        """The files that the Modelfile names, in llama.cpp, which is what Ollama runs."""
+        if self.config.base is not None or unreachable():
+            return ()
+        if not self.config.as_adapter:
+            return self.gguf.read_back(source, folder)
+        base, adapter = self._file(source, folder), folder / self._adapter_name(source)
+        allowed = tolerance(self.config.types[0])
+        return (ReadBack(adapter.name, allowed, lambda: LlamaReader(base, [(adapter, 1.0)])),)
+
+    def usage(self, source: Source, path: str) -> str:
+        """With Ollama's own command, and without it."""
+        return (
+            f"```\ncd {path} && ollama create {source.name.lower()}\nollama run {source.name.lower()}\n```\n\n"
+            f"Or to any Ollama server: `lowrank deploy ollama {source.name.lower()} {path}`."
+        )
+
+    def _model(self, source: Source) -> Source:
+        """What becomes the GGUF file of FROM."""
+        return replace(source, name=f"{source.name}-base", adapter=None) if self.config.as_adapter else source
+
+    def _file(self, source: Source, folder: Path) -> Path:
+        return self.gguf.path(self._model(source), folder, self.config.types[0])
+
+    def _adapter_name(self, source: Source) -> str:
+        return self.lora.path(source, Path()).name
+
+    def _modelfile(self, source: Source) -> Modelfile:
+        name = self._file(source, Path()).name
+        return Modelfile(
+            model=self.config.base or f"./{name}",
+            adapter=f"./{self._adapter_name(source)}" if self.config.as_adapter else None,
+            template=go_template(source) if self.config.template else None,
+            system=self.config.system,
+            license=_license(source),
+            parameters=(("num_ctx", self.config.num_ctx or _context(source)), *_stops(source)),
+        )
+
+
+def go_template(source: Source) -> str:
+    """The source's chat template in Go's language. Raises ModelError where that cannot be."""
+    if source.chat_template is None:
+        raise ModelError(f"{source.name} has no chat template, so there is no TEMPLATE to write")
+
+    def render(turns: Turns, waiting: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return source.tokenizer.apply_chat_template(
+            messages, chat_template=source.chat_template, add_generation_prompt=waiting, tokenize=False
+        )
+
+    try:
+        return turn_texts(render, source.tokenizer.bos_token).go()
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"the chat template refuses a conversation ({error}); leave ollama.template out") from error
+
+
+def _context(source: Source) -> int:
+    config = json.loads((source.base / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    own = text.get("max_position_embeddings") or text.get("n_positions") or text.get("seq_length") or 2048
+    return min(int(own), _MOST_CONTEXT)
+
+
+def _stops(source: Source) -> list[tuple[str, str]]:
+    """Every token that ends an answer, as text."""
+    tokens = source.tokenizer.convert_ids_to_tokens(sorted(source.stop_tokens)) if source.stop_tokens else []
+    return [("stop", token) for token in dict.fromkeys(tokens) if token]
+
+
+def _license(source: Source) -> str | None:
+    """The base's, without what a Modelfile cannot hold (form feeds)."""
+    path = next((source.base / name for name in _LICENSES if (source.base / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        return printable(path.read_text(encoding="utf-8")).replace('"""', "'''")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
