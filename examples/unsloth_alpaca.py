@@ -94,9 +94,9 @@ losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entr
 print(f"loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
 
 FastLanguageModel.for_inference(model)
-inputs = tokenizer(
-    [alpaca_prompt.format("Extract the order.", "Mia wants 7 apples.", "")], return_tensors="pt"
-).to(model.device)
+inputs = tokenizer([alpaca_prompt.format("Extract the order.", "Mia wants 7 apples.", "")], return_tensors="pt").to(
+    model.device
+)
 model.generate(**inputs, streamer=TextStreamer(tokenizer), max_new_tokens=48, use_cache=True)
 
 model.save_pretrained(home / "lora_model")

@@ -48,7 +48,8 @@ def load(dtype: Any = torch.float32, load_in_4bit: bool = False, **settings: Any
 def peft_twin(ours: Any, **settings: Any) -> Any:
     """PEFT's model with the same adapter on the same base."""
     base = AutoModelForCausalLM.from_pretrained(locate(TINY), dtype=torch.float32)
-    twin = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **settings))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **settings)
+    twin = get_peft_model(base, config)
     own = dict(ours.named_parameters())
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
@@ -63,7 +64,8 @@ def tokenizer() -> Any:
 
 def texts() -> Dataset:
     end = tokenizer().eos_token
-    rows = [f"### Instruction:\nadd {i} and {i % 7}{' please' * (i % 3)}\n\n### Response:\n{i + i % 7}" for i in range(40)]
+    asked = "### Instruction:\nadd {} and {}{}\n\n### Response:\n{}"
+    rows = [asked.format(i, i % 7, " please" * (i % 3), i + i % 7) for i in range(40)]
     return Dataset.from_list([{"text": row + end} for row in rows])
 
 

@@ -200,7 +200,7 @@ def _variant(start: bool | str, loftq_config: Mapping[str, Any] | None, rslora: 
         raise ConfigError(f"init_lora_weights={start!r}: expected True, {', '.join(map(repr, _STARTS))}")
     chosen += [str(start)] if start is not True else []
     if loftq_config and "loftq" not in chosen:
-        raise ConfigError("loftq_config goes with init_lora_weights='loftq'; its bits are those the model was loaded in")
+        raise ConfigError("loftq_config goes with init_lora_weights='loftq'; its bits are those of the loaded model")
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} cannot be combined; choose one")
     return chosen[0] if chosen else "lora"

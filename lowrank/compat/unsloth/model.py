@@ -139,7 +139,8 @@ class TunedModel(peft.PeftModel):
         own = self.bank.slots[slot]
         for path, parameter in own.parameters.items():
             _hang(self.base.model, path, parameter, name, own.copies)
-        fields = to_peft(config, own.ranks, own.copies, self.description)
+        saved = self.bank.saved(slot)
+        fields = to_peft(saved.config, saved.ranks, own.copies, self.description)
         self.base_model.peft_config[name] = peft.get_peft_config({**fields, "inference_mode": False})
         if len(self.slots) == 1:
             self.set_adapter(name)
@@ -250,16 +251,28 @@ class TunedModel(peft.PeftModel):
         super().train(mode)
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **others: Any) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
         """Keep the input of each decoder layer alone; always torch's non-reentrant form."""
-        del gradient_checkpointing_kwargs, others
+        del activation_checkpointing_kwargs
+        if every_n_layers != 1 or offload:
+            _SAY.warning("every_n_layers and offload have no effect here: every layer is computed again, in place")
         set_recompute_under(self.base.model, self.routing.remembered)
         self._recomputes = True
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep all activations."""
         set_recompute(self.base.model, "none")
         self._recomputes = False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **others: Any) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **others)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     _recomputes = False
 
@@ -267,6 +280,8 @@ class TunedModel(peft.PeftModel):
     def is_gradient_checkpointing(self) -> bool:
         """Whether layers are computed again."""
         return self._recomputes
+
+    is_activation_checkpointing = is_gradient_checkpointing
 
     def enable_input_require_grads(self) -> None:
         """Nothing: only reentrant checkpointing needs it."""
