@@ -118,7 +118,9 @@ class TunedModel(peft.PeftModel):
 
     # --- adapters by name -------------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, **others: Any) -> None:
+    def add_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, adapter_name: str, peft_config: Any, **others: Any
+    ) -> None:
         """One more adapter like one that is there, as trainers do for a reference. ConfigError for any other."""
         del others
         like = next((name for name, own in self.peft_config.items() if own == peft_config), None)
@@ -167,7 +169,9 @@ class TunedModel(peft.PeftModel):
         finally:
             self._adapters_disabled = before
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str = DEFAULT, **others: Any) -> None:
+    def load_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_id: str | Path, adapter_name: str = DEFAULT, **others: Any
+    ) -> None:
         """Read an adapter's files (PEFT's or ours) into the adapter of that name, or into a new one."""
         del others  # whether it is trainable is what `set_adapter` says
         saved = load_adapter(Path(model_id))
@@ -298,7 +302,9 @@ class TunedModel(peft.PeftModel):
 
     # --- taking home ------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, **others: Any) -> None:
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | Path, **others: Any
+    ) -> None:
         """adapter_config.json and adapter_model.safetensors, as PEFT reads them. See `saving.save_lora`."""
         saving.save_lora(self, Path(save_directory), **others)
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowrank.checkpoints.packed_model import quantize_model
 from lowrank.checkpoints.peft_layout import write_adapter
@@ -111,7 +111,7 @@ def push(save: Callable[..., None], model: Any, repo_id: str, **others: Any) -> 
         return push_folder(written, repo_id, dry_run=dry_run, private=True if private is None else private)
 
 
-def _write(model: Any, folder: Path, tokenizer: Any, target: Merged | Gguf, verify: bool) -> None:
+def _write(model: Any, folder: Path, tokenizer: Any, target: Any, verify: bool) -> None:
     tokenizer = tokenizer if tokenizer is not None else model.base.tokenizer
     with tempfile.TemporaryDirectory() as beside:
         adapter = Path(beside) / folder.name
@@ -130,7 +130,7 @@ def _write(model: Any, folder: Path, tokenizer: Any, target: Merged | Gguf, veri
         raise_all(NotTheSameError, heading, found)
 
 
-def _sixteen_bits(model: Any) -> str:
+def _sixteen_bits(model: Any) -> Literal["auto", "bfloat16"]:
     """What the base's files have, if that is a 16-bit type."""
     path = Path(locate(model.settings.path)) / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
