@@ -41,8 +41,8 @@ routed linear; `own` runs its own formula for its rows; `own x2` multiplies with
 parameters against `lora` of rank 4, on a model of width 32 (OFT's blocks: 8). *Outputs*, *gradients*: the largest
 difference from PEFT {version} on the same tensors in float64, of a layer's output and of a loss's gradients, relative
 to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base. *Time*, *kept*: CPU
-time of an optimiser step, and bytes kept for its backward pass, against `lora`'s at the same rank (16), on a Llama of width
-512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, interleaved. `rslora` does the same work as
+time of an optimiser step, and bytes kept for its backward pass, against `lora`'s at the same rank (16), on a Llama
+of width 512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, interleaved. `rslora` does the same work as
 `lora`: its distance from 1 is the noise of the machine.
 
 | type | in a word | when | paper | path | trained | time | kept | in PEFT's files | outputs | gradients |
@@ -147,7 +147,7 @@ OBJECTIVES = """
 
 `objective: {type: ...}`. Jobs of one run may have different ones. *Loss*, *gradients*: the largest difference from
 TRL's own trainer on the same random rows in float32, ours cut into several batches; gradients relative to the
-largest value. `sft` and `pretrain` are compared with transformers' loss. `reward` is held to 1e-5 of TRL's RewardTrainer by
+largest value. `sft` and `pretrain` are compared with transformers' loss. `reward` is held to 1e-5 of RewardTrainer by
 tests/objectives/test_trl.py, which runs all of these on real rows too.
 
 | type | in a word | needs | peer | loss | gradients |
