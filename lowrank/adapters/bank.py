@@ -28,6 +28,7 @@ from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
 from lowrank.models.original import original_weight
 from lowrank.models.storages import BaseLinear, StorageConfig
+from lowrank.models.storages.dense import DenseLinear
 
 
 @dataclass
@@ -199,7 +200,7 @@ class Bank:
                 "use lora or rslora"
             )
         problems += self._trouble_with_experts(config, targets)
-        if config.needs_quantised and self.storage.type == "dense":
+        if config.needs_quantised and self.storage.type == "dense" and not any(map(self._is_packed, targets.linears)):
             problems.append(
                 f"adapter.type {config.type} makes up for what quantisation lost, and model.storage.type dense loses "
                 "nothing; use lora, or quantise the base"
@@ -220,6 +221,11 @@ class Bank:
             f"{name}: one job adapts it and another trains a copy; use one of the two" for name in sorted(clash)
         ]
         raise_all(ModelError, "this adapter cannot be attached", problems)
+
+    def _is_packed(self, name: str) -> bool:
+        """The layer was packed as it loaded."""
+        layer = innermost(self.base.model.get_submodule(name))
+        return hasattr(layer, "dense_weight") and not isinstance(layer, DenseLinear)
 
     def _trouble_with_experts(self, config: AdapterConfig, targets: Targets) -> list[str]:
         problems = [

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -40,12 +41,30 @@ def set_recompute(model: Any, policy: str | int) -> None:
     May be called again with another policy. ModelError where the model has no layers that could, or for `offload` on
     a CPU.
     """
+    layers = _layers(model, policy)
+    for layer, run in zip(layers, _runs(model, policy, len(layers))):
+        _use(layer, run)
+
+
+def set_recompute_under(model: Any, remembered: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Policy `full` for a trainer that is not ours, which may change what layers look at before the backward pass.
+
+    `remembered()` is called with each layer's first computation; the second runs within what it gave. The state of
+    torch's generator is kept too, for a base that has dropout of its own.
+    """
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), remembered()))
+
+    for layer in _layers(model, "full"):
+        _use(layer, run)
+
+
+def _layers(model: Any, policy: str | int) -> list[Any]:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    runs = _runs(model, policy, len(layers))
     if not layers and policy not in ("none", "auto", 0):
         raise ModelError(f"model.recompute: {type(model).__name__} does not support it; leave it at none")
-    for layer, run in zip(layers, runs):
-        _use(layer, run)
+    return layers
 
 
 def _runs(model: Any, policy: str | int, num_layers: int) -> list[Run | None]:

@@ -117,7 +117,7 @@ class Variant:
 
 
 _VIRTUAL = (
-    "it puts virtual tokens before every document, for which the packed stream has no place yet; ia3 and vera have "
+    "it puts virtual tokens before every document, for which the packed stream has no place; ia3 and vera have "
     "files as small"
 )
 ABSENT = {

@@ -1,0 +1,353 @@
+"""A base with adapters of our bank, as PEFT would show it: what the trainers of TRL and transformers train.
+
+    TunedModel                                 a peft.PeftModel to whoever asks
+      .base_model.model                        transformers' own model, its linears routed by the bank
+      ...q_proj.lora_A.default.weight          the bank's masters, hung into the tree under PEFT's names
+
+Nothing of the model's code is replaced: before each pass of the backbone the routing is told whose rows come, and the
+working copies of the adapter are brought up to date.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.routing import Draws, Routing
+from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints.peft_config import BaseDescription, describe_base, to_peft
+from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
+from lowrank.compat.unsloth import saving
+from lowrank.errors import ConfigError, ModelError
+from lowrank.kernels.logprobs import logprobs
+from lowrank.models.base import Base
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import locate
+from lowrank.models.recompute import set_recompute, set_recompute_under
+from lowrank.models.storages.dense import Config as Dense
+from lowrank.records import BARE_BASE
+
+DEFAULT = "default"
+"""PEFT's name of the first adapter."""
+IGNORED = -100
+"""The label that carries no loss."""
+_OF_OUR_LOSS = {"position_ids", "use_cache", "num_items_in_batch", "return_dict"}
+_SAY = logging.getLogger(__name__)
+
+
+class OneSlot(Routing):
+    """All rows of every layer are one slot's, however many a layer sees."""
+
+    def in_rows_of(self, total: int, layer: str) -> list[tuple[int, int, int]]:
+        """The whole of a layer's rows."""
+        del layer
+        return [(slot, 0, total) for slot, _, _ in self.ranges]
+
+    def remembered(self) -> Any:
+        """A context in which everything is as it is now."""
+        now = dict(vars(self))
+
+        @contextmanager
+        def then() -> Iterator[None]:
+            later = dict(vars(self))
+            vars(self).update(now)
+            try:
+                yield
+            finally:
+                vars(self).update(later)
+
+        return then()
+
+
+class _Tuner(nn.Module):
+    """What stands between a PeftModel and the model it adapts."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, Any] = {}
+        self.active_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self.model(*args, **kwargs)
+
+
+class TunedModel(peft.PeftModel):
+    """A frozen base with adapters by name, one of them at work. Computes in the base's dtype, trains float32 masters.
+
+    Unlike in PEFT, `bf16`/`fp16` of a trainer's arguments have no effect: the dtype was chosen when the model loaded.
+    With `labels` in training the logits are never made (`logits` is None); in evaluation they are.
+    """
+
+    def __init__(self, base: Base, settings: ModelConfig) -> None:
+        nn.Module.__init__(self)  # PeftModel's would build adapters of its own
+        self._adapters_disabled = False
+        self._is_prompt_learning = False
+        self.peft_type = peft.PeftType.LORA
+        self.special_peft_forward_args: set[str] = set()
+        self.base_model = _Tuner(base.model)
+        self.base = base
+        self.settings = settings
+        self.bank = Bank(base, Dense())  # what is to be packed was packed as it loaded
+        self.bank.routing = self.routing = OneSlot()
+        self.max_seq_length: int | None = None
+        self.slots: dict[str, int] = {}
+        self.seeds: dict[str, int] = {}
+        self._fresh: set[int] = set()
+        self._passes = 0
+        self._told_precision = False
+        base.backbone.register_forward_pre_hook(self._route, with_kwargs=True)
+
+    # --- adapters by name -------------------------------------------------------------------------------------
+
+    def add_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, adapter_name: str, peft_config: Any, **others: Any
+    ) -> None:
+        """One more adapter like one that is there, as trainers do for a reference. ConfigError for any other."""
+        del others
+        like = next((name for name, own in self.peft_config.items() if own == peft_config), None)
+        if like is None:
+            raise ConfigError(f"add_adapter: {adapter_name} has other settings than the adapters that are there")
+        self.attach(adapter_name, self.bank.slots[self.slots[like]].config, self.seeds[like])
+
+    def attach(
+        self, name: str, config: AdapterConfig, seed: int, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """A new adapter; the first is at work at once. ModelError for what the model has no place for."""
+        if name in self.slots:
+            raise ConfigError(f"there is an adapter {name!r} already")
+        slot = self.bank.add(config, seed=seed)
+        if tensors is not None:
+            self.bank.load(slot, tensors)
+        self.slots[name], self.seeds[name] = slot, seed
+        own = self.bank.slots[slot]
+        for path, parameter in own.parameters.items():
+            _hang(self.base.model, path, parameter, name, own.copies)
+        saved = self.bank.saved(slot)
+        fields = to_peft(saved.config, saved.ranks, own.copies, self.description)
+        self.base_model.peft_config[name] = peft.get_peft_config({**fields, "inference_mode": False})
+        if len(self.slots) == 1:
+            self.set_adapter(name)
+        else:
+            for parameter in own.parameters.values():
+                parameter.requires_grad_(False)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """The adapter at work, which alone is trained."""
+        if adapter_name not in self.slots:
+            raise ConfigError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.slots)}")
+        for name, slot in self.slots.items():
+            for parameter in self.bank.parameters(slot).values():
+                parameter.requires_grad_(name == adapter_name and not inference_mode)
+        self.active_adapter = adapter_name
+        self.base_model.active_adapters = [adapter_name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The bare base, for a while."""
+        before, self._adapters_disabled = self._adapters_disabled, True
+        try:
+            yield
+        finally:
+            self._adapters_disabled = before
+
+    def load_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_id: str | Path, adapter_name: str = DEFAULT, **others: Any
+    ) -> None:
+        """Read an adapter's files (PEFT's or ours) into the adapter of that name, or into a new one."""
+        del others  # whether it is trainable is what `set_adapter` says
+        saved = load_adapter(Path(model_id))
+        if adapter_name in self.slots:
+            self.bank.load(self.slots[adapter_name], saved.tensors)
+        else:
+            self.attach(adapter_name, saved.config, 0, saved.tensors)
+
+    def get_base_model(self) -> Any:
+        """transformers' own model, with the adapter at work in it."""
+        return self.base_model.model
+
+    def on_disk(self, name: str | None = None) -> AdapterOnDisk:
+        """The adapter at work (or another) as files have it."""
+        saved = self.bank.saved(self.slots[name or self.active_adapter])
+        return AdapterOnDisk(saved.config, saved.tensors, saved.ranks)
+
+    @property
+    def description(self) -> BaseDescription:
+        """What adapter files say about the base."""
+        return describe_base(self.base.model, locate(self.settings.path), self.settings.revision)
+
+    # --- computing --------------------------------------------------------------------------------------------
+
+    def _route(self, backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Before each pass of the backbone."""
+        del backbone
+        given = next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None)
+        num_rows = given.shape[0] * given.shape[1]
+        slot = BARE_BASE if self._adapters_disabled else self.slots.get(getattr(self, "active_adapter", ""), BARE_BASE)
+        if slot == BARE_BASE:
+            self.routing.set(num_rows, ())
+            return
+        learns = self.training and torch.is_grad_enabled()
+        if slot not in self._fresh:
+            self.bank.refresh(slot)
+            self._fresh.add(slot)
+        draws = None
+        if learns:
+            self._fresh.discard(slot)  # an optimiser step may follow
+            self._passes += 1
+            draws = {slot: Draws(self.seeds[self.active_adapter], self._passes)}
+        counter_N = torch.arange(num_rows, device=given.device)
+        self.routing.set(num_rows, ((slot, 0, num_rows),), counter_N, draws=draws)
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' arguments and outputs; `num_items_in_batch`: what the loss is divided by."""
+        with self._own_precision():
+            whole = not args and kwargs.keys() - {"input_ids", "attention_mask", "inputs_embeds"} <= _OF_OUR_LOSS
+            routers = getattr(self.base.model.config.get_text_config(), "output_router_logits", False)
+            if labels is None or not self.training or not whole or routers:
+                return self.base.model(*args, **kwargs if labels is None else {**kwargs, "labels": labels})
+            return self._scored(labels, **kwargs)
+
+    def _scored(self, labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        """The loss, from the rows that carry it alone."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "use_cache")}
+        hidden_BLD = self.base.backbone(**kwargs, use_cache=False).last_hidden_state[:, :-1]
+        target_BL = labels[:, 1:].to(hidden_BLD.device)
+        counts_BL = target_BL != IGNORED
+        slot = BARE_BASE if self._adapters_disabled else self.slots[self.active_adapter]
+        logprob_K = logprobs(hidden_BLD[counts_BL], target_BL[counts_BL], self.bank.head(slot))
+        total = counts_BL.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=-logprob_K.sum() / total)  # pyright: ignore[reportArgumentType]
+
+    @contextmanager
+    def _own_precision(self) -> Iterator[None]:
+        kind = self.base.device.type
+        if torch.is_autocast_enabled(kind):
+            asked = torch.get_autocast_dtype(kind)
+            if asked != self.base.dtype and not self._told_precision:
+                self._told_precision = True
+                _SAY.warning("the trainer asks for %s; the model was loaded to compute in %s, and does (dtype=)",
+                             asked, self.base.dtype)  # fmt: skip
+        with torch.autocast(kind, enabled=False):
+            yield
+
+    def train(self, mode: bool = True) -> TunedModel:
+        """As in torch."""
+        self._fresh.clear()
+        super().train(mode)
+        return self
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Keep the input of each decoder layer alone; always torch's non-reentrant form."""
+        del activation_checkpointing_kwargs
+        if every_n_layers != 1 or offload:
+            _SAY.warning("every_n_layers and offload have no effect here: every layer is computed again, in place")
+        set_recompute_under(self.base.model, self.routing.remembered)
+        self._recomputes = True
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        set_recompute(self.base.model, "none")
+        self._recomputes = False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **others: Any) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **others)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    _recomputes = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are computed again."""
+        return self._recomputes
+
+    is_activation_checkpointing = is_gradient_checkpointing
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: only reentrant checkpointing needs it."""
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained, all), those of packed layers counted as what they stand for."""
+        trained = sum(each.numel() for each in self.parameters() if each.requires_grad)
+        packed = sum(
+            module.in_features * module.out_features
+            for module in self.base.model.modules()
+            if hasattr(module, "dense_weight") and not isinstance(getattr(module, "weight", None), nn.Parameter)
+        )
+        return trained, packed + sum(each.numel() for each in self.parameters())
+
+    # --- taking home ------------------------------------------------------------------------------------------
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | Path, **others: Any
+    ) -> None:
+        """adapter_config.json and adapter_model.safetensors, as PEFT reads them. See `saving.save_lora`."""
+        saving.save_lora(self, Path(save_directory), **others)
+
+    def save_pretrained_merged(self, save_directory: str | Path, tokenizer: Any = None, **others: Any) -> None:
+        """The whole model, in transformers' layout. See `saving.save_merged`."""
+        saving.save_merged(self, Path(save_directory), tokenizer, **others)
+
+    def save_pretrained_gguf(self, save_directory: str | Path, tokenizer: Any = None, **others: Any) -> None:
+        """GGUF files. See `saving.save_gguf`."""
+        saving.save_gguf(self, Path(save_directory), tokenizer, **others)
+
+    def push_to_hub(self, repo_id: str, **others: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The adapter, as a repository."""
+        return saving.push(saving.save_lora, self, repo_id, **others)
+
+    def push_to_hub_merged(self, repo_id: str, tokenizer: Any = None, **others: Any) -> dict[str, Any]:
+        """The whole model, as a repository."""
+        return saving.push(saving.save_merged, self, repo_id, tokenizer=tokenizer, **others)
+
+    def push_to_hub_gguf(self, repo_id: str, tokenizer: Any = None, **others: Any) -> dict[str, Any]:
+        """GGUF files, as a repository."""
+        return saving.push(saving.save_gguf, self, repo_id, tokenizer=tokenizer, **others)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the base in memory is shared, and may be packed."""
+        del args, kwargs
+        raise ModelError("merge_and_unload: merge into files instead, with save_pretrained_merged(folder, tokenizer)")
+
+
+def _hang(model: nn.Module, path: str, parameter: nn.Parameter, adapter: str, copies: Sequence[str]) -> None:
+    """Put a master into the module tree, where PEFT would have it."""
+    *parts, leaf = path.split(".")
+    if any(path.startswith(f"{copy}.") for copy in copies):
+        parts += ["modules_to_save", adapter]
+    elif leaf == "weight":
+        parts.append(adapter)
+    else:
+        parts, leaf = [*parts, leaf], adapter
+    module = model
+    for part in parts:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    module.register_parameter(leaf, parameter)
