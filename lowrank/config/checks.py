@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowrank.objectives import needs
 from lowrank.settings import Settings
@@ -93,6 +93,9 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: full "
             "changes while the stream is read; leave streaming out, or set tuning: adapter"
         )
+    objective = job.objective.build()
+    if needs(objective, "rollouts"):
+        yield from _rollout_conflicts(job, objective)
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
     if job.early_stopping_patience is not None and config.eval_steps is None:
@@ -104,6 +107,19 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.tuning == "full" and job.adapter.path is not None:
         yield "adapter.path: with tuning: full there is no adapter to continue; set tuning: adapter"
+
+
+def _rollout_conflicts(job: JobConfig, objective: Any) -> Iterator[str]:
+    if not objective.settings.reward_funcs:
+        yield (
+            f"objective.reward_funcs: {job.objective.type} learns from rewards for its own answers; name at least one "
+            "function that gives them, my_module:fn"
+        )
+    if job.tuning == "full" and objective.compares:
+        yield (
+            f"objective: {job.objective.type} holds the model to the base as it was, which tuning: full changes; set "
+            "the weight of its KL term to 0, or tuning: adapter"
+        )
 
 
 def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:

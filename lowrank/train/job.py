@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lowrank.records import Segment
+from lowrank.train.engine import Forwarded
 from lowrank.train.optimizers import ScheduleConfig
 
 
@@ -21,6 +22,16 @@ class Steps(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class SelfAnswering(Protocol):
+    """What a job has whose steps are answers that it gives itself (train/rollouts.py)."""
+
+    metrics: dict[str, float]
+
+    def ask(self) -> None: ...
+
+    def evaluate(self) -> Forwarded: ...
 
 
 @dataclass
@@ -55,6 +66,8 @@ class Job:
     max_skipped_steps: int
     patience: int | None
     progress: Progress = field(default_factory=Progress)
+    rollouts: SelfAnswering | None = None
+    """Its feed, where it answers its prompts itself. Its losses are then minus the mean reward."""
 
     @property
     def active(self) -> bool:
@@ -85,6 +98,10 @@ class Job:
         """Held-out rows are due."""
         due = self.eval_every is not None and self.progress.step % self.eval_every == 0
         return bool(self.held_out) and (due or self.progress.finished == "done")
+
+    def evaluates_at_the_start(self) -> bool:
+        """A job that answers itself says first what its answers are worth before it has learned anything."""
+        return self.rollouts is not None and bool(self.held_out) and self.active and self.progress.step == 0
 
     def count_evaluation(self, loss: float) -> bool:
         """Take note of a held-out loss; True if it is the lowest so far."""

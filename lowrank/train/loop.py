@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -59,6 +60,7 @@ class Loop:
     def run(self) -> bool:
         """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
         with self._stop_on_interrupt():
+            self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
             while not self.stop_asked and (active := [job for job in self.jobs if job.active]):
                 self._step(active)
                 self._evaluate([job for job in active if job.evaluates_now()])
@@ -85,6 +87,9 @@ class Loop:
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
         rates = {job.slot: job.next_learning_rate() for job in active}
+        for job in active:  # first all of them, so that they are answered together
+            if job.rollouts is not None:
+                job.rollouts.ask()
         forwarded = self.engine.forward_backward({job.slot: job.feed.next_step() for job in active})
         updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
         self.tick += 1
@@ -95,6 +100,8 @@ class Loop:
             self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
 
     def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
+        if job.rollouts is not None:
+            forwarded = _as_rewarded(forwarded, job.rollouts.metrics)
         self._tell(
             StepDone(
                 job=job.name,
@@ -125,7 +132,9 @@ class Loop:
     def _evaluate(self, due: list[Job]) -> None:
         if not due:
             return
-        results = self.engine.evaluate({job.slot: job.held_out for job in due})
+        plain = {job.slot: job.held_out for job in due if job.rollouts is None}
+        results = self.engine.evaluate(plain) if plain else {}
+        results |= {job.slot: job.rollouts.evaluate() for job in due if job.rollouts is not None}
         for job in due:
             result = results[job.slot]
             best = job.count_evaluation(result.loss)
@@ -168,3 +177,9 @@ class Loop:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _as_rewarded(forwarded: Forwarded, metrics: dict[str, float]) -> Forwarded:
+    """What is minimised is minus the reward; the loss whose gradient does it is near 0 and says nothing."""
+    shown = {**metrics, **forwarded.metrics, "policy_loss": forwarded.loss}
+    return replace(forwarded, loss=-metrics["reward"], metrics=shown)
