@@ -16,8 +16,10 @@ def split_last_answer(record: Record) -> tuple[Conversation, Message]:
         return record.prompt, record.chosen
     if isinstance(record, Rated):
         record = record.conversation
+    if isinstance(record, Prompted):
+        raise RowProblem("no answer: the row has only a prompt")
     if not isinstance(record, Conversation):
-        raise RowProblem("plain text asks nothing" if not isinstance(record, Prompted) else "a prompt without an answer")
+        raise RowProblem("plain text asks nothing")
     answers = [place for place, message in enumerate(record.messages) if message.role == "assistant"]
     if not answers:
         raise RowProblem("no answer: the conversation has no turn of the assistant")

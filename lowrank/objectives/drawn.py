@@ -24,13 +24,14 @@ class DrawnSettings(Settings):
 
     reward_funcs: tuple[str, ...] = ()
     """Who judges answers: functions of your own, `my_module:fn`. Called with `prompts` and `completions` (lists of
-    messages each), `completion_ids`, and every column of the data as a list; gives a number for each answer, or None."""
+    messages each), `completion_ids`, and every column of the data as a list (`label`: the answer in the data); gives a
+    number for each answer, or None."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; left out: 1 each."""
     max_completion_length: Positive = 256
     """Tokens of an answer at the most."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of the draws; higher tries more."""
+    """Of the draws; higher tries more. What is learned from are probabilities at 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the likeliest tokens that together have this probability."""
     top_k: NonNegative = 0
@@ -90,16 +91,15 @@ class Drawn:
     weight_F    of the reward functions
     cut_N       bool: the answer was cut off at max_completion_length
     length_N    tokens of the answer
-    logprob     (L) each: log-probabilities of the answer's tokens when it was drawn; None if nobody needs them
-    reference   (L) each: the same under the bare base
-    value       (L) each: the value head's at each token, before it is drawn
+    logprob     (L) of each segment: log-probabilities of the answer's tokens when it was drawn, 0 on the prompt; None
+                if nobody needs them
+    reference   (L) of each segment: the same under the bare base
     """
 
     def __init__(self, reward_NF: np.ndarray, weight_F: np.ndarray, cut_N: np.ndarray, length_N: np.ndarray) -> None:
         self.reward_NF, self.weight_F, self.cut_N, self.length_N = reward_NF, weight_F, cut_N, length_N
         self.logprob: list[np.ndarray] | None = None
         self.reference: list[np.ndarray] | None = None
-        self.value: list[np.ndarray] | None = None
 
     @property
     def reward_N(self) -> np.ndarray:
@@ -109,8 +109,8 @@ class Drawn:
 
 
 class Judged:
-    """`signals`: for each answer, by name, (L) numbers of its tokens or one for all. `learned_N`: False carries no loss.
-    """
+    """What to learn. `signals`: for each segment, by name, (L) numbers of its tokens or one for all; where `learned_N`
+    is False, an answer carries no loss."""
 
     def __init__(
         self, signals: list[dict[str, np.ndarray]], learned_N: np.ndarray, metrics: Mapping[str, float] | None = None

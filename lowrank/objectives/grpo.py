@@ -30,8 +30,8 @@ class Config(DrawnSettings):
     num_iterations: Positive = 1
     """Optimiser steps on the same answers (mu in the paper)."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the bare base, which holds the model to it; 0.04 in the paper, and 0 (the base is
-    not asked at all) is usual today."""
+    """Weight of the KL divergence from the bare base, which holds the model to it; 0.04 in the paper, and 0 (the base
+    is not asked at all) is usual today."""
     epsilon: float = Field(default=0.2, gt=0)
     """An answer's probability may move by this share before it teaches nothing more; counts with num_iterations > 1."""
     epsilon_high: float | None = Field(default=None, gt=0)
@@ -43,8 +43,8 @@ class Config(DrawnSettings):
     over answers times max_completion_length. dapo: over all tokens of the step; bnpo is the same here, since a step's
     totals never depend on micro-batches."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the standard deviation of the group's rewards, of the step's, or nothing (true and
-    false stand for group and none)."""
+    """What advantages are divided by: the standard deviation of the group's rewards, of the step's, or nothing (true
+    and false stand for group and none)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratios to the old probability for each token (GRPO), or one for the whole answer (GSPO)."""
     mask_truncated_completions: bool = False

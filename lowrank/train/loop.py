@@ -15,10 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from lowrank.errors import LowrankError
 from lowrank.kernels.host_memory import Heap
 from lowrank.train.engine import Engine, Forwarded, Updated
 from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
-from lowrank.train.job import Job
+from lowrank.train.job import Job, SelfAnswering
 
 
 class Keeper(Protocol):
@@ -62,6 +63,7 @@ class Loop:
         with self._stop_on_interrupt():
             self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
             while not self.stop_asked and (active := [job for job in self.jobs if job.active]):
+                self._answer([job.rollouts for job in active if job.rollouts is not None])
                 self._step(active)
                 self._evaluate([job for job in active if job.evaluates_now()])
                 self._finish([job for job in active if not job.active])
@@ -84,12 +86,20 @@ class Loop:
         while self._to_tell:
             self._tell(self._to_tell.pop(0))
 
+    def _answer(self, answering: list[SelfAnswering]) -> None:
+        """First all are asked, so that they are answered together. A judge that fails costs no step that was taken."""
+        try:
+            for rollouts in answering:
+                rollouts.ask()
+            for rollouts in answering:
+                rollouts.answer()
+        except LowrankError:
+            self._save()
+            raise
+
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
         rates = {job.slot: job.next_learning_rate() for job in active}
-        for job in active:  # first all of them, so that they are answered together
-            if job.rollouts is not None:
-                job.rollouts.ask()
         forwarded = self.engine.forward_backward({job.slot: job.feed.next_step() for job in active})
         updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
         self.tick += 1

@@ -101,6 +101,8 @@ class Rollouts:
         """Steps taken on the present one."""
         self._segments: list[Segment] = []
         self._asked: list[tuple[Segment, Generation]] = []
+        self._fresh = False
+        """The answers are there and no step was taken on them."""
         self._before: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         """Of the answers of the last step."""
@@ -112,7 +114,7 @@ class Rollouts:
 
     def ask(self) -> None:
         """Put the questions of the next step, if it has new ones."""
-        if self._used or self._asked:
+        if self._used or self._asked or self._fresh:
             return
         self._before = self.state()
         prompts = [segment for segment in self._prompts.train.next_step() for _ in range(self._objective.group)]
@@ -120,14 +122,19 @@ class Rollouts:
             seed = key_of(self._seed, "answers", self._batch, place)
             self._asked.append((segment, self._submit(segment, self._config.model_copy(update={"seed": seed}))))
 
-    def next_step(self) -> list[Segment]:
-        """The segments of the next optimiser step, numbered."""
-        if not self._used:
-            self.ask()
+    def answer(self) -> None:
+        """Have what was asked answered and judged. ConfigError if a reward function fails; nothing is lost then."""
+        if self._asked:
             self._answering.finish()
             self._segments = self._judged(self._asked)
-            self._asked = []
-            self._batch += 1
+            self._asked, self._fresh = [], True
+
+    def next_step(self) -> list[Segment]:
+        """The segments of the next optimiser step, numbered."""
+        self.ask()
+        self.answer()
+        if self._fresh:
+            self._batch, self._fresh = self._batch + 1, False
         self._used = (self._used + 1) % self._objective.steps_per_batch
         return self._segments
 
@@ -145,17 +152,22 @@ class Rollouts:
         )
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON for `load_state`. Of questions that are not answered yet, nothing: they are asked again."""
-        if self._asked:
+        """Plain JSON for `load_state`. Of questions no step was taken on, nothing: they are asked again."""
+        if self._asked or self._fresh:
             return self._before
         kept = [_as_json(segment) for segment in self._segments] if self._used else []
-        return {"prompts": self._prompts.train.state(), "batch": self._batch, "used": self._used, "answers": kept,
-                "metrics": self.metrics}
+        return {
+            "prompts": self._prompts.train.state(),
+            "batch": self._batch,
+            "used": self._used,
+            "answers": kept,
+            "metrics": self.metrics,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self._prompts.train.load_state(state["prompts"])
-        self._batch, self._used, self._asked = state["batch"], state["used"], []
+        self._batch, self._used, self._asked, self._fresh = state["batch"], state["used"], [], False
         self.metrics = dict(state["metrics"])
         self._segments = number_the_step([_from_json(each) for each in state["answers"]])
 

@@ -52,7 +52,9 @@ def step_for(objective: Any, seed: int) -> list[Segment]:
         segments.append(_random_segment(generator, length, pair=pair, role=role))
         if needs(objective, "mismatched"):
             segments.append(_random_segment(generator, length + 2, role=MISMATCHED))
-    if needs(objective, "reference"):
+    if needs(objective, "rollouts"):
+        segments = [replace(segment, signals_L=_random_signals(generator, segment)) for segment in segments]
+    if needs(objective, "reference") or getattr(objective, "compares", False):
         segments = [replace(segment, reference_L=_random_reference(generator, segment)) for segment in segments]
     return number_the_step(segments)
 
@@ -66,6 +68,13 @@ def _random_segment(generator: np.random.Generator, length: int, **place: int) -
 def _random_reference(generator: np.random.Generator, segment: Segment) -> np.ndarray:
     """Around what random models think."""
     return np.where(segment.weight_L != 0, generator.normal(-np.log(VOCABULARY), 1.0, len(segment)), 0.0)
+
+
+def _random_signals(generator: np.random.Generator, segment: Segment) -> dict[str, np.ndarray]:
+    """Everything that any objective on the model's own answers finds out."""
+    carried_L = (segment.weight_L != 0).astype(np.float32)
+    drawn = {name: (carried_L * generator.normal()).astype(np.float32) for name in ("advantage", "value", "return")}
+    return {**drawn, "logprob": _random_reference(generator, segment).astype(np.float32)}
 
 
 def counted(objective: Any, batch: Batch) -> Totals:
