@@ -115,7 +115,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(prompts: str, tmp_path: Path, st
 
 def test_answers_are_used_again_as_often_as_asked(prompts: str, tmp_path: Path) -> None:
     ear = Ear()
-    train(settings(prompts, tmp_path / "run", [job("one", num_iterations=2)], num_train_epochs=1, max_steps=None), reporters=[ear])
+    own = [job("one", num_iterations=2)]
+    train(settings(prompts, tmp_path / "run", own, num_train_epochs=1, max_steps=None), reporters=[ear])
     steps = ear.steps("one")
     assert len(steps) == 12  # 12 prompts, 2 at a time, twice
     assert [a.metrics["reward"] == b.metrics["reward"] for a, b in zip(steps[::2], steps[1::2])] == [True] * 6
@@ -156,10 +157,11 @@ def test_held_out_prompts_are_answered_before_and_after(prompts: str, tmp_path: 
     ear = Ear()
     own = job("one", reward_funcs="tests.train.rewards:digits", beta=0.0, num_generations=8)
     data = {"train": prompts, "batch_size": 4, "validation_split": 0.25, "max_length": 64}
-    config = settings(prompts, tmp_path / "run", [own], data=data, max_steps=8, eval_steps=4, optimizer={"learning_rate": 2e-2})
-    summary = train(config, reporters=[ear])
+    summary = train(
+        settings(prompts, tmp_path / "run", [own], data=data, max_steps=12, eval_steps=6), reporters=[ear]
+    )
     evals = [event for event in ear.events if isinstance(event, EvalDone)]
-    assert [event.step for event in evals] == [0, 4, 8]
+    assert [event.step for event in evals] == [0, 6, 12]
     assert all(event.loss == -event.metrics["reward"] for event in evals)
     assert evals[-1].metrics["reward"] > evals[0].metrics["reward"] + 0.1
     assert summary["jobs"]["one"]["best_eval"]["loss"] == min(event.loss for event in evals)
@@ -170,7 +172,7 @@ def test_held_out_prompts_are_answered_before_and_after(prompts: str, tmp_path: 
 
 
 def test_an_adapter_that_gives_nan_ends_alone(prompts: str, tmp_path: Path) -> None:
-    broken = {**job("broken"), "optimizer": {"learning_rate": 1e30, "max_grad_norm": None, "max_skipped_steps": 1}}
+    broken = {**job("broken", temperature=3.0, num_generations=8), "optimizer": {"learning_rate": 1e30, "max_grad_norm": None, "max_skipped_steps": 1}}
     both, alone = Ear(), Ear()
     summary = train(settings(prompts, tmp_path / "both", [job("one"), broken]), reporters=[both])
     assert summary["jobs"]["broken"]["finished"] == "not_finite"
