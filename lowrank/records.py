@@ -260,11 +260,13 @@ class Scores:
     logprob_T    float32  log-probability of `target_T`; 0 where `weight_T` is 0 (never computed there)
     reference_T  float32  the same under the bare base, for objectives that need "reference"
     value_S      float32  the value head on each segment's last token, for objectives that need "value"
+    value_T      float32  the value head where each target is predicted, for objectives that need "token_values"
     """
 
     logprob_T: torch.Tensor
     reference_T: torch.Tensor | None = None
     value_S: torch.Tensor | None = None
+    value_T: torch.Tensor | None = None
 
 
 Totals = dict[str, float]

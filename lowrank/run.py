@@ -23,6 +23,7 @@ from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.data.rendering import Renderer
+from lowrank.errors import ModelError
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.storages.dense import Config as Dense
@@ -37,7 +38,7 @@ from lowrank.train.loop import Loop
 from lowrank.train.out_of_memory import in_plain_words
 from lowrank.train.reference import ReferencedSteps, References, cache_folder
 from lowrank.train.reporters import recorders_for
-from lowrank.train.rollouts import Answering, Prompts, Rollouts, steps_on_one_batch
+from lowrank.train.rollouts import Answering, Prompts, RewardModel, Rollouts, steps_on_one_batch
 from lowrank.train.summary import SummaryBuilder
 
 SECONDS_BETWEEN_WORDS = 5.0
@@ -262,7 +263,21 @@ def _let_answer(
             known = [*(segment for sample in own.train.samples for segment in sample), *own.eval]
             longest = max(map(len, known)) if own.train.samples else settings.data.max_length
             prompts = Prompts(own.train, own.eval, longest, Renderer(tokenizer, settings.data).stop_tokens)
-            job.feed = job.rollouts = Rollouts(engine, job.slot, prompts, answering, settings.seed)
+            judge = _reward_model(engine.bank, engine.jobs[job.slot].objective)
+            job.feed = job.rollouts = Rollouts(engine, job.slot, prompts, answering, settings.seed, judge)
+
+
+def _reward_model(bank: Bank, objective: Any) -> RewardModel | None:
+    """The reward model that the objective names, in a slot of its own. ModelError if it is none, or does not fit."""
+    path = objective.settings.reward_model
+    if path is None:
+        return None
+    value_D, saved = read_value_head(Path(path)), load_adapter(Path(path))
+    if value_D is None:
+        raise ModelError(f"objective.reward_model: {path} has no value head; it must come from a job of objective reward")
+    slot = bank.add(saved.config, seed=0)
+    bank.load(slot, saved.tensors)
+    return RewardModel(slot, value_D)
 
 
 def _run_started(

@@ -110,10 +110,10 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
 
 
 def _rollout_conflicts(job: JobConfig, objective: Any) -> Iterator[str]:
-    if not objective.settings.reward_funcs:
+    if not objective.settings.reward_funcs and objective.settings.reward_model is None:
         yield (
             f"objective.reward_funcs: {job.objective.type} learns from rewards for its own answers; name at least one "
-            "function that gives them, my_module:fn"
+            "function that gives them, my_module:fn, or a reward_model"
         )
     if job.tuning == "full" and objective.compares:
         yield (

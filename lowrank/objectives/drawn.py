@@ -28,6 +28,9 @@ class DrawnSettings(Settings):
     number for each answer, or None."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward function; left out: 1 each."""
+    reward_model: str | None = None
+    """The folder of an adapter that was trained with objective `reward` on the same base; what its value head gives for
+    the last token of an answer is added to the rewards, with weight 1."""
     max_completion_length: Positive = 256
     """Tokens of an answer at the most."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -94,12 +97,16 @@ class Drawn:
     logprob     (L) of each segment: log-probabilities of the answer's tokens when it was drawn, 0 on the prompt; None
                 if nobody needs them
     reference   (L) of each segment: the same under the bare base
+    value       (L) of each segment: the value head's word on each token before it was drawn; None if there is none
+    answer      (L) of each segment, bool: the tokens of the answer
     """
 
     def __init__(self, reward_NF: np.ndarray, weight_F: np.ndarray, cut_N: np.ndarray, length_N: np.ndarray) -> None:
         self.reward_NF, self.weight_F, self.cut_N, self.length_N = reward_NF, weight_F, cut_N, length_N
         self.logprob: list[np.ndarray] | None = None
         self.reference: list[np.ndarray] | None = None
+        self.value: list[np.ndarray] | None = None
+        self.answer: list[np.ndarray] = []
 
     @property
     def reward_N(self) -> np.ndarray:

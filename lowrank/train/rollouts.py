@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.errors import DataError
@@ -71,17 +72,34 @@ class Prompts:
     stop_tokens: frozenset[int]
 
 
+@dataclass(frozen=True)
+class RewardModel:
+    """A trained adapter in a slot of its own, and its value head."""
+
+    slot: int
+    value_D: torch.Tensor
+
+
 class Rollouts:
     """A feed whose segments are answers of the job's own slot; see the module.
 
     `ask` is called for all jobs before the first `next_step`, so that they are answered together.
     """
 
-    def __init__(self, engine: Engine, slot: int, prompts: Prompts, answering: Answering, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        slot: int,
+        prompts: Prompts,
+        answering: Answering,
+        seed: int,
+        reward_model: RewardModel | None = None,
+    ) -> None:
         """DataError for prompts that the model cannot read whole."""
         objective: Any = engine.jobs[slot].objective
         self._objective: Drawing = objective
         self._engine, self._slot, self._prompts, self._answering, self._seed = engine, slot, prompts, answering, seed
+        self._reward_model = reward_model
         settings = self._objective.settings
         reach = engine.base.reach
         if reach is not None and prompts.longest >= reach:
@@ -179,7 +197,10 @@ class Rollouts:
         drawn, metrics = self._rewarded(asked)
         answers = [generation.answer for _, generation in asked]
         segments = [_with_answer(segment, answer) for (segment, _), answer in zip(asked, answers)]
-        if self._objective.steps_per_batch > 1:
+        drawn.answer = [segment.weight_L != 0 for segment in segments]
+        if needs(self._objective, "token_values"):  # a token's is the one where it is predicted: one place before
+            drawn.value = [np.append(np.float32(0), each[:-1]) for each in self._engine.values(self._slot, segments)]
+        if self._objective.steps_per_batch > 1 or needs(self._objective, "token_values"):
             drawn.logprob = self._engine.logprobs(self._slot, segments)
         if self._objective.compares:
             drawn.reference = self._engine.logprobs(BARE_BASE, segments)
@@ -192,15 +213,20 @@ class Rollouts:
         answers = [generation.answer for _, generation in asked]
         settings = self._objective.settings
         arguments = self._arguments([segment for segment, _ in asked], answers)
-        names = settings.reward_funcs
-        reward_NF = np.stack([call_reward_function(name, len(asked), arguments) for name in names], axis=1)
+        given = [call_reward_function(name, len(asked), arguments) for name in settings.reward_funcs]
+        names, weights = short_names(settings.reward_funcs), list(settings.reward_weights or [1.0] * len(given))
+        if self._reward_model is not None:
+            segments = [_with_answer(segment, answer) for (segment, _), answer in zip(asked, answers)]
+            values = self._engine.values(self._reward_model.slot, segments, self._reward_model.value_D)
+            given.append(np.array([value_L[-1] for value_L in values], np.float64))
+            names, weights = [*names, "reward_model"], [*weights, 1.0]
         drawn = Drawn(
-            reward_NF,
-            np.array(settings.reward_weights or [1.0] * len(names)),
+            np.stack(given, axis=1),
+            np.array(weights),
             np.array([answer.finish == "length" for answer in answers]),
             np.array([len(answer.tokens) + (answer.stop_token is not None) for answer in answers]),
         )
-        return drawn, reward_metrics(drawn, short_names(names))
+        return drawn, reward_metrics(drawn, names)
 
     def _arguments(self, segments: Sequence[Segment], answers: Sequence[Answer]) -> dict[str, list[Any]]:
         """What reward functions are called with, as TRL calls them for conversations."""
@@ -236,7 +262,9 @@ def rehearsal(objective: Any, prompts: Sequence[Segment]) -> list[Segment]:
         np.zeros((len(segments), 1)), np.ones(1), np.zeros(len(segments), bool), np.full(len(segments), longest)
     )
     known = [np.zeros(len(segment), np.float32) for segment in segments]
-    drawn.logprob = known if drawing.steps_per_batch > 1 else None
+    drawn.answer = [segment.weight_L != 0 for segment in segments]
+    drawn.value = known
+    drawn.logprob = known
     drawn.reference = known if drawing.compares else None
     judged = drawing.judge(drawn)
     return number_the_step(_attached(segments, drawn, judged, np.zeros(len(segments), bool)))

@@ -127,10 +127,12 @@ def test_the_loss_is_a_scalar_with_a_gradient_and_leaves_its_inputs_alone(name: 
     segments = [segment for segment in step_for(objective, 0) if segment.role != MISMATCHED]
     batch = pack([(0, segment) for segment in segments])
     before = copy.deepcopy(batch)
-    value_T = -torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(0)) * (batch.weight_T != 0)
-    logprob_T = value_T.clone().requires_grad_()
+    before_T = -torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(0)) * (batch.weight_T != 0)
+    logprob_T = before_T.clone().requires_grad_()
     value_S = torch.linspace(-1, 1, len(segments)).requires_grad_() if needs(objective, "value") else None
-    loss, metrics = objective.loss(Scores(logprob_T, batch.reference_T, value_S), batch, counted(objective, batch))
+    value_T = torch.linspace(-1, 1, batch.num_tokens).requires_grad_() if needs(objective, "token_values") else None
+    scores = Scores(logprob_T, batch.reference_T, value_S, value_T)
+    loss, metrics = objective.loss(scores, batch, counted(objective, batch))
     assert loss.shape == ()
     assert torch.isfinite(loss)
     loss.backward()
@@ -142,7 +144,7 @@ def test_the_loss_is_a_scalar_with_a_gradient_and_leaves_its_inputs_alone(name: 
         assert logprob_T.grad is not None
         assert logprob_T.grad[batch.weight_T != 0].abs().sum() > 0
         assert logprob_T.grad[batch.weight_T == 0].abs().sum() == 0
-    assert torch.equal(logprob_T.detach(), value_T)
+    assert torch.equal(logprob_T.detach(), before_T)
     assert all(isinstance(value, (float, torch.Tensor)) for value in metrics.values())
     assert before.signals_T.keys() == batch.signals_T.keys()
     assert all(torch.equal(value, batch.signals_T[key]) for key, value in before.signals_T.items())

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError
+from lowrank.records import Conversation, Message
 from lowrank.run import train
 from lowrank.train.events import EvalDone, Event, StepDone
+from lowrank.trained import open_trained
 from tests.train import rewards
 
 GRPO = {
@@ -78,12 +80,16 @@ def adapter(out: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(out / name / "last" / "adapter_model.safetensors")
 
 
+PPO = {
+    "name": "ppo",
+    "objective": {"type": "ppo", "reward_funcs": "tests.train.rewards:digits", "max_completion_length": 6},
+}
 SFT = {"name": "sft", "objective": "sft", "data": {"train": "lowrank/demo", "max_samples": 20, "batch_size": 4}}
 
 
 def test_none_notices_another(prompts: str, tmp_path: Path) -> None:
     """Two GRPO jobs and an SFT job: each has the losses, answers and weights that it has alone."""
-    jobs = [job("one"), {**SFT}, job("two", num_iterations=2, loss_type="grpo")]
+    jobs = [job("one"), {**SFT}, job("two", num_iterations=2, loss_type="grpo"), {**PPO}]
     together = Ear()
     train(settings(prompts, tmp_path / "all", jobs), reporters=[together])
     assert together.numbers("one") != together.numbers("two")
@@ -100,17 +106,18 @@ def test_none_notices_another(prompts: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_stopped_run_goes_on_to_the_same_bits(prompts: str, tmp_path: Path, step: int) -> None:
-    """Stopped between two batches of answers (2), and between two steps on the same ones (3)."""
-    jobs = [job("one", num_iterations=2)]
+    """Stopped between two batches of answers (2), and between two steps on the same ones (3, and always with PPO)."""
+    jobs = [job("one", num_iterations=2), {**PPO}]
     whole, first, rest = Ear(), Ear(stop_after=("one", step)), Ear()
     train(settings(prompts, tmp_path / "whole", jobs), reporters=[whole])
     train(settings(prompts, tmp_path / "cut", jobs), reporters=[first])
     assert len(first.steps("one")) == step
     train(settings(prompts, tmp_path / "cut", jobs, resume=True), reporters=[rest])
-    assert first.numbers("one") + rest.numbers("one") == whole.numbers("one")
-    expected = adapter(tmp_path / "whole", "one")
-    for key, value in adapter(tmp_path / "cut", "one").items():
-        assert torch.equal(value, expected[key]), key
+    for name in ("one", "ppo"):
+        assert first.numbers(name) + rest.numbers(name) == whole.numbers(name)
+        expected = adapter(tmp_path / "whole", name)
+        for key, value in adapter(tmp_path / "cut", name).items():
+            assert torch.equal(value, expected[key]), key
 
 
 def test_answers_are_used_again_as_often_as_asked(prompts: str, tmp_path: Path) -> None:
@@ -172,7 +179,8 @@ def test_held_out_prompts_are_answered_before_and_after(prompts: str, tmp_path: 
 
 
 def test_an_adapter_that_gives_nan_ends_alone(prompts: str, tmp_path: Path) -> None:
-    broken = {**job("broken", temperature=3.0, num_generations=8), "optimizer": {"learning_rate": 1e30, "max_grad_norm": None, "max_skipped_steps": 1}}
+    rate = {"learning_rate": 1e30, "max_grad_norm": None, "max_skipped_steps": 1}
+    broken = {**job("broken", temperature=3.0, num_generations=8), "optimizer": rate}
     both, alone = Ear(), Ear()
     summary = train(settings(prompts, tmp_path / "both", [job("one"), broken]), reporters=[both])
     assert summary["jobs"]["broken"]["finished"] == "not_finite"
@@ -198,6 +206,27 @@ def test_a_reward_function_that_fails_loses_nothing(
     for name in ("one", "sft"):
         assert len(first.steps(name)) == len(rest.steps(name)) == 2
         assert first.numbers(name) + rest.numbers(name) == whole.numbers(name)
+
+
+def test_a_reward_model_judges_as_it_does_elsewhere(prompts: str, tmp_path: Path) -> None:
+    """Trained here, loaded beside the job: its rewards are those that `Trained.rewards` gives for the same answers."""
+    pairs = [{"prompt": f"Say {n}", "chosen": f"{n} {n}", "rejected": "no"} for n in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    judge = {"name": "rm", "objective": "reward", "data": {"train": str(tmp_path / "pairs.jsonl"), "batch_size": 4}}
+    train(settings(prompts, tmp_path / "rm", [judge], max_steps=2))
+    rewards.SEEN.clear()
+    given = {"reward_model": str(tmp_path / "rm" / "rm" / "last"), "reward_funcs": "tests.train.rewards:noted"}
+    ear = Ear()
+    own = {"name": "ppo", "objective": {"type": "ppo", "max_completion_length": 24, **given}}
+    train(settings(prompts, tmp_path / "run", [own], max_steps=1, data={"train": prompts, "batch_size": 4}), reporters=[ear])
+    trained = open_trained(str(tmp_path / "rm"), which="last", notify=lambda text: None)
+    expected = []
+    for asked, answered in zip(rewards.SEEN[0]["prompts"], rewards.SEEN[0]["completions"]):
+        chat = tuple(Message(each["role"], each["content"]) for each in [*asked, *answered])
+        expected += trained.rewards([("rm", Conversation(chat))])
+    (step,) = ear.steps("ppo")
+    assert step.metrics["completions/clipped_ratio"] == 0  # all ended by themselves, so the texts are the same
+    assert step.metrics["rewards/reward_model/mean"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize(
