@@ -56,9 +56,8 @@ TEMPLATES = {
 }
 """Templates of theirs that a built-in one reproduces, by name; `deepseek` means another format there."""
 
-STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward"}
+STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward", "ppo": "ppo"}
 """`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
-LATER_STAGES = ("ppo",)
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 REPORTERS = ("tensorboard", "wandb", "mlflow", "swanlab")
 
@@ -132,9 +131,15 @@ def _contradictions(keys: Keys) -> list[str]:
         found.append("do_train: it is not set, so LLaMA-Factory would not train; set do_train: true")
     if keys.stage not in STAGES:
         all_stages = ", ".join(STAGES)
-        way = f"{all_stages} are" if keys.stage in LATER_STAGES else f"choose one of {all_stages}"
-        way += "" if keys.stage in LATER_STAGES else did_you_mean(keys.stage, STAGES)
+        way = f"choose one of {all_stages}{did_you_mean(keys.stage, STAGES)}"
         found.append(f"stage: {keys.stage!r} is not trained; {way}")
+    if keys.stage == "ppo" and keys.reward_model is None:
+        found.append("reward_model: required for stage: ppo; name the folder of an adapter trained with stage: rm")
+    if keys.stage == "ppo" and keys.reward_model_type != "lora":
+        found.append(
+            f"reward_model_type: {keys.reward_model_type!r} is not supported; train an adapter with stage: rm on the same "
+            "base (lora), or use objective.reward_funcs in the native form"
+        )
     if keys.finetuning_type not in ("lora", "full"):
         found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose lora or full")
     if keys.finetuning_type == "full":
@@ -292,9 +297,21 @@ def _objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
         "dpo": shared | {"loss_type": keys.pref_loss, "label_smoothing": keys.dpo_label_smoothing},
         "orpo": {"beta": keys.pref_beta},
         "simpo": {"beta": keys.pref_beta, "gamma": keys.simpo_gamma},
+        "ppo": {
+            "num_ppo_epochs": keys.ppo_epochs,
+            "score_norm": keys.ppo_score_norm,
+            "whiten_rewards": keys.ppo_whiten_rewards,
+            "reward_model": keys.reward_model,
+            "kl_coef": 0.2,  # where TRL's adaptive controller begins
+        },
         "kto": shared | {"desirable_weight": keys.kto_chosen_weight, "undesirable_weight": keys.kto_rejected_weight},
     }
     objective = {"type": name} | used.get(name, {})
+    if name == "ppo":
+        warnings.append(
+            "answers are drawn with objective.temperature 1 and at most objective.max_completion_length tokens; "
+            "temperature, top_p, top_k and max_new_tokens of this file are not taken over"
+        )
     if keys.pref_ftx and "pref_ftx" not in objective:
         warnings.append(f"pref_ftx has no effect with objective {name}")
     if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):
