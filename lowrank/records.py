@@ -241,9 +241,7 @@ def _signals(segments: Sequence[Segment], lengths: Sequence[int], end_S: torch.T
     return {name: value_T for name, value_T in found.items() if value_T is not None}
 
 
-def _of_tokens(
-    known: Sequence[np.ndarray | None], lengths: Sequence[int], end_S: torch.Tensor
-) -> torch.Tensor | None:
+def _of_tokens(known: Sequence[np.ndarray | None], lengths: Sequence[int], end_S: torch.Tensor) -> torch.Tensor | None:
     """Numbers of each segment's tokens, shifted like the weights; 0 for segments that know none, None if all do not."""
     if all(value_L is None for value_L in known):
         return None

@@ -274,7 +274,7 @@ def _reward_model(bank: Bank, objective: Any) -> RewardModel | None:
         return None
     value_D, saved = read_value_head(Path(path)), load_adapter(Path(path))
     if value_D is None:
-        raise ModelError(f"objective.reward_model: {path} has no value head; it must come from a job of objective reward")
+        raise ModelError(f"objective.reward_model: {path} has no value head; it must come from objective reward")
     slot = bank.add(saved.config, seed=0)
     bank.load(slot, saved.tensors)
     return RewardModel(slot, value_D)

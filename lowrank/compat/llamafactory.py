@@ -137,8 +137,8 @@ def _contradictions(keys: Keys) -> list[str]:
         found.append("reward_model: required for stage: ppo; name the folder of an adapter trained with stage: rm")
     if keys.stage == "ppo" and keys.reward_model_type != "lora":
         found.append(
-            f"reward_model_type: {keys.reward_model_type!r} is not supported; train an adapter with stage: rm on the same "
-            "base (lora), or use objective.reward_funcs in the native form"
+            f"reward_model_type: {keys.reward_model_type!r} is not supported; train an adapter with stage: rm on "
+            "the same base (lora), or use objective.reward_funcs in the native form"
         )
     if keys.finetuning_type not in ("lora", "full"):
         found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose lora or full")

@@ -31,7 +31,8 @@ class Keys(Settings):
     adapter_name_or_path: tuple[str, ...] = ()
     """`adapter.path`; one adapter, on which training goes on"""
     stage: str = "sft"
-    """`objective.type`: `sft`, `pretrain` for `pt`, `dpo` (or what `pref_loss` names), `kto`, `reward` for `rm`, `ppo`"""
+    """`objective.type`: `sft`, `pretrain` for `pt`, `dpo` (or what `pref_loss` names), `kto`, `reward` for `rm`,
+    `ppo`"""
     ppo_epochs: int = Field(default=4, gt=0)
     """`objective.num_ppo_epochs`"""
     ppo_score_norm: bool = False
@@ -354,9 +355,7 @@ NO_EFFECT: Sequence[Group] = (
         "belongs to a method that another key would ask for",
     ),
     Group(
-        _keys(
-            "ref_model_quantization_bit reward_model_adapters reward_model_quantization_bit"
-        ),
+        _keys("ref_model_quantization_bit reward_model_adapters reward_model_quantization_bit"),
         "belongs to the stages rm, ppo, dpo and kto",
     ),
     Group(
@@ -381,8 +380,8 @@ NO_EFFECT: Sequence[Group] = (
 REFUSED: Sequence[Group] = (
     Group(
         _keys("ppo_target"),
-        "the weight of the KL cost does not move; remove it and set objective.kl_coef in the native form (0.2 here, where "
-        "LLaMA-Factory begins)",
+        "the weight of the KL cost does not move; remove it and set objective.kl_coef in the native form (0.2 here, "
+        "where LLaMA-Factory begins)",
         6.0,
     ),
     Group(

@@ -1,8 +1,8 @@
 """PPO against TRL 0.11.4, the last with a PPOTrainer whose pieces are methods, and the one LLaMA-Factory's stage has.
 
-The numbers were recorded with its `compute_rewards`, `compute_advantages` and `loss`, in float64 on random tensors. In the
-whitened case all answers have one length: TRL's whitening turns the zeros of its padding into rewards, which flow into the
-advantages of shorter answers.
+The numbers were recorded with its `compute_rewards`, `compute_advantages` and `loss`, in float64 on random tensors. In
+the whitened case all answers have one length: TRL's whitening turns the zeros of its padding into rewards, which flow
+into the advantages of shorter answers.
 """
 
 from __future__ import annotations

@@ -164,9 +164,7 @@ def test_held_out_prompts_are_answered_before_and_after(prompts: str, tmp_path: 
     ear = Ear()
     own = job("one", reward_funcs="tests.train.rewards:digits", beta=0.0, num_generations=8)
     data = {"train": prompts, "batch_size": 4, "validation_split": 0.25, "max_length": 64}
-    summary = train(
-        settings(prompts, tmp_path / "run", [own], data=data, max_steps=12, eval_steps=6), reporters=[ear]
-    )
+    summary = train(settings(prompts, tmp_path / "run", [own], data=data, max_steps=12, eval_steps=6), reporters=[ear])
     evals = [event for event in ear.events if isinstance(event, EvalDone)]
     assert [event.step for event in evals] == [0, 6, 12]
     assert all(event.loss == -event.metrics["reward"] for event in evals)
@@ -218,7 +216,8 @@ def test_a_reward_model_judges_as_it_does_elsewhere(prompts: str, tmp_path: Path
     given = {"reward_model": str(tmp_path / "rm" / "rm" / "last"), "reward_funcs": "tests.train.rewards:noted"}
     ear = Ear()
     own = {"name": "ppo", "objective": {"type": "ppo", "max_completion_length": 24, **given}}
-    train(settings(prompts, tmp_path / "run", [own], max_steps=1, data={"train": prompts, "batch_size": 4}), reporters=[ear])
+    data = {"train": prompts, "batch_size": 4}
+    train(settings(prompts, tmp_path / "run", [own], max_steps=1, data=data), reporters=[ear])
     trained = open_trained(str(tmp_path / "rm"), which="last", notify=lambda text: None)
     expected = []
     for asked, answered in zip(rewards.SEEN[0]["prompts"], rewards.SEEN[0]["completions"]):
