@@ -36,7 +36,7 @@ from lowrank.train.job import Job
 from lowrank.train.keeper import DiskKeeper
 from lowrank.train.loop import Loop
 from lowrank.train.out_of_memory import in_plain_words
-from lowrank.train.reference import ReferencedSteps, References, cache_folder
+from lowrank.train.reference import ReferencedSteps, References, references_folder
 from lowrank.train.reporters import recorders_for
 from lowrank.train.rollouts import Answering, Prompts, RewardModel, Rollouts, steps_on_one_batch
 from lowrank.train.summary import SummaryBuilder
@@ -229,7 +229,7 @@ def _refer(engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], report
     comparing = [(job, own) for job, own in zip(jobs, data) if needs(engine.jobs[job.slot].objective, "reference")]
     if not comparing:
         return
-    references = References(engine, cache_folder())
+    references = References(engine, references_folder())
     told = time.monotonic()
 
     def progress(done: int, total: int, seconds_left: float) -> None:
@@ -243,7 +243,7 @@ def _refer(engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], report
     report(
         Notice(
             f"reference log-probabilities under the bare base: {references.num_computed} segments computed, "
-            f"{references.num_found} found in {cache_folder()}"
+            f"{references.num_found} found in {references_folder()}"
         )
     )
     if references.trouble:

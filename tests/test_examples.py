@@ -25,7 +25,8 @@ def run(*command: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains(path: Path, tmp_path: Path) -> None:
     out = run(
-        sys.executable, "-m", "lowrank", "train", str(path), f"output_dir={tmp_path / 'run'}", "max_steps=4", "--json"
+        *(sys.executable, "-m", "lowrank", "train", str(path), f"output_dir={tmp_path / 'run'}"),
+        *("max_steps=4", "eval_steps=4", "--json"),
     )
     summary = json.loads(out.splitlines()[-1])
     for job in summary["jobs"].values() if isinstance(summary["jobs"], dict) else summary["jobs"]:

@@ -85,8 +85,7 @@ def _routed(
             "lora_A": nn.Parameter(torch.randn(_RANK, base.in_features, generator=generator).to(device, wide)),
             "lora_B": nn.Parameter(torch.randn(base.out_features, _RANK, generator=generator).to(device, wide)),
         }
-        copies = (masters["lora_A"].detach().to(dtype), masters["lora_B"].detach().to(dtype)) if wide != dtype else None
-        layer.adapters[slot] = LayerAdapter(Lora(), _SCALE, masters, copies)
+        layer.adapters[slot] = LayerAdapter(Lora(), _SCALE, {**masters})
         trained += masters.values()
     return layer, trained
 

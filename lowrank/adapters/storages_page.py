@@ -39,7 +39,15 @@ def page() -> str:
         f"| {each.relative_error:.3f} |"
         for each in storage_capabilities(torch.device("cpu"))
     ]
-    return HEAD + "\n".join(lines) + "\n" + MIDDLE + "\n".join(f"| {k} | {v} |" for k, v in readers().items()) + "\n"
+    return HEAD + "\n".join(lines) + "\n" + MIDDLE + "\n".join(_rows_of_readers()) + "\n"
+
+
+def _rows_of_readers() -> list[str]:
+    """A row for each format, with all the names it goes by."""
+    names: dict[str, list[str]] = {}
+    for method, words in readers().items():
+        names.setdefault(words, []).append(f"`{method}`")
+    return [f"| {', '.join(methods)} | {words} |" for words, methods in names.items()]
 
 
 def _mark(ability: bool) -> str:

@@ -47,7 +47,7 @@ WITHOUT_MEANING = {
 }  # fmt: skip
 WITH_PATTERNS = ("LORA", "LOHA", "LOKR")
 """Kinds of adapters whose modules may differ in rank and alpha."""
-WITHOUT_CONV1D = ("LOHA", "LOKR")
+WITHOUT_CONV1D = ("LOHA", "LOKR", "OFT")
 """Kinds that PEFT does not put on layers with a transposed weight."""
 HARMLESS_STARTS = {True, False, None, "gaussian", "eva", "orthogonal"}
 """Values of init_lora_weights that leave the base as it is; with all others the adapter fits an altered base."""

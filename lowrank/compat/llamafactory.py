@@ -202,8 +202,7 @@ def _model(keys: Keys) -> dict[str, Any]:
         model["dtype"] = "float16"
     if keys.use_cpu or keys.no_cuda:
         model["device"] = "cpu"
-    if not keys.disable_gradient_checkpointing:
-        model["recompute"] = "full"
+    model["recompute"] = "none" if keys.disable_gradient_checkpointing else "full"
     if keys.trust_remote_code:
         model["trust_remote_code"] = True
     return model

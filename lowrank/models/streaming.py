@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -205,7 +206,11 @@ def _is_plain(kind: type[nn.Module]) -> bool:
     if kind in (nn.Linear, Conv1D):
         return True
     try:
-        with torch.device("cpu"), torch.no_grad():  # called where transformers builds models on the meta device
+        with (
+            unset_fake_temporarily(),
+            torch.device("cpu"),
+            torch.no_grad(),
+        ):  # on meta or fake here
             tried, x_TD = kind(3, 2).float(), torch.linspace(-1, 1, 12).view(4, 3)
             for parameter in tried.parameters():
                 parameter.copy_(torch.linspace(-1, 2, parameter.numel()).view_as(parameter))

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.models.storages import StorageConfig
+from lowrank.models.storages.packed import weight_of
+from lowrank.models.streaming import linears_to_pack
 
 
 class _StandIn(nn.Module):
@@ -36,11 +38,9 @@ def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> int:
     """Replace the linears that `storage` packs; the bytes they will take. Dense: 0, and nothing is replaced."""
     if storage.type == "dense":
         return 0
-    head = model.get_output_embeddings()
     total = 0
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            shape = (module.out_features, module.in_features)
-            total += storage.bytes_of(shape)
-            model.set_submodule(name, _StandIn(module, shape))
+    for name, module in linears_to_pack(model, storage).items():
+        out_features, in_features = weight_of(module).shape
+        total += storage.bytes_of((out_features, in_features))
+        model.set_submodule(name, _StandIn(module, (out_features, in_features)))
     return total

@@ -9,7 +9,6 @@ a digest of their tokens, so rows appended to a dataset leave the files before t
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -25,11 +24,11 @@ from lowrank.checkpoints.atomic import new_file
 from lowrank.checkpoints.full_model import unwrapped_state
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.errors import ModelError
+from lowrank.kernels.cache_folder import cache_folder
 from lowrank.records import BARE_BASE, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.job import Steps
 
-CACHE_VARIABLE = "LOWRANK_CACHE"
 _SEGMENTS_PER_FILE = 256
 _SAMPLED = 4096
 """Values of each tensor that go into a model's digest."""
@@ -38,11 +37,9 @@ OnProgress = Callable[[int, int, float], None]
 """`(segments done, segments in all, seconds left)`, after every file."""
 
 
-def cache_folder() -> Path:
-    """`$LOWRANK_CACHE/references`, else below the user's cache folder. May be deleted at any time."""
-    own = os.environ.get(CACHE_VARIABLE)
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank"
-    return (Path(own).expanduser() if own else shared) / "references"
+def references_folder() -> Path:
+    """Where they are kept; may be deleted at any time."""
+    return cache_folder() / "references"
 
 
 def digest_of_model(model: torch.nn.Module) -> str:

@@ -123,7 +123,7 @@ def held_bytes(policy: str | int) -> int:
     set_recompute(base.model, policy)
     held = Held()
     with saved_tensors_hooks(held.pack, lambda tensor: tensor):
-        engine._logprobs(pack([(slot, segment) for segment in random_step(0, [64])]), train=True)
+        engine._score(pack([(slot, segment) for segment in random_step(0, [64])]), train=True)
     return sum(held.storages.values())
 
 

@@ -160,6 +160,14 @@ def test_bits_and_error(case: str, expected_bits: float, expected_error: float, 
     assert error.item() == pytest.approx(expected_error, abs=5e-4)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case != "dense"])
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 257)], ids=str)
+def test_the_planner_knows_the_bytes(case: str, shape: tuple[int, int]) -> None:
+    layer = CASES[case].wrap(linear(*shape, torch.bfloat16, bias=False))
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
+    assert CASES[case].bytes_of(shape, itemsize=2) == kept
+
+
 def test_outlier_columns_are_as_they_were() -> None:
     plain = linear(24, 40, torch.float32)
     plain.weight[:, 7] *= 50

@@ -299,6 +299,7 @@ print(json.dumps({"peak": status("VmHWM") - before, "size": size}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_peak_memory_of_loading(tmp_path: Path) -> None:
     """Never more than the packed model, one layer in 16 bit and 300 MB; loading it dense takes the whole model."""

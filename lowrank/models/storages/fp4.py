@@ -24,6 +24,6 @@ class Config(QuantisedStorage):
         return four_bit_of(linear, "fp4", self.block_size, self.double_quant)
 
     def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
-        """Codes, and scales of the blocks."""
+        """What it keeps of a weight of (O, D): the same in every compute dtype."""
         del itemsize
-        return four_bit_bytes(shape, self.block_size, self.double_quant)
+        return four_bit_bytes(shape[0] * shape[1], self.block_size, self.double_quant)

@@ -48,7 +48,7 @@ class Config(QuantisedStorage):
         )
 
     def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
-        """Packed codes, and a scale and a zero point of 16 bits for each group."""
+        """What it keeps of a weight of (O, D): codes, and for each group a scale and a zero point in 16 bit."""
         del itemsize
         groups = -(-shape[1] // min(self.group_size or shape[1], shape[1]))
         return shape[0] * (packed_bytes(shape[1], self.bits) + 4 * groups)

@@ -34,9 +34,9 @@ class Config(QuantisedStorage):
         return Int8Linear(codes_OD, absmax_O, bias_of(linear), dtype, columns_K, outliers_OK)
 
     def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
-        """A byte each, a scale a row, and the columns that stay as they were, with their numbers."""
-        columns = min(self.outlier_columns, shape[1])
-        return shape[0] * shape[1] + 4 * shape[0] + columns * (8 + itemsize * shape[0])
+        """What it keeps of a weight of (O, D): codes, a scale for each row, and outliers with their places."""
+        outliers = min(self.outlier_columns, shape[1])
+        return shape[0] * shape[1] + 4 * shape[0] + outliers * (8 + shape[0] * itemsize)
 
 
 _CHUNK = 1 << 17
