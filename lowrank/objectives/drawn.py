@@ -170,7 +170,7 @@ def find_reward_function(name: str) -> RewardFunction:
     if not attribute:
         raise ValueError(f"{name!r} is no reward function; write my_module:fn")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        found: Any = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import {name!r}: {error}; is its folder on PYTHONPATH?") from error
     if not callable(found):
