@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lowrank.objectives import needs
+from lowrank.objectives.drawn import DrawnSettings
 from lowrank.settings import Settings
 
 if TYPE_CHECKING:
@@ -93,9 +94,8 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: full "
             "changes while the stream is read; leave streaming out, or set tuning: adapter"
         )
-    objective = job.objective.build()
-    if needs(objective, "rollouts"):
-        yield from _rollout_conflicts(job, objective)
+    if isinstance(job.objective, DrawnSettings):
+        yield from _rollout_conflicts(job, job.objective)
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
     if job.early_stopping_patience is not None and config.eval_steps is None:
@@ -109,8 +109,9 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield "adapter.path: with tuning: full there is no adapter to continue; set tuning: adapter"
 
 
-def _rollout_conflicts(job: JobConfig, objective: Any) -> Iterator[str]:
-    if not objective.settings.reward_funcs and objective.settings.reward_model is None:
+def _rollout_conflicts(job: JobConfig, settings: DrawnSettings) -> Iterator[str]:
+    objective: Any = job.objective.build()
+    if not settings.reward_funcs and settings.reward_model is None:
         yield (
             f"objective.reward_funcs: {job.objective.type} learns from rewards for its own answers; name at least one "
             "function that gives them, my_module:fn, or a reward_model"
