@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -175,7 +175,7 @@ def find_reward_function(name: str) -> RewardFunction:
         raise ValueError(f"cannot import {name!r}: {error}; is its folder on PYTHONPATH?") from error
     if not callable(found):
         raise ValueError(f"{name!r} is no function")
-    return found
+    return cast(RewardFunction, found)
 
 
 def call_reward_function(name: str, count: int, arguments: Mapping[str, Sequence[Any]]) -> np.ndarray:
