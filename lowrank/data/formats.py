@@ -288,6 +288,8 @@ def recognise(rows: Sequence[Row], columns: Names | None = None) -> str:
         if name is not None:
             where.setdefault(name, number)
     if len(where) > 1:
+        where.pop("prompted", None)  # among answered rows, one without an answer is a row that lacks it
+    if len(where) > 1:
         found = ", ".join(f"{name} (first in row {number})" for name, number in where.items())
         raise DataError(f"mixed schemas: {found}; keep one format per dataset, or set `format`")
     if not where:
