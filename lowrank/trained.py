@@ -45,6 +45,8 @@ class Trained:
     slots: dict[str, int] = field(default_factory=lambda: {BARE: BARE_BASE})
     value_heads: dict[str, torch.Tensor] = field(default_factory=dict)
     """(D) of the voices that are reward models."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Where the adapters were loaded from."""
 
     def slot(self, name: str) -> int:
         """The slot of a voice; ModelError with what there is."""
@@ -194,6 +196,7 @@ def _attach(trained: Trained, name: str, folder: Path) -> None:
     slot = trained.bank.add(saved.config, seed=0)
     trained.bank.load(slot, saved.tensors)
     trained.slots[name] = slot
+    trained.folders[name] = folder
     _attach_value_head(trained, name, folder)
 
 

@@ -19,7 +19,13 @@ from lowrank.adapters.frozen import bias_of
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.kernels.counter_random import dropout
-from lowrank.kernels.grouped import grouped_backward, grouped_forward, prefers_grouped
+from lowrank.kernels.grouped import (
+    batched_forward,
+    grouped_backward,
+    grouped_forward,
+    prefers_batched,
+    prefers_grouped,
+)
 from lowrank.models.storages import BaseLinear
 
 
@@ -99,7 +105,7 @@ class RoutedLinear(nn.Module):
                 others.append((slot, first, end, adapter))
                 continue
             piece, own = make_piece(adapter, low_rank, x_TD.dtype, first, end)
-            pieces.append(replace(piece, dropout=rate, key=key, counter_N=self.routing.counter_N))
+            pieces.append(replace(piece, dropout=rate, key=key, counter_N=self.routing.counter_N) if rate else piece)
             masters += own
         y_TO = routed_product(x_TD, self.base, pieces, masters)
         if others:
@@ -144,6 +150,10 @@ def routed_product(
     x_TD: torch.Tensor, base: BaseLinear, pieces: Sequence[Piece], masters: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """x W^T + b with each piece's update on its rows, inside autograd."""
+    if not torch.is_grad_enabled() and prefers_batched(x_TD, pieces):
+        y_TO = base(x_TD)
+        batched_forward(x_TD, y_TO, pieces)
+        return y_TO
     return _RoutedLinear.apply(x_TD, base, tuple(pieces), *masters)  # pyright: ignore[reportReturnType]
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "Talk to a base or to a trained adapter.",
     "quantize": "Write a quantised copy of a model, which loads faster and anywhere.",
     "doctor": "What this machine and each storage can do, found out by trying.",
+    "serve": "Answer OpenAI clients: the base and every adapter, loaded and replaced while it runs.",
     "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
     "export": "Take a trained model home: PEFT adapter, merged model, and other forms, each compared with it.",
     "demo": "Train three jobs on the base that ships with lowrank, in minutes.",

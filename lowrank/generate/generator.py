@@ -26,7 +26,7 @@ from lowrank.generate import static
 from lowrank.generate.constraint import JsonConstraint
 from lowrank.generate.generation import Generation
 from lowrank.generate.pages import PageTable, root_digest
-from lowrank.generate.request import Config, Prompt, RequestError
+from lowrank.generate.request import Config, Prompt, RequestError, TooLong
 from lowrank.generate.sampling import choose
 from lowrank.generate.sequence import Sequence
 from lowrank.models.base import Base
@@ -345,10 +345,14 @@ class Generator:
             self._drop_finished()
 
     def _fail_all(self, error: str) -> None:
-        """A step went wrong; what it left behind must not be used."""
+        """A step went wrong; what it left behind must not be used.
+
+        Who was in it ends; if nobody was, whoever waits would make every step to come go wrong, so they end.
+        """
         with self._stepping:
-            for sequence in self._running:
+            for sequence in self._running or self._waiting:
                 sequence.give_up("error", error)
+            self._waiting = deque(sequence for sequence in self._waiting if sequence.finish is None)
             for slot in {sequence.slot for sequence in self._running}:
                 self._version[slot] += 1
             self._drop_finished()
@@ -367,11 +371,11 @@ class Generator:
         if length == 0:
             raise RequestError("the prompt has no tokens")
         if reach is not None and length >= reach:
-            raise RequestError(f"the conversation has {length} tokens and the model reads {reach}")
+            raise TooLong(f"the conversation has {length} tokens and the model reads {reach}")
         most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
         room = self._table.capacity * self._table.page_size
         if self.notice is None and length + most > room:
-            raise RequestError(
+            raise TooLong(
                 f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"
             )
         return most

@@ -19,6 +19,10 @@ class RequestError(LowrankError):
     exit_code = 2
 
 
+class TooLong(RequestError):
+    """The question alone fills the context, or with its answer the cache."""
+
+
 class Config(Settings):
     """How answers are drawn."""
 

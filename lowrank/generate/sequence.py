@@ -99,7 +99,8 @@ class Sequence:
         with self._lock:
             for piece in self._pieces:
                 listener(piece)
-            self._listeners.append(listener)
+            if not (self._pieces and self._pieces[-1].finish):
+                self._listeners.append(listener)
 
     def answer(self) -> Answer:
         """What there is so far."""
@@ -126,3 +127,5 @@ class Sequence:
             self._pieces.append(piece)
             for listener in self._listeners:
                 listener(piece)
+            if piece.finish is not None:  # who listens often holds the answer: together they would wait for the
+                self._listeners.clear()  # collector of cycles, which comes rarely beside a model's many objects

@@ -143,7 +143,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
         cli.main(["show"])
 
 
-@pytest.mark.parametrize(("words", "expected"), [("lowrank s", "show"), ("lowrank show --sch", "--schema")])
+@pytest.mark.parametrize(("words", "expected"), [("lowrank sh", "show"), ("lowrank show --sch", "--schema")])
 def test_tab_completion(words: str, expected: str) -> None:
     environment = {"_LOWRANK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     code = "import sys; sys.argv = ['lowrank']; from lowrank.cli.main import main; main()"

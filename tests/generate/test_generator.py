@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -272,3 +274,35 @@ def test_a_stretching_rotary_embedding_is_answered_by_itself() -> None:
     generator = generator_of(engine)
     generations = [generator.submit(prompt, GREEDY) for prompt in prompts]
     assert [generation.result().tokens for generation in generations] == expected
+
+
+def test_a_failure_before_anybody_runs_ends_those_who_wait(
+    llama: tuple[Engine, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise every step to come fails the same way, and nobody ever hears of it."""
+    generator = generator_of(llama[0])
+    monkeypatch.setattr(generator, "_admit", lambda sequence: 1 / 0)
+    generator.start()
+    try:
+        waiting = [generator.submit(Prompt(text(seed, 5)), GREEDY) for seed in range(3)]
+        answers = [each.result() for each in waiting]
+    finally:
+        generator.close()
+    assert [answer.finish for answer in answers] == ["error"] * 3
+    assert "ZeroDivisionError" in (answers[0].error or "")
+    assert not generator.busy
+
+
+def test_a_finished_answer_is_gone_with_whoever_holds_it(llama: tuple[Engine, list[int]]) -> None:
+    """Without waiting for the collector of cycles: a listener often holds the answer it listens to."""
+    generator = generator_of(llama[0])
+    generation = generator.submit(Prompt(text(0, 4)), GREEDY)
+    generation.listen(lambda piece, generation=generation: None)
+    generation.result()
+    sequence = weakref.ref(generation._sequence)
+    gc.disable()
+    try:
+        del generation
+        assert sequence() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,32 @@
+"""How much a server takes on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from lowrank.settings import NonNegative, Positive, Settings
+
+
+class Limits(Settings):
+    """What one client, and all of them together, may ask for."""
+
+    body_bytes: Positive = 4 << 20
+    """Bytes of one request."""
+    body_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds a client may take to send its request."""
+    answers_at_once: Positive = 64
+    """Answers in the making; more wait."""
+    waiting: NonNegative = 256
+    """Answers that may wait; beyond, clients are told to come back (429)."""
+    answers_per_request: Positive = 32
+    """Prompts of one request times `n`."""
+    answer_tokens: Positive = 32768
+    """Tokens one answer may be asked to have."""
+    chat_answer_tokens: Positive = 4096
+    """Tokens of a chat answer where the client names no number."""
+    request_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds from the request to the last token, waiting included."""
+    shutdown_seconds: NonNegative = 30
+    """Seconds that answers in the making have when the server is told to stop."""

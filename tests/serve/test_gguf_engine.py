@@ -1,0 +1,129 @@
+"""GGUF files through llama.cpp, asked by OpenAI's client: the same answers as torch gives, adapters apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+import lowrank.models.loading as loading
+import lowrank.models.tiny as shipped
+from lowrank.adapters.bank import Bank
+from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.data.config import Config as DataConfig
+from lowrank.data.rendering import Renderer
+from lowrank.export.gguf.adapter import write_adapter_file
+from lowrank.export.gguf.checkpoint import read_folder
+from lowrank.export.gguf.convert import convert, plan
+from lowrank.generate.request import Config
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.storages.dense import Config as Dense
+from lowrank.records import Conversation, Message
+from lowrank.serve.gguf_engine import LlamaCppEngine
+from lowrank.trained import Trained
+from tests.serve.running import TOKEN, http_serving, random_adapter
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("gguf")
+QUESTIONS = ["What is the capital of France?", "Name a colour.", "Write a word that begins with b."]
+
+
+@dataclass
+class World:
+    trained: Trained
+    engine: LlamaCppEngine
+    url: str
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=TOKEN, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The tiny base in float32, as a file and in torch, with two adapters."""
+    folder, source = tmp_path_factory.mktemp("gguf"), Path(shipped.__path__[0])
+    model = ModelConfig(path="lowrank/tiny", dtype="float32", device="cpu")
+    tokenizer = loading.load_tokenizer(model)
+    base = loading.load(model, tokenizer=tokenizer, notify=lambda text: None)
+    trained = Trained(base, Bank(base, Dense()), Renderer(tokenizer, DataConfig()))
+    convert(source, folder / "tiny.gguf", "f32")
+    made = plan(read_folder(source))
+    for seed, name in enumerate(("one", "two")):
+        slot = random_adapter(trained, name, seed, 0.1)
+        saved = trained.bank.saved(slot)
+        tensors = {key: value.to(torch.float32) for key, value in saved.tensors.items()}
+        write_adapter_file(made, AdapterOnDisk(saved.config, tensors, saved.ranks), folder / f"{name}.gguf")
+    files = {name: folder / f"{name}.gguf" for name in ("one", "two")}
+    engine = LlamaCppEngine(folder / "tiny.gguf", adapters=files, at_once=4, cache_tokens=4096, threads=1)
+    with http_serving(engine) as url:
+        yield World(trained, engine, url)
+
+
+def test_answers_are_those_of_torch(world: World) -> None:
+    cases = [(voice, question) for voice in ("base", "one", "two") for question in QUESTIONS]
+    with world.client() as client, ThreadPoolExecutor(9) as pool:
+        assert [model.id for model in client.models.list()] == ["base", "one", "two"]
+
+        def ask(case: tuple[str, str]) -> tuple[str, str]:
+            options: Any = {"model": case[0], "messages": [{"role": "user", "content": case[1]}]}
+            options |= {"temperature": 0, "max_tokens": 12}
+            whole = client.chat.completions.create(**options)
+            assert whole.usage is not None
+            assert whole.usage.prompt_tokens > 5
+            chunks = client.chat.completions.create(**options, stream=True)
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            return whole.choices[0].message.content or "", streamed
+
+        answers = [answer for _ in range(2) for answer in pool.map(ask, cases)]
+    asked = [(voice, Conversation((Message("user", question),))) for voice, question in cases]
+    right = world.trained.answer(asked, Config(max_new_tokens=12))
+    assert answers == [(text, text) for text in right] * 2
+    assert len(set(right)) > 5
+
+
+def test_logprobs_length_schema_and_errors(world: World) -> None:
+    with world.client() as client:
+        reply = client.completions.create(model="one", prompt="The sky is", max_tokens=5, temperature=0, logprobs=2)
+        choice = reply.choices[0]
+        assert choice.logprobs is not None
+        assert "".join(choice.logprobs.tokens or ()) == choice.text
+        assert [len(each) for each in choice.logprobs.top_logprobs or ()] == [2] * 5
+        assert choice.finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match=r"\d+ tokens and the model reads 1024"):
+            client.completions.create(model="one", prompt="word " * 3000)
+        with pytest.raises(openai.NotFoundError, match="base, one, two"):
+            client.completions.create(model="three", prompt="x")
+        schema: Any = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"]}
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        messages: Any = [{"role": "user", "content": "x?"}]
+        held = client.chat.completions.create(model="two", messages=messages, max_tokens=60, response_format=form)
+        assert "".join((held.choices[0].message.content or "").split()).startswith('{"x":1')
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    reply = httpx.post(f"{world.url}/v1/adapters", json={"name": "x", "path": "x"}, headers=headers)
+    assert (reply.status_code, "when it starts" in reply.text) == (400, True)
+
+
+def test_who_leaves_frees_the_slot(world: World) -> None:
+    with world.client() as client:
+        never = {str(token): -100.0 for token in world.trained.renderer.stop_tokens}
+        messages: Any = [{"role": "user", "content": "x"}]
+        options: Any = {"model": "base", "messages": messages, "max_tokens": 900, "logit_bias": never, "stream": True}
+        streams = [client.chat.completions.create(**options) for _ in range(6)]
+        assert next(iter(streams[0])).choices
+        assert world.engine.load().running == 4
+        for stream in streams:
+            stream.close()
+        for _ in range(250):
+            if world.engine.load().running == 0:
+                break
+            time.sleep(0.02)
+        assert (world.engine.load().running, world.engine.load().waiting) == (0, 0)
+        assert client.completions.create(model="one", prompt="x", max_tokens=2).choices
