@@ -10,6 +10,7 @@ from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.config import JobConfig, RunConfig
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError
+from lowrank.objectives import needs
 from lowrank.planning.changes import changes_that_fit
 from lowrank.planning.choose import TOKENS, choose
 from lowrank.planning.memory import StepMemory
@@ -17,6 +18,7 @@ from lowrank.planning.plan import Plan, Planner
 from lowrank.planning.simulation import PlannedJob
 from lowrank.planning.wording import gigabytes, one_line
 from lowrank.train.events import Event, Notice
+from lowrank.train.rollouts import rehearsal
 
 _SURELY = 1.1
 """Times the free memory: what needs more is refused, since a kernel that runs out of memory kills without a word."""
@@ -62,10 +64,12 @@ def planned_jobs(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> list[Pl
         adapter = job.adapter if job.tuning == "adapter" else None
         if adapter is not None and adapter.path is not None:
             adapter = load_adapter(Path(adapter.path)).config
-        step = own.train.heaviest_step()
+        objective, step = job.objective.build(), own.train.heaviest_step()
+        if needs(objective, "rollouts"):
+            step = rehearsal(objective, step)
         freeze = job.freeze if job.tuning == "freeze" else None
         alpha = job.neftune_noise_alpha or 0.0
-        planned.append(PlannedJob(adapter, job.objective.build(), job.optimizer, step, alpha, freeze))
+        planned.append(PlannedJob(adapter, objective, job.optimizer, step, alpha, freeze))
     return planned
 
 

@@ -13,7 +13,7 @@ adapter are contiguous and routing needs nothing but offsets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Union
 
@@ -68,7 +68,17 @@ class Rated:
     desirable: bool
 
 
-Record = Union[Conversation, Text, Preference, Rated]  # noqa: UP007 (also read at run time, on Python 3.10)
+@dataclass(frozen=True)
+class Prompted:
+    """A conversation that waits for an answer, which the model in training gives itself. `columns` is the row it came
+    from: what a reward function may want to know. `label` is the answer in the data, where there is one."""
+
+    prompt: Conversation
+    columns: Mapping[str, Any]
+    label: str | None = None
+
+
+Record = Union[Conversation, Text, Preference, Rated, Prompted]  # noqa: UP007 (also read at run time, on Python 3.10)
 
 PLAIN, CHOSEN, REJECTED, MISMATCHED = 0, 1, 2, 3
 """Values of `Segment.role` and `Batch.role_S`. A desirable answer is CHOSEN, an undesirable one REJECTED. MISMATCHED is
@@ -93,6 +103,11 @@ class Segment:
     reference_L: np.ndarray | None = None
     """float32: log-probability of `token_L[i]` under the bare base, 0 where `weight_L` is 0. For objectives that
     compare with where they began; attached before the step (train/reference.py)."""
+    asked: Prompted | None = None
+    """What the tokens ask, of a segment that waits for an answer."""
+    signals_L: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
+    its log-probability when it was drawn; train/rollouts.py)."""
 
     def __len__(self) -> int:
         return len(self.token_L)
@@ -121,6 +136,7 @@ class Batch:
     role_S      int64    PLAIN, CHOSEN, REJECTED or MISMATCHED
     origin_S    int64    see `Segment.origin`
     reference_T float32  log-probability of `target_T` under the bare base; None if no segment knows it
+    signals_T   float32  by name, see `Segment.signals_L`; of the token that is predicted, 0 where a segment has none
     """
 
     token_T: torch.Tensor
@@ -133,6 +149,7 @@ class Batch:
     role_S: torch.Tensor
     origin_S: torch.Tensor
     reference_T: torch.Tensor | None = None
+    signals_T: Mapping[str, torch.Tensor] = field(default_factory=dict)
     lengths: tuple[int, ...] = field(default=())
     """Segment lengths on the host, so that no step waits for the device to learn them."""
     slots: tuple[int, ...] = field(default=())
@@ -172,6 +189,7 @@ class Batch:
             role_S=self.role_S[first:last],
             origin_S=self.origin_S[first:last],
             reference_T=None if self.reference_T is None else self.reference_T[begin:end],
+            signals_T={name: value_T[begin:end] for name, value_T in self.signals_T.items()},
             lengths=self.lengths[first:last],
             slots=self.slots[first:last],
         )
@@ -183,7 +201,8 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        signals_T = {name: value.to(device, non_blocking=True) for name, value in self.signals_T.items()}
+        return replace(self, **moved, signals_T=signals_T)
 
 
 def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
@@ -209,23 +228,27 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         pair_S=torch.tensor([segment.pair for segment in segments]),
         role_S=torch.tensor([segment.role for segment in segments]),
         origin_S=torch.tensor([segment.origin for segment in segments]),
-        reference_T=_references(segments, ends),
+        reference_T=_of_tokens([segment.reference_L for segment in segments], lengths, ends),
+        signals_T=_signals(segments, lengths, ends),
         lengths=tuple(lengths),
         slots=tuple(slots),
     )
 
 
-def _references(segments: Sequence[Segment], end_S: torch.Tensor) -> torch.Tensor | None:
-    """Shifted like the weights; 0 for segments that know none."""
-    if all(segment.reference_L is None for segment in segments):
+def _signals(segments: Sequence[Segment], lengths: Sequence[int], end_S: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = sorted({name for segment in segments for name in segment.signals_L})
+    found = {name: _of_tokens([each.signals_L.get(name) for each in segments], lengths, end_S) for name in names}
+    return {name: value_T for name, value_T in found.items() if value_T is not None}
+
+
+def _of_tokens(known: Sequence[np.ndarray | None], lengths: Sequence[int], end_S: torch.Tensor) -> torch.Tensor | None:
+    """Numbers of each segment's tokens, shifted like the weights; 0 for segments that know none, None if all do not."""
+    if all(value_L is None for value_L in known):
         return None
-    known = [
-        np.zeros(len(segment), np.float32) if segment.reference_L is None else segment.reference_L
-        for segment in segments
-    ]
-    reference_T = torch.from_numpy(np.concatenate(known).astype(np.float32)).roll(-1)
-    reference_T[end_S] = 0.0
-    return reference_T
+    whole = [np.zeros(length, np.float32) if value_L is None else value_L for value_L, length in zip(known, lengths)]
+    value_T = torch.from_numpy(np.concatenate(whole).astype(np.float32)).roll(-1)
+    value_T[end_S] = 0.0
+    return value_T
 
 
 @dataclass(frozen=True)
@@ -235,11 +258,13 @@ class Scores:
     logprob_T    float32  log-probability of `target_T`; 0 where `weight_T` is 0 (never computed there)
     reference_T  float32  the same under the bare base, for objectives that need "reference"
     value_S      float32  the value head on each segment's last token, for objectives that need "value"
+    value_T      float32  the value head where each target is predicted, for objectives that need "token_values"
     """
 
     logprob_T: torch.Tensor
     reference_T: torch.Tensor | None = None
     value_S: torch.Tensor | None = None
+    value_T: torch.Tensor | None = None
 
 
 Totals = dict[str, float]

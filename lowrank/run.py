@@ -23,6 +23,7 @@ from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.data.rendering import Renderer
+from lowrank.errors import ModelError
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
 from lowrank.evaluate.metrics import check_installed
 from lowrank.kernels.host_memory import keep_freed_memory
@@ -40,6 +41,7 @@ from lowrank.train.loop import Loop
 from lowrank.train.out_of_memory import in_plain_words
 from lowrank.train.reference import ReferencedSteps, References, references_folder
 from lowrank.train.reporters import recorders_for
+from lowrank.train.rollouts import Answering, Prompts, RewardModel, Rollouts, steps_on_one_batch
 from lowrank.train.summary import SummaryBuilder
 
 SECONDS_BETWEEN_WORDS = 5.0
@@ -91,6 +93,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         engine = Engine(base, Bank(base, Dense()), tokens_of(config))
         engine.notify = lambda text: report(Notice(text, level="warning"))
         jobs = [_start(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
+        _let_answer(engine, jobs, data, config, tokenizer)
         _refer(engine, jobs, data, report)  # before the base can change, be it by a checkpoint
 
         # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
@@ -205,7 +208,8 @@ def _start(engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, re
     answers = _answers(engine.base, config, data)
     for text in answers.notices if answers else ():
         report(Notice(text, job=config.name))
-    num_steps = config.max_steps or math.ceil(config.num_train_epochs * (data.train.steps_per_epoch or 0) - 1e-9)
+    per_epoch = (data.train.steps_per_epoch or 0) * steps_on_one_batch(engine.jobs[slot].objective)
+    num_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch - 1e-9)
     return Job(
         name=config.name,
         slot=slot,
@@ -277,6 +281,33 @@ def _refer(engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], report
     for job, own in comparing:
         job.feed = ReferencedSteps(own.train, references)
         job.held_out = references.attach(own.eval)
+
+
+def _let_answer(
+    engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], config: RunConfig, tokenizer: Any
+) -> None:
+    """Give every job that learns from its own answers a feed of them; all jobs are answered together."""
+    answering = Answering(engine.base, engine.bank)
+    for job, own, settings in zip(jobs, data, config.jobs):
+        if needs(engine.jobs[job.slot].objective, "rollouts"):
+            known = [*(segment for sample in own.train.samples for segment in sample), *own.eval]
+            longest = max(map(len, known)) if own.train.samples else settings.data.max_length
+            prompts = Prompts(own.train, own.eval, longest, Renderer(tokenizer, settings.data).stop_tokens)
+            judge = _reward_model(engine.bank, engine.jobs[job.slot].objective)
+            job.feed = job.rollouts = Rollouts(engine, job.slot, prompts, answering, settings.seed, judge)
+
+
+def _reward_model(bank: Bank, objective: Any) -> RewardModel | None:
+    """The reward model that the objective names, in a slot of its own. ModelError if it is none, or does not fit."""
+    path = objective.settings.reward_model
+    if path is None:
+        return None
+    value_D, saved = read_value_head(Path(path)), load_adapter(Path(path))
+    if value_D is None:
+        raise ModelError(f"objective.reward_model: {path} has no value head; it must come from objective reward")
+    slot = bank.add(saved.config, seed=0)
+    bank.load(slot, saved.tensors)
+    return RewardModel(slot, value_D)
 
 
 def _run_started(

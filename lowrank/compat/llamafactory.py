@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from lowrank.compat import llamafactory_method as method
 from lowrank.compat.dataset_info import find_info, read_info, sources
 from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Keys, find, is_default, known
-from lowrank.compat.llamafactory_method import LATER_STAGES, PREFERENCE_LOSSES, STAGES
+from lowrank.compat.llamafactory_method import PREFERENCE_LOSSES, STAGES
 from lowrank.config.problems import plain_words
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError, did_you_mean, raise_all
@@ -51,7 +51,6 @@ METRICS = {
     for prefix in ("", "eval_")
 }
 """`metric_for_best_model` -> `eval_metric`."""
-
 REPORTERS = ("tensorboard", "wandb", "mlflow", "swanlab")
 
 
@@ -124,10 +123,15 @@ def _contradictions(keys: Keys) -> list[str]:
         found.append("do_train: it is not set, so LLaMA-Factory would not train; set do_train: true")
     if keys.stage not in STAGES:
         all_stages = ", ".join(STAGES)
-        way = f"{all_stages} are" if keys.stage in LATER_STAGES else f"choose one of {all_stages}"
-        way += "" if keys.stage in LATER_STAGES else did_you_mean(keys.stage, STAGES)
+        way = f"choose one of {all_stages}{did_you_mean(keys.stage, STAGES)}"
         found.append(f"stage: {keys.stage!r} is not trained; {way}")
-    found += method.contradictions(keys)
+    if keys.stage == "ppo" and keys.reward_model is None:
+        found.append("reward_model: required for stage: ppo; name the folder of an adapter trained with stage: rm")
+    if keys.stage == "ppo" and keys.reward_model_type != "lora":
+        found.append(
+            f"reward_model_type: {keys.reward_model_type!r} is not supported; train an adapter with stage: rm on "
+            "the same base (lora), or use objective.reward_funcs in the native form"
+        )
     if len(keys.adapter_name_or_path) > 1:
         found.append("adapter_name_or_path: training goes on with one adapter; merge the others into the base first")
     if keys.bf16 and keys.fp16:

@@ -32,8 +32,18 @@ class Keys(Settings):
     adapter_name_or_path: tuple[str, ...] = ()
     """`adapter.path`; one adapter, on which training goes on"""
     stage: str = "sft"
-    """`objective.type`: `sft`, `pretrain` for `pt`, `dpo` (or what `pref_loss` names), `kto`, `reward` for `rm`; ppo is
-    refused so far"""
+    """`objective.type`: `sft`, `pretrain` for `pt`, `dpo` (or what `pref_loss` names), `kto`, `reward` for `rm`,
+    `ppo`"""
+    ppo_epochs: int = Field(default=4, gt=0)
+    """`objective.num_ppo_epochs`"""
+    ppo_score_norm: bool = False
+    """`objective.score_norm`; over the answers of a step here, over all so far there"""
+    ppo_whiten_rewards: bool = False
+    """`objective.whiten_rewards`"""
+    reward_model: str | None = None
+    """`objective.reward_model`: an adapter that was trained here with objective `reward`"""
+    reward_model_type: str = "lora"
+    """only `lora`: the judge is an adapter on the same base"""
     pref_loss: str = "sigmoid"
     """`objective.loss_type`: sigmoid, hinge or ipo; `orpo` and `simpo` are `objective.type`"""
     pref_beta: float = Field(default=0.1, gt=0)
@@ -412,11 +422,7 @@ NO_EFFECT: Sequence[Group] = (
         "belongs to a method that another key would ask for",
     ),
     Group(
-        _keys(
-            "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards "
-            "ref_model_quantization_bit reward_model reward_model_adapters "
-            "reward_model_quantization_bit reward_model_type"
-        ),
+        _keys("ref_model_quantization_bit reward_model_adapters reward_model_quantization_bit"),
         "belongs to the stages rm, ppo, dpo and kto",
     ),
     Group(
@@ -439,6 +445,17 @@ NO_EFFECT: Sequence[Group] = (
 )
 
 REFUSED: Sequence[Group] = (
+    Group(
+        _keys("ppo_target"),
+        "the weight of the KL cost does not move; remove it and set objective.kl_coef in the native form (0.2 here, "
+        "where LLaMA-Factory begins)",
+        6.0,
+    ),
+    Group(
+        _keys("ppo_buffer_size"),
+        "every optimiser step of an epoch is on all answers; remove it and multiply gradient_accumulation_steps by it",
+        1,
+    ),
     Group(
         _keys("ref_model ref_model_adapters"),
         "the reference is the base itself, without any adapter; remove it",

@@ -43,9 +43,8 @@ SCHEDULES = {
     "cosine_with_restarts": "cosine_with_restarts",
     "inverse_sqrt": "inverse_sqrt",
 }
-STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward"}
+STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward", "ppo": "ppo"}
 """`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
-LATER_STAGES = ("ppo",)
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 OF_LORA = ("adapter_name_or_path", *VARIANTS, "loraplus_lr_ratio")
 
@@ -171,9 +170,21 @@ def objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
         "dpo": shared | {"loss_type": keys.pref_loss, "label_smoothing": keys.dpo_label_smoothing},
         "orpo": {"beta": keys.pref_beta},
         "simpo": {"beta": keys.pref_beta, "gamma": keys.simpo_gamma},
+        "ppo": {
+            "num_ppo_epochs": keys.ppo_epochs,
+            "score_norm": keys.ppo_score_norm,
+            "whiten_rewards": keys.ppo_whiten_rewards,
+            "reward_model": keys.reward_model,
+            "kl_coef": 0.2,  # where TRL's adaptive controller begins
+        },
         "kto": shared | {"desirable_weight": keys.kto_chosen_weight, "undesirable_weight": keys.kto_rejected_weight},
     }
     found = {"type": name} | used.get(name, {})
+    if name == "ppo":
+        warnings.append(
+            "answers are drawn with objective.temperature 1 and at most objective.max_completion_length tokens; "
+            "temperature, top_p, top_k and max_new_tokens of this file are not taken over"
+        )
     if keys.pref_ftx and "pref_ftx" not in found:
         warnings.append(f"pref_ftx has no effect with objective {name}")
     if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):

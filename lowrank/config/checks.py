@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowrank.objectives import needs
+from lowrank.objectives.drawn import DrawnSettings
 from lowrank.records import Text
 from lowrank.settings import Settings
 
@@ -98,6 +99,8 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: "
             f"{job.tuning} changes while the stream is read; leave streaming out, or set tuning: adapter"
         )
+    if isinstance(job.objective, DrawnSettings):
+        yield from _rollout_conflicts(job, job.objective)
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
     if job.early_stopping_patience is not None and config.eval_steps is None:
@@ -134,6 +137,20 @@ def _metric_conflicts(job: JobConfig) -> Iterator[str]:
         yield "eval_metric: with data.train_on_prompt questions and answers are learned alike; use loss"
     if job.data.on_too_long == "split":
         yield "eval_metric: data.on_too_long: split cuts questions from their answers; choose drop or truncate"
+
+
+def _rollout_conflicts(job: JobConfig, settings: DrawnSettings) -> Iterator[str]:
+    objective: Any = job.objective.build()
+    if not settings.reward_funcs and settings.reward_model is None:
+        yield (
+            f"objective.reward_funcs: {job.objective.type} learns from rewards for its own answers; name at least one "
+            "function that gives them, my_module:fn, or a reward_model"
+        )
+    if job.tuning == "full" and objective.compares:
+        yield (
+            f"objective: {job.objective.type} holds the model to the base as it was, which tuning: full changes; set "
+            "the weight of its KL term to 0, or tuning: adapter"
+        )
 
 
 def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:

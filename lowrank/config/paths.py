@@ -59,6 +59,9 @@ def _located_groups(job: Mapping[str, Any], above: str, folder: Path, problems: 
     data, adapter = job.get("data"), job.get("adapter")
     if isinstance(adapter, Mapping):
         groups["adapter"] = _located_keys(adapter, ("path",), f"{above}adapter.", folder, problems)
+    objective = job.get("objective")
+    if isinstance(objective, Mapping):
+        groups["objective"] = _located_keys(objective, ("reward_model",), f"{above}objective.", folder, problems)
     if isinstance(data, Mapping):
         groups["data"] = dict(data)
         template = data.get("chat_template")

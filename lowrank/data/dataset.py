@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -13,11 +13,12 @@ from lowrank.data.columns import RowProblem, check_mapping
 from lowrank.data.config import Config, SourceConfig
 from lowrank.data.feed import Sample
 from lowrank.data.formats import FEEDS, Format, built_in_formats, find_format, recognise, record_type
+from lowrank.data.last_answer import as_prompted
 from lowrank.data.rendering import Rendering
 from lowrank.data.sources import Row, read_rows
 from lowrank.data.tally import Tally
 from lowrank.errors import DataError, raise_all
-from lowrank.records import Record, Segment
+from lowrank.records import Prompted, Record, Segment, Text
 
 _ROWS_TO_RECOGNISE = 100
 
@@ -61,6 +62,8 @@ def open_datasets(config: Config, record: type | None, seed: int, root: Path | N
         for number, source in enumerate(sources):
             try:
                 dataset = _open(config, source, use, seed, root)
+                if record is Prompted and dataset.record is not Text:
+                    dataset = replace(dataset, function=as_prompted(dataset.function), record=Prompted)
                 if record is not None:
                     _check_record(dataset, record)
                 opened.append(dataset)

@@ -29,7 +29,7 @@ from lowrank.data.columns import (
 )
 from lowrank.data.turns import conversation, prompt, read_tools, read_turn, read_turns
 from lowrank.errors import DataError, did_you_mean
-from lowrank.records import Conversation, Message, Preference, Rated, Record, Text
+from lowrank.records import Conversation, Message, Preference, Prompted, Rated, Record, Text
 
 Row = Mapping[str, Any]
 Names = Mapping[str, str]
@@ -40,6 +40,7 @@ FEEDS: dict[type, str] = {
     Text: "pretrain",
     Preference: "objectives on preference pairs, such as dpo",
     Rated: "objectives on rated answers, such as kto",
+    Prompted: "objectives whose answers the model gives itself, such as grpo",
 }
 """What each kind of record is for, in words."""
 
@@ -169,6 +170,16 @@ def rated(row: Row, columns: Names, tags: Names) -> Rated:
     return Rated(alpaca(row, columns, tags), bool(value))
 
 
+def prompted(row: Row, columns: Names, tags: Names) -> Prompted:
+    """A prompt (alpaca's, or a list of turns) without an answer; all other columns are for reward functions.
+
+    >>> print(transcript(prompted({"prompt": "2 + 3?", "solution": 5}, {}, {})))
+    user: 2 + 3?
+    """
+    refuse_media(row, columns)
+    return Prompted(prompt(_prompt_turns(row, columns, tags), read_tools(optional("tools", row, columns))), dict(row))
+
+
 def _alpaca_prompt(row: Row, columns: Names) -> list[Message]:
     """System, history, and `instruction + newline + input` as the last question."""
     parts = [text_of(required("prompt", row, columns), "prompt"), text_of(optional("query", row, columns), "query")]
@@ -277,6 +288,8 @@ def recognise(rows: Sequence[Row], columns: Names | None = None) -> str:
         if name is not None:
             where.setdefault(name, number)
     if len(where) > 1:
+        where.pop("prompted", None)  # among answered rows, one without an answer is a row that lacks it
+    if len(where) > 1:
         found = ", ".join(f"{name} (first in row {number})" for name, number in where.items())
         raise DataError(f"mixed schemas: {found}; keep one format per dataset, or set `format`")
     if not where:
@@ -307,7 +320,9 @@ def _shape(row: Row, columns: Names) -> str | None:
         return "prompt_completion"
     if has("prompt") and has("response"):
         return "alpaca"
-    return "text" if has("text") or ("prompt" in columns and has("prompt")) else None
+    if has("text") or ("prompt" in columns and has("prompt")):
+        return "text"
+    return "prompted" if has("prompt") else None
 
 
 def _is_rating(row: Row) -> bool:

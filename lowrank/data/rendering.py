@@ -23,6 +23,7 @@ from lowrank.records import (
     Conversation,
     Message,
     Preference,
+    Prompted,
     Record,
     Segment,
     Text,
@@ -126,10 +127,7 @@ class Renderer:
 
         Raises DataError if the chat template refuses it.
         """
-        template, shape = self._template
-        conversation = self._with_system(conversation)
-        text = template.render(conversation.messages, conversation.tools, generation_prompt=True).text + shape.header
-        return np.asarray(self._encode([text])["input_ids"][0], np.int64)
+        return np.asarray(self._encode([self._prompt_text(conversation)])["input_ids"][0], np.int64)
 
     def show(self, segment: Segment) -> list[tuple[str, float]]:
         """The segment as text in pieces of equal loss weight, `[(text, weight), ...]`."""
@@ -181,6 +179,8 @@ class Renderer:
                 return self._plain(record)
             if isinstance(record, Conversation):
                 return self._conversation(record)
+            if isinstance(record, Prompted):
+                return [Sample(self._prompt_text(record.prompt), ())]
             if isinstance(record, Preference):
                 answers = (record.chosen, record.rejected)
                 return [
@@ -240,7 +240,14 @@ class Renderer:
             verbose=False,
         )
 
+    def _prompt_text(self, conversation: Conversation) -> str:
+        template, shape = self._template
+        conversation = self._with_system(conversation)
+        return template.render(conversation.messages, conversation.tools, generation_prompt=True).text + shape.header
+
     def _finish(self, record: Record, parts: list[Segment]) -> Rendering:
+        if isinstance(record, Prompted):
+            return self._ask(record, parts[0])
         if isinstance(record, Text):
             parts = [self._framed(part) for part in parts]
         elif isinstance(record, Preference):
@@ -251,6 +258,14 @@ class Renderer:
         if not all(part.weight_L.any() for part in parts):
             return Rendering((), "no token of it can be learned")
         return self._fit(parts, splittable=isinstance(record, (Text, Conversation)))
+
+    def _ask(self, record: Prompted, part: Segment) -> Rendering:
+        """A prompt is taken whole or not at all: without its beginning or end it is not what anybody asked."""
+        limit = self.config.max_length
+        if len(part) > limit:
+            refused = self.config.on_too_long == "error"
+            return Rendering((), truncation.too_long(len(part), limit), refused=refused)
+        return Rendering((replace(part, asked=record),))
 
     def _fit(self, parts: list[Segment], splittable: bool) -> Rendering:
         limit, policy = self.config.max_length, self.config.on_too_long

@@ -120,7 +120,7 @@ class Report:
     def warnings(self) -> tuple[str, ...]:
         """What is lost, and what a person should look at."""
         odd = [oddity for dataset in self.datasets for oddity in dataset.oddities]
-        if self.train_tokens and self.learned_share < _RARELY_LEARNED:
+        if self.train_tokens and 0 < self.learned_share < _RARELY_LEARNED:
             odd.append(f"only {self.learned_share:.2%} of the {self.unit} carry loss")
         return (*self.losses, *odd, *self.template_notices)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank.data.columns import RowProblem, describe, list_of, text_of
-from lowrank.records import Conversation, Message, Preference, Rated, Record, Role, Text
+from lowrank.records import Conversation, Message, Preference, Prompted, Rated, Record, Role, Text
 
 CALL = "function_call"
 """The role, in sharegpt data, of an assistant's turn that is a tool call written as JSON."""
@@ -208,6 +208,8 @@ def pieces(record: Record) -> list[tuple[str, float]]:
     """A record in plain words, with the loss weight of each piece: what a person reads without a tokenizer."""
     if isinstance(record, Text):
         return [(record.text, 1.0)]
+    if isinstance(record, Prompted):
+        return pieces(record.prompt)
     if isinstance(record, Rated):
         return [*pieces(record.conversation), (f"\n=> {'desirable' if record.desirable else 'undesirable'}", 0.0)]
     if isinstance(record, Preference):

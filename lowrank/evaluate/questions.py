@@ -10,8 +10,9 @@ from lowrank.data.columns import RowProblem
 from lowrank.data.config import Config as DataConfig
 from lowrank.data.config import SourceConfig
 from lowrank.data.dataset import open_datasets, read_record
+from lowrank.data.last_answer import split_last_answer
 from lowrank.errors import DataError
-from lowrank.records import Conversation, Message, Preference, Rated, Record
+from lowrank.records import Conversation, Message
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read_questions(
     problems: list[str] = []
     for row in dataset.rows(notify):
         try:
-            prompt, label = _split(read_record(row, dataset))
+            prompt, label = split_last_answer(read_record(row, dataset))
             questions.append(Question(f"{row.place} row {row.number}", prompt, label))
         except RowProblem as problem:
             problems.append(f"row {row.number}: {problem}")
@@ -53,21 +54,3 @@ def read_questions(
     if not questions:
         raise DataError(f"{source.path} has no rows")
     return questions
-
-
-def _split(record: Record) -> tuple[Conversation, Message]:
-    if isinstance(record, Preference):
-        return record.prompt, record.chosen
-    if isinstance(record, Rated):
-        record = record.conversation
-    if not isinstance(record, Conversation):
-        raise RowProblem("plain text asks nothing")
-    answers = [place for place, message in enumerate(record.messages) if message.role == "assistant"]
-    if not answers:
-        raise RowProblem("no answer: the conversation has no turn of the assistant")
-    label = record.messages[answers[-1]]
-    if not label.content.strip():
-        raise RowProblem("the answer is empty")
-    if answers[-1] == 0:
-        raise RowProblem("nothing comes before the answer")
-    return replace(record, messages=record.messages[: answers[-1]]), label

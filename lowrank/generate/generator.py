@@ -130,6 +130,13 @@ class Generator:
         """
         self.between_steps(lambda: self._forget(slot))
 
+    def rest(self) -> None:
+        """Give the memory of the cache back until the next request; nothing computed so far is used again."""
+        with self._stepping:
+            assert not self.busy, "somebody is being answered"
+            self._cache = KeyValueCache(self._cache.num_pages, self._cache.page_size)
+            self._table = PageTable(self._cache.num_pages, self._cache.page_size)
+
     @property
     def busy(self) -> bool:
         """Somebody waits for an answer."""

@@ -91,5 +91,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prompt_tokens: int = 0
+    stop_token: int | None = None
+    """The stop token that ended it, where one did."""
     reused_tokens: int = 0
     """Of the prompt, those whose keys were there already."""

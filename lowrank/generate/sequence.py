@@ -46,6 +46,7 @@ class Sequence:
         """Tokens whose keys and values are in `pages`."""
         self.reused = 0
         self.finish: str | None = None
+        self.stop_token: int | None = None
         self.cancelled = False
         self.alone = False
         """It is answered by itself: its length would change how positions of others are read."""
@@ -71,6 +72,7 @@ class Sequence:
             self.give_up("error", "the probabilities are not finite: this adapter, or the base, has diverged")
             return
         if choice.token in self.stop_tokens:
+            self.stop_token = choice.token
             self._end("stop", Piece(None, self.text.end(), choice.logprob, choice.top))
             return
         self.tokens.append(choice.token)
@@ -112,6 +114,7 @@ class Sequence:
             top=[piece.top for piece in said],
             error=next((piece.error for piece in pieces if piece.error), None),
             prompt_tokens=self.num_prompt,
+            stop_token=self.stop_token,
             reused_tokens=self.reused,
         )
 

@@ -20,13 +20,16 @@ Metrics = dict[str, float | torch.Tensor]
 """Per-call contributions; the engine sums them over the micro-batches of a step."""
 
 
-Need = Literal["reference", "mismatched", "value"]
+Need = Literal["reference", "mismatched", "value", "token_values", "rollouts"]
 """What an objective may ask for, besides log-probabilities, in its attribute `needs`:
 
 reference    `scores.reference_T`: log-probabilities under the bare base, computed once before training
 mismatched   for each sample a segment of role MISMATCHED, its prompt with another sample's answer. The objective's
              `observe(scores, batch) -> Totals` sees these without gradient before the step; what it gives is summed
              over the step and added to `totals`
+token_values `scores.value_T`: such a vector on every hidden state, beside the log-probabilities
+rollouts     segments that are answers of the job's own slot, given before each step and judged by the objective's
+             `judge` (objectives/drawn.py); what it finds out stands in `batch.signals_T`
 value        `scores.value_S`: a trained vector of the job on the last hidden state; nothing meets the vocabulary then
 """
 

@@ -27,7 +27,7 @@ from lowrank.adapters.routing import Draws
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head, logprobs
-from lowrank.kernels.values import last_token_values
+from lowrank.kernels.values import last_token_values, token_values
 from lowrank.models.base import Base
 from lowrank.objectives import Metrics, Objective, needs
 from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
@@ -109,7 +109,8 @@ class Engine:
             factors = self.bank.learning_rate_factors(slot, settings.learning_rate)
         if neftune_alpha:
             self.bank.enable_noise()
-        value_D = self._fresh_value_head(seed) if needs(objective, "value") else None
+        with_head = needs(objective, "value") or needs(objective, "token_values")
+        value_D = self._fresh_value_head(seed) if with_head else None
         if value_D is not None:
             parameters = {**parameters, VALUE_HEAD: value_D}
             factors = factors and [*factors, 1.0]
@@ -270,6 +271,18 @@ class Engine:
                 found.append(piece_L.roll(1).numpy())  # the last prediction of a segment is of nothing, and 0
         return found
 
+    @torch.no_grad()
+    def values(self, slot: int, segments: Sequence[Segment], value_D: torch.Tensor | None = None) -> list[np.ndarray]:
+        """What a value head (None: the job's own) gives for each token of each segment, (L) float32 each."""
+        head_D = self.jobs[slot].value_D if value_D is None else value_D.to(self.base.device)
+        assert head_D is not None, f"the job in slot {slot} has no value head"
+        found: list[np.ndarray] = []
+        for batch in self.cut({slot: segments}):
+            batch = batch.to(self.base.device)
+            value_T = token_values(self._hidden(batch, train=False), head_D).float().cpu()
+            found += [piece_L.numpy() for piece_L in value_T.split(batch.lengths)]
+        return found
+
     def cut(self, work: Work) -> list[Batch]:
         """Micro-batches of at most `micro_batch_tokens` tokens; pairs stay together, order within a slot is kept."""
         batches: list[list[tuple[int, Segment]]] = [[]]
@@ -302,14 +315,18 @@ class Engine:
         heads = {slot: self.jobs[slot].value_D for slot in set(batch.slots)}
         wanted_T = batch.weight_T != 0
         for slot, first, end in batch.slot_ranges():
-            if heads[slot] is not None:
+            if heads[slot] is not None and not needs(self.jobs[slot].objective, "token_values"):
                 wanted_T[first:end] = False
         logprob_T = self._logprobs(batch, hidden_TD, wanted_T)
         scored = []
         for slot, first, end in batch.slot_ranges():
             part, value_D = batch.of_slot(slot), heads[slot]
-            value_S = None if value_D is None else last_token_values(hidden_TD[first:end], part.start_S1, value_D)
-            scored.append((slot, part, Scores(logprob_T[first:end], part.reference_T, value_S)))
+            own_TD, value_S, value_T = hidden_TD[first:end], None, None
+            if value_D is not None and needs(self.jobs[slot].objective, "token_values"):
+                value_T = token_values(own_TD, value_D)
+            elif value_D is not None:
+                value_S = last_token_values(own_TD, part.start_S1, value_D)
+            scored.append((slot, part, Scores(logprob_T[first:end], part.reference_T, value_S, value_T)))
         return scored
 
     def _hidden(self, batch: Batch, train: bool) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lowrank.evaluate.held_out_answers import HeldOutAnswers
 from lowrank.records import Segment
+from lowrank.train.engine import Forwarded
 from lowrank.train.schedule import ScheduleConfig
 
 
@@ -22,6 +23,18 @@ class Steps(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class SelfAnswering(Protocol):
+    """What a job has whose steps are answers that it gives itself (train/rollouts.py)."""
+
+    metrics: dict[str, float]
+
+    def ask(self) -> None: ...
+
+    def answer(self) -> None: ...
+
+    def evaluate(self) -> Forwarded: ...
 
 
 @dataclass
@@ -61,6 +74,8 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     answers: HeldOutAnswers | None = None
     """Held-out questions whose generated answers decide what is best; None: the held-out loss does."""
+    rollouts: SelfAnswering | None = None
+    """Its feed, where it answers its prompts itself. Its losses are then minus the mean reward."""
 
     @property
     def eval_metric(self) -> str:
@@ -99,6 +114,10 @@ class Job:
         """Held-out rows are due."""
         due = self.eval_every is not None and self.progress.step % self.eval_every == 0
         return bool(self.held_out) and (due or self.progress.finished == "done")
+
+    def evaluates_at_the_start(self) -> bool:
+        """A job that answers itself says first what its answers are worth before it has learned anything."""
+        return self.rollouts is not None and bool(self.held_out) and self.active and self.progress.step == 0
 
     def count_evaluation(self, loss: float, score: float | None = None) -> bool:
         """Take note of an evaluation; True if it is the best so far: the lowest loss, or, where answers are generated,

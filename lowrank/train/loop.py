@@ -10,15 +10,17 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from lowrank.errors import LowrankError
 from lowrank.evaluate.held_out_answers import score_answers
 from lowrank.kernels.host_memory import Heap
 from lowrank.train.engine import Engine, Forwarded, Updated
 from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
-from lowrank.train.job import Job
+from lowrank.train.job import Job, SelfAnswering
 from lowrank.train.optimizers import bytes_of_state
 
 
@@ -61,7 +63,9 @@ class Loop:
     def run(self) -> bool:
         """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
         with self._stop_on_interrupt():
+            self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
             while not self.stop_asked and (active := [job for job in self.jobs if job.active]):
+                self._answer([job.rollouts for job in active if job.rollouts is not None])
                 self._step(active)
                 self._evaluate([job for job in active if job.evaluates_now()])
                 self._finish([job for job in active if not job.active])
@@ -85,6 +89,17 @@ class Loop:
         while self._to_tell:
             self._tell(self._to_tell.pop(0))
 
+    def _answer(self, answering: list[SelfAnswering]) -> None:
+        """First all are asked, so that they are answered together. A judge that fails costs no step that was taken."""
+        try:
+            for rollouts in answering:
+                rollouts.ask()
+            for rollouts in answering:
+                rollouts.answer()
+        except LowrankError:
+            self._save()
+            raise
+
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
         rates = {job.slot: job.next_learning_rate() for job in active}
@@ -98,6 +113,8 @@ class Loop:
             self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
 
     def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
+        if job.rollouts is not None:
+            forwarded = _as_rewarded(forwarded, job.rollouts.metrics)
         self._tell(
             StepDone(
                 job=job.name,
@@ -133,7 +150,9 @@ class Loop:
     def _evaluate(self, due: list[Job]) -> None:
         if not due:
             return
-        results = self.engine.evaluate({job.slot: job.held_out for job in due})
+        plain = {job.slot: job.held_out for job in due if job.rollouts is None}
+        results = self.engine.evaluate(plain) if plain else {}
+        results |= {job.slot: job.rollouts.evaluate() for job in due if job.rollouts is not None}
         asked = {job.slot: job.answers for job in due if job.answers is not None}
         scores = score_answers(self.engine.base, self.engine.bank, asked) if asked else {}
         for job in due:
@@ -180,3 +199,9 @@ class Loop:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _as_rewarded(forwarded: Forwarded, metrics: dict[str, float]) -> Forwarded:
+    """What is minimised is minus the reward; the loss whose gradient does it is near 0 and says nothing."""
+    shown = {**metrics, **forwarded.metrics, "policy_loss": forwarded.loss}
+    return replace(forwarded, loss=-metrics["reward"], metrics=shown)

@@ -63,8 +63,10 @@ def learning_rate(value: float | None) -> str:
 
 
 def accuracy(metrics: Mapping[str, float]) -> str:
-    """`, 87 % of pairs right`, where an objective on pairs says so; else nothing."""
-    share = metrics.get("rewards/accuracies")
+    """`, 87 % of pairs right` or `, reward 0.5`, where an objective says so; else nothing."""
+    share, reward = metrics.get("rewards/accuracies"), metrics.get("reward")
+    if reward is not None:
+        return f", reward {reward:.4g}"
     return "" if share is None else f", {100 * share:.0f} % of pairs right"
 
 

@@ -355,8 +355,11 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
     [
         ("lora_rnk: 8\n", "lora_rnk: unknown key; did you mean 'lora_rank'?"),
         ("lora_rank: big\n", "lora_rank: expected a whole number, got 'big'"),
-        ("stage: ppo\n", "stage: 'ppo' is not trained; sft, pt, dpo, kto, rm are"),
-        ("stage: sftt\n", "stage: 'sftt' is not trained; choose one of sft, pt, dpo, kto, rm; did you mean 'sft'?"),
+        ("stage: ppo\n", "reward_model: required for stage: ppo"),
+        ("stage: ppo\nreward_model: a\nreward_model_type: api\n", "reward_model_type: 'api' is not supported"),
+        ("stage: ppo\nreward_model: a\nppo_target: 3.0\n", "ppo_target: 3.0 is not supported: the weight of the KL"),
+        ("ppo_buffer_size: 2\n", "ppo_buffer_size: 2 is not supported: every optimiser step"),
+        ("stage: sftt\n", "stage: 'sftt' is not trained; choose one of sft, pt, dpo, kto, rm, ppo; did you mean"),
         ("stage: dpo\n", "dataset 'identity': stage dpo needs preference pairs, and it is not marked ranking: true"),
         ("stage: kto\n", "dataset 'identity': stage kto needs rated answers, and columns.kto_tag is not given"),
         ("dataset: chats\nstage: dpo\npref_loss: kto_pair\n", "pref_loss: 'kto_pair' is not supported; use stage: kto"),
@@ -555,6 +558,21 @@ def test_stages_on_answers(workplace: Path, lines: str, objective: dict[str, Any
     )
     config, _ = read(workplace, text + lines)
     assert config.objective.model_dump() == objective
+
+
+def test_stage_ppo(workplace: Path) -> None:
+    text = MINIMAL + "stage: ppo\nreward_model: judge\nppo_epochs: 2\nppo_score_norm: true\nppo_whiten_rewards: true\n"
+    config, warnings = read(workplace, "\n".join(line for line in text.splitlines() if line != "stage: sft") + "\n")
+    objective = config.objective.model_dump()
+    assert {key: objective[key] for key in ("type", "num_ppo_epochs", "score_norm", "whiten_rewards", "kl_coef")} == {
+        "type": "ppo",
+        "num_ppo_epochs": 2,
+        "score_norm": True,
+        "whiten_rewards": True,
+        "kl_coef": 0.2,
+    }
+    assert objective["reward_model"].endswith("judge")
+    assert any("are not taken over" in warning for warning in warnings)
 
 
 def test_pref_ftx_that_is_not_heard_speaks(workplace: Path) -> None:

@@ -17,7 +17,7 @@ from lowrank.data.formats import built_in_formats, find_format, recognise, recor
 from lowrank.data.rendering import Renderer
 from lowrank.data.turns import transcript
 from lowrank.errors import DataError
-from lowrank.records import Conversation, Message, Preference, Rated, Record, Text
+from lowrank.records import Conversation, Message, Preference, Prompted, Rated, Record, Text
 from tests.data.made_tokenizers import tokenizer_of, trl_template
 
 RECORDS = {
@@ -28,6 +28,7 @@ RECORDS = {
     "text": Text,
     "preference": Preference,
     "rated": Rated,
+    "prompted": Prompted,
 }
 
 

@@ -52,7 +52,9 @@ def step_for(objective: Any, seed: int) -> list[Segment]:
         segments.append(_random_segment(generator, length, pair=pair, role=role))
         if needs(objective, "mismatched"):
             segments.append(_random_segment(generator, length + 2, role=MISMATCHED))
-    if needs(objective, "reference"):
+    if needs(objective, "rollouts"):
+        segments = [replace(segment, signals_L=_random_signals(generator, segment)) for segment in segments]
+    if needs(objective, "reference") or getattr(objective, "compares", False):
         segments = [replace(segment, reference_L=_random_reference(generator, segment)) for segment in segments]
     return number_the_step(segments)
 
@@ -66,6 +68,13 @@ def _random_segment(generator: np.random.Generator, length: int, **place: int) -
 def _random_reference(generator: np.random.Generator, segment: Segment) -> np.ndarray:
     """Around what random models think."""
     return np.where(segment.weight_L != 0, generator.normal(-np.log(VOCABULARY), 1.0, len(segment)), 0.0)
+
+
+def _random_signals(generator: np.random.Generator, segment: Segment) -> dict[str, np.ndarray]:
+    """Everything that any objective on the model's own answers finds out."""
+    carried_L = (segment.weight_L != 0).astype(np.float32)
+    drawn = {name: (carried_L * generator.normal()).astype(np.float32) for name in ("advantage", "value", "return")}
+    return {**drawn, "logprob": _random_reference(generator, segment).astype(np.float32)}
 
 
 def counted(objective: Any, batch: Batch) -> Totals:
@@ -118,10 +127,12 @@ def test_the_loss_is_a_scalar_with_a_gradient_and_leaves_its_inputs_alone(name: 
     segments = [segment for segment in step_for(objective, 0) if segment.role != MISMATCHED]
     batch = pack([(0, segment) for segment in segments])
     before = copy.deepcopy(batch)
-    value_T = -torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(0)) * (batch.weight_T != 0)
-    logprob_T = value_T.clone().requires_grad_()
+    before_T = -torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(0)) * (batch.weight_T != 0)
+    logprob_T = before_T.clone().requires_grad_()
     value_S = torch.linspace(-1, 1, len(segments)).requires_grad_() if needs(objective, "value") else None
-    loss, metrics = objective.loss(Scores(logprob_T, batch.reference_T, value_S), batch, counted(objective, batch))
+    value_T = torch.linspace(-1, 1, batch.num_tokens).requires_grad_() if needs(objective, "token_values") else None
+    scores = Scores(logprob_T, batch.reference_T, value_S, value_T)
+    loss, metrics = objective.loss(scores, batch, counted(objective, batch))
     assert loss.shape == ()
     assert torch.isfinite(loss)
     loss.backward()
@@ -133,9 +144,13 @@ def test_the_loss_is_a_scalar_with_a_gradient_and_leaves_its_inputs_alone(name: 
         assert logprob_T.grad is not None
         assert logprob_T.grad[batch.weight_T != 0].abs().sum() > 0
         assert logprob_T.grad[batch.weight_T == 0].abs().sum() == 0
-    assert torch.equal(logprob_T.detach(), value_T)
+    assert torch.equal(logprob_T.detach(), before_T)
     assert all(isinstance(value, (float, torch.Tensor)) for value in metrics.values())
+    assert before.signals_T.keys() == batch.signals_T.keys()
+    assert all(torch.equal(value, batch.signals_T[key]) for key, value in before.signals_T.items())
     for key, value in vars(before).items():
+        if key == "signals_T":
+            continue
         same = (
             torch.equal(value, getattr(batch, key)) if isinstance(value, torch.Tensor) else value == getattr(batch, key)
         )

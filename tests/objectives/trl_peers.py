@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn.utils.rnn import pad_sequence
-from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from lowrank.records import CHOSEN, MISMATCHED, REJECTED, Segment
@@ -110,6 +113,71 @@ def reward(model: Any, segments: Sequence[Segment], center: float | None) -> tup
     inputs = padded([*chosen, *rejected])
     del inputs["completion_mask"]
     return made.compute_loss(model, inputs), _last(made)
+
+
+def grpo(model: Any, segments: Sequence[Segment], **settings: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    """`(loss, metrics)` of GRPOTrainer on answers with advantages, and references where `beta` is not 0."""
+    defaults = {"loss_type": "dapo", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "max_completion_length": 16}
+    delta = settings.pop("delta", None)
+    made = trainer(
+        GRPOTrainer,
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        **({"importance_sampling_level": "token"} | defaults | settings),
+    )
+    add_fused_lm_head(model, outputs=_FUSED)
+    prompts, answers = [], []
+    for segment in segments:
+        at = int(np.flatnonzero(segment.signals_L["advantage"])[0])  # masked answers carry no weight
+        prompts.append(segment.token_L[:at])
+        answers.append({"ids": segment.token_L[at:], "mask": segment.weight_L[at:], "at": at})
+    longest = max(map(len, prompts))
+    left = [np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]
+    seen = [np.pad(np.ones(len(prompt)), (longest - len(prompt), 0)) for prompt in prompts]
+
+    def right(values: Sequence[np.ndarray]) -> torch.Tensor:
+        return pad_sequence([torch.from_numpy(np.asarray(value)) for value in values], batch_first=True)
+
+    def signal(name: str) -> torch.Tensor:
+        return right([each.signals_L[name][own["at"] :] for each, own in zip(segments, answers)])
+
+    mask = right([own["mask"] for own in answers])
+    inputs = {
+        "prompt_ids": torch.from_numpy(np.stack(left)).long(),
+        "prompt_mask": torch.from_numpy(np.stack(seen)).long(),
+        "completion_ids": right([own["ids"] for own in answers]).long(),
+        "completion_mask": mask,
+        "advantages": signal("advantage")[:, 0],
+        "num_items_in_batch": mask.sum(),
+    }
+    if "logprob" in segments[0].signals_L:
+        inputs["old_per_token_logps"] = signal("logprob")
+    if made.beta:
+        kept = [each.reference_L[own["at"] :] for each, own in zip(segments, answers) if each.reference_L is not None]
+        inputs["ref_per_token_logps"] = right(kept)
+    return made._compute_loss(model, inputs), _last(made)
+
+
+def grpo_advantages(reward_NF: torch.Tensor, weight_F: torch.Tensor, group: int, scale: str) -> torch.Tensor:
+    """What GRPOTrainer makes of rewards, by the very lines of its source that do."""
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    first, last = "unscorable_mask = torch.isnan(", "advantages = torch.nan_to_num(advantages, nan=0.0)\n"
+    lines = textwrap.dedent("        " + source[source.index(first) : source.index(last) + len(last)])
+    names = {
+        **vars(grpo_trainer),
+        "self": SimpleNamespace(
+            multi_objective_aggregation="sum_then_normalize", scale_rewards=scale, reward_weights=weight_F
+        ),
+        "rewards_per_func": reward_NF,
+        "num_generations": group,
+        "device": reward_NF.device,
+    }
+    exec(lines, names)  # the peer's own source
+    return names["advantages"]
 
 
 def sides(segments: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
