@@ -50,7 +50,11 @@ class Format(Protocol):
     bits: float
     """A weight, scales included."""
     tolerance: Tolerance
-    settings: PackedSettings
+
+    @property
+    def settings(self) -> PackedSettings:
+        """The target's."""
+        ...
 
     def trouble(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         """Why layers of these shapes (O, D), by name, cannot be written."""

@@ -49,10 +49,10 @@ class Even:
     def fit(self, weight_OS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The best of `_SHRINK`, by squared error."""
         top, half = (1 << self.bits) - 1, 1 << (self.bits - 1)
+        least_O1 = weight_OS.amin(dim=1, keepdim=True).clamp(max=0)
         if self.symmetric:
             whole_O1 = weight_OS.abs().amax(dim=1, keepdim=True) / max(0.5, half - 1)
         else:
-            least_O1 = weight_OS.amin(dim=1, keepdim=True).clamp(max=0)
             whole_O1 = (weight_OS.amax(dim=1, keepdim=True).clamp(min=0) - least_O1) / top
         least_error_O1 = torch.full_like(whole_O1, torch.inf)
         best_O1, best_zero_O1 = torch.ones_like(whole_O1), torch.full_like(whole_O1, half)
@@ -156,8 +156,9 @@ def _factor_of_inverse(moment_DD: torch.Tensor) -> torch.Tensor:
     for damping in (_DAMPING, 0.1, 1.0, 10.0):
         damped_DD = moment_DD + damping * step * torch.eye(len(moment_DD), dtype=torch.float64, device=moment_DD.device)
         lower_DD, trouble = torch.linalg.cholesky_ex(damped_DD)
-        if not trouble:
-            upper_DD, trouble = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_DD), upper=True)
+        if trouble:
+            continue
+        upper_DD, trouble = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_DD), upper=True)
         if not trouble:
             return upper_DD.float()
     raise AssertionError("a matrix of second moments is positive semi-definite")
