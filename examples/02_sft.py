@@ -18,7 +18,7 @@ from lowrank.models.config import Config as Model
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Conversation, Message
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.optimizers.adamw import Config as AdamW
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 
@@ -32,7 +32,7 @@ base = loading.load(model, tokenizer=tokenizer)
 bank = Bank(base, model.storage)
 engine = Engine(base, bank, micro_batch_tokens=4096)
 slot = bank.add(Lora(rank=16), seed=0)
-engine.add(slot, objective, OptimizerConfig(learning_rate=5e-3), seed=0, neftune_alpha=0.0)
+engine.add(slot, objective, AdamW(learning_rate=5e-3), seed=0, neftune_alpha=0.0)
 
 for step in range(STEPS):
     forwarded = engine.forward_backward({slot: prepared.train.next_step()})

@@ -181,7 +181,7 @@ def test_jobs_with_the_same_data_share_what_was_read(
 ) -> None:
     """And learn what they would learn alone, since each walks over it by itself."""
     reads: list[str] = []
-    monkeypatch.setattr("lowrank.run.prepare", lambda data, **how: reads.append("read") or prepare(data, **how))
+    monkeypatch.setattr("lowrank.prepared.prepare", lambda data, **how: reads.append("read") or prepare(data, **how))
     given = settings(world, tmp_path / "run", max_steps=3)
     _, ear = run({**given, "jobs": [{"name": "a"}, {"name": "b"}, {"name": "c", "seed": 7}]})
     assert len(reads) == 2

@@ -44,7 +44,7 @@ def plan(
     from lowrank.models.loading import load_tokenizer
     from lowrank.planned import planner_of
     from lowrank.planning.choose import choose
-    from lowrank.run import prepare_all
+    from lowrank.prepared import prepare_all
 
     settings, warnings = load_any(config, overrides or [])
     warn(warnings)

@@ -67,12 +67,12 @@ def quantise_in_order(
         raise ModelError(
             f"{source.model.path}: it has no single list of decoder layers; calibrate=false rounds as it is"
         )
-    names = {module: name for name, module in base.model.named_modules() if name in linears}
+    names: dict[Any, str] = {module: name for name, module in base.model.named_modules() if name in linears}
     states: list[torch.Tensor | None] = [None] * len(documents)
     done = 0
     with torch.no_grad():
         for index, layer in enumerate(stack):
-            own = {names[module]: module for module in layer.modules() if module in names}
+            own: dict[str, Any] = {names[module]: module for module in layer.modules() if module in names}
             with _only(stack, index) as reach, _moments(own) as moments:
                 for number, document in enumerate(documents):
                     reach(base, document, states[number])

@@ -1,0 +1,149 @@
+"""A run's jobs put in their places: adapters on the base, optimisers, references, feeds of their own answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank.adapters.bank import Bank
+from lowrank.checkpoints.peft_layout import load_adapter
+from lowrank.checkpoints.value_head import read_value_head
+from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.data.prepare import Prepared
+from lowrank.data.rendering import Renderer
+from lowrank.errors import ModelError
+from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
+from lowrank.models.base import Base
+from lowrank.objectives import needs
+from lowrank.records import BARE_BASE
+from lowrank.train.engine import Engine
+from lowrank.train.events import Event, Notice, Preparing
+from lowrank.train.job import Job
+from lowrank.train.reference import ReferencedSteps, References, references_folder
+from lowrank.train.rollouts import Answering, Prompts, RewardModel, Rollouts, steps_on_one_batch
+
+SECONDS_BETWEEN_WORDS = 5.0
+"""Between two words about how far something long has come."""
+
+
+def start_job(
+    engine: Engine, config: JobConfig, data: Prepared, run: RunConfig, report: Callable[[Event], None]
+) -> Job:
+    """The job's adapter on the base (or the base itself), its optimiser, and its place in the loop."""
+    if config.trains_base:
+        slot = BARE_BASE
+    else:
+        slot = _attach(engine.bank, config, report)
+    engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
+        value_D = read_value_head(Path(config.adapter.path))
+        if value_D is not None:
+            engine.load_value_head(slot, value_D)
+    answers = _answers(engine.base, config, data)
+    for text in answers.notices if answers else ():
+        report(Notice(text, job=config.name))
+    per_epoch = (data.train.steps_per_epoch or 0) * steps_on_one_batch(engine.jobs[slot].objective)
+    num_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch - 1e-9)
+    return Job(
+        name=config.name,
+        slot=slot,
+        feed=data.train,
+        held_out=data.eval,
+        schedule=config.schedule,
+        learning_rate=config.optimizer.learning_rate,
+        num_steps=num_steps,
+        eval_every=steps_of(run.eval_steps, num_steps),
+        log_every=steps_of(run.logging_steps, num_steps) or num_steps,
+        max_skipped_steps=config.optimizer.max_skipped_steps,
+        patience=config.early_stopping_patience,
+        answers=answers,
+    )
+
+
+def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
+    """The held-out questions that the job is asked; None where the loss decides."""
+    if config.eval_metric == "loss":
+        return None
+    return answers_of(
+        data.eval,
+        base.tokenizer,
+        Renderer(base.tokenizer, config.data).stop_tokens,
+        metric=config.eval_metric,
+        samples=config.eval_generate_samples,
+        max_new_tokens=config.eval_max_new_tokens,
+        reach=base.reach,
+    )
+
+
+def _attach(bank: Bank, config: JobConfig, report: Callable[[Event], None]) -> int:
+    """A fresh adapter, or the one that `adapter.path` names, in a slot of the bank."""
+    if config.adapter.path is None:
+        slot = bank.add(config.adapter, seed=config.seed)
+    else:
+        saved = load_adapter(Path(config.adapter.path))
+        slot = bank.add(saved.config, seed=config.seed)
+        bank.load(slot, saved.tensors)
+    if bank.slots[slot].missed:
+        report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
+    return slot
+
+
+def refer_to_base(
+    engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], report: Callable[[Event], None]
+) -> None:
+    """Give every job that compares with the bare base its log-probabilities, computed once for all of them."""
+    comparing = [(job, own) for job, own in zip(jobs, data) if needs(engine.jobs[job.slot].objective, "reference")]
+    if not comparing:
+        return
+    references = References(engine, references_folder())
+    told = time.monotonic()
+
+    def progress(done: int, total: int, seconds_left: float) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told > SECONDS_BETWEEN_WORDS:
+            told = time.monotonic()
+            report(Preparing("reference log-probabilities", done, total, seconds_left))
+
+    samples = [sample for _, own in comparing for sample in (*own.train.samples, own.eval)]
+    references.prepare((segment for sample in samples for segment in sample), progress)
+    report(
+        Notice(
+            f"reference log-probabilities under the bare base: {references.num_computed} segments computed, "
+            f"{references.num_found} found in {references_folder()}"
+        )
+    )
+    if references.trouble:
+        report(Notice(references.trouble, level="warning"))
+    for job, own in comparing:
+        job.feed = ReferencedSteps(own.train, references)
+        job.held_out = references.attach(own.eval)
+
+
+def let_jobs_answer(
+    engine: Engine, jobs: Sequence[Job], data: Sequence[Prepared], config: RunConfig, tokenizer: Any
+) -> None:
+    """Give every job that learns from its own answers a feed of them; all jobs are answered together."""
+    answering = Answering(engine.base, engine.bank)
+    for job, own, settings in zip(jobs, data, config.jobs):
+        if needs(engine.jobs[job.slot].objective, "rollouts"):
+            known = [*(segment for sample in own.train.samples for segment in sample), *own.eval]
+            longest = max(map(len, known)) if own.train.samples else settings.data.max_length
+            prompts = Prompts(own.train, own.eval, longest, Renderer(tokenizer, settings.data).stop_tokens)
+            judge = _reward_model(engine.bank, engine.jobs[job.slot].objective)
+            job.feed = job.rollouts = Rollouts(engine, job.slot, prompts, answering, settings.seed, judge)
+
+
+def _reward_model(bank: Bank, objective: Any) -> RewardModel | None:
+    """The reward model that the objective names, in a slot of its own. ModelError if it is none, or does not fit."""
+    path = objective.settings.reward_model
+    if path is None:
+        return None
+    value_D, saved = read_value_head(Path(path)), load_adapter(Path(path))
+    if value_D is None:
+        raise ModelError(f"objective.reward_model: {path} has no value head; it must come from objective reward")
+    slot = bank.add(saved.config, seed=0)
+    bank.load(slot, saved.tensors)
+    return RewardModel(slot, value_D)
