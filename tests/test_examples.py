@@ -26,11 +26,11 @@ def run(*command: str) -> str:
 def test_config_trains(path: Path, tmp_path: Path) -> None:
     out = run(
         *(sys.executable, "-m", "lowrank", "train", str(path), f"output_dir={tmp_path / 'run'}"),
-        *("max_steps=4", "eval_steps=4", "--json"),
+        *("max_steps=4", *(["eval_steps=4"] if "eval:" in path.read_text("utf-8") else []), "--json"),
     )
     summary = json.loads(out.splitlines()[-1])
     for job in summary["jobs"].values() if isinstance(summary["jobs"], dict) else summary["jobs"]:
-        assert job["last_loss"] < job["first_loss"] * 1.2
+        assert job["last_loss"] < job["first_loss"] + 0.2 * abs(job["first_loss"])
 
 
 def test_answers_of_its_own(tmp_path: Path) -> None:

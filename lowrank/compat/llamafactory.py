@@ -125,6 +125,7 @@ def _contradictions(keys: Keys) -> list[str]:
         all_stages = ", ".join(STAGES)
         way = f"choose one of {all_stages}{did_you_mean(keys.stage, STAGES)}"
         found.append(f"stage: {keys.stage!r} is not trained; {way}")
+    found += method.contradictions(keys)
     if keys.stage == "ppo" and keys.reward_model is None:
         found.append("reward_model: required for stage: ppo; name the folder of an adapter trained with stage: rm")
     if keys.stage == "ppo" and keys.reward_model_type != "lora":

@@ -256,6 +256,7 @@ def test_trains_in_every_dtype(name: str, dtype: torch.dtype) -> None:
     for _ in range(12):
         losses.append(engine.forward_backward(work)[slot].loss)
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in engine.bank.parameters(slot).values())
-        assert not engine.optim_step(slot, 0.1 if name == "ia3" else 2e-2).skipped  # it has few parameters
+        updated = engine.optim_step(slot, 0.1 if name == "ia3" else 2e-2)  # it has few parameters
+        assert not updated.skipped or updated.loss_scale is not None  # float16 finds its scale first
     assert math.isfinite(losses[-1])
     assert min(losses[-3:]) < losses[0] - 0.05

@@ -187,6 +187,7 @@ def push(adapter: Path, out: Path, endpoint: str, token: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_what_was_written_is_uploaded(adapter: Path, tmp_path: Path, hub: Any) -> None:
     kind, endpoint = hub
     done = push(adapter, tmp_path / "out", endpoint, "hf_secret")

@@ -294,6 +294,7 @@ def test_responses_only(tmp_path: Path) -> None:
         train_on_responses_only(sft(load(), tmp_path), "### Instruction:\n", "### Reply:\n")
 
 
+@pytest.mark.slow
 def test_the_notebook(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "examples/unsloth_alpaca.py"), "6", str(tmp_path)]

@@ -270,6 +270,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """A model of 0.4 GB, of which the largest tensor has 67 MB: the peak, Python and torch included, is below

@@ -91,6 +91,7 @@ def test_our_readers_read_what_was_packed(case: str, source: Source, tmp_path: P
 
 
 @pytest.mark.parametrize("config", [FourBit(), Gptq(bits=3)], ids=["NF4", "GPTQ 3"])
+@pytest.mark.slow
 def test_calibrated_is_nearer(config: Any, tmp_path: Path) -> None:
     """The shipped base, on texts of its own kind, against rounding to the nearest: half the distance or less."""
     base = locate(TINY)

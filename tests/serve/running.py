@@ -14,15 +14,21 @@ import httpx
 import openai
 import torch
 
+from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.checkpoints.peft_config import BaseDescription
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
+from lowrank.data.config import Config as DataConfig
+from lowrank.data.rendering import Renderer
 from lowrank.generate.generator import GeneratorConfig
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import load, load_tokenizer
+from lowrank.models.storages.dense import Config as Dense
 from lowrank.serve.bank_engine import BankEngine
 from lowrank.serve.engine import Engine
 from lowrank.serve.limits import Limits
 from lowrank.serve.server import make_server
-from lowrank.trained import Trained, open_trained
+from lowrank.trained import Trained
 
 TOKEN = "a-token-of-the-tests"
 
@@ -47,8 +53,11 @@ def save(trained: Trained, slot: int, folder: Path) -> None:
 
 
 def open_world() -> Trained:
-    """`lowrank/tiny` and the adapters one and two."""
-    trained = open_trained("lowrank/tiny", notify=lambda text: None)
+    """`lowrank/tiny` and the adapters one and two, in float32: in bfloat16 the likeliest token may hang on company."""
+    model = ModelConfig(path="lowrank/tiny", dtype="float32", device="cpu")
+    tokenizer = load_tokenizer(model)
+    base = load(model, tokenizer=tokenizer, notify=lambda text: None)
+    trained = Trained(base, Bank(base, Dense()), Renderer(tokenizer, DataConfig()))
     random_adapter(trained, "one", 1)
     random_adapter(trained, "two", 2)
     return trained
