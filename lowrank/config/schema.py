@@ -19,7 +19,7 @@ import lowrank.models.config
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.config.checks import conflicts
 from lowrank.config.jobs import complete_jobs, spell_out
-from lowrank.models.freezing import FreezeConfig
+from lowrank.models.config import FreezeConfig
 from lowrank.objectives import ObjectiveConfig
 from lowrank.settings import Auto, NonNegative, Positive, Settings
 from lowrank.train.optimizers import OptimizerConfig

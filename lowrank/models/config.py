@@ -41,3 +41,17 @@ class Config(Settings):
     """Stretch the rotary embedding for longer documents than the base was made for: {type: yarn, factor: 4}."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""
+
+
+class FreezeConfig(Settings):
+    """Which parameters `tuning: freeze` trains."""
+
+    trainable_layers: int = 2
+    """The last n decoder layers; below 0: the first n."""
+    trainable_modules: tuple[str, ...] = ("all",)
+    """Parts of those layers: `all`, or names such as `self_attn`, `mlp`, `input_layernorm`."""
+    extra_modules: tuple[str, ...] = ()
+    """Parts outside the layers: `embed_tokens`, `norm`, `lm_head`."""
+    spread: bool = False
+    """Take the n layers at even distances, the last of every n-th part of the model: the blocks that `lowrank expand`
+    inserted (LLaMA Pro)."""

@@ -11,22 +11,8 @@ from typing import Any
 from torch import nn
 
 from lowrank.errors import ModelError, did_you_mean, raise_all
+from lowrank.models.config import FreezeConfig
 from lowrank.models.layers import decoder_layers
-from lowrank.settings import Settings
-
-
-class FreezeConfig(Settings):
-    """Which parameters `tuning: freeze` trains."""
-
-    trainable_layers: int = 2
-    """The last n decoder layers; below 0: the first n."""
-    trainable_modules: tuple[str, ...] = ("all",)
-    """Parts of those layers: `all`, or names such as `self_attn`, `mlp`, `input_layernorm`."""
-    extra_modules: tuple[str, ...] = ()
-    """Parts outside the layers: `embed_tokens`, `norm`, `lm_head`."""
-    spread: bool = False
-    """Take the n layers at even distances, the last of every n-th part of the model: the blocks that `lowrank expand`
-    inserted (LLaMA Pro)."""
 
 
 def chosen_layers(config: FreezeConfig, num_layers: int) -> list[int]:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from lowrank.errors import LowrankError, ModelError, raise_all
 from lowrank.models import rope
 from lowrank.models.base import Base
-from lowrank.models.config import Config
-from lowrank.models.freezing import FreezeConfig, train_only
+from lowrank.models.config import Config, FreezeConfig
+from lowrank.models.freezing import train_only
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
 from lowrank.models.prequantised import reader_for

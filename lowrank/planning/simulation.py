@@ -29,7 +29,8 @@ from lowrank.kernels.logprobs import logprobs
 from lowrank.models.attention import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
-from lowrank.models.freezing import FreezeConfig, train_only
+from lowrank.models.config import FreezeConfig
+from lowrank.models.freezing import train_only
 from lowrank.models.loading import choose_device, choose_dtype, locate
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute

@@ -14,7 +14,8 @@ from lowrank.cli.expand import expand_model
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.config import Config as ModelConfig
-from lowrank.models.freezing import FreezeConfig, chosen_layers, train_only
+from lowrank.models.config import FreezeConfig
+from lowrank.models.freezing import chosen_layers, train_only
 from lowrank.models.loading import load, load_tokenizer, locate
 from lowrank.run import train
 from tests.tiny_models import make_base, make_model
