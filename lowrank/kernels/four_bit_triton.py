@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 _BYTES = 1024
 
@@ -26,4 +26,4 @@ def dequantise_triton(
 ) -> None:
     """Fill `flat` (contiguous, one dimension). `values`: the 16 float32 values of the code, on the same device."""
     grid = (triton.cdiv(len(packed), _BYTES),)
-    _dequantise[grid](packed, absmax, values, flat, flat.numel(), block_size, BYTES=_BYTES)  # pyright: ignore[reportArgumentType]
+    _dequantise[grid](packed, absmax, values, flat, flat.numel(), block_size, BYTES=_BYTES)  # pyright: ignore[reportArgumentType, reportIndexIssue]
