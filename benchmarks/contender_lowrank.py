@@ -21,7 +21,6 @@ from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.loading import load as load_base
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.models.storages.packed import PackedLinear
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment, number_the_step
@@ -40,7 +39,7 @@ def engine_of(
     base = load_base(ModelConfig(path=model, device=device, storage={"type": name}))  # type: ignore[arg-type]
     if dequantised:
         unpack(base.model)
-    engine = Engine(base, Bank(base, Dense()), micro_batch_tokens)
+    engine = Engine(base, Bank(base), micro_batch_tokens)
     slots = []
     for seed in seeds:
         slots.append(engine.bank.add(Lora(rank=rank), seed=seed))

@@ -38,7 +38,6 @@ from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import Config, Prompt
 from lowrank.models.base import Base
 from lowrank.models.leak import choose_layout
-from lowrank.models.storages.dense import Config as Dense
 
 RANK = 16
 
@@ -97,7 +96,7 @@ def with_lowrank(options: argparse.Namespace, prompts: list[np.ndarray]) -> Call
     """Adapters on the bank."""
     base = Base(make_model(options), None, "random")
     choose_layout(base, "auto")
-    bank = Bank(base, Dense())
+    bank = Bank(base)
     slots = [bank.add(Lora(rank=RANK, alpha=32), seed=index) for index in range(options.adapters)]
 
     def answer(lengths: list[int]) -> None:

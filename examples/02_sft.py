@@ -29,7 +29,7 @@ objective = Sft().build()
 prepared = prepare(data, tokenizer=tokenizer, record=objective.record, seed=0)
 
 base = loading.load(model, tokenizer=tokenizer)
-bank = Bank(base, model.storage)
+bank = Bank(base)
 engine = Engine(base, bank, micro_batch_tokens=4096)
 slot = bank.add(Lora(rank=16), seed=0)
 engine.add(slot, objective, AdamW(learning_rate=5e-3), seed=0, neftune_alpha=0.0)

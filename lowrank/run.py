@@ -18,7 +18,6 @@ from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.evaluate.metrics import check_installed
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.planned import tokens_of, with_plan
 from lowrank.prepared import prepare_all, tell_about_data, with_date
 from lowrank.report.page import DATA_REPORT, write_report
@@ -75,7 +74,7 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
             freeze=first.freeze if first.tuning == "freeze" else None,
             notify=lambda text: report(Notice(text)),
         )
-        engine = Engine(base, Bank(base, Dense()), tokens_of(config))
+        engine = Engine(base, Bank(base), tokens_of(config))
         engine.notify = lambda text: report(Notice(text, level="warning"))
         jobs = [start_job(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
         let_jobs_answer(engine, jobs, data, config, tokenizer)

@@ -30,7 +30,6 @@ from lowrank.generate.sampler import Config, Prompt, answer_all
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.records import BARE_BASE, Conversation, Rated
 
 BARE = "base"
@@ -167,7 +166,7 @@ def is_run(folder: Path) -> bool:
 def _open_model(model: ModelConfig, data: DataConfig, notify: Callable[[str], None]) -> Trained:
     tokenizer = loading.load_tokenizer(model)
     base = loading.load(model, tokenizer=tokenizer, notify=notify)
-    return Trained(base, Bank(base, Dense()), Renderer(tokenizer, data))
+    return Trained(base, Bank(base), Renderer(tokenizer, data))
 
 
 def _open_adapter(folder: Path, data: DataConfig, notify: Callable[[str], None]) -> Trained:

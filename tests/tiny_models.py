@@ -13,7 +13,6 @@ from transformers.utils import logging
 from lowrank.adapters.bank import Bank
 from lowrank.models.base import Base
 from lowrank.models.leak import choose_layout
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import Segment, number_the_step
 from lowrank.settings import configs_in
@@ -128,7 +127,7 @@ def make_base(family: str = "llama", dtype: torch.dtype = torch.float64, **chang
 
 def make_engine(base: Base, *configs: Any, micro_batch_tokens: int = 4096, **settings: Any) -> tuple[Engine, list[int]]:
     """An engine with one SFT job for each adapter config; job i has seed i. `settings` go to the optimiser."""
-    bank = Bank(base, Dense())
+    bank = Bank(base)
     engine = Engine(base, bank, micro_batch_tokens)
     optimizer: Any = configs_in("lowrank.train.optimizers")[settings.pop("type", "adamw")](**settings)
     slots = []

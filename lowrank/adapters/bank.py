@@ -27,7 +27,7 @@ from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
 from lowrank.models.original import original_weight
-from lowrank.models.storages import BaseLinear, StorageConfig
+from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
 
 
@@ -61,9 +61,8 @@ class Saved:
 class Bank:
     """Adapters by slot number on one base."""
 
-    def __init__(self, base: Base, storage: StorageConfig) -> None:
+    def __init__(self, base: Base) -> None:
         self.base = base
-        self.storage = storage
         self.routing = Routing()
         self.slots: dict[int, Slot] = {}
 
@@ -200,7 +199,7 @@ class Bank:
                 "use lora or rslora"
             )
         problems += self._trouble_with_experts(config, targets)
-        if config.needs_quantised and self.storage.type == "dense" and not any(map(self._is_packed, targets.linears)):
+        if config.needs_quantised and not any(map(self._is_packed, targets.linears)):
             problems.append(
                 f"adapter.type {config.type} makes up for what quantisation lost, and model.storage.type dense loses "
                 "nothing; use lora, or quantise the base"
@@ -321,7 +320,7 @@ class Bank:
                 module.base = RoutedCopy(module.base, name, self.routing)
             return module.base
         if kind is RoutedLinear:
-            base = module if hasattr(module, "dense_weight") else self.storage.wrap(module)
+            base = module if hasattr(module, "dense_weight") else DenseLinear(module)
             routed: nn.Module = RoutedLinear(base, name, self.routing)
         else:
             routed = kind(module, name, self.routing)

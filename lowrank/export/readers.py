@@ -77,4 +77,4 @@ def _load(model: ModelConfig, source: Source) -> BankReader:
     # Dense: the weights that are taken home are those on disk, whatever training kept them in.
     model = model.model_copy(update={"storage": Dense(), "recompute": "none"})
     base = loading.load(model, tokenizer=source.tokenizer, notify=lambda text: None)
-    return BankReader(base, Bank(base, model.storage))
+    return BankReader(base, Bank(base))

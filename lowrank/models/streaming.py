@@ -200,6 +200,13 @@ def linears_to_pack(model: Any, storage: StorageConfig | None) -> dict[str, nn.M
     }
 
 
+def pack_in_place(model: Any, storage: StorageConfig) -> None:
+    """Pack the layers of a model that is in memory already, the same ones as loading packs."""
+    if storage.type != "dense":
+        for name, linear in linears_to_pack(model, storage).items():
+            model.set_submodule(name, storage.wrap(linear))
+
+
 @functools.cache
 def _is_plain(kind: type[nn.Module]) -> bool:
     """Whether a subclass of a linear layer computes x W^T + b too; found out by trying (Llama 4's router does not)."""

@@ -91,7 +91,7 @@ class Simulation:
             self.base = self._build(model, config, jobs, keep)
             self._packed = stand_in_for_packed_weights(self.base.model, model.storage)
             self._base_bytes = self._live.now + self._packed
-            self._engine = Engine(self.base, Bank(self.base, model.storage), 1)
+            self._engine = Engine(self.base, Bank(self.base), 1)
             self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
         self._adapter_bytes = self._live.now + self._packed - self._base_bytes
         self._optimizer_bytes: int | None = None

@@ -21,6 +21,7 @@ from lowrank.models.lean import make_lean
 from lowrank.models.loading import choose_device, choose_dtype
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute
+from lowrank.models.streaming import pack_in_place
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Plan
@@ -84,10 +85,11 @@ def _time(memory: StepMemory, plan: Plan, work: Work, core: tuple[int, ...] | No
 def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Engine:
     model = _random_model(memory.model, memory.config, core)
     train_what_is_trained(model, memory.jobs)
+    pack_in_place(model, memory.model.storage)
     base = Base(model, None, memory.model.path, memory.model.revision)
     base.settle(memory.layout)
     set_recompute(model, plan.recompute)
-    engine = Engine(base, Bank(base, memory.model.storage), plan.micro_batch_tokens)
+    engine = Engine(base, Bank(base), plan.micro_batch_tokens)
     for seed, job in enumerate(memory.jobs):
         slot = BARE_BASE if job.adapter is None else engine.bank.add(job.adapter, seed=seed)
         engine.add(slot, job.objective, job.optimizer, seed, job.neftune_alpha)

@@ -12,7 +12,6 @@ from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.models.base import Base
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.settings import configs_in
 from tests.tiny_models import make_model
 
@@ -53,7 +52,7 @@ def on_disk(bank: Bank, slot: int) -> AdapterOnDisk:
 
 
 def new_bank(family: str = "llama") -> Bank:
-    return Bank(Base(make_model(family), None, family), Dense())
+    return Bank(Base(make_model(family), None, family))
 
 
 def twin_of(bank: Bank, slot: int, folder: Path, family: str = "llama") -> tuple[Any, dict[str, Any]]:

@@ -13,7 +13,6 @@ from transformers import Trainer
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.errors import ModelError
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
@@ -149,7 +148,7 @@ def test_noise_adapters_and_copies_of_the_embedding_live_together(family: str, f
         "plain": Lora(rank=2, target_modules=("q_proj",)),
     }
     for order in (["copy", "adapter", "plain"], ["adapter", "plain", "copy"], ["plain", "copy", "adapter"]):
-        bank = Bank(make_base(family), Dense())
+        bank = Bank(make_base(family))
         if first_noise:
             bank.enable_noise()
         engine = Engine(bank.base, bank, 4096)
@@ -197,7 +196,7 @@ def test_a_freed_slot_is_used_again_and_its_memory_given_back() -> None:
 
 
 def test_the_start_depends_on_seed_and_name_alone() -> None:
-    first, second = Bank(make_base("llama"), Dense()), Bank(make_base("qwen2"), Dense())
+    first, second = Bank(make_base("llama")), Bank(make_base("qwen2"))
     first.add(Lora(rank=3), seed=8)
     one, other = first.add(Lora(rank=4, target_modules=("q_proj",)), seed=7), second.add(Lora(rank=4), seed=7)
     third = second.add(Lora(rank=4), seed=8)
@@ -209,7 +208,7 @@ def test_the_start_depends_on_seed_and_name_alone() -> None:
 
 
 def test_load_lists_everything_that_does_not_fit_and_changes_nothing() -> None:
-    bank = Bank(make_base("llama"), Dense())
+    bank = Bank(make_base("llama"))
     slot = bank.add(Lora(rank=2, target_modules=("q_proj",)), seed=0)
     before = {name: value.detach().clone() for name, value in bank.parameters(slot).items()}
     tensors = {name: value + 1 for name, value in before.items()}
@@ -228,7 +227,7 @@ def test_load_lists_everything_that_does_not_fit_and_changes_nothing() -> None:
 
 
 def test_load_refreshes_the_working_copies() -> None:
-    bank = Bank(make_base("llama", torch.bfloat16), Dense())
+    bank = Bank(make_base("llama", torch.bfloat16))
     slot = bank.add(Lora(rank=2, target_modules=("q_proj",)), seed=0)
     bank.load(slot, {name: torch.full_like(value, 0.3) for name, value in bank.parameters(slot).items()})
     for layer in bank.slots[slot].layers.values():
@@ -248,13 +247,13 @@ def test_load_refreshes_the_working_copies() -> None:
 )
 def test_what_cannot_be_attached(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        Bank(make_base("llama"), Dense()).add(Lora(rank=2, **settings), seed=0)
+        Bank(make_base("llama")).add(Lora(rank=2, **settings), seed=0)
 
 
 def test_variants_that_are_no_low_rank_update_stay_off_heads_and_embeddings() -> None:
     config = GainConfig(target_modules=("q_proj", "lm_head", "embed_tokens"))
     with pytest.raises(ModelError, match=r"neither heads nor embeddings: leave lm_head, model\.embed_tokens out"):
-        Bank(make_base("llama"), Dense()).add(config, seed=0)
+        Bank(make_base("llama")).add(config, seed=0)
 
 
 @pytest.mark.parametrize("layer", ["lm_head", "model.layers.0.self_attn.q_proj"])
@@ -263,7 +262,7 @@ def test_one_job_adapts_what_another_copies(layer: str, copy_first: bool) -> Non
     """Refused by name, in either order, and the bank is as before."""
     copies = Lora(rank=2, target_modules=("k_proj",), modules_to_save=(layer,))
     adapts = Lora(rank=2, target_modules=("k_proj", layer))
-    bank = Bank(make_base("llama"), Dense())
+    bank = Bank(make_base("llama"))
     bank.add(copies if copy_first else adapts, seed=0)
     with pytest.raises(ModelError, match=f"{layer}: one job adapts it and another trains a copy"):
         bank.add(adapts if copy_first else copies, seed=0)
@@ -277,7 +276,7 @@ def test_full_parameter_tuning_is_a_plain_torch_loop(tied: bool, dtype: torch.dt
     tied embeddings get both gradients."""
     base = make_base("llama", dtype, tie_word_embeddings=tied)
     base.model.requires_grad_(True)
-    engine = Engine(base, Bank(base, Dense()), micro_batch_tokens=30)
+    engine = Engine(base, Bank(base), micro_batch_tokens=30)
     settings = AdamW(weight_decay=0.1, max_grad_norm=0.5)
     engine.add(BARE_BASE, Sft().build(), settings, seed=0, neftune_alpha=0.0)
     twin = make_model("llama", dtype, tie_word_embeddings=tied).requires_grad_(True)
@@ -314,7 +313,7 @@ def test_full_parameter_tuning_hears_neftune() -> None:
     for alpha in (0.0, 5.0):
         base = make_base("llama")
         base.model.requires_grad_(True)
-        engine = Engine(base, Bank(base, Dense()), 4096)
+        engine = Engine(base, Bank(base), 4096)
         engine.add(BARE_BASE, Sft().build(), AdamW(), seed=0, neftune_alpha=alpha)
         work = {BARE_BASE: random_step(0, [9, 20])}
         losses.append((engine.forward_backward(work)[BARE_BASE].loss, engine.evaluate(work)[BARE_BASE].loss))

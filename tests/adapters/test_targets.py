@@ -13,7 +13,6 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import find_targets
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.errors import ModelError
-from lowrank.models.storages.dense import Config as Dense
 from tests.tiny_models import make_base, make_model
 
 REGEX = r"model\.layers\.1\.(self_attn\.[qv]_proj|mlp\.\w+_proj)"
@@ -71,7 +70,7 @@ def peft_shapes(family: str, choice: dict[str, Any]) -> tuple[dict[str, tuple[in
 def test_same_tensors_and_scales_as_peft(choice: str, family: str) -> None:
     """Names, ranks, alphas: every trainable tensor by name and shape, every module's scale."""
     expected, scales = peft_shapes(family, CHOICES[choice])
-    bank = Bank(make_base(family), Dense())
+    bank = Bank(make_base(family))
     slot = bank.add(Lora(rank=6, alpha=12, **CHOICES[choice]), seed=0)
     assert {name: tuple(value.shape) for name, value in bank.parameters(slot).items()} == expected
     assert {name: layer.scale for name, layer in bank.slots[slot].layers.items()} == {
@@ -83,7 +82,7 @@ def test_same_tensors_and_scales_as_peft(choice: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "falcon", "bloom"])
 def test_all_linear_of_other_namings(family: str) -> None:
     expected, _ = peft_shapes(family, {"target_modules": "all-linear"})
-    bank = Bank(make_base(family), Dense())
+    bank = Bank(make_base(family))
     slot = bank.add(Lora(rank=6), seed=0)
     assert {name: tuple(value.shape) for name, value in bank.parameters(slot).items()} == expected
 
@@ -92,7 +91,7 @@ def test_all_linear_of_other_namings(family: str) -> None:
 def test_a_wrapped_model_has_the_same_targets(choice: str) -> None:
     """The second job of the same kind finds what the first one found."""
     base = make_base("llama")
-    bank = Bank(base, Dense())
+    bank = Bank(base)
     config = Lora(rank=6, **CHOICES[choice])
     before = find_targets(base.model, config)
     bank.add(config, seed=0)

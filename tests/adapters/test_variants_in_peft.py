@@ -19,7 +19,7 @@ from lowrank.checkpoints.peft_config import describe_base, peft_trouble
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
-from lowrank.models.storages.dense import Config as Dense
+from lowrank.models.streaming import pack_in_place
 from tests.adapters.peft_twins import (
     SHIFTED,
     TOKEN,
@@ -165,7 +165,7 @@ def test_starts_where_peft_starts(name: str) -> None:
     """The product B0 A0 is PEFT's (singular vectors have no sign of their own)."""
     model = make_model("llama", torch.float32)
     settings = {"niter": 0} if name == "pissa" else {}
-    bank = Bank(Base(copy.deepcopy(model), None, "llama"), Dense())
+    bank = Bank(Base(copy.deepcopy(model), None, "llama"))
     slot = bank.add(VARIANTS[name](rank=4, alpha=6, target_modules=("q_proj", "down_proj"), **settings), seed=0)
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=name)
     twin = peft.get_peft_model(copy.deepcopy(model), config)
@@ -187,7 +187,7 @@ def test_the_fast_svd_is_nearly_the_exact_one() -> None:
 
 def test_pissa_is_saved_as_peft_converts_it(tmp_path: Path) -> None:
     """PEFT's own conversion of the same trained adapter: the same file, to rounding."""
-    bank = Bank(Base(make_model("llama", torch.float32), None, "llama"), Dense())
+    bank = Bank(Base(make_model("llama", torch.float32), None, "llama"))
     config = VARIANTS["pissa"](rank=4, alpha=6, target_modules=("q_proj",))
     slot = bank.add(config, seed=0)
     with torch.no_grad():
@@ -223,7 +223,8 @@ def test_loftq_makes_up_for_what_quantisation_lost(tmp_path: Path) -> None:
     model = make_model("llama", torch.float32)
     model.save_pretrained(str(tmp_path / "model"))
     exact = model(TOKEN).logits
-    bank = Bank(Base(model, None, str(tmp_path / "model")), RoundedConfig())
+    pack_in_place(model, RoundedConfig())  # type: ignore[arg-type]
+    bank = Bank(Base(model, None, str(tmp_path / "model")))
     slots = [
         bank.add(VARIANTS["loftq"](rank=rank, niter=niter), seed=0) for rank, niter in ((4, 16), (16, 0), (16, 16))
     ]
@@ -236,7 +237,9 @@ def test_loftq_makes_up_for_what_quantisation_lost(tmp_path: Path) -> None:
 def test_loftq_says_what_it_needs() -> None:
     with pytest.raises(ModelError, match="makes up for what quantisation lost"):
         new_bank().add(VARIANTS["loftq"](), seed=0)
-    bank = Bank(Base(make_model("llama"), None, "/nowhere"), RoundedConfig())
+    model = make_model("llama")
+    pack_in_place(model, RoundedConfig())  # type: ignore[arg-type]
+    bank = Bank(Base(model, None, "/nowhere"))
     with pytest.raises(ModelError, match=r"unquantised checkpoint|no tensor"):
         bank.add(VARIANTS["loftq"](), seed=0)
 

@@ -29,7 +29,6 @@ from lowrank.checkpoints.peft_layout import (
     save_adapter,
 )
 from lowrank.errors import ModelError
-from lowrank.models.storages.dense import Config as Dense
 from tests.tiny_models import FAMILIES, make_base, make_model
 
 TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
@@ -409,7 +408,7 @@ def test_a_base_is_described_the_same_when_its_layers_are_wrapped(family: str) -
     base = make_base(family)
     before = describe_base(base.model, "tiny")
     last = {"llama": "norm", "gpt2": "ln_f", "mixtral": "norm"}[family]
-    bank = Bank(base, Dense())
+    bank = Bank(base)
     slot = bank.add(lora.Config(rank=2, modules_to_save=(f"{base.model.base_model_prefix}.{last}",)), seed=0)
     bank.enable_noise()
     assert describe_base(base.model, "tiny") == before
@@ -422,7 +421,7 @@ def test_the_bank_and_peft_agree(tmp_path: Path) -> None:
     """The names here are the bank's: what it trained is loaded by PEFT, and the other way round."""
     base = make_base("llama")
     untouched = make_model("llama")  # the same weights
-    bank = Bank(base, Dense())
+    bank = Bank(base)
     config = rslora.Config(
         rank=4, target_modules=("q_proj", "up_proj", "embed_tokens"), modules_to_save=("model.norm",)
     )

@@ -26,7 +26,6 @@ from lowrank.generate.streaming import TextStream
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.loading import TINY, load
-from lowrank.models.storages.dense import Config as Dense
 
 PROMPT = [5, 9, 9, 30]
 
@@ -112,7 +111,7 @@ def tiny() -> Base:
 
 
 def ask(base: Base, text: str, config: Config, stop_tokens: frozenset[int] = frozenset()) -> Answer:
-    generator = Generator(base, Bank(base, Dense()))
+    generator = Generator(base, Bank(base))
     token_L = np.array(base.tokenizer(text)["input_ids"])
     return generator.submit(Prompt(token_L), config, stop_tokens=stop_tokens).result()
 

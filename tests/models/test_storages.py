@@ -21,6 +21,7 @@ from lowrank.models.config import Config as ModelConfig
 from lowrank.models.prequantised import reader_for
 from lowrank.models.storages import nf4
 from lowrank.models.storages.dense import Config as Dense
+from lowrank.models.streaming import pack_in_place
 from lowrank.settings import configs_in
 from tests.tiny_models import make_base, make_engine, random_step
 from tests.train.test_isolation import assert_same, train
@@ -189,7 +190,7 @@ def test_training_on_it_holds_what_is_promised(case: str) -> None:
 
     def engine(*more: Any) -> Any:
         base = make_base("llama")
-        pack(base.model, CASES[case])
+        pack_in_place(base.model, CASES[case])
         return make_engine(base, adapter, *more)
 
     alone, (slot,) = engine()
@@ -204,18 +205,10 @@ def test_training_on_it_holds_what_is_promised(case: str) -> None:
     assert losses == expected[0]
 
 
-def pack(model: Any, config: Any) -> None:
-    """Every linear but the head, as the loader does it."""
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            model.set_submodule(name, config.wrap(module))
-
-
 def test_equals_training_on_the_dequantised_base() -> None:
     """The whole model's gradient, not one layer's."""
     packed, dense = make_base("llama"), make_base("llama")
-    pack(packed.model, CASES["nf4"])
+    pack_in_place(packed.model, CASES["nf4"])
     for name, module in packed.model.named_modules():
         if hasattr(module, "dense_weight"):
             dense.model.get_submodule(name).weight.copy_(module.dense_weight())

@@ -24,7 +24,6 @@ from lowrank.data.prepare import prepare
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.leak import choose_layout
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.objectives import Objective, cpo, dpo, kto, needs, orpo, reward, simpo
 from lowrank.records import BARE_BASE, CHOSEN, MISMATCHED, REJECTED, Segment, number_the_step
 from lowrank.train.engine import VALUE_HEAD, Engine
@@ -111,7 +110,7 @@ def compare(model: Any, objective: Objective, peer: Peer, segments: list[Segment
 def engine_for(model: Any, objective: Objective, micro_batch_tokens: int) -> Engine:
     base = Base(copy.deepcopy(model).requires_grad_(True), None, "tiny")
     choose_layout(base, "auto")
-    engine = Engine(base, Bank(base, Dense()), micro_batch_tokens)
+    engine = Engine(base, Bank(base), micro_batch_tokens)
     engine.add(BARE_BASE, objective, AdamW(), seed=0, neftune_alpha=0.0)
     return engine
 

@@ -61,7 +61,7 @@ def measured(settings: ModelConfig, jobs: list[PlannedJob], tokens: int, recompu
     base = Base(model, None, "m")
     base.settle("packed")
     with live:
-        engine = Engine(base, Bank(base, settings.storage), tokens)
+        engine = Engine(base, Bank(base), tokens)
         for seed, job in enumerate(jobs):
             assert job.adapter is not None
             engine.add(engine.bank.add(job.adapter, seed=seed), job.objective, job.optimizer, seed, 0.0)

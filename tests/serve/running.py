@@ -23,7 +23,6 @@ from lowrank.data.rendering import Renderer
 from lowrank.generate.generator import GeneratorConfig
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.loading import load, load_tokenizer
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.serve.bank_engine import BankEngine
 from lowrank.serve.engine import Engine
 from lowrank.serve.limits import Limits
@@ -57,7 +56,7 @@ def open_world() -> Trained:
     model = ModelConfig(path="lowrank/tiny", dtype="float32", device="cpu")
     tokenizer = load_tokenizer(model)
     base = load(model, tokenizer=tokenizer, notify=lambda text: None)
-    trained = Trained(base, Bank(base, Dense()), Renderer(tokenizer, DataConfig()))
+    trained = Trained(base, Bank(base), Renderer(tokenizer, DataConfig()))
     random_adapter(trained, "one", 1)
     random_adapter(trained, "two", 2)
     return trained

@@ -25,7 +25,6 @@ from lowrank.export.gguf.checkpoint import read_folder
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.generate.request import Config
 from lowrank.models.config import Config as ModelConfig
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.records import Conversation, Message
 from lowrank.serve.gguf_engine import LlamaCppEngine
 from lowrank.trained import Trained
@@ -53,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     model = ModelConfig(path="lowrank/tiny", dtype="float32", device="cpu")
     tokenizer = loading.load_tokenizer(model)
     base = loading.load(model, tokenizer=tokenizer, notify=lambda text: None)
-    trained = Trained(base, Bank(base, Dense()), Renderer(tokenizer, DataConfig()))
+    trained = Trained(base, Bank(base), Renderer(tokenizer, DataConfig()))
     convert(source, folder / "tiny.gguf", "f32")
     made = plan(read_folder(source))
     for seed, name in enumerate(("one", "two")):

@@ -33,7 +33,6 @@ from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.loading import locate
 from lowrank.models.recompute import set_recompute, set_recompute_under
-from lowrank.models.storages.dense import Config as Dense
 from lowrank.records import BARE_BASE
 
 DEFAULT = "default"
@@ -106,7 +105,7 @@ class TunedModel(peft.PeftModel):
         self.base_model = _Tuner(base.model)
         self.base = base
         self.settings = settings
-        self.bank = Bank(base, Dense())  # what is to be packed was packed as it loaded
+        self.bank = Bank(base)  # what is to be packed was packed as it loaded
         self.bank.routing = self.routing = OneSlot()
         self.max_seq_length: int | None = None
         self.slots: dict[str, int] = {}
