@@ -17,7 +17,7 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
-from lowrank.adapters.experts import Expert, RoutedExperts, why_not
+from lowrank.adapters.experts import RoutedExperts, why_not
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
@@ -26,6 +26,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
+from lowrank.models.experts import Expert
 from lowrank.models.original import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear

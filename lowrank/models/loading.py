@@ -14,6 +14,7 @@ from lowrank.errors import LowrankError, ModelError, raise_all
 from lowrank.models import rope
 from lowrank.models.base import Base
 from lowrank.models.config import Config, FreezeConfig
+from lowrank.models.experts import fused_shapes
 from lowrank.models.freezing import train_only
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
@@ -182,13 +183,14 @@ def _packing(config: Config, shape: Any, dtype: torch.dtype, device: torch.devic
 
 
 def _not_packed(model: Any) -> str | None:
-    """What one might expect to be packed and is not: the experts of mixtures, which transformers fuses."""
+    """What one might expect to be packed and is not: experts that are no module of transformers' interface."""
     experts = kept_dense(model).get("fused experts")
     if not experts:
         return None
+    kinds = {type(module).__name__ for name, module in model.named_modules() if "expert" in name and fused_shapes(module)}
     return (
-        f"the experts of this mixture are fused parameters, which no storage packs yet: {experts / 1e9:.3g} GB of them "
-        "stay in the run's dtype"
+        f"the experts of this mixture ({', '.join(sorted(kinds))}) are fused parameters that are not packed: "
+        f"{experts / 1e9:.3g} GB of them stay in the run's dtype"
     )
 
 

@@ -87,7 +87,7 @@ class Variant:
         self, x_TD: torch.Tensor, y_TO: torch.Tensor, base: BaseLinear, scale: float, tensors: Tensors
     ) -> torch.Tensor:
         """(dropped-out input, base output) -> output, with autograd. `base.dense_weight()` may be scratch memory: let
-        `frozen_linear` multiply with it."""
+        `frozen_product` multiply with it."""
         low_rank = self.as_low_rank(tensors)
         assert low_rank is not None, f"{type(self).__name__} has neither apply nor as_low_rank"
         A_RD, B_OR = (tensor.to(x_TD.dtype) for tensor in low_rank)
