@@ -135,7 +135,7 @@ def in_a_child(work: Callable[..., None], *arguments: Any) -> None:
 def table(points: list[dict[str, Any]]) -> str:
     """Markdown: a row a point, and the errors together."""
     lines = [
-        "| architecture | storage | recompute | jobs | tokens of a job | predicted MB | measured MB | error | of the new |",
+        "| architecture | storage | recompute | jobs | tokens of a job | predicted MB | measured MB | error | of new |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     errors = []

@@ -18,7 +18,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.packed import frozen_product
 
 OF_ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+(\.|$)")

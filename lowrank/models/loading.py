@@ -187,7 +187,9 @@ def _not_packed(model: Any) -> str | None:
     experts = kept_dense(model).get("fused experts")
     if not experts:
         return None
-    kinds = {type(module).__name__ for name, module in model.named_modules() if "expert" in name and fused_shapes(module)}
+    kinds = {
+        type(module).__name__ for name, module in model.named_modules() if "expert" in name and fused_shapes(module)
+    }
     return (
         f"the experts of this mixture ({', '.join(sorted(kinds))}) are fused parameters that are not packed: "
         f"{experts / 1e9:.3g} GB of them stay in the run's dtype"

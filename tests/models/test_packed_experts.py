@@ -24,7 +24,7 @@ from lowrank.models.storages.packed import PackedLinear
 from lowrank.models.streaming import kept_dense, pack_in_place
 from lowrank.settings import configs_in
 from tests.checkpoint_folder import save_checkpoint_folder
-from tests.tiny_models import make_base, make_engine, make_model, random_step
+from tests.tiny_models import make_engine, make_model, random_step
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "jamba"]
 STORAGES = [name for name in configs_in("lowrank.models.storages") if name != "dense"]
@@ -186,7 +186,9 @@ def test_experts_can_stay_dense(tmp_path: Path) -> None:
     skip = {"type": "nf4", "skip_modules": ["experts"]}
     base = load(config_of(folder, skip), notify=said.append)
     assert not experts_of(base.model)
-    assert any("experts of this mixture (MixtralExperts) are fused parameters that are not packed" in each for each in said)
+    assert any(
+        "experts of this mixture (MixtralExperts) are fused parameters that are not packed" in each for each in said
+    )
 
 
 def test_what_all_linear_leaves_out_is_told_from_packed_weights() -> None:
@@ -204,9 +206,7 @@ def test_a_checkpoint_without_an_expert(tmp_path: Path) -> None:
         load(config_of(folder))
 
 
-@pytest.mark.parametrize(
-    ("family", "storage"), [*((each, "nf4") for each in FAMILIES), ("gpt_oss", "int8")]
-)
+@pytest.mark.parametrize(("family", "storage"), [*((each, "nf4") for each in FAMILIES), ("gpt_oss", "int8")])
 def test_quantised_once_and_for_all(family: str, storage: str, tmp_path: Path) -> None:
     """`lowrank quantize`, and training on what it wrote: the same bits as quantising while loading."""
     folder = folder_of(tmp_path / "model", family)
@@ -243,6 +243,9 @@ def test_experts_that_come_quantised_one_by_one(tmp_path: Path) -> None:
     expected = torch.cat([gate.dense_weight().clone(), up.dense_weight().clone()])  # type: ignore[operator]
     assert torch.equal(Expert(module, "gate_up_proj", 1).dense_weight(), expected)
     errors = gradient_errors(
-        _Callable(module, "gate_up_proj", 1), _Callable(module, "down_proj", 1), torch.float32, torch.device("cpu")  # type: ignore[arg-type]
+        _Callable(module, "gate_up_proj", 1),
+        _Callable(module, "down_proj", 1),
+        torch.float32,
+        torch.device("cpu"),  # type: ignore[arg-type]
     )
     assert max(errors.values()) < TOLERANCE[torch.float32]
