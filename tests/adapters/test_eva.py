@@ -34,7 +34,7 @@ def feed_of(segments: list[Segment], batch_size: int) -> Feed:
 
 
 def by_input(ranks: dict[str, int]) -> dict[str, list[int]]:
-    """Query, key and value get one input, so their components are equally good; which of them gets one more is chance."""
+    """Query, key and value get one input, so their components are equally good; which gets one more is chance."""
     found: dict[str, list[int]] = {}
     for name, rank in ranks.items():
         if rank:
