@@ -13,6 +13,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.data.feed import Feed
 from lowrank.data.prepare import Prepared
 from lowrank.data.rendering import Renderer
 from lowrank.errors import ModelError
@@ -86,6 +87,7 @@ def _attach(engine: Engine, config: JobConfig, data: Prepared, report: Callable[
     if config.adapter.path is None:
         looks = None
         if config.adapter.looks_at_data:
+            assert isinstance(data.train, Feed), "checked with the settings"
             report(Notice("looking at the job's data to start from it", job=config.name))
             looks = partial(first_looks, engine, data.train)
         slot = bank.add(config.adapter, seed=config.seed, looks=looks)

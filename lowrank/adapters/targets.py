@@ -87,7 +87,7 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     linears = {name for name, module in modules.items() if is_linear(module)}
     embeddings = {name for name, module in modules.items() if is_embedding(module)}
     wanted = config.target_modules
-    fused = fused_parameters(model)
+    fused = tuple(fused_parameters(model))
     parameters = tuple(name for name in fused if any(_is_parameter(name, item) for item in config.target_parameters))
     if wanted == "all-linear":
         chosen = {name for name in linears if modules[name] is not head and not OF_ONE_EXPERT.search(name)}

@@ -91,7 +91,7 @@ class OneByOne(WeightConverter):
         """Nothing is left to set where a fused parameter was packed."""
         packing = hf_quantizer.quantization_config
         wanted: ExpertsToPack | None = packing.experts.get(layer_name)
-        jobs = dict(self.collected_tensors)
+        jobs: dict[str, list[Any]] = dict(self.collected_tensors)
         if wanted is None or any(len(each) != wanted.count for each in jobs.values()) or not self._packs(packing):
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
         self.collected_tensors = defaultdict(list)
@@ -106,7 +106,7 @@ class OneByOne(WeightConverter):
         """We quantise; or the checkpoint has, and its matrices need only be put side by side."""
         if packing.storage is not None:
             return True
-        first = next(iter(self.collected_tensors.values()))[0]
+        first: Any = next(iter(self.collected_tensors.values()))[0]
         only_joins = all(isinstance(operation, _JOINING) for operation in self.operations)
         return only_joins and not isinstance(first(), torch.Tensor)
 

@@ -14,7 +14,6 @@ from lowrank.errors import LowrankError, ModelError, raise_all
 from lowrank.models import rope
 from lowrank.models.base import Base
 from lowrank.models.config import Config, FreezeConfig
-from lowrank.models.experts import fused_shapes
 from lowrank.models.freezing import train_only
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
@@ -188,7 +187,9 @@ def _not_packed(model: Any) -> str | None:
     if not experts:
         return None
     kinds = {
-        type(module).__name__ for name, module in model.named_modules() if "expert" in name and fused_shapes(module)
+        type(model.get_submodule(name.rpartition(".")[0])).__name__
+        for name, parameter in model.named_parameters()
+        if "expert" in name and not name.endswith((".weight", "bias")) and parameter.ndim > 1
     }
     return (
         f"the experts of this mixture ({', '.join(sorted(kinds))}) are fused parameters that are not packed: "

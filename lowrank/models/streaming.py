@@ -385,7 +385,7 @@ def kept_dense(model: Any) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
-        kind = "fused experts" if parameter.ndim == 3 and "expert" in name else "other layers"
+        kind = "fused experts" if "expert" in name and not name.endswith((".weight", "bias")) else "other layers"
         kind = "embedding and head" if id(parameter) in embeddings else kind
         kinds[kind] = kinds.get(kind, 0) + parameter.numel() * parameter.element_size()
     return kinds
