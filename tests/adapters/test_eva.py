@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import peft
 import peft.tuners.lora.eva as peft_eva
 import pytest
 import torch
 from peft.tuners.lora import EvaConfig
+from peft.utils.incremental_pca import IncrementalPCA
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants import eva
@@ -48,7 +50,7 @@ def test_ranks_and_directions_are_pefts(rho: float, use_label_mask: bool, monkey
     """One batch over and over, so that both have seen the same when they stop. Both estimate singular vectors by a few
     power iterations; of a random model, whose values lie close together, it takes many for them to meet."""
     monkeypatch.setattr(eva, "_NITER", 60)
-    monkeypatch.setattr(peft_eva, "IncrementalPCA", partial(peft_eva.IncrementalPCA, lowrank_niter=60))
+    monkeypatch.setattr(peft_eva, "IncrementalPCA", partial(IncrementalPCA, lowrank_niter=60))
     model = make_model("llama", torch.float32)
     step = random_step(0, [40, 40, 40])
     config = peft.LoraConfig(
@@ -64,7 +66,7 @@ def test_ranks_and_directions_are_pefts(rho: float, use_label_mask: bool, monkey
     base = Base(make_model("llama", torch.float32), None, "llama")
     base.settle("packed")
     engine = Engine(base, Bank(base), 4096)
-    ours = Eva(rank=4, rho=rho, use_label_mask=use_label_mask, target_modules=TARGETS)
+    ours: Any = Eva(rank=4, rho=rho, use_label_mask=use_label_mask, target_modules=TARGETS)
     slot = engine.bank.add(ours, seed=0, looks=lambda: first_looks(engine, feed_of(step, 3)))
     found = engine.bank.slots[slot]
     ranks = {name: rank for name, (rank, _) in found.ranks.items()}
@@ -103,7 +105,8 @@ def test_other_layouts_and_storages(family: str, storage: str) -> None:
     pack_in_place(base.model, configs_in("lowrank.models.storages")[storage]())  # type: ignore[arg-type]
     engine = Engine(base, Bank(base), 64)
     segments = random_step(1, [20, 9, 30, 14])
-    slot = engine.bank.add(Eva(rank=3), seed=0, looks=lambda: first_looks(engine, feed_of(segments, 2)))
+    config: Any = Eva(rank=3)
+    slot = engine.bank.add(config, seed=0, looks=lambda: first_looks(engine, feed_of(segments, 2)))
     token, logits = torch.arange(5, 17)[None], []
     with base.using_attention(base.own_attention), torch.no_grad():
         for ranges in ((), ((slot, 0, 12),)):
