@@ -1,4 +1,4 @@
-"""What needs a GPU to be true: `make test-gpu`. Each test holds the GPU path to the processor's, as PEFT vouches for that.
+"""What needs a GPU to be true (`make test-gpu`): the GPU path is held to that of processors, which PEFT vouches for.
 
 Kernels that a processor cannot run (variable-length attention, grouped products, Triton) are compared as a whole
 here; their calls one by one in tests/models/test_varlen_calls.py, tests/kernels/.
