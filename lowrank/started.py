@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.data.feed import Feed
 from lowrank.data.prepare import Prepared
 from lowrank.data.rendering import Renderer
 from lowrank.errors import ModelError
@@ -21,6 +23,7 @@ from lowrank.objectives import needs
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, Notice, Preparing
+from lowrank.train.first_looks import first_looks
 from lowrank.train.job import Job
 from lowrank.train.reference import ReferencedSteps, References, references_folder
 from lowrank.train.rollouts import Answering, Prompts, RewardModel, Rollouts, steps_on_one_batch
@@ -36,7 +39,7 @@ def start_job(
     if config.trains_base:
         slot = BARE_BASE
     else:
-        slot = _attach(engine.bank, config, report)
+        slot = _attach(engine, config, data, report)
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
     if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
         value_D = read_value_head(Path(config.adapter.path))
@@ -79,10 +82,16 @@ def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | 
     )
 
 
-def _attach(bank: Bank, config: JobConfig, report: Callable[[Event], None]) -> int:
+def _attach(engine: Engine, config: JobConfig, data: Prepared, report: Callable[[Event], None]) -> int:
     """A fresh adapter, or the one that `adapter.path` names, in a slot of the bank."""
+    bank = engine.bank
     if config.adapter.path is None:
-        slot = bank.add(config.adapter, seed=config.seed)
+        looks = None
+        if config.adapter.looks_at_data:
+            assert isinstance(data.train, Feed), "checked with the settings"
+            report(Notice("looking at the job's data to start from it", job=config.name))
+            looks = partial(first_looks, engine, data.train)
+        slot = bank.add(config.adapter, seed=config.seed, looks=looks)
     else:
         saved = load_adapter(Path(config.adapter.path))
         slot = bank.add(saved.config, seed=config.seed)
