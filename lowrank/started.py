@@ -48,8 +48,9 @@ def start_job(
     answers = _answers(engine.base, config, data)
     for text in answers.notices if answers else ():
         report(Notice(text, job=config.name))
-    per_epoch = (data.train.steps_per_epoch or 0) * steps_on_one_batch(engine.jobs[slot].objective)
-    num_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch - 1e-9)
+    num_steps = config.max_steps or math.ceil(
+        data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(engine.jobs[slot].objective) - 1e-9
+    )
     return Job(
         name=config.name,
         slot=slot,
