@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.models.expert_loading import experts_to_pack, parameters_to_pack, with_packed_experts
-from lowrank.models.experts import Chosen, Expert, choose, mix
+from lowrank.models.experts import AroundExperts, Chosen, Expert, choose, mix
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import weight_of
 from lowrank.models.streaming import linears_to_pack
@@ -36,20 +36,8 @@ class _StandIn(nn.Module):
         return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device=self._device)
 
 
-class _OneAfterTheOther(nn.Module):
-    """Dense experts, multiplied one by one. As transparent as what the bank wraps around a layer."""
-
-    is_routed = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.base = module
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+class _OneAfterTheOther(AroundExperts):
+    """Dense experts, multiplied one by one."""
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
