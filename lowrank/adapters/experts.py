@@ -11,7 +11,6 @@ expert. Dropout does not reach them, as in PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
