@@ -22,7 +22,7 @@ from lowrank.planning.memory import StepBytes, StepMemory
 _LIBRARIES = 50 << 20
 """What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
 kernels, matplotlib. Measured (docs/log.md)."""
-_IDLE = 2.5
+_IDLE = 3.0
 _IDLE_MOST = 512 << 20
 """A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into. Fitted to
 measured peaks (docs/log.md), not derived; the bound is for steps far larger than those."""
@@ -85,8 +85,7 @@ class Planner:
         """What a step needs, with the process around it where that is in the same memory."""
         if self.device.type == "cuda":
             return step.total
-        idle = min(_IDLE_MOST, _IDLE * (step.loss + step.workspace)) * (_SEVERAL if passes > 1 else 1)
-        return step.total + int(self._resident + _LIBRARIES + idle)
+        return step.total + beside_tensors(self._resident, step, passes)
 
     def of(self, model: ModelConfig, memory: StepMemory) -> Planner:
         """The same for another base or other jobs."""
@@ -112,6 +111,13 @@ class Planner:
             recompute,
             passes,
         )
+
+
+def beside_tensors(resident: int, step: StepBytes, passes: int) -> int:
+    """What the process has in host memory beside tensors at the peak of a step: what it held before (`resident`),
+    libraries still to come, idle heap."""
+    idle = min(_IDLE_MOST, _IDLE * (step.loss + step.workspace)) * (_SEVERAL if passes > 1 else 1)
+    return int(resident + _LIBRARIES + idle)
 
 
 def weight_file_bytes(model: ModelConfig) -> int:
