@@ -14,7 +14,7 @@ from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.prepare import Prepared
 from lowrank.data.rendering import Renderer
-from lowrank.errors import ModelError
+from lowrank.errors import ConfigError, ModelError, raise_all
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
 from lowrank.models.base import Base
 from lowrank.objectives import needs
@@ -37,7 +37,9 @@ def start_job(
         slot = BARE_BASE
     else:
         slot = _attach(engine.bank, config, report)
-    engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    _check_reach(engine, slot, config, data)
+    num_steps, noise = num_steps_of(config, data), config.neftune_noise_alpha or 0.0
+    engine.add(slot, config.objective.build(), config.optimizer, config.seed, noise, num_steps)
     if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:
@@ -45,8 +47,6 @@ def start_job(
     answers = _answers(engine.base, config, data)
     for text in answers.notices if answers else ():
         report(Notice(text, job=config.name))
-    per_epoch = (data.train.steps_per_epoch or 0) * steps_on_one_batch(engine.jobs[slot].objective)
-    num_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch - 1e-9)
     return Job(
         name=config.name,
         slot=slot,
@@ -61,6 +61,35 @@ def start_job(
         patience=config.early_stopping_patience,
         answers=answers,
     )
+
+
+def num_steps_of(config: JobConfig, data: Prepared) -> int:
+    """Optimiser steps of the job."""
+    per_epoch = (data.train.steps_per_epoch or 0) * steps_on_one_batch(config.objective.build())
+    return config.max_steps or math.ceil(config.num_train_epochs * per_epoch - 1e-9)
+
+
+def check_steps(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
+    """ConfigError for adapters that cannot be trained in as many steps as there are."""
+    problems = []
+    for job, own in zip(jobs, data):
+        trouble = None if job.trains_base else job.adapter.trouble_in(num_steps_of(job, own))
+        problems += [f"{job.name}: {trouble}"] if trouble else []
+    raise_all(ConfigError, "these jobs are too short for their adapters", problems)
+
+
+def _check_reach(engine: Engine, slot: int, config: JobConfig, data: Prepared) -> None:
+    """ModelError if virtual tokens push a document out of what the model reads."""
+    virtual, reach = engine.bank.num_virtual(slot), engine.base.reach
+    if not virtual or reach is None:
+        return
+    known = [len(segment) for sample in (*data.train.samples, data.eval) for segment in sample]
+    longest = max(known, default=config.data.max_length)
+    if longest + virtual > reach:
+        raise ModelError(
+            f"{config.name}: the longest document has {longest} tokens and {virtual} virtual ones come before it; the "
+            f"model reads {reach}: set data.max_length to {reach - virtual}, or fewer num_virtual_tokens"
+        )
 
 
 def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:

@@ -19,9 +19,11 @@ from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
 from lowrank.adapters.experts import Expert, RoutedExperts, why_not
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
-from lowrank.adapters.routing import Routing
+from lowrank.adapters.prompts import TABLE, PromptSettings, PromptSite
+from lowrank.adapters.routing import Draws, Routing
 from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
 from lowrank.adapters.variants import AdapterConfig, Site, Tensors, Variant, name_in_files
+from lowrank.adapters.virtual import Prompt, VirtualTokens, runs_of
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
@@ -29,6 +31,10 @@ from lowrank.models.base import Base
 from lowrank.models.original import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
+from lowrank.records import Batch, Segment, with_virtual_tokens
+
+_STATE = "variant "
+"""How names of a variant's own state begin."""
 
 
 @dataclass
@@ -64,13 +70,16 @@ class Bank:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.routing = Routing()
+        self.virtual = VirtualTokens(self.routing)
         self.slots: dict[int, Slot] = {}
 
     def add(self, config: AdapterConfig, *, seed: int) -> int:
         """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, on nothing else."""
+        if isinstance(config, PromptSettings):
+            return self._add_prompt(config, seed)
         targets = find_targets(self.base.model, config)
         self._check(config, targets)
-        number = next(index for index in range(len(self.slots) + 1) if index not in self.slots)
+        number = self._free
         variant = config.build()
         slot = Slot(config, variant, copies=targets.copies, missed=targets.missed)
         routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
@@ -97,6 +106,7 @@ class Bank:
     def remove(self, number: int) -> None:
         """Free a slot and the memory of its tensors; the layers stay wrapped."""
         del self.slots[number]
+        self.virtual.by_slot.pop(number, None)
         for module in self.base.model.modules():
             if isinstance(module, (RoutedLinear, RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
@@ -112,17 +122,38 @@ class Bank:
         slot = self.slots[number]
         return [slot.config.learning_rate_factor(*item, learning_rate) for item in slot.parameters.items()]
 
+    def prompted(self, slot: int, segment: Segment) -> Segment:
+        """The segment as a slot reads it: behind the slot's virtual tokens, where it has some."""
+        return with_virtual_tokens(segment, self.num_virtual(slot))
+
+    def num_virtual(self, slot: int) -> int:
+        """Virtual tokens before each of a slot's documents."""
+        prompt = self.virtual.by_slot.get(slot)
+        return prompt.num_tokens if prompt else 0
+
+    def hidden(self, batch: Batch, draws: Mapping[int, Draws] | None = None) -> torch.Tensor:
+        """The last hidden states, (T, D), each segment through its own slot. `batch`: of `prompted` segments, on the
+        base's device; `draws`: in training, where random numbers come from."""
+        rows = self.base.rows(batch)
+        self.routing.set(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws, runs_of(batch))
+        return self.base.hidden(batch)
+
     def saved(self, number: int) -> Saved:
         """An adapter in the form in which PEFT knows it, without copies where the tensors are its own."""
         slot = self.slots[number]
+        if number in self.virtual.by_slot:
+            with torch.no_grad():
+                table = self.virtual.by_slot[number].encoder()
+            return Saved(slot.config.as_saved(), {TABLE: table.detach()}, {})  # type: ignore[arg-type]
         config: Any = slot.config.as_saved()
         tensors: dict[str, torch.Tensor] = {}
+        ranks = {name: _rank_by(config, name) for name in slot.ranks}
         for name, layer in slot.layers.items():
-            for key, tensor in slot.variant.saved(layer.masters).items():
-                tensors[f"{name}.{name_in_files(key)}"] = tensor.detach()
+            own = slot.variant.saved(layer.masters)
+            ranks[name] = slot.variant.target_in_files(layer.scale, own) or ranks[name]
+            tensors |= {f"{name}.{name_in_files(key)}": tensor.detach() for key, tensor in own.items()}
         of_layers = self._names_of_layers(slot)
         tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
-        ranks = {name: _rank_by(config, name) for name in slot.ranks}
         by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
         return Saved(config.model_copy(update=by_full_name), tensors, ranks)
 
@@ -132,6 +163,8 @@ class Bank:
         ModelError lists every name that is missing or unknown and every wrong shape.
         """
         slot, own = self.slots[number], self.saved(number).tensors
+        if self._has_encoder(number):
+            raise ModelError(f"adapter.type {slot.config.type}: its files do not hold the encoder it is trained with")
         rest, problems = _check_shared(slot.variant, tensors)
         problems += [f"{name}: missing" for name in own if name not in rest]
         problems += [f"{name}: this adapter has no such tensor" for name in rest if name not in own]
@@ -181,9 +214,88 @@ class Bank:
             return Head(head.weight_VD, head.bias_V, head.multiplier, head.softcap, (*low_rank, layer.scale))
         return head
 
+    def state(self, number: int) -> dict[str, torch.Tensor]:
+        """What `saved` leaves out and training goes on with, by name; empty where files hold all."""
+        slot = self.slots[number]
+        if slot.variant.files_hold_all and not self._has_encoder(number):
+            return {}
+        own = {f"{_STATE}{key}": tensor for key, tensor in slot.variant.state().items()}
+        return own | {name: parameter.detach() for name, parameter in slot.parameters.items()}
+
+    @torch.no_grad()
+    def load_state(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave; nothing of `saved` is needed then."""
+        slot = self.slots[number]
+        for name, parameter in slot.parameters.items():
+            parameter.copy_(tensors[name])
+        own = {key: tensor.to(self.base.device) for key, tensor in tensors.items() if key.startswith(_STATE)}
+        slot.variant.load_state({key.removeprefix(_STATE): tensor for key, tensor in own.items()})
+        self.refresh(number)
+
+    def penalty(self, number: int) -> torch.Tensor | None:
+        """What a slot's variant adds to the loss of each of its optimiser steps."""
+        slot = self.slots[number]
+        return slot.variant.penalty({name: layer.masters for name, layer in slot.layers.items()})
+
+    def after_update(self, number: int, step: int, num_steps: int) -> None:
+        """An optimiser took step `step` (1 is the first) of `num_steps`; its gradients are still there. Comes before
+        `refresh`."""
+        slot = self.slots[number]
+        slot.variant.after_update({name: layer.masters for name, layer in slot.layers.items()}, step, num_steps)
+
+    def _has_encoder(self, number: int) -> bool:
+        """Its virtual tokens come from more than their table."""
+        return number in self.virtual.by_slot and self.slots[number].parameters.keys() != {TABLE}
+
     def enable_noise(self) -> None:
         """Let the input embedding add the noise that routing asks for (NEFTune)."""
         self._wrapped(self._name_of(self.base.model.get_input_embeddings()), RoutedEmbedding)
+
+    @property
+    def _free(self) -> int:
+        """The first slot that nobody has."""
+        return next(index for index in range(len(self.slots) + 1) if index not in self.slots)
+
+    def _add_prompt(self, config: PromptSettings, seed: int) -> int:
+        """Virtual tokens in the first free slot."""
+        if self.base.layout != "packed":
+            raise ModelError(
+                f"adapter.type {config.type} needs model.attention: packed, and {self.base.name} runs padded; use lora"
+            )
+        number, kind = self._free, config.type
+        try:
+            encoder = config.encoder(self._prompt_site, _generator(seed, kind))
+        except ValueError as error:
+            raise ModelError(f"adapter.type {kind}: {error}") from error
+        encoder = encoder.to(self.base.device, self._wide)
+        keys = self._prompt_site.keys() if config.of_attention else None
+        if config.of_attention:
+            self.base.stand_in = self.virtual.stand_in
+        else:
+            routed = self._wrapped(self._name_of(self.base.model.get_input_embeddings()), RoutedEmbedding)
+            routed.virtual = self.virtual
+        self.virtual.by_slot[number] = Prompt(encoder, config.num_virtual_tokens, keys)
+        self.slots[number] = Slot(config, Variant(), parameters=dict(encoder.named_parameters()))
+        return number
+
+    @property
+    def _prompt_site(self) -> PromptSite:
+        base = self.base
+        embedding: Any = base.model.get_input_embeddings()
+        weight: torch.Tensor = embedding.weight
+
+        @torch.no_grad()
+        def embed(token_N: torch.Tensor) -> torch.Tensor:
+            self.routing.set(len(token_N), ())
+            return embedding(token_N.to(base.device)).to(self._wide)
+
+        return PromptSite(
+            hidden_size=weight.shape[1],
+            vocabulary=weight.shape[0],
+            embed=embed,
+            tokens_of=lambda text: base.tokenizer(text)["input_ids"],
+            keys=partial(self.virtual.key_shape, base),
+        )
 
     def _check(self, config: AdapterConfig, targets: Targets) -> None:
         head = self._name_of(self.base.model.get_output_embeddings())

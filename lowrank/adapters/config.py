@@ -75,6 +75,16 @@ class AdapterSettings(Settings):
         """The settings under which files describe it: its own, or those of a variant that PEFT knows."""
         return self
 
+    def trouble_in(self, num_steps: int) -> str | None:
+        """Why it cannot be trained for so many optimiser steps."""
+        del num_steps
+        return None
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why it cannot become part of the model's weights; None: it can."""
+        return None
+
     @property
     def title(self) -> str:
         """In a few words: `dora r=16`."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.targets import innermost
 from lowrank.adapters.variants import Tensors
+from lowrank.adapters.virtual import VirtualTokens
 from lowrank.kernels.counter_random import uniform
 
 
@@ -34,11 +35,13 @@ class _Routed(nn.Module):
 
 
 class RoutedEmbedding(_Routed):
-    """A lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise."""
+    """A lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise, and put vectors of
+    its own in the place of its virtual tokens'."""
 
     def __init__(self, base: nn.Module, name: str, routing: Routing) -> None:
         super().__init__(base, name, routing)
         self.adapters: dict[int, tuple[float, Tensors]] = {}
+        self.virtual: VirtualTokens | None = None
         self.num_embeddings: int = self.weight.shape[0]
         self.embedding_dim: int = self.weight.shape[1]
 
@@ -62,6 +65,8 @@ class RoutedEmbedding(_Routed):
                 if part is not None:
                     changed = embedded_ND[rows] + part.to(embedded_ND.dtype)
                     embedded_ND = torch.cat([embedded_ND[:first], changed, embedded_ND[end:]])
+        if self.virtual is not None:
+            embedded_ND = self.virtual.embed(embedded_ND)
         return embedded_ND.view(*token.shape, self.embedding_dim)
 
     def _noise(self, slot: int, rows: slice) -> torch.Tensor | None:

@@ -18,8 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters import variants
+from lowrank.adapters.prompts import PromptSettings
 from lowrank.adapters.targets import by_pattern, fused_parameters, matches
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints import adalora_files
 from lowrank.errors import ModelError
 from lowrank.settings import configs_in
 
@@ -45,6 +47,14 @@ WITHOUT_MEANING = {
     "rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights", "init_ia3_weights", "use_effective_conv2d",
     "eps",
 }  # fmt: skip
+OF_PROMPTS = {
+    "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
+    "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "prefix_projection", "encoder_hidden_size",
+    "encoder_num_layers", "encoder_dropout", "encoder_reparameterization_type",
+}  # fmt: skip
+"""Fields of prompts that say what the table's shape says, or how it came to be."""
+SAVED_AS = {"P_TUNING": "PROMPT_TUNING"}
+"""Kinds whose files hold what another kind's do, and are read as such."""
 WITH_PATTERNS = ("LORA", "LOHA", "LOKR")
 """Kinds of adapters whose modules may differ in rank and alpha."""
 WITHOUT_CONV1D = ("LOHA", "LOKR", "OFT")
@@ -139,15 +149,20 @@ def to_peft(
             f"adapter.type {config.type!r} has no form in PEFT's layout and cannot be saved; "
             "its `Config` says it in `peft_fields`"
         )
-    parameters = [name for name in targets if name in config.target_parameters]
-    modules = {name: target for name, target in targets.items() if name not in parameters}
-    outside = [name for name in base.module_names if not any(f"{name}.".startswith(f"{copy}.") for copy in copies)]
-    fields = {
+    where = {
         "peft_type": config.peft_type,
         "task_type": task_type,
         "base_model_name_or_path": os.path.abspath(base.name) if os.path.isdir(base.name) else base.name,
         "revision": base.revision,
         "inference_mode": True,
+    }
+    if isinstance(config, PromptSettings):  # what else PEFT wants to know it asks the model
+        return {**where, "num_virtual_tokens": config.num_virtual_tokens, **(config.peft_fields or {})}
+    parameters = [name for name in targets if name in config.target_parameters]
+    modules = {name: target for name, target in targets.items() if name not in parameters}
+    outside = [name for name in base.module_names if not any(f"{name}.".startswith(f"{copy}.") for copy in copies)]
+    fields = {
+        **where,
         "target_modules": names_for(modules, outside, _is_named),
         # PEFT compares these endings without regard to dots
         "modules_to_save": names_for(copies, base.module_names, str.endswith) or None,
@@ -235,6 +250,8 @@ def as_pattern(value_of: Mapping[str, Value], default: Value) -> dict[str, Value
 def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | None:
     """Read adapter_config.json; adds all that cannot be honoured to `problems`. None: it cannot be made sense of."""
     before = len(problems)
+    kind = fields.get("peft_type")
+    fields = {**fields, "peft_type": SAVED_AS.get(str(kind), kind)}
     problems += _wrong_kind(fields)
     if len(problems) > before:
         return None
@@ -281,7 +298,7 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
 
 def _wrong_kind(fields: Mapping[str, Any]) -> list[str]:
     problems = []
-    known = sorted({config.peft_type for config in _saved_by_peft()})
+    known = sorted({*(config.peft_type for config in _saved_by_peft()), *SAVED_AS, adalora_files.KIND})
     if fields.get("peft_type") not in known:
         problems.append(f"peft_type is {fields.get('peft_type')!r}; lowrank reads {', '.join(known)}")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
@@ -295,6 +312,8 @@ def _unsupported(fields: Mapping[str, Any], variant: type[Any]) -> list[str]:
     known = READ | SAID_BY_TENSORS | WITHOUT_MEANING | set(variant.peft_names.values())
     if variant.peft_type == "LORA":
         known |= set(_variant_fields())
+    if issubclass(variant, PromptSettings):
+        known |= OF_PROMPTS
     for name in sorted(set(fields) - known):
         value = fields[name]
         if value and (name, value) != ("bias", "none"):

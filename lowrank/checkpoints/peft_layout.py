@@ -11,6 +11,7 @@ O out-features, V vocabulary.
     <experts>.lora_A.weight (R E, D)      <experts>.lora_B.weight (O, R E)       fused experts: the last parameter
     <experts>.base_layer.lora_A.weight ...                                       the one before it
     <module>.weight ...                                                          a copy (modules_to_save)
+    prompt_embeddings (K, W)                                                     virtual tokens, without the prefix
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 
 import torch
 
+from lowrank.adapters.prompts import TABLE, PromptSettings
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints import adalora_files
 from lowrank.checkpoints.atomic import current, new_folder
 from lowrank.checkpoints.model_card import model_card
 from lowrank.checkpoints.peft_config import BaseDescription, Description, as_pattern, from_peft, peft_trouble, to_peft
@@ -89,7 +92,8 @@ def save_adapter(
         write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
         num_parameters = sum(map(torch.numel, adapter.tensors.values()))
         trouble = peft_trouble(base, adapter.targets, adapter.config.peft_type)
-        card = model_card(adapter.config, len(adapter.targets), num_parameters, base.name, trouble)
+        where = f"on {len(adapter.targets)} modules of" if adapter.targets else "before every document for"
+        card = model_card(adapter.config, where, num_parameters, base.name, trouble)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
             also(partial)
@@ -110,7 +114,10 @@ def write_adapter(
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     in_file = _names_in_file([name for name in adapter.targets if name in adapter.config.target_parameters], base)
-    tensors = {f"{PREFIX}{_renamed(name, in_file)}": value for name, value in adapter.tensors.items()}
+    tensors = {
+        name if name == TABLE else f"{PREFIX}{_renamed(name, in_file)}": value
+        for name, value in adapter.tensors.items()
+    }
     write_tensors(folder / TENSOR_FILE, tensors, dtype)
 
 
@@ -121,11 +128,15 @@ def load_adapter(folder: Path) -> AdapterOnDisk:
     """
     folder = current(Path(folder))
     problems: list[str] = []
-    description = from_peft(_read_config(folder), problems)
-    stored = _read_tensors(folder)
+    fields, stored = _read_config(folder), _read_tensors(folder)
+    if fields.get("peft_type") == adalora_files.KIND:
+        fields, stored = adalora_files.as_lora(fields, stored)
+    description = from_peft(fields, problems)
     if description is None:
         raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
         raise AssertionError("no description without problems")
+    if issubclass(description.variant, PromptSettings):
+        return _load_prompt(folder, description, stored, problems)
     shared = {key: stored.pop(f"base_model.{key}") for key in _SHARED if f"base_model.{key}" in stored}
     problems += [
         f"{name}: names in {TENSOR_FILE} begin with {PREFIX!r}" for name in stored if not name.startswith(PREFIX)
@@ -150,6 +161,24 @@ def load_adapter(folder: Path) -> AdapterOnDisk:
         base_name=description.base_name,
         revision=description.revision,
         notes=_notes(description, tuple(copied.values())),
+    )
+
+
+def _load_prompt(
+    folder: Path, description: Description, stored: Mapping[str, torch.Tensor], problems: list[str]
+) -> AdapterOnDisk:
+    """An adapter of virtual tokens: one table."""
+    number = description.settings.get("num_virtual_tokens")
+    kind = description.variant.peft_type
+    problems += [f"{name}: a {kind} adapter has no such tensor" for name in stored if name != TABLE]
+    if TABLE not in stored:
+        problems.append(f"{TENSOR_FILE} holds no {TABLE}")
+    elif stored[TABLE].ndim != 2 or len(stored[TABLE]) != number:
+        problems.append(f"{TABLE}: shape {tuple(stored[TABLE].shape)}, expected ({number}, ...) by {CONFIG_FILE}")
+    raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
+    config = description.variant(**description.settings)
+    return AdapterOnDisk(
+        config, {TABLE: _widened(stored[TABLE])}, {}, base_name=description.base_name, revision=description.revision
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lowrank.adapters.prompts import PromptSettings
 from lowrank.objectives import needs
 from lowrank.objectives.drawn import DrawnSettings
 from lowrank.records import Text
@@ -111,6 +112,8 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
+    if job.tuning == "adapter" and isinstance(job.adapter, PromptSettings):
+        yield from _prompt_conflicts(config, job)
     if job.tuning == "adapter" and job.optimizer.not_for_adapters:
         yield (
             f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose "
@@ -123,6 +126,13 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.trains_base and job.adapter.path is not None:
         yield f"adapter.path: with tuning: {job.tuning} there is no adapter to continue; set tuning: adapter"
+
+
+def _prompt_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
+    if config.model.attention == "padded":
+        yield f"model.attention: adapter.type {job.adapter.type} needs packed documents; leave attention out"
+    if job.neftune_noise_alpha is not None:
+        yield f"neftune_noise_alpha: not with adapter.type {job.adapter.type}, whose vectors have no place for noise"
 
 
 def _metric_conflicts(job: JobConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ from lowrank.adapters.variants import Tensors, Variant
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
 from lowrank.export.checkpoint import Checkpoint
-from lowrank.export.names import Names
+from lowrank.export.names import Names, refuse_unmergeable
 from lowrank.export.source import Source
 
 _BLOCK_BYTES = 1 << 20
@@ -155,6 +155,7 @@ class Merged(Mapping[str, Plan]):
         return plan.change is None and dtype in (None, plan.dtype)
 
     def _merge(self, source: Source, adapter: AdapterOnDisk) -> None:
+        refuse_unmergeable(source.name, adapter)
         names = Names(source.base, self.checkpoint, trust_remote_code=source.model.trust_remote_code)
         heading = f"{source.name}: this adapter does not fit the base in {source.base}"
         raise_all(ModelError, heading, names.refusals(adapter))

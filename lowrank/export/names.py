@@ -102,6 +102,13 @@ class Names:
         return f"{self._entry(parameter).shape} in the base ({self.origin(parameter)})"
 
 
+def refuse_unmergeable(name: str, adapter: AdapterOnDisk) -> None:
+    """ModelError for an adapter that no weights can take in."""
+    reason = adapter.config.unmergeable
+    if reason is not None:
+        raise ModelError(f"{name}: {adapter.config.title}: {reason}")
+
+
 def _loaded_from(
     model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Entry]
 ) -> Iterator[tuple[str, str, bool]]:

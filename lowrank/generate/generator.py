@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.virtual import runs_of_pieces
 from lowrank.generate import static
 from lowrank.generate.constraint import JsonConstraint
 from lowrank.generate.generation import Generation
@@ -83,17 +84,22 @@ class Generator:
 
     def submit(self, prompt: Prompt, config: Config, *, stop_tokens: frozenset[int] = frozenset()) -> Generation:
         """Start answering; RequestError if it can never be answered."""
-        most = self._most(len(prompt.token_L), config)
+        virtual = self.bank.num_virtual(prompt.slot)
+        most = self._most(len(prompt.token_L), virtual, config)
         sequence = Sequence(
             prompt,
             config,
+            virtual=virtual,
             stop_tokens=stop_tokens,
             most=most,
             tokenizer=self.base.tokenizer,
             constraint=self._constraint(config, stop_tokens),
         )
         steady = self.base.steady_length
-        sequence.alone = steady is not None and len(prompt.token_L) + most > steady
+        sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
+        if virtual and (self.notice or sequence.alone):
+            reason = self.notice or f"texts of more than {steady} tokens are answered one by one"
+            raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
         self.post(lambda: self._waiting.append(sequence))
         return Generation(self, sequence)
 
@@ -298,7 +304,9 @@ class Generator:
                 rows.append(sequence)
                 ends.append(len(tokens) - 1)
         device = self.base.device
-        self.bank.routing.set(len(tokens), _ranges([(each.slot, length) for each, length in plan]))
+        pieces = [(each.slot, each.virtual, each.cached, length) for each, length in plan]
+        ranges = _ranges([(each.slot, length) for each, length in plan])
+        self.bank.routing.set(len(tokens), ranges, virtual=runs_of_pieces(pieces))
         hidden_TD = self.base.extend(torch.tensor(tokens, device=device), Step(self._cache, spans, device))
         for sequence, length in plan:
             self._count(sequence, length)
@@ -365,15 +373,15 @@ class Generator:
 
     # -- what a request may ask for
 
-    def _most(self, length: int, config: Config) -> int:
-        """Tokens its answer may have; RequestError if its question alone is too long."""
-        reach = self.base.reach
+    def _most(self, length: int, virtual: int, config: Config) -> int:
+        """Tokens its answer may have; RequestError if its question alone is too long. `virtual` tokens come before."""
+        reach = None if self.base.reach is None else self.base.reach - virtual
         if length == 0:
             raise RequestError("the prompt has no tokens")
         if reach is not None and length >= reach:
             raise TooLong(f"the conversation has {length} tokens and the model reads {reach}")
         most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
-        room = self._table.capacity * self._table.page_size
+        room = self._table.capacity * self._table.page_size - virtual
         if self.notice is None and length + most > room:
             raise TooLong(
                 f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"

@@ -28,10 +28,14 @@ class Sequence:
         most: int,
         tokenizer: Any,
         constraint: JsonConstraint | None,
+        virtual: int = 0,
     ) -> None:
-        """`most`: tokens of the answer at the most, which may be fewer than `config` says."""
-        self.tokens: list[int] = prompt.token_L.tolist()
+        """`most`: tokens of the answer at the most, which may be fewer than `config` says. `virtual`: tokens of its
+        slot that come before its own."""
+        self.virtual = virtual
+        self.tokens: list[int] = [*[0] * virtual, *prompt.token_L.tolist()]
         self.num_prompt = len(self.tokens)
+        """Virtual ones included."""
         self.slot = prompt.slot
         self.config = config
         self.stop_tokens = stop_tokens
@@ -113,9 +117,9 @@ class Sequence:
             logprobs=[piece.logprob for piece in said if piece.logprob is not None],
             top=[piece.top for piece in said],
             error=next((piece.error for piece in pieces if piece.error), None),
-            prompt_tokens=self.num_prompt,
+            prompt_tokens=self.num_prompt - self.virtual,
             stop_token=self.stop_token,
-            reused_tokens=self.reused,
+            reused_tokens=max(0, self.reused - self.virtual),
         )
 
     def _end(self, finish: str, piece: Piece) -> None:

@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.adapters.virtual import runs_of
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.attention import BoundariesMissing
@@ -154,9 +155,8 @@ class Simulation:
             for head, first, end in engine._heads(batch)
         ]
         draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in engine.jobs.items()}
-        engine.bank.routing.set(
-            rows.num_rows, rows.ranges, self._move(rows.counter_N), self._move(rows.length_N), draws
-        )
+        counter_N, length_N = self._move(rows.counter_N), self._move(rows.length_N)
+        engine.bank.routing.set(rows.num_rows, rows.ranges, counter_N, length_N, draws, runs_of(batch))
         before = live.now
         with _torch_keeps_quiet(), self._mode, live:
             with live.phase() as forward:

@@ -16,6 +16,7 @@ from lowrank.export.gguf.adapter import MERGE, adapter_trouble, write_adapter_fi
 from lowrank.export.gguf.checkpoint import read_folder, read_merged
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.llama_cpp import unreachable
+from lowrank.export.names import refuse_unmergeable
 from lowrank.export.source import Source
 from lowrank.export.targets.gguf import LlamaReader, tolerance
 from lowrank.settings import Settings
@@ -40,6 +41,7 @@ class LoraGgufTarget:
     def needs(self, source: Source) -> Needs:
         """The size of the adapter, and of the base's file while the result is checked."""
         adapter = _adapter(source)
+        refuse_unmergeable(source.name, adapter)
         problems = adapter_trouble(plan(read_folder(source.base)), adapter)
         raise_all(ModelError, f"this adapter cannot be a GGUF file of its own; {MERGE}", problems)
         size = sum(4 * tensor.numel() for tensor in adapter.tensors.values())
