@@ -24,7 +24,8 @@ from lowrank.adapters.variants import ABSENT
 from lowrank.objectives import orpo
 from lowrank.records import BARE_BASE
 from lowrank.settings import configs_in
-from tests.adapters.peft_twins import VARIANTS, config_of, moved, twin_of
+from tests.adapters.peft_twins import ALL, VARIANTS, config_of, moved, twin_of
+from tests.adapters.test_prompts import PROMPTS, Peer, peer_of
 from tests.objectives import trl_peers
 from tests.objectives.test_trl import CASES, engine_for, rows
 from tests.peft_oracle import plain_loss
@@ -40,7 +41,8 @@ Written by `python -m benchmarks.methods > docs/methods.md`.
 routed linear; `own` runs its own formula for its rows; `own x2` multiplies with the base weight twice. *Trained*:
 parameters against `lora` of rank 4, on a model of width 32 (OFT's blocks: 8). *Outputs*, *gradients*: the largest
 difference from PEFT {version} on the same tensors in float64, of a layer's output and of a loss's gradients, relative
-to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base. *Time*, *kept*: CPU
+to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base; `adalora` is held to the weights that
+PEFT's allocator gives after 50 steps by tests/adapters/test_adalora.py. *Time*, *kept*: CPU
 time of an optimiser step, and bytes kept for its backward pass, against `lora`'s at the same rank (16), on a Llama
 of width 512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, interleaved. `rslora` does the work of
 `lora`: its distance from 1 is the noise of the machine.
@@ -142,6 +144,35 @@ def _kept(engine: Any, slot: int) -> int:
     return sum(seen.values())
 
 
+PROMPT_HEAD = """
+## Virtual tokens
+
+`adapter: {type: ..., num_virtual_tokens: 20}`. Trained vectors before every document; no layer changes. They train
+beside any other adapter, in the packed layout, and are served by `lowrank serve` and PEFT; nothing can merge them, so
+there is no GGUF. *Loss*, *gradients*: the largest difference from PEFT on the same vectors in float64, gradients relative to the
+largest value.
+
+| type | in a word | when | paper | in PEFT's files | loss | gradients |
+|---|---|---|---|---|---|---|
+"""
+
+
+def _prompt_row(name: str) -> str:
+    engine, (slot,) = make_engine(make_base("llama"), PROMPTS[name])
+    ours = engine.bank.parameters(slot)
+    twin, theirs = peer_of(name, "llama", ours)
+    work = random_step(0, [5, 9, 14])
+    loss = plain_loss(Peer(twin), work)
+    loss.backward()
+    apart = abs(engine.forward_backward({slot: work})[slot].loss - loss.item())
+    gradients = max(_relative(_gradient(value), _gradient(theirs[key])) for key, value in ours.items())
+    config = ALL[name]
+    link = f"[{config.paper}](https://arxiv.org/abs/{config.paper.removeprefix('arXiv:')})"
+    summary = (config.__doc__ or "").strip().split(":")[0].split(",")[0]
+    form = config().as_saved().peft_type
+    return f"| `{name}` | {summary} | {config.when} | {link} | {form} | {apart:.0e} | {gradients:.0e} |"
+
+
 OBJECTIVES = """
 ## Objectives
 
@@ -197,7 +228,7 @@ def _row(name: str, of_lora: int, cost: dict[str, tuple[float, int]]) -> str:
     saved = config().as_saved()
     form = f"LORA, {'2R' if name in ('pissa', 'olora') else 'R'}" if saved.peft_type == "LORA" else saved.peft_type
     summary = (config.__doc__ or "").strip().split(". ")[0].split(";")[0].rstrip(".")
-    if config.needs_quantised:
+    if config.needs_quantised or name == "adalora":
         numbers, share = "| - | - |", 1.0
     else:
         difference, gradients, trained = measure(name)
@@ -221,6 +252,9 @@ def main() -> None:
     print(TAIL, end="")
     for name, reason in ABSENT.items():
         print(f"- `{name}`: {reason}.")
+    print(PROMPT_HEAD, end="")
+    for name in PROMPTS:
+        print(_prompt_row(name))
     print(OBJECTIVES, end="")
     print("\n".join(_objective_rows()))
 

@@ -109,7 +109,7 @@ class Segment:
     """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
     its log-probability when it was drawn; train/rollouts.py)."""
     virtual: int = 0
-    """Tokens at its beginning that are no words: a slot's trained vectors stand in their place (adapters/prompts.py)."""
+    """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
 
     def __len__(self) -> int:
         return len(self.token_L)

@@ -78,6 +78,18 @@ def check_steps(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
     raise_all(ConfigError, "these jobs are too short for their adapters", problems)
 
 
+def check_tokens(jobs: Sequence[JobConfig], tokenizer: Any) -> None:
+    """ConfigError for tokens that adapters are to learn and that the tokenizer does not know."""
+    known = tokenizer.get_vocab()
+    problems = [
+        f"{job.name}: adapter.trainable_token_indices: {token!r} is no token of this base; `lowrank vocab` adds it"
+        for job in jobs
+        for token in job.adapter.trainable_token_indices
+        if isinstance(token, str) and token not in known and not job.trains_base
+    ]
+    raise_all(ConfigError, "these tokens cannot be learned", problems)
+
+
 def _check_reach(engine: Engine, slot: int, config: JobConfig, data: Prepared) -> None:
     """ModelError if virtual tokens push a document out of what the model reads."""
     virtual, reach = engine.bank.num_virtual(slot), engine.base.reach

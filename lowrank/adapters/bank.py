@@ -22,6 +22,8 @@ from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.prompts import TABLE, PromptSettings, PromptSite
 from lowrank.adapters.routing import Draws, Routing
 from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
+from lowrank.adapters.token_rows import HeadRows, head_tensors, token_rows
 from lowrank.adapters.variants import AdapterConfig, Site, Tensors, Variant, name_in_files
 from lowrank.adapters.virtual import Prompt, VirtualTokens, runs_of
 from lowrank.errors import ModelError, raise_all
@@ -100,6 +102,8 @@ class Bank:
         for name in targets.copies:
             routed = self._wrapped(name, RoutedCopy)
             slot.parameters.update({f"{name}.{key}": value for key, value in routed.add(number).items()})
+        if config.trainable_token_indices:
+            self._add_token_rows(number, slot)
         self.slots[number] = slot
         return number
 
@@ -110,6 +114,8 @@ class Bank:
         for module in self.base.model.modules():
             if isinstance(module, (RoutedLinear, RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
+            if isinstance(module, RoutedEmbedding):
+                module.rows.pop(number, None)
             elif isinstance(module, RoutedCopy):
                 module.copies.pop(number, None)
 
@@ -155,6 +161,8 @@ class Bank:
         of_layers = self._names_of_layers(slot)
         tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
         by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
+        if config.trainable_token_indices:
+            by_full_name["trainable_token_indices"] = self._token_ids(slot.config)
         return Saved(config.model_copy(update=by_full_name), tensors, ranks)
 
     def load(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -166,6 +174,8 @@ class Bank:
         if self._has_encoder(number):
             raise ModelError(f"adapter.type {slot.config.type}: its files do not hold the encoder it is trained with")
         rest, problems = _check_shared(slot.variant, tensors)
+        # Rows of the embedding alone, as PEFT may save them: the head's stay as they began.
+        rest = {**{name: own[name] for name in own if name.endswith(TOKEN_ROWS) and _has_rows(rest)}, **rest}
         problems += [f"{name}: missing" for name in own if name not in rest]
         problems += [f"{name}: this adapter has no such tensor" for name in rest if name not in own]
         problems += [
@@ -316,6 +326,14 @@ class Bank:
                 f"adapter.type {config.type} makes up for what quantisation lost, and model.storage.type dense loses "
                 "nothing; use lora, or quantise the base"
             )
+        of_tokens: set[str] = set()
+        if config.trainable_token_indices:
+            self._token_ids(config)
+            of_tokens = {head, self._name_of(self.base.model.get_input_embeddings())}
+            problems += [
+                f"trainable_token_indices: {name} is in target_modules or modules_to_save too; use one of them"
+                for name in sorted(of_tokens & {*targets.linears, *targets.embeddings, *targets.copies})
+            ]
         both = {*targets.linears, *targets.embeddings} & set(targets.copies)
         if both:
             problems.append(f"both in target_modules and modules_to_save: {', '.join(sorted(both))}")
@@ -327,7 +345,9 @@ class Bank:
         # One wrapper per linear layer: it is adapted for all slots or a copy for all slots.
         copied = {name for slot in self.slots.values() for name in slot.copies}
         adapted = {name for slot in self.slots.values() for name in slot.layers}
-        clash = (set(targets.linears) & copied) | (set(targets.copies) & adapted)
+        if any(slot.config.trainable_token_indices for slot in self.slots.values()):
+            adapted.add(head)
+        clash = ((set(targets.linears) | (of_tokens & {head})) & copied) | (set(targets.copies) & adapted)
         problems += [
             f"{name}: one job adapts it and another trains a copy; use one of the two" for name in sorted(clash)
         ]
@@ -406,6 +426,39 @@ class Bank:
         """Of masters: float32, or float64 where the base has it."""
         return torch.promote_types(self.base.dtype, torch.float32)
 
+    def _add_token_rows(self, number: int, slot: Slot) -> None:
+        """Rows of the slot's own in the embedding, and in the head, where that is another tensor."""
+        token_N = torch.tensor(self._token_ids(slot.config), device=self.base.device)
+        embedding, head = self.base.model.get_input_embeddings(), self.base.model.get_output_embeddings()
+        name, head_name = self._name_of(embedding), self._name_of(head)
+        tied = innermost(head).weight is innermost(embedding).weight
+        vocabulary = len(embedding.weight)
+        row_ND = nn.Parameter(embedding.weight.detach()[token_N].to(self._wide))
+        self._wrapped(name, RoutedEmbedding).rows[number] = token_rows(row_ND, token_N, vocabulary)
+        slot.parameters[f"{name}.{TOKEN_ROWS}"] = row_ND
+        start_ND = head.weight.detach()[token_N].to(self._wide)
+        own_ND = row_ND if tied else nn.Parameter(start_ND.clone())
+        if not tied:
+            slot.parameters[f"{head_name}.{TOKEN_ROWS}"] = own_ND
+        masters = head_tensors(own_ND, start_ND, token_N, vocabulary)
+        self._wrapped(head_name, RoutedLinear).adapters[number] = LayerAdapter(HeadRows(), 1.0, masters)
+
+    def _token_ids(self, config: AdapterConfig) -> tuple[int, ...]:
+        """The ids of `trainable_token_indices`; ModelError lists those that are no tokens."""
+        rows, ids, problems = len(self.base.model.get_input_embeddings().weight), [], []
+        tokenizer = self.base.tokenizer
+        known = {} if tokenizer is None else tokenizer.get_vocab()
+        for item in config.trainable_token_indices:
+            number = known.get(item) if isinstance(item, str) else item
+            if number is None:
+                problems.append(f"{item!r} is no token of this tokenizer; `lowrank vocab` adds it")
+            elif not 0 <= number < rows:
+                problems.append(f"{item!r}: the embedding has {rows} rows; `lowrank vocab` makes it larger")
+            else:
+                ids.append(number)
+        raise_all(ModelError, "adapter.trainable_token_indices", problems)
+        return tuple(dict.fromkeys(ids))
+
     def _master(self, value: torch.Tensor, trained: bool) -> torch.Tensor:
         value = value.to(self.base.device, self._wide)
         return nn.Parameter(value) if trained else value
@@ -447,6 +500,10 @@ def _rank_by(config: AdapterSettings, name: str) -> tuple[int, float]:
     """Rank and alpha of a module, by PEFT's rules."""
     alpha = config.alpha if config.alpha is not None else 2.0 * config.rank
     return by_pattern(config.rank_pattern, name, config.rank), by_pattern(config.alpha_pattern, name, alpha)
+
+
+def _has_rows(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.endswith(TOKEN_ROWS) for name in tensors)
 
 
 def _check_shared(variant: Variant, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -53,6 +53,9 @@ class AdapterSettings(Settings):
     target_parameters: tuple[str, ...] = ()
     """Weights that are no layer of their own, PEFT's `target_parameters`: the fused experts of a mixture, by the end of
     their names (`[mlp.experts.gate_up_proj, mlp.experts.down_proj]`). `all-linear` leaves them out."""
+    trainable_token_indices: tuple[int | str, ...] = ()
+    """Tokens, by id or as they are written (`["<call>"]`), of which the job trains rows of its own in the embedding and
+    in the head: what tokens need that `lowrank vocab` added."""
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)
     """LoRA+ (arXiv:2402.12354): B learns this many times as fast as A (16 is usual); left out: equally fast."""
     loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
@@ -67,6 +70,10 @@ class AdapterSettings(Settings):
             for name, reason in self.refused.items()
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
         ]
+        if self.trainable_token_indices and self.peft_type != "LORA":
+            problems.append(
+                f"trainable_token_indices: PEFT's files for {self.peft_type} have no place for them; use lora"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

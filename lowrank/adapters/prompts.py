@@ -65,8 +65,8 @@ class PromptSettings(AdapterSettings):
     def unmergeable(self) -> str | None:
         """A reason."""
         return (
-            "its virtual tokens are no weights of the model, so nothing can be merged: serve it as it is (lowrank serve), "
-            "or take it to PEFT (--to peft)"
+            "its virtual tokens are no weights of the model, so nothing can be merged: serve it as it is "
+            "(lowrank serve), or take it to PEFT (--to peft)"
         )
 
     @property

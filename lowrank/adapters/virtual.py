@@ -46,9 +46,7 @@ class VirtualTokens:
             embedded_ND = embedded_ND.index_copy(0, row_N, own_ND)
         return embedded_ND
 
-    def stand_in(
-        self, module: nn.Module, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def stand_in(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with prefixes in their rows (models/prefixed.py)."""
         for slot in self._present(of_attention=True):
             keys = self.by_slot[slot].keys

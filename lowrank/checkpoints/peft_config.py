@@ -33,7 +33,7 @@ VARIANTS = configs_in(variants.__name__)
 
 READ = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "init_lora_weights", "ensure_weight_tying", "target_parameters",
+    "init_lora_weights", "ensure_weight_tying", "target_parameters", "trainable_token_indices",
 }  # fmt: skip
 """Fields of every kind of adapter; a variant's `peft_names` and `peft_fields` add its own."""
 SAID_BY_TENSORS = {
@@ -45,7 +45,7 @@ WITHOUT_MEANING = {
     "corda_config", "lora_ga_config", "qalora_group_size", "save_projection",
     # matter in training only, where lowrank has none of them, or for convolutions
     "rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights", "init_ia3_weights", "use_effective_conv2d",
-    "eps",
+    "eps", "mini_r",
 }  # fmt: skip
 OF_PROMPTS = {
     "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
@@ -57,7 +57,7 @@ SAVED_AS = {"P_TUNING": "PROMPT_TUNING"}
 """Kinds whose files hold what another kind's do, and are read as such."""
 WITH_PATTERNS = ("LORA", "LOHA", "LOKR")
 """Kinds of adapters whose modules may differ in rank and alpha."""
-WITHOUT_CONV1D = ("LOHA", "LOKR", "OFT")
+WITHOUT_CONV1D = ("LOHA", "LOKR", "OFT", "MISS")
 """Kinds that PEFT does not put on layers with a transposed weight."""
 HARMLESS_STARTS = {True, False, None, "gaussian", "eva", "orthogonal"}
 """Values of init_lora_weights that leave the base as it is; with all others the adapter fits an altered base."""
@@ -93,6 +93,8 @@ class Description:
     """Copies of the embedding and of the head are one tensor in PEFT."""
     target_parameters: tuple[str, ...]
     """Fused weights of experts, by the ends of their names."""
+    token_ids: tuple[int, ...]
+    """Tokens with rows of their own."""
     base_name: str | None
     revision: str | None
 
@@ -281,6 +283,7 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
         problems += [f"{key}: {name!r} has {value!r}, not a number above 0" for name, value in patterns[-1].items()
                      if not isinstance(value, (int, float)) or value <= 0]  # fmt: skip
         problems += [f"{key}: {name!r} is no regular expression" for name in patterns[-1] if not _compiles(name)]
+    token_ids = _token_ids(fields.get("trainable_token_indices"), problems)
     if len(problems) > before:
         return None
     return Description(
@@ -291,9 +294,18 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         tied=bool(fields.get("ensure_weight_tying")),
         target_parameters=tuple(fields.get("target_parameters") or ()),
+        token_ids=token_ids,
         base_name=fields.get("base_model_name_or_path"),
         revision=fields.get("revision"),
     )
+
+
+def _token_ids(said: Any, problems: list[str]) -> tuple[int, ...]:
+    """A list, or one for each layer that has rows."""
+    lists = list(said.values()) if isinstance(said, dict) else [said or []]
+    if any(ids != lists[0] for ids in lists):
+        problems.append(f"trainable_token_indices: {said!r}; lowrank reads those of the same tokens in all layers")
+    return tuple(lists[0] if lists else ())
 
 
 def _wrong_kind(fields: Mapping[str, Any]) -> list[str]:

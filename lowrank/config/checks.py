@@ -112,6 +112,11 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
+    if job.tuning == "adapter" and job.adapter.type == "adalora" and job.optimizer.has_own_schedule:
+        yield (
+            f"optimizer.type: {job.optimizer.type} averages its steps, which brings back what adalora's allocator sets "
+            "to 0; choose adamw"
+        )
     if job.tuning == "adapter" and isinstance(job.adapter, PromptSettings):
         yield from _prompt_conflicts(config, job)
     if job.tuning == "adapter" and job.optimizer.not_for_adapters:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lowrank.adapters.targets import is_embedding
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
@@ -32,6 +33,21 @@ class _Instead:
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
         del weight, first, end
         return self.tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of single tokens in the place of the base's."""
+
+    token_ids: tuple[int, ...]
+    row_ND: torch.Tensor
+    by_rows = True
+
+    def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        for place, token in enumerate(self.token_ids):
+            if first <= token < end:
+                weight[token - first] = self.row_ND[place].to(weight.dtype)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ class _EmbeddingUpdate:
         return torch.addmm(weight, self.A_RV[:, first:end].t(), self.B_DR.t(), alpha=self.scale)
 
 
-_Change = _Instead | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate
+_Change = _Instead | _Rows | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate
 
 
 @dataclass(frozen=True)
@@ -161,13 +177,15 @@ class Merged(Mapping[str, Plan]):
         raise_all(ModelError, heading, names.refusals(adapter))
         changes = _changes(adapter, names)
         parameters = set(changes)
-        if names.tied & parameters:
+        if names.tied & parameters and not all(isinstance(changes[name], _Rows) for name in names.tied & parameters):
             self.untied = True
             parameters |= names.tied  # the other end of the pair keeps what the base has
         for parameter in parameters:
             entry = self.checkpoint[names.origin(parameter)]
-            plan = Plan(names.origin(parameter), entry.shape, entry.dtype, changes.get(parameter))
-            self._plans[names.file_name(parameter)] = plan
+            change = changes.get(parameter)
+            kept_tied = parameter in names.tied and not self.untied
+            name = names.origin(parameter) if kept_tied else names.file_name(parameter)
+            self._plans[name] = Plan(names.origin(parameter), entry.shape, entry.dtype, change)
 
 
 def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
@@ -175,7 +193,9 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
     variant = adapter.config.build()
     changes: dict[str, _Change] = {}
     for name, tensor in adapter.tensors.items():
-        if not any(name.startswith(f"{module}.") for module in adapter.targets):
+        if name.endswith(TOKEN_ROWS):
+            changes[f"{name.removesuffix(TOKEN_ROWS)}weight"] = _Rows(adapter.config.trainable_token_indices, tensor)  # type: ignore[arg-type]
+        elif not any(name.startswith(f"{module}.") for module in adapter.targets):
             changes[name] = _Instead(tensor)
     for module, (rank, alpha) in adapter.targets.items():
         parts = {

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.targets import is_embedding, is_linear
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
 from lowrank.export.checkpoint import Entry
@@ -60,8 +61,11 @@ class Names:
         problems = [problem for module in adapter.targets for problem in self._misfits(module, adapter)]
         own = [name for name in adapter.tensors if not any(name.startswith(f"{module}.") for module in adapter.targets)]
         for name in own:
-            problem = self._unmergeable(name)
-            if problem is not None:
+            weight = f"{name.removesuffix(TOKEN_ROWS)}weight" if name.endswith(TOKEN_ROWS) else name
+            problem = self._unmergeable(weight)
+            if problem is None and weight != name:
+                problems += self._missing_rows(weight, adapter)
+            elif problem is not None:
                 problems.append(problem)
             elif adapter.tensors[name].shape != self._entry(name).shape:
                 problems.append(f"{name}: {_shape(adapter.tensors[name])} in the adapter, {self._said(name)}")
@@ -86,6 +90,12 @@ class Names:
             for part, (axis, length) in wanted.items()
             if f"{module}.{part}" in adapter.tensors and adapter.tensors[f"{module}.{part}"].shape[axis] != length
         ]
+
+    def _missing_rows(self, weight: str, adapter: AdapterOnDisk) -> list[str]:
+        """Tokens that the base has no rows for."""
+        rows = self._entry(weight).shape[0]
+        beyond = [token for token in adapter.config.trainable_token_indices if int(token) >= rows]
+        return [f"{weight}: the adapter has rows for tokens {beyond}, {self._said(weight)}"] if beyond else []
 
     def _unmergeable(self, parameter: str) -> str | None:
         if parameter in self._converted:

@@ -11,8 +11,8 @@ from torch import nn
 from lowrank.models.attention import Attending, Packed, Softmax, attend_documents
 
 StandIn = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(attention layer, (1, G, T, d) keys as they are attended to, (1, G, T, d) values) -> the same with those that stand in
-for some rows'. It changes nothing in place."""
+"""(attention layer, (1, G, T, d) keys as they are attended to, (1, G, T, d) values) -> the same with others in
+the place of some rows'. It changes nothing in place."""
 
 
 @dataclass(frozen=True)

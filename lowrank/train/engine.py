@@ -56,7 +56,7 @@ class TrainedJob:
     refresh: Callable[[], None]
     """Brings what computes up to date with `parameters`, after each update."""
     num_steps: int | None
-    """Optimiser steps it will take; None: not known, and adapters that follow a schedule of their own stay as they are."""
+    """Optimiser steps it will take; None: not known, and adapters with a schedule of their own stay as they are."""
     seed: int
     neftune_alpha: float = 0.0
     value_D: torch.nn.Parameter | None = None

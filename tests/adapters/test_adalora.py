@@ -106,14 +106,20 @@ def test_fifty_steps_with_the_allocator_equal_pefts(tmp_path: Path) -> None:
     assert sum(map(sum, pattern.values())) == 3 * len(pattern)
     assert len({sum(kept) for kept in pattern.values()}) > 1  # layers differ
     assert {key.removesuffix(".weight"): [not each for each in own] for key, own in zeros.items()} == {
-        key.removeprefix("base_model.").removeprefix("model.", ) if key.startswith("base_model.model.model") else key: own
+        key.removeprefix("base_model.").removeprefix(
+            "model.",
+        )
+        if key.startswith("base_model.model.model")
+        else key: own
         for key, own in ((key.removeprefix("base_model.model."), own) for key, own in pattern.items())
     }
     with torch.no_grad():
         expected = twin(TOKEN).logits
     torch.testing.assert_close(logits(engine.bank, slots[1]), expected, rtol=1e-6, atol=1e-6)
 
-    save_adapter(tmp_path / "ours", on_disk(engine.bank, slots[1]), describe_base(engine.base.model, "llama"), dtype=None)
+    save_adapter(
+        tmp_path / "ours", on_disk(engine.bank, slots[1]), describe_base(engine.base.model, "llama"), dtype=None
+    )
     loaded = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "ours"), autocast_adapter_dtype=False)
     assert loaded.peft_config["default"].peft_type == "LORA"
     with torch.no_grad():
@@ -122,7 +128,9 @@ def test_fifty_steps_with_the_allocator_equal_pefts(tmp_path: Path) -> None:
     for name in ("ours", "theirs"):
         saved = load_adapter(tmp_path / name)
         assert saved.config.type == "lora"
-        assert sum(rank for rank, _ in saved.targets.values()) <= 3 * len(pattern) + sum(not any(own) for own in pattern.values())
+        assert sum(rank for rank, _ in saved.targets.values()) <= 3 * len(pattern) + sum(
+            not any(own) for own in pattern.values()
+        )
         bank = Bank(make_base("llama"))
         slot = bank.add(saved.config, seed=0)
         bank.load(slot, saved.tensors)
@@ -155,7 +163,9 @@ def test_files_hold_what_was_evaluated_at_any_step(tmp_path: Path) -> None:
         if step in (0, 9, 11, 13, 36, 49):
             saved = engine.bank.saved(slot)
             bank = Bank(make_base("llama"))
-            save_adapter(tmp_path / "a", on_disk(engine.bank, slot), describe_base(bank.base.model, "llama"), dtype=None)
+            save_adapter(
+                tmp_path / "a", on_disk(engine.bank, slot), describe_base(bank.base.model, "llama"), dtype=None
+            )
             read = load_adapter(tmp_path / "a")
             bank.load(bank.add(read.config, seed=0), read.tensors)
             torch.testing.assert_close(logits(bank, 0), logits(engine.bank, slot), rtol=1e-9, atol=1e-9)

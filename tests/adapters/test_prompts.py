@@ -1,5 +1,4 @@
-"""The contract of virtual tokens, PEFT's prompt methods as oracles. A new file with a `PromptSettings` is tested by being
-there."""
+"""The contract of virtual tokens, PEFT as oracle. A new file with a `PromptSettings` is tested by being there."""
 
 from __future__ import annotations
 
@@ -27,6 +26,9 @@ from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
 from lowrank.evaluate.likelihood import continuation_logprobs, label_logprobs
+from lowrank.export.targets.lora_gguf import Config as LoraGgufConfig
+from lowrank.export.targets.merged import Config as MergedConfig
+from lowrank.export.targets.peft import Config as PeftTargetConfig
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import Config as Asked
 from lowrank.generate.request import Prompt, RequestError
@@ -34,6 +36,7 @@ from lowrank.generate.sampler import generate
 from lowrank.records import Segment
 from lowrank.settings import configs_in
 from tests.adapters.peft_twins import on_disk
+from tests.export.sources import source_of
 from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
@@ -85,7 +88,9 @@ def peer_of(case: str, family: str, ours: dict[str, torch.nn.Parameter]) -> tupl
     """PEFT's method on the same model with our values, and its parameters by our names."""
     twin = peft.get_peft_model(make_model(family), copy.deepcopy(PEERS[case])).double().eval()
     own = {
-        key.removeprefix("prompt_encoder.default."): value for key, value in twin.named_parameters() if value.requires_grad
+        key.removeprefix("prompt_encoder.default."): value
+        for key, value in twin.named_parameters()
+        if value.requires_grad
     }
     theirs = {TABLE if TABLE in ours else key: value for key, value in own.items()}
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
@@ -103,8 +108,7 @@ def test_every_file_has_a_peer() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2"])
 @every_case
 def test_losses_and_gradients_equal_pefts_beside_lora_jobs(case: str, family: str) -> None:
-    """Slot 1 of 3 in float64; three AdamW steps; grouped-query attention, heads wider than the model, learned positions,
-    sliding windows."""
+    """Slot 1 of 3 in float64; three AdamW steps; grouped-query attention, wide heads, learned positions, windows."""
     engine, (before, slot, behind) = make_engine(
         make_base(family), Lora(rank=4), CASES[case], Lora(rank=2), learning_rate=1e-2
     )
@@ -137,7 +141,10 @@ def test_neighbours_do_not_see_it(case: str) -> None:
     engine, slots = make_engine(make_base("llama"), *configs)
     work = {slot: random_step(slot, [5 + slot, 9, 14, 3]) for slot in slots}
     whole = engine.forward_backward(work)
-    grads = {slot: {k: p.grad.clone() for k, p in engine.bank.parameters(slot).items() if p.grad is not None} for slot in slots}
+    grads = {
+        slot: {k: p.grad.clone() for k, p in engine.bank.parameters(slot).items() if p.grad is not None}
+        for slot in slots
+    }
     for micro_batch_tokens in (4096, 17):
         engine.micro_batch_tokens = micro_batch_tokens
         for slot in slots:
@@ -184,7 +191,9 @@ def test_ours_to_peft_and_back(name: str, family: str, tmp_path: Path) -> None:
     base = describe_base(engine.base.model, family)
     save_adapter(tmp_path / "a", on_disk(engine.bank, slot), base, dtype=None)
     assert load_file(tmp_path / "a" / "adapter_model.safetensors").keys() == {TABLE}
-    twin = Peer(peft.PeftModel.from_pretrained(make_model(family), str(tmp_path / "a"), autocast_adapter_dtype=False).double())
+    twin = Peer(
+        peft.PeftModel.from_pretrained(make_model(family), str(tmp_path / "a"), autocast_adapter_dtype=False).double()
+    )
     with torch.no_grad():
         theirs_LV = twin(torch.from_numpy(token_L)[None]).logits[0].log_softmax(-1)
     segment = Segment(token_L, np.r_[0, np.ones(8)].astype(np.float32))
@@ -199,7 +208,12 @@ def test_ours_to_peft_and_back(name: str, family: str, tmp_path: Path) -> None:
     again = other.add(saved.config, seed=9)
     other.load(again, saved.tensors)
     mine, theirs = (
-        [said for said, _ in continuation_logprobs(bank.base, bank, [(own, context, answer) for _, context, answer in reads])]
+        [
+            said
+            for said, _ in continuation_logprobs(
+                bank.base, bank, [(own, context, answer) for _, context, answer in reads]
+            )
+        ]
         for bank, own in ((engine.bank, slot), (other, again))
     )
     np.testing.assert_allclose(mine, theirs, atol=1e-10)
@@ -236,7 +250,12 @@ def test_answers_equal_pefts_generate(case: str, family: str) -> None:
             attention_mask=torch.ones(1, 6, dtype=torch.int64),
             max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0,
         )[0, 6:]  # fmt: skip
-    alone = {each: generate(engine.base, engine.bank, [Prompt(token_L, each)], Asked(max_new_tokens=12), stop_tokens=frozenset())[0] for each in (-1, lora)}  # noqa: E501
+    alone = {
+        each: generate(
+            engine.base, engine.bank, [Prompt(token_L, each)], Asked(max_new_tokens=12), stop_tokens=frozenset()
+        )[0]
+        for each in (-1, lora)
+    }
     generator = Generator(engine.base, engine.bank, GeneratorConfig(step_tokens=4))
     for _ in range(2):
         asked = {each: generator.submit(Prompt(token_L, each), Asked(max_new_tokens=12)) for each in (slot, -1, lora)}
@@ -304,7 +323,7 @@ def test_what_cannot_be_is_said() -> None:
         PromptTuning(modules_to_save=("lm_head",))
     with pytest.raises(ValueError, match="only with prefix_projection"):
         PrefixTuning(encoder_hidden_size=4)
-    with pytest.raises(ModelError, match="needs model.attention: packed"):
+    with pytest.raises(ModelError, match=r"needs model\.attention: packed"):
         Bank(make_base("bloom")).add(PromptTuning(), seed=0)
     with pytest.raises(ModelError, match="one shape, which a prefix needs; use prompt_tuning"):
         Bank(make_base("deepseek_v3")).add(PrefixTuning(), seed=0)
@@ -313,6 +332,27 @@ def test_what_cannot_be_is_said() -> None:
     generator.notice = "because"
     with pytest.raises(RequestError, match="virtual tokens cannot answer here: because"):
         generator.submit(Prompt(np.array([5]), bank.add(PromptTuning(), seed=0)), Asked())
+
+
+def test_exports_say_what_they_cannot_take_in(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "base")
+    engine, (slot,) = make_engine(make_base("llama"), PROMPTS["prefix_tuning"])
+    source = source_of(tmp_path / "base", on_disk(engine.bank, slot))
+    for target in (MergedConfig(), LoraGgufConfig()):
+        with pytest.raises(ModelError, match="mine: prefix_tuning 5 tokens: its virtual tokens are no weights"):
+            target.build().needs(source)
+    target = PeftTargetConfig().build()
+    target.needs(source)
+    (tmp_path / "out").mkdir()
+    target.write(source, tmp_path / "out", lambda done, total: None)
+    assert load_adapter(tmp_path / "out").config == PROMPTS["prefix_tuning"]
+    token_L = np.arange(3, 9)
+    (reading,) = target.read_back(source, tmp_path / "out")
+    with reading.open() as reader:
+        said_LV = reader.logprobs(token_L)
+    assert said_LV.shape == (6, 97)
+    ours_L = engine.logprobs(slot, [Segment(token_L, np.r_[0, np.ones(5)].astype(np.float32))])[0]
+    np.testing.assert_allclose(said_LV[np.arange(5), token_L[1:]], ours_L[1:], atol=1e-4)
 
 
 def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:

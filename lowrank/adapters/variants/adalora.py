@@ -41,13 +41,13 @@ class Config(AdapterSettings):
     type: Literal["adalora"] = "adalora"
     rank: Positive = 12
     """Rank of every layer at the start, PEFT's `init_r`."""
-    target_r: Positive = 8
-    """Rank that is left, on the average of all layers."""
+    target_r: Positive | None = None
+    """Rank that is left, on the average of all layers; left out: two thirds of `rank`."""
     tinit: Steps = 0.1
     """Steps before ranks begin to fall, or a share of the job."""
     tfinal: Steps = 0.3
     """Steps at the end in which ranks stay, or a share of the job."""
-    deltaT: Positive = 10  # noqa: N815 (PEFT's name)
+    deltaT: Positive = 10
     """Steps between two allocations."""
     beta1: Fraction = 0.85
     """Smoothing of sensitivities."""
@@ -58,7 +58,7 @@ class Config(AdapterSettings):
 
     @model_validator(mode="after")
     def _ranks_fall(self) -> Self:
-        if self.target_r > self.rank:
+        if self.target_r is not None and self.target_r > self.rank:
             raise ValueError(f"target_r: {self.target_r} is more than the rank of {self.rank} that layers begin with")
         return self
 
@@ -175,7 +175,7 @@ class AdaLora(Variant):
     def _budget(self, layers: Mapping[str, Tensors], share: float) -> int:
         """Triplets that are left after this share of the steps in which ranks fall."""
         begin = sum(len(tensors["lora_E"]) for tensors in layers.values())
-        target = self.config.target_r * len(layers)
+        target = (self.config.target_r or max(1, self.config.rank * 2 // 3)) * len(layers)
         return int((begin - target) * (1 - share) ** 3 + target)
 
     def _allocate(self, layers: Mapping[str, Tensors], budget: int) -> dict[str, torch.Tensor]:
