@@ -275,9 +275,13 @@ class Bank:
         number, kind = self._free, config.type
         try:
             encoder = config.encoder(self._prompt_site, _generator(seed, kind))
+        except ModelError:
+            raise
         except ValueError as error:
             raise ModelError(f"adapter.type {kind}: {error}") from error
-        encoder = encoder.to(self.base.device, self._wide)
+        for module in encoder.modules():  # not `.to`, which fake tensors of a plan do not know
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, self._master(parameter.detach(), trained=True))
         keys = self._prompt_site.keys() if config.of_attention else None
         if config.of_attention:
             self.base.stand_in = self.virtual.stand_in
@@ -303,7 +307,7 @@ class Bank:
             hidden_size=weight.shape[1],
             vocabulary=weight.shape[0],
             embed=embed,
-            tokens_of=lambda text: base.tokenizer(text)["input_ids"],
+            tokens_of=lambda text: base.tokenizer(text)["input_ids"] if base.tokenizer is not None else [0],
             keys=partial(self.virtual.key_shape, base),
         )
 
@@ -444,11 +448,12 @@ class Bank:
         self._wrapped(head_name, RoutedLinear).adapters[number] = LayerAdapter(HeadRows(), 1.0, masters)
 
     def _token_ids(self, config: AdapterConfig) -> tuple[int, ...]:
-        """The ids of `trainable_token_indices`; ModelError lists those that are no tokens."""
+        """The ids of `trainable_token_indices`; ModelError lists those that are no tokens. A base without a tokenizer,
+        as plans have it, takes any row for a token that is written out."""
         rows, ids, problems = len(self.base.model.get_input_embeddings().weight), [], []
-        tokenizer = self.base.tokenizer
-        known = {} if tokenizer is None else tokenizer.get_vocab()
-        for item in config.trainable_token_indices:
+        given, tokenizer = config.trainable_token_indices, self.base.tokenizer
+        known = dict(zip(given, range(len(given)))) if tokenizer is None else tokenizer.get_vocab()
+        for item in given:
             number = known.get(item) if isinstance(item, str) else item
             if number is None:
                 problems.append(f"{item!r} is no token of this tokenizer; `lowrank vocab` adds it")

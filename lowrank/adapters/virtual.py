@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from lowrank.adapters.prompts import KeyShape
 from lowrank.adapters.routing import Routing, Run
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
+from lowrank.models.layers import decoder_layers
 from lowrank.records import BARE_BASE, Batch, Segment, pack
 
 
@@ -32,6 +32,7 @@ class VirtualTokens:
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
         self.by_slot: dict[int, Prompt] = {}
+        self._keys: KeyShape | None = None
         self._layers: dict[nn.Module, int] = {}
         """The place of each layer that attends."""
         self._runs: tuple[Run, ...] | None = None
@@ -80,6 +81,8 @@ class VirtualTokens:
 
     def key_shape(self, base: Base) -> KeyShape:
         """What every layer attends to, found out by running the model on two tokens. ModelError where layers differ."""
+        if self._keys is not None:
+            return self._keys
         shapes: dict[nn.Module, tuple[int, ...]] = {}
 
         def look(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,16 +97,16 @@ class VirtualTokens:
                 base.hidden(pack([(BARE_BASE, segment)]).to(base.device))
         finally:
             base.stand_in = before
-        config: Any = base.model.config.get_text_config()
-        kinds = set(shapes.values())
-        if len(kinds) != 1 or len(shapes) != config.num_hidden_layers or next(iter(kinds))[:2] != next(iter(kinds))[2:]:
+        layers, kinds = decoder_layers(base.model), set(shapes.values())
+        heads, width, *of_values = shapes[next(iter(shapes))] if shapes else (0, 0)
+        if len(kinds) != 1 or [heads, width] != of_values or (layers is not None and len(layers) != len(shapes)):
             raise ModelError(
                 f"adapter.type prefix_tuning: the layers of {base.name} do not all attend to keys and values of one "
                 "shape, which a prefix needs; use prompt_tuning"
             )
         self._layers = {module: place for place, module in enumerate(shapes)}
-        heads, width, *_ = next(iter(kinds))
-        return KeyShape(len(shapes), heads, width)
+        self._keys = KeyShape(len(shapes), heads, width)
+        return self._keys
 
 
 def runs_of(batch: Batch) -> tuple[Run, ...]:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,7 @@ def test_what_does_not_go_together_is_said() -> None:
     with pytest.raises(ValueError, match="PEFT's files for IA3 have no place for them"):
         Ia3(trainable_token_indices=TOKENS)
     base = make_base("llama")
+    base.tokenizer = SimpleNamespace(get_vocab=dict)
     bank = Bank(base)
     with pytest.raises(ModelError, match=r"lm_head is in target_modules or modules_to_save too") as caught:
         bank.add(config(modules_to_save=("lm_head", "embed_tokens")), seed=0)

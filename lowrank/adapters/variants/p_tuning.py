@@ -21,6 +21,7 @@ class Config(PromptSettings):
 
     paper: ClassVar[str] = "arXiv:2103.10385"
     when: ClassVar[str] = "where prompt_tuning is unsteady"
+    peft_type: ClassVar[str] = "P_TUNING"
     type: Literal["p_tuning"] = "p_tuning"
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     """What the vectors come from."""
