@@ -17,15 +17,16 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
-from lowrank.adapters.experts import Expert, RoutedExperts, why_not
+from lowrank.adapters.experts import Expert, RoutedExperts
+from lowrank.adapters.fit import misfits
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
-from lowrank.adapters.prompts import TABLE, PromptSettings, PromptSite
+from lowrank.adapters.prompts import TABLE, PromptSettings
 from lowrank.adapters.routing import Draws, Routing
-from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
+from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, name_of
 from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
-from lowrank.adapters.token_rows import HeadRows, head_tensors, token_rows
+from lowrank.adapters.token_rows import HeadRows, head_tensors, token_ids, token_rows
 from lowrank.adapters.variants import AdapterConfig, Site, Tensors, Variant, name_in_files
-from lowrank.adapters.virtual import Prompt, VirtualTokens, runs_of
+from lowrank.adapters.virtual import VirtualTokens, runs_of
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
@@ -162,7 +163,7 @@ class Bank:
         tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
         by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
         if config.trainable_token_indices:
-            by_full_name["trainable_token_indices"] = self._token_ids(slot.config)
+            by_full_name["trainable_token_indices"] = token_ids(self.base, slot.config.trainable_token_indices)
         return Saved(config.model_copy(update=by_full_name), tensors, ranks)
 
     def load(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -259,7 +260,7 @@ class Bank:
 
     def enable_noise(self) -> None:
         """Let the input embedding add the noise that routing asks for (NEFTune)."""
-        self._wrapped(self._name_of(self.base.model.get_input_embeddings()), RoutedEmbedding)
+        self._wrapped(name_of(self.base.model, self.base.model.get_input_embeddings()), RoutedEmbedding)
 
     @property
     def _free(self) -> int:
@@ -268,118 +269,24 @@ class Bank:
 
     def _add_prompt(self, config: PromptSettings, seed: int) -> int:
         """Virtual tokens in the first free slot."""
-        if self.base.layout != "packed":
-            raise ModelError(
-                f"adapter.type {config.type} needs model.attention: packed, and {self.base.name} runs padded; use lora"
-            )
-        number, kind = self._free, config.type
-        try:
-            encoder = config.encoder(self._prompt_site, _generator(seed, kind))
-        except ModelError:
-            raise
-        except ValueError as error:
-            raise ModelError(f"adapter.type {kind}: {error}") from error
-        for module in encoder.modules():  # not `.to`, which fake tensors of a plan do not know
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, self._master(parameter.detach(), trained=True))
-        keys = self._prompt_site.keys() if config.of_attention else None
-        if config.of_attention:
-            self.base.stand_in = self.virtual.stand_in
-        else:
-            routed = self._wrapped(self._name_of(self.base.model.get_input_embeddings()), RoutedEmbedding)
-            routed.virtual = self.virtual
-        self.virtual.by_slot[number] = Prompt(encoder, config.num_virtual_tokens, keys)
+        number = self._free
+        encoder = self.virtual.add(number, config, self.base, _generator(seed, config.type))
+        if not config.of_attention:
+            name = name_of(self.base.model, self.base.model.get_input_embeddings())
+            self._wrapped(name, RoutedEmbedding).virtual = self.virtual
         self.slots[number] = Slot(config, Variant(), parameters=dict(encoder.named_parameters()))
         return number
 
-    @property
-    def _prompt_site(self) -> PromptSite:
-        base = self.base
-        embedding: Any = base.model.get_input_embeddings()
-        weight: torch.Tensor = embedding.weight
-
-        @torch.no_grad()
-        def embed(token_N: torch.Tensor) -> torch.Tensor:
-            self.routing.set(len(token_N), ())
-            return embedding(token_N.to(base.device)).to(self._wide)
-
-        return PromptSite(
-            hidden_size=weight.shape[1],
-            vocabulary=weight.shape[0],
-            embed=embed,
-            tokens_of=lambda text: base.tokenizer(text)["input_ids"] if base.tokenizer is not None else [0],
-            keys=partial(self.virtual.key_shape, base),
-        )
-
     def _check(self, config: AdapterConfig, targets: Targets) -> None:
-        head = self._name_of(self.base.model.get_output_embeddings())
-        problems = []
-        if head in targets.linears and config.dropout:
-            problems.append(
-                f"adapter.dropout does not reach {head}, which is a target: set it to 0 or leave {head} out"
-            )
-        special = [name for name in targets.linears if name == head] + list(targets.embeddings)
-        if special and not config.build().reaches_heads:
-            problems.append(
-                f"adapter.type {config.type} reaches neither heads nor embeddings: leave {', '.join(special)} out, or "
-                "use lora or rslora"
-            )
-        problems += self._trouble_with_experts(config, targets)
-        if config.needs_quantised and not any(map(self._is_packed, targets.linears)):
-            problems.append(
-                f"adapter.type {config.type} makes up for what quantisation lost, and model.storage.type dense loses "
-                "nothing; use lora, or quantise the base"
-            )
-        of_tokens: set[str] = set()
+        slots = self.slots.values()
+        copied = {name for slot in slots for name in slot.copies}
+        adapted = {name for slot in slots for name in slot.layers}
+        if any(slot.config.trainable_token_indices for slot in slots):
+            adapted.add(name_of(self.base.model, self.base.model.get_output_embeddings()))
         if config.trainable_token_indices:
-            self._token_ids(config)
-            of_tokens = {head, self._name_of(self.base.model.get_input_embeddings())}
-            problems += [
-                f"trainable_token_indices: {name} is in target_modules or modules_to_save too; use one of them"
-                for name in sorted(of_tokens & {*targets.linears, *targets.embeddings, *targets.copies})
-            ]
-        both = {*targets.linears, *targets.embeddings} & set(targets.copies)
-        if both:
-            problems.append(f"both in target_modules and modules_to_save: {', '.join(sorted(both))}")
-        for name in targets.copies:
-            module = self.base.model.get_submodule(name)
-            if not is_row_by_row(module):
-                kind = type(module).__name__
-                problems.append(f"modules_to_save: {name} is a {kind}; name linear layers, embeddings or norms in it")
-        # One wrapper per linear layer: it is adapted for all slots or a copy for all slots.
-        copied = {name for slot in self.slots.values() for name in slot.copies}
-        adapted = {name for slot in self.slots.values() for name in slot.layers}
-        if any(slot.config.trainable_token_indices for slot in self.slots.values()):
-            adapted.add(head)
-        clash = ((set(targets.linears) | (of_tokens & {head})) & copied) | (set(targets.copies) & adapted)
-        problems += [
-            f"{name}: one job adapts it and another trains a copy; use one of the two" for name in sorted(clash)
-        ]
+            token_ids(self.base, config.trainable_token_indices)
+        problems = misfits(self.base.model, config, targets, copied, adapted)
         raise_all(ModelError, "this adapter cannot be attached", problems)
-
-    def _is_packed(self, name: str) -> bool:
-        """The layer was packed as it loaded."""
-        layer = innermost(self.base.model.get_submodule(name))
-        return hasattr(layer, "dense_weight") and not isinstance(layer, DenseLinear)
-
-    def _trouble_with_experts(self, config: AdapterConfig, targets: Targets) -> list[str]:
-        problems = [
-            f"{name} is a layer of one expert and sees only the tokens that chose it, so it cannot carry an adapter; "
-            "leave it out of target_modules"
-            for name in targets.linears
-            if is_of_one_expert(name)
-        ]
-        if not targets.parameters:
-            return problems
-        for name in targets.parameters:
-            module, _, key = name.rpartition(".")
-            reason = why_not(innermost(self.base.model.get_submodule(module)), key)
-            problems += [f"target_parameters: {name}: {reason}"] if reason else []
-        if not config.build().reaches_heads:
-            problems.append(f"target_parameters: adapter.type {config.type} does not reach them; use lora or rslora")
-        if config.dropout:
-            problems.append("target_parameters: dropout does not reach fused experts (nor in PEFT): set it to 0")
-        return problems
 
     def _add_experts(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
         """An adapter for each expert of a fused parameter, as one pair A (R E, D), B (O, R E)."""
@@ -432,37 +339,20 @@ class Bank:
 
     def _add_token_rows(self, number: int, slot: Slot) -> None:
         """Rows of the slot's own in the embedding, and in the head, where that is another tensor."""
-        token_N = torch.tensor(self._token_ids(slot.config), device=self.base.device)
-        embedding, head = self.base.model.get_input_embeddings(), self.base.model.get_output_embeddings()
-        name, head_name = self._name_of(embedding), self._name_of(head)
-        tied = innermost(head).weight is innermost(embedding).weight
-        vocabulary = len(embedding.weight)
-        row_ND = nn.Parameter(embedding.weight.detach()[token_N].to(self._wide))
-        self._wrapped(name, RoutedEmbedding).rows[number] = token_rows(row_ND, token_N, vocabulary)
-        slot.parameters[f"{name}.{TOKEN_ROWS}"] = row_ND
+        ids = token_ids(self.base, slot.config.trainable_token_indices)
+        token_N = torch.tensor(ids, device=self.base.device)
+        model = self.base.model
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        name, head_name = name_of(model, embedding), name_of(model, head)
         start_ND = head.weight.detach()[token_N].to(self._wide)
-        own_ND = row_ND if tied else nn.Parameter(start_ND.clone())
-        if not tied:
-            slot.parameters[f"{head_name}.{TOKEN_ROWS}"] = own_ND
+        row_ND = own_ND = nn.Parameter(embedding.weight.detach()[token_N].to(self._wide))
+        slot.parameters[f"{name}.{TOKEN_ROWS}"] = row_ND
+        if innermost(head).weight is not innermost(embedding).weight:
+            own_ND = slot.parameters[f"{head_name}.{TOKEN_ROWS}"] = nn.Parameter(start_ND.clone())
+        vocabulary = len(embedding.weight)
+        self._wrapped(name, RoutedEmbedding).rows[number] = token_rows(row_ND, token_N, vocabulary)
         masters = head_tensors(own_ND, start_ND, token_N, vocabulary)
         self._wrapped(head_name, RoutedLinear).adapters[number] = LayerAdapter(HeadRows(), 1.0, masters)
-
-    def _token_ids(self, config: AdapterConfig) -> tuple[int, ...]:
-        """The ids of `trainable_token_indices`; ModelError lists those that are no tokens. A base without a tokenizer,
-        as plans have it, takes any row for a token that is written out."""
-        rows, ids, problems = len(self.base.model.get_input_embeddings().weight), [], []
-        given, tokenizer = config.trainable_token_indices, self.base.tokenizer
-        known = dict(zip(given, range(len(given)))) if tokenizer is None else tokenizer.get_vocab()
-        for item in given:
-            number = known.get(item) if isinstance(item, str) else item
-            if number is None:
-                problems.append(f"{item!r} is no token of this tokenizer; `lowrank vocab` adds it")
-            elif not 0 <= number < rows:
-                problems.append(f"{item!r}: the embedding has {rows} rows; `lowrank vocab` makes it larger")
-            else:
-                ids.append(number)
-        raise_all(ModelError, "adapter.trainable_token_indices", problems)
-        return tuple(dict.fromkeys(ids))
 
     def _master(self, value: torch.Tensor, trained: bool) -> torch.Tensor:
         value = value.to(self.base.device, self._wide)
@@ -496,9 +386,6 @@ class Bank:
             routed = kind(module, name, self.routing)
         self.base.model.set_submodule(name, routed)
         return routed
-
-    def _name_of(self, wanted: nn.Module) -> str:
-        return next(name for name, module in self.base.model.named_modules() if module is wanted)
 
 
 def _rank_by(config: AdapterSettings, name: str) -> tuple[int, float]:

@@ -6,6 +6,7 @@ update, (rows - the base's rows) behind a matrix that has a 1 where a token is, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from lowrank.adapters.variants import Tensors, Variant
+from lowrank.errors import ModelError, raise_all
+from lowrank.models.base import Base
 
 NAME = "token_adapter.trainable_tokens_delta"
 """The end of the tensor's name in files. PEFT calls it a delta; it holds the rows themselves."""
@@ -38,6 +41,23 @@ class HeadRows(Variant):
     def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows - start, place)."""
         return tensors["rows"] - tensors["start"], tensors["place"]
+
+
+def token_ids(base: Base, items: Sequence[int | str]) -> tuple[int, ...]:
+    """The ids of `trainable_token_indices`; ModelError lists those that are no tokens. A base without a tokenizer,
+    as plans have it, takes any row for a token that is written out."""
+    rows, ids, problems = len(base.model.get_input_embeddings().weight), [], []
+    known = dict(zip(items, range(len(items)))) if base.tokenizer is None else base.tokenizer.get_vocab()
+    for item in items:
+        number = known.get(item) if isinstance(item, str) else item
+        if number is None:
+            problems.append(f"{item!r} is no token of this tokenizer; `lowrank vocab` adds it")
+        elif not 0 <= number < rows:
+            problems.append(f"{item!r}: the embedding has {rows} rows; `lowrank vocab` makes it larger")
+        else:
+            ids.append(number)
+    raise_all(ModelError, "adapter.trainable_token_indices", problems)
+    return tuple(dict.fromkeys(ids))
 
 
 def token_rows(row_ND: nn.Parameter, token_N: torch.Tensor, vocabulary: int) -> TokenRows:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from lowrank.adapters.prompts import KeyShape
+from lowrank.adapters.prompts import KeyShape, PromptSettings, PromptSite
 from lowrank.adapters.routing import Routing, Run
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
@@ -38,6 +39,44 @@ class VirtualTokens:
         self._runs: tuple[Run, ...] | None = None
         self._tables: dict[int, torch.Tensor] = {}
         self._rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, number: int, config: PromptSettings, base: Base, generator: torch.Generator) -> nn.Module:
+        """A slot's virtual tokens on `base`; what gives their table, and is trained. ModelError if they do not fit."""
+        kind = getattr(config, "type", "prompt")
+        if base.layout != "packed":
+            raise ModelError(
+                f"adapter.type {kind} needs model.attention: packed, and {base.name} runs padded; use lora"
+            )
+        site = self._site(base)
+        keys = site.keys() if config.of_attention else None
+        try:
+            encoder = config.encoder(site, generator)
+        except ValueError as error:
+            raise ModelError(f"adapter.type {kind}: {error}") from error
+        for module in encoder.modules():  # not `.to`, which fake tensors of a plan do not know
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().to(base.device, _wide(base))))
+        if config.of_attention:
+            base.stand_in = self.stand_in
+        self.by_slot[number] = Prompt(encoder, config.num_virtual_tokens, keys)
+        return encoder
+
+    def _site(self, base: Base) -> PromptSite:
+        embedding = base.model.get_input_embeddings()
+        weight: torch.Tensor = embedding.weight
+
+        @torch.no_grad()
+        def embed(token_N: torch.Tensor) -> torch.Tensor:
+            self.routing.set(len(token_N), ())
+            return embedding(token_N.to(base.device)).to(_wide(base))
+
+        return PromptSite(
+            hidden_size=weight.shape[1],
+            vocabulary=weight.shape[0],
+            embed=embed,
+            tokens_of=lambda text: base.tokenizer(text)["input_ids"] if base.tokenizer is not None else [0],
+            keys=partial(self.key_shape, base),
+        )
 
     def embed(self, embedded_ND: torch.Tensor) -> torch.Tensor:
         """The same with prompts in their rows."""
@@ -107,6 +146,10 @@ class VirtualTokens:
         self._layers = {module: place for place, module in enumerate(shapes)}
         self._keys = KeyShape(len(shapes), heads, width)
         return self._keys
+
+
+def _wide(base: Base) -> torch.dtype:
+    return torch.promote_types(base.dtype, torch.float32)
 
 
 def runs_of(batch: Batch) -> tuple[Run, ...]:
