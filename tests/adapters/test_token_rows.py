@@ -19,6 +19,7 @@ import transformers
 from typer.testing import CliRunner
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.token_rows import NAME
 from lowrank.adapters.variants.ia3 import Config as Ia3
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.checkpoints.peft_config import describe_base
@@ -30,10 +31,12 @@ from lowrank.generate.request import Config as Asked
 from lowrank.generate.request import Prompt
 from lowrank.generate.sampler import generate
 from lowrank.models.base import Base
+from lowrank.trained import open_trained
 from tests.adapters.peft_twins import TOKEN, logits, on_disk
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.export.sources import load, source_of, write_merged
 from tests.peft_oracle import plain_loss
+from tests.test_run import run
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 TOKENS = (60, 5, 90)
@@ -235,3 +238,30 @@ def test_tokens_that_cannot_be_added_are_listed(tmp_path: Path) -> None:
     for part in ("'a' is a token already", "'<b>' is named twice", "' ' is blank"):
         assert part in str(caught.value)
     assert not (tmp_path / "grown").exists()
+
+
+def test_a_run_learns_new_tokens(tmp_path: Path) -> None:
+    base = save_checkpoint_folder(tmp_path / "base")
+    (token,) = add_tokens(base, tmp_path / "grown", ["<call>"], []).token_ids
+    rows = [{"instruction": f"Say {number}", "input": "", "output": f"<call> {number}"} for number in range(24)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    settings: dict[str, Any] = {
+        "model": {"path": str(tmp_path / "grown"), "dtype": "float32", "device": "cpu"},
+        "data": {"train": [str(tmp_path / "train.json")], "batch_size": 8},
+        "adapter": {"rank": 4, "trainable_token_indices": ["<call>"]},
+        "optimizer": {"learning_rate": 1e-2},
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 4,
+    }
+    run(settings)
+    fields = json.loads((tmp_path / "run/default/last/adapter_config.json").read_text())
+    assert fields["trainable_token_indices"] == {"model.embed_tokens": [token]}
+    trained = open_trained(str(tmp_path / "run"), which="last", notify=str)
+    assert trained.base.tokenizer.decode([token]) == "<call>"
+    (row_ND,) = [
+        value for key, value in trained.bank.parameters(trained.slots["default"]).items() if key.endswith(NAME)
+    ]
+    assert (row_ND - trained.base.model.get_input_embeddings().weight[token]).abs().max() > 1e-3
+    before = {**settings, "model": {**settings["model"], "path": str(base)}, "output_dir": str(tmp_path / "other")}
+    with pytest.raises(ConfigError, match="'<call>' is no token of this base; `lowrank vocab` adds it"):
+        run(before)
