@@ -53,8 +53,9 @@ of width 512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, 
 
 TAIL = """
 Settings for all of them: `loraplus_lr_ratio` (LoRA+, arXiv:2402.12354), `rank_pattern`, `target_modules`,
-`modules_to_save`; `lora` and `rslora` also go to heads, embeddings and, by `target_parameters`, to the fused experts of
-mixtures.
+`modules_to_save`; with those that are saved as LORA also `trainable_token_indices`, rows of single tokens, for bases
+that `lowrank vocab` gave new ones. `lora` and `rslora` also go to heads, embeddings and, by `target_parameters`, to the
+fused experts of mixtures.
 
 Not there, and why:
 

@@ -16,7 +16,6 @@ from lowrank.data.prepare import Prepared
 from lowrank.data.rendering import Renderer
 from lowrank.errors import ConfigError, ModelError, raise_all
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
-from lowrank.models.base import Base
 from lowrank.objectives import needs
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
@@ -44,7 +43,7 @@ def start_job(
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:
             engine.load_value_head(slot, value_D)
-    answers = _answers(engine.base, config, data)
+    answers = _answers(engine.bank, slot, config, data)
     for text in answers.notices if answers else ():
         report(Notice(text, job=config.name))
     return Job(
@@ -92,30 +91,30 @@ def check_tokens(jobs: Sequence[JobConfig], tokenizer: Any) -> None:
 
 def _check_reach(engine: Engine, slot: int, config: JobConfig, data: Prepared) -> None:
     """ModelError if virtual tokens push a document out of what the model reads."""
-    virtual, reach = engine.bank.num_virtual(slot), engine.base.reach
+    virtual, reach = engine.bank.num_virtual(slot), engine.bank.reach(slot)
     if not virtual or reach is None:
         return
     known = [len(segment) for sample in (*data.train.samples, data.eval) for segment in sample]
     longest = max(known, default=config.data.max_length)
-    if longest + virtual > reach:
+    if longest > reach:
         raise ModelError(
             f"{config.name}: the longest document has {longest} tokens and {virtual} virtual ones come before it; the "
-            f"model reads {reach}: set data.max_length to {reach - virtual}, or fewer num_virtual_tokens"
+            f"model reads {reach + virtual}: set data.max_length to {reach}, or fewer num_virtual_tokens"
         )
 
 
-def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
+def _answers(bank: Bank, slot: int, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
     """The held-out questions that the job is asked; None where the loss decides."""
     if config.eval_metric == "loss":
         return None
     return answers_of(
         data.eval,
-        base.tokenizer,
-        Renderer(base.tokenizer, config.data).stop_tokens,
+        bank.base.tokenizer,
+        Renderer(bank.base.tokenizer, config.data).stop_tokens,
         metric=config.eval_metric,
         samples=config.eval_generate_samples,
         max_new_tokens=config.eval_max_new_tokens,
-        reach=base.reach,
+        reach=bank.reach(slot),
     )
 
 

@@ -138,6 +138,10 @@ class Bank:
         prompt = self.virtual.by_slot.get(slot)
         return prompt.num_tokens if prompt else 0
 
+    def reach(self, slot: int) -> int | None:
+        """Tokens of the longest document a slot reads; None where the base does not say."""
+        return None if self.base.reach is None else self.base.reach - self.num_virtual(slot)
+
     def hidden(self, batch: Batch, draws: Mapping[int, Draws] | None = None) -> torch.Tensor:
         """The last hidden states, (T, D), each segment through its own slot. `batch`: of `prompted` segments, on the
         base's device; `draws`: in training, where random numbers come from."""

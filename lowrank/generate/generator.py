@@ -85,7 +85,7 @@ class Generator:
     def submit(self, prompt: Prompt, config: Config, *, stop_tokens: frozenset[int] = frozenset()) -> Generation:
         """Start answering; RequestError if it can never be answered."""
         virtual = self.bank.num_virtual(prompt.slot)
-        most = self._most(len(prompt.token_L), virtual, config)
+        most = self._most(len(prompt.token_L), prompt.slot, config)
         sequence = Sequence(
             prompt,
             config,
@@ -373,15 +373,15 @@ class Generator:
 
     # -- what a request may ask for
 
-    def _most(self, length: int, virtual: int, config: Config) -> int:
-        """Tokens its answer may have; RequestError if its question alone is too long. `virtual` tokens come before."""
-        reach = None if self.base.reach is None else self.base.reach - virtual
+    def _most(self, length: int, slot: int, config: Config) -> int:
+        """Tokens its answer may have; RequestError if its question alone is too long."""
+        reach = self.bank.reach(slot)
         if length == 0:
             raise RequestError("the prompt has no tokens")
         if reach is not None and length >= reach:
             raise TooLong(f"the conversation has {length} tokens and the model reads {reach}")
         most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
-        room = self._table.capacity * self._table.page_size - virtual
+        room = self._table.capacity * self._table.page_size - self.bank.num_virtual(slot)
         if self.notice is None and length + most > room:
             raise TooLong(
                 f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"
