@@ -17,9 +17,10 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
-from lowrank.adapters.experts import Expert, RoutedExperts
+from lowrank.adapters.experts import RoutedExperts
 from lowrank.adapters.fit import misfits
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
+from lowrank.adapters.look import Looks
 from lowrank.adapters.prompts import TABLE, PromptSettings
 from lowrank.adapters.routing import Draws, Routing
 from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, name_of
@@ -31,6 +32,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
+from lowrank.models.experts import Expert
 from lowrank.models.original import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
@@ -76,8 +78,9 @@ class Bank:
         self.virtual = VirtualTokens(self.routing)
         self.slots: dict[int, Slot] = {}
 
-    def add(self, config: AdapterConfig, *, seed: int) -> int:
-        """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, on nothing else."""
+    def add(self, config: AdapterConfig, *, seed: int, looks: Looks | None = None) -> int:
+        """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, and where the
+        variant asks for it on the job's data (`looks`)."""
         if isinstance(config, PromptSettings):
             return self._add_prompt(config, seed)
         targets = find_targets(self.base.model, config)
@@ -86,7 +89,7 @@ class Bank:
         variant = config.build()
         slot = Slot(config, variant, copies=targets.copies, missed=targets.missed)
         routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
-        self._begin(variant, config, {name: layer.base for name, layer in routed.items()})
+        self._begin(variant, config, {name: layer.base for name, layer in routed.items()}, looks)
         problems = [
             problem
             for name, layer in routed.items()
@@ -158,7 +161,7 @@ class Bank:
             return Saved(slot.config.as_saved(), {TABLE: table.detach()}, {})  # type: ignore[arg-type]
         config: Any = slot.config.as_saved()
         tensors: dict[str, torch.Tensor] = {}
-        ranks = {name: _rank_by(config, name) for name in slot.ranks}
+        ranks = {name: slot.variant.settled(name, *_rank_by(config, name)) for name in slot.ranks}
         for name, layer in slot.layers.items():
             own = slot.variant.saved(layer.masters)
             ranks[name] = slot.variant.target_in_files(layer.scale, own) or ranks[name]
@@ -305,9 +308,12 @@ class Bank:
         trained = {part: value for part, value in masters.items() if isinstance(value, nn.Parameter)}
         slot.parameters.update({f"{name}.{name_in_files(part)}": value for part, value in trained.items()})
 
-    def _begin(self, variant: Variant, config: AdapterConfig, layers: dict[str, BaseLinear]) -> None:
+    def _begin(
+        self, variant: Variant, config: AdapterConfig, layers: dict[str, BaseLinear], looks: Looks | None
+    ) -> None:
         if layers:
-            site = Site(layers, partial(original_weight, self.base), self.base.device, self._wide)
+            ranks = {name: _rank_by(config, name)[0] for name in layers}
+            site = Site(layers, partial(original_weight, self.base), self.base.device, self._wide, ranks, looks)
             variant.begin(site, config.rank)
 
     def _add_linear(
@@ -315,7 +321,10 @@ class Bank:
     ) -> str | None:
         """Attach a slot to a layer; or the reason why that cannot be."""
         variant = slot.variant
-        rank, alpha = slot.ranks[name] = _rank_by(slot.config, name)
+        rank, alpha = variant.settled(name, *_rank_by(slot.config, name))
+        if not rank:
+            return None
+        slot.ranks[name] = rank, alpha
         scale = variant.scale(rank, alpha)
         try:
             fresh = variant.init(routed.base, rank, scale, generator)

@@ -39,9 +39,13 @@ class StoredTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.read()[index]
 
-    def read(self) -> torch.Tensor:
-        """A copy in memory of its own."""
-        return self.file.read(self)
+    def read(self, index: int | None = None) -> torch.Tensor:
+        """A copy in memory of its own; of the whole, or of one entry of the first dimension."""
+        if index is None:
+            return self.file.read(self)
+        part = StoredTensor(self.file, self.name, self.dtype, self.shape[1:], self.start)
+        part.start += index * part.nbytes
+        return self.file.read(part)
 
     def get_shape(self) -> list[int]:
         """As safetensors' slices say it."""

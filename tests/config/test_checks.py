@@ -36,6 +36,10 @@ HELD_OUT = {"train": "lowrank/demo", "validation_split": 0.1}
             {"adapter": "adalora", "optimizer": "schedule_free", "schedule": "constant"},
             "optimizer.type: schedule_free averages its steps, which brings back what adalora's allocator sets",
         ),
+        (
+            {"data": {"train": "lowrank/demo", "streaming": True}, "max_steps": 3, "adapter": "eva"},
+            "adapter.type: eva looks at the data before it starts",
+        ),
         ({"data": {}}, "data.train: nothing to learn from"),
         ({"jobs": [{"name": "a"}, {"name": "b", "data": {"train": []}}]}, "jobs.1.data.train: nothing to learn from"),
     ],

@@ -27,8 +27,8 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"adapter": "rslra"}, "adapter: there is no type 'rslra'; did you mean 'rslora'?"),
         (
             {"adapter": {"type": 3}},
-            "adapter: there is no type 3; known: adalora, dora, ia3, loftq, loha, lokr, lora, lora_fa, miss, oft, "
-            "olora, p_tuning, pissa, prefix_tuning, prompt_tuning, rslora, vera",
+            "adapter: there is no type 3; known: adalora, dora, eva, ia3, loftq, loha, lokr, lora, lora_fa, miss, "
+            "oft, olora, p_tuning, pissa, prefix_tuning, prompt_tuning, rslora, vera",
         ),
         (
             {"adapter": "bottleneck"},
