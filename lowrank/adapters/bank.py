@@ -168,7 +168,7 @@ class Bank:
             tensors |= {f"{name}.{name_in_files(key)}": tensor.detach() for key, tensor in own.items()}
         of_layers = self._names_of_layers(slot)
         tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
-        by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
+        by_full_name: dict[str, Any] = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
         if config.trainable_token_indices:
             by_full_name["trainable_token_indices"] = token_ids(self.base, slot.config.trainable_token_indices)
         return Saved(config.model_copy(update=by_full_name), tensors, ranks)
@@ -274,8 +274,8 @@ class Bank:
         """The first slot that nobody has."""
         return next(index for index in range(len(self.slots) + 1) if index not in self.slots)
 
-    def _add_prompt(self, config: PromptSettings, seed: int) -> int:
-        """Virtual tokens in the first free slot."""
+    def _add_prompt(self, config: Any, seed: int) -> int:
+        """The virtual tokens of some `PromptSettings` in the first free slot."""
         number = self._free
         encoder = self.virtual.add(number, config, self.base, _generator(seed, config.type))
         if not config.of_attention:

@@ -143,7 +143,7 @@ def test_fifty_steps_with_the_allocator_equal_pefts(tmp_path: Path) -> None:
         torch.testing.assert_close(said(bank, slot), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("cut", [3, 22, 40])
+@pytest.mark.parametrize("cut", [pytest.param(3, marks=pytest.mark.slow), 22, pytest.param(40, marks=pytest.mark.slow)])
 def test_resumes_to_the_same_bits(cut: int) -> None:
     """Before ranks fall, while they fall, and when they stay."""
     whole, (slot,) = engine_with(OURS)

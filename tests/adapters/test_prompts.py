@@ -66,8 +66,15 @@ PEERS: dict[str, Any] = {
         num_virtual_tokens=K, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=12
     ),
 }
+slow = pytest.mark.slow
+PLANNED_TOO = ("prompt_tuning", "p_tuning", "prefix_tuning projection")
 every_case = pytest.mark.parametrize("case", CASES)
 every_prompt = pytest.mark.parametrize("name", PROMPTS)
+
+
+def families(first: str, *others: str) -> Any:
+    """The others are slow only together."""
+    return pytest.mark.parametrize("family", [first, *(pytest.param(other, marks=slow) for other in others)])
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +116,7 @@ def test_every_file_has_a_peer() -> None:
     assert PROMPTS.keys() >= {"prompt_tuning", "p_tuning", "prefix_tuning"}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2"])
+@families("llama", "qwen3", "gpt2", "gemma2")
 @every_case
 def test_losses_and_gradients_equal_pefts_beside_lora_jobs(case: str, family: str) -> None:
     """Slot 1 of 3 in float64; three AdamW steps; grouped-query attention, wide heads, learned positions, windows."""
@@ -173,7 +180,7 @@ def test_neighbours_do_not_see_it(case: str) -> None:
         assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in engine.bank.parameters(slot).values())
 
 
-@pytest.mark.parametrize("recompute", ["full", "sqrt", "selective"])
+@pytest.mark.parametrize("recompute", ["full", pytest.param("sqrt", marks=slow), pytest.param("selective", marks=slow)])
 @every_prompt
 def test_recomputed_layers_give_the_same_gradients(name: str, recompute: str) -> None:
     from lowrank.models.recompute import set_recompute
@@ -189,7 +196,7 @@ def test_recomputed_layers_give_the_same_gradients(name: str, recompute: str) ->
     assert all(torch.equal(one, other) for one, other in zip(*kept))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@families("llama", "qwen3", "gpt2")
 @every_prompt
 def test_ours_to_peft_and_back(name: str, family: str, tmp_path: Path) -> None:
     engine, (slot,) = make_engine(make_base(family), PROMPTS[name])
@@ -244,7 +251,7 @@ def test_pefts_to_ours(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose([said for said, _ in ours], theirs.numpy(), atol=1e-6)  # files of P-tuning are float32
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@families("llama", "gpt2")
 @every_case
 def test_answers_equal_pefts(case: str, family: str) -> None:
     """Greedy, beside the bare base and a LoRA, in pieces of 4 tokens, a second time from the kept pages. The peer reads
@@ -373,7 +380,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         load_adapter(tmp_path / "a")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "lstm" not in case])
+@pytest.mark.parametrize("case", ["prefix_tuning", *(pytest.param(case, marks=slow) for case in PLANNED_TOO)])
 def test_a_planned_step_is_a_real_step(case: str, tmp_path: Path) -> None:
     """Virtual tokens and the copies of keys and values are in the plan. Not what torch's fused LSTM keeps beside its
     outputs, which a plan does not see: a few times K x hidden numbers."""
