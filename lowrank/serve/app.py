@@ -77,8 +77,8 @@ class Service:
             return CompletionReply(body.model, count, self.engine.token_text, logprobs=body.logprobs is not None)
         reader = None
         if body.uses_tools:
-            template, names = self.engine.chat_template(), [_name_of(tool) for tool in body.tools]
-            reader = lambda: ToolCallReader(template, names)  # noqa: E731 (one for each answer)
+            template = self.engine.chat_template(body.model)
+            reader = lambda: ToolCallReader(template, body.tools)  # noqa: E731 (one for each answer)
         return ChatReply(body.model, count, self.engine.token_text, logprobs=body.logprobs, reader=reader)
 
     def _end(self, exchange: Exchange) -> None:
@@ -213,10 +213,6 @@ def _model(voice: Voice) -> dict[str, Any]:
     if voice.parent is None:
         return described
     return {**described, "parent": voice.parent, "version": voice.version, "resident": voice.resident}
-
-
-def _name_of(tool: dict[str, Any]) -> str:
-    return str(tool.get("function", tool).get("name", ""))
 
 
 def _event(content: dict[str, Any]) -> str:

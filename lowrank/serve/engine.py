@@ -83,8 +83,8 @@ class Engine(Protocol):
 
     def token_text(self, token: int) -> str: ...
 
-    def chat_template(self) -> str:
-        """The Jinja source; empty if there is none."""
+    def chat_template(self, name: str) -> str:
+        """The Jinja source that a voice is asked through; empty if there is none."""
         ...
 
     def publish(self, name: str, path: str) -> Voice:
