@@ -122,6 +122,7 @@ def _open(
         trained.bank,
         trained.renderer,
         trained.slots,
+        renderers=trained.renderers,
         folders=trained.folders,
         roots=[*([Path(model)] if trained.folders else []), *adapters],
         config=config,

@@ -29,6 +29,7 @@ from lowrank.generate.pages import PageTable, root_digest
 from lowrank.generate.request import Config, Prompt, RequestError, TooLong
 from lowrank.generate.sampling import choose
 from lowrank.generate.sequence import Sequence
+from lowrank.kernels.answering import few_shapes
 from lowrank.models.base import Base
 from lowrank.models.continuation import what_breaks
 from lowrank.models.paged_attention import KeyValueCache, Span, Step
@@ -298,16 +299,25 @@ class Generator:
                 rows.append(sequence)
                 ends.append(len(tokens) - 1)
         device = self.base.device
-        self.bank.routing.set(len(tokens), _ranges([(each.slot, length) for each, length in plan]))
-        hidden_TD = self.base.extend(torch.tensor(tokens, device=device), Step(self._cache, spans, device))
+        added = self._rows_for(len(tokens)) - len(tokens)
+        ranges = _ranges([(each.slot, length) for each, length in plan])
+        self.bank.routing.set(len(tokens) + added, ranges, answering=True)
+        token_T = torch.tensor([*tokens, *[tokens[-1]] * added], device=device)
+        hidden_TD = self.base.extend(token_T, Step(self._cache, spans, device, added=added))
         for sequence, length in plan:
             self._count(sequence, length)
+        ends += [0] * (self._rows_for(len(ends)) - len(ends))
         return self._logits(hidden_TD[torch.tensor(ends, dtype=torch.int64, device=device)], rows), rows
 
     def _logits(self, hidden_BD: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
         """By the model's own head module, which the bank may have routed."""
-        self.bank.routing.set(len(rows), _ranges([(each.slot, 1) for each in rows]))
-        return self.base.head().finish(self.base.model.get_output_embeddings()(hidden_BD))
+        self.bank.routing.set(len(hidden_BD), _ranges([(each.slot, 1) for each in rows]), answering=True)
+        logits_BV = self.base.model.get_output_embeddings()(hidden_BD)
+        return self.base.head().finish(logits_BV[: len(rows)])
+
+    def _rows_for(self, rows: int) -> int:
+        """On a CPU every new number of rows costs time and memory (kernels/answering.py), so there are few."""
+        return few_shapes(rows) if rows and self.base.device.type == "cpu" else rows
 
     def _count(self, sequence: Sequence, length: int) -> None:
         """`length` tokens more are in the cache; pages that became full can be found by others."""

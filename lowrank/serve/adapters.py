@@ -19,6 +19,7 @@ import numpy as np
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.errors import ModelError
+from lowrank.generate.embedding import Pooling
 from lowrank.generate.generation import Generation
 from lowrank.generate.published import Published
 from lowrank.generate.request import Config
@@ -82,6 +83,11 @@ class AdapterShelf:
         """Ask `name`, which comes into memory if it is not there. Refusal for an unknown name."""
         with self._pinned(name):
             return self.published.submit(name, token_L, config, stop_tokens=stop_tokens)
+
+    def embed(self, name: str, token_L: np.ndarray, pooling: Pooling) -> np.ndarray:
+        """A text as `name` reads it. Refusal for an unknown name."""
+        with self._pinned(name):
+            return self.published.embed(name, token_L, pooling)
 
     def publish(self, name: str, path: str) -> None:
         """Register and load an adapter, or a new version of one. Refusal for a path outside the roots."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lowrank.generate.embedding import Pooling
 from lowrank.generate.request import Answer, Config, Piece
 from lowrank.records import Conversation
 
@@ -79,6 +80,10 @@ class Engine(Protocol):
 
     def ask(self, name: str, question: Question, configs: Sequence[Config]) -> list[Answering]:
         """One answer for each of `configs`."""
+        ...
+
+    def embed(self, name: str, text: str | np.ndarray, pooling: Pooling) -> tuple[np.ndarray, int]:
+        """(D) A text's vector, and how many tokens it has."""
         ...
 
     def token_text(self, token: int) -> str: ...

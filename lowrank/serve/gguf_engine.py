@@ -22,9 +22,11 @@ import numpy as np
 
 from lowrank.data.templates import source_of
 from lowrank.errors import ModelError
+from lowrank.generate.embedding import Pooling
 from lowrank.generate.request import Config
 from lowrank.records import Conversation, Message
 from lowrank.serve.engine import Answering, Load, Question, Voice
+from lowrank.serve.folders import unknown_model
 from lowrank.serve.gguf_answer import LlamaCppAnswer, checked
 from lowrank.serve.refusal import Refusal
 
@@ -106,8 +108,7 @@ class LlamaCppEngine:
     def ask(self, name: str, question: Question, configs: Sequence[Config]) -> list[Answering]:
         """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
         if name not in self._names:
-            there = ", ".join(self._names)
-            raise Refusal(404, f"there is no model {name!r} here; there are {there}", code="model_not_found")
+            raise unknown_model(name, self._names)
         tokens = self._tokens(question)
         if not tokens:
             raise Refusal(400, "the prompt has no tokens")
@@ -122,6 +123,10 @@ class LlamaCppEngine:
             self._pool.submit(self._run, answer)
             answers.append(answer)
         return answers
+
+    def embed(self, name: str, text: str | np.ndarray, pooling: Pooling) -> tuple[np.ndarray, int]:
+        """Never: llama.cpp's server gives either answers or embeddings."""
+        raise Refusal(400, "there are no embeddings of a GGUF file here; serve the model's folder (--engine torch)")
 
     def token_text(self, token: int) -> str:
         """As llama.cpp told it, or tells it now."""

@@ -33,7 +33,7 @@ TOOLS: list[dict[str, Any]] = [
     },
     {"type": "function", "function": {"name": "weather_of_sea", "parameters": {"type": "object", "properties": {}}}},
 ]
-ONE = [("weather", {"city": "北京 \"x\" <b>", "days": 3, "units": ["C", "m/s"]})]
+ONE = [("weather", {"city": '北京 "x" <b>', "days": 3, "units": ["C", "m/s"]})]
 TWO = [*ONE, ("weather_of_sea", {})]
 MISTRAL = "{{ '[TOOL_CALLS]' }}"
 GLM4 = "{{ '<|observation|>' }}"
