@@ -1,4 +1,4 @@
-"""Calls are read as the models' own templates write them, whole and in pieces; the templates are those that TRL ships."""
+"""Calls are read as the models' own templates (those that TRL ships) write them, whole and in pieces."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_calls_as_our_own_template_writes_them() -> None:
 @pytest.mark.parametrize(
     ("template", "text", "calls"),
     [
-        (MISTRAL, ' [{"name": "weather", "arguments": {"city": "x"}, "id": "abcdefghi"}]', [("weather", {"city": "x"})]),
+        (MISTRAL, ' [{"name": "weather", "arguments": {"city": "x"}, "id": "abcdefg"}]', [("weather", {"city": "x"})]),
         (MISTRAL, 'weather{"city": "x"}weather_of_sea{}', [("weather", {"city": "x"}), ("weather_of_sea", {})]),
         (GLM4, '\nweather\n{"city": "x"}', [("weather", {"city": "x"})]),
         ('"parameters"', '{"name": "weather", "parameters": {}}; {"name": "weather", "parameters": {"days": 1}}',
