@@ -40,6 +40,11 @@ TOKEN = "benchmark"
 WORDS = ["sea", "house", "green", "river", "stone", "bird", "light", "winter", "bread", "song"]
 
 
+def prompt_of(client: int, number: int) -> str:
+    """Of a client's n-th request: 10 to 29 words."""
+    return " ".join(WORDS[(client * 7 + number * 3 + place) % len(WORDS)] for place in range(10 + client % 20))
+
+
 def serve(options: argparse.Namespace, port: Any) -> None:
     """The server's process."""
     torch.set_num_threads(options.threads)
@@ -89,11 +94,10 @@ async def load(url: str, options: argparse.Namespace, spread: bool) -> tuple[int
             requests = []
             for number in range(options.requests):
                 which = (client + number) % options.adapters if spread else 0
-                words = [WORDS[(client * 7 + number * 3 + place) % len(WORDS)] for place in range(10 + client % 20)]
                 requests.append(
                     {
                         "model": f"a{which}",
-                        "prompt": " ".join(words),
+                        "prompt": prompt_of(client, number),
                         "max_tokens": options.new_tokens,
                         "temperature": 1.0,
                         "seed": client,
@@ -117,17 +121,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, help="a random base of this many layers instead of --model")
+    parser.add_argument("--minutes", type=float, help="go on with both loads in turns this long, and watch the memory")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.layers:
-            options.model = _random_base(Path(folder), options.layers)
+            options.model = random_base(Path(folder), options.layers)
         measure(options)
 
 
 def measure(options: argparse.Namespace) -> None:
     """Both loads in turns."""
-    options.never_stop = _never_stop(options.model)
+    options.never_stop = never_stop(options.model)
     context = multiprocessing.get_context("spawn")
     port: Any = context.Queue()
     server = context.Process(target=serve, args=(options, port), daemon=True)
@@ -135,11 +140,15 @@ def measure(options: argparse.Namespace) -> None:
     url = f"http://127.0.0.1:{port.get(timeout=300)}"
     process = psutil.Process(server.pid)
     found: dict[str, list[dict[str, float]]] = {"one_adapter": [], "many_adapters": []}
-    for round_ in range(options.rounds + 1):
+    started_all = time.monotonic()
+    memory: list[tuple[float, int]] = []
+    round_ = -1
+    while (round_ := round_ + 1) <= options.rounds or _minutes(started_all) < (options.minutes or 0):
         for name in found:
             busy, started = sum(process.cpu_times()[:2]), time.perf_counter()
             tokens, first = asyncio.run(load(url, options, spread=name == "many_adapters"))
             wall, processor = time.perf_counter() - started, sum(process.cpu_times()[:2]) - busy
+            memory.append((round(_minutes(started_all), 2), process.memory_info().rss))
             if round_:  # the first warms up
                 figures = {"tokens": tokens, "processor_seconds": processor, "wall_seconds": wall}
                 figures |= {"first_chunk_median": statistics.median(first), "first_chunk_most": max(first)}
@@ -153,17 +162,21 @@ def measure(options: argparse.Namespace) -> None:
         "runs": found,
         "tokens_per_processor_second": speed,
         "many_adapters_against_one": speed["many_adapters"] / speed["one_adapter"],
+        "server_bytes_by_minute": memory,
     }
     server.terminate()
     server.join(60)
-    print(
-        json.dumps({key: result[key] for key in ("tokens_per_processor_second", "many_adapters_against_one")}, indent=2)
-    )
+    told = ("tokens_per_processor_second", "many_adapters_against_one", "server_bytes_by_minute")
+    print(json.dumps({key: result[key] for key in told}))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _random_base(folder: Path, layers: int) -> str:
+def _minutes(since: float) -> float:
+    return (time.monotonic() - since) / 60
+
+
+def random_base(folder: Path, layers: int) -> str:
     """With the tokenizer of `lowrank/tiny`, which knows fewer tokens than the head has rows."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**{**QWEN_05B, "num_hidden_layers": layers})
@@ -172,7 +185,7 @@ def _random_base(folder: Path, layers: int) -> str:
     return str(folder)
 
 
-def _never_stop(model: str) -> dict[str, float]:
+def never_stop(model: str) -> dict[str, float]:
     """A bias that keeps every answer at the same length."""
     trained = open_trained(model, notify=lambda text: None)
     return {str(token): -100.0 for token in trained.renderer.stop_tokens}

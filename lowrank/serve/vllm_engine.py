@@ -31,6 +31,7 @@ from lowrank.generate.embedding import Pooling
 from lowrank.generate.request import Answer, Config, Piece
 from lowrank.generate.telling import Listener, Telling
 from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import locate
 from lowrank.records import Conversation
 from lowrank.serve.engine import Answering, Load, Question, Voice
 from lowrank.serve.folders import adapter_within, unknown_model
@@ -68,7 +69,7 @@ def open_vllm(model: ModelConfig, *, at_once: int, most_loras: int, max_rank: in
         message = f"--engine vllm needs {error.name}: pip install 'lowrank[serve,vllm]' (Linux and a GPU)"
         raise ModelError(message) from error
     arguments = AsyncEngineArgs(
-        model=model.path,
+        model=locate(model.path),
         revision=model.revision,
         dtype=model.dtype,
         enable_lora=True,
