@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 
 from lowrank.generate.request import Piece
 from lowrank.generate.sequence import Sequence
@@ -52,29 +51,22 @@ def test_no_answer_waits_for_the_collector_of_cycles(server: Running) -> None:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda number: ask(server, number), range(24)))
         assert server.settles()
-        kept = Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, KINDS))
+        kept = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in KINDS)
     finally:
         gc.enable()
-    assert sum(kept.values()) <= 40, kept  # of 24 answers with some 100 pieces, those that a connection still holds
+    assert sum(kept.values()) == 0, kept
 
 
 def test_layers_see_few_numbers_of_rows(server: Running) -> None:
     """oneDNN makes code for every number of rows and keeps it: 955 MB became 1,193 MB within six loads."""
     seen: Counter[int] = Counter()
     layer = server.trained.base.model.get_submodule("model.layers.0.mlp.down_proj")
-    base = layer.base
-
-    def record(x: torch.Tensor) -> torch.Tensor:
-        seen[x.reshape(-1, x.shape[-1]).shape[0]] += 1
-        return base(x)
-
-    record.dense_weight = base.dense_weight  # type: ignore[attr-defined]
-    layer.base = record
+    hook = layer.base.register_forward_pre_hook(lambda _, given: seen.update([given[0].shape[0]]))
     try:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda number: ask(server, number), range(48)))
         assert server.settles()
     finally:
-        layer.base = base
-    assert sum(seen.values()) > 40
+        hook.remove()
+    assert sum(seen.values()) > 20
     assert all(few_shapes(rows) == rows for rows in seen), seen
