@@ -30,6 +30,7 @@ from lowrank.generate.sampling import choose
 from lowrank.generate.schedule import GeneratorConfig, Schedule
 from lowrank.generate.sequence import Sequence
 from lowrank.kernels.answering import few_shapes
+from lowrank.kernels.host_memory import Heap
 from lowrank.models.base import Base
 from lowrank.models.continuation import what_breaks
 from lowrank.models.paged_attention import KeyValueCache, Span, Step
@@ -169,6 +170,8 @@ class Generator:
         return self._thread is not None
 
     def _run(self) -> None:
+        heap = Heap()
+        heap.trim()  # loading leaves as much as a small model has
         while not self._closing:
             if not self.busy:
                 self._wake.wait()
@@ -177,6 +180,7 @@ class Generator:
                 self.step()
             except Exception as error:
                 self._fail_all(f"{type(error).__name__}: {error}")
+            heap.after_step()
 
     # -- one step
 
