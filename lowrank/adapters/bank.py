@@ -101,7 +101,9 @@ class Bank:
         """Free a slot and the memory of its tensors; the layers stay wrapped."""
         del self.slots[number]
         for module in self.base.model.modules():
-            if isinstance(module, (RoutedLinear, RoutedEmbedding, RoutedExperts)):
+            if isinstance(module, RoutedLinear):
+                module.remove(number)
+            elif isinstance(module, (RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
             elif isinstance(module, RoutedCopy):
                 module.copies.pop(number, None)
