@@ -192,7 +192,7 @@ def _other_base(run: Path, adapter: Path) -> None:
     save_checkpoint_folder(run.parent / "model", hidden_size=48)
 
 
-@pytest.mark.parametrize(("break_it", "said"), [(_cut, "cut short"), (_other_base, r"\(8, 32\) in the adapter")])
+@pytest.mark.parametrize(("break_it", "said"), [(_cut, "it ends at byte"), (_other_base, r"\(8, 32\) in the adapter")])
 def test_damage_is_found_before_any_work(
     run: Path, tmp_path: Path, break_it: Callable[[Path, Path], None], said: str
 ) -> None:

@@ -37,10 +37,12 @@ class Watcher:
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Where everything is, the table of comparisons, and what does not fit."""
-    table = Table("", "mean KL", "same next token", "perplexity", "same answers", "", title_justify="left")
-    for name, told in result["targets"].items():
-        for each in told["comparisons"]:
-            table.add_row(*_row(name, each))
+    compared = [(name, each) for name, told in result["targets"].items() for each in told["comparisons"]]
+    rounded = any(each["against"] for _, each in compared)
+    between = ["KL from 16 bits"] if rounded else []
+    table = Table("", "mean KL", *between, "same next token", "perplexity", "same answers", "", title_justify="left")
+    for name, each in compared:
+        table.add_row(*_row(name, each, rounded=rounded))
     if table.row_count:
         first = next(each for told in result["targets"].values() for each in told["comparisons"])
         on = next(told["compared_on"] for told in result["targets"].values())
@@ -54,11 +56,12 @@ def show(console: Console, result: dict[str, Any]) -> None:
                 console.print(Text(f"  {each['name']}: {problem}", "red"))
 
 
-def _row(target: str, each: dict[str, Any]) -> list[Text]:
+def _row(target: str, each: dict[str, Any], *, rounded: bool) -> list[Text]:
     name = target if each["name"] == target else f"{target} {each['name']}"
     verdict = Text("same model", "green") if each["passed"] else Text("differs", "bold red")
+    between = [Text(f"{each['against_mean_kl']:.2g}" if each["against"] else "")] if rounded else []
     return [
-        Text(name), Text(f"{each['mean_kl']:.2g}"), Text(f"{each['top1_agreement']:.1%}"),
+        Text(name), Text(f"{each['mean_kl']:.2g}"), *between, Text(f"{each['top1_agreement']:.1%}"),
         Text(f"{each['perplexity']:.4g}"), Text(f"{each['greedy_same']} of {each['greedy_asked']}"), verdict,
     ]  # fmt: skip
 

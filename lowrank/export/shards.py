@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lowrank.export import Progress
-from lowrank.export.checkpoint import DTYPE_NAMES, INDEX, SINGLE
 from lowrank.export.merge import Merged, Plan
+from lowrank.models.checkpoint_files import DTYPE_NAMES, INDEX, SINGLE
 
 _ALIGNMENT = 8
 """safetensors pads its header with blanks so that tensors begin at multiples of 8."""
@@ -79,7 +79,7 @@ def write_shards(merged: Merged, layout: Layout, dtype: torch.dtype | None, fold
 def _bytes(merged: Merged, name: str, dtype: torch.dtype | None) -> Iterator[memoryview]:
     wanted = written_dtype(merged[name], dtype)
     if merged.is_unchanged(name, wanted):
-        yield from merged.checkpoint.blocks(merged[name].origin)
+        yield from merged.checkpoint[merged[name].origin].blocks()
         return
     for rows in merged.blocks(name, wanted):
         yield rows.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.errors import LowrankError, ModelError
 from lowrank.models.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
-from lowrank.models.prequantised import Reader
+from lowrank.models.prequantised import Reader, by_linear
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import QuantisedStorage, weight_of
 
@@ -110,7 +110,7 @@ class _PackedWeight:
         try:
             return reader.build(self.name, tensors, bias, self.packing.dtype)
         except LowrankError as error:
-            file = next(iter(self.tensors.values())).file.path
+            file = next(iter(self.tensors.values())).file
             raise ModelError(f"{file}: {error}") from error
 
 
@@ -232,20 +232,11 @@ def _as_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -
     """The checkpoint as if nothing in it were quantised: every packed linear has one `weight`."""
     if packing.reader is None:
         return dict(stored)
-    suffixes = sorted(packing.reader.suffixes, key=len, reverse=True)
-    groups: dict[str, dict[str, StoredTensor]] = {}
-    found: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        suffix = next((each for each in suffixes if name.endswith(f".{each}")), None)
-        if suffix is None:
-            found[name] = tensor
-        else:
-            groups.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = tensor
+    plain, linears = by_linear(packing.reader, stored)
+    found: dict[str, Any] = {name: stored[name] for name in plain}
     prefix = f"{model.base_model_prefix}."
-    for name, tensors in groups.items():
-        if tensors.keys() <= {"weight"}:
-            found[f"{name}.weight"] = tensors["weight"]
-            continue
+    for name, own in linears.items():
+        tensors = {suffix: stored[each] for suffix, each in own.items()}
         there = {name, prefix + name, name.removeprefix(prefix)} & packing.linears.keys()
         found[f"{name}.weight"] = (_PackedWeight if there else _UnpackedWeight)(packing, name, tensors)
     return found

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import lowrank.data.demo as demo
 from lowrank.adapters.variants import lora
@@ -18,13 +19,14 @@ from lowrank.errors import ModelError
 from lowrank.export.merge import Merged
 from lowrank.export.readers import read_model
 from lowrank.export.source import Source
+from lowrank.export.targets.awq import Config as Awq
 from lowrank.export.targets.compressed_tensors import Config as Compressed
 from lowrank.export.targets.gptq import Config as Gptq
 from lowrank.export.targets.merged_4bit import Config as FourBit
 from lowrank.models.loading import TINY, locate
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.checkpoints.test_peft_layout import random_adapter
-from tests.export.sources import load, make_source, source_of
+from tests.export.sources import load, make_source, source_of, write_merged
 
 TOKEN_L = np.arange(3, 40)
 
@@ -67,7 +69,7 @@ CONFIGS = {
     "merged_4bit": FourBit(), "merged_4bit single": FourBit(double_quant=False, block_size=32),
     "compressed 4": Compressed(), "compressed 8": Compressed(bits=8, group_size=-1), "gptq 2": Gptq(bits=2),
     "gptq 3": Gptq(bits=3), "gptq 4": Gptq(group_size=32), "gptq 8": Gptq(bits=8),
-    "gptq 4 asymmetric": Gptq(symmetric=False),
+    "gptq 4 asymmetric": Gptq(symmetric=False), "awq": Awq(),
 }  # fmt: skip
 
 
@@ -110,6 +112,17 @@ def test_calibrated_is_nearer(config: Any, tmp_path: Path) -> None:
 
     reference = said(Path(base))
     assert kl(reference, said(calibrated)) < 0.5 * kl(reference, said(rounded))
+
+
+def test_awq_scales_stand_in_the_files(source: Source, tmp_path: Path) -> None:
+    """Norms and weights changed together: what is read back is the merged model, and not only its linears."""
+    folder = write(Awq(), source, tmp_path / "out")
+    merged = Merged(source)
+    tensors = load_file(folder / "model.safetensors")
+    norm = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(tensors[norm], merged.tensor(norm))
+    assert torch.equal(tensors["model.norm.weight"], merged.tensor("model.norm.weight"))
+    assert kl(logprobs(source, write_merged(source, tmp_path / "merged")), logprobs(source, folder)) < 0.1
 
 
 @pytest.mark.parametrize("config", [FourBit(), FourBit(double_quant=False, calibrate=False)], ids=["double", "single"])

@@ -61,10 +61,10 @@ def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict
 
 def _names(made: Plan, weight: str, width: int | None) -> list[str]:
     """The tensors of the file whose rows this layer's input meets."""
-    checkpoint = made.checkpoint
-    if width is None or weight not in checkpoint.shapes:
+    model = made.model
+    if width is None or weight not in model.shapes:
         return []
-    names = tensor_names(made.family.arch, checkpoint.config)
-    parts = made.family.parts(checkpoint.config, weight) or []
-    found = [names(part.name) for part in parts if part_shape(checkpoint, part)[-1] == width]
+    names = tensor_names(made.family.arch, model.config)
+    parts = made.family.parts(model.config, weight) or []
+    found = [names(part.name) for part in parts if part_shape(model, part)[-1] == width]
     return [name for name in found if name is not None]

@@ -13,9 +13,9 @@ from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack
 from lowrank.export.gguf.adapter import MERGE, adapter_trouble, write_adapter_file
-from lowrank.export.gguf.checkpoint import read_folder, read_merged
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.llama_cpp import unreachable
+from lowrank.export.gguf.model import read_folder, read_merged
 from lowrank.export.source import Source
 from lowrank.export.targets.gguf import LlamaReader, tolerance
 from lowrank.settings import Settings

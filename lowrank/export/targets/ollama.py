@@ -77,8 +77,11 @@ class OllamaTarget:
         if self.config.base is not None:
             notes.append(f"nothing is compared: only your Ollama server has {self.config.base}")
         return Needs(
-            sum(part.disk_bytes for part in parts), max(part.memory_bytes for part in parts), tuple(notes)
-        )  # fmt: skip
+            sum(part.disk_bytes for part in parts),
+            max(part.memory_bytes for part in parts),
+            tuple(notes),
+            tuple(install for part in parts for install in part.installs),
+        )
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """The GGUF files, then the Modelfile beside them."""
@@ -100,7 +103,8 @@ class OllamaTarget:
             return self.gguf.read_back(source, folder)
         base, adapter = self._file(source, folder), folder / self._adapter_name(source)
         allowed = tolerance(self.config.types[0])
-        return (ReadBack(adapter.name, allowed, lambda: LlamaReader(base, [(adapter, 1.0)])),)
+        temporary = self.gguf.temporary(self._model(source), folder)
+        return (ReadBack(adapter.name, allowed, lambda: LlamaReader(base, [(adapter, 1.0)]), temporary=temporary),)
 
     def usage(self, source: Source, path: str) -> str:
         """With Ollama's own command, and without it."""

@@ -11,9 +11,9 @@ import transformers
 
 import lowrank.models.tiny
 from lowrank.errors import DataError
-from lowrank.export.gguf.checkpoint import read_folder
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.export.gguf.importance import cut, measure
+from lowrank.export.gguf.model import read_folder
 from lowrank.export.gguf.quantize import quantise
 from lowrank.export.source import Source
 from lowrank.models.config import Config as ModelConfig
