@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 
 from lowrank import __version__
 from lowrank.checkpoints.atomic import new_folder, write_text
-from lowrank.errors import LowrankError, OutputError, raise_all
+from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
 from lowrank.export import Needs, Target
 from lowrank.export.card import card
 from lowrank.export.readers import read_adapter
@@ -32,6 +34,8 @@ from lowrank.models.checkpoint_files import Checkpoint
 from lowrank.to_take_home import Found
 
 REPORT = "export.json"
+_SAID_FULL = re.compile(r"No space left on device|os error (28|112|122)\b|Disk quota exceeded")
+"""By safetensors' own writer, and by processes that were given the writing."""
 _OVERHEAD = 1.2
 """Memory of a loaded model over its weights: activations, caches, the adapter."""
 
@@ -116,7 +120,7 @@ def _export(
 ) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
     started = time.monotonic()
-    with _disk_full(own, needs), new_folder(own.folder) as partial:
+    with disk_full(own, needs), new_folder(own.folder) as partial:
         written = target.write(source, partial, lambda done, total, what="": watch(f"writing {own.type}", done, total))
     seconds = time.monotonic() - started
     comparisons: list[Comparison] = []
@@ -237,12 +241,12 @@ def _where_to_verify(source: Source) -> tuple[Source, str]:
 
 
 @contextmanager
-def _disk_full(own: Order, needs: Needs) -> Any:
+def disk_full(own: Order, needs: Needs) -> Any:
     """A full disk in our words. What was written until then is gone already, nothing stands under the final name."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError, ModelError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not _SAID_FULL.search(str(error)):
             raise
         raise OutputError(
             f"{own.folder}: the disk became full while {own.type} was written ({said_size(needs.disk_bytes)} are "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import lowrank.data.demo as demo
 from lowrank.adapters.variants import lora
 from lowrank.errors import ModelError
 from lowrank.export.merge import Merged
-from lowrank.export.readers import read_model
+from lowrank.export.readers import read_adapter, read_model
 from lowrank.export.source import Source
 from lowrank.export.targets.awq import Config as Awq
 from lowrank.export.targets.compressed_tensors import Config as Compressed
 from lowrank.export.targets.gptq import Config as Gptq
+from lowrank.export.targets.merged import Config as MergedConfig
 from lowrank.export.targets.merged_4bit import Config as FourBit
 from lowrank.models.loading import TINY, locate
 from tests.checkpoint_folder import save_checkpoint_folder
@@ -149,6 +151,24 @@ def test_transformers_and_compressed_tensors_load_it(config: Compressed, source:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         theirs = model(torch.tensor(TOKEN_L)[None]).logits[0].log_softmax(-1).detach().numpy()
     np.testing.assert_allclose(theirs, logprobs(source, folder), atol=2e-4)
+
+
+@pytest.mark.parametrize("config", [Gptq(bits=3), FourBit(), Compressed(bits=8)], ids=["gptq", "NF4", "compressed"])
+def test_a_base_that_is_quantised_already(config: Any, source: Source, tmp_path: Path) -> None:
+    """An adapter on it is merged into the weights as they unpack, which is said; the result is a plain model."""
+    packed = write(config.model_copy(update={"calibrate": False}), source, tmp_path / "packed")
+    model = source.model.model_copy(update={"path": str(packed)})
+    onto = replace(source, base=packed, model=model)
+    (note,) = MergedConfig().build().needs(onto).notes
+    assert "weights as they unpack, since the base's files hold no others" in note
+    out = write_merged(onto, tmp_path / "out")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    with read_adapter(onto, onto.adapter) as reader:
+        expected = reader.logprobs(TOKEN_L)
+    assert kl(logprobs(source, packed), expected) > 1e-4
+    np.testing.assert_allclose(logprobs(source, out), expected, atol=1e-4)
+    with pytest.raises(ModelError, match=r"quantised already \(.*\), and twice is worse"):
+        Gptq().build().needs(onto)
 
 
 def test_shards_and_what_stays(source: Source, tmp_path: Path) -> None:

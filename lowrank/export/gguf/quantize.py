@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,9 +51,15 @@ def check_recipe(name: str) -> str:
 
 
 def quantise(
-    source: Path, target: Path, recipe: str, *, importance: Importance | None = None, threads: int | None = None
+    source: Path,
+    target: Path,
+    recipe: str,
+    *,
+    importance: Importance | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Written:
-    """Write `source` (f32, f16 or bf16) as `recipe` to `target`.
+    """Write `source` (f32, f16 or bf16) as `recipe` to `target`. `progress(weights done, weights in all)`.
 
     Raises ModelError: no such type, a type that needs an importance matrix without one, kernels not reachable.
     """
@@ -90,7 +96,7 @@ def quantise(
             "arch": arch,
             "file_type": int(gguf.LlamaFileType[f"MOSTLY_{recipe}"]),
         }
-        run_child("quantize_child", request, f"quantising {source.name} to {recipe}")
+        run_child("quantize_child", request, f"quantising {source.name} to {recipe}", progress)
     return Written(target, recipe, *_contents(target), tuple(notes))
 
 

@@ -61,12 +61,18 @@ def main() -> None:
         kind = types[request["types"][name] or tensor.tensor_type.name]
         entries.append(Entry(name, tuple(int(n) for n in reversed(tensor.shape)), kind))
 
+    total = sum(int(tensor.n_elements) for tensor in tensors.values())
+    done = 0
+
     def encoded(entry: Entry) -> Iterator[np.ndarray]:
+        nonlocal done
         tensor = tensors[entry.name]
         if tensor.tensor_type == entry.kind:
             yield np.asarray(tensor.data)
-            return
-        yield from _quantised(function, entry, tensor, importance.get(entry.name), pool)
+        else:
+            yield from _quantised(function, entry, tensor, importance.get(entry.name), pool)
+        done += int(tensor.n_elements)
+        print(done, total, flush=True)
 
     with ThreadPoolExecutor(request["threads"]) as pool:
         data = (encoded(entry) for entry in entries)

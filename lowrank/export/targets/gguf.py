@@ -110,11 +110,15 @@ class GgufTarget:
             said += self._words(self.path(source, folder, plain[0]), Path(side))
             for name in self.quantised:
                 origin, target = self._origin(source, folder), self.path(source, folder, name)
+                start, size = done, _bytes(converter, name)
+
+                def counted(weights: int, of: int, name: str = name, start: int = start, size: int = size) -> None:
+                    progress(start + size * weights // of, total, name)
+
                 threads = self.config.threads or None
-                written = quantise(origin, target, name, importance=importance, threads=threads)
+                written = quantise(origin, target, name, importance=importance, threads=threads, progress=counted)
                 said += [str(written), *written.notes]
-                done += _bytes(converter, name)
-                progress(done, total, name)
+                done += size
         if _unchecked():
             for path in self.temporary(source, folder):
                 path.unlink()

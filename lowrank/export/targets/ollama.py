@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lowrank.errors import ConfigError, DataError, ModelError
+from lowrank.errors import ConfigError, DataError, ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack
 from lowrank.export.gguf.llama_cpp import unreachable
 from lowrank.export.go_template import Turns, turn_texts
@@ -19,6 +19,7 @@ from lowrank.export.source import Source
 from lowrank.export.targets.gguf import Config as GgufConfig
 from lowrank.export.targets.gguf import LlamaReader, as_types, tolerance
 from lowrank.export.targets.lora_gguf import Config as LoraConfig
+from lowrank.export.targets.lora_gguf import run_time_trouble
 from lowrank.settings import Settings
 
 MODELFILE = "Modelfile"
@@ -70,6 +71,10 @@ class OllamaTarget:
         if self.config.base is None:
             parts.append(self.gguf.needs(self._model(source)))
         if self.config.as_adapter:
+            problems = run_time_trouble(source)
+            raise_all(
+                ModelError, "ollama.as_adapter: llama.cpp cannot apply this adapter; leave as_adapter out", problems
+            )
             parts.append(self.lora.needs(source))
         notes = [note for part in parts for note in part.notes]
         if self.config.template:
