@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from lowrank.errors import ModelError
 from lowrank.export import Install
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.families import families
-from lowrank.export.gguf.importance import cut, measure
+from lowrank.export.gguf.importance import measure
 from lowrank.export.gguf.model import Model, read_merged
 from lowrank.export.gguf.upstream import Upstream
 from lowrank.export.merge import Merged
@@ -36,7 +36,7 @@ class Converter(Protocol):
         """The file; `kind` is one of convert.PLAIN_TYPES."""
         ...
 
-    def importance(self, text: str) -> dict[str, np.ndarray]:
+    def importance(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Of every matrix, by its name in the file."""
         ...
 
@@ -65,8 +65,8 @@ class _Own:
     def write(self, path: Path, kind: str, progress: Callable[[int, int], None]) -> None:
         write_plan(self.plan, path, kind, progress)
 
-    def importance(self, text: str) -> dict[str, np.ndarray]:
-        return measure(self.source, self.plan, cut(self.source, text))
+    def importance(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return measure(self.source, self.plan, documents)
 
 
 class _Theirs:
@@ -92,6 +92,9 @@ class _Theirs:
         self.upstream.convert(self.side, path, kind)
         progress(2, 2)
 
-    def importance(self, text: str) -> dict[str, np.ndarray]:
-        del text
-        raise ModelError("gguf.importance: lowrank does not know which tensors of this family see which inputs")
+    def importance(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        del documents
+        raise ModelError(
+            "gguf.importance: lowrank does not know which tensors of this family see which inputs; take a type that "
+            "does without (q2_k and larger)"
+        )

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator
 
-from lowrank.errors import DataError, ModelError, raise_all
+from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.converters import Converter, converter_for
-from lowrank.export.gguf.importance import cut
+from lowrank.export.gguf.importance import documents_for
 from lowrank.export.gguf.llama_cpp import Adapters, LlamaCpp, unreachable
-from lowrank.export.gguf.mixes import BASES
+from lowrank.export.gguf.mixes import BASES, NEED_IMPORTANCE
 from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
 from lowrank.export.gguf.quantize import check_recipe, kernels_trouble, quantise
 from lowrank.export.gguf.words import compare_words
@@ -50,9 +50,10 @@ class Config(Settings):
     type: Literal["gguf"] = "gguf"
     types: Annotated[tuple[str, ...], BeforeValidator(as_types)] = ("q8_0",)
     """What the weights are stored in, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, ..."""
-    importance: Path | None = None
-    """A text file (UTF-8) like what the model will be used for, at least 512 tokens: quantised types then spend their
-    bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*) need it."""
+    importance: str | None = None
+    """A text file (UTF-8) like what the model will be used for, at least 512 tokens, or `data` for rows it was trained on:
+    quantised types then spend their bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*) need it,
+    and take the training rows by themselves."""
     threads: int = 0
     """Threads that quantise; 0: one for each core."""
     converter: Path | None = None
@@ -78,14 +79,18 @@ class GgufTarget:
     def needs(self, source: Source) -> Needs:
         """All files, the 16-bit one that quantised ones are made from, and one tensor in memory."""
         raise_all(ModelError, "--to gguf", kernels_trouble(self.quantised))
-        if self.config.importance is not None:
-            cut(source, self._text())
+        documents = self._documents(source)
         with tempfile.TemporaryDirectory() as side:
             converter = self._converter(source, Path(side))
         counts = [int(np.prod(shape)) for shape in converter.shapes.values()]
         kinds = [*self.config.types, *self._between()]
         disk = sum(_bytes(converter, kind) for kind in kinds) + converter.between_bytes
         notes = [*converter.notes, *filter(None, [_unchecked()])]
+        if documents:
+            count = sum(map(len, documents))
+            notes.append(
+                f"importance is measured on {count:,} tokens of {self.config.importance or 'the training rows'}"
+            )
         return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), converter.installs)
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
@@ -105,8 +110,9 @@ class GgufTarget:
 
                 converter.write(self.path(source, folder, kind), kind, heard)
                 done += size
-            if self.config.importance is not None and self.quantised:
-                importance = converter.importance(self._text())
+            documents = self._documents(source)
+            if documents:
+                importance = converter.importance(documents)
             said += self._words(self.path(source, folder, plain[0]), Path(side))
             for name in self.quantised:
                 origin, target = self._origin(source, folder), self.path(source, folder, name)
@@ -153,12 +159,10 @@ class GgufTarget:
             raise ModelError(f"{words}: the model would not understand its input. Serve it from its merged checkpoint")
         return [str(words)]
 
-    def _text(self) -> str:
-        assert self.config.importance is not None
-        try:
-            return self.config.importance.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"gguf.importance: {self.config.importance} cannot be read: {error}") from error
+    def _documents(self, source: Source) -> list[np.ndarray]:
+        """To measure importance on."""
+        needed = any(BASES[name.upper()] in NEED_IMPORTANCE for name in self.quantised)
+        return documents_for(source, self.config.importance, needed=needed) if self.quantised else []
 
     def _converter(self, source: Source, side: Path) -> Converter:
         return converter_for(source, side, self.config.types, self.config.converter)

@@ -46,8 +46,8 @@ class Config(Settings):
     """SYSTEM: the system prompt that the model has by default."""
     num_ctx: int = Field(default=0, ge=0)
     """Context length in tokens; 0: the model's own, 8192 at the most, since memory is reserved for all of it."""
-    importance: Path | None = None
-    """A text file for the importance matrix of quantised types; see gguf.importance."""
+    importance: str | None = None
+    """A text file or `data`, for the importance matrix of quantised types; see gguf.importance."""
 
     def build(self) -> OllamaTarget:
         """The target."""
