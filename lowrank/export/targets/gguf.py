@@ -16,7 +16,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.converters import Converter, converter_for
-from lowrank.export.gguf.importance import documents_for
+from lowrank.export.gguf.importance import DATA, documents_for
 from lowrank.export.gguf.llama_cpp import Adapters, LlamaCpp, unreachable
 from lowrank.export.gguf.mixes import BASES, NEED_IMPORTANCE
 from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
@@ -51,9 +51,9 @@ class Config(Settings):
     types: Annotated[tuple[str, ...], BeforeValidator(as_types)] = ("q8_0",)
     """What the weights are stored in, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, ..."""
     importance: str | None = None
-    """A text file (UTF-8) like what the model will be used for, at least 512 tokens, or `data` for rows it was trained on:
-    quantised types then spend their bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*) need it,
-    and take the training rows by themselves."""
+    """A text file (UTF-8) like what the model will be used for, at least 512 tokens, or `data` for rows it was trained
+    on: quantised types then spend their bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*)
+    need it, and take the training rows by themselves."""
     threads: int = 0
     """Threads that quantise; 0: one for each core."""
     converter: Path | None = None
@@ -87,10 +87,8 @@ class GgufTarget:
         disk = sum(_bytes(converter, kind) for kind in kinds) + converter.between_bytes
         notes = [*converter.notes, *filter(None, [_unchecked()])]
         if documents:
-            count = sum(map(len, documents))
-            notes.append(
-                f"importance is measured on {count:,} tokens of {self.config.importance or 'the training rows'}"
-            )
+            origin = self.config.importance if self.config.importance not in (None, DATA) else "the training rows"
+            notes.append(f"importance is measured on {sum(map(len, documents)):,} tokens of {origin}")
         return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), converter.installs)
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
