@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lowrank.export.gguf.convert import convert
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
 from lowrank.export.gguf.mixes import BASES, FALLBACKS, choose_types, describe
 from lowrank.export.gguf.quantize import quantise
+from tests.export.gguf import make_quantized_fixtures as made
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -59,6 +61,27 @@ def test_a_width_that_256_does_not_divide():
     assert chosen["blk.0.attn_norm.weight"] is None
     assert {chosen["blk.0.ffn_down.weight"], chosen["blk.5.ffn_down.weight"]} == {"Q6_K"}
     assert chosen["blk.3.ffn_down.weight"] == "Q4_K"
+
+
+FIXTURE = json.loads(made.FIXTURE.read_text(encoding="utf-8"))
+QUICK = [
+    ("dense", "Q2_K"), ("dense", "Q3_K_L"), ("dense", "Q4_K_M"), ("dense", "Q5_K_S"), ("dense", "Q6_K"),
+    ("no multiple of 256", "Q3_K_M"), ("no multiple of 256", "Q5_K_M"), ("experts", "Q4_K_M"),
+]  # fmt: skip
+CASES = [
+    pytest.param(model, recipe, marks=[] if (model, recipe) in QUICK else pytest.mark.slow, id=f"{model} {recipe}")
+    for model in made.MODELS
+    for recipe in made.RECIPES
+]
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES)
+def test_the_same_bytes_as_llama_model_quantize(model, recipe, tmp_path):
+    """Types and bytes of every tensor; what llama.cpp's own quantiser wrote is kept as a hash."""
+    made.write_model(tmp_path / "source.gguf", **made.MODELS[model])
+    assert made.digest(tmp_path / "source.gguf") == FIXTURE[model]["source"], "numpy draws other numbers"
+    written = quantise(tmp_path / "source.gguf", tmp_path / "target.gguf", recipe, threads=1)
+    assert made.digest(written.path) == FIXTURE[model][recipe]
 
 
 @pytest.mark.parametrize(
