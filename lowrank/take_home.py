@@ -143,6 +143,7 @@ def _export(
         "source": source.name,
         "base": source.model.path,
         "notes": notes,
+        "said": list(written),
         "seconds": round(seconds, 3),
         "bytes": sum(path.stat().st_size for path in own.folder.rglob("*") if path.is_file()),
         "passed": all(each.passed for each in comparisons) if answers else None,
