@@ -176,11 +176,15 @@ def stored_type(name: str, shape: tuple[int, ...], kind: str) -> Any:
 
 
 def _encoded(tensors: Iterator[torch.Tensor], kind: Any) -> Iterator[np.ndarray]:
-    """Bytes of a tensor, some rows at a time."""
-    quantize = library().quants.quantize
+    """Bytes of a tensor, some rows at a time. What torch rounds to it rounds alike, and several times faster."""
+    types, quantize = library().GGMLQuantizationType, library().quants.quantize
+    by_torch = {types.F32: torch.float32, types.F16: torch.float16}.get(kind)
     for tensor in tensors:
         row_TD = tensor.reshape(-1, tensor.shape[-1])
         step = max(1, CHUNK // tensor.shape[-1])
         for start in range(0, len(row_TD), step):
-            rows = row_TD[start : start + step].float().contiguous().numpy()
-            yield quantize(rows, kind)
+            rows = row_TD[start : start + step]
+            if by_torch is not None:
+                yield rows.to(by_torch).contiguous().numpy()
+            else:
+                yield quantize(rows.float().contiguous().numpy(), kind)

@@ -19,30 +19,44 @@ ROWS_AT_ONCE = 8 << 20
 """Weights given to one thread at a time."""
 
 
-def kernel(path: Path) -> Any:
-    """`ggml_quantize_chunk` of the shared library at `path`."""
-    function = ctypes.CDLL(str(path)).ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    function.argtypes = [
-        ctypes.c_int,
-        *[ctypes.c_void_p] * 2,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
-    return function
+class Kernels:
+    """llama.cpp's own functions in the shared library at `path`, or numpy's where that is None."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.quantise: Any = None
+        self._widen: dict[Any, Any] = {}
+        if path is not None:
+            opened, types = ctypes.CDLL(str(path)), library().GGMLQuantizationType
+            self.quantise = opened.ggml_quantize_chunk
+            self.quantise.restype = ctypes.c_size_t
+            self.quantise.argtypes = [
+                ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p,
+            ]  # fmt: skip
+            self._widen = {types.F16: opened.ggml_fp16_to_fp32_row, types.BF16: opened.ggml_bf16_to_fp32_row}
+            for function in self._widen.values():
+                function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+
+    def floats(self, stored: np.ndarray, kind: Any) -> np.ndarray:
+        """Values of rows as they are stored, float32."""
+        widen = self._widen.get(kind)
+        if widen is None or not stored.flags.c_contiguous:
+            return library().quants.dequantize(stored, kind)
+        out = np.empty(stored.nbytes // 2, dtype=np.float32)
+        widen(stored.ctypes.data, out.ctypes.data, len(out))
+        return out
 
 
-def quantise_rows(function: Any, kind: Any, row_ND: np.ndarray, importance_D: np.ndarray | None) -> np.ndarray:
+def quantise_rows(kernels: Kernels, kind: Any, row_ND: np.ndarray, importance_D: np.ndarray | None) -> np.ndarray:
     """Bytes of float32 rows, (N, bytes of a row)."""
     gguf = library()
-    if function is None or kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32):
+    if kernels.quantise is None or kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32):
         return gguf.quants.quantize(row_ND, kind).reshape(len(row_ND), -1).view(np.uint8)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = np.ascontiguousarray(row_ND, dtype=np.float32)
     out = np.empty((len(rows), rows.shape[1] // block * size), dtype=np.uint8)
     weights = None if importance_D is None else np.ascontiguousarray(importance_D, dtype=np.float32)
     address = None if weights is None else weights.ctypes.data
-    written = function(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], address)
+    written = kernels.quantise(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], address)
     assert written == out.nbytes, f"{written} of {out.nbytes} bytes"
     return out
 
@@ -53,7 +67,7 @@ def main() -> None:
     gguf = library()
     reader = gguf.GGUFReader(request["source"])
     types = gguf.GGMLQuantizationType
-    function = kernel(Path(request["library"])) if request["library"] else None
+    kernels = Kernels(Path(request["library"]) if request["library"] else None)
     importance = dict(np.load(request["importance"])) if request["importance"] else {}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     entries = []
@@ -70,7 +84,7 @@ def main() -> None:
         if tensor.tensor_type == entry.kind:
             yield np.asarray(tensor.data)
         else:
-            yield from _quantised(function, entry, tensor, importance.get(entry.name), pool)
+            yield from _quantised(kernels, entry, tensor, importance.get(entry.name), pool)
         done += int(tensor.n_elements)
         print(done, total, flush=True)
 
@@ -80,10 +94,9 @@ def main() -> None:
 
 
 def _quantised(
-    function: Any, entry: Entry, tensor: Any, importance: np.ndarray | None, pool: ThreadPoolExecutor
+    kernels: Kernels, entry: Entry, tensor: Any, importance: np.ndarray | None, pool: ThreadPoolExecutor
 ) -> Iterator[np.ndarray]:
     """Slabs of rows through the pool, in order. Importance is per matrix: (D) or (experts x D)."""
-    gguf = library()
     width = entry.shape[-1]
     stored = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
     matrices = entry.shape[0] if len(entry.shape) == 3 else 1
@@ -93,9 +106,9 @@ def _quantised(
 
     def slab(place: tuple[int, int]) -> np.ndarray:
         start, end = place
-        rows = gguf.quants.dequantize(stored[start:end], tensor.tensor_type).reshape(end - start, width)
+        rows = kernels.floats(stored[start:end], tensor.tensor_type).reshape(end - start, width)
         row = None if weights is None else weights[(start // per_matrix) % len(weights)]
-        return quantise_rows(function, entry.kind, rows, row)
+        return quantise_rows(kernels, entry.kind, rows, row)
 
     places = [
         (matrix * per_matrix + start, matrix * per_matrix + min(start + step, per_matrix))
