@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank.export.folding import Fold, Run, find_folds, multiply, same_output
 from lowrank.export.merge import Merged
-from lowrank.quantisation.activation_aware import channel_scales
+from lowrank.quantisation.activation_aware import Rounded, channel_scales
 
 
 class Scaled:
@@ -20,12 +20,10 @@ class Scaled:
     changed         by name in the files: norms and biases that what follows is folded into
     """
 
-    def __init__(
-        self, merged: Merged, file_name: Callable[[str], str], bits: int, group_size: Callable[[int], int]
-    ) -> None:
+    def __init__(self, merged: Merged, file_name: Callable[[str], str], rounded: Rounded) -> None:
         self.merged = merged
         self.file_name = file_name
-        self.bits, self.group_size = bits, group_size
+        self.rounded = rounded
         self.columns: dict[str, torch.Tensor] = {}
         self.rows: dict[str, torch.Tensor] = {}
         self.changed: dict[str, torch.Tensor] = {}
@@ -57,10 +55,8 @@ class Scaled:
         producer, consumers = parts[fold.producer], [parts[name] for name in fold.consumers]
         moment_DD = moments[fold.consumers[0]]
         weight_OD = torch.cat([self._exact(name, "weight") for name in fold.consumers]).to(moment_DD.device)
-        size = self.group_size(weight_OD.shape[1])
-        wanted_R = channel_scales(
-            weight_OD, moment_DD, fold.row_D.to(moment_DD.device), len(producer.weight), self.bits, size
-        )
+        row_D = fold.row_D.to(moment_DD.device)
+        wanted_R = channel_scales(weight_OD, moment_DD, row_D, len(producer.weight), self.rounded)
         changed, scale_R = self._divided(fold, producer, wanted_R.cpu())
         scale_D = scale_R[fold.row_D.cpu()].to(moment_DD.device)
         before, kept = run(), [part.weight.detach().clone() for part in (producer, *consumers)]

@@ -82,11 +82,8 @@ class Format(Protocol):
 class ScaledFormat(Format, Protocol):
     """A format whose inputs have scales (AWQ)."""
 
-    scaled_bits: int
-    """The scales are chosen for."""
-
-    def group_size(self, columns: int) -> int:
-        """Of a row of so many columns."""
+    def rounded(self, weight_OD: torch.Tensor, moment_DD: torch.Tensor) -> torch.Tensor:
+        """What comes back of a weight; the scales are chosen by it."""
         ...
 
 
@@ -194,10 +191,9 @@ class PackedTarget:
         return self._known[1]
 
     def _scaled(self, planned: _Planned) -> Scaled | None:
-        if not hasattr(self.form, "scaled_bits"):
+        if not hasattr(self.form, "rounded"):
             return None
-        form = cast(ScaledFormat, self.form)
-        return Scaled(planned.merged, planned.file_name, form.scaled_bits, form.group_size)
+        return Scaled(planned.merged, planned.file_name, cast(ScaledFormat, self.form).rounded)
 
     def _tensors(
         self,

@@ -11,6 +11,7 @@ from lowrank.export import Tolerance
 from lowrank.export.packed import PackedSettings, PackedTarget, group_size_for, group_trouble
 from lowrank.models.prequantised.awq import to_words
 from lowrank.quantisation.compensated import Even, quantise_matrix
+from lowrank.quantisation.groups import Groups
 
 _BITS = 4
 _IN_A_WORD = 8
@@ -32,8 +33,6 @@ class Config(PackedSettings):
 class AwqFormat:
     """See the module."""
 
-    scaled_bits = _BITS
-
     def __init__(self, settings: Config) -> None:
         self.settings = settings
         self.bits = _BITS + (16 + _BITS) / 32
@@ -50,23 +49,26 @@ class AwqFormat:
         said = [f"{name} has {shapes[name][0]} outputs, which must be a multiple of 8" for name in odd[:1]]
         return [*group_trouble(shapes, self._size), *said]
 
-    def group_size(self, columns: int) -> int:
-        """Of a row of so many columns."""
-        return self._size if self._size > 0 else columns
+    def rounded(self, weight_OD: torch.Tensor, moment_DD: torch.Tensor) -> torch.Tensor:
+        """As `pack` does it."""
+        return self._quantised(weight_OD, moment_DD)[1]
 
     def pack(
         self, weight_OD: torch.Tensor, moment_DD: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """qweight, qzeros, scales."""
         del dtype
-        size = self.group_size(weight_OD.shape[1])
-        groups, value_OD = quantise_matrix(weight_OD, Even(_BITS, symmetric=False), size, moment_DD)
+        groups, value_OD = self._quantised(weight_OD, moment_DD)
         tensors = {
             "qweight": to_words(groups.code_OD.t()),
             "qzeros": to_words(groups.zero_OG.t().to(torch.uint8)),
             "scales": groups.scale_OG.t().half(),
         }
         return tensors, value_OD
+
+    def _quantised(self, weight_OD: torch.Tensor, moment_DD: torch.Tensor | None) -> tuple[Groups, torch.Tensor]:
+        size = self._size if self._size > 0 else weight_OD.shape[1]
+        return quantise_matrix(weight_OD, Even(_BITS, symmetric=False), size, moment_DD)
 
     def describe(
         self, shapes: Mapping[str, tuple[int, int]], others: Sequence[str], dtype: torch.dtype
