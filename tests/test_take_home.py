@@ -169,7 +169,7 @@ def _by_a_child() -> None:
         tensors = gguf.GGUFReader(Path(folder, "tiny.gguf")).tensors
         types = {tensor.name: "F16" if len(tensor.shape) > 1 else None for tensor in tensors}
         request = {"source": str(Path(folder, "tiny.gguf")), "target": "/dev/full", "types": types, "importance": None,
-                   "threads": 1, "library": None, "arch": "llama", "file_type": 1}  # fmt: skip
+                   "threads": 1, "library": None, "file_type": 1}  # fmt: skip
         run_child("quantize_child", request, "quantising tiny.gguf")
 
 

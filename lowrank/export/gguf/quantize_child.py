@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank.export.gguf.writer import Entry, library, write_file
+from lowrank.export.gguf.header import read_header, write_with
+from lowrank.export.gguf.writer import Entry, library
 
 ROWS_AT_ONCE = 8 << 20
 """Weights given to one thread at a time."""
@@ -64,51 +67,51 @@ def quantise_rows(kernels: Kernels, kind: Any, row_ND: np.ndarray, importance_D:
 def main() -> None:
     """Read the request from standard input: source, target, the type of each tensor, importance, threads, library."""
     request = json.load(sys.stdin)
-    gguf = library()
-    reader = gguf.GGUFReader(request["source"])
-    types = gguf.GGMLQuantizationType
+    header = read_header(Path(request["source"]))
+    types = library().GGMLQuantizationType
     kernels = Kernels(Path(request["library"]) if request["library"] else None)
     importance = dict(np.load(request["importance"])) if request["importance"] else {}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    entries = []
-    for name, tensor in tensors.items():
-        kind = types[request["types"][name] or tensor.tensor_type.name]
-        entries.append(Entry(name, tuple(int(n) for n in reversed(tensor.shape)), kind))
+    stored = [tensor.entry for tensor in header.tensors.values()]
+    total, done = sum(math.prod(entry.shape) for entry in stored), 0
 
-    total = sum(int(tensor.n_elements) for tensor in tensors.values())
-    done = 0
-
-    def encoded(entry: Entry) -> Iterator[np.ndarray]:
+    def encoded(origin: Entry, kind: Any) -> Iterator[np.ndarray]:
         nonlocal done
-        tensor = tensors[entry.name]
-        if tensor.tensor_type == entry.kind:
-            yield np.asarray(tensor.data)
+        rows = header.rows(origin.name)
+        if origin.kind == kind:
+            yield rows
         else:
-            yield from _quantised(kernels, entry, tensor, importance.get(entry.name), pool)
-        done += int(tensor.n_elements)
+            yield from _quantised(kernels, origin, kind, rows, importance.get(origin.name), pool)
+        done += math.prod(origin.shape)
         print(done, total, flush=True)
 
     with ThreadPoolExecutor(request["threads"]) as pool:
-        data = (encoded(entry) for entry in entries)
-        write_file(Path(request["target"]), request["arch"], _fields(reader, request), entries, data)
+        kinds = [types[request["types"][entry.name] or entry.kind.name] for entry in stored]
+        entries = [replace(entry, kind=kind) for entry, kind in zip(stored, kinds)]
+        data = (encoded(entry, kind) for entry, kind in zip(stored, kinds))
+        changed = {"general.file_type": request["file_type"], "general.quantization_version": 2}
+        write_with(Path(request["target"]), header.with_numbers(changed), entries, data)
 
 
 def _quantised(
-    kernels: Kernels, entry: Entry, tensor: Any, importance: np.ndarray | None, pool: ThreadPoolExecutor
+    kernels: Kernels,
+    origin: Entry,
+    kind: Any,
+    stored: np.ndarray,
+    importance: np.ndarray | None,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[np.ndarray]:
     """Slabs of rows through the pool, in order. Importance is per matrix: (D) or (experts x D)."""
-    width = entry.shape[-1]
-    stored = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
-    matrices = entry.shape[0] if len(entry.shape) == 3 else 1
+    width = origin.shape[-1]
+    matrices = origin.shape[0] if len(origin.shape) == 3 else 1
     per_matrix = len(stored) // matrices
     weights = None if importance is None else importance.reshape(-1, width)
     step = max(1, ROWS_AT_ONCE // width)
 
     def slab(place: tuple[int, int]) -> np.ndarray:
         start, end = place
-        rows = kernels.floats(stored[start:end], tensor.tensor_type).reshape(end - start, width)
+        rows = kernels.floats(stored[start:end], origin.kind).reshape(end - start, width)
         row = None if weights is None else weights[(start // per_matrix) % len(weights)]
-        return quantise_rows(kernels, entry.kind, rows, row)
+        return quantise_rows(kernels, kind, rows, row)
 
     places = [
         (matrix * per_matrix + start, matrix * per_matrix + min(start + step, per_matrix))
@@ -121,16 +124,6 @@ def _quantised(
         yield waiting.pop(0).result()
         if index + ahead < len(places):
             waiting.append(pool.submit(slab, places[index + ahead]))
-
-
-def _fields(reader: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """The source's header with the new file type."""
-    fields = {
-        name: value.contents()
-        for name, value in reader.fields.items()
-        if not name.startswith("GGUF.") and name != "general.architecture"
-    }
-    return {**fields, "general.file_type": request["file_type"], "general.quantization_version": 2}
 
 
 if __name__ == "__main__":
