@@ -12,6 +12,7 @@ import lowrank.models.tiny
 from lowrank.errors import ModelError
 from lowrank.export.gguf import quantize
 from lowrank.export.gguf.convert import convert
+from lowrank.export.gguf.header import read_header
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
 from lowrank.export.gguf.mixes import BASES, FALLBACKS, choose_types, describe
 from lowrank.export.gguf.quantize import quantise
@@ -143,6 +144,23 @@ def test_importance_is_used(source, reference, tmp_path):
     plain = quantise(source, tmp_path / "a.gguf", "q4_k_m")
     weighted = quantise(source, tmp_path / "b.gguf", "q4_k_m", importance=weights)
     assert plain.path.read_bytes() != weighted.path.read_bytes()
+
+
+def test_the_header_is_the_source_s_but_for_the_type(source, tmp_path):
+    written = quantise(source, tmp_path / "q4.gguf", "q4_0")
+    before, after = read_header(source), read_header(written.path)
+    changed = {name for name in before.raw if before.raw[name] != after.raw[name]}
+    assert changed == {"general.file_type"}
+    theirs = gguf.GGUFReader(written.path)
+    for name, value in after.fields.items():
+        assert theirs.fields[name].contents() == (list(value) if isinstance(value, tuple) else value)
+    for tensor in theirs.tensors:
+        stored = after.tensors[tensor.name]
+        assert (stored.entry.kind, stored.start) == (tensor.tensor_type, tensor.data_offset)
+        np.testing.assert_array_equal(after.rows(tensor.name).reshape(-1), tensor.data.reshape(-1))
+    (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:200])
+    with pytest.raises(ModelError, match=r"cut\.gguf: damaged, or no GGUF file of version 3"):
+        read_header(tmp_path / "cut.gguf")
 
 
 def test_an_unknown_type_is_refused(source, tmp_path):
