@@ -140,14 +140,17 @@ class Merged(Mapping[str, Plan]):
 
         ModelError if a value does not fit into `dtype` (float16 ends at 65504).
         """
+        for first, end in row_ranges(self[name]):
+            yield self.block(name, first, end, dtype)
+
+    def block(self, name: str, first: int, end: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One of the blocks of `row_ranges`. May be asked for in any order and by several threads."""
         plan = self[name]
-        dtype = dtype or plan.dtype
-        for first, end in _row_ranges(plan):
-            rows = self.checkpoint[plan.origin].rows(first, end)
-            if plan.change is not None:
-                wide = torch.promote_types(rows.dtype, torch.float32)
-                rows = plan.change(rows.to(wide), first, end)
-            yield _cast(name, rows, dtype)
+        rows = self.checkpoint[plan.origin].rows(first, end)
+        if plan.change is not None:
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            rows = plan.change(rows.to(wide), first, end)
+        return _cast(name, rows, dtype or plan.dtype)
 
     def is_unchanged(self, name: str, dtype: torch.dtype | None = None) -> bool:
         """Whether its bytes in `dtype` are those of the base's file."""
@@ -214,7 +217,7 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
     return changes
 
 
-def _row_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
+def row_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
     """Blocks of rows of about _BLOCK_BYTES; one block where a change needs the whole tensor."""
     if not plan.shape or (plan.change is not None and not plan.change.by_rows):
         yield 0, plan.shape[0] if plan.shape else 1
