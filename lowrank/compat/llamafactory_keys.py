@@ -104,6 +104,9 @@ class Keys(Settings):
     """`model.storage.double_quant`"""
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
     """`model.rope_scaling.type`; its factor is what `cutoff_len` needs, by the config.json in the model's folder"""
+    shift_attn: bool = False
+    """`model.shift_attn`: groups of a quarter of `cutoff_len`, as there; here in every model that is packed, within
+    each document"""
     additional_target: tuple[str, ...] = ()
     """`adapter.modules_to_save`"""
     pure_bf16: bool = False
@@ -483,11 +486,6 @@ REFUSED: Sequence[Group] = (
     Group(
         _keys("mixture_of_depths"),
         "it puts a router before every layer, which changes the model's own code; remove it",
-        False,
-    ),
-    Group(
-        _keys("shift_attn"),
-        "attention inside a document is always whole; remove it, and stretch the base with rope_scaling",
         False,
     ),
     Group(_keys("train_from_scratch"), "the base's weights are always loaded; remove it", False),

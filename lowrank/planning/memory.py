@@ -129,7 +129,7 @@ class StepMemory:
         return self._simulations[core]
 
     def _trace(self, core: tuple[int, ...] | None, batch: Batch, recompute: str) -> StepTrace:
-        key = (core, batch.lengths, batch.slots, int((batch.weight_T != 0).sum()), recompute)
+        key = (core, batch.lengths, batch.prefixes, batch.slots, int((batch.weight_T != 0).sum()), recompute)
         if key not in self._traces:
             self._traces[key] = self._simulation(core).step(batch, recompute)
         return self._traces[key]

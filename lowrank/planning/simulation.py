@@ -115,6 +115,8 @@ class Simulation:
         base.settle("packed")
         if settings.attention == "padded" or not self._takes_boundaries(base):
             base.settle("padded")
+        base.shift_attn = settings.shift_attn
+        base.shares_prompts = base.layout == "packed" and base.shift_attn is None
         return base
 
     def _takes_boundaries(self, base: Base) -> bool:
@@ -160,7 +162,7 @@ class Simulation:
         before = live.now
         with _torch_keeps_quiet(), self._mode, live:
             with live.phase() as forward:
-                hidden_TD = self.base.hidden(fake)
+                hidden_TD = self.base.hidden(fake, training=True)
             kept = live.now - before
             with live.phase() as loss:
                 pieces = [logprobs(hidden_TD[index_K], fake.target_T[index_K], head) for head, index_K in chosen]
