@@ -17,7 +17,6 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from lowrank.settings import NonNegative, Positive, Settings
-from lowrank.train.optimizers import ABSENT
 
 
 class Keys(Settings):
@@ -176,7 +175,7 @@ class Keys(Settings):
     optim: str = "adamw_torch"
     """`optimizer.type`; see below"""
     use_galore: bool = False
-    """`optimizer.type: galore`, with tuning full or freeze"""
+    """`optimizer.type: galore`, or `galore_8bit` with an 8-bit `optim`; with tuning full or freeze"""
     galore_target: tuple[str, ...] = ("all",)
     """`optimizer.targets`"""
     galore_rank: Positive = 16
@@ -203,6 +202,16 @@ class Keys(Settings):
     """the one there is"""
     apollo_scale_type: Literal["channel", "tensor"] = "channel"
     """`optimizer.scale_type`"""
+    use_badam: bool = False
+    """`optimizer.type: badam`, with tuning full or freeze"""
+    badam_start_block: int | None = None
+    """`optimizer.start_block`"""
+    badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = "ascending"
+    """`optimizer.switch_mode`"""
+    badam_switch_interval: Positive = 50
+    """`optimizer.switch_interval`; the first block has as many steps as the others, there one less"""
+    use_adam_mini: bool = False
+    """`optimizer.type: adam_mini`"""
     use_muon: bool = False
     """`optimizer.type: muon`, torch's"""
     lr_scheduler_type: str = "linear"
@@ -417,8 +426,7 @@ NO_EFFECT: Sequence[Group] = (
     ),
     Group(
         _keys(
-            "oft_rank badam_mode badam_start_block badam_switch_mode badam_switch_interval "
-            "badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha init_special_tokens "
+            "oft_rank badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha init_special_tokens "
             "kt_optimize_rule cpu_infer chunk_size mode kt_maxlen kt_use_cuda_graph kt_mode kt_force_think "
             "optim_target_modules"
         ),
@@ -480,12 +488,12 @@ REFUSED: Sequence[Group] = (
         "the given adapter",
         False,
     ),
-    Group(_keys("use_badam"), f"{ABSENT['badam']}: use_galore: true, or optim: adamw_8bit", False),
-    Group(_keys("use_adam_mini"), f"{ABSENT['adam_mini']}: optim: adafactor or adamw_8bit", False),
+    Group(_keys("badam_mode"), "only `layer` is there, not parts of matrices; remove it", "layer"),
     Group(_keys("use_dft_loss use_asft_loss use_eaft_loss"), "remove it to train with the plain token loss", False),
     Group(
         _keys("mixture_of_depths"),
-        "it puts a router before every layer, which changes the model's own code; remove it",
+        "no server, no export and no plain transformers runs a model with such routers "
+        "(docs/decisions/0011-no-mixture-of-depths.md); remove it",
         False,
     ),
     Group(_keys("train_from_scratch"), "the base's weights are always loaded; remove it", False),

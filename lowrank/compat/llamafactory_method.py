@@ -31,7 +31,13 @@ OPTIMIZERS = {
 WITHOUT_BETAS = ("sgd", "adafactor", "lion")
 VARIANTS = {"use_dora": "dora", "use_rslora": "rslora", "pissa_init": "pissa"}
 """Keys that choose another adapter than LoRA; one at most."""
-METHODS = {"use_galore": "galore", "use_apollo": "apollo", "use_muon": "muon"}
+METHODS = {
+    "use_galore": "galore",
+    "use_apollo": "apollo",
+    "use_badam": "badam",
+    "use_adam_mini": "adam_mini",
+    "use_muon": "muon",
+}
 """Keys that choose an optimiser; one at most."""
 HQQ_BITS = (8, 6, 5, 4, 3, 2, 1)
 SCHEDULES = {
@@ -199,7 +205,9 @@ def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
     if keys.optim not in OPTIMIZERS:
         problems.append(f"optim: {keys.optim!r} is not supported{did_you_mean(keys.optim, OPTIMIZERS)}")
     chosen = next((name for key, name in METHODS.items() if getattr(keys, key)), None)
-    if chosen and OPTIMIZERS.get(keys.optim) not in ("adamw", None):
+    if chosen == "galore" and OPTIMIZERS.get(keys.optim) == "adamw_8bit":
+        chosen = "galore_8bit"
+    elif chosen and OPTIMIZERS.get(keys.optim) not in ("adamw", None):
         problems.append(f"optim: {keys.optim} inside of use_{chosen} is not there; remove optim")
     kind = chosen or OPTIMIZERS.get(keys.optim, "adamw")
     found: dict[str, Any] = {
@@ -212,10 +220,13 @@ def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
         found |= {"betas": [keys.adam_beta1, keys.adam_beta2], "eps": keys.adam_epsilon}
     elif kind == "lion":
         found["betas"] = [keys.adam_beta1, keys.adam_beta2]
-    if kind in ("galore", "apollo"):
-        targets = getattr(keys, f"{kind}_target")
+    if kind in ("galore", "galore_8bit", "apollo"):
+        prefix = kind.removesuffix("_8bit")
+        targets = getattr(keys, f"{prefix}_target")
         found["targets"] = "all" if targets == ("all",) else list(targets)
-        found |= {name: getattr(keys, f"{kind}_{name}") for name in ("rank", "update_interval", "scale")}
+        found |= {name: getattr(keys, f"{prefix}_{name}") for name in ("rank", "update_interval", "scale")}
+    if kind == "badam":
+        found |= {name: getattr(keys, f"badam_{name}") for name in ("start_block", "switch_mode", "switch_interval")}
     if kind == "apollo":
         found["scale_type"] = keys.apollo_scale_type
     return found

@@ -126,6 +126,11 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose "
             "adamw, or paged_adamw_8bit"
         )
+    if job.optimizer.trains_in_parts and any(needs(job.objective.build(), each) for each in ("value", "token_values")):
+        yield (
+            f"optimizer.type: {job.optimizer.type} trains layer by layer, and the value head that objective "
+            f"{job.objective.type} trains is in none; choose galore_8bit or adamw_8bit"
+        )
     if job.optimizer.has_own_schedule and job.schedule.type != "constant":
         yield (
             f"schedule.type: optimizer {job.optimizer.type} takes the place of a schedule; set schedule: constant "

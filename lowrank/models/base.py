@@ -80,6 +80,13 @@ class Base:
         """D of the head's input."""
         return self.model.get_output_embeddings().weight.shape[1]
 
+    @property
+    def head_dim(self) -> int | None:
+        """Rows of a head in the matrices that make queries and keys; None where the configuration does not say."""
+        text = self.model.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", None)
+        return getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+
     @contextlib.contextmanager
     def using_attention(self, name: str) -> Iterator[None]:
         """Run with another attention function."""

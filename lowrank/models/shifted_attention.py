@@ -2,7 +2,7 @@
 
 In training, one half of the heads attends within groups of g tokens of a document, the other half within groups that
 are shifted by g / 2, so that what one half cannot see across a boundary the other can. Evaluation and generation attend
-to everything, which the model does not have to learn anew. The first and the last shifted group of a document are short,
+to everything, which the model does not have to learn anew. The first and last shifted group of a document are short,
 as in the authors' code with flash attention: rolled around, as in their figure, its end would see its beginning.
 """
 

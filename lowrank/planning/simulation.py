@@ -181,7 +181,7 @@ class Simulation:
     def _optimizer_state(self) -> int:
         """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
         if self._optimizer_bytes is None:
-            known = [job.settings.state_bytes(job.parameters.values()) for job in self._engine.jobs.values()]
+            known = [job.settings.state_bytes(job.parameters) for job in self._engine.jobs.values()]
             watched = [job for job, size in zip(self._engine.jobs.values(), known) if size is None]
             with self._mode, self._live as live:
                 before = live.now

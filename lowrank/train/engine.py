@@ -101,9 +101,10 @@ class Engine:
 
     def add(self, slot: int, objective: Objective, settings: OptimizerConfig, seed: int, neftune_alpha: float) -> None:
         """Train what is in `slot` (BARE_BASE: the base's own parameters)."""
+        masters = None
         if slot == BARE_BASE:
             own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
-            masters = Masters(own)
+            masters = Masters(own, settings.trains_in_parts)
             parameters, refresh, factors = masters.parameters, masters.refresh, None
         else:
             parameters, refresh = self.bank.parameters(slot), partial(self.bank.refresh, slot)
@@ -115,7 +116,9 @@ class Engine:
         if value_D is not None:
             parameters = {**parameters, VALUE_HEAD: value_D}
             factors = factors and [*factors, 1.0]
-        optimizer = settings.build(parameters, factors, undecayed(parameters, self.base.model))
+        optimizer = settings.build(parameters, factors, undecayed(parameters, self.base.model), self.base.head_dim)
+        if masters is not None and settings.trains_in_parts:
+            getattr(optimizer, "follow")(masters.train)  # noqa: B009 (only such have it)
         for note in settings.notes(self.base.device):
             self.notify(note)
         scale = scale_for(self.base.dtype)

