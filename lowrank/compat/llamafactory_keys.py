@@ -239,7 +239,13 @@ class Keys(Settings):
     predict_with_generate: bool = False
     """`eval_metric`, together with a `metric_for_best_model` of generated answers"""
     max_new_tokens: Positive = 1024
-    """`eval_max_new_tokens`, with `predict_with_generate`"""
+    """`eval_max_new_tokens`, with `predict_with_generate`; of `stage: ppo` `objective.max_completion_length`"""
+    temperature: float = Field(default=0.95, gt=0)
+    """`objective.temperature`, of `stage: ppo`; else of generation, not of training"""
+    top_p: float = Field(default=0.7, gt=0, le=1)
+    """`objective.top_p`, of `stage: ppo`; else of generation, not of training"""
+    top_k: NonNegative = 50
+    """`objective.top_k`, of `stage: ppo`; else of generation, not of training"""
     output_dir: str
     """`output_dir`"""
     overwrite_output_dir: bool = False
@@ -438,7 +444,7 @@ NO_EFFECT: Sequence[Group] = (
     ),
     Group(
         _keys(
-            "infer_backend infer_dtype use_kv_cache do_sample temperature top_p top_k num_beams max_length "
+            "infer_backend infer_dtype use_kv_cache do_sample num_beams max_length "
             "repetition_penalty length_penalty skip_special_tokens eval_num_beams generation_max_length "
             "generation_num_beams generation_config sortish_sampler vllm_maxlen vllm_gpu_util vllm_enforce_eager "
             "vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config "

@@ -184,15 +184,14 @@ def objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
             "whiten_rewards": keys.ppo_whiten_rewards,
             "reward_model": keys.reward_model,
             "kl_coef": 0.2,  # where TRL's adaptive controller begins
+            "max_completion_length": keys.max_new_tokens,
+            "temperature": keys.temperature,
+            "top_p": keys.top_p,
+            "top_k": keys.top_k,
         },
         "kto": shared | {"desirable_weight": keys.kto_chosen_weight, "undesirable_weight": keys.kto_rejected_weight},
     }
     found = {"type": name} | used.get(name, {})
-    if name == "ppo":
-        warnings.append(
-            "answers are drawn with objective.temperature 1 and at most objective.max_completion_length tokens; "
-            "temperature, top_p, top_k and max_new_tokens of this file are not taken over"
-        )
     if keys.pref_ftx and "pref_ftx" not in found:
         warnings.append(f"pref_ftx has no effect with objective {name}")
     if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):
