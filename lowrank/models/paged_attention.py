@@ -8,6 +8,7 @@ The pages are vLLM's idea (arXiv:2309.06180).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,7 +98,7 @@ class Step:
         self._documents: tuple[torch.Tensor | None, Packed] | None = None
         self._groups: list[_Group] = []
         self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        if device.type == "cuda" and size % _KERNEL_PAGE == 0 and varlen_attn is not None:
+        if device.type == "cuda" and size % _KERNEL_PAGE == 0 and _kernel_reads_pages():
             self._tables = self._make_tables(device)
         self._split(device)
 
@@ -209,6 +210,11 @@ class Step:
         )
         assert isinstance(output, torch.Tensor)
         return output[None]
+
+
+def _kernel_reads_pages() -> bool:
+    """Not every torch that has the kernel has it with pages."""
+    return varlen_attn is not None and "block_table" in inspect.signature(varlen_attn).parameters
 
 
 def _pages_of(span: Span, size: int) -> torch.Tensor:
