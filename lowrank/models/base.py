@@ -111,7 +111,9 @@ class Base:
         """How `hidden` will lay out `batch`."""
         length_S = batch.start_S1.diff()
         if self.layout == "packed":
-            document_S = length_S + torch.tensor(batch.prefixes, device=length_S.device)
+            document_S = length_S
+            if any(batch.prefixes):
+                document_S = length_S + torch.tensor(batch.prefixes, device=length_S.device)
             origin_T, length_T = (
                 each.repeat_interleave(length_S, dim=0, output_size=batch.num_tokens)
                 for each in (batch.origin_S, document_S)

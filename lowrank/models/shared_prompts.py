@@ -20,6 +20,10 @@ from lowrank.models.attention import Packed, Softmax, attend_documents
 from lowrank.records import Segment
 
 
+_WORTH_IT = 0.05
+"""Share of a document that must be shared; below, gathering keys costs what the shared tokens would."""
+
+
 def tail_of(segment: Segment, whole: Segment) -> Segment:
     """`segment` without the tokens it shares with `whole`, as far as none of them is learned; else as it is.
 
@@ -34,7 +38,7 @@ def tail_of(segment: Segment, whole: Segment) -> Segment:
     differs |= learned
     prefix = int(differs.argmax()) if differs.any() else reach
     prefix = min(prefix, len(segment) - 1) - 1
-    return _cut(segment, prefix) if prefix > 0 else segment
+    return _cut(segment, prefix) if prefix > len(segment) * _WORTH_IT else segment
 
 
 def _cut(segment: Segment, prefix: int) -> Segment:

@@ -159,6 +159,8 @@ def test_what_is_shared() -> None:
     learned = replace(rejected, weight_L=np.ones(len(rejected), np.float32))
     assert tail_of(learned, chosen).prefix == 0
     assert tail_of(chosen, chosen).prefix == 11
+    long = answers(5, 4, (5, 200), 0)
+    assert tail_of(long[1], long[0]).prefix == 0, "three tokens of two hundred are not worth the gathering"
     short = replace(rejected, token_L=rejected.token_L[:12], weight_L=rejected.weight_L[:12])  # an empty answer
     assert tail_of(short, chosen).prefix == 10
 
