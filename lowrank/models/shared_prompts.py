@@ -19,7 +19,6 @@ import torch
 from lowrank.models.attention import Packed, Softmax, attend_documents
 from lowrank.records import Segment
 
-
 _WORTH_IT = 0.05
 """Share of a document that must be shared; below, gathering keys costs what the shared tokens would."""
 
