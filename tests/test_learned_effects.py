@@ -55,24 +55,16 @@ def test_conversations_pairs_and_ratings_in_one_run(tmp_path: Path, monkeypatch:
     assert jobs["kto"]["rewards/margins"] > 0
 
 
-def test_rewards_for_its_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GRPO on 100 held-out prompts: the untouched base has a mean reward of 0.09; measured after 80 steps: 0.66."""
+@pytest.mark.parametrize(("name", "least"), [("11_grpo", 0.45), ("12_ppo", 0.5)])
+def test_rewards_for_its_own_answers(name: str, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 held-out prompts, on which the untouched base has a mean reward of 0.1. Measured: GRPO 0.66 after 80 steps; PPO
+    0.28, 0.48, 0.64, 0.73 after each 40."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    jobs = run("11_grpo", tmp_path, monkeypatch)
+    jobs = run(name, tmp_path, monkeypatch)
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "eval"]
     assert lines[0]["step"] == 0
     assert lines[0]["metrics"]["reward"] < 0.15
-    assert jobs["default"]["reward"] > 0.45
-
-
-def test_rewards_and_a_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PPO on the same prompts and rewards; measured: 0.10 before, 0.28, 0.48, 0.64, 0.73 after each 40 steps."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    jobs = run("12_ppo", tmp_path, monkeypatch)
-    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "eval"]
-    assert lines[0]["step"] == 0
-    assert lines[0]["metrics"]["reward"] < 0.15
-    assert jobs["default"]["reward"] > 0.5
+    assert jobs["default"]["reward"] > least
 
 
 def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

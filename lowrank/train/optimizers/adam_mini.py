@@ -9,6 +9,7 @@ import torch
 
 from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.adamw import AdamSettings
+from lowrank.train.optimizers.one_by_one import OneByOne
 
 _OF_HEADS = ("q_proj.weight", "k_proj.weight")
 """Matrices whose rows belong together by heads; in models that fuse them with the values, each row is a block."""
@@ -26,25 +27,12 @@ class Config(AdamSettings):
         return AdamMini(groups, self)
 
 
-class AdamMini(torch.optim.Optimizer):
+class AdamMini(OneByOne):
     """The published partition (algorithm 3). Written here because its library prints, asks for torch.distributed, and
     must be told the names and sizes of heads."""
 
-    def __init__(self, groups: Groups, settings: Config) -> None:
-        defaults = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
-        del closure
-        for group in self.param_groups:
-            for name, parameter in zip(group["names"], group["params"]):
-                if parameter.grad is not None:
-                    self._update(name, parameter, group)
-
-    def _update(self, name: str, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        gradient, state, (beta1, beta2) = parameter.grad, self.state[parameter], group["betas"]
-        assert gradient is not None
+    def update(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
         blocks = num_blocks(name, parameter, group.get("head_dim"))
         state["step"] = state.get("step", 0) + 1
         first = state.setdefault("exp_avg", torch.zeros_like(gradient))
