@@ -57,7 +57,7 @@ def test_conversations_pairs_and_ratings_in_one_run(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("name", "least"), [("11_grpo", 0.45), ("12_ppo", 0.5)])
 def test_rewards_for_its_own_answers(name: str, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 held-out prompts, on which the untouched base has a mean reward of 0.1. Measured: GRPO 0.66 after 80 steps; PPO
+    """On 100 held-out prompts the untouched base has a mean reward of 0.1. Measured: GRPO 0.66 after 80 steps; PPO
     0.28, 0.48, 0.64, 0.73 after each 40."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     jobs = run(name, tmp_path, monkeypatch)

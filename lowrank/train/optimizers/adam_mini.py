@@ -35,10 +35,10 @@ class AdamMini(OneByOne):
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         blocks = num_blocks(name, parameter, group.get("head_dim"))
         state["step"] = state.get("step", 0) + 1
-        first = state.setdefault("exp_avg", torch.zeros_like(gradient))
+        first = state.setdefault("exp_avg", torch.zeros_like(parameter, memory_format=torch.contiguous_format))
         second = state.setdefault("exp_avg_sq", gradient.new_zeros(blocks, 1))
         first.lerp_(gradient, 1.0 - beta1)
-        mean_square = gradient.view(blocks, -1).square().mean(dim=1, keepdim=True)
+        mean_square = gradient.reshape(blocks, -1).square().mean(dim=1, keepdim=True)
         second.mul_(beta2).add_(mean_square, alpha=1.0 - beta2)
         if group["weight_decay"]:
             parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
