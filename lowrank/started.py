@@ -19,8 +19,9 @@ from lowrank.data.rendering import Renderer
 from lowrank.errors import ModelError
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
 from lowrank.models.base import Base
+from lowrank.models.leak import shares_prompts
 from lowrank.objectives import needs
-from lowrank.records import BARE_BASE
+from lowrank.records import BARE_BASE, Preference
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, Notice, Preparing
 from lowrank.train.first_looks import first_looks
@@ -41,6 +42,9 @@ def start_job(
     else:
         slot = _attach(engine, config, data, report)
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    objective = engine.jobs[slot].objective
+    if (objective.record is Preference or needs(objective, "rollouts")) and not engine.base.shares_prompts:
+        engine.base.shares_prompts = engine.base.shift_attn is None and shares_prompts(engine.base)
     if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:
@@ -49,7 +53,7 @@ def start_job(
     for text in answers.notices if answers else ():
         report(Notice(text, job=config.name))
     num_steps = config.max_steps or math.ceil(
-        data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(engine.jobs[slot].objective) - 1e-9
+        data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(objective) - 1e-9
     )
     return Job(
         name=config.name,
