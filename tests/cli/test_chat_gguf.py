@@ -22,7 +22,7 @@ from tests.serve.running import open_world
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
-from lowrank.export.gguf.checkpoint import read_folder
+from lowrank.export.gguf.model import read_folder
 
 from lowrank.export.gguf.adapter import write_adapter_file
 from lowrank.export.gguf.convert import convert, plan
