@@ -18,8 +18,9 @@ from lowrank.data.prepare import Prepared
 from lowrank.data.rendering import Renderer
 from lowrank.errors import ConfigError, ModelError, raise_all
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
+from lowrank.models.leak import shares_prompts
 from lowrank.objectives import needs
-from lowrank.records import BARE_BASE
+from lowrank.records import BARE_BASE, Preference
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, Notice, Preparing
 from lowrank.train.first_looks import first_looks
@@ -42,6 +43,9 @@ def start_job(
     _check_reach(engine, slot, config, data)
     num_steps, noise = num_steps_of(config, data), config.neftune_noise_alpha or 0.0
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, noise, num_steps)
+    objective = engine.jobs[slot].objective
+    if (objective.record is Preference or needs(objective, "rollouts")) and not engine.base.shares_prompts:
+        engine.base.shares_prompts = engine.base.shift_attn is None and shares_prompts(engine.base)
     if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:

@@ -116,7 +116,9 @@ class Bank:
         del self.slots[number]
         self.virtual.by_slot.pop(number, None)
         for module in self.base.model.modules():
-            if isinstance(module, (RoutedLinear, RoutedEmbedding, RoutedExperts)):
+            if isinstance(module, RoutedLinear):
+                module.remove(number)
+            elif isinstance(module, (RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
             if isinstance(module, RoutedEmbedding):
                 module.rows.pop(number, None)
@@ -150,7 +152,7 @@ class Bank:
         base's device; `draws`: in training, where random numbers come from."""
         rows = self.base.rows(batch)
         self.routing.set(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws, runs_of(batch))
-        return self.base.hidden(batch)
+        return self.base.hidden(batch, training=draws is not None)
 
     def saved(self, number: int) -> Saved:
         """An adapter in the form in which PEFT knows it, without copies where the tensors are its own."""

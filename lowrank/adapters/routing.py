@@ -44,6 +44,8 @@ class Routing:
     length_N: torch.Tensor | None = None
     draws: Mapping[int, Draws] = field(default_factory=dict)
     virtual: tuple[Run, ...] = ()
+    answering: bool = False
+    """The rows are tokens of answers in the making: few of each slot, and the same slots in many batches."""
 
     def set(
         self,
@@ -53,6 +55,7 @@ class Routing:
         length_N: torch.Tensor | None = None,
         draws: Mapping[int, Draws] | None = None,
         virtual: tuple[Run, ...] = (),
+        answering: bool = False,
     ) -> None:
         """Route the batches that follow. A layer may see k rows for each routed one (sequences of k tokens).
 
@@ -62,6 +65,7 @@ class Routing:
         self.counter_N, self.length_N = counter_N, length_N
         self.draws = draws or {}
         self.virtual = virtual
+        self.answering = answering
         # The bare base has no adapter, but its own parameters may be in training, with noise.
         self.ranges = tuple(entry for entry in ranges if entry[0] >= 0 or entry[0] in self.draws)
 

@@ -154,8 +154,7 @@ def _wide(base: Base) -> torch.dtype:
 
 def runs_of(batch: Batch) -> tuple[Run, ...]:
     """Where a packed batch has virtual tokens."""
-    pieces = zip(batch.slots, batch.virtual, batch.lengths)
-    return runs_of_pieces([(slot, number, 0, length) for slot, number, length in pieces])
+    return runs_of_pieces(list(zip(batch.slots, batch.virtual, batch.prefixes, batch.lengths)))
 
 
 def runs_of_pieces(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[Run, ...]:

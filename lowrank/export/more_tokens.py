@@ -22,8 +22,8 @@ from tokenizers import AddedToken
 
 from lowrank.checkpoints.atomic import new_folder
 from lowrank.errors import ConfigError, ModelError, OutputError, raise_all
-from lowrank.export.checkpoint import INDEX, Checkpoint
 from lowrank.export.names import Names
+from lowrank.models.checkpoint_files import INDEX, Checkpoint
 from lowrank.models.quiet import quiet_transformers
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -105,7 +105,7 @@ def _mean(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     entry = checkpoint[name]
     total = torch.zeros(entry.shape[1:], dtype=torch.float64)
     for first in range(0, entry.shape[0], _ROWS_AT_ONCE):
-        total += checkpoint.rows(name, first, min(first + _ROWS_AT_ONCE, entry.shape[0])).double().sum(0)
+        total += entry.rows(first, min(first + _ROWS_AT_ONCE, entry.shape[0])).double().sum(0)
     return (total / entry.shape[0]).to(entry.dtype)
 
 
@@ -114,7 +114,7 @@ def _write_grown(checkpoint: Checkpoint, source: Path, target: Path, growing: di
     tensors = {}
     for name, entry in checkpoint.items():
         if entry.file.name == source.name:
-            tensors[name] = checkpoint.rows(name)
+            tensors[name] = entry.read()
             if name in growing:
                 mean = _mean(checkpoint, name)
                 tensors[name] = torch.cat([tensors[name], mean.expand(growing[name], *mean.shape)])
@@ -136,7 +136,7 @@ def _write_configs(checkpoint: Checkpoint, folder: Path, growing: dict[str, int]
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         for name, more in growing.items():
             said = index.setdefault("metadata", {})
-            said["total_size"] = said.get("total_size", 0) + more * checkpoint[name].size // checkpoint[name].shape[0]
+            said["total_size"] = said.get("total_size", 0) + more * checkpoint[name].nbytes // checkpoint[name].shape[0]
         _write_json(folder / INDEX, index)
 
 

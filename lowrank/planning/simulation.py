@@ -130,6 +130,8 @@ class Simulation:
         base.settle("packed")
         if settings.attention == "padded" or not self._takes_boundaries(base):
             base.settle("padded")
+        base.shift_attn = settings.shift_attn
+        base.shares_prompts = base.layout == "packed" and base.shift_attn is None
         return base
 
     def _takes_boundaries(self, base: Base) -> bool:
@@ -179,7 +181,7 @@ class Simulation:
             self._leave_gradients(heaviest.others)
             earlier = live.now - before
             with live.phase() as forward:
-                hidden_TD = self.base.hidden(fake)
+                hidden_TD = self.base.hidden(fake, training=True)
             kept = live.now - before - earlier
             with live.phase() as loss:
                 pieces = [logprobs(hidden_TD[index_K], fake.target_T[index_K], head) for head, index_K in chosen]
@@ -207,7 +209,7 @@ class Simulation:
     def _optimizer_state(self) -> int:
         """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
         if self._optimizer_bytes is None:
-            known = [job.settings.state_bytes(job.parameters.values()) for job in self._engine.jobs.values()]
+            known = [job.settings.state_bytes(job.parameters) for job in self._engine.jobs.values()]
             watched = [job for job, size in zip(self._engine.jobs.values(), known) if size is None]
             with self._mode, self._live as live:
                 before = live.now

@@ -36,7 +36,7 @@ from lowrank.generate.request import Prompt, RequestError
 from lowrank.generate.sampler import generate
 from lowrank.models.config import Config as ModelConfig
 from lowrank.planning.memory import StepMemory
-from lowrank.records import Segment
+from lowrank.records import Segment, number_the_step
 from lowrank.settings import configs_in
 from tests.adapters.peft_twins import on_disk
 from tests.export.sources import source_of
@@ -178,6 +178,33 @@ def test_neighbours_do_not_see_it(case: str) -> None:
     for slot in (slots[0], slots[2], slots[3]):
         assert poisoned[slot].loss == pytest.approx(whole[slot].loss, abs=1e-12)
         assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in engine.bank.parameters(slot).values())
+
+
+@every_prompt
+def test_answers_to_one_prompt_share_it_and_its_virtual_tokens(name: str) -> None:
+    """The pairs of preference jobs, with and without sharing: losses, gradients, log-probabilities."""
+    engine, (lora, slot) = make_engine(make_base("llama"), Lora(rank=2), PROMPTS[name])
+    prompt_L, answers = np.arange(10, 24), [np.arange(30, 35), np.arange(40, 48)]
+    pairs = [
+        Segment(np.r_[prompt_L + pair, each], np.r_[np.zeros(14), np.ones(len(each))].astype(np.float32), pair=pair)
+        for pair in (0, 1)
+        for each in answers
+    ]
+    work = {lora: number_the_step(pairs), slot: number_the_step(pairs)}
+    found = []
+    for shares in (False, True):
+        engine.base.shares_prompts = shares
+        assert any(any(batch.prefixes) for batch in engine.cut(work)) == shares
+        losses = {each: forwarded.loss for each, forwarded in engine.forward_backward(work).items()}
+        grads = [p.grad.clone() for p in engine.bank.parameters(slot).values() if p.grad is not None]
+        found.append((losses, grads, engine.logprobs(slot, pairs)))
+        engine.jobs[slot].optimizer.zero_grad()
+    (losses, grads, said), (shared_losses, shared_grads, shared_said) = found
+    assert shared_losses == pytest.approx(losses, abs=1e-11)
+    for one, other in zip(grads, shared_grads):  # Llama's norms round to float32 on the way
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-8)
+    for one_L, other_L in zip(said, shared_said):
+        np.testing.assert_allclose(one_L, other_L, atol=1e-6)
 
 
 @pytest.mark.parametrize("recompute", ["full", pytest.param("sqrt", marks=slow), pytest.param("selective", marks=slow)])

@@ -33,6 +33,10 @@ HELD_OUT = {"train": "lowrank/demo", "validation_split": 0.1}
             "model.attention: adapter.type prefix_tuning needs packed documents",
         ),
         (
+            {"adapter": "prompt_tuning", "model": {"path": "lowrank/tiny", "shift_attn": 64}},
+            "model.shift_attn: not with adapter.type prompt_tuning",
+        ),
+        (
             {"adapter": "adalora", "optimizer": "schedule_free", "schedule": "constant"},
             "optimizer.type: schedule_free averages its steps, which brings back what adalora's allocator sets",
         ),
