@@ -27,7 +27,8 @@ HEAD = """## Adapter variants
 routed linear; `own` runs its own formula for its rows; `own x2` multiplies with the base weight twice. *Trained*:
 parameters against `lora` of rank 4, on a model of width 32 (OFT's blocks: 8). *Outputs*, *gradients*: the largest
 difference from PEFT {version} on the same tensors in float64, of a layer's output and of a loss's gradients, relative
-to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base. *Time*, *kept*: CPU
+to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base; `eva` in its start and
+its ranks, which equal PEFT's (tests/adapters/test_eva.py). *Time*, *kept*: CPU
 time of an optimiser step, and bytes kept for its backward pass, against `lora`'s at the same rank (16), on a Llama
 of width 512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, interleaved. `rslora` does the work of
 `lora`: its distance from 1 is the noise of the machine.

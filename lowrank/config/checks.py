@@ -121,6 +121,11 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
+    if job.tuning == "adapter" and job.adapter.looks_at_data and job.data.streaming:
+        yield (
+            f"adapter.type: {job.adapter.type} looks at the data before it starts, and with data.streaming it is read "
+            "once; leave streaming out, or choose lora"
+        )
     if job.tuning == "adapter" and job.optimizer.not_for_adapters:
         yield (
             f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose "

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.targets import is_embedding, is_linear
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
-from lowrank.export.checkpoint import Entry
+from lowrank.export.experts import Piece, is_transposed, pieces_of
+from lowrank.export.weights import Stored
 from lowrank.models.quiet import quiet_transformers
 
 _SHOWN = 12
@@ -28,7 +29,7 @@ _SHOWN = 12
 class Names:
     """Of every parameter of the model: the tensor in the files that it is loaded from."""
 
-    def __init__(self, folder: Path, checkpoint: Mapping[str, Entry], *, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, checkpoint: Mapping[str, Stored], *, trust_remote_code: bool = False) -> None:
         self.model = model_without_memory(folder, trust_remote_code=trust_remote_code)
         self.checkpoint = checkpoint
         state = self.model.state_dict(keep_vars=True)
@@ -70,7 +71,7 @@ class Names:
     def _misfits(self, module: str, adapter: AdapterOnDisk) -> list[str]:
         weight = f"{module}.weight"
         if module in adapter.config.target_parameters:
-            return [f"{module}: an adapter on fused experts (target_parameters), not merged yet; use it with --to peft"]
+            return self._expert_misfits(module, adapter)
         problem = self._unmergeable(weight)
         if problem is not None:
             return [problem]
@@ -87,6 +88,28 @@ class Names:
             if f"{module}.{part}" in adapter.tensors and adapter.tensors[f"{module}.{part}"].shape[axis] != length
         ]
 
+    def _expert_misfits(self, parameter: str, adapter: AdapterOnDisk) -> list[str]:
+        try:
+            experts, rows, columns = self.model.get_parameter(parameter).shape
+            self.pieces(parameter)
+        except AttributeError:
+            return [f"{parameter}: the base has no such experts"]
+        except ModelError as error:
+            return [str(error)]
+        if is_transposed(self.model, parameter):
+            rows, columns = columns, rows
+        A, B = (adapter.tensors[f"{parameter}.lora_{part}.weight"] for part in ("A", "B"))
+        if A.shape[1] == columns and B.shape[0] == rows and A.shape[0] == B.shape[1] and A.shape[0] % experts == 0:
+            return []
+        said = f"{experts} experts of ({rows}, {columns}) in the base"
+        return [f"{parameter}: A {_shape(A)} and B {_shape(B)} in the adapter, {said}"]
+
+    def pieces(self, parameter: str) -> list[Piece] | None:
+        """The tensors in the files that fused experts are made of; None where they are one there too."""
+        if parameter in self._file_name:
+            return None
+        return pieces_of(self.model, parameter, self._converted.get(parameter, ()))
+
     def _unmergeable(self, parameter: str) -> str | None:
         if parameter in self._converted:
             files = self._converted[parameter]
@@ -95,7 +118,7 @@ class Names:
             return None
         return f"{parameter}: the base has no such tensor"
 
-    def _entry(self, parameter: str) -> Entry:
+    def _entry(self, parameter: str) -> Stored:
         return self.checkpoint[self.origin(parameter)]
 
     def _said(self, parameter: str) -> str:
@@ -103,7 +126,7 @@ class Names:
 
 
 def _loaded_from(
-    model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Entry]
+    model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Stored]
 ) -> Iterator[tuple[str, str, bool]]:
     """(name in the files, parameter, whether anything but its name changes on the way)."""
     mapping = get_model_conversion_mapping(model)

@@ -193,13 +193,18 @@ def _packing(config: Config, shape: Any, dtype: torch.dtype, device: torch.devic
 
 
 def _not_packed(model: Any) -> str | None:
-    """What one might expect to be packed and is not: the experts of mixtures, which transformers fuses."""
+    """What one might expect to be packed and is not: experts that are no module of transformers' interface."""
     experts = kept_dense(model).get("fused experts")
     if not experts:
         return None
+    kinds = {
+        type(model.get_submodule(name.rpartition(".")[0])).__name__
+        for name, parameter in model.named_parameters()
+        if "expert" in name and not name.endswith((".weight", "bias")) and parameter.ndim > 1
+    }
     return (
-        f"the experts of this mixture are fused parameters, which no storage packs yet: {experts / 1e9:.3g} GB of them "
-        "stay in the run's dtype"
+        f"the experts of this mixture ({', '.join(sorted(kinds))}) are fused parameters that are not packed: "
+        f"{experts / 1e9:.3g} GB of them stay in the run's dtype"
     )
 
 

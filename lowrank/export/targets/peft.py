@@ -12,11 +12,11 @@ from lowrank.checkpoints.peft_config import describe_base, peft_trouble
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
-from lowrank.export.checkpoint import Checkpoint
 from lowrank.export.names import Names
 from lowrank.export.readers import read_adapter
 from lowrank.export.side_files import write_tokenizer
 from lowrank.export.source import Source
+from lowrank.export.weights import Weights
 from lowrank.settings import Settings
 
 TOLERANCES = {
@@ -89,4 +89,4 @@ def _adapter(source: Source) -> AdapterOnDisk:
 
 
 def _names(source: Source) -> Names:
-    return Names(source.base, Checkpoint(source.base), trust_remote_code=source.model.trust_remote_code)
+    return Names(source.base, Weights(source.base), trust_remote_code=source.model.trust_remote_code)
