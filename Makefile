@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 SHARED_DATA ?=
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-gpu check clean
 
 demo: $(VENV)/.core
 	$(BIN)/lowrank demo
@@ -19,6 +19,9 @@ test: check
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -105,6 +105,9 @@ class Segment:
     compare with where they began; attached before the step (train/reference.py)."""
     asked: Prompted | None = None
     """What the tokens ask, of a segment that waits for an answer."""
+    prefix: int = 0
+    """Tokens of the last segment without a prefix that come before these: a prompt that both have
+    (models/shared_prompts.py)."""
     signals_L: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
     its log-probability when it was drawn; train/rollouts.py)."""
@@ -129,7 +132,7 @@ class Batch:
     token_T     int64    the input
     target_T    int64    the token to predict at this place (the next of the same segment; 0 at its end)
     weight_T    float32  loss weight of that prediction; 0 is context
-    position_T  int64    place within the segment
+    position_T  int64    place within the document: within the segment, after its prefix
     start_S1    int32    where each segment starts, and T at the end (cumulative lengths)
     slot_S      int64    which adapter, ascending; -1 is the bare base
     pair_S      int64    which pair of the job's step it belongs to, -1 for none
@@ -154,10 +157,17 @@ class Batch:
     """Segment lengths on the host, so that no step waits for the device to learn them."""
     slots: tuple[int, ...] = field(default=())
     """`slot_S` on the host."""
+    prefixes: tuple[int, ...] = field(default=())
+    """`Segment.prefix` of each."""
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        """Of the segments with their prefixes."""
+        return tuple(length + prefix for length, prefix in zip(self.lengths, self.prefixes))
 
     def slot_ranges(self) -> list[tuple[int, int, int]]:
         """`(slot, first token, end token)` of each slot that is present, in order."""
@@ -192,6 +202,7 @@ class Batch:
             signals_T={name: value_T[begin:end] for name, value_T in self.signals_T.items()},
             lengths=self.lengths[first:last],
             slots=self.slots[first:last],
+            prefixes=self.prefixes[first:last],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -222,7 +233,7 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         token_T=token_T,
         target_T=target_T,
         weight_T=shifted_T,
-        position_T=torch.cat([torch.arange(length) for length in lengths]),
+        position_T=torch.cat([torch.arange(each.prefix, each.prefix + len(each)) for each in segments]),
         start_S1=start_S1,
         slot_S=torch.tensor(slots),
         pair_S=torch.tensor([segment.pair for segment in segments]),
@@ -232,6 +243,7 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         signals_T=_signals(segments, lengths, ends),
         lengths=tuple(lengths),
         slots=tuple(slots),
+        prefixes=tuple(segment.prefix for segment in segments),
     )
 
 

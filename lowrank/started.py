@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.data.feed import Feed
 from lowrank.data.prepare import Prepared
 from lowrank.data.rendering import Renderer
 from lowrank.errors import ModelError
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
 from lowrank.models.base import Base
+from lowrank.models.leak import shares_prompts
 from lowrank.objectives import needs
-from lowrank.records import BARE_BASE
+from lowrank.records import BARE_BASE, Preference
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, Notice, Preparing
+from lowrank.train.first_looks import first_looks
 from lowrank.train.job import Job
 from lowrank.train.reference import ReferencedSteps, References, references_folder
 from lowrank.train.rollouts import Answering, Prompts, RewardModel, Rollouts, steps_on_one_batch
@@ -36,8 +40,11 @@ def start_job(
     if config.trains_base:
         slot = BARE_BASE
     else:
-        slot = _attach(engine.bank, config, report)
+        slot = _attach(engine, config, data, report)
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    objective = engine.jobs[slot].objective
+    if (objective.record is Preference or needs(objective, "rollouts")) and not engine.base.shares_prompts:
+        engine.base.shares_prompts = engine.base.shift_attn is None and shares_prompts(engine.base)
     if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:
@@ -45,8 +52,9 @@ def start_job(
     answers = _answers(engine.base, config, data)
     for text in answers.notices if answers else ():
         report(Notice(text, job=config.name))
-    per_epoch = (data.train.steps_per_epoch or 0) * steps_on_one_batch(engine.jobs[slot].objective)
-    num_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch - 1e-9)
+    num_steps = config.max_steps or math.ceil(
+        data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(objective) - 1e-9
+    )
     return Job(
         name=config.name,
         slot=slot,
@@ -78,10 +86,16 @@ def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | 
     )
 
 
-def _attach(bank: Bank, config: JobConfig, report: Callable[[Event], None]) -> int:
+def _attach(engine: Engine, config: JobConfig, data: Prepared, report: Callable[[Event], None]) -> int:
     """A fresh adapter, or the one that `adapter.path` names, in a slot of the bank."""
+    bank = engine.bank
     if config.adapter.path is None:
-        slot = bank.add(config.adapter, seed=config.seed)
+        looks = None
+        if config.adapter.looks_at_data:
+            assert isinstance(data.train, Feed), "checked with the settings"
+            report(Notice("looking at the job's data to start from it", job=config.name))
+            looks = partial(first_looks, engine, data.train)
+        slot = bank.add(config.adapter, seed=config.seed, looks=looks)
     else:
         saved = load_adapter(Path(config.adapter.path))
         slot = bank.add(saved.config, seed=config.seed)

@@ -26,9 +26,9 @@ from lowrank.export.combine import Config as CombineConfig
 from lowrank.export.combine import combine
 from lowrank.export.held_out import HeldOut, from_data, from_file, from_questions, training_documents
 from lowrank.export.source import Source
+from lowrank.found import find_trained, is_run, where_it_is_now
 from lowrank.models.config import Config as ModelConfig
 from lowrank.train.summary import SUMMARY
-from lowrank.trained import find_trained, is_run, where_it_is_now
 
 _BASE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -233,55 +231,6 @@ def test_data_is_checked_before_the_model_loads(world: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"bad\.json"):
         run(given)
     run(settings(world, tmp_path / "run", max_steps=1))  # nothing was left that refuses the mended run
-
-
-_CHILD = """
-import sys, json
-from lowrank.config import RunConfig, resolve
-from lowrank.data.prepare import prepare
-from lowrank.evaluate.held_out_answers import score_answers
-from lowrank.run import train
-print("ready", flush=True)
-train(RunConfig(**json.loads(sys.argv[1])), reporters=[])
-"""
-
-
-@pytest.mark.slow
-def test_kill_nine_at_random_moments(world: Path, tmp_path: Path) -> None:
-    """kill -9, twenty times, a save at every step so that many strike during one; the result is the same bits."""
-    given = settings(world, tmp_path / "whole", save_steps=1, num_train_epochs=60)
-    _, whole = run(given)
-    given["output_dir"], given["resume"] = str(tmp_path / "cut"), True
-    generator, kills = random.Random(0), 0
-    while True:
-        child = subprocess.Popen([sys.executable, "-c", _CHILD, json.dumps(given)], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()
-        child.stdout.close()
-        if kills == 20:
-            assert child.wait(timeout=300) == 0
-            break
-        try:
-            child.wait(timeout=generator.uniform(0.5, 3.0))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            kills += 1
-        else:
-            pytest.fail(f"the run ended after {kills} kills: it is too short for this test")
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert _steps(tmp_path / "whole") == _steps(tmp_path / "cut")
-    assert whole.losses("a")
-
-
-def _steps(out: Path) -> list[tuple[Any, ...]]:
-    """What metrics.jsonl says, but for the times."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    # Notices differ: only a run that was killed has leftovers to remove.
-    told = [line for line in lines if line.get("event") != "notice"]
-    return [(line.get("job"), line.get("step"), line.get("loss")) for line in told]
 
 
 def test_generated_answers_decide_and_disturb_nothing(

@@ -17,8 +17,9 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
-from lowrank.adapters.experts import Expert, RoutedExperts, why_not
+from lowrank.adapters.experts import RoutedExperts, why_not
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
+from lowrank.adapters.look import Looks
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
 from lowrank.adapters.variants import AdapterConfig, Site, Tensors, Variant, name_in_files
@@ -26,6 +27,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
+from lowrank.models.experts import Expert
 from lowrank.models.original import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
@@ -66,15 +68,16 @@ class Bank:
         self.routing = Routing()
         self.slots: dict[int, Slot] = {}
 
-    def add(self, config: AdapterConfig, *, seed: int) -> int:
-        """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, on nothing else."""
+    def add(self, config: AdapterConfig, *, seed: int, looks: Looks | None = None) -> int:
+        """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, and where the
+        variant asks for it on the job's data (`looks`)."""
         targets = find_targets(self.base.model, config)
         self._check(config, targets)
         number = next(index for index in range(len(self.slots) + 1) if index not in self.slots)
         variant = config.build()
         slot = Slot(config, variant, copies=targets.copies, missed=targets.missed)
         routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
-        self._begin(variant, config, {name: layer.base for name, layer in routed.items()})
+        self._begin(variant, config, {name: layer.base for name, layer in routed.items()}, looks)
         problems = [
             problem
             for name, layer in routed.items()
@@ -98,7 +101,9 @@ class Bank:
         """Free a slot and the memory of its tensors; the layers stay wrapped."""
         del self.slots[number]
         for module in self.base.model.modules():
-            if isinstance(module, (RoutedLinear, RoutedEmbedding, RoutedExperts)):
+            if isinstance(module, RoutedLinear):
+                module.remove(number)
+            elif isinstance(module, (RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
             elif isinstance(module, RoutedCopy):
                 module.copies.pop(number, None)
@@ -122,7 +127,7 @@ class Bank:
                 tensors[f"{name}.{name_in_files(key)}"] = tensor.detach()
         of_layers = self._names_of_layers(slot)
         tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
-        ranks = {name: _rank_by(config, name) for name in slot.ranks}
+        ranks = {name: slot.variant.settled(name, *_rank_by(config, name)) for name in slot.ranks}
         by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
         return Saved(config.model_copy(update=by_full_name), tensors, ranks)
 
@@ -258,9 +263,12 @@ class Bank:
         trained = {part: value for part, value in masters.items() if isinstance(value, nn.Parameter)}
         slot.parameters.update({f"{name}.{name_in_files(part)}": value for part, value in trained.items()})
 
-    def _begin(self, variant: Variant, config: AdapterConfig, layers: dict[str, BaseLinear]) -> None:
+    def _begin(
+        self, variant: Variant, config: AdapterConfig, layers: dict[str, BaseLinear], looks: Looks | None
+    ) -> None:
         if layers:
-            site = Site(layers, partial(original_weight, self.base), self.base.device, self._wide)
+            ranks = {name: _rank_by(config, name)[0] for name in layers}
+            site = Site(layers, partial(original_weight, self.base), self.base.device, self._wide, ranks, looks)
             variant.begin(site, config.rank)
 
     def _add_linear(
@@ -268,7 +276,10 @@ class Bank:
     ) -> str | None:
         """Attach a slot to a layer; or the reason why that cannot be."""
         variant = slot.variant
-        rank, alpha = slot.ranks[name] = _rank_by(slot.config, name)
+        rank, alpha = variant.settled(name, *_rank_by(slot.config, name))
+        if not rank:
+            return None
+        slot.ranks[name] = rank, alpha
         scale = variant.scale(rank, alpha)
         try:
             fresh = variant.init(routed.base, rank, scale, generator)

@@ -32,6 +32,8 @@ class AdapterSettings(Settings):
     """Shared settings that mean nothing to it."""
     needs_quantised: ClassVar[bool] = False
     """It makes sense only where the base's storage loses something."""
+    looks_at_data: ClassVar[bool] = False
+    """It starts from what the job's own data does to the base's layers (adapters/look.py)."""
 
     rank: Positive = 16
     """Rank of the update, PEFT's `r`."""

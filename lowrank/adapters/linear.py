@@ -2,8 +2,9 @@
 
 Forward: one base GEMM over all rows, then per slot y += scale * (drop(x) A^T) B^T on its rows, and where a slot
 has a gain y += (g - 1) * (y - b). Backward: one GEMM for dx, then the small ones for dA, dB and their share of
-dx. Saved: x itself (which other layers with the same input share; not where no A is trained) and x A^T; never a
-copy of x, never the mask, never a dense weight. A NaN in one slot's rows stays in them.
+dx. Saved: x itself (which other layers with the same input share; what it is made of, where it says so; nothing where
+no A is trained) and x A^T; never a copy of x, never the mask, never a dense weight. A NaN in one slot's rows stays in
+them.
 """
 
 from __future__ import annotations
@@ -18,14 +19,10 @@ from torch import nn
 from lowrank.adapters.frozen import bias_of
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import Tensors, Variant
+from lowrank.kernels.answering import add_updates, stack
 from lowrank.kernels.counter_random import dropout
-from lowrank.kernels.grouped import (
-    batched_forward,
-    grouped_backward,
-    grouped_forward,
-    prefers_batched,
-    prefers_grouped,
-)
+from lowrank.kernels.grouped import grouped_backward, grouped_forward, prefers_grouped
+from lowrank.kernels.recipe import Recipe, recipe_of
 from lowrank.models.storages import BaseLinear
 
 
@@ -43,6 +40,42 @@ class LayerAdapter:
     def at_work(self, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         """A and B as the arithmetic takes them, `low_rank` being the masters'."""
         return [tensor.detach().to(dtype) for tensor in self.copies or low_rank]
+
+
+class StackedAdapters:
+    """The adapters of a step that answers, side by side: the same from step to step, until others answer or weights
+    change.
+    """
+
+    def __init__(self, adapters: list[LayerAdapter], dtype: torch.dtype) -> None:
+        self._adapters = adapters  # held, so that none of them makes room for another of its identity
+        self._versions = [_versions(adapter) for adapter in adapters]
+        pairs = []
+        for adapter in adapters:
+            low_rank = adapter.variant.as_low_rank(adapter.masters)
+            if (
+                low_rank is None
+                or not adapter.variant.rides(False)
+                or adapter.variant.excess_gain(adapter.masters) is not None
+            ):
+                self.stack = None
+                return
+            A_RD, B_OR = adapter.at_work(dtype, low_rank)
+            pairs.append((A_RD, B_OR))
+        self.stack = stack(pairs, [adapter.scale for adapter in adapters])
+
+    def is_of(self, adapters: list[LayerAdapter]) -> bool:
+        """These adapters, with the weights they have now."""
+        return (
+            len(adapters) == len(self._adapters)
+            and all(mine is theirs for mine, theirs in zip(self._adapters, adapters))
+            and all(_versions(adapter) == mine for adapter, mine in zip(adapters, self._versions))
+        )
+
+
+def _versions(adapter: LayerAdapter) -> list[int]:
+    """Counted by torch with every change in place."""
+    return [tensor._version for tensor in adapter.copies or adapter.masters.values()]
 
 
 @dataclass(frozen=True)
@@ -78,6 +111,7 @@ class RoutedLinear(nn.Module):
         self.name = name
         self.routing = routing
         self.adapters: dict[int, LayerAdapter] = {}
+        self._stacked: StackedAdapters | None = None
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
@@ -92,6 +126,10 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, self.in_features)
+        if self.routing.answering and not torch.is_grad_enabled() and not x.is_cuda:
+            y_TO = self._answer(x_TD)
+            if y_TO is not None:
+                return y_TO.view(*x.shape[:-1], self.out_features)
         pieces: list[Piece] = []
         masters: list[torch.Tensor] = []
         others: list[tuple[int, int, int, LayerAdapter]] = []
@@ -107,10 +145,29 @@ class RoutedLinear(nn.Module):
             piece, own = make_piece(adapter, low_rank, x_TD.dtype, first, end)
             pieces.append(replace(piece, dropout=rate, key=key, counter_N=self.routing.counter_N) if rate else piece)
             masters += own
-        y_TO = routed_product(x_TD, self.base, pieces, masters)
+        y_TO = routed_product(x_TD, self.base, pieces, masters, recipe_of(x))
         if others:
             y_TO = self._apply_others(x_TD, y_TO, others)
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def remove(self, slot: int) -> None:
+        """Free what a slot has here."""
+        self.adapters.pop(slot, None)
+        self._stacked = None
+
+    def _answer(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """All slots' updates by the kernels for answers; None if one of them is more than low-rank."""
+        ranges = [each for each in self.routing.in_rows_of(len(x_TD), self.name) if each[0] in self.adapters]
+        if not ranges:
+            return self.base(x_TD)
+        adapters = [self.adapters[slot] for slot, _, _ in ranges]
+        if self._stacked is None or not self._stacked.is_of(adapters):
+            self._stacked = StackedAdapters(adapters, x_TD.dtype)
+        if self._stacked.stack is None:
+            return None
+        y_TO = self.base(x_TD)
+        add_updates(x_TD, y_TO, self._stacked.stack, tuple((first, end) for _, first, end in ranges))
+        return y_TO
 
     def _dropout(self, slot: int, adapter: LayerAdapter) -> tuple[float, int]:
         """(probability, key) of a slot's dropout here; probability 0 where nothing is drawn."""
@@ -147,14 +204,19 @@ def make_piece(
 
 
 def routed_product(
-    x_TD: torch.Tensor, base: BaseLinear, pieces: Sequence[Piece], masters: Sequence[torch.Tensor]
+    x_TD: torch.Tensor,
+    base: BaseLinear,
+    pieces: Sequence[Piece],
+    masters: Sequence[torch.Tensor],
+    recipe: Recipe | None = None,
 ) -> torch.Tensor:
-    """x W^T + b with each piece's update on its rows, inside autograd."""
-    if not torch.is_grad_enabled() and prefers_batched(x_TD, pieces):
-        y_TO = base(x_TD)
-        batched_forward(x_TD, y_TO, pieces)
-        return y_TO
-    return _RoutedLinear.apply(x_TD, base, tuple(pieces), *masters)  # pyright: ignore[reportReturnType]
+    """x W^T + b with each piece's update on its rows, inside autograd. `recipe` makes x again, in any leading shape."""
+    recipe = recipe or recipe_of(x_TD)
+    return _RoutedLinear.apply(x_TD, base, tuple(pieces), recipe, *masters)  # pyright: ignore[reportReturnType]
+
+
+_MASTERS = 4
+"""Where `masters` begin among the inputs of `_RoutedLinear`."""
 
 
 class _RoutedLinear(torch.autograd.Function):
@@ -163,7 +225,12 @@ class _RoutedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, base: BaseLinear, pieces: tuple[Piece, ...], *masters: torch.Tensor
+        ctx: Any,
+        x_TD: torch.Tensor,
+        base: BaseLinear,
+        pieces: tuple[Piece, ...],
+        recipe: Recipe,
+        *masters: torch.Tensor,
     ) -> torch.Tensor:
         del masters
         y_TO = base(x_TD)
@@ -178,10 +245,11 @@ class _RoutedLinear(torch.autograd.Function):
                 if piece.excess_O is not None:
                     gained.append(_without(y_TO[piece.first : piece.end], bias_of(base)))
                     y_TO[piece.first : piece.end].addcmul_(gained[-1], piece.excess_O)
-        ctx.base, ctx.pieces, ctx.grouped, ctx.num_gained = base, pieces, grouped, len(gained)
+        ctx.base, ctx.pieces, ctx.grouped, ctx.num_gained, ctx.make = base, pieces, grouped, len(gained), recipe.make
         if pieces:
-            keeps_x = grouped or any(ctx.needs_input_grad[3 + place] for place in _places_of_A(pieces))
-            ctx.save_for_backward(x_TD if keeps_x else None, *shrunk, *gained)
+            keeps_x = grouped or any(ctx.needs_input_grad[_MASTERS + place] for place in _places_of_A(pieces))
+            ctx.num_parts = len(recipe.parts) if keeps_x else 0
+            ctx.save_for_backward(*recipe.parts[: ctx.num_parts], *shrunk, *gained)
         return y_TO
 
     @staticmethod
@@ -189,8 +257,10 @@ class _RoutedLinear(torch.autograd.Function):
         (dy_TO,) = outer
         pieces: tuple[Piece, ...] = ctx.pieces
         if not pieces:
-            return dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None, None, None
-        x_TD, *saved = ctx.saved_tensors
+            return dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None, None, None, None
+        saved = ctx.saved_tensors  # once: a checkpoint gives each of them once
+        parts, saved = saved[: ctx.num_parts], saved[ctx.num_parts :]
+        x_TD = ctx.make(*parts).reshape(-1, ctx.base.in_features) if parts else None
         shrunk, gained = saved[: len(saved) - ctx.num_gained], iter(saved[len(saved) - ctx.num_gained :])
         of_gains: dict[int, torch.Tensor] = {}
         if ctx.num_gained:
@@ -202,13 +272,14 @@ class _RoutedLinear(torch.autograd.Function):
                     dy_own.addcmul_(dy_own.clone(), piece.excess_O)
         dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
         if ctx.grouped:
-            return dx_TD, None, None, *grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
+            assert x_TD is not None
+            return dx_TD, None, None, None, *grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
         gradients: list[torch.Tensor | None] = []
         for index, (piece, h_TR) in enumerate(zip(pieces, shrunk)):
             rows = slice(piece.first, piece.end)
             g_TR = (dy_TO[rows] @ piece.B_OR).mul_(piece.scale)
-            trains_A = ctx.needs_input_grad[3 + len(gradients)]
-            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]) if trains_A else None)
+            trains_A = ctx.needs_input_grad[_MASTERS + len(gradients)]
+            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]) if x_TD is not None and trains_A else None)
             gradients.append((dy_TO[rows].t() @ h_TR).mul_(piece.scale))
             if index in of_gains:
                 gradients.append(of_gains[index])
@@ -217,7 +288,7 @@ class _RoutedLinear(torch.autograd.Function):
                     dx_TD[rows] += piece.drop(g_TR @ piece.A_RD)
                 else:
                     dx_TD[rows].addmm_(g_TR, piece.A_RD)
-        return dx_TD, None, None, *gradients
+        return dx_TD, None, None, None, *gradients
 
 
 def _places_of_A(pieces: tuple[Piece, ...]) -> list[int]:

@@ -33,6 +33,8 @@ class Routing:
     counter_N: torch.Tensor | None = None
     length_N: torch.Tensor | None = None
     draws: Mapping[int, Draws] = field(default_factory=dict)
+    answering: bool = False
+    """The rows are tokens of answers in the making: few of each slot, and the same slots in many batches."""
 
     def set(
         self,
@@ -41,6 +43,7 @@ class Routing:
         counter_N: torch.Tensor | None = None,
         length_N: torch.Tensor | None = None,
         draws: Mapping[int, Draws] | None = None,
+        answering: bool = False,
     ) -> None:
         """Route the batches that follow. A layer may see k rows for each routed one (sequences of k tokens).
 
@@ -49,6 +52,7 @@ class Routing:
         self.num_rows = num_rows
         self.counter_N, self.length_N = counter_N, length_N
         self.draws = draws or {}
+        self.answering = answering
         # The bare base has no adapter, but its own parameters may be in training, with noise.
         self.ranges = tuple(entry for entry in ranges if entry[0] >= 0 or entry[0] in self.draws)
 

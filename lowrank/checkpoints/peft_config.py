@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters import variants
-from lowrank.adapters.targets import by_pattern, fused_parameters, matches
+from lowrank.adapters.targets import by_pattern, fused_parameters, holds_layers, matches
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.errors import ModelError
 from lowrank.settings import configs_in
@@ -104,11 +104,11 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
     for module_name, module in model.named_modules():
         if not module_name or (inside is not None and module_name.startswith(inside)):
             continue
-        inside = f"{module_name}." if getattr(module, "is_routed", False) else None
+        inside = f"{module_name}." if holds_layers(module) else None
         names.append(module_name)
         if isinstance(module, Conv1D) or getattr(getattr(module, "base", None), "transposed", False):
             transposed.append(module_name)
-    return BaseDescription(name, revision, tuple(names), frozenset(transposed), fused_parameters(model))
+    return BaseDescription(name, revision, tuple(names), frozenset(transposed), tuple(fused_parameters(model)))
 
 
 def peft_trouble(base: BaseDescription, targets: Collection[str], peft_type: str = "LORA") -> str | None:

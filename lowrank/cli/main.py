@@ -103,7 +103,12 @@ def _lowrank(
 
 def main(words: list[str] | None = None) -> None:
     """Run the command line (`sys.argv` by default) and exit with one of `EXIT_CODES`."""
-    words = sys.argv[1:] if words is None else words
+    if words is None:
+        words = sys.argv[1:]
+        if words[:1] == ["train"]:
+            from lowrank.kernels.host_memory import start_again_without_cache
+
+            start_again_without_cache()
     as_json = "--json" in words
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per attempt; our error says what could not be had
     if os.getcwd() not in sys.path:

@@ -108,8 +108,19 @@ def load(
     word = choose_layout(base, config.attention)
     if word:
         notify(word)
+    if config.shift_attn is not None:
+        _shift_attention(base, config.shift_attn, word)
     set_recompute(model, config.recompute)
     return base
+
+
+def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
+    if base.layout != "packed":
+        raise ModelError(
+            "model.shift_attn: groups of tokens are told to the attention as documents are, which this base cannot be "
+            f"told ({why_padded or 'model.attention: padded'}); leave shift_attn out"
+        )
+    base.shift_attn = group
 
 
 def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_all: bool) -> tuple[Any, list[str]]:
@@ -182,13 +193,18 @@ def _packing(config: Config, shape: Any, dtype: torch.dtype, device: torch.devic
 
 
 def _not_packed(model: Any) -> str | None:
-    """What one might expect to be packed and is not: the experts of mixtures, which transformers fuses."""
+    """What one might expect to be packed and is not: experts that are no module of transformers' interface."""
     experts = kept_dense(model).get("fused experts")
     if not experts:
         return None
+    kinds = {
+        type(model.get_submodule(name.rpartition(".")[0])).__name__
+        for name, parameter in model.named_parameters()
+        if "expert" in name and not name.endswith((".weight", "bias")) and parameter.ndim > 1
+    }
     return (
-        f"the experts of this mixture are fused parameters, which no storage packs yet: {experts / 1e9:.3g} GB of them "
-        "stay in the run's dtype"
+        f"the experts of this mixture ({', '.join(sorted(kinds))}) are fused parameters that are not packed: "
+        f"{experts / 1e9:.3g} GB of them stay in the run's dtype"
     )
 
 

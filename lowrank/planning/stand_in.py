@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank.models.expert_loading import experts_to_pack, parameters_to_pack, with_packed_experts
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import weight_of
 from lowrank.models.streaming import linears_to_pack
@@ -20,12 +21,11 @@ from lowrank.models.streaming import linears_to_pack
 class _StandIn(nn.Module):
     """A `BaseLinear` whose dense weight exists while it is used."""
 
-    def __init__(self, linear: Any, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], like: Any, bias: Any = None) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.bias = linear.bias
-        self._dtype = linear.weight.dtype
-        self._device = linear.weight.device
+        self.bias = bias
+        self._dtype, self._device = like.dtype, like.device
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return F.linear(x_TD, self.dense_weight(), self.bias)
@@ -42,5 +42,12 @@ def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> int:
     for name, module in linears_to_pack(model, storage).items():
         out_features, in_features = weight_of(module).shape
         total += storage.bytes_of((out_features, in_features))
-        model.set_submodule(name, _StandIn(module, (out_features, in_features)))
+        model.set_submodule(name, _StandIn((out_features, in_features), module.weight, module.bias))
+    experts = experts_to_pack(model, storage)
+    wanted = parameters_to_pack(experts)
+    for name, found in wanted.items():
+        weight = model.get_parameter(name)
+        found.packed = [_StandIn(found.shape, weight) for _ in range(found.count)]
+        total += found.count * storage.bytes_of(found.shape)
+    with_packed_experts(model, experts, wanted)
     return total

@@ -101,6 +101,9 @@ class DiskKeeper:
 
     def _restore(self, job: Job, saved: JobState) -> None:
         trained = self.engine.jobs[job.slot]
+        restore_optimizer(
+            trained.optimizer, trained.parameters, saved.optimizer
+        )  # first: it may decide what is trained
         if job.slot == BARE_BASE:
             _copy_into(_of_base(trained.parameters), saved.parameters)
             trained.refresh()
@@ -108,7 +111,6 @@ class DiskKeeper:
             self.engine.bank.load(job.slot, saved.tensors)
         if trained.value_D is not None:
             self.engine.load_value_head(job.slot, saved.value_D)
-        restore_optimizer(trained.optimizer, trained.parameters, saved.optimizer)
         if trained.scale is not None and "loss_scale" in saved.state:
             trained.scale = LossScale(**saved.state["loss_scale"])
         job.progress = Progress(**saved.state["progress"])

@@ -14,7 +14,6 @@ from lowrank import __version__
 from lowrank.checkpoints.atomic import write_text
 from lowrank.train.curve import Curve
 from lowrank.train.events import EvalDone, Event, JobFinished, JobStarted, RunStarted, StepDone
-from lowrank.train.plots import write_loss_plot
 from lowrank.train.process_memory import memory_use
 from lowrank.train.reporters.metrics import FILE as METRICS
 from lowrank.train.verdict import Verdict, verdict
@@ -198,6 +197,8 @@ class SummaryBuilder:
 
     def finish(self, interrupted: bool = False) -> dict[str, Any]:
         """Write summary.json and loss.png (paths in it are relative to the run folder); what was written."""
+        from lowrank.train.plots import write_loss_plot  # matplotlib: half a second and 30 MB, wanted at the end alone
+
         summary = self.as_dict(interrupted)
         metrics = self.output_dir / METRICS
         title = f"{self.output_dir.name}: loss"

@@ -60,7 +60,7 @@ def verdict(steps: Sequence[int], losses: Sequence[float], eval_points: Sequence
         return found
     if len(held_out) >= MIN_EVALS:
         points = np.array(held_out)
-        said = _course(points[:, 0], points[:, 1], "held-out loss")
+        said = _course(points[:, 0], points[:, 1], "held-out loss", as_measured=True)
         return _with_held_out(said, held_out) if said.kind == "flat" else said
     if finite < MIN_LOSSES:
         what = f"{finite} {'loss' if finite == 1 else 'losses'}"
@@ -122,8 +122,9 @@ def _overfitting(held_out: Sequence[tuple[int, float]]) -> Verdict | None:
     )
 
 
-def _course(x_N: np.ndarray, y_N: np.ndarray, name: str) -> Verdict:
-    """Falling or flat, for a curve of finite values."""
+def _course(x_N: np.ndarray, y_N: np.ndarray, name: str, *, as_measured: bool = False) -> Verdict:
+    """Falling or flat, for a curve of finite values. A fall is told by the line through it, or by what was measured at
+    its ends: evaluations are few and a reader compares them with what the run printed."""
     level_N, noise = smooth(y_N), noise_of(y_N)
     third = max(5, min(10, len(y_N) // 2), math.ceil(len(y_N) / 3))
     x_tail, y_tail = x_N[-third:], y_N[-third:]
@@ -134,9 +135,10 @@ def _course(x_N: np.ndarray, y_N: np.ndarray, name: str) -> Verdict:
     drop = -slope * float(x_tail[-1] - x_tail[0])
     if drop > material and significant:
         last = float(np.median(y_tail - slope * (x_tail - x_tail[-1])))
+        before, after = (float(y_tail[0]), float(y_tail[-1])) if as_measured else (last + drop, last)
         return Verdict(
             "falling",
-            f"Still falling: the {name} went from {wording.loss(last + drop)} to {wording.loss(last)} from step "
+            f"Still falling: the {name} went from {wording.loss(before)} to {wording.loss(after)} from step "
             f"{x_tail[0]:.0f} to {x_tail[-1]:.0f}. More steps may help.",
         )
     band = material + 3 * noise / math.sqrt(_effective(len(y_N)))

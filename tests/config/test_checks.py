@@ -27,6 +27,10 @@ HELD_OUT = {"train": "lowrank/demo", "validation_split": 0.1}
             "early_stopping_patience: eval_steps is",
         ),
         ({"data": {"train": "lowrank/demo", "streaming": True}}, "max_steps: needed with data.streaming"),
+        (
+            {"data": {"train": "lowrank/demo", "streaming": True}, "max_steps": 3, "adapter": "eva"},
+            "adapter.type: eva looks at the data before it starts",
+        ),
         ({"data": {}}, "data.train: nothing to learn from"),
         ({"jobs": [{"name": "a"}, {"name": "b", "data": {"train": []}}]}, "jobs.1.data.train: nothing to learn from"),
     ],

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.models.lean import LeanMLP, LeanNorm, make_lean
-from tests.tiny_models import FAMILIES, VOCABULARY, make_model
+from lowrank.models.recompute import set_recompute
+from tests.tiny_models import FAMILIES, VOCABULARY, make_base, make_engine, make_model, random_step
 
 RMS_NORMS = {
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3", "phi3", "glm4",
@@ -73,6 +76,43 @@ def test_the_same_function(family: str, dtype: torch.dtype) -> None:
     assert float((gradient - lean_gradient).abs().max()) <= (1e-5 if dtype == torch.float32 else 3e-2) * scale
     if family in RMS_NORMS & GATED:
         assert lean_kept < (0.95 if dtype == torch.float32 else 0.85) * kept
+
+
+def _note(kept: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    kept[tensor.untyped_storage().data_ptr()] = tensor
+    return tensor
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_adapters_learn_as_before_and_the_product_is_not_kept(recompute: str) -> None:
+    """The down projection's adapter needs its input; act(gate) * up is made again from gate and up."""
+    gradients, wide = [], []
+    for lean_modules in (False, True):
+        base = make_base("llama", torch.float32, intermediate_size=56)
+        if lean_modules:
+            make_lean(base.model)
+        engine, (one, other) = make_engine(base, Lora(rank=4, dropout=0.2), Lora(rank=2))
+        set_recompute(base.model, recompute)
+        for slot in (one, other):
+            for parameter in engine.bank.parameters(slot).values():
+                torch.nn.init.normal_(parameter, std=0.1)
+            engine.bank.refresh(slot)
+        kept: dict[int, torch.Tensor] = {}  # held, so that no address is used twice
+        with torch.autograd.graph.saved_tensors_hooks(partial(_note, kept), lambda tensor: tensor):
+            engine.forward_backward({one: random_step(0, [9, 14]), other: random_step(1, [12])})
+        gradients.append(
+            {
+                f"{slot} {name}": parameter.grad
+                for slot in (one, other)
+                for name, parameter in engine.bank.parameters(slot).items()
+            }
+        )
+        wide.append(sum(tensor.shape[-1] == 56 and tensor.numel() == 35 * 56 for tensor in kept.values()))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+    if recompute == "none":
+        layers = 2
+        assert wide == [4 * layers, 2 * layers]  # gate, up, act(gate), product; gate, up
 
 
 def test_float64_is_left_alone() -> None:

@@ -102,6 +102,14 @@ def test_held_out_curve_decides_when_there_is_one(kind: Kind, number: int) -> No
     assert right >= 57
 
 
+def test_a_held_out_fall_is_told_in_numbers_that_were_printed() -> None:
+    """Not those of a line through them, which ends below every evaluation where the curve bends."""
+    loss = [2.0371, 1.3496, 1.2330, 1.1565, 1.0896, 1.0031, 0.9526, 0.9021, 0.8775, 0.8696]
+    points = [(200 * number, each) for number, each in enumerate(loss, start=1)]
+    said = verdict(range(1, 2001), np.geomspace(8, 0.6, 2000).tolist(), points).sentence
+    assert said.startswith("Still falling: the held-out loss went from 1.0031 to 0.8696 from step 1200 to 2000.")
+
+
 def test_few_evaluations_are_told_but_do_not_decide() -> None:
     said = verdict(
         list(range(1, 301)), [3 - step / 200 for step in range(1, 301)], [(100, 2.0), (200, 1.9), (300, 1.91)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.look import Looks
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import choice_of
 
@@ -39,6 +40,10 @@ class Site:
     device: torch.device
     dtype: torch.dtype
     """Of masters: float32 or wider."""
+    ranks: Mapping[str, int]
+    """Of every layer, by the settings."""
+    looks: Looks | None = None
+    """The job's own data, for variants whose `Config.looks_at_data`; None where there is none (a memory plan)."""
 
 
 class Variant:
@@ -60,6 +65,12 @@ class Variant:
 
     def begin(self, site: Site, rank: int) -> None:
         """Called once, before the first `init`. `rank` is the adapter's general one."""
+
+    def settled(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of the layer of this name, where `begin` found better ones than the settings say. Rank 0: the
+        layer gets no adapter."""
+        del name
+        return rank, alpha
 
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
         """Fresh float32 tensors; the layer must compute what the base computes."""
@@ -95,7 +106,7 @@ class Variant:
         self, x_TD: torch.Tensor, y_TO: torch.Tensor, base: BaseLinear, scale: float, tensors: Tensors
     ) -> torch.Tensor:
         """(dropped-out input, base output) -> output, with autograd. `base.dense_weight()` may be scratch memory: let
-        `frozen_linear` multiply with it."""
+        `frozen_product` multiply with it."""
         low_rank = self.as_low_rank(tensors)
         assert low_rank is not None, f"{type(self).__name__} has neither apply nor as_low_rank"
         A_RD, B_OR = (tensor.to(x_TD.dtype) for tensor in low_rank)

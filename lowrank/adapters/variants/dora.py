@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.frozen import bias_of, frozen_linear
+from lowrank.adapters.frozen import bias_of
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.adapters.variants.lora import Lora
 from lowrank.models.storages import BaseLinear
+from lowrank.models.storages.packed import frozen_product
 
 _ROWS = 512
 """Rows of a 16-bit weight that are widened at a time."""
@@ -72,7 +73,7 @@ class Dora(Lora):
         """y + (g - 1) W x + g s B A x, x dropped out."""
         excess_O = self.excess_gain(tensors).to(x_TD.dtype)
         A_RD, B_OR = (tensor.to(x_TD.dtype) for tensor in self.as_low_rank(tensors))
-        plain_TO, bias_O = frozen_linear(x_TD, base), bias_of(base)
+        plain_TO, bias_O = frozen_product(x_TD, base), bias_of(base)
         if bias_O is not None:
             plain_TO = plain_TO - bias_O
         return y_TO + excess_O * plain_TO + (1 + excess_O) * scale * ((x_TD @ A_RD.t()) @ B_OR.t())

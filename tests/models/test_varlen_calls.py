@@ -1,0 +1,137 @@
+"""The calls of CUDA's variable-length kernel: on a GPU the kernel itself; elsewhere its documentation, written out.
+
+Without a GPU this shows that what we pass (layouts, boundaries, windows, pages) means what the documentation of
+torch.nn.attention.varlen.varlen_attn says it means; with one (`pytest -m gpu`) that the kernel does it.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from lowrank.models import attention, paged_attention
+from lowrank.models.attention import Packed, Softmax, attend_documents
+from lowrank.models.paged_attention import _KERNEL_PAGE, KeyValueCache, Span, Step
+
+LENGTHS = (7, 1, 32, 33, 300)
+SCALE = 0.3
+WHERE = [pytest.param("cpu", id="documented"), pytest.param("cuda", id="kernel", marks=pytest.mark.gpu)]
+
+
+def documented(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """varlen_attn by its documentation: (T_q, H_q, D), (T_k, H_kv, D) or pages of it, -> (T_q, H_q, D)."""
+    assert return_aux is None
+    assert num_splits is None
+    assert enable_gqa or query.shape[1] == key.shape[-2]
+    assert cu_seq_q.dtype == torch.int32
+    outputs = []
+    for index, (first, end) in enumerate(zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:])):
+        if block_table is None:
+            assert cu_seq_k is not None
+            assert cu_seq_k.dtype == torch.int32
+            keys, values = (each[cu_seq_k[index] : cu_seq_k[index + 1]] for each in (key, value))
+        else:
+            assert cu_seq_k is None
+            assert block_table.dtype == torch.int32
+            assert seqused_k is not None
+            assert key.shape[1] % 256 == 0, "pages of flash attention are whole 256 tokens"
+            pages = block_table[index].long()
+            keys, values = (each[pages].flatten(0, 1)[: seqused_k[index]] for each in (key, value))
+        assert end - first <= max_q
+        assert len(keys) <= max_k
+        distance = torch.arange(len(keys) - (end - first), len(keys))[:, None] - torch.arange(len(keys))
+        left, right = window_size
+        seen = distance >= -right if right >= 0 else torch.ones_like(distance, dtype=torch.bool)
+        seen = seen & (distance <= left) if left >= 0 else seen
+        groups = query.shape[1] // keys.shape[1]
+        k_HKd, v_HKd = (each.repeat_interleave(groups, 1).transpose(0, 1) for each in (keys, values))
+        assert scale is not None
+        score = (query[first:end].transpose(0, 1) @ k_HKd.mT * scale).masked_fill(~seen, float("-inf"))
+        outputs.append((score.softmax(-1) @ v_HKd).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel, or what stands for it."""
+    if device == "cpu":
+        real = inspect.signature(attention.varlen_attn)  # type: ignore[arg-type]
+        assert list(inspect.signature(documented).parameters) == list(real.parameters)
+        for module in (attention, paged_attention):
+            monkeypatch.setattr(module, "varlen_attn", documented)
+    return
+
+
+def operands(heads: int, total: int, seed: int = 0) -> torch.Tensor:
+    """(1, heads, total, 64)."""
+    return torch.randn(1, heads, total, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("window", [None, 5, 1000])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_whole_documents(key_heads: int, window: int | None, device: str) -> None:
+    """Output and gradients, against the path of processors in float64."""
+    plain = [operands(heads, sum(LENGTHS), seed) for seed, heads in enumerate((4, key_heads, key_heads))]
+    dtype = torch.float64 if device == "cpu" else torch.bfloat16
+    q, k, v = (tensor.to(device, dtype).requires_grad_() for tensor in plain)
+    start_S1 = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
+    ours = attention._varlen(q, k, v, SCALE, window, Packed(start_S1, LENGTHS))
+    exact = [tensor.to(dtype).double().requires_grad_() for tensor in plain]
+    expected = attend_documents(*exact, Softmax(SCALE, window), Packed(start_S1.cpu(), LENGTHS))
+    assert ours is not None
+    outer = operands(sum(LENGTHS), 4, 9)
+    given = torch.autograd.grad(ours, (q, k, v), outer.to(device, dtype))
+    tolerance = 1e-10 if device == "cpu" else 2e-2
+    for one, other in zip((ours, *given), (expected, *torch.autograd.grad(expected, exact, outer.to(dtype).double()))):
+        assert (one.cpu().double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("window", [None, 5])
+def test_pages_are_read_where_they_lie(window: int | None, device: str) -> None:
+    """A sequence that begins, one that goes on by a chunk, one that goes on by a token; in one call."""
+    dtype = torch.float64 if device == "cpu" else torch.bfloat16
+    where = torch.device(device)
+    layer = torch.nn.Module()
+    outputs = []
+    for by_kernel in (True, False):
+        cache = KeyValueCache(8, _KERNEL_PAGE)
+        for seed, spans in enumerate(
+            [
+                [Span(0, 300, [3, 1], [3, 1]), Span(0, 9, [5], [5])],
+                [Span(300, 20, [3, 1]), Span(9, 1, [5]), Span(0, 40, [6], [6])],
+            ]
+        ):
+            step = Step(cache, spans, where)
+            step._tables = step._make_tables(where) if by_kernel else None
+            total = sum(span.length for span in spans)
+            q, k, v = (operands(heads, total, 10 * seed + heads).to(where, dtype) for heads in (4, 2, 2))
+            output = step.attend(layer, q, k, v, Softmax(SCALE, window))
+            if by_kernel and device == "cpu":  # float64 does not go to the kernel by itself
+                output = step._by_kernel(q, *cache.of(layer, k, v), Softmax(SCALE, window))
+            outputs.append(output)
+    first, second = outputs[:2], outputs[2:]
+    tolerance = 1e-10 if device == "cpu" else 2e-2
+    for one, other in zip(first, second):
+        assert (one.double() - other.double()).norm() <= tolerance * other.double().norm()

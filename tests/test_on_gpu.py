@@ -1,0 +1,134 @@
+"""What needs a GPU to be true (`make test-gpu`): the GPU path is held to that of processors, which PEFT vouches for.
+
+Kernels that a processor cannot run (variable-length attention, grouped products, Triton) are compared as a whole
+here; their calls one by one in tests/models/test_varlen_calls.py, tests/kernels/.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lowrank.models.attention
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.capabilities import storage_capabilities
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.generate.request import Config as Sampling
+from lowrank.generate.sampler import Prompt, generate
+from lowrank.kernels import grouped
+from lowrank.models.config import Config as ModelConfig
+from lowrank.models.loading import load
+from lowrank.models.recompute import set_recompute
+from lowrank.objectives.sft import Config as Sft
+from lowrank.records import Segment
+from lowrank.train.engine import Engine
+from lowrank.train.optimizers.adamw import Config as AdamW
+from tests.tiny_models import random_step
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda"
+LENGTHS = [40, 7, 130, 64]
+
+
+def engine_on(device: str, dtype: str, adapters: list[Lora], **model: Any) -> tuple[Engine, list[int]]:
+    """One SFT job per adapter on the base that ships with lowrank."""
+    settings = ModelConfig(path="lowrank/tiny", device=device, dtype=dtype, **model)  # type: ignore[arg-type]
+    base = load(settings, notify=lambda text: None)
+    engine, slots = Engine(base, Bank(base), 4096), []
+    for seed, adapter in enumerate(adapters):
+        slots.append(engine.bank.add(adapter, seed=seed))
+        engine.add(slots[-1], Sft().build(), AdamW(), seed=seed, neftune_alpha=0.0)
+    return engine, slots
+
+
+def losses(engine: Engine, slots: list[int], jobs: list[int], steps: int = 4) -> np.ndarray:
+    """(steps, jobs): job j's data depend on j and the step alone."""
+    found = []
+    for step in range(steps):
+        work: dict[int, list[Segment]] = {
+            slot: random_step(100 * job + step, LENGTHS, 3072) for slot, job in zip(slots, jobs)
+        }
+        forwarded = engine.forward_backward(work)
+        for slot in slots:
+            assert not engine.optim_step(slot, 1e-2).skipped
+        found.append([forwarded[slot].loss for slot in slots])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("storage", ["dense", "nf4", "int8", "hqq"])
+def test_many_jobs_learn_as_on_a_processor(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight adapters of different rank: the grouped products, the varlen kernel, each storage's way to decode."""
+    calls = {"varlen": 0, "grouped": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*words: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return function(*words, **named)
+
+        return call
+
+    monkeypatch.setattr(
+        lowrank.models.attention, "varlen_attn", counted("varlen", lowrank.models.attention.varlen_attn)
+    )
+    monkeypatch.setattr(grouped.F, "grouped_mm", counted("grouped", grouped.F.grouped_mm))
+    adapters = [Lora(rank=rank, dropout=0.1 * (rank == 8)) for rank in (4, 8, 16, 3, 8, 8, 32, 1)]
+    given = {"storage": {"type": storage}}
+    on_gpu = losses(*engine_on(GPU, "bfloat16", adapters, **given), [*range(8)])
+    assert calls["varlen"]
+    assert calls["grouped"]
+    on_cpu = losses(*engine_on("cpu", "float32", adapters, **given), [*range(8)])
+    assert on_cpu[-1].mean() < on_cpu[0].mean() - 0.1
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=0.02)
+
+
+def test_a_job_is_the_same_alone_and_in_company() -> None:
+    together = losses(*engine_on(GPU, "bfloat16", [Lora(rank=8)] * 6), [*range(6)])
+    alone = losses(*engine_on(GPU, "bfloat16", [Lora(rank=8)]), [0])
+    np.testing.assert_allclose(together[:, :1], alone, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_recompute_policy_has_the_same_gradient(dtype: str) -> None:
+    """`offload` too, which exists on a GPU alone."""
+    gradients = {}
+    for policy in ("none", "selective", "full", "sqrt", "offload"):
+        engine, (slot,) = engine_on(GPU, dtype, [Lora(rank=8)])
+        set_recompute(engine.base.model, policy)
+        engine.forward_backward({slot: random_step(0, LENGTHS, 3072)})
+        gradients[policy] = torch.cat(
+            [
+                parameter.grad.flatten()
+                for parameter in engine.bank.parameters(slot).values()
+                if parameter.grad is not None
+            ]
+        )
+    for policy, gradient in gradients.items():
+        difference = (gradient - gradients["none"]).norm() / gradients["none"].norm()
+        assert difference < (1e-5 if dtype == "float32" else 0.03), (
+            policy
+        )  # flash attention's backward adds in any order
+
+
+@pytest.mark.parametrize("storage", ["dense", "nf4"])
+def test_answers_are_those_of_a_processor(storage: str) -> None:
+    """Greedy, float32, pages: the same tokens for the bare base and an adapter in one batch."""
+    answers = []
+    for device in (GPU, "cpu"):
+        given = {"storage": {"type": storage}}
+        engine, (slot,) = engine_on(device, "float32", [Lora(rank=8)], **given)
+        losses(engine, [slot], [0])
+        prompts = [Prompt(np.arange(5 + index, 30 + 9 * index), slot if index % 2 else -1) for index in range(4)]
+        sampling = Sampling(max_new_tokens=20, temperature=0.0)
+        answers.append(generate(engine.base, engine.bank, prompts, sampling, stop_tokens=frozenset()))
+    assert answers[0] == answers[1]
+
+
+def test_every_storage_trains_rightly() -> None:
+    """What `lowrank doctor` tries."""
+    troubles = {each.storage: each.trouble for each in storage_capabilities(torch.device(GPU)) if not each.train}
+    assert not troubles
