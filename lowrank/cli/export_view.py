@@ -13,7 +13,7 @@ from lowrank.export.sizes import said_size
 
 
 class Watcher:
-    """One line for every piece of work, with the time left; nothing where nobody looks."""
+    """A line for the work that goes on, with the time left; nothing where nobody looks."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
@@ -27,7 +27,7 @@ class Watcher:
         """See `Watch`."""
         if what not in self.tasks:
             self.tasks[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[what], completed=done, total=total)
+        self.progress.update(self.tasks[what], completed=done, total=total, visible=done < total)
 
     def __enter__(self) -> Watcher:
         self.progress.start()

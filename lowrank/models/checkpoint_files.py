@@ -79,7 +79,7 @@ class StoredTensor:
 
     def _read(self, offset: int, size: int) -> torch.Tensor:
         raw = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + offset)
             done = 0
