@@ -82,8 +82,9 @@ def engine_of(objective: Any, layers: int, micro_batch_tokens: int) -> tuple[Eng
     assert shares_prompts(base)
     bank = Bank(base)
     engine = Engine(base, bank, micro_batch_tokens)
-    slot = bank.add(Lora(rank=16), seed=0)
+    adapter: Any = Lora(rank=16)
     optimizer: Any = AdamW()
+    slot = bank.add(adapter, seed=0)
     engine.add(slot, objective, optimizer, seed=0, neftune_alpha=0.0)
     return engine, slot
 

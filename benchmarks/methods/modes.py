@@ -68,7 +68,8 @@ def page() -> str:
     cost = costs(engines)
     lines = []
     for name, (summary, when, paper, peer) in _MODES.items():
-        numbers = "as freeze | as freeze | as freeze"
+        like = "freeze" if "freeze" in name else "adapter"
+        numbers = f"as {like} | as {like} | as {like}"
         if name in engines:
             job = engines[name][0].jobs[engines[name][1]]
             gradients = sum(4 * value.numel() for value in job.parameters.values())
@@ -89,7 +90,8 @@ def _engine(name: str) -> Any:
         if "freeze" in name:
             train_only(base.model, FreezeConfig(trainable_layers=1))
         engine = Engine(base, Bank(base), 4096)
-        engine.add(BARE_BASE, Sft().build(), AdamW(), seed=0, neftune_alpha=0.0)
+        optimizer: Any = AdamW()
+        engine.add(BARE_BASE, Sft().build(), optimizer, seed=0, neftune_alpha=0.0)
         return engine, BARE_BASE, work
     base.shift_attn = 128 if "shift" in name else None
     engine, (slot,) = make_engine(base, VARIANTS["lora"](rank=16))

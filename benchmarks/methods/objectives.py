@@ -127,7 +127,9 @@ def _work(name: str) -> list[Segment]:
         for role in (CHOSEN, REJECTED):
             token_L = np.concatenate([prompt, generator.integers(3, 97, 32)])
             weight_L = np.concatenate([np.zeros(96), np.ones(32)]).astype(np.float32)
-            signals = dict.fromkeys(("advantage", "return", "value", "logprob"), weight_L) if name in _DRAWN else {}
+            signals: dict[str, Any] = (
+                dict.fromkeys(("advantage", "return", "value", "logprob"), weight_L) if name in _DRAWN else {}
+            )
             role_here = role if name in _IN_PAIRS or name == "kto" else 0
             pair_here = pair if name in _IN_PAIRS else -1
             segments.append(Segment(token_L, weight_L, pair_here, role_here, 0, -weight_L, signals_L=signals))

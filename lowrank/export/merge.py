@@ -214,11 +214,13 @@ class Merged(Mapping[str, Plan]):
 def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
     """What happens to each parameter that the adapter reaches, by the model's names."""
     variant = adapter.config.build()
+    shapes = {module: names.layer_shape(module) for module in adapter.targets if names.has_linear(module)}
+    drawn = variant.drawn(shapes, adapter.config.rank, adapter.tensors) if shapes else {}
     changes: dict[str, _Change] = {}
     for name, tensor in adapter.tensors.items():
         if name.endswith(TOKEN_ROWS):
             changes[f"{name.removesuffix(TOKEN_ROWS)}weight"] = _Rows(adapter.config.trainable_token_indices, tensor)  # type: ignore[arg-type]
-        elif not any(name.startswith(f"{module}.") for module in adapter.targets):
+        elif name not in variant.frozen and not any(name.startswith(f"{module}.") for module in adapter.targets):
             changes[name] = _Instead(tensor)
     for module, (rank, alpha) in adapter.targets.items():
         if module in adapter.config.target_parameters:
@@ -228,6 +230,7 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
             for name, tensor in adapter.tensors.items()
             if name.startswith(f"{module}.")
         }
+        parts = {**drawn.get(module, {}), **parts}
         scale = variant.scale(rank, alpha)
         if is_embedding(names.model.get_submodule(module)):
             changes[f"{module}.weight"] = _EmbeddingUpdate(scale, parts["lora_embedding_A"], parts["lora_embedding_B"])

@@ -48,6 +48,18 @@ class Names:
         """A layer that keeps its weight as (D, O): GPT-2's Conv1D."""
         return isinstance(self.model.get_submodule(module), Conv1D)
 
+    def has_linear(self, module: str) -> bool:
+        """Whether a linear layer goes by this name."""
+        try:
+            return is_linear(self.model.get_submodule(module))
+        except AttributeError:
+            return False
+
+    def layer_shape(self, module: str) -> tuple[int, int]:
+        """(O, D) of a linear layer."""
+        first, second = self.model.get_submodule(module).weight.shape
+        return (second, first) if self.is_transposed(module) else (first, second)
+
     def origin(self, parameter: str) -> str:
         """The tensor in the files that holds a parameter's values; of a tied one perhaps under its twin's name."""
         pair = [parameter, *sorted(self.tied - {parameter})] if parameter in self.tied else [parameter]
@@ -60,7 +72,12 @@ class Names:
     def refusals(self, adapter: AdapterOnDisk) -> list[str]:
         """Why this adapter cannot be merged into this base: one sentence for every tensor that does not fit."""
         problems = [problem for module in adapter.targets for problem in self._misfits(module, adapter)]
-        own = [name for name in adapter.tensors if not any(name.startswith(f"{module}.") for module in adapter.targets)]
+        shared = adapter.config.build().frozen
+        own = [
+            name
+            for name in adapter.tensors
+            if name not in shared and not any(name.startswith(f"{module}.") for module in adapter.targets)
+        ]
         for name in own:
             weight = f"{name.removesuffix(TOKEN_ROWS)}weight" if name.endswith(TOKEN_ROWS) else name
             problem = self._unmergeable(weight)

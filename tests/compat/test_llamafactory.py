@@ -378,7 +378,7 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
         ("quantization_bit: 5\n", "quantization_bit: bnb has 4, 8 bits, not 5"),
         ("quantization_bit: 8\nquantization_method: eetq\n", "quantization_method: 'eetq' is not there"),
         ("rope_scaling: yarn\n", "rope_scaling: how far "),
-        ("badam_mode: ratio\n", "badam_mode: ratio is not supported: only `layer` is there"),
+        ("badam_mode: ratio\n", "badam_mode: 'ratio' is not supported: only `layer` is there"),
         ("use_galore: true\noptim: adafactor\n", "optim: adafactor inside of use_galore is not there"),
         ("optim: rmsprop\n", "optim: 'rmsprop' is not supported"),
         ("lr_scheduler_type: polynomial\n", "lr_scheduler_type: 'polynomial' is not supported"),

@@ -65,7 +65,7 @@ RECIPES = {
     + "use_apollo: true\napollo_target: all\napollo_rank: 128\napollo_scale: 32.0\napollo_layerwise: false\n",
     "extras/badam": SFT
     + FULL
-    + "use_badam: true\nbadam_mode: layer\nbadam_switch_mode: ascending\nbadam_switch_interval: 1\nbadam_verbose: 2\n",
+    + "use_badam: true\nbadam_mode: layer\nbadam_switch_mode: ascending\nbadam_switch_interval: 50\nbadam_verbose: 2\n",
     "extras/adam_mini": SFT + FULL + "use_adam_mini: true\n",
     "extras/shift_attn": SFT + LORA + "shift_attn: true\n",
     "extras/galore_8bit": SFT + FULL + "use_galore: true\ngalore_rank: 16\noptim: adamw_8bit\n",
@@ -145,8 +145,7 @@ def test_refused_with_a_pointer(name: str, tmp_path: Path) -> None:
     write(tmp_path, recipe)
     with pytest.raises(ConfigError) as caught:
         load_any(tmp_path / "recipe.yaml")
-    (problem,) = str(caught.value).splitlines()[1:]
-    assert pointer in problem
+    assert pointer in str(caught.value)
 
 
 def write(folder: Path, recipe: str, **more: str) -> None:

@@ -78,6 +78,14 @@ class Variant:
         """Fresh float32 tensors; the layer must compute what the base computes."""
         raise NotImplementedError
 
+    def drawn(
+        self, shapes: Mapping[str, tuple[int, int]], rank: int, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Tensors]:
+        """By layer, what `merge` needs and the layer's own tensors in a file do not hold. `shapes`: (O, D) of every
+        layer; `rank`: the adapter's general one; `tensors`: all of the file's."""
+        del shapes, rank, tensors
+        return {}
+
     def refresh(self, base: BaseLinear, scale: float, tensors: Tensors) -> None:
         """Bring frozen tensors that follow from trained ones up to date: after each update and load."""
 

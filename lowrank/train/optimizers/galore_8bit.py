@@ -18,7 +18,7 @@ class Config(LowRankSettings):
     """`galore` with moments in 8 bit; those of fewer than 4,096 numbers stay in 32 bit."""
 
     paper = "arXiv:2403.03507"
-    when = "as galore, with a quarter of its state"
+    when = "as galore, with a third of its state"
     type: Literal["galore_8bit"] = "galore_8bit"
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
@@ -41,7 +41,7 @@ class GaLore8bit(torch.optim.Optimizer):
         self.settings = settings
         defaults = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
         super().__init__(groups, defaults)
-        self._stand_in: dict[nn.Parameter, nn.Parameter] = {}
+        self._stand_in: dict[torch.Tensor, torch.Tensor] = {}
         inner: Groups = []
         for group in self.param_groups:
             own = group["params"]
@@ -56,7 +56,7 @@ class GaLore8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
         del closure
-        projections: dict[nn.Parameter, torch.Tensor] = {}
+        projections: dict[torch.Tensor, torch.Tensor] = {}
         for group, inner in zip(self.param_groups, self._inner.param_groups):
             inner["lr"] = group["lr"]
             for parameter in group["params"] if group["projected"] else ():
