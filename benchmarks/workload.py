@@ -56,8 +56,12 @@ class Workload:
         return str(self.folder / "model")
 
     def packed(self, tokens_per_step: int) -> list[list[int]]:
-        """Row numbers of steps filled by best fit, the last and emptiest left out; in a fixed mixed order."""
-        steps = best_fit([len(row.tokens) for row in self.rows], tokens_per_step)
+        """Row numbers of steps filled by best fit decreasing, as TRL packs; the emptiest left out, in a mixed order."""
+        falling = sorted(range(len(self.rows)), key=lambda number: -len(self.rows[number].tokens))
+        steps = [
+            sorted(falling[place] for place in members)
+            for members in best_fit([len(self.rows[number].tokens) for number in falling], tokens_per_step)
+        ]
         full = [step for step in steps if sum(len(self.rows[i].tokens) for i in step) > 0.95 * tokens_per_step]
         random.Random(0).shuffle(full)
         return full

@@ -272,13 +272,14 @@ class _RoutedLinear(torch.autograd.Function):
                     dy_own.addcmul_(dy_own.clone(), piece.excess_O)
         dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
         if ctx.grouped:
+            assert x_TD is not None
             return dx_TD, None, None, None, *grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
         gradients: list[torch.Tensor | None] = []
         for index, (piece, h_TR) in enumerate(zip(pieces, shrunk)):
             rows = slice(piece.first, piece.end)
             g_TR = (dy_TO[rows] @ piece.B_OR).mul_(piece.scale)
             trains_A = ctx.needs_input_grad[_MASTERS + len(gradients)]
-            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]) if trains_A else None)
+            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]) if x_TD is not None and trains_A else None)
             gradients.append((dy_TO[rows].t() @ h_TR).mul_(piece.scale))
             if index in of_gains:
                 gradients.append(of_gains[index])

@@ -19,9 +19,10 @@ it is as it was). Bits are per weight, with scales, at default settings.
 |---|---|---|---|---|---|
 """
 MIDDLE = """
-Every linear layer of the backbone is packed, adapted or not; the head, embeddings, tied weights and what
-`storage.skip_modules` names stay in the run's dtype, and so do the experts of mixtures, which transformers keeps as
-fused parameters (a run says how many bytes that is).
+Every linear layer of the backbone is packed, adapted or not, and so is every matrix of the experts of a mixture, each
+by itself, where transformers describes their arithmetic (not Llama 4's, for one; a run says how many bytes stay).
+The head, embeddings, tied weights, routers and what `storage.skip_modules` names (`experts`, for one) stay in the
+run's dtype.
 
 ## Checkpoints that come quantised
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.errors import ModelError, did_you_mean, raise_all
+from lowrank.models.experts import OF_ONE_EXPERT, PackedExperts, fused_shapes
+from lowrank.models.storages.packed import PackedLinear
 
 Value = TypeVar("Value")
-
-
-_OF_ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ def innermost(module: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         module = inner
     return module
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The full name of a module of the model."""
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -87,10 +92,10 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     linears = {name for name, module in modules.items() if is_linear(module)}
     embeddings = {name for name, module in modules.items() if is_embedding(module)}
     wanted = config.target_modules
-    fused = fused_parameters(model)
+    fused = tuple(fused_parameters(model))
     parameters = tuple(name for name in fused if any(_is_parameter(name, item) for item in config.target_parameters))
     if wanted == "all-linear":
-        chosen = {name for name in linears if modules[name] is not head and not _OF_ONE_EXPERT.search(name)}
+        chosen = {name for name in linears if modules[name] is not head and not OF_ONE_EXPERT.search(name)}
     else:
         chosen = {name for name in linears | embeddings if matches(name, wanted)}
     chosen -= {name for name in chosen if config.exclude_modules and matches(name, config.exclude_modules)}
@@ -108,19 +113,20 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     )
 
 
-def fused_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Full names of the 3-D weights of experts, in the model's order, without the wrappers of the bank."""
-    found = []
-    for name, module in model.named_modules():
-        if name and not _inside_wrapper(model, name) and "expert" in name:
-            own = innermost(module).named_parameters(recurse=False)
-            found += [f"{name}.{key}" for key, parameter in own if parameter.ndim == 3]
-    return tuple(found)
+def fused_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the 3-D weights of experts by full name, in the model's order; packed or not, whatever the bank
+    wrapped around them."""
+    return {
+        f"{name}.{key}": shape
+        for name, module in model.named_modules()
+        if name and "expert" in name and not _inside_wrapper(model, name)
+        for key, shape in fused_shapes(innermost(module)).items()
+    }
 
 
 def is_of_one_expert(name: str) -> bool:
     """A layer of one expert among a list: it sees only the tokens that chose it."""
-    return _OF_ONE_EXPERT.search(name) is not None
+    return OF_ONE_EXPERT.search(name) is not None
 
 
 def _is_parameter(name: str, item: str) -> bool:
@@ -128,11 +134,16 @@ def _is_parameter(name: str, item: str) -> bool:
     return name == item or name.endswith(f".{item}")
 
 
+def holds_layers(module: nn.Module) -> bool:
+    """What is in it is reached through it: a routed layer, packed experts."""
+    return getattr(module, "is_routed", False) or isinstance(module, PackedExperts)
+
+
 def _inside_wrapper(model: nn.Module, name: str) -> bool:
-    """Modules that a routed layer holds are reached through it: `...q_proj.base` is no name of the model."""
+    """`...q_proj.base` is no name of the model."""
     parent = name.rpartition(".")[0]
     while parent:
-        if getattr(model.get_submodule(parent), "is_routed", False):
+        if holds_layers(model.get_submodule(parent)):
             return True
         parent = parent.rpartition(".")[0]
     return False
@@ -175,16 +186,20 @@ def _unmatched(
     return problems
 
 
+def _weights_in(module: nn.Module) -> int:
+    """Weights of a module itself, packed or not."""
+    if isinstance(module, PackedLinear):
+        return module.in_features * module.out_features
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
 def _experts_left_out(model: nn.Module, linears_left: set[str], parameters: set[str]) -> str | None:
     """Experts that get no adapter: fused 3-D parameters, and layers that see only some of the tokens."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    fused = [name for name in fused_parameters(model) if name not in parameters]
+    fused = {name: shape for name, shape in fused_parameters(model).items() if name not in parameters}
     listed = [name for name in linears_left if is_of_one_expert(name)]
     if fused:
-        size = 0
-        for name in fused:
-            module, _, key = name.rpartition(".")
-            size += getattr(innermost(model.get_submodule(module)), key).numel()
+        size = sum(map(math.prod, fused.values()))
+        total = sum(_weights_in(module) for module in model.modules())
         kinds = sorted({".".join(name.split(".")[-2:]) for name in fused})
         return (
             f"{size / total:.0%} of this model's weights are experts kept as fused parameters; all-linear does not "

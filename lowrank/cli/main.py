@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "Talk to a base or to a trained adapter.",
     "quantize": "Write a quantised copy of a model, which loads faster and anywhere.",
     "expand": "Write a copy of a model with new layers that change nothing yet, to train them alone (LLaMA Pro).",
+    "vocab": "Write a copy of a model with more tokens in its vocabulary.",
     "doctor": "What this machine and each storage can do, found out by trying.",
     "serve": "Answer OpenAI clients: the base and every adapter, loaded and replaced while it runs.",
     "predict": "Let every adapter answer the questions of a file, and compare them with the base.",
@@ -103,7 +104,12 @@ def _lowrank(
 
 def main(words: list[str] | None = None) -> None:
     """Run the command line (`sys.argv` by default) and exit with one of `EXIT_CODES`."""
-    words = sys.argv[1:] if words is None else words
+    if words is None:
+        words = sys.argv[1:]
+        if words[:1] == ["train"]:
+            from lowrank.kernels.host_memory import start_again_without_cache
+
+            start_again_without_cache()
     as_json = "--json" in words
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per attempt; our error says what could not be had
     if os.getcwd() not in sys.path:

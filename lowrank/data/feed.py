@@ -5,6 +5,7 @@ The order is a function of (seed, epoch) alone, so a feed's whole state is how m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -58,8 +59,15 @@ class Feed:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The same in every epoch."""
+        """Of the running epoch. What `batch_tokens` fills may be some more or fewer in another."""
         return len(self._steps)
+
+    def steps_in(self, num_epochs: float) -> float:
+        """Steps until so many epochs are over, from the beginning; a fraction where the last one is not whole."""
+        if self._config.batch_tokens is None:
+            return num_epochs * len(self._steps)
+        counts = [len(self._plan(epoch)) for epoch in range(math.ceil(num_epochs))]
+        return sum(counts) - (math.ceil(num_epochs) - num_epochs) * counts[-1]
 
     @property
     def epoch(self) -> float:
@@ -130,6 +138,11 @@ class StreamingFeed:
     def steps_per_epoch(self) -> None:
         """Not known before the end."""
         return None
+
+    def steps_in(self, num_epochs: float) -> float:
+        """None can be counted beforehand."""
+        del num_epochs
+        return 0.0
 
     @property
     def epoch(self) -> float:
@@ -203,10 +216,8 @@ def _plan(lengths: Sequence[int], config: Config, rng: np.random.Generator) -> l
     if config.batch_tokens is None:
         return [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     bins = best_fit([lengths[index] for index in order], config.batch_tokens)
-    if config.shuffle:
+    if config.shuffle:  # the last bins are the least full, and miss the short samples that filled up the others
         bins = [bins[place] for place in rng.permutation(len(bins)).tolist()]
-    else:
-        bins.sort(key=lambda members: members[0])
     return [[order[place] for place in members] for members in bins]
 
 

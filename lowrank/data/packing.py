@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`, by best fit decreasing.
+    """Indices of `lengths` in bins of at most `capacity`: each in turn goes into the fullest bin with room for it.
 
-    The longest come first, each into the fullest bin that still has room for it; within a bin indices ascend.
-    A length above `capacity` stands alone. O(n log n): the free rooms are kept in a sorted list. The number of bins
-    depends on the lengths alone, not on their order.
+    In the order given, not by decreasing length as packing usually has it: bins that hold sequences of about one length
+    each are steps that learn from long documents now and from short ones then (docs/log.md, 2026-11-26, has what that
+    costs), and where nothing is padded a bin that is not full costs nothing. A length above `capacity` stands alone.
+    Indices ascend within a bin, and so do the bins' first ones. O(n log n): the free rooms are kept in a sorted list.
     """
     bins: list[list[int]] = []
     rooms: list[int] = []  # the different rooms that some bin has left, ascending
     with_room: dict[int, list[int]] = {}  # bins by the room they have left
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        length = lengths[index]
+    for index, length in enumerate(lengths):
         place = bisect_left(rooms, length)
         if place == len(rooms):
             number, room = len(bins), capacity
@@ -34,4 +34,4 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 insort(rooms, left)
                 with_room[left] = []
             with_room[left].append(number)
-    return [sorted(members) for members in bins]
+    return bins

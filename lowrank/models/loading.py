@@ -18,9 +18,11 @@ from lowrank.models.freezing import train_only
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
 from lowrank.models.prequantised import reader_for
+from lowrank.models.quantised_copies import find_copy
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute
 from lowrank.models.rope import stretch
+from lowrank.models.storages.dense import Config as Dense
 from lowrank.models.streaming import Packing, kept_dense, load_packed
 
 DENSE = "dense"
@@ -93,7 +95,11 @@ def load(
             "set model.storage to dense, or train an adapter (tuning: adapter)"
         )
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
-    model, said = _load_model(config, dtype, device, train_all)
+    copy = None if config.storage.type == DENSE else _copy_of(config, dtype)
+    model, said = _load_model(copy or config, dtype, device, train_all)
+    if copy is not None:
+        model.config.name_or_path = locate(config.path)
+        said.insert(0, f"reading {copy.path}, which `lowrank quantize` made of {config.path}")
     for sentence in said:
         notify(sentence)
     model.to(device)
@@ -108,8 +114,25 @@ def load(
     word = choose_layout(base, config.attention)
     if word:
         notify(word)
+    if config.shift_attn is not None:
+        _shift_attention(base, config.shift_attn, word)
     set_recompute(model, config.recompute)
     return base
+
+
+def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
+    if base.layout != "packed":
+        raise ModelError(
+            "model.shift_attn: groups of tokens are told to the attention as documents are, which this base cannot be "
+            f"told ({why_padded or 'model.attention: padded'}); leave shift_attn out"
+        )
+    base.shift_attn = group
+
+
+def _copy_of(config: Config, dtype: torch.dtype) -> Config | None:
+    """The same model as `lowrank quantize` has written it, packed as `config` asks; None if it has not."""
+    copy = find_copy(locate(config.path), config.revision, config.storage, dtype)
+    return copy and config.model_copy(update={"path": str(copy), "revision": None, "storage": Dense()})
 
 
 def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_all: bool) -> tuple[Any, list[str]]:
@@ -182,13 +205,18 @@ def _packing(config: Config, shape: Any, dtype: torch.dtype, device: torch.devic
 
 
 def _not_packed(model: Any) -> str | None:
-    """What one might expect to be packed and is not: the experts of mixtures, which transformers fuses."""
+    """What one might expect to be packed and is not: experts that are no module of transformers' interface."""
     experts = kept_dense(model).get("fused experts")
     if not experts:
         return None
+    kinds = {
+        type(model.get_submodule(name.rpartition(".")[0])).__name__
+        for name, parameter in model.named_parameters()
+        if "expert" in name and not name.endswith((".weight", "bias")) and parameter.ndim > 1
+    }
     return (
-        f"the experts of this mixture are fused parameters, which no storage packs yet: {experts / 1e9:.3g} GB of them "
-        "stay in the run's dtype"
+        f"the experts of this mixture ({', '.join(sorted(kinds))}) are fused parameters that are not packed: "
+        f"{experts / 1e9:.3g} GB of them stay in the run's dtype"
     )
 
 

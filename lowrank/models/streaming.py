@@ -24,9 +24,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.errors import LowrankError, ModelError
 from lowrank.models.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
-from lowrank.models.prequantised import Reader
+from lowrank.models.expert_loading import (
+    ExpertsToPack,
+    experts_to_pack,
+    one_by_one,
+    pack_matrix,
+    parameters_to_pack,
+    with_packed_experts,
+)
+from lowrank.models.experts import OF_ONE_EXPERT, Joined
+from lowrank.models.prequantised import Reader, by_linear
 from lowrank.models.storages import StorageConfig
-from lowrank.models.storages.packed import QuantisedStorage, weight_of
+from lowrank.models.storages.packed import is_skipped, weight_of
 
 METHOD = "lowrank"
 """Our name among transformers' quantisers."""
@@ -51,6 +60,9 @@ class Packing(QuantizationConfigMixin):
         self.linears: dict[str, nn.Module] = {}
         """Layers that are packed, if their weight turns out to be."""
         self.packed: dict[str, nn.Module] = {}
+        self.experts: dict[str, ExpertsToPack] = {}
+        """Fused parameters by full name, and what of them is packed."""
+        self.modules_of_experts: dict[str, Any] = {}
         self.problems: list[str] = []
 
     def __deepcopy__(self, memo: Any) -> Packing:
@@ -85,8 +97,53 @@ class Packing(QuantizationConfigMixin):
             self.packed[name] = self.storage.wrap(linear)
             linear.weight = empty
         except LowrankError as error:
-            self.problems.append(str(error) if name in str(error) else f"{name}: {error}")
+            self._remember(name, error)
         return None
+
+    def pack_expert(self, name: str, index: int, value: Any) -> None:
+        """Take one expert's matrix of the fused parameter `name`: as the parameter has it, or packed in one or more
+        parts."""
+        wanted = self.experts[name]
+        try:
+            if isinstance(value, list):
+                if any(isinstance(part, torch.Tensor) for part in value):
+                    raise ModelError(f"{name}: expert {index} is quantised in part; take the 16-bit checkpoint")
+                parts = [part.build(None) for part in value]
+                module = parts[0] if len(parts) == 1 else Joined(parts)
+            else:
+                assert self.storage is not None
+                weight = value.to(self.device)
+                module = pack_matrix(self.storage, weight.t() if wanted.transposed else weight)
+            got = (module.out_features, module.in_features)
+            if got != wanted.shape:
+                self.problems.append(
+                    f"{name}: expert {index} is {got} (out, in) in the checkpoint, {wanted.shape} in the model"
+                )
+            wanted.packed[index] = module
+        except LowrankError as error:
+            self._remember(name, error)
+
+    def pack_fused(self, name: str, value: Any) -> Any:
+        """Take a fused parameter that is stored whole: None if it is packed now, else what is to be set."""
+        if self.storage is None:
+            return value
+        wanted = self.experts[name]
+        rows, columns = reversed(wanted.shape) if wanted.transposed else wanted.shape
+        if tuple(value.shape) != (wanted.count, rows, columns):
+            expected = f"{(wanted.count, rows, columns)} in the model"
+            self.problems.append(f"{name}: shape {tuple(value.shape)} in the checkpoint, {expected}")
+            return None
+        for index in range(wanted.count):
+            self.pack_expert(name, index, value[index])
+        return None
+
+    def is_there(self, model: Any, target: str, missing_keys: set[str]) -> None:
+        """Nothing is to be loaded for this parameter any more."""
+        missing_keys.discard(target)
+        model.get_parameter(target)._is_hf_initialized = True  # or it would be drawn at random
+
+    def _remember(self, name: str, error: LowrankError) -> None:
+        self.problems.append(str(error) if name in str(error) else f"{name}: {error}")
 
 
 class _PackedWeight:
@@ -110,7 +167,7 @@ class _PackedWeight:
         try:
             return reader.build(self.name, tensors, bias, self.packing.dtype)
         except LowrankError as error:
-            file = next(iter(self.tensors.values())).file.path
+            file = next(iter(self.tensors.values())).file
             raise ModelError(f"{file}: {error}") from error
 
 
@@ -119,6 +176,32 @@ class _UnpackedWeight(_PackedWeight):
 
     def __getitem__(self, index: Any) -> Any:
         return self.build(None).dense_weight().clone()[index]
+
+
+class _WeightOfExpert(_PackedWeight):
+    """The same where packed experts may take it as it is (expert_loading.OneByOne)."""
+
+    def dense(self) -> torch.Tensor:
+        """For whoever cannot."""
+        return self.build(None).dense_weight().clone()
+
+
+class _FusedWeight:
+    """All experts of a projection as one stored tensor, read one by one. Passes through a loader untouched."""
+
+    def __init__(self, packing: Packing, stored: StoredTensor) -> None:
+        self.packing, self.stored, self.shape = packing, stored, stored.shape
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.stored.rows(index, index + 1)[0].to(self.packing.dtype) if isinstance(index, int) else self
+
+    def to(self, *where: Any, **options: Any) -> _FusedWeight:
+        """Cast and moved later."""
+        return self
+
+    def dense(self) -> torch.Tensor:
+        """For an operation that wants it whole."""
+        return self.stored.read().to(self.packing.dtype)
 
 
 class _Quantiser(HfQuantizer):
@@ -130,25 +213,33 @@ class _Quantiser(HfQuantizer):
         """The model is on the meta device."""
         packing: Packing = self.quantization_config
         packing.linears.update(linears_to_pack(model, packing.storage))
+        packing.modules_of_experts.update(experts_to_pack(model, packing.storage))
+        packing.experts.update(parameters_to_pack(packing.modules_of_experts))
         packing.tensors.update(_as_weights(packing, packing.stored, model))
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         """Whether `pack` is asked about it."""
         name, _, kind = param_name.rpartition(".")
-        return kind == "weight" and name in self.quantization_config.linears
+        packing: Packing = self.quantization_config
+        return param_name in packing.experts or (kind == "weight" and name in packing.linears)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What the loader calls with each such weight."""
         return _Pack(self.quantization_config)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
-        """The model's own."""
-        return weight_conversions
+        """The model's own, expert by expert."""
+        experts = self.quantization_config.experts
+        if not experts:
+            return weight_conversions
+        return one_by_one(weight_conversions, sorted({name.rpartition(".")[2] for name in experts}))
 
     def postprocess_model(self, model: Any, **options: Any) -> Any:
         """Everything is read: the packed layers take their places, and no trace of us stays with the model."""
-        for name, module in self.quantization_config.packed.items():
+        packing: Packing = self.quantization_config
+        for name, module in packing.packed.items():
             model.set_submodule(name, module)
+        with_packed_experts(model, packing.modules_of_experts, packing.experts)
         self.remove_quantization_config(model)
         return model
 
@@ -172,12 +263,12 @@ class _Pack(ConversionOps):
         for target, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             name, _, kind = target.rpartition(".")
-            if kind == "weight" and name in self.packing.linears:
+            if target in self.packing.experts:
+                value = self.packing.pack_fused(target, value)
+            elif kind == "weight" and name in self.packing.linears:
                 value = self.packing.pack(name, value)
             if value is None:
-                options["missing_keys"].discard(target)
-                weight: Any = self.packing.linears[name].weight
-                weight._is_hf_initialized = True  # or it would be drawn at random
+                self.packing.is_there(options["model"], target, options["missing_keys"])
             else:
                 rest[target] = value
         return rest
@@ -185,7 +276,6 @@ class _Pack(ConversionOps):
 
 def linears_to_pack(model: Any, storage: StorageConfig | None) -> dict[str, nn.Module]:
     """Linear layers that are no head, not tied, and not to be skipped."""
-    skipped = storage.skip_modules if isinstance(storage, QuantisedStorage) else ()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     kept = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
     head = model.get_output_embeddings()
@@ -196,7 +286,7 @@ def linears_to_pack(model: Any, storage: StorageConfig | None) -> dict[str, nn.M
         and _is_plain(type(module))
         and module is not head
         and name not in kept
-        and not any(name == skip or name.endswith(f".{skip}") for skip in skipped)
+        and not is_skipped(name, storage)
     }
 
 
@@ -205,6 +295,12 @@ def pack_in_place(model: Any, storage: StorageConfig) -> None:
     if storage.type != "dense":
         for name, linear in linears_to_pack(model, storage).items():
             model.set_submodule(name, storage.wrap(linear))
+        experts = experts_to_pack(model, storage)
+        wanted = parameters_to_pack(experts)
+        for name, found in wanted.items():
+            for index, weight in enumerate(model.get_parameter(name).detach()):
+                found.packed[index] = pack_matrix(storage, weight.t() if found.transposed else weight)
+        with_packed_experts(model, experts, wanted)
 
 
 @functools.cache
@@ -230,24 +326,19 @@ def _is_plain(kind: type[nn.Module]) -> bool:
 
 def _as_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -> dict[str, Any]:
     """The checkpoint as if nothing in it were quantised: every packed linear has one `weight`."""
-    if packing.reader is None:
-        return dict(stored)
-    suffixes = sorted(packing.reader.suffixes, key=len, reverse=True)
-    groups: dict[str, dict[str, StoredTensor]] = {}
-    found: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        suffix = next((each for each in suffixes if name.endswith(f".{each}")), None)
-        if suffix is None:
-            found[name] = tensor
-        else:
-            groups.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = tensor
     prefix = f"{model.base_model_prefix}."
-    for name, tensors in groups.items():
-        if tensors.keys() <= {"weight"}:
-            found[f"{name}.weight"] = tensors["weight"]
-            continue
+    if packing.reader is None:
+        fused = {name: _FusedWeight(packing, tensor) for name, tensor in stored.items()
+                 if {name, prefix + name, name.removeprefix(prefix)} & packing.experts.keys()}  # fmt: skip
+        return {**stored, **fused}
+    plain, linears = by_linear(packing.reader, stored)
+    found: dict[str, Any] = {name: stored[name] for name in plain}
+    for name, own in linears.items():
+        tensors = {suffix: stored[each] for suffix, each in own.items()}
         there = {name, prefix + name, name.removeprefix(prefix)} & packing.linears.keys()
-        found[f"{name}.weight"] = (_PackedWeight if there else _UnpackedWeight)(packing, name, tensors)
+        of_expert = bool(packing.experts) and OF_ONE_EXPERT.search(name) is not None
+        kind = _PackedWeight if there else _WeightOfExpert if of_expert else _UnpackedWeight
+        found[f"{name}.weight"] = kind(packing, name, tensors)
     return found
 
 
@@ -285,7 +376,7 @@ def kept_dense(model: Any) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
-        kind = "fused experts" if parameter.ndim == 3 and "expert" in name else "other layers"
+        kind = "fused experts" if "expert" in name and not name.endswith((".weight", "bias")) else "other layers"
         kind = "embedding and head" if id(parameter) in embeddings else kind
         kinds[kind] = kinds.get(kind, 0) + parameter.numel() * parameter.element_size()
     return kinds

@@ -16,8 +16,7 @@ from lowrank.adapters.config import AdapterSettings
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.recompute import segment_length
 from lowrank.planning.layers import kinds_of_layers
-from lowrank.planning.simulation import PlannedJob, Simulation, StepTrace, read_config, work_of
-from lowrank.records import Batch
+from lowrank.planning.simulation import Heaviest, PlannedJob, Simulation, StepTrace, read_config, work_of
 from lowrank.train.engine import Work
 
 _FEW = 3
@@ -69,16 +68,15 @@ class StepMemory:
         first = self._simulation(self.cores()[0])
         self.work: Work = work_of(first.slots, self.jobs)
 
-    def heaviest_batch(self, micro_batch_tokens: int, work: Work | None = None) -> tuple[Batch, int]:
-        """(the largest forward pass of a step, number of forward passes in it)."""
+    def heaviest_batch(self, micro_batch_tokens: int, work: Work | None = None) -> Heaviest:
+        """The largest forward pass of a step."""
         return self._simulation(self.cores()[0]).heaviest_batch(work or self.work, micro_batch_tokens)
 
     def step(self, micro_batch_tokens: int, recompute: str | int, work: Work | None = None) -> StepBytes:
         """The heaviest step of all jobs together (or `work`), cut and recomputed so."""
-        batch, count = self.heaviest_batch(micro_batch_tokens, work)
-        return _parts(self._policy(batch, recompute), several=count > 1)
+        return _parts(self._policy(self.heaviest_batch(micro_batch_tokens, work), recompute))
 
-    def _policy(self, batch: Batch, recompute: str | int) -> StepTrace:
+    def _policy(self, batch: Heaviest, recompute: str | int) -> StepTrace:
         """`sqrt` and a number of layers follow from `full` and `none`."""
         if isinstance(recompute, int):
             return self._first_layers(batch, min(recompute, self.num_layers))
@@ -92,14 +90,14 @@ class StepMemory:
         again = full.backward - spared + each * (length - 1)  # the inputs of the segment that is computed again
         return dataclasses.replace(full, **phases, backward=min(full.backward, again))
 
-    def _first_layers(self, batch: Batch, number: int) -> StepTrace:
+    def _first_layers(self, batch: Heaviest, number: int) -> StepTrace:
         none, full = self._whole(batch, "none"), self._whole(batch, "full")
         spared = (none.kept - full.kept) * number // max(1, self.num_layers)
         phases = {name: getattr(none, name) - spared for name in ("kept", "forward", "loss", "backward")}
         phases["backward"] = max(phases["backward"], full.backward)
         return dataclasses.replace(none, **phases)
 
-    def _whole(self, batch: Batch, recompute: str) -> StepTrace:
+    def _whole(self, batch: Heaviest, recompute: str) -> StepTrace:
         """A step of the whole model out of steps of models of a few layers."""
         first, others = self.cores()
         trace = self._trace(first, batch, recompute)
@@ -128,21 +126,30 @@ class StepMemory:
             self._simulations[core] = Simulation(self.model, self.config, self.jobs, core)
         return self._simulations[core]
 
-    def _trace(self, core: tuple[int, ...] | None, batch: Batch, recompute: str) -> StepTrace:
-        key = (core, batch.lengths, batch.slots, int((batch.weight_T != 0).sum()), recompute)
+    def _trace(self, core: tuple[int, ...] | None, heaviest: Heaviest, recompute: str) -> StepTrace:
+        batch = heaviest.batch
+        key = (
+            core,
+            batch.lengths,
+            batch.prefixes,
+            batch.slots,
+            heaviest.others,
+            int((batch.weight_T != 0).sum()),
+            recompute,
+        )
         if key not in self._traces:
-            self._traces[key] = self._simulation(core).step(batch, recompute)
+            self._traces[key] = self._simulation(core).step(heaviest, recompute)
         return self._traces[key]
 
 
-def _parts(trace: StepTrace, several: bool) -> StepBytes:
-    """The peak of a step, and what it consists of. `several` forward passes: the gradients are there from the first."""
+def _parts(trace: StepTrace) -> StepBytes:
+    """The peak of a step, and what it consists of."""
     phases = {"forward": trace.forward, "loss": trace.loss, "backward": trace.backward}
     where = max(phases, key=lambda name: phases[name])
     activations = min(trace.kept, phases[where])
     rest = phases[where] - activations
-    gradients = trace.gradients if several else min(trace.gradients, rest) if where == "backward" else 0
-    rest -= 0 if several else gradients
+    gradients = min(trace.gradients if where == "backward" else trace.earlier, rest)
+    rest -= gradients
     loss = rest if where == "loss" else 0
     return StepBytes(trace.base, trace.adapters, trace.optimizer, gradients, activations, loss, rest - loss)
 

@@ -91,7 +91,7 @@ class Planner:
     def plan(self, micro_batch_tokens: int, recompute: str | int) -> Plan:
         """With these two settings."""
         step = self.memory.step(micro_batch_tokens, recompute)
-        _, passes = self.memory.heaviest_batch(micro_batch_tokens)
+        passes = self.memory.heaviest_batch(micro_batch_tokens).passes
         on_host = self.device.type != "cuda"
         process = self.total(step) - step.total
         loading = self._resident + _LIBRARIES // 2 + step.base + self._file_bytes if on_host else step.base

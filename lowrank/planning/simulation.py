@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.adapters.virtual import runs_of
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.attention import BoundariesMissing
@@ -39,7 +40,7 @@ from lowrank.objectives import Objective
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.lean import make_lean_unseen
 from lowrank.planning.live_bytes import LiveBytes
-from lowrank.planning.stand_in import stand_in_for_packed_weights
+from lowrank.planning.stand_in import stand_in_for_experts, stand_in_for_packed_weights
 from lowrank.records import BARE_BASE, Batch, Segment, pack
 from lowrank.train.engine import Engine, Work
 from lowrank.train.optimizers import OptimizerConfig
@@ -67,6 +68,9 @@ class StepTrace:
     adapters: int
     optimizer: int
     gradients: int
+    """After the last forward pass of the step."""
+    earlier: int
+    """Those of them that the passes before this one have left."""
     kept: int
     """What the backbone's graph keeps for the backward pass."""
     forward: int
@@ -79,6 +83,17 @@ class StepTrace:
         return StepTrace(*(one + times * two for one, two in pairs))
 
 
+@dataclass(frozen=True)
+class Heaviest:
+    """The largest forward pass of an optimiser step."""
+
+    batch: Batch
+    passes: int
+    """Of the step."""
+    others: frozenset[int]
+    """Slots that have a part in the other passes, so that their gradients may be there already."""
+
+
 class Simulation:
     """The base, with all or some of its decoder layers, and the jobs of a run, on fake tensors."""
 
@@ -89,7 +104,6 @@ class Simulation:
         self._device = choose_device(model)
         with self._mode, self._live:
             self.base = self._build(model, config, jobs, keep)
-            self._packed = stand_in_for_packed_weights(self.base.model, model.storage)
             self._base_bytes = self._live.now + self._packed
             self._engine = Engine(self.base, Bank(self.base), 1)
             self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
@@ -111,10 +125,14 @@ class Simulation:
             keep_layers(model, keep)
         train_what_is_trained(model, jobs)
         model.eval()
+        self._packed = stand_in_for_packed_weights(model, settings.storage)
+        stand_in_for_experts(model)
         base = Base(model, None, settings.path, settings.revision)
         base.settle("packed")
         if settings.attention == "padded" or not self._takes_boundaries(base):
             base.settle("padded")
+        base.shift_attn = settings.shift_attn
+        base.shares_prompts = base.layout == "packed" and base.shift_attn is None
         return base
 
     def _takes_boundaries(self, base: Base) -> bool:
@@ -139,29 +157,33 @@ class Simulation:
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._mode.from_tensor(tensor).to(self._device)
 
-    def heaviest_batch(self, work: Work, micro_batch_tokens: int) -> tuple[Batch, int]:
-        """(the forward pass with the most tokens of a step that is cut so, number of forward passes)."""
+    def heaviest_batch(self, work: Work, micro_batch_tokens: int) -> Heaviest:
+        """The forward pass with the most tokens of a step that is cut so."""
         self._engine.micro_batch_tokens = micro_batch_tokens
         batches = self._engine.cut(work)
-        return max(batches, key=lambda batch: self.base.padded_tokens(batch.lengths)), len(batches)
+        heaviest = max(batches, key=lambda batch: self.base.padded_tokens(batch.lengths))
+        others = frozenset(slot for batch in batches if batch is not heaviest for slot in batch.slots)
+        return Heaviest(heaviest, len(batches), others)
 
-    def step(self, batch: Batch, recompute: str | int) -> StepTrace:
+    def step(self, heaviest: Heaviest, recompute: str | int) -> StepTrace:
         """What the engine does with one forward pass, and then the optimisers, with nothing to read."""
         set_recompute(self.base.model, recompute)
-        rows, engine, fake, live = self.base.rows(batch), self._engine, self._fake(batch), self._live
+        batch, engine, live = heaviest.batch, self._engine, self._live
+        rows, fake = self.base.rows(batch), self._fake(batch)
         chosen = [
             (head, self._move(batch.weight_T[first:end].nonzero()[:, 0] + first))
             for head, first, end in engine._heads(batch)
         ]
         draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in engine.jobs.items()}
-        engine.bank.routing.set(
-            rows.num_rows, rows.ranges, self._move(rows.counter_N), self._move(rows.length_N), draws
-        )
+        counter_N, length_N = self._move(rows.counter_N), self._move(rows.length_N)
+        engine.bank.routing.set(rows.num_rows, rows.ranges, counter_N, length_N, draws, runs_of(batch))
         before = live.now
         with _torch_keeps_quiet(), self._mode, live:
+            self._leave_gradients(heaviest.others)
+            earlier = live.now - before
             with live.phase() as forward:
-                hidden_TD = self.base.hidden(fake)
-            kept = live.now - before
+                hidden_TD = self.base.hidden(fake, training=True)
+            kept = live.now - before - earlier
             with live.phase() as loss:
                 pieces = [logprobs(hidden_TD[index_K], fake.target_T[index_K], head) for head, index_K in chosen]
                 total = torch.cat(pieces).sum()
@@ -169,17 +191,26 @@ class Simulation:
             with live.phase() as backward:
                 total.backward()
         del total
+        with self._mode, live:
+            self._leave_gradients(set(engine.jobs) - {BARE_BASE})
         gradients = live.now - before
         optimizer = self._optimizer_state()
         for job in engine.jobs.values():
             job.optimizer.zero_grad(set_to_none=True)
         phases = (each.bytes - before for each in (forward, loss, backward))
-        return StepTrace(self._base_bytes, self._adapter_bytes, optimizer, gradients, kept, *phases)
+        return StepTrace(self._base_bytes, self._adapter_bytes, optimizer, gradients, earlier, kept, *phases)
+
+    def _leave_gradients(self, slots: Collection[int]) -> None:
+        """As forward passes of these slots do, where there are none yet."""
+        for slot in slots:
+            for parameter in self._engine.jobs[slot].parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
 
     def _optimizer_state(self) -> int:
         """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
         if self._optimizer_bytes is None:
-            known = [job.settings.state_bytes(job.parameters.values()) for job in self._engine.jobs.values()]
+            known = [job.settings.state_bytes(job.parameters) for job in self._engine.jobs.values()]
             watched = [job for job, size in zip(self._engine.jobs.values(), known) if size is None]
             with self._mode, self._live as live:
                 before = live.now

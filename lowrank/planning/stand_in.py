@@ -1,7 +1,8 @@
-"""Packed weights in a simulation: no weight at all, and a dense one for as long as a layer computes.
+"""What takes the place of layers that cannot run on fake tensors.
 
-A storage's quantiser does not run on fake tensors, and need not: what it keeps, its Config knows
-(`bytes_of`), and what computing with it takes is the dense weight, made anew for each use.
+Packed weights: no weight at all, and a dense one for as long as a layer computes. A storage's quantiser does not run
+on fake tensors, and need not: what it keeps, its Config knows (`bytes_of`), and what computing with it takes is the
+dense weight, made anew for each use. Experts in other dtypes than bfloat16: torch's fake grouped_mm knows no other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank.models.expert_loading import experts_to_pack, parameters_to_pack, with_packed_experts
+from lowrank.models.experts import AroundExperts, Chosen, Expert, choose, mix
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import weight_of
 from lowrank.models.streaming import linears_to_pack
@@ -20,18 +23,41 @@ from lowrank.models.streaming import linears_to_pack
 class _StandIn(nn.Module):
     """A `BaseLinear` whose dense weight exists while it is used."""
 
-    def __init__(self, linear: Any, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], like: Any, bias: Any = None) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.bias = linear.bias
-        self._dtype = linear.weight.dtype
-        self._device = linear.weight.device
+        self.bias = bias
+        self._dtype, self._device = like.dtype, like.device
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return F.linear(x_TD, self.dense_weight(), self.bias)
 
     def dense_weight(self) -> torch.Tensor:
         return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device=self._device)
+
+
+class _OneAfterTheOther(AroundExperts):
+    """Dense experts, multiplied one by one."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        def multiply(projection: str, x_PD: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+            return torch.cat(
+                [
+                    Expert(self.base, projection, expert)(x_PD[ranges[0][1] : ranges[-1][2]])
+                    for expert, ranges in chosen.rows
+                ]
+            )
+
+        return mix(self.base, hidden_states, top_k_weights, choose(top_k_index, (), self.num_experts), multiply)
+
+
+def stand_in_for_experts(model: Any) -> None:
+    """Let experts that are not packed run on fake tensors of any dtype."""
+    for name, module in experts_to_pack(model, None).items():
+        if next(module.parameters()).dtype != torch.bfloat16:
+            model.set_submodule(name, _OneAfterTheOther(module))
 
 
 def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> int:
@@ -42,5 +68,12 @@ def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> int:
     for name, module in linears_to_pack(model, storage).items():
         out_features, in_features = weight_of(module).shape
         total += storage.bytes_of((out_features, in_features))
-        model.set_submodule(name, _StandIn(module, (out_features, in_features)))
+        model.set_submodule(name, _StandIn((out_features, in_features), module.weight, module.bias))
+    experts = experts_to_pack(model, storage)
+    wanted = parameters_to_pack(experts)
+    for name, found in wanted.items():
+        weight = model.get_parameter(name)
+        found.packed = [_StandIn(found.shape, weight) for _ in range(found.count)]
+        total += found.count * storage.bytes_of(found.shape)
+    with_packed_experts(model, experts, wanted)
     return total

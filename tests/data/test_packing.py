@@ -1,4 +1,4 @@
-"""Best fit decreasing against a plain quadratic one."""
+"""Best fit against a plain quadratic one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lowrank.data.packing import best_fit
 
 
 def quadratic_best_fit(lengths: list[int], capacity: int) -> int:
-    """Number of bins of best fit decreasing, by looking at every bin each time."""
+    """Number of bins, by looking at every bin each time."""
     rooms: list[int] = []
-    for length in sorted(lengths, reverse=True):
+    for length in lengths:
         fitting = [place for place, room in enumerate(rooms) if room >= length]
         if fitting:
             rooms[min(fitting, key=lambda place: rooms[place])] -= length
@@ -33,12 +33,12 @@ def test_best_fit(seed: int) -> None:
         assert members == sorted(members)
         assert sum(lengths[index] for index in members) <= capacity or len(members) == 1
     assert len(bins) == quadratic_best_fit(lengths, capacity)
-    shuffled = draw.sample(lengths, len(lengths))
-    assert len(best_fit(shuffled, capacity)) == len(bins)
+    assert [members[0] for members in bins] == sorted(members[0] for members in bins)
 
 
 def test_best_fit_takes_the_fullest_bin_with_room() -> None:
     assert best_fit([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
+    assert best_fit([3, 8, 6, 2, 1], 10) == [[0, 2, 4], [1, 3]]
     assert best_fit([], 10) == []
     assert best_fit([11, 3], 10) == [[0], [1]]
 
@@ -50,3 +50,12 @@ def test_best_fit_of_many() -> None:
     bins = best_fit(lengths, 8192)
     assert time.perf_counter() - began < 5  # quadratic would take minutes
     assert len(bins) <= 1.02 * sum(lengths) / 8192
+
+
+def test_bins_are_alike() -> None:
+    """Long and short sequences in each, as in the data; decreasing, the first bins would hold nothing but long ones."""
+    draw = random.Random(0)
+    lengths = [draw.choice([20, 30, 200, 400]) for _ in range(4000)]
+    bins = best_fit(lengths, 2048)
+    long = [sum(lengths[index] >= 200 for index in members) / len(members) for members in bins[:-3]]
+    assert 0 < min(long) < max(long) < 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.kernels.host_memory import keep_freed_memory, start_again_without_cache
 
 
 def test_harmless_to_call_twice_and_freed_blocks_are_used_again() -> None:
@@ -30,3 +32,48 @@ print((psutil.Process().memory_info().rss - before) >> 20)
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
+
+
+GROW = """
+import psutil, torch
+from lowrank.kernels.host_memory import keep_freed_memory, start_again_without_cache
+start_again_without_cache()
+keep_freed_memory()
+weight, kept = torch.ones(2, requires_grad=True), []
+before = psutil.Process().memory_info().rss
+blocks = [torch.ones(1 << 18) for _ in range(40)]
+for turn in range(40):
+    for place in range(turn % 2, 40, 2):
+        blocks[place] = None
+    kept += [(weight * 2).view(1, 2).t() for _ in range(30)]  # a few bytes here and there, as an autograd graph takes
+    for place in range(turn % 2, 40, 2):
+        blocks[place] = torch.ones(1 << 18)
+print((psutil.Process().memory_info().rss - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_without_the_cache_a_freed_block_is_as_good_as_new() -> None:
+    """40 MiB are alive at any time, of blocks of 1 MiB. With the cache the process grows by 88 to 310 MiB in these 40
+    turns, by luck, and by 1,400 in 200; without it by 57 to 111."""
+    done = subprocess.run([sys.executable, "-c", GROW], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150
+
+
+def test_starting_again_keeps_the_command_and_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(os, "execve", lambda *call: asked.append(call))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "lowrank", "train", "run.yaml"])
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    start_again_without_cache()
+    ((program, words, environment),) = asked
+    assert (program, words[1:]) == (sys.executable, ["-m", "lowrank", "train", "run.yaml"])
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.tcache_count=0"
+    monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
+    start_again_without_cache()
+    assert len(asked) == 1
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    start_again_without_cache()
+    assert len(asked) == 1

@@ -17,6 +17,9 @@ from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.lean import make_lean
 from lowrank.models.recompute import set_recompute
+from lowrank.models.storages.dense import Config as Dense
+from lowrank.models.storages.nf4 import Config as Nf4
+from lowrank.models.streaming import pack_in_place
 from lowrank.objectives.sft import Config as Sft
 from lowrank.planning.changes import changes_that_fit
 from lowrank.planning.choose import choose
@@ -32,6 +35,7 @@ from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.tiny_models import FAMILIES, random_step
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 LENGTHS = [40, 64, 23, 64]
 
 
@@ -57,6 +61,7 @@ def measured(settings: ModelConfig, jobs: list[PlannedJob], tokens: int, recompu
     with live:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.eval().requires_grad_(False)
+        pack_in_place(model, settings.storage)
     make_lean(model)
     base = Base(model, None, "m")
     base.settle("packed")
@@ -84,6 +89,30 @@ def test_a_simulated_step_is_a_real_step(family: str, recompute: str, tmp_path: 
     step = StepMemory(settings, jobs).step(4096, recompute)
     assert step.base + step.adapters == pytest.approx(static, rel=0.03)
     assert step.total - step.static == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("adapter", [Lora(rank=4), Lora(rank=4, target_parameters=EXPERTS)], ids=["beside", "on them"])
+def test_packed_experts(adapter: Any, tmp_path: Path) -> None:
+    """Their bytes follow from their shapes; one dense matrix at a time; whatever a router would choose."""
+    dense = folder_of("qwen3_moe", tmp_path, moe_intermediate_size=128, hidden_size=128, num_experts=8, head_dim=16)
+    settings = dense.model_copy(update={"storage": Nf4()})
+    jobs = planned(adapter, adapter)
+    static, peak = measured(settings, jobs, 4096, "none")
+    step = StepMemory(settings, jobs).step(4096, "none")
+    assert step.base + step.adapters == pytest.approx(static, rel=0.03)
+    assert step.total - step.static == pytest.approx(peak, rel=0.1)
+    assert step.base < 0.6 * StepMemory(dense, jobs).step(4096, "none").base
+
+
+@pytest.mark.parametrize("storage", [Dense(), Nf4()], ids=["dense", "nf4"])
+def test_a_mixture_in_float32(storage: Any, tmp_path: Path) -> None:
+    """torch's fake grouped_mm knows bfloat16 alone."""
+    settings = folder_of("mixtral", tmp_path).model_copy(update={"storage": storage})
+    jobs = planned(Lora(rank=4), Lora(rank=4, target_parameters=EXPERTS))
+    narrow = StepMemory(settings, jobs).step(4096, "none")
+    wide = StepMemory(settings.model_copy(update={"dtype": "float32"}), jobs).step(4096, "none")
+    assert 1.5 < wide.activations / narrow.activations < 2.5
+    assert wide.adapters < narrow.adapters  # no copies in another dtype
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.look import Looks
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import choice_of
 
@@ -39,6 +40,10 @@ class Site:
     device: torch.device
     dtype: torch.dtype
     """Of masters: float32 or wider."""
+    ranks: Mapping[str, int]
+    """Of every layer, by the settings."""
+    looks: Looks | None = None
+    """The job's own data, for variants whose `Config.looks_at_data`; None where there is none (a memory plan)."""
 
 
 class Variant:
@@ -51,6 +56,8 @@ class Variant:
     """Tensors of `init` that are not trained."""
     keeps_copies: bool = True
     """Whether A and B are kept in the compute dtype, or cast in every pass (where copies would cost memory)."""
+    files_hold_all: bool = True
+    """Whether `saved` is all that training needs to go on; if not, checkpoints keep the tensors and `state` besides."""
     reaches_heads: bool = False
     """Whether it may sit on the output head, embeddings and fused experts: a plain pair A, B that starts as LoRA's."""
 
@@ -61,12 +68,41 @@ class Variant:
     def begin(self, site: Site, rank: int) -> None:
         """Called once, before the first `init`. `rank` is the adapter's general one."""
 
+    def settled(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of the layer of this name, where `begin` found better ones than the settings say. Rank 0: the
+        layer gets no adapter."""
+        del name
+        return rank, alpha
+
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
         """Fresh float32 tensors; the layer must compute what the base computes."""
         raise NotImplementedError
 
+    def drawn(
+        self, shapes: Mapping[str, tuple[int, int]], rank: int, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Tensors]:
+        """By layer, what `merge` needs and the layer's own tensors in a file do not hold. `shapes`: (O, D) of every
+        layer; `rank`: the adapter's general one; `tensors`: all of the file's."""
+        del shapes, rank, tensors
+        return {}
+
     def refresh(self, base: BaseLinear, scale: float, tensors: Tensors) -> None:
         """Bring frozen tensors that follow from trained ones up to date: after each update and load."""
+
+    def penalty(self, layers: Mapping[str, Tensors]) -> torch.Tensor | None:
+        """What is added to the loss of each optimiser step, whatever its data; `layers`: all its tensors, by layer."""
+        del layers
+        return None
+
+    def after_update(self, layers: Mapping[str, Tensors], step: int, num_steps: int) -> None:
+        """Called after optimiser step `step` (1 is the first) of `num_steps`, with the gradients still there."""
+
+    def state(self) -> Tensors:
+        """What of `after_update` a run that goes on has to know; `load_state` takes it back."""
+        return {}
+
+    def load_state(self, tensors: Tensors) -> None:
+        """Take back what `state` gave."""
 
     def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(A_RD, B_OR)` if y += scale * (x A^T) B^T says it all: rides the routed linear. None: `apply` is called."""
@@ -87,7 +123,7 @@ class Variant:
         self, x_TD: torch.Tensor, y_TO: torch.Tensor, base: BaseLinear, scale: float, tensors: Tensors
     ) -> torch.Tensor:
         """(dropped-out input, base output) -> output, with autograd. `base.dense_weight()` may be scratch memory: let
-        `frozen_linear` multiply with it."""
+        `frozen_product` multiply with it."""
         low_rank = self.as_low_rank(tensors)
         assert low_rank is not None, f"{type(self).__name__} has neither apply nor as_low_rank"
         A_RD, B_OR = (tensor.to(x_TD.dtype) for tensor in low_rank)
@@ -110,21 +146,18 @@ class Variant:
         """What stands in the file: as PEFT has it, under the settings `Config.as_saved` gives."""
         return {key: tensor for key, tensor in tensors.items() if key not in self.frozen}
 
+    def target_in_files(self, scale: float, saved: Tensors) -> tuple[int, float] | None:
+        """Rank and alpha of a layer in files, where they follow from its tensors; None: from the settings."""
+        del scale, saved
+        return None
+
     def restored(self, saved: Tensors, tensors: Tensors) -> Tensors:
         """The inverse of `saved`, for a fresh adapter's `tensors`; those left out stay as they are."""
         del tensors
         return saved
 
 
-_VIRTUAL = (
-    "it puts virtual tokens before every document, for which the packed stream has no place; ia3 and vera have "
-    "files as small"
-)
 ABSENT = {
-    "adalora": "it moves ranks between layers by a schedule over all steps; use lora with rank_pattern",
-    "prompt_tuning": _VIRTUAL,
-    "prefix_tuning": _VIRTUAL,
-    "p_tuning": _VIRTUAL,
     "bottleneck": "it inserts layers of its own into the model, which cannot be merged; use lora",
 }
 """Methods that people know from PEFT and elsewhere, and what to use."""

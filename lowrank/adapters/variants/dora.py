@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.frozen import bias_of, frozen_linear
+from lowrank.adapters.frozen import bias_of
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.adapters.variants.lora import Lora
 from lowrank.models.storages import BaseLinear
+from lowrank.models.storages.packed import frozen_product
 
 _ROWS = 512
 """Rows of a 16-bit weight that are widened at a time."""
@@ -72,16 +73,17 @@ class Dora(Lora):
         """y + (g - 1) W x + g s B A x, x dropped out."""
         excess_O = self.excess_gain(tensors).to(x_TD.dtype)
         A_RD, B_OR = (tensor.to(x_TD.dtype) for tensor in self.as_low_rank(tensors))
-        plain_TO, bias_O = frozen_linear(x_TD, base), bias_of(base)
+        plain_TO, bias_O = frozen_product(x_TD, base), bias_of(base)
         if bias_O is not None:
             plain_TO = plain_TO - bias_O
         return y_TO + excess_O * plain_TO + (1 + excess_O) * scale * ((x_TD @ A_RD.t()) @ B_OR.t())
 
     def merge(self, weight_OD: torch.Tensor, scale: float, tensors: Tensors) -> torch.Tensor:
-        """g (W + s B A)."""
+        """g (W + s B A). The norm is taken of the merged weight, since files of adapters do not hold it."""
         wide = torch.promote_types(weight_OD.dtype, tensors["lora_A"].dtype)
         merged_OD = super().merge(weight_OD.to(wide), scale, tensors)
-        return ((1 + self.excess_gain(tensors).to(wide))[:, None] * merged_OD).to(weight_OD.dtype)
+        gain_O1 = tensors["lora_magnitude_vector"].to(wide)[:, None] / merged_OD.norm(dim=1, keepdim=True)
+        return (gain_O1 * merged_OD).to(weight_OD.dtype)
 
 
 def _wide_rows(base: BaseLinear, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.frozen import frozen_linear
 from lowrank.adapters.targets import matches
 from lowrank.adapters.variants import Site, Tensors, Variant
 from lowrank.models.storages import BaseLinear
+from lowrank.models.storages.packed import frozen_product
 
 
 class Config(AdapterSettings):
@@ -65,7 +65,7 @@ class Ia3(Variant):
         factor = tensors["ia3_l"].to(x_TD.dtype)
         if _is_of_outputs(factor):
             return y_TO * factor.flatten()
-        return frozen_linear(x_TD * factor.flatten(), base)
+        return frozen_product(x_TD * factor.flatten(), base)
 
     def merge(self, weight_OD: torch.Tensor, scale: float, tensors: Tensors) -> torch.Tensor:
         """Rows or columns scaled."""

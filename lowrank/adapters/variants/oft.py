@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.frozen import frozen_linear
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.models.storages import BaseLinear
+from lowrank.models.storages.packed import frozen_product
 from lowrank.settings import Positive
 
 
@@ -73,7 +73,7 @@ class Oft(Variant):
         """W (R x) + b."""
         del y_TO, scale
         rotation_Nbb = self._rotation(tensors["oft_R"]).to(x_TD.dtype)
-        return frozen_linear(_rotated(x_TD, rotation_Nbb), base)
+        return frozen_product(_rotated(x_TD, rotation_Nbb), base)
 
     def merge(self, weight_OD: torch.Tensor, scale: float, tensors: Tensors) -> torch.Tensor:
         """W R."""

@@ -7,13 +7,16 @@ libraries repack in eval and lose the gradient).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lowrank.settings import Settings
+
+if TYPE_CHECKING:
+    from lowrank.models.storages import BaseLinear
 
 DENSE_MODULES = ("lm_head", "embed_out", "router", "gate", "shared_expert_gate")
 """Heads, and the small layers that choose the experts of a mixture: few bytes, and sensitive to rounding."""
@@ -23,7 +26,14 @@ class QuantisedStorage(Settings):
     """Settings that every storage which quantises while it loads has; a storage adds `type`, its own, and `wrap`."""
 
     skip_modules: tuple[str, ...] = DENSE_MODULES
-    """Linear layers that stay in 16 bit, by name or the end of a name. The head and tied weights always do."""
+    """Linear layers, or the experts of a mixture, that stay in 16 bit, by name or the end of a name. The head and tied
+    weights always do."""
+
+
+def is_skipped(name: str, storage: Any) -> bool:
+    """Whether the settings keep the module of this full name dense."""
+    skipped = storage.skip_modules if isinstance(storage, QuantisedStorage) else ()
+    return any(name == skip or name.endswith(f".{skip}") for skip in skipped)
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:
@@ -60,18 +70,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., O), in the dtype of `x`."""
-        return _FrozenProduct.apply(x, self)
+        return frozen_product(x, self)
 
     def extra_repr(self) -> str:
         """As torch prints a linear layer."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.dtype}"
 
 
+def frozen_product(x: torch.Tensor, linear: BaseLinear) -> torch.Tensor:
+    """x W^T + b, (..., D) -> (..., O). The gradient reaches `x`; the weight is unpacked anew for it."""
+    return _FrozenProduct.apply(x, linear)  # pyright: ignore[reportReturnType]
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linear: PackedLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, linear: BaseLinear) -> torch.Tensor:
         ctx.linear = linear
-        bias = linear.bias
+        bias = getattr(linear, "bias", None)
         return F.linear(x, linear.dense_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod

@@ -1,0 +1,40 @@
+"""A job's own steps sent through the bare base before it starts, for adapters that begin with what they see there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from lowrank.adapters.look import Look
+from lowrank.data.feed import Feed
+from lowrank.records import BARE_BASE, Batch
+from lowrank.train.engine import Engine
+
+
+def first_looks(engine: Engine, feed: Feed) -> Iterator[tuple[Look, ...]]:
+    """The steps of `feed` from its beginning, without end; nothing is taken from it."""
+    own = feed.again()
+    while True:
+        batches = engine.cut({BARE_BASE: own.next_step()})
+        yield tuple(_look(engine, batch.to(engine.base.device)) for batch in batches)
+
+
+def _look(engine: Engine, batch: Batch) -> Look:
+    """`weight_T` is of predictions, made one place before their token; here it is the token that counts."""
+    token_T = batch.weight_T.roll(1) != 0
+    token_T[batch.start_S1[:-1].long()] = False
+    if engine.base.layout == "packed":
+        return Look(token_T, partial(_run, engine, batch))
+    longest = max(batch.lengths)
+    learned_SL = torch.zeros(len(batch.lengths), longest, dtype=torch.bool, device=token_T.device)
+    segment_T = torch.arange(len(batch.lengths), device=token_T.device).repeat_interleave(batch.start_S1.diff())
+    learned_SL[segment_T, batch.position_T] = token_T
+    return Look(learned_SL.view(-1), partial(_run, engine, batch))
+
+
+@torch.no_grad()
+def _run(engine: Engine, batch: Batch) -> None:
+    engine.bank.routing.set(engine.base.rows(batch).num_rows, ())
+    engine.base.hidden(batch)
