@@ -81,12 +81,13 @@ peft.PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
 }
 
 
-def make(folder: Path, layers: int) -> int:
+def make(folder: Path, layers: int, family: str = "Qwen2") -> int:
     """The base and the adapter on disk; bytes of the base."""
     (folder / "base").mkdir()
-    transformers.Qwen2Config(**SHAPE, num_hidden_layers=layers, dtype="bfloat16").save_pretrained(folder / "base")
+    config = getattr(transformers, f"{family}Config")(**SHAPE, num_hidden_layers=layers, dtype="bfloat16")
+    config.save_pretrained(folder / "base")
     config = json.loads((folder / "base" / "config.json").read_text())
-    config["architectures"] = ["Qwen2ForCausalLM"]
+    config["architectures"] = [f"{family}ForCausalLM"]
     (folder / "base" / "config.json").write_text(json.dumps(config))
     model = model_without_memory(folder / "base")
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != "lm_head.weight"}

@@ -1,6 +1,7 @@
 """Many clients of one server: their requests spread over many adapters, against all of them to one adapter.
 
     python -m benchmarks.serve_load --clients 64 --adapters 16
+    python -m benchmarks.serve_load --registered 1000 --minutes 10      # memory; adapters come from disk and leave
 
 A real server (HTTP on loopback, in a process of its own) with random LoRA adapters on `lowrank/tiny`, any other base,
 or with `--layers N` that many random layers of the shape of Qwen2.5-0.5B and its vocabulary.
@@ -16,9 +17,11 @@ import asyncio
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,22 @@ import transformers
 from benchmarks.machine import describe
 from benchmarks.workload import QWEN_05B
 from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.checkpoints.atomic import current
+from lowrank.checkpoints.peft_config import BaseDescription
+from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.generate.generator import GeneratorConfig
 from lowrank.serve.bank_engine import BankEngine
 from lowrank.serve.limits import Limits
 from lowrank.serve.server import run
-from lowrank.trained import open_trained
+from lowrank.trained import Trained, open_trained
 
 TOKEN = "benchmark"
 WORDS = ["sea", "house", "green", "river", "stone", "bird", "light", "winter", "bread", "song"]
+
+
+def prompt_of(client: int, number: int) -> str:
+    """Of a client's n-th request: 10 to 29 words."""
+    return " ".join(WORDS[(client * 7 + number * 3 + place) % len(WORDS)] for place in range(10 + client % 20))
 
 
 def serve(options: argparse.Namespace, port: Any) -> None:
@@ -54,9 +65,35 @@ def serve(options: argparse.Namespace, port: Any) -> None:
         trained.bank.refresh(slot)
         trained.slots[f"a{index}"] = slot
     config = GeneratorConfig(max_rows=options.clients, reuse_prefixes=False)
-    engine = BankEngine(trained.base, trained.bank, trained.renderer, trained.slots, config=config)
+    engine = BankEngine(
+        trained.base,
+        trained.bank,
+        trained.renderer,
+        trained.slots,
+        roots=[options.shelf] if options.registered else [],
+        config=config,
+        most_resident=options.resident,
+    )
+    if options.registered:
+        fill_shelf(options, trained)
+        engine.shelf.register_all(options.shelf)
     limits = Limits(answers_at_once=options.clients)
     run(engine, host="127.0.0.1", port=0, token=TOKEN, limits=limits, on_listening=lambda number: port.put(number))
+
+
+def fill_shelf(options: argparse.Namespace, trained: Trained) -> None:
+    """Adapter folders b0, b1, ...: each of the adapters in memory again and again (links to the same files)."""
+    options.shelf.mkdir()
+    described = BaseDescription(options.model)
+    for index in range(options.registered):
+        folder, source = options.shelf / f"b{index}", options.shelf / f"b{index % options.adapters}"
+        if index < options.adapters:
+            saved = trained.bank.saved(trained.slots[f"a{index}"])
+            save_adapter(folder, AdapterOnDisk(saved.config, saved.tensors, saved.ranks), described)
+        else:
+            folder.mkdir()
+            for file in current(source).iterdir():
+                os.link(file, folder / file.name)
 
 
 async def one_client(http: httpx.AsyncClient, requests: list[dict[str, Any]], first: list[float]) -> int:
@@ -78,8 +115,8 @@ async def one_client(http: httpx.AsyncClient, requests: list[dict[str, Any]], fi
     return tokens
 
 
-async def load(url: str, options: argparse.Namespace, spread: bool) -> tuple[int, list[float]]:
-    """All clients at once; answered tokens, seconds to each first chunk."""
+async def load(url: str, options: argparse.Namespace, names: Sequence[str]) -> tuple[int, list[float]]:
+    """All clients at once, their requests spread over `names`; answered tokens, seconds to each first chunk."""
     first: list[float] = []
     headers = {"Authorization": f"Bearer {TOKEN}"}
     connections = httpx.Limits(max_connections=options.clients)
@@ -88,12 +125,11 @@ async def load(url: str, options: argparse.Namespace, spread: bool) -> tuple[int
         for client in range(options.clients):
             requests = []
             for number in range(options.requests):
-                which = (client + number) % options.adapters if spread else 0
-                words = [WORDS[(client * 7 + number * 3 + place) % len(WORDS)] for place in range(10 + client % 20)]
+                which = names[(client + number * options.clients) % len(names)]
                 requests.append(
                     {
-                        "model": f"a{which}",
-                        "prompt": " ".join(words),
+                        "model": which,
+                        "prompt": prompt_of(client, number),
                         "max_tokens": options.new_tokens,
                         "temperature": 1.0,
                         "seed": client,
@@ -117,29 +153,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, help="a random base of this many layers instead of --model")
+    parser.add_argument("--registered", type=int, default=0, help="also a load on that many adapter folders")
+    parser.add_argument("--resident", type=int, default=32, help="of those, in memory at once")
+    parser.add_argument("--minutes", type=float, help="go on with both loads in turns this long, and watch the memory")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.layers:
-            options.model = _random_base(Path(folder), options.layers)
+            options.model = random_base(Path(folder), options.layers)
+        options.shelf = Path(folder) / "shelf"
         measure(options)
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Both loads in turns."""
-    options.never_stop = _never_stop(options.model)
+    """The loads in turns."""
+    options.never_stop = never_stop(options.model)
     context = multiprocessing.get_context("spawn")
     port: Any = context.Queue()
     server = context.Process(target=serve, args=(options, port), daemon=True)
     server.start()
     url = f"http://127.0.0.1:{port.get(timeout=300)}"
     process = psutil.Process(server.pid)
-    found: dict[str, list[dict[str, float]]] = {"one_adapter": [], "many_adapters": []}
-    for round_ in range(options.rounds + 1):
+    loads = {"one_adapter": ["a0"], "many_adapters": [f"a{index}" for index in range(options.adapters)]}
+    if options.registered:
+        loads["registered_adapters"] = [f"b{index}" for index in range(options.registered)]
+        random.Random(0).shuffle(loads["registered_adapters"])
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
+    started_all = time.monotonic()
+    memory: list[tuple[float, int]] = []
+    round_ = -1
+    while (round_ := round_ + 1) <= options.rounds or _minutes(started_all) < (options.minutes or 0):
         for name in found:
+            if round_ > options.rounds and _minutes(started_all) > options.minutes:
+                break
             busy, started = sum(process.cpu_times()[:2]), time.perf_counter()
-            tokens, first = asyncio.run(load(url, options, spread=name == "many_adapters"))
+            names = loads[name][round_ % len(loads[name]) :] + loads[name][: round_ % len(loads[name])]
+            tokens, first = asyncio.run(load(url, options, names))
             wall, processor = time.perf_counter() - started, sum(process.cpu_times()[:2]) - busy
+            memory.append((round(_minutes(started_all), 2), process.memory_info().rss))
             if round_:  # the first warms up
                 figures = {"tokens": tokens, "processor_seconds": processor, "wall_seconds": wall}
                 figures |= {"first_chunk_median": statistics.median(first), "first_chunk_most": max(first)}
@@ -148,22 +199,29 @@ def measure(options: argparse.Namespace) -> None:
         name: statistics.median(r["tokens"] / r["processor_seconds"] for r in runs) for name, runs in found.items()
     }
     result = {
-        "settings": {**vars(options), "output": None, "model": "random" if options.layers else options.model},
+        "settings": {
+            **{key: value for key, value in vars(options).items() if key not in ("output", "shelf")},
+            "model": "random" if options.layers else options.model,
+        },
         "machine": {**describe("cpu"), "load": os.getloadavg()},
         "runs": found,
         "tokens_per_processor_second": speed,
         "many_adapters_against_one": speed["many_adapters"] / speed["one_adapter"],
+        "server_bytes_by_minute": memory,
     }
     server.terminate()
     server.join(60)
-    print(
-        json.dumps({key: result[key] for key in ("tokens_per_processor_second", "many_adapters_against_one")}, indent=2)
-    )
+    told = ("tokens_per_processor_second", "many_adapters_against_one", "server_bytes_by_minute")
+    print(json.dumps({key: result[key] for key in told}))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _random_base(folder: Path, layers: int) -> str:
+def _minutes(since: float) -> float:
+    return (time.monotonic() - since) / 60
+
+
+def random_base(folder: Path, layers: int) -> str:
     """With the tokenizer of `lowrank/tiny`, which knows fewer tokens than the head has rows."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**{**QWEN_05B, "num_hidden_layers": layers})
@@ -172,7 +230,7 @@ def _random_base(folder: Path, layers: int) -> str:
     return str(folder)
 
 
-def _never_stop(model: str) -> dict[str, float]:
+def never_stop(model: str) -> dict[str, float]:
     """A bias that keeps every answer at the same length."""
     trained = open_trained(model, notify=lambda text: None)
     return {str(token): -100.0 for token in trained.renderer.stop_tokens}

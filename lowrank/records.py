@@ -105,12 +105,36 @@ class Segment:
     compare with where they began; attached before the step (train/reference.py)."""
     asked: Prompted | None = None
     """What the tokens ask, of a segment that waits for an answer."""
+    prefix: int = 0
+    """Tokens of the last segment without a prefix that come before these: a prompt that both have
+    (models/shared_prompts.py)."""
     signals_L: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
     its log-probability when it was drawn; train/rollouts.py)."""
+    virtual: int = 0
+    """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
 
     def __len__(self) -> int:
         return len(self.token_L)
+
+
+def with_virtual_tokens(segment: Segment, number: int) -> Segment:
+    """The segment behind `number` more tokens that carry no weight."""
+    if not number:
+        return segment
+    known_L = None if segment.reference_L is None else _behind(number, segment.reference_L)
+    return replace(
+        segment,
+        token_L=_behind(number, segment.token_L),
+        weight_L=_behind(number, segment.weight_L),
+        reference_L=known_L,
+        signals_L={name: _behind(number, value_L) for name, value_L in segment.signals_L.items()},
+        virtual=segment.virtual + number,
+    )
+
+
+def _behind(number: int, value_L: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(number, value_L.dtype), value_L])
 
 
 def number_the_step(segments: Sequence[Segment]) -> list[Segment]:
@@ -129,7 +153,7 @@ class Batch:
     token_T     int64    the input
     target_T    int64    the token to predict at this place (the next of the same segment; 0 at its end)
     weight_T    float32  loss weight of that prediction; 0 is context
-    position_T  int64    place within the segment
+    position_T  int64    place within the document: within the segment, after its prefix
     start_S1    int32    where each segment starts, and T at the end (cumulative lengths)
     slot_S      int64    which adapter, ascending; -1 is the bare base
     pair_S      int64    which pair of the job's step it belongs to, -1 for none
@@ -154,10 +178,19 @@ class Batch:
     """Segment lengths on the host, so that no step waits for the device to learn them."""
     slots: tuple[int, ...] = field(default=())
     """`slot_S` on the host."""
+    virtual: tuple[int, ...] = field(default=())
+    """`Segment.virtual` of each segment; empty where none has any."""
+    prefixes: tuple[int, ...] = field(default=())
+    """`Segment.prefix` of each."""
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        """Of the segments with their prefixes."""
+        return tuple(length + prefix for length, prefix in zip(self.lengths, self.prefixes))
 
     def slot_ranges(self) -> list[tuple[int, int, int]]:
         """`(slot, first token, end token)` of each slot that is present, in order."""
@@ -192,6 +225,8 @@ class Batch:
             signals_T={name: value_T[begin:end] for name, value_T in self.signals_T.items()},
             lengths=self.lengths[first:last],
             slots=self.slots[first:last],
+            virtual=self.virtual[first:last],
+            prefixes=self.prefixes[first:last],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -222,7 +257,7 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         token_T=token_T,
         target_T=target_T,
         weight_T=shifted_T,
-        position_T=torch.cat([torch.arange(length) for length in lengths]),
+        position_T=torch.cat([torch.arange(each.prefix, each.prefix + len(each)) for each in segments]),
         start_S1=start_S1,
         slot_S=torch.tensor(slots),
         pair_S=torch.tensor([segment.pair for segment in segments]),
@@ -232,6 +267,8 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         signals_T=_signals(segments, lengths, ends),
         lengths=tuple(lengths),
         slots=tuple(slots),
+        virtual=tuple(segment.virtual for segment in segments) if any(each.virtual for each in segments) else (),
+        prefixes=tuple(segment.prefix for segment in segments),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,21 +18,24 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 
 from lowrank import __version__
 from lowrank.checkpoints.atomic import new_folder, write_text
-from lowrank.errors import LowrankError, OutputError, raise_all
+from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
 from lowrank.export import Needs, Target
 from lowrank.export.card import card
-from lowrank.export.checkpoint import Checkpoint
 from lowrank.export.readers import read_adapter
 from lowrank.export.sizes import said_size
 from lowrank.export.source import Source
 from lowrank.export.targets import TargetConfig
-from lowrank.export.verify import STORE_BYTES, Answers, Comparison, ask_reference, compare
+from lowrank.export.verify import STORE_BYTES, Answers, Comparer, Comparison, ask_reference
+from lowrank.models.checkpoint_files import Checkpoint
 from lowrank.to_take_home import Found
 
 REPORT = "export.json"
+_SAID_FULL = re.compile(r"No space left on device|os error (28|112|122)\b|Disk quota exceeded")
+"""By safetensors' own writer, and by processes that were given the writing."""
 _OVERHEAD = 1.2
 """Memory of a loaded model over its weights: activations, caches, the adapter."""
 
@@ -88,6 +92,9 @@ def take_home(
                f"{said_size(needs[each.type].memory_bytes)} of memory, into {each.folder}")  # fmt: skip
         for note in needs[each.type].notes:
             notify(f"{each.type}: {note}")
+    installs = [install for each in orders for install in needs[each.type].installs]
+    for install in installs:
+        notify(install.said)
     result: dict[str, Any] = {"source": source.name, "base": source.model.path, "targets": {}, "passed": True}
     if dry_run:
         for each in orders:
@@ -97,34 +104,54 @@ def take_home(
                 "notes": list(own.notes),
             }  # fmt: skip
         return result
+    for install in installs:
+        install.make()
     answers = _ask(found, source, prompts, notify, watch) if verify else None
+    comparer = None if answers is None else Comparer(answers, source.stop_tokens)
     for each, target in built:
-        told = _export(each, target, source, needs[each.type], answers, watch)
+        told = _export(each, target, source, needs[each.type], comparer, watch)
         result["targets"][each.type] = told
         result["passed"] = result["passed"] and told["passed"] is not False
+        notify(
+            f"{each.type}: written in {told['seconds']:.0f} s, {said_size(told['bytes'])}; {_verdict(told['passed'])}"
+        )
     return result
 
 
+def _verdict(passed: bool | None) -> str:
+    """In words."""
+    return {True: "read back, it is the same model", False: "read back, it differs", None: "not compared"}[passed]
+
+
 def _export(
-    own: Order, target: Target, source: Source, needs: Needs, answers: Answers | None, watch: Watch
+    own: Order, target: Target, source: Source, needs: Needs, comparer: Comparer | None, watch: Watch
 ) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
     started = time.monotonic()
-    with _disk_full(own, needs), new_folder(own.folder) as partial:
+    with disk_full(own, needs), new_folder(own.folder) as partial:
         written = target.write(source, partial, lambda done, total, what="": watch(f"writing {own.type}", done, total))
     seconds = time.monotonic() - started
     comparisons: list[Comparison] = []
-    for read_back in target.read_back(source, own.folder) if answers else ():
-        what = f"comparing {read_back.name}"
-        assert answers is not None
-        comparisons.append(compare(read_back, answers, source.stop_tokens, lambda a, b, what=what: watch(what, a, b)))
+    read_backs = target.read_back(source, own.folder)
+    try:
+        for read_back in read_backs if comparer else ():
+            what = f"comparing {read_back.name}"
+            assert comparer is not None
+            comparisons.append(comparer.compare(read_back, lambda a, b, what=what: watch(what, a, b)))
+    finally:
+        for path in {path for read_back in read_backs for path in read_back.temporary}:
+            path.unlink(missing_ok=True)
     notes = [*needs.notes, *written]
+    if not comparisons:
+        notes.append("unverified: what was written was not compared with what was trained")
+    answers = None if comparer is None else comparer.answers
     report = {
         "target": own.config.model_dump(mode="json"),
         "path": str(own.folder),
         "source": source.name,
         "base": source.model.path,
         "notes": notes,
+        "said": list(written),
         "seconds": round(seconds, 3),
         "bytes": sum(path.stat().st_size for path in own.folder.rglob("*") if path.is_file()),
         "passed": all(each.passed for each in comparisons) if answers else None,
@@ -223,12 +250,12 @@ def _where_to_verify(source: Source) -> tuple[Source, str]:
 
 
 @contextmanager
-def _disk_full(own: Order, needs: Needs) -> Any:
+def disk_full(own: Order, needs: Needs) -> Any:
     """A full disk in our words. What was written until then is gone already, nothing stands under the final name."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError, ModelError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not _SAID_FULL.search(str(error)):
             raise
         raise OutputError(
             f"{own.folder}: the disk became full while {own.type} was written ({said_size(needs.disk_bytes)} are "

@@ -26,9 +26,9 @@ from lowrank.export.combine import Config as CombineConfig
 from lowrank.export.combine import combine
 from lowrank.export.held_out import HeldOut, from_data, from_file, from_questions, training_documents
 from lowrank.export.source import Source
+from lowrank.found import find_trained, is_run, where_it_is_now
 from lowrank.models.config import Config as ModelConfig
 from lowrank.train.summary import SUMMARY
-from lowrank.trained import find_trained, is_run, where_it_is_now
 
 _BASE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 
@@ -166,7 +166,7 @@ def _found(
 
     source = Source(
         name=name,
-        base=_on_disk(model),
+        base=on_disk(model),
         model=model,
         adapter=adapter,
         tokenizer=tokenizer,
@@ -182,7 +182,7 @@ def _eos(tokenizer: Any) -> frozenset[int]:
     return frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
 
 
-def _on_disk(model: ModelConfig) -> Path:
+def on_disk(model: ModelConfig) -> Path:
     """The folder of the base; a hub model's is in the hub's cache."""
     folder = Path(loading.locate(model.path))
     if folder.is_dir():

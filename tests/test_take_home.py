@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import errno
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import lowrank.models.tiny
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.config import RunConfig
 from lowrank.errors import LowrankError, ModelError, OutputError
-from lowrank.export import shards
+from lowrank.export import Needs, shards
+from lowrank.export.gguf.convert import convert
+from lowrank.export.gguf.llama_cpp import run_child
 from lowrank.export.targets.merged import Config as Merged
 from lowrank.export.targets.peft import Config as Peft
 from lowrank.run import train
-from lowrank.take_home import Order, order, take_home
+from lowrank.take_home import Order, disk_full, order, take_home
 from lowrank.to_take_home import open_source
 from tests.checkpoint_folder import CHATML, save_checkpoint_folder, write_alpaca
 
@@ -153,6 +159,30 @@ def test_the_disk_becomes_full(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def _by_safetensors() -> None:
+    """Its words on a disk that was full; it renames what it wrote, so no device can be its target."""
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def _by_a_child() -> None:
+    """Quantising, which llama.cpp's kernels do in a process of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        convert(Path(lowrank.models.tiny.__file__).parent, Path(folder, "tiny.gguf"), "f16")
+        tensors = gguf.GGUFReader(Path(folder, "tiny.gguf")).tensors
+        types = {tensor.name: "F16" if len(tensor.shape) > 1 else None for tensor in tensors}
+        request = {"source": str(Path(folder, "tiny.gguf")), "target": "/dev/full", "types": types, "importance": None,
+                   "threads": 1, "library": None, "file_type": 1}  # fmt: skip
+        run_child("quantize_child", request, "quantising tiny.gguf")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a disk that is always full")
+@pytest.mark.parametrize("write", [_by_safetensors, _by_a_child])
+def test_every_writer_says_that_the_disk_is_full(write: Callable[[], None], tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the disk became full while merged was written"):  # noqa: SIM117
+        with disk_full(Order(Merged(), tmp_path / "out"), Needs(1, 1)):
+            write()
+
+
 def test_places_are_checked_first(run: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("x")
@@ -192,7 +222,7 @@ def _other_base(run: Path, adapter: Path) -> None:
     save_checkpoint_folder(run.parent / "model", hidden_size=48)
 
 
-@pytest.mark.parametrize(("break_it", "said"), [(_cut, "cut short"), (_other_base, r"\(8, 32\) in the adapter")])
+@pytest.mark.parametrize(("break_it", "said"), [(_cut, "it ends at byte"), (_other_base, r"\(8, 32\) in the adapter")])
 def test_damage_is_found_before_any_work(
     run: Path, tmp_path: Path, break_it: Callable[[Path, Path], None], said: str
 ) -> None:

@@ -19,14 +19,9 @@ from torch import nn
 from lowrank.adapters.frozen import bias_of
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import Tensors, Variant
+from lowrank.kernels.answering import add_updates, stack
 from lowrank.kernels.counter_random import dropout
-from lowrank.kernels.grouped import (
-    batched_forward,
-    grouped_backward,
-    grouped_forward,
-    prefers_batched,
-    prefers_grouped,
-)
+from lowrank.kernels.grouped import grouped_backward, grouped_forward, prefers_grouped
 from lowrank.kernels.recipe import Recipe, recipe_of
 from lowrank.models.storages import BaseLinear
 
@@ -45,6 +40,42 @@ class LayerAdapter:
     def at_work(self, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         """A and B as the arithmetic takes them, `low_rank` being the masters'."""
         return [tensor.detach().to(dtype) for tensor in self.copies or low_rank]
+
+
+class StackedAdapters:
+    """The adapters of a step that answers, side by side: the same from step to step, until others answer or weights
+    change.
+    """
+
+    def __init__(self, adapters: list[LayerAdapter], dtype: torch.dtype) -> None:
+        self._adapters = adapters  # held, so that none of them makes room for another of its identity
+        self._versions = [_versions(adapter) for adapter in adapters]
+        pairs = []
+        for adapter in adapters:
+            low_rank = adapter.variant.as_low_rank(adapter.masters)
+            if (
+                low_rank is None
+                or not adapter.variant.rides(False)
+                or adapter.variant.excess_gain(adapter.masters) is not None
+            ):
+                self.stack = None
+                return
+            A_RD, B_OR = adapter.at_work(dtype, low_rank)
+            pairs.append((A_RD, B_OR))
+        self.stack = stack(pairs, [adapter.scale for adapter in adapters])
+
+    def is_of(self, adapters: list[LayerAdapter]) -> bool:
+        """These adapters, with the weights they have now."""
+        return (
+            len(adapters) == len(self._adapters)
+            and all(mine is theirs for mine, theirs in zip(self._adapters, adapters))
+            and all(_versions(adapter) == mine for adapter, mine in zip(adapters, self._versions))
+        )
+
+
+def _versions(adapter: LayerAdapter) -> list[int]:
+    """Counted by torch with every change in place."""
+    return [tensor._version for tensor in adapter.copies or adapter.masters.values()]
 
 
 @dataclass(frozen=True)
@@ -80,6 +111,7 @@ class RoutedLinear(nn.Module):
         self.name = name
         self.routing = routing
         self.adapters: dict[int, LayerAdapter] = {}
+        self._stacked: StackedAdapters | None = None
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
@@ -94,6 +126,10 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, self.in_features)
+        if self.routing.answering and not torch.is_grad_enabled() and not x.is_cuda:
+            y_TO = self._answer(x_TD)
+            if y_TO is not None:
+                return y_TO.view(*x.shape[:-1], self.out_features)
         pieces: list[Piece] = []
         masters: list[torch.Tensor] = []
         others: list[tuple[int, int, int, LayerAdapter]] = []
@@ -113,6 +149,25 @@ class RoutedLinear(nn.Module):
         if others:
             y_TO = self._apply_others(x_TD, y_TO, others)
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def remove(self, slot: int) -> None:
+        """Free what a slot has here."""
+        self.adapters.pop(slot, None)
+        self._stacked = None
+
+    def _answer(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """All slots' updates by the kernels for answers; None if one of them is more than low-rank."""
+        ranges = [each for each in self.routing.in_rows_of(len(x_TD), self.name) if each[0] in self.adapters]
+        if not ranges:
+            return self.base(x_TD)
+        adapters = [self.adapters[slot] for slot, _, _ in ranges]
+        if self._stacked is None or not self._stacked.is_of(adapters):
+            self._stacked = StackedAdapters(adapters, x_TD.dtype)
+        if self._stacked.stack is None:
+            return None
+        y_TO = self.base(x_TD)
+        add_updates(x_TD, y_TO, self._stacked.stack, tuple((first, end) for _, first, end in ranges))
+        return y_TO
 
     def _dropout(self, slot: int, adapter: LayerAdapter) -> tuple[float, int]:
         """(probability, key) of a slot's dropout here; probability 0 where nothing is drawn."""
@@ -156,10 +211,6 @@ def routed_product(
     recipe: Recipe | None = None,
 ) -> torch.Tensor:
     """x W^T + b with each piece's update on its rows, inside autograd. `recipe` makes x again, in any leading shape."""
-    if not torch.is_grad_enabled() and prefers_batched(x_TD, pieces):
-        y_TO = base(x_TD)
-        batched_forward(x_TD, y_TO, pieces)
-        return y_TO
     recipe = recipe or recipe_of(x_TD)
     return _RoutedLinear.apply(x_TD, base, tuple(pieces), recipe, *masters)  # pyright: ignore[reportReturnType]
 

@@ -14,8 +14,8 @@ import torch
 
 from lowrank.errors import OutputError, raise_all
 
-_OF_GROUPS = ("k", "weight_sum", "lr_max")
-"""Counters of schedulefree's groups."""
+_OF_GROUPS = ("k", "weight_sum", "lr_max", "taken")
+"""Counters of groups: schedulefree's, and BAdam's."""
 _LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """State that is as large as its parameter in these:"""
 _ELEMENTWISE = (torch.optim.AdamW, torch.optim.SGD)
@@ -73,8 +73,7 @@ def restore_optimizer(
 
 def _group_counters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Any]]:
     for index, group in enumerate(optimizer.param_groups):
-        if "weight_sum" in group:
-            yield from ((index, key, group[key]) for key in _OF_GROUPS)
+        yield from ((index, key, group[key]) for key in _OF_GROUPS if key in group)
 
 
 def _as_tensor(name: str, value: Any) -> tuple[str, torch.Tensor]:

@@ -17,12 +17,16 @@ def chat(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_OR_MODEL", help="A run folder, one of its checkpoints, an adapter folder, or a model."
+            metavar="RUN_OR_MODEL",
+            help="A run folder, one of its checkpoints, an adapter folder, a model, a .gguf file.",
         ),
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Who answers; r8,r64 or given twice: side by side. `base`: no adapter."),
+        typer.Option(
+            "--adapter",
+            help="Who answers; r8,r64 or given twice: side by side. `base`: no adapter. With a .gguf file: LoRA files.",
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this one question and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -45,16 +49,18 @@ def chat(
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    from lowrank.cli.speakers import open_speakers
     from lowrank.cli.talk import Talk
     from lowrank.cli.warn import warn
     from lowrank.generate.request import Config
-    from lowrank.trained import open_trained
 
     config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     which = "last" if last else "best"
-    trained = open_trained(model, which=which, chat_template=chat_template, notify=lambda text: warn([text]))
-    voices = [name for names in adapter or () for name in names.split(",") if name]
-    talk = Talk(trained, config, system=system, voices=voices)
+    wanted = [name for names in adapter or () for name in names.split(",") if name]
+    speakers, voices = open_speakers(
+        model, wanted, which=which, chat_template=chat_template, notify=lambda text: warn([text])
+    )
+    talk = Talk(speakers, config, system=system, voices=voices)
     if prompt is not None:
         _ask(talk, prompt, json)
     elif json or not sys.stdin.isatty():

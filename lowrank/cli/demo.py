@@ -51,6 +51,10 @@ def demo(
     console.print(f"The curves are in {output_dir / 'loss.png'}\n")
     program = wording.program()
     console.print(f"  talk to it          [bold]{program} chat {output_dir} --adapter {best}[/]")
+    console.print(f"  take it home        [bold]{program} export {output_dir} --adapter {best} --to merged,awq[/]")
+    console.print(
+        "  for llama.cpp       [bold]pip install 'lowrank\\[gguf]'[/], then [bold]--to gguf --type q8_0,q4_k_m[/]"
+    )
     console.print(f"  look at your data   [bold]{program} data your.json[/]")
     console.print(
         f"  train on it         [bold]{program} train model=MODEL data.train=your.json output_dir=runs/mine[/]"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def eval(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter folder, or a model.")],
-    tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks or groups: mmlu,ceval-valid,cmmlu,gsm8k.")],
+    tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks or groups: mmlu,ceval,cmmlu,gsm8k.")],
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="Only these (r8,r64 or given twice); else all and the base.")
     ] = None,
@@ -44,12 +44,12 @@ def eval(
 
     try:
         from lowrank.evaluate.harness import Answers, BankLM
-        from lowrank.evaluate.harness_tasks import find_tasks, run_tasks, write_results
+        from lowrank.evaluate.harness_tasks import find_tasks, names_of, run_tasks, write_results
     except ImportError as error:
         raise ConfigError(f"lowrank eval needs {error.name}: pip install 'lowrank[eval]'") from error
     from lowrank.evaluate.predict import Voices
 
-    wanted = [name.strip() for name in tasks.split(",") if name.strip()]
+    wanted = names_of(tasks)
     manager = find_tasks(wanted, include_path)
     which = "last" if last else "best"
     trained = open_trained(model, which=which, chat_template=chat_template, notify=lambda text: warn([text]))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+
+from lowrank.export.sizes import said_size
 
 
 class Watcher:
-    """One line for every piece of work, with the time left; nothing where nobody looks."""
+    """A line for the work that goes on, with the time left; nothing where nobody looks."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
@@ -25,7 +28,7 @@ class Watcher:
         """See `Watch`."""
         if what not in self.tasks:
             self.tasks[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[what], completed=done, total=total)
+        self.progress.update(self.tasks[what], completed=done, total=total, visible=done < total)
 
     def __enter__(self) -> Watcher:
         self.progress.start()
@@ -37,10 +40,15 @@ class Watcher:
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Where everything is, the table of comparisons, and what does not fit."""
-    table = Table("", "mean KL", "same next token", "perplexity", "same answers", "", title_justify="left")
-    for name, told in result["targets"].items():
-        for each in told["comparisons"]:
-            table.add_row(*_row(name, each))
+    compared = [(name, each) for name, told in result["targets"].items() for each in told["comparisons"]]
+    rounded = any(each["against"] for _, each in compared)
+    between = ["KL from 16 bits"] if rounded else []
+    gained = any(each["gain_kept"] is not None for _, each in compared)
+    gain = ["gain kept"] if gained else []
+    table = Table(Column("", no_wrap=True), "mean KL", *between, "same next token", "perplexity", *gain, "same answers",
+                  Column("", no_wrap=True), box=box.SIMPLE_HEAD)  # fmt: skip
+    for name, each in compared:
+        table.add_row(*_row(name, each, rounded=rounded, gained=gained))
     if table.row_count:
         first = next(each for told in result["targets"].values() for each in told["comparisons"])
         on = next(told["compared_on"] for told in result["targets"].values())
@@ -48,18 +56,22 @@ def show(console: Console, result: dict[str, Any]) -> None:
         console.print(table)
         console.print(f"  trained: perplexity {first['reference_perplexity']:.4g}{_base(first)}", style="dim")
     for name, told in result["targets"].items():
-        console.print(f"[bold]{name}[/]  {told['path']}")
+        console.print(Text.assemble((name, "bold"), f"  {told['path']}  {said_size(told['bytes'])}"), soft_wrap=True)
+        for said in told["said"]:
+            console.print(Text(f"  {said}", "dim"), soft_wrap=True)
         for each in told["comparisons"]:
             for problem in each["problems"]:
-                console.print(Text(f"  {each['name']}: {problem}", "red"))
+                console.print(Text(f"  {each['name']}: {problem}", "red"), soft_wrap=True)
 
 
-def _row(target: str, each: dict[str, Any]) -> list[Text]:
-    name = target if each["name"] == target else f"{target} {each['name']}"
+def _row(target: str, each: dict[str, Any], *, rounded: bool, gained: bool) -> list[Text]:
+    name = each["name"] if "." in each["name"] else target
     verdict = Text("same model", "green") if each["passed"] else Text("differs", "bold red")
+    between = [Text(f"{each['against_mean_kl']:.2g}" if each["against"] else "")] if rounded else []
+    gain = [Text("" if each["gain_kept"] is None else f"{each['gain_kept']:.1%}")] if gained else []
     return [
-        Text(name), Text(f"{each['mean_kl']:.2g}"), Text(f"{each['top1_agreement']:.1%}"),
-        Text(f"{each['perplexity']:.4g}"), Text(f"{each['greedy_same']} of {each['greedy_asked']}"), verdict,
+        Text(name), Text(f"{each['mean_kl']:.2g}"), *between, Text(f"{each['top1_agreement']:.1%}"),
+        Text(f"{each['perplexity']:.4g}"), *gain, Text(f"{each['greedy_same']} of {each['greedy_asked']}"), verdict,
     ]  # fmt: skip
 
 

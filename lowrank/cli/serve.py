@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank.errors import ConfigError, OutputError
+from lowrank.errors import ConfigError, ModelError, OutputError
 
 if TYPE_CHECKING:
     from lowrank.generate.generator import GeneratorConfig
@@ -30,7 +30,9 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="Another name this server is called by.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="torch, or llama.cpp for .gguf files; auto: by the file.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="torch, vllm (on a GPU), or llama.cpp for .gguf files; auto: torch or llama.cpp.")
+    ] = "auto",
     adapters: Annotated[
         list[Path] | None,
         typer.Option("--adapters", help="A folder of adapter folders: each is served, and more may be loaded from it."),
@@ -54,6 +56,8 @@ def serve(
     if missing:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install lowrank[serve]")
     is_gguf = _check_engine(engine, model)
+    if is_gguf and last:
+        raise ConfigError(f"--last chooses among the adapters of a run, and {model} is a single model; leave it out")
     token = token or os.environ.get("LOWRANK_TOKEN") or None
     from lowrank.generate.generator import GeneratorConfig
     from lowrank.serve.app import new_token
@@ -67,7 +71,9 @@ def serve(
     logging.basicConfig(level=logging.WARNING)
     limits = Limits(answers_at_once=at_once, waiting=max_waiting, request_seconds=timeout)
     if is_gguf:
-        served = _open_gguf(model, adapters or [], at_once, cache_tokens)
+        served = _open_gguf(model, adapters or [], chat_template, at_once, cache_tokens)
+    elif engine == "vllm":
+        served = _open_vllm(model, last, chat_template, adapters or [], resident, at_once)
     else:
         config = GeneratorConfig(max_rows=at_once, cache_tokens=cache_tokens)
         served = _open(model, last, chat_template, adapters or [], resident, config)
@@ -86,21 +92,49 @@ def serve(
 def _check_engine(engine: str, model: str) -> bool:
     """Whether llama.cpp answers. ConfigError for an engine that is not there, or that cannot read `model`."""
     is_gguf = model.endswith(".gguf")
-    if engine == "vllm":
-        raise ConfigError("--engine vllm is not there yet; torch serves the same requests, also on a GPU")
-    if engine not in ("auto", "torch", "llama.cpp"):
-        raise ConfigError(f"there is no engine {engine!r}; there are auto, torch (folders and hub names) and llama.cpp")
+    if engine not in ("auto", "torch", "vllm", "llama.cpp"):
+        raise ConfigError(f"there is no engine {engine!r}; there are auto, torch, vllm and llama.cpp")
     if engine != "auto" and is_gguf != (engine == "llama.cpp"):
         reads = "GGUF files" if engine == "llama.cpp" else "folders and hub names"
         raise ConfigError(f"--engine {engine} reads {reads}, and {model} is none; leave --engine out")
     return is_gguf
 
 
-def _open_gguf(model: str, adapters: list[Path], at_once: int, cache_tokens: int) -> Engine:
+def _open_gguf(model: str, adapters: list[Path], chat_template: str | None, at_once: int, cache_tokens: int) -> Engine:
     from lowrank.serve.gguf_engine import LlamaCppEngine
 
     found = {file.stem: file for folder in adapters for file in sorted(folder.glob("*.gguf"))}
-    return LlamaCppEngine(Path(model), adapters=found, at_once=at_once, cache_tokens=cache_tokens)
+    return LlamaCppEngine(
+        Path(model), adapters=found, at_once=at_once, cache_tokens=cache_tokens, chat_template=chat_template
+    )
+
+
+def _open_vllm(
+    model: str, last: bool, chat_template: str | None, adapters: list[Path], resident: int, at_once: int
+) -> Engine:
+    """The same paths as for torch, but the base is vLLM's."""
+    from lowrank.checkpoints.peft_layout import load_adapter
+    from lowrank.cli.warn import warn
+    from lowrank.found import find
+    from lowrank.models.loading import load_tokenizer
+    from lowrank.serve.folders import adapters_in
+    from lowrank.serve.refusal import Refusal
+    from lowrank.serve.vllm_engine import VllmEngine, open_vllm
+    from lowrank.serve.vllm_words import rank_for
+    from lowrank.trained import renderers_of
+
+    found = find(model, which="last" if last else "best", chat_template=chat_template, notify=lambda text: warn([text]))
+    if found.model.storage.type != "dense":
+        warn([f"vLLM answers on the base in 16 bit; the adapters were trained on {found.model.storage.type}"])
+    folders = {name: place for folder in adapters for name, place in adapters_in(folder).items()} | {**found.adapters}
+    ranks = [rank for place in folders.values() for rank, _ in load_adapter(place).targets.values()]
+    vllm = open_vllm(found.model, at_once=at_once, most_loras=resident, max_rank=rank_for(ranks))
+    tokenizer = load_tokenizer(found.model)
+    roots = [*([Path(model)] if found.adapters else []), *adapters]
+    try:
+        return VllmEngine(vllm, tokenizer, renderers_of(found, tokenizer), folders, roots=roots, at_once=at_once)
+    except Refusal as refusal:
+        raise ModelError(refusal.message) from refusal
 
 
 def _open(
@@ -122,6 +156,7 @@ def _open(
         trained.bank,
         trained.renderer,
         trained.slots,
+        renderers=trained.renderers,
         folders=trained.folders,
         roots=[*([Path(model)] if trained.folders else []), *adapters],
         config=config,

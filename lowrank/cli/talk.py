@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowrank.cli.speakers import Speakers
 from lowrank.errors import LowrankError
 from lowrank.generate.request import Answer, Config
 from lowrank.records import Conversation, Message
-from lowrank.trained import BARE, Trained
+from lowrank.trained import BARE
 
 readline: Any = importlib.import_module("readline") if importlib.util.find_spec("readline") else None
 """Line editing; not on Windows, whose console edits lines itself."""
@@ -43,15 +44,15 @@ class Talk:
     """One conversation. The history is that of the first voice."""
 
     def __init__(
-        self, trained: Trained, config: Config, *, system: str | None = None, voices: Sequence[str] | None = None
+        self, speakers: Speakers, config: Config, *, system: str | None = None, voices: Sequence[str] | None = None
     ) -> None:
-        self.trained = trained
+        self.speakers = speakers
         self.config = config
         self.console = Console(highlight=False)
         self.system = system
-        self.voices = list(dict.fromkeys(voices or [next((n for n in trained.slots if n != BARE), BARE)]))
+        self.voices = list(dict.fromkeys(voices or [next((n for n in speakers.names if n != BARE), BARE)]))
         for voice in self.voices:
-            trained.slot(voice)
+            speakers.slot(voice)
         self.history: list[Message] = []
         self._speed = 0.0
         self.reset()
@@ -81,7 +82,7 @@ class Talk:
                 self.console.print(str(error), style="red", markup=False)
 
     def _introduce(self) -> None:
-        others = [name for name in self.trained.slots if name not in self.voices]
+        others = [name for name in self.speakers.names if name not in self.voices]
         also = f"; also here: {', '.join(others)}" if others else ""
         verb = "answers" if len(self.voices) == 1 else "answer"
         text = Text.assemble((" | ".join(self.voices), "bold"), f" {verb}{also}. /help shows what else can be done.")
@@ -94,9 +95,7 @@ class Talk:
 
         def complete(text: str, state: int) -> str | None:
             line = readline.get_line_buffer()
-            words = (
-                [f"/{name}" for name in (*self._commands(), "exit")] if " " not in line else list(self.trained.slots)
-            )
+            words = [f"/{name}" for name in (*self._commands(), "exit")] if " " not in line else self.speakers.names
             found = [word for word in words if line.startswith("/") and word.startswith(text)]
             return found[state] if state < len(found) else None
 
@@ -129,7 +128,7 @@ class Talk:
 
     def _answers(self, conversation: Conversation) -> dict[str, str]:
         started = time.perf_counter()
-        found = self.trained.answers([(voice, conversation) for voice in self.voices], self.config)
+        found = self.speakers.answers([(voice, conversation) for voice in self.voices], self.config)
         self._speed = sum(len(each.tokens) for each in found) / (time.perf_counter() - started)
         return {voice: self._text(voice, answer) for voice, answer in zip(self.voices, found)}
 
@@ -137,7 +136,7 @@ class Talk:
         """Its whole text; what went wrong is said on the screen and is no part of the conversation."""
         if answer.error is not None:
             self.console.print(f"{voice}: no answer: {answer.error}", style="red", markup=False)
-        return self.trained.base.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        return answer.text
 
     def _stream(self, voice: str, conversation: Conversation) -> str:
         started = time.perf_counter()
@@ -148,7 +147,7 @@ class Talk:
             sys.stdout.write(printable(text))
             sys.stdout.flush()
 
-        (found,) = self.trained.answers([(voice, conversation)], self.config, on_text=hear)
+        (found,) = self.speakers.answers([(voice, conversation)], self.config, on_text=hear)
         answer = self._text(voice, found)
         sys.stdout.write(printable(answer[len("".join(pieces)) :]) + "\n")
         if self.console.is_terminal:
@@ -197,10 +196,10 @@ class Talk:
     def _choose(self, names: str) -> None:
         wanted = names.replace(",", " ").split()
         if not wanted:
-            self.console.print(f"there are {', '.join(self.trained.slots)}", markup=False)
+            self.console.print(f"there are {', '.join(self.speakers.names)}", markup=False)
             return
         for name in wanted:
-            self.trained.slot(name)
+            self.speakers.slot(name)
         self.voices = list(dict.fromkeys(wanted))
 
     def _ask_base(self, _: str) -> None:
@@ -231,16 +230,13 @@ class Talk:
         self.console.print(", ".join(f"{name} {getattr(self.config, name)}" for name in names), markup=False)
 
     def _show_template(self, name: str) -> None:
-        renderer = self.trained.renderer_of(name or self.voices[0])
-        if name:
-            self.trained.slot(name)
         conversation = Conversation(tuple(self.history)) if self.history else self._with("...")
         if conversation.messages[-1].role == "assistant":
             conversation = Conversation(conversation.messages[:-1])
-        ends = ", ".join(map(repr, self.trained.base.tokenizer.convert_ids_to_tokens(sorted(renderer.stop_tokens))))
-        self.console.print(renderer.chat_template, style="dim", markup=False)
-        self.console.print(self.trained.base.tokenizer.decode(renderer.prompt(conversation)), markup=False)
-        self.console.print(f"an answer ends at {ends}", style="dim", markup=False)
+        reading = self.speakers.reading(name or self.voices[0], conversation)
+        self.console.print(reading.chat_template, style="dim", markup=False)
+        self.console.print(reading.prompt, markup=False)
+        self.console.print(f"an answer ends at {', '.join(map(repr, reading.ends))}", style="dim", markup=False)
 
 
 def printable(text: str) -> str:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from lowrank.settings import NonNegative, Positive, Settings
-from lowrank.train.optimizers import ABSENT
 
 
 class Keys(Settings):
@@ -104,6 +103,15 @@ class Keys(Settings):
     """`model.storage.double_quant`"""
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
     """`model.rope_scaling.type`; its factor is what `cutoff_len` needs, by the config.json in the model's folder"""
+    add_tokens: tuple[str, ...] = ()
+    """`adapter.trainable_token_indices`, on a base that `lowrank vocab` wrote with these tokens in it"""
+    add_special_tokens: tuple[str, ...] = ()
+    """as `add_tokens`"""
+    new_special_tokens: tuple[str, ...] = ()
+    """as `add_tokens`"""
+    shift_attn: bool = False
+    """`model.shift_attn`: groups of a quarter of `cutoff_len`, as there; here in every model that is packed, within
+    each document"""
     additional_target: tuple[str, ...] = ()
     """`adapter.modules_to_save`"""
     pure_bf16: bool = False
@@ -173,7 +181,7 @@ class Keys(Settings):
     optim: str = "adamw_torch"
     """`optimizer.type`; see below"""
     use_galore: bool = False
-    """`optimizer.type: galore`, with tuning full or freeze"""
+    """`optimizer.type: galore`, or `galore_8bit` with an 8-bit `optim`; with tuning full or freeze"""
     galore_target: tuple[str, ...] = ("all",)
     """`optimizer.targets`"""
     galore_rank: Positive = 16
@@ -200,6 +208,16 @@ class Keys(Settings):
     """the one there is"""
     apollo_scale_type: Literal["channel", "tensor"] = "channel"
     """`optimizer.scale_type`"""
+    use_badam: bool = False
+    """`optimizer.type: badam`, with tuning full or freeze"""
+    badam_start_block: int | None = None
+    """`optimizer.start_block`"""
+    badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = "ascending"
+    """`optimizer.switch_mode`"""
+    badam_switch_interval: Positive = 50
+    """`optimizer.switch_interval`; the first block has as many steps as the others, there one less"""
+    use_adam_mini: bool = False
+    """`optimizer.type: adam_mini`"""
     use_muon: bool = False
     """`optimizer.type: muon`, torch's"""
     lr_scheduler_type: str = "linear"
@@ -227,7 +245,13 @@ class Keys(Settings):
     predict_with_generate: bool = False
     """`eval_metric`, together with a `metric_for_best_model` of generated answers"""
     max_new_tokens: Positive = 1024
-    """`eval_max_new_tokens`, with `predict_with_generate`"""
+    """`eval_max_new_tokens`, with `predict_with_generate`; of `stage: ppo` `objective.max_completion_length`"""
+    temperature: float = Field(default=0.95, gt=0)
+    """`objective.temperature`, of `stage: ppo`; else of generation, not of training"""
+    top_p: float = Field(default=0.7, gt=0, le=1)
+    """`objective.top_p`, of `stage: ppo`; else of generation, not of training"""
+    top_k: NonNegative = 50
+    """`objective.top_k`, of `stage: ppo`; else of generation, not of training"""
     output_dir: str
     """`output_dir`"""
     overwrite_output_dir: bool = False
@@ -264,6 +288,9 @@ class Keys(Settings):
         "freeze_trainable_modules",
         "freeze_extra_modules",
         "additional_target",
+        "add_tokens",
+        "add_special_tokens",
+        "new_special_tokens",
         "dataset",
         "eval_dataset",
         "report_to",
@@ -296,6 +323,7 @@ def _keys(text: str) -> tuple[str, ...]:
 
 
 NO_EFFECT: Sequence[Group] = (
+    Group(_keys("resize_vocab"), "a base that `lowrank vocab` wrote has rows for its tokens", False),
     Group(
         _keys(
             "overwrite_cache preprocessing_num_workers preprocessing_batch_size dataloader_num_workers "
@@ -414,8 +442,7 @@ NO_EFFECT: Sequence[Group] = (
     ),
     Group(
         _keys(
-            "oft_rank badam_mode badam_start_block badam_switch_mode badam_switch_interval "
-            "badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha init_special_tokens "
+            "oft_rank badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha init_special_tokens "
             "kt_optimize_rule cpu_infer chunk_size mode kt_maxlen kt_use_cuda_graph kt_mode kt_force_think "
             "optim_target_modules"
         ),
@@ -427,7 +454,7 @@ NO_EFFECT: Sequence[Group] = (
     ),
     Group(
         _keys(
-            "infer_backend infer_dtype use_kv_cache do_sample temperature top_p top_k num_beams max_length "
+            "infer_backend infer_dtype use_kv_cache do_sample num_beams max_length "
             "repetition_penalty length_penalty skip_special_tokens eval_num_beams generation_max_length "
             "generation_num_beams generation_config sortish_sampler vllm_maxlen vllm_gpu_util vllm_enforce_eager "
             "vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config "
@@ -477,24 +504,19 @@ REFUSED: Sequence[Group] = (
         "the given adapter",
         False,
     ),
-    Group(_keys("use_badam"), f"{ABSENT['badam']}: use_galore: true, or optim: adamw_8bit", False),
-    Group(_keys("use_adam_mini"), f"{ABSENT['adam_mini']}: optim: adafactor or adamw_8bit", False),
+    Group(_keys("badam_mode"), "only `layer` is there, not parts of matrices; remove it", "layer"),
     Group(_keys("use_dft_loss use_asft_loss use_eaft_loss"), "remove it to train with the plain token loss", False),
     Group(
         _keys("mixture_of_depths"),
-        "it puts a router before every layer, which changes the model's own code; remove it",
-        False,
-    ),
-    Group(
-        _keys("shift_attn"),
-        "attention inside a document is always whole; remove it, and stretch the base with rope_scaling",
+        "no server, no export and no plain transformers runs a model with such routers "
+        "(docs/decisions/0011-no-mixture-of-depths.md); remove it",
         False,
     ),
     Group(_keys("train_from_scratch"), "the base's weights are always loaded; remove it", False),
     Group(_keys("use_mca use_kt use_hyper_parallel use_megatron_bridge"), "there is one back end; remove it", False),
     Group(
-        _keys("resize_vocab add_tokens add_special_tokens new_special_tokens_config"),
-        "the vocabulary stays as it is; add the tokens to the checkpoint first, then remove the key",
+        _keys("new_special_tokens_config"),
+        "name the tokens themselves in add_special_tokens, on a base that `lowrank vocab` wrote with them in it",
         None,
     ),
     Group(_keys("split_special_tokens"), "special tokens are never split; remove it", False),

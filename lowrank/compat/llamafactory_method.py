@@ -31,7 +31,13 @@ OPTIMIZERS = {
 WITHOUT_BETAS = ("sgd", "adafactor", "lion")
 VARIANTS = {"use_dora": "dora", "use_rslora": "rslora", "pissa_init": "pissa"}
 """Keys that choose another adapter than LoRA; one at most."""
-METHODS = {"use_galore": "galore", "use_apollo": "apollo", "use_muon": "muon"}
+METHODS = {
+    "use_galore": "galore",
+    "use_apollo": "apollo",
+    "use_badam": "badam",
+    "use_adam_mini": "adam_mini",
+    "use_muon": "muon",
+}
 """Keys that choose an optimiser; one at most."""
 HQQ_BITS = (8, 6, 5, 4, 3, 2, 1)
 SCHEDULES = {
@@ -88,6 +94,8 @@ def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any
         found["trust_remote_code"] = True
     if keys.quantization_bit is not None:
         found["storage"] = _storage(keys)
+    if keys.shift_attn:
+        found["shift_attn"] = max(2, keys.cutoff_len // 4 // 2 * 2)
     if keys.rope_scaling is not None:
         found |= _rope_scaling(keys, problems, warnings)
     return found
@@ -146,6 +154,7 @@ def adapter(keys: Keys) -> dict[str, Any]:
         "alpha": keys.lora_alpha,
         "dropout": keys.lora_dropout,
         "modules_to_save": list(keys.additional_target),
+        "trainable_token_indices": _new_tokens(keys),
         "path": keys.adapter_name_or_path[0] if keys.adapter_name_or_path else None,
         "loraplus_lr_ratio": keys.loraplus_lr_ratio,
         "loraplus_lr_embedding": keys.loraplus_lr_embedding if keys.loraplus_lr_ratio else None,
@@ -154,6 +163,12 @@ def adapter(keys: Keys) -> dict[str, Any]:
     if kind == "pissa":
         found["niter"] = max(0, keys.pissa_iter)
     return found
+
+
+def _new_tokens(keys: Keys) -> list[str]:
+    """Tokens whose rows are trained alone; not where embedding and head are trained whole, as LLaMA-Factory has it."""
+    whole = any(name.endswith(("embed_tokens", "lm_head", "wte", "word_embeddings")) for name in keys.additional_target)
+    return [] if whole else [*keys.add_tokens, *keys.add_special_tokens, *keys.new_special_tokens]
 
 
 def _targets(names: tuple[str, ...]) -> str | list[str]:
@@ -176,15 +191,14 @@ def objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
             "whiten_rewards": keys.ppo_whiten_rewards,
             "reward_model": keys.reward_model,
             "kl_coef": 0.2,  # where TRL's adaptive controller begins
+            "max_completion_length": keys.max_new_tokens,
+            "temperature": keys.temperature,
+            "top_p": keys.top_p,
+            "top_k": keys.top_k,
         },
         "kto": shared | {"desirable_weight": keys.kto_chosen_weight, "undesirable_weight": keys.kto_rejected_weight},
     }
     found = {"type": name} | used.get(name, {})
-    if name == "ppo":
-        warnings.append(
-            "answers are drawn with objective.temperature 1 and at most objective.max_completion_length tokens; "
-            "temperature, top_p, top_k and max_new_tokens of this file are not taken over"
-        )
     if keys.pref_ftx and "pref_ftx" not in found:
         warnings.append(f"pref_ftx has no effect with objective {name}")
     if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):
@@ -197,7 +211,9 @@ def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
     if keys.optim not in OPTIMIZERS:
         problems.append(f"optim: {keys.optim!r} is not supported{did_you_mean(keys.optim, OPTIMIZERS)}")
     chosen = next((name for key, name in METHODS.items() if getattr(keys, key)), None)
-    if chosen and OPTIMIZERS.get(keys.optim) not in ("adamw", None):
+    if chosen == "galore" and OPTIMIZERS.get(keys.optim) == "adamw_8bit":
+        chosen = "galore_8bit"
+    elif chosen and OPTIMIZERS.get(keys.optim) not in ("adamw", None):
         problems.append(f"optim: {keys.optim} inside of use_{chosen} is not there; remove optim")
     kind = chosen or OPTIMIZERS.get(keys.optim, "adamw")
     found: dict[str, Any] = {
@@ -210,10 +226,13 @@ def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
         found |= {"betas": [keys.adam_beta1, keys.adam_beta2], "eps": keys.adam_epsilon}
     elif kind == "lion":
         found["betas"] = [keys.adam_beta1, keys.adam_beta2]
-    if kind in ("galore", "apollo"):
-        targets = getattr(keys, f"{kind}_target")
+    if kind in ("galore", "galore_8bit", "apollo"):
+        prefix = kind.removesuffix("_8bit")
+        targets = getattr(keys, f"{prefix}_target")
         found["targets"] = "all" if targets == ("all",) else list(targets)
-        found |= {name: getattr(keys, f"{kind}_{name}") for name in ("rank", "update_interval", "scale")}
+        found |= {name: getattr(keys, f"{prefix}_{name}") for name in ("rank", "update_interval", "scale")}
+    if kind == "badam":
+        found |= {name: getattr(keys, f"badam_{name}") for name in ("start_block", "switch_mode", "switch_interval")}
     if kind == "apollo":
         found["scale_type"] = keys.apollo_scale_type
     return found

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lowrank.adapters.prompts import PromptSettings
 from lowrank.objectives import needs
 from lowrank.objectives.drawn import DrawnSettings
 from lowrank.records import Text
@@ -39,6 +40,9 @@ def unused(config: RunConfig) -> list[str]:
     for index, job in enumerate(config.jobs):
         for problem in _unused_in_job(config, job):
             found[f"{_place(config, index)}{problem}"] = None
+    group = config.model.shift_attn
+    if group is not None and all(job.data.max_length <= group // 2 for job in config.jobs):
+        found[f"model.shift_attn: {group} has no effect: no document is longer than half of a group"] = None
     if config.save_steps is None and _is_set(config, "save_total_limit"):
         found["save_total_limit has no effect without save_steps"] = None
     return list(found)
@@ -84,6 +88,8 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
         and not any(has_eval(job) for job in config.jobs)
     ):
         yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
+    if config.model.shift_attn is not None and config.model.attention == "padded":
+        yield "model.shift_attn: only where attention is packed; set model.attention: auto, or leave shift_attn out"
     if config.model.storage.type != "dense" and full:
         kind = next(job.tuning for job in config.jobs if job.trains_base)
         yield f"tuning: {kind} needs model.storage.type: dense, not {config.model.storage.type!r}"
@@ -101,6 +107,11 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if isinstance(job.objective, DrawnSettings):
         yield from _rollout_conflicts(job, job.objective)
+    if config.model.shift_attn is not None and _looks_twice(job):
+        yield (
+            f"model.shift_attn: objective {job.objective.type} compares log-probabilities in training with others that "
+            "whole attention gives, so it would learn the difference between the two; leave shift_attn out"
+        )
     if job.early_stopping_patience is not None and not has_eval(job):
         yield "early_stopping_patience: there are no held-out rows; give data.eval or data.validation_split"
     if job.early_stopping_patience is not None and config.eval_steps is None:
@@ -111,6 +122,13 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
+    if job.tuning == "adapter" and job.adapter.type == "adalora" and job.optimizer.has_own_schedule:
+        yield (
+            f"optimizer.type: {job.optimizer.type} averages its steps, which brings back what adalora's allocator sets "
+            "to 0; choose adamw"
+        )
+    if job.tuning == "adapter" and isinstance(job.adapter, PromptSettings):
+        yield from _prompt_conflicts(config, job)
     if job.tuning == "adapter" and job.adapter.looks_at_data and job.data.streaming:
         yield (
             f"adapter.type: {job.adapter.type} looks at the data before it starts, and with data.streaming it is read "
@@ -121,6 +139,11 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose "
             "adamw, or paged_adamw_8bit"
         )
+    if job.optimizer.trains_in_parts and any(needs(job.objective.build(), each) for each in ("value", "token_values")):
+        yield (
+            f"optimizer.type: {job.optimizer.type} trains layer by layer, and the value head that objective "
+            f"{job.objective.type} trains is in none; choose galore_8bit or adamw_8bit"
+        )
     if job.optimizer.has_own_schedule and job.schedule.type != "constant":
         yield (
             f"schedule.type: optimizer {job.optimizer.type} takes the place of a schedule; set schedule: constant "
@@ -128,6 +151,21 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.trains_base and job.adapter.path is not None:
         yield f"adapter.path: with tuning: {job.tuning} there is no adapter to continue; set tuning: adapter"
+
+
+def _prompt_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
+    if config.model.attention == "padded":
+        yield f"model.attention: adapter.type {job.adapter.type} needs packed documents; leave attention out"
+    if config.model.shift_attn is not None:
+        yield f"model.shift_attn: not with adapter.type {job.adapter.type}, whose tokens only the first group would see"
+    if job.neftune_noise_alpha is not None:
+        yield f"neftune_noise_alpha: not with adapter.type {job.adapter.type}, whose vectors have no place for noise"
+
+
+def _looks_twice(job: JobConfig) -> bool:
+    """Whether the objective compares what training gives with what was computed before."""
+    objective = job.objective.build()
+    return any(needs(objective, each) for each in ("reference", "rollouts", "mismatched"))
 
 
 def _metric_conflicts(job: JobConfig) -> Iterator[str]:

@@ -85,6 +85,8 @@ def _expected(entry: Any) -> str:
         return f"a number {words} {context[comparisons[kind]]:g}"
     if kind == "literal_error":
         return str(context["expected"])
+    if kind == "multiple_of":
+        return f"a multiple of {context['multiple_of']:g}"
     if kind == "string_pattern_mismatch":
         return "letters, digits and any of . _ + = - (it names a folder)"
     if kind in ("string_too_short", "string_too_long"):

@@ -16,6 +16,13 @@ from lowrank.checkpoints.atomic import write_text
 from lowrank.errors import ConfigError, DataError, did_you_mean, raise_all
 
 RESULTS = "results.json"
+_ALSO_CALLED = {"ceval": "ceval-valid"}
+"""C-Eval keeps the answers of its test split to itself, so lm-eval's tasks of it are those of the other one."""
+
+
+def names_of(tasks: str) -> list[str]:
+    """lm-eval's names of tasks with commas between them, as a person writes them."""
+    return [_ALSO_CALLED.get(name, name) for each in tasks.split(",") if (name := each.strip())]
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:

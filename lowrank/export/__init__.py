@@ -31,6 +31,18 @@ class Needs:
     """Main memory at the peak, without what can be paged out to the base's own files."""
     notes: tuple[str, ...] = ()
     """What a person should know beforehand, in whole sentences."""
+    installs: tuple[Install, ...] = ()
+    """What has to be fetched first, in this order."""
+
+
+@dataclass(frozen=True)
+class Install:
+    """A program that a target runs and that lowrank does not bring; kept apart from the environment of this one."""
+
+    said: str
+    """What is fetched from where, how much, and where it is kept: said before it happens."""
+    make: Callable[[], None]
+    """Fetches it. Raises ModelError if that cannot be, or if it turns out that it would not help."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,10 @@ class ReadBack:
     tolerance: Tolerance
     open: Callable[[], Reader]
     """Loads it; used as a context."""
+    against: ReadBack | None = None
+    """What it was rounded from: its distributions may not be further from this one's than `tolerance` says either."""
+    temporary: tuple[Path, ...] = ()
+    """Files that are there for the comparison only."""
 
 
 class Progress(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ DOCUMENTS = 128
 LENGTH = 512
 """Documents looked at, and tokens of each: GPTQ's authors took 128 of 2048."""
 _FEWEST_TOKENS = 256
+_ENOUGH = 16
+"""Tokens of a document that shows how a layer computes."""
 
 Quantise = Callable[[str, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """`(linear's name, weight (O, D), second moments (D, D) or None)` -> the weight that will be read from the file."""
+
+Prepare = Callable[[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], Callable[[], torch.Tensor]], None]
+"""`(modules of a layer by name, its linears, their moments, one document through it)`: before it is quantised."""
 
 
 def texts_of(source: Source, path: Path | None) -> Sequence[np.ndarray]:
@@ -59,15 +65,21 @@ def quantise_in_order(
     documents: Sequence[np.ndarray],
     quantise: Quantise,
     tick: Callable[[int, int], None],
+    prepare: Prepare | None = None,
 ) -> None:
-    """Call `quantise` once for each of `linears`, those outside of the decoder layers last and without moments."""
+    """Call `quantise` once for each of `linears`, those outside of the decoder layers last and without moments.
+
+    `prepare` may change a layer, and the moments with it, as long as it computes the same.
+    """
     base = _loaded(source, merged)
     stack = decoder_layers(base.model)
     if stack is None:
         raise ModelError(
             f"{source.model.path}: it has no single list of decoder layers; calibrate=false rounds as it is"
         )
-    names: dict[Any, str] = {module: name for name, module in base.model.named_modules() if name in linears}
+    all_names: dict[Any, str] = {module: name for name, module in base.model.named_modules()}
+    names = {module: name for module, name in all_names.items() if name in linears}
+    shortest = min(range(len(documents)), key=lambda number: max(_ENOUGH, len(documents[number])))
     states: list[torch.Tensor | None] = [None] * len(documents)
     done = 0
     with torch.no_grad():
@@ -76,6 +88,10 @@ def quantise_in_order(
             with _only(stack, index) as reach, _moments(own) as moments:
                 for number, document in enumerate(documents):
                     reach(base, document, states[number])
+            if prepare is not None:
+                parts = {all_names[module]: module for module in layer.modules()}
+                with _only(stack, index) as reach:
+                    prepare(parts, own, moments, partial(reach, base, documents[shortest], states[shortest]))
             for name, module in own.items():
                 module.weight.copy_(quantise(name, module.weight, moments.get(name)))
                 done += 1

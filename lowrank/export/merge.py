@@ -6,17 +6,19 @@ Merged in float32 from the weights on disk, by the variant's own `merge`; what n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lowrank.adapters.targets import is_embedding
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
-from lowrank.export.checkpoint import Checkpoint
-from lowrank.export.names import Names
+from lowrank.export.experts import ExpertUpdate, FusedUpdate, by_expert, is_transposed
+from lowrank.export.names import Names, refuse_unmergeable
 from lowrank.export.source import Source
+from lowrank.export.weights import Weights
 
 _BLOCK_BYTES = 1 << 20
 """Of a tensor merged at once: small enough that a block and its float32 copies stay in the processor's cache."""
@@ -32,6 +34,22 @@ class _Instead:
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
         del weight, first, end
         return self.tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of single tokens in the place of the base's."""
+
+    token_ids: tuple[int, ...]
+    row_ND: torch.Tensor
+    by_rows = True
+
+    def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        weight = weight.clone()
+        for place, token in enumerate(self.token_ids):
+            if first <= token < end:
+                weight[token - first] = self.row_ND[place].to(weight.dtype)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ class _EmbeddingUpdate:
         return torch.addmm(weight, self.A_RV[:, first:end].t(), self.B_DR.t(), alpha=self.scale)
 
 
-_Change = _Instead | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate
+_Change = _Instead | _Rows | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate | ExpertUpdate | FusedUpdate
 
 
 @dataclass(frozen=True)
@@ -100,18 +118,17 @@ class Plan:
 class Merged(Mapping[str, Plan]):
     """Base + adapter as a checkpoint: names, shapes and dtypes at once, values when asked for.
 
-    checkpoint  the base's own files
+    checkpoint  the base's own files; weights that are quantised there are unpacked
     untied      embedding and head were one tensor in the base and are two now, so the configuration must say
                 `tie_word_embeddings: false`
     """
 
     def __init__(self, source: Source) -> None:
         """Raises ModelError for files that are missing, an adapter of another base, and what cannot be merged."""
-        self.checkpoint = Checkpoint(source.base)
+        self.checkpoint = Weights(source.base)
         self.untied = False
         self._plans = {name: Plan(name, entry.shape, entry.dtype) for name, entry in self.checkpoint.items()}
         if source.adapter is not None:
-            _refuse_quantised(source, self.checkpoint)
             self._merge(source, source.adapter)
 
     def __getitem__(self, name: str) -> Plan:
@@ -140,14 +157,17 @@ class Merged(Mapping[str, Plan]):
 
         ModelError if a value does not fit into `dtype` (float16 ends at 65504).
         """
+        for first, end in row_ranges(self[name]):
+            yield self.block(name, first, end, dtype)
+
+    def block(self, name: str, first: int, end: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One of the blocks of `row_ranges`. May be asked for in any order and by several threads."""
         plan = self[name]
-        dtype = dtype or plan.dtype
-        for first, end in _row_ranges(plan):
-            rows = self.checkpoint.rows(plan.origin, first, end)
-            if plan.change is not None:
-                wide = torch.promote_types(rows.dtype, torch.float32)
-                rows = plan.change(rows.to(wide), first, end)
-            yield _cast(name, rows, dtype)
+        rows = self.checkpoint[plan.origin].rows(first, end)
+        if plan.change is not None:
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            rows = plan.change(rows.to(wide), first, end)
+        return _cast(name, rows, dtype or plan.dtype)
 
     def is_unchanged(self, name: str, dtype: torch.dtype | None = None) -> bool:
         """Whether its bytes in `dtype` are those of the base's file."""
@@ -155,33 +175,62 @@ class Merged(Mapping[str, Plan]):
         return plan.change is None and dtype in (None, plan.dtype)
 
     def _merge(self, source: Source, adapter: AdapterOnDisk) -> None:
+        refuse_unmergeable(source.name, adapter)
         names = Names(source.base, self.checkpoint, trust_remote_code=source.model.trust_remote_code)
         heading = f"{source.name}: this adapter does not fit the base in {source.base}"
         raise_all(ModelError, heading, names.refusals(adapter))
+        self._merge_experts(adapter, names)
         changes = _changes(adapter, names)
         parameters = set(changes)
-        if names.tied & parameters:
+        if names.tied & parameters and not all(isinstance(changes[name], _Rows) for name in names.tied & parameters):
             self.untied = True
             parameters |= names.tied  # the other end of the pair keeps what the base has
         for parameter in parameters:
             entry = self.checkpoint[names.origin(parameter)]
-            plan = Plan(names.origin(parameter), entry.shape, entry.dtype, changes.get(parameter))
-            self._plans[names.file_name(parameter)] = plan
+            change = changes.get(parameter)
+            kept_tied = parameter in names.tied and not self.untied
+            name = names.origin(parameter) if kept_tied else names.file_name(parameter)
+            self._plans[name] = Plan(names.origin(parameter), entry.shape, entry.dtype, change)
+
+    def _merge_experts(self, adapter: AdapterOnDisk, names: Names) -> None:
+        """Of every tensor in the files that is a part of fused experts with an adapter."""
+        variant = adapter.config.build()
+        for parameter, (rank, alpha) in adapter.targets.items():
+            if parameter not in adapter.config.target_parameters:
+                continue
+            pieces, scale = names.pieces(parameter), variant.scale(rank, alpha)
+            A, B = (adapter.tensors[f"{parameter}.lora_{part}.weight"] for part in ("A", "B"))
+            A_ERD, B_EOR = by_expert(A, B, names.model.get_parameter(parameter).shape[0])
+            if pieces is None:
+                name = names.origin(parameter)
+                change = FusedUpdate(scale, A_ERD, B_EOR, is_transposed(names.model, parameter))
+                self._plans[name] = replace(self._plans[name], change=change)
+            for piece in pieces or ():
+                B_NR = B_EOR[piece.expert][piece.row_N]
+                change = ExpertUpdate(scale, A_ERD[piece.expert], B_NR, piece.transposed)
+                self._plans[piece.name] = replace(self._plans[piece.name], change=change)
 
 
 def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
     """What happens to each parameter that the adapter reaches, by the model's names."""
     variant = adapter.config.build()
+    shapes = {module: names.layer_shape(module) for module in adapter.targets if names.has_linear(module)}
+    drawn = variant.drawn(shapes, adapter.config.rank, adapter.tensors) if shapes else {}
     changes: dict[str, _Change] = {}
     for name, tensor in adapter.tensors.items():
-        if not any(name.startswith(f"{module}.") for module in adapter.targets):
+        if name.endswith(TOKEN_ROWS):
+            changes[f"{name.removesuffix(TOKEN_ROWS)}weight"] = _Rows(adapter.config.trainable_token_indices, tensor)  # type: ignore[arg-type]
+        elif name not in variant.frozen and not any(name.startswith(f"{module}.") for module in adapter.targets):
             changes[name] = _Instead(tensor)
     for module, (rank, alpha) in adapter.targets.items():
+        if module in adapter.config.target_parameters:
+            continue  # see Merged._merge_experts
         parts = {
             name.removeprefix(f"{module}.").removesuffix(".weight"): tensor
             for name, tensor in adapter.tensors.items()
             if name.startswith(f"{module}.")
         }
+        parts = {**drawn.get(module, {}), **parts}
         scale = variant.scale(rank, alpha)
         if is_embedding(names.model.get_submodule(module)):
             changes[f"{module}.weight"] = _EmbeddingUpdate(scale, parts["lora_embedding_A"], parts["lora_embedding_B"])
@@ -193,7 +242,7 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
     return changes
 
 
-def _row_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
+def row_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
     """Blocks of rows of about _BLOCK_BYTES; one block where a change needs the whole tensor."""
     if not plan.shape or (plan.change is not None and not plan.change.by_rows):
         yield 0, plan.shape[0] if plan.shape else 1
@@ -209,13 +258,3 @@ def _cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16 and rows.dtype != dtype and not cast.isfinite().all() and rows.isfinite().all():
         raise ModelError(f"{name}: has values above 65504, which float16 cannot hold; use bfloat16 or float32")
     return cast
-
-
-def _refuse_quantised(source: Source, checkpoint: Checkpoint) -> None:
-    said = checkpoint.config.get("quantization_config")
-    if said:
-        kind = said.get("quant_method", "unknown") if isinstance(said, dict) else said
-        raise ModelError(
-            f"{source.model.path}: its files hold quantised weights ({kind}), into which nothing can be merged without "
-            "losing part of it; name the 16-bit model it was made from as the base, or export --to peft"
-        )

@@ -17,9 +17,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.targets import is_embedding, is_linear
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
-from lowrank.export.checkpoint import Entry
+from lowrank.export.experts import Piece, is_transposed, pieces_of
+from lowrank.export.weights import Stored
 from lowrank.models.quiet import quiet_transformers
 
 _SHOWN = 12
@@ -28,7 +30,7 @@ _SHOWN = 12
 class Names:
     """Of every parameter of the model: the tensor in the files that it is loaded from."""
 
-    def __init__(self, folder: Path, checkpoint: Mapping[str, Entry], *, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, checkpoint: Mapping[str, Stored], *, trust_remote_code: bool = False) -> None:
         self.model = model_without_memory(folder, trust_remote_code=trust_remote_code)
         self.checkpoint = checkpoint
         state = self.model.state_dict(keep_vars=True)
@@ -46,6 +48,18 @@ class Names:
         """A layer that keeps its weight as (D, O): GPT-2's Conv1D."""
         return isinstance(self.model.get_submodule(module), Conv1D)
 
+    def has_linear(self, module: str) -> bool:
+        """Whether a linear layer goes by this name."""
+        try:
+            return is_linear(self.model.get_submodule(module))
+        except AttributeError:
+            return False
+
+    def layer_shape(self, module: str) -> tuple[int, int]:
+        """(O, D) of a linear layer."""
+        first, second = self.model.get_submodule(module).weight.shape
+        return (second, first) if self.is_transposed(module) else (first, second)
+
     def origin(self, parameter: str) -> str:
         """The tensor in the files that holds a parameter's values; of a tied one perhaps under its twin's name."""
         pair = [parameter, *sorted(self.tied - {parameter})] if parameter in self.tied else [parameter]
@@ -58,10 +72,18 @@ class Names:
     def refusals(self, adapter: AdapterOnDisk) -> list[str]:
         """Why this adapter cannot be merged into this base: one sentence for every tensor that does not fit."""
         problems = [problem for module in adapter.targets for problem in self._misfits(module, adapter)]
-        own = [name for name in adapter.tensors if not any(name.startswith(f"{module}.") for module in adapter.targets)]
+        shared = adapter.config.build().frozen
+        own = [
+            name
+            for name in adapter.tensors
+            if name not in shared and not any(name.startswith(f"{module}.") for module in adapter.targets)
+        ]
         for name in own:
-            problem = self._unmergeable(name)
-            if problem is not None:
+            weight = f"{name.removesuffix(TOKEN_ROWS)}weight" if name.endswith(TOKEN_ROWS) else name
+            problem = self._unmergeable(weight)
+            if problem is None and weight != name:
+                problems += self._missing_rows(weight, adapter)
+            elif problem is not None:
                 problems.append(problem)
             elif adapter.tensors[name].shape != self._entry(name).shape:
                 problems.append(f"{name}: {_shape(adapter.tensors[name])} in the adapter, {self._said(name)}")
@@ -70,7 +92,7 @@ class Names:
     def _misfits(self, module: str, adapter: AdapterOnDisk) -> list[str]:
         weight = f"{module}.weight"
         if module in adapter.config.target_parameters:
-            return [f"{module}: an adapter on fused experts (target_parameters), not merged yet; use it with --to peft"]
+            return self._expert_misfits(module, adapter)
         problem = self._unmergeable(weight)
         if problem is not None:
             return [problem]
@@ -87,6 +109,34 @@ class Names:
             if f"{module}.{part}" in adapter.tensors and adapter.tensors[f"{module}.{part}"].shape[axis] != length
         ]
 
+    def _missing_rows(self, weight: str, adapter: AdapterOnDisk) -> list[str]:
+        """Tokens that the base has no rows for."""
+        rows = self._entry(weight).shape[0]
+        beyond = [token for token in adapter.config.trainable_token_indices if int(token) >= rows]
+        return [f"{weight}: the adapter has rows for tokens {beyond}, {self._said(weight)}"] if beyond else []
+
+    def _expert_misfits(self, parameter: str, adapter: AdapterOnDisk) -> list[str]:
+        try:
+            experts, rows, columns = self.model.get_parameter(parameter).shape
+            self.pieces(parameter)
+        except AttributeError:
+            return [f"{parameter}: the base has no such experts"]
+        except ModelError as error:
+            return [str(error)]
+        if is_transposed(self.model, parameter):
+            rows, columns = columns, rows
+        A, B = (adapter.tensors[f"{parameter}.lora_{part}.weight"] for part in ("A", "B"))
+        if A.shape[1] == columns and B.shape[0] == rows and A.shape[0] == B.shape[1] and A.shape[0] % experts == 0:
+            return []
+        said = f"{experts} experts of ({rows}, {columns}) in the base"
+        return [f"{parameter}: A {_shape(A)} and B {_shape(B)} in the adapter, {said}"]
+
+    def pieces(self, parameter: str) -> list[Piece] | None:
+        """The tensors in the files that fused experts are made of; None where they are one there too."""
+        if parameter in self._file_name:
+            return None
+        return pieces_of(self.model, parameter, self._converted.get(parameter, ()))
+
     def _unmergeable(self, parameter: str) -> str | None:
         if parameter in self._converted:
             files = self._converted[parameter]
@@ -95,15 +145,22 @@ class Names:
             return None
         return f"{parameter}: the base has no such tensor"
 
-    def _entry(self, parameter: str) -> Entry:
+    def _entry(self, parameter: str) -> Stored:
         return self.checkpoint[self.origin(parameter)]
 
     def _said(self, parameter: str) -> str:
         return f"{self._entry(parameter).shape} in the base ({self.origin(parameter)})"
 
 
+def refuse_unmergeable(name: str, adapter: AdapterOnDisk) -> None:
+    """ModelError for an adapter that no weights can take in."""
+    reason = adapter.config.unmergeable
+    if reason is not None:
+        raise ModelError(f"{name}: {adapter.config.title}: {reason}")
+
+
 def _loaded_from(
-    model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Entry]
+    model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Stored]
 ) -> Iterator[tuple[str, str, bool]]:
     """(name in the files, parameter, whether anything but its name changes on the way)."""
     mapping = get_model_conversion_mapping(model)

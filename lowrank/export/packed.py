@@ -1,7 +1,8 @@
 """A merged model whose linear layers are in few bits, in a checkpoint that other programs load: one format each.
 
 Every weight is the original plus the adapter's update, in float32, and only then quantised: with GPTQ's compensation
-where texts are at hand, in one pass over the decoder layers, else to the nearest. Heads, embeddings and norms stay.
+where texts are at hand, in one pass over the decoder layers, else to the nearest. Heads and embeddings stay, and so do
+norms unless AWQ's scales are folded into them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
@@ -18,14 +19,15 @@ from torch import nn
 
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
+from lowrank.export.activation_aware import Scaled
 from lowrank.export.calibration import LENGTH, quantise_in_order, texts_of
-from lowrank.export.checkpoint import INDEX, SINGLE
 from lowrank.export.merge import Merged
 from lowrank.export.names import Names
 from lowrank.export.readers import read_model
 from lowrank.export.side_files import write_side_files
-from lowrank.export.sizes import parse_size
+from lowrank.export.sizes import parse_size, said_size
 from lowrank.export.source import Source
+from lowrank.models.checkpoint_files import INDEX, SINGLE
 from lowrank.models.streaming import linears_to_pack
 from lowrank.settings import Settings
 
@@ -77,6 +79,14 @@ class Format(Protocol):
         ...
 
 
+class ScaledFormat(Format, Protocol):
+    """A format whose inputs have scales (AWQ)."""
+
+    def rounded(self, weight_OD: torch.Tensor, moment_DD: torch.Tensor) -> torch.Tensor:
+        """What comes back of a weight; the scales are chosen by it."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Planned:
     """What is decided before anything is written."""
@@ -87,6 +97,8 @@ class _Planned:
     shapes: dict[str, tuple[int, int]]
     others: list[str]
     dtype: torch.dtype
+    file_name: Callable[[str], str]
+    """The name in the files of any parameter of the model."""
 
 
 class PackedTarget:
@@ -128,9 +140,12 @@ class PackedTarget:
         planned = self._plan(source)
         texts = self._texts(source)
         ready: dict[str, dict[str, torch.Tensor]] = {}
+        scaled = self._scaled(planned)
 
         def quantise(name: str, weight_OD: torch.Tensor, moment_DD: torch.Tensor | None) -> torch.Tensor:
             exact_OD = planned.merged.tensor(planned.files[name], torch.float32).to(weight_OD.device)
+            if scaled is not None:
+                exact_OD = scaled.weight(name, exact_OD)
             tensors, value_OD = self.form.pack(exact_OD, moment_DD, planned.dtype)
             ready[name] = {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
             return value_OD
@@ -140,14 +155,19 @@ class PackedTarget:
             quantise_in_order(
                 source, planned.merged, planned.shapes.keys(), texts, quantise,
                 lambda done, of: progress(1000 * done // of, 1000 * total, "calibrating"),
+                prepare=None if scaled is None else scaled.prepare,
             )  # fmt: skip
         written = _write_shards(
-            self._tensors(planned, ready), len(planned.merged), parse_size(self.form.settings.max_shard_size), folder,
+            self._tensors(planned, ready, scaled.changed if scaled else {}), len(planned.merged),
+            parse_size(self.form.settings.max_shard_size), folder,
             lambda done, of: progress(1000 * (total - 1) + 1000 * done // of, 1000 * total, "writing"),
         )  # fmt: skip
         described = self.form.describe(planned.shapes, planned.others, planned.dtype)
         write_side_files(source, folder, untied=planned.merged.untied, quantization=described)
-        return (f"{written / 1e6:,.1f} MB of weights",)
+        said = [f"{said_size(written)} of weights"]
+        if scaled is not None and scaled.asked:
+            said.append(f"AWQ's scales on the inputs of {scaled.folded} of {scaled.asked} layers")
+        return said
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as lowrank's own reader of the format loads it."""
@@ -170,15 +190,23 @@ class PackedTarget:
             self._known = source, _planned(source)
         return self._known[1]
 
+    def _scaled(self, planned: _Planned) -> Scaled | None:
+        if not hasattr(self.form, "rounded"):
+            return None
+        return Scaled(planned.merged, planned.file_name, cast(ScaledFormat, self.form).rounded)
+
     def _tensors(
-        self, planned: _Planned, ready: Mapping[str, Mapping[str, torch.Tensor]]
+        self,
+        planned: _Planned,
+        ready: Mapping[str, Mapping[str, torch.Tensor]],
+        changed: Mapping[str, torch.Tensor],
     ) -> Iterator[dict[str, torch.Tensor]]:
         """The tensors that each one of the merged model becomes, in the base's order."""
         linears = {file: name for name, file in planned.files.items()}
         for file in planned.merged:
             name = linears.get(file)
             if name is None:
-                yield {file: planned.merged.tensor(file)}
+                yield {file: changed[file] if file in changed else planned.merged.tensor(file)}
                 continue
             tensors = ready.get(name)
             if tensors is None:
@@ -206,6 +234,11 @@ def group_trouble(shapes: Mapping[str, tuple[int, int]], group_size: int) -> lis
 
 def _planned(source: Source) -> _Planned:
     merged = Merged(source)
+    if merged.checkpoint.method:
+        raise ModelError(
+            f"{source.model.path}: its weights are quantised already ({merged.checkpoint.method}), and twice is worse; "
+            "name the 16-bit model it was made from as the base, or export --to merged or gguf"
+        )
     names = Names(source.base, merged.checkpoint, trust_remote_code=source.model.trust_remote_code)
     fused = [name for name, parameter in names.model.named_parameters() if parameter.ndim > 2]
     if fused:
@@ -223,7 +256,7 @@ def _planned(source: Source) -> _Planned:
         name for name, module in names.model.named_modules() if isinstance(module, nn.Linear) and name not in files
     ]
     shapes = {name: (merged[file].shape[0], merged[file].shape[1]) for name, file in files.items()}
-    return _Planned(merged, files, shapes, others, merged[next(iter(files.values()))].dtype)
+    return _Planned(merged, files, shapes, others, merged[next(iter(files.values()))].dtype, names.file_name)
 
 
 def _size(merged: Merged, name: str) -> int:

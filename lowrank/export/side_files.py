@@ -56,8 +56,10 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
 
 def config_of(source: Source, *, dtype: torch.dtype | None, untied: bool) -> dict[str, Any]:
-    """The base's config.json as its makers wrote it (transformers 5 would rewrite it), with what changed."""
+    """The base's config.json as its makers wrote it (transformers 5 would rewrite it), with what changed. Weights that
+    were quantised are not any more."""
     config = json.loads((source.base / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
     parts = [config, *(part for part in config.values() if isinstance(part, dict) and "vocab_size" in part)]
     if dtype is not None:
         for part in parts:

@@ -57,6 +57,10 @@ class Comparison:
     gain_kept: float | None
     """Of what training gained in held-out loss over the bare base: the share that is left. None: nothing was gained."""
     tolerance: Tolerance
+    against: str | None
+    """The name of what it was rounded from, which it is compared with too; None where nothing lies between."""
+    against_mean_kl: float | None
+    against_top1_agreement: float | None
     problems: tuple[str, ...]
     """Which tolerances are exceeded, in words; empty: it is the model that was trained."""
 
@@ -93,7 +97,7 @@ def ask_reference(
     greedy = []
     for number, prompt in enumerate(held_out.prompts):
         greedy.append(tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)))
-        tick(number + 1, 2 * len(held_out.prompts))
+        tick(number + 1, len(held_out.prompts) + len(held_out.documents))
     if not any(chosen.any() for chosen in held_out.compared):
         held_out = _answered(held_out, greedy)
     held_out = places_for(held_out, vocabulary)
@@ -105,26 +109,58 @@ def ask_reference(
         if has_adapter:
             alone = BankReader(reader.base, reader.bank).logprobs(document)[compared]
             base_losses.append(_losses(alone, document, compared))
-        tick(len(held_out.prompts) + number + 1, 2 * len(held_out.prompts))
+        tick(len(held_out.prompts) + number + 1, len(held_out.prompts) + len(held_out.documents))
     base_loss = float(np.concatenate(base_losses).mean()) if has_adapter else None
     return Answers(held_out, tuple(logprobs), tuple(greedy), float(np.concatenate(losses).mean()), base_loss)
 
 
-def compare(read_back: ReadBack, answers: Answers, stop_tokens: frozenset[int], tick: Tick) -> Comparison:
-    """Load what was written, ask it the same, and hold it against its tolerance."""
+class Comparer:
+    """Holds what was written against what base + adapter said."""
+
+    def __init__(self, answers: Answers, stop_tokens: frozenset[int]) -> None:
+        self.answers = answers
+        self.stop_tokens = stop_tokens
+        self._between: tuple[str, list[np.ndarray]] | None = None
+
+    def compare(self, read_back: ReadBack, tick: Tick) -> Comparison:
+        """Load it, ask it the same, and see whether it is within its tolerance."""
+        between = None if read_back.against is None else self._logprobs(read_back.against)
+        return _compare(read_back, self.answers, between, self.stop_tokens, tick)
+
+    def _logprobs(self, read_back: ReadBack) -> list[np.ndarray]:
+        """At the compared places of each document, kept for what else was rounded from it."""
+        if self._between is None or self._between[0] != read_back.name:
+            asked = self.answers.held_out
+            with read_back.open() as reader:
+                pairs = zip(asked.documents, asked.compared)
+                self._between = read_back.name, [reader.logprobs(document)[places] for document, places in pairs]
+        return self._between[1]
+
+
+def _compare(
+    read_back: ReadBack,
+    answers: Answers,
+    between: Sequence[np.ndarray] | None,
+    stop_tokens: frozenset[int],
+    tick: Tick,
+) -> Comparison:
     asked = answers.held_out
     kls, agreed, losses, same = [], [], [], 0
+    between_kls, between_agreed = [], []
     with read_back.open() as reader:
         for number, (prompt, expected) in enumerate(zip(asked.prompts, answers.greedy)):
             same += tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)) == expected
-            tick(number + 1, 2 * len(asked.prompts))
+            tick(number + 1, len(asked.prompts) + len(asked.documents))
         for number, (document, compared) in enumerate(zip(asked.documents, asked.compared)):
             own = reader.logprobs(document)[compared]
             reference = answers.logprobs[number]
             kls.append(_kl(reference, own))
             agreed.append(reference.argmax(1) == own.argmax(1))
             losses.append(_losses(own, document, compared))
-            tick(len(asked.prompts) + number + 1, 2 * len(asked.prompts))
+            if between is not None:
+                between_kls.append(_kl(between[number], own))
+                between_agreed.append(between[number].argmax(1) == own.argmax(1))
+            tick(len(asked.prompts) + number + 1, len(asked.prompts) + len(asked.documents))
     kl = np.concatenate(kls)
     loss = float(np.concatenate(losses).mean())
     return _judged(
@@ -141,6 +177,9 @@ def compare(read_back: ReadBack, answers: Answers, stop_tokens: frozenset[int], 
             greedy_asked=len(asked.prompts),
             gain_kept=_gain_kept(answers, loss),
             tolerance=read_back.tolerance,
+            against=None if read_back.against is None else read_back.against.name,
+            against_mean_kl=float(np.concatenate(between_kls).mean()) if between_kls else None,
+            against_top1_agreement=float(np.concatenate(between_agreed).mean()) if between_agreed else None,
             problems=(),
         )
     )
@@ -164,6 +203,10 @@ def _judged(found: Comparison) -> Comparison:
         problems.append(
             f"{1 - found.gain_kept:.1%} of what training gained is lost (loss {before:.4f}, now {after:.4f}), at most "
             f"{allowed.gain_lost:.0%} is expected"
+        )
+    if found.against_mean_kl is not None and not found.against_mean_kl <= allowed.mean_kl:
+        problems.append(
+            f"mean KL from {found.against} is {found.against_mean_kl:.2g}, at most {allowed.mean_kl:.2g} is expected"
         )
     if problems and allowed.remedy:
         problems.append(allowed.remedy)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -22,35 +21,25 @@ from typing import TypeVar
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.virtual import runs_of_pieces
 from lowrank.generate import static
 from lowrank.generate.constraint import JsonConstraint
 from lowrank.generate.generation import Generation
-from lowrank.generate.pages import PageTable, root_digest
+from lowrank.generate.pages import PageTable
 from lowrank.generate.request import Config, Prompt, RequestError, TooLong
 from lowrank.generate.sampling import choose
+from lowrank.generate.schedule import GeneratorConfig, Schedule
 from lowrank.generate.sequence import Sequence
+from lowrank.kernels.answering import few_shapes
+from lowrank.kernels.host_memory import Heap
 from lowrank.models.base import Base
 from lowrank.models.continuation import what_breaks
 from lowrank.models.paged_attention import KeyValueCache, Span, Step
-from lowrank.settings import Positive, Settings
 
 Result = TypeVar("Result")
 _PAGE = 16
 """Tokens of a page on a CPU, where pages are copied together before they are used."""
 _KERNEL_PAGE = 256
-
-
-class GeneratorConfig(Settings):
-    """How much is answered at once."""
-
-    max_rows: Positive = 64
-    """Sequences in one step at the most; others wait."""
-    step_tokens: Positive = 512
-    """Tokens of one step at the most: one for each sequence that answers, and the rest for pieces of questions."""
-    cache_tokens: Positive = 65536
-    """Tokens whose keys and values are kept, of all sequences together."""
-    reuse_prefixes: bool = True
-    """Keep the keys of finished sequences while there is room, for others that begin alike."""
 
 
 class Generator:
@@ -69,10 +58,7 @@ class Generator:
         size = _KERNEL_PAGE if base.device.type == "cuda" else _PAGE
         num_pages = 1 + -(-self.config.cache_tokens // size)
         self._cache = KeyValueCache(num_pages, size)
-        self._table = PageTable(num_pages, size)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._version: defaultdict[int, int] = defaultdict(int)
+        self.schedule = Schedule(PageTable(num_pages, size), self.config)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stepping = threading.RLock()
         self._wake = threading.Event()
@@ -83,18 +69,23 @@ class Generator:
 
     def submit(self, prompt: Prompt, config: Config, *, stop_tokens: frozenset[int] = frozenset()) -> Generation:
         """Start answering; RequestError if it can never be answered."""
-        most = self._most(len(prompt.token_L), config)
+        virtual = self.bank.num_virtual(prompt.slot)
+        most = self._most(len(prompt.token_L), prompt.slot, config)
         sequence = Sequence(
             prompt,
             config,
+            virtual=virtual,
             stop_tokens=stop_tokens,
             most=most,
             tokenizer=self.base.tokenizer,
             constraint=self._constraint(config, stop_tokens),
         )
         steady = self.base.steady_length
-        sequence.alone = steady is not None and len(prompt.token_L) + most > steady
-        self.post(lambda: self._waiting.append(sequence))
+        sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
+        if virtual and (self.notice or sequence.alone):
+            reason = self.notice or f"texts of more than {steady} tokens are answered one by one"
+            raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
+        self.post(lambda: self.schedule.waiting.append(sequence))
         return Generation(self, sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -135,27 +126,27 @@ class Generator:
         with self._stepping:
             assert not self.busy, "somebody is being answered"
             self._cache = KeyValueCache(self._cache.num_pages, self._cache.page_size)
-            self._table = PageTable(self._cache.num_pages, self._cache.page_size)
+            self.schedule.table = PageTable(self._cache.num_pages, self._cache.page_size)
 
     @property
     def busy(self) -> bool:
         """Somebody waits for an answer."""
-        return bool(self._running or self._waiting or not self._inbox.empty())
+        return bool(self.schedule.running or self.schedule.waiting or not self._inbox.empty())
 
     @property
     def num_running(self) -> int:
         """Sequences that have a place in the steps."""
-        return len(self._running)
+        return len(self.schedule.running)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that have none yet."""
-        return len(self._waiting) + self._inbox.qsize()
+        return len(self.schedule.waiting) + self._inbox.qsize()
 
     @property
     def free_tokens(self) -> int:
         """Room in the cache for tokens of new sequences."""
-        return self._table.available * self._table.page_size
+        return self.schedule.table.available * self.schedule.table.page_size
 
     # -- a thread of its own
 
@@ -175,7 +166,7 @@ class Generator:
         self._thread = None
         with self._stepping:
             self._read_inbox()
-            for sequence in [*self._running, *self._waiting]:
+            for sequence in [*self.schedule.running, *self.schedule.waiting]:
                 sequence.cancelled = True
             self._drop_cancelled()
 
@@ -185,6 +176,8 @@ class Generator:
         return self._thread is not None
 
     def _run(self) -> None:
+        heap = Heap()
+        heap.trim()  # loading leaves as much as a small model has
         while not self._closing:
             if not self.busy:
                 self._wake.wait()
@@ -193,6 +186,7 @@ class Generator:
                 self.step()
             except Exception as error:
                 self._fail_all(f"{type(error).__name__}: {error}")
+            heap.after_step()
 
     # -- one step
 
@@ -203,15 +197,15 @@ class Generator:
             self._read_inbox()
             if self.notice is not None:
                 return self._fixed_batch(self.config.max_rows)
-            if self._waiting and self._waiting[0].alone and not self._running:
+            if self.schedule.next_is_alone:
                 return self._fixed_batch(1)
-            plan = self._plan()
+            plan = self.schedule.plan()
             if not plan:
                 return False
             logits_BV, rows = self._forward(plan)
             for sequence, choice in zip(rows, choose(logits_BV, rows) if rows else ()):
                 sequence.take(choice)
-            self._drop_finished()
+            self.schedule.drop_finished()
             return True
 
     def _read_inbox(self) -> None:
@@ -222,127 +216,53 @@ class Generator:
                 return
             function()
 
-    def _plan(self) -> list[tuple[Sequence, int]]:
-        """Who gets how many tokens of this step, by slot; pages are taken."""
-        planned: dict[int, int] = {}
-        budget = self.config.step_tokens
-        for sequence in list(self._running):  # those who answer come first: nobody waits for another's question
-            if sequence in self._running and sequence.remaining == 1 and self._make_room(sequence, 1):
-                planned[id(sequence)] = 1
-                budget -= 1
-        for sequence in list(self._running):
-            if budget > 0 and sequence in self._running and sequence.remaining > 1:
-                length = min(sequence.remaining, budget)
-                if self._make_room(sequence, length):
-                    planned[id(sequence)] = length
-                    budget -= length
-        while budget > 0 and self._waiting and len(self._running) < self.config.max_rows:
-            sequence = self._waiting[0]
-            if sequence.alone or not self._admit(sequence):
-                break
-            self._waiting.popleft()
-            self._running.append(sequence)
-            length = min(sequence.remaining, budget)
-            taken = self._make_room(sequence, length)
-            assert taken, "it was admitted because there is room"
-            planned[id(sequence)] = length
-            budget -= length
-        plan = [(each, planned[id(each)]) for each in self._running if id(each) in planned]
-        return sorted(plan, key=lambda entry: entry[0].slot)
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Whether there is room for all of its tokens; then it has the pages that are known already."""
-        size = self._table.page_size
-        sequence.digests = [root_digest(sequence.slot, self._version[sequence.slot])]
-        if self.config.reuse_prefixes:  # the last token is always computed: its logits are wanted
-            sequence.pages = self._table.find(sequence.digest((len(sequence.tokens) - 1) // size, size))
-        if self._table.available < -(-(len(sequence.tokens) + 1) // size) - len(sequence.pages) and self._running:
-            self._table.release(sequence.pages)
-            sequence.pages = []
-            return False
-        sequence.cached = len(sequence.pages) * size
-        sequence.reused = min(sequence.cached, sequence.num_prompt)
-        return True
-
-    def _make_room(self, sequence: Sequence, length: int) -> bool:
-        """Pages for `length` tokens more; puts the youngest aside where there are none. False if it was itself."""
-        needed = -(-(sequence.cached + length) // self._table.page_size)
-        while len(sequence.pages) < needed:
-            if self._table.available:
-                sequence.pages.append(self._table.take())
-                continue
-            youngest = self._running[-1]
-            self._put_aside(youngest)
-            if youngest is sequence:
-                return False
-        return True
-
-    def _put_aside(self, sequence: Sequence) -> None:
-        """It gives its pages back, and reads its text again when there is room."""
-        self._running.remove(sequence)
-        self._release(sequence)
-        self._waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self._table.release(sequence.pages)
-        sequence.pages, sequence.cached = [], 0
-
     def _forward(self, plan: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, list[Sequence]]:
         """Logits (B, V) of those whose next token is wanted now."""
         spans, tokens, ends, rows = [], [], [], []
         for sequence, length in plan:
-            known = -(-sequence.cached // self._table.page_size)
+            known = -(-sequence.cached // self._cache.page_size)
             spans.append(Span(sequence.cached, length, sequence.pages, fresh=sequence.pages[known:]))
             tokens += sequence.tokens[sequence.cached : sequence.cached + length]
             if length == sequence.remaining:
                 rows.append(sequence)
                 ends.append(len(tokens) - 1)
         device = self.base.device
-        self.bank.routing.set(len(tokens), _ranges([(each.slot, length) for each, length in plan]))
-        hidden_TD = self.base.extend(torch.tensor(tokens, device=device), Step(self._cache, spans, device))
+        added = self._rows_for(len(tokens)) - len(tokens)
+        ranges = _ranges([(each.slot, length) for each, length in plan])
+        runs = runs_of_pieces([(each.slot, each.virtual, each.cached, length) for each, length in plan])
+        self.bank.routing.set(len(tokens) + added, ranges, virtual=runs, answering=True)
+        token_T = torch.tensor([*tokens, *[tokens[-1]] * added], device=device)
+        hidden_TD = self.base.extend(token_T, Step(self._cache, spans, device, added=added))
         for sequence, length in plan:
-            self._count(sequence, length)
+            self.schedule.count(sequence, length)
+        ends += [0] * (self._rows_for(len(ends)) - len(ends))
         return self._logits(hidden_TD[torch.tensor(ends, dtype=torch.int64, device=device)], rows), rows
 
     def _logits(self, hidden_BD: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
         """By the model's own head module, which the bank may have routed."""
-        self.bank.routing.set(len(rows), _ranges([(each.slot, 1) for each in rows]))
-        return self.base.head().finish(self.base.model.get_output_embeddings()(hidden_BD))
+        self.bank.routing.set(len(hidden_BD), _ranges([(each.slot, 1) for each in rows]), answering=True)
+        logits_BV = self.base.model.get_output_embeddings()(hidden_BD)
+        return self.base.head().finish(logits_BV[: len(rows)])
 
-    def _count(self, sequence: Sequence, length: int) -> None:
-        """`length` tokens more are in the cache; pages that became full can be found by others."""
-        size = self._table.page_size
-        before, sequence.cached = sequence.cached, sequence.cached + length
-        if self.config.reuse_prefixes and before // size < sequence.cached // size:
-            digests = sequence.digest(sequence.cached // size, size)
-            for place in range(before // size, sequence.cached // size):
-                self._table.know(sequence.pages[place], digests[place])
+    def _rows_for(self, rows: int) -> int:
+        """On a CPU every new number of rows costs time and memory (kernels/answering.py), so there are few."""
+        return few_shapes(rows) if rows and self.base.device.type == "cpu" else rows
 
     def _fixed_batch(self, most: int) -> bool:
         """Where the cache is not ours: whoever waits, as one batch, to its end."""
-        rows = [self._waiting.popleft() for _ in range(min(len(self._waiting), most))]
-        if not rows:
-            return False
-        self._running = sorted(rows, key=lambda sequence: sequence.slot)
-        static.answer(self.base, self.bank, self._running, self._drop_cancelled)
-        self._running = []
-        return True
-
-    # -- leaving
-
-    def _drop_finished(self) -> None:
-        for sequence in self._running:
-            if sequence.finish is not None:
-                self._release(sequence)
-        self._running = [sequence for sequence in self._running if sequence.finish is None]
+        rows = self.schedule.take_waiting(most)
+        if rows:
+            static.answer(self.base, self.bank, rows, self._drop_cancelled)
+            self.schedule.running = []
+        return bool(rows)
 
     def _drop_cancelled(self) -> None:
-        for sequence in (*self._running, *self._waiting):
+        for sequence in (*self.schedule.running, *self.schedule.waiting):
             if sequence.cancelled:
                 sequence.give_up("cancelled")
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.finish is None)
-        if self.notice is None and not (self._running and self._running[0].alone):
-            self._drop_finished()
+        running = self.schedule.running
+        fixed = self.notice is not None or bool(running and running[0].alone)
+        self.schedule.drop_finished(running=not fixed)  # a fixed batch goes on without them
 
     def _fail_all(self, error: str) -> None:
         """A step went wrong; what it left behind must not be used.
@@ -350,30 +270,29 @@ class Generator:
         Who was in it ends; if nobody was, whoever waits would make every step to come go wrong, so they end.
         """
         with self._stepping:
-            for sequence in self._running or self._waiting:
+            for sequence in self.schedule.running or self.schedule.waiting:
                 sequence.give_up("error", error)
-            self._waiting = deque(sequence for sequence in self._waiting if sequence.finish is None)
-            for slot in {sequence.slot for sequence in self._running}:
-                self._version[slot] += 1
-            self._drop_finished()
+            for slot in {sequence.slot for sequence in self.schedule.running}:
+                self.schedule.spoil(slot)
+            self.schedule.drop_finished()
 
     def _forget(self, slot: int) -> None:
         self._read_inbox()
-        self._version[slot] += 1
-        for sequence in [each for each in self._running if each.slot == slot]:
-            self._put_aside(sequence)
+        self.schedule.spoil(slot)
+        for sequence in [each for each in self.schedule.running if each.slot == slot]:
+            self.schedule.put_aside(sequence)
 
     # -- what a request may ask for
 
-    def _most(self, length: int, config: Config) -> int:
+    def _most(self, length: int, slot: int, config: Config) -> int:
         """Tokens its answer may have; RequestError if its question alone is too long."""
-        reach = self.base.reach
+        reach = self.bank.reach(slot)
         if length == 0:
             raise RequestError("the prompt has no tokens")
         if reach is not None and length >= reach:
             raise TooLong(f"the conversation has {length} tokens and the model reads {reach}")
         most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
-        room = self._table.capacity * self._table.page_size
+        room = self.schedule.table.capacity * self.schedule.table.page_size - self.bank.num_virtual(slot)
         if self.notice is None and length + most > room:
             raise TooLong(
                 f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"

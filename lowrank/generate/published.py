@@ -16,6 +16,7 @@ import torch
 
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.errors import did_you_mean
+from lowrank.generate.embedding import Pooling, embed
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator
 from lowrank.generate.request import Config, Piece, Prompt, RequestError
@@ -44,13 +45,18 @@ class Published:
     ) -> Generation:
         """Ask the current version of `name`. Raises RequestError, also for a name that is not there."""
         with self._lock:
-            if name not in self._slots:
-                raise RequestError(f"there is no adapter {name!r}{did_you_mean(name, self._slots)}")
-            slot = self._slots[name]
+            slot = self._slot_of(name)
             generation = self.generator.submit(Prompt(token_L, slot), config, stop_tokens=stop_tokens)
             self._users[slot] += 1
         generation.listen(lambda piece: self._hear(slot, piece))
         return generation
+
+    def embed(self, name: str, token_L: np.ndarray, pooling: Pooling) -> np.ndarray:
+        """(D) A text's vector by the current version of `name`, made between two steps. Raises RequestError."""
+        bank = self.generator.bank
+        return self.generator.between_steps(
+            lambda: embed(self.generator.base, bank, self._slot_of(name), token_L, pooling)
+        )
 
     def publish(self, name: str, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add an adapter, or a new version of one. ModelError if it does not fit; then the old one stays."""
@@ -77,6 +83,12 @@ class Published:
                 raise RequestError(f"there is no adapter {name!r} to withdraw{did_you_mean(name, self._slots)}")
             slot = self._slots.pop(name)
         self._retire(slot)
+
+    def _slot_of(self, name: str) -> int:
+        with self._lock:
+            if name not in self._slots:
+                raise RequestError(f"there is no adapter {name!r}{did_you_mean(name, self._slots)}")
+            return self._slots[name]
 
     def _retire(self, slot: int | None) -> None:
         with self._lock:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
 from typing import Any
 
 from lowrank.generate.constraint import JsonConstraint
@@ -12,8 +10,7 @@ from lowrank.generate.pages import next_digest
 from lowrank.generate.request import Answer, Config, Piece, Prompt
 from lowrank.generate.sampling import Choice
 from lowrank.generate.streaming import TextStream
-
-Listener = Callable[[Piece], None]
+from lowrank.generate.telling import Listener, Telling
 
 
 class Sequence:
@@ -28,10 +25,14 @@ class Sequence:
         most: int,
         tokenizer: Any,
         constraint: JsonConstraint | None,
+        virtual: int = 0,
     ) -> None:
-        """`most`: tokens of the answer at the most, which may be fewer than `config` says."""
-        self.tokens: list[int] = prompt.token_L.tolist()
+        """`most`: tokens of the answer at the most, which may be fewer than `config` says. `virtual`: tokens of its
+        slot that come before its own."""
+        self.virtual = virtual
+        self.tokens: list[int] = [*[0] * virtual, *prompt.token_L.tolist()]
         self.num_prompt = len(self.tokens)
+        """Virtual ones included."""
         self.slot = prompt.slot
         self.config = config
         self.stop_tokens = stop_tokens
@@ -50,9 +51,7 @@ class Sequence:
         self.cancelled = False
         self.alone = False
         """It is answered by itself: its length would change how positions of others are read."""
-        self._pieces: list[Piece] = []
-        self._listeners: list[Listener] = []
-        self._lock = threading.Lock()
+        self._telling = Telling()
 
     @property
     def remaining(self) -> int:
@@ -87,7 +86,7 @@ class Sequence:
         elif len(self.tokens) - self.num_prompt >= self.most:
             self._end("length", Piece(choice.token, text + self.text.end(), choice.logprob, choice.top))
         else:
-            self._tell(piece)
+            self._telling.tell(piece)
 
     def give_up(self, finish: str, error: str | None = None) -> None:
         """It ends without a last token: cancelled, or error."""
@@ -96,36 +95,16 @@ class Sequence:
 
     def listen(self, listener: Listener) -> None:
         """Hear every piece, those of the past first. The listener is called from the thread that makes steps."""
-        with self._lock:
-            for piece in self._pieces:
-                listener(piece)
-            if not (self._pieces and self._pieces[-1].finish):
-                self._listeners.append(listener)
+        self._telling.listen(listener)
 
     def answer(self) -> Answer:
         """What there is so far."""
-        pieces = list(self._pieces)
-        said = [piece for piece in pieces if piece.token is not None]
-        return Answer(
-            tokens=[piece.token for piece in said if piece.token is not None],
-            text="".join(piece.text for piece in pieces),
-            finish=self.finish or "",
-            logprobs=[piece.logprob for piece in said if piece.logprob is not None],
-            top=[piece.top for piece in said],
-            error=next((piece.error for piece in pieces if piece.error), None),
-            prompt_tokens=self.num_prompt,
+        return self._telling.answer(
+            prompt_tokens=self.num_prompt - self.virtual,
             stop_token=self.stop_token,
-            reused_tokens=self.reused,
+            reused_tokens=max(0, self.reused - self.virtual),
         )
 
     def _end(self, finish: str, piece: Piece) -> None:
         self.finish = finish
-        self._tell(Piece(piece.token, piece.text, piece.logprob, piece.top, finish, piece.error))
-
-    def _tell(self, piece: Piece) -> None:
-        with self._lock:
-            self._pieces.append(piece)
-            for listener in self._listeners:
-                listener(piece)
-            if piece.finish is not None:  # who listens often holds the answer: together they would wait for the
-                self._listeners.clear()  # collector of cycles, which comes rarely beside a model's many objects
+        self._telling.tell(Piece(piece.token, piece.text, piece.logprob, piece.top, finish, piece.error))

@@ -2,14 +2,13 @@
 
 The loop in adapters/linear.py costs about six launches per slot and layer; `F.grouped_mm` costs four
 in all. Same meaning, other kernel. Ranks are padded with zeros to the largest (a multiple of 8): padded
-rows of A and columns of B are zero and their gradients are cut off, so nothing changes. On a CPU, answers of many
-slots go through two batched products instead (`batched_forward`).
+rows of A and columns of B are zero and their gradients are cut off, so nothing changes. What a CPU does while it
+answers is in answering.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -18,8 +17,6 @@ from torch.nn import functional as F
 _MANY = 4
 _MULTIPLE = 8
 """grouped_mm wants strides of 16 bytes."""
-_FEW_ROWS = 32
-"""Rows of one slot up to which a product of its own costs more to start than to compute."""
 
 
 class LowRank(Protocol):
@@ -98,45 +95,3 @@ def grouped_backward(
         rank = piece.A_RD.shape[0]
         gradients += [dA_GRD[index, :rank], dB_GOR[index, :, :rank] * piece.scale]
     return gradients
-
-
-def prefers_batched(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
-    """Answering on a CPU: more than four slots of one rank with a few rows each, and no more padding than rows."""
-    if len(pieces) <= _MANY or x_TD.is_cuda:
-        return False
-    lengths = [piece.end - piece.first for piece in pieces]
-    shape = pieces[0].A_RD.shape
-    return (
-        max(lengths) <= _FEW_ROWS
-        and max(lengths) * len(lengths) <= 2 * sum(lengths)
-        and all(p.A_RD.shape == shape and not p.dropout and p.excess_O is None for p in pieces)
-    )
-
-
-def batched_forward(x_TD: torch.Tensor, y_TO: torch.Tensor, pieces: Sequence[LowRank]) -> None:
-    """Add every slot's update to `y_TO` in place, as two batched products; nothing is kept for a backward pass.
-
-    A small product in bf16 costs about 25 us to start on a CPU, whatever its size. Rows are padded with a slot's own
-    last row, so no value of one slot meets another's.
-    """
-    A_GRD = torch.stack([piece.A_RD for piece in pieces])
-    B_GOR = torch.stack([piece.B_OR for piece in pieces])
-    row_GN, kept_K, row_K = _padded(tuple((piece.first, piece.end) for piece in pieces))
-    h_GNR = torch.bmm(x_TD[row_GN], A_GRD.transpose(1, 2))
-    update_GNO = torch.bmm(h_GNR, B_GOR.transpose(1, 2))
-    scales = [piece.scale for piece in pieces]
-    if len(set(scales)) == 1:
-        y_TO[row_K] = y_TO[row_K].add_(update_GNO.flatten(0, 1)[kept_K], alpha=scales[0])
-    else:
-        scale_G11 = torch.tensor(scales, dtype=y_TO.dtype)[:, None, None]
-        y_TO[row_K] += (update_GNO * scale_G11).flatten(0, 1)[kept_K]
-
-
-@lru_cache(maxsize=4)
-def _padded(ranges: tuple[tuple[int, int], ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows by slot (G, N), which of them are no padding (K), and the rows those are (K); all layers of a step ask."""
-    most = max(end - first for first, end in ranges)
-    row_GN = torch.tensor([[min(first + place, end - 1) for place in range(most)] for first, end in ranges])
-    kept = [group * most + row - first for group, (first, end) in enumerate(ranges) for row in range(first, end)]
-    kept_K = torch.tensor(kept)
-    return row_GN, kept_K, row_GN.flatten()[kept_K]

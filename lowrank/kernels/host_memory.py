@@ -65,6 +65,11 @@ class Heap:
             self._usual = resident
         if resident <= _GROWTH * self._usual:
             return False
-        self._trim(0)
-        self._usual = 0
+        self.trim()
         return True
+
+    def trim(self) -> None:
+        """Give back what is unused now; what is left, after the next step, is the usual."""
+        if self._trim is not None:
+            self._trim(0)
+        self._usual = 0

@@ -22,7 +22,10 @@ from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.models import attention
 from lowrank.models.paged_attention import Step
+from lowrank.models.prefixed import Prefixed, StandIn
 from lowrank.models.quiet import quiet_transformers
+from lowrank.models.shared_prompts import SharedPrompts
+from lowrank.models.shifted_attention import ShiftedSparse
 from lowrank.records import Batch
 
 
@@ -50,7 +53,13 @@ class Base:
         self.backbone = _find_backbone(model)
         """The model without its head."""
         self.revision = revision
+        self.stand_in: StandIn | None = None
+        """What puts keys and values of its own in the place of some rows' (prefix tuning), in the packed layout."""
         self.layout = "packed"
+        self.shift_attn: int | None = None
+        """In training, attention is shifted sparse, in groups of so many tokens; None: whole."""
+        self.shares_prompts = False
+        """Answers to one prompt may go through after one computation of it (found out by leak.shares_prompts)."""
         self.own_attention: str = model.config._attn_implementation
         """What transformers chose for this model; used for the padded layout and for generation."""
         self.multiplier, self.softcap = _logit_transform(model.config)
@@ -73,6 +82,13 @@ class Base:
     def hidden_size(self) -> int:
         """D of the head's input."""
         return self.model.get_output_embeddings().weight.shape[1]
+
+    @property
+    def head_dim(self) -> int | None:
+        """Rows of a head in the matrices that make queries and keys; None where the configuration does not say."""
+        text = self.model.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", None)
+        return getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
 
     @contextlib.contextmanager
     def using_attention(self, name: str) -> Iterator[None]:
@@ -98,9 +114,12 @@ class Base:
         """How `hidden` will lay out `batch`."""
         length_S = batch.start_S1.diff()
         if self.layout == "packed":
+            document_S = length_S
+            if any(batch.prefixes):
+                document_S = length_S + torch.tensor(batch.prefixes, device=length_S.device)
             origin_T, length_T = (
                 each.repeat_interleave(length_S, dim=0, output_size=batch.num_tokens)
-                for each in (batch.origin_S, length_S)
+                for each in (batch.origin_S, document_S)
             )
             return Rows(batch.num_tokens, tuple(batch.slot_ranges()), batch.position_T + origin_T, length_T)
         longest = max(batch.lengths)
@@ -113,10 +132,10 @@ class Base:
             ranges.append((slot, first, (index + 1) * longest))
         return Rows(len(counter_N), tuple(ranges), counter_N, length_S.repeat_interleave(longest))
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch, training: bool = False) -> torch.Tensor:
         """The last hidden states of the flat stream, (T, D), after the final norm."""
         kind, limit = self._stretching
-        if kind == "dynamic" and max(batch.lengths) > limit:
+        if kind == "dynamic" and max(batch.document_lengths) > limit:
             raise ModelError(
                 f"{self.name} stretches its rotary embedding to the longest document it has seen (rope_type dynamic), "
                 f"so documents of more than {limit} tokens would change one another: set data.max_length to {limit}"
@@ -125,7 +144,7 @@ class Base:
             return self._call(
                 batch.token_T[None],
                 position_ids=batch.position_T[None],
-                packed=attention.Packed(batch.start_S1, batch.lengths),
+                packed=self._with_prefixes(self._boundaries(batch, training)),
             )[0]
         longest = max(batch.lengths)
         segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
@@ -139,6 +158,15 @@ class Base:
         hidden_SLD = self._call(token_SL, position_ids=position_SL, attention_mask=seen_SL)
         return hidden_SLD[segment_T, batch.position_T]
 
+    def _boundaries(self, batch: Batch, training: bool) -> attention.Packed | attention.Attending:
+        device = batch.token_T.device
+        if training and self.shift_attn is not None:
+            assert not any(batch.prefixes), "shared prompts are not in groups"
+            return ShiftedSparse(batch.lengths, self.shift_attn, device)
+        if any(batch.prefixes):
+            return SharedPrompts(batch.lengths, batch.prefixes, device)
+        return attention.Packed(batch.start_S1, batch.lengths)
+
     def _call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
         if not self._takes_positions:
             options.pop("position_ids")
@@ -146,7 +174,10 @@ class Base:
 
     def extend(self, token_T: torch.Tensor, step: Step) -> torch.Tensor:
         """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`."""
-        return self._call(token_T[None], position_ids=step.position_T[None], packed=step)[0]
+        return self._call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
+
+    def _with_prefixes(self, stream: Any) -> Any:
+        return stream if self.stand_in is None else Prefixed(stream, self.stand_in)
 
     @property
     def reach(self) -> int | None:

@@ -39,6 +39,10 @@ class Config(Settings):
     wherever a test at load time finds that they compute the same bits."""
     rope_scaling: RopeScaling | None = None
     """Stretch the rotary embedding for longer documents than the base was made for: {type: yarn, factor: 4}."""
+    shift_attn: int | None = Field(default=None, ge=2, multiple_of=2)
+    """LongLoRA's shifted sparse attention (arXiv:2309.12307): in training, half of the heads attend within groups of so
+    many tokens of a document, the other half within groups shifted by half of that; a quarter of data.max_length is
+    usual. Evaluation and generation attend to everything. Left out: so does training."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""
 

@@ -11,11 +11,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowrank.errors import ModelError
 from lowrank.models.attention import BoundariesMissing
 from lowrank.models.base import Base
+from lowrank.models.shared_prompts import tail_of
 from lowrank.records import Segment, pack
 
 _LENGTHS = (7, 12, 5)
@@ -82,6 +84,33 @@ def _what_leaks(base: Base) -> str | None:
     if not apart <= tolerance(base):
         return f"a document gives another result than alone (by {apart:.1e})"
     return None
+
+
+def shares_prompts(base: Base) -> bool:
+    """Whether two answers to one prompt give the same after one computation of it, and do not see one another."""
+    if base.layout != "packed":
+        return False
+    prompt, *answers = (document.numpy() for document in random_documents(base, 0))
+    other = random_documents(base, 1)[1].numpy()
+
+    def hidden(answers: list[np.ndarray], share: bool) -> torch.Tensor:
+        segments = [Segment(np.concatenate([prompt, each]), _learned(len(prompt), len(each)), 0) for each in answers]
+        given = [segments[0], tail_of(segments[1], segments[0]) if share else segments[1]]
+        with torch.no_grad():
+            return base.hidden(pack([(-1, each) for each in given]).to(base.device)).double()
+
+    try:
+        with narrow_windows(base.model), one_token_at_a_time(base):
+            shared, moved, apart = hidden(answers, True), hidden([other, answers[1]], True), hidden(answers, False)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError, IndexError):
+        return False
+    first, last = len(prompt) + len(answers[0]), len(answers[1]) + 1
+    same = torch.cat([apart[:first], apart[-last:]])
+    return torch.equal(shared[-last:], moved[-last:]) and distance(shared, same) <= tolerance(base)
+
+
+def _learned(prompt: int, answer: int) -> np.ndarray:
+    return np.concatenate([np.zeros(prompt), np.ones(answer)]).astype(np.float32)
 
 
 @contextlib.contextmanager

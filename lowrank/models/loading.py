@@ -114,8 +114,19 @@ def load(
     word = choose_layout(base, config.attention)
     if word:
         notify(word)
+    if config.shift_attn is not None:
+        _shift_attention(base, config.shift_attn, word)
     set_recompute(model, config.recompute)
     return base
+
+
+def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
+    if base.layout != "packed":
+        raise ModelError(
+            "model.shift_attn: groups of tokens are told to the attention as documents are, which this base cannot be "
+            f"told ({why_padded or 'model.attention: padded'}); leave shift_attn out"
+        )
+    base.shift_attn = group
 
 
 def _copy_of(config: Config, dtype: torch.dtype) -> Config | None:

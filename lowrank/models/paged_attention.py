@@ -86,11 +86,14 @@ class _Group:
 class Step:
     """Where the tokens of one forward pass stand, and what each sees."""
 
-    def __init__(self, cache: KeyValueCache, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, cache: KeyValueCache, spans: Sequence[Span], device: torch.device, *, added: int = 0) -> None:
+        """`added`: rows at the end of the stream that belong to nobody; they see nothing and leave nothing."""
         self.cache = cache
         self.spans = tuple(spans)
         size = cache.page_size
-        self.position_T = torch.cat([torch.arange(s.past, s.past + s.length) for s in spans]).to(device)
+        own = torch.cat([torch.arange(s.past, s.past + s.length) for s in spans])
+        self._num_own = len(own)
+        self.position_T = F.pad(own, (0, added)).to(device)
         places = [torch.as_tensor(s.pages)[_pages_of(s, size)] * size + _offsets_of(s, size) for s in spans]
         self._place_T = torch.cat(places).to(device)
         fresh = [page for span in spans for page in span.fresh]
@@ -106,6 +109,15 @@ class Step:
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax
     ) -> torch.Tensor:
         """Store the new keys and values, and let every query see its own sequence: -> (1, T, H, d)."""
+        added = query.shape[2] - self._num_own
+        if added:
+            query, key, value = (tensor[:, :, : self._num_own] for tensor in (query, key, value))
+        output_1THd = self._attend(module, query, key, value, how)
+        return F.pad(output_1THd, (0, 0, 0, 0, 0, added)) if added else output_1THd
+
+    def _attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax
+    ) -> torch.Tensor:
         keys, values = self.cache.of(module, key, value)
         for pages, new in ((keys, key), (values, value)):
             if self._fresh_P is not None:  # what others left behind must not be there: 0 * NaN is NaN

@@ -33,7 +33,7 @@ from lowrank.models.expert_loading import (
     with_packed_experts,
 )
 from lowrank.models.experts import OF_ONE_EXPERT, Joined
-from lowrank.models.prequantised import Reader
+from lowrank.models.prequantised import Reader, by_linear
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import is_skipped, weight_of
 
@@ -167,7 +167,7 @@ class _PackedWeight:
         try:
             return reader.build(self.name, tensors, bias, self.packing.dtype)
         except LowrankError as error:
-            file = next(iter(self.tensors.values())).file.path
+            file = next(iter(self.tensors.values())).file
             raise ModelError(f"{file}: {error}") from error
 
 
@@ -193,7 +193,7 @@ class _FusedWeight:
         self.packing, self.stored, self.shape = packing, stored, stored.shape
 
     def __getitem__(self, index: Any) -> Any:
-        return self.stored.read(index).to(self.packing.dtype) if isinstance(index, int) else self
+        return self.stored.rows(index, index + 1)[0].to(self.packing.dtype) if isinstance(index, int) else self
 
     def to(self, *where: Any, **options: Any) -> _FusedWeight:
         """Cast and moved later."""
@@ -331,19 +331,10 @@ def _as_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -
         fused = {name: _FusedWeight(packing, tensor) for name, tensor in stored.items()
                  if {name, prefix + name, name.removeprefix(prefix)} & packing.experts.keys()}  # fmt: skip
         return {**stored, **fused}
-    suffixes = sorted(packing.reader.suffixes, key=len, reverse=True)
-    groups: dict[str, dict[str, StoredTensor]] = {}
-    found: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        suffix = next((each for each in suffixes if name.endswith(f".{each}")), None)
-        if suffix is None:
-            found[name] = tensor
-        else:
-            groups.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = tensor
-    for name, tensors in groups.items():
-        if tensors.keys() <= {"weight"}:
-            found[f"{name}.weight"] = tensors["weight"]
-            continue
+    plain, linears = by_linear(packing.reader, stored)
+    found: dict[str, Any] = {name: stored[name] for name in plain}
+    for name, own in linears.items():
+        tensors = {suffix: stored[each] for suffix, each in own.items()}
         there = {name, prefix + name, name.removeprefix(prefix)} & packing.linears.keys()
         of_expert = bool(packing.experts) and OF_ONE_EXPERT.search(name) is not None
         kind = _PackedWeight if there else _WeightOfExpert if of_expert else _UnpackedWeight

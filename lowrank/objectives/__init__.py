@@ -9,7 +9,7 @@ changes. A third party's is `type: my_module:MyObjective`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -37,6 +37,15 @@ value        `scores.value_S`: a trained vector of the job on the last hidden st
 def needs(objective: Any, what: Need) -> bool:
     """Whether `objective` asks for `what`."""
     return what in getattr(objective, "needs", ())
+
+
+class ObjectiveSettings(Settings):
+    """Settings of an objective, and what docs/methods.md says about it."""
+
+    paper: ClassVar[str] = ""
+    """Where the method is described."""
+    when: ClassVar[str] = ""
+    """When a person would choose it, in a few words."""
 
 
 class Objective(Protocol):

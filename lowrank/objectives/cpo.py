@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lowrank.objectives import Metrics, Objective
+from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.answers import (
     chosen_nll,
     count_pairs,
@@ -18,12 +18,13 @@ from lowrank.objectives.answers import (
     tokens_per_segment,
 )
 from lowrank.records import Batch, Preference, Scores, Totals
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Preference pairs without a reference: chosen answers above rejected ones, and learned as in SFT."""
 
+    paper = "arXiv:2401.08417"
+    when = "pairs whose chosen answers are worth learning as they are (translation)"
     type: Literal["cpo"] = "cpo"
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """As in dpo."""

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lowrank.objectives import Metrics, Objective
+from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.answers import (
     chosen_nll,
     count_pairs,
@@ -22,12 +22,13 @@ from lowrank.objectives.answers import (
     tokens_per_segment,
 )
 from lowrank.records import Batch, Preference, Scores, Totals
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Preference pairs, compared with what the bare base thinks of them: chosen answers gain on rejected ones."""
 
+    paper = "arXiv:2305.18290"
+    when = "pairs of a better and a worse answer; the usual choice"
     type: Literal["dpo"] = "dpo"
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """sigmoid: DPO. hinge: pairs that are clear enough teach nothing more. ipo: log-probabilities per token, drawn to a

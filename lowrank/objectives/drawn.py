@@ -14,12 +14,13 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from lowrank.errors import ConfigError
-from lowrank.settings import NonNegative, Positive, Settings
+from lowrank.objectives import ObjectiveSettings
+from lowrank.settings import NonNegative, Positive
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-class DrawnSettings(Settings):
+class DrawnSettings(ObjectiveSettings):
     """Settings that such objectives have in common. Names are TRL's."""
 
     reward_funcs: tuple[str, ...] = ()

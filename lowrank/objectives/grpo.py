@@ -24,6 +24,8 @@ class Config(DrawnSettings):
     """Prompts, which the model answers itself: several answers to each, and reward functions that tell good from bad.
     An optimiser step has `data.batch_size` prompts with `num_generations` answers each."""
 
+    paper = "arXiv:2402.03300"
+    when = "answers that a function can check; no critic"
     type: Literal["grpo"] = "grpo"
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Answers to each prompt; they are compared with one another."""

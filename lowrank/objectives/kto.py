@@ -11,15 +11,16 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lowrank.objectives import Metrics, Objective
+from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.answers import per_segment, reference_of
 from lowrank.records import CHOSEN, MISMATCHED, REJECTED, Batch, Rated, Scores, Totals
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Rated answers: desirable ones gain on what the bare base thinks of them, undesirable ones lose."""
 
+    paper = "arXiv:2402.01306"
+    when = "thumbs up and down, without pairs"
     type: Literal["kto"] = "kto"
     beta: float = Field(default=0.1, gt=0)
     """How strongly the model is held to the base; larger stays nearer."""

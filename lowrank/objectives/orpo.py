@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
-from lowrank.objectives import Metrics, Objective
+from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.answers import (
     chosen_nll,
     count_pairs,
@@ -18,12 +18,13 @@ from lowrank.objectives.answers import (
     tokens_per_segment,
 )
 from lowrank.records import Batch, Preference, Scores, Totals
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Preference pairs without a reference: learn the chosen answers, and raise their odds over the rejected ones."""
 
+    paper = "arXiv:2403.07691"
+    when = "pairs, in one go from a base that was never tuned"
     type: Literal["orpo"] = "orpo"
     beta: float = Field(default=0.1, gt=0)
     """Weight of the odds ratio beside the SFT loss (lambda in the paper)."""

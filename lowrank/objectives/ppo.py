@@ -23,6 +23,8 @@ class Config(DrawnSettings):
     """Prompts, which the model answers itself; a reward model or reward functions judge the answers, and a value head
     learns to foresee the judgement. An optimiser step has one answer to each of `data.batch_size` prompts."""
 
+    paper = "arXiv:1707.06347"
+    when = "a reward model, or rewards that need a critic"
     type: Literal["ppo"] = "ppo"
     num_ppo_epochs: Positive = 4
     """Optimiser steps on the same answers."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lowrank.objectives import Objective
+from lowrank.objectives import Objective, ObjectiveSettings
 from lowrank.objectives.sft import TokenLoss
 from lowrank.records import Text
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Pre-training on plain text, each document on its own."""
 
+    when = "new knowledge, a new language or domain, from plain text"
     type: Literal["pretrain"] = "pretrain"
 
     def build(self) -> Objective:

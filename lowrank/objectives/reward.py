@@ -12,15 +12,16 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
-from lowrank.objectives import Metrics, Objective
+from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.answers import count_pairs, pair_metrics, pairs_of
 from lowrank.records import Batch, Preference, Scores, Totals
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Preference pairs: a value head learns to give the chosen answer more than the rejected one."""
 
+    paper = "arXiv:2203.02155"
+    when = "a judge for ppo, or to rank answers"
     type: Literal["reward"] = "reward"
     center_rewards_coefficient: float = Field(default=0.0, ge=0)
     """Weight of a penalty on (chosen + rejected)^2, which keeps rewards around 0 (arXiv:2312.09244); 0.01 is usual."""

@@ -6,14 +6,14 @@ from typing import Literal
 
 import torch
 
-from lowrank.objectives import Metrics, Objective
+from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.records import Batch, Conversation, Scores, Totals
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Supervised fine-tuning on conversations: learn the assistant's turns."""
 
+    when = "the default: answers to learn from"
     type: Literal["sft"] = "sft"
 
     def build(self) -> Objective:

@@ -8,15 +8,16 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
-from lowrank.objectives import Metrics, Objective
+from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.answers import count_pairs, pair_metrics, pairs_of, per_segment, tokens_per_segment
 from lowrank.records import Batch, Preference, Scores, Totals
-from lowrank.settings import Settings
 
 
-class Config(Settings):
+class Config(ObjectiveSettings):
     """Preference pairs without a reference: mean log-probabilities, chosen above rejected by a margin."""
 
+    paper = "arXiv:2405.14734"
+    when = "pairs, where answers grow too long with dpo"
     type: Literal["simpo"] = "simpo"
     beta: float = Field(default=0.1, gt=0)
     """Scale of the rewards. 0.1 is TRL's and LLaMA-Factory's default; the paper uses 2 to 2.5."""

@@ -128,7 +128,15 @@ class StepMemory:
 
     def _trace(self, core: tuple[int, ...] | None, heaviest: Heaviest, recompute: str) -> StepTrace:
         batch = heaviest.batch
-        key = (core, batch.lengths, batch.slots, heaviest.others, int((batch.weight_T != 0).sum()), recompute)
+        key = (
+            core,
+            batch.lengths,
+            batch.prefixes,
+            batch.slots,
+            heaviest.others,
+            int((batch.weight_T != 0).sum()),
+            recompute,
+        )
         if key not in self._traces:
             self._traces[key] = self._simulation(core).step(heaviest, recompute)
         return self._traces[key]

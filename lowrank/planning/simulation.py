@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.adapters.virtual import runs_of
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.attention import BoundariesMissing
@@ -130,6 +131,8 @@ class Simulation:
         base.settle("packed")
         if settings.attention == "padded" or not self._takes_boundaries(base):
             base.settle("padded")
+        base.shift_attn = settings.shift_attn
+        base.shares_prompts = base.layout == "packed" and base.shift_attn is None
         return base
 
     def _takes_boundaries(self, base: Base) -> bool:
@@ -172,15 +175,14 @@ class Simulation:
             for head, first, end in engine._heads(batch)
         ]
         draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in engine.jobs.items()}
-        engine.bank.routing.set(
-            rows.num_rows, rows.ranges, self._move(rows.counter_N), self._move(rows.length_N), draws
-        )
+        counter_N, length_N = self._move(rows.counter_N), self._move(rows.length_N)
+        engine.bank.routing.set(rows.num_rows, rows.ranges, counter_N, length_N, draws, runs_of(batch))
         before = live.now
         with _torch_keeps_quiet(), self._mode, live:
             self._leave_gradients(heaviest.others)
             earlier = live.now - before
             with live.phase() as forward:
-                hidden_TD = self.base.hidden(fake)
+                hidden_TD = self.base.hidden(fake, training=True)
             kept = live.now - before - earlier
             with live.phase() as loss:
                 pieces = [logprobs(hidden_TD[index_K], fake.target_T[index_K], head) for head, index_K in chosen]
@@ -208,7 +210,7 @@ class Simulation:
     def _optimizer_state(self) -> int:
         """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
         if self._optimizer_bytes is None:
-            known = [job.settings.state_bytes(job.parameters.values()) for job in self._engine.jobs.values()]
+            known = [job.settings.state_bytes(job.parameters) for job in self._engine.jobs.values()]
             watched = [job for job, size in zip(self._engine.jobs.values(), known) if size is None]
             with self._mode, self._live as live:
                 before = live.now

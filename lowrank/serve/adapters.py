@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank.checkpoints.atomic import current
-from lowrank.checkpoints.peft_layout import CONFIG_FILE, AdapterOnDisk, load_adapter
-from lowrank.errors import ModelError, did_you_mean
+from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
+from lowrank.errors import ModelError
+from lowrank.generate.embedding import Pooling
 from lowrank.generate.generation import Generation
 from lowrank.generate.published import Published
 from lowrank.generate.request import Config
+from lowrank.serve.folders import adapter_within, adapters_in, unknown_model
 from lowrank.serve.refusal import Refusal
 
 _ATTEMPTS = 3
@@ -71,7 +72,7 @@ class AdapterShelf:
 
     def register_all(self, root: Path) -> list[str]:
         """Make every adapter folder in `root` known by its name, without loading; those that were not known."""
-        found = {path.name: place for path in sorted(root.iterdir()) if (place := _adapter_in(path)) is not None}
+        found = adapters_in(root)
         with self._lock:
             new = {name: place for name, place in found.items() if name not in self.names}
             now = int(time.time())
@@ -83,11 +84,16 @@ class AdapterShelf:
         with self._pinned(name):
             return self.published.submit(name, token_L, config, stop_tokens=stop_tokens)
 
+    def embed(self, name: str, token_L: np.ndarray, pooling: Pooling) -> np.ndarray:
+        """A text as `name` reads it. Refusal for an unknown name."""
+        with self._pinned(name):
+            return self.published.embed(name, token_L, pooling)
+
     def publish(self, name: str, path: str) -> None:
         """Register and load an adapter, or a new version of one. Refusal for a path outside the roots."""
         if name in self.always:
             raise Refusal(400, f"{name!r} is the base and cannot be replaced", param="name")
-        folder = self._inside(path)
+        folder = adapter_within(self.roots, path)
         with self._loading:
             self._load(name, folder)
             with self._lock:
@@ -102,7 +108,7 @@ class AdapterShelf:
             if name in self.always:
                 raise Refusal(400, f"{name!r} is the base and cannot be taken away", param="name")
             if name not in self._registered:
-                raise self._unknown(name)
+                raise unknown_model(name, self.names)
             del self._registered[name]
             if name in self._resident:
                 del self._resident[name]
@@ -132,7 +138,7 @@ class AdapterShelf:
         """Whether it is in memory; then it is the latest that was asked for."""
         with self._lock:
             if name not in self._registered:
-                raise self._unknown(name)
+                raise unknown_model(name, self.names)
             if name in self._resident:
                 self._resident.move_to_end(name)
                 return True
@@ -159,35 +165,6 @@ class AdapterShelf:
         for name in [name for name in self._resident if not self._pins[name]][: max(0, surplus)]:
             del self._resident[name]
             self.published.withdraw(name)
-
-    def _inside(self, path: str) -> Path:
-        """The adapter folder that a client's `path` names, within the roots."""
-        try:
-            found = [(root / path).resolve() for root in self.roots]
-        except (OSError, ValueError, RuntimeError):
-            found = []
-        within = [place for place in found if any(place.is_relative_to(root) for root in self.roots)]
-        if not within:
-            folders = ", ".join(map(str, self.roots)) or "none: start with --adapters DIR"
-            raise Refusal(400, f"path {path!r} is outside the folders adapters may come from ({folders})", param="path")
-        for place in within:
-            folder = _adapter_in(place)
-            if folder is not None and any(folder.resolve().is_relative_to(root) for root in self.roots):
-                return folder
-        raise Refusal(400, f"path {path!r} holds no adapter ({CONFIG_FILE}, there or in best/ or last/)", param="path")
-
-    def _unknown(self, name: str) -> Refusal:
-        names = self.names
-        there = ", ".join(names[:20]) + (f" and {len(names) - 20} more (GET /v1/models)" if len(names) > 20 else "")
-        hint = did_you_mean(name, names) if len(names) > 20 else ""
-        message = f"there is no model {name!r} here{hint}; there are {there}"
-        return Refusal(404, message, code="model_not_found", param="model")
-
-
-def _adapter_in(place: Path) -> Path | None:
-    """`place`, or its best or last, whichever holds an adapter first; a folder that is being replaced counts."""
-    candidates = (place, place / "best", place / "last")
-    return next((folder for folder in candidates if (current(folder) / CONFIG_FILE).is_file()), None)
 
 
 def _read(folder: Path) -> AdapterOnDisk:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,8 +22,8 @@ from lowrank.serve.guard import Guard
 from lowrank.serve.limits import Limits
 from lowrank.serve.metrics import CountRequests, Metrics
 from lowrank.serve.refusal import Refusal
-from lowrank.serve.replies import ChatReply, CompletionReply, usage
-from lowrank.serve.requests import ChatRequest, CompletionRequest, PublishRequest, refused
+from lowrank.serve.replies import ChatReply, CompletionReply, embeddings, usage
+from lowrank.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, PublishRequest, refused
 from lowrank.serve.tool_calls import ToolCallReader
 
 Reply = ChatReply | CompletionReply
@@ -72,13 +73,36 @@ class Service:
         self._end(exchange)
         return response
 
+    async def embed(self, body: EmbeddingRequest, request: Request) -> Response:
+        """One text after another, so that a client that leaves is noticed, and answers in the making go on."""
+        texts = body.texts()
+        if len(texts) > self.limits.texts_per_request:
+            message = f"{len(texts)} texts in one request; this server reads {self.limits.texts_per_request}"
+            raise Refusal(400, message, param="input")
+        self.admission.take(1)
+        started = time.monotonic()
+        vectors, tokens = [], 0
+        try:
+            for text in texts:
+                if time.monotonic() - started > self.limits.request_seconds:
+                    message = f"the texts took more than {self.limits.request_seconds:g} seconds"
+                    raise Refusal(504, message, code="timeout")
+                if await request.is_disconnected():
+                    return Response(status_code=_CLIENT_GONE)
+                vector_D, length = await asyncio.to_thread(self.engine.embed, body.model, text, body.pooling)
+                vectors.append(vector_D)
+                tokens += length
+        finally:
+            self.admission.give_back(1, time.monotonic() - started)
+        return JSONResponse(embeddings(body.model, vectors, tokens, body.encoding_format))
+
     def _reply(self, body: ChatRequest | CompletionRequest, count: int) -> Reply:
         if isinstance(body, CompletionRequest):
             return CompletionReply(body.model, count, self.engine.token_text, logprobs=body.logprobs is not None)
         reader = None
         if body.uses_tools:
-            template, names = self.engine.chat_template(), [_name_of(tool) for tool in body.tools]
-            reader = lambda: ToolCallReader(template, names)  # noqa: E731 (one for each answer)
+            template = self.engine.chat_template(body.model)
+            reader = lambda: ToolCallReader(template, body.tools)  # noqa: E731 (one for each answer)
         return ChatReply(body.model, count, self.engine.token_text, logprobs=body.logprobs, reader=reader)
 
     def _end(self, exchange: Exchange) -> None:
@@ -155,6 +179,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         return await service.answer(body, request)
 
+    @app.post("/v1/embeddings", response_model=None)
+    async def embed(body: EmbeddingRequest, request: Request) -> Response:
+        return await service.embed(body, request)
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(voice) for voice in engine.voices()]}
@@ -213,10 +241,6 @@ def _model(voice: Voice) -> dict[str, Any]:
     if voice.parent is None:
         return described
     return {**described, "parent": voice.parent, "version": voice.version, "resident": voice.resident}
-
-
-def _name_of(tool: dict[str, Any]) -> str:
-    return str(tool.get("function", tool).get("name", ""))
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from lowrank.adapters.bank import Bank
 from lowrank.data.rendering import Renderer
 from lowrank.errors import LowrankError, ModelError
+from lowrank.generate.embedding import Pooling
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.published import Published
 from lowrank.generate.request import Config, TooLong
@@ -17,6 +18,7 @@ from lowrank.models.base import Base
 from lowrank.records import Conversation
 from lowrank.serve.adapters import AdapterShelf
 from lowrank.serve.engine import Answering, Load, Question, Voice
+from lowrank.serve.questions import tokens_of
 from lowrank.serve.refusal import Refusal
 
 
@@ -32,6 +34,7 @@ class BankEngine:
         renderer: Renderer,
         slots: Mapping[str, int],
         *,
+        renderers: Mapping[str, Renderer] | None = None,
         folders: Mapping[str, Path] | None = None,
         roots: Sequence[Path] = (),
         config: GeneratorConfig | None = None,
@@ -39,10 +42,12 @@ class BankEngine:
     ) -> None:
         """`slots`: what may be asked already, the base among them; `folders`: where its adapters came from.
 
-        Adapters a client publishes come from folders within `roots`.
+        `renderers`: of names that read a conversation otherwise than by `renderer`. Adapters a client publishes come
+        from folders within `roots`.
         """
         self.base = base
         self.renderer = renderer
+        self._renderers = renderers or {}
         self.generator = Generator(base, bank, config)
         published = Published(self.generator, slots)
         self.shelf = AdapterShelf(published, folders or {}, roots, most_resident=most_resident)
@@ -78,28 +83,39 @@ class BankEngine:
         """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
         answers: list[Answering] = []
         try:
-            token_L = self._tokens(question)
-            stop_tokens = self.renderer.stop_tokens
+            renderer = self._renderer_of(name)
+            token_L, stop_tokens = self._tokens(question, renderer), renderer.stop_tokens
             for config in configs:
                 answers.append(self.shelf.submit(name, token_L, config, stop_tokens))
         except BaseException as error:
             for answer in answers:
                 answer.cancel()
             if isinstance(error, TooLong):
-                raise Refusal(400, str(error), code="context_length_exceeded", param="messages") from error
+                param = "messages" if isinstance(question, Conversation) else "prompt"
+                raise Refusal(400, str(error), code="context_length_exceeded", param=param) from error
             if isinstance(error, LowrankError):
                 raise Refusal(400, str(error)) from error
             raise
         return answers
 
+    def embed(self, name: str, text: str | np.ndarray, pooling: Pooling) -> tuple[np.ndarray, int]:
+        """Between two steps of the answers in the making."""
+        token_L = self._tokens(text, self.renderer)
+        try:
+            return self.shelf.embed(name, token_L, pooling), len(token_L)
+        except TooLong as error:
+            raise Refusal(400, str(error), code="context_length_exceeded", param="input") from error
+        except LowrankError as error:
+            raise Refusal(400, str(error), param="input") from error
+
     def token_text(self, token: int) -> str:
         """One token by itself, special or not."""
         return self.base.tokenizer.decode([token])
 
-    def chat_template(self) -> str:
-        """The one in use."""
+    def chat_template(self, name: str) -> str:
+        """The one it was trained with."""
         try:
-            return self.renderer.chat_template
+            return self._renderer_of(name).chat_template
         except ModelError:
             return ""
 
@@ -115,13 +131,9 @@ class BankEngine:
         """Its answers in progress go on to their end."""
         self.shelf.withdraw(name)
 
-    def _tokens(self, question: Question) -> np.ndarray:
-        if isinstance(question, Conversation):
-            return self.renderer.prompt(question)
-        if isinstance(question, str):
-            question = np.asarray(self.base.tokenizer(question, verbose=False)["input_ids"], np.int64)
+    def _renderer_of(self, name: str) -> Renderer:
+        return self._renderers.get(name, self.renderer)
+
+    def _tokens(self, question: Question, renderer: Renderer) -> np.ndarray:
         vocabulary = self.base.model.get_output_embeddings().weight.shape[0]
-        wrong = question[(question < 0) | (question >= vocabulary)]
-        if len(wrong):
-            raise Refusal(400, f"prompt: the model has {vocabulary} tokens, there is no {wrong[0]}", param="prompt")
-        return question
+        return tokens_of(question, renderer, self.base.tokenizer, vocabulary)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lowrank.generate.embedding import Pooling
 from lowrank.generate.request import Answer, Config, Piece
 from lowrank.records import Conversation
 
@@ -81,10 +82,14 @@ class Engine(Protocol):
         """One answer for each of `configs`."""
         ...
 
+    def embed(self, name: str, text: str | np.ndarray, pooling: Pooling) -> tuple[np.ndarray, int]:
+        """(D) A text's vector, and how many tokens it has."""
+        ...
+
     def token_text(self, token: int) -> str: ...
 
-    def chat_template(self) -> str:
-        """The Jinja source; empty if there is none."""
+    def chat_template(self, name: str) -> str:
+        """The Jinja source that a voice is asked through; empty if there is none."""
         ...
 
     def publish(self, name: str, path: str) -> Voice:

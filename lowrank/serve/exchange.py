@@ -101,6 +101,7 @@ class Exchange:
         self._closed = True
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None  # it holds us by the error that ends it: together they would wait for the collector
         for index, answer in enumerate(self.answers):
             if index not in self._finished:
                 answer.cancel()

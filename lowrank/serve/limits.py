@@ -22,6 +22,8 @@ class Limits(Settings):
     """Answers that may wait; beyond, clients are told to come back (429)."""
     answers_per_request: Positive = 32
     """Prompts of one request times `n`."""
+    texts_per_request: Positive = 2048
+    """Texts of one request for embeddings (OpenAI's number)."""
     answer_tokens: Positive = 32768
     """Tokens one answer may be asked to have."""
     chat_answer_tokens: Positive = 4096

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from lowrank.generate.request import Answer, Piece
 from lowrank.serve.tool_calls import ToolCallReader
@@ -26,6 +29,16 @@ def usage(answers: Iterable[Answer], prompts: int) -> Json:
         "total_tokens": asked + said,
         "prompt_tokens_details": {"cached_tokens": reused},
     }
+
+
+def embeddings(model: str, vectors: Sequence[np.ndarray], tokens: int, encoding: str) -> Json:
+    """A reply of `/v1/embeddings`; base64 is of little-endian float32, as OpenAI's client asks for by itself."""
+    data = []
+    for index, vector_D in enumerate(vectors):
+        raw = base64.b64encode(vector_D.astype("<f4").tobytes()).decode() if encoding == "base64" else vector_D.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": raw})
+    counts = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "model": model, "data": data, "usage": counts}
 
 
 class _Choice:

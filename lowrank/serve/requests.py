@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lowrank.data.columns import RowProblem
 from lowrank.data.turns import read_tools, read_turns
+from lowrank.generate.embedding import Pooling
 from lowrank.generate.request import Config
 from lowrank.records import Conversation
 from lowrank.serve.engine import Question
@@ -148,14 +149,28 @@ class CompletionRequest(AnswerRequest):
             if unusual not in (False, None, "", self.n if name == "best_of" else None):
                 raise Refusal(400, f"unsupported option: {name}", param=name)
         tokens = self.max_tokens or min(_DEFAULT_COMPLETION_TOKENS, limits.answer_tokens)
-        prompts = self.prompt if isinstance(self.prompt, list) and not _is_tokens(self.prompt) else [self.prompt]
-        questions: list[Question] = [
-            each if isinstance(each, str) else np.asarray(each, np.int64)  # type: ignore[arg-type]
-            for each in prompts
-        ]
+        questions: list[Question] = [*_each(self.prompt)]
         if not questions:
             raise Refusal(400, "prompt: there is none", param="prompt")
         return questions, self.configs(limits, tokens, logprobs=self.logprobs)
+
+
+class EmbeddingRequest(_Body):
+    """`POST /v1/embeddings`."""
+
+    model: str
+    input: str | list[int] | list[str] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Pooling = "mean"
+    """Not OpenAI's: the mean over a text's tokens, or the last one's state."""
+    user: str | None = None
+
+    def texts(self) -> list[str | np.ndarray]:
+        """One or more. Refusal if there is none."""
+        texts = _each(self.input)
+        if not texts:
+            raise Refusal(400, "input: there is none", param="input")
+        return texts
 
 
 class PublishRequest(_Body):
@@ -215,5 +230,8 @@ def _schema_of(response_format: dict[str, Any] | None) -> dict[str, Any] | None:
     raise Refusal(400, message + '{"name": ..., "schema": {...}}}', param="response_format")
 
 
-def _is_tokens(prompt: list[Any]) -> bool:
-    return bool(prompt) and isinstance(prompt[0], int)
+def _each(given: str | list[int] | list[str] | list[list[int]]) -> list[str | np.ndarray]:
+    """A text or its tokens, or a list of either, as a list."""
+    one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+    several: list[Any] = [given] if one else list(given)
+    return [each if isinstance(each, str) else np.asarray(each, np.int64) for each in several]

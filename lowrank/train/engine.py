@@ -29,6 +29,7 @@ from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head, logprobs
 from lowrank.kernels.values import last_token_values, token_values
 from lowrank.models.base import Base
+from lowrank.models.shared_prompts import tail_of
 from lowrank.objectives import Metrics, Objective, needs
 from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
 from lowrank.train.decay import undecayed
@@ -55,6 +56,8 @@ class TrainedJob:
     settings: OptimizerConfig
     refresh: Callable[[], None]
     """Brings what computes up to date with `parameters`, after each update."""
+    num_steps: int | None
+    """Optimiser steps it will take; None: not known, and adapters with a schedule of their own stay as they are."""
     seed: int
     neftune_alpha: float = 0.0
     value_D: torch.nn.Parameter | None = None
@@ -98,11 +101,20 @@ class Engine:
         """Hears what a person should know."""
         self.jobs: dict[int, TrainedJob] = {}
 
-    def add(self, slot: int, objective: Objective, settings: OptimizerConfig, seed: int, neftune_alpha: float) -> None:
-        """Train what is in `slot` (BARE_BASE: the base's own parameters)."""
+    def add(
+        self,
+        slot: int,
+        objective: Objective,
+        settings: OptimizerConfig,
+        seed: int,
+        neftune_alpha: float,
+        num_steps: int | None = None,
+    ) -> None:
+        """Train what is in `slot` (BARE_BASE: the base's own parameters). `num_steps`: see TrainedJob."""
+        masters = None
         if slot == BARE_BASE:
             own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
-            masters = Masters(own)
+            masters = Masters(own, settings.trains_in_parts)
             parameters, refresh, factors = masters.parameters, masters.refresh, None
         else:
             parameters, refresh = self.bank.parameters(slot), partial(self.bank.refresh, slot)
@@ -114,12 +126,14 @@ class Engine:
         if value_D is not None:
             parameters = {**parameters, VALUE_HEAD: value_D}
             factors = factors and [*factors, 1.0]
-        optimizer = settings.build(parameters, factors, undecayed(parameters, self.base.model))
+        optimizer = settings.build(parameters, factors, undecayed(parameters, self.base.model), self.base.head_dim)
+        if masters is not None and settings.trains_in_parts:
+            getattr(optimizer, "follow")(masters.train)  # noqa: B009 (only such have it)
         for note in settings.notes(self.base.device):
             self.notify(note)
         scale = scale_for(self.base.dtype)
         self.jobs[slot] = TrainedJob(
-            objective, parameters, optimizer, settings, refresh, seed, neftune_alpha, value_D, scale
+            objective, parameters, optimizer, settings, refresh, num_steps, seed, neftune_alpha, value_D, scale
         )
 
     def remove(self, slot: int) -> None:
@@ -160,12 +174,22 @@ class Engine:
                 losses[slot].append(share.detach())
                 _add(metrics[slot], extra)
             torch.stack(shares).sum().backward()
+        for slot in work:
+            self._add_penalty(slot, metrics[slot])
         forwarded = {}
         for slot in work:
             loss = float(torch.stack(losses[slot]).sum())
             self.jobs[slot].loss_is_finite &= math.isfinite(loss)
             forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], _floats(metrics[slot]))
         return forwarded
+
+    def _add_penalty(self, slot: int, metrics: Metrics) -> None:
+        """The gradient of what an adapter itself wants small, which is no part of the loss that is reported."""
+        penalty = None if slot == BARE_BASE else self.bank.penalty(slot)
+        if penalty is not None:
+            scale = self.jobs[slot].scale
+            (penalty if scale is None else penalty * scale.value).backward()
+            metrics["penalty"] = penalty.detach()
 
     def optim_step(self, slot: int, learning_rate: float) -> Updated:
         """Update one job's parameters from its gradients, clipped to its own norm, and clear them.
@@ -188,6 +212,8 @@ class Engine:
                 torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
             set_learning_rate(job.optimizer, learning_rate)
             job.optimizer.step()
+            if slot != BARE_BASE and job.num_steps is not None:
+                self.bank.after_update(slot, job.step, job.num_steps)
             job.refresh()
         job.optimizer.zero_grad(set_to_none=True)
         return Updated(norm, not finite, job.scale.value if overflow and job.scale else None)
@@ -264,11 +290,13 @@ class Engine:
         (L) float32 each, 0 where the token carries no weight.
         """
         found: list[np.ndarray] = []
+        virtual = self.bank.num_virtual(slot)
         for batch in self.cut({slot: segments}):
             batch = batch.to(self.base.device)
             logprob_T = self._logprobs(batch, self._hidden(batch, train=False), batch.weight_T != 0).float().cpu()
-            for piece_L in logprob_T.split(batch.lengths):
-                found.append(piece_L.roll(1).numpy())  # the last prediction of a segment is of nothing, and 0
+            for piece_L, prefix in zip(logprob_T.split(batch.lengths), batch.prefixes):
+                known_L = piece_L.roll(1).numpy()  # the last prediction of a segment is of nothing, and 0
+                found.append(np.concatenate([np.zeros(prefix, np.float32), known_L])[virtual:])
         return found
 
     @torch.no_grad()
@@ -277,23 +305,36 @@ class Engine:
         head_D = self.jobs[slot].value_D if value_D is None else value_D.to(self.base.device)
         assert head_D is not None, f"the job in slot {slot} has no value head"
         found: list[np.ndarray] = []
-        for batch in self.cut({slot: segments}):
+        virtual = self.bank.num_virtual(slot)
+        for batch in self.cut({slot: segments}, share=False):
             batch = batch.to(self.base.device)
             value_T = token_values(self._hidden(batch, train=False), head_D).float().cpu()
-            found += [piece_L.numpy() for piece_L in value_T.split(batch.lengths)]
+            found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
         return found
 
-    def cut(self, work: Work) -> list[Batch]:
-        """Micro-batches of at most `micro_batch_tokens` tokens; pairs stay together, order within a slot is kept."""
+    def cut(self, work: Work, share: bool = True) -> list[Batch]:
+        """Micro-batches of at most `micro_batch_tokens` tokens; pairs stay together, order within a slot is kept.
+
+        Here segments get their slot's virtual tokens. Where the base can, answers to one prompt in one micro-batch
+        `share` its computation.
+        """
         batches: list[list[tuple[int, Segment]]] = [[]]
+        share = share and self.base.shares_prompts
         for slot in sorted(work):
-            for unit in _units(work[slot]):
-                lengths = tuple(len(segment) for _, segment in batches[-1]) + tuple(map(len, unit))
-                fits = self.base.padded_tokens(lengths) <= self.micro_batch_tokens and self.base.may_share(lengths)
-                if batches[-1] and not fits:
+            whole: Segment | None = None
+            for unit in _units([self.bank.prompted(slot, segment) for segment in work[slot]]):
+                entries = _entries(slot, unit, whole if share and batches[-1] else None, share)
+                if batches[-1] and not self._fits([*batches[-1], *entries]):
                     batches.append([])
-                batches[-1] += [(slot, segment) for segment in unit]
+                    entries = _entries(slot, unit, None, share)
+                batches[-1] += entries
+                whole = next((each for _, each in reversed(entries) if not each.prefix), whole)
         return [pack(entries) for entries in batches if entries]
+
+    def _fits(self, entries: Sequence[tuple[int, Segment]]) -> bool:
+        documents = tuple(segment.prefix + len(segment) for _, segment in entries)
+        tokens = self.base.padded_tokens(tuple(len(segment) for _, segment in entries))
+        return tokens <= self.micro_batch_tokens and self.base.may_share(documents)
 
     def _totals(self, work: Work, batches: Sequence[Batch]) -> dict[int, Totals]:
         """What the losses of a step divide by: counted, and for objectives that ask for it, observed."""
@@ -331,12 +372,8 @@ class Engine:
 
     def _hidden(self, batch: Batch, train: bool) -> torch.Tensor:
         """The last hidden states, (T, D), each segment through its own slot."""
-        rows = self.base.rows(batch)
-        draws = (
-            {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self.jobs.items()} if train else None
-        )
-        self.bank.routing.set(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws)
-        return self.base.hidden(batch)
+        draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self.jobs.items()}
+        return self.bank.hidden(batch, draws if train else None)
 
     def _logprobs(self, batch: Batch, hidden_TD: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
         """log p of every target that is wanted, (T), 0 elsewhere; only those rows ever meet the vocabulary."""
@@ -387,6 +424,16 @@ def _floats(metrics: Metrics) -> dict[str, float]:
 def _sum_up(totals: Totals, more: Totals) -> None:
     for name, value in more.items():
         totals[name] = totals.get(name, 0.0) + value
+
+
+def _entries(slot: int, unit: Sequence[Segment], whole: Segment | None, share: bool) -> list[tuple[int, Segment]]:
+    """What goes into a batch; with `share`, what follows a whole segment with the same prompt does without it."""
+    entries: list[tuple[int, Segment]] = []
+    for segment in unit:
+        given = tail_of(segment, whole) if share and whole is not None else segment
+        whole = whole if given.prefix else given
+        entries.append((slot, given))
+    return entries
 
 
 def _units(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -7,35 +7,56 @@ added to its master's in float32 as soon as it is there, and the weights are wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import nn
 
 
 class Masters:
-    """Float32 masters of `parameters`; those that are float32 or wider are their own masters."""
+    """Float32 masters of `parameters`; those that are float32 or wider are their own masters.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    With `in_parts` nobody is trained until `train` says who; masters of the others have their weights' own memory.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], in_parts: bool = False) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
-        self._narrow: list[torch.Tensor] = []
-        self._wide: list[torch.Tensor] = []
+        self._weights = dict(parameters)
         for name, parameter in parameters.items():
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            if wide == parameter.dtype:
+            if _wide(parameter) == parameter.dtype:
                 self.parameters[name] = parameter
                 continue
-            master = nn.Parameter(parameter.detach().to(wide))
+            value = parameter.detach() if in_parts else parameter.detach().to(_wide(parameter))
+            self.parameters[name] = master = nn.Parameter(value)
             parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
-            self.parameters[name] = master
-            self._narrow.append(parameter)
-            self._wide.append(master)
+
+    @torch.no_grad()
+    def train(self, names: Collection[str]) -> None:
+        """These are trained from now on, the others are not: their masters are rounded to the weights."""
+        self.refresh()
+        for name, weight in self._weights.items():
+            wanted, master = name in names, self.parameters[name]
+            weight.requires_grad_(wanted)
+            if master is weight:
+                continue
+            if wanted and master.dtype == weight.dtype:
+                master.data = weight.detach().to(_wide(weight))
+            elif not wanted:
+                master.data = weight.detach()
+            master.requires_grad_(wanted)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the masters back to the weights."""
-        if self._narrow:
-            torch._foreach_copy_(self._narrow, self._wide)  # pyright: ignore[reportPrivateImportUsage]
+        pairs = [(weight, self.parameters[name]) for name, weight in self._weights.items()]
+        wide = [(weight, master) for weight, master in pairs if master.dtype != weight.dtype]
+        if wide:
+            narrow, masters = map(list, zip(*wide))
+            torch._foreach_copy_(narrow, masters)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _wide(parameter: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _move_gradient_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:

@@ -100,6 +100,18 @@ def test_a_checkpoint_in_the_middle_of_training_talks(world: Path, capsys: pytes
     assert "give the run folder" in err
 
 
+def test_a_merged_model_talks_as_its_adapter(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(world / "run"), "--to", "merged", "--adapter", "中文", "-o", str(tmp_path / "merged"), "--no-verify"]
+    with pytest.raises(SystemExit) as caught:
+        main(["export", *words, "--dtype", "float32"])
+    assert caught.value.code == 0, capsys.readouterr()
+    capsys.readouterr()
+    merged, _ = chat(capsys, str(tmp_path / "merged"), "-p", "Say 3", "--json")
+    adapter, _ = chat(capsys, str(world / "run"), "--adapter", "中文", "-p", "Say 3", "--json")
+    assert json.loads(merged)["adapter"] == "base"
+    assert json.loads(merged)["answer"] == json.loads(adapter)["answer"]
+
+
 def test_every_job_is_asked_by_the_template_it_was_trained_with(world: Path, tmp_path: Path) -> None:
     """Two jobs of one run, two templates: each answers in company as it does alone."""
     run = shutil.copytree(world / "run", tmp_path / "run", symlinks=True)

@@ -40,7 +40,7 @@ def test_it_serves_until_it_is_told_to_stop() -> None:
     [
         (["--host", "0.0.0.0"], "LOWRANK_TOKEN", 2),
         (["--engine", "magic"], "there is no engine 'magic'", 2),
-        (["--engine", "vllm"], "not there yet", 2),
+        (["--engine", "vllm"], "needs vllm: pip install", 4),
         (["--engine", "llama.cpp"], "reads GGUF files", 2),
         (["--adapters", "nowhere"], "no such folder", 5),
     ],

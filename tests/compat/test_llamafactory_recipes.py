@@ -14,6 +14,7 @@ import yaml
 
 from lowrank.cli.expand import expand_model
 from lowrank.compat import load_any
+from lowrank.errors import ConfigError
 from lowrank.models.config import Config as ModelConfig
 from lowrank.run import train
 
@@ -62,6 +63,15 @@ RECIPES = {
     "extras/apollo": SFT
     + FULL
     + "use_apollo: true\napollo_target: all\napollo_rank: 128\napollo_scale: 32.0\napollo_layerwise: false\n",
+    "extras/badam": SFT
+    + FULL
+    + "use_badam: true\nbadam_mode: layer\nbadam_switch_mode: ascending\nbadam_switch_interval: 50\nbadam_verbose: 2\n",
+    "extras/adam_mini": SFT + FULL + "use_adam_mini: true\n",
+    "extras/shift_attn": SFT + LORA + "shift_attn: true\n",
+    "extras/galore_8bit": SFT + FULL + "use_galore: true\ngalore_rank: 16\noptim: adamw_8bit\n",
+    "extras/oft/dpo": "stage: dpo\ndataset: pairs\nfinetuning_type: oft\noft_block_size: 32\n",
+    "extras/oft/kto": "stage: kto\ndataset: rated\nfinetuning_type: oft\noft_block_size: 32\n",
+    "extras/fsdp_qlora": SFT + "finetuning_type: lora\nlora_target: q_proj,v_proj\nquantization_bit: 4\n",
     "extras/muon": SFT + "finetuning_type: full\nuse_muon: true\n",
     "extras/loraplus": SFT + LORA + "loraplus_lr_ratio: 16.0\n",
     "extras/pissa": SFT + LORA + "pissa_init: true\npissa_iter: 16\npissa_convert: true\n",
@@ -104,29 +114,64 @@ INFO = {
 }
 
 
+REFUSED = {
+    "train_lora/predict": (SFT + LORA + "do_predict: true\npredict_with_generate: true\n", "`lowrank predict`"),
+    "train_lora/preprocess": (SFT + LORA + "tokenized_path: saves/tokens\n", "name the dataset"),
+    "extras/mod": (SFT + FULL + "mixture_of_depths: convert\n", "no-mixture-of-depths.md"),
+    "extras/dft": (SFT + FULL + "use_dft_loss: true\n", "plain token loss"),
+    "extras/eaft": (SFT + FULL + "use_eaft_loss: true\n", "plain token loss"),
+    "extras/fp8": (SFT + FULL + "fp8: true\n", "remove it and set bf16"),
+}
+"""Families that do not run here, and what their error points to."""
 QUICK = ("train_full/sft", "train_lora/pretrain", "train_lora/kto", "train_qlora/bnb", "extras/llama_pro")
 """The others are slow only together."""
+
+
+def test_ppo_with_a_reward_model_trained_here(tmp_path: Path) -> None:
+    """train_lora/reward, then train_lora/ppo on its result."""
+    write(tmp_path, "stage: rm\ndataset: pairs\n" + LORA, output_dir=str(tmp_path / "reward"))
+    train(load_any(tmp_path / "recipe.yaml")[0])
+    generation = "max_new_tokens: 8\ntop_k: 0\ntop_p: 0.9\n"
+    write(
+        tmp_path, "stage: ppo\ndataset: plain\n" + LORA + generation, reward_model=str(tmp_path / "reward/default/last")
+    )
+    (job,) = train(load_any(tmp_path / "recipe.yaml")[0])["jobs"].values()
+    assert (job["steps"], job["skipped_steps"], job["finished"]) == (2, 0, "done")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_pointer(name: str, tmp_path: Path) -> None:
+    recipe, pointer = REFUSED[name]
+    write(tmp_path, recipe)
+    with pytest.raises(ConfigError) as caught:
+        load_any(tmp_path / "recipe.yaml")
+    assert pointer in str(caught.value)
+
+
+def write(folder: Path, recipe: str, **more: str) -> None:
+    """The recipe and its data, with paths of this machine."""
+    data = folder / "data"
+    data.mkdir(exist_ok=True)
+    (data / "dataset_info.json").write_text(json.dumps(INFO))
+    for dataset, content in rows().items():
+        (data / f"{dataset}.json").write_text(json.dumps(content))
+    settings = yaml.safe_load(COMMON) | yaml.safe_load(recipe)
+    settings |= {"dataset_dir": str(data), "output_dir": str(folder / "saves"), **more}
+    if settings["stage"] == "pt":
+        del settings["template"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
 
 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
 def test_runs_as_it_is(name: str, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "dataset_info.json").write_text(json.dumps(INFO))
-    for dataset, content in rows().items():
-        (data / f"{dataset}.json").write_text(json.dumps(content))
-    settings = yaml.safe_load(COMMON) | yaml.safe_load(RECIPES[name])
-    settings |= {"dataset_dir": str(data), "output_dir": str(tmp_path / "saves")}
-    if settings.get("use_llama_pro"):
+    more = {}
+    if "use_llama_pro" in RECIPES[name]:
         expand_model(ModelConfig(path="lowrank/tiny"), 2, tmp_path / "expanded")
-        settings["model_name_or_path"] = str(tmp_path / "expanded")
-    if settings["stage"] == "pt":
-        del settings["template"]
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    config, _ = load_any(path)
+        more["model_name_or_path"] = str(tmp_path / "expanded")
+    write(tmp_path, RECIPES[name], **more)
+    config, _ = load_any(tmp_path / "recipe.yaml")
     summary = train(config)
     (job,) = summary["jobs"].values()
     assert (job["steps"], job["skipped_steps"], job["finished"]) == (2, 0, "done")

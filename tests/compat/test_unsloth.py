@@ -304,3 +304,19 @@ def test_the_notebook(tmp_path: Path) -> None:
     assert last < first
     assert "saved: gguf, lora_model, merged, outputs" in done.stdout
     assert list((tmp_path / "gguf").glob("*-Q8_0.gguf"))
+
+
+def test_positions_are_stretched_when_asked() -> None:
+    with pytest.raises(ConfigError, match="rope_scaling"):
+        FastLanguageModel.from_pretrained(TINY, rope_scaling={"type": "dynamic", "factor": 2.0})
+    plain = load()
+    stretched, _ = FastLanguageModel.from_pretrained(
+        TINY, 4096, torch.float32, load_in_4bit=False, rope_scaling={"type": "linear", "factor": 2.0}
+    )
+    reach = plain.base.reach
+    assert reach is not None
+    assert stretched.base.reach == 2 * reach
+    token_1T = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        halved = plain.base.model(token_1T, position_ids=torch.arange(20)[None] / 2).logits
+        torch.testing.assert_close(stretched.base.model(token_1T).logits, halved, rtol=1e-4, atol=1e-4)

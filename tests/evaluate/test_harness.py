@@ -21,7 +21,7 @@ from lowrank.checkpoints.atomic import current
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.evaluate import harness
-from lowrank.evaluate.harness_tasks import find_tasks
+from lowrank.evaluate.harness_tasks import find_tasks, names_of
 from lowrank.run import train
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
 
@@ -154,6 +154,10 @@ def test_equal_to_lm_eval_on_the_merged_model(
     with pytest.raises(SystemExit):
         main(["report", str(world / "run")])
     assert "tiny_choice" in (world / "run" / "report.html").read_text("utf-8")
+
+
+def test_names_are_those_people_use() -> None:
+    assert names_of("mmlu, ceval,,cmmlu ,gsm8k") == ["mmlu", "ceval-valid", "cmmlu", "gsm8k"]
 
 
 def test_a_diverged_adapter_has_no_result_and_the_others_have(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import lowrank.data.demo as demo
 from lowrank.adapters.variants import lora
 from lowrank.errors import ModelError
 from lowrank.export.merge import Merged
-from lowrank.export.readers import read_model
+from lowrank.export.readers import read_adapter, read_model
 from lowrank.export.source import Source
+from lowrank.export.targets.awq import Config as Awq
 from lowrank.export.targets.compressed_tensors import Config as Compressed
 from lowrank.export.targets.gptq import Config as Gptq
+from lowrank.export.targets.merged import Config as MergedConfig
 from lowrank.export.targets.merged_4bit import Config as FourBit
 from lowrank.models.loading import TINY, locate
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.checkpoints.test_peft_layout import random_adapter
-from tests.export.sources import load, make_source, source_of
+from tests.export.sources import load, make_source, source_of, write_merged
 
 TOKEN_L = np.arange(3, 40)
 
@@ -67,7 +71,7 @@ CONFIGS = {
     "merged_4bit": FourBit(), "merged_4bit single": FourBit(double_quant=False, block_size=32),
     "compressed 4": Compressed(), "compressed 8": Compressed(bits=8, group_size=-1), "gptq 2": Gptq(bits=2),
     "gptq 3": Gptq(bits=3), "gptq 4": Gptq(group_size=32), "gptq 8": Gptq(bits=8),
-    "gptq 4 asymmetric": Gptq(symmetric=False),
+    "gptq 4 asymmetric": Gptq(symmetric=False), "awq": Awq(),
 }  # fmt: skip
 
 
@@ -112,6 +116,17 @@ def test_calibrated_is_nearer(config: Any, tmp_path: Path) -> None:
     assert kl(reference, said(calibrated)) < 0.5 * kl(reference, said(rounded))
 
 
+def test_awq_scales_stand_in_the_files(source: Source, tmp_path: Path) -> None:
+    """Norms and weights changed together: what is read back is the merged model, and not only its linears."""
+    folder = write(Awq(), source, tmp_path / "out")
+    merged = Merged(source)
+    tensors = load_file(folder / "model.safetensors")
+    norm = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(tensors[norm], merged.tensor(norm))
+    assert torch.equal(tensors["model.norm.weight"], merged.tensor("model.norm.weight"))
+    assert kl(logprobs(source, write_merged(source, tmp_path / "merged")), logprobs(source, folder)) < 0.1
+
+
 @pytest.mark.parametrize("config", [FourBit(), FourBit(double_quant=False, calibrate=False)], ids=["double", "single"])
 def test_transformers_and_bitsandbytes_load_it(config: FourBit, source: Source, tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
@@ -136,6 +151,24 @@ def test_transformers_and_compressed_tensors_load_it(config: Compressed, source:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         theirs = model(torch.tensor(TOKEN_L)[None]).logits[0].log_softmax(-1).detach().numpy()
     np.testing.assert_allclose(theirs, logprobs(source, folder), atol=2e-4)
+
+
+@pytest.mark.parametrize("config", [Gptq(bits=3), FourBit(), Compressed(bits=8)], ids=["gptq", "NF4", "compressed"])
+def test_a_base_that_is_quantised_already(config: Any, source: Source, tmp_path: Path) -> None:
+    """An adapter on it is merged into the weights as they unpack, which is said; the result is a plain model."""
+    packed = write(config.model_copy(update={"calibrate": False}), source, tmp_path / "packed")
+    model = source.model.model_copy(update={"path": str(packed)})
+    onto = replace(source, base=packed, model=model)
+    (note,) = MergedConfig().build().needs(onto).notes
+    assert "weights as they unpack, since the base's files hold no others" in note
+    out = write_merged(onto, tmp_path / "out")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    with read_adapter(onto, onto.adapter) as reader:
+        expected = reader.logprobs(TOKEN_L)
+    assert kl(logprobs(source, packed), expected) > 1e-4
+    np.testing.assert_allclose(logprobs(source, out), expected, atol=1e-4)
+    with pytest.raises(ModelError, match=r"quantised already \(.*\), and twice is worse"):
+        Gptq().build().needs(onto)
 
 
 def test_shards_and_what_stays(source: Source, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class Running:
         """Nobody holds anything any more."""
         generator = self.engine.generator
         for _ in range(200):
-            free = generator.free_tokens == generator._table.capacity * generator._table.page_size
+            free = generator.free_tokens == generator.schedule.table.capacity * generator.schedule.table.page_size
             if not generator.busy and free and self.service.admission.taken == 0:
                 return True
             time.sleep(0.02)

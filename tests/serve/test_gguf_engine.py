@@ -21,8 +21,8 @@ from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.data.config import Config as DataConfig
 from lowrank.data.rendering import Renderer
 from lowrank.export.gguf.adapter import write_adapter_file
-from lowrank.export.gguf.checkpoint import read_folder
 from lowrank.export.gguf.convert import convert, plan
+from lowrank.export.gguf.model import read_folder
 from lowrank.generate.request import Config
 from lowrank.models.config import Config as ModelConfig
 from lowrank.records import Conversation, Message

@@ -20,10 +20,17 @@ from lowrank.train.optimizers import ABSENT, OptimizerConfig, OptimizerSettings,
 OPTIMIZERS = configs_in("lowrank.train.optimizers")
 OWN: dict[str, dict[str, Any]] = {
     "galore": {"rank": 4, "update_interval": 7, "scale": 0.5},
+    "galore_8bit": {"rank": 48, "update_interval": 7, "scale": 0.5},
+    "badam": {"switch_interval": 1, "include_lm_head": True},
     "apollo": {"rank": 4, "update_interval": 100, "scale": 3.0},
     "sgd": {"momentum": 0.9},
 }
-SHAPES = {"layer.up.weight": (96, 64), "layer.down.weight": (64, 96), "model.norm.weight": (64,), "head.bias": (5,)}
+SHAPES = {
+    "layers.0.up.weight": (96, 64),
+    "layers.1.down.weight": (64, 96),
+    "model.norm.weight": (64,),
+    "head.bias": (5,),
+}
 RATE = 1e-2
 
 
@@ -73,7 +80,14 @@ def theirs(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Opt
         optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree(groups(parameters), lr=RATE)
         optimizer.train()
         return optimizer
+    if name == "adam_mini":
+        kind = pytest.importorskip("adam_mini").Adam_mini
+        named = [(key.replace("layers", "mlp"), value) for key, value in parameters.items()]
+        return kind(named, lr=RATE, weight_decay=0.1, verbose=False)
     settings = {"rank": 4, "proj_type": "std"}
+    if name == "galore_8bit":
+        settings |= {"rank": 48, "update_proj_gap": 7, "scale": 0.5}
+        return pytest.importorskip("galore_torch").GaLoreAdamW8bit(groups(parameters, **settings), lr=RATE)
     if name == "galore":
         settings |= {"update_proj_gap": 7, "scale": 0.5}
         optimizer = pytest.importorskip("galore_torch").GaLoreAdamW
@@ -84,8 +98,10 @@ def theirs(name: str, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Opt
     return optimizer(groups(parameters, **settings), lr=RATE, eps=1e-8)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"muon"}))
-def test_twenty_steps_are_the_librarys(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"muon", "badam"}))
+def test_twenty_steps_are_the_librarys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "galore_8bit":
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # the library waits for a GPU, there or not
     ours, others = fresh(), fresh()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own
@@ -116,6 +132,53 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest() -> None:
         torch.testing.assert_close(parameter, others[name], rtol=1e-5, atol=1e-6, msg=name)
     table = {"model.embed_tokens.weight": nn.Parameter(torch.zeros(9, 4))}
     assert [type(part) for part in OPTIMIZERS["muon"]().build(table).parts] == [torch.optim.AdamW]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mode", ["descending", "ascending", "random", "fixed"])
+def test_badam_is_adamw_on_one_block_after_another(mode: str) -> None:
+    """Algorithm 1 of the paper, written out: fresh moments with each block, the others left alone."""
+    ours, others = fresh(), fresh()
+    config: Any = OPTIMIZERS["badam"](
+        learning_rate=RATE, weight_decay=0.1, switch_interval=7, switch_mode=mode, include_lm_head=True
+    )
+    optimizer = config.build(ours, None, ("model.norm.weight", "head.bias"))
+    blocks = [["layers.0.up.weight"], ["layers.1.down.weight"], ["model.norm.weight", "head.bias"]]
+    order = {"descending": [2, 1, 0, 2], "ascending": [0, 1, 2, 0], "fixed": [2] * 4, "random": None}[mode]
+    trained: list[set[str]] = []
+    optimizer.follow(lambda names: trained.append(set(names)))
+    take_steps(optimizer, ours, 0, 22)
+    if order is None:
+        order = [next(i for i, block in enumerate(blocks) if set(block) == names) for names in trained]
+        assert sorted(order[:3]) == [0, 1, 2]
+    assert trained == [set(blocks[index]) for index in order]
+    for turn, index in enumerate(order):
+        own = {name: others[name] for name in blocks[index]}
+        plain = torch.optim.AdamW(groups(own), lr=RATE)
+        for step in range(7 * turn, min(7 * turn + 7, 22)):
+            generator = torch.Generator().manual_seed(100 + step)
+            for parameter in others.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator) * (1.0 + 0.3 * step)
+            plain.step()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, others[name], rtol=1e-6, atol=1e-6, msg=name)
+        assert torch.equal(parameter, fresh()[name]) == (mode == "fixed" and "layers" in name)
+
+
+def test_adam_mini_shares_a_moment_within_a_head() -> None:
+    """Queries and keys by heads, as in the library; every other matrix by rows, which there only known names are."""
+    kind = pytest.importorskip("adam_mini").Adam_mini
+    shapes = {"layers.0.self_attn.q_proj.weight": (32, 32), "layers.0.self_attn.k_proj.weight": (16, 32)}
+    generator = torch.Generator().manual_seed(0)
+    ours = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    others = {name: nn.Parameter(value.detach().clone()) for name, value in ours.items()}
+    config: Any = OPTIMIZERS["adam_mini"](learning_rate=RATE)
+    optimizer = config.build(ours, None, (), head_dim=8)
+    take_steps(optimizer, ours, 0, 20)
+    take_steps(kind(others.items(), lr=RATE, dim=32, n_heads=4, n_kv_heads=2, verbose=False), others, 0, 20)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, others[name], rtol=1e-6, atol=1e-7, msg=name)
+    moments = [tuple(optimizer.state[each]["exp_avg_sq"].shape) for each in ours.values()]
+    assert moments == [(4, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("stopped_at", [0, 4, 9])
@@ -154,7 +217,7 @@ def test_bytes_of_state_are_known_beforehand(name: str) -> None:
     take_steps(optimizer, parameters, 0, 1)
     measured = bytes_of_state(optimizer)
     config: OptimizerSettings = OPTIMIZERS[name](**OWN.get(name, {}))  # type: ignore[assignment]
-    predicted = config.state_bytes(fresh().values())
+    predicted = config.state_bytes(fresh())
     if predicted is None:
         live = LiveBytes()
         with FakeTensorMode(), live:

@@ -39,7 +39,6 @@ _LOADING_ELSEWHERE: Mapping[str, tuple[Any, str]] = {
     "token": (None, "set HF_TOKEN in the environment instead, so that it is in no notebook"),
     "full_finetuning": (False, "all parameters are trained by `lowrank train` with tuning: full"),
     "fast_inference": (False, "there is no vLLM in here; generate() works"),
-    "rope_scaling": (None, "positions are not stretched"),
     "resize_model_vocab": (None, "tokens are not added here"),
     "load_in_fp8": (False, "use load_in_4bit or load_in_8bit"),
     "fix_tokenizer": (True, "the tokenizer is used as it is"),
@@ -77,12 +76,14 @@ class FastLanguageModel:
         trust_remote_code: bool = False,
         use_gradient_checkpointing: bool | str = "unsloth",
         revision: str | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> tuple[TunedModel, Any]:
         """(model, tokenizer) of a folder, a hub name, or an adapter's folder, whose base comes with it.
 
         `dtype` None: bfloat16 where the hardware has it, else float32. `load_in_4bit`: nf4, unless the checkpoint is
-        quantised already. `use_gradient_checkpointing` is for an adapter's folder; else `get_peft_model` has it.
+        quantised already. `rope_scaling`: {"type": "yarn", "factor": 4} stretches the base's positions (linear,
+        yarn, llama3). `use_gradient_checkpointing` is for an adapter's folder; else `get_peft_model` has it.
         """
         keep_freed_memory()
         _refuse("from_pretrained", others, _LOADING_ELSEWHERE)
@@ -97,6 +98,7 @@ class FastLanguageModel:
             "attention": "padded",  # what trainers give are padded batches
             "recompute": "none",
             "trust_remote_code": trust_remote_code,
+            "rope_scaling": None if rope_scaling is None else dict(rope_scaling),
         }
         if storage != "dense" and not _is_quantised(settings):
             settings["storage"] = {"type": storage}
@@ -104,8 +106,9 @@ class FastLanguageModel:
         base = loading.load(config, notify=_SAY.info)
         reach = base.reach
         if max_seq_length and reach and max_seq_length > reach:
-            _SAY.warning("max_seq_length=%d: this model was made for %d positions, and they are not stretched: "
-                         "cut texts at %d (SFTConfig: max_length)", max_seq_length, reach, reach)  # fmt: skip
+            _SAY.warning("max_seq_length=%d: this model was made for %d positions: cut texts at %d (SFTConfig: "
+                         "max_length), or stretch them, rope_scaling={'type': 'yarn', 'factor': %d}",
+                         max_seq_length, reach, reach, -(-max_seq_length // reach))  # fmt: skip
         model = TunedModel(base, config)
         model.max_seq_length = max_seq_length
         if adapter is not None:

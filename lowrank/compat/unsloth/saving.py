@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lowrank.checkpoints.packed_model import quantize_model
 from lowrank.checkpoints.peft_layout import write_adapter
 from lowrank.errors import ConfigError, NotTheSameError, did_you_mean, raise_all
 from lowrank.export.gguf.convert import PLAIN_TYPES
@@ -18,7 +17,7 @@ from lowrank.export.gguf.mixes import BASES
 from lowrank.export.hub import check_push, push_folder
 from lowrank.export.targets.gguf import Config as Gguf
 from lowrank.export.targets.merged import Config as Merged
-from lowrank.models.config import Config as ModelConfig
+from lowrank.export.targets.merged_4bit import Config as Merged4bit
 from lowrank.models.loading import locate
 from lowrank.take_home import Order, take_home
 from lowrank.to_take_home import open_source
@@ -57,7 +56,8 @@ def save_merged(
     """`save_method`: merged_16bit, merged_4bit (bitsandbytes' nf4) or lora.
 
     `folder` must be empty or not exist. `verify` reads what was written back and compares it with base + adapter:
-    NotTheSameError if it is another model. ConfigError for anything else that is asked.
+    NotTheSameError if it is another model, a warning where 4 bits cost more than they should. ConfigError for anything
+    else that is asked.
     """
     if save_method == "lora":
         save_lora(model, folder, tokenizer, **others)
@@ -67,11 +67,7 @@ def save_merged(
     if save_method == "merged_16bit":
         _write(model, folder, tokenizer, Merged(dtype=_sixteen_bits(model), max_shard_size=shard), verify)
     elif save_method in ("merged_4bit", "merged_4bit_forced"):
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as beside:
-            whole = Path(beside) / folder.name
-            _write(model, whole, tokenizer, Merged(max_shard_size=shard), verify)
-            config = ModelConfig(path=str(whole), storage={"type": "nf4"}, device=str(model.base.device))  # pyright: ignore[reportArgumentType]
-            quantize_model(config, folder, notify=_SAY.info)
+        _write(model, folder, tokenizer, Merged4bit(calibrate=False, max_shard_size=shard), verify)
     else:
         raise ConfigError(f"save_method={save_method!r}: expected merged_16bit, merged_4bit or lora")
 
@@ -123,7 +119,7 @@ def _write(model: Any, folder: Path, tokenizer: Any, target: Any, verify: bool) 
     own = told["targets"][target.type]
     found = [f"{each['name']}: {word}" for each in own["comparisons"] for word in each["problems"]]
     heading = f"{folder} is written and kept, and differs from what was trained more than was to be expected"
-    if isinstance(target, Gguf):  # how much a type costs depends on the model
+    if isinstance(target, (Gguf, Merged4bit)):  # how much few bits cost depends on the model
         for problem in found:
             _SAY.warning("%s: %s", heading, problem)
     else:

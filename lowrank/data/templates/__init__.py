@@ -37,8 +37,13 @@ def choose(tokenizer: Any, setting: str | None) -> str:
     """
     if setting is None:
         return _own(tokenizer)
+    return _built_in(setting, tokenizer) if setting in names() else source_of(setting)
+
+
+def source_of(setting: str) -> str:
+    """The text of a built-in template, or of a .jinja file, whatever tokenizer it will meet. Raises ConfigError."""
     if setting in names():
-        return _built_in(setting, tokenizer)
+        return _text(setting)
     path = Path(setting).expanduser()
     if path.suffix not in (".jinja", ".jinja2") and not path.is_file():
         raise ConfigError(

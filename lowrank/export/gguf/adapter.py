@@ -43,18 +43,18 @@ def adapter_trouble(base: Plan, adapter: AdapterOnDisk) -> list[str]:
 
 
 def _module_trouble(base: Plan, module: str) -> str | None:
-    tied = base.checkpoint.config.get("tie_word_embeddings")
+    tied = base.model.config.get("tie_word_embeddings")
     if tied and module.endswith(("lm_head", "embed_tokens", "wte", "word_embeddings")):
         return "embedding and head are one tensor in the file, and llama.cpp ends at an assertion"
     if ".experts" in module:
         return "experts are one tensor in the file"
     weight = f"{module}.weight"
-    if weight not in base.checkpoint.shapes:
+    if weight not in base.model.shapes:
         return "the base has no such tensor"
-    parts = base.family.parts(base.checkpoint.config, weight)
+    parts = base.family.parts(base.model.config, weight)
     if parts is None or len(parts) != 1:
         return "this layer is several tensors in the file"
-    name = tensor_names(base.family.arch, base.checkpoint.config)(parts[0].name)
+    name = tensor_names(base.family.arch, base.model.config)(parts[0].name)
     return None if name else "this layer has no place in the file"
 
 
@@ -62,11 +62,11 @@ def write_adapter_file(base: Plan, adapter: AdapterOnDisk, path: Path) -> None:
     """Write the adapter to `path`, in float32. Raises ModelError with every reason why it cannot be."""
     problems = adapter_trouble(base, adapter)
     raise_all(ModelError, f"this adapter cannot be a GGUF file of its own; {MERGE}", problems)
-    names = tensor_names(base.family.arch, base.checkpoint.config)
+    names = tensor_names(base.family.arch, base.model.config)
     variant: Any = adapter.config.build()
     arrays: dict[str, np.ndarray] = {}
     for module, (rank, alpha) in sorted(adapter.targets.items()):
-        part = (base.family.parts(base.checkpoint.config, f"{module}.weight") or [])[0]
+        part = (base.family.parts(base.model.config, f"{module}.weight") or [])[0]
         name = names(part.name)
         scale = variant.scale(rank, alpha)
         if f"{module}.lora_embedding_A" in adapter.tensors:

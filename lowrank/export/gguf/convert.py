@@ -13,8 +13,8 @@ import torch
 
 from lowrank.checkpoints.atomic import new_file
 from lowrank.errors import ModelError, did_you_mean, raise_all
-from lowrank.export.gguf.checkpoint import Checkpoint, read_folder
 from lowrank.export.gguf.families import families
+from lowrank.export.gguf.model import Model, read_folder
 from lowrank.export.gguf.pieces import Family, Part, all_parts
 from lowrank.export.gguf.vocabulary import read_vocabulary
 from lowrank.export.gguf.writer import CHUNK, Entry, library, write_file
@@ -30,7 +30,7 @@ FLOAT32_NAMES = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_e
 class Plan:
     """All that is decided before any weight is read."""
 
-    checkpoint: Checkpoint
+    model: Model
     family: Family
     fields: dict[str, Any]
     parts: list[tuple[str, Part]]
@@ -39,10 +39,10 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan(checkpoint: Checkpoint) -> Plan:
+def plan(model: Model) -> Plan:
     """Decide everything. Raises ModelError for what cannot be converted, with every reason."""
     known = families()
-    folder, kind, config = checkpoint.name, checkpoint.model_type, checkpoint.config
+    folder, kind, config = model.name, model.model_type, model.config
     family = known.get(kind)
     if family is None:
         raise ModelError(
@@ -54,36 +54,34 @@ def plan(checkpoint: Checkpoint) -> Plan:
     activation = activation or config.get("activation")
     if activation and activation not in family.activations:
         problems.append(f"activation {activation!r} (llama.cpp computes {family.activations[0]})")
-    if config.get("quantization_config"):
-        problems.append("quantised weights: merge to 16 bits first (lowrank export --to merged)")
     raise_all(ModelError, f"{folder}: llama.cpp would compute this {kind} model otherwise than transformers", problems)
-    vocabulary = read_vocabulary(checkpoint.folder, _vocabulary_size(checkpoint))
+    vocabulary = read_vocabulary(model.folder, _vocabulary_size(model))
     header = {f"{family.arch}.{key}": value for key, value in family.fields(config).items()}
-    fields = {"general.type": "model", "general.name": checkpoint.name, **header, **vocabulary.fields}
+    fields = {"general.type": "model", "general.name": model.name, **header, **vocabulary.fields}
     notes = [*family.notes(config), *vocabulary.notes]
-    return Plan(checkpoint, family, fields, _named_parts(checkpoint, family), family.extra(config), notes)
+    return Plan(model, family, fields, _named_parts(model, family), family.extra(config), notes)
 
 
-def _vocabulary_size(checkpoint: Checkpoint) -> int:
+def _vocabulary_size(model: Model) -> int:
     """Rows of the embedding."""
-    for name, shape in checkpoint.shapes.items():
+    for name, shape in model.shapes.items():
         if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")):
             return shape[0]
-    raise ModelError(f"{checkpoint.name}: no embedding among the tensors; is it a whole model?")
+    raise ModelError(f"{model.name}: no embedding among the tensors; is it a whole model?")
 
 
-def _named_parts(checkpoint: Checkpoint, family: Family) -> list[tuple[str, Part]]:
-    names = tensor_names(family.arch, checkpoint.config)
-    tied = checkpoint.config.get("tie_word_embeddings")
-    wanted = [name for name in checkpoint.shapes if not _is_dropped(name) and not (tied and "lm_head." in name)]
+def _named_parts(model: Model, family: Family) -> list[tuple[str, Part]]:
+    names = tensor_names(family.arch, model.config)
+    tied = model.config.get("tie_word_embeddings")
+    wanted = [name for name in model.shapes if not _is_dropped(name) and not (tied and "lm_head." in name)]
     found, unknown = [], []
-    for part in all_parts(family, checkpoint.config, wanted):
+    for part in all_parts(family, model.config, wanted):
         name = names(part.name)
         if name is None:
-            unknown.append(f"{part.name} {checkpoint.shapes[part.sources[0]]}")
+            unknown.append(f"{part.name} {model.shapes[part.sources[0]]}")
         else:
             found.append((name, part))
-    raise_all(ModelError, f"{checkpoint.name}: tensors that have no place in a GGUF file of {family.arch!r}", unknown)
+    raise_all(ModelError, f"{model.name}: tensors that have no place in a GGUF file of {family.arch!r}", unknown)
     return found
 
 
@@ -105,9 +103,9 @@ def tensor_names(arch: str, config: dict[str, Any]) -> Callable[[str], str | Non
     return name_of
 
 
-def natural_type(checkpoint: Checkpoint) -> str:
+def natural_type(model: Model) -> str:
     """The smallest type that keeps every weight as it is."""
-    kinds = {checkpoint.dtypes[name] for name, shape in checkpoint.shapes.items() if len(shape) > 1}
+    kinds = {model.dtypes[name] for name, shape in model.shapes.items() if len(shape) > 1}
     return {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(kinds), "f32")
 
 
@@ -117,7 +115,7 @@ def convert(folder: Path, path: Path, kind: str = "auto", progress: Callable[[in
     Memory: the largest tensor as saved, and 64 MB. `progress(bytes written, bytes in all)`. Raises ModelError.
     """
     made = plan(read_folder(folder))
-    write_plan(made, path, natural_type(made.checkpoint) if kind == "auto" else kind, progress)
+    write_plan(made, path, natural_type(made.model) if kind == "auto" else kind, progress)
     return made
 
 
@@ -128,7 +126,7 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
     gguf = library()
     entries = [Entry(name, tuple(tensor.shape), gguf.GGMLQuantizationType.F32) for name, tensor in made.extra.items()]
     for name, part in made.parts:
-        shape = part_shape(made.checkpoint, part)
+        shape = part_shape(made.model, part)
         entries.append(Entry(name, shape, stored_type(name, shape, kind)))
     total = sum(entry.bytes for entry in entries)
     file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[kind]
@@ -150,20 +148,20 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
     with new_file(path) as partial:
         tensors = chain(
             (iter([tensor]) for tensor in made.extra.values()),
-            (_tensors(made.checkpoint, part) for _, part in made.parts),
+            (_tensors(made.model, part) for _, part in made.parts),
         )
         data = (counted(_encoded(each, entry.kind)) for each, entry in zip(tensors, entries))
         write_file(partial, made.family.arch, fields, entries, data)
 
 
-def _tensors(checkpoint: Checkpoint, part: Part) -> Iterator[torch.Tensor]:
+def _tensors(model: Model, part: Part) -> Iterator[torch.Tensor]:
     for source in part.sources:
-        yield part.make(checkpoint.tensor(source))
+        yield part.make(model.tensor(source))
 
 
-def part_shape(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:
+def part_shape(model: Model, part: Part) -> tuple[int, ...]:
     """Of the tensor to be, in torch's order."""
-    shape = tuple(part.make(torch.empty(checkpoint.shapes[part.sources[0]], device="meta")).shape)
+    shape = tuple(part.make(torch.empty(model.shapes[part.sources[0]], device="meta")).shape)
     return shape if len(part.sources) == 1 else (len(part.sources), *shape)
 
 
@@ -178,11 +176,15 @@ def stored_type(name: str, shape: tuple[int, ...], kind: str) -> Any:
 
 
 def _encoded(tensors: Iterator[torch.Tensor], kind: Any) -> Iterator[np.ndarray]:
-    """Bytes of a tensor, some rows at a time."""
-    quantize = library().quants.quantize
+    """Bytes of a tensor, some rows at a time. What torch rounds to it rounds alike, and several times faster."""
+    types, quantize = library().GGMLQuantizationType, library().quants.quantize
+    by_torch = {types.F32: torch.float32, types.F16: torch.float16}.get(kind)
     for tensor in tensors:
         row_TD = tensor.reshape(-1, tensor.shape[-1])
         step = max(1, CHUNK // tensor.shape[-1])
         for start in range(0, len(row_TD), step):
-            rows = row_TD[start : start + step].float().contiguous().numpy()
-            yield quantize(rows, kind)
+            rows = row_TD[start : start + step]
+            if by_torch is not None:
+                yield rows.to(by_torch).contiguous().numpy()
+            else:
+                yield quantize(rows.float().contiguous().numpy(), kind)

@@ -7,6 +7,7 @@ measured on base + adapter in transformers; experts, the embedding and the head 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,28 @@ CHUNK = 512
 """Tokens read at once."""
 MOST = 16384
 """Tokens read in all: more do not help consistently (llama.cpp's tools/perplexity/README.md)."""
+
+
+DATA = "data"
+"""Instead of a file: rows that the model was trained on."""
+
+
+def documents_for(source: Source, asked: str | None, *, needed: bool) -> list[np.ndarray]:
+    """What to measure on: a text file (`asked`), rows the model was trained on (DATA, or where a type needs it and
+    nothing was asked), else nothing. Raises DataError.
+    """
+    if asked is not None and asked != DATA:
+        try:
+            return cut(source, Path(asked).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"gguf.importance: {asked} cannot be read: {error}") from error
+    if asked is None and not needed:
+        return []
+    rows = [] if source.documents is None else list(source.documents(MOST // 64))
+    if asked == DATA and not rows:
+        raise DataError("gguf.importance=data: the rows it was trained on are not at hand; name a text file")
+    lengths = np.cumsum([len(row) for row in rows])
+    return rows[: int(np.searchsorted(lengths, MOST)) + 1] if rows else []
 
 
 def cut(source: Source, text: str) -> list[np.ndarray]:
@@ -61,10 +84,10 @@ def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict
 
 def _names(made: Plan, weight: str, width: int | None) -> list[str]:
     """The tensors of the file whose rows this layer's input meets."""
-    checkpoint = made.checkpoint
-    if width is None or weight not in checkpoint.shapes:
+    model = made.model
+    if width is None or weight not in model.shapes:
         return []
-    names = tensor_names(made.family.arch, checkpoint.config)
-    parts = made.family.parts(checkpoint.config, weight) or []
-    found = [names(part.name) for part in parts if part_shape(checkpoint, part)[-1] == width]
+    names = tensor_names(made.family.arch, model.config)
+    parts = made.family.parts(model.config, weight) or []
+    found = [names(part.name) for part in parts if part_shape(model, part)[-1] == width]
     return [name for name in found if name is not None]

@@ -7,13 +7,14 @@ own defaults errors below 1e-7 drown. It lives in a child process, which its ass
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -145,19 +146,40 @@ class LlamaCpp:
         raise ModelError(last_words(self._what, self._process.wait(), said))
 
 
-def run_child(module: str, request: dict[str, Any], what: str) -> None:
-    """Run one of this folder's modules on one request. Raises ModelError with the end of what it said."""
-    done = subprocess.run(
-        child_command(module),
-        env=child_environment(),
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        raise ModelError(last_words(what, done.returncode, done.stderr))
+def run_child(
+    module: str, request: dict[str, Any], what: str, heard: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Run one of this folder's modules on one request; it prints how far it is, `done total`.
+
+    Raises ModelError with the end of what it said.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            child_command(module),
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            errors="replace",
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with process.stdin, contextlib.suppress(BrokenPipeError):  # it ended early, and has said why
+                process.stdin.write(json.dumps(request))
+            with process.stdout:
+                for line in process.stdout:
+                    done, total = line.split()
+                    heard(int(done), int(total))
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            code = process.wait()
+        if code:
+            said.seek(0)
+            raise ModelError(last_words(what, code, said.read().decode("utf-8", errors="replace")))
 
 
 def child_command(module: str) -> list[str]:

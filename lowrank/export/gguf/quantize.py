@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from lowrank.checkpoints.atomic import new_file
 from lowrank.errors import ModelError, did_you_mean, raise_all
+from lowrank.export.gguf.header import read_header
 from lowrank.export.gguf.llama_cpp import run_child
 from lowrank.export.gguf.mixes import BASES, choose_types, describe, needs_importance
 from lowrank.export.gguf.writer import library
@@ -51,19 +53,23 @@ def check_recipe(name: str) -> str:
 
 
 def quantise(
-    source: Path, target: Path, recipe: str, *, importance: Importance | None = None, threads: int | None = None
+    source: Path,
+    target: Path,
+    recipe: str,
+    *,
+    importance: Importance | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Written:
-    """Write `source` (f32, f16 or bf16) as `recipe` to `target`.
+    """Write `source` (f32, f16 or bf16) as `recipe` to `target`. `progress(weights done, weights in all)`.
 
     Raises ModelError: no such type, a type that needs an importance matrix without one, kernels not reachable.
     """
     recipe = check_recipe(recipe)
-    gguf = library()
-    reader = gguf.GGUFReader(source)
-    arch = reader.fields["general.architecture"].contents()
-    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
-    header = {name: value.contents() for name, value in reader.fields.items() if name.startswith(f"{arch}.")}
-    chosen = choose_types(recipe, describe(arch, header, shapes), shapes, importance is not None)
+    header = read_header(source)
+    arch = header.fields["general.architecture"]
+    shapes = {name: tensor.entry.shape for name, tensor in header.tensors.items()}
+    chosen = choose_types(recipe, describe(arch, header.fields, shapes), shapes, importance is not None)
     kernels, notes = _kernels(), []
     if kernels is None:
         raise_all(ModelError, f"quantising {source.name}", kernels_trouble([recipe]))
@@ -87,10 +93,9 @@ def quantise(
             "importance": str(weights) if importance is not None else None,
             "threads": threads or os.cpu_count() or 1,
             "library": str(kernels) if kernels else None,
-            "arch": arch,
-            "file_type": int(gguf.LlamaFileType[f"MOSTLY_{recipe}"]),
+            "file_type": int(library().LlamaFileType[f"MOSTLY_{recipe}"]),
         }
-        run_child("quantize_child", request, f"quantising {source.name} to {recipe}")
+        run_child("quantize_child", request, f"quantising {source.name} to {recipe}", progress)
     return Written(target, recipe, *_contents(target), tuple(notes))
 
 
@@ -123,7 +128,7 @@ def _kernels() -> Path | None:
 
 def _contents(path: Path) -> tuple[dict[str, int], float]:
     """Matrices of each type, and bits per weight."""
-    tensors: list[Any] = library().GGUFReader(path).tensors
-    kinds = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
-    weights = sum(int(tensor.n_elements) for tensor in tensors)
-    return dict(kinds), 8 * sum(int(tensor.n_bytes) for tensor in tensors) / weights
+    entries = [tensor.entry for tensor in read_header(path).tensors.values()]
+    kinds = Counter(entry.kind.name for entry in entries if len(entry.shape) > 1)
+    weights = sum(math.prod(entry.shape) for entry in entries)
+    return dict(kinds), 8 * sum(entry.bytes for entry in entries) / weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
@@ -11,13 +12,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator
 
-from lowrank.errors import DataError, ModelError, raise_all
+from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
-from lowrank.export.gguf.checkpoint import read_merged
-from lowrank.export.gguf.convert import PLAIN_TYPES, Plan, plan, write_plan
-from lowrank.export.gguf.importance import cut, measure
+from lowrank.export.gguf.convert import PLAIN_TYPES
+from lowrank.export.gguf.converters import Converter, converter_for
+from lowrank.export.gguf.importance import DATA, documents_for
 from lowrank.export.gguf.llama_cpp import Adapters, LlamaCpp, unreachable
-from lowrank.export.gguf.mixes import BASES
+from lowrank.export.gguf.mixes import BASES, NEED_IMPORTANCE
 from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
 from lowrank.export.gguf.quantize import check_recipe, kernels_trouble, quantise
 from lowrank.export.gguf.words import compare_words
@@ -49,11 +50,15 @@ class Config(Settings):
     type: Literal["gguf"] = "gguf"
     types: Annotated[tuple[str, ...], BeforeValidator(as_types)] = ("q8_0",)
     """What the weights are stored in, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, ..."""
-    importance: Path | None = None
-    """A text file (UTF-8) like what the model will be used for, at least 512 tokens: quantised types then spend their
-    bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*) need it."""
+    importance: str | None = None
+    """A text file (UTF-8) like what the model will be used for, at least 512 tokens, or `data` for rows it was trained
+    on: quantised types then spend their bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*)
+    need it, and take the training rows by themselves."""
     threads: int = 0
     """Threads that quantise; 0: one for each core."""
+    converter: Path | None = None
+    """A folder with llama.cpp's source, whose converter then does families that lowrank does not know. Left out: it is
+    fetched from PyPI when it is needed."""
 
     def build(self) -> GgufTarget:
         """The target."""
@@ -74,55 +79,69 @@ class GgufTarget:
     def needs(self, source: Source) -> Needs:
         """All files, the 16-bit one that quantised ones are made from, and one tensor in memory."""
         raise_all(ModelError, "--to gguf", kernels_trouble(self.quantised))
-        if self.config.importance is not None:
-            cut(source, self._text())
+        documents = self._documents(source)
         with tempfile.TemporaryDirectory() as side:
-            made = plan(read_merged(source, Path(side)))
-        counts = [int(np.prod(shape)) for shape in made.checkpoint.shapes.values()]
-        kinds = [*self.config.types, *(["f16"] if self.quantised else [])]
-        disk = sum(int(sum(counts) * BITS.get(kind, 4.5) / 8) for kind in kinds)
-        notes = [*made.notes, *filter(None, [_unchecked()])]
-        return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes))
+            converter = self._converter(source, Path(side))
+        counts = [int(np.prod(shape)) for shape in converter.shapes.values()]
+        kinds = [*self.config.types, *self._between()]
+        disk = sum(_bytes(converter, kind) for kind in kinds) + converter.between_bytes
+        notes = [*converter.notes, *filter(None, [_unchecked()])]
+        if documents:
+            origin = self.config.importance if self.config.importance not in (None, DATA) else "the training rows"
+            notes.append(f"importance is measured on {sum(map(len, documents)):,} tokens of {origin}")
+        return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), converter.installs)
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """One file for each type; what each really holds."""
         said: list[str] = []
         importance = None
-        with tempfile.TemporaryDirectory() as side:
-            made = plan(read_merged(source, Path(side)))
+        with tempfile.TemporaryDirectory(dir=folder) as side:
+            converter = self._converter(source, Path(side))
             done = 0
-            plain = [name for name in self.config.types if name in PLAIN_TYPES]
-            total = sum(_bytes(made, kind) for kind in [*plain, *self.quantised, *self._between()])
-            for kind in [*plain, *self._between()]:
-                start = done
+            plain = [*[name for name in self.config.types if name in PLAIN_TYPES], *self._between()]
+            total = sum(_bytes(converter, kind) for kind in [*plain, *self.quantised])
+            for kind in plain:
+                start, size = done, _bytes(converter, kind)
 
-                def heard(written: int, _: int, kind: str = kind, start: int = start) -> None:
-                    progress(start + written, total, kind)
+                def heard(written: int, of: int, kind: str = kind, start: int = start, size: int = size) -> None:
+                    progress(start + size * written // of, total, kind)
 
-                write_plan(made, self.path(source, folder, kind), kind, heard)
-                done += _bytes(made, kind)
-            if self.config.importance is not None and self.quantised:
-                importance = measure(source, made, cut(source, self._text()))
-            said += self._words(self.path(source, folder, [*plain, *self._between()][0]), Path(side))
-        for name in self.quantised:
-            origin = self.path(source, folder, "f32" if "f32" in plain else "f16")
-            target, threads = self.path(source, folder, name), self.config.threads or None
-            written = quantise(origin, target, name, importance=importance, threads=threads)
-            said += [str(written), *written.notes]
-            done += _bytes(made, name)
-            progress(done, total, name)
-        for kind in self._between():
-            self.path(source, folder, kind).unlink()
+                converter.write(self.path(source, folder, kind), kind, heard)
+                done += size
+            documents = self._documents(source)
+            if documents:
+                importance = converter.importance(documents)
+            said += self._words(self.path(source, folder, plain[0]), Path(side))
+            for name in self.quantised:
+                origin, target = self._origin(source, folder), self.path(source, folder, name)
+                start, size = done, _bytes(converter, name)
+
+                def counted(weights: int, of: int, name: str = name, start: int = start, size: int = size) -> None:
+                    progress(start + size * weights // of, total, name)
+
+                threads = self.config.threads or None
+                written = quantise(origin, target, name, importance=importance, threads=threads, progress=counted)
+                said += [str(written), *written.notes]
+                done += size
+        if _unchecked():
+            for path in self.temporary(source, folder):
+                path.unlink()
         return said
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """Every file as llama.cpp loads it; none where llama.cpp cannot be asked."""
         if _unchecked():
             return ()
-        paths = {kind: self.path(source, folder, kind) for kind in self.config.types}
-        return tuple(
-            ReadBack(path.name, tolerance(kind), lambda path=path: LlamaReader(path)) for kind, path in paths.items()
-        )
+        found = []
+        rounded_from = _read_back(self._origin(source, folder)) if self.quantised else None
+        for kind in self.config.types:
+            path = self.path(source, folder, kind)
+            if kind in PLAIN_TYPES:
+                found.append(_read_back(path, kind))
+            else:
+                temporary = self.temporary(source, folder)
+                found.append(replace(_read_back(path, kind), against=rounded_from, temporary=temporary))
+        return found
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
@@ -138,16 +157,25 @@ class GgufTarget:
             raise ModelError(f"{words}: the model would not understand its input. Serve it from its merged checkpoint")
         return [str(words)]
 
-    def _text(self) -> str:
-        assert self.config.importance is not None
-        try:
-            return self.config.importance.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"gguf.importance: {self.config.importance} cannot be read: {error}") from error
+    def _documents(self, source: Source) -> list[np.ndarray]:
+        """To measure importance on."""
+        needed = any(BASES[name.upper()] in NEED_IMPORTANCE for name in self.quantised)
+        return documents_for(source, self.config.importance, needed=needed) if self.quantised else []
+
+    def _converter(self, source: Source, side: Path) -> Converter:
+        return converter_for(source, side, self.config.types, self.config.converter)
+
+    def _origin(self, source: Source, folder: Path) -> Path:
+        """The file that quantised ones are made from, and judged by."""
+        return self.path(source, folder, "f32" if "f32" in self.config.types else "f16")
 
     def _between(self) -> list[str]:
-        """The type that quantised files are made from, if it is not asked for itself."""
+        """Its type, if it is not asked for itself: it is there until the others are compared with it."""
         return ["f16"] if self.quantised and not {"f16", "f32"} & set(self.config.types) else []
+
+    def temporary(self, source: Source, folder: Path) -> tuple[Path, ...]:
+        """What is left of `write` for the comparison."""
+        return tuple(self.path(source, folder, kind) for kind in self._between())
 
     def path(self, source: Source, folder: Path, kind: str) -> Path:
         """The file of a type."""
@@ -186,8 +214,12 @@ def tolerance(kind: str) -> Tolerance:
     return Tolerance(mean_kl=kl, top1_agreement=agreement, perplexity=max(1e-4, kl))
 
 
-def _bytes(made: Plan, kind: str) -> int:
-    return int(sum(int(np.prod(shape)) for shape in made.checkpoint.shapes.values()) * BITS.get(kind, 4.5) / 8)
+def _read_back(path: Path, kind: str = "f16") -> ReadBack:
+    return ReadBack(path.name, tolerance(kind), lambda: LlamaReader(path))
+
+
+def _bytes(converter: Converter, kind: str) -> int:
+    return int(sum(int(np.prod(shape)) for shape in converter.shapes.values()) * BITS.get(kind, 4.5) / 8)
 
 
 def _unchecked() -> str | None:

@@ -12,12 +12,15 @@ from typing import Literal
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack
-from lowrank.export.gguf.adapter import MERGE, adapter_trouble, write_adapter_file
-from lowrank.export.gguf.checkpoint import read_folder, read_merged
+from lowrank.export.gguf.adapter import adapter_trouble, write_adapter_file
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.llama_cpp import unreachable
+from lowrank.export.gguf.model import read_folder, read_merged
+from lowrank.export.names import Names, refuse_unmergeable
 from lowrank.export.source import Source
+from lowrank.export.targets.gguf import Config as GgufConfig
 from lowrank.export.targets.gguf import LlamaReader, tolerance
+from lowrank.export.weights import Weights
 from lowrank.settings import Settings
 
 
@@ -25,6 +28,9 @@ class Config(Settings):
     """The adapter alone, for llama.cpp."""
 
     type: Literal["lora_gguf"] = "lora_gguf"
+    merged_type: str = "q8_0"
+    """Of the whole model, which is written instead where llama.cpp cannot apply the adapter at run time (DoRA, weights
+    trained whole, experts, tied heads)."""
 
     def build(self) -> LoraGgufTarget:
         """The target."""
@@ -36,17 +42,26 @@ class LoraGgufTarget:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.merged = GgufConfig(types=(config.merged_type,)).build()
 
     def needs(self, source: Source) -> Needs:
         """The size of the adapter, and of the base's file while the result is checked."""
         adapter = _adapter(source)
-        problems = adapter_trouble(plan(read_folder(source.base)), adapter)
-        raise_all(ModelError, f"this adapter cannot be a GGUF file of its own; {MERGE}", problems)
+        refuse_unmergeable(source.name, adapter)
+        raise_all(ModelError, f"{source.name}: this adapter does not fit its base", _names(source).refusals(adapter))
+        problems = run_time_trouble(source)
+        if problems:
+            needs = self.merged.needs(source)
+            said = f"llama.cpp cannot apply this adapter at run time ({'; '.join(problems[:3])})"
+            note = f"{said}, so the merged model is written instead, as {self.config.merged_type}"
+            return replace(needs, notes=(note, *needs.notes))
         size = sum(4 * tensor.numel() for tensor in adapter.tensors.values())
         return Needs(size + (64 << 20), 2 * size + (64 << 20))
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """One file."""
+        if run_time_trouble(source):
+            return self.merged.write(source, folder, progress)
         adapter = _adapter(source)
         write_adapter_file(plan(read_folder(source.base)), adapter, self.path(source, folder))
         progress(1, 1)
@@ -54,6 +69,8 @@ class LoraGgufTarget:
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """Over the base's own file in float32, which is made for the purpose and removed again."""
+        if run_time_trouble(source):
+            return self.merged.read_back(source, folder)
         if unreachable():
             return ()
         path = self.path(source, folder)
@@ -61,6 +78,8 @@ class LoraGgufTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
+        if run_time_trouble(source):
+            return self.merged.usage(source, path)
         name = self.path(source, Path(path))
         return f"```\nllama-server -m BASE.gguf --lora {name}\n```"
 
@@ -84,6 +103,19 @@ class OverBase(LlamaReader):
     ) -> None:
         super().__exit__(kind, error, trace)
         self._folder.cleanup()
+
+
+def run_time_trouble(source: Source) -> list[str]:
+    """Why there is no file of the adapter alone; empty: there can be one."""
+    try:
+        base = plan(read_folder(source.base))
+    except ModelError as error:  # a family that only llama.cpp's own converter knows
+        return [str(error).splitlines()[0]]
+    return adapter_trouble(base, _adapter(source))
+
+
+def _names(source: Source) -> Names:
+    return Names(source.base, Weights(source.base), trust_remote_code=source.model.trust_remote_code)
 
 
 def _adapter(source: Source) -> AdapterOnDisk:

@@ -10,13 +10,13 @@ import torch
 from pydantic import AfterValidator
 
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
-from lowrank.export.checkpoint import BLOCK_BYTES
 from lowrank.export.merge import Merged
 from lowrank.export.readers import read_model
 from lowrank.export.shards import Layout, lay_out, write_shards
 from lowrank.export.side_files import write_side_files
-from lowrank.export.sizes import parse_size
+from lowrank.export.sizes import parse_size, said_size
 from lowrank.export.source import Source
+from lowrank.models.checkpoint_files import BLOCK_BYTES
 from lowrank.settings import Settings
 
 TOLERANCES = {
@@ -77,7 +77,7 @@ class MergedTarget:
         write_shards(merged, layout, self.dtype, folder, progress)
         write_side_files(source, folder, dtype=self.dtype, untied=merged.untied)
         files = f"{len(layout.files)} files" if len(layout.files) > 1 else "one file"
-        return (f"{layout.total_bytes / 1e9:.2f} GB of weights in {files}",)
+        return (f"{said_size(layout.total_bytes)} of weights in {files}",)
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as transformers loads it."""
@@ -110,10 +110,17 @@ def _base_dtype(merged: Merged) -> torch.dtype:
 
 
 def _said(source: Source, merged: Merged) -> str:
+    quantised = merged.checkpoint.method
     if source.adapter is None:
-        return "there is no adapter: the weights are copied as they are"
+        done = f"unpacked from {quantised}" if quantised else "copied as they are"
+        return f"there is no adapter: the weights are {done}"
     dtype = str(_base_dtype(merged)).removeprefix("torch.")
     kept = source.model.storage.type
     also = f" (training kept them in {kept})" if kept != "dense" else ""
     untied = "; embedding and head, one tensor in the base, become two" if merged.untied else ""
+    if quantised:
+        return (
+            f"merged in float32 into the {quantised} weights as they unpack, since the base's files hold no others; "
+            f"written in {dtype}{untied}"
+        )
     return f"merged in float32 from the original {dtype} weights{also}{untied}"

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lowrank.errors import ConfigError, DataError, ModelError
+from lowrank.errors import ConfigError, DataError, ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack
 from lowrank.export.gguf.llama_cpp import unreachable
 from lowrank.export.go_template import Turns, turn_texts
@@ -19,6 +19,7 @@ from lowrank.export.source import Source
 from lowrank.export.targets.gguf import Config as GgufConfig
 from lowrank.export.targets.gguf import LlamaReader, as_types, tolerance
 from lowrank.export.targets.lora_gguf import Config as LoraConfig
+from lowrank.export.targets.lora_gguf import run_time_trouble
 from lowrank.settings import Settings
 
 MODELFILE = "Modelfile"
@@ -27,11 +28,19 @@ _MOST_CONTEXT = 8192
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
+def _one_type(value: Any) -> Any:
+    types = as_types(value)
+    if isinstance(types, (list, tuple)) and len(types) != 1:
+        raise ValueError(f"an Ollama model has one type, got {', '.join(map(str, types))}; --type is for all targets, "
+                         "gguf.types=... for one")  # fmt: skip
+    return types
+
+
 class Config(Settings):
     """An Ollama model: a GGUF file and a Modelfile."""
 
     type: Literal["ollama"] = "ollama"
-    types: Annotated[tuple[str], BeforeValidator(as_types)] = ("q8_0",)
+    types: Annotated[tuple[str], BeforeValidator(_one_type)] = ("q8_0",)
     """What the weights of the GGUF file are stored in: one type, as with `gguf`."""
     as_adapter: bool = False
     """Keep the adapter apart: FROM the base, ADAPTER the adapter. Several adapters can then share one base."""
@@ -45,8 +54,8 @@ class Config(Settings):
     """SYSTEM: the system prompt that the model has by default."""
     num_ctx: int = Field(default=0, ge=0)
     """Context length in tokens; 0: the model's own, 8192 at the most, since memory is reserved for all of it."""
-    importance: Path | None = None
-    """A text file for the importance matrix of quantised types; see gguf.importance."""
+    importance: str | None = None
+    """A text file or `data`, for the importance matrix of quantised types; see gguf.importance."""
 
     def build(self) -> OllamaTarget:
         """The target."""
@@ -70,6 +79,10 @@ class OllamaTarget:
         if self.config.base is None:
             parts.append(self.gguf.needs(self._model(source)))
         if self.config.as_adapter:
+            problems = run_time_trouble(source)
+            raise_all(
+                ModelError, "ollama.as_adapter: llama.cpp cannot apply this adapter; leave as_adapter out", problems
+            )
             parts.append(self.lora.needs(source))
         notes = [note for part in parts for note in part.notes]
         if self.config.template:
@@ -77,8 +90,11 @@ class OllamaTarget:
         if self.config.base is not None:
             notes.append(f"nothing is compared: only your Ollama server has {self.config.base}")
         return Needs(
-            sum(part.disk_bytes for part in parts), max(part.memory_bytes for part in parts), tuple(notes)
-        )  # fmt: skip
+            sum(part.disk_bytes for part in parts),
+            max(part.memory_bytes for part in parts),
+            tuple(notes),
+            tuple(install for part in parts for install in part.installs),
+        )
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """The GGUF files, then the Modelfile beside them."""
@@ -100,7 +116,8 @@ class OllamaTarget:
             return self.gguf.read_back(source, folder)
         base, adapter = self._file(source, folder), folder / self._adapter_name(source)
         allowed = tolerance(self.config.types[0])
-        return (ReadBack(adapter.name, allowed, lambda: LlamaReader(base, [(adapter, 1.0)])),)
+        temporary = self.gguf.temporary(self._model(source), folder)
+        return (ReadBack(adapter.name, allowed, lambda: LlamaReader(base, [(adapter, 1.0)]), temporary=temporary),)
 
     def usage(self, source: Source, path: str) -> str:
         """With Ollama's own command, and without it."""

@@ -12,11 +12,11 @@ from lowrank.checkpoints.peft_config import describe_base, peft_trouble
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
-from lowrank.export.checkpoint import Checkpoint
 from lowrank.export.names import Names
 from lowrank.export.readers import read_adapter
 from lowrank.export.side_files import write_tokenizer
 from lowrank.export.source import Source
+from lowrank.export.weights import Weights
 from lowrank.settings import Settings
 
 TOLERANCES = {
@@ -57,7 +57,8 @@ class PeftTarget:
     def needs(self, source: Source) -> Needs:
         """The size of the adapter."""
         adapter = _adapter(source)
-        raise_all(ModelError, f"{source.name}: this adapter does not fit its base", _names(source).refusals(adapter))
+        problems = _names(source).refusals(adapter) if adapter.config.unmergeable is None else []
+        raise_all(ModelError, f"{source.name}: this adapter does not fit its base", problems)
         size = sum(tensor.numel() for tensor in adapter.tensors.values()) * self.dtype.itemsize
         return Needs(size + (64 << 20), 2 * size)
 
@@ -70,7 +71,7 @@ class PeftTarget:
         trouble = peft_trouble(base, adapter.targets)
         write_tokenizer(source, folder)
         progress(1, 1)
-        return tuple(filter(None, [f"{size:,} parameters on {len(adapter.targets)} modules", trouble]))
+        return tuple(filter(None, [f"{size:,} parameters of a {adapter.config.title} adapter", trouble]))
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The adapter as a user loads it again, on the base."""
@@ -89,4 +90,4 @@ def _adapter(source: Source) -> AdapterOnDisk:
 
 
 def _names(source: Source) -> Names:
-    return Names(source.base, Checkpoint(source.base), trust_remote_code=source.model.trust_remote_code)
+    return Names(source.base, Weights(source.base), trust_remote_code=source.model.trust_remote_code)

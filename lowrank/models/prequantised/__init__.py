@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +55,22 @@ def reader_for(quantization_config: Mapping[str, Any] | None) -> Reader | None:
             "loads: model.storage: nf4 (or int8, hqq)"
         )
     return importlib.import_module(files[method]).reader(quantization_config)
+
+
+def by_linear(reader: Reader, names: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Names of tensors that stand for themselves, and of every quantised linear its tensors' names by suffix."""
+    suffixes = sorted(reader.suffixes, key=len, reverse=True)
+    plain: list[str] = []
+    linears: dict[str, dict[str, str]] = {}
+    for name in names:
+        suffix = next((each for each in suffixes if name.endswith(f".{each}")), None)
+        if suffix is None:
+            plain.append(name)
+        else:
+            linears.setdefault(name.removesuffix(f".{suffix}"), {})[suffix] = name
+    for linear in [linear for linear, own in linears.items() if own.keys() <= {"weight"}]:
+        plain += linears.pop(linear).values()
+    return plain, linears
 
 
 def _files() -> dict[str, str]:

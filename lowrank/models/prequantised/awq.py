@@ -66,3 +66,12 @@ def _outputs(word_NW: torch.Tensor) -> torch.Tensor:
     for field, output in enumerate(ORDER):
         code_NW8[:, :, output] = ((word_NW >> (4 * field)) & 15).to(torch.uint8)
     return code_NW8.flatten(1)
+
+
+def to_words(code_NO: torch.Tensor) -> torch.Tensor:
+    """Words (N, O / 8) int32 of codes (N, O), as the files have them."""
+    field_NW8 = code_NO.reshape(len(code_NO), -1, 8).to(torch.int64)
+    word_NW = torch.zeros(field_NW8.shape[:2], dtype=torch.int64, device=code_NO.device)
+    for field, output in enumerate(ORDER):
+        word_NW |= field_NW8[:, :, output] << (4 * field)
+    return (word_NW - ((word_NW >> 31) << 32)).to(torch.int32)  # as two's complement

@@ -6,7 +6,7 @@ and from living libraries where there is one; written here only where there is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from lowrank.settings import NonNegative, Settings, choice_of
 
 Groups = list[dict[str, Any]]
-"""torch's parameter groups; each also has `names`, `weight_decay` and `lr_factor`."""
+"""torch's parameter groups; each also has `names`, `weight_decay`, `lr_factor` and `head_dim`."""
 
 
 class OptimizerSettings(Settings):
@@ -30,6 +30,9 @@ class OptimizerSettings(Settings):
     """Why it makes no sense for the matrices of an adapter, if it does not."""
     has_own_schedule: ClassVar[bool] = False
     """Whether it takes the place of a learning-rate schedule."""
+
+    trains_in_parts: ClassVar[bool] = False
+    """Whether it updates some parameters at a time; its optimiser's `follow` is told whom to tell which."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate; LoRA likes about ten times what full fine-tuning likes."""
@@ -46,10 +49,13 @@ class OptimizerSettings(Settings):
         parameters: Mapping[str, nn.Parameter],
         factors: Sequence[float] | None = None,
         undecayed: Collection[str] = (),
+        head_dim: int | None = None,
     ) -> torch.optim.Optimizer:
         """The optimiser over one job's parameters, by name. `factors`: what each one's learning rate is multiplied by.
-        `undecayed`: names that weight decay does not reach. ConfigError where its library is missing."""
-        return self.make(self._groups(parameters, factors, undecayed))
+        `undecayed`: names that weight decay does not reach. `head_dim`: of the base's attention. ConfigError where its
+        library is missing."""
+        groups = self._groups(parameters, factors, undecayed)
+        return self.make([{**group, "head_dim": head_dim} for group in groups])
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
         """The optimiser over these groups."""
@@ -60,8 +66,8 @@ class OptimizerSettings(Settings):
         del device
         return []
 
-    def state_bytes(self, parameters: Iterable[nn.Parameter]) -> int | None:
-        """Bytes it keeps for them; None where a step on tensors without memory can be watched instead."""
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int | None:
+        """Bytes it keeps for them, by name; None where a step on tensors without memory can be watched instead."""
         del parameters
         return None
 
@@ -104,12 +110,8 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
 
 
 ABSENT = {
-    "badam": "it freezes all layers but one and changes which, so gradients would have to be attached anew while the "
-    "run goes on; galore and adamw_8bit save as much memory",
     "lomo": "it updates inside the backward pass, before a gradient's norm is known, so it could neither be clipped "
-    "nor guarded; use galore or adafactor",
-    "adam_mini": "its library prints and asks for torch.distributed, and finds blocks by names that only some families "
-    "have; adafactor and adamw_8bit keep less",
+    "nor guarded, and its library is not kept; use badam or galore_8bit",
 }
 """Optimisers that people know from elsewhere, and what to use."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -25,5 +25,5 @@ class Config(AdamSettings):
             "AdamW8bit", groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=0.0
         )
 
-    def state_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
-        return bytes_in_8_bit(parameters, moments=2)
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return bytes_in_8_bit(parameters.values(), moments=2)

@@ -9,6 +9,7 @@ import torch
 
 from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project
+from lowrank.train.optimizers.one_by_one import OneByOne
 
 _SEEDS = 1_000_003
 """More than a model has parameters: every projection has a seed of its own."""
@@ -29,25 +30,17 @@ class Config(LowRankSettings):
         return Apollo(self.with_projected(groups), self)
 
 
-class Apollo(torch.optim.Optimizer):
+class Apollo(OneByOne):
     """The published AdamW, projection `random`."""
 
     def __init__(self, groups: Groups, settings: Config) -> None:
         self.settings = settings
-        defaults = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
-        super().__init__(groups, defaults)
+        super().__init__(groups, settings)
         ordered = [parameter for group in self.param_groups for parameter in group["params"]]
         self._seeds = {parameter: index + 1 for index, parameter in enumerate(ordered)}
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
-        del closure
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        del name
         state = self.state[parameter]
         if not group["projected"]:
             direction, size = moments_of(state, gradient, group)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 
 from lowrank.train.optimizers import Groups
-from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project
+from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project, project_back
+from lowrank.train.optimizers.one_by_one import OneByOne
 
 
 class Config(LowRankSettings):
@@ -21,23 +22,15 @@ class Config(LowRankSettings):
         return GaLore(self.with_projected(groups), self)
 
 
-class GaLore(torch.optim.Optimizer):
+class GaLore(OneByOne):
     """The published AdamW, projection `std`."""
 
     def __init__(self, groups: Groups, settings: Config) -> None:
         self.settings = settings
-        defaults = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
-        super().__init__(groups, defaults)
+        super().__init__(groups, settings)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
-        del closure
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        del name
         state = self.state[parameter]
         if not group["projected"]:
             direction, size = moments_of(state, gradient, group)
@@ -46,8 +39,7 @@ class GaLore(torch.optim.Optimizer):
                 state["projection"] = leading_vectors(gradient, self.settings.rank)
             projection = state["projection"]
             low, size = moments_of(state, project(gradient, projection), group)
-            tall = gradient.shape[0] >= gradient.shape[1]
-            direction = (low @ projection if tall else projection @ low) * self.settings.scale
+            direction = project_back(low, projection, gradient) * self.settings.scale
         parameter.add_(direction, alpha=-size)
         decay(parameter, group)
 

@@ -35,10 +35,11 @@ class LowRankSettings(AdamSettings):
 
     def with_projected(self, groups: Groups) -> Groups:
         """The groups, those that are projected marked `projected`."""
-        chosen, others = split(groups, self._is_target)
+        chosen, others = split(groups, self.is_target)
         return [{**group, "projected": True} for group in chosen] + [{**group, "projected": False} for group in others]
 
-    def _is_target(self, name: str, parameter: nn.Parameter) -> bool:
+    def is_target(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether its gradient is projected."""
         if parameter.ndim != 2 or min(parameter.shape) <= self.rank:
             return False
         if self.targets == "all":
@@ -62,6 +63,17 @@ def project(gradient_OD: torch.Tensor, projection: torch.Tensor) -> torch.Tensor
     """(O, R) or (R, D)."""
     tall = gradient_OD.shape[0] >= gradient_OD.shape[1]
     return gradient_OD @ projection.t() if tall else projection.t() @ gradient_OD
+
+
+def low_shape(parameter_OD: torch.Tensor, rank: int) -> tuple[int, int]:
+    """Of a projected gradient."""
+    rows, columns = parameter_OD.shape
+    return (rows, rank) if rows >= columns else (rank, columns)
+
+
+def project_back(low: torch.Tensor, projection: torch.Tensor, like_OD: torch.Tensor) -> torch.Tensor:
+    """(O, D)."""
+    return low @ projection if like_OD.shape[0] >= like_OD.shape[1] else projection @ low
 
 
 def decay(parameter: torch.Tensor, group: dict[str, Any]) -> None:

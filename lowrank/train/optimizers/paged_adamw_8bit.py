@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -30,5 +30,5 @@ class Config(AdamSettings):
     def notes(self, device: torch.device) -> list[str]:
         return unpaged(self.type, device)
 
-    def state_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
-        return bytes_in_8_bit(parameters, moments=2)
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return bytes_in_8_bit(parameters.values(), moments=2)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from lowrank.errors import ConfigError
 
@@ -28,7 +27,7 @@ def optimizer_of_bitsandbytes(name: str, groups: Any, **options: Any) -> torch.o
     return getattr(bitsandbytes.optim, name)(groups, **options)
 
 
-def bytes_in_8_bit(parameters: Iterable[nn.Parameter], moments: int) -> int:
+def bytes_in_8_bit(parameters: Iterable[torch.Tensor], moments: int) -> int:
     """Of the state of these parameters: a byte for each moment, a float32 scale for each block, one codebook a moment
     for all; small parameters in 32 bit."""
     total, codebooks = 0, 0

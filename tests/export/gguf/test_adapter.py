@@ -10,9 +10,9 @@ import torch
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.errors import ModelError
 from lowrank.export.gguf.adapter import write_adapter_file
-from lowrank.export.gguf.checkpoint import read_folder
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
+from lowrank.export.gguf.model import read_folder
 from tests.export.gguf.families import FAMILIES, save
 
 pytest.importorskip("gguf")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lowrank.errors import ModelError
-from lowrank.export.gguf.checkpoint import read_folder
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.export.gguf.families import families
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
+from lowrank.export.gguf.model import read_folder
 from tests.export.gguf.families import FAMILIES, VOCABULARY, save
 
 gguf = pytest.importorskip("gguf")

@@ -11,9 +11,9 @@ import transformers
 
 import lowrank.models.tiny
 from lowrank.errors import DataError
-from lowrank.export.gguf.checkpoint import read_folder
 from lowrank.export.gguf.convert import convert, plan
-from lowrank.export.gguf.importance import cut, measure
+from lowrank.export.gguf.importance import cut, documents_for, measure
+from lowrank.export.gguf.model import read_folder
 from lowrank.export.gguf.quantize import quantise
 from lowrank.export.source import Source
 from lowrank.models.config import Config as ModelConfig
@@ -45,6 +45,16 @@ def test_mean_squares_of_the_inputs(source, tmp_path):
     assert len(found) == 6 * 7
     convert(TINY, tmp_path / "tiny.gguf")
     assert "IQ2_XXS" in quantise(tmp_path / "tiny.gguf", tmp_path / "iq2.gguf", "iq2_xxs", importance=found).kinds
+
+
+def test_rows_it_was_trained_on(source):
+    rows = [np.arange(3, 403)] * 60
+    trained = Source(**{**vars(source), "documents": lambda count: rows[:count]})
+    assert documents_for(trained, None, needed=False) == []
+    assert sum(map(len, documents_for(trained, "data", needed=False))) == 41 * 400  # the first past MOST
+    assert len(documents_for(trained, None, needed=True)) == 41
+    with pytest.raises(DataError, match="name a text file"):
+        documents_for(source, "data", needed=False)
 
 
 def test_too_short_a_text_is_refused(source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import lowrank.models.tiny
 from lowrank.errors import ModelError
 from lowrank.export.gguf import quantize
 from lowrank.export.gguf.convert import convert
+from lowrank.export.gguf.header import read_header
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
 from lowrank.export.gguf.mixes import BASES, FALLBACKS, choose_types, describe
 from lowrank.export.gguf.quantize import quantise
+from tests.export.gguf import make_quantized_fixtures as made
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -59,6 +62,27 @@ def test_a_width_that_256_does_not_divide():
     assert chosen["blk.0.attn_norm.weight"] is None
     assert {chosen["blk.0.ffn_down.weight"], chosen["blk.5.ffn_down.weight"]} == {"Q6_K"}
     assert chosen["blk.3.ffn_down.weight"] == "Q4_K"
+
+
+FIXTURE = json.loads(made.FIXTURE.read_text(encoding="utf-8"))
+QUICK = [
+    ("dense", "Q2_K"), ("dense", "Q3_K_L"), ("dense", "Q4_K_M"), ("dense", "Q5_K_S"), ("dense", "Q6_K"),
+    ("no multiple of 256", "Q3_K_M"), ("no multiple of 256", "Q5_K_M"), ("experts", "Q4_K_M"),
+]  # fmt: skip
+CASES = [
+    pytest.param(model, recipe, marks=[] if (model, recipe) in QUICK else pytest.mark.slow, id=f"{model} {recipe}")
+    for model in made.MODELS
+    for recipe in made.RECIPES
+]
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES)
+def test_the_same_bytes_as_llama_model_quantize(model, recipe, tmp_path):
+    """Types and bytes of every tensor; what llama.cpp's own quantiser wrote is kept as a hash."""
+    made.write_model(tmp_path / "source.gguf", **made.MODELS[model])
+    assert made.digest(tmp_path / "source.gguf") == FIXTURE[model]["source"], "numpy draws other numbers"
+    written = quantise(tmp_path / "source.gguf", tmp_path / "target.gguf", recipe, threads=1)
+    assert made.digest(written.path) == FIXTURE[model][recipe]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +144,23 @@ def test_importance_is_used(source, reference, tmp_path):
     plain = quantise(source, tmp_path / "a.gguf", "q4_k_m")
     weighted = quantise(source, tmp_path / "b.gguf", "q4_k_m", importance=weights)
     assert plain.path.read_bytes() != weighted.path.read_bytes()
+
+
+def test_the_header_is_the_source_s_but_for_the_type(source, tmp_path):
+    written = quantise(source, tmp_path / "q4.gguf", "q4_0")
+    before, after = read_header(source), read_header(written.path)
+    changed = {name for name in before.raw if before.raw[name] != after.raw[name]}
+    assert changed == {"general.file_type"}
+    theirs = gguf.GGUFReader(written.path)
+    for name, value in after.fields.items():
+        assert theirs.fields[name].contents() == (list(value) if isinstance(value, tuple) else value)
+    for tensor in theirs.tensors:
+        stored = after.tensors[tensor.name]
+        assert (stored.entry.kind, stored.start) == (tensor.tensor_type, tensor.data_offset)
+        np.testing.assert_array_equal(after.rows(tensor.name).reshape(-1), tensor.data.reshape(-1))
+    (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:200])
+    with pytest.raises(ModelError, match=r"cut\.gguf: damaged, or no GGUF file of version 3"):
+        read_header(tmp_path / "cut.gguf")
 
 
 def test_an_unknown_type_is_refused(source, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import peft
@@ -10,8 +11,14 @@ import torch
 import transformers
 
 from lowrank.cli.main import main
+from lowrank.errors import ModelError
 from lowrank.export.gguf.llama_cpp import LlamaCpp
+from lowrank.export.targets import gguf as targets_gguf
+from lowrank.export.targets.lora_gguf import Config as LoraGguf
+from lowrank.export.targets.ollama import Config as Ollama
 from lowrank.models.loading import TINY, locate
+from lowrank.take_home import Order, take_home
+from lowrank.to_take_home import open_source
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -19,11 +26,14 @@ pytest.importorskip("xllamacpp")
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
+    return saved_adapter(tmp_path_factory.mktemp("adapter") / "taught")
+
+
+def saved_adapter(folder, **settings):
     """A random adapter, in PEFT's layout."""
-    folder = tmp_path_factory.mktemp("adapter") / "taught"
     model = transformers.AutoModelForCausalLM.from_pretrained(locate(TINY), dtype=torch.float32)
     torch.manual_seed(0)
-    both = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    both = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings))
     for name, parameter in both.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -45,6 +55,10 @@ def test_from_adapter_to_llama_cpp(adapter, tmp_path, capsys):
     assert found["taught-F32.gguf"]["mean_kl"] < 1e-9
     assert found["taught-F32.gguf"]["mean_kl"] < found["taught-Q8_0.gguf"]["mean_kl"]
     assert found["taught-Q8_0.gguf"]["mean_kl"] < found["taught-Q4_K_M.gguf"]["mean_kl"]
+    assert found["taught-F32.gguf"]["against"] is None
+    assert found["taught-Q4_K_M.gguf"]["against"] == "taught-F32.gguf"
+    difference = found["taught-Q4_K_M.gguf"]["against_mean_kl"] / found["taught-Q4_K_M.gguf"]["mean_kl"]
+    assert difference == pytest.approx(1, abs=0.01)  # the file in float32 is the model
     capsys.readouterr()
     tokenizer = transformers.AutoTokenizer.from_pretrained(locate(TINY))
     asked = [{"role": "user", "content": "Hello"}]
@@ -53,3 +67,33 @@ def test_from_adapter_to_llama_cpp(adapter, tmp_path, capsys):
         answer, stopped = llama.generate(prompt, 200)
     assert stopped
     assert tokenizer.eos_token_id not in answer
+
+
+def test_quantised_types_are_judged_by_the_16_bit_file(adapter, tmp_path, monkeypatch):
+    """Also where nobody asked for that file: it is made, compared with, and gone."""
+    allowed = targets_gguf.tolerance
+    monkeypatch.setattr(targets_gguf, "tolerance", lambda kind: dataclasses.replace(allowed(kind), mean_kl=1e-5))
+    said = []
+    found = open_source(str(adapter), notify=said.append)
+    result = take_home(found, [Order(targets_gguf.Config(types=("q4_0",)), tmp_path / "out")], notify=said.append)
+    (compared,) = result["targets"]["gguf"]["comparisons"]
+    assert not result["passed"]
+    assert compared["against"] == "taught-F16.gguf"
+    assert any("mean KL from taught-F16.gguf is" in problem for problem in compared["problems"])
+    assert compared["against_top1_agreement"] > 0.5
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["README.md", "export.json", "taught-Q4_0.gguf"]
+
+
+def test_dora_is_merged_instead_and_said(tmp_path):
+    folder = saved_adapter(tmp_path / "taught", use_dora=True)
+    said = []
+    found = open_source(str(folder), notify=said.append)
+    result = take_home(found, [Order(LoraGguf(), tmp_path / "out")], notify=said.append)
+    assert any(
+        "a dora adapter is more than a product" in line and "is written instead, as q8_0" in line for line in said
+    )
+    assert result["passed"]
+    assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["taught-Q8_0.gguf"]
+    with pytest.raises(ModelError, match=r"leave as_adapter out"):
+        Ollama(as_adapter=True).build().needs(found.source)

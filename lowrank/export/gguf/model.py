@@ -11,15 +11,15 @@ import torch
 import transformers
 
 from lowrank.errors import ModelError
-from lowrank.export.checkpoint import Checkpoint as Files
 from lowrank.export.merge import Merged
 from lowrank.export.side_files import write_side_files
 from lowrank.export.source import Source
+from lowrank.export.weights import Weights
 from lowrank.models.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Model:
     """`shapes` and `dtypes` by the names in the checkpoint's files; `tensor(name)`: its values."""
 
     folder: Path
@@ -37,15 +37,17 @@ class Checkpoint:
         return self.config["model_type"]
 
 
-def read_folder(folder: Path) -> Checkpoint:
+def read_folder(folder: Path) -> Model:
     """A model folder; its weights are not read yet. Raises ModelError: files missing or damaged."""
-    files = Files(folder)
+    files = Weights(folder)
     shapes = {name: entry.shape for name, entry in files.items()}
     dtypes = {name: entry.dtype for name, entry in files.items()}
-    return Checkpoint(folder, folder.resolve().name, read_config(folder), shapes, dtypes, files.rows)
+    config = read_config(folder)
+    config.pop("quantization_config", None)  # they come unpacked
+    return Model(folder, folder.resolve().name, config, shapes, dtypes, lambda name: files[name].read())
 
 
-def read_merged(source: Source, folder: Path) -> Checkpoint:
+def read_merged(source: Source, folder: Path) -> Model:
     """Base and adapter as one model, merged in float32 as its tensors are asked for.
 
     Its configuration, tokenizer and chat template are written to `folder`, which must last as long.
@@ -58,7 +60,7 @@ def read_merged(source: Source, folder: Path) -> Checkpoint:
 
     shapes = {name: plan.shape for name, plan in merged.items()}
     dtypes = {name: plan.dtype if plan.change is None else torch.float32 for name, plan in merged.items()}
-    return Checkpoint(folder, source.name, read_config(folder), shapes, dtypes, tensor)
+    return Model(folder, source.name, read_config(folder), shapes, dtypes, tensor)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""The header of a GGUF file, read without its long lists: what a quantiser needs, in a fraction of a second.
+
+The package gguf makes an object of every token of the vocabulary, which takes longer than quantising a small model.
+Here fields are kept as the bytes they are, so that a file made of another one has the very same header but for what
+changes.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, little-endian).
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lowrank.errors import ModelError
+from lowrank.export.gguf.writer import Entry, library
+
+_MAGIC, _VERSION = b"GGUF", 3
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Value types that are one number, as struct writes them."""
+_UNSIGNED, _STRING, _ARRAY = 4, 8, 9
+_SHORT = 1024
+"""Numbers: one for each layer."""
+_ALIGNMENT = "general.alignment"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file; `start`: its first byte."""
+
+    entry: Entry
+    start: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """`fields`: numbers, strings and short lists of numbers by name; `raw`: every field's bytes, name and all, in the
+    file's order."""
+
+    path: Path
+    fields: dict[str, Any]
+    raw: dict[str, bytes]
+    tensors: dict[str, Stored]
+
+    def with_numbers(self, changed: Mapping[str, int]) -> list[bytes]:
+        """`raw` with some unsigned numbers in the place of what was there, or behind it."""
+        ours = {name: _named(name) + struct.pack("<II", _UNSIGNED, value) for name, value in changed.items()}
+        return [*(ours.pop(name, value) for name, value in self.raw.items()), *ours.values()]
+
+    def rows(self, name: str) -> np.ndarray:
+        """A tensor's bytes, (rows, bytes of a row) uint8, mapped; for F16 and F32 (rows, width) in numpy's type."""
+        entry, types = self.tensors[name].entry, library().GGMLQuantizationType
+        rows = int(np.prod(entry.shape[:-1])) if len(entry.shape) > 1 else 1
+        kind = {types.F32: np.float32, types.F16: np.float16}.get(entry.kind, np.uint8)
+        width = entry.bytes // rows // np.dtype(kind).itemsize
+        return np.memmap(self.path, dtype=kind, mode="r", offset=self.tensors[name].start, shape=(rows, width))
+
+
+def read_header(path: Path) -> Header:
+    """Raises ModelError if it is no GGUF file of version 3."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _read(path, data)
+        except (struct.error, IndexError, UnicodeDecodeError, KeyError, ValueError) as error:
+            raise ModelError(f"{path}: damaged, or no GGUF file of version {_VERSION} ({error})") from error
+
+
+def _read(path: Path, data: mmap.mmap) -> Header:
+    magic, version, tensor_count, field_count = struct.unpack_from("<4sIQQ", data, 0)
+    if magic != _MAGIC or version != _VERSION:
+        raise ValueError(f"it begins with {magic!r}, version {version}")
+    at, fields, raw = 24, {}, {}
+    for _ in range(field_count):
+        begin = at
+        name, at = _string(data, at)
+        (kind,) = struct.unpack_from("<I", data, at)
+        value, at = _value(data, at + 4, kind)
+        raw[name] = data[begin:at]
+        if value is not None:
+            fields[name] = value
+    found, types = [], library().GGMLQuantizationType
+    for _ in range(tensor_count):
+        name, at = _string(data, at)
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        *lengths, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, at + 4)
+        at += 4 + 8 * dimensions + 12
+        found.append((Entry(name, tuple(reversed(lengths)), types(kind)), offset))
+    alignment = fields.get(_ALIGNMENT, 32)
+    first = -(-at // alignment) * alignment
+    return Header(path, fields, raw, {entry.name: Stored(entry, first + offset) for entry, offset in found})
+
+
+def _string(data: mmap.mmap, at: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<Q", data, at)
+    return data[at + 8 : at + 8 + length].decode("utf-8"), at + 8 + length
+
+
+def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
+    """A number, a string, a short list of numbers, or None for other lists; and where it ends."""
+    if kind == _STRING:
+        return _string(data, at)
+    if kind != _ARRAY:
+        (number,) = struct.unpack_from(f"<{_NUMBERS[kind]}", data, at)
+        return number, at + struct.calcsize(f"<{_NUMBERS[kind]}")
+    kind, count = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if kind in _NUMBERS:
+        numbers = struct.unpack_from(f"<{count}{_NUMBERS[kind]}", data, at) if count <= _SHORT else None
+        return numbers, at + count * struct.calcsize(f"<{_NUMBERS[kind]}")
+    if kind != _STRING:
+        raise ValueError("a list of lists")
+    length_of = struct.Struct("<Q").unpack_from
+    for _ in range(count):
+        at += 8 + length_of(data, at)[0]
+    return None, at
+
+
+def write_with(path: Path, fields: Iterable[bytes], entries: list[Entry], data: Iterable[Iterator[np.ndarray]]) -> None:
+    """A file with the fields of `Header.with_numbers`, alignment 32. `data`: as of writer.write_file."""
+    fields, offset = list(fields), 0
+    with path.open("wb") as file:
+        file.write(struct.pack("<4sIQQ", _MAGIC, _VERSION, len(entries), len(fields)))
+        file.writelines(fields)
+        for entry in entries:
+            file.write(_named(entry.name) + struct.pack("<I", len(entry.shape)))
+            file.write(struct.pack(f"<{len(entry.shape)}QIQ", *reversed(entry.shape), int(entry.kind), offset))
+            offset += -(-entry.bytes // 32) * 32
+        _pad(file)
+        for entry, chunks in zip(entries, data, strict=True):
+            start = file.tell()
+            for chunk in chunks:
+                file.write(np.ascontiguousarray(chunk).data)
+            assert file.tell() - start == entry.bytes, f"{entry.name}: {file.tell() - start} of {entry.bytes} bytes"
+            _pad(file)
+
+
+def _named(name: str) -> bytes:
+    encoded = name.encode("utf-8")
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % 32))

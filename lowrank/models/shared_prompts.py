@@ -1,0 +1,107 @@
+"""Answers to one prompt, after one computation of the prompt.
+
+The two answers of a pair, or the answers that a model draws to one question, begin with the same tokens. So only the
+first of them goes through the model whole; of the others a tail does: `Segment.prefix` says how many tokens of the last
+whole segment come before its own. Every part of a model that is packed works token by token, but for its attention,
+which reads the prompt's keys and values from where they are. What is computed is the same, to rounding; of dropout and
+noise, the draws of the first answer's prompt serve all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowrank.models.attention import Packed, Softmax, attend_documents
+from lowrank.records import Segment
+
+_WORTH_IT = 0.05
+"""Share of a document that must be shared; below, gathering keys costs what the shared tokens would."""
+
+
+def tail_of(segment: Segment, whole: Segment) -> Segment:
+    """`segment` without the tokens it shares with `whole`, as far as none of them is learned; else as it is.
+
+    The last of the shared tokens stays: the first token of the answer is predicted from it.
+    """
+    same_pair = segment.pair >= 0 and segment.pair == whole.pair
+    if not same_pair and not (segment.signals_L and whole.signals_L):
+        return segment
+    reach = min(len(segment), len(whole))
+    differs = segment.token_L[:reach] != whole.token_L[:reach]
+    learned = segment.weight_L[:reach] != 0
+    differs |= learned
+    prefix = int(differs.argmax()) if differs.any() else reach
+    prefix = min(prefix, len(segment) - 1) - 1
+    return _cut(segment, prefix) if prefix > len(segment) * _WORTH_IT else segment
+
+
+def _cut(segment: Segment, prefix: int) -> Segment:
+    def rest(value_L: np.ndarray) -> np.ndarray:
+        return value_L[prefix:]
+
+    return replace(
+        segment,
+        token_L=rest(segment.token_L),
+        weight_L=rest(segment.weight_L),
+        reference_L=None if segment.reference_L is None else rest(segment.reference_L),
+        signals_L={name: rest(value_L) for name, value_L in segment.signals_L.items()},
+        prefix=prefix,
+    )
+
+
+class SharedPrompts:
+    """Where the documents of a stream with tails stand. Stands in the place of `Packed` (attention.py).
+
+    Attention runs over whole documents, the shared tokens gathered for each: a few per cent of a layer's work, and any
+    kernel can do it.
+    """
+
+    def __init__(self, lengths: Sequence[int], prefixes: Sequence[int], device: torch.device) -> None:
+        rows, own, self._borrowed = [], [], []
+        start = whole = place = 0
+        for length, prefix in zip(lengths, prefixes):
+            whole = whole if prefix else start
+            rows += [torch.arange(whole, whole + prefix), torch.arange(start, start + length)]
+            own.append(torch.arange(place + prefix, place + prefix + length))
+            if prefix:
+                self._borrowed.append((whole, place, prefix))
+            start, place = start + length, place + prefix + length
+        documents = tuple(length + prefix for length, prefix in zip(lengths, prefixes))
+        self._rows_P = torch.cat(rows).to(device)
+        self._own_T = torch.cat(own).to(device)
+        self._packed = Packed(torch.tensor([0, *documents], device=device).cumsum(0).int(), documents)
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax
+    ) -> torch.Tensor:
+        """(1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
+        del module
+        whole = [_Gathered.apply(each, self) for each in (query, key, value)]
+        return attend_documents(whole[0], whole[1], whole[2], how, self._packed).index_select(1, self._own_T)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, H, T, d) -> (1, H, P, d): the P rows of all documents, shared ones in each."""
+        return x.index_select(2, self._rows_P)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """The transpose of `gather`. In a fixed order, so that a step gives the same bits every time."""
+        total = x.index_select(2, self._own_T)
+        for whole, place, length in self._borrowed:
+            total[:, :, whole : whole + length] += x[:, :, place : place + length]
+        return total
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layout: SharedPrompts) -> torch.Tensor:
+        ctx.layout = layout
+        return layout.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        return ctx.layout.scatter(outer[0]), None
