@@ -87,8 +87,9 @@ class StepMemory:
         each = full.kept // max(1, self.num_layers)
         spared = each * (self.num_layers + -self.num_layers // length)
         phases = {name: getattr(full, name) - spared for name in ("kept", "forward", "loss")}
-        again = full.backward - spared + each * (length - 1)  # the inputs of the segment that is computed again
-        return dataclasses.replace(full, **phases, backward=min(full.backward, again))
+        segment = each * (length - 1)  # the inputs of the segment that is computed again
+        phases["kept"] += segment
+        return dataclasses.replace(full, **phases, backward=min(full.backward, full.backward - spared + segment))
 
     def _first_layers(self, batch: Heaviest, number: int) -> StepTrace:
         none, full = self._whole(batch, "none"), self._whole(batch, "full")
