@@ -1,10 +1,10 @@
 """From training to every form a model is taken home in: do they still answer as the adapter does?
 
-python -m benchmarks.exports [--steps 60] [--prompts 200] [--targets peft,merged,...] [--out FILE]
+python -m benchmarks.exports [--steps 120] [--prompts 200] [--targets peft,merged,...] [--out FILE]
 
-Trains examples/01_sft.yaml on the base that ships with lowrank, writes every target, and asks the adapter and all that
-was written (GGUF files in llama.cpp) the same held-out questions of the demo. Exact match: letter for letter the answer
-in the data.
+Trains one adapter of `lowrank demo` on the base that ships with lowrank, writes every target, and asks the adapter and
+all that was written (GGUF files in llama.cpp) the same held-out questions of the demo. Exact match: letter for letter
+the answer in the data.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import lowrank.data.demo as demo
 from benchmarks.machine import describe
 from lowrank.cli.export_settings import read_targets
 from lowrank.config import load
@@ -31,6 +32,8 @@ from lowrank.to_take_home import Found, open_source
 TARGETS = "peft,merged,merged_4bit,compressed_tensors,gptq,awq,gguf,lora_gguf,ollama"
 OPTIONS = ["gguf.types=f16,q8_0,q6_k,q4_k_m,q4_0,q3_k_m,q2_k"]
 _NEW_TOKENS = 96
+_DEMO = Path(demo.__file__).parent / "demo.yaml"
+ONE_JOB = "jobs=[{name: r16, adapter: {rank: 16}}]"
 
 
 def questions(found: Found, count: int) -> list[tuple[Any, str]]:
@@ -55,7 +58,7 @@ def exact_match(reader: Reader, found: Found, asked: list[tuple[Any, str]]) -> f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--targets", default=TARGETS)
     parser.add_argument("--out", type=Path)
@@ -64,8 +67,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         run = Path(name, "run")
-        example = Path(__file__).parent.parent / "examples" / "01_sft.yaml"
-        train(load(example, [f"output_dir={run}", f"max_steps={arguments.steps}"]))
+        train(load(_DEMO, [f"output_dir={run}", f"max_steps={arguments.steps}", ONE_JOB]))
         found = open_source(str(run))
         asked = questions(found, arguments.prompts)
         with read_adapter(found.source, found.source.adapter) as reader:

@@ -111,9 +111,30 @@ class Segment:
     signals_L: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
     its log-probability when it was drawn; train/rollouts.py)."""
+    virtual: int = 0
+    """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
 
     def __len__(self) -> int:
         return len(self.token_L)
+
+
+def with_virtual_tokens(segment: Segment, number: int) -> Segment:
+    """The segment behind `number` more tokens that carry no weight."""
+    if not number:
+        return segment
+    known_L = None if segment.reference_L is None else _behind(number, segment.reference_L)
+    return replace(
+        segment,
+        token_L=_behind(number, segment.token_L),
+        weight_L=_behind(number, segment.weight_L),
+        reference_L=known_L,
+        signals_L={name: _behind(number, value_L) for name, value_L in segment.signals_L.items()},
+        virtual=segment.virtual + number,
+    )
+
+
+def _behind(number: int, value_L: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(number, value_L.dtype), value_L])
 
 
 def number_the_step(segments: Sequence[Segment]) -> list[Segment]:
@@ -157,6 +178,8 @@ class Batch:
     """Segment lengths on the host, so that no step waits for the device to learn them."""
     slots: tuple[int, ...] = field(default=())
     """`slot_S` on the host."""
+    virtual: tuple[int, ...] = field(default=())
+    """`Segment.virtual` of each segment; empty where none has any."""
     prefixes: tuple[int, ...] = field(default=())
     """`Segment.prefix` of each."""
 
@@ -202,6 +225,7 @@ class Batch:
             signals_T={name: value_T[begin:end] for name, value_T in self.signals_T.items()},
             lengths=self.lengths[first:last],
             slots=self.slots[first:last],
+            virtual=self.virtual[first:last],
             prefixes=self.prefixes[first:last],
         )
 
@@ -243,6 +267,7 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         signals_T=_signals(segments, lengths, ends),
         lengths=tuple(lengths),
         slots=tuple(slots),
+        virtual=tuple(segment.virtual for segment in segments) if any(each.virtual for each in segments) else (),
         prefixes=tuple(segment.prefix for segment in segments),
     )
 

@@ -21,7 +21,7 @@ from lowrank.models.base import Base
 from lowrank.planned import tokens_of, with_plan
 from lowrank.prepared import prepare_all, tell_about_data, with_date
 from lowrank.report.page import DATA_REPORT, write_report
-from lowrank.started import let_jobs_answer, refer_to_base, start_job
+from lowrank.started import check_steps, check_tokens, let_jobs_answer, refer_to_base, start_job
 from lowrank.train.engine import Engine
 from lowrank.train.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted
 from lowrank.train.job import Job
@@ -61,8 +61,10 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         check_installed(sorted({job.eval_metric for job in config.jobs} - {"loss"}))
         report(Notice("reading the data"))
         tokenizer = loading.load_tokenizer(config.model)
+        check_tokens(config.jobs, tokenizer)
         data = prepare_all(config.jobs, tokenizer, report, strict)
         tell_about_data(report, config.jobs, data)
+        check_steps(config.jobs, data)
         config, plan = with_plan(config, data, checkpoint.state["settings"] if checkpoint else None, report)
         settings = config.model_dump(mode="json")
         report(Notice(f"loading {config.model.path}"))

@@ -16,9 +16,8 @@ from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.data.feed import Feed
 from lowrank.data.prepare import Prepared
 from lowrank.data.rendering import Renderer
-from lowrank.errors import ModelError
+from lowrank.errors import ConfigError, ModelError, raise_all
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
-from lowrank.models.base import Base
 from lowrank.models.leak import shares_prompts
 from lowrank.objectives import needs
 from lowrank.records import BARE_BASE, Preference
@@ -41,7 +40,9 @@ def start_job(
         slot = BARE_BASE
     else:
         slot = _attach(engine, config, data, report)
-    engine.add(slot, config.objective.build(), config.optimizer, config.seed, config.neftune_noise_alpha or 0.0)
+    _check_reach(engine, slot, config, data)
+    num_steps, noise = num_steps_of(config, data), config.neftune_noise_alpha or 0.0
+    engine.add(slot, config.objective.build(), config.optimizer, config.seed, noise, num_steps)
     objective = engine.jobs[slot].objective
     if (objective.record is Preference or needs(objective, "rollouts")) and not engine.base.shares_prompts:
         engine.base.shares_prompts = engine.base.shift_attn is None and shares_prompts(engine.base)
@@ -49,12 +50,9 @@ def start_job(
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:
             engine.load_value_head(slot, value_D)
-    answers = _answers(engine.base, config, data)
+    answers = _answers(engine.bank, slot, config, data)
     for text in answers.notices if answers else ():
         report(Notice(text, job=config.name))
-    num_steps = config.max_steps or math.ceil(
-        data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(objective) - 1e-9
-    )
     return Job(
         name=config.name,
         slot=slot,
@@ -71,18 +69,59 @@ def start_job(
     )
 
 
-def _answers(base: Base, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
+def num_steps_of(config: JobConfig, data: Prepared) -> int:
+    """Optimiser steps of the job."""
+    in_all = data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(config.objective.build())
+    return config.max_steps or math.ceil(in_all - 1e-9)
+
+
+def check_steps(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
+    """ConfigError for adapters that cannot be trained in as many steps as there are."""
+    problems = []
+    for job, own in zip(jobs, data):
+        trouble = None if job.trains_base else job.adapter.trouble_in(num_steps_of(job, own))
+        problems += [f"{job.name}: {trouble}"] if trouble else []
+    raise_all(ConfigError, "these jobs are too short for their adapters", problems)
+
+
+def check_tokens(jobs: Sequence[JobConfig], tokenizer: Any) -> None:
+    """ConfigError for tokens that adapters are to learn and that the tokenizer does not know."""
+    known = tokenizer.get_vocab()
+    problems = [
+        f"{job.name}: adapter.trainable_token_indices: {token!r} is no token of this base; `lowrank vocab` adds it"
+        for job in jobs
+        for token in job.adapter.trainable_token_indices
+        if isinstance(token, str) and token not in known and not job.trains_base
+    ]
+    raise_all(ConfigError, "these tokens cannot be learned", problems)
+
+
+def _check_reach(engine: Engine, slot: int, config: JobConfig, data: Prepared) -> None:
+    """ModelError if virtual tokens push a document out of what the model reads."""
+    virtual, reach = engine.bank.num_virtual(slot), engine.bank.reach(slot)
+    if not virtual or reach is None:
+        return
+    known = [len(segment) for sample in (*data.train.samples, data.eval) for segment in sample]
+    longest = max(known, default=config.data.max_length)
+    if longest > reach:
+        raise ModelError(
+            f"{config.name}: the longest document has {longest} tokens and {virtual} virtual ones come before it; the "
+            f"model reads {reach + virtual}: set data.max_length to {reach}, or fewer num_virtual_tokens"
+        )
+
+
+def _answers(bank: Bank, slot: int, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
     """The held-out questions that the job is asked; None where the loss decides."""
     if config.eval_metric == "loss":
         return None
     return answers_of(
         data.eval,
-        base.tokenizer,
-        Renderer(base.tokenizer, config.data).stop_tokens,
+        bank.base.tokenizer,
+        Renderer(bank.base.tokenizer, config.data).stop_tokens,
         metric=config.eval_metric,
         samples=config.eval_generate_samples,
         max_new_tokens=config.eval_max_new_tokens,
-        reach=base.reach,
+        reach=bank.reach(slot),
     )
 
 

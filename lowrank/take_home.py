@@ -112,7 +112,15 @@ def take_home(
         told = _export(each, target, source, needs[each.type], comparer, watch)
         result["targets"][each.type] = told
         result["passed"] = result["passed"] and told["passed"] is not False
+        notify(
+            f"{each.type}: written in {told['seconds']:.0f} s, {said_size(told['bytes'])}; {_verdict(told['passed'])}"
+        )
     return result
+
+
+def _verdict(passed: bool | None) -> str:
+    """In words."""
+    return {True: "read back, it is the same model", False: "read back, it differs", None: "not compared"}[passed]
 
 
 def _export(

@@ -166,7 +166,7 @@ def _found(
 
     source = Source(
         name=name,
-        base=_on_disk(model),
+        base=on_disk(model),
         model=model,
         adapter=adapter,
         tokenizer=tokenizer,
@@ -182,7 +182,7 @@ def _eos(tokenizer: Any) -> frozenset[int]:
     return frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
 
 
-def _on_disk(model: ModelConfig) -> Path:
+def on_disk(model: ModelConfig) -> Path:
     """The folder of the base; a hub model's is in the hub's cache."""
     folder = Path(loading.locate(model.path))
     if folder.is_dir():

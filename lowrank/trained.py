@@ -119,7 +119,8 @@ class Trained:
     ) -> list[Answer]:
         """As `answer`, with tokens and, where there is no answer, the error. Each voice has its own template."""
         prompts = [Prompt(self.renderer_of(name).prompt(each), self.slot(name)) for name, each in conversations]
-        config = self._within_reach(max(len(prompt.token_L) for prompt in prompts), config)
+        virtual = max(self.bank.num_virtual(prompt.slot) for prompt in prompts)
+        config = self._within_reach(virtual + max(len(prompt.token_L) for prompt in prompts), config)
 
         def hear(index: int, piece: Piece) -> None:
             if on_text is not None and piece.text:

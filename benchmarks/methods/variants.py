@@ -28,7 +28,8 @@ routed linear; `own` runs its own formula for its rows; `own x2` multiplies with
 parameters against `lora` of rank 4, on a model of width 32 (OFT's blocks: 8). *Outputs*, *gradients*: the largest
 difference from PEFT {version} on the same tensors in float64, of a layer's output and of a loss's gradients, relative
 to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base; `eva` in its start and
-its ranks, which equal PEFT's (tests/adapters/test_eva.py). *Time*, *kept*: CPU
+its ranks, which equal PEFT's (tests/adapters/test_eva.py); `adalora` is held to the weights that PEFT's allocator gives
+after 50 steps (tests/adapters/test_adalora.py). *Time*, *kept*: CPU
 time of an optimiser step, and bytes kept for its backward pass, against `lora`'s at the same rank (16), on a Llama
 of width 512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, interleaved. `rslora` does the work of
 `lora`: its distance from 1 is the noise of the machine.
@@ -39,8 +40,9 @@ of width 512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, 
 
 TAIL = """
 Settings for all of them: `loraplus_lr_ratio` (LoRA+, arXiv:2402.12354), `rank_pattern`, `target_modules`,
-`modules_to_save`; `lora` and `rslora` also go to heads, embeddings and, by `target_parameters`, to the fused experts of
-mixtures.
+`modules_to_save`; with those that are saved as LORA also `trainable_token_indices`, rows of single tokens, for bases
+that `lowrank vocab` gave new ones. `lora` and `rslora` also go to heads, embeddings and, by `target_parameters`, to the
+fused experts of mixtures.
 
 Not there, and why:
 
@@ -92,7 +94,7 @@ def _row(name: str, of_lora: int, found: dict[str, tuple[float, int]]) -> str:
     config = VARIANTS[name]
     saved = config().as_saved()
     form = f"LORA, {'2R' if name in ('pissa', 'olora') else 'R'}" if saved.peft_type == "LORA" else saved.peft_type
-    if config.needs_quantised:
+    if config.needs_quantised or name == "adalora":
         numbers, share = "| - | - |", 1.0
     else:
         difference, gradients, trained = measure(name)

@@ -17,12 +17,17 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
-from lowrank.adapters.experts import RoutedExperts, why_not
+from lowrank.adapters.experts import RoutedExperts
+from lowrank.adapters.fit import misfits
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.look import Looks
-from lowrank.adapters.routing import Routing
-from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, is_of_one_expert, is_row_by_row
+from lowrank.adapters.prompts import TABLE, PromptSettings
+from lowrank.adapters.routing import Draws, Routing
+from lowrank.adapters.targets import Targets, by_pattern, find_targets, innermost, name_of
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
+from lowrank.adapters.token_rows import HeadRows, head_tensors, token_ids, token_rows
 from lowrank.adapters.variants import AdapterConfig, Site, Tensors, Variant, name_in_files
+from lowrank.adapters.virtual import VirtualTokens, runs_of
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
@@ -31,6 +36,10 @@ from lowrank.models.experts import Expert
 from lowrank.models.original import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
+from lowrank.records import Batch, Segment, with_virtual_tokens
+
+_STATE = "variant "
+"""How names of a variant's own state begin."""
 
 
 @dataclass
@@ -66,14 +75,17 @@ class Bank:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.routing = Routing()
+        self.virtual = VirtualTokens(self.routing)
         self.slots: dict[int, Slot] = {}
 
     def add(self, config: AdapterConfig, *, seed: int, looks: Looks | None = None) -> int:
         """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, and where the
         variant asks for it on the job's data (`looks`)."""
+        if isinstance(config, PromptSettings):
+            return self._add_prompt(config, seed)
         targets = find_targets(self.base.model, config)
         self._check(config, targets)
-        number = next(index for index in range(len(self.slots) + 1) if index not in self.slots)
+        number = self._free
         variant = config.build()
         slot = Slot(config, variant, copies=targets.copies, missed=targets.missed)
         routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
@@ -94,17 +106,22 @@ class Bank:
         for name in targets.copies:
             routed = self._wrapped(name, RoutedCopy)
             slot.parameters.update({f"{name}.{key}": value for key, value in routed.add(number).items()})
+        if config.trainable_token_indices:
+            self._add_token_rows(number, slot)
         self.slots[number] = slot
         return number
 
     def remove(self, number: int) -> None:
         """Free a slot and the memory of its tensors; the layers stay wrapped."""
         del self.slots[number]
+        self.virtual.by_slot.pop(number, None)
         for module in self.base.model.modules():
             if isinstance(module, RoutedLinear):
                 module.remove(number)
             elif isinstance(module, (RoutedEmbedding, RoutedExperts)):
                 module.adapters.pop(number, None)
+            if isinstance(module, RoutedEmbedding):
+                module.rows.pop(number, None)
             elif isinstance(module, RoutedCopy):
                 module.copies.pop(number, None)
 
@@ -117,18 +134,45 @@ class Bank:
         slot = self.slots[number]
         return [slot.config.learning_rate_factor(*item, learning_rate) for item in slot.parameters.items()]
 
+    def prompted(self, slot: int, segment: Segment) -> Segment:
+        """The segment as a slot reads it: behind the slot's virtual tokens, where it has some."""
+        return with_virtual_tokens(segment, self.num_virtual(slot))
+
+    def num_virtual(self, slot: int) -> int:
+        """Virtual tokens before each of a slot's documents."""
+        prompt = self.virtual.by_slot.get(slot)
+        return prompt.num_tokens if prompt else 0
+
+    def reach(self, slot: int) -> int | None:
+        """Tokens of the longest document a slot reads; None where the base does not say."""
+        return None if self.base.reach is None else self.base.reach - self.num_virtual(slot)
+
+    def hidden(self, batch: Batch, draws: Mapping[int, Draws] | None = None) -> torch.Tensor:
+        """The last hidden states, (T, D), each segment through its own slot. `batch`: of `prompted` segments, on the
+        base's device; `draws`: in training, where random numbers come from."""
+        rows = self.base.rows(batch)
+        self.routing.set(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws, runs_of(batch))
+        return self.base.hidden(batch, training=draws is not None)
+
     def saved(self, number: int) -> Saved:
         """An adapter in the form in which PEFT knows it, without copies where the tensors are its own."""
         slot = self.slots[number]
+        if number in self.virtual.by_slot:
+            with torch.no_grad():
+                table = self.virtual.by_slot[number].encoder()
+            return Saved(slot.config.as_saved(), {TABLE: table.detach()}, {})  # type: ignore[arg-type]
         config: Any = slot.config.as_saved()
         tensors: dict[str, torch.Tensor] = {}
+        ranks = {name: slot.variant.settled(name, *_rank_by(config, name)) for name in slot.ranks}
         for name, layer in slot.layers.items():
-            for key, tensor in slot.variant.saved(layer.masters).items():
-                tensors[f"{name}.{name_in_files(key)}"] = tensor.detach()
+            own = slot.variant.saved(layer.masters)
+            ranks[name] = slot.variant.target_in_files(layer.scale, own) or ranks[name]
+            tensors |= {f"{name}.{name_in_files(key)}": tensor.detach() for key, tensor in own.items()}
         of_layers = self._names_of_layers(slot)
         tensors |= {name: value.detach() for name, value in slot.parameters.items() if name not in of_layers}
-        ranks = {name: slot.variant.settled(name, *_rank_by(config, name)) for name in slot.ranks}
-        by_full_name = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
+        by_full_name: dict[str, Any] = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
+        if config.trainable_token_indices:
+            by_full_name["trainable_token_indices"] = token_ids(self.base, slot.config.trainable_token_indices)
         return Saved(config.model_copy(update=by_full_name), tensors, ranks)
 
     def load(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -137,7 +181,11 @@ class Bank:
         ModelError lists every name that is missing or unknown and every wrong shape.
         """
         slot, own = self.slots[number], self.saved(number).tensors
+        if self._has_encoder(number):
+            raise ModelError(f"adapter.type {slot.config.type}: its files do not hold the encoder it is trained with")
         rest, problems = _check_shared(slot.variant, tensors)
+        # Rows of the embedding alone, as PEFT may save them: the head's stay as they began.
+        rest = {**{name: own[name] for name in own if name.endswith(TOKEN_ROWS) and _has_rows(rest)}, **rest}
         problems += [f"{name}: missing" for name in own if name not in rest]
         problems += [f"{name}: this adapter has no such tensor" for name in rest if name not in own]
         problems += [
@@ -186,69 +234,68 @@ class Bank:
             return Head(head.weight_VD, head.bias_V, head.multiplier, head.softcap, (*low_rank, layer.scale))
         return head
 
+    def state(self, number: int) -> dict[str, torch.Tensor]:
+        """What `saved` leaves out and training goes on with, by name; empty where files hold all."""
+        slot = self.slots[number]
+        if slot.variant.files_hold_all and not self._has_encoder(number):
+            return {}
+        own = {f"{_STATE}{key}": tensor for key, tensor in slot.variant.state().items()}
+        return own | {name: parameter.detach() for name, parameter in slot.parameters.items()}
+
+    @torch.no_grad()
+    def load_state(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` gave; nothing of `saved` is needed then."""
+        slot = self.slots[number]
+        for name, parameter in slot.parameters.items():
+            parameter.copy_(tensors[name])
+        own = {key: tensor.to(self.base.device) for key, tensor in tensors.items() if key.startswith(_STATE)}
+        slot.variant.load_state({key.removeprefix(_STATE): tensor for key, tensor in own.items()})
+        self.refresh(number)
+
+    def penalty(self, number: int) -> torch.Tensor | None:
+        """What a slot's variant adds to the loss of each of its optimiser steps."""
+        slot = self.slots[number]
+        return slot.variant.penalty({name: layer.masters for name, layer in slot.layers.items()})
+
+    def after_update(self, number: int, step: int, num_steps: int) -> None:
+        """An optimiser took step `step` (1 is the first) of `num_steps`; its gradients are still there. Comes before
+        `refresh`."""
+        slot = self.slots[number]
+        slot.variant.after_update({name: layer.masters for name, layer in slot.layers.items()}, step, num_steps)
+
+    def _has_encoder(self, number: int) -> bool:
+        """Its virtual tokens come from more than their table."""
+        return number in self.virtual.by_slot and self.slots[number].parameters.keys() != {TABLE}
+
     def enable_noise(self) -> None:
         """Let the input embedding add the noise that routing asks for (NEFTune)."""
-        self._wrapped(self._name_of(self.base.model.get_input_embeddings()), RoutedEmbedding)
+        self._wrapped(name_of(self.base.model, self.base.model.get_input_embeddings()), RoutedEmbedding)
+
+    @property
+    def _free(self) -> int:
+        """The first slot that nobody has."""
+        return next(index for index in range(len(self.slots) + 1) if index not in self.slots)
+
+    def _add_prompt(self, config: Any, seed: int) -> int:
+        """The virtual tokens of some `PromptSettings` in the first free slot."""
+        number = self._free
+        encoder = self.virtual.add(number, config, self.base, _generator(seed, config.type))
+        if not config.of_attention:
+            name = name_of(self.base.model, self.base.model.get_input_embeddings())
+            self._wrapped(name, RoutedEmbedding).virtual = self.virtual
+        self.slots[number] = Slot(config, Variant(), parameters=dict(encoder.named_parameters()))
+        return number
 
     def _check(self, config: AdapterConfig, targets: Targets) -> None:
-        head = self._name_of(self.base.model.get_output_embeddings())
-        problems = []
-        if head in targets.linears and config.dropout:
-            problems.append(
-                f"adapter.dropout does not reach {head}, which is a target: set it to 0 or leave {head} out"
-            )
-        special = [name for name in targets.linears if name == head] + list(targets.embeddings)
-        if special and not config.build().reaches_heads:
-            problems.append(
-                f"adapter.type {config.type} reaches neither heads nor embeddings: leave {', '.join(special)} out, or "
-                "use lora or rslora"
-            )
-        problems += self._trouble_with_experts(config, targets)
-        if config.needs_quantised and not any(map(self._is_packed, targets.linears)):
-            problems.append(
-                f"adapter.type {config.type} makes up for what quantisation lost, and model.storage.type dense loses "
-                "nothing; use lora, or quantise the base"
-            )
-        both = {*targets.linears, *targets.embeddings} & set(targets.copies)
-        if both:
-            problems.append(f"both in target_modules and modules_to_save: {', '.join(sorted(both))}")
-        for name in targets.copies:
-            module = self.base.model.get_submodule(name)
-            if not is_row_by_row(module):
-                kind = type(module).__name__
-                problems.append(f"modules_to_save: {name} is a {kind}; name linear layers, embeddings or norms in it")
-        # One wrapper per linear layer: it is adapted for all slots or a copy for all slots.
-        copied = {name for slot in self.slots.values() for name in slot.copies}
-        adapted = {name for slot in self.slots.values() for name in slot.layers}
-        clash = (set(targets.linears) & copied) | (set(targets.copies) & adapted)
-        problems += [
-            f"{name}: one job adapts it and another trains a copy; use one of the two" for name in sorted(clash)
-        ]
+        slots = self.slots.values()
+        copied = {name for slot in slots for name in slot.copies}
+        adapted = {name for slot in slots for name in slot.layers}
+        if any(slot.config.trainable_token_indices for slot in slots):
+            adapted.add(name_of(self.base.model, self.base.model.get_output_embeddings()))
+        if config.trainable_token_indices:
+            token_ids(self.base, config.trainable_token_indices)
+        problems = misfits(self.base.model, config, targets, copied, adapted)
         raise_all(ModelError, "this adapter cannot be attached", problems)
-
-    def _is_packed(self, name: str) -> bool:
-        """The layer was packed as it loaded."""
-        layer = innermost(self.base.model.get_submodule(name))
-        return hasattr(layer, "dense_weight") and not isinstance(layer, DenseLinear)
-
-    def _trouble_with_experts(self, config: AdapterConfig, targets: Targets) -> list[str]:
-        problems = [
-            f"{name} is a layer of one expert and sees only the tokens that chose it, so it cannot carry an adapter; "
-            "leave it out of target_modules"
-            for name in targets.linears
-            if is_of_one_expert(name)
-        ]
-        if not targets.parameters:
-            return problems
-        for name in targets.parameters:
-            module, _, key = name.rpartition(".")
-            reason = why_not(innermost(self.base.model.get_submodule(module)), key)
-            problems += [f"target_parameters: {name}: {reason}"] if reason else []
-        if not config.build().reaches_heads:
-            problems.append(f"target_parameters: adapter.type {config.type} does not reach them; use lora or rslora")
-        if config.dropout:
-            problems.append("target_parameters: dropout does not reach fused experts (nor in PEFT): set it to 0")
-        return problems
 
     def _add_experts(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
         """An adapter for each expert of a fused parameter, as one pair A (R E, D), B (O, R E)."""
@@ -305,6 +352,23 @@ class Bank:
         """Of masters: float32, or float64 where the base has it."""
         return torch.promote_types(self.base.dtype, torch.float32)
 
+    def _add_token_rows(self, number: int, slot: Slot) -> None:
+        """Rows of the slot's own in the embedding, and in the head, where that is another tensor."""
+        ids = token_ids(self.base, slot.config.trainable_token_indices)
+        token_N = torch.tensor(ids, device=self.base.device)
+        model = self.base.model
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        name, head_name = name_of(model, embedding), name_of(model, head)
+        start_ND = head.weight.detach()[token_N].to(self._wide)
+        row_ND = own_ND = nn.Parameter(embedding.weight.detach()[token_N].to(self._wide))
+        slot.parameters[f"{name}.{TOKEN_ROWS}"] = row_ND
+        if innermost(head).weight is not innermost(embedding).weight:
+            own_ND = slot.parameters[f"{head_name}.{TOKEN_ROWS}"] = nn.Parameter(start_ND.clone())
+        vocabulary = len(embedding.weight)
+        self._wrapped(name, RoutedEmbedding).rows[number] = token_rows(row_ND, token_N, vocabulary)
+        masters = head_tensors(own_ND, start_ND, token_N, vocabulary)
+        self._wrapped(head_name, RoutedLinear).adapters[number] = LayerAdapter(HeadRows(), 1.0, masters)
+
     def _master(self, value: torch.Tensor, trained: bool) -> torch.Tensor:
         value = value.to(self.base.device, self._wide)
         return nn.Parameter(value) if trained else value
@@ -338,14 +402,15 @@ class Bank:
         self.base.model.set_submodule(name, routed)
         return routed
 
-    def _name_of(self, wanted: nn.Module) -> str:
-        return next(name for name, module in self.base.model.named_modules() if module is wanted)
-
 
 def _rank_by(config: AdapterSettings, name: str) -> tuple[int, float]:
     """Rank and alpha of a module, by PEFT's rules."""
     alpha = config.alpha if config.alpha is not None else 2.0 * config.rank
     return by_pattern(config.rank_pattern, name, config.rank), by_pattern(config.alpha_pattern, name, alpha)
+
+
+def _has_rows(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.endswith(TOKEN_ROWS) for name in tensors)
 
 
 def _check_shared(variant: Variant, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -55,6 +55,9 @@ class AdapterSettings(Settings):
     target_parameters: tuple[str, ...] = ()
     """Weights that are no layer of their own, PEFT's `target_parameters`: the fused experts of a mixture, by the end of
     their names (`[mlp.experts.gate_up_proj, mlp.experts.down_proj]`). `all-linear` leaves them out."""
+    trainable_token_indices: tuple[int | str, ...] = ()
+    """Tokens, by id or as they are written (`["<call>"]`), of which the job trains rows of its own in the embedding and
+    in the head: what tokens need that `lowrank vocab` added."""
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)
     """LoRA+ (arXiv:2402.12354): B learns this many times as fast as A (16 is usual); left out: equally fast."""
     loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
@@ -69,6 +72,10 @@ class AdapterSettings(Settings):
             for name, reason in self.refused.items()
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
         ]
+        if self.trainable_token_indices and self.peft_type != "LORA":
+            problems.append(
+                f"trainable_token_indices: PEFT's files for {self.peft_type} have no place for them; use lora"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -76,6 +83,16 @@ class AdapterSettings(Settings):
     def as_saved(self) -> AdapterSettings:
         """The settings under which files describe it: its own, or those of a variant that PEFT knows."""
         return self
+
+    def trouble_in(self, num_steps: int) -> str | None:
+        """Why it cannot be trained for so many optimiser steps."""
+        del num_steps
+        return None
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why it cannot become part of the model's weights; None: it can."""
+        return None
 
     @property
     def title(self) -> str:

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.targets import innermost
+from lowrank.adapters.token_rows import TokenRows
 from lowrank.adapters.variants import Tensors
+from lowrank.adapters.virtual import VirtualTokens
 from lowrank.kernels.counter_random import uniform
 
 
@@ -34,11 +36,14 @@ class _Routed(nn.Module):
 
 
 class RoutedEmbedding(_Routed):
-    """A lookup table; a slot may add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and noise."""
+    """A lookup table; a slot may have rows of its own, add `scale * B A[:, token]` (PEFT's lora_embedding_A/B) and
+    noise, and put vectors in the place of its virtual tokens."""
 
     def __init__(self, base: nn.Module, name: str, routing: Routing) -> None:
         super().__init__(base, name, routing)
         self.adapters: dict[int, tuple[float, Tensors]] = {}
+        self.rows: dict[int, TokenRows] = {}
+        self.virtual: VirtualTokens | None = None
         self.num_embeddings: int = self.weight.shape[0]
         self.embedding_dim: int = self.weight.shape[1]
 
@@ -52,6 +57,9 @@ class RoutedEmbedding(_Routed):
         token_N = token.reshape(-1)
         for slot, first, end in self.routing.in_rows_of(len(token_N), self.name):
             rows = slice(first, end)
+            if slot in self.rows:
+                own = self.rows[slot].instead(token_N[rows], embedded_ND[rows], self.embed_scale)
+                embedded_ND = torch.cat([embedded_ND[:first], own, embedded_ND[end:]])
             extra = None
             if slot in self.adapters:
                 scale, tensors = self.adapters[slot]
@@ -62,6 +70,8 @@ class RoutedEmbedding(_Routed):
                 if part is not None:
                     changed = embedded_ND[rows] + part.to(embedded_ND.dtype)
                     embedded_ND = torch.cat([embedded_ND[:first], changed, embedded_ND[end:]])
+        if self.virtual is not None:
+            embedded_ND = self.virtual.embed(embedded_ND)
         return embedded_ND.view(*token.shape, self.embedding_dim)
 
     def _noise(self, slot: int, rows: slice) -> torch.Tensor | None:

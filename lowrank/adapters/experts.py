@@ -11,14 +11,13 @@ expert. Dropout does not reach them, as in PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from lowrank.adapters.linear import LayerAdapter, Piece, routed_product
 from lowrank.adapters.routing import Routing
-from lowrank.models.experts import Chosen, Expert, choose, mix, projections, why_unknown
+from lowrank.models.experts import AroundExperts, Chosen, Expert, choose, mix, projections, why_unknown
 
 
 def why_not(module: nn.Module, parameter: str) -> str | None:
@@ -43,25 +42,15 @@ class _Parts:
     master_B: _ByExpert
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(AroundExperts):
     """The fused experts of one layer with the adapters of any number of slots."""
 
-    is_routed = True
-
     def __init__(self, base: nn.Module, name: str, routing: Routing) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.name = name
         self.routing = routing
         self.adapters: dict[int, dict[str, LayerAdapter]] = {}
         """By slot and projection."""
-
-    def __getattr__(self, name: str) -> Any:
-        """What the model asks its experts for, it gets from them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -24,6 +24,16 @@ class Draws:
     neftune_alpha: float = 0.0
 
 
+@dataclass(frozen=True)
+class Run:
+    """Rows [row, row + number) of a packed batch are virtual tokens [place, place + number) of a slot."""
+
+    slot: int
+    row: int
+    place: int
+    number: int
+
+
 @dataclass
 class Routing:
     """The current batch: `num_rows` rows; `(slot, first row, end row)` for those that are not plainly the base's."""
@@ -33,6 +43,7 @@ class Routing:
     counter_N: torch.Tensor | None = None
     length_N: torch.Tensor | None = None
     draws: Mapping[int, Draws] = field(default_factory=dict)
+    virtual: tuple[Run, ...] = ()
     answering: bool = False
     """The rows are tokens of answers in the making: few of each slot, and the same slots in many batches."""
 
@@ -43,6 +54,7 @@ class Routing:
         counter_N: torch.Tensor | None = None,
         length_N: torch.Tensor | None = None,
         draws: Mapping[int, Draws] | None = None,
+        virtual: tuple[Run, ...] = (),
         answering: bool = False,
     ) -> None:
         """Route the batches that follow. A layer may see k rows for each routed one (sequences of k tokens).
@@ -52,6 +64,7 @@ class Routing:
         self.num_rows = num_rows
         self.counter_N, self.length_N = counter_N, length_N
         self.draws = draws or {}
+        self.virtual = virtual
         self.answering = answering
         # The bare base has no adapter, but its own parameters may be in training, with noise.
         self.ranges = tuple(entry for entry in ranges if entry[0] >= 0 or entry[0] in self.draws)

@@ -42,6 +42,11 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The full name of a module of the model."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
 def is_linear(module: nn.Module) -> bool:
     """A layer that computes x W^T + b, in any storage, wrapped or not."""
     inner = innermost(module)

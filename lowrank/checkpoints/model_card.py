@@ -14,7 +14,7 @@ _CARD = """---
 
 # Adapter
 
-A `{title}` adapter with {num_parameters:,} parameters on {num_targets} modules of {base}, trained with \
+A `{title}` adapter with {num_parameters:,} parameters {where} {base}, trained with \
 lowrank.{trouble}
 
 ```python
@@ -28,9 +28,10 @@ model = PeftModel.from_pretrained(base, "path/of/this/folder")
 
 
 def model_card(
-    config: AdapterConfig, num_targets: int, num_parameters: int, base_name: str, trouble: str | None = None
+    config: AdapterConfig, where: str, num_parameters: int, base_name: str, trouble: str | None = None
 ) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads. `trouble`: what to know before loading it."""
+    """Markdown with the metadata that the Hugging Face hub reads. `where`: `on 14 modules of`. `trouble`: what to know
+    before loading it."""
     on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
     front = {"library_name": "peft", "pipeline_tag": "text-generation"}
     if on_hub:  # the hub refuses a card whose base_model is a path
@@ -40,7 +41,7 @@ def model_card(
         front="".join([*lines, f"tags:\n- {config.peft_type.lower()}\n- lowrank\n"]),
         title=config.title,
         num_parameters=num_parameters,
-        num_targets=num_targets,
+        where=where,
         base=f"`{base_name}`" if on_hub else "its base",
         trouble=f"\n\n{trouble}." if trouble else "",
         path=base_name if on_hub else "path/of/the/base",

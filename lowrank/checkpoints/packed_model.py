@@ -17,6 +17,7 @@ from lowrank.models.checkpoint_files import checkpoint_files
 from lowrank.models.config import Config
 from lowrank.models.loading import load, locate
 from lowrank.models.prequantised.bnb import as_config, as_tensors
+from lowrank.models.quantised_copies import remember_copy
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.storages.packed import PackedLinear
 from lowrank.models.streaming import kept_dense
@@ -53,6 +54,8 @@ def save_packed(folder: Path, model: Any, tokenizer: Any) -> None:
 def quantize_model(config: Config, folder: Path, notify: Callable[[str], None] = print) -> dict[str, Any]:
     """Write a quantised copy of `config.path` to `folder`, which must not exist; what was written, in numbers.
 
+    Runs that would quantise the same checkpoint the same way read the copy from now on.
+
     Raises ConfigError for a storage that bitsandbytes has no format for, OutputError, ModelError.
     """
     if config.storage.type not in WRITABLE:
@@ -65,6 +68,7 @@ def quantize_model(config: Config, folder: Path, notify: Callable[[str], None] =
     keep_freed_memory()
     base = load(config, notify=notify)
     save_packed(folder, base.model, base.tokenizer)
+    remember_copy(locate(config.path), config.revision, config.storage, base.dtype, folder)
     layers = [module for module in base.model.modules() if isinstance(module, PackedLinear)]
     packed = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.state_dict().values())
     biases = sum(layer.bias.numel() * layer.bias.element_size() for layer in layers if layer.bias is not None)

@@ -18,8 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters import variants
+from lowrank.adapters.prompts import PromptSettings
 from lowrank.adapters.targets import by_pattern, fused_parameters, holds_layers, matches
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints import adalora_files
 from lowrank.errors import ModelError
 from lowrank.settings import configs_in
 
@@ -31,7 +33,7 @@ VARIANTS = configs_in(variants.__name__)
 
 READ = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "init_lora_weights", "ensure_weight_tying", "target_parameters",
+    "init_lora_weights", "ensure_weight_tying", "target_parameters", "trainable_token_indices",
 }  # fmt: skip
 """Fields of every kind of adapter; a variant's `peft_names` and `peft_fields` add its own."""
 SAID_BY_TENSORS = {
@@ -43,11 +45,19 @@ WITHOUT_MEANING = {
     "corda_config", "lora_ga_config", "qalora_group_size", "save_projection",
     # matter in training only, where lowrank has none of them, or for convolutions
     "rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights", "init_ia3_weights", "use_effective_conv2d",
-    "eps",
+    "eps", "mini_r",
 }  # fmt: skip
+OF_PROMPTS = {
+    "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
+    "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "prefix_projection", "encoder_hidden_size",
+    "encoder_num_layers", "encoder_dropout", "encoder_reparameterization_type",
+}  # fmt: skip
+"""Fields of prompts that say what the table's shape says, or how it came to be."""
+SAVED_AS = {"P_TUNING": "PROMPT_TUNING"}
+"""Kinds whose files hold what another kind's do, and are read as such."""
 WITH_PATTERNS = ("LORA", "LOHA", "LOKR")
 """Kinds of adapters whose modules may differ in rank and alpha."""
-WITHOUT_CONV1D = ("LOHA", "LOKR", "OFT")
+WITHOUT_CONV1D = ("LOHA", "LOKR", "OFT", "MISS")
 """Kinds that PEFT does not put on layers with a transposed weight."""
 HARMLESS_STARTS = {True, False, None, "gaussian", "eva", "orthogonal"}
 """Values of init_lora_weights that leave the base as it is; with all others the adapter fits an altered base."""
@@ -83,6 +93,8 @@ class Description:
     """Copies of the embedding and of the head are one tensor in PEFT."""
     target_parameters: tuple[str, ...]
     """Fused weights of experts, by the ends of their names."""
+    token_ids: tuple[int, ...]
+    """Tokens with rows of their own."""
     base_name: str | None
     revision: str | None
 
@@ -139,15 +151,20 @@ def to_peft(
             f"adapter.type {config.type!r} has no form in PEFT's layout and cannot be saved; "
             "its `Config` says it in `peft_fields`"
         )
-    parameters = [name for name in targets if name in config.target_parameters]
-    modules = {name: target for name, target in targets.items() if name not in parameters}
-    outside = [name for name in base.module_names if not any(f"{name}.".startswith(f"{copy}.") for copy in copies)]
-    fields = {
+    where = {
         "peft_type": config.peft_type,
         "task_type": task_type,
         "base_model_name_or_path": os.path.abspath(base.name) if os.path.isdir(base.name) else base.name,
         "revision": base.revision,
         "inference_mode": True,
+    }
+    if isinstance(config, PromptSettings):  # what else PEFT wants to know it asks the model
+        return {**where, "num_virtual_tokens": config.num_virtual_tokens, **(config.peft_fields or {})}
+    parameters = [name for name in targets if name in config.target_parameters]
+    modules = {name: target for name, target in targets.items() if name not in parameters}
+    outside = [name for name in base.module_names if not any(f"{name}.".startswith(f"{copy}.") for copy in copies)]
+    fields = {
+        **where,
         "target_modules": names_for(modules, outside, _is_named),
         # PEFT compares these endings without regard to dots
         "modules_to_save": names_for(copies, base.module_names, str.endswith) or None,
@@ -235,6 +252,8 @@ def as_pattern(value_of: Mapping[str, Value], default: Value) -> dict[str, Value
 def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | None:
     """Read adapter_config.json; adds all that cannot be honoured to `problems`. None: it cannot be made sense of."""
     before = len(problems)
+    kind = fields.get("peft_type")
+    fields = {**fields, "peft_type": SAVED_AS.get(str(kind), kind)}
     problems += _wrong_kind(fields)
     if len(problems) > before:
         return None
@@ -264,6 +283,7 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
         problems += [f"{key}: {name!r} has {value!r}, not a number above 0" for name, value in patterns[-1].items()
                      if not isinstance(value, (int, float)) or value <= 0]  # fmt: skip
         problems += [f"{key}: {name!r} is no regular expression" for name in patterns[-1] if not _compiles(name)]
+    token_ids = _token_ids(fields.get("trainable_token_indices"), problems)
     if len(problems) > before:
         return None
     return Description(
@@ -274,14 +294,23 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         tied=bool(fields.get("ensure_weight_tying")),
         target_parameters=tuple(fields.get("target_parameters") or ()),
+        token_ids=token_ids,
         base_name=fields.get("base_model_name_or_path"),
         revision=fields.get("revision"),
     )
 
 
+def _token_ids(said: Any, problems: list[str]) -> tuple[int, ...]:
+    """A list, or one for each layer that has rows."""
+    lists = list(said.values()) if isinstance(said, dict) else [said or []]
+    if any(ids != lists[0] for ids in lists):
+        problems.append(f"trainable_token_indices: {said!r}; lowrank reads those of the same tokens in all layers")
+    return tuple(lists[0] if lists else ())
+
+
 def _wrong_kind(fields: Mapping[str, Any]) -> list[str]:
     problems = []
-    known = sorted({config.peft_type for config in _saved_by_peft()})
+    known = sorted({*(config.peft_type for config in _saved_by_peft()), *SAVED_AS, adalora_files.KIND})
     if fields.get("peft_type") not in known:
         problems.append(f"peft_type is {fields.get('peft_type')!r}; lowrank reads {', '.join(known)}")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
@@ -295,6 +324,8 @@ def _unsupported(fields: Mapping[str, Any], variant: type[Any]) -> list[str]:
     known = READ | SAID_BY_TENSORS | WITHOUT_MEANING | set(variant.peft_names.values())
     if variant.peft_type == "LORA":
         known |= set(_variant_fields())
+    if issubclass(variant, PromptSettings):
+        known |= OF_PROMPTS
     for name in sorted(set(fields) - known):
         value = fields[name]
         if value and (name, value) != ("bias", "none"):

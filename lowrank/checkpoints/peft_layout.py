@@ -11,6 +11,8 @@ O out-features, V vocabulary.
     <experts>.lora_A.weight (R E, D)      <experts>.lora_B.weight (O, R E)       fused experts: the last parameter
     <experts>.base_layer.lora_A.weight ...                                       the one before it
     <module>.weight ...                                                          a copy (modules_to_save)
+    <module>.token_adapter.trainable_tokens_delta (N, D)                         rows of single tokens
+    prompt_embeddings (K, W)                                                     virtual tokens, without the prefix
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from typing import Any
 
 import torch
 
+from lowrank.adapters.prompts import TABLE, PromptSettings
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints import adalora_files
 from lowrank.checkpoints.atomic import current, new_folder
 from lowrank.checkpoints.model_card import model_card
 from lowrank.checkpoints.peft_config import BaseDescription, Description, as_pattern, from_peft, peft_trouble, to_peft
@@ -37,10 +42,11 @@ PREFIX = "base_model.model."
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd]|ia3_l"
-    r"|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_R\.weight)"
+    r"|miss_block|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_R\.weight)"
 )
-_OF_ADAPTERS = re.compile(r"(^|\.)(lora|vera|ia3|hada|lokr|oft)_")
-_BEGINNINGS = {"LORA": "lora_", "VERA": "vera_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_"}
+_OF_ADAPTERS = re.compile(r"(^|\.)(lora|vera|ia3|hada|lokr|oft|miss)_")
+_BEGINNINGS = {"LORA": "lora_", "VERA": "vera_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_",
+               "MISS": "miss_"}  # fmt: skip
 _MAGNITUDE = "lora_magnitude_vector"
 _SHARED = ("vera_A", "vera_B")
 """What all layers of an adapter share; PEFT puts it beside the model, under `base_model.`."""
@@ -89,7 +95,8 @@ def save_adapter(
         write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
         num_parameters = sum(map(torch.numel, adapter.tensors.values()))
         trouble = peft_trouble(base, adapter.targets, adapter.config.peft_type)
-        card = model_card(adapter.config, len(adapter.targets), num_parameters, base.name, trouble)
+        where = f"on {len(adapter.targets)} modules of" if adapter.targets else "before every document for"
+        card = model_card(adapter.config, where, num_parameters, base.name, trouble)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
             also(partial)
@@ -107,10 +114,17 @@ def write_adapter(
     """The two files of an adapter, into a folder that someone else makes durable."""
     copies = adapter.copies if copies is None else copies
     fields = to_peft(adapter.config, adapter.targets, copies, base, task_type)
+    of_tokens = [name for name in adapter.tensors if name.endswith(TOKEN_ROWS)]
+    if of_tokens:
+        ids = list(adapter.config.trainable_token_indices)
+        fields["trainable_token_indices"] = {name.removesuffix(f".{TOKEN_ROWS}"): ids for name in of_tokens}
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     in_file = _names_in_file([name for name in adapter.targets if name in adapter.config.target_parameters], base)
-    tensors = {f"{PREFIX}{_renamed(name, in_file)}": value for name, value in adapter.tensors.items()}
+    tensors = {
+        name if name == TABLE else f"{PREFIX}{_renamed(name, in_file)}": value
+        for name, value in adapter.tensors.items()
+    }
     write_tensors(folder / TENSOR_FILE, tensors, dtype)
 
 
@@ -121,11 +135,15 @@ def load_adapter(folder: Path) -> AdapterOnDisk:
     """
     folder = current(Path(folder))
     problems: list[str] = []
-    description = from_peft(_read_config(folder), problems)
-    stored = _read_tensors(folder)
+    fields, stored = _read_config(folder), _read_tensors(folder)
+    if fields.get("peft_type") == adalora_files.KIND:
+        fields, stored = adalora_files.as_lora(fields, stored)
+    description = from_peft(fields, problems)
     if description is None:
         raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
         raise AssertionError("no description without problems")
+    if issubclass(description.variant, PromptSettings):
+        return _load_prompt(folder, description, stored, problems)
     shared = {key: stored.pop(f"base_model.{key}") for key in _SHARED if f"base_model.{key}" in stored}
     problems += [
         f"{name}: names in {TENSOR_FILE} begin with {PREFIX!r}" for name in stored if not name.startswith(PREFIX)
@@ -133,23 +151,50 @@ def load_adapter(folder: Path) -> AdapterOnDisk:
     tensors = {name.removeprefix(PREFIX): _widened(value) for name, value in stored.items()}
     parameters = _parameters_in_file(tensors, description.target_parameters)
     tensors = {_renamed(name, parameters): value for name, value in tensors.items()}
+    token_rows = {name: value for name, value in tensors.items() if name.endswith(TOKEN_ROWS)}
+    problems += [
+        f"{name}: {len(value)} rows, expected {len(description.token_ids)} by {CONFIG_FILE}"
+        for name, value in token_rows.items()
+        if len(value) != len(description.token_ids)
+    ]
+    if description.token_ids and not token_rows:
+        problems.append(f"trainable_token_indices: {TENSOR_FILE} holds no {TOKEN_ROWS}")
+    tensors = {name: value for name, value in tensors.items() if name not in token_rows}
     parts, copied, rest = _sorted_out(tensors, description)
     fused = set(parameters.values())
     for module, own in parts.items():
         problems += _misfits(module, own, description, fused=module in fused)
     problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if _OF_ADAPTERS.search(name)]
-    if not parts and not copied:
+    if not parts and not copied and not token_rows:
         problems.append(f"{TENSOR_FILE} holds no tensor of an adapter")
     raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
     targets = {module: description.target(module) for module in parts}
     return AdapterOnDisk(
         config=_config(description, parts, targets, tuple(dict.fromkeys(copied.values())), tuple(sorted(fused))),
-        tensors={**{name: value for name, value in tensors.items() if name not in rest}, **shared},
+        tensors={**{name: value for name, value in tensors.items() if name not in rest}, **shared, **token_rows},
         targets=targets,
         base_tensors={name.replace(".base_layer.", "."): tensors[name] for name in rest},
         base_name=description.base_name,
         revision=description.revision,
         notes=_notes(description, tuple(copied.values())),
+    )
+
+
+def _load_prompt(
+    folder: Path, description: Description, stored: Mapping[str, torch.Tensor], problems: list[str]
+) -> AdapterOnDisk:
+    """An adapter of virtual tokens: one table."""
+    number = description.settings.get("num_virtual_tokens")
+    kind = description.variant.peft_type
+    problems += [f"{name}: a {kind} adapter has no such tensor" for name in stored if name != TABLE]
+    if TABLE not in stored:
+        problems.append(f"{TENSOR_FILE} holds no {TABLE}")
+    elif stored[TABLE].ndim != 2 or len(stored[TABLE]) != number:
+        problems.append(f"{TABLE}: shape {tuple(stored[TABLE].shape)}, expected ({number}, ...) by {CONFIG_FILE}")
+    raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)
+    config = description.variant(**description.settings)
+    return AdapterOnDisk(
+        config, {TABLE: _widened(stored[TABLE])}, {}, base_name=description.base_name, revision=description.revision
     )
 
 
@@ -302,6 +347,7 @@ def _config(
     modules = tuple(name for name in targets if name not in parameters)
     settings = {**description.settings, "target_modules": modules, "modules_to_save": copies}
     settings |= {"target_parameters": parameters} if parameters else {}
+    settings |= {"trainable_token_indices": description.token_ids} if description.token_ids else {}
     if "feedforward_modules" in description.variant.model_fields:  # the tensors say it
         settings["feedforward_modules"] = tuple(name for name, own in parts.items() if own["ia3_l"].shape[0] == 1)
     rank, alpha = description.general

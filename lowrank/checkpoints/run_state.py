@@ -5,6 +5,7 @@
         <job>/state.json              the job's counters and cursors
         <job>/optimizer.safetensors
         <job>/adapter_config.json, adapter_model.safetensors     an adapter, as PEFT reads it
+        <job>/adapter_state.safetensors                          what of an adapter its files do not hold
         <job>/model.safetensors                                  or all parameters of a full-parameter job
         <job>/value_head.safetensors                             of a job that has one
 
@@ -33,6 +34,7 @@ SCHEMA = 1
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PARAMETER_FILE = "model.safetensors"
+ADAPTER_STATE_FILE = "adapter_state.safetensors"
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -51,6 +53,8 @@ class JobState:
     """Of a full-parameter job, by name."""
     value_D: torch.Tensor | None = None
     """The value head of a reward model."""
+    adapter_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    """See `Bank.state`."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -127,6 +131,8 @@ def _write_job(folder: Path, job: JobState, base: BaseDescription) -> None:
     write_tensors(folder / OPTIMIZER_FILE, job.optimizer)
     if job.adapter is not None:
         write_adapter(folder, job.adapter, base)
+        if job.adapter_state:
+            write_tensors(folder / ADAPTER_STATE_FILE, job.adapter_state)
     else:
         write_tensors(folder / PARAMETER_FILE, job.parameters)
     if job.value_D is not None:
@@ -138,7 +144,9 @@ def _read_job(folder: Path, name: str) -> JobState:
     optimizer = read_tensors(folder / OPTIMIZER_FILE, OutputError)
     value_D = read_value_head(folder)
     if (folder / CONFIG_FILE).exists():
-        return JobState(name, state, optimizer, load_adapter(folder), value_D=value_D)
+        rest = folder / ADAPTER_STATE_FILE
+        adapter_state = read_tensors(rest, OutputError) if rest.exists() else {}
+        return JobState(name, state, optimizer, load_adapter(folder), value_D=value_D, adapter_state=adapter_state)
     parameters = read_tensors(folder / PARAMETER_FILE, OutputError)
     return JobState(name, state, optimizer, parameters=parameters, value_D=value_D)
 

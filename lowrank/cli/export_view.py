@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lowrank.export.sizes import said_size
 
 
 class Watcher:
-    """One line for every piece of work, with the time left; nothing where nobody looks."""
+    """A line for the work that goes on, with the time left; nothing where nobody looks."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
@@ -27,7 +28,7 @@ class Watcher:
         """See `Watch`."""
         if what not in self.tasks:
             self.tasks[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[what], completed=done, total=total)
+        self.progress.update(self.tasks[what], completed=done, total=total, visible=done < total)
 
     def __enter__(self) -> Watcher:
         self.progress.start()
@@ -44,7 +45,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
     between = ["KL from 16 bits"] if rounded else []
     gained = any(each["gain_kept"] is not None for _, each in compared)
     gain = ["gain kept"] if gained else []
-    table = Table("", "mean KL", *between, "same next token", "perplexity", *gain, "same answers", "")
+    table = Table(Column("", no_wrap=True), "mean KL", *between, "same next token", "perplexity", *gain, "same answers",
+                  Column("", no_wrap=True), box=box.SIMPLE_HEAD)  # fmt: skip
     for name, each in compared:
         table.add_row(*_row(name, each, rounded=rounded, gained=gained))
     if table.row_count:
@@ -63,7 +65,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 
 def _row(target: str, each: dict[str, Any], *, rounded: bool, gained: bool) -> list[Text]:
-    name = target if each["name"] == target else f"{target} {each['name']}"
+    name = each["name"] if "." in each["name"] else target
     verdict = Text("same model", "green") if each["passed"] else Text("differs", "bold red")
     between = [Text(f"{each['against_mean_kl']:.2g}" if each["against"] else "")] if rounded else []
     gain = [Text("" if each["gain_kept"] is None else f"{each['gain_kept']:.1%}")] if gained else []

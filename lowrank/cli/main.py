@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "Talk to a base or to a trained adapter.",
     "quantize": "Write a quantised copy of a model, which loads faster and anywhere.",
     "expand": "Write a copy of a model with new layers that change nothing yet, to train them alone (LLaMA Pro).",
+    "vocab": "Write a copy of a model with more tokens in its vocabulary.",
     "doctor": "What this machine and each storage can do, found out by trying.",
     "serve": "Answer OpenAI clients: the base and every adapter, loaded and replaced while it runs.",
     "predict": "Let every adapter answer the questions of a file, and compare them with the base.",

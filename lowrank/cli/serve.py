@@ -127,7 +127,7 @@ def _open_vllm(
     if found.model.storage.type != "dense":
         warn([f"vLLM answers on the base in 16 bit; the adapters were trained on {found.model.storage.type}"])
     folders = {name: place for folder in adapters for name, place in adapters_in(folder).items()} | {**found.adapters}
-    ranks = [rank for place in folders.values() for rank, _ in load_adapter(place).ranks.values()]
+    ranks = [rank for place in folders.values() for rank, _ in load_adapter(place).targets.values()]
     vllm = open_vllm(found.model, at_once=at_once, most_loras=resident, max_rank=rank_for(ranks))
     tokenizer = load_tokenizer(found.model)
     roots = [*([Path(model)] if found.adapters else []), *adapters]

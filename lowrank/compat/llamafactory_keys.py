@@ -103,6 +103,12 @@ class Keys(Settings):
     """`model.storage.double_quant`"""
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
     """`model.rope_scaling.type`; its factor is what `cutoff_len` needs, by the config.json in the model's folder"""
+    add_tokens: tuple[str, ...] = ()
+    """`adapter.trainable_token_indices`, on a base that `lowrank vocab` wrote with these tokens in it"""
+    add_special_tokens: tuple[str, ...] = ()
+    """as `add_tokens`"""
+    new_special_tokens: tuple[str, ...] = ()
+    """as `add_tokens`"""
     shift_attn: bool = False
     """`model.shift_attn`: groups of a quarter of `cutoff_len`, as there; here in every model that is packed, within
     each document"""
@@ -282,6 +288,9 @@ class Keys(Settings):
         "freeze_trainable_modules",
         "freeze_extra_modules",
         "additional_target",
+        "add_tokens",
+        "add_special_tokens",
+        "new_special_tokens",
         "dataset",
         "eval_dataset",
         "report_to",
@@ -314,6 +323,7 @@ def _keys(text: str) -> tuple[str, ...]:
 
 
 NO_EFFECT: Sequence[Group] = (
+    Group(_keys("resize_vocab"), "a base that `lowrank vocab` wrote has rows for its tokens", False),
     Group(
         _keys(
             "overwrite_cache preprocessing_num_workers preprocessing_batch_size dataloader_num_workers "
@@ -505,8 +515,8 @@ REFUSED: Sequence[Group] = (
     Group(_keys("train_from_scratch"), "the base's weights are always loaded; remove it", False),
     Group(_keys("use_mca use_kt use_hyper_parallel use_megatron_bridge"), "there is one back end; remove it", False),
     Group(
-        _keys("resize_vocab add_tokens add_special_tokens new_special_tokens_config"),
-        "the vocabulary stays as it is; add the tokens to the checkpoint first, then remove the key",
+        _keys("new_special_tokens_config"),
+        "name the tokens themselves in add_special_tokens, on a base that `lowrank vocab` wrote with them in it",
         None,
     ),
     Group(_keys("split_special_tokens"), "special tokens are never split; remove it", False),

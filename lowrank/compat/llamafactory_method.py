@@ -154,6 +154,7 @@ def adapter(keys: Keys) -> dict[str, Any]:
         "alpha": keys.lora_alpha,
         "dropout": keys.lora_dropout,
         "modules_to_save": list(keys.additional_target),
+        "trainable_token_indices": _new_tokens(keys),
         "path": keys.adapter_name_or_path[0] if keys.adapter_name_or_path else None,
         "loraplus_lr_ratio": keys.loraplus_lr_ratio,
         "loraplus_lr_embedding": keys.loraplus_lr_embedding if keys.loraplus_lr_ratio else None,
@@ -162,6 +163,12 @@ def adapter(keys: Keys) -> dict[str, Any]:
     if kind == "pissa":
         found["niter"] = max(0, keys.pissa_iter)
     return found
+
+
+def _new_tokens(keys: Keys) -> list[str]:
+    """Tokens whose rows are trained alone; not where embedding and head are trained whole, as LLaMA-Factory has it."""
+    whole = any(name.endswith(("embed_tokens", "lm_head", "wte", "word_embeddings")) for name in keys.additional_target)
+    return [] if whole else [*keys.add_tokens, *keys.add_special_tokens, *keys.new_special_tokens]
 
 
 def _targets(names: tuple[str, ...]) -> str | list[str]:

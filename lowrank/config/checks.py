@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lowrank.adapters.prompts import PromptSettings
 from lowrank.objectives import needs
 from lowrank.objectives.drawn import DrawnSettings
 from lowrank.records import Text
@@ -121,6 +122,13 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
+    if job.tuning == "adapter" and job.adapter.type == "adalora" and job.optimizer.has_own_schedule:
+        yield (
+            f"optimizer.type: {job.optimizer.type} averages its steps, which brings back what adalora's allocator sets "
+            "to 0; choose adamw"
+        )
+    if job.tuning == "adapter" and isinstance(job.adapter, PromptSettings):
+        yield from _prompt_conflicts(config, job)
     if job.tuning == "adapter" and job.adapter.looks_at_data and job.data.streaming:
         yield (
             f"adapter.type: {job.adapter.type} looks at the data before it starts, and with data.streaming it is read "
@@ -143,6 +151,15 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.trains_base and job.adapter.path is not None:
         yield f"adapter.path: with tuning: {job.tuning} there is no adapter to continue; set tuning: adapter"
+
+
+def _prompt_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
+    if config.model.attention == "padded":
+        yield f"model.attention: adapter.type {job.adapter.type} needs packed documents; leave attention out"
+    if config.model.shift_attn is not None:
+        yield f"model.shift_attn: not with adapter.type {job.adapter.type}, whose tokens only the first group would see"
+    if job.neftune_noise_alpha is not None:
+        yield f"neftune_noise_alpha: not with adapter.type {job.adapter.type}, whose vectors have no place for noise"
 
 
 def _looks_twice(job: JobConfig) -> bool:

@@ -124,7 +124,7 @@ class BankLM(TemplateLM):
         self.renderer = answers.voices.renderers[voice]
         self.base = answers.voices.base
         self.tokenizer = self.base.tokenizer
-        self.max_length = self.base.reach or _DEFAULT_LENGTH
+        self.max_length = answers.voices.bank.reach(answers.voices.slots[voice]) or _DEFAULT_LENGTH
         own: Any = getattr(self.base.model, "generation_config", None)
         ends = getattr(own, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]

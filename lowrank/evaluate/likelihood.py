@@ -29,11 +29,10 @@ def label_logprobs(
     """
     found_N2 = np.zeros((len(entries), 2))
     done = 0
+    entries = [(slot, bank.prompted(slot, segment)) for slot, segment in entries]
     for members in _cut(base, entries, micro_batch_tokens):
         batch = pack([entries[index] for index in members]).to(base.device)
-        rows = base.rows(batch)
-        bank.routing.set(rows.num_rows, rows.ranges)
-        hidden_TD = base.hidden(batch)
+        hidden_TD = bank.hidden(batch)
         logprob_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=base.device)
         for slot, first, end in batch.slot_ranges():
             index_K = batch.weight_T[first:end].nonzero()[:, 0] + first
@@ -63,15 +62,16 @@ def continuation_logprobs(
     readers: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for index, (slot, context, continuation) in enumerate(entries):
         readers.setdefault((slot, (*context, *continuation[:-1])), []).append(index)
-    texts = [(slot, Segment(np.asarray(read, np.int64), np.zeros(len(read), np.float32))) for slot, read in readers]
+    texts = [
+        (slot, bank.prompted(slot, Segment(np.asarray(read, np.int64), np.zeros(len(read), np.float32))))
+        for slot, read in readers
+    ]
     members = list(readers.values())
     found: list[tuple[float, bool]] = [(0.0, False)] * len(entries)
     done = 0
     for chosen in _cut(base, texts, micro_batch_tokens):
         batch = pack([texts[place] for place in chosen]).to(base.device)
-        rows = base.rows(batch)
-        bank.routing.set(rows.num_rows, rows.ranges)
-        hidden_TD = base.hidden(batch)
+        hidden_TD = bank.hidden(batch)
         end = 0
         for place in chosen:
             slot, segment = texts[place]

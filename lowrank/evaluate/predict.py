@@ -121,7 +121,8 @@ def score_labels(
     entries, places, unscored = [], [], {}
     for renderer in dict.fromkeys(voices.renderers[name] for name in voices.slots):
         names = [name for name in voices.slots if voices.renderers[name] is renderer]
-        for index, each in enumerate(_labels(renderer, questions, voices.base.reach)):
+        known = [each for name in names if (each := voices.bank.reach(voices.slots[name])) is not None]
+        for index, each in enumerate(_labels(renderer, questions, min(known, default=None))):
             if not each.segments:
                 unscored[index] = each.problem or "nothing to score"
                 continue

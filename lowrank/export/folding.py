@@ -43,7 +43,7 @@ def find_folds(parts: Mapping[str, nn.Module], linears: Mapping[str, nn.Module],
     groups = _groups(inputs)
     found: list[Fold] = []
     for name, part in parts.items():
-        weight = getattr(part, "weight", None)
+        weight: Any = getattr(part, "weight", None)
         is_norm = isinstance(weight, nn.Parameter) and weight.ndim == 1
         for offset in (0.0, 1.0) if is_norm else (0.0,) if name in linears else ():
             done = {fold.consumers for fold in found}

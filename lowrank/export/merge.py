@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowrank.adapters.targets import is_embedding
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
 from lowrank.export.experts import ExpertUpdate, FusedUpdate, by_expert, is_transposed
-from lowrank.export.names import Names
+from lowrank.export.names import Names, refuse_unmergeable
 from lowrank.export.source import Source
 from lowrank.export.weights import Weights
 
@@ -33,6 +34,22 @@ class _Instead:
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
         del weight, first, end
         return self.tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of single tokens in the place of the base's."""
+
+    token_ids: tuple[int, ...]
+    row_ND: torch.Tensor
+    by_rows = True
+
+    def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        weight = weight.clone()
+        for place, token in enumerate(self.token_ids):
+            if first <= token < end:
+                weight[token - first] = self.row_ND[place].to(weight.dtype)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ class _EmbeddingUpdate:
         return torch.addmm(weight, self.A_RV[:, first:end].t(), self.B_DR.t(), alpha=self.scale)
 
 
-_Change = _Instead | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate | ExpertUpdate | FusedUpdate
+_Change = _Instead | _Rows | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate | ExpertUpdate | FusedUpdate
 
 
 @dataclass(frozen=True)
@@ -158,19 +175,22 @@ class Merged(Mapping[str, Plan]):
         return plan.change is None and dtype in (None, plan.dtype)
 
     def _merge(self, source: Source, adapter: AdapterOnDisk) -> None:
+        refuse_unmergeable(source.name, adapter)
         names = Names(source.base, self.checkpoint, trust_remote_code=source.model.trust_remote_code)
         heading = f"{source.name}: this adapter does not fit the base in {source.base}"
         raise_all(ModelError, heading, names.refusals(adapter))
         self._merge_experts(adapter, names)
         changes = _changes(adapter, names)
         parameters = set(changes)
-        if names.tied & parameters:
+        if names.tied & parameters and not all(isinstance(changes[name], _Rows) for name in names.tied & parameters):
             self.untied = True
             parameters |= names.tied  # the other end of the pair keeps what the base has
         for parameter in parameters:
             entry = self.checkpoint[names.origin(parameter)]
-            plan = Plan(names.origin(parameter), entry.shape, entry.dtype, changes.get(parameter))
-            self._plans[names.file_name(parameter)] = plan
+            change = changes.get(parameter)
+            kept_tied = parameter in names.tied and not self.untied
+            name = names.origin(parameter) if kept_tied else names.file_name(parameter)
+            self._plans[name] = Plan(names.origin(parameter), entry.shape, entry.dtype, change)
 
     def _merge_experts(self, adapter: AdapterOnDisk, names: Names) -> None:
         """Of every tensor in the files that is a part of fused experts with an adapter."""
@@ -194,9 +214,13 @@ class Merged(Mapping[str, Plan]):
 def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
     """What happens to each parameter that the adapter reaches, by the model's names."""
     variant = adapter.config.build()
+    shapes = {module: names.layer_shape(module) for module in adapter.targets if names.has_linear(module)}
+    drawn = variant.drawn(shapes, adapter.config.rank, adapter.tensors) if shapes else {}
     changes: dict[str, _Change] = {}
     for name, tensor in adapter.tensors.items():
-        if not any(name.startswith(f"{module}.") for module in adapter.targets):
+        if name.endswith(TOKEN_ROWS):
+            changes[f"{name.removesuffix(TOKEN_ROWS)}weight"] = _Rows(adapter.config.trainable_token_indices, tensor)  # type: ignore[arg-type]
+        elif name not in variant.frozen and not any(name.startswith(f"{module}.") for module in adapter.targets):
             changes[name] = _Instead(tensor)
     for module, (rank, alpha) in adapter.targets.items():
         if module in adapter.config.target_parameters:
@@ -206,6 +230,7 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
             for name, tensor in adapter.tensors.items()
             if name.startswith(f"{module}.")
         }
+        parts = {**drawn.get(module, {}), **parts}
         scale = variant.scale(rank, alpha)
         if is_embedding(names.model.get_submodule(module)):
             changes[f"{module}.weight"] = _EmbeddingUpdate(scale, parts["lora_embedding_A"], parts["lora_embedding_B"])

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.targets import is_embedding, is_linear
+from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
 from lowrank.export.experts import Piece, is_transposed, pieces_of
@@ -47,6 +48,18 @@ class Names:
         """A layer that keeps its weight as (D, O): GPT-2's Conv1D."""
         return isinstance(self.model.get_submodule(module), Conv1D)
 
+    def has_linear(self, module: str) -> bool:
+        """Whether a linear layer goes by this name."""
+        try:
+            return is_linear(self.model.get_submodule(module))
+        except AttributeError:
+            return False
+
+    def layer_shape(self, module: str) -> tuple[int, int]:
+        """(O, D) of a linear layer."""
+        first, second = self.model.get_submodule(module).weight.shape
+        return (second, first) if self.is_transposed(module) else (first, second)
+
     def origin(self, parameter: str) -> str:
         """The tensor in the files that holds a parameter's values; of a tied one perhaps under its twin's name."""
         pair = [parameter, *sorted(self.tied - {parameter})] if parameter in self.tied else [parameter]
@@ -59,10 +72,18 @@ class Names:
     def refusals(self, adapter: AdapterOnDisk) -> list[str]:
         """Why this adapter cannot be merged into this base: one sentence for every tensor that does not fit."""
         problems = [problem for module in adapter.targets for problem in self._misfits(module, adapter)]
-        own = [name for name in adapter.tensors if not any(name.startswith(f"{module}.") for module in adapter.targets)]
+        shared = adapter.config.build().frozen
+        own = [
+            name
+            for name in adapter.tensors
+            if name not in shared and not any(name.startswith(f"{module}.") for module in adapter.targets)
+        ]
         for name in own:
-            problem = self._unmergeable(name)
-            if problem is not None:
+            weight = f"{name.removesuffix(TOKEN_ROWS)}weight" if name.endswith(TOKEN_ROWS) else name
+            problem = self._unmergeable(weight)
+            if problem is None and weight != name:
+                problems += self._missing_rows(weight, adapter)
+            elif problem is not None:
                 problems.append(problem)
             elif adapter.tensors[name].shape != self._entry(name).shape:
                 problems.append(f"{name}: {_shape(adapter.tensors[name])} in the adapter, {self._said(name)}")
@@ -87,6 +108,12 @@ class Names:
             for part, (axis, length) in wanted.items()
             if f"{module}.{part}" in adapter.tensors and adapter.tensors[f"{module}.{part}"].shape[axis] != length
         ]
+
+    def _missing_rows(self, weight: str, adapter: AdapterOnDisk) -> list[str]:
+        """Tokens that the base has no rows for."""
+        rows = self._entry(weight).shape[0]
+        beyond = [token for token in adapter.config.trainable_token_indices if int(token) >= rows]
+        return [f"{weight}: the adapter has rows for tokens {beyond}, {self._said(weight)}"] if beyond else []
 
     def _expert_misfits(self, parameter: str, adapter: AdapterOnDisk) -> list[str]:
         try:
@@ -123,6 +150,13 @@ class Names:
 
     def _said(self, parameter: str) -> str:
         return f"{self._entry(parameter).shape} in the base ({self.origin(parameter)})"
+
+
+def refuse_unmergeable(name: str, adapter: AdapterOnDisk) -> None:
+    """ModelError for an adapter that no weights can take in."""
+    reason = adapter.config.unmergeable
+    if reason is not None:
+        raise ModelError(f"{name}: {adapter.config.title}: {reason}")
 
 
 def _loaded_from(

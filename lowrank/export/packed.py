@@ -25,7 +25,7 @@ from lowrank.export.merge import Merged
 from lowrank.export.names import Names
 from lowrank.export.readers import read_model
 from lowrank.export.side_files import write_side_files
-from lowrank.export.sizes import parse_size
+from lowrank.export.sizes import parse_size, said_size
 from lowrank.export.source import Source
 from lowrank.models.checkpoint_files import INDEX, SINGLE
 from lowrank.models.streaming import linears_to_pack
@@ -164,7 +164,7 @@ class PackedTarget:
         )  # fmt: skip
         described = self.form.describe(planned.shapes, planned.others, planned.dtype)
         write_side_files(source, folder, untied=planned.merged.untied, quantization=described)
-        said = [f"{written / 1e6:,.1f} MB of weights"]
+        said = [f"{said_size(written)} of weights"]
         if scaled is not None and scaled.asked:
             said.append(f"AWQ's scales on the inputs of {scaled.folded} of {scaled.asked} layers")
         return said

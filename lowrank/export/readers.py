@@ -33,11 +33,10 @@ class BankReader:
 
     def logprobs(self, token_L: np.ndarray) -> np.ndarray:
         """See `Reader`."""
-        batch = pack([(self.slot, Segment(token_L, np.zeros(len(token_L), np.float32)))]).to(self.base.device)
+        segment = self.bank.prompted(self.slot, Segment(token_L, np.zeros(len(token_L), np.float32)))
+        batch = pack([(self.slot, segment)]).to(self.base.device)
         with torch.no_grad():
-            rows = self.base.rows(batch)
-            self.bank.routing.set(rows.num_rows, rows.ranges)
-            hidden_LD = self.base.hidden(batch)
+            hidden_LD = self.bank.hidden(batch)[segment.virtual :]
             head = self.bank.head(self.slot)
             step = max(1, _LOGITS_AT_ONCE // head.weight_VD.shape[0])
             blocks = [head.logits(part).log_softmax(-1).float().cpu() for part in hidden_LD.split(step)]

@@ -112,4 +112,4 @@ class _Unpacked:
         step = max(1, BLOCK_BYTES // (self.shape[1] * self.dtype.itemsize))
         for first in range(0, self.shape[0], step):
             rows = self.rows(first, first + step).to(self.dtype)
-            yield memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+            yield rows.contiguous().reshape(-1).view(torch.uint8).numpy().data

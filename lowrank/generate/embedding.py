@@ -23,12 +23,11 @@ def embed(base: Base, bank: Bank, slot: int, token_L: np.ndarray, pooling: Pooli
     """
     if len(token_L) == 0:
         raise RequestError("the text has no tokens")
-    if base.reach is not None and len(token_L) > base.reach:
-        raise TooLong(f"the text has {len(token_L)} tokens and the model reads {base.reach}")
-    batch = pack([(slot, Segment(token_L, np.zeros(len(token_L), np.float32)))]).to(base.device)
-    rows = base.rows(batch)
-    bank.routing.set(rows.num_rows, rows.ranges)
-    hidden_TD = base.hidden(batch).float()
+    reach = bank.reach(slot)
+    if reach is not None and len(token_L) > reach:
+        raise TooLong(f"the text has {len(token_L)} tokens and the model reads {reach}")
+    segment = bank.prompted(slot, Segment(token_L, np.zeros(len(token_L), np.float32)))
+    hidden_TD = bank.hidden(pack([(slot, segment)]).to(base.device))[segment.virtual :].float()
     pooled_D = hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1]
     vector_D = torch.nn.functional.normalize(pooled_D, dim=0)
     if not bool(vector_D.isfinite().all()):

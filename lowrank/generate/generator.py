@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.virtual import runs_of_pieces
 from lowrank.generate import static
 from lowrank.generate.constraint import JsonConstraint
 from lowrank.generate.generation import Generation
@@ -68,17 +69,22 @@ class Generator:
 
     def submit(self, prompt: Prompt, config: Config, *, stop_tokens: frozenset[int] = frozenset()) -> Generation:
         """Start answering; RequestError if it can never be answered."""
-        most = self._most(len(prompt.token_L), config)
+        virtual = self.bank.num_virtual(prompt.slot)
+        most = self._most(len(prompt.token_L), prompt.slot, config)
         sequence = Sequence(
             prompt,
             config,
+            virtual=virtual,
             stop_tokens=stop_tokens,
             most=most,
             tokenizer=self.base.tokenizer,
             constraint=self._constraint(config, stop_tokens),
         )
         steady = self.base.steady_length
-        sequence.alone = steady is not None and len(prompt.token_L) + most > steady
+        sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
+        if virtual and (self.notice or sequence.alone):
+            reason = self.notice or f"texts of more than {steady} tokens are answered one by one"
+            raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
         self.post(lambda: self.schedule.waiting.append(sequence))
         return Generation(self, sequence)
 
@@ -223,7 +229,8 @@ class Generator:
         device = self.base.device
         added = self._rows_for(len(tokens)) - len(tokens)
         ranges = _ranges([(each.slot, length) for each, length in plan])
-        self.bank.routing.set(len(tokens) + added, ranges, answering=True)
+        runs = runs_of_pieces([(each.slot, each.virtual, each.cached, length) for each, length in plan])
+        self.bank.routing.set(len(tokens) + added, ranges, virtual=runs, answering=True)
         token_T = torch.tensor([*tokens, *[tokens[-1]] * added], device=device)
         hidden_TD = self.base.extend(token_T, Step(self._cache, spans, device, added=added))
         for sequence, length in plan:
@@ -277,15 +284,15 @@ class Generator:
 
     # -- what a request may ask for
 
-    def _most(self, length: int, config: Config) -> int:
+    def _most(self, length: int, slot: int, config: Config) -> int:
         """Tokens its answer may have; RequestError if its question alone is too long."""
-        reach = self.base.reach
+        reach = self.bank.reach(slot)
         if length == 0:
             raise RequestError("the prompt has no tokens")
         if reach is not None and length >= reach:
             raise TooLong(f"the conversation has {length} tokens and the model reads {reach}")
         most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
-        room = self.schedule.table.capacity * self.schedule.table.page_size
+        room = self.schedule.table.capacity * self.schedule.table.page_size - self.bank.num_virtual(slot)
         if self.notice is None and length + most > room:
             raise TooLong(
                 f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"

@@ -50,7 +50,8 @@ def answer_all(
 
     An adapter that gives NaN has answers with `error`, and disturbs nobody. Raises RequestError.
     """
-    longest = max((len(prompt.token_L) for prompt in prompts), default=0) + config.max_new_tokens
+    lengths = [bank.num_virtual(prompt.slot) + len(prompt.token_L) for prompt in prompts]
+    longest = max(lengths, default=0) + config.max_new_tokens
     room = min(rows_at_once, max(1, len(prompts))) * (longest + 256)
     generator = Generator(base, bank, GeneratorConfig(max_rows=rows_at_once, cache_tokens=max(room, 4096)))
     generations = []

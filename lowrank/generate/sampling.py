@@ -24,6 +24,7 @@ class Drawing(Protocol):
 
     tokens: list[int]
     num_prompt: int
+    virtual: int
     seed: int
     config: Config
     constraint: JsonConstraint | None
@@ -70,7 +71,7 @@ def _adjust(logits_V: torch.Tensor, row: Drawing) -> None:
     """Everything that comes before the temperature, in place."""
     config = row.config
     if config.repetition_penalty != 1.0:
-        seen = torch.tensor(row.tokens, device=logits_V.device)
+        seen = torch.tensor(row.tokens[row.virtual :], device=logits_V.device)
         value = logits_V[seen]
         logits_V[seen] = torch.where(value < 0, value * config.repetition_penalty, value / config.repetition_penalty)
     answered = row.tokens[row.num_prompt :]

@@ -25,10 +25,14 @@ class Sequence:
         most: int,
         tokenizer: Any,
         constraint: JsonConstraint | None,
+        virtual: int = 0,
     ) -> None:
-        """`most`: tokens of the answer at the most, which may be fewer than `config` says."""
-        self.tokens: list[int] = prompt.token_L.tolist()
+        """`most`: tokens of the answer at the most, which may be fewer than `config` says. `virtual`: tokens of its
+        slot that come before its own."""
+        self.virtual = virtual
+        self.tokens: list[int] = [*[0] * virtual, *prompt.token_L.tolist()]
         self.num_prompt = len(self.tokens)
+        """Virtual ones included."""
         self.slot = prompt.slot
         self.config = config
         self.stop_tokens = stop_tokens
@@ -96,7 +100,9 @@ class Sequence:
     def answer(self) -> Answer:
         """What there is so far."""
         return self._telling.answer(
-            prompt_tokens=self.num_prompt, stop_token=self.stop_token, reused_tokens=self.reused
+            prompt_tokens=self.num_prompt - self.virtual,
+            stop_token=self.stop_token,
+            reused_tokens=max(0, self.reused - self.virtual),
         )
 
     def _end(self, finish: str, piece: Piece) -> None:

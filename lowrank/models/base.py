@@ -22,6 +22,7 @@ from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.models import attention
 from lowrank.models.paged_attention import Step
+from lowrank.models.prefixed import Prefixed, StandIn
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.shared_prompts import SharedPrompts
 from lowrank.models.shifted_attention import ShiftedSparse
@@ -52,6 +53,8 @@ class Base:
         self.backbone = _find_backbone(model)
         """The model without its head."""
         self.revision = revision
+        self.stand_in: StandIn | None = None
+        """What puts keys and values of its own in the place of some rows' (prefix tuning), in the packed layout."""
         self.layout = "packed"
         self.shift_attn: int | None = None
         """In training, attention is shifted sparse, in groups of so many tokens; None: whole."""
@@ -141,7 +144,7 @@ class Base:
             return self._call(
                 batch.token_T[None],
                 position_ids=batch.position_T[None],
-                packed=self._boundaries(batch, training),
+                packed=self._with_prefixes(self._boundaries(batch, training)),
             )[0]
         longest = max(batch.lengths)
         segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
@@ -171,7 +174,10 @@ class Base:
 
     def extend(self, token_T: torch.Tensor, step: Step) -> torch.Tensor:
         """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`."""
-        return self._call(token_T[None], position_ids=step.position_T[None], packed=step)[0]
+        return self._call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
+
+    def _with_prefixes(self, stream: Any) -> Any:
+        return stream if self.stand_in is None else Prefixed(stream, self.stand_in)
 
     @property
     def reach(self) -> int | None:

@@ -79,7 +79,7 @@ class StoredTensor:
 
     def _read(self, offset: int, size: int) -> torch.Tensor:
         raw = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + offset)
             done = 0
@@ -152,7 +152,7 @@ def _find(path: str, revision: str | None) -> tuple[list[str], list[str]]:
         raise ModelError(_damaged(Path(index), "it does not say which file has which tensor")) from error
     found = {name: _cached(path, name, revision) for name in names}
     problems = [
-        f"{name} is missing: {sum(each == name for each in weight_map.values())} tensors lie in it, among them "
+        f"{name}: {sum(each == name for each in weight_map.values())} tensors lie in it, among them "
         f"{next(tensor for tensor, each in weight_map.items() if each == name)}"
         for name, file in found.items()
         if file is None

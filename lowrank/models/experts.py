@@ -94,6 +94,23 @@ class Joined(nn.Module):
         return torch.cat([part.dense_weight().clone() for part in self._each()])
 
 
+class AroundExperts(nn.Module):
+    """What takes the place of a module of experts and looks like it to the model."""
+
+    is_routed = True
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model asks its experts for, it gets from them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
 class PackedExperts(nn.Module):
     """The experts of one layer with every matrix packed by itself; nothing is dense but the one in use.
 

@@ -18,9 +18,11 @@ from lowrank.models.freezing import train_only
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
 from lowrank.models.prequantised import reader_for
+from lowrank.models.quantised_copies import find_copy
 from lowrank.models.quiet import quiet_transformers
 from lowrank.models.recompute import set_recompute
 from lowrank.models.rope import stretch
+from lowrank.models.storages.dense import Config as Dense
 from lowrank.models.streaming import Packing, kept_dense, load_packed
 
 DENSE = "dense"
@@ -93,7 +95,11 @@ def load(
             "set model.storage to dense, or train an adapter (tuning: adapter)"
         )
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config)
-    model, said = _load_model(config, dtype, device, train_all)
+    copy = None if config.storage.type == DENSE else _copy_of(config, dtype)
+    model, said = _load_model(copy or config, dtype, device, train_all)
+    if copy is not None:
+        model.config.name_or_path = locate(config.path)
+        said.insert(0, f"reading {copy.path}, which `lowrank quantize` made of {config.path}")
     for sentence in said:
         notify(sentence)
     model.to(device)
@@ -121,6 +127,12 @@ def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
             f"told ({why_padded or 'model.attention: padded'}); leave shift_attn out"
         )
     base.shift_attn = group
+
+
+def _copy_of(config: Config, dtype: torch.dtype) -> Config | None:
+    """The same model as `lowrank quantize` has written it, packed as `config` asks; None if it has not."""
+    copy = find_copy(locate(config.path), config.revision, config.storage, dtype)
+    return copy and config.model_copy(update={"path": str(copy), "revision": None, "storage": Dense()})
 
 
 def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_all: bool) -> tuple[Any, list[str]]:

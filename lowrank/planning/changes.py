@@ -71,7 +71,8 @@ def _length(planner: Planner, settings: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _rank(planner: Planner) -> Iterator[Any]:
-    ranks = [job.adapter.rank for job in planner.memory.jobs if job.adapter is not None]
+    adapters = [job.adapter for job in planner.memory.jobs if job.adapter is not None]
+    ranks = [adapter.rank for adapter in adapters if "rank" not in adapter.unused]
     for rank in _RANKS:
         if ranks and rank < max(ranks):
             yield f"adapter.rank: {rank}", _with_jobs(lambda job, rank=rank: _of_rank(job, rank))

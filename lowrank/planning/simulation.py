@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.adapters.virtual import runs_of
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.attention import BoundariesMissing
@@ -39,7 +40,7 @@ from lowrank.objectives import Objective
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.lean import make_lean_unseen
 from lowrank.planning.live_bytes import LiveBytes
-from lowrank.planning.stand_in import stand_in_for_packed_weights
+from lowrank.planning.stand_in import stand_in_for_experts, stand_in_for_packed_weights
 from lowrank.records import BARE_BASE, Batch, Segment, pack
 from lowrank.train.engine import Engine, Work
 from lowrank.train.optimizers import OptimizerConfig
@@ -103,7 +104,6 @@ class Simulation:
         self._device = choose_device(model)
         with self._mode, self._live:
             self.base = self._build(model, config, jobs, keep)
-            self._packed = stand_in_for_packed_weights(self.base.model, model.storage)
             self._base_bytes = self._live.now + self._packed
             self._engine = Engine(self.base, Bank(self.base), 1)
             self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
@@ -125,6 +125,8 @@ class Simulation:
             keep_layers(model, keep)
         train_what_is_trained(model, jobs)
         model.eval()
+        self._packed = stand_in_for_packed_weights(model, settings.storage)
+        stand_in_for_experts(model)
         base = Base(model, None, settings.path, settings.revision)
         base.settle("packed")
         if settings.attention == "padded" or not self._takes_boundaries(base):
@@ -173,9 +175,8 @@ class Simulation:
             for head, first, end in engine._heads(batch)
         ]
         draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in engine.jobs.items()}
-        engine.bank.routing.set(
-            rows.num_rows, rows.ranges, self._move(rows.counter_N), self._move(rows.length_N), draws
-        )
+        counter_N, length_N = self._move(rows.counter_N), self._move(rows.length_N)
+        engine.bank.routing.set(rows.num_rows, rows.ranges, counter_N, length_N, draws, runs_of(batch))
         before = live.now
         with _torch_keeps_quiet(), self._mode, live:
             self._leave_gradients(heaviest.others)

@@ -1,7 +1,8 @@
-"""Packed weights in a simulation: no weight at all, and a dense one for as long as a layer computes.
+"""What takes the place of layers that cannot run on fake tensors.
 
-A storage's quantiser does not run on fake tensors, and need not: what it keeps, its Config knows
-(`bytes_of`), and what computing with it takes is the dense weight, made anew for each use.
+Packed weights: no weight at all, and a dense one for as long as a layer computes. A storage's quantiser does not run
+on fake tensors, and need not: what it keeps, its Config knows (`bytes_of`), and what computing with it takes is the
+dense weight, made anew for each use. Experts in other dtypes than bfloat16: torch's fake grouped_mm knows no other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.models.expert_loading import experts_to_pack, parameters_to_pack, with_packed_experts
+from lowrank.models.experts import AroundExperts, Chosen, Expert, choose, mix
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import weight_of
 from lowrank.models.streaming import linears_to_pack
@@ -32,6 +34,30 @@ class _StandIn(nn.Module):
 
     def dense_weight(self) -> torch.Tensor:
         return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device=self._device)
+
+
+class _OneAfterTheOther(AroundExperts):
+    """Dense experts, multiplied one by one."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        def multiply(projection: str, x_PD: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+            return torch.cat(
+                [
+                    Expert(self.base, projection, expert)(x_PD[ranges[0][1] : ranges[-1][2]])
+                    for expert, ranges in chosen.rows
+                ]
+            )
+
+        return mix(self.base, hidden_states, top_k_weights, choose(top_k_index, (), self.num_experts), multiply)
+
+
+def stand_in_for_experts(model: Any) -> None:
+    """Let experts that are not packed run on fake tensors of any dtype."""
+    for name, module in experts_to_pack(model, None).items():
+        if next(module.parameters()).dtype != torch.bfloat16:
+            model.set_submodule(name, _OneAfterTheOther(module))
 
 
 def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> int:

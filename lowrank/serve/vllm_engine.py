@@ -60,11 +60,11 @@ class Vllm:
 def open_vllm(model: ModelConfig, *, at_once: int, most_loras: int, max_rank: int) -> Vllm:
     """Load `model` on the GPU. Raises ModelError where vLLM is not installed."""
     try:
-        from vllm import SamplingParams  # optional third-party package
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         message = f"--engine vllm needs {error.name}: pip install 'lowrank[serve,vllm]' (Linux and a GPU)"
         raise ModelError(message) from error

@@ -56,6 +56,8 @@ class TrainedJob:
     settings: OptimizerConfig
     refresh: Callable[[], None]
     """Brings what computes up to date with `parameters`, after each update."""
+    num_steps: int | None
+    """Optimiser steps it will take; None: not known, and adapters with a schedule of their own stay as they are."""
     seed: int
     neftune_alpha: float = 0.0
     value_D: torch.nn.Parameter | None = None
@@ -99,8 +101,16 @@ class Engine:
         """Hears what a person should know."""
         self.jobs: dict[int, TrainedJob] = {}
 
-    def add(self, slot: int, objective: Objective, settings: OptimizerConfig, seed: int, neftune_alpha: float) -> None:
-        """Train what is in `slot` (BARE_BASE: the base's own parameters)."""
+    def add(
+        self,
+        slot: int,
+        objective: Objective,
+        settings: OptimizerConfig,
+        seed: int,
+        neftune_alpha: float,
+        num_steps: int | None = None,
+    ) -> None:
+        """Train what is in `slot` (BARE_BASE: the base's own parameters). `num_steps`: see TrainedJob."""
         masters = None
         if slot == BARE_BASE:
             own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
@@ -123,7 +133,7 @@ class Engine:
             self.notify(note)
         scale = scale_for(self.base.dtype)
         self.jobs[slot] = TrainedJob(
-            objective, parameters, optimizer, settings, refresh, seed, neftune_alpha, value_D, scale
+            objective, parameters, optimizer, settings, refresh, num_steps, seed, neftune_alpha, value_D, scale
         )
 
     def remove(self, slot: int) -> None:
@@ -164,12 +174,22 @@ class Engine:
                 losses[slot].append(share.detach())
                 _add(metrics[slot], extra)
             torch.stack(shares).sum().backward()
+        for slot in work:
+            self._add_penalty(slot, metrics[slot])
         forwarded = {}
         for slot in work:
             loss = float(torch.stack(losses[slot]).sum())
             self.jobs[slot].loss_is_finite &= math.isfinite(loss)
             forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], _floats(metrics[slot]))
         return forwarded
+
+    def _add_penalty(self, slot: int, metrics: Metrics) -> None:
+        """The gradient of what an adapter itself wants small, which is no part of the loss that is reported."""
+        penalty = None if slot == BARE_BASE else self.bank.penalty(slot)
+        if penalty is not None:
+            scale = self.jobs[slot].scale
+            (penalty if scale is None else penalty * scale.value).backward()
+            metrics["penalty"] = penalty.detach()
 
     def optim_step(self, slot: int, learning_rate: float) -> Updated:
         """Update one job's parameters from its gradients, clipped to its own norm, and clear them.
@@ -192,6 +212,8 @@ class Engine:
                 torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
             set_learning_rate(job.optimizer, learning_rate)
             job.optimizer.step()
+            if slot != BARE_BASE and job.num_steps is not None:
+                self.bank.after_update(slot, job.step, job.num_steps)
             job.refresh()
         job.optimizer.zero_grad(set_to_none=True)
         return Updated(norm, not finite, job.scale.value if overflow and job.scale else None)
@@ -268,12 +290,13 @@ class Engine:
         (L) float32 each, 0 where the token carries no weight.
         """
         found: list[np.ndarray] = []
+        virtual = self.bank.num_virtual(slot)
         for batch in self.cut({slot: segments}):
             batch = batch.to(self.base.device)
             logprob_T = self._logprobs(batch, self._hidden(batch, train=False), batch.weight_T != 0).float().cpu()
             for piece_L, prefix in zip(logprob_T.split(batch.lengths), batch.prefixes):
                 known_L = piece_L.roll(1).numpy()  # the last prediction of a segment is of nothing, and 0
-                found.append(np.concatenate([np.zeros(prefix, np.float32), known_L]))
+                found.append(np.concatenate([np.zeros(prefix, np.float32), known_L])[virtual:])
         return found
 
     @torch.no_grad()
@@ -282,22 +305,24 @@ class Engine:
         head_D = self.jobs[slot].value_D if value_D is None else value_D.to(self.base.device)
         assert head_D is not None, f"the job in slot {slot} has no value head"
         found: list[np.ndarray] = []
+        virtual = self.bank.num_virtual(slot)
         for batch in self.cut({slot: segments}, share=False):
             batch = batch.to(self.base.device)
             value_T = token_values(self._hidden(batch, train=False), head_D).float().cpu()
-            found += [piece_L.numpy() for piece_L in value_T.split(batch.lengths)]
+            found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
         return found
 
     def cut(self, work: Work, share: bool = True) -> list[Batch]:
         """Micro-batches of at most `micro_batch_tokens` tokens; pairs stay together, order within a slot is kept.
 
-        Where the base can, answers to one prompt in one micro-batch `share` its computation.
+        Here segments get their slot's virtual tokens. Where the base can, answers to one prompt in one micro-batch
+        `share` its computation.
         """
         batches: list[list[tuple[int, Segment]]] = [[]]
         share = share and self.base.shares_prompts
         for slot in sorted(work):
             whole: Segment | None = None
-            for unit in _units(work[slot]):
+            for unit in _units([self.bank.prompted(slot, segment) for segment in work[slot]]):
                 entries = _entries(slot, unit, whole if share and batches[-1] else None, share)
                 if batches[-1] and not self._fits([*batches[-1], *entries]):
                     batches.append([])
@@ -347,12 +372,8 @@ class Engine:
 
     def _hidden(self, batch: Batch, train: bool) -> torch.Tensor:
         """The last hidden states, (T, D), each segment through its own slot."""
-        rows = self.base.rows(batch)
-        draws = (
-            {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self.jobs.items()} if train else None
-        )
-        self.bank.routing.set(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws)
-        return self.base.hidden(batch, training=train)
+        draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self.jobs.items()}
+        return self.bank.hidden(batch, draws if train else None)
 
     def _logprobs(self, batch: Batch, hidden_TD: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
         """log p of every target that is wanted, (T), 0 elsewhere; only those rows ever meet the vocabulary."""

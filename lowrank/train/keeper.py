@@ -97,7 +97,8 @@ class DiskKeeper:
         if job.slot == BARE_BASE:
             parameters = {name: parameter.detach() for name, parameter in _of_base(trained.parameters).items()}
             return JobState(job.name, state, optimizer, parameters=parameters, value_D=value_D)
-        return JobState(job.name, state, optimizer, adapter=self._adapter(job), value_D=value_D)
+        rest = self.engine.bank.state(job.slot)
+        return JobState(job.name, state, optimizer, self._adapter(job), value_D=value_D, adapter_state=rest)
 
     def _restore(self, job: Job, saved: JobState) -> None:
         trained = self.engine.jobs[job.slot]
@@ -107,6 +108,8 @@ class DiskKeeper:
         if job.slot == BARE_BASE:
             _copy_into(_of_base(trained.parameters), saved.parameters)
             trained.refresh()
+        elif saved.adapter_state:
+            self.engine.bank.load_state(job.slot, saved.adapter_state)
         else:
             self.engine.bank.load(job.slot, saved.tensors)
         if trained.value_D is not None:

@@ -101,12 +101,12 @@ class Rollouts:
         self._engine, self._slot, self._prompts, self._answering, self._seed = engine, slot, prompts, answering, seed
         self._reward_model = reward_model
         settings = self._objective.settings
-        reach = engine.base.reach
+        reach = engine.bank.reach(slot)
         if reach is not None and prompts.longest >= reach:
             raise DataError(
                 f"a prompt has {prompts.longest} tokens and the model reads {reach}; set data.max_length below {reach}"
             )
-        answering.reserve(prompts.longest + settings.max_completion_length)
+        answering.reserve(engine.bank.num_virtual(slot) + prompts.longest + settings.max_completion_length)
         self._config = Config(
             max_new_tokens=settings.max_completion_length,
             temperature=settings.temperature,

@@ -9,13 +9,16 @@ import peft
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.prompts import PromptSettings
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.models.base import Base
 from lowrank.settings import configs_in
 from tests.tiny_models import make_model
 
-VARIANTS: dict[str, Any] = configs_in("lowrank.adapters.variants")
+ALL: dict[str, Any] = configs_in("lowrank.adapters.variants")
+VARIANTS = {name: config for name, config in ALL.items() if not issubclass(config, PromptSettings)}
+"""Those that change layers."""
 TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
 SHIFTED = ("pissa", "olora")
 

@@ -18,10 +18,11 @@ from lowrank.adapters.routing import Draws, Routing
 from lowrank.kernels.counter_random import dropout
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import configs_in
+from tests.adapters.peft_twins import VARIANTS as OF_LAYERS
 from tests.adapters.variant_cases import LOSSY, TYPE, GainConfig, RoundedConfig
 from tests.tiny_models import make_base, make_engine, random_step
 
-VARIANTS: dict[str, Any] = {**configs_in("lowrank.adapters.variants"), TYPE: GainConfig}
+VARIANTS: dict[str, Any] = {**OF_LAYERS, TYPE: GainConfig}
 STORAGES: dict[str, Any] = {**configs_in("lowrank.models.storages"), LOSSY: RoundedConfig}
 BUILT_IN = [name for name in VARIANTS if name != TYPE]
 LIKE_LORA = [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None and VARIANTS[name].peft_type == "LORA"]

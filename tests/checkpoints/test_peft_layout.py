@@ -308,7 +308,7 @@ def test_every_unsupported_field_is_named_at_once(tmp_path: Path) -> None:
         tmp_path / "a",
         lora_bias=True,
         bias="all",
-        trainable_token_indices=[1, 2],
+        trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [3]},
         init_lora_weights="pissa",
         a_field_of_tomorrow=3,
         layer_replication=None,
@@ -334,7 +334,8 @@ def test_the_refused_starts_do_alter_the_base(start: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
+        ({"peft_type": "HRA"}, "peft_type is 'HRA'"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: .* holds no token_adapter"),
         ({"use_dora": True}, "lora_magnitude_vector: missing, though use_dora is set"),
         ({"peft_type": "LOHA", "lora_alpha": None}, "q_proj.lora_A.weight: no kind of tensor of a LOHA adapter"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),

@@ -22,10 +22,9 @@ from tests.serve.running import open_world
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
-from lowrank.export.gguf.model import read_folder
-
 from lowrank.export.gguf.adapter import write_adapter_file
 from lowrank.export.gguf.convert import convert, plan
+from lowrank.export.gguf.model import read_folder
 
 QUESTION = "Name a colour."
 

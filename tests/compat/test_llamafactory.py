@@ -286,6 +286,8 @@ def test_a_missing_dataset_info_says_where_it_was_looked_for(workplace: Path) ->
         ("lora_target: [q_proj, v_proj]\n", "adapter.target_modules", ["q_proj", "v_proj"]),
         ("use_rslora: true\n", "adapter.type", "rslora"),
         ("additional_target: embed_tokens,lm_head\n", "adapter.modules_to_save", ["embed_tokens", "lm_head"]),
+        ("add_special_tokens: <a>,<b>\nadd_tokens: c\n", "adapter.trainable_token_indices", ["c", "<a>", "<b>"]),
+        ("add_tokens: c\nadditional_target: embed_tokens,lm_head\n", "adapter.trainable_token_indices", []),
         ("adapter_name_or_path: ./old\n", "adapter.path", "./old"),
         ("pure_bf16: true\n", "model.dtype", "bfloat16"),
         ("fp16: true\n", "model.dtype", "float16"),

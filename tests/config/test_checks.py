@@ -27,6 +27,19 @@ HELD_OUT = {"train": "lowrank/demo", "validation_split": 0.1}
             "early_stopping_patience: eval_steps is",
         ),
         ({"data": {"train": "lowrank/demo", "streaming": True}}, "max_steps: needed with data.streaming"),
+        ({"adapter": "prompt_tuning", "neftune_noise_alpha": 5}, "neftune_noise_alpha: not with adapter.type prompt_"),
+        (
+            {"adapter": "prefix_tuning", "model": {"path": "lowrank/tiny", "attention": "padded"}},
+            "model.attention: adapter.type prefix_tuning needs packed documents",
+        ),
+        (
+            {"adapter": "prompt_tuning", "model": {"path": "lowrank/tiny", "shift_attn": 64}},
+            "model.shift_attn: not with adapter.type prompt_tuning",
+        ),
+        (
+            {"adapter": "adalora", "optimizer": "schedule_free", "schedule": "constant"},
+            "optimizer.type: schedule_free averages its steps, which brings back what adalora's allocator sets",
+        ),
         (
             {"data": {"train": "lowrank/demo", "streaming": True}, "max_steps": 3, "adapter": "eva"},
             "adapter.type: eva looks at the data before it starts",
@@ -70,6 +83,7 @@ def test_no_conflicts(settings: dict[str, Any]) -> None:
         ({"max_steps": 3, "schedule": {"warmup_steps": 3}}, "schedule.warmup_steps: a warmup of 3 outlasts"),
         ({"tuning": "full", "adapter": {"rank": 3, "alpha": 1}}, "adapter.rank, adapter.alpha has no effect"),
         ({"adapter": {"path": "runs/old", "rank": 3}}, "adapter.rank has no effect: the adapter in adapter.path"),
+        ({"adapter": {"type": "p_tuning", "dropout": 0.1}}, "adapter.dropout has no effect with type: p_tuning"),
         ({"save_steps": None, "save_total_limit": 3}, "save_total_limit has no effect without save_steps"),
     ],
 )

@@ -27,13 +27,13 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"adapter": "rslra"}, "adapter: there is no type 'rslra'; did you mean 'rslora'?"),
         (
             {"adapter": {"type": 3}},
-            "adapter: there is no type 3; known: dora, ia3, loftq, loha, lokr, lora, lora_fa, oft, olora, pissa, "
-            "rslora, vera",
+            "adapter: there is no type 3; known: adalora, dora, eva, ia3, loftq, loha, lokr, lora, lora_fa, miss, "
+            "oft, olora, p_tuning, pissa, prefix_tuning, prompt_tuning, rslora, vera",
         ),
         (
-            {"adapter": "adalora"},
-            "adapter: there is no type 'adalora' here: it moves ranks between layers by a schedule over all "
-            "steps; use lora with rank_pattern",
+            {"adapter": "bottleneck"},
+            "adapter: there is no type 'bottleneck' here: it inserts layers of its own into the model, which cannot be "
+            "merged; use lora",
         ),
         ({"adapter": 5}, "adapter: expected a group of settings (key: value), got 5"),
         ({"adapter": {"rank": 0}}, "adapter.rank: expected a number above 0, got 0"),

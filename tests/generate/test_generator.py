@@ -281,7 +281,7 @@ def test_a_failure_before_anybody_runs_ends_those_who_wait(
 ) -> None:
     """Otherwise every step to come fails the same way, and nobody ever hears of it."""
     generator = generator_of(llama[0])
-    monkeypatch.setattr(generator, "_admit", lambda sequence: 1 / 0)
+    monkeypatch.setattr(generator.schedule, "_admit", lambda sequence: 1 / 0)
     generator.start()
     try:
         waiting = [generator.submit(Prompt(text(seed, 5)), GREEDY) for seed in range(3)]

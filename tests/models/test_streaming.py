@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowrank.checkpoints.packed_model import save_packed
+from lowrank.checkpoints.packed_model import quantize_model, save_packed
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.config import Config
@@ -273,6 +273,41 @@ def test_every_reader_from_a_checkpoint(name: str, folder: Path) -> None:
     got = packed(base)[down].dense_weight()
     assert (got - dense.to(got.dtype)).norm() <= 1e-2 * dense.float().norm()
     assert f"{UP}.weight" in dict(base.model.named_parameters())
+
+
+# Copies that `lowrank quantize` made
+
+
+def test_a_run_reads_the_copy_while_it_is_one(folder: Path, tmp_path: Path) -> None:
+    plain, copy = load(config_of(folder)), tmp_path / "copy"
+    quantize_model(config_of(folder), copy)
+    said: list[str] = []
+
+    def loaded(**settings: Any) -> Base:
+        said.clear()
+        return load(config_of(folder, **settings), notify=said.append)
+
+    state = loaded().model.state_dict()
+    assert said == [f"reading {copy.resolve()}, which `lowrank quantize` made of {folder}"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.model.state_dict().items())
+    others: list[Any] = ["int8", {"type": "nf4", "block_size": 128}, "dense"]
+    for other in others:  # packed otherwise
+        assert loaded(storage=other) is not None
+        assert said == []
+    original, written = folder / "model.safetensors", copy / "model.safetensors"
+    whole, times = written.read_bytes(), (written.stat().st_atime_ns, written.stat().st_mtime_ns)
+    written.write_bytes(whole[:-50])  # the copy is damaged
+    assert loaded() is not None
+    assert said == []
+    written.write_bytes(whole)
+    os.utime(written, ns=times)
+    assert loaded() is not None
+    assert len(said) == 1
+    tensors = load_file(original)
+    tensors[f"{UP}.weight"][3, 5] += 1.0
+    save_file(tensors, original, metadata={"format": "pt"})
+    assert loaded() is not None
+    assert said == []  # the original is another
 
 
 # Memory

@@ -17,6 +17,7 @@ from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
 from lowrank.models.lean import make_lean
 from lowrank.models.recompute import set_recompute
+from lowrank.models.storages.dense import Config as Dense
 from lowrank.models.storages.nf4 import Config as Nf4
 from lowrank.models.streaming import pack_in_place
 from lowrank.objectives.sft import Config as Sft
@@ -101,6 +102,17 @@ def test_packed_experts(adapter: Any, tmp_path: Path) -> None:
     assert step.base + step.adapters == pytest.approx(static, rel=0.03)
     assert step.total - step.static == pytest.approx(peak, rel=0.1)
     assert step.base < 0.6 * StepMemory(dense, jobs).step(4096, "none").base
+
+
+@pytest.mark.parametrize("storage", [Dense(), Nf4()], ids=["dense", "nf4"])
+def test_a_mixture_in_float32(storage: Any, tmp_path: Path) -> None:
+    """torch's fake grouped_mm knows bfloat16 alone."""
+    settings = folder_of("mixtral", tmp_path).model_copy(update={"storage": storage})
+    jobs = planned(Lora(rank=4), Lora(rank=4, target_parameters=EXPERTS))
+    narrow = StepMemory(settings, jobs).step(4096, "none")
+    wide = StepMemory(settings.model_copy(update={"dtype": "float32"}), jobs).step(4096, "none")
+    assert 1.5 < wide.activations / narrow.activations < 2.5
+    assert wide.adapters < narrow.adapters  # no copies in another dtype
 
 
 @pytest.mark.slow

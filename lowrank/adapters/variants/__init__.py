@@ -56,6 +56,8 @@ class Variant:
     """Tensors of `init` that are not trained."""
     keeps_copies: bool = True
     """Whether A and B are kept in the compute dtype, or cast in every pass (where copies would cost memory)."""
+    files_hold_all: bool = True
+    """Whether `saved` is all that training needs to go on; if not, checkpoints keep the tensors and `state` besides."""
     reaches_heads: bool = False
     """Whether it may sit on the output head, embeddings and fused experts: a plain pair A, B that starts as LoRA's."""
 
@@ -76,8 +78,31 @@ class Variant:
         """Fresh float32 tensors; the layer must compute what the base computes."""
         raise NotImplementedError
 
+    def drawn(
+        self, shapes: Mapping[str, tuple[int, int]], rank: int, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Tensors]:
+        """By layer, what `merge` needs and the layer's own tensors in a file do not hold. `shapes`: (O, D) of every
+        layer; `rank`: the adapter's general one; `tensors`: all of the file's."""
+        del shapes, rank, tensors
+        return {}
+
     def refresh(self, base: BaseLinear, scale: float, tensors: Tensors) -> None:
         """Bring frozen tensors that follow from trained ones up to date: after each update and load."""
+
+    def penalty(self, layers: Mapping[str, Tensors]) -> torch.Tensor | None:
+        """What is added to the loss of each optimiser step, whatever its data; `layers`: all its tensors, by layer."""
+        del layers
+        return None
+
+    def after_update(self, layers: Mapping[str, Tensors], step: int, num_steps: int) -> None:
+        """Called after optimiser step `step` (1 is the first) of `num_steps`, with the gradients still there."""
+
+    def state(self) -> Tensors:
+        """What of `after_update` a run that goes on has to know; `load_state` takes it back."""
+        return {}
+
+    def load_state(self, tensors: Tensors) -> None:
+        """Take back what `state` gave."""
 
     def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(A_RD, B_OR)` if y += scale * (x A^T) B^T says it all: rides the routed linear. None: `apply` is called."""
@@ -121,21 +146,18 @@ class Variant:
         """What stands in the file: as PEFT has it, under the settings `Config.as_saved` gives."""
         return {key: tensor for key, tensor in tensors.items() if key not in self.frozen}
 
+    def target_in_files(self, scale: float, saved: Tensors) -> tuple[int, float] | None:
+        """Rank and alpha of a layer in files, where they follow from its tensors; None: from the settings."""
+        del scale, saved
+        return None
+
     def restored(self, saved: Tensors, tensors: Tensors) -> Tensors:
         """The inverse of `saved`, for a fresh adapter's `tensors`; those left out stay as they are."""
         del tensors
         return saved
 
 
-_VIRTUAL = (
-    "it puts virtual tokens before every document, for which the packed stream has no place; ia3 and vera have "
-    "files as small"
-)
 ABSENT = {
-    "adalora": "it moves ranks between layers by a schedule over all steps; use lora with rank_pattern",
-    "prompt_tuning": _VIRTUAL,
-    "prefix_tuning": _VIRTUAL,
-    "p_tuning": _VIRTUAL,
     "bottleneck": "it inserts layers of its own into the model, which cannot be merged; use lora",
 }
 """Methods that people know from PEFT and elsewhere, and what to use."""

@@ -79,10 +79,11 @@ class Dora(Lora):
         return y_TO + excess_O * plain_TO + (1 + excess_O) * scale * ((x_TD @ A_RD.t()) @ B_OR.t())
 
     def merge(self, weight_OD: torch.Tensor, scale: float, tensors: Tensors) -> torch.Tensor:
-        """g (W + s B A)."""
+        """g (W + s B A). The norm is taken of the merged weight, since files of adapters do not hold it."""
         wide = torch.promote_types(weight_OD.dtype, tensors["lora_A"].dtype)
         merged_OD = super().merge(weight_OD.to(wide), scale, tensors)
-        return ((1 + self.excess_gain(tensors).to(wide))[:, None] * merged_OD).to(weight_OD.dtype)
+        gain_O1 = tensors["lora_magnitude_vector"].to(wide)[:, None] / merged_OD.norm(dim=1, keepdim=True)
+        return (gain_O1 * merged_OD).to(weight_OD.dtype)
 
 
 def _wide_rows(base: BaseLinear, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -68,18 +68,28 @@ class Vera(Variant):
 
     def begin(self, site: Site, rank: int) -> None:
         """Draw A and B, as large as the largest layer."""
-        drawn = _projections(site.layers.values(), rank, self.key)
+        drawn = _projections([_shape(layer) for layer in site.layers.values()], rank, self.key)
         self.shared = {key: tensor.to(site.device, site.dtype) for key, tensor in drawn.items()}
 
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
         """Identity at the start, since the outer vector is zero."""
         del scale, generator
-        shared = self.shared or _projections([base], rank, self.key)
+        shared = self.shared or _projections([_shape(base)], rank, self.key)
         return {
             "vera_lambda_b": torch.zeros(base.out_features),
             "vera_lambda_d": torch.full((rank,), self.d_initial),
             "vera_A": shared["vera_A"][:, : base.in_features],
             "vera_B": shared["vera_B"][: base.out_features],
+        }
+
+    def drawn(
+        self, shapes: Mapping[str, tuple[int, int]], rank: int, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Tensors]:
+        """Views of the matrices that all layers share: the file's, if it has them, as PEFT's have by default."""
+        shared = tensors if "vera_A" in tensors else _projections(shapes.values(), rank, self.key)
+        return {
+            name: {"vera_A": shared["vera_A"][:, :columns], "vera_B": shared["vera_B"][:rows]}
+            for name, (rows, columns) in shapes.items()
         }
 
     def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,11 +98,14 @@ class Vera(Variant):
         return tensors["vera_lambda_d"][:, None] * A_RD, tensors["vera_lambda_b"][:, None] * B_OR
 
 
-def _projections(layers: Collection[BaseLinear], rank: int, key: int) -> dict[str, torch.Tensor]:
+def _shape(layer: BaseLinear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+def _projections(shapes: Collection[tuple[int, int]], rank: int, key: int) -> dict[str, torch.Tensor]:
     """Uniform with Kaiming's bound, A first, on the CPU in float32: PEFT's random numbers."""
     generator = torch.Generator().manual_seed(key)
-    widest = max(layer.in_features for layer in layers)
-    tallest = max(layer.out_features for layer in layers)
+    tallest, widest = (max(sizes) for sizes in zip(*shapes))
     drawn = {}
     for name, shape in (("vera_A", (rank, widest)), ("vera_B", (tallest, rank))):
         bound = math.sqrt(3.0) * math.sqrt(2.0) / math.sqrt(shape[1])

@@ -133,6 +133,8 @@ class TunedModel(peft.PeftModel):
         """A new adapter; the first is at work at once. ModelError for what the model has no place for."""
         if name in self.slots:
             raise ConfigError(f"there is an adapter {name!r} already")
+        if config.unmergeable is not None:  # the model runs as transformers runs it, without rows of ours
+            raise ConfigError(f"{name}: {config.title} adapters are trained and served by lowrank itself, not here")
         slot = self.bank.add(config, seed=seed)
         if tensors is not None:
             self.bank.load(slot, tensors)

@@ -59,7 +59,7 @@ class _Own:
     def __init__(self, source: Source, model: Model) -> None:
         self.source = source
         self.plan = plan(model)
-        self.shapes = model.shapes
+        self.shapes: Mapping[str, tuple[int, ...]] = model.shapes
         self.notes = tuple(self.plan.notes)
 
     def write(self, path: Path, kind: str, progress: Callable[[int, int], None]) -> None:
@@ -71,10 +71,11 @@ class _Own:
 
 class _Theirs:
     def __init__(self, source: Source, model: Model, side: Path, dtype: torch.dtype | None, upstream: Upstream) -> None:
+        self.name = source.name
         self.merged = Merged(source)
         self.layout = lay_out(self.merged, dtype, _SHARD)
         self.side, self.dtype, self.upstream = side, dtype, upstream
-        self.shapes = model.shapes
+        self.shapes: Mapping[str, tuple[int, ...]] = model.shapes
         self.between_bytes = self.layout.total_bytes
         architecture = (model.config.get("architectures") or [model.model_type])[0]
         self.installs = upstream.installs(architecture)
@@ -89,7 +90,7 @@ class _Theirs:
                 self.merged, self.layout, self.dtype, self.side, lambda done, total, what="": progress(done, 2 * total)
             )
         progress(1, 2)
-        self.upstream.convert(self.side, path, kind)
+        self.upstream.convert(self.side, path, kind, self.name)
         progress(2, 2)
 
     def importance(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

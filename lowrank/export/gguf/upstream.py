@@ -73,9 +73,11 @@ class Upstream:
                 "checkpoint (--to merged)"
             )
 
-    def convert(self, model: Path, path: Path, kind: str) -> None:
-        """Write the checkpoint in `model` to `path`. Raises ModelError with the end of what the converter said."""
-        run(self.folder, [str(model), "--outfile", str(path), "--outtype", kind], f"{self.name} on {model.name}")
+    def convert(self, model: Path, path: Path, kind: str, name: str) -> None:
+        """Write the checkpoint in `model` to `path`; it will be called `name`. Raises ModelError with the end of what
+        the converter said."""
+        words = [str(model), "--outfile", str(path), "--outtype", kind, "--model-name", name]
+        run(self.folder, words, f"{self.name} on {name}")
 
 
 def fetch(folder: Path) -> None:

@@ -16,7 +16,7 @@ from lowrank.export.gguf.adapter import adapter_trouble, write_adapter_file
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.llama_cpp import unreachable
 from lowrank.export.gguf.model import read_folder, read_merged
-from lowrank.export.names import Names
+from lowrank.export.names import Names, refuse_unmergeable
 from lowrank.export.source import Source
 from lowrank.export.targets.gguf import Config as GgufConfig
 from lowrank.export.targets.gguf import LlamaReader, tolerance
@@ -47,6 +47,7 @@ class LoraGgufTarget:
     def needs(self, source: Source) -> Needs:
         """The size of the adapter, and of the base's file while the result is checked."""
         adapter = _adapter(source)
+        refuse_unmergeable(source.name, adapter)
         raise_all(ModelError, f"{source.name}: this adapter does not fit its base", _names(source).refusals(adapter))
         problems = run_time_trouble(source)
         if problems:

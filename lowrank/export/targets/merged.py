@@ -14,7 +14,7 @@ from lowrank.export.merge import Merged
 from lowrank.export.readers import read_model
 from lowrank.export.shards import Layout, lay_out, write_shards
 from lowrank.export.side_files import write_side_files
-from lowrank.export.sizes import parse_size
+from lowrank.export.sizes import parse_size, said_size
 from lowrank.export.source import Source
 from lowrank.models.checkpoint_files import BLOCK_BYTES
 from lowrank.settings import Settings
@@ -77,7 +77,7 @@ class MergedTarget:
         write_shards(merged, layout, self.dtype, folder, progress)
         write_side_files(source, folder, dtype=self.dtype, untied=merged.untied)
         files = f"{len(layout.files)} files" if len(layout.files) > 1 else "one file"
-        return (f"{layout.total_bytes / 1e9:.2f} GB of weights in {files}",)
+        return (f"{said_size(layout.total_bytes)} of weights in {files}",)
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as transformers loads it."""

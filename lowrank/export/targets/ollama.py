@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -28,11 +28,19 @@ _MOST_CONTEXT = 8192
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
+def _one_type(value: Any) -> Any:
+    types = as_types(value)
+    if isinstance(types, (list, tuple)) and len(types) != 1:
+        raise ValueError(f"an Ollama model has one type, got {', '.join(map(str, types))}; --type is for all targets, "
+                         "gguf.types=... for one")  # fmt: skip
+    return types
+
+
 class Config(Settings):
     """An Ollama model: a GGUF file and a Modelfile."""
 
     type: Literal["ollama"] = "ollama"
-    types: Annotated[tuple[str], BeforeValidator(as_types)] = ("q8_0",)
+    types: Annotated[tuple[str], BeforeValidator(_one_type)] = ("q8_0",)
     """What the weights of the GGUF file are stored in: one type, as with `gguf`."""
     as_adapter: bool = False
     """Keep the adapter apart: FROM the base, ADAPTER the adapter. Several adapters can then share one base."""

@@ -57,7 +57,8 @@ class PeftTarget:
     def needs(self, source: Source) -> Needs:
         """The size of the adapter."""
         adapter = _adapter(source)
-        raise_all(ModelError, f"{source.name}: this adapter does not fit its base", _names(source).refusals(adapter))
+        problems = _names(source).refusals(adapter) if adapter.config.unmergeable is None else []
+        raise_all(ModelError, f"{source.name}: this adapter does not fit its base", problems)
         size = sum(tensor.numel() for tensor in adapter.tensors.values()) * self.dtype.itemsize
         return Needs(size + (64 << 20), 2 * size)
 
@@ -70,7 +71,7 @@ class PeftTarget:
         trouble = peft_trouble(base, adapter.targets)
         write_tokenizer(source, folder)
         progress(1, 1)
-        return tuple(filter(None, [f"{size:,} parameters on {len(adapter.targets)} modules", trouble]))
+        return tuple(filter(None, [f"{size:,} parameters of a {adapter.config.title} adapter", trouble]))
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The adapter as a user loads it again, on the base."""

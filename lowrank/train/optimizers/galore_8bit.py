@@ -53,6 +53,10 @@ class GaLore8bit(torch.optim.Optimizer):
             "AdamW8bit", inner, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
         )
 
+    def _inner_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What bitsandbytes updates for it: itself, or the stand-in of its projection."""
+        return self._stand_in.get(parameter, parameter)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
         del closure
@@ -67,7 +71,7 @@ class GaLore8bit(torch.optim.Optimizer):
         self._inner.step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                state = self.state[parameter] = self._inner.state[self._stand_in.get(parameter, parameter)]
+                state = self.state[parameter] = self._inner.state[self._inner_of(parameter)]
                 if parameter in projections:
                     state["projection"] = projections[parameter]
                     step = project_back(self._stand_in[parameter], projections[parameter], parameter)
@@ -90,4 +94,4 @@ class GaLore8bit(torch.optim.Optimizer):
             state = {
                 key: value.to(parameter.device) if torch.is_tensor(value) else value for key, value in kept.items()
             }
-            self.state[parameter] = self._inner.state[self._stand_in.get(parameter, parameter)] = state
+            self.state[parameter] = self._inner.state[self._inner_of(parameter)] = state

@@ -88,7 +88,7 @@ def test_ours_writes_the_same_bytes(family: str, upstream: Upstream, tmp_path: P
     save(family, tmp_path / "model", torch.bfloat16)
     tokenizer_of("mistral", metaspace=True).save_pretrained(tmp_path / "model")
     convert(tmp_path / "model", tmp_path / "ours.gguf", "q8_0")
-    upstream.convert(tmp_path / "model", tmp_path / "theirs.gguf", "q8_0")
+    upstream.convert(tmp_path / "model", tmp_path / "theirs.gguf", "q8_0", "it")
     ours, theirs = (
         {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"{whose}.gguf").tensors}
         for whose in ("ours", "theirs")
