@@ -33,7 +33,7 @@ TARGETS = "peft,merged,merged_4bit,compressed_tensors,gptq,awq,gguf,lora_gguf,ol
 OPTIONS = ["gguf.types=f16,q8_0,q6_k,q4_k_m,q4_0,q3_k_m,q2_k"]
 _NEW_TOKENS = 96
 _DEMO = Path(demo.__file__).parent / "demo.yaml"
-_ONE_JOB = "jobs=[{name: r16, adapter: {rank: 16}}]"
+ONE_JOB = "jobs=[{name: r16, adapter: {rank: 16}}]"
 
 
 def questions(found: Found, count: int) -> list[tuple[Any, str]]:
@@ -67,7 +67,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         run = Path(name, "run")
-        train(load(_DEMO, [f"output_dir={run}", f"max_steps={arguments.steps}", _ONE_JOB]))
+        train(load(_DEMO, [f"output_dir={run}", f"max_steps={arguments.steps}", ONE_JOB]))
         found = open_source(str(run))
         asked = questions(found, arguments.prompts)
         with read_adapter(found.source, found.source.adapter) as reader:
