@@ -184,6 +184,8 @@ def measure(options: argparse.Namespace) -> None:
     round_ = -1
     while (round_ := round_ + 1) <= options.rounds or _minutes(started_all) < (options.minutes or 0):
         for name in found:
+            if round_ > options.rounds and _minutes(started_all) > options.minutes:
+                break
             busy, started = sum(process.cpu_times()[:2]), time.perf_counter()
             names = loads[name][round_ % len(loads[name]) :] + loads[name][: round_ % len(loads[name])]
             tokens, first = asyncio.run(load(url, options, names))

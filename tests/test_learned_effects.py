@@ -104,7 +104,8 @@ VARIANTS = sorted(set(configs_in("lowrank.adapters.variants")) - {"loftq"})  # t
 def test_every_variant_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As jobs of one run: each learns what its held-out rows ask for."""
     monkeypatch.chdir(ROOT)
-    quick = {"vera": 3e-2, "ia3": 3e-2, "oft": 1e-2, "lora_fa": 1e-2}
+    quick = {"vera": 3e-2, "ia3": 3e-2, "oft": 1e-2, "lora_fa": 1e-2, "adalora": 1e-2}
+    quick |= {"prompt_tuning": 3e-2, "prefix_tuning": 3e-2}
     jobs: list[dict[str, Any]] = [UNTOUCHED]
     for name in VARIANTS:
         adapter = {"type": name, **({"block_size": 16} if name == "oft" else {"rank": 16})}

@@ -14,6 +14,8 @@ from lowrank.serve.engine import Engine
 from lowrank.serve.limits import Limits
 
 _CONNECTIONS_PER_ANSWER = 2
+_IDLE_SECONDS = 30
+"""A connection without a request stays this long. With uvicorn's 5 a busy client's next request met a closed one."""
 
 
 def check_host(host: str, token: str | None) -> None:
@@ -69,6 +71,7 @@ def make_server(engine: Engine, *, token: str, hosts: Collection[str], limits: L
         proxy_headers=False,
         ws="none",
         limit_concurrency=_CONNECTIONS_PER_ANSWER * (limits.answers_at_once + limits.waiting) + 64,
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=limits.shutdown_seconds,
     )
     return uvicorn.Server(config)

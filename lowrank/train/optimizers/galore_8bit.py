@@ -55,7 +55,7 @@ class GaLore8bit(torch.optim.Optimizer):
 
     def _inner_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """What bitsandbytes updates for it: itself, or the stand-in of its projection."""
-        return self._stand_in[parameter] if parameter in self._stand_in else parameter
+        return self._stand_in.get(parameter, parameter)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
