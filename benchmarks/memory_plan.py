@@ -132,6 +132,16 @@ def in_a_child(work: Callable[..., None], *arguments: Any) -> None:
         raise SystemExit(f"{work.__name__} of {arguments} ended with {child.exitcode}")
 
 
+def predict_again(point: dict[str, Any]) -> dict[str, Any]:
+    """The same counts of tensors with the planner's constants as they are now."""
+    from lowrank.planning.memory import StepBytes
+    from lowrank.planning.plan import beside_tensors
+
+    plan, step = point["plan"], StepBytes(**point["plan"]["step"])
+    needed = step.total + beside_tensors(plan["resident"], step, plan["forward_passes"])
+    return {**point, "predicted": max(needed, plan["loading"])}
+
+
 def table(points: list[dict[str, Any]]) -> str:
     """Markdown: a row a point, and the errors together."""
     lines = [
@@ -164,12 +174,15 @@ def main() -> None:
     parser.add_argument("--recompute", nargs="+", default=["none", "full"])
     parser.add_argument("--out", type=Path, help="Also write the table here, as Markdown.")
     parser.add_argument("--json", type=Path, help="Keep every point here, with the parts of its plan; go on from it.")
+    parser.add_argument("--again", action="store_true", help="Run nothing: the table of --json by today's constants.")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="Begin no point after so long.")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch is imported
     grid = itertools.product(options.architectures, options.storages, options.recompute, options.jobs, options.tokens)
     points = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     known = {tuple(point[key] for key in KEYS) for point in points}
+    if options.again:
+        points, grid = [predict_again(point) for point in points], iter(())
     began = time.perf_counter()
     importlib.import_module("lowrank.run")  # with torch and transformers
     with tempfile.TemporaryDirectory() as name:

@@ -22,10 +22,13 @@ from lowrank.planning.memory import StepBytes, StepMemory
 _LIBRARIES = 50 << 20
 """What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
 kernels, matplotlib. Measured (docs/log.md)."""
-_IDLE = 2.5
+_IDLE = 3.0
 _IDLE_MOST = 512 << 20
 """A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into. Fitted to
 measured peaks (docs/log.md), not derived; the bound is for steps far larger than those."""
+_SEVERAL = 2
+"""Where a step is cut into passes, gradients of the earlier ones lie between the pieces, and twice as much is idle.
+Fitted on three points (docs/log.md)."""
 MARGIN = 0.95
 """A run is said to fit if it needs at most this share of what is free."""
 
@@ -78,11 +81,11 @@ class Planner:
         self._file_bytes = weight_file_bytes(model)
         self._resident = psutil.Process().memory_info().rss
 
-    def total(self, step: StepBytes) -> int:
+    def total(self, step: StepBytes, passes: int = 1) -> int:
         """What a step needs, with the process around it where that is in the same memory."""
         if self.device.type == "cuda":
             return step.total
-        return step.total + int(self._resident + _LIBRARIES + min(_IDLE_MOST, _IDLE * (step.loss + step.workspace)))
+        return step.total + beside_tensors(self._resident, step, passes)
 
     def of(self, model: ModelConfig, memory: StepMemory) -> Planner:
         """The same for another base or other jobs."""
@@ -93,7 +96,7 @@ class Planner:
         step = self.memory.step(micro_batch_tokens, recompute)
         passes = self.memory.heaviest_batch(micro_batch_tokens).passes
         on_host = self.device.type != "cuda"
-        process = self.total(step) - step.total
+        process = self.total(step, passes) - step.total
         loading = self._resident + _LIBRARIES // 2 + step.base + self._file_bytes if on_host else step.base
         available = self.machine.host if self.machine.device is None else self.machine.device
         return Plan(
@@ -108,6 +111,13 @@ class Planner:
             recompute,
             passes,
         )
+
+
+def beside_tensors(resident: int, step: StepBytes, passes: int) -> int:
+    """What the process has in host memory beside tensors at the peak of a step: what it held before (`resident`),
+    libraries still to come, idle heap."""
+    idle = min(_IDLE_MOST, _IDLE * (step.loss + step.workspace)) * (_SEVERAL if passes > 1 else 1)
+    return int(resident + _LIBRARIES + idle)
 
 
 def weight_file_bytes(model: ModelConfig) -> int:
