@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import lowrank.models.loading as loading
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import write_text
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
-from lowrank.checkpoints.run_folder import open_run_folder
-from lowrank.checkpoints.run_state import load_checkpoint
+from lowrank.checkpoints.run_folder import RunFolder, open_run_folder
+from lowrank.checkpoints.run_state import Checkpoint, load_checkpoint
 from lowrank.checkpoints.settings_changes import refuse_changed_settings
 from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.data.prepare import Prepared
 from lowrank.evaluate.metrics import check_installed
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
@@ -42,40 +44,16 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
     keep_freed_memory()
     with ExitStack() as stack:
         report = _to_all(stack, [*recorders_for(config.output_dir, config.report_to), *reporters])
-        folder = stack.enter_context(
-            open_run_folder(
-                config.output_dir,
-                jobs=[job.name for job in config.jobs],
-                resume=config.resume,
-                overwrite=config.overwrite,
-            )
-        )
+        folder = stack.enter_context(_folder_of(config))
         checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
-        config = with_date(config, checkpoint.state["settings"] if checkpoint else None)
-        settings = config.model_dump(mode="json")
-        if checkpoint:
-            refuse_changed_settings(checkpoint.state["settings"], settings)
+        config = _as_begun(config, checkpoint)
         for note in folder.notes:
             report(Notice(note))
 
-        check_installed(sorted({job.eval_metric for job in config.jobs} - {"loss"}))
-        report(Notice("reading the data"))
-        tokenizer = loading.load_tokenizer(config.model)
-        check_tokens(config.jobs, tokenizer)
-        data = prepare_all(config.jobs, tokenizer, report, strict)
-        tell_about_data(report, config.jobs, data)
-        check_steps(config.jobs, data)
+        tokenizer, data = _read(config, report, strict)
         config, plan = with_plan(config, data, checkpoint.state["settings"] if checkpoint else None, report)
-        settings = config.model_dump(mode="json")
-        report(Notice(f"loading {config.model.path}"))
-        first = config.jobs[0]
-        base = loading.load(
-            config.model,
-            tokenizer=tokenizer,
-            train_all=first.trains_base,
-            freeze=first.freeze if first.tuning == "freeze" else None,
-            notify=lambda text: report(Notice(text)),
-        )
+
+        base = _load(config, tokenizer, report)
         engine = Engine(base, Bank(base), tokens_of(config))
         engine.notify = lambda text: report(Notice(text, level="warning"))
         jobs = [start_job(engine, job, own, config, report) for job, own in zip(config.jobs, data)]
@@ -85,26 +63,17 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
         # and takes nothing away.
         folder.clear()
-        write_text(folder.path / RUN_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        found = {job.name: own.report.to_json() for job, own in zip(config.jobs, data)}
-        write_text(folder.path / DATA_REPORT, json.dumps(found, ensure_ascii=False) + "\n")
+        _write_beginning(folder.path, config, data)
         summary = SummaryBuilder(
             folder.path, checkpoint.state["summary"] if checkpoint else None, plan.as_dict() if plan else None
         )
         report.listeners.append(summary)
-        keeper = DiskKeeper(
-            engine,
-            folder.path,
-            config.save_total_limit,
-            lambda: {
-                "settings": {**settings, "micro_batch_tokens": engine.micro_batch_tokens},
-                "summary": summary.state(),
-            },
-        )
+        keeper = DiskKeeper(engine, folder.path, config.save_total_limit, lambda: _state(config, engine, summary))
         tick = keeper.restore(checkpoint, jobs) if checkpoint else 0
         for trouble in keeper.troubles(jobs):
             report(Notice(trouble, level="warning"))
-        report(_run_started(base, engine, config, jobs, settings))
+        report(_run_started(base, engine, config, jobs))
+
         save_every = steps_of(config.save_steps, max(job.num_steps for job in jobs))
         with in_plain_words("training"):
             done = Loop(engine, jobs, keeper, report, save_every=save_every, tick=tick).run()
@@ -114,9 +83,59 @@ def train(config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool
         return result
 
 
-def _run_started(
-    base: Base, engine: Engine, config: RunConfig, jobs: Sequence[Job], settings: dict[str, Any]
-) -> RunStarted:
+def _folder_of(config: RunConfig) -> RunFolder:
+    names = [job.name for job in config.jobs]
+    return open_run_folder(config.output_dir, jobs=names, resume=config.resume, overwrite=config.overwrite)
+
+
+def _as_begun(config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
+    """With the day on which the run began. OutputError where a run goes on with other settings than it began with."""
+    if checkpoint is None:
+        return with_date(config, None)
+    config = with_date(config, checkpoint.state["settings"])
+    refuse_changed_settings(checkpoint.state["settings"], config.model_dump(mode="json"))
+    return config
+
+
+def _read(config: RunConfig, report: _Report, strict: bool) -> tuple[Any, list[Prepared]]:
+    """The tokenizer, and every job's data, with what there is to say about them."""
+    check_installed(sorted({job.eval_metric for job in config.jobs} - {"loss"}))
+    report(Notice("reading the data"))
+    tokenizer = loading.load_tokenizer(config.model)
+    check_tokens(config.jobs, tokenizer)
+    data = prepare_all(config.jobs, tokenizer, report, strict)
+    tell_about_data(report, config.jobs, data)
+    check_steps(config.jobs, data)
+    return tokenizer, data
+
+
+def _load(config: RunConfig, tokenizer: Any, report: _Report) -> Base:
+    report(Notice(f"loading {config.model.path}"))
+    first = config.jobs[0]
+    return loading.load(
+        config.model,
+        tokenizer=tokenizer,
+        train_all=first.trains_base,
+        freeze=first.freeze if first.tuning == "freeze" else None,
+        notify=lambda text: report(Notice(text)),
+    )
+
+
+def _write_beginning(folder: Path, config: RunConfig, data: Sequence[Prepared]) -> None:
+    """What the run was asked, and what the doctor found."""
+    settings = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    write_text(folder / RUN_CONFIG, settings + "\n")
+    found = {job.name: own.report.to_json() for job, own in zip(config.jobs, data)}
+    write_text(folder / DATA_REPORT, json.dumps(found, ensure_ascii=False) + "\n")
+
+
+def _state(config: RunConfig, engine: Engine, summary: SummaryBuilder) -> dict[str, Any]:
+    """What a checkpoint holds of the run as a whole."""
+    settings = {**config.model_dump(mode="json"), "micro_batch_tokens": engine.micro_batch_tokens}
+    return {"settings": settings, "summary": summary.state()}
+
+
+def _run_started(base: Base, engine: Engine, config: RunConfig, jobs: Sequence[Job]) -> RunStarted:
     started = [
         JobStarted(
             name=job.name,
@@ -130,6 +149,7 @@ def _run_started(
         for job, own in zip(jobs, config.jobs)
     ]
     dtype = str(base.dtype).removeprefix("torch.")
+    settings = config.model_dump(mode="json")
     return RunStarted(config.output_dir, tuple(started), settings, str(base.device), dtype)
 
 

@@ -62,18 +62,22 @@ class SharedPrompts:
     """
 
     def __init__(self, lengths: Sequence[int], prefixes: Sequence[int], device: torch.device) -> None:
-        rows, own, self._borrowed = [], [], []
+        self._pieces: list[tuple[int, int]] = []
+        """(first row of the stream, rows) of what documents are made of, in order."""
+        self._own: list[tuple[int, int]] = []
+        """(first row of the documents, rows) of each segment's own."""
+        self._borrowed: list[tuple[int, int, int]] = []
+        """(first row of the stream, first row of the documents, rows) of what is there once more."""
         start = whole = place = 0
         for length, prefix in zip(lengths, prefixes):
             whole = whole if prefix else start
-            rows += [torch.arange(whole, whole + prefix), torch.arange(start, start + length)]
-            own.append(torch.arange(place + prefix, place + prefix + length))
             if prefix:
+                self._pieces.append((whole, prefix))
                 self._borrowed.append((whole, place, prefix))
+            self._pieces.append((start, length))
+            self._own.append((place + prefix, length))
             start, place = start + length, place + prefix + length
         documents = tuple(length + prefix for length, prefix in zip(lengths, prefixes))
-        self._rows_P = torch.cat(rows).to(device)
-        self._own_T = torch.cat(own).to(device)
         self._packed = Packed(torch.tensor([0, *documents], device=device).cumsum(0).int(), documents)
 
     def attend(
@@ -82,18 +86,31 @@ class SharedPrompts:
         """(1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
         del module
         whole = [_Gathered.apply(each, self) for each in (query, key, value)]
-        return attend_documents(whole[0], whole[1], whole[2], how, self._packed).index_select(1, self._own_T)
+        return _Own.apply(attend_documents(whole[0], whole[1], whole[2], how, self._packed), self)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(1, H, T, d) -> (1, H, P, d): the P rows of all documents, shared ones in each."""
-        return x.index_select(2, self._rows_P)
+        return torch.cat([x.narrow(2, *piece) for piece in self._pieces], dim=2)
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """The transpose of `gather`. In a fixed order, so that a step gives the same bits every time."""
-        total = x.index_select(2, self._own_T)
+        total = torch.cat([x.narrow(2, *piece) for piece in self._own], dim=2)
         for whole, place, length in self._borrowed:
-            total[:, :, whole : whole + length] += x[:, :, place : place + length]
+            total.narrow(2, whole, length).add_(x.narrow(2, place, length))
         return total
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, P, H, d) -> (1, T, H, d): without what is there once more."""
+        return torch.cat([x.narrow(1, *piece) for piece in self._own], dim=1)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """The transpose of `own`."""
+        start, last = 0, self._own[-1]
+        whole = x.new_zeros(x.shape[0], sum(last), *x.shape[2:])
+        for place, length in self._own:
+            whole.narrow(1, place, length).copy_(x.narrow(1, start, length))
+            start += length
+        return whole
 
 
 class _Gathered(torch.autograd.Function):
@@ -105,3 +122,14 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
         return ctx.layout.scatter(outer[0]), None
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layout: SharedPrompts) -> torch.Tensor:
+        ctx.layout = layout
+        return layout.own(x)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        return ctx.layout.spread(outer[0]), None
