@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.models.leak import check_head
@@ -12,8 +14,10 @@ from lowrank.records import pack
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
 
-PADDED = {"bloom", "falcon", "mpt", "stablelm", "jamba"}
+PADDED = {"bloom", "mpt", "stablelm", "jamba"}
 """Families whose attention cannot be told about documents; the leak test must find that out."""
+if Version(transformers.__version__) < Version("5.24"):
+    PADDED.add("falcon")  # its attention was its own until then
 FLOAT32_INSIDE = {"gemma2", "mpt"}
 """transformers computes their softmax in float32 whatever the model's dtype, we do not."""
 

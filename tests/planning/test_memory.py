@@ -174,7 +174,7 @@ def test_auto_spends_no_more_than_it_must(tmp_path: Path) -> None:
         room = int(kept.peak - spared * kept.step.activations / 10)
         planner.machine = Machine(int(room / 0.95), 1 << 40)
         plan = choose(planner, 4096, "auto")
-        assert plan.fits or plan.recompute == "sqrt"
+        assert plan.fits or plan.peak == min(planner.plan(4096, each).peak for each in ("none", "full", "sqrt"))
         seen.append(plan.recompute)
     numbers = [each for each in seen if isinstance(each, int)]
     assert numbers == sorted(numbers)

@@ -145,7 +145,8 @@ def test_a_finished_job_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w = world({"num_steps": 2}, {"num_steps": 4})
     tokens: list[int] = []
     hidden = w.engine.base.hidden
-    monkeypatch.setattr(w.engine.base, "hidden", lambda batch: tokens.append(batch.num_tokens) or hidden(batch))
+    watched = lambda batch, **how: tokens.append(batch.num_tokens) or hidden(batch, **how)  # noqa: E731
+    monkeypatch.setattr(w.engine.base, "hidden", watched)
     w.loop.run()
     assert tokens == [56, 56, 28, 28]
 

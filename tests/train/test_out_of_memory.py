@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,13 +36,13 @@ def limit(engine: Engine, tokens: int, error: Callable[[], Exception], backward:
     """Let forward passes of more than `tokens` tokens fail, in the backward pass or before; the sizes tried."""
     hidden, tried = engine.base.hidden, []
 
-    def limited(batch: Batch) -> torch.Tensor:
+    def limited(batch: Batch, **how: Any) -> torch.Tensor:
         tried.append(batch.num_tokens)
         if batch.num_tokens <= tokens:
-            return hidden(batch)
+            return hidden(batch, **how)
         if not backward:
             raise error()
-        result = hidden(batch)
+        result = hidden(batch, **how)
         if result.requires_grad:
             result.register_hook(lambda _: _fail(error))
         return result
