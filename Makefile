@@ -15,7 +15,7 @@ demo: $(VENV)/.core
 	$(BIN)/lowrank demo
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)

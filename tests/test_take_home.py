@@ -90,6 +90,7 @@ def test_the_best_job_in_two_forms(run: Path, tmp_path: Path) -> None:
     assert written[-1][0] == written[-1][1]
 
 
+@pytest.mark.slow
 def test_what_was_exported_can_be_exported_again(run: Path, tmp_path: Path) -> None:
     """An adapter folder and a merged model are sources too; without the run's data general questions are asked."""
     export(run, [Order(Peft(dtype="bfloat16"), tmp_path / "peft"), Order(Merged(dtype="float32"), tmp_path / "m")])

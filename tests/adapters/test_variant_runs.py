@@ -51,6 +51,7 @@ def settings(world: Path, out: Path, *names: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_all_variants_in_one_run_resume_to_the_same_bits(world: Path, tmp_path: Path) -> None:
     _, whole = run(settings(world, tmp_path / "whole"))
 

@@ -153,6 +153,7 @@ for line in sys.stdin:  # one fresh process per line, without importing torch ag
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
 def test_killed_at_random_moments_the_latest_is_always_whole(tmp_path: Path) -> None:
     randomness = random.Random(0)

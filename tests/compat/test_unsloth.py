@@ -202,6 +202,7 @@ def test_dpo_is_that_of_peft(tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_four_bits_train_and_are_merged_and_kept(tmp_path: Path) -> None:
     model = load(load_in_4bit=True)
     trained, total = model.get_nb_trainable_parameters()

@@ -124,6 +124,7 @@ def settings(files: dict[str, str], out: Path, **changes: Any) -> dict[str, Any]
     }
 
 
+@pytest.mark.slow
 def test_a_run_of_all_and_its_resumption(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
