@@ -9,7 +9,7 @@ noise, the draws of the first answer's prompt serve all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from lowrank.models.attention import Packed, Softmax, attend_documents
 from lowrank.records import Segment
 
+Move = Callable[[torch.Tensor], torch.Tensor]
 _WORTH_IT = 0.05
 """Share of a document that must be shared; below, gathering keys costs what the shared tokens would."""
 
@@ -85,8 +86,9 @@ class SharedPrompts:
     ) -> torch.Tensor:
         """(1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
         del module
-        whole = [_Gathered.apply(each, self) for each in (query, key, value)]
-        return _Own.apply(attend_documents(whole[0], whole[1], whole[2], how, self._packed), self)
+        whole = [_Moved.apply(each, self.gather, self.scatter) for each in (query, key, value)]
+        attended = attend_documents(whole[0], whole[1], whole[2], how, self._packed)
+        return _Moved.apply(attended, self.own, self.spread)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(1, H, T, d) -> (1, H, P, d): the P rows of all documents, shared ones in each."""
@@ -113,23 +115,14 @@ class SharedPrompts:
         return whole
 
 
-class _Gathered(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
+    """Rows moved by a linear map, and their gradients by its transpose."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: SharedPrompts) -> torch.Tensor:
-        ctx.layout = layout
-        return layout.gather(x)
+    def forward(ctx: Any, x: torch.Tensor, move: Move, back: Move) -> torch.Tensor:
+        ctx.back = back
+        return move(x)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
-        return ctx.layout.scatter(outer[0]), None
-
-
-class _Own(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: SharedPrompts) -> torch.Tensor:
-        ctx.layout = layout
-        return layout.own(x)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
-        return ctx.layout.spread(outer[0]), None
+        return ctx.back(outer[0]), None, None
