@@ -15,11 +15,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from lowrank.kernels.native import in_parts, native, pointer
+from lowrank.kernels.native import native, pointer, threads_for
 
 NESTED_BLOCK = 256
 """Scales that share a scale under double quantisation."""
@@ -136,26 +136,26 @@ def _quantise_native(
     library = native("four_bit")
     assert library is not None
     function = library.quantise_bfloat16 if blocks_BK.dtype == torch.bfloat16 else library.quantise_float32
-    order = None if tables.sorted else tables.order_256
-
-    def work(first: int, end: int) -> None:
-        function(
-            pointer(blocks_BK[first:]), pointer(tables.bounds_15), pointer(order), ctypes.c_int64(block_size),
-            ctypes.c_int64(end - first), pointer(packed[first * block_size // 2 :]), pointer(absmax[first:]),
-        )  # fmt: skip
-
-    if len(blocks_BK):
-        in_parts(work, len(blocks_BK), least=_CHUNK // block_size)
+    order, num_blocks = None if tables.sorted else tables.order_256, len(blocks_BK)
+    function(
+        pointer(blocks_BK), pointer(tables.bounds_15), pointer(order), ctypes.c_int64(block_size),
+        ctypes.c_int64(num_blocks), pointer(packed), pointer(absmax), threads_for(num_blocks, _CHUNK // block_size),
+    )  # fmt: skip
 
 
 # Dequantise
 
 
 def dequantise_way(device: torch.device, dtype: torch.dtype) -> str:
-    """`bitsandbytes` (its CPU library, which is only opened, not imported), `triton` on CUDA, or `torch`."""
+    """`native` (C, compiled here), `triton` on CUDA, or `torch`."""
     if device.type == "cuda" and _has_triton() and dtype != torch.float64:
         return "triton"
-    return "bitsandbytes" if device.type == "cpu" and _bnb() is not None and dtype in _BNB_DTYPES else "torch"
+    return "native" if device.type == "cpu" and _native_dequantise(dtype) is not None else "torch"
+
+
+def _native_dequantise(dtype: torch.dtype) -> Any:
+    """The C function that makes `dtype`; None without a compiler, or one that does not know half floats."""
+    return getattr(native("four_bit"), f"dequantise_{str(dtype).removeprefix('torch.')}", None)
 
 
 @functools.cache
@@ -172,8 +172,8 @@ def dequantise(packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size
         from lowrank.kernels.four_bit_triton import dequantise_triton
 
         dequantise_triton(packed, absmax, _tables(code, out.device).values, block_size, flat)
-    elif way == "bitsandbytes" and len(flat) % 2 == 0 and block_size < 2048:  # larger blocks: bitsandbytes #1828
-        _dequantise_bnb(packed, absmax, code, block_size, out)
+    elif way == "native":
+        _dequantise_native(packed, absmax, code, block_size, flat)
     else:
         dequantise_torch(packed, absmax, code, block_size, flat)
     torch.autograd.graph.increment_version(out)  # whoever kept it for a backward pass is told
@@ -196,50 +196,18 @@ def dequantise_torch(
         torch.mul(values, absmax[-1], out=flat[whole:])
 
 
-_BNB_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@functools.cache
-def _bnb() -> ctypes.CDLL | None:
-    """bitsandbytes' library for CPUs, if it is there and does on a small example what the torch function does.
-
-    Importing the package would ask the network for kernels and register operators, of which nothing is needed.
-    """
-    found = importlib.util.find_spec("bitsandbytes")
-    if found is None or found.origin is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(Path(found.origin).with_name("libbitsandbytes_cpu.so")))
-        packed, absmax = torch.arange(256, dtype=torch.uint8), torch.linspace(0.5, 2.0, 8)
-        for code in CODES:
-            ours, theirs = torch.empty(512), torch.empty(512)
-            _call_bnb(library, packed, absmax, code, 64, theirs, 8)
-            dequantise_torch(packed, absmax, code, 64, ours)
-            if not torch.equal(ours, theirs):
-                return None
-    except (OSError, AttributeError):
-        return None
-    return library
-
-
-def _dequantise_bnb(packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int, out: torch.Tensor) -> None:
-    # Its kernel starts a new block at each row (bitsandbytes itself gives wrong weights where a row is no whole number
-    # of blocks), so the rows it is told of are blocks, or the whole.
-    columns, numel = out.shape[-1], out.numel()
-    if columns % block_size == 0:
-        rows = numel // columns
-    else:
-        rows = numel // block_size if numel % block_size == 0 else 1
-    _call_bnb(_bnb(), packed, absmax, code, block_size, out, rows)
-
-
-def _call_bnb(
-    library: ctypes.CDLL | None, packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int,
-    out: torch.Tensor, rows: int,
-) -> None:  # fmt: skip
-    function = getattr(library, f"cdequantize_blockwise_cpu_{code}_{_BNB_DTYPES[out.dtype]}")
-    sizes = (ctypes.c_longlong(size) for size in (block_size, rows, out.numel() // rows))
-    function(pointer(packed), pointer(absmax), pointer(out), *sizes)
+def _dequantise_native(
+    packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int, flat: torch.Tensor
+) -> None:
+    values, function = _tables(code, flat.device).values, _native_dequantise(flat.dtype)
+    num_blocks = len(flat) // block_size
+    function(
+        pointer(packed), pointer(absmax), pointer(values), ctypes.c_int64(block_size), ctypes.c_int64(num_blocks),
+        pointer(flat), threads_for(num_blocks, _CHUNK // block_size),
+    )  # fmt: skip
+    whole = num_blocks * block_size
+    if whole < len(flat):
+        dequantise_torch(packed[whole // 2 :], absmax[-1:], code, block_size, flat[whole:])
 
 
 # Scales of scales
@@ -278,6 +246,24 @@ def dequantise_scales(
     codes: torch.Tensor, absmax: torch.Tensor, offset: float, values: torch.Tensor, block_size: int = NESTED_BLOCK
 ) -> torch.Tensor:
     """float32 scales again; `values` are the 256 that `codes` point to."""
+    library = native("four_bit") if codes.device.type == "cpu" else None
+    if library is not None:
+        assert codes.is_contiguous()
+        assert values.is_contiguous()
+        assert absmax.is_contiguous()
+        out = torch.empty(len(codes), dtype=torch.float32)
+        library.dequantise_scales(
+            pointer(codes), pointer(values), pointer(absmax), ctypes.c_float(offset), ctypes.c_int64(block_size),
+            ctypes.c_int64(len(codes)), pointer(out), threads_for(len(codes), _CHUNK),
+        )  # fmt: skip
+        return out
+    return dequantise_scales_torch(codes, absmax, offset, values, block_size)
+
+
+def dequantise_scales_torch(
+    codes: torch.Tensor, absmax: torch.Tensor, offset: float, values: torch.Tensor, block_size: int = NESTED_BLOCK
+) -> torch.Tensor:
+    """The meaning of `dequantise_scales`, in torch."""
     found = values.index_select(0, codes.int())
     whole = len(found) // block_size * block_size
     found[:whole].view(-1, block_size).mul_(absmax[: whole // block_size, None])

@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,6 +21,9 @@ import torch
 from lowrank.kernels.cache_folder import cache_folder
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+_OPENMP = ("-fopenmp", "-Wl,--as-needed", *(str(each) for each in Path(torch.__file__).parent.glob("lib/libgomp*")))
+"""Threads of torch's own runtime. Others would wait for a core on which torch's spin, as they do for a while after each
+operator: dequantising then took two to three times as long as with one thread."""
 
 
 @functools.cache
@@ -32,15 +34,19 @@ def native(name: str) -> ctypes.CDLL | None:
         return None
     source = Path(__file__).with_name(f"{name}.c")
     machine = torch.backends.cpu.get_cpu_capability() + platform.machine() + platform.processor() + _cpu()
-    key = hashlib.sha256("\0".join((source.read_text(), machine, *_FLAGS)).encode()).hexdigest()[:16]
+    words = (source.read_text(), machine, *_FLAGS, *_OPENMP)
+    key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
     library = cache_folder() / "native" / f"{name}-{key}.so"
     try:
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 made = Path(folder) / library.name
-                command = [compiler, *_FLAGS, "-o", str(made), str(source)]
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
+                for threads in (_OPENMP, ()):  # not every compiler has OpenMP
+                    command = [compiler, *_FLAGS, "-o", str(made), str(source), *threads]
+                    done = subprocess.run(command, check=not threads, capture_output=True, timeout=60)
+                    if done.returncode == 0:
+                        break
                 os.replace(made, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError):
@@ -57,21 +63,11 @@ def _cpu() -> str:
     return "".join(line for line in lines[:40] if line.startswith(("flags", "Features", "model name")))
 
 
-def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's data begin; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def pointer(tensor: torch.Tensor | None, first: int = 0) -> ctypes.c_void_p:
+    """Where a tensor's data begin, or those of its element `first`; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + first * tensor.itemsize)
 
 
-def in_parts(work: object, total: int, least: int) -> None:
-    """Call `work(first, end)` over [0, total) on as many threads as torch uses, none with less than `least`.
-
-    ctypes gives the interpreter lock free while a kernel runs.
-    """
-    assert callable(work)
-    parts = max(1, min(torch.get_num_threads(), total // least))
-    edges = [total * part // parts for part in range(parts + 1)]
-    if parts == 1:
-        work(0, total)
-        return
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(work, edges[:-1], edges[1:]))
+def threads_for(total: int, least: int) -> ctypes.c_int:
+    """As many threads as torch uses, none with less than `least` of `total`."""
+    return ctypes.c_int(max(1, min(torch.get_num_threads(), total // least)))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -16,8 +21,8 @@ from lowrank.kernels.four_bit import (
     CODES,
     dequantise,
     dequantise_scales,
+    dequantise_scales_torch,
     dequantise_torch,
-    dequantise_way,
     dynamic_map,
     quantise,
     quantise_scales,
@@ -91,7 +96,45 @@ def test_bitsandbytes_dequantises_the_same_where_it_is_right() -> None:
     out = torch.empty_like(weight)
     dequantise(packed.view(-1), state.absmax, "nf4", 64, out)
     assert torch.equal(out, bnb.dequantize_4bit(packed, state))
-    assert dequantise_way(CPU, torch.bfloat16) == "bitsandbytes"
+
+
+@pytest.mark.parametrize(
+    "flags", ["-march=native", "-march=x86-64-v2", "-march=x86-64"], ids=["here", "look-up", "plain"]
+)
+def test_dequantise_native_as_other_processors_have_it(flags: str, tmp_path: Path) -> None:
+    """With the look-up instruction and without; scales that are no numbers, or too large for the type, as well."""
+    compiler = shutil.which("cc")
+    if compiler is None or ("x86" in flags and platform.machine() != "x86_64"):
+        pytest.skip("nothing to compile it with here")
+    source, made = Path(four_bit.__file__).with_name("four_bit.c"), tmp_path / "made.so"
+    words = [compiler, "-O3", flags, "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+    subprocess.run([*words, "-o", str(made), str(source)], check=True)
+    library = ctypes.CDLL(str(made))
+    packed = torch.randint(256, (64 * 32,), dtype=torch.uint8)
+    absmax = torch.cat([10 ** torch.randn(59), torch.tensor([0.0, 1e-40, 1e38, float("inf"), float("nan")])])
+    for code, dtype in itertools.product(CODES, DTYPES):
+        values, ours, expected = torch.tensor(CODES[code]), torch.empty(64 * 64, dtype=dtype), torch.empty(64 * 64)
+        function = getattr(library, f"dequantise_{str(dtype).removeprefix('torch.')}")
+        whole = native.pointer(packed), native.pointer(absmax), native.pointer(values)
+        function(*whole, ctypes.c_int64(64), ctypes.c_int64(64), native.pointer(ours), ctypes.c_int(1))
+        dequantise_torch(packed, absmax, code, 64, expected)
+        assert torch.equal(ours.isnan(), expected.isnan())
+        assert torch.equal(ours.nan_to_num(7.0), expected.to(dtype).nan_to_num(7.0))
+
+
+def test_threads_share_a_matrix_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(1000, 640, dtype=torch.bfloat16)
+    packed, absmax = quantise(weight, "nf4", 64)
+    whole = torch.empty_like(weight)
+    dequantise_torch(packed, absmax, "nf4", 64, whole.view(-1))
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    out = torch.empty_like(weight)
+    dequantise(packed, absmax, "nf4", 64, out)
+    assert torch.equal(out, whole)
+    again, scales = quantise(weight, "nf4", 64)
+    assert torch.equal(again, packed)
+    assert torch.equal(scales, absmax)
 
 
 @pytest.mark.parametrize("count", [1, 77, 256, 5000])
@@ -108,6 +151,7 @@ def test_double_quantisation(count: int) -> None:
     assert difference.max() <= 1 or count == 1  # a lone scale is its mean: zero, for which they have another code
     assert (difference > 0).float().mean() < 0.02 or count == 1
     ours = dequantise_scales(codes, nested, offset, dynamic_map())
+    assert torch.equal(ours, dequantise_scales_torch(codes, nested, offset, dynamic_map()))
     other = dequantise_scales(theirs, nested, offset, dynamic_map())
     assert (ours - absmax).norm() <= (other - absmax).norm() + 1e-6
     assert torch.equal(bnb.dequantize_blockwise(codes, state) + offset, ours)  # and what the codes mean is the same
