@@ -3,7 +3,7 @@
     python -m benchmarks.four_bit_speed --threads 2
 
 Takes a minute. Every round each way has four calls: the first finds the processor's caches full of other work, the
-others follow at once; medians and the fastest of both kinds. Dequantising is into memory that is there already (as a layer
+others follow at once; medians of both kinds. Dequantising is into memory that is there already (as a layer
 does it) for ours, and as `bitsandbytes.functional` does it for theirs.
 """
 

@@ -22,8 +22,9 @@ import torch
 from benchmarks import workload
 from benchmarks.machine import describe, median_of
 
-RANK = 16
 LEARNING_RATE = 2e-4
+AS_TRAIN_STARTS = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""See lowrank/kernels/host_memory.py."""
 SAME_LOSS = 1e-2
 """bf16: the products of eight jobs are blocked otherwise than those of one, so losses agree to rounding."""
 
@@ -44,7 +45,7 @@ def run(jobs: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict
     spec = {
         "folder": str(folder),
         "device": options.device,
-        "rank": RANK,
+        "rank": options.rank,
         "learning_rate": LEARNING_RATE,
         "micro_batch_tokens": options.micro_batch_tokens,
         "storage": options.storage,
@@ -55,7 +56,7 @@ def run(jobs: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.contender_jobs", str(given), str(result)],
-        env={**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", **AS_TRAIN_STARTS},
         capture_output=True,
         text=True,
     )
@@ -99,6 +100,7 @@ def main() -> None:
         "steps": options.steps,
         "storage": options.storage,
         "layers": options.layers,
+        "rank": options.rank,
         "micro_batch_tokens": options.micro_batch_tokens,
         "sizes": [],
     }
@@ -115,7 +117,7 @@ def main() -> None:
             print(json.dumps(found, indent=1), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
     packed = "" if options.storage == "dense" else f"_{options.storage}"
-    stem = f"jobs_in_one_process{packed}_{options.threads}-threads_{result['date'][:10]}"
+    stem = f"jobs_in_one_process{packed}_rank-{options.rank}_{options.threads}-threads_{result['date'][:10]}"
     (options.results / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -128,6 +130,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024], help="per job and step")
     parser.add_argument("--storage", default="dense", help="how the base is kept: dense, nf4, int8 ...")
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import lowrank
+
 ROOT = Path(__file__).parent.parent
 OF_ITS_OWN = ("11_grpo", "12_ppo")
 """Four steps say nothing about their rewards."""
@@ -24,12 +26,16 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def train(*words: str) -> str:
+    done = lowrank("train", *words, "--json", cwd=ROOT, PYTHONPATH="examples")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains(path: Path, tmp_path: Path) -> None:
-    out = run(
-        *(sys.executable, "-m", "lowrank", "train", str(path), f"output_dir={tmp_path / 'run'}"),
-        *("max_steps=4", *(["eval_steps=4"] if "eval:" in path.read_text("utf-8") else []), "--json"),
-    )
+    evaluates = ["eval_steps=4"] if "eval:" in path.read_text("utf-8") else []
+    out = train(str(path), f"output_dir={tmp_path / 'run'}", "max_steps=4", *evaluates)
     summary = json.loads(out.splitlines()[-1])
     for job in summary["jobs"].values() if isinstance(summary["jobs"], dict) else summary["jobs"]:
         assert job["last_loss"] < job["first_loss"] + 0.2 * abs(job["first_loss"])
@@ -38,10 +44,8 @@ def test_config_trains(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OF_ITS_OWN)
 def test_answers_of_its_own(name: str, tmp_path: Path) -> None:
     """A step of answers is drawn and judged; nothing can be learned of it in two."""
-    out = run(
-        sys.executable, "-m", "lowrank", "train", f"examples/{name}.yaml", f"output_dir={tmp_path / 'run'}",
-        "max_steps=2", "data.batch_size=2", "data.max_samples=8", "--json",
-    )  # fmt: skip
+    short = ("max_steps=2", "data.batch_size=2", "data.max_samples=8")
+    out = train(f"examples/{name}.yaml", f"output_dir={tmp_path / 'run'}", *short)
     (job,) = json.loads(out.splitlines()[-1])["jobs"].values()
     assert job["steps"] == 2
     assert {"reward", "rewards/mentions/mean", "completions/mean_length"} <= job["eval_metrics"].keys()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ from lowrank.cli.main import main
 from lowrank.errors import ConfigError
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.checkpoints.test_peft_layout import random_adapter
+from tests.command_line import lowrank
 from tests.export.sources import load
 
 
@@ -174,17 +173,9 @@ def hub() -> Iterator[Any]:
     server.server_close()
 
 
-def push(adapter: Path, out: Path, endpoint: str, token: str) -> subprocess.CompletedProcess[str]:
+def push(adapter: Path, out: Path, endpoint: str, token: str) -> CompletedProcess[str]:
     words = ["export", str(adapter), "--to", "peft", "-o", str(out), "--no-verify", "--push", "me/it"]
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "lowrank", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return lowrank(*words, HF_ENDPOINT=endpoint, HF_TOKEN=token, HF_HUB_DISABLE_TELEMETRY="1")
 
 
 @pytest.mark.slow

@@ -5,21 +5,23 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank.export.gguf.header import read_header, write_with
+from lowrank.export.gguf.header import Header, read_header, write_with
 from lowrank.export.gguf.writer import Entry, library
 
-ROWS_AT_ONCE = 8 << 20
-"""Weights given to one thread at a time."""
+WEIGHTS_AT_ONCE = 1 << 20
+"""Given to one thread at a time: what it makes of them, in float32 and packed, stays in the processor's cache."""
 
 
 class Kernels:
@@ -72,58 +74,58 @@ def main() -> None:
     kernels = Kernels(Path(request["library"]) if request["library"] else None)
     importance = dict(np.load(request["importance"])) if request["importance"] else {}
     stored = [tensor.entry for tensor in header.tensors.values()]
+    kinds = [types[request["types"][entry.name] or entry.kind.name] for entry in stored]
+    jobs = [_slabs(header, kernels, *pair, importance.get(pair[0].name)) for pair in zip(stored, kinds)]
     total, done = sum(math.prod(entry.shape) for entry in stored), 0
 
-    def encoded(origin: Entry, kind: Any) -> Iterator[np.ndarray]:
+    def counted(slabs: Iterator[np.ndarray], entry: Entry) -> Iterator[np.ndarray]:
         nonlocal done
-        rows = header.rows(origin.name)
-        if origin.kind == kind:
-            yield rows
-        else:
-            yield from _quantised(kernels, origin, kind, rows, importance.get(origin.name), pool)
-        done += math.prod(origin.shape)
+        yield from slabs
+        done += math.prod(entry.shape)
         print(done, total, flush=True)
 
     with ThreadPoolExecutor(request["threads"]) as pool:
-        kinds = [types[request["types"][entry.name] or entry.kind.name] for entry in stored]
+        made = _in_order(pool, chain(*jobs), ahead=2 * request["threads"])
+        data = (counted(islice(made, len(each)), entry) for each, entry in zip(jobs, stored))
         entries = [replace(entry, kind=kind) for entry, kind in zip(stored, kinds)]
-        data = (encoded(entry, kind) for entry, kind in zip(stored, kinds))
         changed = {"general.file_type": request["file_type"], "general.quantization_version": 2}
         write_with(Path(request["target"]), header.with_numbers(changed), entries, data)
 
 
-def _quantised(
-    kernels: Kernels,
-    origin: Entry,
-    kind: Any,
-    stored: np.ndarray,
-    importance: np.ndarray | None,
-    pool: ThreadPoolExecutor,
-) -> Iterator[np.ndarray]:
-    """Slabs of rows through the pool, in order. Importance is per matrix: (D) or (experts x D)."""
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], np.ndarray]], ahead: int) -> Iterator[np.ndarray]:
+    """What the jobs make, in their order; so many of them are begun before the first is asked for."""
+    waiting: deque[Future[np.ndarray]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(job))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _slabs(
+    header: Header, kernels: Kernels, origin: Entry, kind: Any, importance: np.ndarray | None
+) -> list[Callable[[], np.ndarray]]:
+    """A tensor's bytes as `kind`, some rows to a job. Importance is per matrix: (D) or (experts x D)."""
+    stored = header.rows(origin.name)
+    if origin.kind == kind:
+        return [lambda: stored]
     width = origin.shape[-1]
     matrices = origin.shape[0] if len(origin.shape) == 3 else 1
     per_matrix = len(stored) // matrices
     weights = None if importance is None else importance.reshape(-1, width)
-    step = max(1, ROWS_AT_ONCE // width)
+    step = max(1, WEIGHTS_AT_ONCE // width)
 
-    def slab(place: tuple[int, int]) -> np.ndarray:
-        start, end = place
+    def slab(start: int, end: int) -> np.ndarray:
         rows = kernels.floats(stored[start:end], origin.kind).reshape(end - start, width)
         row = None if weights is None else weights[(start // per_matrix) % len(weights)]
         return quantise_rows(kernels, kind, rows, row)
 
-    places = [
-        (matrix * per_matrix + start, matrix * per_matrix + min(start + step, per_matrix))
+    return [
+        partial(slab, matrix * per_matrix + start, matrix * per_matrix + min(start + step, per_matrix))
         for matrix in range(matrices)
         for start in range(0, per_matrix, step)
     ]
-    ahead = (os.cpu_count() or 1) + 1
-    waiting = [pool.submit(slab, place) for place in places[:ahead]]
-    for index in range(len(places)):
-        yield waiting.pop(0).result()
-        if index + ahead < len(places):
-            waiting.append(pool.submit(slab, places[index + ahead]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""`lowrank ...` as a process of its own, without the seconds that each would take to import torch and transformers.
+
+One process has imported them and forks a child for each command. tests/cli/test_main.py starts the real program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from subprocess import CompletedProcess
+
+_FORKS = """
+import json, os, sys
+import datasets, peft, transformers.models.llama.modeling_llama
+import lowrank.cli.train, lowrank.run
+from lowrank.cli.main import main
+
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT), number)
+        os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["env"])
+        sys.path[:0] = filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))
+        sys.argv = ["lowrank", *order["words"]]
+        main(order["words"])
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@cache
+def _forks() -> subprocess.Popen[str]:
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _FORKS]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
+    atexit.register(process.communicate)  # it ends as its input does
+    return process
+
+
+def lowrank(*words: str, cwd: Path | None = None, **environment: str) -> CompletedProcess[str]:
+    """Run the command line with these words; its exit code and what it printed. Its standard input is empty."""
+    process = _forks()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        order = {
+            "words": words, "cwd": str(cwd or Path.cwd()), "out": str(out), "err": str(err),
+            "env": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        }  # fmt: skip
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return CompletedProcess(["lowrank", *words], code, out.read_text("utf-8"), err.read_text("utf-8"))
