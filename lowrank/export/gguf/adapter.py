@@ -17,7 +17,7 @@ from lowrank.checkpoints.atomic import new_file
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
 from lowrank.export.gguf.convert import Plan, tensor_names
-from lowrank.export.gguf.writer import Entry, library, write_file
+from lowrank.export.gguf.writer import Entry, fields_of, library, write_file
 
 MERGE = "take the merged model instead: lowrank export --to gguf"
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
@@ -82,7 +82,7 @@ def write_adapter_file(base: Plan, adapter: AdapterOnDisk, path: Path) -> None:
     entries = [Entry(name, array.shape, kind) for name, array in arrays.items()]
     fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0}
     with new_file(path) as partial:
-        write_file(partial, base.family.arch, fields, entries, (iter([array]) for array in arrays.values()))
+        write_file(partial, fields_of(base.family.arch, fields), entries, (iter([each]) for each in arrays.values()))
 
 
 def _row_order(make: Any, rows: int) -> torch.Tensor:

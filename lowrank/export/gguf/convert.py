@@ -17,7 +17,7 @@ from lowrank.export.gguf.families import families
 from lowrank.export.gguf.model import Model, read_folder
 from lowrank.export.gguf.pieces import Family, Part, all_parts
 from lowrank.export.gguf.vocabulary import read_vocabulary
-from lowrank.export.gguf.writer import CHUNK, Entry, library, write_file
+from lowrank.export.gguf.writer import CHUNK, Entry, fields_of, library, write_file
 
 PLAIN_TYPES = ("f32", "f16", "bf16", "q8_0")
 """What the converter writes by itself; all others are made from one of these (quantize.py)."""
@@ -151,7 +151,7 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
             (_tensors(made.model, part) for _, part in made.parts),
         )
         data = (counted(_encoded(each, entry.kind)) for each, entry in zip(tensors, entries))
-        write_file(partial, made.family.arch, fields, entries, data)
+        write_file(partial, fields_of(made.family.arch, fields), entries, data)
 
 
 def _tensors(model: Model, part: Part) -> Iterator[torch.Tensor]:

@@ -1,29 +1,25 @@
 """The header of a GGUF file, read without its long lists: what a quantiser needs, in a fraction of a second.
 
-The package gguf makes an object of every token of the vocabulary, which takes longer than quantising a small model.
-Here fields are kept as the bytes they are, so that a file made of another one has the very same header but for what
-changes.
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, little-endian).
+Fields are kept as the bytes they are, so that a file made of another one has the very same header but for what changes.
+Format: see writer.py.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from lowrank.errors import ModelError
-from lowrank.export.gguf.writer import Entry, library
+from lowrank.export.gguf.writer import ARRAY, MAGIC, STRING, VERSION, Entry, field, library
 
-_MAGIC, _VERSION = b"GGUF", 3
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Value types that are one number, as struct writes them."""
-_UNSIGNED, _STRING, _ARRAY = 4, 8, 9
 _SHORT = 1024
 """Numbers: one for each layer."""
 _ALIGNMENT = "general.alignment"
@@ -49,7 +45,7 @@ class Header:
 
     def with_numbers(self, changed: Mapping[str, int]) -> list[bytes]:
         """`raw` with some unsigned numbers in the place of what was there, or behind it."""
-        ours = {name: _named(name) + struct.pack("<II", _UNSIGNED, value) for name, value in changed.items()}
+        ours = {name: field(name, value) for name, value in changed.items()}
         return [*(ours.pop(name, value) for name, value in self.raw.items()), *ours.values()]
 
     def rows(self, name: str) -> np.ndarray:
@@ -67,12 +63,12 @@ def read_header(path: Path) -> Header:
         try:
             return _read(path, data)
         except (struct.error, IndexError, UnicodeDecodeError, KeyError, ValueError) as error:
-            raise ModelError(f"{path}: damaged, or no GGUF file of version {_VERSION} ({error})") from error
+            raise ModelError(f"{path}: damaged, or no GGUF file of version {VERSION} ({error})") from error
 
 
 def _read(path: Path, data: mmap.mmap) -> Header:
     magic, version, tensor_count, field_count = struct.unpack_from("<4sIQQ", data, 0)
-    if magic != _MAGIC or version != _VERSION:
+    if magic != MAGIC or version != VERSION:
         raise ValueError(f"it begins with {magic!r}, version {version}")
     at, fields, raw = 24, {}, {}
     for _ in range(field_count):
@@ -102,9 +98,9 @@ def _string(data: mmap.mmap, at: int) -> tuple[str, int]:
 
 def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
     """A number, a string, a short list of numbers, or None for other lists; and where it ends."""
-    if kind == _STRING:
+    if kind == STRING:
         return _string(data, at)
-    if kind != _ARRAY:
+    if kind != ARRAY:
         (number,) = struct.unpack_from(f"<{_NUMBERS[kind]}", data, at)
         return number, at + struct.calcsize(f"<{_NUMBERS[kind]}")
     kind, count = struct.unpack_from("<IQ", data, at)
@@ -112,37 +108,9 @@ def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
     if kind in _NUMBERS:
         numbers = struct.unpack_from(f"<{count}{_NUMBERS[kind]}", data, at) if count <= _SHORT else None
         return numbers, at + count * struct.calcsize(f"<{_NUMBERS[kind]}")
-    if kind != _STRING:
+    if kind != STRING:
         raise ValueError("a list of lists")
     length_of = struct.Struct("<Q").unpack_from
     for _ in range(count):
         at += 8 + length_of(data, at)[0]
     return None, at
-
-
-def write_with(path: Path, fields: Iterable[bytes], entries: list[Entry], data: Iterable[Iterator[np.ndarray]]) -> None:
-    """A file with the fields of `Header.with_numbers`, alignment 32. `data`: as of writer.write_file."""
-    fields, offset = list(fields), 0
-    with path.open("wb") as file:
-        file.write(struct.pack("<4sIQQ", _MAGIC, _VERSION, len(entries), len(fields)))
-        file.writelines(fields)
-        for entry in entries:
-            file.write(_named(entry.name) + struct.pack("<I", len(entry.shape)))
-            file.write(struct.pack(f"<{len(entry.shape)}QIQ", *reversed(entry.shape), int(entry.kind), offset))
-            offset += -(-entry.bytes // 32) * 32
-        _pad(file)
-        for entry, chunks in zip(entries, data, strict=True):
-            start = file.tell()
-            for chunk in chunks:
-                file.write(np.ascontiguousarray(chunk).data)
-            assert file.tell() - start == entry.bytes, f"{entry.name}: {file.tell() - start} of {entry.bytes} bytes"
-            _pad(file)
-
-
-def _named(name: str) -> bytes:
-    encoded = name.encode("utf-8")
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _pad(file: BinaryIO) -> None:
-    file.write(bytes(-file.tell() % 32))

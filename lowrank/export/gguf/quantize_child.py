@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.export.gguf.header import Header, read_header, write_with
-from lowrank.export.gguf.writer import Entry, library
+from lowrank.export.gguf.header import Header, read_header
+from lowrank.export.gguf.writer import Entry, library, write_file
 
 WEIGHTS_AT_ONCE = 1 << 20
 """Given to one thread at a time: what it makes of them, in float32 and packed, stays in the processor's cache."""
@@ -89,7 +89,7 @@ def main() -> None:
         data = (counted(islice(made, len(each)), entry) for each, entry in zip(jobs, stored))
         entries = [replace(entry, kind=kind) for entry, kind in zip(stored, kinds)]
         changed = {"general.file_type": request["file_type"], "general.quantization_version": 2}
-        write_with(Path(request["target"]), header.with_numbers(changed), entries, data)
+        write_file(Path(request["target"]), header.with_numbers(changed), entries, data)
 
 
 def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], np.ndarray]], ahead: int) -> Iterator[np.ndarray]:
