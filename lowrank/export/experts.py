@@ -14,6 +14,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from lowrank.errors import ModelError
+from lowrank.export.weights import widened
 
 _PROBE_WIDTH = 2
 """Inputs of the tensor that is tried out; how many there are changes nothing for the rows."""
@@ -44,6 +45,7 @@ class ExpertUpdate:
         return not self.transposed
 
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        weight = widened(weight)
         A_RD, B_NR = self.A_RD.to(weight.dtype), self.B_NR.to(weight.dtype)
         if self.transposed:
             return torch.addmm(weight, A_RD.t(), B_NR.t(), alpha=self.scale)
@@ -61,6 +63,7 @@ class FusedUpdate:
     by_rows = True
 
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        weight = widened(weight)
         update_EOD = self.B_EOR[first:end].to(weight.dtype) @ self.A_ERD[first:end].to(weight.dtype)
         return weight + self.scale * (update_EOD.transpose(1, 2) if self.transposed else update_EOD)
 

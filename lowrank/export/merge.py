@@ -18,7 +18,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.export.experts import ExpertUpdate, FusedUpdate, by_expert, is_transposed
 from lowrank.export.names import Names, refuse_unmergeable
 from lowrank.export.source import Source
-from lowrank.export.weights import Weights
+from lowrank.export.weights import Weights, widened
 
 _BLOCK_BYTES = 1 << 20
 """Of a tensor merged at once: small enough that a block and its float32 copies stay in the processor's cache."""
@@ -45,7 +45,7 @@ class _Rows:
     by_rows = True
 
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        weight = weight.clone()
+        weight = widened(weight.clone())
         for place, token in enumerate(self.token_ids):
             if first <= token < end:
                 weight[token - first] = self.row_ND[place].to(weight.dtype)
@@ -85,7 +85,7 @@ class _BiasUpdate:
 
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
         del first, end
-        return self.variant.merge_bias(weight, self.tensors)
+        return self.variant.merge_bias(widened(weight), self.tensors)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _EmbeddingUpdate:
     by_rows = True
 
     def __call__(self, weight: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        return torch.addmm(weight, self.A_RV[:, first:end].t(), self.B_DR.t(), alpha=self.scale)
+        return torch.addmm(widened(weight), self.A_RV[:, first:end].t(), self.B_DR.t(), alpha=self.scale)
 
 
 _Change = _Instead | _Rows | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate | ExpertUpdate | FusedUpdate
@@ -165,8 +165,7 @@ class Merged(Mapping[str, Plan]):
         plan = self[name]
         rows = self.checkpoint[plan.origin].rows(first, end)
         if plan.change is not None:
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            rows = plan.change(rows.to(wide), first, end)
+            rows = plan.change(rows, first, end)
         return _cast(name, rows, dtype or plan.dtype)
 
     def is_unchanged(self, name: str, dtype: torch.dtype | None = None) -> bool:
@@ -226,7 +225,7 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
         if module in adapter.config.target_parameters:
             continue  # see Merged._merge_experts
         parts = {
-            name.removeprefix(f"{module}.").removesuffix(".weight"): tensor
+            name.removeprefix(f"{module}.").removesuffix(".weight"): widened(tensor)
             for name, tensor in adapter.tensors.items()
             if name.startswith(f"{module}.")
         }

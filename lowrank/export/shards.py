@@ -7,8 +7,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.checkpoint_files import DTYPE_NAMES, INDEX, SINGLE
 
 _WORKERS = min(4, os.cpu_count() or 1)
+_SYNCED_BYTES = 64 << 20
 _ALIGNMENT = 8
 """safetensors pads its header with blanks so that tensors begin at multiples of 8."""
 
@@ -75,7 +78,7 @@ def write_shards(merged: Merged, layout: Layout, dtype: torch.dtype | None, fold
     keep_freed_memory()  # or every block of every thread is a fresh mapping: half of the time
     with ThreadPoolExecutor(_WORKERS, initializer=partial(torch.set_num_threads, 1)) as pool:
         for file, names in layout.files:
-            with open(folder / file, "wb", buffering=0) as out:
+            with _to_disk(folder / file) as out:
                 out.write(_header(merged, names, dtype))
                 for name, size in _ahead(pool, _jobs(merged, names, dtype), out):
                     done += size
@@ -109,21 +112,21 @@ def _jobs(merged: Merged, names: Sequence[str], dtype: torch.dtype | None) -> It
             yield _Job(name, make=partial(_bytes, merged, name, first, end, wanted), alone=alone)
 
 
-def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[_Job], out: Any) -> Iterator[tuple[str, int]]:
+def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[_Job], out: _ToDisk) -> Iterator[tuple[str, int]]:
     """Write every job's bytes in order; the name and the size of each."""
     waiting: deque[tuple[str, Future[memoryview]]] = deque()
 
     def write_first() -> tuple[str, int]:
         name, made = waiting.popleft()
         block = made.result()
-        _write_all(out, block)
+        out.write(block)
         return name, len(block)
 
     for job in jobs:
         while waiting and (job.alone or len(waiting) > 2 * _WORKERS):
             yield write_first()
         for block in job.copied:
-            _write_all(out, block)
+            out.write(block)
             yield job.name, len(block)
         if job.make is not None:
             waiting.append((job.name, pool.submit(job.make)))
@@ -151,6 +154,25 @@ def _header(merged: Mapping[str, Plan], names: Sequence[str], dtype: torch.dtype
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_all(out: Any, block: memoryview) -> None:
-    while block:
-        block = block[out.write(block) :]
+class _ToDisk:
+    """A file whose bytes go to the disk while more are made; else all of them would be waited for at the end."""
+
+    def __init__(self, file: FileIO, syncing: ThreadPoolExecutor) -> None:
+        self._file, self._syncing = file, syncing
+        self._unsynced = 0
+
+    def write(self, block: bytes | memoryview) -> None:
+        """All of it."""
+        left = memoryview(block)
+        while left:
+            left = left[self._file.write(left) :]
+        self._unsynced += len(block)
+        if self._unsynced >= _SYNCED_BYTES:
+            self._unsynced = 0
+            self._syncing.submit(os.fsync, self._file.fileno())
+
+
+@contextmanager
+def _to_disk(path: Path) -> Iterator[_ToDisk]:
+    with FileIO(path, "w") as file, ThreadPoolExecutor(1) as syncing:
+        yield _ToDisk(file, syncing)

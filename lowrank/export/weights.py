@@ -35,6 +35,11 @@ class Stored(Protocol):
         ...
 
 
+def widened(weight: torch.Tensor) -> torch.Tensor:
+    """In float32, or as it is where that is wider."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 class Weights(Mapping[str, Stored]):
     """The tensors of a model's folder by their names in its files; the weight of a quantised linear is `NAME.weight`.
 

@@ -107,7 +107,7 @@ def test_merged_applied_and_routed_are_the_same(name: str, base: Any) -> None:
     variant, scale, masters = fresh(name, base, moved=0.3)
     weight_OD = base.dense_weight().clone()
     merged_bias = None if base.bias is None else variant.merge_bias(base.bias, masters)
-    merged = F.linear(x_TD, variant.merge(weight_OD, scale, masters), merged_bias)
+    merged = F.linear(x_TD, variant.merge(weight_OD, scale, masters).to(x_TD.dtype), merged_bias)
     assert torch.equal(base.dense_weight(), weight_OD), "merge changed the base"
     applied = variant.apply(x_TD, base(x_TD), base, scale, masters)
     close(applied, merged, base)

@@ -23,7 +23,7 @@ def merged(family: str, engine: Engine, slot: int, dtype: torch.dtype) -> torch.
             turned = type(module).__name__ == "Conv1D"
             weight_OD = module.weight.data.t() if turned else module.weight.data
             merged_OD = layer.variant.merge(weight_OD, layer.scale, layer.masters)
-            module.weight.data = merged_OD.t().contiguous() if turned else merged_OD
+            module.weight.data = (merged_OD.t().contiguous() if turned else merged_OD).to(dtype)
     return model
 
 

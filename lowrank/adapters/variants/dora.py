@@ -83,7 +83,7 @@ class Dora(Lora):
         wide = torch.promote_types(weight_OD.dtype, tensors["lora_A"].dtype)
         merged_OD = super().merge(weight_OD.to(wide), scale, tensors)
         gain_O1 = tensors["lora_magnitude_vector"].to(wide)[:, None] / merged_OD.norm(dim=1, keepdim=True)
-        return (gain_O1 * merged_OD).to(weight_OD.dtype)
+        return gain_O1 * merged_OD
 
 
 def _wide_rows(base: BaseLinear, dtype: torch.dtype) -> Iterator[torch.Tensor]:

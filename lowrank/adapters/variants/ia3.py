@@ -71,7 +71,7 @@ class Ia3(Variant):
         """Rows or columns scaled."""
         del scale
         wide = torch.promote_types(weight_OD.dtype, tensors["ia3_l"].dtype)
-        return (weight_OD.to(wide) * tensors["ia3_l"].to(wide)).to(weight_OD.dtype)
+        return weight_OD.to(wide) * tensors["ia3_l"].to(wide)
 
     def merge_bias(self, bias_O: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         """Scaled where outputs are."""

@@ -54,7 +54,7 @@ class Delta(Variant):
         """W + s Delta."""
         delta_OD = self.delta(tensors)
         wide = torch.promote_types(weight_OD.dtype, delta_OD.dtype)
-        return (weight_OD.to(wide) + scale * delta_OD.to(wide)).to(weight_OD.dtype)
+        return weight_OD.to(wide) + scale * delta_OD.to(wide)
 
 
 class Loha(Delta):

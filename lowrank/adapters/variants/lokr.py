@@ -90,7 +90,7 @@ class Lokr(Variant):
         """W + s W1 (x) W2."""
         w1, w2 = _halves(tensors)
         wide = torch.promote_types(weight_OD.dtype, w1.dtype)
-        return (weight_OD.to(wide) + scale * torch.kron(w1.contiguous(), w2.contiguous()).to(wide)).to(weight_OD.dtype)
+        return weight_OD.to(wide) + scale * torch.kron(w1.contiguous(), w2.contiguous()).to(wide)
 
 
 def _halves(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

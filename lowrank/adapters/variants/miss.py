@@ -67,4 +67,4 @@ class Miss(Variant):
         block_RO = tensors["miss_block"]
         group_D = torch.arange(weight_OD.shape[1], device=weight_OD.device) % len(block_RO)
         wide = torch.promote_types(weight_OD.dtype, block_RO.dtype)
-        return (weight_OD.to(wide) + scale * block_RO.t().to(wide)[:, group_D]).to(weight_OD.dtype)
+        return weight_OD.to(wide) + scale * block_RO.t().to(wide)[:, group_D]

@@ -80,7 +80,7 @@ class Oft(Variant):
         del scale
         rotation_Nbb = self._rotation(tensors["oft_R"])
         wide = torch.promote_types(weight_OD.dtype, rotation_Nbb.dtype)
-        return _rotated(weight_OD.to(wide), rotation_Nbb.to(wide).transpose(1, 2)).to(weight_OD.dtype)
+        return _rotated(weight_OD.to(wide), rotation_Nbb.to(wide).transpose(1, 2))
 
     def _rotation(self, triangle: torch.Tensor) -> torch.Tensor:
         """(N, b, b) from the upper triangles (N, b (b - 1) / 2); x is multiplied from the left."""
