@@ -12,9 +12,10 @@ import typer
 from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from lowrank.evaluate.predict import Verdict
+    from lowrank.evaluate.predict import Said, Verdict
+    from lowrank.evaluate.questions import Question
 
 
 def predict(
@@ -46,7 +47,7 @@ def predict(
     """
     from rich.console import Console
 
-    from lowrank.checkpoints.atomic import new_file, write_text
+    from lowrank.checkpoints.atomic import write_text
     from lowrank.data.config import SourceConfig
     from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
     from lowrank.evaluate.predict import Voices, answer_questions, compare, score_labels, unanswered
@@ -81,26 +82,12 @@ def predict(
             told = _teller(bar, "perplexity of the labels")
             likelihood, unscored = score_labels(voices, questions, on_done=told)
     missing = unanswered(answers)
-    warn([each.said(len(questions)) for each in missing])
-    if unscored:
-        reasons = "; ".join(list(dict.fromkeys(unscored))[:3])
-        warn([f"perplexity leaves out {len(unscored)} of {len(questions)} questions ({reasons})"])
     labels = [question.label.content for question in questions]
     verdicts = compare(answers, labels, names, likelihood, BARE if BARE in chosen else None)
-    for voice in likelihood:
-        own = verdicts[voice].get("perplexity")
-        strange = len(questions) - len(unscored) - (own.rows if own else 0)
-        if strange > 0:
-            warn([f"{voice}: perplexity leaves out {strange} questions whose log-probabilities are not finite"])
+    warn([each.said(len(questions)) for each in missing])
+    warn(_left_out(verdicts, len(questions), unscored, list(likelihood)))
 
-    with new_file(folder / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as file:
-        for question, answer in zip(questions, answers):
-            messages = [{"role": each.role, "content": each.content} for each in question.prompt.messages]
-            line = {"place": question.place, "prompt": messages, "label": question.label.content}
-            line["predictions"] = {name: said.text if said.problem is None else None for name, said in answer.items()}
-            problems = {name: said.problem for name, said in answer.items() if said.problem is not None}
-            line |= {"problems": problems} if problems else {}
-            file.write(json_format.dumps(line, ensure_ascii=False) + "\n")
+    _write_predictions(folder / "predictions.jsonl", questions, answers)
     result = {
         **settings,
         "rows": len(questions),
@@ -115,6 +102,36 @@ def predict(
     else:
         _show(console, verdicts, len(questions))
         console.print(f"\nEvery answer is in {folder / 'predictions.jsonl'}, the numbers in {folder / 'metrics.json'}")
+
+
+def _left_out(
+    verdicts: Mapping[str, Mapping[str, Verdict]], rows: int, unscored: Sequence[str], voices: Sequence[str]
+) -> list[str]:
+    """What perplexity is not of: questions that could not be scored, and numbers that are none."""
+    told = []
+    if unscored:
+        reasons = "; ".join(list(dict.fromkeys(unscored))[:3])
+        told.append(f"perplexity leaves out {len(unscored)} of {rows} questions ({reasons})")
+    for voice in voices:
+        own = verdicts[voice].get("perplexity")
+        strange = rows - len(unscored) - (own.rows if own else 0)
+        if strange > 0:
+            told.append(f"{voice}: perplexity leaves out {strange} questions whose log-probabilities are not finite")
+    return told
+
+
+def _write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Mapping[str, Said]]) -> None:
+    """A line per question: the prompt, the label, what each voice said, and why one said nothing."""
+    from lowrank.checkpoints.atomic import new_file
+
+    with new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for question, answer in zip(questions, answers):
+            messages = [{"role": each.role, "content": each.content} for each in question.prompt.messages]
+            line = {"place": question.place, "prompt": messages, "label": question.label.content}
+            line["predictions"] = {name: said.text if said.problem is None else None for name, said in answer.items()}
+            problems = {name: said.problem for name, said in answer.items() if said.problem is not None}
+            line |= {"problems": problems} if problems else {}
+            file.write(json_format.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _folder_for(model: str, data: str) -> Path:
