@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank.compat.llamafactory import convert, is_llamafactory
-from lowrank.compat.llamafactory_keys import known
+from lowrank.compat.llamafactory_others import known
 from lowrank.config import RunConfig, override, read_file, resolve, unused
 
 

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from lowrank.compat import llamafactory_method as method
 from lowrank.compat.dataset_info import find_info, read_info, sources
-from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Keys, find, is_default, known
+from lowrank.compat.llamafactory_keys import Keys
+from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, find, is_default, known
 from lowrank.compat.llamafactory_method import PREFERENCE_LOSSES, STAGES
 from lowrank.config.problems import plain_words
 from lowrank.config.schema import RunConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank.compat.llamafactory import TEMPLATES
-from lowrank.compat.llamafactory_keys import NO_EFFECT, REFUSED, Group, Keys
+from lowrank.compat.llamafactory_keys import Keys
+from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, Group
 from lowrank.compat.llamafactory_method import OPTIMIZERS, SCHEDULES
 
 TOP = """\

@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from lowrank.compat import load_any
 from lowrank.compat.llamafactory import Keys, is_llamafactory
-from lowrank.compat.llamafactory_keys import known
+from lowrank.compat.llamafactory_others import known
 from lowrank.compat.llamafactory_method import SCHEDULES
 from lowrank.config import RunConfig
 from lowrank.data.prepare import examine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lowrank
-from lowrank.compat.llamafactory_keys import known
+from lowrank.compat.llamafactory_others import known
 from lowrank.compat.page import llamafactory_page
 
 PAGE = Path(lowrank.__file__).parent.parent / "docs" / "llamafactory.md"
