@@ -2,7 +2,7 @@
 
     their mapping -> Keys (checked, with LLaMA-Factory's defaults) -> the native mapping
 
-What a key becomes stands in `llamafactory_keys`. A key that cannot be honoured is an error that names
+What a key becomes stands in `llamafactory_keys` and `llamafactory_others`. A key that cannot be honoured is an error that names
 the way out; a key without effect here is a warning if it would have mattered.
 """
 
@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from lowrank.compat import llamafactory_method as method
 from lowrank.compat.dataset_info import find_info, read_info, sources
 from lowrank.compat.llamafactory_keys import Keys
-from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, find, is_default, known
 from lowrank.compat.llamafactory_method import PREFERENCE_LOSSES, STAGES
+from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, find, is_default, known
 from lowrank.config.problems import plain_words
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError, did_you_mean, raise_all

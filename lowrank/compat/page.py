@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lowrank.compat.llamafactory import TEMPLATES
 from lowrank.compat.llamafactory_keys import Keys
-from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, Group
 from lowrank.compat.llamafactory_method import OPTIMIZERS, SCHEDULES
+from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, Group
 
 TOP = """\
 # LLaMA-Factory files

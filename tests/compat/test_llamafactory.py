@@ -13,8 +13,8 @@ from transformers import get_scheduler
 
 from lowrank.compat import load_any
 from lowrank.compat.llamafactory import Keys, is_llamafactory
-from lowrank.compat.llamafactory_others import known
 from lowrank.compat.llamafactory_method import SCHEDULES
+from lowrank.compat.llamafactory_others import known
 from lowrank.config import RunConfig
 from lowrank.data.prepare import examine
 from lowrank.data.rendering import Renderer
