@@ -2,8 +2,8 @@
 
     their mapping -> Keys (checked, with LLaMA-Factory's defaults) -> the native mapping
 
-What a key becomes stands in `llamafactory_keys` and `llamafactory_others`. A key that cannot be honoured is an error that names
-the way out; a key without effect here is a warning if it would have mattered.
+What a key becomes stands in `llamafactory_keys` and `llamafactory_others`. A key that cannot be honoured is an error
+that names the way out; a key without effect here is a warning if it would have mattered.
 """
 
 from __future__ import annotations
