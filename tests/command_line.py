@@ -16,11 +16,12 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 _FORKS = """
-import json, os, sys
-import datasets, peft, transformers.models.llama.modeling_llama
+import gc, json, os, sys, traceback
+import datasets, matplotlib.pyplot, transformers.models.llama.modeling_llama
 import lowrank.cli.train, lowrank.run
 from lowrank.cli.main import main
 
+gc.freeze()
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
@@ -33,8 +34,16 @@ for line in sys.stdin:
         os.environ.update(order["env"])
         sys.path[:0] = filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))
         sys.argv = ["lowrank", *order["words"]]
-        main(order["words"])
-        sys.exit(0)
+        try:
+            main(order["words"])
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # to take the interpreter down would copy every page of it
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parent.parent
 OF_ITS_OWN = ("11_grpo", "12_ppo")
 """Four steps say nothing about their rewards."""
 CONFIGS = [path for path in sorted((ROOT / "examples").glob("[0-9]*.yaml")) if path.stem not in OF_ITS_OWN]
-SCRIPTS = sorted((ROOT / "examples").glob("[0-9]*.py"))
+SCRIPTS = [
+    pytest.param(
+        path, marks=pytest.mark.slow if path.stem == "10_export" else ()
+    )  # tests/test_take_home.py does as much
+    for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
+]
 
 
 def run(*command: str) -> str:

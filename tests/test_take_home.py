@@ -145,15 +145,15 @@ def test_full_tuned_runs_are_copied(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_disk_becomes_full(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, calls = shards._write_all, []
+    write, calls = shards.ToDisk.write, []
 
-    def full(out: Any, block: memoryview) -> None:
+    def full(out: shards.ToDisk, block: memoryview) -> None:
         calls.append(len(block))
         if len(calls) == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(out, block)
 
-    monkeypatch.setattr(shards, "_write_all", full)
+    monkeypatch.setattr(shards.ToDisk, "write", full)
     with pytest.raises(OutputError, match=r"the disk became full while merged was written \(.* are needed\)"):
         export(run, [Order(Merged(), tmp_path / "out")], verify=False)
     assert len(calls) == 5

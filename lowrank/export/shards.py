@@ -112,7 +112,7 @@ def _jobs(merged: Merged, names: Sequence[str], dtype: torch.dtype | None) -> It
             yield _Job(name, make=partial(_bytes, merged, name, first, end, wanted), alone=alone)
 
 
-def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[_Job], out: _ToDisk) -> Iterator[tuple[str, int]]:
+def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[_Job], out: ToDisk) -> Iterator[tuple[str, int]]:
     """Write every job's bytes in order; the name and the size of each."""
     waiting: deque[tuple[str, Future[memoryview]]] = deque()
 
@@ -154,7 +154,7 @@ def _header(merged: Mapping[str, Plan], names: Sequence[str], dtype: torch.dtype
     return len(text).to_bytes(8, "little") + text
 
 
-class _ToDisk:
+class ToDisk:
     """A file whose bytes go to the disk while more are made; else all of them would be waited for at the end."""
 
     def __init__(self, file: FileIO, syncing: ThreadPoolExecutor) -> None:
@@ -173,6 +173,6 @@ class _ToDisk:
 
 
 @contextmanager
-def _to_disk(path: Path) -> Iterator[_ToDisk]:
+def _to_disk(path: Path) -> Iterator[ToDisk]:
     with FileIO(path, "w") as file, ThreadPoolExecutor(1) as syncing:
-        yield _ToDisk(file, syncing)
+        yield ToDisk(file, syncing)

@@ -13,6 +13,7 @@ import pytest
 import lowrank
 from lowrank.cli import main as cli
 from lowrank.errors import ConfigError, DataError, LowrankError, ModelError, OutputError
+from tests.command_line import lowrank as forked
 
 DOCS = Path(lowrank.__file__).parent.parent / "docs"
 
@@ -61,7 +62,7 @@ def test_without_words_help_is_shown() -> None:
     "words", [["trian"], ["show"], ["show", "x.yaml", "--nope"], ["train"], ["show", "no-such-file.yaml"]]
 )
 def test_what_is_wrong_with_the_command_line_or_the_configuration_is_2(words: list[str]) -> None:
-    plain, as_json = run(*words), run(*words, "--json")
+    plain, as_json = forked(*words), forked(*words, "--json")
     assert plain.returncode == as_json.returncode == 2
     assert plain.stderr
     assert "Traceback" not in plain.stderr
@@ -74,7 +75,7 @@ def test_what_is_wrong_with_the_command_line_or_the_configuration_is_2(words: li
 def test_all_problems_of_a_file_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: m\ndata: {train: a/b, mxlength: 3}\nadapter: {rnk: 8}\n")
-    result = run("show", str(path))
+    result = forked("show", str(path))
     assert result.returncode == 2
     assert result.stdout == ""
     assert "adapter.rnk: unknown key; did you mean 'rank'?" in result.stderr

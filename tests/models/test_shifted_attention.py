@@ -101,7 +101,10 @@ def test_trains_sparse_and_evaluates_whole(tmp_path: Path) -> None:
     for shift in (None, 16):
         config = {
             "model": {"path": "lowrank/tiny", "dtype": "float32", "shift_attn": shift},
-            "data": {"train": "lowrank/demo", "eval": {"path": "lowrank/demo-heldout", "max_samples": 8}},
+            "data": {
+                "train": {"path": "lowrank/demo", "max_samples": 64},
+                "eval": {"path": "lowrank/demo-heldout", "max_samples": 8},
+            },
             "optimizer": {"learning_rate": 1e-9},
             "max_steps": 1,
             "output_dir": str(tmp_path / str(shift)),

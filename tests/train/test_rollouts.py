@@ -104,7 +104,7 @@ def test_none_notices_another(prompts: str, tmp_path: Path) -> None:
             torch.testing.assert_close(value, expected[key], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bits(prompts: str, tmp_path: Path, step: int) -> None:
     """Stopped between two batches of answers (2), and between two steps on the same ones (3, and always with PPO)."""
     jobs = [job("one", num_iterations=2), {**PPO}]
