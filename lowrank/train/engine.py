@@ -26,6 +26,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import key_of
+from lowrank.kernels.host_memory import Heap
 from lowrank.kernels.logprobs import Head, logprobs
 from lowrank.kernels.values import last_token_values, token_values
 from lowrank.models.base import Base
@@ -100,6 +101,7 @@ class Engine:
         self.notify: Callable[[str], None] = print
         """Hears what a person should know."""
         self.jobs: dict[int, TrainedJob] = {}
+        self._heap = Heap()
 
     def add(
         self,
@@ -165,7 +167,9 @@ class Engine:
         totals = self._totals(work, batches)
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in work}
         metrics: dict[int, Metrics] = {slot: {} for slot in work}
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number:
+                self._heap.trim()  # the gradients lie between what the last pass left, and the next finds no place in it
             shares = []
             for slot, part, scores in self._score(batch, train=True):
                 share, extra = self.jobs[slot].objective.loss(scores, part, totals[slot])
