@@ -19,16 +19,17 @@ from lowrank.models.loading import choose_device, locate
 from lowrank.planning.machine import Machine, this_machine
 from lowrank.planning.memory import StepBytes, StepMemory
 
-_LIBRARIES = 50 << 20
+_LIBRARIES = 70 << 20
 """What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
 kernels, matplotlib. Measured (docs/log.md)."""
-_IDLE = 3.0
-_IDLE_MOST = 512 << 20
-"""A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into. Fitted to
-measured peaks (docs/log.md), not derived; the bound is for steps far larger than those."""
-_SEVERAL = 2
-"""Where a step is cut into passes, gradients of the earlier ones lie between the pieces, and twice as much is idle.
-Fitted on three points (docs/log.md)."""
+_IDLE = 2.4
+_IDLE_MOST = 195 << 20
+"""A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into, up to a bound.
+Fitted to measured peaks (docs/log.md), not derived."""
+_SEVERAL = 120 << 20
+_SEVERAL_OF_PASS = 0.2
+"""Where a step is cut into passes, gradients of the earlier ones lie between the pieces: so many bytes more, and so
+much of what a pass holds. Fitted as well."""
 MARGIN = 0.95
 """A run is said to fit if it needs at most this share of what is free."""
 
@@ -116,7 +117,10 @@ class Planner:
 def beside_tensors(resident: int, step: StepBytes, passes: int) -> int:
     """What the process has in host memory beside tensors at the peak of a step: what it held before (`resident`),
     libraries still to come, idle heap."""
-    idle = min(_IDLE_MOST, _IDLE * (step.loss + step.workspace)) * (_SEVERAL if passes > 1 else 1)
+    temporary = step.loss + step.workspace
+    idle = min(_IDLE_MOST, _IDLE * temporary)
+    if passes > 1:
+        idle += _SEVERAL + _SEVERAL_OF_PASS * (step.activations + temporary)
     return int(resident + _LIBRARIES + idle)
 
 

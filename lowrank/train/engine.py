@@ -169,7 +169,7 @@ class Engine:
         metrics: dict[int, Metrics] = {slot: {} for slot in work}
         for number, batch in enumerate(batches):
             if number:
-                self._heap.trim()  # the gradients lie between what the last pass left, and the next finds no place in it
+                self._heap.trim()  # gradients lie between what the last pass left, and this one finds no place in it
             shares = []
             for slot, part, scores in self._score(batch, train=True):
                 share, extra = self.jobs[slot].objective.loss(scores, part, totals[slot])
