@@ -14,8 +14,7 @@ from lowrank.cli.warn import warn
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lowrank.evaluate.predict import Said, Verdict
-    from lowrank.evaluate.questions import Question
+    from lowrank.evaluate.predict import Verdict
 
 
 def predict(
@@ -50,7 +49,14 @@ def predict(
     from lowrank.checkpoints.atomic import write_text
     from lowrank.data.config import SourceConfig
     from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
-    from lowrank.evaluate.predict import Voices, answer_questions, compare, score_labels, unanswered
+    from lowrank.evaluate.predict import (
+        Voices,
+        answer_questions,
+        compare,
+        score_labels,
+        unanswered,
+        write_predictions,
+    )  # fmt: skip
     from lowrank.evaluate.questions import read_questions
     from lowrank.generate.request import Config
     from lowrank.trained import BARE, open_trained
@@ -87,7 +93,7 @@ def predict(
     warn([each.said(len(questions)) for each in missing])
     warn(_left_out(verdicts, len(questions), unscored, list(likelihood)))
 
-    _write_predictions(folder / "predictions.jsonl", questions, answers)
+    write_predictions(folder / "predictions.jsonl", questions, answers)
     result = {
         **settings,
         "rows": len(questions),
@@ -118,20 +124,6 @@ def _left_out(
         if strange > 0:
             told.append(f"{voice}: perplexity leaves out {strange} questions whose log-probabilities are not finite")
     return told
-
-
-def _write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Mapping[str, Said]]) -> None:
-    """A line per question: the prompt, the label, what each voice said, and why one said nothing."""
-    from lowrank.checkpoints.atomic import new_file
-
-    with new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        for question, answer in zip(questions, answers):
-            messages = [{"role": each.role, "content": each.content} for each in question.prompt.messages]
-            line = {"place": question.place, "prompt": messages, "label": question.label.content}
-            line["predictions"] = {name: said.text if said.problem is None else None for name, said in answer.items()}
-            problems = {name: said.problem for name, said in answer.items() if said.problem is not None}
-            line |= {"problems": problems} if problems else {}
-            file.write(json_format.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _folder_for(model: str, data: str) -> Path:

@@ -11,10 +11,21 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    samples: Annotated[
+        int, typer.Option(min=0, help="First ask the base and every adapter so many held-out questions of the run.")
+    ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the page's path as JSON.")] = False,
 ) -> None:
-    """One page that needs nothing else; training writes it too. After `predict` or `eval` it shows their results."""
+    """One page that needs nothing else; training writes it too. After `predict` or `eval` it shows their results.
+
+    With `--samples 6` it also shows what the base and the adapters say to six held-out questions.
+    """
     from lowrank.report.page import write_report
 
+    if samples:
+        from lowrank.cli.warn import warn
+        from lowrank.samples import answer_samples
+
+        answer_samples(run, samples, lambda text: warn([text]))
     path = write_report(run)
     print(json_format.dumps({"report": str(path)}) if json else path)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
+from lowrank.checkpoints.atomic import new_file
 from lowrank.data.rendering import Renderer, Rendering
 from lowrank.errors import DataError
 from lowrank.evaluate.bootstrap import Interval, difference, interval
@@ -182,6 +183,18 @@ def unanswered(answers: Sequence[Mapping[str, Said]]) -> list[Unanswered]:
         )
         for places, names in missing.items()
     ]
+
+
+def write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Mapping[str, Said]]) -> None:
+    """A line per question: the prompt, the label, what each voice said, and why one said nothing."""
+    with new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for question, answer in zip(questions, answers):
+            messages = [{"role": each.role, "content": each.content} for each in question.prompt.messages]
+            line = {"place": question.place, "prompt": messages, "label": question.label.content}
+            line["predictions"] = {name: said.text if said.problem is None else None for name, said in answer.items()}
+            problems = {name: said.problem for name, said in answer.items() if said.problem is not None}
+            line |= {"problems": problems} if problems else {}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import pytest
 
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
-from lowrank.errors import OutputError
+from lowrank.errors import DataError, OutputError
 from lowrank.report.curves import Line, loss_chart
 from lowrank.report.page import write_report
 from lowrank.run import train
+from lowrank.samples import answer_samples
 from tests.checkpoint_folder import save_checkpoint_folder
 
 EVIL = "<script>alert(1)</script> & \u2028 'x'"
@@ -53,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.json").write_text(json.dumps([*rows, {"instruction": "no answer", "output": ""}]), "utf-8")
     settings = {
         "model": {"path": str(folder / "model"), "dtype": "float32", "device": "cpu"},
-        "data": {"train": [str(folder / "rows.json")], "validation_split": 0.25, "batch_size": 2},
+        "data": {"train": [str(folder / "rows.json")], "eval": [str(folder / "rows.json")], "batch_size": 2},
         "max_steps": 4,
         "eval_steps": 2,
         "eval_metric": "exact_match",
@@ -81,6 +82,16 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
         assert expected in text, expected
     assert "alert(1)</script>" in text, "the sample is shown as text"
     with pytest.raises(SystemExit):
+        main(["report", str(run), "--samples", "2"])
+    asked = [
+        json.loads(line) for line in (run / "predict/samples/predictions.jsonl").read_text("utf-8").split("\n")[:-1]
+    ]
+    assert len(asked) == 2
+    assert all(set(each["predictions"]) == {"base", "r4", *each["predictions"]} for each in asked)
+    page = Page((run / "report.html").read_text("utf-8"))
+    assert "base (" in "".join(page.said), "samples before and after"
+    assert "perplexity" not in "".join(page.said)
+    with pytest.raises(SystemExit):
         main(
             ["predict", str(run), "--data", str(run.parent / "rows.json"), "--max-new-tokens", "3", "--metrics", "none"]
         )
@@ -91,6 +102,12 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert "perplexity" in "".join(page.said)
     assert "base (" in "".join(page.said), "samples before and after"
+
+
+def test_samples_need_held_out_rows_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model": "m", "data": "rows.json", "output_dir": str(tmp_path)}))
+    with pytest.raises(DataError, match=r"no job has held-out data \(data.eval\).*lowrank predict"):
+        answer_samples(tmp_path, 2, print)
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
