@@ -19,15 +19,14 @@ from lowrank.models.loading import choose_device, locate
 from lowrank.planning.machine import Machine, this_machine
 from lowrank.planning.memory import StepBytes, StepMemory
 
-_LIBRARIES = 70 << 20
+_LIBRARIES = 75 << 20
 """What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
 kernels, matplotlib. Measured (docs/log.md)."""
-_IDLE = 2.4
-_IDLE_MOST = 195 << 20
+_IDLE_LOSS, _IDLE_LOSS_MOST = 2.4, 170 << 20
+_IDLE_WORKSPACE, _IDLE_WORKSPACE_MOST = 2.8, 300 << 20
 """A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into, up to a bound.
 Fitted to measured peaks (docs/log.md), not derived."""
-_SEVERAL = 120 << 20
-_SEVERAL_OF_PASS = 0.2
+_SEVERAL, _SEVERAL_OF_PASS = 120 << 20, 0.35
 """Where a step is cut into passes, gradients of the earlier ones lie between the pieces: so many bytes more, and so
 much of what a pass holds. Fitted as well."""
 MARGIN = 0.95
@@ -117,10 +116,9 @@ class Planner:
 def beside_tensors(resident: int, step: StepBytes, passes: int) -> int:
     """What the process has in host memory beside tensors at the peak of a step: what it held before (`resident`),
     libraries still to come, idle heap."""
-    temporary = step.loss + step.workspace
-    idle = min(_IDLE_MOST, _IDLE * temporary)
+    idle = min(_IDLE_LOSS_MOST, _IDLE_LOSS * step.loss) + min(_IDLE_WORKSPACE_MOST, _IDLE_WORKSPACE * step.workspace)
     if passes > 1:
-        idle += _SEVERAL + _SEVERAL_OF_PASS * (step.activations + temporary)
+        idle += _SEVERAL + _SEVERAL_OF_PASS * (step.activations + step.loss + step.workspace)
     return int(resident + _LIBRARIES + idle)
 
 
