@@ -219,7 +219,8 @@ def _answered(held_out: HeldOut, greedy: Sequence[tuple[int, ...]]) -> HeldOut:
     for prompt, answer in zip(held_out.prompts, greedy):
         document = np.append(prompt, np.asarray(answer, np.int64))
         mask = np.zeros(len(document), bool)
-        mask[len(prompt) - 1 : max(len(prompt), len(document) - 1)] = True
+        begin = len(prompt) - 1 if answer else 0  # an answer that ends at once says nothing; the question itself does
+        mask[begin : max(len(prompt), len(document) - 1)] = True
         documents.append(document)
         compared.append(mask)
     return replace(held_out, documents=tuple(documents), compared=tuple(compared))

@@ -26,7 +26,7 @@ _IDLE_LOSS, _IDLE_LOSS_MOST = 2.4, 170 << 20
 _IDLE_WORKSPACE, _IDLE_WORKSPACE_MOST = 2.8, 300 << 20
 """A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into, up to a bound.
 Fitted to measured peaks (docs/log.md), not derived."""
-_SEVERAL, _SEVERAL_OF_PASS = 120 << 20, 0.35
+_SEVERAL, _SEVERAL_OF_PASS = 100 << 20, 0.3
 """Where a step is cut into passes, gradients of the earlier ones lie between the pieces: so many bytes more, and so
 much of what a pass holds. Fitted as well."""
 MARGIN = 0.95
