@@ -62,23 +62,20 @@ def test_what_is_fetched(upstream: Upstream) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SmolLM3Config", "ArceeConfig", "ApertusConfig"])
 def test_a_family_that_lowrank_does_not_know(name: str, upstream: Upstream, tmp_path: Path) -> None:
+    """Its tensors are right. Its tokenizer is not where there is no tokenizer.model: upstream gives every token of a
+    tokenizer.json like Llama 2's the same score, and llama.cpp merges by scores. That is found, and nothing is left."""
     model = save_unknown(tmp_path / "model", name)
+    upstream.convert(tmp_path / "model", tmp_path / "it.gguf", "f32", "it")
+    with torch.no_grad(), LlamaCpp(tmp_path / "it.gguf") as llama:
+        wanted = model(torch.tensor([TOKENS])).logits[0].numpy()
+        assert squared_error(llama.logits(TOKENS), wanted) < 1e-9
     found = open_source(str(tmp_path / "model"), notify=lambda text: None)
     target = Gguf(types=("f32", "q4_0"), converter=upstream.folder)
     said: list[str] = []
-    result = take_home(found, [Order(target, tmp_path / "out")], notify=said.append)
-    assert result["passed"]
+    with pytest.raises(ModelError, match=r"llama\.cpp gives other tokens for .* would not understand its input"):
+        take_home(found, [Order(target, tmp_path / "out")], notify=said.append)
     assert any("with no test of lowrank's behind it" in line for line in said)
-    plain, small = result["targets"]["gguf"]["comparisons"]
-    assert plain["mean_kl"] < 1e-6
-    assert small["against"] == "model-F32.gguf"
-    assert small["against_mean_kl"] > plain["mean_kl"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "export.json", "model-F32.gguf", "model-Q4_0.gguf",
-    ]  # fmt: skip
-    with torch.no_grad(), LlamaCpp(tmp_path / "out" / "model-F32.gguf") as llama:
-        wanted = model(torch.tensor([TOKENS])).logits[0].numpy()
-        assert squared_error(llama.logits(TOKENS), wanted) < 1e-9
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
