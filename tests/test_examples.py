@@ -17,11 +17,10 @@ OF_ITS_OWN = ("11_grpo", "12_ppo")
 """Four steps say nothing about their rewards."""
 CONFIGS = [path for path in sorted((ROOT / "examples").glob("[0-9]*.yaml")) if path.stem not in OF_ITS_OWN]
 SCRIPTS = [
-    pytest.param(
-        path, marks=pytest.mark.slow if path.stem == "10_export" else ()
-    )  # tests/test_take_home.py does as much
+    pytest.param(path, marks=pytest.mark.slow if path.stem == "10_export" else ())
     for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
 ]
+"""10_export takes most of a minute; tests/test_take_home.py does as much."""
 
 
 def run(*command: str) -> str:

@@ -144,6 +144,18 @@ def test_full_tuned_runs_are_copied(run: Path, tmp_path: Path) -> None:
 # ---- bad input ----------------------------------------------------------------------------------------------------
 
 
+def test_what_the_disk_did_not_take_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are synced by a thread while they are written, and a disk tells an error only once."""
+
+    def refuse(number: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shards, "_SYNCED_BYTES", 4)
+    monkeypatch.setattr(shards.os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"), shards._to_disk(tmp_path / "file") as out:
+        out.write(b"12345")
+
+
 def test_the_disk_becomes_full(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, calls = shards.ToDisk.write, []
 

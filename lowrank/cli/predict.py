@@ -56,7 +56,7 @@ def predict(
         score_labels,
         unanswered,
         write_predictions,
-    )  # fmt: skip
+    )
     from lowrank.evaluate.questions import read_questions
     from lowrank.generate.request import Config
     from lowrank.trained import BARE, open_trained

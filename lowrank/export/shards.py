@@ -160,6 +160,7 @@ class ToDisk:
     def __init__(self, file: FileIO, syncing: ThreadPoolExecutor) -> None:
         self._file, self._syncing = file, syncing
         self._unsynced = 0
+        self._sync: Future[None] | None = None
 
     def write(self, block: bytes | memoryview) -> None:
         """All of it."""
@@ -169,10 +170,18 @@ class ToDisk:
         self._unsynced += len(block)
         if self._unsynced >= _SYNCED_BYTES:
             self._unsynced = 0
-            self._syncing.submit(os.fsync, self._file.fileno())
+            self.check()
+            self._sync = self._syncing.submit(os.fsync, self._file.fileno())
+
+    def check(self) -> None:
+        """Wait for what was begun. Raises OSError for what the disk did not take, which it tells only once."""
+        if self._sync is not None:
+            self._sync.result()
 
 
 @contextmanager
 def _to_disk(path: Path) -> Iterator[ToDisk]:
     with FileIO(path, "w") as file, ThreadPoolExecutor(1) as syncing:
-        yield ToDisk(file, syncing)
+        out = ToDisk(file, syncing)
+        yield out
+        out.check()

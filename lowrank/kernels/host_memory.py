@@ -3,8 +3,8 @@
 It gives large blocks back to the system at once, and every new one costs page faults: a step frees and
 takes the same tens of megabytes hundreds of times, and touching fresh pages costs more than the arithmetic
 on them. So freed memory is kept. But steps of many lengths leave fragments, and the process would grow by half within a
-hundred steps; so when it has grown, everything unused is given back once, and always between the passes of one step,
-whose gradients stay. docs/log.md has the numbers.
+hundred steps; so when it has grown, everything unused is given back once, and always between the large passes of one
+step, whose gradients stay. docs/log.md has the numbers.
 
 And torch asks for aligned blocks: glibc cuts such a block out of a larger hole and frees the slivers at its ends, which
 its cache of small blocks hands to whoever wants a few bytes. From then on the block's place, freed, is a sliver too

@@ -63,9 +63,9 @@ def _cpu() -> str:
     return "".join(line for line in lines[:40] if line.startswith(("flags", "Features", "model name")))
 
 
-def pointer(tensor: torch.Tensor | None, first: int = 0) -> ctypes.c_void_p:
-    """Where a tensor's data begin, or those of its element `first`; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + first * tensor.itemsize)
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's data begin; null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def threads_for(total: int, least: int) -> ctypes.c_int:
