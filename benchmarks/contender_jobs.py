@@ -12,6 +12,7 @@ from benchmarks import workload
 from benchmarks.contender_lowrank import engine_of, segments
 from benchmarks.machine import load, peak_memory, wait
 from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.models.recompute import set_recompute
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     seeds = [int(seed) for seed in spec["jobs"]]
     storage = spec.get("storage", "dense")
     engine, slots = engine_of(work.model, spec["device"], seeds, spec["rank"], spec["micro_batch_tokens"], storage)
+    set_recompute(engine.base.model, spec.get("recompute", "none"))
     after_load = peak_memory()
     losses: dict[str, list[float]] = {seed: [] for seed in spec["jobs"]}
     steps = []

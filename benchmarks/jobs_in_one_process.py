@@ -21,10 +21,9 @@ import torch
 
 from benchmarks import workload
 from benchmarks.machine import describe, median_of
+from lowrank.kernels.host_memory import without_cache
 
 LEARNING_RATE = 2e-4
-AS_TRAIN_STARTS = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
-"""See lowrank/kernels/host_memory.py."""
 SAME_LOSS = 1e-2
 """bf16: the products of eight jobs are blocked otherwise than those of one, so losses agree to rounding."""
 
@@ -49,6 +48,7 @@ def run(jobs: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict
         "learning_rate": LEARNING_RATE,
         "micro_batch_tokens": options.micro_batch_tokens,
         "storage": options.storage,
+        "recompute": options.recompute,
         "jobs": jobs,
     }
     given, result = folder / "spec.json", folder / "result.json"
@@ -56,7 +56,7 @@ def run(jobs: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.contender_jobs", str(given), str(result)],
-        env={**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", **AS_TRAIN_STARTS},
+        env={**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", **without_cache()},
         capture_output=True,
         text=True,
     )
@@ -85,6 +85,9 @@ def compare(together: dict[str, Any], alone: list[dict[str, Any]]) -> dict[str, 
     found["whole_seconds_one_after_another"] = sum(one["whole_seconds"] for one in alone)
     found["peak_memory_bytes_together"] = together["peak_memory_bytes"]
     found["peak_memory_bytes_of_one"] = max(one["peak_memory_bytes"] for one in alone)
+    found["memory_less_than_as_many_processes"] = 1 - together["peak_memory_bytes"] / sum(
+        one["peak_memory_bytes"] for one in alone
+    )
     found["load"] = median_of([step["load"] for one in (together, *alone) for step in one["steps"]])
     return found
 
@@ -102,6 +105,7 @@ def main() -> None:
         "layers": options.layers,
         "rank": options.rank,
         "micro_batch_tokens": options.micro_batch_tokens,
+        "recompute": options.recompute,
         "sizes": [],
     }
     with tempfile.TemporaryDirectory() as name:
@@ -117,6 +121,7 @@ def main() -> None:
             print(json.dumps(found, indent=1), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
     packed = "" if options.storage == "dense" else f"_{options.storage}"
+    packed += "" if options.recompute == "none" else f"_recompute-{options.recompute}"
     stem = f"jobs_in_one_process{packed}_rank-{options.rank}_{options.threads}-threads_{result['date'][:10]}"
     (options.results / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
 
@@ -130,6 +135,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024], help="per job and step")
     parser.add_argument("--storage", default="dense", help="how the base is kept: dense, nf4, int8 ...")
+    parser.add_argument("--recompute", default="none", help="model.recompute, of both")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=24)

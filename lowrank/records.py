@@ -182,6 +182,9 @@ class Batch:
     """`Segment.virtual` of each segment; empty where none has any."""
     prefixes: tuple[int, ...] = field(default=())
     """`Segment.prefix` of each."""
+    filler: int = 0
+    """Tokens of one more document behind the stream, of nobody's, whose hidden states are thrown away: where the number
+    of rows matters (kernels/few_shapes.py)."""
 
     @property
     def num_tokens(self) -> int:

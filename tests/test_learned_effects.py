@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from lowrank.config import load, resolve
+from lowrank.config import resolve
 from lowrank.run import train
 from lowrank.settings import configs_in
 from lowrank.train.reporters.metrics import read_metrics
@@ -18,10 +19,11 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
-    """`{job: metrics of its last evaluation}`."""
+def run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, dict[str, float]]:
+    """`{job: metrics of its last evaluation}`. `changes`: keys in the place of the example's."""
     monkeypatch.chdir(ROOT)
-    summary = train(load(ROOT / "examples" / f"{name}.yaml", [f"output_dir={tmp_path / 'run'}"]))
+    given = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text("utf-8"))
+    summary = train(resolve({**given, "output_dir": str(tmp_path / "run"), **changes}))
     jobs = {job: {**own["eval_metrics"], "loss": own["last_eval"]["loss"]} for job, own in summary["jobs"].items()}
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "eval"]
     assert {line["job"] for line in lines} == set(jobs)
@@ -39,12 +41,22 @@ def held_out_losses(config: dict[str, Any]) -> dict[str, float]:
 
 
 def test_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The untouched base prefers the right answer in 61 of 100 pairs; measured afterwards: 79, 79, 99, 83 and 99."""
+    """The untouched base prefers the right answer in 61 of 100 pairs; measured afterwards: 69, 79, 99, 83 and 99."""
     jobs = run("07_preferences", tmp_path, monkeypatch)
-    least = {"dpo": 0.7, "ipo": 0.7, "orpo": 0.93, "simpo": 0.75, "cpo": 0.93}
+    least = {"dpo": 0.65, "ipo": 0.7, "orpo": 0.93, "simpo": 0.75, "cpo": 0.93}  # dpo: see the next test
     for name, share in least.items():
         assert jobs[name]["rewards/accuracies"] >= share, name
         assert jobs[name]["rewards/margins"] > 0, name
+
+
+def test_dpo_with_other_orders_of_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the pairs moves the result: seeds 0 to 7 and 43 to 51 gave 73 to 87 of 100, 78 in the mean; the
+    example's 42 gave 69."""
+    seeds = {"jobs": [{"name": str(seed), "seed": seed, "objective": {"type": "dpo"}} for seed in range(4)]}
+    jobs = run("07_preferences", tmp_path, monkeypatch, **seeds)
+    shares = [job["rewards/accuracies"] for job in jobs.values()]
+    assert sum(shares) / len(shares) >= 0.74, shares
+    assert min(shares) >= 0.7, shares
 
 
 def test_conversations_pairs_and_ratings_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.kernels.answering import add_updates, stack
 from lowrank.kernels.counter_random import dropout
+from lowrank.kernels.few_shapes import window
 from lowrank.kernels.grouped import grouped_backward, grouped_forward, prefers_grouped
 from lowrank.kernels.recipe import Recipe, recipe_of
 from lowrank.models.storages import BaseLinear
@@ -93,11 +94,11 @@ class Piece:
     excess_O: torch.Tensor | None = None
     """g - 1, where the slot's outputs have a gain."""
 
-    def drop(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Dropout as this piece draws it; linear, and its own transpose."""
+    def drop(self, x_PD: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Dropout as this piece draws it for these rows of the call; linear, and its own transpose."""
         if not self.dropout or self.counter_N is None:
-            return x_TD
-        return dropout(x_TD, self.counter_N[self.first : self.end], self.key, self.dropout)
+            return x_PD
+        return dropout(x_PD, self.counter_N[rows], self.key, self.dropout)
 
 
 class RoutedLinear(nn.Module):
@@ -239,9 +240,11 @@ class _RoutedLinear(torch.autograd.Function):
         if grouped:
             shrunk = grouped_forward(x_TD, y_TO, pieces)
         else:
-            shrunk = [piece.drop(x_TD[piece.first : piece.end]) @ piece.A_RD.t() for piece in pieces]
-            for piece, h_TR in zip(pieces, shrunk):
-                y_TO[piece.first : piece.end].addmm_(h_TR, piece.B_OR.t(), alpha=piece.scale)
+            shrunk = []
+            for piece in pieces:
+                own = window(x_TD, piece.first, piece.end)
+                shrunk.append(own.own_alone(piece.drop(x_TD[own.rows], own.rows) @ piece.A_RD.t()))
+                own.add(y_TO, shrunk[-1], piece.B_OR.t(), piece.scale)
                 if piece.excess_O is not None:
                     gained.append(_without(y_TO[piece.first : piece.end], bias_of(base)))
                     y_TO[piece.first : piece.end].addcmul_(gained[-1], piece.excess_O)
@@ -275,19 +278,22 @@ class _RoutedLinear(torch.autograd.Function):
             assert x_TD is not None
             return dx_TD, None, None, None, *grouped_backward(dy_TO, x_TD, shrunk[0], dx_TD, pieces)
         gradients: list[torch.Tensor | None] = []
-        for index, (piece, h_TR) in enumerate(zip(pieces, shrunk)):
-            rows = slice(piece.first, piece.end)
-            g_TR = (dy_TO[rows] @ piece.B_OR).mul_(piece.scale)
+        for index, (piece, h_PR) in enumerate(zip(pieces, shrunk)):
+            own = window(dy_TO, piece.first, piece.end)
+            dy_PO = dy_TO[own.rows]
+            g_PR = own.own_alone((dy_PO @ piece.B_OR).mul_(piece.scale))
             trains_A = ctx.needs_input_grad[_MASTERS + len(gradients)]
-            gradients.append(g_TR.t() @ piece.drop(x_TD[rows]) if x_TD is not None and trains_A else None)
-            gradients.append((dy_TO[rows].t() @ h_TR).mul_(piece.scale))
+            keeps_x = x_TD is not None and trains_A
+            gradients.append(own.contract(g_PR, piece.drop(x_TD[own.rows], own.rows)) if keeps_x else None)
+            gradients.append(own.contract(dy_PO, h_PR).mul_(piece.scale))
             if index in of_gains:
                 gradients.append(of_gains[index])
             if dx_TD is not None:
                 if piece.dropout:
-                    dx_TD[rows] += piece.drop(g_TR @ piece.A_RD)
+                    dx_PD = piece.drop(g_PR @ piece.A_RD, own.rows)
+                    dx_TD[piece.first : piece.end] += dx_PD[own.inside]
                 else:
-                    dx_TD[rows].addmm_(g_TR, piece.A_RD)
+                    own.add(dx_TD, g_PR, piece.A_RD, 1.0)
         return dx_TD, None, None, None, *gradients
 
 

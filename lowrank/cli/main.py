@@ -106,7 +106,7 @@ def main(words: list[str] | None = None) -> None:
     """Run the command line (`sys.argv` by default) and exit with one of `EXIT_CODES`."""
     if words is None:
         words = sys.argv[1:]
-        if words[:1] == ["train"]:
+        if words[:1] in (["train"], ["demo"]):
             from lowrank.kernels.host_memory import start_again_without_cache
 
             start_again_without_cache()

@@ -31,7 +31,7 @@ def label_logprobs(
     done = 0
     entries = [(slot, bank.prompted(slot, segment)) for slot, segment in entries]
     for members in _cut(base, entries, micro_batch_tokens):
-        batch = pack([entries[index] for index in members]).to(base.device)
+        batch = base.filled(pack([entries[index] for index in members])).to(base.device)
         hidden_TD = bank.hidden(batch)
         logprob_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=base.device)
         for slot, first, end in batch.slot_ranges():
@@ -70,7 +70,7 @@ def continuation_logprobs(
     found: list[tuple[float, bool]] = [(0.0, False)] * len(entries)
     done = 0
     for chosen in _cut(base, texts, micro_batch_tokens):
-        batch = pack([texts[place] for place in chosen]).to(base.device)
+        batch = base.filled(pack([texts[place] for place in chosen])).to(base.device)
         hidden_TD = bank.hidden(batch)
         end = 0
         for place in chosen:

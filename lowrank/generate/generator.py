@@ -30,7 +30,7 @@ from lowrank.generate.request import Config, Prompt, RequestError, TooLong
 from lowrank.generate.sampling import choose
 from lowrank.generate.schedule import GeneratorConfig, Schedule
 from lowrank.generate.sequence import Sequence
-from lowrank.kernels.answering import few_shapes
+from lowrank.kernels.few_shapes import few_shapes
 from lowrank.kernels.host_memory import Heap
 from lowrank.models.base import Base
 from lowrank.models.continuation import what_breaks
@@ -245,7 +245,7 @@ class Generator:
         return self.base.head().finish(logits_BV[: len(rows)])
 
     def _rows_for(self, rows: int) -> int:
-        """On a CPU every new number of rows costs time and memory (kernels/answering.py), so there are few."""
+        """On a CPU every new number of rows costs time and memory (kernels/few_shapes.py), so there are few."""
         return few_shapes(rows) if rows and self.base.device.type == "cpu" else rows
 
     def _fixed_batch(self, most: int) -> bool:

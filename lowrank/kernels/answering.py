@@ -1,9 +1,8 @@
 """Low-rank updates of many slots while they answer, on a CPU: few rows of each slot in a step, and the same few shapes.
 
-A small product in bf16 costs about 25 us to start on a CPU, and 2 ms and 0.4 MB the first time its shape comes
-(oneDNN makes code for every shape, and keeps it for the last 1,024). So all slots go through two batched products
-where they have about as many rows, and numbers of rows are rounded up. Rows added are rows of somebody; what comes of
-them is thrown away, so no value of one slot meets another's. Nothing is kept for a backward pass.
+A small product in bf16 costs about 25 us to start on a CPU. So all slots go through two batched products where they
+have about as many rows, and numbers of rows are rounded up (few_shapes.py). Rows added are rows of somebody; what comes
+of them is thrown away, so no value of one slot meets another's. Nothing is kept for a backward pass.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
+from lowrank.kernels.few_shapes import few_shapes
+
 _FEW_ROWS = 32
 """Rows of one slot up to which a product of its own costs more to start than to compute."""
 _GROUPS = 4
@@ -23,14 +24,6 @@ _GROUPS = 4
 
 Ranges = tuple[tuple[int, int], ...]
 """[first row, end row) of each slot, in order."""
-
-
-def few_shapes(rows: int) -> int:
-    """`rows` rounded up: to 2^k or 3 * 2^k up to 64, to multiples of 32 beyond."""
-    if rows > 64:
-        return -(-rows // 32) * 32
-    power = 1 << max(0, rows - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
 
 
 @dataclass(frozen=True)

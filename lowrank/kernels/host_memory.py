@@ -39,13 +39,20 @@ def keep_freed_memory() -> bool:
 def start_again_without_cache() -> None:
     """Become the same command with a malloc that has no cache of small blocks; returns where it is so already, or the
     C library is not glibc. For the first line of a command, before anything is imported that takes time."""
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] != "glibc" or "malloc.tcache_count" in given:
+    added = without_cache()
+    if platform.libc_ver()[0] != "glibc" or not added:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    tunables = f"{given}:{_NO_CACHE}" if given else _NO_CACHE
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "GLIBC_TUNABLES": tunables})
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})
+
+
+def without_cache() -> dict[str, str]:
+    """What a process that trains is given in its environment; nothing where a person has set that already."""
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if "malloc.tcache_count" in given:
+        return {}
+    return {"GLIBC_TUNABLES": f"{given}:{_NO_CACHE}" if given else _NO_CACHE}
 
 
 class Heap:

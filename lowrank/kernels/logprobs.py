@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lowrank.kernels.few_shapes import wants_few_shapes
+
 _CHUNK_BYTES = 64 << 20
 _BLOCK_BYTES = 2 << 20
 """Logits are made `_CHUNK_BYTES` at a time: a few hundred rows, beside which reading the weight costs nothing. On a
 CPU the softmax walks over them in pieces of `_BLOCK_BYTES` for each thread, which stay in the cache."""
+_MULTIPLE = 16
+"""On a CPU in 16 bits the rows of a chunk are a multiple of it: it compiles products for their number of rows, and
+computes so many at a time anyway (few_shapes.py)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,13 @@ class Head:
 
 def logprobs(hidden_KD: torch.Tensor, target_K: torch.Tensor, head: Head) -> torch.Tensor:
     """log p(target) of each row: (K, D), (K) -> (K), float32 (float64 for float64)."""
-    return _LogProbs.apply(hidden_KD, target_K, head, *head.trainable)
+    rows = len(hidden_KD)
+    if rows % _MULTIPLE and wants_few_shapes(hidden_KD.device, hidden_KD.dtype):
+        hidden_KD = F.pad(hidden_KD, (0, 0, 0, -rows % _MULTIPLE))
+        target_K = F.pad(target_K, (0, -rows % _MULTIPLE))
+    logprob_K = _LogProbs.apply(hidden_KD, target_K, head, *head.trainable)
+    assert isinstance(logprob_K, torch.Tensor)
+    return logprob_K[:rows]
 
 
 def _cast(tensor: Any, like: torch.Tensor) -> Any:
@@ -72,11 +83,14 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _chunks(num_rows: int, vocabulary: int, itemsize: int) -> range:
+def _chunks(hidden_KD: torch.Tensor, vocabulary: int) -> range:
     """Where the chunks start; all of nearly one size, since a GEMM of few rows costs as much as one of many."""
-    most = max(1, _CHUNK_BYTES // (vocabulary * itemsize))
-    pieces = max(1, -(-num_rows // most))
-    return range(0, num_rows, max(1, -(-num_rows // pieces)))
+    most = max(1, _CHUNK_BYTES // (vocabulary * hidden_KD.element_size()))
+    pieces = max(1, -(-len(hidden_KD) // most))
+    each = max(1, -(-len(hidden_KD) // pieces))
+    if wants_few_shapes(hidden_KD.device, hidden_KD.dtype):
+        each += -each % _MULTIPLE
+    return range(0, len(hidden_KD), each)
 
 
 def _blocks(raw_KV: torch.Tensor, wide: torch.dtype) -> range:
@@ -124,7 +138,7 @@ class _LogProbs(torch.autograd.Function):
         gradient = ctx.needs_input_grad[0] and not ctx.head_trains
         gradient_KD = torch.empty_like(hidden_KD) if gradient else None
         pieces = []
-        chunks = _chunks(len(hidden_KD), head.weight_VD.shape[0], hidden_KD.element_size())
+        chunks = _chunks(hidden_KD, head.weight_VD.shape[0])
         for first in chunks:
             rows = slice(first, first + chunks.step)
             raw_KV = head.raw(hidden_KD[rows])
@@ -148,7 +162,7 @@ class _LogProbs(torch.autograd.Function):
         needs_hidden, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         sums = [torch.zeros_like(t) if need and t is not None else None for t, need in zip(head.trainable, needs)]
         gradient_KD = torch.zeros_like(hidden_KD)
-        chunks = _chunks(len(hidden_KD), head.weight_VD.shape[0], hidden_KD.element_size())
+        chunks = _chunks(hidden_KD, head.weight_VD.shape[0])
         for first in chunks:
             rows = slice(first, first + chunks.step)
             raw_KV = head.raw(hidden_KD[rows])

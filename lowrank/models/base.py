@@ -12,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lowrank.errors import ModelError
+from lowrank.kernels.few_shapes import few_shapes, wants_few_shapes
 from lowrank.kernels.logprobs import Head
 from lowrank.models import attention
 from lowrank.models.paged_attention import Step
@@ -110,6 +112,12 @@ class Base:
             with quiet_transformers():  # it advises about families that ignore the request; the leak test sees those
                 self.model.set_attn_implementation(name)
 
+    def filled(self, batch: Batch) -> Batch:
+        """The batch, with a filler where numbers of rows should be few."""
+        if self.layout != "packed" or not wants_few_shapes(self.device, self.dtype):
+            return batch
+        return replace(batch, filler=few_shapes(batch.num_tokens) - batch.num_tokens)
+
     def rows(self, batch: Batch) -> Rows:
         """How `hidden` will lay out `batch`."""
         length_S = batch.start_S1.diff()
@@ -121,7 +129,9 @@ class Base:
                 each.repeat_interleave(length_S, dim=0, output_size=batch.num_tokens)
                 for each in (batch.origin_S, document_S)
             )
-            return Rows(batch.num_tokens, tuple(batch.slot_ranges()), batch.position_T + origin_T, length_T)
+            counter_N = F.pad(batch.position_T + origin_T, (0, batch.filler))
+            length_N = F.pad(length_T, (0, batch.filler), value=1)
+            return Rows(len(counter_N), tuple(batch.slot_ranges()), counter_N, length_N)
         longest = max(batch.lengths)
         place = torch.arange(longest, device=batch.token_T.device)
         counter_N = (batch.origin_S[:, None] + place[None, :]).reshape(-1)
@@ -141,11 +151,7 @@ class Base:
                 f"so documents of more than {limit} tokens would change one another: set data.max_length to {limit}"
             )
         if self.layout == "packed":
-            return self._call(
-                batch.token_T[None],
-                position_ids=batch.position_T[None],
-                packed=self._with_prefixes(self._boundaries(batch, training)),
-            )[0]
+            return self._stream(batch, training)[: batch.num_tokens]
         longest = max(batch.lengths)
         segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
             batch.start_S1.diff(), dim=0, output_size=batch.num_tokens
@@ -158,14 +164,23 @@ class Base:
         hidden_SLD = self._call(token_SL, position_ids=position_SL, attention_mask=seen_SL)
         return hidden_SLD[segment_T, batch.position_T]
 
-    def _boundaries(self, batch: Batch, training: bool) -> attention.Packed | attention.Attending:
-        device = batch.token_T.device
+    def _stream(self, batch: Batch, training: bool) -> torch.Tensor:
+        """The last hidden states of the packed layout, with those of the filler at the end."""
+        token_T, position_T, start_S1 = batch.token_T, batch.position_T, batch.start_S1
+        lengths, prefixes = batch.lengths, batch.prefixes
+        if batch.filler:
+            token_T = F.pad(token_T, (0, batch.filler))
+            position_T = torch.cat([position_T, torch.arange(batch.filler, device=position_T.device)])
+            start_S1 = F.pad(start_S1, (0, 1), value=len(token_T))
+            lengths, prefixes = (*lengths, batch.filler), (*prefixes, 0)
+        boundaries: attention.Packed | attention.Attending = attention.Packed(start_S1, lengths)
         if training and self.shift_attn is not None:
-            assert not any(batch.prefixes), "shared prompts are not in groups"
-            return ShiftedSparse(batch.lengths, self.shift_attn, device)
-        if any(batch.prefixes):
-            return SharedPrompts(batch.lengths, batch.prefixes, device)
-        return attention.Packed(batch.start_S1, batch.lengths)
+            assert not any(prefixes), "shared prompts are not in groups"
+            boundaries = ShiftedSparse(lengths, self.shift_attn, token_T.device)
+        elif any(prefixes):
+            boundaries = SharedPrompts(lengths, prefixes, token_T.device)
+        packed = self._with_prefixes(boundaries)
+        return self._call(token_T[None], position_ids=position_T[None], packed=packed)[0]
 
     def _call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
         if not self._takes_positions:

@@ -338,7 +338,7 @@ class Engine:
                     entries = _entries(slot, unit, None, share)
                 batches[-1] += entries
                 whole = next((each for _, each in reversed(entries) if not each.prefix), whole)
-        return [pack(entries) for entries in batches if entries]
+        return [self.base.filled(pack(entries)) for entries in batches if entries]
 
     def _fits(self, entries: Sequence[tuple[int, Segment]]) -> bool:
         documents = tuple(segment.prefix + len(segment) for _, segment in entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ def first_looks(engine: Engine, feed: Feed) -> Iterator[tuple[Look, ...]]:
     own = feed.again()
     while True:
         batches = engine.cut({BARE_BASE: own.next_step()})
-        yield tuple(_look(engine, batch.to(engine.base.device)) for batch in batches)
+        yield tuple(_look(engine, replace(batch, filler=0).to(engine.base.device)) for batch in batches)
 
 
 def _look(engine: Engine, batch: Batch) -> Look:

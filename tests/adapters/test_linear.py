@@ -53,7 +53,7 @@ def test_equals_the_formula_with_the_mask_written_out() -> None:
         key = layer.routing.key(slot, "layer")
         assert key is not None
         piece = Piece(first, end, 1.0, x_TD, x_TD, 0.4, key, torch.arange(14))
-        mask_TD = piece.drop(torch.ones(end - first, 5, dtype=torch.float64))
+        mask_TD = piece.drop(torch.ones(end - first, 5, dtype=torch.float64), slice(first, end))
         assert 0 < (mask_TD == 0).float().mean() < 1
         A_RD, B_OR = adapter.masters["lora_A"], adapter.masters["lora_B"]
         expected[first:end] += adapter.scale * (x_TD[first:end] * mask_TD) @ A_RD.t() @ B_OR.t()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank.kernels.answering import Stack, add_updates, few_shapes, stack
+from lowrank.kernels.answering import Stack, add_updates, stack
 
 IN, OUT = 24, 40
 
@@ -65,11 +65,3 @@ def test_a_slot_that_diverged_stays_by_itself(ranges: tuple[tuple[int, int], ...
     assert y_TO[first:end].isnan().all()
     others = [row for row in range(48) if not first <= row < end and row != last]
     assert y_TO[others].isfinite().all()
-
-
-def test_numbers_of_rows_are_few_and_not_much_larger() -> None:
-    rounded = [few_shapes(rows) for rows in range(1, 513)]
-    assert all(rows <= found <= max(rows * 1.5, rows + 31) for rows, found in enumerate(rounded, 1))
-    assert rounded == sorted(rounded)
-    assert len(set(rounded)) == 26
-    assert all(few_shapes(found) == found for found in rounded)

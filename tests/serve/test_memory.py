@@ -13,7 +13,7 @@ import pytest
 from lowrank.generate.request import Piece
 from lowrank.generate.sequence import Sequence
 from lowrank.generate.telling import Telling
-from lowrank.kernels.answering import few_shapes
+from lowrank.kernels.few_shapes import few_shapes
 from lowrank.serve.exchange import Exchange
 from tests.serve.running import Running, open_world, serving
 
