@@ -186,6 +186,8 @@ class Keys(Settings):
     """`optimizer.scale`"""
     galore_proj_type: Literal["std"] = "std"
     """the one there is"""
+    galore_layerwise: bool = False
+    """`optimizer.layerwise`, and nothing is clipped, as there"""
     use_apollo: bool = False
     """`optimizer.type: apollo`, with tuning full or freeze"""
     apollo_target: tuple[str, ...] = ("all",)
@@ -202,6 +204,8 @@ class Keys(Settings):
     """the one there is"""
     apollo_scale_type: Literal["channel", "tensor"] = "channel"
     """`optimizer.scale_type`"""
+    apollo_layerwise: bool = False
+    """`optimizer.layerwise`, and nothing is clipped, as there"""
     use_badam: bool = False
     """`optimizer.type: badam`, with tuning full or freeze"""
     badam_start_block: int | None = None

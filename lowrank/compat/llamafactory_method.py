@@ -231,6 +231,8 @@ def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
         targets = getattr(keys, f"{prefix}_target")
         found["targets"] = "all" if targets == ("all",) else list(targets)
         found |= {name: getattr(keys, f"{prefix}_{name}") for name in ("rank", "update_interval", "scale")}
+        if getattr(keys, f"{prefix}_layerwise"):
+            found |= {"layerwise": True, "max_grad_norm": None}  # there, too, nothing is left that could be clipped
     if kind == "badam":
         found |= {name: getattr(keys, f"badam_{name}") for name in ("start_block", "switch_mode", "switch_interval")}
     if kind == "apollo":

@@ -199,11 +199,6 @@ REFUSED: Sequence[Group] = (
     Group(_keys("ld_alpha"), "long answers are not weighed down; remove it", None),
     Group(_keys("fp8"), "there is no FP8 training; remove it and set bf16", False),
     Group(_keys("module_dropout"), "OFT's blocks are not dropped; remove it", 0.0),
-    Group(
-        _keys("galore_layerwise apollo_layerwise"),
-        "updates inside the backward pass could be neither clipped nor guarded; remove it",
-        False,
-    ),
     Group(_keys("apollo_scale_front"), "the scale comes after the limit of growth; remove it", False),
     Group(
         _keys("create_new_adapter"),

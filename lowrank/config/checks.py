@@ -139,6 +139,10 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"optimizer.type: {job.optimizer.type} is for tuning: full, {job.optimizer.not_for_adapters}; choose "
             "adamw, or paged_adamw_8bit"
         )
+    if job.tuning == "adapter" and job.optimizer.layerwise:
+        yield (
+            "optimizer.layerwise is for tuning: full and freeze; the gradients of an adapter are small. Leave it out"
+        )
     if job.optimizer.trains_in_parts and any(needs(job.objective.build(), each) for each in ("value", "token_values")):
         yield (
             f"optimizer.type: {job.optimizer.type} trains layer by layer, and the value head that objective "

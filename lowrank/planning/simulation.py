@@ -147,8 +147,18 @@ class Simulation:
 
     def _add(self, job: PlannedJob, seed: int) -> int:
         slot = BARE_BASE if job.adapter is None else self._engine.bank.add(job.adapter, seed=seed)
-        self._engine.add(slot, job.objective, job.optimizer, seed, job.neftune_alpha)
+        at_once = job.optimizer.model_copy(update={"layerwise": False})
+        self._engine.add(slot, job.objective, at_once, seed, job.neftune_alpha)
+        if job.optimizer.layerwise:
+            self._drop_gradients_as_they_come()
         return slot
+
+    def _drop_gradients_as_they_come(self) -> None:
+        """As layer-wise updates do; what the optimiser keeps is found out in a step of its own."""
+        masters = self._engine.jobs[BARE_BASE].parameters
+        for name, weight in self.base.model.named_parameters():  # a value head is small
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(lambda _, name=name: setattr(masters[name], "grad", None))
 
     def _fake(self, batch: Batch) -> Batch:
         fake = {name: self._move(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
@@ -210,6 +220,8 @@ class Simulation:
     def _optimizer_state(self) -> int:
         """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
         if self._optimizer_bytes is None:
+            with self._mode:
+                self._leave_gradients(set(self._engine.jobs))  # of a layer-wise job there are none any more
             known = [job.settings.state_bytes(job.parameters) for job in self._engine.jobs.values()]
             watched = [job for job, size in zip(self._engine.jobs.values(), known) if size is None]
             with self._mode, self._live as live:

@@ -34,6 +34,7 @@ from lowrank.models.shared_prompts import tail_of
 from lowrank.objectives import Metrics, Objective, needs
 from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
 from lowrank.train.decay import undecayed
+from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.loss_scale import LossScale, scale_for
 from lowrank.train.masters import Masters
 from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
@@ -70,6 +71,8 @@ class TrainedJob:
     """The value head, for an objective that needs one; also among `parameters`."""
     scale: LossScale | None = None
     """What its losses are multiplied by in the backward pass, where gradients would underflow."""
+    layerwise: LayerwiseUpdates | None = None
+    """Where updates happen within the backward pass."""
     step: int = 0
     """Optimiser steps taken, skipped ones included."""
     loss_is_finite: bool = True
@@ -118,7 +121,7 @@ class Engine:
         num_steps: int | None = None,
     ) -> None:
         """Train what is in `slot` (BARE_BASE: the base's own parameters). `num_steps`: see TrainedJob."""
-        masters = None
+        masters, own = None, {}
         if slot == BARE_BASE:
             own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
             masters = Masters(own, settings.trains_in_parts)
@@ -138,9 +141,27 @@ class Engine:
             getattr(optimizer, "follow")(masters.train)  # noqa: B009 (only such have it)
         for note in settings.notes(self.base.device):
             self.notify(note)
-        scale = scale_for(self.base.dtype)
+        scale, layerwise = scale_for(self.base.dtype), None
+        if masters is not None and settings.layerwise:
+            if scale is not None:
+                raise ModelError(
+                    "optimizer.layerwise: float16 gradients are scaled until the whole step is known to be finite; set "
+                    "model.dtype: bfloat16, or leave layerwise out"
+                )
+            receiving = own if value_D is None else {**own, VALUE_HEAD: value_D}
+            layerwise = LayerwiseUpdates(receiving, parameters, optimizer, masters.write_back)
         self.jobs[slot] = TrainedJob(
-            objective, parameters, optimizer, settings, refresh, num_steps, seed, neftune_alpha, value_D, scale
+            objective,
+            parameters,
+            optimizer,
+            settings,
+            refresh,
+            num_steps,
+            seed,
+            neftune_alpha,
+            value_D,
+            scale,
+            layerwise,
         )
 
     def remove(self, slot: int) -> None:
@@ -157,17 +178,28 @@ class Engine:
             raise ModelError(f"the value head has {len(own_D)} numbers, in the saved job there is {found}")
         own_D.copy_(value_D)
 
-    def forward_backward(self, work: Work) -> dict[int, Forwarded]:
+    def forward_backward(self, work: Work, learning_rates: Mapping[int, float] | None = None) -> dict[int, Forwarded]:
         """Accumulate the gradients of one optimiser step of every job in `work`.
 
         All jobs go through the base together, in as few passes as `micro_batch_tokens` allows; how the
         step is cut changes nothing but rounding. Where memory runs out, it is cut smaller and done again, with the same
-        random draws.
+        random draws. A job whose optimiser is `layerwise` is updated here, if `learning_rates` has its rate.
         """
         clean = all(p.grad is None for slot in work for p in self.jobs[slot].parameters.values())
-        return self._with_room(work, self._forward_backward, self._clear_gradients if clean else None)
+        layerwise = self._begin_layerwise(work, learning_rates or {})
+        undo = self._clear_gradients if clean and layerwise is None else None  # what is updated stays so
+        return self._with_room(work, partial(self._forward_backward, layerwise=layerwise), undo)
 
-    def _forward_backward(self, work: Work) -> dict[int, Forwarded]:
+    def _begin_layerwise(self, work: Work, learning_rates: Mapping[int, float]) -> LayerwiseUpdates | None:
+        """What updates the base within this step's backward pass, if anything does."""
+        job = self.jobs[BARE_BASE] if BARE_BASE in work and BARE_BASE in learning_rates else None
+        if job is None or job.layerwise is None:
+            return None
+        set_learning_rate(job.optimizer, learning_rates[BARE_BASE])
+        job.layerwise.begin()
+        return job.layerwise
+
+    def _forward_backward(self, work: Work, layerwise: LayerwiseUpdates | None = None) -> dict[int, Forwarded]:
         batches = [batch.to(self.base.device) for batch in self.cut(_learned(work))]
         totals = self._totals(work, batches)
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in work}
@@ -182,7 +214,9 @@ class Engine:
                 shares.append(share if scale is None else share * scale.value)
                 losses[slot].append(share.detach())
                 _add(metrics[slot], extra)
-            torch.stack(shares).sum().backward()
+            updates = layerwise is not None and number == len(batches) - 1 and math.isfinite(sum(losses[BARE_BASE]))
+            with layerwise.updating() if layerwise is not None and updates else contextlib.nullcontext():
+                torch.stack(shares).sum().backward()
         for slot in work:
             self._add_penalty(slot, metrics[slot])
         forwarded = {}
@@ -211,6 +245,8 @@ class Engine:
         if job.scale is not None and gradients:
             torch._foreach_mul_(gradients, 1.0 / job.scale.value)  # pyright: ignore[reportPrivateImportUsage]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if job.layerwise is not None:  # most of it was updated in the backward pass, and its gradients are gone
+            norm = math.sqrt(norm**2 + job.layerwise.square) if job.layerwise.finite else math.inf
         overflow = job.scale is not None and job.loss_is_finite and not math.isfinite(norm) and job.scale.shrink()
         finite, job.loss_is_finite = job.loss_is_finite and math.isfinite(norm), True
         if finite:

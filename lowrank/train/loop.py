@@ -103,7 +103,7 @@ class Loop:
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
         rates = {job.slot: job.next_learning_rate() for job in active}
-        forwarded = self.engine.forward_backward({job.slot: job.feed.next_step() for job in active})
+        forwarded = self.engine.forward_backward({job.slot: job.feed.next_step() for job in active}, rates)
         updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
         self.tick += 1
         self._heap.after_step()

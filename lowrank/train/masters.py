@@ -46,6 +46,13 @@ class Masters:
             master.requires_grad_(wanted)
 
     @torch.no_grad()
+    def write_back(self, name: str) -> None:
+        """One master to its weight; nothing for other parameters."""
+        weight = self._weights.get(name)
+        if weight is not None and self.parameters[name] is not weight:
+            weight.copy_(self.parameters[name])
+
+    @torch.no_grad()
     def refresh(self) -> None:
         """Write the masters back to the weights."""
         pairs = [(weight, self.parameters[name]) for name, weight in self._weights.items()]

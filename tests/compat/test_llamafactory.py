@@ -342,6 +342,8 @@ def test_a_missing_dataset_info_says_where_it_was_looked_for(workplace: Path) ->
         ("finetuning_type: full\nuse_galore: true\ngalore_rank: 128\n", "optimizer.rank", 128),
         ("finetuning_type: full\nuse_apollo: true\napollo_scale: 4.0\n", "optimizer.scale", 4.0),
         ("finetuning_type: full\nuse_muon: true\n", "optimizer.type", "muon"),
+        ("finetuning_type: full\nuse_galore: true\ngalore_layerwise: true\n", "optimizer.layerwise", True),
+        ("finetuning_type: full\nuse_apollo: true\napollo_layerwise: true\n", "optimizer.max_grad_norm", None),
     ],
 )
 def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) -> None:

@@ -68,6 +68,9 @@ RECIPES = {
     + "use_badam: true\nbadam_mode: layer\nbadam_switch_mode: ascending\nbadam_switch_interval: 50\nbadam_verbose: 2\n",
     "extras/adam_mini": SFT + FULL + "use_adam_mini: true\n",
     "extras/shift_attn": SFT + LORA + "shift_attn: true\n",
+    "extras/galore_layerwise": SFT
+    + FULL
+    + "use_galore: true\ngalore_rank: 16\ngalore_layerwise: true\npure_bf16: true\n",
     "extras/galore_8bit": SFT + FULL + "use_galore: true\ngalore_rank: 16\noptim: adamw_8bit\n",
     "extras/oft/dpo": "stage: dpo\ndataset: pairs\nfinetuning_type: oft\noft_block_size: 32\n",
     "extras/oft/kto": "stage: kto\ndataset: rated\nfinetuning_type: oft\noft_block_size: 32\n",

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
+from typing_extensions import Self
 
 from lowrank.settings import NonNegative, Settings, choice_of
 
@@ -34,15 +35,36 @@ class OptimizerSettings(Settings):
     trains_in_parts: ClassVar[bool] = False
     """Whether it updates some parameters at a time; its optimiser's `follow` is told whom to tell which."""
 
+    may_be_layerwise: ClassVar[bool] = False
+    """Whether it looks at one parameter at a time, so that `layerwise` is possible."""
+
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate; LoRA likes about ten times what full fine-tuning likes."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay. Norms and biases are left out, as in transformers."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the job's own gradient to this norm; null: never."""
+    layerwise: bool = False
+    """With tuning full or freeze: update each parameter within the backward pass and drop its gradient, so that the
+    model's gradients are never there at once. The same numbers, without clipping (`max_grad_norm: null`), and it saves
+    memory only where a step is one forward pass."""
     max_skipped_steps: NonNegative = 5
     """A step whose loss or gradient is not finite is skipped; after this many in a row the job stops, the others go
     on."""
+
+    @model_validator(mode="after")
+    def _layerwise_fits(self) -> Self:
+        if self.layerwise and not self.may_be_layerwise:
+            raise ValueError(
+                f"layerwise: {getattr(self, 'type', 'it')} looks at more than one parameter at a time; choose adamw, "
+                "adamw_8bit, adafactor, sgd, galore, galore_8bit or apollo"
+            )
+        if self.layerwise and self.max_grad_norm is not None:
+            raise ValueError(
+                "layerwise: parameters are updated before the norm of the whole gradient is known, so it cannot be "
+                "clipped; set max_grad_norm: null"
+            )
+        return self
 
     def build(
         self,
@@ -110,8 +132,8 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
 
 
 ABSENT = {
-    "lomo": "it updates inside the backward pass, before a gradient's norm is known, so it could neither be clipped "
-    "nor guarded, and its library is not kept; use badam or galore_8bit",
+    "lomo": "its library is not kept, and what it does is sgd with layerwise: true",
+    "adalomo": "its library is not kept, and what it does is nearly adafactor with layerwise: true",
 }
 """Optimisers that people know from elsewhere, and what to use."""
 

@@ -16,6 +16,7 @@ class Config(OptimizerSettings):
 
     paper = "arXiv:1804.04235"
     when = "full tuning with next to no optimiser state"
+    may_be_layerwise = True
     type: Literal["adafactor"] = "adafactor"
     decay_rate: float = Field(default=-0.8, lt=0)
     """Exponent with which the second moment's decay approaches 1."""

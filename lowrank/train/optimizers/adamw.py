@@ -28,6 +28,7 @@ class Config(AdamSettings):
 
     paper = "arXiv:1711.05101"
     when = "the default"
+    may_be_layerwise = True
     type: Literal["adamw"] = "adamw"
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ class Config(AdamSettings):
 
     paper = "arXiv:2110.02861"
     when = "full tuning, where AdamW's state does not fit"
+    may_be_layerwise = True
     type: Literal["adamw_8bit"] = "adamw_8bit"
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:

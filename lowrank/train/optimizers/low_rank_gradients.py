@@ -23,6 +23,7 @@ class LowRankSettings(AdamSettings):
     """Settings of both."""
 
     not_for_adapters = "the matrices of an adapter are of low rank already"
+    may_be_layerwise = True
 
     rank: Positive = 16
     """Dimensions to which a gradient is projected."""

@@ -14,6 +14,7 @@ class Config(OptimizerSettings):
     """Plain gradient descent. Without momentum it keeps nothing; with it, 4 bytes for each parameter."""
 
     when = "to see what the gradient alone does; no memory at all"
+    may_be_layerwise = True
     type: Literal["sgd"] = "sgd"
     momentum: Fraction = 0.0
     """Share of the last update in the next one."""

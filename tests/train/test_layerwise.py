@@ -1,0 +1,187 @@
+"""Updates within the backward pass: the same bits as after it, and the gradients are never there at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from lowrank.adapters.bank import Bank
+from lowrank.config import resolve
+from lowrank.errors import ConfigError, ModelError
+from lowrank.models.recompute import set_recompute
+from lowrank.objectives.reward import Config as Reward
+from lowrank.objectives.sft import Config as Sft
+from lowrank.planning.memory import StepMemory
+from lowrank.planning.simulation import PlannedJob
+from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Segment
+from lowrank.run import train
+from lowrank.settings import configs_in
+from lowrank.train.engine import Engine
+from tests.tiny_models import make_base, random_step
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"weight_decay": 0.1},
+    "adamw_8bit": {},
+    "adafactor": {},
+    "sgd": {"momentum": 0.5},
+    "galore": {"rank": 4, "update_interval": 2},
+    "galore_8bit": {"rank": 4, "update_interval": 2},
+    "apollo": {"rank": 4, "update_interval": 2},
+}
+
+
+def engine_of(name: str, dtype: torch.dtype, layerwise: bool, objective: Any = None, **changes: Any) -> Engine:
+    base = make_base("llama", dtype, tie_word_embeddings=True)
+    base.model.requires_grad_(True)
+    engine = Engine(base, Bank(base), 4096)
+    options = {"max_grad_norm": None, "learning_rate": 1e-2, **OPTIMIZERS[name], **changes}
+    settings = configs_in("lowrank.train.optimizers")[name](layerwise=layerwise, **options)
+    engine.add(BARE_BASE, (objective or Sft()).build(), settings, seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+    return engine
+
+
+def step(engine: Engine, segments: list[Segment]) -> tuple[float, float, bool]:
+    forwarded = engine.forward_backward({BARE_BASE: segments}, {BARE_BASE: 1e-2})
+    updated = engine.optim_step(BARE_BASE, 1e-2)
+    return forwarded[BARE_BASE].loss, updated.grad_norm, updated.skipped
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_bits_are_those_of_updates_afterwards(name: str, dtype: torch.dtype, passes: int, recompute: str) -> None:
+    """Tied embeddings, several steps, and steps of several passes, of which only the last one updates."""
+    if name.endswith("8bit"):
+        pytest.importorskip("bitsandbytes")
+    engines = [engine_of(name, dtype, layerwise) for layerwise in (False, True)]
+    for engine in engines:
+        engine.micro_batch_tokens = 4096 if passes == 1 else 20
+        set_recompute(engine.base.model, recompute)
+    for number in range(4):
+        whole, ours = (step(engine, random_step(number, [20, 17, 12])) for engine in engines)
+        assert whole[0] == ours[0]
+        assert ours[1] == pytest.approx(whole[1], rel=1e-5)
+    before, after = (dict(engine.base.model.named_parameters()) for engine in engines)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    start = make_base("llama", dtype, tie_word_embeddings=True).model.get_input_embeddings().weight
+    assert not torch.equal(after["model.embed_tokens.weight"], start)
+
+
+def test_gradients_are_never_there_at_once() -> None:
+    engine = engine_of("adamw", torch.bfloat16, True)
+    masters, most = engine.jobs[BARE_BASE].parameters, [0]
+
+    def count(_: torch.Tensor) -> None:
+        most[0] = max(most[0], sum(each.grad is not None for each in masters.values()))
+
+    for weight in engine.base.model.parameters():
+        weight.register_hook(count)
+    step(engine, random_step(0, [20, 30]))
+    assert most[0] == 0  # whenever one comes, those before it are gone
+    assert all(each.grad is None for each in masters.values())
+
+
+def test_what_is_not_finite_updates_nothing() -> None:
+    engine = engine_of("adamw", torch.float32, True)
+    model = engine.base.model
+    kept = {name: value.detach().clone() for name, value in model.named_parameters()}
+    broken = next(iter(model.parameters()))
+    with torch.no_grad():
+        value = broken[5].clone()
+        broken[5] = float("nan")
+    segments = [Segment(each.token_L * 0 + 5, each.weight_L) for each in random_step(0, [20])]
+    assert step(engine, segments)[2]
+    with torch.no_grad():
+        broken[5] = value
+    assert all(torch.equal(value, kept[name]) for name, value in model.named_parameters())
+    assert not engine.jobs[BARE_BASE].optimizer.state
+
+
+def test_a_gradient_that_is_not_finite_leaves_its_parameter() -> None:
+    engine = engine_of("adamw", torch.float32, True)
+    name, weight = next(each for each in engine.base.model.named_parameters() if "down_proj" in each[0])
+    before = weight.detach().clone()
+    handle = weight.register_hook(lambda gradient: gradient * float("inf"))
+    loss, _, skipped = step(engine, random_step(0, [20]))
+    assert skipped, "it counts as a step that failed"
+    assert loss == loss, name
+    assert torch.equal(weight, before)
+    handle.remove()
+    assert not step(engine, random_step(0, [20]))[2]
+    assert not torch.equal(weight, before)
+
+
+def test_a_value_head_is_updated_with_the_rest() -> None:
+    pairs = [
+        Segment(each.token_L, each.weight_L, pair=index // 2, role=(CHOSEN, REJECTED)[index % 2])
+        for index, each in enumerate(random_step(0, [9, 9]))
+    ]
+    engines = [engine_of("adamw", torch.float32, layerwise, Reward()) for layerwise in (False, True)]
+    for engine in engines:
+        step(engine, pairs)
+    whole, ours = (engine.jobs[BARE_BASE].parameters for engine in engines)
+    assert all(torch.equal(whole[name], ours[name]) for name in whole)
+
+
+def test_what_it_cannot_be_combined_with_is_said() -> None:
+    kinds = configs_in("lowrank.train.optimizers")
+    with pytest.raises(ValidationError, match="set max_grad_norm: null"):
+        kinds["galore"](layerwise=True)
+    with pytest.raises(ValidationError, match="looks at more than one parameter at a time"):
+        kinds["muon"](layerwise=True, max_grad_norm=None)
+    with pytest.raises(ModelError, match=r"set model\.dtype: bfloat16"):
+        engine_of("adamw", torch.float16, True)
+    config = {
+        "model": "lowrank/tiny",
+        "data": {"train": "x.json"},
+        "output_dir": "runs/x",
+        "optimizer": {"type": "adamw", "layerwise": True, "max_grad_norm": None},
+    }
+    with pytest.raises(ConfigError, match=r"optimizer\.layerwise is for tuning: full and freeze"):
+        resolve(config)
+
+
+def test_the_plan_counts_no_whole_gradient(tmp_path: Path) -> None:
+    base = make_base("llama", torch.bfloat16, num_hidden_layers=6, hidden_size=128, intermediate_size=256)
+    base.model.save_pretrained(tmp_path / "model")
+    model = resolve(
+        {"model": {"path": str(tmp_path / "model"), "device": "cpu"}, "data": {"train": "x"}, "output_dir": "runs/x"}
+    ).model
+    planned = []
+    for layerwise in (False, True):
+        settings = configs_in("lowrank.train.optimizers")["galore"](rank=4, layerwise=layerwise, max_grad_norm=None)
+        job = PlannedJob(None, Sft().build(), settings, random_step(0, [10]))  # type: ignore[arg-type]
+        planned.append(StepMemory(model, [job]).step(4096, "none"))
+    whole, ours = planned
+    count = sum(each.numel() for each in base.model.parameters())
+    assert whole.optimizer == ours.optimizer > 0
+    assert whole.total - ours.total > 4 * count / 2, (whole, ours)
+
+
+def test_a_run_stops_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def run(name: str, steps: int, **more: Any) -> dict[str, torch.Tensor]:
+        config = {
+            "model": {"path": "lowrank/tiny", "dtype": "bfloat16", "device": "cpu"},
+            "tuning": "full",
+            "optimizer": {"type": "galore", "rank": 4, "layerwise": True, "max_grad_norm": None},
+            "schedule": "constant",
+            "data": {"train": str(tmp_path / "rows.json"), "batch_size": 2},
+            "max_steps": steps,
+            "output_dir": str(tmp_path / name),
+            **more,
+        }
+        train(resolve(config))
+        return load_file(tmp_path / name / "default" / "last" / "model.safetensors")
+
+    rows = [f'{{"instruction": "say {number}", "output": "{number} it is"}}' for number in range(20)]
+    (tmp_path / "rows.json").write_text("[" + ",".join(rows) + "]")
+    whole = run("whole", 6)
+    run("cut", 3)
+    rest = run("cut", 6, resume=True)
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
