@@ -8,14 +8,16 @@ from typing import Any
 
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.config import JobConfig, RunConfig
+from lowrank.config.checks import depth_conflicts
 from lowrank.data.prepare import Prepared
-from lowrank.errors import ConfigError, LowrankError
+from lowrank.errors import ConfigError, LowrankError, raise_all
+from lowrank.models.depths import KEY
 from lowrank.objectives import needs
 from lowrank.planning.changes import changes_that_fit
 from lowrank.planning.choose import TOKENS, choose
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Plan, Planner
-from lowrank.planning.simulation import PlannedJob
+from lowrank.planning.simulation import PlannedJob, read_config
 from lowrank.planning.wording import gigabytes, one_line
 from lowrank.train.events import Event, Notice
 from lowrank.train.rollouts import rehearsal
@@ -36,6 +38,8 @@ def with_plan(
     same. ConfigError where the run surely does not fit, with the changes that would make it fit. A model that
     cannot be simulated is run without a plan.
     """
+    if getattr(read_config(config.model), KEY, None) is not None:
+        raise_all(ConfigError, f"{config.model.path} is a mixture of depths", [*depth_conflicts(config)])
     config = _as_before(config, checkpoint)
     try:
         planner = planner_of(config, data)

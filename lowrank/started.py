@@ -45,7 +45,8 @@ def start_job(
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, noise, num_steps)
     objective = engine.jobs[slot].objective
     if (objective.record is Preference or needs(objective, "rollouts")) and not engine.base.shares_prompts:
-        engine.base.shares_prompts = engine.base.shift_attn is None and shares_prompts(engine.base)
+        plain = engine.base.shift_attn is None and engine.base.depths is None
+        engine.base.shares_prompts = plain and shares_prompts(engine.base)
     if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
         value_D = read_value_head(Path(config.adapter.path))
         if value_D is not None:

@@ -28,6 +28,8 @@ from lowrank.export.held_out import HeldOut, from_data, from_file, from_question
 from lowrank.export.source import Source
 from lowrank.found import find_trained, is_run, where_it_is_now
 from lowrank.models.config import Config as ModelConfig
+from lowrank.models.depths import refuse
+from lowrank.planning.simulation import read_config
 from lowrank.train.summary import SUMMARY
 
 _BASE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
@@ -153,6 +155,7 @@ def _found(
     facts: dict[str, Any],
     job: JobConfig | None = None,
 ) -> Found:
+    refuse(read_config(model), "no other program runs such layers, so there is nothing to export")
     tokenizer = loading.load_tokenizer(model)
     renderer = Renderer(tokenizer, data)
     try:

@@ -32,6 +32,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
+from lowrank.models.depths import refuse
 from lowrank.models.experts import Expert
 from lowrank.models.original import original_weight
 from lowrank.models.storages import BaseLinear
@@ -81,6 +82,7 @@ class Bank:
     def add(self, config: AdapterConfig, *, seed: int, looks: Looks | None = None) -> int:
         """A fresh adapter in the first free slot. Its start depends on `seed` and the layer's name, and where the
         variant asks for it on the job's data (`looks`)."""
+        refuse(self.base.model.config, "adapters are for all of them")
         if isinstance(config, PromptSettings):
             return self._add_prompt(config, seed)
         targets = find_targets(self.base.model, config)

@@ -283,8 +283,8 @@ class _RoutedLinear(torch.autograd.Function):
             dy_PO = dy_TO[own.rows]
             g_PR = own.own_alone((dy_PO @ piece.B_OR).mul_(piece.scale))
             trains_A = ctx.needs_input_grad[_MASTERS + len(gradients)]
-            keeps_x = x_TD is not None and trains_A
-            gradients.append(own.contract(g_PR, piece.drop(x_TD[own.rows], own.rows)) if keeps_x else None)
+            x_PD = x_TD[own.rows] if x_TD is not None and trains_A else None
+            gradients.append(None if x_PD is None else own.contract(g_PR, piece.drop(x_PD, own.rows)))
             gradients.append(own.contract(dy_PO, h_PR).mul_(piece.scale))
             if index in of_gains:
                 gradients.append(of_gains[index])

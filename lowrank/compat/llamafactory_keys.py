@@ -103,6 +103,8 @@ class Keys(Settings):
     """as `add_tokens`"""
     new_special_tokens: tuple[str, ...] = ()
     """as `add_tokens`"""
+    mixture_of_depths: Literal[False, "convert", "load"] = False
+    """`model.mixture_of_depths: {}` for convert, nothing for load; what comes of it runs here alone"""
     shift_attn: bool = False
     """`model.shift_attn`: groups of a quarter of `cutoff_len`, as there; here in every model that is packed, within
     each document"""

@@ -94,6 +94,8 @@ def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any
         found["trust_remote_code"] = True
     if keys.quantization_bit is not None:
         found["storage"] = _storage(keys)
+    if keys.mixture_of_depths == "convert":
+        found["mixture_of_depths"] = {}
     if keys.shift_attn:
         found["shift_attn"] = max(2, keys.cutoff_len // 4 // 2 * 2)
     if keys.rope_scaling is not None:

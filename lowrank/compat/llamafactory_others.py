@@ -208,12 +208,6 @@ REFUSED: Sequence[Group] = (
     ),
     Group(_keys("badam_mode"), "only `layer` is there, not parts of matrices; remove it", "layer"),
     Group(_keys("use_dft_loss use_asft_loss use_eaft_loss"), "remove it to train with the plain token loss", False),
-    Group(
-        _keys("mixture_of_depths"),
-        "no server, no export and no plain transformers runs a model with such routers "
-        "(docs/decisions/0011-no-mixture-of-depths.md); remove it",
-        False,
-    ),
     Group(_keys("train_from_scratch"), "the base's weights are always loaded; remove it", False),
     Group(_keys("use_mca use_kt use_hyper_parallel use_megatron_bridge"), "there is one back end; remove it", False),
     Group(

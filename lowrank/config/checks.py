@@ -90,9 +90,27 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
         yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
     if config.model.shift_attn is not None and config.model.attention == "padded":
         yield "model.shift_attn: only where attention is packed; set model.attention: auto, or leave shift_attn out"
+    if config.model.mixture_of_depths is not None:
+        yield from depth_conflicts(config)
     if config.model.storage.type != "dense" and full:
         kind = next(job.tuning for job in config.jobs if job.trains_base)
         yield f"tuning: {kind} needs model.storage.type: dense, not {config.model.storage.type!r}"
+
+
+def depth_conflicts(config: RunConfig) -> Iterator[str]:
+    """What cannot be done where some layers see only some tokens: asked for, or found in the base's config.json."""
+    job, where = config.jobs[0], "model.mixture_of_depths"
+    if job.tuning != "full":
+        yield f"{where}: routers and layers are trained together; set tuning: full, or take another base"
+    if config.model.storage.type != "dense":
+        yield f"{where}: needs model.storage.type: dense, not {config.model.storage.type!r}"
+    if config.model.attention == "padded" or config.model.shift_attn is not None:
+        yield f"{where}: only where attention is packed and whole; leave model.attention and model.shift_attn out"
+    if _looks_twice(job):
+        yield (
+            f"{where}: objective {job.objective.type} compares log-probabilities in training with others for which "
+            "other tokens are chosen, so it would learn the difference between the two; choose sft or pretrain"
+        )
 
 
 def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:

@@ -52,6 +52,8 @@ class Generator:
         self.base = base
         self.bank = bank
         self.config = config or GeneratorConfig()
+        if base.depths is not None:  # a layer's pages hold as many tokens as went through it: others cannot use them
+            self.config = self.config.model_copy(update={"reuse_prefixes": False})
         bank.routing.set(0, ())  # the test below asks the bare base
         reason = what_breaks(base)
         self.notice = None if reason is None else f"requests are answered in fixed batches, which is slower: {reason}"

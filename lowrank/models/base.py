@@ -23,6 +23,7 @@ from lowrank.errors import ModelError
 from lowrank.kernels.few_shapes import few_shapes, wants_few_shapes
 from lowrank.kernels.logprobs import Head
 from lowrank.models import attention
+from lowrank.models.depths import Depths
 from lowrank.models.paged_attention import Step
 from lowrank.models.prefixed import Prefixed, StandIn
 from lowrank.models.quiet import quiet_transformers
@@ -60,6 +61,8 @@ class Base:
         self.layout = "packed"
         self.shift_attn: int | None = None
         """In training, attention is shifted sparse, in groups of so many tokens; None: whole."""
+        self.depths: Depths | None = None
+        """Routers, where some layers see only some tokens."""
         self.shares_prompts = False
         """Answers to one prompt may go through after one computation of it (found out by leak.shares_prompts)."""
         self.own_attention: str = model.config._attn_implementation
@@ -180,6 +183,8 @@ class Base:
         elif any(prefixes):
             boundaries = SharedPrompts(lengths, prefixes, token_T.device)
         packed = self._with_prefixes(boundaries)
+        if self.depths is not None:
+            self.depths.begin(training, batch.num_tokens)
         return self._call(token_T[None], position_ids=position_T[None], packed=packed)[0]
 
     def _call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -189,6 +194,8 @@ class Base:
 
     def extend(self, token_T: torch.Tensor, step: Step) -> torch.Tensor:
         """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`."""
+        if self.depths is not None:
+            self.depths.begin(training=False)
         return self._call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
 
     def _with_prefixes(self, stream: Any) -> Any:

@@ -11,6 +11,15 @@ from lowrank.models.storages import StorageConfig
 from lowrank.settings import NonNegative, Settings
 
 
+class MixtureOfDepths(Settings):
+    """Which layers see how much of a document."""
+
+    capacity: float = Field(default=0.125, gt=0, lt=1)
+    """The share of a document's tokens that goes through a converted layer."""
+    every: int = Field(default=2, ge=2)
+    """Every so many-th layer is converted."""
+
+
 class Config(Settings):
     """The one frozen base of a run."""
 
@@ -43,6 +52,10 @@ class Config(Settings):
     """LongLoRA's shifted sparse attention (arXiv:2309.12307): in training, half of the heads attend within groups of so
     many tokens of a document, the other half within groups shifted by half of that; a quarter of data.max_length is
     usual. Evaluation and generation attend to everything. Left out: so does training."""
+    mixture_of_depths: MixtureOfDepths | None = None
+    """Convert the base (arXiv:2404.02258): of every second layer only an eighth of a document's tokens, chosen by a
+    router, takes part; `{}` for these numbers. With tuning: full; a half-converted model answers badly until it is
+    trained on a lot of text. What comes of it runs in lowrank alone: no export has such layers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""
 

@@ -7,6 +7,8 @@ fails and is served by transformers' own `generate`.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from lowrank.errors import ModelError
@@ -26,7 +28,8 @@ def what_breaks(base: Base) -> str | None:
         return "its attention does not receive the boundaries of sequences"
     documents = random_documents(base, 0)
     try:
-        with torch.no_grad(), narrow_windows(base.model), one_token_at_a_time(base):
+        everybody = base.depths.everybody() if base.depths is not None else contextlib.nullcontext()
+        with torch.no_grad(), narrow_windows(base.model), one_token_at_a_time(base), everybody:
             pieces = _in_pieces(base, documents)
             whole = [hidden_alone(base, document) for document in documents]
     except BoundariesMissing:

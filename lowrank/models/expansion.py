@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lowrank.errors import ModelError
+from lowrank.models.depths import refuse
 from lowrank.models.layers import decoder_layers
 
 _WRITERS = ("o_proj", "down_proj")
@@ -19,6 +20,7 @@ def expand(model: Any, num_new: int) -> None:
 
     ModelError where the layers do not divide so, or where a copy would change what the model computes.
     """
+    refuse(model.config, "copies of those would not know which")
     layers = decoder_layers(model)
     config = model.config.get_text_config()
     if layers is None:

@@ -167,7 +167,10 @@ def _hidden(base: Base, documents: list[torch.Tensor]) -> torch.Tensor:
 
 
 def hidden_alone(base: Base, document: torch.Tensor) -> torch.Tensor:
-    """What the model makes of one document, with its own attention, (T, D)."""
+    """What the model makes of one document, with its own attention, (T, D). Where layers see only some tokens it is
+    packed as in training: nothing else chooses them."""
+    if base.depths is not None:
+        return _hidden(base, [document])
     token_1T = document[None].to(base.device)
     with torch.no_grad(), base.using_attention(base.own_attention):
         return base._call(token_1T, position_ids=_places(token_1T))[0].double()

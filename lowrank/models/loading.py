@@ -11,9 +11,11 @@ import transformers
 from safetensors import SafetensorError
 
 from lowrank.errors import LowrankError, ModelError, raise_all
-from lowrank.models import rope
+from lowrank.models import depths, rope
 from lowrank.models.base import Base
+from lowrank.models.checkpoint_files import checkpoint_files, stored_tensors
 from lowrank.models.config import Config, FreezeConfig
+from lowrank.models.continuation import what_breaks
 from lowrank.models.freezing import train_only
 from lowrank.models.leak import check_head, choose_layout
 from lowrank.models.lean import make_lean
@@ -116,6 +118,7 @@ def load(
         notify(word)
     if config.shift_attn is not None:
         _shift_attention(base, config.shift_attn, word)
+    _convert(base, config, word, train_all)
     set_recompute(model, config.recompute)
     return base
 
@@ -127,6 +130,27 @@ def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
             f"told ({why_padded or 'model.attention: padded'}); leave shift_attn out"
         )
     base.shift_attn = group
+
+
+def _convert(base: Base, config: Config, why_padded: str | None, train_all: bool) -> None:
+    """After the tests of the plain model: put depth routers on it, if they are asked for or saved with it."""
+    if config.mixture_of_depths is None and getattr(base.model.config, depths.KEY, None) is None:
+        return
+    if config.storage.type != DENSE:
+        depths.refuse(base.model.config, "packed weights are not trained, as its routers would have to be")
+    if base.layout != "packed":
+        raise ModelError(
+            "model.mixture_of_depths: layers are given fewer tokens of each document, and this base cannot be told "
+            f"where those begin ({why_padded or 'model.attention: padded'})"
+        )
+    stored = stored_tensors(checkpoint_files(locate(config.path), config.revision))
+    base.depths = depths.attach(base.model, config.mixture_of_depths, stored)
+    assert base.depths is not None
+    for router in base.depths.routers.values():
+        router.requires_grad_(train_all)
+    apart = what_breaks(base)
+    if apart is not None:
+        raise ModelError(f"model.mixture_of_depths: this base cannot be converted: {apart}")
 
 
 def _copy_of(config: Config, dtype: torch.dtype) -> Config | None:
@@ -173,7 +197,8 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
         raise ModelError(f"{config.path}: {type(model).__name__} has no language-model head")
     if dtype == torch.float64:  # grouped expert kernels know no float64
         model.config._experts_implementation = "eager"
-    said = [_not_used(sorted(report["unexpected_keys"])), _not_packed(model) if packing else None]
+    spare = [name for name in sorted(report["unexpected_keys"]) if f".{depths.ROUTER}." not in name]
+    said = [_not_used(spare), _not_packed(model) if packing else None]
     said += [packing.reader.notice] if packing and packing.reader else []
     said += [rope.said(shape, config.rope_scaling)] if config.rope_scaling else []
     return model, [sentence for sentence in said if sentence]

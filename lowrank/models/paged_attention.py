@@ -32,6 +32,13 @@ class KeyValueCache:
         self.num_pages = num_pages
         self.page_size = page_size
         self.layers: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._through: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def through(self, layer: torch.nn.Module, device: torch.device) -> torch.Tensor:
+        """(places) bool, of a layer that not every token goes through: which of the tokens before went."""
+        if layer not in self._through:
+            self._through[layer] = torch.zeros(self.num_pages * self.page_size, dtype=torch.bool, device=device)
+        return self._through[layer]
 
     def of(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(P, page, G, d) keys and values of a layer; memory is touched page by page as it is written."""
@@ -92,7 +99,8 @@ class Step:
         self.spans = tuple(spans)
         size = cache.page_size
         own = torch.cat([torch.arange(s.past, s.past + s.length) for s in spans])
-        self._num_own = len(own)
+        self.num_own = len(own)
+        """Rows that belong to somebody."""
         self.position_T = F.pad(own, (0, added)).to(device)
         places = [torch.as_tensor(s.pages)[_pages_of(s, size)] * size + _offsets_of(s, size) for s in spans]
         self._place_T = torch.cat(places).to(device)
@@ -109,9 +117,9 @@ class Step:
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax
     ) -> torch.Tensor:
         """Store the new keys and values, and let every query see its own sequence: -> (1, T, H, d)."""
-        added = query.shape[2] - self._num_own
+        added = query.shape[2] - self.num_own
         if added:
-            query, key, value = (tensor[:, :, : self._num_own] for tensor in (query, key, value))
+            query, key, value = (tensor[:, :, : self.num_own] for tensor in (query, key, value))
         output_1THd = self._attend(module, query, key, value, how)
         return F.pad(output_1THd, (0, 0, 0, 0, 0, added)) if added else output_1THd
 
@@ -136,6 +144,25 @@ class Step:
         for group in self._groups:
             output_THd.index_copy_(0, group.token_M, self._attend_group(group, query, keys, values, how))
         return output_THd[None]
+
+    def part(self, layer: torch.nn.Module, chosen_T: torch.Tensor) -> Step | None:
+        """The step of a layer that only these tokens go through; None if nobody does. Its keys and values lie close
+        together at the beginning of the pages: each sequence's place there is the number of its tokens that went."""
+        through = self.cache.through(layer, chosen_T.device)
+        if self._fresh_P is not None:
+            through.view(self.cache.num_pages, -1).index_fill_(0, self._fresh_P, False)
+        through.index_copy_(0, self._place_T, chosen_T[: self.num_own])
+        size, spans, start = self.cache.page_size, [], 0
+        for span in self.spans:
+            length = int(chosen_T[start : start + span.length].sum())
+            start += span.length
+            if length:
+                place = torch.arange(span.past)
+                before = torch.as_tensor(span.pages)[place // size] * size + place % size
+                past = int(through[before.to(through.device)].sum())
+                new = slice(-(-past // size), -(-(past + length) // size))
+                spans.append(Span(past, length, span.pages, span.pages[new]))
+        return Step(self.cache, spans, chosen_T.device) if spans else None
 
     def _split(self, device: torch.device) -> None:
         """Spans without a past are documents as in training; the others go by how much they see."""

@@ -27,10 +27,11 @@ from lowrank.adapters.variants import AdapterConfig
 from lowrank.adapters.virtual import runs_of
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import logprobs
+from lowrank.models import depths
 from lowrank.models.attention import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
-from lowrank.models.config import FreezeConfig
+from lowrank.models.config import FreezeConfig, MixtureOfDepths
 from lowrank.models.freezing import train_only
 from lowrank.models.loading import choose_device, choose_dtype, locate
 from lowrank.models.quiet import quiet_transformers
@@ -121,6 +122,10 @@ class Simulation:
         if settings.lean:
             with unset_fake_temporarily():
                 make_lean_unseen(model)
+        asked, routed = settings.mixture_of_depths or getattr(config, depths.KEY, None), None
+        if asked is not None:
+            asked = MixtureOfDepths.model_validate(asked)
+            routed = depths.convert(model, asked.capacity, asked.every)
         if keep is not None:
             keep_layers(model, keep)
         train_what_is_trained(model, jobs)
@@ -128,11 +133,12 @@ class Simulation:
         self._packed = stand_in_for_packed_weights(model, settings.storage)
         stand_in_for_experts(model)
         base = Base(model, None, settings.path, settings.revision)
+        base.depths = routed
         base.settle("packed")
         if settings.attention == "padded" or not self._takes_boundaries(base):
             base.settle("padded")
         base.shift_attn = settings.shift_attn
-        base.shares_prompts = base.layout == "packed" and base.shift_attn is None
+        base.shares_prompts = base.layout == "packed" and base.shift_attn is None and routed is None
         return base
 
     def _takes_boundaries(self, base: Base) -> bool:
@@ -140,7 +146,7 @@ class Simulation:
         segment = Segment(np.zeros(4, np.int64), np.zeros(4, np.float32))
         try:
             with torch.no_grad():
-                base.hidden(self._fake(pack([(BARE_BASE, segment)])))
+                base.hidden(self._fake(pack([(BARE_BASE, segment)])), training=True)
         except BoundariesMissing:
             return False
         return True

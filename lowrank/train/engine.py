@@ -204,6 +204,8 @@ class Engine:
         totals = self._totals(work, batches)
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in work}
         metrics: dict[int, Metrics] = {slot: {} for slot in work}
+        if self.base.depths is not None:
+            self.base.depths.tokens_of_step = sum(batch.num_tokens for batch in batches)
         for number, batch in enumerate(batches):
             if number and sum(batch.lengths) >= _LARGE_PASS:
                 self._heap.trim()  # gradients lie between what the last pass left, and this one finds no place in it

@@ -342,6 +342,8 @@ def test_a_missing_dataset_info_says_where_it_was_looked_for(workplace: Path) ->
         ("finetuning_type: full\nuse_galore: true\ngalore_rank: 128\n", "optimizer.rank", 128),
         ("finetuning_type: full\nuse_apollo: true\napollo_scale: 4.0\n", "optimizer.scale", 4.0),
         ("finetuning_type: full\nuse_muon: true\n", "optimizer.type", "muon"),
+        ("finetuning_type: full\nmixture_of_depths: convert\n", "model.mixture_of_depths.every", 2),
+        ("finetuning_type: full\nmixture_of_depths: load\n", "model.mixture_of_depths", None),
         ("finetuning_type: full\nuse_galore: true\ngalore_layerwise: true\n", "optimizer.layerwise", True),
         ("finetuning_type: full\nuse_apollo: true\napollo_layerwise: true\n", "optimizer.max_grad_norm", None),
     ],
@@ -430,7 +432,7 @@ def test_datasets_that_cannot_be_used(workplace: Path, dataset: str) -> None:
 def test_all_problems_at_once(workplace: Path) -> None:
     words = [
         "lora_rank=x",
-        "mixture_of_depths=convert",
+        "fp8=true",
         "lora_rnk=1",
         "dataset=identty,pairs",
         "optim=rmsprop",
@@ -438,7 +440,7 @@ def test_all_problems_at_once(workplace: Path) -> None:
     ]
     found = problems(workplace, MINIMAL, *words)
     assert [problem.split(":")[0] for problem in found] == [
-        "mixture_of_depths",
+        "fp8",
         "lora_rnk",
         "lora_rank",
         "do_train",

@@ -68,6 +68,7 @@ RECIPES = {
     + "use_badam: true\nbadam_mode: layer\nbadam_switch_mode: ascending\nbadam_switch_interval: 50\nbadam_verbose: 2\n",
     "extras/adam_mini": SFT + FULL + "use_adam_mini: true\n",
     "extras/shift_attn": SFT + LORA + "shift_attn: true\n",
+    "extras/mod": SFT + FULL + "mixture_of_depths: convert\n",
     "extras/galore_layerwise": SFT
     + FULL
     + "use_galore: true\ngalore_rank: 16\ngalore_layerwise: true\npure_bf16: true\n",
@@ -120,7 +121,6 @@ INFO = {
 REFUSED = {
     "train_lora/predict": (SFT + LORA + "do_predict: true\npredict_with_generate: true\n", "`lowrank predict`"),
     "train_lora/preprocess": (SFT + LORA + "tokenized_path: saves/tokens\n", "name the dataset"),
-    "extras/mod": (SFT + FULL + "mixture_of_depths: convert\n", "no-mixture-of-depths.md"),
     "extras/dft": (SFT + FULL + "use_dft_loss: true\n", "plain token loss"),
     "extras/eaft": (SFT + FULL + "use_eaft_loss: true\n", "plain token loss"),
     "extras/fp8": (SFT + FULL + "fp8: true\n", "remove it and set bf16"),

@@ -1,0 +1,276 @@
+"""Mixture-of-Depths: against the definition written out, in pieces and whole, saved and loaded, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.checkpoints.full_model import save_full
+from lowrank.config import resolve
+from lowrank.errors import ConfigError, ModelError
+from lowrank.generate.generator import Generator
+from lowrank.generate.request import Config as Sampling
+from lowrank.generate.request import Prompt
+from lowrank.models import depths
+from lowrank.models.base import Base
+from lowrank.models.config import Config, MixtureOfDepths
+from lowrank.models.continuation import _in_pieces, what_breaks
+from lowrank.models.expansion import expand
+from lowrank.models.leak import random_documents
+from lowrank.models.loading import load
+from lowrank.models.recompute import set_recompute
+from lowrank.objectives.sft import Config as Sft
+from lowrank.planning.memory import StepMemory
+from lowrank.planning.simulation import PlannedJob
+from lowrank.records import BARE_BASE, pack
+from lowrank.to_take_home import open_source
+from lowrank.train.engine import Engine
+from lowrank.train.optimizers.adamw import Config as AdamW
+from tests.checkpoint_folder import save_checkpoint_folder
+from tests.tiny_models import make_base, random_step
+
+FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "mistral", "gpt2", "qwen3_moe", "phi", "olmo2", "cohere2"]
+
+
+def converted(family: str = "llama", dtype: torch.dtype = torch.float64, capacity: float = 0.4, **shape: Any) -> Base:
+    base = make_base(family, dtype, **shape)
+    assert base.layout == "packed"
+    base.depths = depths.convert(base.model, capacity, 2)
+    return base
+
+
+def written_out(base: Base, document: torch.Tensor, training: bool) -> torch.Tensor:
+    """The paper's layer, on one document, with the model's own layers and their own attention: (T, D)."""
+    model = base.model.model
+    assert base.depths is not None
+    x = model.embed_tokens(document[None])
+    places = torch.arange(len(document))[None]
+    for index, layer in enumerate(model.layers):
+        rows = torch.arange(len(document))
+        router = base.depths.routers.get(index)
+        if router is not None:
+            unit = x[0] / (x[0].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            best = (unit @ router.score_D).topk(depths.share_of(len(document), base.depths.capacity)).indices
+            predicted = (unit @ router.predictor_D + router.predictor_bias > 0).nonzero()[:, 0]
+            rows = best.sort().values if training else predicted
+        if not len(rows):
+            continue
+        part = x[:, rows]
+        hidden = torch.full((len(rows), len(rows)), float("-inf"), dtype=x.dtype).triu(1)[None, None]
+        forward = type(layer).forward  # without what was put around it
+        result = forward(
+            layer,
+            part,
+            attention_mask=hidden,
+            position_ids=places[:, rows],
+            position_embeddings=model.rotary_emb(part, places[:, rows]),
+        )
+        gate = 1.0 if router is None else 2 * torch.sigmoid(unit[rows] @ router.score_D)[:, None]
+        x = x.index_add(1, rows, (result - part) * gate)
+    return model.norm(x)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_the_definition_in_every_document(training: bool) -> None:
+    """Three documents in one stream, as in training and as afterwards; the gradients of every weight too."""
+    base = converted()
+    base.model.requires_grad_(True)
+    segments = random_step(0, [11, 23, 6])
+    hidden_TD = base.hidden(pack([(BARE_BASE, each) for each in segments]), training=training)
+    weight_TD = torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    named = {name: value for name, value in base.model.named_parameters() if "predictor" not in name}
+    ours = torch.autograd.grad((hidden_TD * weight_TD).sum(), list(named.values()), allow_unused=True)
+    with base.using_attention("sdpa"):
+        expected = torch.cat([written_out(base, torch.from_numpy(each.token_L), training) for each in segments])
+    torch.testing.assert_close(hidden_TD, expected, rtol=1e-9, atol=1e-10)
+    theirs = torch.autograd.grad((expected * weight_TD).sum(), list(named.values()), allow_unused=True)
+    for name, one, other in zip(named, ours, theirs):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9, msg=name)
+    assert any("score_D" in name and other is not None for name, other in zip(named, theirs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_pieces_and_whole(family: str) -> None:
+    """Each layer keeps its own tokens in the pages, however a text is cut; some go through and some do not."""
+    base = converted(family)
+    documents = random_documents(base, 0)
+    with torch.no_grad():
+        pieces = _in_pieces(base, documents)
+        whole = [base.hidden(pack([(BARE_BASE, segment_of(each))])) for each in documents]
+        plain = make_base(family)
+    for one, other in zip(pieces, whole):
+        torch.testing.assert_close(one, other.double(), rtol=1e-6, atol=1e-8)
+    with torch.no_grad():
+        everything = plain.hidden(pack([(BARE_BASE, segment_of(documents[0]))]))
+    assert not torch.allclose(everything, whole[0]), "some tokens pass by"
+
+
+def segment_of(token_L: torch.Tensor) -> Any:
+    from lowrank.records import Segment
+
+    return Segment(token_L.numpy(), torch.zeros(len(token_L)).numpy())
+
+
+def test_an_answer_is_what_whole_texts_give() -> None:
+    base = converted(dtype=torch.float64)
+    given = random_step(3, [7, 12])
+    generator = Generator(base, Bank(base))
+    assert generator.notice is None
+    settings = Sampling(temperature=0.0, max_new_tokens=8)
+    answers = [generator.submit(Prompt(each.token_L, BARE_BASE), settings) for each in given]
+    for segment, answer in zip(given, answers):
+        tokens = segment.token_L.tolist()
+        for _ in range(8):
+            with torch.no_grad():
+                last_D = base.hidden(pack([(BARE_BASE, segment_of(torch.tensor(tokens)))]))[-1]
+            tokens.append(int(base.head().logits(last_D[None]).argmax()))
+        assert answer.result().tokens == tokens[len(segment) :]
+
+
+def gradients(base: Base, micro_batch_tokens: int, recompute: str) -> dict[str, torch.Tensor]:
+    base.model.requires_grad_(True)
+    set_recompute(base.model, recompute)
+    engine = Engine(base, Bank(base), micro_batch_tokens)
+    engine.add(BARE_BASE, Sft().build(), AdamW(), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+    engine.forward_backward({BARE_BASE: random_step(0, [20, 17, 12])})
+    found = {name: each.grad for name, each in engine.jobs[BARE_BASE].parameters.items() if each.grad is not None}
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective", "sqrt"])
+def test_how_a_step_is_cut_and_recomputed_changes_nothing(recompute: str) -> None:
+    """The predictor's loss too reaches its weights, once, from layers that are computed again."""
+    whole, cut = gradients(converted(), 4096, "none"), gradients(converted(), 20, recompute)
+    assert whole.keys() == cut.keys()
+    assert any("predictor_D" in name for name in whole)
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_filler_teaches_nothing() -> None:
+    """In 16 bits a stream has a document of nobody's at its end."""
+    whole = gradients(converted(dtype=torch.bfloat16), 4096, "none")
+    exact = converted(dtype=torch.bfloat16)
+    exact.filled = lambda batch: batch  # type: ignore[method-assign]
+    for name, value in gradients(exact, 4096, "none").items():
+        if "depth_router" in name:
+            error = (whole[name] - value).norm() / value.norm()
+            assert error < 0.02, (name, error)
+
+
+def chosen_rows(base: Base, engine: Engine, segments: list[Any], training: bool) -> set[int]:
+    """Which tokens of the stream went through the one converted layer."""
+    assert base.depths is not None
+    seen: list[Any] = []
+    part = base.depths.part
+    base.depths.part = lambda *given: seen.append(part(*given)) or seen[-1]  # type: ignore[method-assign]
+    engine.bank.routing.set(0, ())
+    with torch.no_grad():
+        base.hidden(pack([(BARE_BASE, each) for each in segments]), training=training)
+    base.depths.part = part  # type: ignore[method-assign]
+    (found,) = seen
+    return set(found.index_K.tolist()) if found else set()
+
+
+def test_the_predictor_learns_who_is_chosen() -> None:
+    base = converted(dtype=torch.float32, capacity=0.25)
+    base.model.requires_grad_(True)
+    engine = Engine(base, Bank(base), 4096)
+    engine.add(BARE_BASE, Sft().build(), AdamW(learning_rate=1e-2), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+    segments = random_step(0, [40] * 8)
+
+    def hit_and_number() -> tuple[float, float]:
+        best, predicted = (chosen_rows(base, engine, segments, training) for training in (True, False))
+        return len(best & predicted) / len(best), len(predicted) / len(best)
+
+    before = hit_and_number()
+    for _ in range(60):
+        engine.forward_backward({BARE_BASE: segments})
+        engine.optim_step(BARE_BASE, 1e-2)
+    hit, number = hit_and_number()
+    assert len(chosen_rows(base, engine, segments, True)) == 80
+    assert before[0] < 0.7, before
+    assert hit > 0.65, (before, hit, number)  # a quarter by chance; the choices still move
+    assert 0.7 < number < 1.3, (before, number)
+    assert engine.evaluate({BARE_BASE: segments})[BARE_BASE].loss < 0.1, "the model learns, and the predictor serves it"
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    save_checkpoint_folder(tmp_path / "plain")
+    asked = Config(path=str(tmp_path / "plain"), device="cpu", dtype="float32", mixture_of_depths=MixtureOfDepths())
+    base = load(asked, train_all=True, notify=fail)
+    assert base.depths is not None
+    with torch.no_grad():
+        for router in base.depths.routers.values():
+            router.predictor_bias += 0.5
+    save_full(tmp_path / "mixture", base.model, base.tokenizer.save_pretrained)
+    again = load(Config(path=str(tmp_path / "mixture"), device="cpu", dtype="float32"), notify=fail)
+    batch = pack([(BARE_BASE, each) for each in random_step(0, [20, 9], 30)])
+    with torch.no_grad():
+        assert torch.equal(base.hidden(batch), again.hidden(batch))
+        assert not torch.equal(base.hidden(batch, training=True), base.hidden(batch))
+    assert what_breaks(again) is None
+    load(Config(path=str(tmp_path / "mixture"), device="cpu", mixture_of_depths=MixtureOfDepths()), notify=fail)
+    other = Config(path=str(tmp_path / "mixture"), device="cpu", mixture_of_depths=MixtureOfDepths(capacity=0.3))
+    with pytest.raises(ModelError, match="is converted already"):
+        load(other, notify=fail)
+    with pytest.raises(ModelError, match="adapters are for all of them"):
+        Bank(again).add(Lora(rank=2), seed=0)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="packed weights are not trained"):
+        load(Config(path=str(tmp_path / "mixture"), device="cpu", storage={"type": "nf4"}), notify=fail)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="there is nothing to export"):
+        open_source(str(tmp_path / "mixture"))
+    with pytest.raises(ModelError, match="copies of those would not know which"):
+        expand(again.model, 1)
+
+
+def fail(sentence: str) -> None:
+    """Nothing is to be said: the routers are no tensors without a place."""
+    raise AssertionError(sentence)
+
+
+def test_models_that_cannot_be_converted() -> None:
+    base = make_base("falcon")
+    base.depths = depths.convert(base.model, 0.5, 2)
+    assert "no tokens can be chosen" in (what_breaks(base) or "")
+    with pytest.raises(ModelError, match="every: 3 names none"):
+        depths.convert(make_base("llama").model, 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"tuning": "adapter"}, r"set tuning: full"),
+        ({"tuning": "freeze"}, r"set tuning: full"),
+        ({"objective": "dpo"}, r"objective dpo compares log-probabilities"),
+        ({"model": {"path": "m", "mixture_of_depths": {}, "attention": "padded"}}, "only where attention is packed"),
+        ({"model": {"path": "m", "mixture_of_depths": {}, "shift_attn": 64}}, "only where attention is packed"),
+        ({"model": {"path": "m", "mixture_of_depths": {"capacity": 1.5}}}, "capacity"),
+    ],
+)
+def test_what_it_cannot_be_combined_with(changes: dict[str, Any], problem: str) -> None:
+    config = {"model": {"path": "m", "mixture_of_depths": {}}, "tuning": "full", "data": "d", "output_dir": "o"}
+    resolve(config)
+    with pytest.raises(ConfigError, match=problem):
+        resolve(config | changes)
+
+
+def test_the_plan_knows_that_less_is_kept(tmp_path: Path) -> None:
+    base = make_base("llama", torch.bfloat16, num_hidden_layers=4, hidden_size=64, intermediate_size=256)
+    base.model.save_pretrained(tmp_path / "model")
+    job = PlannedJob(None, Sft().build(), AdamW(), random_step(0, [64] * 4))  # type: ignore[arg-type]
+    plans = [
+        StepMemory(Config(path=str(tmp_path / "model"), device="cpu", mixture_of_depths=asked), [job]).step(
+            4096, "none"
+        )
+        for asked in (None, MixtureOfDepths())
+    ]
+    of_layers = [plan.activations for plan in plans]
+    assert of_layers[1] < 0.7 * of_layers[0]
