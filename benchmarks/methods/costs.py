@@ -33,7 +33,7 @@ def costs(methods: Mapping[str, tuple[Engine, int, Work]]) -> dict[str, tuple[fl
 
 def _step(engine: Engine, slot: int, work: Work) -> float:
     start = time.process_time()
-    engine.forward_backward({slot: work})
+    engine.forward_backward({slot: work}, {slot: 1e-4})
     engine.optim_step(slot, 1e-4)
     return time.process_time() - start
 
@@ -49,7 +49,7 @@ def _kept(engine: Engine, slot: int, work: Work) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        engine.forward_backward({slot: work})
+        engine.forward_backward({slot: work}, {slot: 1e-4})
     engine.optim_step(slot, 1e-4)
     return sum(seen.values())
 

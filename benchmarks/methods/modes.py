@@ -6,7 +6,8 @@ from typing import Any
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link
 from lowrank.adapters.bank import Bank
-from lowrank.models.config import FreezeConfig
+from lowrank.models.config import FreezeConfig, MixtureOfDepths
+from lowrank.models.depths import convert
 from lowrank.models.freezing import train_only
 from lowrank.objectives.sft import Config as Sft
 from lowrank.records import BARE_BASE
@@ -41,6 +42,18 @@ _MODES = {
         "arXiv:2401.02415",
         "the expanded model's logits equal the base's to the bit",
     ),
+    "model.mixture_of_depths: {}": (
+        "all parameters; every second layer sees an eighth of a document's tokens (Mixture-of-Depths)",
+        "continued pre-training of a model that runs in lowrank alone",
+        "arXiv:2404.02258",
+        "the definition, written out with the model's own layers",
+    ),
+    "optimizer.layerwise: true": (
+        "all parameters, each updated within the backward pass",
+        "full tuning without room for the model's gradients",
+        "arXiv:2306.09782",
+        "updates afterwards, to the bit",
+    ),
     "model.shift_attn: 128": (
         "shifted sparse attention in training (LongLoRA)",
         "documents several times longer than the base's",
@@ -62,6 +75,10 @@ _MODES = {
 }
 
 
+_OF_THE_BASE = ("tuning: full", "tuning: freeze", "model.mixture_of_depths: {}", "optimizer.layerwise: true")
+"""Those that train the base's own parameters."""
+
+
 def page() -> str:
     """The section, in Markdown."""
     engines = {name: found for name in _MODES if (found := _engine(name)) is not None}
@@ -72,7 +89,8 @@ def page() -> str:
         numbers = f"as {like} | as {like} | as {like}"
         if name in engines:
             job = engines[name][0].jobs[engines[name][1]]
-            gradients = sum(4 * value.numel() for value in job.parameters.values())
+            whole = job.layerwise is None
+            gradients = sum(4 * value.numel() for value in job.parameters.values()) if whole else 0
             numbers = (
                 f"{against(cost, name, 'tuning: adapter')} | {(bytes_of_state(job.optimizer) + gradients) / 1e6:.1f}"
             )
@@ -85,12 +103,14 @@ def _engine(name: str) -> Any:
     base, work = base_of_the_tables(), random_step(1, [512])
     if "spread" in name or "rope" in name:
         return None
-    if name in ("tuning: full", "tuning: freeze"):
+    if name in _OF_THE_BASE:
         base.model.requires_grad_(True)
         if "freeze" in name:
             train_only(base.model, FreezeConfig(trainable_layers=1))
+        if "depths" in name:
+            base.depths = convert(base.model, MixtureOfDepths().capacity, MixtureOfDepths().every)
         engine = Engine(base, Bank(base), 4096)
-        optimizer: Any = AdamW()
+        optimizer: Any = AdamW(layerwise=True, max_grad_norm=None) if "layerwise" in name else AdamW()
         engine.add(BARE_BASE, Sft().build(), optimizer, seed=0, neftune_alpha=0.0)
         return engine, BARE_BASE, work
     base.shift_attn = 128 if "shift" in name else None
