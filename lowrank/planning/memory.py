@@ -17,7 +17,7 @@ from lowrank.models.config import Config as ModelConfig
 from lowrank.models.recompute import segment_length
 from lowrank.planning.layers import kinds_of_layers
 from lowrank.planning.simulation import Heaviest, PlannedJob, Simulation, StepTrace, read_config, work_of
-from lowrank.train.engine import Work
+from lowrank.train.cut import Work
 
 _FEW = 3
 """A model of so many layers is simulated whole."""

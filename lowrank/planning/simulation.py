@@ -43,7 +43,8 @@ from lowrank.planning.lean import make_lean_unseen
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.stand_in import stand_in_for_experts, stand_in_for_packed_weights
 from lowrank.records import BARE_BASE, Batch, Segment, pack
-from lowrank.train.engine import Engine, Work
+from lowrank.train.cut import Work
+from lowrank.train.engine import Engine
 from lowrank.train.optimizers import OptimizerConfig
 
 

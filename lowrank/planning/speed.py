@@ -27,7 +27,8 @@ from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Plan
 from lowrank.planning.simulation import train_what_is_trained
 from lowrank.records import BARE_BASE, Segment, number_the_step
-from lowrank.train.engine import Engine, Work
+from lowrank.train.cut import Work
+from lowrank.train.engine import Engine
 
 _TOKENS = 1024
 """Tokens of the timed step: enough for the hardware to be as fast as it gets, few enough for a short wait."""

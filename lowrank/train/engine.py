@@ -30,9 +30,9 @@ from lowrank.kernels.host_memory import Heap
 from lowrank.kernels.logprobs import Head, logprobs
 from lowrank.kernels.values import last_token_values, token_values
 from lowrank.models.base import Base
-from lowrank.models.shared_prompts import tail_of
 from lowrank.objectives import Metrics, Objective, needs
-from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack
+from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step
+from lowrank.train.cut import Work, cut, units
 from lowrank.train.decay import undecayed
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.loss_scale import LossScale, scale_for
@@ -41,9 +41,6 @@ from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
 from lowrank.train.out_of_memory import give_back_unused, in_plain_words, is_out_of_memory
 
 _Result = TypeVar("_Result")
-Work = Mapping[int, Sequence[Segment]]
-"""The segments of each slot's optimiser step."""
-
 VALUE_HEAD = "value_head"
 """The name of a job's value head among its parameters."""
 
@@ -297,7 +294,7 @@ class Engine:
                     return run(work)
                 except Exception as error:
                     batches = self.cut(work)
-                    smallest = len(batches) == sum(len(_units(segments)) for segments in work.values())
+                    smallest = len(batches) == sum(len(units(segments)) for segments in work.values())
                     if undo is None or smallest or not is_out_of_memory(error):
                         raise
             # only here the error is gone, and with it the frames that hold the tensors of the attempt
@@ -360,28 +357,10 @@ class Engine:
         return found
 
     def cut(self, work: Work, share: bool = True) -> list[Batch]:
-        """Micro-batches of at most `micro_batch_tokens` tokens; pairs stay together, order within a slot is kept.
-
-        Here segments get their slot's virtual tokens. Where the base can, answers to one prompt in one micro-batch
-        `share` its computation.
-        """
-        batches: list[list[tuple[int, Segment]]] = [[]]
+        """Micro-batches of at most `micro_batch_tokens` tokens (cut.py). Where the base can, answers to one prompt in
+        one micro-batch `share` its computation."""
         share = share and self.base.shares_prompts
-        for slot in sorted(work):
-            whole: Segment | None = None
-            for unit in _units([self.bank.prompted(slot, segment) for segment in work[slot]]):
-                entries = _entries(slot, unit, whole if share and batches[-1] else None, share)
-                if batches[-1] and not self._fits([*batches[-1], *entries]):
-                    batches.append([])
-                    entries = _entries(slot, unit, None, share)
-                batches[-1] += entries
-                whole = next((each for _, each in reversed(entries) if not each.prefix), whole)
-        return [self.base.filled(pack(entries)) for entries in batches if entries]
-
-    def _fits(self, entries: Sequence[tuple[int, Segment]]) -> bool:
-        documents = tuple(segment.prefix + len(segment) for _, segment in entries)
-        tokens = self.base.padded_tokens(tuple(len(segment) for _, segment in entries))
-        return tokens <= self.micro_batch_tokens and self.base.may_share(documents)
+        return cut(self.base, self.bank, work, self.micro_batch_tokens, share)
 
     def _totals(self, work: Work, batches: Sequence[Batch]) -> dict[int, Totals]:
         """What the losses of a step divide by: counted, and for objectives that ask for it, observed."""
@@ -471,24 +450,3 @@ def _floats(metrics: Metrics) -> dict[str, float]:
 def _sum_up(totals: Totals, more: Totals) -> None:
     for name, value in more.items():
         totals[name] = totals.get(name, 0.0) + value
-
-
-def _entries(slot: int, unit: Sequence[Segment], whole: Segment | None, share: bool) -> list[tuple[int, Segment]]:
-    """What goes into a batch; with `share`, what follows a whole segment with the same prompt does without it."""
-    entries: list[tuple[int, Segment]] = []
-    for segment in unit:
-        given = tail_of(segment, whole) if share and whole is not None else segment
-        whole = whole if given.prefix else given
-        entries.append((slot, given))
-    return entries
-
-
-def _units(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments that must share a batch: the members of a pair, everything else alone."""
-    units: list[list[Segment]] = []
-    for segment in segments:
-        if units and segment.pair >= 0 and units[-1][0].pair == segment.pair:
-            units[-1].append(segment)
-        else:
-            units.append([segment])
-    return units
