@@ -116,7 +116,9 @@ def _open_vllm(
     from lowrank.checkpoints.peft_layout import load_adapter
     from lowrank.cli.warn import warn
     from lowrank.found import find
+    from lowrank.models.depths import refuse
     from lowrank.models.loading import load_tokenizer
+    from lowrank.planning.simulation import read_config
     from lowrank.serve.folders import adapters_in
     from lowrank.serve.refusal import Refusal
     from lowrank.serve.vllm_engine import VllmEngine, open_vllm
@@ -124,6 +126,7 @@ def _open_vllm(
     from lowrank.trained import renderers_of
 
     found = find(model, which="last" if last else "best", chat_template=chat_template, notify=lambda text: warn([text]))
+    refuse(read_config(found.model), "vLLM has no such layers")
     if found.model.storage.type != "dense":
         warn([f"vLLM answers on the base in 16 bit; the adapters were trained on {found.model.storage.type}"])
     folders = {name: place for folder in adapters for name, place in adapters_in(folder).items()} | {**found.adapters}

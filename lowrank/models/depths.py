@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from lowrank.errors import ModelError, raise_all
 from lowrank.models.attention import Packed
 from lowrank.models.checkpoint_files import StoredTensor
-from lowrank.models.config import MixtureOfDepths
+from lowrank.models.config import Config, MixtureOfDepths
 from lowrank.models.layers import decoder_layers
 from lowrank.models.paged_attention import Step
 
@@ -41,12 +41,19 @@ _STD = 0.02
 class DepthRouter(nn.Module):
     """Scores a layer's tokens, and predicts its own choices."""
 
-    def __init__(self, width: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        drawn_2D = _STD * torch.randn(2, width, generator=generator)
-        self.score_D = nn.Parameter(drawn_2D[0].to(device, dtype))
-        self.predictor_D = nn.Parameter(drawn_2D[1].to(device, dtype))
-        self.predictor_bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+        self.score_D = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
+        self.predictor_D = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
+        self.predictor_bias = nn.Parameter(torch.empty(1, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Fresh numbers, the same on every device."""
+        drawn_2D = _STD * torch.randn(2, len(self.score_D), generator=torch.Generator().manual_seed(seed))
+        self.score_D.copy_(drawn_2D[0])
+        self.predictor_D.copy_(drawn_2D[1])
+        self.predictor_bias.zero_()
 
     def scores(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T) float32 or wider."""
@@ -159,8 +166,8 @@ def convert(model: Any, capacity: float, every: int) -> Depths:
     width = model.config.get_text_config().hidden_size
     routers = {}
     for index in range(every - 1, len(layers), every):
-        generator = torch.Generator().manual_seed(index)
-        routers[index] = DepthRouter(width, generator, weight.dtype, weight.device)
+        routers[index] = DepthRouter(width, weight.dtype, weight.device)
+        routers[index].draw(index)
     depths = Depths(capacity, routers)
     for index, router in routers.items():
         layer: Any = layers[index]
@@ -225,6 +232,15 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
         return outer[0], ctx.weight, None
+
+
+def as_planned(model: Any, settings: Config) -> Depths | None:
+    """The routers that a run with these settings will have, before any weights are there."""
+    asked = settings.mixture_of_depths or getattr(model.config, KEY, None)
+    if asked is None:
+        return None
+    asked = MixtureOfDepths.model_validate(asked)
+    return convert(model, asked.capacity, asked.every)
 
 
 def attach(model: Any, asked: MixtureOfDepths | None, stored: Mapping[str, StoredTensor]) -> Depths | None:

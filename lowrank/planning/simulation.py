@@ -27,11 +27,11 @@ from lowrank.adapters.variants import AdapterConfig
 from lowrank.adapters.virtual import runs_of
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import logprobs
-from lowrank.models import depths
 from lowrank.models.attention import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
-from lowrank.models.config import FreezeConfig, MixtureOfDepths
+from lowrank.models.config import FreezeConfig
+from lowrank.models.depths import as_planned
 from lowrank.models.freezing import train_only
 from lowrank.models.loading import choose_device, choose_dtype, locate
 from lowrank.models.quiet import quiet_transformers
@@ -123,10 +123,7 @@ class Simulation:
         if settings.lean:
             with unset_fake_temporarily():
                 make_lean_unseen(model)
-        asked, routed = settings.mixture_of_depths or getattr(config, depths.KEY, None), None
-        if asked is not None:
-            asked = MixtureOfDepths.model_validate(asked)
-            routed = depths.convert(model, asked.capacity, asked.every)
+        routed = as_planned(model, settings)
         if keep is not None:
             keep_layers(model, keep)
         train_what_is_trained(model, jobs)

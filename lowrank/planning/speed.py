@@ -17,6 +17,7 @@ import transformers
 from lowrank.adapters.bank import Bank
 from lowrank.models.base import Base
 from lowrank.models.config import Config as ModelConfig
+from lowrank.models.depths import DepthRouter, Depths, as_planned
 from lowrank.models.lean import make_lean
 from lowrank.models.loading import choose_device, choose_dtype
 from lowrank.models.quiet import quiet_transformers
@@ -84,10 +85,11 @@ def _time(memory: StepMemory, plan: Plan, work: Work, core: tuple[int, ...] | No
 
 
 def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Engine:
-    model = _random_model(memory.model, memory.config, core)
+    model, routed = _random_model(memory.model, memory.config, core)
     train_what_is_trained(model, memory.jobs)
     pack_in_place(model, memory.model.storage)
     base = Base(model, None, memory.model.path, memory.model.revision)
+    base.depths = routed
     base.settle(memory.layout)
     set_recompute(model, plan.recompute)
     engine = Engine(base, Bank(base), plan.micro_batch_tokens)
@@ -97,12 +99,13 @@ def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Eng
     return engine
 
 
-def _random_model(settings: ModelConfig, config: Any, core: tuple[int, ...] | None) -> Any:
+def _random_model(settings: ModelConfig, config: Any, core: tuple[int, ...] | None) -> tuple[Any, Depths | None]:
     device = choose_device(settings)
     with quiet_transformers(), torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=choose_dtype(settings, device), trust_remote_code=settings.trust_remote_code
         )
+    routed = as_planned(model, settings)
     if core is not None:
         keep_layers(model, core)
     model.to_empty(device=device)
@@ -110,7 +113,10 @@ def _random_model(settings: ModelConfig, config: Any, core: tuple[int, ...] | No
     torch.manual_seed(0)
     with torch.no_grad():
         model.init_weights()
+        for module in model.modules():
+            if isinstance(module, DepthRouter):
+                module.draw(0)
     model.eval()
     if settings.lean:
         make_lean(model)
-    return model
+    return model, routed
