@@ -38,8 +38,6 @@ def with_plan(
     same. ConfigError where the run surely does not fit, with the changes that would make it fit. A model that
     cannot be simulated is run without a plan.
     """
-    if getattr(read_config(config.model), KEY, None) is not None:
-        raise_all(ConfigError, f"{config.model.path} is a mixture of depths", [*depth_conflicts(config)])
     config = _as_before(config, checkpoint)
     try:
         planner = planner_of(config, data)
@@ -57,7 +55,9 @@ def with_plan(
 
 
 def planner_of(config: RunConfig, data: Sequence[Prepared]) -> Planner:
-    """What plans this run, for its heaviest optimiser steps."""
+    """What plans this run, for its heaviest optimiser steps. ConfigError for what its base cannot do."""
+    if getattr(read_config(config.model), KEY, None) is not None:
+        raise_all(ConfigError, f"{config.model.path} is a mixture of depths", [*depth_conflicts(config)])
     return Planner(config.model, StepMemory(config.model, planned_jobs(config.jobs, data)))
 
 

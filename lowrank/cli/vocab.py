@@ -22,6 +22,8 @@ def vocab(
     """
     from lowrank.export.more_tokens import add_tokens
     from lowrank.models.config import Config
+    from lowrank.models.depths import KEY
+    from lowrank.planning.simulation import read_config
     from lowrank.to_take_home import on_disk
 
     given = [[token for token in text.split(",") if token] for text in (tokens, special_tokens)]
@@ -30,4 +32,7 @@ def vocab(
     numbers = ", ".join(map(str, grown.token_ids))
     typer.echo(f"{len(grown.token_ids)} new tokens ({rows}), numbers {numbers}, in {output}")
     names = ", ".join(f'"{token}"' for own in given for token in own)
-    typer.echo(f"train them with model={output} 'adapter.trainable_token_indices=[{names}]'")
+    adapted = f"'adapter.trainable_token_indices=[{names}]'"
+    if getattr(read_config(Config(path=str(output))), KEY, None) is not None:
+        adapted = "tuning=full, since a mixture of depths takes no adapters"
+    typer.echo(f"train them with model={output} {adapted}")

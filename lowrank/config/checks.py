@@ -109,7 +109,7 @@ def depth_conflicts(config: RunConfig) -> Iterator[str]:
     if _looks_twice(job):
         yield (
             f"{where}: objective {job.objective.type} compares log-probabilities in training with others for which "
-            "other tokens are chosen, so it would learn the difference between the two; choose sft or pretrain"
+            "other tokens are chosen, so it would learn the difference between the two; choose sft, pretrain or orpo"
         )
 
 

@@ -71,8 +71,9 @@ class Window:
         """x^T y over the slot's rows. One of the two is zero in all others; that the other one may not be finite there
         is nothing to this slot."""
         found_RD = x_PR.t() @ y_PD
-        # a planner's tensors have no values (a subclass of Tensor)
-        if self.is_exact or type(found_RD) is not torch.Tensor or math.isfinite(float(found_RD.sum())):
+        if self.is_exact or type(found_RD) is not torch.Tensor:  # a planner's tensors have no values
+            return found_RD
+        if math.isfinite(float(found_RD.sum(dtype=torch.float32))):
             return found_RD
         return x_PR[self.inside].t() @ y_PD[self.inside]
 

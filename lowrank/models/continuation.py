@@ -28,8 +28,8 @@ def what_breaks(base: Base) -> str | None:
         return "its attention does not receive the boundaries of sequences"
     documents = random_documents(base, 0)
     try:
-        everybody = base.depths.everybody() if base.depths is not None else contextlib.nullcontext()
-        with torch.no_grad(), narrow_windows(base.model), one_token_at_a_time(base), everybody:
+        choice = base.depths.by_place() if base.depths is not None else contextlib.nullcontext()
+        with torch.no_grad(), narrow_windows(base.model), one_token_at_a_time(base), choice:
             pieces = _in_pieces(base, documents)
             whole = [hidden_alone(base, document) for document in documents]
     except BoundariesMissing:

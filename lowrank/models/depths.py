@@ -41,8 +41,10 @@ _STD = 0.02
 class DepthRouter(nn.Module):
     """Scores a layer's tokens, and predicts its own choices."""
 
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, number: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.number = number
+        """Of its converted layer, counted from 0."""
         self.score_D = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
         self.predictor_D = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
         self.predictor_bias = nn.Parameter(torch.empty(1, dtype=dtype, device=device))
@@ -89,17 +91,18 @@ class Depths:
         self.tokens_of_step = 1
         """Of all passes of a training step: what the predictors' losses are divided by."""
         self._learning = False
-        self._everybody = False
+        self._by_place = False
         self._num_tokens: int | None = None
 
     @contextlib.contextmanager
-    def everybody(self) -> Iterator[None]:
-        """All tokens go through: for tests of the loaded model, where rounding must not decide who goes."""
-        self._everybody = True
+    def by_place(self) -> Iterator[None]:
+        """Two of three tokens go through, other ones in every layer, by their places: for tests of the loaded model,
+        where rounding must not decide who goes."""
+        self._by_place = True
         try:
             yield
         finally:
-            self._everybody = False
+            self._by_place = False
 
     def begin(self, training: bool, num_tokens: int | None = None) -> None:
         """A forward pass. In training the best tokens go through and the predictors learn which those were, from the
@@ -111,17 +114,18 @@ class Depths:
         if self._learning and isinstance(stream, Packed):
             return self._best(router.scores(x_TD), stream)
         if isinstance(stream, Step):
-            predicted_T = self._predicted(router, x_TD[: stream.num_own])
+            predicted_T = self._predicted(router, x_TD[: stream.num_own], stream.position_T[: stream.num_own])
             own = stream.part(layer, predicted_T)
             return own and _Part(predicted_T.nonzero()[:, 0], own)
         if not isinstance(stream, Packed):
             raise ModelError(f"mixture of depths: no tokens can be chosen in {type(stream).__name__}")
-        predicted_T = self._predicted(router, x_TD)
+        place_T = torch.cat([torch.arange(length, device=x_TD.device) for length in stream.lengths])
+        predicted_T = self._predicted(router, x_TD, place_T)
         lengths = [count for part in predicted_T.split(stream.lengths) if (count := int(part.sum()))]
         return _Part(predicted_T.nonzero()[:, 0], _packed(lengths, x_TD.device)) if lengths else None
 
-    def _predicted(self, router: DepthRouter, x_TD: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(x_TD[:, 0], self._everybody, dtype=torch.bool) | (router.predictions(x_TD) > 0)
+    def _predicted(self, router: DepthRouter, x_TD: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
+        return (place_T + router.number) % 3 > 0 if self._by_place else router.predictions(x_TD) > 0
 
     def _best(self, score_T: torch.Tensor, stream: Packed) -> _Part:
         rows, start = [], 0
@@ -166,7 +170,7 @@ def convert(model: Any, capacity: float, every: int) -> Depths:
     width = model.config.get_text_config().hidden_size
     routers = {}
     for index in range(every - 1, len(layers), every):
-        routers[index] = DepthRouter(width, weight.dtype, weight.device)
+        routers[index] = DepthRouter(len(routers), width, weight.dtype, weight.device)
         routers[index].draw(index)
     depths = Depths(capacity, routers)
     for index, router in routers.items():

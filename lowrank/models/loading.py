@@ -136,8 +136,16 @@ def _convert(base: Base, config: Config, why_padded: str | None, train_all: bool
     """After the tests of the plain model: put depth routers on it, if they are asked for or saved with it."""
     if config.mixture_of_depths is None and getattr(base.model.config, depths.KEY, None) is None:
         return
-    if config.storage.type != DENSE:
-        depths.refuse(base.model.config, "packed weights are not trained, as its routers would have to be")
+    if train_all and base.dtype == torch.float16:
+        raise ModelError(
+            "model.mixture_of_depths: float16 gradients are scaled, and the predictors' would not be; set model.dtype: "
+            "bfloat16"
+        )
+    if base.steady_length is not None:
+        raise ModelError(
+            "model.mixture_of_depths: this base stretches its rotary embedding by a text's length, so long texts are "
+            "answered by transformers, which has no such layers; take another base"
+        )
     if base.layout != "packed":
         raise ModelError(
             "model.mixture_of_depths: layers are given fewer tokens of each document, and this base cannot be told "
@@ -168,6 +176,11 @@ def _load_model(config: Config, dtype: torch.dtype, device: torch.device, train_
         try:
             shape = transformers.AutoConfig.from_pretrained(path, **options)
             stretch(shape, config.rope_scaling)
+            if config.storage.type != DENSE and (config.mixture_of_depths or getattr(shape, depths.KEY, None)):
+                raise ModelError(
+                    "model.mixture_of_depths: packed weights are not trained, as those of a mixture of depths have to "
+                    "be; leave model.storage out"
+                )
             packing = _packing(config, shape, dtype, device, train_all)
             if packing:
                 model, report = load_packed(path, packing, shape, **options)

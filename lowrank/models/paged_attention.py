@@ -149,8 +149,6 @@ class Step:
         """The step of a layer that only these tokens go through; None if nobody does. Its keys and values lie close
         together at the beginning of the pages: each sequence's place there is the number of its tokens that went."""
         through = self.cache.through(layer, chosen_T.device)
-        if self._fresh_P is not None:
-            through.view(self.cache.num_pages, -1).index_fill_(0, self._fresh_P, False)
         through.index_copy_(0, self._place_T, chosen_T[: self.num_own])
         size, spans, start = self.cache.page_size, [], 0
         for span in self.spans:

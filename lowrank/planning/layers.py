@@ -9,7 +9,7 @@ from torch import nn
 
 from lowrank.models.layers import decoder_layers
 
-_OWN_NUMBER = ("layer_idx", "layer_index", "layer_number", "block_idx", "layer_id")
+_OWN_NUMBER = ("number", "layer_idx", "layer_index", "layer_number", "block_idx", "layer_id")
 
 
 def kinds_of_layers(model: Any) -> list[int]:

@@ -268,7 +268,7 @@ def read_config(config: ModelConfig) -> Any:
             )
             stretch(found, config.rope_scaling)
             return found
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"cannot read the configuration of {config.path!r}: {error}") from error
 
 

@@ -88,7 +88,8 @@ class Forwarded:
 
 @dataclass(frozen=True)
 class Updated:
-    """What the update did. `skipped`: loss or gradient was not finite and nothing was changed."""
+    """What the update did. `skipped`: loss or gradient was not finite and nothing was changed (a gradient under
+    `layerwise`: its own parameter was not)."""
 
     grad_norm: float
     skipped: bool
@@ -163,7 +164,9 @@ class Engine:
 
     def remove(self, slot: int) -> None:
         """Forget a job's optimiser; its adapter stays in the bank."""
-        del self.jobs[slot]
+        job = self.jobs.pop(slot)
+        if job.layerwise is not None:
+            job.layerwise.close()
 
     @torch.no_grad()
     def load_value_head(self, slot: int, value_D: torch.Tensor | None) -> None:
@@ -184,16 +187,27 @@ class Engine:
         """
         clean = all(p.grad is None for slot in work for p in self.jobs[slot].parameters.values())
         layerwise = self._begin_layerwise(work, learning_rates or {})
-        undo = self._clear_gradients if clean and layerwise is None else None  # what is updated stays so
-        return self._with_room(work, partial(self._forward_backward, layerwise=layerwise), undo)
+
+        def undo(work: Work) -> None:
+            if layerwise is not None and layerwise.updated:
+                raise ModelError(
+                    "memory ran out within the updates of optimizer.layerwise, so the step cannot be done again: lower "
+                    "micro_batch_tokens and go on from the last checkpoint (resume: true)"
+                )
+            self._clear_gradients(work)
+
+        run = partial(self._forward_backward, layerwise=layerwise)
+        return self._with_room(work, run, undo if clean else None)
 
     def _begin_layerwise(self, work: Work, learning_rates: Mapping[int, float]) -> LayerwiseUpdates | None:
         """What updates the base within this step's backward pass, if anything does."""
-        job = self.jobs[BARE_BASE] if BARE_BASE in work and BARE_BASE in learning_rates else None
+        job = self.jobs[BARE_BASE] if BARE_BASE in work else None
         if job is None or job.layerwise is None:
             return None
-        set_learning_rate(job.optimizer, learning_rates[BARE_BASE])
         job.layerwise.begin()
+        if BARE_BASE not in learning_rates:
+            return None
+        set_learning_rate(job.optimizer, learning_rates[BARE_BASE])
         return job.layerwise
 
     def _forward_backward(self, work: Work, layerwise: LayerwiseUpdates | None = None) -> dict[int, Forwarded]:
@@ -236,7 +250,8 @@ class Engine:
     def optim_step(self, slot: int, learning_rate: float) -> Updated:
         """Update one job's parameters from its gradients, clipped to its own norm, and clear them.
 
-        A loss or gradient that is not finite leaves parameters and optimiser state as they were.
+        A loss or gradient that is not finite leaves parameters and optimiser state as they were; a gradient under
+        `layerwise`, its own parameter's only.
         """
         job = self.jobs[slot]
         job.step += 1

@@ -40,12 +40,20 @@ class LayerwiseUpdates:
         """Of the norm of what was updated since `begin`."""
         self.finite = True
         """No gradient since `begin` had to be left out."""
-        for name, weight in weights.items():
-            weight.register_post_accumulate_grad_hook(self._when_there(name))  # after the masters' own
+        self.updated = False
+        """Something was updated since `begin`."""
+        self._handles = [  # after the masters' own
+            weight.register_post_accumulate_grad_hook(self._when_there(name)) for name, weight in weights.items()
+        ]
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        for handle in self._handles:
+            handle.remove()
 
     def begin(self) -> None:
         """A step."""
-        self.square, self.finite = 0.0, True
+        self.square, self.finite, self.updated = 0.0, True, False
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -72,9 +80,10 @@ class LayerwiseUpdates:
             earlier = self._earlier.pop(name, None)
             if earlier is not None:
                 master.grad = earlier.add_(master.grad)
-            square = float(master.grad.square().sum())
-            if math.isfinite(square):
-                self.square += square
+            norm = float(torch.linalg.vector_norm(master.grad))
+            if math.isfinite(norm):
+                self.square += norm**2
+                self.updated = True
                 self._optimizer.step()  # no other parameter has a gradient
                 self._write_back(name)
             else:

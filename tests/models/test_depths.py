@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import Config as Lora
@@ -21,7 +22,7 @@ from lowrank.models.base import Base
 from lowrank.models.config import Config, MixtureOfDepths
 from lowrank.models.continuation import _in_pieces, what_breaks
 from lowrank.models.expansion import expand
-from lowrank.models.leak import random_documents
+from lowrank.models.leak import choose_layout, random_documents
 from lowrank.models.loading import load
 from lowrank.models.recompute import set_recompute
 from lowrank.objectives.sft import Config as Sft
@@ -32,7 +33,7 @@ from lowrank.to_take_home import open_source
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import Config as AdamW
 from tests.checkpoint_folder import save_checkpoint_folder
-from tests.tiny_models import make_base, random_step
+from tests.tiny_models import SMALL, make_base, random_step
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "mistral", "gpt2", "qwen3_moe", "phi", "olmo2", "cohere2"]
 
@@ -223,8 +224,12 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         load(other, notify=fail)
     with pytest.raises(ModelError, match="adapters are for all of them"):
         Bank(again).add(Lora(rank=2), seed=0)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="packed weights are not trained"):
-        load(Config(path=str(tmp_path / "mixture"), device="cpu", storage={"type": "nf4"}), notify=fail)  # type: ignore[arg-type]
+    for path, asked in ((tmp_path / "mixture", None), (tmp_path / "plain", MixtureOfDepths())):
+        packed = Config(path=str(path), device="cpu", storage={"type": "nf4"}, mixture_of_depths=asked)  # type: ignore[arg-type]
+        with pytest.raises(ModelError, match="packed weights are not trained"):
+            load(packed, notify=fail)
+    with pytest.raises(ModelError, match="float16 gradients are scaled"):
+        load(Config(path=str(tmp_path / "mixture"), device="cpu", dtype="float16"), train_all=True, notify=fail)
     with pytest.raises(ModelError, match="there is nothing to export"):
         open_source(str(tmp_path / "mixture"))
     with pytest.raises(ModelError, match="copies of those would not know which"):
@@ -240,6 +245,16 @@ def test_models_that_cannot_be_converted() -> None:
     base = make_base("falcon")
     base.depths = depths.convert(base.model, 0.5, 2)
     assert "no tokens can be chosen" in (what_breaks(base) or "")
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shape = {**SMALL, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 8}
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": SMALL["vocab_size"]}
+    config = transformers.Gemma4TextConfig(**shape, **per_layer, layer_types=kinds, sliding_window=8)
+    shared = Base(transformers.AutoModelForCausalLM.from_config(config).double().eval(), None, "gemma4")
+    choose_layout(shared, "auto")
+    assert (shared.layout, what_breaks(shared)) == ("packed", None)
+    shared.depths = depths.convert(shared.model, 0.4, 2)
+    assert what_breaks(shared) is not None, "its last layers take the keys of earlier ones, which are of other tokens"
     with pytest.raises(ModelError, match="every: 3 names none"):
         depths.convert(make_base("llama").model, 0.5, 3)
 

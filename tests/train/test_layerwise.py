@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,48 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter() -> None:
     handle.remove()
     assert not step(engine, random_step(0, [20]))[2]
     assert not torch.equal(weight, before)
+
+
+def test_where_memory_runs_out_before_anything_is_updated_the_step_is_done_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engines = [engine_of("adamw", torch.float32, True) for _ in range(2)]
+    segments = random_step(0, [20, 17, 12])
+    hidden, said = Bank.hidden, []
+
+    def short(bank: Bank, batch: Any, draws: Any = None) -> torch.Tensor:
+        if batch.num_tokens > 25:
+            raise torch.OutOfMemoryError
+        return hidden(bank, batch, draws)
+
+    step(engines[0], segments)
+    engines[1].notify = said.append
+    monkeypatch.setattr(Bank, "hidden", short)
+    step(engines[1], segments)
+    assert "done again" in said[0]
+    whole, ours = (dict(engine.base.model.named_parameters()) for engine in engines)
+    for name in whole:
+        torch.testing.assert_close(ours[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_without_a_rate_waits_for_the_update() -> None:
+    engine = engine_of("adamw", torch.float32, True)
+    step(engine, random_step(0, [20]))
+    before = {name: value.detach().clone() for name, value in engine.base.model.named_parameters()}
+    engine.forward_backward({BARE_BASE: random_step(1, [20])})
+    assert all(torch.equal(value, before[name]) for name, value in engine.base.model.named_parameters())
+    gradients = [each.grad for each in engine.jobs[BARE_BASE].parameters.values() if each.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    assert engine.optim_step(BARE_BASE, 1e-2).grad_norm == pytest.approx(norm)
+
+
+def test_a_removed_job_leaves_nothing_behind() -> None:
+    engine = engine_of("adamw", torch.float32, True)
+    step(engine, random_step(0, [20]))
+    optimizer = weakref.ref(engine.jobs[BARE_BASE].optimizer)
+    engine.remove(BARE_BASE)
+    gc.collect()
+    assert optimizer() is None
 
 
 def test_a_value_head_is_updated_with_the_rest() -> None:

@@ -47,7 +47,7 @@ class OptimizerSettings(Settings):
     layerwise: bool = False
     """With tuning full or freeze: update each parameter within the backward pass and drop its gradient, so that the
     model's gradients are never there at once. The same numbers, without clipping (`max_grad_norm: null`), and it saves
-    memory only where a step is one forward pass."""
+    memory only where a step is one forward pass. A gradient that is not finite leaves its own parameter as it was."""
     max_skipped_steps: NonNegative = 5
     """A step whose loss or gradient is not finite is skipped; after this many in a row the job stops, the others go
     on."""
