@@ -36,7 +36,15 @@ def what_breaks(base: Base) -> str | None:
         return "its attention does not receive the boundaries of sequences"
     except ModelError as error:
         return str(error)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+    ) as error:
         return f"it does not run so ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
     apart = max(distance(one, other) for one, other in zip(pieces, whole))
     return (

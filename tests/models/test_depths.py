@@ -288,4 +288,4 @@ def test_the_plan_knows_that_less_is_kept(tmp_path: Path) -> None:
         for asked in (None, MixtureOfDepths())
     ]
     of_layers = [plan.activations for plan in plans]
-    assert of_layers[1] < 0.7 * of_layers[0]
+    assert of_layers[1] < 0.75 * of_layers[0]
