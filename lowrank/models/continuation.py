@@ -20,6 +20,8 @@ from lowrank.models.paged_attention import KeyValueCache, Span, Step
 _PAGE = 2
 _PIECES = ((4, 2, 5), (2, 1, 0), (1, 8, 0), (0, 1, 0))
 """New tokens of each of three documents in each step: starts, pieces and single tokens side by side."""
+_BREAKS = ValueError, TypeError, LookupError, NotImplementedError, RuntimeError, ImportError, AttributeError
+"""What a model's own code raises where it meets what it was not made for."""
 
 
 def what_breaks(base: Base) -> str | None:
@@ -36,15 +38,7 @@ def what_breaks(base: Base) -> str | None:
         return "its attention does not receive the boundaries of sequences"
     except ModelError as error:
         return str(error)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        NotImplementedError,
-        RuntimeError,
-        ImportError,
-        AttributeError,
-    ) as error:
+    except _BREAKS as error:
         return f"it does not run so ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
     apart = max(distance(one, other) for one, other in zip(pieces, whole))
     return (

@@ -29,6 +29,7 @@ from lowrank.objectives.sft import Config as Sft
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
 from lowrank.records import BARE_BASE, pack
+from lowrank.run import train
 from lowrank.to_take_home import open_source
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import Config as AdamW
@@ -289,3 +290,22 @@ def test_the_plan_knows_that_less_is_kept(tmp_path: Path) -> None:
     ]
     of_layers = [plan.activations for plan in plans]
     assert of_layers[1] < 0.75 * of_layers[0]
+
+
+def test_a_run_stops_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def run(name: str, steps: int, **more: Any) -> bytes:
+        config = {
+            "model": {"path": "lowrank/tiny", "device": "cpu", "dtype": "bfloat16", "mixture_of_depths": {}},
+            "tuning": "full",
+            "data": {"train": {"path": "lowrank/demo", "max_samples": 16}, "batch_size": 2},
+            "schedule": "constant",
+            "max_steps": steps,
+            "output_dir": str(tmp_path / name),
+            **more,
+        }
+        train(resolve(config))
+        return (tmp_path / name / "default" / "last" / "model.safetensors").read_bytes()
+
+    whole = run("whole", 4)
+    run("cut", 2)
+    assert run("cut", 4, resume=True) == whole
