@@ -73,7 +73,8 @@ def planned_jobs(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> list[Pl
             step = rehearsal(objective, step)
         freeze = job.freeze if job.tuning == "freeze" else None
         alpha = job.neftune_noise_alpha or 0.0
-        planned.append(PlannedJob(adapter, objective, job.optimizer, step, alpha, freeze))
+        tokens = own.train.tokens_of_steps()[: job.max_steps]
+        planned.append(PlannedJob(adapter, objective, job.optimizer, step, alpha, freeze, tokens))
     return planned
 
 

@@ -88,6 +88,10 @@ class Feed:
         chosen = max(self._steps, key=lambda step: sum(self._lengths[index] for index in step))
         return _as_step([self._samples[index] for index in chosen])
 
+    def tokens_of_steps(self) -> list[int]:
+        """Of every step of the running epoch, in order."""
+        return [sum(self._lengths[index] for index in step) for step in self._steps]
+
     def state(self) -> dict[str, Any]:
         """Plain JSON for `load_state`."""
         return {"epoch": self._epoch, "step": self._step, "samples": self.num_samples, "tokens": sum(self._lengths)}
@@ -164,6 +168,10 @@ class StreamingFeed:
     def heaviest_step(self) -> list[Segment]:
         """The segments of the next step: the only one that is known. Nothing is taken from the feed."""
         return self._waiting
+
+    def tokens_of_steps(self) -> list[int]:
+        """Of the next step."""
+        return [sum(map(len, self._waiting))]
 
     def state(self) -> dict[str, Any]:
         """Plain JSON for `load_state`."""

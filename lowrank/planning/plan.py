@@ -14,8 +14,10 @@ from typing import Any
 
 import psutil
 
+from lowrank.kernels.few_shapes import wants_few_shapes
 from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import choose_device, locate
+from lowrank.models.loading import choose_device, choose_dtype, locate
+from lowrank.planning.compiled import growth
 from lowrank.planning.machine import Machine, this_machine
 from lowrank.planning.memory import StepBytes, StepMemory
 
@@ -79,13 +81,18 @@ class Planner:
         self.device = choose_device(model)
         self.machine = machine or this_machine(self.device)
         self._file_bytes = weight_file_bytes(model)
+        self._dtype = choose_dtype(model, self.device)
         self._resident = psutil.Process().memory_info().rss
 
-    def total(self, step: StepBytes, passes: int = 1) -> int:
-        """What a step needs, with the process around it where that is in the same memory."""
+    def total(self, step: StepBytes, passes: int = 1, micro_batch_tokens: int | None = None) -> int:
+        """What a step needs, with the process around it where that is in the same memory; with `micro_batch_tokens`,
+        by the end of the run."""
         if self.device.type == "cuda":
             return step.total
-        return step.total + beside_tensors(self._resident, step, passes)
+        grown = 0
+        if micro_batch_tokens is not None and wants_few_shapes(self.device, self._dtype):
+            grown = growth(self.memory.jobs, micro_batch_tokens)
+        return step.total + beside_tensors(self._resident, step, passes) + grown
 
     def of(self, model: ModelConfig, memory: StepMemory) -> Planner:
         """The same for another base or other jobs."""
@@ -96,7 +103,7 @@ class Planner:
         step = self.memory.step(micro_batch_tokens, recompute)
         passes = self.memory.heaviest_batch(micro_batch_tokens).passes
         on_host = self.device.type != "cuda"
-        process = self.total(step, passes) - step.total
+        process = self.total(step, passes, micro_batch_tokens) - step.total
         loading = self._resident + _LIBRARIES // 2 + step.base + self._file_bytes if on_host else step.base
         available = self.machine.host if self.machine.device is None else self.machine.device
         return Plan(

@@ -60,6 +60,8 @@ class PlannedJob:
     neftune_alpha: float = 0.0
     freeze: FreezeConfig | None = None
     """Of a job without adapter: which of the base's parameters it trains; None: all."""
+    tokens_of_steps: Sequence[int] = ()
+    """Of its steps, as far as they are known."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""What a run grows by as its steps meet numbers of rows that no product was compiled for yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.objectives.sft import Config as Sft
+from lowrank.planning.compiled import _BYTES, growth
+from lowrank.planning.simulation import PlannedJob
+from lowrank.train.optimizers.adamw import Config as AdamW
+from tests.tiny_models import make_base, make_engine, random_step
+
+
+def job(rank: int, tokens: Sequence[int]) -> PlannedJob:
+    adapter: Any = Lora(rank=rank)
+    optimizer: Any = AdamW()
+    return PlannedJob(adapter, Sft().build(), optimizer, [], tokens_of_steps=tokens)
+
+
+def test_steps_of_one_length_add_nothing() -> None:
+    assert growth([job(8, [300] * 10)], 4096) == 0
+    assert growth([job(8, [300, 310, 320])], 4096) == 0  # all of 320 rows
+    assert growth([job(8, [])], 4096) == 0
+
+
+def test_every_other_number_of_rows_adds_its_products() -> None:
+    one = growth([job(8, [300, 400])], 4096)
+    assert one == _BYTES * 25
+    assert growth([job(8, [300, 400]), job(8, [400, 300])], 4096) == _BYTES * 15  # together always 700
+    assert growth([job(8, [300, 400]), job(4, [300, 300])], 4096) == one
+    assert growth([job(8, [300, 4096 + 300])], 4096) == 0  # a full pass, and one of 300
+    assert growth([job(8, range(32, 100_000, 32))], 200_000) == _BYTES * 1024
+
+
+class Products(TorchDispatchMode):
+    """Shapes of all 16-bit products but those of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            operands = [each for each in args if isinstance(each, torch.Tensor)][-2:]
+            if operands[0].dtype == torch.bfloat16:
+                self.seen.add((*(tuple(each.shape) for each in operands), *(each.stride() for each in operands)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_count_is_about_right() -> None:
+    """Against the products that steps really ask for."""
+    engine, (slot,) = make_engine(make_base("llama", torch.bfloat16), Lora(rank=4))
+    tokens, counts = [50, 100, 150, 200, 250], []
+    products = Products()
+    for number in tokens:
+        with products:
+            engine.forward_backward({slot: random_step(0, [50] * (number // 50))})
+        counts.append(len(products.seen))
+    found = growth([job(4, tokens)], 4096) / _BYTES
+    assert 0.6 * (counts[-1] - counts[0]) < found < 1.7 * (counts[-1] - counts[0]), (counts, found)
