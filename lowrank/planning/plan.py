@@ -21,14 +21,14 @@ from lowrank.planning.compiled import growth
 from lowrank.planning.machine import Machine, this_machine
 from lowrank.planning.memory import StepBytes, StepMemory
 
-_LIBRARIES = 75 << 20
+_LIBRARIES = 65 << 20
 """What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
 kernels, matplotlib. Measured (docs/log.md)."""
-_IDLE_LOSS, _IDLE_LOSS_MOST = 2.4, 170 << 20
-_IDLE_WORKSPACE, _IDLE_WORKSPACE_MOST = 2.8, 300 << 20
+_IDLE_LOSS, _IDLE_LOSS_MOST = 2.4, 190 << 20
+_IDLE_WORKSPACE, _IDLE_WORKSPACE_MOST = 2.8, 260 << 20
 """A CPU's allocator keeps so many times the temporaries of the peak in pieces that nothing fits into, up to a bound.
 Fitted to measured peaks (docs/log.md), not derived."""
-_SEVERAL, _SEVERAL_OF_PASS = 100 << 20, 0.3
+_SEVERAL, _SEVERAL_OF_PASS = 100 << 20, 0.25
 """Where a step is cut into passes, gradients of the earlier ones lie between the pieces: so many bytes more, and so
 much of what a pass holds. Fitted as well."""
 MARGIN = 0.95
