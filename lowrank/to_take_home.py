@@ -155,8 +155,8 @@ def _found(
     facts: dict[str, Any],
     job: JobConfig | None = None,
 ) -> Found:
+    tokenizer = loading.load_tokenizer(model)  # its errors say more of a folder that is none
     refuse(read_config(model), "no other program runs such layers, so there is nothing to export")
-    tokenizer = loading.load_tokenizer(model)
     renderer = Renderer(tokenizer, data)
     try:
         template = without_marks(renderer.chat_template)
