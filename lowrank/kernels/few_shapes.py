@@ -61,6 +61,9 @@ class Window:
 
     def add(self, y_TO: torch.Tensor, h_PR: torch.Tensor, B_RO: torch.Tensor, scale: float) -> None:
         """y += scale * h B on the slot's rows; the other rows stay as they are, to the bit."""
+        if self.is_exact:
+            y_TO[self.rows].addmm_(h_PR, B_RO, alpha=scale)
+            return
         around = slice(self.start, self.first), slice(self.end, self.stop)
         others = [y_TO[rows].clone() for rows in around]
         y_TO[self.rows].addmm_(h_PR, B_RO, alpha=scale)

@@ -114,18 +114,23 @@ class Depths:
         if self._learning and isinstance(stream, Packed):
             return self._best(router.scores(x_TD), stream)
         if isinstance(stream, Step):
-            predicted_T = self._predicted(router, x_TD[: stream.num_own], stream.position_T[: stream.num_own])
+            predicted_T = self._predicted(router, x_TD[: stream.num_own], stream)
             own = stream.part(layer, predicted_T)
             return own and _Part(predicted_T.nonzero()[:, 0], own)
         if not isinstance(stream, Packed):
             raise ModelError(f"mixture of depths: no tokens can be chosen in {type(stream).__name__}")
-        place_T = torch.cat([torch.arange(length, device=x_TD.device) for length in stream.lengths])
-        predicted_T = self._predicted(router, x_TD, place_T)
+        predicted_T = self._predicted(router, x_TD, stream)
         lengths = [count for part in predicted_T.split(stream.lengths) if (count := int(part.sum()))]
         return _Part(predicted_T.nonzero()[:, 0], _packed(lengths, x_TD.device)) if lengths else None
 
-    def _predicted(self, router: DepthRouter, x_TD: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
-        return (place_T + router.number) % 3 > 0 if self._by_place else router.predictions(x_TD) > 0
+    def _predicted(self, router: DepthRouter, x_TD: torch.Tensor, stream: Packed | Step) -> torch.Tensor:
+        if not self._by_place:
+            return router.predictions(x_TD) > 0
+        if isinstance(stream, Step):
+            place_T = stream.position_T[: stream.num_own]
+        else:
+            place_T = torch.cat([torch.arange(length, device=x_TD.device) for length in stream.lengths])
+        return (place_T + router.number) % 3 > 0
 
     def _best(self, score_T: torch.Tensor, stream: Packed) -> _Part:
         rows, start = [], 0

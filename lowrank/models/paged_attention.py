@@ -102,8 +102,7 @@ class Step:
         self.num_own = len(own)
         """Rows that belong to somebody."""
         self.position_T = F.pad(own, (0, added)).to(device)
-        places = [torch.as_tensor(s.pages)[_pages_of(s, size)] * size + _offsets_of(s, size) for s in spans]
-        self._place_T = torch.cat(places).to(device)
+        self._place_T = torch.cat([_places(s.pages, s.past, s.length, size) for s in spans]).to(device)
         fresh = [page for span in spans for page in span.fresh]
         self._fresh_P = torch.tensor(fresh, device=device) if fresh else None
         self._documents: tuple[torch.Tensor | None, Packed] | None = None
@@ -155,9 +154,8 @@ class Step:
             length = int(chosen_T[start : start + span.length].sum())
             start += span.length
             if length:
-                place = torch.arange(span.past)
-                before = torch.as_tensor(span.pages)[place // size] * size + place % size
-                past = int(through[before.to(through.device)].sum())
+                before = _places(span.pages, 0, span.past, size).to(through.device)
+                past = int(through[before].sum())
                 new = slice(-(-past // size), -(-(past + length) // size))
                 spans.append(Span(past, length, span.pages, span.pages[new]))
         return Step(self.cache, spans, chosen_T.device) if spans else None
@@ -254,9 +252,7 @@ def _kernel_reads_pages() -> bool:
     return varlen_attn is not None and "block_table" in inspect.signature(varlen_attn).parameters
 
 
-def _pages_of(span: Span, size: int) -> torch.Tensor:
-    return torch.arange(span.past, span.past + span.length) // size
-
-
-def _offsets_of(span: Span, size: int) -> torch.Tensor:
-    return torch.arange(span.past, span.past + span.length) % size
+def _places(pages: Sequence[int], first: int, length: int, size: int) -> torch.Tensor:
+    """Where tokens [first, first + length) of a sequence lie in the cache."""
+    own = torch.arange(first, first + length)
+    return torch.as_tensor(pages)[own // size] * size + own % size

@@ -20,7 +20,8 @@ _MOST = 1024
 
 def growth(jobs: Sequence[PlannedJob], micro_batch_tokens: int) -> int:
     """Bytes by which a run grows after its first step."""
-    passes = {_last_pass(sum(step), micro_batch_tokens) for step in _together(jobs)}
+    together = zip_longest(*(job.tokens_of_steps for job in jobs), fillvalue=0)
+    passes = {_last_pass(sum(step), micro_batch_tokens) for step in together}
     by_rank: dict[int, set[int]] = {}
     for job in jobs:
         if job.adapter is not None:
@@ -28,10 +29,6 @@ def growth(jobs: Sequence[PlannedJob], micro_batch_tokens: int) -> int:
             own |= {_last_pass(tokens, micro_batch_tokens) for tokens in job.tokens_of_steps}
     more = _OF_BASE * max(0, len(passes) - 1) + _OF_ADAPTER * sum(max(0, len(own) - 1) for own in by_rank.values())
     return _BYTES * min(_MOST, more)
-
-
-def _together(jobs: Sequence[PlannedJob]) -> list[tuple[int, ...]]:
-    return list(zip_longest(*(job.tokens_of_steps for job in jobs), fillvalue=0))
 
 
 def _last_pass(tokens: int, micro_batch_tokens: int) -> int:
