@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.routing import Draws, Routing
@@ -16,6 +15,7 @@ from lowrank.adapters.variants.lora import Lora as Variant
 from lowrank.kernels.few_shapes import few_shapes, window
 from lowrank.models.storages.dense import DenseLinear
 from lowrank.records import BARE_BASE, pack
+from tests.products import Products
 from tests.tiny_models import make_base, make_engine, random_step
 
 BF16 = torch.bfloat16
@@ -101,31 +101,16 @@ def test_what_is_not_finite_stays_with_its_slot(dropout: float, broken: int) -> 
                 torch.testing.assert_close(own[name], other[name], rtol=2e-2, atol=2e-2)
 
 
-class Shapes(TorchDispatchMode):
-    """Rows of all 16-bit products that are computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[tuple[int, ...], ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            operands = [each for each in args if isinstance(each, torch.Tensor)][-2:]
-            if operands[0].dtype == BF16:
-                self.seen.add(tuple(tuple(each.shape) for each in operands))
-        return func(*args, **(kwargs or {}))
-
-
 def test_steps_of_many_lengths_compile_few_products() -> None:
     engine, slots = make_engine(make_base("qwen2", BF16), Lora(rank=4), Lora(rank=4))
-    shapes, counts = Shapes(), []
+    products, counts = Products(), []
     for step, length in enumerate(range(33, 63, 2)):
         work = {slot: random_step(step, [length + 2 * slot]) for slot in slots}
-        with shapes:
+        with products:
             engine.forward_backward(work)
         for slot in slots:
             engine.optim_step(slot, 1e-3)
-        counts.append(len(shapes.seen))
+        counts.append(len(products.seen))
     assert counts[-1] <= 3 * counts[0], counts  # as they come, each of the 15 numbers of rows has its own
 
 

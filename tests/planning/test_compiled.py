@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.adapters.variants.lora import Config as Lora
 from lowrank.objectives.sft import Config as Sft
 from lowrank.planning.compiled import _BYTES, growth
 from lowrank.planning.simulation import PlannedJob
 from lowrank.train.optimizers.adamw import Config as AdamW
+from tests.products import Products
 from tests.tiny_models import make_base, make_engine, random_step
 
 
@@ -35,21 +35,6 @@ def test_every_other_number_of_rows_adds_its_products() -> None:
     assert growth([job(8, [300, 400]), job(4, [300, 300])], 4096) == one
     assert growth([job(8, [300, 4096 + 300])], 4096) == 0  # a full pass, and one of 300
     assert growth([job(8, range(32, 100_000, 32))], 200_000) == _BYTES * 1024
-
-
-class Products(TorchDispatchMode):
-    """Shapes of all 16-bit products but those of attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[Any] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            operands = [each for each in args if isinstance(each, torch.Tensor)][-2:]
-            if operands[0].dtype == torch.bfloat16:
-                self.seen.add((*(tuple(each.shape) for each in operands), *(each.stride() for each in operands)))
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_count_is_about_right() -> None:
