@@ -12,7 +12,7 @@ from benchmarks import workload
 from benchmarks.contender_lowrank import engine_of, segments
 from benchmarks.machine import load, peak_memory, wait
 from lowrank.kernels.host_memory import keep_freed_memory
-from lowrank.models.recompute import set_recompute
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     seeds = [int(seed) for seed in spec["jobs"]]
     storage = spec.get("storage", "dense")
     engine, slots = engine_of(work.model, spec["device"], seeds, spec["rank"], spec["micro_batch_tokens"], storage)
-    set_recompute(engine.base.model, spec.get("recompute", "none"))
+    set_activation_checkpointing(engine.base.model, spec.get("activation_checkpointing", "none"))
     after_load = peak_memory()
     losses: dict[str, list[float]] = {seed: [] for seed in spec["jobs"]}
     steps = []

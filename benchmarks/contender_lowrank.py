@@ -1,6 +1,6 @@
 """One run of lowrank, in a process of its own: `python -m benchmarks.contender_lowrank SPEC.json RESULT.json`.
 
-What `lowrank.run.train` does without the data room and the run folder: load, adapter, engine, steps.
+What `lowrank.pipelines.train.train` does without the data room and the run folder: load, adapter, engine, steps.
 """
 
 from __future__ import annotations
@@ -17,33 +17,39 @@ import torch
 from benchmarks import workload
 from benchmarks.machine import load, peak_memory, wait
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.kernels.host_memory import keep_freed_memory
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import load as load_base
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load as load_base
 from lowrank.models.storages.packed import PackedLinear
-from lowrank.objectives.sft import Config as Sft
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import Segment, number_the_step
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 
 
 def engine_of(
-    model: str, device: str, seeds: list[int], rank: int, micro_batch_tokens: int, storage: str = "dense"
+    model: str,
+    device: str,
+    seeds: list[int],
+    rank: int,
+    micro_batch_tokens: int,
+    storage: str = "dense",
+    dtype: str = "auto",
 ) -> tuple[Engine, list[int]]:
     """An engine with one SFT job for each seed, adapters on all linear layers; and the jobs' slots.
 
-    `storage`: model.storage, or `nf4, dequantised`: the weights that nf4 leaves, dense.
+    `storage`: model.storage, or `nf4, dequantized`: the weights that nf4 leaves, dense.
     """
-    name, _, dequantised = storage.partition(", ")
-    base = load_base(ModelConfig(path=model, device=device, storage={"type": name}))  # type: ignore[arg-type]
-    if dequantised:
+    name, _, dequantized = storage.partition(", ")
+    base = load_base(ModelConfig(path=model, device=device, dtype=dtype, storage={"type": name}))  # type: ignore[arg-type]
+    if dequantized:
         unpack(base.model)
     engine = Engine(base, Bank(base), micro_batch_tokens)
     slots = []
     for seed in seeds:
-        slots.append(engine.bank.add(Lora(rank=rank), seed=seed))
-        engine.add(slots[-1], Sft().build(), AdamW(), seed, 0.0)
+        slots.append(engine.bank.add(LoraConfig(rank=rank), seed=seed))
+        engine.add(slots[-1], SFTConfig().build(), AdamWConfig(), seed, 0.0)
     return engine, slots
 
 
@@ -60,7 +66,7 @@ def unpack(model: torch.nn.Module) -> None:
 
 
 def segments(work: workload.Workload, numbers: list[int]) -> list[Segment]:
-    """Rows as the segments of one optimiser step."""
+    """Rows as the segments of one optimizer step."""
     rows = [work.rows[number] for number in numbers]
     return number_the_step([Segment(np.array(row.tokens), np.array(row.learned, np.float32)) for row in rows])
 
@@ -71,7 +77,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         keep_freed_memory()
     work = workload.read(Path(spec["folder"]))
     storage = spec.get("storage", "dense")
-    engine, (slot,) = engine_of(work.model, spec["device"], [0], spec["rank"], spec["micro_batch_tokens"], storage)
+    size, dtype = spec["micro_batch_tokens"], spec.get("dtype", "auto")
+    engine, (slot,) = engine_of(work.model, spec["device"], [0], spec["rank"], size, storage, dtype)
     after_load = peak_memory()
     steps = []
     for numbers in spec["steps"]:
@@ -99,8 +106,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "layout": engine.base.layout,
         "micro_batch_tokens": spec["micro_batch_tokens"],
         "keep_freed_memory": spec.get("keep_freed_memory", True),
-        "adapter": Lora(rank=spec["rank"]).model_dump(mode="json"),
-        "optimizer": AdamW(learning_rate=spec["learning_rate"]).model_dump(mode="json"),
+        "adapter": LoraConfig(rank=spec["rank"]).model_dump(mode="json"),
+        "optimizer": AdamWConfig(learning_rate=spec["learning_rate"]).model_dump(mode="json"),
     }
     config["storage"] = storage
     return {"steps": steps, "peak_memory_bytes": peak, "after_load_bytes": after_load, "config": config}

@@ -1,6 +1,6 @@
 """One run of TRL's SFTTrainer with PEFT, in a process of its own: `python -m benchmarks.contender_trl SPEC RESULT`.
 
-The rows come tokenised, with labels, exactly as lowrank gets them, in the same steps.
+The rows come tokenized, with labels, exactly as lowrank gets them, in the same steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHOWN = (
 
 
 class Clock(transformers.TrainerCallback):
-    """Time, loss and gradient norm of each optimiser step."""
+    """Time, loss and gradient norm of each optimizer step."""
 
     def __init__(self, device: str) -> None:
         self.device = device

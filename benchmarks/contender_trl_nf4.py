@@ -22,7 +22,7 @@ from benchmarks import contender_trl
 
 
 def with_nf4(path: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """NF4 with double quantisation, computing in bf16; adapters on every linear but the head."""
+    """NF4 with double quantization, computing in bf16; adapters on every linear but the head."""
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

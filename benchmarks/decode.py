@@ -33,11 +33,11 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.machine import describe
 from benchmarks.workload import QWEN_05B
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig as Lora
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.request import Config, Prompt
+from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.models.base import Base
-from lowrank.models.leak import choose_layout
+from lowrank.models.checks.isolation import choose_layout
 
 RANK = 16
 
@@ -100,10 +100,14 @@ def with_lowrank(options: argparse.Namespace, prompts: list[np.ndarray]) -> Call
     slots = [bank.add(Lora(rank=RANK, alpha=32), seed=index) for index in range(options.adapters)]
 
     def answer(lengths: list[int]) -> None:
-        config = GeneratorConfig(max_rows=options.rows, step_tokens=options.step_tokens, reuse_prefixes=False)
+        config = GeneratorConfig(
+            max_num_seqs=options.rows,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            enable_prefix_caching=False,
+        )
         generator = Generator(base, bank, config)
         generations = [
-            generator.submit(Prompt(prompt, slots[index % len(slots)]), Config(max_new_tokens=lengths[index]))
+            generator.submit(Prompt(prompt, slots[index % len(slots)]), GenerationConfig(max_new_tokens=lengths[index]))
             for index, prompt in enumerate(prompts)
         ]
         while generator.step():

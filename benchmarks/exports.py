@@ -1,4 +1,4 @@
-"""From training to every form a model is taken home in: do they still answer as the adapter does?
+"""From training to every form a model is exported in: do they still answer as the adapter does?
 
 python -m benchmarks.exports [--steps 120] [--prompts 200] [--targets peft,merged,...] [--out FILE]
 
@@ -20,14 +20,14 @@ from benchmarks.machine import describe
 from lowrank.cli.export_settings import read_targets
 from lowrank.config import load
 from lowrank.data.config import SourceConfig
-from lowrank.data.formats import messages
-from lowrank.data.sources import read_rows
+from lowrank.data.formats.built_in import messages
+from lowrank.data.sources.rows import read_rows
 from lowrank.export import Reader
-from lowrank.export.readers import read_adapter
+from lowrank.export.verify.readers import read_adapter
+from lowrank.pipelines.export import export_requests, export_targets
+from lowrank.pipelines.export_source import ResolvedSource, open_source
+from lowrank.pipelines.train import train
 from lowrank.records import Conversation
-from lowrank.run import train
-from lowrank.take_home import order, take_home
-from lowrank.to_take_home import Found, open_source
 
 TARGETS = "peft,merged,merged_4bit,compressed_tensors,gptq,awq,gguf,lora_gguf,ollama"
 OPTIONS = ["gguf.types=f16,q8_0,q6_k,q4_k_m,q4_0,q3_k_m,q2_k"]
@@ -36,7 +36,7 @@ _DEMO = Path(demo.__file__).parent / "demo.yaml"
 ONE_JOB = "jobs=[{name: r16, adapter: {rank: 16}}]"
 
 
-def questions(found: Found, count: int) -> list[tuple[Any, str]]:
+def questions(found: ResolvedSource, count: int) -> list[tuple[Any, str]]:
     """Prompt tokens and the answer in the data."""
     rows = read_rows(SourceConfig(path="lowrank/demo-heldout"), seed=0, max_samples=count)
     talks = [messages(dict(row.values), {}, {}) for row in rows]
@@ -46,7 +46,7 @@ def questions(found: Found, count: int) -> list[tuple[Any, str]]:
     ]
 
 
-def exact_match(reader: Reader, found: Found, asked: list[tuple[Any, str]]) -> float:
+def exact_match(reader: Reader, found: ResolvedSource, asked: list[tuple[Any, str]]) -> float:
     """The share of questions that are answered as in the data."""
     source = found.source
     right = 0
@@ -73,8 +73,8 @@ def main() -> None:
         with read_adapter(found.source, found.source.adapter) as reader:
             trained = exact_match(reader, found, asked)
         targets = read_targets(arguments.targets, options, {})
-        orders = order(targets, Path(name, "home"))
-        result = take_home(found, orders)
+        orders = export_requests(targets, Path(name, "home"))
+        result = export_targets(found, orders)
         print(f"\nbase + adapter: {trained:.1%} of {len(asked)} held-out questions answered exactly\n")
         print("| | exact match | mean KL | KL from the 16-bit file | gain kept | bytes |\n|---|---|---|---|---|---|")
         for each in orders:

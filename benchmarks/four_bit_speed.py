@@ -1,9 +1,9 @@
-"""NF4 of one 4096 x 4096 bfloat16 matrix: quantise and dequantise, ours and bitsandbytes', in turns.
+"""NF4 of one 4096 x 4096 bfloat16 matrix: quantize and dequantize, ours and bitsandbytes', in turns.
 
     python -m benchmarks.four_bit_speed --threads 2
 
 Takes a minute. Every round each way has four calls: the first finds the processor's caches full of other work, the
-others follow at once; medians of both kinds. Dequantising is into memory that is there already (as a layer
+others follow at once; medians of both kinds. Dequantizing is into memory that is there already (as a layer
 does it) for ours, and as `bitsandbytes.functional` does it for theirs.
 """
 
@@ -30,35 +30,35 @@ def ways(weight: Any) -> dict[str, Callable[[], object]]:
     from torch import nn
 
     from lowrank.kernels import four_bit
-    from lowrank.models.storages.nf4 import Config as Nf4
+    from lowrank.models.storages.nf4 import NF4Config
 
-    packed, absmax = four_bit.quantise(weight, "nf4", BLOCK)
+    packed, absmax = four_bit.quantize(weight, "nf4", BLOCK)
     out = torch.empty_like(weight)
     linear = nn.Linear(SIZE, SIZE, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    layer = Nf4().wrap(linear)
+    layer = NF4Config().wrap(linear)
     theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
     assert torch.equal(theirs.view(-1), packed)
     return {
-        "quantise": lambda: four_bit.quantise(weight, "nf4", BLOCK),
-        "quantise, double": lambda: Nf4().wrap(linear),
-        "dequantise": lambda: four_bit.dequantise(packed, absmax, "nf4", BLOCK, out),
-        "dequantise, double": layer.dense_weight,
-        "quantise, torch": lambda: _without_native(lambda: four_bit.quantise(weight, "nf4", BLOCK)),
-        "dequantise, torch": lambda: four_bit.dequantise_torch(packed, absmax, "nf4", BLOCK, out.view(-1)),
-        "bitsandbytes quantise": lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4"),
-        "bitsandbytes dequantise": lambda: bnb.dequantize_4bit(theirs, state),
+        "quantize": lambda: four_bit.quantize(weight, "nf4", BLOCK),
+        "quantize, double": lambda: NF4Config().wrap(linear),
+        "dequantize": lambda: four_bit.dequantize(packed, absmax, "nf4", BLOCK, out),
+        "dequantize, double": layer.dense_weight,
+        "quantize, torch": lambda: _without_native(lambda: four_bit.quantize(weight, "nf4", BLOCK)),
+        "dequantize, torch": lambda: four_bit.dequantize_torch(packed, absmax, "nf4", BLOCK, out.view(-1)),
+        "bitsandbytes quantize": lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4"),
+        "bitsandbytes dequantize": lambda: bnb.dequantize_4bit(theirs, state),
     }
 
 
 def _without_native(work: Callable[[], object]) -> None:
     from lowrank.kernels import four_bit
 
-    way, four_bit.quantise_way = four_bit.quantise_way, lambda device: "torch"
+    way, four_bit.quantize_way = four_bit.quantize_way, lambda device: "torch"
     try:
         work()
     finally:
-        four_bit.quantise_way = way
+        four_bit.quantize_way = way
 
 
 def main() -> None:
@@ -91,8 +91,8 @@ def main() -> None:
         "machine": describe("cpu"),
         "matrix": f"{SIZE} x {SIZE} bfloat16, blocks of {BLOCK}",
         "ways": {
-            "quantise": four_bit.quantise_way(weight.device),
-            "dequantise": four_bit.dequantise_way(weight.device, weight.dtype),
+            "quantize": four_bit.quantize_way(weight.device),
+            "dequantize": four_bit.dequantize_way(weight.device, weight.dtype),
         },
         "milliseconds": {
             name: {

@@ -13,7 +13,7 @@ import torch
 
 from lowrank.export.gguf.convert import convert
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
-from lowrank.models.quiet import quiet_transformers
+from lowrank.models.loading.quiet import quiet_transformers
 from tests.export.gguf.families import FAMILIES, VOCABULARY, save
 
 
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def measure(family: str) -> tuple[float, float, str]:
-    """(normalised squared error, share of equal likeliest tokens, gguf's name of the architecture), on 64 tokens."""
+    """(normalized squared error, share of equal likeliest tokens, gguf's name of the architecture), on 64 tokens."""
     with tempfile.TemporaryDirectory() as name, quiet_transformers():
         folder = Path(name)
         model = save(family, folder)

@@ -1,9 +1,9 @@
-"""GGUF files of the Qwen2.5-0.5B shape: lowrank against llama.cpp's own converter and quantiser, in turns.
+"""GGUF files of the Qwen2.5-0.5B shape: lowrank against llama.cpp's own converter and quantizer, in turns.
 
 python -m benchmarks.gguf_speed --converter LLAMA_CPP_SOURCE --quantizer PYTHON [--rounds 3] [--layers 24]
 
 LLAMA_CPP_SOURCE: a folder with convert_hf_to_gguf.py (lowrank's cache has one after the first export of a family that
-it does not know itself). PYTHON: one that has llama-cpp-python, whose `llama_model_quantize` is the quantiser;
+it does not know itself). PYTHON: one that has llama-cpp-python, whose `llama_model_quantize` is the quantizer;
 xllamacpp has none. Every contender is a process of its own, measured from its start to its end, and ends with its file
 on the disk (fsync). The weights are random, in bf16, under the names of a Llama, because llama.cpp's converter refuses
 tokenizers that it does not know for all others.
@@ -33,13 +33,13 @@ from pathlib import Path
 from lowrank.export.gguf.convert import convert
 convert(Path(sys.argv[1]), Path(sys.argv[2]), "f16")
 """
-_OUR_QUANTISER = """
+_OUR_QUANTIZER = """
 import sys
 from pathlib import Path
-from lowrank.export.gguf.quantize import quantise
-quantise(Path(sys.argv[1]), Path(sys.argv[2]), "q4_k_m", threads=int(sys.argv[3]))
+from lowrank.export.gguf.quantize import quantize
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), "q4_k_m", threads=int(sys.argv[3]))
 """
-_THEIR_QUANTISER = """
+_THEIR_QUANTIZER = """
 import sys
 import llama_cpp
 settings = llama_cpp.llama_model_quantize_default_params()
@@ -101,11 +101,11 @@ def main() -> None:
             "f16 lowrank": ([sys.executable, "-c", _OURS, model, str(files["ours"])], files["ours"]),
             "f16 llama.cpp": ([sys.executable, *script, str(files["theirs"])], files["theirs"]),
             "q4_k_m lowrank": (
-                [sys.executable, "-c", _OUR_QUANTISER, str(files["ours"]), str(files["q ours"]), threads],
+                [sys.executable, "-c", _OUR_QUANTIZER, str(files["ours"]), str(files["q ours"]), threads],
                 files["q ours"],
             ),
             "q4_k_m llama.cpp": (
-                [arguments.quantizer, "-c", _THEIR_QUANTISER, str(files["ours"]), str(files["q theirs"]), threads],
+                [arguments.quantizer, "-c", _THEIR_QUANTIZER, str(files["ours"]), str(files["q theirs"]), threads],
                 files["q theirs"],
             ),
         }  # fmt: skip

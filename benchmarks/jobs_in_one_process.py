@@ -48,7 +48,7 @@ def run(jobs: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict
         "learning_rate": LEARNING_RATE,
         "micro_batch_tokens": options.micro_batch_tokens,
         "storage": options.storage,
-        "recompute": options.recompute,
+        "activation_checkpointing": options.activation_checkpointing,
         "jobs": jobs,
     }
     given, result = folder / "spec.json", folder / "result.json"
@@ -105,7 +105,7 @@ def main() -> None:
         "layers": options.layers,
         "rank": options.rank,
         "micro_batch_tokens": options.micro_batch_tokens,
-        "recompute": options.recompute,
+        "activation_checkpointing": options.activation_checkpointing,
         "sizes": [],
     }
     with tempfile.TemporaryDirectory() as name:
@@ -121,7 +121,7 @@ def main() -> None:
             print(json.dumps(found, indent=1), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
     packed = "" if options.storage == "dense" else f"_{options.storage}"
-    packed += "" if options.recompute == "none" else f"_recompute-{options.recompute}"
+    packed += "" if options.activation_checkpointing == "none" else f"_recompute-{options.activation_checkpointing}"
     stem = f"jobs_in_one_process{packed}_rank-{options.rank}_{options.threads}-threads_{result['date'][:10]}"
     (options.results / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
 
@@ -135,7 +135,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024], help="per job and step")
     parser.add_argument("--storage", default="dense", help="how the base is kept: dense, nf4, int8 ...")
-    parser.add_argument("--recompute", default="none", help="model.recompute, of both")
+    parser.add_argument("--activation-checkpointing", default="none", help="model.activation_checkpointing, of both")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=24)

@@ -15,6 +15,9 @@ import torch
 from torch.nn import functional as F
 
 PACKAGES = ("lowrank", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth")
+_MOST = 10.0
+"""Seconds that measuring one product may take: where bfloat16 is emulated, a single one takes minutes."""
+_PROBED_ROWS = 16
 _ROWS_OF_HEAD = 448
 """Rows that meet the vocabulary in one product: the head's GEMM is measured at this height."""
 
@@ -70,20 +73,30 @@ def peak_memory() -> int:
     raise RuntimeError("this system does not say how much memory a process had (no VmHWM in /proc/self/status)")
 
 
-def seconds_of(work: Callable[[], object], device: str, times: int) -> tuple[float, float]:
-    """Median time of a call, after one to warm up: by the clock, and of the processor."""
+def seconds_of(work: Callable[[], object], device: str, times: int, most: float = _MOST) -> tuple[float, float]:
+    """Median time of a call, after one to warm up: by the clock, and of the processor. Once `most` seconds are over it
+    is not called again; the first call counts then, if there is no other."""
     taken, taken_cpu = [], []
+    begun = time.perf_counter()
     for _ in range(times + 1):
+        if taken and time.perf_counter() - begun > most:
+            break
         wait(device)
         started, started_cpu = time.perf_counter(), time.process_time()
         work()
         wait(device)
         taken.append(time.perf_counter() - started)
         taken_cpu.append(time.process_time() - started_cpu)
-    return statistics.median(taken[1:]), statistics.median(taken_cpu[1:])
+    return statistics.median(taken[1:] or taken), statistics.median(taken_cpu[1:] or taken_cpu)
 
 
-def gemm_limit(shapes: Mapping[tuple[int, int], int], tokens: int, device: str, times: int = 5) -> dict[str, Any]:
+def gemm_limit(
+    shapes: Mapping[tuple[int, int], int],
+    tokens: int,
+    device: str,
+    times: int = 5,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
     """How fast the frozen products of one step are by themselves: x W^T forward and dy W backward.
 
     `shapes`: (out, in) of a weight and how often the model has it. "flops_per_second" is over all of them, each
@@ -94,8 +107,9 @@ def gemm_limit(shapes: Mapping[tuple[int, int], int], tokens: int, device: str, 
     each = []
     for (out_features, in_features), count in shapes.items():
         height = _ROWS_OF_HEAD if out_features > 50_000 else tokens
+        height = _reachable(height, in_features, out_features, device, dtype)
         (forward, forward_cpu), (backward, backward_cpu) = _gemm_seconds(
-            height, in_features, out_features, device, times
+            height, in_features, out_features, device, times, dtype
         )
         work = 2.0 * height * in_features * out_features
         each.append(
@@ -112,11 +126,19 @@ def gemm_limit(shapes: Mapping[tuple[int, int], int], tokens: int, device: str, 
     return {**rates, "shapes": each, "load": load()}
 
 
+def _reachable(rows: int, in_features: int, out_features: int, device: str, dtype: torch.dtype) -> int:
+    """So many rows, or fewer, that one product takes at most a few seconds; tried with a few."""
+    x_ND = torch.randn(_PROBED_ROWS, in_features, device=device).to(dtype)
+    weight_OD = torch.randn(out_features, in_features, device=device).to(dtype)
+    seconds, _ = seconds_of(lambda: F.linear(x_ND, weight_OD), device, 1)
+    return max(_PROBED_ROWS, min(rows, int(_PROBED_ROWS * _MOST / 4 / max(seconds, 1e-9))))
+
+
 def _gemm_seconds(
-    tokens: int, in_features: int, out_features: int, device: str, times: int
+    tokens: int, in_features: int, out_features: int, device: str, times: int, dtype: torch.dtype
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     x_TD, dy_TO, weight_OD = (
-        torch.randn(*size, device=device).to(torch.bfloat16)
+        torch.randn(*size, device=device).to(dtype)
         for size in ((tokens, in_features), (tokens, out_features), (out_features, in_features))
     )
     return (

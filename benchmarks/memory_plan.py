@@ -4,9 +4,9 @@
 
 The whole grid takes about an hour; a second call with the same --json goes on where the first was stopped.
 
-Every point of the grid is a whole run of `lowrank.run.train` in a process of its own: random weights of a real
-architecture, documents of up to 512 tokens, two optimiser steps. Predicted is what the run said before it loaded
-weights, measured is its peak of resident memory (VmHWM). Tokens are those of one job's optimiser step. The processes
+Every point of the grid is a whole run of `lowrank.pipelines.train.train` in a process of its own: random weights of a
+real architecture, documents of up to 512 tokens, two optimizer steps. Predicted is what the run said before it loaded
+weights, measured is its peak of resident memory (VmHWM). Tokens are those of one job's optimizer step. The processes
 are forked from one that has imported the libraries, which saves half of the time; pages they share count for each.
 
 A process of a run holds 700 MB of libraries that no prediction could miss, so the last column is the error in what is
@@ -34,7 +34,7 @@ from benchmarks.machine import describe
 
 DOCUMENT = 512
 STEPS = 2
-KEYS = ("architecture", "storage", "recompute", "jobs", "tokens")
+KEYS = ("architecture", "storage", "activation_checkpointing", "jobs", "tokens")
 """What a point of the grid is told by."""
 _SIZES = {"vocab_size": 16000, "max_position_embeddings": 2048, "tie_word_embeddings": True}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,7 +58,7 @@ def write_model(architecture: str, folder: Path) -> None:
     import torch
     import transformers
 
-    from lowrank.models.loading import TINY, locate
+    from lowrank.models.loading.pretrained import TINY, locate
 
     name, settings = ARCHITECTURES[architecture]
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
             "dtype": "bfloat16",
             "device": "cpu",
             "storage": point["storage"],
-            "recompute": point["recompute"],
+            "activation_checkpointing": point["activation_checkpointing"],
         },
         "data": {
             "train": {"path": str(folder / "rows.jsonl"), "format": "text"},
@@ -117,7 +117,7 @@ def run_point(point: dict[str, Any], folder: Path) -> dict[str, Any]:
 def train(spec: Path) -> None:
     """What `lowrank train` does."""
     from lowrank.compat import load_any
-    from lowrank.run import train as run_train
+    from lowrank.pipelines.train import train as run_train
 
     settings, _ = load_any(spec, [])
     run_train(settings, reporters=[])
@@ -155,7 +155,8 @@ def table(points: list[dict[str, Any]]) -> str:
         there = each["plan"]["resident"]
         new = (each["predicted"] - there) / (each["measured"] - there) - 1.0
         lines.append(
-            f"| {each['architecture']} | {each['storage']} | {each['recompute']} | {each['jobs']} | {each['tokens']} | "
+            f"| {each['architecture']} | {each['storage']} | {each['activation_checkpointing']} | {each['jobs']} | "
+            f"{each['tokens']} | "
             f"{each['predicted'] / 1e6:.0f} | {each['measured'] / 1e6:.0f} | {error:+.1%} | {new:+.1%} |"
         )
     within = sum(error <= 0.1 for error in errors)
@@ -171,20 +172,22 @@ def main() -> None:
     parser.add_argument("--storages", nargs="+", default=["dense", "nf4", "int8"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512, 2048])
     parser.add_argument("--jobs", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--recompute", nargs="+", default=["none", "full"])
+    parser.add_argument("--activation-checkpointing", nargs="+", default=["none", "full"])
     parser.add_argument("--out", type=Path, help="Also write the table here, as Markdown.")
     parser.add_argument("--json", type=Path, help="Keep every point here, with the parts of its plan; go on from it.")
     parser.add_argument("--again", action="store_true", help="Run nothing: the table of --json by today's constants.")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="Begin no point after so long.")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch is imported
-    grid = itertools.product(options.architectures, options.storages, options.recompute, options.jobs, options.tokens)
+    grid = itertools.product(
+        options.architectures, options.storages, options.activation_checkpointing, options.jobs, options.tokens
+    )
     points = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     known = {tuple(point[key] for key in KEYS) for point in points}
     if options.again:
         points, grid = [predict_again(point) for point in points], iter(())
     began = time.perf_counter()
-    importlib.import_module("lowrank.run")  # with torch and transformers
+    importlib.import_module("lowrank.pipelines.train")  # with torch and transformers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder / "rows.jsonl")

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from benchmarks.machine import describe, load, median_of
 from lowrank.adapters.targets import find_targets
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
-from lowrank.export.names import model_without_memory
+from lowrank.export.merge.tensor_names import model_without_memory
 
 SHAPE = {
     "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
@@ -93,13 +93,13 @@ def make(folder: Path, layers: int, family: str = "Qwen2") -> int:
     shapes = {name: value.shape for name, value in model.state_dict().items() if name != "lm_head.weight"}
     weights = {name: 0.02 * torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
-    targets = find_targets(model, Lora()).linears
+    targets = find_targets(model, LoraConfig()).linears
     tensors = {}
     for name in targets:
         height, width = model.get_submodule(name).weight.shape
         tensors[f"{name}.lora_A.weight"] = 0.02 * torch.randn(_RANK, width)
         tensors[f"{name}.lora_B.weight"] = 0.02 * torch.randn(height, _RANK)
-    adapter = AdapterOnDisk(Lora(rank=_RANK), tensors, dict.fromkeys(targets, (_RANK, 2.0 * _RANK)))
+    adapter = AdapterOnDisk(LoraConfig(rank=_RANK), tensors, dict.fromkeys(targets, (_RANK, 2.0 * _RANK)))
     save_adapter(folder / "adapter", adapter, describe_base(model, str(folder / "base")))
     return (folder / "base" / "model.safetensors").stat().st_size
 

@@ -3,7 +3,7 @@
     python -m benchmarks.qlora_vs_peft --data alpaca_en_demo.json
 
 The same packed steps, in turns, each in its own process. Beside speed and memory it answers whether the gradient is
-right: `dequantised` is lowrank on the dense weights that NF4 leaves, and losses are compared with it step by step.
+right: `dequantized` is lowrank on the dense weights that NF4 leaves, and losses are compared with it step by step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import workload
 from benchmarks.machine import describe
-from benchmarks.train_vs_trl import TRL_PACKED, check, run, summarise
+from benchmarks.train_vs_trl import TRL_PACKED, check, run, summarize
 
 PEFT = {key: value for key, value in TRL_PACKED.items() if key != "model_init_kwargs"}
 
@@ -39,7 +39,7 @@ def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str
         "peft_nf4": peft,
         "lowrank_nf4_evaluated": {**ours, "storage": "nf4", "evaluate": True},
         "peft_nf4_evaluated": {**peft, "evaluate": True},
-        "lowrank_dequantised": {**ours, "storage": "nf4, dequantised"},
+        "lowrank_dequantized": {**ours, "storage": "nf4, dequantized"},
     }
 
 
@@ -47,15 +47,15 @@ def result_of(
     work: workload.Workload, runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """What goes into the file."""
-    found = {name: summarise(each) for name, each in runs.items() if each}
+    found = {name: summarize(each) for name, each in runs.items() if each}
     ours, theirs = found["lowrank_nf4"], found["peft_nf4"]
     ratios = {
         key: ours[key] / theirs[key] for key in ("tokens_per_second", "tokens_per_cpu_second", "peak_memory_bytes")
     }
-    ratios["tokens_per_cpu_second, nf4 / dequantised"] = (
-        ours["tokens_per_cpu_second"] / found["lowrank_dequantised"]["tokens_per_cpu_second"]
+    ratios["tokens_per_cpu_second, nf4 / dequantized"] = (
+        ours["tokens_per_cpu_second"] / found["lowrank_dequantized"]["tokens_per_cpu_second"]
     )
-    right = found["lowrank_dequantised"]["loss"]
+    right = found["lowrank_dequantized"]["loss"]
     distance = {
         name: max(abs(one - other) / other for one, other in zip(each["loss"], right)) for name, each in found.items()
     }
@@ -65,7 +65,7 @@ def result_of(
         "workload": {"rows": work.source, **{key: getattr(options, key) for key in ("layers", "tokens", "steps")}},
         "rounds": len(runs["lowrank_nf4"]),
         "ratios_lowrank_to_peft": ratios,
-        "largest_relative_distance_of_a_loss_from_the_dequantised_run": distance,
+        "largest_relative_distance_of_a_loss_from_the_dequantized_run": distance,
         "contenders": found,
     }
 
@@ -93,7 +93,7 @@ def main() -> None:
                 if contender != "peft_nf4_evaluated":  # whose gradients are wrong on some processors
                     check(contender, one["steps"])
                 runs.setdefault(contender, []).append(one)
-                speed = summarise([one])
+                speed = summarize([one])
                 print(
                     f"round {round_number + 1} {contender:24s} {speed['tokens_per_cpu_second']:7.1f} tokens per CPU "
                     f"second  {speed['peak_memory_bytes'] / 2**30:5.2f} GiB  {speed['loss']}",

@@ -32,15 +32,15 @@ import transformers
 
 from benchmarks.machine import describe
 from benchmarks.workload import QWEN_05B
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.peft_config import BaseDescription
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.generate.generator import GeneratorConfig
-from lowrank.serve.bank_engine import BankEngine
+from lowrank.pipelines.inference import InferenceModel, open_inference_model
+from lowrank.serve.engines.torch import BankEngine
 from lowrank.serve.limits import Limits
 from lowrank.serve.server import run
-from lowrank.trained import Trained, open_trained
 
 TOKEN = "benchmark"
 WORDS = ["sea", "house", "green", "river", "stone", "bird", "light", "winter", "bread", "song"]
@@ -54,17 +54,17 @@ def prompt_of(client: int, number: int) -> str:
 def serve(options: argparse.Namespace, port: Any) -> None:
     """The server's process."""
     torch.set_num_threads(options.threads)
-    trained = open_trained(options.model, notify=lambda text: None)
+    trained = open_inference_model(options.model, notify=lambda text: None)
     generator = torch.Generator().manual_seed(0)
     for index in range(options.adapters):
-        slot = trained.bank.add(Lora(rank=options.rank, alpha=2 * options.rank), seed=index)
+        slot = trained.bank.add(LoraConfig(rank=options.rank, alpha=2 * options.rank), seed=index)
         with torch.no_grad():
             for name, parameter in trained.bank.parameters(slot).items():
                 if "lora_B" in name:
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         trained.bank.refresh(slot)
         trained.slots[f"a{index}"] = slot
-    config = GeneratorConfig(max_rows=options.clients, reuse_prefixes=False)
+    config = GeneratorConfig(max_num_seqs=options.clients, enable_prefix_caching=False)
     engine = BankEngine(
         trained.base,
         trained.bank,
@@ -76,12 +76,12 @@ def serve(options: argparse.Namespace, port: Any) -> None:
     )
     if options.registered:
         fill_shelf(options, trained)
-        engine.shelf.register_all(options.shelf)
+        engine.cache.register_all(options.shelf)
     limits = Limits(answers_at_once=options.clients)
     run(engine, host="127.0.0.1", port=0, token=TOKEN, limits=limits, on_listening=lambda number: port.put(number))
 
 
-def fill_shelf(options: argparse.Namespace, trained: Trained) -> None:
+def fill_shelf(options: argparse.Namespace, trained: InferenceModel) -> None:
     """Adapter folders b0, b1, ...: each of the adapters in memory again and again (links to the same files)."""
     options.shelf.mkdir()
     described = BaseDescription(options.model)
@@ -226,13 +226,13 @@ def random_base(folder: Path, layers: int) -> str:
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**{**QWEN_05B, "num_hidden_layers": layers})
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    open_trained("lowrank/tiny", notify=lambda text: None).base.tokenizer.save_pretrained(folder)
+    open_inference_model("lowrank/tiny", notify=lambda text: None).base.tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def never_stop(model: str) -> dict[str, float]:
     """A bias that keeps every answer at the same length."""
-    trained = open_trained(model, notify=lambda text: None)
+    trained = open_inference_model(model, notify=lambda text: None)
     return {str(token): -100.0 for token in trained.renderer.stop_tokens}
 
 

@@ -38,7 +38,7 @@ import transformers
 
 from benchmarks.machine import describe
 from benchmarks.serve_load import TOKEN, never_stop, prompt_of, random_base, serve
-from lowrank.models.loading import locate
+from lowrank.models.loading.pretrained import locate
 
 _NEVER = 7
 """A token that stands for the end in the copy for transformers' server, so that it stops by length alone."""

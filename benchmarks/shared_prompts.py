@@ -23,20 +23,20 @@ import transformers
 from benchmarks.machine import describe, load, median_of
 from benchmarks.workload import QWEN_05B
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.variants.lora import Config as Lora
-from lowrank.data.config import Config as DataConfig
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.base import Base
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.leak import choose_layout, shares_prompts
-from lowrank.models.lean import make_lean
-from lowrank.models.loading import choose_dtype, load_tokenizer
-from lowrank.objectives.dpo import Config as Dpo
-from lowrank.objectives.grpo import Config as Grpo
+from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
+from lowrank.models.checks.isolation import choose_layout, shares_prompts
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import choose_dtype, load_tokenizer
+from lowrank.objectives.dpo import DPOConfig
+from lowrank.objectives.grpo import GRPOConfig
 from lowrank.records import Preference, Prompted, Segment, number_the_step
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 
 
 def pairs(data: Path, max_length: int, rows: int) -> list[list[Segment]]:
@@ -76,14 +76,14 @@ def engine_of(objective: Any, layers: int, micro_batch_tokens: int) -> tuple[Eng
     config = transformers.Qwen2Config(**{**QWEN_05B, "num_hidden_layers": layers})
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model.to(choose_dtype(settings, torch.device("cpu")))
-    make_lean(model)
+    use_memory_efficient_modules(model)
     base = Base(model, None, "random")
     choose_layout(base, "auto")
     assert shares_prompts(base)
     bank = Bank(base)
     engine = Engine(base, bank, micro_batch_tokens)
-    adapter: Any = Lora(rank=16)
-    optimizer: Any = AdamW()
+    adapter: Any = LoraConfig(rank=16)
+    optimizer: Any = AdamWConfig()
     slot = bank.add(adapter, seed=0)
     engine.add(slot, objective, optimizer, seed=0, neftune_alpha=0.0)
     return engine, slot
@@ -99,7 +99,7 @@ def measure(engine: Engine, slot: int, units: list[list[Segment]], per_step: int
     for step in [steps[0], *steps * rounds]:
         work = {slot: number_the_step([segment for unit in step for segment in unit])}
         for shared in (False, True):
-            engine.base.shares_prompts = shared
+            engine.shares_prompts = shared
             tokens[shared] += sum(batch.num_tokens for batch in engine.cut(work))
             started, started_cpu = time.perf_counter(), time.process_time()
             losses[shared].append(engine.forward_backward(work)[slot].loss)
@@ -134,7 +134,7 @@ def main() -> None:
         "settings": settings,
         "data": {},
     }
-    objective = Grpo().build() if options.group else Dpo().build()
+    objective = GRPOConfig().build() if options.group else DPOConfig().build()
     engine, slot = engine_of(objective, options.layers, options.micro_batch_tokens)
     for data in options.data:
         rows = options.per_step * options.steps

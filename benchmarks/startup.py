@@ -21,7 +21,7 @@ IMPORTS = {
     "import lowrank": "import lowrank",
     "import torch": "import torch",
     "import transformers": "import transformers",
-    "the modules of a lowrank run": "import lowrank.run",
+    "the modules of a lowrank run": "import lowrank.pipelines.train",
     "the modules of a TRL run": "from trl import SFTConfig, SFTTrainer; from peft import LoraConfig, get_peft_model",
 }
 CONFIG = """\

@@ -27,6 +27,8 @@ import torch
 from benchmarks import workload
 from benchmarks.machine import cpu_name, describe, gemm_limit, median_of
 from benchmarks.report import table
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import choose_dtype
 
 RANK = 16
 LEARNING_RATE = 2e-4
@@ -40,7 +42,7 @@ TRL_PACKED = {
     "bf16": True,
     "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "sdpa"},
 }
-"""TRL at its best on this task: nothing recomputed, no padding, the model loaded in bf16."""
+"""TRL at its best on this task: nothing recomputed, no padding, the model loaded in the dtype it computes in."""
 
 
 def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -50,10 +52,12 @@ def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str
     ours = {"program": "contender_lowrank", "micro_batch_tokens": 4096}
     trl = {"program": "contender_trl"}
     size = {} if options.rows_per_step == 8 else {"per_device_train_batch_size": options.rows_per_step}
-    trl_packed = {**TRL_PACKED, "max_length": options.tokens}
-    if options.device == "cuda":
-        varlen = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
-        trl_packed["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": varlen}
+    varlen = options.device == "cuda" and importlib.util.find_spec("flash_attn")
+    loaded = {"dtype": options.dtype, "attn_implementation": "flash_attention_2" if varlen else "sdpa"}
+    autocast = {"bf16": options.dtype == "bfloat16", "fp16": options.dtype == "float16"}
+    trl_packed = {**TRL_PACKED, **autocast, "max_length": options.tokens, "model_init_kwargs": loaded}
+    if options.dtype == "float32":  # its default asks for bf16, which a processor without it emulates
+        size = {**size, "bf16": False}
     found = {
         "lowrank": {**ours, "steps": packed},
         "trl_packed": {**trl, "steps": packed, "packed": True, "arguments": trl_packed},
@@ -70,6 +74,7 @@ def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str
 def run(spec: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One contender in a fresh process."""
     common = {"folder": str(folder), "device": options.device, "rank": RANK, "learning_rate": LEARNING_RATE}
+    common["dtype"] = options.dtype
     given, result = folder / "spec.json", folder / "result.json"
     given.write_text(json.dumps({**common, **spec}))
     threads = str(options.threads)
@@ -93,7 +98,7 @@ def check(name: str, steps: list[dict[str, Any]]) -> None:
         raise SystemExit(f"{name}: the loss did not fall, {steps[0]['loss']} to {steps[-1]['loss']}")
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the counted steps of all rounds."""
     counted = [step for one in runs for step in one["steps"][WARMUP_STEPS:]]
     return {
@@ -121,7 +126,7 @@ def limits(work: workload.Workload, options: argparse.Namespace) -> dict[str, An
         (width, wide): layers,
         (config["vocab_size"], width): 1,
     }
-    return gemm_limit(shapes, options.tokens, options.device, times=3)
+    return gemm_limit(shapes, options.tokens, options.device, times=3, dtype=getattr(torch, options.dtype))
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -171,7 +176,7 @@ def main() -> None:
                 one = run(spec, folder, options)
                 check(contender, one["steps"])
                 runs[contender].append(one)
-                _say(round_number + 1, contender, summarise([one]))
+                _say(round_number + 1, contender, summarize([one]))
             rates.append(limits(work, options))
             _write(result_of(work, runs, rates, options), options)
 
@@ -183,7 +188,7 @@ def result_of(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """What goes into the file."""
-    found = {contender: summarise(each) for contender, each in runs.items()}
+    found = {contender: summarize(each) for contender, each in runs.items()}
     num_parameters = workload.count_parameters(json.loads((work.folder / "model/config.json").read_text()))
     result = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -193,6 +198,8 @@ def result_of(
             "rows": work.source,
             "parameters": num_parameters,
             "rank": RANK,
+            "dtype": options.dtype,
+            "layers": options.layers,
             "tokens_per_step": options.tokens,
             "rows_per_step": options.rows_per_step,
             "steps": options.steps,
@@ -235,13 +242,23 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="optimiser steps of each run")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run")
     parser.add_argument("--tokens", type=int, default=2048, help="of a packed step")
     parser.add_argument("--rows-per-step", type=int, default=8, help="of an unpacked step; 8 is TRL's default")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try the script")
     parser.add_argument("--contenders", nargs="+", choices=everyone, default=everyone)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="of both sides; auto: what lowrank takes on this machine",
+    )
+    options = parser.parse_args(arguments)
+    if options.dtype == "auto":
+        chosen = choose_dtype(ModelConfig(path=""), torch.device(options.device))
+        options.dtype = str(chosen).removeprefix("torch.")
+    return options
 
 
 if __name__ == "__main__":

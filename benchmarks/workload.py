@@ -12,9 +12,9 @@ import tokenizers
 import torch
 import transformers
 
-from lowrank.data.config import Config as DataConfig
-from lowrank.data.packing import best_fit
-from lowrank.data.rendering import Renderer
+from lowrank.data.batching.packing import best_fit
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
 from lowrank.records import Conversation, Message
 
 QWEN_05B = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.data.config import SourceConfig
-from lowrank.data.sources import read_rows
+from lowrank.data.sources.rows import read_rows
 
 FOLDER = Path(__file__).parent / "data"
 SIZES = {"lowrank/demo": ("", 400), "lowrank/demo-heldout": ("_heldout", 100)}

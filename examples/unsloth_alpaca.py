@@ -5,7 +5,7 @@ python examples/unsloth_alpaca.py [steps] [folder for what is saved]
     was: from unsloth import FastLanguageModel
     is:  from lowrank.compat.unsloth import FastLanguageModel
 
-Needs `pip install 'lowrank[trl]'` and, for the GGUF file, `lowrank[gguf]`.
+Needs `pip install 'lowrank-llm[trl]'` and, for the GGUF file, `lowrank-llm[gguf]`.
 """
 
 import sys

@@ -14,7 +14,10 @@ finds and raises once, through `raise_all`. Mistakes of ours are `assert`s, not 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import errno
+import re
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 
 
 class LowrankError(ValueError):
@@ -53,16 +56,106 @@ class NotTheSameError(LowrankError):
     exit_code = 6
 
 
+_NO_SPACE = ("no space left on device", "os error 28", "disk quota exceeded", "not enough space on the disk")
+"""As systems and the libraries that write for us say it."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, is a disk or a quota that is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if not isinstance(error, LowrankError) and any(word in str(error).lower() for word in _NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def disk_full_in_plain_words() -> Generator[None, None, None]:
+    """A full disk in the block becomes an OutputError; everything else passes."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        name = getattr(error, "filename", None)
+        where = f" for {name}" if name else ""
+        raise OutputError(
+            f"the disk is full: there is no space left{where}. What was whole before is still there; free some space "
+            "and run the command again (a training run goes on with resume=true)"
+        ) from None
+
+
+@contextmanager
+def bad_paths_in_plain_words() -> Generator[None, None, None]:
+    """A path that no file can have becomes a ConfigError; everything else passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise ConfigError(f"{error.filename}: no path of a file ({error.strerror})") from None
+    except ValueError as error:
+        if isinstance(error, LowrankError) or "null byte" not in str(error):
+            raise
+        raise ConfigError("a path has a zero byte in it, which no path of a file has") from None
+
+
+_OF_THE_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+"""Packages whose errors are the network's, by which the hub's client goes."""
+
+
+@contextmanager
+def lost_network_in_plain_words() -> Generator[None, None, None]:
+    """A download that breaks off becomes a ModelError; everything else passes."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LowrankError) or type(error).__module__.partition(".")[0] not in _OF_THE_NETWORK:
+            raise
+        raise ModelError(
+            f"the network broke off ({str(error)[:300] or type(error).__name__}); what came whole is kept, so run the "
+            "command again"
+        ) from error
+
+
+_LONG_WORD = re.compile(r"\S{600,}")
+
+
+def shortened(text: str) -> str:
+    """Without the middle of words that are as long as a page: a path, a key or a name that somebody made up."""
+    return _LONG_WORD.sub(lambda word: f"{word[0][:80]}...{word[0][-80:]} ({len(word[0]):,} characters)", text)
+
+
 def raise_all(kind: type[LowrankError], heading: str, problems: Sequence[str]) -> None:
     """Raise one `kind` that lists every problem; do nothing if there is none."""
     if problems:
         raise kind("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'rank'?"`, or the list of what is known, or nothing."""
+def near(word: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `word` was probably meant to be: the same but for case and blanks, or a slip."""
     names = sorted(str(name) for name in known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    plain = word.strip().lower()
+    same = [name for name in names if name.strip().lower() == plain]
+    return next(iter(same or difflib.get_close_matches(plain, names, n=1, cutoff=0.75)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str], page: str | None = None) -> str:
+    """`"; did you mean 'rank'?"`, or the list of what is known, or nothing. With a `page` of the documentation that has
+    them all, it is named instead of more than a few."""
+    names = sorted(str(name) for name in known)
+    close = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if len(names) > (MOST_NAMES if page is None else NEAREST):
+        nearest = difflib.get_close_matches(word[:200], names, n=NEAREST, cutoff=0.0)
+        where = "" if page is None else f"; all are in {page}"
+        return f"; {len(names)} are known, the nearest are {', '.join(nearest)}{where}"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+MOST_NAMES = 40
+"""More than these are not listed."""
+NEAREST = 5

@@ -1,4 +1,4 @@
-"""What flows through the system: records of data, then tokenised segments, then packed batches.
+"""What flows through the system: records of data, then tokenized segments, then packed batches.
 
     row of a file -> Record -> Segment -> Batch -> Scores
 
@@ -13,8 +13,9 @@ adapter are contiguous and routing needs nothing but offsets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, Union
 
 import numpy as np
@@ -25,15 +26,64 @@ BARE_BASE = -1
 """The slot of segments that see the frozen base and no adapter."""
 
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Fields of a turn that hold what was thought before the answer, in transformers' order of precedence."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as its file has it; what it shows is told by `digest` alone, which is equal for equal files.
+
+    digest          of the file's bytes
+    width, height   in pixels, as it is looked at (turned as its file says)
+    path, data      where the bytes are: a file, or here
+    """
+
+    digest: str
+    width: int
+    height: int
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """What of it is not shown as it is stored, in words."""
+    path: str | None = field(default=None, repr=False, compare=False)
+    data: bytes | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.path or f"the picture {self.digest[:8]}"
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn. `tool_calls` is OpenAI's: `({"type": "function", "function": {"name", "arguments": dict}},)`."""
+    """One turn. `tool_calls` is OpenAI's: `({"id", "type": "function", "function": {"name", "arguments": dict}},)`;
+    what else a call holds stays in it."""
 
     role: Role
     content: str
     tool_calls: tuple[dict[str, Any], ...] = ()
     trained: bool = True
-    """False keeps an assistant turn as context only (OpenAI's and Axolotl's `weight: 0`)."""
+    """False keeps an assistant turn as context only (OpenAI's `weight: 0`)."""
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else the turn holds, handed to the chat template as it is: `tool_call_id` and `name` of a tool's result,
+    `reasoning_content`, whatever the template reads."""
+    media: tuple[tuple[int, Picture], ...] = ()
+    """Pictures at places in `content`, in their order: (characters of `content` before it, the picture)."""
+
+    @property
+    def texts(self) -> list[str]:
+        """`content` in the pieces that its pictures leave, one more than there are pictures."""
+        cuts = [0, *(place for place, _ in self.media), len(self.content)]
+        return [self.content[first:end] for first, end in pairwise(cuts)]
+
+    @property
+    def thinks(self) -> bool:
+        """It has a thought, in a field or in its content."""
+        return bool(self.thought) or self.content.lstrip().startswith("<think>")
+
+    @property
+    def thought(self) -> str:
+        """What was thought before the answer; empty if nothing was."""
+        return next((text for name in THOUGHTS if isinstance(text := self.fields.get(name), str) and text), "")
 
 
 @dataclass(frozen=True)
@@ -86,8 +136,45 @@ a prompt with another prompt's answer: nothing is learned from it, it is looked 
 
 
 @dataclass(frozen=True)
+class Media:
+    """The pictures of a segment.
+
+    pictures   all of the document it is from, in order: a processor looks at a document as a whole
+    spans      (first token, the one after the last) of what stands for each picture that is in the segment
+    before     pictures of the document that come before those
+    """
+
+    pictures: tuple[Picture, ...]
+    spans: tuple[tuple[int, int], ...]
+    before: int = 0
+
+    def between(self, first: int, end: int, shift: int = 0) -> Media | None:
+        """Of the tokens [first, end), of which the first has place `shift` now; none is cut in two."""
+        inside = [index for index, (start, stop) in enumerate(self.spans) if first <= start and stop <= end]
+        if not inside:
+            return None
+        by = shift - first
+        spans = tuple((self.spans[index][0] + by, self.spans[index][1] + by) for index in inside)
+        return Media(self.pictures, spans, self.before + inside[0])
+
+    def moved(self, number: int) -> Media:
+        """Behind `number` more tokens."""
+        return replace(self, spans=tuple((start + number, stop + number) for start, stop in self.spans))
+
+    def whole_until(self, end: int) -> int:
+        """The last place up to `end` at which a cut leaves every picture whole."""
+        return next((start for start, stop in self.spans if start < end < stop), end)
+
+    def before_pictures(self, place: int) -> int:
+        """The last token up to `place` that is no part of a picture; -1 if there is none."""
+        for start, stop in reversed(self.spans):
+            place = start - 1 if start <= place < stop else place
+        return place
+
+
+@dataclass(frozen=True)
 class Segment:
-    """One tokenised sequence of L tokens.
+    """One tokenized sequence of L tokens.
 
     `weight_L[i]` is the loss weight of predicting `token_L[i]` from the tokens before it; 0 is
     context. `weight_L[0]` is always 0, since nothing comes before.
@@ -98,7 +185,7 @@ class Segment:
     pair: int = -1
     role: int = PLAIN
     origin: int = 0
-    """Tokens of its job before it in the same optimiser step. Random draws (dropout, noise) count from
+    """Tokens of its job before it in the same optimizer step. Random draws (dropout, noise) count from
     here, so they do not depend on how the step is cut into batches or on what other jobs do."""
     reference_L: np.ndarray | None = None
     """float32: log-probability of `token_L[i]` under the bare base, 0 where `weight_L` is 0. For objectives that
@@ -107,12 +194,14 @@ class Segment:
     """What the tokens ask, of a segment that waits for an answer."""
     prefix: int = 0
     """Tokens of the last segment without a prefix that come before these: a prompt that both have
-    (models/shared_prompts.py)."""
+    (models/attention/prefix_sharing.py)."""
     signals_L: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
     its log-probability when it was drawn; train/rollouts.py)."""
     virtual: int = 0
     """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
+    media: Media | None = None
+    """The pictures in it."""
 
     def __len__(self) -> int:
         return len(self.token_L)
@@ -130,6 +219,7 @@ def with_virtual_tokens(segment: Segment, number: int) -> Segment:
         reference_L=known_L,
         signals_L={name: _behind(number, value_L) for name, value_L in segment.signals_L.items()},
         virtual=segment.virtual + number,
+        media=segment.media and segment.media.moved(number),
     )
 
 
@@ -138,12 +228,31 @@ def _behind(number: int, value_L: np.ndarray) -> np.ndarray:
 
 
 def number_the_step(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments of one job's optimiser step, each knowing its `origin`."""
+    """The segments of one job's optimizer step, each knowing its `origin`."""
     numbered, origin = [], 0
     for segment in segments:
         numbered.append(replace(segment, origin=origin))
         origin += len(segment)
     return numbered
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`. To a GPU by way of pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a model's tower is given for the pictures of one segment's document.
+
+    tensors   by the names of the model's processor: `pixel_values`, `image_grid_thw` ...
+    """
+
+    segment: int
+    media: Media
+    tensors: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -161,6 +270,7 @@ class Batch:
     origin_S    int64    see `Segment.origin`
     reference_T float32  log-probability of `target_T` under the bare base; None if no segment knows it
     signals_T   float32  by name, see `Segment.signals_L`; of the token that is predicted, 0 where a segment has none
+    place_3T    int64    (3, T) places in time, height and width, where a model counts so and there are pictures
     """
 
     token_T: torch.Tensor
@@ -184,7 +294,12 @@ class Batch:
     """`Segment.prefix` of each."""
     filler: int = 0
     """Tokens of one more document behind the stream, of nobody's, whose hidden states are thrown away: where the number
-    of rows matters (kernels/few_shapes.py)."""
+    of rows matters (kernels/shape_bucketing.py)."""
+    media: tuple[tuple[int, Media], ...] = field(default=())
+    """(index of the segment, its pictures), of those that have some."""
+    pixels: tuple[Pixels, ...] = field(default=())
+    """Of each in `media`, once they are made (models/sight.py)."""
+    place_3T: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -211,7 +326,10 @@ class Batch:
         """The segments of one slot, as a batch of their own. Its tensors are views."""
         chosen = [index for index, other in enumerate(self.slots) if other == slot]
         assert chosen, f"slot {slot} is not in this batch"
-        first, last = chosen[0], chosen[-1] + 1
+        return self.between(chosen[0], chosen[-1] + 1)
+
+    def between(self, first: int, last: int) -> Batch:
+        """Segments `first` to `last`, the latter not among them, as a batch of their own. Its tensors are views."""
         begin = sum(self.lengths[:first])
         end = begin + sum(self.lengths[first:last])
         return Batch(
@@ -230,17 +348,25 @@ class Batch:
             slots=self.slots[first:last],
             virtual=self.virtual[first:last],
             prefixes=self.prefixes[first:last],
+            media=tuple((index - first, each) for index, each in self.media if first <= index < last),
+            pixels=tuple(
+                replace(each, segment=each.segment - first) for each in self.pixels if first <= each.segment < last
+            ),
+            place_3T=None if self.place_3T is None else self.place_3T[:, begin:end],
         )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        signals_T = {name: value.to(device, non_blocking=True) for name, value in self.signals_T.items()}
-        return replace(self, **moved, signals_T=signals_T)
+        return self.moved(lambda tensor: to_device(tensor, device))
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with other tensors: `move` of each."""
+        moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        signals_T = {name: move(value) for name, value in self.signals_T.items()}
+        pixels = tuple(
+            replace(each, tensors={name: move(value) for name, value in each.tensors.items()}) for each in self.pixels
+        )
+        return replace(self, **moved, signals_T=signals_T, pixels=pixels)
 
 
 def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
@@ -272,6 +398,7 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         slots=tuple(slots),
         virtual=tuple(segment.virtual for segment in segments) if any(each.virtual for each in segments) else (),
         prefixes=tuple(segment.prefix for segment in segments),
+        media=tuple((index, segment.media) for index, segment in enumerate(segments) if segment.media is not None),
     )
 
 
@@ -299,13 +426,15 @@ class Scores:
     reference_T  float32  the same under the bare base, for objectives that need "reference"
     value_S      float32  the value head on each segment's last token, for objectives that need "value"
     value_T      float32  the value head where each target is predicted, for objectives that need "token_values"
+    score_T      float32  the objective's own score of each target, for objectives that need "token_scores"
     """
 
     logprob_T: torch.Tensor
     reference_T: torch.Tensor | None = None
     value_S: torch.Tensor | None = None
     value_T: torch.Tensor | None = None
+    score_T: torch.Tensor | None = None
 
 
 Totals = dict[str, float]
-"""Counts summed over every micro-batch of a job's optimiser step, before the first forward."""
+"""Counts summed over every micro-batch of a job's optimizer step, before the first forward."""

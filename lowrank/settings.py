@@ -2,7 +2,7 @@
 
 A `Settings` class refuses unknown keys and cannot be changed once read. The docstring under a field
 is its help text on every face (YAML, command line, JSON schema, web form). `choice_of` turns a
-folder of files, each with its own `Config`, into one setting told apart by `type`.
+folder of files, each with settings of its own, into one setting told apart by `type`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args
+from types import ModuleType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,33 +24,54 @@ from pydantic import (
 )
 
 from lowrank.errors import did_you_mean
+from lowrank.third_party import load_code, names_code
 
 
 class Settings(BaseModel):
     """A group of settings: frozen, unknown keys refused, every field documented in place."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
+Kind = TypeVar("Kind", bound=Settings)
+_LOADED: dict[str, type[Settings]] = {}
+"""Third parties' settings that went through the door (third_party.py), by their `type`."""
+
+
 def configs_in(package: str) -> dict[str, type[Settings]]:
-    """`{type name: Config}` of every module of `package` that defines a `Config`; the file name is the type."""
+    """`{type name: class}` of every module of `package` with settings of its own; the file name is the type."""
     found: dict[str, type[Settings]] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        config = getattr(importlib.import_module(f"{package}.{module.name}"), "Config", None)
+        config = _settings_of(importlib.import_module(f"{package}.{module.name}"))
         if config is not None:
             names = get_args(config.model_fields["type"].annotation)
-            assert names == (module.name,), f"{package}.{module.name}: Config.type must be Literal[{module.name!r}]"
+            place = f"{package}.{module.name}: {config.__name__}.type"
+            assert names == (module.name,), f"{place} must be Literal[{module.name!r}]"
             found[module.name] = config
     return found
+
+
+def _settings_of(module: ModuleType) -> type[Settings] | None:
+    """The one class of the module whose settings have a `type`."""
+    classes = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    own = [each for each in classes if issubclass(each, Settings) and "type" in each.model_fields]
+    assert len(own) < 2, f"{module.__name__} has {len(own)} classes of settings with a `type`; one file, one thing"
+    return own[0] if own else None
 
 
 def choice_of(package: str, default: str, absent: Mapping[str, str] | None = None) -> Any:
     """The type of a setting whose `type` names a file of `package`, or a third party's `my_module:MyThing`.
 
-    A third party's class carries its settings class as the attribute `Config`. Where `type` is left
-    out, `default` is meant. `absent`: types that people know from elsewhere, and why they are not there.
+    A third party's class carries its settings class as the attribute `Config`; it is imported only where that is
+    allowed (third_party.py). Where `type` is left out, `default` is meant. `absent`: types that people know from
+    elsewhere, and why they are not there.
     """
     configs = configs_in(package)
     union: Any = Union[tuple(configs.values())]  # noqa: UP007 (the members are not known to the parser)
@@ -62,7 +84,7 @@ def choice_of(package: str, default: str, absent: Mapping[str, str] | None = Non
         if not isinstance(value, dict):
             return built_in(value)
         name = value.get("type", default)
-        if isinstance(name, str) and ":" in name:
+        if names_code(name):
             return _third_party(name)(**{key: item for key, item in value.items() if key != "type"})
         if absent and isinstance(name, str) and name in absent:
             raise ValueError(f"there is no type {name!r} here: {absent[name]}")
@@ -74,25 +96,29 @@ def choice_of(package: str, default: str, absent: Mapping[str, str] | None = Non
 
 
 def _dumped(value: Settings, info: FieldSerializationInfo) -> dict[str, Any]:
-    """By its own class: a third party's is no member of the union, which pydantic would warn about."""
-    return value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset, exclude_defaults=info.exclude_defaults)
+    """By its own class: a third party's is no member of the union, which pydantic would warn about. Its `type` stands
+    there whether anybody set it or not: without it, it would be read back as the default's."""
+    values = value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset, exclude_defaults=info.exclude_defaults)
+    return {**values, "type": getattr(value, "type")}  # noqa: B009 (Settings have no `type`, those of a choice do)
 
 
 def _third_party(name: str) -> type[Settings]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        thing = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {name!r}: {error}") from error
+    thing = load_code(name)
     config = getattr(thing, "Config", None)
     if config is None:
         raise ValueError(f"{name} has no attribute `Config` (a lowrank.settings.Settings class)")
     if "type" not in config.model_fields or config.model_fields["type"].default != name:
         raise ValueError(f"{name}.Config needs the field `type: Literal[{name!r}] = {name!r}`, to be read back")
+    _LOADED[name] = config
     return config
 
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+def loaded_third_parties(kind: type[Kind]) -> dict[str, type[Kind]]:
+    """`{my_module:MyThing: settings class}` of the third parties of one kind that this process was allowed to load."""
+    return {name: config for name, config in _LOADED.items() if issubclass(config, kind)}
+
+
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Auto = Literal["auto"]

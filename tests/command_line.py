@@ -18,7 +18,7 @@ from subprocess import CompletedProcess
 _FORKS = """
 import gc, json, os, sys, traceback
 import datasets, matplotlib.pyplot, transformers.models.llama.modeling_llama
-import lowrank.cli.train, lowrank.run
+import lowrank.cli.train, lowrank.pipelines.train
 from lowrank.cli.main import main
 
 gc.freeze()
@@ -29,9 +29,17 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT), number)
+        sys.stdin = open(0, closefd=False)
+        encoding = order["env"].get("PYTHONIOENCODING")
+        if encoding:  # as the interpreter does when it starts
+            sys.stdout.reconfigure(encoding=encoding)
+            sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
+        if order["umask"] is not None:
+            os.umask(order["umask"])
         os.chdir(order["cwd"])
         os.environ.clear()
         os.environ.update(order["env"])
+        sys.path.remove("")  # the real program has its own folder there, not the current one
         sys.path[:0] = filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))
         sys.argv = ["lowrank", *order["words"]]
         try:
@@ -57,7 +65,14 @@ def _forks() -> subprocess.Popen[str]:
     return process
 
 
-def lowrank(*words: str, cwd: Path | None = None, **environment: str) -> CompletedProcess[str]:
+def running() -> int | None:
+    """The id of the process that forks, once there is one."""
+    return _forks().pid if _forks.cache_info().currsize else None
+
+
+def lowrank(
+    *words: str, cwd: Path | None = None, umask: int | None = None, **environment: str
+) -> CompletedProcess[str]:
     """Run the command line with these words; its exit code and what it printed. Its standard input is empty."""
     process = _forks()
     assert process.stdin is not None
@@ -65,10 +80,12 @@ def lowrank(*words: str, cwd: Path | None = None, **environment: str) -> Complet
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         order = {
-            "words": words, "cwd": str(cwd or Path.cwd()), "out": str(out), "err": str(err),
+            "words": words, "cwd": str(cwd or Path.cwd()), "umask": umask, "out": str(out), "err": str(err),
             "env": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
         }  # fmt: skip
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
         code = int(process.stdout.readline())
-        return CompletedProcess(["lowrank", *words], code, out.read_text("utf-8"), err.read_text("utf-8"))
+        encoding = order["env"].get("PYTHONIOENCODING", "utf-8")
+        printed = (file.read_text(encoding, errors="replace") for file in (out, err))  # click writes UTF-8 all the same
+        return CompletedProcess(["lowrank", *words], code, *printed)

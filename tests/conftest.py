@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from lowrank.third_party import code_allowed
+
+pytest_plugins = ["tests.processor_time"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shared-data", default=None, help="folder with LLaMA-Factory's demo datasets (alpaca_zh_demo.json, ...)"
     )
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden.json anew (tests/test_golden.py)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,4 +38,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from or written to the cache of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def allowed_code() -> Iterator[None]:
+    """As under `--allow-code`."""
+    with code_allowed():
         yield

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-import lowrank.models.attention
+import lowrank.models.attention.packed
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.capabilities import storage_capabilities
-from lowrank.adapters.variants.lora import Config as Lora
-from lowrank.generate.request import Config as Sampling
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
 from lowrank.kernels import grouped
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import load
-from lowrank.models.recompute import set_recompute
-from lowrank.objectives.sft import Config as Sft
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import Segment
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import random_step
 
 pytestmark = pytest.mark.gpu
@@ -34,14 +34,14 @@ GPU = "cuda"
 LENGTHS = [40, 7, 130, 64]
 
 
-def engine_on(device: str, dtype: str, adapters: list[Lora], **model: Any) -> tuple[Engine, list[int]]:
+def engine_on(device: str, dtype: str, adapters: list[LoraConfig], **model: Any) -> tuple[Engine, list[int]]:
     """One SFT job per adapter on the base that ships with lowrank."""
     settings = ModelConfig(path="lowrank/tiny", device=device, dtype=dtype, **model)  # type: ignore[arg-type]
     base = load(settings, notify=lambda text: None)
     engine, slots = Engine(base, Bank(base), 4096), []
     for seed, adapter in enumerate(adapters):
         slots.append(engine.bank.add(adapter, seed=seed))
-        engine.add(slots[-1], Sft().build(), AdamW(), seed=seed, neftune_alpha=0.0)
+        engine.add(slots[-1], SFTConfig().build(), AdamWConfig(), seed=seed, neftune_alpha=0.0)
     return engine, slots
 
 
@@ -73,10 +73,10 @@ def test_many_jobs_learn_as_on_a_processor(storage: str, monkeypatch: pytest.Mon
         return call
 
     monkeypatch.setattr(
-        lowrank.models.attention, "varlen_attn", counted("varlen", lowrank.models.attention.varlen_attn)
+        lowrank.models.attention.packed, "varlen_attn", counted("varlen", lowrank.models.attention.packed.varlen_attn)
     )
     monkeypatch.setattr(grouped.F, "grouped_mm", counted("grouped", grouped.F.grouped_mm))
-    adapters = [Lora(rank=rank, dropout=0.1 * (rank == 8)) for rank in (4, 8, 16, 3, 8, 8, 32, 1)]
+    adapters = [LoraConfig(rank=rank, dropout=0.1 * (rank == 8)) for rank in (4, 8, 16, 3, 8, 8, 32, 1)]
     given = {"storage": {"type": storage}}
     on_gpu = losses(*engine_on(GPU, "bfloat16", adapters, **given), [*range(8)])
     assert calls["varlen"]
@@ -87,8 +87,8 @@ def test_many_jobs_learn_as_on_a_processor(storage: str, monkeypatch: pytest.Mon
 
 
 def test_a_job_is_the_same_alone_and_in_company() -> None:
-    together = losses(*engine_on(GPU, "bfloat16", [Lora(rank=8)] * 6), [*range(6)])
-    alone = losses(*engine_on(GPU, "bfloat16", [Lora(rank=8)]), [0])
+    together = losses(*engine_on(GPU, "bfloat16", [LoraConfig(rank=8)] * 6), [*range(6)])
+    alone = losses(*engine_on(GPU, "bfloat16", [LoraConfig(rank=8)]), [0])
     np.testing.assert_allclose(together[:, :1], alone, rtol=0.01)
 
 
@@ -97,8 +97,8 @@ def test_every_recompute_policy_has_the_same_gradient(dtype: str) -> None:
     """`offload` too, which exists on a GPU alone."""
     gradients = {}
     for policy in ("none", "selective", "full", "sqrt", "offload"):
-        engine, (slot,) = engine_on(GPU, dtype, [Lora(rank=8)])
-        set_recompute(engine.base.model, policy)
+        engine, (slot,) = engine_on(GPU, dtype, [LoraConfig(rank=8)])
+        set_activation_checkpointing(engine.base.model, policy)
         engine.forward_backward({slot: random_step(0, LENGTHS, 3072)})
         gradients[policy] = torch.cat(
             [
@@ -120,15 +120,15 @@ def test_answers_are_those_of_a_processor(storage: str) -> None:
     answers = []
     for device in (GPU, "cpu"):
         given = {"storage": {"type": storage}}
-        engine, (slot,) = engine_on(device, "float32", [Lora(rank=8)], **given)
+        engine, (slot,) = engine_on(device, "float32", [LoraConfig(rank=8)], **given)
         losses(engine, [slot], [0])
         prompts = [Prompt(np.arange(5 + index, 30 + 9 * index), slot if index % 2 else -1) for index in range(4)]
-        sampling = Sampling(max_new_tokens=20, temperature=0.0)
+        sampling = GenerationConfig(max_new_tokens=20, temperature=0.0)
         answers.append(generate(engine.base, engine.bank, prompts, sampling, stop_tokens=frozenset()))
     assert answers[0] == answers[1]
 
 
 def test_every_storage_trains_rightly() -> None:
     """What `lowrank doctor` tries."""
-    troubles = {each.storage: each.trouble for each in storage_capabilities(torch.device(GPU)) if not each.train}
-    assert not troubles
+    problems = {each.storage: each.problem for each in storage_capabilities(torch.device(GPU)) if not each.train}
+    assert not problems

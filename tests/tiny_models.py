@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from lowrank.adapters.bank import Bank
 from lowrank.models.base import Base
-from lowrank.models.leak import choose_layout
-from lowrank.objectives.sft import Config as Sft
+from lowrank.models.checks.isolation import choose_layout
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import Segment, number_the_step
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
@@ -126,19 +126,19 @@ def make_base(family: str = "llama", dtype: torch.dtype = torch.float64, **chang
 
 
 def make_engine(base: Base, *configs: Any, micro_batch_tokens: int = 4096, **settings: Any) -> tuple[Engine, list[int]]:
-    """An engine with one SFT job for each adapter config; job i has seed i. `settings` go to the optimiser."""
+    """An engine with one SFT job for each adapter config; job i has seed i. `settings` go to the optimizer."""
     bank = Bank(base)
     engine = Engine(base, bank, micro_batch_tokens)
     optimizer: Any = configs_in("lowrank.train.optimizers")[settings.pop("type", "adamw")](**settings)
     slots = []
     for seed, config in enumerate(configs):
         slots.append(bank.add(config, seed=seed))
-        engine.add(slots[-1], Sft().build(), optimizer, seed=seed, neftune_alpha=0.0)
+        engine.add(slots[-1], SFTConfig().build(), optimizer, seed=seed, neftune_alpha=0.0)
     return engine, slots
 
 
 def random_step(seed: int, lengths: Sequence[int], vocabulary: int = VOCABULARY) -> list[Segment]:
-    """One optimiser step of random segments; about 60 % of the tokens carry weight."""
+    """One optimizer step of random segments; about 60 % of the tokens carry weight."""
     generator = np.random.default_rng(seed)
     segments = []
     for length in lengths:

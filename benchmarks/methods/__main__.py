@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from benchmarks.methods import modes, objectives, optimizers, prompts, variants
+from benchmarks.methods import bottlenecks, modes, objectives, optimizers, prompts, variants
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print("# Methods\n\nWritten by `python -m benchmarks.methods > docs/methods.md`.\n")
-    for section in (variants, prompts, objectives, optimizers, modes):
+    for section in (variants, prompts, bottlenecks, objectives, optimizers, modes):
         print(section.page(), end="")
 
 

@@ -23,7 +23,7 @@ def base_of_the_tables() -> Any:
 
 
 def costs(methods: Mapping[str, tuple[Engine, int, Work]]) -> dict[str, tuple[float, int]]:
-    """(CPU seconds of an optimiser step, the least of 6 in turns; bytes kept for its backward pass) of each."""
+    """(CPU seconds of an optimizer step, the least of 6 in turns; bytes kept for its backward pass) of each."""
     best: dict[str, float] = {}
     for _ in range(6):
         for name, method in methods.items():

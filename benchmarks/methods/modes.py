@@ -6,14 +6,15 @@ from typing import Any
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link
 from lowrank.adapters.bank import Bank
-from lowrank.models.config import FreezeConfig, MixtureOfDepths
-from lowrank.models.depths import convert
+from lowrank.contrib.layer_wrappers.mixture_of_depths import MixtureOfDepthsConfig
+from lowrank.models.config import FreezeConfig
 from lowrank.models.freezing import train_only
-from lowrank.objectives.sft import Config as Sft
+from lowrank.models.layer_wrappers import wrap
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers import bytes_of_state
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.adapters.peft_twins import VARIANTS
 from tests.tiny_models import make_engine, random_step
 
@@ -42,7 +43,7 @@ _MODES = {
         "arXiv:2401.02415",
         "the expanded model's logits equal the base's to the bit",
     ),
-    "model.mixture_of_depths: {}": (
+    "model.layer_wrapper: mixture_of_depths": (
         "all parameters; every second layer sees an eighth of a document's tokens (Mixture-of-Depths)",
         "continued pre-training of a model that runs in lowrank alone",
         "arXiv:2404.02258",
@@ -75,7 +76,7 @@ _MODES = {
 }
 
 
-_OF_THE_BASE = ("tuning: full", "tuning: freeze", "model.mixture_of_depths: {}", "optimizer.layerwise: true")
+_OF_THE_BASE = ("tuning: full", "tuning: freeze", "model.layer_wrapper: mixture_of_depths", "optimizer.layerwise: true")
 """Those that train the base's own parameters."""
 
 
@@ -108,10 +109,10 @@ def _engine(name: str) -> Any:
         if "freeze" in name:
             train_only(base.model, FreezeConfig(trainable_layers=1))
         if "depths" in name:
-            base.depths = convert(base.model, MixtureOfDepths().capacity, MixtureOfDepths().every)
+            base.layer_wrapper = wrap(base.model, MixtureOfDepthsConfig())
         engine = Engine(base, Bank(base), 4096)
-        optimizer: Any = AdamW(layerwise=True, max_grad_norm=None) if "layerwise" in name else AdamW()
-        engine.add(BARE_BASE, Sft().build(), optimizer, seed=0, neftune_alpha=0.0)
+        optimizer: Any = AdamWConfig(layerwise=True, max_grad_norm=None) if "layerwise" in name else AdamWConfig()
+        engine.add(BARE_BASE, SFTConfig().build(), optimizer, seed=0, neftune_alpha=0.0)
         return engine, BARE_BASE, work
     base.shift_attn = 128 if "shift" in name else None
     engine, (slot,) = make_engine(base, VARIANTS["lora"](rank=16))

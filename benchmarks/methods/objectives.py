@@ -10,13 +10,19 @@ import numpy as np
 import torch
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, first_words, link
+from lowrank.models.base import Base
+from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives import grpo, orpo
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Segment, number_the_step
 from lowrank.settings import configs_in
 from tests.adapters.peft_twins import VARIANTS
 from tests.objectives import trl_peers
 from tests.objectives.test_grpo import CASES as GRPO_CASES
 from tests.objectives.test_grpo import answers as drawn_answers
+from tests.objectives.test_llamafactory_losses import CASES as LOSS_CASES
+from tests.objectives.test_llamafactory_losses import learned
+from tests.objectives.test_llamafactory_losses import rows as loss_rows
 from tests.objectives.test_trl import CASES, engine_for, rows
 from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_engine, make_model, random_step
@@ -28,13 +34,31 @@ HEAD = """
 TRL's own trainer on the same random rows in float32, ours cut into several batches; gradients relative to the
 largest value. `sft` and `pretrain` are compared with transformers' loss, `reward` is held to 1e-5 of RewardTrainer by
 tests/objectives/test_trl.py, which runs all of these on real rows too, and `ppo` to 1e-5 of the pieces of TRL 0.11.4's
-PPOTrainer (the last that had them) by tests/objectives/test_ppo.py. *Time*, *kept*: CPU time of an optimiser step and
+PPOTrainer (the last that had them) by tests/objectives/test_ppo.py. *Time*, *kept*: CPU time of an optimizer step and
 bytes kept for its backward pass against `sft` on the same tokens, on the model of the first table; for pairs, prompts
 of 96 tokens with two answers of 32, whose prompt is computed once. Drawing answers, for `grpo` and `ppo`, is not in it.
 
 | type | in a word | when | paper | needs | time | kept | peer | loss | gradients |
 |---|---|---|---|---|---|---|---|---|---|
 """
+LOSSES = """
+Other losses of `sft` (`objective: {type: sft, loss_type: ...}`; `label_smoothing` is a setting of `sft` and of
+`pretrain`). *Loss*, *gradients*: from the published formula on whole logits of the same rows, those of
+tests/objectives/test_llamafactory_losses.py; of `asft` with another model as reference. *Time*, *kept*: as above,
+against `nll`; `asft` asks the bare base in the same step.
+
+| loss | in a word | when | paper | time | kept | loss | gradients |
+|---|---|---|---|---|---|---|---|
+"""
+_LOSSES = {
+    "dft": ("each token weighed by its own probability", "answers that the model finds unlikely should pull less",
+            "2508.05629"),
+    "asft": ("dft, held to the base by a KL divergence", "dft that drifts too far from what the base knew",
+             "2509.23753"),
+    "eaft": ("each token weighed by how undecided the model is", "new knowledge without unlearning what the model is "
+             "sure of", "2601.02151"),
+    "smoothed": ("`label_smoothing: 0.1`: a share of every target goes to all tokens", "noisy answers", "1512.00567"),
+}  # fmt: skip
 _PEERS = {
     "dpo": "DPOTrainer",
     "simpo": "CPOTrainer",
@@ -62,24 +86,63 @@ def page() -> str:
             f"| `{name}` | {first_words(config)} | {settings.when} | {link(settings.paper)} | "
             f"{settings().build().record.__name__} | {against(found, name, 'sft')} | {peer} | {numbers} |"
         )
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n" + losses()
+
+
+def losses() -> str:
+    """The table of sft's losses, in Markdown."""
+    engines = {}
+    for name in ("sft", *_LOSSES):
+        own: Any = {"sft": {}, "smoothed": {"label_smoothing": 0.1}}.get(name, {"loss_type": name})
+        engine, (slot,) = make_engine(base_of_the_tables(), VARIANTS["lora"](rank=16))
+        engine.add(slot, SFTConfig(**own).build(), engine.jobs[slot].settings, seed=0, neftune_alpha=0.0)
+        engines[name] = (engine, slot, _work("sft"))
+    found, lines = costs(engines), []
+    for name, (words, when, paper) in _LOSSES.items():
+        loss, gradients = _difference_of_loss(name)
+        shown = "`label_smoothing`" if name == "smoothed" else f"`{name}`"
+        cost = against(found, name, "sft")
+        lines.append(
+            f"| {shown} | {words} | {when} | {link(f'arXiv:{paper}')} | {cost} | {loss:.0e} | {gradients:.0e} |"
+        )
+    return LOSSES + "\n".join(lines) + "\n"
+
+
+def _difference_of_loss(name: str) -> tuple[float, float]:
+    """(of the loss, of the gradients) from the published formula, relative."""
+    objective, peer = LOSS_CASES[name]
+    model = _random_model()
+    theirs = copy.deepcopy(model).requires_grad_(True)
+    other = make_model("llama", torch.float32, initializer_range=0.3, tie_word_embeddings=False).requires_grad_(False)
+    work = loss_rows()
+    loss = peer(*learned(theirs, work), learned(other, work)[0])
+    loss.backward()
+    engine = engine_for(model, objective, 16)
+    engine.reference_base = Base(other, None, "other")
+    choose_layout(engine.reference_base, "auto")
+    forwarded = engine.forward_backward({BARE_BASE: work})[BARE_BASE]
+    expected = {name: value.grad for name, value in theirs.named_parameters() if value.grad is not None}
+    own = engine.jobs[BARE_BASE].parameters
+    scale = max(float(value.abs().max()) for value in expected.values())
+    largest = max(float((own[name].grad - value).abs().max()) for name, value in expected.items())  # type: ignore[operator]
+    return abs(forwarded.loss - loss.item()) / abs(loss.item()), largest / scale
 
 
 def _differences(name: str, config: Any) -> list[tuple[float, float]]:
     """(of the loss, of the gradients) of each form of an objective; none where a test compares pieces."""
     if name == "grpo":
         model = _random_model()
-        near = engine_for(model, grpo.Config().build(), 400).logprobs(BARE_BASE, drawn_answers(0, False))
+        near = engine_for(model, grpo.GRPOConfig().build(), 400).logprobs(BARE_BASE, drawn_answers(0, False))
         return [
             _difference(
-                grpo.Config(**ours).build(),
+                grpo.GRPOConfig(**ours).build(),
                 partial(trl_peers.grpo, **theirs),
                 drawn_answers(0, "num_iterations" in ours, near),
             )
             for ours, theirs in GRPO_CASES.values()
         ]
     if name == "orpo":
-        own = orpo.Config(beta=0.3).build()
+        own = orpo.ORPOConfig(beta=0.3).build()
         return [_difference(own, lambda m, s: trl_peers.orpo(m, s, 0.3), rows(own, 0, prompt=1))]
     if name in ("sft", "pretrain"):
         return [_difference(config().build(), lambda m, s: (plain_loss(m, s), {}), random_step(0, [5, 9, 14]))]
@@ -111,8 +174,8 @@ def _costs() -> dict[str, tuple[float, int]]:
     for name, config in configs_in("lowrank.objectives").items():
         settings: Any = config
         base = base_of_the_tables()
-        base.shares_prompts = True
         engine, (slot,) = make_engine(base, VARIANTS["lora"](rank=16))
+        engine.shares_prompts = True
         engine.add(slot, settings().build(), engine.jobs[slot].settings, seed=0, neftune_alpha=0.0)
         engines[name] = (engine, slot, _work(name))
     return costs(engines)

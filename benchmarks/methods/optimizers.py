@@ -1,4 +1,4 @@
-"""The table of optimisers: the twenty steps of tests/train/test_optimizer_peers.py, and what an update costs."""
+"""The table of optimizers: the twenty steps of tests/train/test_optimizer_peers.py, and what an update costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank.train.optimizers import bytes_of_state
 from tests.train.test_optimizer_peers import OPTIMIZERS, build, fresh, take_steps, theirs
 
 HEAD = """
-## Optimisers
+## Optimizers
 
 `optimizer: {{type: ...}}`, of any job; those for *full* only with `tuning: full` or `freeze`. *State*: bytes for each
 parameter of the model of the first table, trained whole ({size:.1f} M parameters; GaLore and APOLLO at rank 16, BAdam
@@ -59,7 +59,7 @@ def page() -> str:
 
 
 def _costs() -> tuple[dict[str, tuple[int, float]], int]:
-    """({optimiser: (bytes of its state, CPU seconds of an update)}, parameters)."""
+    """({optimizer: (bytes of its state, CPU seconds of an update)}, parameters)."""
     shapes = {name: value.shape for name, value in base_of_the_tables().model.named_parameters()}
     found: dict[str, tuple[int, float]] = {}
     for name, config in OPTIMIZERS.items():

@@ -36,7 +36,7 @@ def _row(name: str) -> str:
         assert other is not None
         largest = max(largest, float((mine - other).abs().max() / other.abs().max()))
     config = ALL[name]
-    form = config().as_saved().peft_type
+    form = config().as_saved().peft.type
     return (
         f"| `{name}` | {first_words(config)} | {config.when} | {link(config.paper)} | {form} | "
         f"{apart:.0e} | {largest:.0e} |"

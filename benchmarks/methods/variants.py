@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, first_words, link
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.variants import ABSENT
 from tests.adapters.peft_twins import VARIANTS, config_of, moved, twin_of
 from tests.peft_oracle import plain_loss
@@ -27,12 +28,12 @@ HEAD = """## Adapter variants
 routed linear; `own` runs its own formula for its rows; `own x2` multiplies with the base weight twice. *Trained*:
 parameters against `lora` of rank 4, on a model of width 32 (OFT's blocks: 8). *Outputs*, *gradients*: the largest
 difference from PEFT {version} on the same tensors in float64, of a layer's output and of a loss's gradients, relative
-to the largest value. `loftq` differs from `lora` only in its start, and needs a quantised base; `eva` in its start and
+to the largest value. `loftq` differs from `lora` only in its start, and needs a quantized base; `eva` in its start and
 its ranks, which equal PEFT's (tests/adapters/test_eva.py); `adalora` is held to the weights that PEFT's allocator gives
 after 50 steps (tests/adapters/test_adalora.py). *Time*, *kept*: CPU
-time of an optimiser step, and bytes kept for its backward pass, against `lora`'s at the same rank (16), on a Llama
+time of an optimizer step, and bytes kept for its backward pass, against `lora`'s at the same rank (16), on a Llama
 of width 512 with 2 layers, 512 tokens, float32, one thread; the smallest of 6, interleaved. `rslora` does the work of
-`lora`: its distance from 1 is the noise of the machine.
+`lora`: its distance from 1 is the noise of the machine. `rsdora` is `dora` with the scale of `rslora`.
 
 | type | in a word | when | paper | path | trained | time | kept | in PEFT's files | outputs | gradients |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -69,8 +70,8 @@ def _output_difference(bank: Bank, slot: int, path: str, twin: Any) -> float:
     """Of one layer on the same input. Logits would say less: the model's norms round to float32 on the way."""
     layer = bank.base.model.get_submodule(path)
     x_TD = torch.randn(10, layer.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    bank.routing.set(10, ((slot, 0, 10),))
-    return _relative(layer(x_TD), twin.base_model.model.get_submodule(path)(x_TD))
+    with bank.routing.using(ForwardContext(10, ((slot, 0, 10),))):
+        return _relative(layer(x_TD), twin.base_model.model.get_submodule(path)(x_TD))
 
 
 def _gradient(value: torch.Tensor) -> torch.Tensor:
@@ -85,16 +86,16 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _path(name: str, config: Any) -> str:
     if name in ("ia3", "oft"):
         return "own x2" if name == "oft" else "own (x2 in feed-forward)"
-    if name == "dora":
+    if name in ("dora", "rsdora"):
         return "fast (own x2 with dropout)"
-    return "own" if config.peft_type in ("LOHA", "LOKR") else "fast"
+    return "own" if config.peft.type in ("LOHA", "LOKR") else "fast"
 
 
 def _row(name: str, of_lora: int, found: dict[str, tuple[float, int]]) -> str:
     config = VARIANTS[name]
     saved = config().as_saved()
-    form = f"LORA, {'2R' if name in ('pissa', 'olora') else 'R'}" if saved.peft_type == "LORA" else saved.peft_type
-    if config.needs_quantised or name == "adalora":
+    form = f"LORA, {'2R' if name in ('pissa', 'olora') else 'R'}" if saved.peft.type == "LORA" else saved.peft.type
+    if config.needs_quantized or name == "adalora":
         numbers, share = "| - | - |", 1.0
     else:
         difference, gradients, trained = measure(name)
@@ -110,7 +111,7 @@ def page() -> str:
     """The section, in Markdown."""
     engines = {}
     for name, config in VARIANTS.items():
-        if not config.needs_quantised:
+        if not config.needs_quantized:
             own = {"block_size": 16} if name == "oft" else {"rank": 16}
             engine, (slot,) = make_engine(base_of_the_tables(), config(**own))
             engines[name] = (engine, slot, random_step(1, [128] * 4))

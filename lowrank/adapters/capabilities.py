@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import lowrank.models.prequantised as prequantised
-from lowrank.adapters.canary import TOLERANCE, gradient_errors
+import lowrank.models.prequantized as prequantized
+from lowrank.adapters.gradient_check import TOLERANCE, gradient_errors
 from lowrank.errors import LowrankError
-from lowrank.models.prequantised.bnb import as_tensors
+from lowrank.models.prequantized.bnb import as_tensors
 from lowrank.settings import Settings, configs_in
 
 STORAGES = "lowrank.models.storages"
@@ -36,7 +36,7 @@ class Capability:
     """Per weight, scales and all; of a 512 x 512 matrix of normal weights."""
     relative_error: float
     """Of the same matrix."""
-    trouble: str | None = None
+    problem: str | None = None
 
 
 def storage_capabilities(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Capability]:
@@ -62,7 +62,7 @@ def _probe(name: str, config: Settings, device: torch.device, dtype: torch.dtype
             save=name == "dense" or _is_writable(layer),
             bits=8 * size / dense.numel(),
             relative_error=((dense - plain.weight).norm() / plain.weight.norm()).item(),
-            trouble=f"wrong gradient: {', '.join(wrong)}" if wrong else None,
+            problem=f"wrong gradient: {', '.join(wrong)}" if wrong else None,
         )
     except (LowrankError, RuntimeError, ImportError, NotImplementedError) as error:
         return Capability(name, False, False, False, float("nan"), float("nan"), str(error).splitlines()[0])
@@ -77,10 +77,10 @@ def _is_writable(layer: nn.Module) -> bool:
 
 
 def readers() -> Mapping[str, str]:
-    """`{quant_method: what it is}` of checkpoints that come quantised."""
+    """`{quant_method: what it is}` of checkpoints that come quantized."""
     found = {}
-    for module in pkgutil.iter_modules(prequantised.__path__):
-        file = importlib.import_module(f"{prequantised.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(prequantized.__path__):
+        file = importlib.import_module(f"{prequantized.__name__}.{module.name}")
         words = " ".join((file.__doc__ or "").split("\n\n")[0].split())
         found.update(dict.fromkeys(getattr(file, "METHODS", ()), words))
     return found

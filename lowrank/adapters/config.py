@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lowrank.settings import Fraction, Positive, Settings
+from lowrank.adapters.patterns import trouble_in
+from lowrank.adapters.peft_kind import LORA, PeftKind
+from lowrank.settings import Fraction, Settings
+
+Rank = Annotated[int, Field(gt=0, le=1_000_000)]
 
 
 class AdapterSettings(Settings):
@@ -19,34 +23,35 @@ class AdapterSettings(Settings):
     """Where the method is described."""
     when: ClassVar[str] = ""
     """When a person would choose it, in a few words for docs/methods.md."""
-    peft_type: ClassVar[str] = "LORA"
-    """PEFT's family of methods that it belongs to in files."""
-    peft_names: ClassVar[Mapping[str, str]] = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-    """Settings that adapter_config.json has too, and their names there."""
+    peft: ClassVar[PeftKind] = LORA
+    """What it is in files in PEFT's layout: PEFT's type, tensors and their shapes, names of settings."""
     peft_fields: ClassVar[Mapping[str, Any] | None] = None
     """Fields of adapter_config.json that tell this variant apart, or that it needs as they are. None: PEFT has no such
     variant; its adapters are saved as what `as_saved` says, or not at all."""
     refused: ClassVar[Mapping[str, str]] = {}
-    """Shared settings that this variant cannot honour, and why."""
+    """Shared settings that this variant cannot honor, and why."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Shared settings that mean nothing to it."""
-    needs_quantised: ClassVar[bool] = False
+    reaches_heads: ClassVar[bool] = False
+    """It may sit on the output head, embeddings and fused experts: a plain pair A, B that starts as LoRA's."""
+    needs_quantized: ClassVar[bool] = False
     """It makes sense only where the base's storage loses something."""
-    looks_at_data: ClassVar[bool] = False
-    """It starts from what the job's own data does to the base's layers (adapters/look.py)."""
+    needs_calibration: ClassVar[bool] = False
+    """It starts from what the job's own data does to the base's layers (adapters/calibration.py)."""
 
-    rank: Positive = 16
+    rank: Rank = 16
     """Rank of the update, PEFT's `r`."""
     alpha: float | None = Field(default=None, gt=0)
     """Scale, PEFT's `lora_alpha`. Left out: twice the rank."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the head), names (`[q_proj, v_proj]`), or one regular expression over full
-    module names. `lm_head` and the embedding may be named."""
+    """`all-linear` (every linear layer of the language model but the head), names (`[q_proj, v_proj]`), or one regular
+    expression over full module names. `lm_head` and the embedding may be named. Names mean the language model's own
+    where towers beside it have layers called the same; those are reached by full names or an expression."""
     exclude_modules: str | tuple[str, ...] = ()
     """Names, or one regular expression, taken out of `target_modules`."""
-    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Another rank for some modules: {name or regular expression: rank}."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """Another alpha for some modules."""
@@ -66,26 +71,55 @@ class AdapterSettings(Settings):
     """Continue from this adapter folder (PEFT layout) instead of a fresh one; its rank, alpha, targets are used."""
 
     @model_validator(mode="after")
-    def _can_be_honoured(self) -> Self:
+    def _can_be_honored(self) -> Self:
         problems = [
             f"{name}: {reason}"
             for name, reason in self.refused.items()
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
         ]
-        if self.trainable_token_indices and self.peft_type != "LORA":
+        if self.trainable_token_indices and not self.peft.has_token_rows:
             problems.append(
-                f"trainable_token_indices: PEFT's files for {self.peft_type} have no place for them; use lora"
+                f"trainable_token_indices: PEFT's files for {self.peft.type} have no place for them; use lora"
             )
+        problems += self._wrong_patterns()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _wrong_patterns(self) -> list[str]:
+        written = {
+            "target_modules": [self.target_modules] if isinstance(self.target_modules, str) else [],
+            "exclude_modules": [self.exclude_modules] if isinstance(self.exclude_modules, str) else [],
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+        }
+        return [f"{name}: {why}" for name, own in written.items() for each in own if (why := trouble_in(each))]
 
     def as_saved(self) -> AdapterSettings:
         """The settings under which files describe it: its own, or those of a variant that PEFT knows."""
         return self
 
-    def trouble_in(self, num_steps: int) -> str | None:
-        """Why it cannot be trained for so many optimiser steps."""
+    @classmethod
+    def read_as_saved(
+        cls, fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+        """Of a variant with a PEFT type of its own that is saved as another: PEFT's adapter_config.json and tensors of
+        the first, turned into those of the second, by their names in files. ModelError if they cannot be."""
+        return fields, tensors
+
+    @classmethod
+    def settings_from_tensors(cls, modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+        """Settings that the tensors of a file say better than adapter_config.json, by module and name in files."""
+        del modules
+        return {}
+
+    def fields_from_tensors(self, names: Collection[str]) -> dict[str, Any]:
+        """Fields of adapter_config.json that depend on which tensors are saved, by the bank's names."""
+        del names
+        return {}
+
+    def schedule_problem(self, num_steps: int) -> str | None:
+        """Why it cannot be trained for so many optimizer steps."""
         del num_steps
         return None
 

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.adapters.routing import Routing
+from lowrank.adapters.soft_prompts import VirtualTokens
 from lowrank.adapters.targets import innermost
 from lowrank.adapters.token_rows import TokenRows
 from lowrank.adapters.variants import Tensors
-from lowrank.adapters.virtual import VirtualTokens
 from lowrank.kernels.counter_random import uniform
+from lowrank.kernels.precision import float32_or_wider
 
 
 class _Routed(nn.Module):
@@ -55,7 +56,7 @@ class RoutedEmbedding(_Routed):
     def forward(self, token: torch.Tensor) -> torch.Tensor:
         embedded_ND = self.base(token).reshape(-1, self.embedding_dim)
         token_N = token.reshape(-1)
-        for slot, first, end in self.routing.in_rows_of(len(token_N), self.name):
+        for slot, first, end in self.routing.current.in_rows_of(len(token_N), self.name):
             rows = slice(first, end)
             if slot in self.rows:
                 own = self.rows[slot].instead(token_N[rows], embedded_ND[rows], self.embed_scale)
@@ -76,13 +77,13 @@ class RoutedEmbedding(_Routed):
 
     def _noise(self, slot: int, rows: slice) -> torch.Tensor | None:
         """NEFTune (arXiv:2310.05914): uniform in +-alpha / sqrt(L D). L is the sequence's length."""
-        draws, counter_N = self.routing.draws.get(slot), self.routing.counter_N
+        draws, counter_N = self.routing.current.draws.get(slot), self.routing.current.counter_N
         if draws is None or not draws.neftune_alpha or counter_N is None:
             return None
-        key = self.routing.key(slot, "neftune")
+        key = self.routing.current.key(slot, "neftune")
         assert key is not None
-        assert self.routing.length_N is not None
-        size_N1 = draws.neftune_alpha / (self.routing.length_N[rows, None] * self.embedding_dim).sqrt()
+        assert self.routing.current.length_N is not None
+        size_N1 = draws.neftune_alpha / (self.routing.current.length_N[rows, None] * self.embedding_dim).sqrt()
         return uniform(counter_N[rows], self.embedding_dim, key) * size_N1
 
 
@@ -100,13 +101,12 @@ class RoutedCopy(_Routed):
 
     def add(self, slot: int) -> dict[str, nn.Parameter]:
         """A float32 copy for `slot`, kept out of the model's own parameters."""
-        duplicate = copy.deepcopy(self.base).requires_grad_(True)
-        duplicate = duplicate.to(torch.promote_types(self.weight.dtype, torch.float32))
+        duplicate = _wide_copy(self.base)
         self.copies = {**self.copies, slot: duplicate}
         return dict(duplicate.named_parameters())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not any(slot in self.copies for slot, _, _ in self.routing.ranges):
+        if not any(slot in self.copies for slot, _, _ in self.routing.current.ranges):
             return self.base(x)
         if self._heads_first(x):
             return self._by_rows(x.transpose(1, 2)).transpose(1, 2)
@@ -114,7 +114,7 @@ class RoutedCopy(_Routed):
 
     def _heads_first(self, x: torch.Tensor) -> bool:
         """Whether `x` is (B, H, L, d), as norms of queries and keys see it in some families, and not (B, L, H, d)."""
-        num_rows = self.routing.num_rows
+        num_rows = self.routing.current.num_rows
         if x.ndim != 4 or x.shape[0] == num_rows:
             return False
         if x.shape[1] == x.shape[2]:
@@ -124,7 +124,7 @@ class RoutedCopy(_Routed):
     def _by_rows(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
         pieces, done = [], 0
-        for slot, first, end in self.routing.in_rows_of(len(rows), self.name):
+        for slot, first, end in self.routing.current.in_rows_of(len(rows), self.name):
             if slot in self.copies:
                 pieces += [self.base(rows[done:first]), self._own(slot, rows[first:end])]
                 done = end
@@ -135,6 +135,21 @@ class RoutedCopy(_Routed):
         module = self.copies[slot]
         cast = {name: parameter.to(self.weight.dtype) for name, parameter in module.named_parameters()}
         return torch.func.functional_call(module, cast, (rows,))
+
+
+def _wide_copy(module: nn.Module) -> nn.Module:
+    """A copy to train, float32 or wider, with parameters made here.
+
+    They are handed to deepcopy, since `deepcopy(module).to(dtype)` is no way: on the fake tensors of the planner torch
+    exchanges each parameter for its conversion, fails half way and corrupts the process's memory.
+    """
+    with torch.no_grad():
+        memo: dict[int, object] = {
+            id(parameter): nn.Parameter(parameter.detach().to(float32_or_wider(parameter.dtype), copy=True))
+            for parameter in module.parameters()
+        }
+        memo |= {id(buffer): buffer.clone() for buffer in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def fresh_embedding_adapter(num_embeddings: int, width: int, rank: int, generator: torch.Generator) -> Tensors:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.peft_kind import PeftKind
 from lowrank.settings import Positive
 
 TABLE = "prompt_embeddings"
@@ -44,12 +45,26 @@ class PromptSite:
     """Asks the model itself. ModelError where its layers differ."""
 
 
+def prompt_kind(peft_type: str) -> PeftKind:
+    """A type of PEFT whose files hold one table and few settings."""
+    return PeftKind(
+        peft_type,
+        names={"num_virtual_tokens": "num_virtual_tokens"},
+        ignored=frozenset(
+            {
+                "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
+                "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "prefix_projection",
+                "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "encoder_reparameterization_type",
+            }
+        ),  # what the table's shape says, or how it came to be
+    )  # fmt: skip
+
+
 class PromptSettings(AdapterSettings):
     """Settings of all adapters that are virtual tokens."""
 
     of_attention: ClassVar[bool] = False
     """The table stands in for keys and values, not for embeddings."""
-    peft_names: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "num_virtual_tokens"}
     refused: ClassVar[Mapping[str, str]] = {
         "modules_to_save": "a prompt is all there is in its files; train copies with a lora job",
         "target_parameters": "a prompt reaches no weights",

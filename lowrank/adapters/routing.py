@@ -1,13 +1,14 @@
 """Which rows of the running batch belong to which adapter.
 
-One `Routing` object is shared by all routed layers of a bank. The engine sets it before the forward pass
-and leaves it until the backward pass has ended, since recomputed layers read it again.
+A `ForwardContext` says so for one pass and is never changed. The engine opens it (`Routing.using`) around the forward
+and the backward pass, since recomputed layers read it again; outside of any pass all rows are the bare base's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,7 +18,7 @@ from lowrank.kernels.counter_random import key_of
 
 @dataclass(frozen=True)
 class Draws:
-    """Where a slot's random numbers come from: its job's seed and optimiser step. None of it: no dropout, no noise."""
+    """Where a slot's random numbers come from: its job's seed and optimizer step. None of it: no dropout, no noise."""
 
     seed: int
     step: int
@@ -34,9 +35,14 @@ class Run:
     number: int
 
 
-@dataclass
-class Routing:
-    """The current batch: `num_rows` rows; `(slot, first row, end row)` for those that are not plainly the base's."""
+@dataclass(frozen=True)
+class ForwardContext:
+    """What the layers of one forward pass, and of its backward pass, know about its rows: `num_rows` rows;
+    `(slot, first row, end row)` for those that are not plainly the base's.
+
+    A layer may see k rows for each routed one (sequences of k tokens). `counter_N` and `length_N` (draw counter of each
+    row, length of its sequence) are needed with `draws`.
+    """
 
     num_rows: int = 0
     ranges: tuple[tuple[int, int, int], ...] = ()
@@ -44,30 +50,18 @@ class Routing:
     length_N: torch.Tensor | None = None
     draws: Mapping[int, Draws] = field(default_factory=dict)
     virtual: tuple[Run, ...] = ()
-    answering: bool = False
-    """The rows are tokens of answers in the making: few of each slot, and the same slots in many batches."""
+    decoding: bool = False
+    """The rows are tokens of answers in progress: few of each slot, and the same slots in many batches."""
 
-    def set(
-        self,
-        num_rows: int,
-        ranges: tuple[tuple[int, int, int], ...],
-        counter_N: torch.Tensor | None = None,
-        length_N: torch.Tensor | None = None,
-        draws: Mapping[int, Draws] | None = None,
-        virtual: tuple[Run, ...] = (),
-        answering: bool = False,
-    ) -> None:
-        """Route the batches that follow. A layer may see k rows for each routed one (sequences of k tokens).
-
-        `counter_N` and `length_N` (draw counter of each row, length of its sequence) are needed with `draws`.
-        """
-        self.num_rows = num_rows
-        self.counter_N, self.length_N = counter_N, length_N
-        self.draws = draws or {}
-        self.virtual = virtual
-        self.answering = answering
+    def __post_init__(self) -> None:
         # The bare base has no adapter, but its own parameters may be in training, with noise.
-        self.ranges = tuple(entry for entry in ranges if entry[0] >= 0 or entry[0] in self.draws)
+        own = tuple(entry for entry in self.ranges if entry[0] >= 0 or entry[0] in self.draws)
+        object.__setattr__(self, "ranges", own)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> ForwardContext:
+        """The same context with other tensors: `move` of each."""
+        counter_N, length_N = (None if each is None else move(each) for each in (self.counter_N, self.length_N))
+        return replace(self, counter_N=counter_N, length_N=length_N)
 
     def in_rows_of(self, total: int, layer: str) -> list[tuple[int, int, int]]:
         """The ranges in a layer's own rows, of which there are `total`."""
@@ -85,3 +79,19 @@ class Routing:
         """The key of a slot's draws at `layer`; None where nothing is drawn."""
         draws = self.draws.get(slot)
         return None if draws is None else key_of(draws.seed, draws.step, layer)
+
+
+class Routing:
+    """Where the routed layers of a bank, inside somebody else's model, find the context of the pass they are in."""
+
+    def __init__(self, context: ForwardContext | None = None) -> None:
+        self.current = context or ForwardContext()
+
+    @contextlib.contextmanager
+    def using(self, context: ForwardContext) -> Generator[None, None, None]:
+        """Passes in here are of `context`; a backward pass that computes layers again belongs in here too."""
+        before, self.current = self.current, context
+        try:
+            yield
+        finally:
+            self.current = before

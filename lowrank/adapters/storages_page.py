@@ -11,8 +11,8 @@ HEAD = """# Storages: how the frozen base is kept
 Made by `python -m lowrank.adapters.storages_page > docs/storages.md`; every line was found out by trying it, on a CPU
 in float32, on a 512 x 512 matrix of normal weights. `lowrank doctor` tries the same on your machine and GPU.
 
-*train*: the gradient is that of the dequantised weight, in training, after an evaluation, recomputed, with and without
-adapters. *merge*: an adapter can be merged into the dequantised weight. *save*: `lowrank quantize` can write it (dense:
+*train*: the gradient is that of the dequantized weight, in training, after an evaluation, recomputed, with and without
+adapters. *merge*: an adapter can be merged into the dequantized weight. *save*: `lowrank quantize` can write it (dense:
 it is as it was). Bits are per weight, with scales, at default settings.
 
 | `model.storage` | train | merge | save | bits | relative error |
@@ -24,7 +24,7 @@ by itself, where transformers describes their arithmetic (not Llama 4's, for one
 The head, embeddings, tied weights, routers and what `storage.skip_modules` names (`experts`, for one) stay in the
 run's dtype.
 
-## Checkpoints that come quantised
+## Checkpoints that come quantized
 
 Give the folder as `model` and leave `model.storage` out. config.json's `quant_method`:
 

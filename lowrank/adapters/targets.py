@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from lowrank.adapters import patterns
 from lowrank.adapters.config import AdapterSettings
 from lowrank.errors import ModelError, did_you_mean, raise_all
-from lowrank.models.experts import OF_ONE_EXPERT, PackedExperts, fused_shapes
+from lowrank.models.fused_experts import OF_ONE_EXPERT, PackedExperts, fused_shapes
+from lowrank.models.layers import is_outside, language_model
+from lowrank.models.plain_linear import is_plain_linear
 from lowrank.models.storages.packed import PackedLinear
 
 Value = TypeVar("Value")
@@ -30,7 +31,7 @@ class Targets:
     parameters: tuple[str, ...]
     """`target_parameters`: fused weights of experts, by full name."""
     missed: str | None
-    """What `all-linear` leaves out, in words for the user: experts."""
+    """What `all-linear` leaves out, in words for the user: experts, towers."""
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -50,6 +51,8 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
 def is_linear(module: nn.Module) -> bool:
     """A layer that computes x W^T + b, in any storage, wrapped or not."""
     inner = innermost(module)
+    from transformers.pytorch_utils import Conv1D  # here, since settings are read without transformers
+
     return isinstance(inner, (nn.Linear, Conv1D)) or hasattr(inner, "dense_weight")
 
 
@@ -67,7 +70,7 @@ def is_row_by_row(module: nn.Module) -> bool:
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
     """PEFT's rule: one string is a regular expression over the full name; a list holds names or their endings."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return patterns.whole(wanted, name)
     return any(name == item or name.endswith(f".{item}") for item in wanted)
 
 
@@ -76,13 +79,9 @@ def is_copied(name: str, modules_to_save: Sequence[str]) -> bool:
     return any(name.endswith(item) for item in modules_to_save)
 
 
-def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
+def by_pattern(values: Mapping[str, Value], name: str, otherwise: Value) -> Value:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of the name."""
-    return next((value for pattern, value in patterns.items() if _fits(pattern, name)), otherwise)
-
-
-def _fits(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return next((value for pattern, value in values.items() if patterns.at_the_end(pattern, name)), otherwise)
 
 
 def find_targets(model: Any, config: AdapterSettings) -> Targets:
@@ -94,10 +93,19 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     wanted = config.target_modules
     fused = tuple(fused_parameters(model))
     parameters = tuple(name for name in fused if any(_is_parameter(name, item) for item in config.target_parameters))
+    language = language_model(model)[0]
     if wanted == "all-linear":
-        chosen = {name for name in linears if modules[name] is not head and not OF_ONE_EXPERT.search(name)}
+        chosen = {
+            name
+            for name in linears
+            if modules[name] is not head
+            and not OF_ONE_EXPERT.search(name)
+            and not is_outside(name, language)
+            and _is_plain(innermost(modules[name]))
+        }
     else:
         chosen = {name for name in linears | embeddings if matches(name, wanted)}
+        chosen -= _namesakes(chosen, wanted, language)
     chosen -= {name for name in chosen if config.exclude_modules and matches(name, config.exclude_modules)}
     copies = tuple(name for name in modules if is_copied(name, config.modules_to_save))
     if isinstance(wanted, str):  # PEFT: what is copied is no target; named as both, it is for the bank to refuse
@@ -109,7 +117,7 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
         embeddings=tuple(name for name in modules if name in chosen & embeddings),
         copies=copies,
         parameters=parameters,
-        missed=_experts_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None,
+        missed=_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None,
     )
 
 
@@ -149,6 +157,22 @@ def _inside_wrapper(model: nn.Module, name: str) -> bool:
     return False
 
 
+def _namesakes(chosen: set[str], wanted: str | Sequence[str], language: str) -> set[str]:
+    """Layers of towers that a list of names reaches only since the language model has layers of the same last names:
+    `q_proj` means its own."""
+    if isinstance(wanted, str) or not language:
+        return set()
+    own = [name for name in chosen if not is_outside(name, language)]
+    inside = {item for item in wanted if any(matches(name, (item,)) for name in own)}
+    others = [item for item in wanted if item not in inside]
+    return {name for name in chosen if is_outside(name, language) and not matches(name, others)}
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Not a layer that makes more of its product (Llama 4's router)."""
+    return not isinstance(layer, nn.Linear) or is_plain_linear(type(layer))
+
+
 def _unmatched(
     config: AdapterSettings,
     modules: Mapping[str, nn.Module],
@@ -170,7 +194,7 @@ def _unmatched(
                 problems.append(f"{setting}: {item!r}{did_you_mean(item, last)}")
     for setting in ("rank_pattern", "alpha_pattern"):
         for item in getattr(config, setting):
-            if not any(_fits(item, name) for name in (*chosen, *parameters)):
+            if not any(patterns.at_the_end(item, name) for name in (*chosen, *parameters)):
                 problems.append(f"{setting}: {item!r} matches no target{did_you_mean(item, last)}")
     for item in config.modules_to_save:
         if not any(is_copied(name, (item,)) for name in modules):
@@ -191,6 +215,28 @@ def _weights_in(module: nn.Module) -> int:
     if isinstance(module, PackedLinear):
         return module.in_features * module.out_features
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _left_out(model: Any, linears_left: set[str], parameters: set[str]) -> str | None:
+    """Experts and towers that get no adapter, in words for the user."""
+    said = [_experts_left_out(model, linears_left, parameters), _towers_left_out(model, linears_left)]
+    return "; ".join(filter(None, said)) or None
+
+
+def _towers_left_out(model: Any, linears_left: set[str]) -> str | None:
+    """Layers beside the language model, which text never runs."""
+    language, head = language_model(model)[0], model.get_output_embeddings()
+    outside = [
+        name for name in sorted(linears_left) if is_outside(name, language) and model.get_submodule(name) is not head
+    ]
+    if not outside:
+        return None
+    parent = language.rpartition(".")[0]
+    parts = {name.removeprefix(f"{parent}.").partition(".")[0]: None for name in outside}
+    return (
+        f"beside its language model this base has {', '.join(parts)} ({len(outside)} linear layers), which text never "
+        "runs: all-linear leaves them as they are"
+    )
 
 
 def _experts_left_out(model: nn.Module, linears_left: set[str], parameters: set[str]) -> str | None:

@@ -51,7 +51,7 @@ def token_ids(base: Base, items: Sequence[int | str]) -> tuple[int, ...]:
     for item in items:
         number = known.get(item) if isinstance(item, str) else item
         if number is None:
-            problems.append(f"{item!r} is no token of this tokenizer; `lowrank vocab` adds it")
+            problems.append(f"{item!r} is not in the vocabulary; `lowrank vocab` adds it")
         elif not 0 <= number < rows:
             problems.append(f"{item!r}: the embedding has {rows} rows; `lowrank vocab` makes it larger")
         else:

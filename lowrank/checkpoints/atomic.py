@@ -9,6 +9,9 @@ cannot be renamed over on any system, so the old one steps aside first:
 
 After a crash `current` finds what is valid, and `recover` puts it in its place and removes the rest.
 Writers of one folder keep each other out with a lock (run_folder.py), readers need none.
+
+Modes follow one rule, the umask, whoever wrote the bytes: safetensors and other libraries go through private temporary
+files and would leave 0600 beside our 0644.
 """
 
 from __future__ import annotations
@@ -16,20 +19,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{12}\.(?:partial|removed)|replaced)")
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path) -> Generator[Path, None, None]:
     """Yields a temporary path to write to; afterwards the file is at `path`, durably. An exception leaves `path`."""
     partial = _beside(path, "partial")
+    mode = _mode_of_new_files(partial)
     try:
         yield partial
+        _set_mode(partial, mode)
         _sync_file(partial)
         os.replace(partial, path)
     except BaseException:
@@ -39,7 +45,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Generator[Path, None, None]:
     """Yields an empty temporary folder to fill; afterwards it is at `path`, durably, instead of what was there.
 
     An exception leaves `path` as it was. A crash at any instant leaves the old folder or the new one to `current`.
@@ -49,6 +55,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        _set_modes(partial)
         _sync_tree(partial)
         _replace_folder(partial, path)
     except BaseException:
@@ -75,8 +82,10 @@ def remove(path: Path) -> None:
 
 def current(path: Path) -> Path:
     """Where the valid content of `path` is: there, or, if a crash came between two renames, aside."""
+    if path.exists() or not path.name:  # `.` has no name, and is there
+        return path
     aside = _aside(path)
-    return aside if aside.is_dir() and not path.exists() else path
+    return aside if aside.is_dir() else path
 
 
 def is_leftover(name: str) -> bool:
@@ -126,6 +135,36 @@ def _beside(path: Path, kind: str) -> Path:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
+
+
+def _mode_of_new_files(place: Path) -> int:
+    """What the system gives a new file there, for the umask cannot be asked for without changing it for a moment."""
+    descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        place.unlink()
+
+
+def _set_modes(folder: Path) -> None:
+    mode = stat.S_IMODE(folder.stat().st_mode)  # made a moment ago, by mkdir
+    for parent, folders, files in os.walk(folder):
+        for name in folders:
+            _set_mode(Path(parent, name), mode)
+        for name in files:
+            _set_mode(Path(parent, name), mode & 0o666)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Rights to execute are left; so is a file that has other names too, as a link to one of the base's files has."""
+    status = path.lstat()
+    is_file = stat.S_ISREG(status.st_mode)
+    if (is_file and status.st_nlink == 1) or stat.S_ISDIR(status.st_mode):
+        wanted = mode | (stat.S_IMODE(status.st_mode) & 0o111 if is_file else 0)
+        if wanted != stat.S_IMODE(status.st_mode):
+            with suppress(OSError):  # file systems without modes
+                os.chmod(path, wanted)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lowrank.checkpoints.atomic import new_folder
-from lowrank.models.quiet import quiet_transformers
+from lowrank.checkpoints.model_config import rewrite_config
+from lowrank.models.loading.quiet import quiet_transformers
 
 
 def save_full(folder: Path, model: Any, also: Callable[[Path], Any]) -> None:
@@ -20,6 +21,7 @@ def save_full(folder: Path, model: Any, also: Callable[[Path], Any]) -> None:
     """
     with new_folder(Path(folder)) as partial, quiet_transformers():
         model.save_pretrained(partial, state_dict=unwrapped_state(model))
+        rewrite_config(partial)
         also(partial)
 
 

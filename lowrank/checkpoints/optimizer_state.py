@@ -1,7 +1,7 @@
-"""The state of a torch optimiser as named tensors: `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`, `<parameter>.step`.
+"""The state of a torch optimizer as named tensors: `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`, `<parameter>.step`.
 
 By name, not by torch's running number, so that a file says what it holds and cannot be restored onto the
-wrong parameters. Numbers that are no tensors are kept as scalars named `<key>:int` and `<key>:float`; what an optimiser
+wrong parameters. Numbers that are no tensors are kept as scalars named `<key>:int` and `<key>:float`; what an optimizer
 counts for a whole group (schedule-free) as `group <i>.<key>`. Hyperparameters are not in it: they are settings.
 """
 
@@ -41,9 +41,9 @@ def restore_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Put back, to the bit, what `flatten_optimizer` gave, into a fresh optimiser over the same parameters.
+    """Put back, to the bit, what `flatten_optimizer` gave, into a fresh optimizer over the same parameters.
 
-    The optimiser takes over `tensors` and will change them: large ones are not copied where they fit as they are.
+    The optimizer takes over `tensors` and will change them: large ones are not copied where they fit as they are.
     Raises OutputError with every tensor that belongs to no parameter or has another shape.
     """
     _same_parameters(optimizer, parameters)
@@ -63,7 +63,7 @@ def restore_optimizer(
     if isinstance(optimizer, _ELEMENTWISE):
         kinds = {key for state in by_name.values() for key in state}
         problems += [f"{name}.{key}: missing" for name, own in by_name.items() for key in sorted(kinds - set(own))]
-    raise_all(OutputError, "the optimiser state does not fit the job", problems)
+    raise_all(OutputError, "the optimizer state does not fit the job", problems)
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {index: by_name[name_of[id(each)]] for index, each in enumerate(ordered) if name_of[id(each)] in by_name}
@@ -96,4 +96,4 @@ def _misshapen(optimizer: torch.optim.Optimizer, key: str, value: torch.Tensor, 
 
 def _same_parameters(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> None:
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert own == {id(parameter) for parameter in parameters.values()}, "not the optimiser of these parameters"
+    assert own == {id(parameter) for parameter in parameters.values()}, "not the optimizer of these parameters"

@@ -10,17 +10,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.checkpoints.atomic import current, new_folder
+from lowrank.checkpoints.model_config import rewrite_config
 from lowrank.errors import ConfigError, ModelError, OutputError
-from lowrank.kernels.four_bit import quantise_way
-from lowrank.kernels.host_memory import keep_freed_memory
-from lowrank.models.checkpoint_files import checkpoint_files
-from lowrank.models.config import Config
-from lowrank.models.loading import load, locate
-from lowrank.models.prequantised.bnb import as_config, as_tensors
-from lowrank.models.quantised_copies import remember_copy
-from lowrank.models.quiet import quiet_transformers
+from lowrank.kernels.four_bit import quantize_way
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.checkpoint_files import checkpoint_files
+from lowrank.models.loading.pretrained import load, locate
+from lowrank.models.loading.quantize_on_load import kept_dense
+from lowrank.models.loading.quantized_copies import remember_copy
+from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.prequantized.bnb import as_config, as_tensors
 from lowrank.models.storages.packed import PackedLinear
-from lowrank.models.streaming import kept_dense
+from lowrank.notices import log_notice
 
 WRITABLE = ("nf4", "fp4", "int8")
 """Storages that bitsandbytes has a format for."""
@@ -33,7 +34,7 @@ def save_packed(folder: Path, model: Any, tokenizer: Any) -> None:
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not packed:
-        raise ModelError(f"{type(model).__name__} has no quantised layers to write")
+        raise ModelError(f"{type(model).__name__} has no quantized layers to write")
     state = dict(model.state_dict())
     for name, module in packed.items():
         inner = f"{name}."
@@ -46,26 +47,26 @@ def save_packed(folder: Path, model: Any, tokenizer: Any) -> None:
         model.config.quantization_config = as_config(packed, others, first.dtype)
         try:
             model.save_pretrained(partial, state_dict=state)
+            rewrite_config(partial)
         finally:
             del model.config.quantization_config
         tokenizer.save_pretrained(partial)
 
 
-def quantize_model(config: Config, folder: Path, notify: Callable[[str], None] = print) -> dict[str, Any]:
-    """Write a quantised copy of `config.path` to `folder`, which must not exist; what was written, in numbers.
+def quantize_model(config: ModelConfig, folder: Path, notify: Callable[[str], None] = log_notice) -> dict[str, Any]:
+    """Write a quantized copy of `config.path` to `folder`, which must not exist; what was written, in numbers.
 
-    Runs that would quantise the same checkpoint the same way read the copy from now on.
+    Runs that would quantize the same checkpoint the same way read the copy from now on.
 
     Raises ConfigError for a storage that bitsandbytes has no format for, OutputError, ModelError.
     """
     if config.storage.type not in WRITABLE:
         raise ConfigError(
             f"storage {config.storage.type} has no file format of its own: {', '.join(WRITABLE)} can be written "
-            "(bitsandbytes' format). In a run, model.storage takes any storage and quantises while it loads"
+            "(bitsandbytes' format). In a run, model.storage takes any storage and quantizes while it loads"
         )
     if folder.exists():
         raise OutputError(f"{folder} exists already: name another folder with -o, or remove it")
-    keep_freed_memory()
     base = load(config, notify=notify)
     save_packed(folder, base.model, base.tokenizer)
     remember_copy(locate(config.path), config.revision, config.storage, base.dtype, folder)
@@ -78,7 +79,7 @@ def quantize_model(config: Config, folder: Path, notify: Callable[[str], None] =
         "storage": config.storage.type,
         "layers": len(layers),
         "bits_per_parameter": 8 * (packed - biases) / sum(each.in_features * each.out_features for each in layers),
-        "quantised_by": quantise_way(base.device),
+        "quantized_by": quantize_way(base.device),
         "bytes": sum(file.stat().st_size for file in current(folder).glob("*.safetensors")),
         "original_bytes": sum(Path(file).stat().st_size for file in original),
         "kept_dense_bytes": kept_dense(base.model),

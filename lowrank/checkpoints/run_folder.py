@@ -16,20 +16,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from lowrank.checkpoints.atomic import is_leftover, recover, remove, write_text
-from lowrank.checkpoints.run_state import latest_checkpoint, list_checkpoints
+from lowrank.checkpoints.orders import FOLDER as ORDERS
+from lowrank.checkpoints.steps import latest_checkpoint, list_checkpoints
 from lowrank.errors import OutputError, raise_all
 
 MARKER = ".lowrank.json"
 LOCK = ".lowrank.lock"
+STOP = "stop"
+"""Whoever writes this file into a run folder asks the run to save and end."""
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 """The resolved configuration."""
+SHARES = "shares"
+"""Run folders of a run whose jobs are trained in shares (checkpoints/shared_folder.py)."""
 RUN_FILES = (
     CHECKPOINTS, CONFIG, "demo.json", "summary.json", "metrics.jsonl", "loss.png", "tensorboard", "report.html",
-    "data_report.json", "predict", "eval",
+    "data_report.json", "predict", "eval", ORDERS, "best", "sweep.json",
+    "optuna.db", SHARES,
 )  # fmt: skip
 """What a run writes into its folder, besides one folder per job."""
 JOB_FOLDERS = ("best", "last")
@@ -60,6 +67,12 @@ class RunFolder:
         """The root of the checkpoints."""
         return self.path / CHECKPOINTS
 
+    def own(self, names: Iterable[str]) -> None:
+        """Say that these names at the top are the run's, besides those it had."""
+        owned = _owned(self.path)
+        if not {*names} <= {*owned}:
+            _mark(self.path, {*owned, *names})
+
     def close(self) -> None:
         """Let others write."""
         self._lock.release()
@@ -71,6 +84,37 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who took a run folder last."""
+
+    lives: bool | None
+    """Whether the process still runs; None if it is of another machine or container, where nobody here can see it."""
+    started: float
+    """Seconds since 1970; 0 where that is not known."""
+
+
+_STARTED_BEFORE = 30.0
+"""Seconds that a process may have lived before it took its folder, at the least; importing takes long on cold disks."""
+
+
+def writer_of(output_dir: Path) -> Writer:
+    """Never by the lock: to try it would disturb a start."""
+    marker = _read_marker(output_dir)
+    try:
+        started = datetime.fromisoformat(str(marker.get("started"))).timestamp()
+    except ValueError:
+        started = 0.0
+    if marker.get("host") != socket.gethostname():
+        return Writer(None if marker else False, started)
+    try:
+        process = psutil.Process(int(marker["pid"]))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= started + _STARTED_BEFORE
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        alive = False
+    return Writer(alive, started)
 
 
 def open_run_folder(
@@ -94,6 +138,7 @@ def open_run_folder(
         if present and overwrite:
             _refuse_to_delete_foreign(output_dir, owned)
         elif present and resume:
+            _refuse_shares(output_dir, present)
             checkpoint, more = _where_to_resume(output_dir)
             notes += more
         elif present:
@@ -110,6 +155,55 @@ def open_run_folder(
         lock.release()
         raise
     return RunFolder(output_dir, checkpoint, tuple(notes), lock, bool(present) and overwrite)
+
+
+def open_merged_folder(
+    output_dir: Path, *, jobs: Sequence[str], resume: bool = False, overwrite: bool = False
+) -> RunFolder:
+    """Take the folder of a run whose jobs are trained in shares, for whoever starts them all, or merges what came of
+    them. OutputError as from `open_run_folder`, and where a run without shares lies there."""
+    present = _entries(output_dir)
+    if present != [SHARES]:
+        _refuse_foreign(output_dir)
+    lock = _take(output_dir)
+    try:
+        notes = tuple(note for folder in _folders(output_dir) for note in recover(folder))
+        owned = {*_owned(output_dir), *jobs}
+        present = _entries(output_dir)
+        if present and overwrite:
+            _refuse_to_delete_foreign(output_dir, owned)
+        elif present and not resume:
+            raise OutputError(
+                f"{output_dir} is not empty: a run has left {_listed(present)} in it.\n"
+                "  - resume=true goes on with each of its shares\n"
+                "  - overwrite=true deletes that run and starts anew\n"
+                "  or choose another output_dir"
+            )
+        elif present:
+            refuse_unshared(output_dir)
+        _mark(output_dir, owned)
+    except BaseException:
+        lock.release()
+        raise
+    return RunFolder(output_dir, None, notes, lock, bool(present) and overwrite)
+
+
+def refuse_unshared(output_dir: Path) -> None:
+    """OutputError where a run lies that was not begun in shares."""
+    if (output_dir / CHECKPOINTS).is_dir():
+        raise OutputError(
+            f"{output_dir} holds a run that was not begun in shares, so no share goes on with it; leave share and "
+            "devices out to go on, or choose another output_dir"
+        )
+
+
+def _refuse_shares(output_dir: Path, present: Sequence[str]) -> None:
+    if SHARES in present:
+        shares = sorted(path.name for path in (output_dir / SHARES).iterdir() if path.is_dir() and "-of-" in path.name)
+        raise OutputError(
+            f"{output_dir} was trained in shares ({_listed(shares)}), and goes on in the same ones: give devices or "
+            "share as it was begun with; `lowrank report` merges them"
+        )
 
 
 def _refuse_foreign(output_dir: Path) -> None:
@@ -169,10 +263,10 @@ def _refuse_to_delete_foreign(output_dir: Path, owned: set[str]) -> None:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Names in a folder, but for the marker, the lock and temporaries."""
+    """Names in a folder, but for the marker, the lock, a request to stop, and temporaries."""
     if not folder.is_dir():
         return []
-    return sorted(name for name in os.listdir(folder) if name not in (MARKER, LOCK) and not is_leftover(name))
+    return sorted(name for name in os.listdir(folder) if name not in (MARKER, LOCK, STOP) and not is_leftover(name))
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -205,7 +299,7 @@ def _read_marker(output_dir: Path) -> dict[str, Any]:
         marker = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{path}: cannot be read ({error}); choose another output_dir") from error
     return marker if isinstance(marker, dict) else {}
 

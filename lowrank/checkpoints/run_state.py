@@ -15,7 +15,6 @@ A folder named `step-...` is complete: it got its name last. Older ones go once 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,20 +22,19 @@ from typing import Any
 
 import torch
 
+from lowrank.checkpoints.adapter_folder import CONFIG_FILE
 from lowrank.checkpoints.atomic import new_folder, remove
 from lowrank.checkpoints.peft_config import BaseDescription
-from lowrank.checkpoints.peft_layout import CONFIG_FILE, AdapterOnDisk, load_adapter, write_adapter
+from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
+from lowrank.checkpoints.steps import SCHEMA, STATE_FILE, list_checkpoints, read_top
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.checkpoints.value_head import read_value_head, write_value_head
-from lowrank.errors import OutputError, raise_all
+from lowrank.errors import OutputError
+from lowrank.foreign_files import read_json
 
-SCHEMA = 1
-STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PARAMETER_FILE = "model.safetensors"
 ADAPTER_STATE_FILE = "adapter_state.safetensors"
-
-_STEP = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -99,28 +97,9 @@ def save_checkpoint(
     return path
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders, oldest first, whole or not."""
-    if not root.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint of which no file is missing or cut short."""
-    for path in reversed(list_checkpoints(root)):
-        try:
-            _read_top(path)
-        except OutputError:
-            continue
-        return path
-    return None
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises OutputError with every file that is missing or damaged."""
-    top = _read_top(path)
+    top = read_top(path)
     jobs = tuple(_read_job(path / name, name) for name in top["jobs"])
     return Checkpoint(path, top["step"], top["state"], jobs)
 
@@ -140,7 +119,7 @@ def _write_job(folder: Path, job: JobState, base: BaseDescription) -> None:
 
 
 def _read_job(folder: Path, name: str) -> JobState:
-    state = _read_json(folder / STATE_FILE)
+    state = read_json(folder / STATE_FILE, OutputError)
     optimizer = read_tensors(folder / OPTIMIZER_FILE, OutputError)
     value_D = read_value_head(folder)
     if (folder / CONFIG_FILE).exists():
@@ -151,24 +130,6 @@ def _read_job(folder: Path, name: str) -> JobState:
     return JobState(name, state, optimizer, parameters=parameters, value_D=value_D)
 
 
-def _read_top(path: Path) -> dict[str, Any]:
-    top = _read_json(path / STATE_FILE)
-    if top.get("schema") != SCHEMA:
-        raise OutputError(
-            f"{path}: a checkpoint of schema {top.get('schema')!r}, this lowrank reads {SCHEMA}; "
-            "resume with the version that wrote it"
-        )
-    problems = []
-    for name, size in top["bytes"].items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name}: missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
-    raise_all(OutputError, f"{path}: this checkpoint is damaged; delete it to resume from the one before", problems)
-    return top
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -176,13 +137,3 @@ def _files(folder: Path) -> list[Path]:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     # json writes the shortest digits that read back as the same float
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise OutputError(f"{path}: expected a JSON object")
-    return value

@@ -11,7 +11,8 @@ from lowrank.errors import OutputError, raise_all
 MAY_CHANGE = (
     "output_dir", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "report_to", "resume", "overwrite",
     "micro_batch_tokens", "num_train_epochs", "max_steps", "early_stopping_patience", "model.device", "model.attention",
-    "model.recompute", "model.lean", "model.trust_remote_code", "ignore_memory_plan",
+    "model.activation_checkpointing", "model.memory_efficient_modules", "model.trust_remote_code", "ignore_memory_plan",
+    "max_concurrent_jobs", "devices", "share", "parallelism", "lanes",
 )  # fmt: skip
 """What decides where a run writes, how often it looks, how long it goes on and what it runs on, but not what a step
 does. (The lengths do move the schedules of learning rates: a person who asks for more steps knows.)"""
@@ -32,7 +33,7 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
         if was == now or _setting(path).startswith(tuple(f"{name}." for name in MAY_CHANGE)):
             continue
         shown = _setting(path).rstrip(".") if alone else path
-        changes.append(f"{shown}: {_said(was)} in the checkpoint, now {_said(now)}")
+        changes.append(f"{shown}: {_format(was)} in the checkpoint, now {_format(now)}")
     return changes
 
 
@@ -50,21 +51,22 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """{dotted path: value}. Jobs are complete, so what the top level says for them is left out."""
     jobs = {job["name"]: job for job in settings.get("jobs") or ()}
     in_jobs = {key for job in jobs.values() for key in job}
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key not in in_jobs and key != "jobs":
-            _flatten(key, value, flat)
+    flat = flattened({key: value for key, value in settings.items() if key not in in_jobs and key != "jobs"})
     for name, job in jobs.items():
-        _flatten(f"jobs[{name}]", job, flat)
+        flat |= flattened(job, f"jobs[{name}]")
     return flat
 
 
-def _flatten(path: str, value: Any, flat: dict[str, Any]) -> None:
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            _flatten(f"{path}.{key}", item, flat)
-    else:
-        flat[path] = list(value) if isinstance(value, tuple) else value
+def flattened(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """`{"adapter": {"rank": 8}}` as `{"adapter.rank": 8}`; an empty group stands for itself."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        path = f"{above}.{key}" if above else str(key)
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, path)
+        else:
+            flat[path] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def _setting(path: str) -> str:
@@ -72,5 +74,5 @@ def _setting(path: str) -> str:
     return path.rpartition("].")[2] + "." if path.startswith("jobs[") else path + "."
 
 
-def _said(value: Any) -> str:
+def _format(value: Any) -> str:
     return "not set" if value is _MISSING else json.dumps(value, ensure_ascii=False, default=str)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowrank.cli.sampling import MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
+
 if TYPE_CHECKING:
-    from lowrank.cli.talk import Talk
+    from lowrank.cli.chat_repl import ChatRepl
 
 
 def chat(
@@ -30,15 +32,16 @@ def chat(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this one question and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at the most.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens with this probability in all.")
-    ] = 1.0,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     chat_template: Annotated[
         str | None, typer.Option(help="A built-in template (chatml, llama3, ...) or a .jinja file, instead of its own.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
 ) -> None:
@@ -49,18 +52,25 @@ def chat(
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    from lowrank.cli.speakers import open_speakers
-    from lowrank.cli.talk import Talk
+    from lowrank.cli.chat_repl import ChatRepl
     from lowrank.cli.warn import warn
-    from lowrank.generate.request import Config
+    from lowrank.generate.request import GenerationConfig
+    from lowrank.serve.chat_backends import open_chat_backend
 
-    config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     which = "last" if last else "best"
     wanted = [name for names in adapter or () for name in names.split(",") if name]
-    speakers, voices = open_speakers(
-        model, wanted, which=which, chat_template=chat_template, notify=lambda text: warn([text])
+    backend, model_names = open_chat_backend(
+        model, wanted, which=which, chat_template=chat_template, base=base, notify=lambda text: warn([text])
     )
-    talk = Talk(speakers, config, system=system, voices=voices)
+    talk = ChatRepl(backend, config, system=system, model_names=model_names)
     if prompt is not None:
         _ask(talk, prompt, json)
     elif json or not sys.stdin.isatty():
@@ -71,9 +81,9 @@ def chat(
         talk.loop()
 
 
-def _ask(talk: Talk, question: str, json: bool) -> None:
+def _ask(talk: ChatRepl, question: str, json: bool) -> None:
     if not json:
-        talk.ask(question)
+        talk.send(question)
         return
-    for voice, answer in talk.ask_quietly(question).items():
-        print(json_format.dumps({"adapter": voice, "question": question, "answer": answer}, ensure_ascii=False))
+    for model_name, answer in talk.send_quietly(question).items():
+        print(json_format.dumps({"adapter": model_name, "question": question, "answer": answer}, ensure_ascii=False))

@@ -12,7 +12,7 @@ from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
     from lowrank.config import RunConfig
-    from lowrank.data.report import Report
+    from lowrank.data.report.statistics import Report
 
 _LARGE_FILE = 256 << 20
 """Bytes from which a file is read as a stream."""
@@ -31,9 +31,15 @@ def data(
         str | None, typer.Option("--model", help="Count tokens as this model does (a folder or hub name).")
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="Format of a file, instead of recognising it: alpaca, sharegpt, ...")
+        str | None, typer.Option("--format", help="Format of a file, instead of recognizing it: alpaca, sharegpt, ...")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Any loss of data is an error (exit code 3).")] = False,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="A column of a file that is known to be of no use; repeatable.")
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Any loss of data or column that nobody reads is an error (exit 3)."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Shows what is read, left out and cut, and why; repeated and leaked rows; what carries loss; rendered samples.
@@ -41,13 +47,14 @@ def data(
     No weights are loaded.
     """
     if _is_config(target):
-        if format:
-            raise typer.BadParameter("goes with a data file; in a configuration it is data.train.0.format")
+        if format or ignore:
+            key = "format" if format else "ignored_columns"
+            raise typer.BadParameter(f"goes with a data file; in a configuration it is data.train.0.{key}")
         reports = _of_config(Path(target), overrides or [], model)
     else:
         if overrides:
             raise typer.BadParameter(f"KEY=VALUE goes with a configuration file, and {target} is data")
-        reports = [_of_file(target, model, format)]
+        reports = [_of_file(target, model, format, tuple(ignore or ()))]
     _say(reports, strict, json)
 
 
@@ -56,20 +63,28 @@ def _is_config(target: str) -> bool:
     path = Path(target)
     if path.suffix.lower() in (".yaml", ".yml"):
         return True
-    if path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > _LARGEST_CONFIG:
+    if path.suffix.lower() != ".json" or not 0 < _size(path) <= _LARGEST_CONFIG:
         return False
     try:
         content = json_format.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and not content.keys().isdisjoint({"model", "model_name_or_path"})
+
+
+def _size(path: Path) -> int:
+    """Bytes of the file, 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tuple[str, Report]]:
     """A heading and a report for every job, equal jobs together."""
     from lowrank.compat import load_any
+    from lowrank.data.chat.rendering import Renderer
     from lowrank.data.prepare import examine
-    from lowrank.data.rendering import Renderer
 
     config, warnings = load_any(path, overrides)
     warn(warnings)
@@ -88,15 +103,15 @@ def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tupl
     return reports
 
 
-def _of_file(target: str, model: str | None, format: str | None) -> tuple[str, Report]:
-    from lowrank.data.characters import CharacterRenderer
-    from lowrank.data.config import Config, SourceConfig
+def _of_file(target: str, model: str | None, format: str | None, ignore: tuple[str, ...]) -> tuple[str, Report]:
+    from lowrank.data.chat.characters import CharacterRenderer
+    from lowrank.data.chat.rendering import Renderer
+    from lowrank.data.config import DataConfig, SourceConfig
     from lowrank.data.prepare import examine
-    from lowrank.data.rendering import Renderer
 
     path = Path(target)
-    large = path.is_file() and path.stat().st_size > _LARGE_FILE
-    config = Config(train=(SourceConfig(path=target, format=format),), streaming=large)
+    large = _size(path) > _LARGE_FILE
+    config = DataConfig(train=(SourceConfig(path=target, format=format, ignored_columns=ignore),), streaming=large)
     tokenizer, counted = _tokenizer(model, None)
     renderer = CharacterRenderer() if tokenizer is None else Renderer(tokenizer, config)
     return f"{target}, {counted}", examine(config, renderer=renderer)
@@ -104,25 +119,25 @@ def _of_file(target: str, model: str | None, format: str | None) -> tuple[str, R
 
 def _tokenizer(model: str | None, config: RunConfig | None) -> tuple[Any, str]:
     """The tokenizer and how lengths are counted, in words; None where there is none to be had."""
-    from lowrank.models.config import Config
-    from lowrank.models.loading import TINY, load_tokenizer, locate
+    from lowrank.models.config import named_model
+    from lowrank.models.loading.tokenizer import load_tokenizer
+    from lowrank.models.packaged import TINY, locate
 
     if model is not None:
-        return load_tokenizer(Config(path=model)), f"in tokens of {model}"
+        return load_tokenizer(named_model(model)), f"in tokens of {model}"
     if config is not None:
         return load_tokenizer(config.model), f"in tokens of {config.model.path}"
     if (Path(locate(TINY)) / "tokenizer.json").is_file():
-        return load_tokenizer(Config(path=TINY)), f"in tokens of {TINY} (name your model with --model)"
+        return load_tokenizer(named_model(TINY)), f"in tokens of {TINY} (name your model with --model)"
     return None, "in characters (name your model with --model to count tokens)"
 
 
 def _say(reports: list[tuple[str, Report]], strict: bool, as_json: bool) -> None:
     """Print the reports, then raise DataError for what cannot be trained on."""
-    from rich.console import Console
-
-    from lowrank.data.doctor import render_report
     from lowrank.data.prepare import refuse
+    from lowrank.data.report.doctor import render_report
     from lowrank.errors import DataError
+    from lowrank.terminal import Console
 
     console = Console(highlight=False)
     if as_json:

@@ -24,12 +24,11 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print events and the result as JSON.")] = False,
 ) -> None:
     """Three adapters learn, in one pass over one base, to turn messages in English and Chinese into JSON."""
-    from rich.console import Console
-
     from lowrank.config import load
-    from lowrank.run import train
-    from lowrank.train import wording
-    from lowrank.train.reporters import view_for
+    from lowrank.pipelines.train import train
+    from lowrank.report import formatting
+    from lowrank.report.reporters import view_for
+    from lowrank.terminal import Console
 
     console = Console(quiet=json, highlight=False)
     path = Path(__file__).parent.parent / "data" / "demo" / "demo.yaml"
@@ -39,8 +38,8 @@ def demo(
 
     console.print("\nAsking the untouched base and every adapter the held-out questions ...")
     answered = _ask(output_dir)
-    scores = {voice: _score(answered, voice) for voice in answered[0].answers}
-    best = max((voice for voice in scores if voice != "base"), key=lambda voice: scores[voice])
+    scores = {model_name: _score(answered, model_name) for model_name in answered[0].answers}
+    best = max((model_name for model_name in scores if model_name != "base"), key=lambda model_name: scores[model_name])
     result = {"exact_match": scores, "best": best, "adapter": str(output_dir / best / "best")}
     (output_dir / "demo.json").write_text(json_format.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if json:
@@ -49,45 +48,48 @@ def demo(
     _show(console, answered, scores, best)
     console.print(f"\nThe best adapter is [bold]{best}[/], in {output_dir / best / 'best'}")
     console.print(f"The curves are in {output_dir / 'loss.png'}\n")
-    program = wording.program()
+    program = formatting.program()
     console.print(f"  talk to it          [bold]{program} chat {output_dir} --adapter {best}[/]")
-    console.print(f"  take it home        [bold]{program} export {output_dir} --adapter {best} --to merged,awq[/]")
+    console.print(f"  export it        [bold]{program} export {output_dir} --adapter {best} --to merged,awq[/]")
     console.print(
-        "  for llama.cpp       [bold]pip install 'lowrank\\[gguf]'[/], then [bold]--to gguf --type q8_0,q4_k_m[/]"
+        "  for llama.cpp       [bold]pip install 'lowrank-llm\\[gguf]'[/], then [bold]--to gguf --type q8_0,q4_k_m[/]"
     )
     console.print(f"  look at your data   [bold]{program} data your.json[/]")
     console.print(
         f"  train on it         [bold]{program} train model=MODEL data.train=your.json output_dir=runs/mine[/]"
     )
+    console.print(f"  in a browser        [bold]{program} board[/] [dim](pip install 'lowrank-llm\\[board]')[/]")
 
 
 def _ask(run: Path) -> list[Answered]:
-    """Every held-out question to every voice."""
+    """Every held-out question to every model."""
+    from lowrank.cli.warn import warn
     from lowrank.data.config import SourceConfig
-    from lowrank.data.formats import messages
-    from lowrank.data.sources import read_rows
-    from lowrank.evaluate.exact_match import ask_all
-    from lowrank.generate.request import Config
-    from lowrank.trained import open_trained
+    from lowrank.data.formats.built_in import messages
+    from lowrank.data.sources.rows import read_rows
+    from lowrank.evaluate.exact_match import generate_answers
+    from lowrank.generate.request import GenerationConfig
+    from lowrank.pipelines.inference import open_inference_model
 
-    trained = open_trained(str(run))
+    trained = open_inference_model(str(run), notify=lambda text: warn([text]))
     rows = read_rows(SourceConfig(path="lowrank/demo-heldout"), seed=0, max_samples=None)
     conversations = [messages(dict(row.values), {}, {}) for row in rows]
-    sampling = Config(max_new_tokens=96)
-    return ask_all(conversations, list(trained.slots), lambda asked: trained.answer(asked, sampling))
+    sampling = GenerationConfig(max_new_tokens=96)
+    return generate_answers(conversations, list(trained.slots), lambda asked: trained.answer(asked, sampling))
 
 
-def _score(answered: Sequence[Answered], voice: str) -> float:
+def _score(answered: Sequence[Answered], model_name: str) -> float:
     from lowrank.evaluate.exact_match import exact_match
 
-    return exact_match(answered, voice)
+    return exact_match(answered, model_name)
 
 
 def _show(console: object, answered: Sequence[Answered], scores: dict[str, float], best: str) -> None:
     """A few answers side by side, and the scores."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from lowrank.terminal import Console
 
     assert isinstance(console, Console)
     table = Table(expand=True, show_lines=True)
@@ -100,7 +102,9 @@ def _show(console: object, answered: Sequence[Answered], scores: dict[str, float
         )
     console.print(table)
     marks = Table("exact match on held-out questions", "before", "after")
-    for voice, score in scores.items():
-        if voice != "base":
-            marks.add_row(voice, f"{scores['base']:.1%}", Text(f"{score:.1%}", "bold green" if voice == best else ""))
+    for model_name, score in scores.items():
+        if model_name != "base":
+            marks.add_row(
+                model_name, f"{scores['base']:.1%}", Text(f"{score:.1%}", "bold green" if model_name == best else "")
+            )
     console.print(marks)

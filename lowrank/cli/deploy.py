@@ -24,20 +24,20 @@ def deploy(
         str | None, typer.Option(help="Its address, as 192.168.1.5:11434. [OLLAMA_HOST, else this machine]")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Let the server quantise a 16-bit file: q8_0, q4_K_M, q4_K_S.")
+        str | None, typer.Option(help="Let the server quantize a 16-bit file: q8_0, q4_K_M, q4_K_S.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="One question to see that it answers; empty: none.")] = "Hello",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, send nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Uploads the files that the server lacks, creates the model as the Modelfile says, and asks it one question."""
-    from lowrank.export.ollama_server import deploy as deploy_to
-    from lowrank.export.ollama_server import plan, server_url
+    from lowrank.export.publish.ollama_server import deploy as deploy_to
+    from lowrank.export.publish.ollama_server import plan, server_url
 
     assert where is Where.ollama
     url, wanted = server_url(host), plan(name, folder, quantize=quantize)
     if dry_run:
-        told = {
+        result = {
             "server": url,
             "blobs": [{"file": str(each.path), "digest": each.digest, "bytes": each.size} for each in wanted.blobs],
             "create": wanted.request(),
@@ -45,7 +45,7 @@ def deploy(
             "dry_run": True,
         }
         if json:
-            print(json_format.dumps(told, ensure_ascii=False))
+            print(json_format.dumps(result, ensure_ascii=False))
             return
         for blob in wanted.blobs:
             typer.echo(
@@ -55,10 +55,10 @@ def deploy(
         if prompt:
             typer.echo(f"would ask it: {prompt}")
         return
-    told = deploy_to(wanted, url, prompt, notify=lambda text: None if json else typer.echo(text))
+    result = deploy_to(wanted, url, prompt, notify=lambda text: None if json else typer.echo(text))
     if json:
-        print(json_format.dumps(told, ensure_ascii=False))
+        print(json_format.dumps(result, ensure_ascii=False))
         return
     if prompt:
-        typer.echo(f"> {prompt}\n{told['answer']}")
+        typer.echo(f"> {prompt}\n{result['answer']}")
     typer.echo(f"talk to it: ollama run {name}")

@@ -11,12 +11,13 @@ import typer
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
     """A storage is tried on every device there is: its gradient, also after an evaluation, its size and its error."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from lowrank.adapters.capabilities import as_json, readers, storage_capabilities
+    from lowrank.kernels.accelerators import accelerators, unproven
+    from lowrank.terminal import Console
 
-    devices = [torch.device("cpu"), *(torch.device("cuda") for _ in range(torch.cuda.is_available()))]
+    devices = [torch.device("cpu"), *accelerators()]
     facts = environment()
     tried = {device.type: storage_capabilities(device) for device in devices}
     if json:
@@ -31,10 +32,13 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings
             for each in capabilities:
                 marks = ("yes" if ability else "no" for ability in (each.train, each.merge, each.save))
                 table.add_row(
-                    each.storage, *marks, f"{each.bits:.2f}", f"{each.relative_error:.2%}", each.trouble or ""
+                    each.storage, *marks, f"{each.bits:.2f}", f"{each.relative_error:.2%}", each.problem or ""
                 )
             console.print(table)
-        console.print("checkpoints that come quantised: " + ", ".join(readers()))
+        for device in devices:
+            if word := unproven(device):
+                console.print(f"{device}: {word}")
+        console.print("checkpoints that come quantized: " + ", ".join(readers()))
     if not all(each.train for capabilities in tried.values() for each in capabilities):
         raise typer.Exit(1)
 
@@ -48,8 +52,10 @@ def environment() -> dict[str, Any]:
     import psutil
     import torch
 
+    from lowrank import __version__
+    from lowrank.kernels.accelerators import accelerators, name_of, processor_has_bf16, unproven
     from lowrank.kernels.cache_folder import cache_folder
-    from lowrank.kernels.four_bit import dequantise_way, quantise_way
+    from lowrank.kernels.four_bit import dequantize_way, quantize_way
 
     def version(package: str) -> str:
         try:
@@ -57,19 +63,21 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    cpu = torch.device("cpu")
+    cpu, there = torch.device("cpu"), accelerators()
     facts = {
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
-        **{name: version(name) for name in ("lowrank", "torch", "transformers", "bitsandbytes", "triton", "peft")},
+        "lowrank": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "bitsandbytes", "triton", "peft")},
         "cores, threads": f"{os.cpu_count()}, {torch.get_num_threads()}",
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
-        "bf16 in the processor": "yes" if torch.cpu._is_avx512_bf16_supported() else "no",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
-        "quantises to 4 bits by": quantise_way(cpu),
-        "dequantises 4 bits by": dequantise_way(cpu, torch.bfloat16),
+        "bf16 in the processor": "yes" if processor_has_bf16() else "no",
+        "GPU": ", ".join(map(name_of, there)) or "none that torch can use",
+        "quantizes to 4 bits by": quantize_way(cpu),
+        "dequantizes 4 bits by": dequantize_way(cpu, torch.bfloat16),
         "cache folder": str(cache_folder()),
     }
-    if torch.cuda.is_available():
-        facts["dequantises on the GPU by"] = dequantise_way(torch.device("cuda"), torch.bfloat16)
+    for device in there:
+        facts[f"dequantizes on {device} by"] = dequantize_way(device, torch.bfloat16)
+        facts[f"not proven on {device}"] = unproven(device) or "nothing"
     return facts

@@ -29,40 +29,43 @@ def eval(
         bool, typer.Option("--apply-chat-template", help="Ask through the chat template of the run.")
     ] = False,
     chat_template: Annotated[str | None, typer.Option(help="Instead of the run's own.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; left out: in the run folder.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Writes, for each adapter, lm-eval's own results.json and samples. Needs `pip install lowrank[eval]`.
+    """Writes, for each adapter, lm-eval's own results.json and samples. Needs `pip install 'lowrank-llm[eval]'`.
 
     Tasks whose data is on the Hugging Face hub need it or a filled cache; task files with local data need nothing.
     """
-    from rich.console import Console
-
     from lowrank.errors import ConfigError, LowrankError
-    from lowrank.trained import open_trained
+    from lowrank.pipelines.inference import open_inference_model
+    from lowrank.pipelines.resolve import is_run
+    from lowrank.terminal import Console
 
     try:
         from lowrank.evaluate.harness import Answers, BankLM
         from lowrank.evaluate.harness_tasks import find_tasks, names_of, run_tasks, write_results
     except ImportError as error:
-        raise ConfigError(f"lowrank eval needs {error.name}: pip install 'lowrank[eval]'") from error
-    from lowrank.evaluate.predict import Voices
+        raise ConfigError(f"lowrank eval needs {error.name}: pip install 'lowrank-llm[eval]'") from error
+    from lowrank.evaluate.predict import AnsweringModels
 
     wanted = names_of(tasks)
     manager = find_tasks(wanted, include_path)
     which = "last" if last else "best"
-    trained = open_trained(model, which=which, chat_template=chat_template, notify=lambda text: warn([text]))
+    trained = open_inference_model(
+        model, which=which, chat_template=chat_template, base=base, notify=lambda text: warn([text])
+    )
     chosen = [name for each in adapter or () for name in each.split(",") if name] or list(trained.slots)
     slots = {name: trained.slot(name) for name in chosen}
     renderers = {name: trained.renderer_of(name) for name in chosen}
-    answers = Answers(Voices(trained.base, trained.bank, slots, renderers))
-    folder = output or (Path(model) / "eval" if (Path(model) / "summary.json").is_file() else Path("eval"))
+    answers = Answers(AnsweringModels(trained.base, trained.bank, slots, renderers))
+    folder = output or (Path(model) / "eval" if is_run(Path(model)) else Path("eval"))
     console = Console(stderr=True, highlight=False)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
     with console.status("") as status:
-        answers.on_done = lambda what, done, total: status.update(f"{what}: {done} of {total}, {len(chosen)} voices")
+        answers.on_done = lambda what, done, total: status.update(f"{what}: {done} of {total}, {len(chosen)} models")
         for name in chosen:
             lm = BankLM(answers, name)
             try:
@@ -87,7 +90,7 @@ def eval(
 
 
 def _show(console: Any, results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """A line per task and metric, a column per voice."""
+    """A line per task and metric, a column per model."""
     from rich.table import Table
     from rich.text import Text
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from lowrank.errors import LowrankError, NotTheSameError
+from lowrank.terminal import visible
 
-    from lowrank.take_home import Order
-    from lowrank.to_take_home import Found
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lowrank.pipelines.export import ExportRequest
+    from lowrank.terminal import Console
 
 
 def export(
@@ -23,7 +26,14 @@ def export(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings of a target, as merged.max_shard_size=2GB."),
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="What to write; several with commas: peft,merged.")] = "merged",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="What to write (peft, merged, merged_4bit, gguf, lora_gguf, ollama, gptq, awq, compressed_tensors); "
+            "several with commas: peft,merged.",
+        ),
+    ] = "merged",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where to; of several each to a folder in it. [RUN-export/NAME-TARGET]"),
@@ -49,6 +59,7 @@ def export(
     push: Annotated[
         str | None, typer.Option(help="Upload it to this hub repository, owner/name; the token is HF_TOKEN's.")
     ] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, say what would be done, write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -58,54 +69,61 @@ def export(
     The comparison is printed and saved as export.json beside what was written. A target that differs by more than it
     may is kept, and the exit code is 6.
     """
-    from rich.console import Console
-
     from lowrank.cli.export_settings import read_combination, read_targets
     from lowrank.cli.export_view import Watcher, show
     from lowrank.cli.warn import warn
-    from lowrank.errors import NotTheSameError
-    from lowrank.export.hub import check_push, push_folder
-    from lowrank.take_home import order, take_home
-    from lowrank.to_take_home import open_source
+    from lowrank.data.config import SourceConfig
+    from lowrank.export.publish.hub import check_push
+    from lowrank.pipelines.export import export_requests, export_targets
+    from lowrank.pipelines.export_source import open_source
+    from lowrank.terminal import Console
 
     console = Console(highlight=False, quiet=json)
     targets = read_targets(to, options or [], {"types": types, "dtype": dtype})
-    repositories = check_push(push, [target.type for target in targets], dry_run=dry_run)
+    names = [target.type for target in targets]
+    repositories = check_push(push, names, dry_run=dry_run)
     found = open_source(
         run,
         adapters=[name for names in adapter or () for name in names.split(",") if name],
         which="last" if last else "best",
         combination=read_combination(combine, weights, density),
         chat_template=chat_template,
+        base=base,
         notify=lambda text: warn([text]) if json else console.print(text, soft_wrap=True),
     )
-    orders = order(targets, output or _default_place(found, [target.type for target in targets]))
+    orders = export_requests(targets, output or found.default_place(names))
     with Watcher(console) as watch:
-        result = take_home(
-            found, orders, verify=verify, prompts=prompts, dry_run=dry_run, watch=watch,
+        compared = SourceConfig(path=prompts) if prompts else None
+        result = export_targets(
+            found, orders, verify=verify, prompts=compared, dry_run=dry_run, watch=watch,
             notify=lambda text: console.print(text, soft_wrap=True),
         )  # fmt: skip
-    if push:
-        result["pushed"] = [
-            push_folder(each.folder, repositories[each.type], dry_run=dry_run) for each in orders if result["passed"]
-        ]
+    not_pushed = _push(orders, repositories, result, dry_run=dry_run) if push else {}
     if json:
         print(json_format.dumps(result, ensure_ascii=False))
     elif not dry_run:
         show(console, result)
     _say_pushed(console, result)
-    if not result["passed"]:
-        if json:
-            raise typer.Exit(NotTheSameError.exit_code)
-        raise NotTheSameError(_different(orders, result))
+    refuse_failed(orders, result, not_pushed, quietly=json)
 
 
-def _default_place(found: Found, targets: list[str]) -> Path:
-    """Beside the run, never in it."""
-    folder = found.folder if found.folder.is_dir() else Path(found.source.name.replace("/", "-"))
-    beside = Path(f"{folder.resolve() if folder.exists() else folder}-export")
-    place = beside / found.source.name.replace("/", "-")
-    return place.with_name(f"{place.name}-{targets[0]}") if len(targets) == 1 else place
+def _push(
+    orders: Sequence[ExportRequest], repositories: Mapping[str, str], result: dict[str, Any], *, dry_run: bool
+) -> dict[str, LowrankError]:
+    """Upload what did not fail and put it into the result; why some were not taken."""
+    from lowrank.export.publish.hub import push_folder
+
+    refused: dict[str, LowrankError] = {}
+    result["pushed"] = []
+    for each in orders:
+        if result["targets"][each.type].get("passed") is False:
+            continue
+        try:
+            result["pushed"].append(push_folder(each.folder, repositories[each.type], dry_run=dry_run))
+        except LowrankError as error:  # what was written is told all the same
+            result["passed"], refused[each.type] = False, error
+            result["targets"][each.type]["push_error"] = str(error)
+    return refused
 
 
 def _say_pushed(console: Console, result: dict[str, Any]) -> None:
@@ -114,9 +132,39 @@ def _say_pushed(console: Console, result: dict[str, Any]) -> None:
         console.print(f"{each['files']} files {done} {each['url']}", soft_wrap=True)
 
 
-def _different(orders: list[Order], result: dict[str, Any]) -> str:
-    names = [each.type for each in orders if not result["targets"][each.type]["passed"]]
-    return (
-        f"{', '.join(names)}: what was written differs from what was trained by more than it may (see above); "
-        "it is kept, with the numbers in export.json"
-    )
+def refuse_failed(
+    orders: Sequence[ExportRequest],
+    result: dict[str, Any],
+    not_pushed: Mapping[str, LowrankError],
+    *,
+    quietly: bool,
+) -> None:
+    """Leave by the exit code of the first target that failed or was not taken by the hub, else of those that differ
+    from what was trained."""
+    errors = {each.type: result["targets"][each.type].get("error") for each in orders}
+    failed = {name: error for name, error in errors.items() if error}
+    parts = {
+        f"{name}, {part}": error
+        for name in errors
+        if name not in failed
+        for part, error in result["targets"][name].get("failed", {}).items()
+    }
+    differing = [
+        name
+        for name in errors
+        if name not in failed and any(not each["passed"] for each in result["targets"][name].get("comparisons", ()))
+    ]
+    failed |= parts
+    codes = [error["exit_code"] for error in failed.values()] + [error.exit_code for error in not_pushed.values()]
+    if not codes and not differing:
+        return
+    if not quietly:
+        lines = [f"{name} failed: {error['message']}" for name, error in failed.items()]
+        lines += [f"{name} was not uploaded: {error}" for name, error in not_pushed.items()]
+        if differing:
+            lines.append(
+                f"{', '.join(differing)}: what was written differs from what was trained by more than it may (see "
+                "above); it is kept, with the numbers in export.json"
+            )
+        typer.secho(visible("\n".join(lines)), fg=typer.colors.RED, err=True)
+    raise typer.Exit(next(iter(codes), NotTheSameError.exit_code))

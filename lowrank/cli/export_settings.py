@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.export import targets
-from lowrank.export.combine import Config as CombineConfig
+from lowrank.export.merge.combine import CombineConfig
 from lowrank.export.targets import TargetConfig
 from lowrank.settings import Settings, configs_in
 
@@ -40,7 +40,7 @@ def read_targets(names: str, options: Sequence[str], short: Mapping[str, str | N
         try:
             found.append(TypeAdapter(TargetConfig).validate_python(own))
         except ValidationError as error:
-            problems += [f"{name}.{_place(entry, name)}: {_words(entry)}" for entry in error.errors()]
+            problems += [f"{name}.{_place(entry, name)}: {_as_key_values(entry)}" for entry in error.errors()]
     raise_all(ConfigError, "the settings of the export", problems)
     return found
 
@@ -56,7 +56,9 @@ def read_combination(method: str | None, weights: str | None, density: float) ->
     try:
         return CombineConfig.model_validate({"method": method or "add", "weights": numbers, "density": density})
     except ValidationError as error:
-        places = [f"--{_place(entry, '').replace('method', 'combine')}: {_words(entry)}" for entry in error.errors()]
+        places = [
+            f"--{_place(entry, '').replace('method', 'combine')}: {_as_key_values(entry)}" for entry in error.errors()
+        ]
         raise ConfigError("\n".join(places)) from error
 
 
@@ -92,7 +94,7 @@ def _place(entry: Any, name: str) -> str:
     return ".".join(str(part) for part in entry["loc"] if part != name and not str(part).startswith("function"))
 
 
-def _words(entry: Any) -> str:
+def _as_key_values(entry: Any) -> str:
     if entry["type"] == "extra_forbidden":
         return "there is no such setting"
     error = entry.get("ctx", {}).get("error")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from lowrank.export.sizes import said_size
+from lowrank.export.writing.sizes import format_size
+from lowrank.terminal import Console
 
 
 class Watcher:
@@ -40,33 +40,40 @@ class Watcher:
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Where everything is, the table of comparisons, and what does not fit."""
-    compared = [(name, each) for name, told in result["targets"].items() for each in told["comparisons"]]
+    written = {name: target for name, target in result["targets"].items() if "error" not in target}
+    compared = [(name, each) for name, target_result in written.items() for each in target_result["comparisons"]]
     rounded = any(each["against"] for _, each in compared)
-    between = ["KL from 16 bits"] if rounded else []
+    between = ["KL from\n16 bits"] if rounded else []
     gained = any(each["gain_kept"] is not None for _, each in compared)
-    gain = ["gain kept"] if gained else []
-    table = Table(Column("", no_wrap=True), "mean KL", *between, "same next token", "perplexity", *gain, "same answers",
-                  Column("", no_wrap=True), box=box.SIMPLE_HEAD)  # fmt: skip
+    gain = ["gain\nkept"] if gained else []
+    numbers = ["mean\nKL", *between, "same\ntoken", "perplexity", *gain, "same\nanswers", ""]
+    table = Table(Column("", overflow="fold", min_width=6), *(Column(each, no_wrap=True) for each in numbers),
+                  box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
     for name, each in compared:
         table.add_row(*_row(name, each, rounded=rounded, gained=gained))
     if table.row_count:
-        first = next(each for told in result["targets"].values() for each in told["comparisons"])
-        on = next(told["compared_on"] for told in result["targets"].values())
+        first = compared[0][1]
+        on = written[compared[0][0]]["compared_on"]
         console.print(f"\nCompared with what was trained, on {on} ({first['tokens']} tokens of answers):")
         console.print(table)
         console.print(f"  trained: perplexity {first['reference_perplexity']:.4g}{_base(first)}", style="dim")
-    for name, told in result["targets"].items():
-        console.print(Text.assemble((name, "bold"), f"  {told['path']}  {said_size(told['bytes'])}"), soft_wrap=True)
-        for said in told["said"]:
-            console.print(Text(f"  {said}", "dim"), soft_wrap=True)
-        for each in told["comparisons"]:
+    for name, target_result in written.items():
+        console.print(
+            Text.assemble((name, "bold"), f"  {target_result['path']}  {format_size(target_result['bytes'])}"),
+            soft_wrap=True,
+        )
+        for line in target_result["said"]:
+            console.print(Text(f"  {line}", "dim"), soft_wrap=True)
+        for each in target_result["comparisons"]:
             for problem in each["problems"]:
                 console.print(Text(f"  {each['name']}: {problem}", "red"), soft_wrap=True)
+    for name in (name for name in result["targets"] if name not in written):
+        console.print(Text.assemble((name, "bold"), ("  failed", "bold red")))
 
 
 def _row(target: str, each: dict[str, Any], *, rounded: bool, gained: bool) -> list[Text]:
     name = each["name"] if "." in each["name"] else target
-    verdict = Text("same model", "green") if each["passed"] else Text("differs", "bold red")
+    verdict = Text("same", "green") if each["passed"] else Text("differs", "bold red")
     between = [Text(f"{each['against_mean_kl']:.2g}" if each["against"] else "")] if rounded else []
     gain = [Text("" if each["gain_kept"] is None else f"{each['gain_kept']:.1%}")] if gained else []
     return [

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PARTS = {
     "base": "base, frozen",
     "adapters": "adapters: float32 masters, copies that compute",
-    "optimizer": "optimiser state",
+    "optimizer": "optimizer state",
     "gradients": "gradients",
     "activations": "activations kept for the backward pass",
     "loss": "loss over the vocabulary",
@@ -34,24 +34,38 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Time a few layers with random weights, for the speed.")
     ] = False,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Only what this run needs, not what else would fit; several times faster.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Reads the data and the model's config.json. The memory is that of the heaviest optimiser step.
+    """Reads the data and the model's config.json. The memory is that of the heaviest optimizer step.
 
     What the settings leave open (recompute and micro_batch_tokens: auto) is chosen as `lowrank train` would.
     """
     from lowrank.compat import load_any
-    from lowrank.models.loading import load_tokenizer
-    from lowrank.planned import planner_of
+    from lowrank.models.loading.tokenizer import load_tokenizer
+    from lowrank.pipelines.artifacts import with_adapters_found
+    from lowrank.pipelines.deal_jobs import deals_jobs
+    from lowrank.pipelines.job_data import prepare_all
+    from lowrank.pipelines.memory_plan import planner_of
     from lowrank.planning.choose import choose
-    from lowrank.prepared import prepare_all
 
     settings, warnings = load_any(config, overrides or [])
     warn(warnings)
-    data = prepare_all(settings.jobs, load_tokenizer(settings.model), lambda event: None, strict=False)
+    settings = with_adapters_found(settings)
+    devices = settings.devices if isinstance(settings.devices, int) else 1
+    devices = 1 if devices == 1 or deals_jobs(settings, devices) else devices
+    if settings.lanes == "auto" and devices > 1:
+        settings = settings.model_copy(update={"lanes": devices})
+    data = prepare_all(settings.jobs, settings.model, load_tokenizer(settings.model), lambda event: None, strict=False)
     planner = planner_of(settings, data)
-    chosen = choose(planner, settings.micro_batch_tokens, settings.model.recompute)
-    found = _what_fits(planner, chosen, settings) | {"plan": chosen.as_dict(), "speed": None}
+    chosen = choose(planner, settings.micro_batch_tokens, settings.model.activation_checkpointing)
+    found: dict[str, Any] = {"plan": chosen.as_dict(), "speed": None}
+    if devices > 1:
+        found["devices"] = _of_devices(chosen, devices)
+    if not brief:
+        found |= _what_fits(planner, chosen, settings)
     if calibrate:
         found["speed"] = _speed(planner, chosen, settings, data)
     if json:
@@ -60,11 +74,18 @@ def plan(
         _show(chosen, found)
 
 
+def _of_devices(chosen: Plan, number: int) -> dict[str, Any]:
+    """What the plan of one device means for several that hold the whole base each: gradients are summed once a step, by
+    chunks that travel twice."""
+    sent = int(2 * chosen.step.gradients * (number - 1) / number)
+    return {"number": number, "base": "replicated", "bytes_per_device": chosen.peak, "bytes_sent_per_step": sent}
+
+
 def _what_fits(planner: Planner, chosen: Plan, config: RunConfig) -> dict[str, Any]:
     """The limits of this machine for this run, and, where it does not fit, the changes that would help."""
-    from lowrank.planned import open_settings
+    from lowrank.pipelines.memory_plan import open_settings
+    from lowrank.planning.capacity import largest_tokens, longest_document
     from lowrank.planning.changes import changes_that_fit
-    from lowrank.planning.reach import largest_tokens, longest_document
 
     return {
         "largest_micro_batch_tokens": largest_tokens(planner, chosen),
@@ -74,23 +95,36 @@ def _what_fits(planner: Planner, chosen: Plan, config: RunConfig) -> dict[str, A
 
 
 def _speed(planner: Planner, chosen: Plan, config: RunConfig, data: list[Prepared]) -> dict[str, Any]:
-    from lowrank.planned import tokens_to_train
+    from lowrank.pipelines.memory_plan import tokens_to_train
     from lowrank.planning.speed import calibrate
 
     speed = calibrate(planner.memory, chosen)
     tokens = tokens_to_train(config.jobs, data)
+    faster = None
+    if speed.step is not None:
+        steps = [own.train.tokens_of_steps() for own in data]
+        faster = round(speed.step.times_faster([sum(own) / len(own) for own in steps], chosen.micro_batch_tokens), 2)
     return {
+        "times_faster_than_one_after_another": faster,
         "tokens_per_second": round(speed.tokens_per_second, 1),
         "tokens_to_train": tokens,
         "seconds_to_train": round(tokens / speed.tokens_per_second, 1),
     }
 
 
+def _together(faster: float) -> str:
+    """What training the jobs in the same passes saves."""
+    if faster < 1.05:
+        return "as fast as one job after another: their steps are large enough alone; the base is in memory once"
+    return f"{faster:g} times faster than one job after another"
+
+
 def _show(chosen: Plan, found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    from lowrank.planning.wording import duration, gigabytes, recompute_in_words
+    from lowrank.planning.plan import describe_activation_checkpointing
+    from lowrank.report.formatting import gigabytes, rough_duration
+    from lowrank.terminal import Console
 
     console = Console(highlight=False)
     table = Table("memory", "", title=f"the heaviest step, on {chosen.device}", title_justify="left")
@@ -106,22 +140,31 @@ def _show(chosen: Plan, found: dict[str, Any]) -> None:
     console.print(table)
     passes = f"{chosen.forward_passes} forward pass{'es' if chosen.forward_passes > 1 else ''} a step"
     console.print(
-        f"Runs with    micro_batch_tokens: {chosen.micro_batch_tokens} ({passes}), model.recompute: "
-        f"{chosen.recompute} ({recompute_in_words(chosen.recompute)})"
+        f"Runs with    micro_batch_tokens: {chosen.micro_batch_tokens} ({passes}), model.activation_checkpointing: "
+        f"{chosen.activation_checkpointing} ({describe_activation_checkpointing(chosen.activation_checkpointing)})"
     )
-    console.print(
-        f"Would fit    forward passes of {found['largest_micro_batch_tokens']:,} tokens; documents of "
-        f"{found['longest_document_tokens']:,} tokens"
-    )
+    if "longest_document_tokens" in found:
+        console.print(
+            f"Would fit    forward passes of {found['largest_micro_batch_tokens']:,} tokens; documents of "
+            f"{found['longest_document_tokens']:,} tokens"
+        )
+    devices = found.get("devices")
+    if devices:
+        console.print(
+            f"Devices      {devices['number']}, each with the whole base and what the table says; "
+            f"{gigabytes(devices['bytes_sent_per_step'])} of gradients leave each of them a step"
+        )
     speed = found["speed"]
     if speed:
         console.print(
             f"Speed        about {speed['tokens_per_second']:,.0f} tokens a second, "
-            f"{duration(speed['seconds_to_train'])} for {speed['tokens_to_train']:,} tokens"
+            f"{rough_duration(speed['seconds_to_train'])} for {speed['tokens_to_train']:,} tokens"
         )
+        if speed["times_faster_than_one_after_another"] is not None:
+            console.print(f"Together     {_together(speed['times_faster_than_one_after_another'])}")
     else:
         console.print("Speed        not measured; --calibrate times a few layers")
     if not chosen.fits:
         console.print("[red]It does not fit.[/]")
-        for change in found["changes_that_fit"]:
+        for change in found.get("changes_that_fit", ()):
             console.print(f"  - {change}")

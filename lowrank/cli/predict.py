@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
 import json as json_format
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowrank.cli.sampling import MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
 from lowrank.cli.warn import warn
+from lowrank.pipelines.resolve import is_run
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
+    from lowrank.data.config import SourceConfig
     from lowrank.evaluate.predict import Verdict
+    from lowrank.pipelines.predict import Progress
+    from lowrank.terminal import Console
 
 
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter folder, or a model.")],
-    data: Annotated[str, typer.Option("--data", help="Questions with their answers: any file `train` reads.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", help="Questions with their answers: any file `train` reads; names, where --dataset-dir is given."
+        ),
+    ],
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="Only these (r8,r64 or given twice); else all and the base.")
     ] = None,
+    dataset_dir: Annotated[
+        Path | None, typer.Option(help="Of a dataset_info.json (LLaMA-Factory's), in which --data names datasets: a,b.")
+    ] = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Use this many rows, chosen by the seed.")] = None,
-    format: Annotated[str | None, typer.Option("--format", help="alpaca, sharegpt, ...; left out: recognised.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="alpaca, sharegpt, ...; left out: recognized.")] = None,
     metrics: Annotated[str, typer.Option(help="exact_match,bleu4,rouge1,rouge2,rougeL; or none.")] = "",
     llamafactory: Annotated[
-        bool, typer.Option("--llamafactory", help="Also LLaMA-Factory's numbers, to compare with old reports.")
+        bool, typer.Option("--llamafactory", help="Also LLaMA-Factory's numbers and generated_predictions.jsonl.")
     ] = False,
     perplexity: Annotated[bool, typer.Option(help="Also the perplexity of the answers in the data.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at the most.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens.")] = 1.0,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Annotated[int, typer.Option(help="Of the rows that are chosen, and of draws.")] = 42,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers in the making at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers in progress at once.")] = 64,
     chat_template: Annotated[str | None, typer.Option(help="Instead of the run's own.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; left out: in the run folder.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -44,134 +61,86 @@ def predict(
 
     Interrupted, the same command goes on where it stopped. Intervals are 95 % bootstrap intervals over the rows.
     """
-    from rich.console import Console
-
-    from lowrank.checkpoints.atomic import write_text
-    from lowrank.data.config import SourceConfig
-    from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
-    from lowrank.evaluate.predict import (
-        Voices,
-        answer_questions,
-        compare,
-        score_labels,
-        unanswered,
-        write_predictions,
-    )
-    from lowrank.evaluate.questions import read_questions
-    from lowrank.generate.request import Config
-    from lowrank.trained import BARE, open_trained
+    from lowrank.evaluate.metrics import NAMES
+    from lowrank.generate.request import GenerationConfig
+    from lowrank.pipelines.predict import PredictRequest
+    from lowrank.pipelines.predict import predict as run_predict
+    from lowrank.terminal import Console
 
     console = Console(stderr=json, highlight=False)
     wanted = () if metrics == "none" else tuple(name for name in metrics.split(",") if name) or NAMES
-    names = (*wanted, *(LLAMAFACTORY_NAMES if llamafactory else ()))
-    check_installed(names)
-    source = SourceConfig(path=data, format=format, max_samples=max_samples)
-    questions = read_questions(source, seed=seed, notify=lambda text: warn([text]))
-    trained = open_trained(
-        model, which="last" if last else "best", chat_template=chat_template, notify=lambda text: warn([text])
+    sampling = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
-    chosen = [name for each in adapter or () for name in each.split(",") if name] or list(trained.slots)
-    slots = {name: trained.slot(name) for name in chosen}
-    voices = Voices(trained.base, trained.bank, slots, {name: trained.renderer_of(name) for name in chosen})
     folder = output or _folder_for(model, data)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = Config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    settings = {"model": model, "data": data, "last": last, "sampling": config.model_dump(mode="json")}
-    settings |= {"chat_template": chat_template, "voices": trained.versions(chosen)}
-    partial = folder / f"unfinished-{_digest(settings)}.jsonl"
-
-    with _progress(console) as bar:
-        told = _teller(bar, f"{len(questions)} questions, {len(chosen)} voices")
-        answers = answer_questions(voices, questions, config, partial, max_rows=batch_size, on_done=told)
-        likelihood, unscored = {}, []
-        if perplexity:
-            told = _teller(bar, "perplexity of the labels")
-            likelihood, unscored = score_labels(voices, questions, on_done=told)
-    missing = unanswered(answers)
-    labels = [question.label.content for question in questions]
-    verdicts = compare(answers, labels, names, likelihood, BARE if BARE in chosen else None)
-    warn([each.said(len(questions)) for each in missing])
-    warn(_left_out(verdicts, len(questions), unscored, list(likelihood)))
-
-    write_predictions(folder / "predictions.jsonl", questions, answers)
-    result = {
-        **settings,
-        "rows": len(questions),
-        "unanswered": {name: len(each.places) for each in missing for name in each.voices},
-        "metrics": _plain(verdicts),
-        "predictions": str(folder / "predictions.jsonl"),
-    }
-    write_text(folder / "metrics.json", json_format.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    partial.unlink()
+    request = PredictRequest(
+        model,
+        _sources(data, dataset_dir, format, max_samples),
+        folder,
+        adapters=tuple(name for each in adapter or () for name in each.split(",") if name),
+        metrics=wanted,
+        llamafactory=llamafactory,
+        perplexity=perplexity,
+        sampling=sampling,
+        seed=seed,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        base=base,
+        last=last,
+    )
+    result, verdicts = run_predict(request, progress_on(console), warn)
     if json:
         print(json_format.dumps(result, ensure_ascii=False))
     else:
-        _show(console, verdicts, len(questions))
+        show_verdicts(console, verdicts, result["rows"])
         console.print(f"\nEvery answer is in {folder / 'predictions.jsonl'}, the numbers in {folder / 'metrics.json'}")
 
 
-def _left_out(
-    verdicts: Mapping[str, Mapping[str, Verdict]], rows: int, unscored: Sequence[str], voices: Sequence[str]
-) -> list[str]:
-    """What perplexity is not of: questions that could not be scored, and numbers that are none."""
-    told = []
-    if unscored:
-        reasons = "; ".join(list(dict.fromkeys(unscored))[:3])
-        told.append(f"perplexity leaves out {len(unscored)} of {rows} questions ({reasons})")
-    for voice in voices:
-        own = verdicts[voice].get("perplexity")
-        strange = rows - len(unscored) - (own.rows if own else 0)
-        if strange > 0:
-            told.append(f"{voice}: perplexity leaves out {strange} questions whose log-probabilities are not finite")
-    return told
+def _sources(
+    data: str, dataset_dir: Path | None, format: str | None, max_samples: int | None
+) -> tuple[SourceConfig, ...]:
+    """A file, or names in a `dataset_info.json`."""
+    from lowrank.compat.dataset_info import named_sources
+    from lowrank.data.config import SourceConfig
+
+    if dataset_dir is None:
+        return (SourceConfig(path=data, format=format, max_samples=max_samples),)
+    return named_sources([name.strip() for name in data.split(",")], dataset_dir, max_samples)
 
 
 def _folder_for(model: str, data: str) -> Path:
     name = Path(data).stem or "data"
-    return Path(model) / "predict" / name if (Path(model) / "config.json").is_file() else Path("predict") / name
+    return Path(model) / "predict" / name if is_run(Path(model)) else Path("predict") / name
 
 
-def _digest(settings: dict[str, Any]) -> str:
-    return hashlib.blake2b(json_format.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+def progress_on(console: Console) -> Progress:
+    """Bars on a console, one for each part."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    @contextmanager
+    def part(text: str) -> Generator[Callable[[int, int], None], None, None]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bars(*columns, console=console) as bars:
+            task = bars.add_task(text, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+    return part
 
 
-def _progress(console: Any) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-
-
-def _teller(bar: Any, text: str) -> Any:
-    task = bar.add_task(text, total=None)
-    return lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _plain(verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, dict[str, Any]]:
-    return {
-        voice: {
-            name: {
-                "value": verdict.value.value,
-                "rows": verdict.rows,
-                "interval": [verdict.value.low, verdict.value.high],
-                **({"gain": vars(verdict.gain)} if verdict.gain else {}),
-                **({"signature": verdict.signature} if verdict.signature else {}),
-            }
-            for name, verdict in own.items()
-        }
-        for voice, own in verdicts.items()
-    }
-
-
-def _show(console: Any, verdicts: Mapping[str, Mapping[str, Verdict]], rows: int) -> None:
-    """A line per voice; bold where it differs from the base for sure."""
+def show_verdicts(console: Console, verdicts: Mapping[str, Mapping[str, Verdict]], rows: int) -> None:
+    """A line per model; bold where it differs from the base for sure."""
     from rich.table import Table
     from rich.text import Text
 
     names = list(dict.fromkeys(name for own in verdicts.values() for name in own))
     table = Table(f"{rows} rows", *(name.replace("_", " ") for name in names))
-    for voice, own in verdicts.items():
+    for model_name, own in verdicts.items():
         cells = []
         for name in names:
             if name not in own:
@@ -182,6 +151,6 @@ def _show(console: Any, verdicts: Mapping[str, Mapping[str, Verdict]], rows: int
             sure = gain is not None and (gain.low > 0 or gain.high < 0)
             shown = f"{value.value:.3g}" if name == "perplexity" and value.value >= 1000 else f"{value.value:.1f}"
             cells.append(Text(f"{shown} ±{half:.1f}", "bold" if sure else ""))
-        table.add_row(Text(voice), *cells)
+        table.add_row(Text(model_name), *cells)
     console.print(table)
     console.print("± half of the 95 % bootstrap interval; bold: differs from the base in 95 % of paired resamples")

@@ -17,52 +17,40 @@ def quantize(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The folder to write; it must not exist.")
     ] = None,
-    report: Annotated[
-        bool, typer.Option("--report", help="Write nothing: show what each way to quantise would cost this model.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="With --report: a PNG of error against bits.")] = None,
     storage: Annotated[str, typer.Option("--storage", help="nf4, fp4 or int8.")] = "nf4",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Layers are packed one by one as they are read, so the model need not fit into memory in 16 bit.
 
-    A run trains on the result with `model: DIR`, and without `model.storage`, since it is quantised already.
-    With --report nothing is written: every method is measured on the model's own weights.
+    A run trains on the result with `model: DIR`, and without `model.storage`, since it is quantized already.
     """
-    if report == (output is not None):
-        raise typer.BadParameter("say where to write the model (-o DIR), or --report", param_hint="-o / --report")
-    if plot is not None and not report:
-        raise typer.BadParameter("goes with --report", param_hint="--plot")
+    if output is None:
+        raise typer.BadParameter("say where to write the model: -o DIR", param_hint="-o")
     from pydantic import ValidationError
 
     from lowrank.checkpoints.packed_model import quantize_model
-    from lowrank.cli.quantize_report import show_report
     from lowrank.cli.warn import warn
-    from lowrank.config.problems import plain_words
+    from lowrank.config.problems import error_lines
     from lowrank.config.read import override
     from lowrank.errors import ConfigError, raise_all
-    from lowrank.models.config import Config
+    from lowrank.models.config import ModelConfig
 
     settings = override({"model": {"path": model, "storage": {"type": storage}}}, overrides or [])
     others = settings.keys() - {"model"}
     if others:
         raise ConfigError(f"only settings of model matter here, not {', '.join(sorted(others))}")
     try:
-        config = Config.model_validate(settings["model"])
+        config = ModelConfig.model_validate(settings["model"])
     except ValidationError as error:
-        raise_all(ConfigError, "these settings cannot be used", plain_words(error, settings["model"]))
+        raise_all(ConfigError, "these settings cannot be used", error_lines(error, settings["model"]))
         raise
-    if report:
-        show_report(model, config.revision, plot, json)
-        return
-    assert output is not None
     result = quantize_model(config, output, notify=lambda sentence: warn([sentence]))
     if json:
         print(json_format.dumps(result, ensure_ascii=False))
         return
     typer.echo(
         f"{result['layers']} layers in {storage}, {result['bits_per_parameter']:.3f} bits per parameter "
-        f"(quantised by {result['quantised_by']}); {result['bytes'] / 1e6:,.1f} MB in {output}, of "
+        f"(quantized by {result['quantized_by']}); {result['bytes'] / 1e6:,.1f} MB in {output}, of "
         f"{result['original_bytes'] / 1e6:,.1f} MB"
     )
     typer.echo(f"train on it with model={output}")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lowrank.cli.warn import warn
+
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -18,14 +20,18 @@ def report(
 ) -> None:
     """One page that needs nothing else; training writes it too. After `predict` or `eval` it shows their results.
 
-    With `--samples 6` it also shows what the base and the adapters say to six held-out questions.
+    With `--samples 6` it also shows what the base and the adapters say to six held-out questions. Of a run in shares
+    (devices, share), what they have come to so far is merged first.
     """
     from lowrank.report.page import write_report
 
     if samples:
-        from lowrank.cli.warn import warn
-        from lowrank.samples import answer_samples
+        from lowrank.pipelines.samples import answer_samples
 
         answer_samples(run, samples, lambda text: warn([text]))
+    from lowrank.pipelines.merge_shares import is_shared, merge_shares
+
+    if is_shared(run):
+        merge_shares(run, lambda text: warn([text]))
     path = write_report(run)
     print(json_format.dumps({"report": str(path)}) if json else path)

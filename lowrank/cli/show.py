@@ -19,7 +19,8 @@ def show(
         Path | None,
         typer.Argument(
             metavar="CONFIG",
-            help="A YAML or JSON file, native or LLaMA-Factory's; or settings alone, as model=... data.train=...",
+            help="A YAML or JSON file, native or LLaMA-Factory's; settings alone, as model=... data.train=...; or the "
+            "folder of a run.",
         ),
     ] = None,
     overrides: Annotated[
@@ -28,17 +29,22 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a configuration.")] = False,
 ) -> None:
-    """A LLaMA-Factory file is printed in its native form. The output is a configuration file itself."""
+    """A LLaMA-Factory file is printed in its native form. The output is a configuration file itself.
+
+    Of a run folder: what came out of it, the table of its sweep first.
+    """
+    if schema:  # as it is shipped: what fills a form need not wait for torch
+        print((Path(__file__).parent.parent / "config" / "schema.json").read_text(encoding="utf-8"), end="")
+        return
     import yaml
 
     from lowrank.compat import load_any
-    from lowrank.config import RunConfig
 
-    if schema:
-        print(json_format.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
-        return
     if config is None:
-        raise typer.BadParameter("give a configuration file, or --schema", param_hint="CONFIG")
+        raise typer.BadParameter("give a configuration file, a run folder, or --schema", param_hint="CONFIG")
+    if config.is_dir():
+        show_run(config, json)
+        return
     settings, warnings = load_any(config, overrides or [])
     warn(warnings)
     content = resolved(settings)
@@ -46,6 +52,30 @@ def show(
         print(json_format.dumps(content, indent=2, ensure_ascii=False))
     else:
         print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), end="")
+
+
+def show_run(run: Path, json: bool) -> None:
+    """What came out of a run. OutputError if nothing did yet."""
+    from lowrank.errors import OutputError
+    from lowrank.foreign_files import find_json
+    from lowrank.report.summary import SUMMARY
+    from lowrank.report.summary_view import render_summary
+    from lowrank.report.sweep_view import TABLE, render_sweep
+    from lowrank.terminal import Console
+
+    sweep, summary = find_json(run / TABLE), find_json(run / SUMMARY)
+    if sweep is None and summary is None:
+        raise OutputError(
+            f"{run}: there is neither {SUMMARY} nor {TABLE} in it; see `lowrank jobs` for one that trains"
+        )
+    if json:
+        print(json_format.dumps({"summary": summary, "sweep": sweep}, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    if sweep is not None:
+        console.print(render_sweep(sweep))
+    if summary is not None:
+        console.print(render_summary(summary))
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -2,36 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lowrank.compat.llamafactory import convert, is_llamafactory
+from lowrank.compat.llamafactory_flags import MARK
 from lowrank.compat.llamafactory_others import known
+from lowrank.compat.llamafactory_v1 import as_v0, is_v1
 from lowrank.config import RunConfig, override, read_file, resolve, unused
+from lowrank.errors import ConfigError
+from lowrank.third_party import code_allowed
 
 
-def load_any(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[str]]:
+def load_any(
+    path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False
+) -> tuple[RunConfig, list[str]]:
     """The configuration in a native or a LLaMA-Factory file, with overrides over it, and warnings.
 
     Over a LLaMA-Factory file, overrides may be its own keys (`lora_rank=16`) or native ones
     (`adapter.rank=16`). In place of a file, `path` may be a word like them: the settings are then the words alone.
-    Raises `ConfigError`.
+    `allow_code`: code that the settings name may run. Raises `ConfigError`.
     """
+    with code_allowed(allow_code):
+        return _load_any(path, overrides)
+
+
+def _load_any(path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
     if "=" in str(path) and not Path(path).exists():
-        config = resolve(override({}, [str(path), *overrides]), Path(), "the command line")
+        words = [str(path), *overrides]
+        if any(word.startswith(f"{MARK}=") for word in words):
+            return _load_llamafactory({}, words, Path(), "the command line")
+        config = resolve(override({}, words), Path(), "the command line")
         return config, unused(config)
     path = Path(path)
     settings = read_file(path)
-    if not is_llamafactory(settings):
-        config = resolve(override(settings, overrides), path.parent, str(path))
-        return config, unused(config)
+    _refuse_others(path, settings)
+    if is_v1(settings) or is_llamafactory(settings):
+        return _load_llamafactory(settings, overrides, path.parent, str(path))
+    config = resolve(override(settings, overrides), path.parent, str(path))
+    return config, unused(config)
+
+
+def _load_llamafactory(
+    settings: Mapping[str, Any], overrides: Sequence[str], folder: Path, source: str
+) -> tuple[RunConfig, list[str]]:
+    """With overrides that are its own keys, and native ones over what comes of it."""
+    datasets, notes = None, []
+    if is_v1(settings):
+        v0 = as_v0(settings, folder)
+        settings, datasets, notes = v0.settings, (v0.train, v0.eval), v0.warnings
     native = [word for word in overrides if _is_native(word)]
     theirs = [word for word in overrides if word not in native]
-    converted = convert(override(settings, theirs), folder=path.parent)
+    converted = convert(override(settings, theirs), folder=folder, datasets=datasets)
     if any(word.startswith("overwrite=") for word in native):
         converted.config.pop("resume", None)  # set only because their file left the choice open
-    config = resolve(override(converted.config, native), path.parent, f"{path}, converted,")
-    return config, [*converted.warnings, *unused(config)]
+    config = resolve(override(converted.config, native), folder, f"{source}, converted,")
+    return config, [*notes, *converted.warnings, *unused(config)]
+
+
+def _refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
+    """ConfigError for the settings of programs that are known and not read."""
+    for name, marks in _OTHERS.items():
+        if any(mark <= settings.keys() for mark in marks):
+            raise ConfigError(
+                f"{path} is {name}, which lowrank does not read; it needs model, data and output_dir (docs/settings.md)"
+            )
+
+
+_OTHERS = {
+    "a configuration of accelerate": [
+        {"compute_environment", "distributed_type"},
+        {"distributed_type", "num_processes"},
+    ],
+    "a configuration of DeepSpeed": [{"zero_optimization"}, {"train_micro_batch_size_per_gpu"}],
+    "a file of axolotl": [{"base_model", "datasets"}],
+}
+"""By keys that stand side by side in no file of ours or of LLaMA-Factory's."""
 
 
 def _is_native(word: str) -> bool:

@@ -11,7 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import did_you_mean
+import huggingface_hub
+
+from lowrank.data.config import SourceConfig
+from lowrank.data.formats.columns import COLUMNS, TAGS, describe
+from lowrank.data.sources.places import WHOLE
+from lowrank.errors import ConfigError, ModelError, did_you_mean, near, raise_all
+from lowrank.models import modelscope_hub
 
 FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 """`formatting` -> `format`."""
@@ -21,8 +27,9 @@ KNOWN = (
     *PLACES,
     *("formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags", "revision"),
 )
+WITHOUT_MEANING = ("file_sha1",)
+"""Keys of older versions of LLaMA-Factory, which it does not read itself any more."""
 ELSEWHERE = {
-    "ms_hub_url": "a ModelScope dataset",
     "om_hub_url": "a Modelers dataset",
     "script_url": "a dataset script",
     "cloud_file_name": "a file in cloud storage",
@@ -30,7 +37,14 @@ ELSEWHERE = {
 """Places that are not read, in words."""
 
 TEXT_COLUMNS: dict[str, dict[str, str]] = {
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "", "system": ""},
+    "alpaca": {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "history": "",
+        "system": "",
+        "tools": "",
+    },
     "sharegpt": {"messages": "conversations", "system": "", "tools": ""},
     "openai": {"messages": "conversations", "system": "", "tools": ""},
 }
@@ -57,6 +71,18 @@ def find_info(dataset_dir: str, folder: Path) -> tuple[Path | None, list[Path]]:
     return None, places
 
 
+def remote_info(name: str) -> tuple[Path | None, str]:
+    """The folder of a hub dataset with a `dataset_info.json` and the files it names, downloaded or in the cache; else
+    why there is none."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, repo_type="dataset"))
+    except Exception as error:  # whatever the network or the hub brings
+        return None, f"{name} cannot be downloaded from the hub ({' '.join(str(error).split())[:200]})"
+    if not (folder / "dataset_info.json").is_file():
+        return None, f"{name} on the hub has no dataset_info.json"
+    return folder, ""
+
+
 def read_info(folder: Path) -> tuple[dict[str, Any], str | None]:
     """The content of `dataset_info.json` in `folder`, and a complaint if it cannot be read."""
     path = folder / "dataset_info.json"
@@ -66,6 +92,8 @@ def read_info(folder: Path) -> tuple[dict[str, Any], str | None]:
         return {}, f"{path} cannot be read: {error}"
     except json.JSONDecodeError as error:
         return {}, f"{path}, line {error.lineno}, column {error.colno}: {error.msg}"
+    except RecursionError:
+        return {}, f"{path}: nested too deep"
     if not isinstance(content, dict):
         return {}, f"{path}: expected {{name: entry}}"
     return content, None
@@ -90,14 +118,53 @@ def sources(
     return found, problems
 
 
+def named_sources(names: Sequence[str], folder: Path, max_samples: int | None = None) -> tuple[SourceConfig, ...]:
+    """Datasets of the `dataset_info.json` in `folder`, as conversations with an answer; `max_samples` of each.
+
+    Raises ConfigError with everything that stands in the way.
+    """
+    info, complaint = read_info(folder)
+    found, problems = sources(names, info, folder, "sft") if complaint is None else ([], [complaint])
+    raise_all(ConfigError, f"{folder}:", problems)
+    if max_samples is not None:
+        found = [{**each, "max_samples": min(each.get("max_samples", max_samples), max_samples)} for each in found]
+    return tuple(SourceConfig.model_validate(each) for each in found)
+
+
+def _wrong_types(entry: Mapping[str, Any]) -> list[str]:
+    wanted: dict[str, type] = dict.fromkeys(
+        ("file_name", "hf_hub_url", "ms_hub_url", "split", "subset", "formatting"), str
+    )
+    wanted |= {"columns": dict, "tags": dict, "num_samples": int}
+    words = {str: "text", dict: "an object", int: "a number"}
+    return [
+        f"{key}: expected {words[kind]}, got {describe(entry[key])}"
+        for key, kind in wanted.items()
+        if entry.get(key) is not None and not isinstance(entry[key], kind)
+    ] + [
+        f"{key}.{part}: expected the name of a column, got {describe(name)}"
+        for key in ("columns", "tags")
+        if isinstance(entry.get(key), dict)
+        for part, name in entry[key].items()
+        if name is not None and not isinstance(name, str)
+    ]
+
+
 def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
+    wrong = _wrong_types(entry)
+    if wrong:
+        return wrong
     columns, formatting = entry.get("columns") or {}, entry.get("formatting", "alpaca")
-    complaints = [f"unknown key {key!r}{did_you_mean(key, KNOWN)}" for key in entry if key not in KNOWN]
+    slips = {key: near(key, set(KNOWN) - set(entry)) for key in _unread(entry) if key not in WITHOUT_MEANING}
+    complaints = [f"unknown key {key!r}; did you mean {meant!r}?" for key, meant in slips.items() if meant]
     if formatting not in FORMATS:
         complaints.append(f"formatting {formatting!r} is not known{did_you_mean(str(formatting), FORMATS)}")
     media = [column for column in MEDIA_COLUMNS if columns.get(column)]
     if media:
-        complaints.append(f"it has {', '.join(media)}, but only text is trained; choose another dataset")
+        complaints.append(
+            f"it has {', '.join(media)}: LLaMA-Factory's files train on text alone so far; pictures are trained from "
+            "lowrank's own settings (docs/pictures.md)"
+        )
     pairs = RECORDS.get(stage) == "pair"
     if entry.get("ranking") and not pairs:
         complaints.append(f"it holds preference pairs (ranking: true), which stage {stage} cannot use")
@@ -106,7 +173,13 @@ def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
     if RECORDS.get(stage) == "rated" and not columns.get("kto_tag"):
         complaints.append("stage kto needs rated answers, and columns.kto_tag is not given")
     elsewhere = [key for key in ELSEWHERE if entry.get(key)]
-    if not entry.get("hf_hub_url") and not entry.get("file_name"):
+    if entry.get("ms_hub_url") and _of_modelscope(entry):
+        elsewhere = []
+        try:
+            modelscope_hub.folder_of(entry["ms_hub_url"], dataset=True)
+        except ModelError as error:
+            complaints.append(str(error))
+    elif not entry.get("hf_hub_url") and not entry.get("file_name"):
         place = ELSEWHERE[elsewhere[0]] if elsewhere else "nowhere"
         complaints.append(f"its rows are {place}; give file_name or hf_hub_url")
     if entry.get("hf_hub_url") and entry.get("folder"):
@@ -118,21 +191,47 @@ def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
     return complaints
 
 
+def _of_modelscope(entry: Mapping[str, Any]) -> bool:
+    """Whether its rows come from ModelScope's hub: where that is asked for, or no other place is named."""
+    named = isinstance(entry.get("ms_hub_url"), str)
+    return named and (modelscope_hub.is_wanted() or not (entry.get("hf_hub_url") or entry.get("file_name")))
+
+
+def _unread(entry: Mapping[str, Any]) -> list[str]:
+    """Keys that mean nothing here and may mean something elsewhere: the doctor names them."""
+    columns, tags = entry.get("columns"), entry.get("tags")
+    inner = [f"columns.{part}" for part in columns if part not in COLUMNS] if isinstance(columns, Mapping) else []
+    inner += [f"tags.{tag}" for tag in tags if tag not in TAGS] if isinstance(tags, Mapping) else []
+    if not entry.get("hf_hub_url"):
+        inner += [key for key in ("subset", "folder") if entry.get(key)]
+        inner += ["split"] if entry.get("split", "train").partition("[")[0] != "train" else []
+    return [*(str(key) for key in entry if key not in KNOWN), *inner]
+
+
 def _source(entry: Mapping[str, Any], folder: Path, stage: str) -> dict[str, Any]:
     formatting = entry.get("formatting", "alpaca")
     by_record = {"text": "text", "pair": "preference", "rated": "rated"}
     source: dict[str, Any] = {"format": by_record.get(RECORDS[stage]) or FORMATS[formatting]}
-    if entry.get("hf_hub_url"):
+    if _of_modelscope(entry):
+        source["path"] = modelscope_hub.folder_of(entry["ms_hub_url"], dataset=True)
+        source.update({key: entry[key] for key in ("split", "subset") if entry.get(key)})
+    elif entry.get("hf_hub_url"):
         source["path"] = entry["hf_hub_url"]
         source.update({key: entry[key] for key in ("split", "subset") if entry.get(key)})
     else:
         source["path"] = str(folder / entry["file_name"])
+        if Path(source["path"]).is_dir():
+            source["split"] = WHOLE  # there, a folder is read whole, whatever its files are called
+        name, bracket, part = str(entry.get("split", "")).partition("[")
+        if bracket and name == "train":  # there, all that is local is one split of that name
+            source["split"] = f"{source.get('split', name)}[{part}"
+    source["unread_keys"] = _unread(entry)
     source["columns"] = _columns(entry.get("columns") or {}, formatting, stage)
     if formatting != "alpaca" and entry.get("tags"):
         source["tags"] = dict(entry["tags"])
     if entry.get("num_samples"):
         source["max_samples"] = entry["num_samples"]
-    return {key: value for key, value in source.items() if value != {}}
+    return {key: value for key, value in source.items() if value not in ({}, [])}
 
 
 def _columns(columns: Mapping[str, str], formatting: str, stage: str) -> dict[str, str]:

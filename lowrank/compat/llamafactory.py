@@ -2,7 +2,7 @@
 
     their mapping -> Keys (checked, with LLaMA-Factory's defaults) -> the native mapping
 
-What a key becomes stands in `llamafactory_keys` and `llamafactory_others`. A key that cannot be honoured is an error
+What a key becomes stands in `llamafactory_keys` and `llamafactory_others`. A key that cannot be honored is an error
 that names the way out; a key without effect here is a warning if it would have mattered.
 """
 
@@ -16,29 +16,34 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowrank.compat import llamafactory_method as method
-from lowrank.compat.dataset_info import find_info, read_info, sources
+from lowrank.compat import llamafactory_templates
+from lowrank.compat.dataset_info import find_info, read_info, remote_info, sources
+from lowrank.compat.llamafactory_devices import spread
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.compat.llamafactory_method import PREFERENCE_LOSSES, STAGES
 from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, find, is_default, known
-from lowrank.config.problems import plain_words
+from lowrank.config.problems import error_lines
 from lowrank.config.schema import RunConfig
+from lowrank.data.tokenized import is_written
 from lowrank.errors import ConfigError, did_you_mean, raise_all
+from lowrank.report.reporters.trackers import known_trackers
+from lowrank.third_party import names_code
 
 MARKS = ("model_name_or_path", "finetuning_type", "stage", "dataset", "dataset_dir", "template")
 """Keys that only such a file has."""
 
-TEMPLATES = {
-    "alpaca": "alpaca",
-    "chatml": "chatml",
-    "deepseek3": "deepseek",
-    "gemma": "gemma",
-    "gemma3": "gemma",
-    "llama3": "llama3",
-    "mistral": "mistral",
-    "phi": "phi3",
-    "qwen": "qwen",
+Datasets = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""Native sources, for training and for evaluation."""
+
+PAGE = "docs/llamafactory.md"
+"""Every key of theirs, and what becomes of it."""
+
+MIXES = {
+    "interleave_under": "interleave",
+    "interleave_over": "interleave_over",
+    "interleave_once": "interleave_once",
 }
-"""Templates of theirs that a built-in one reproduces, by name; `deepseek` means another format there."""
+"""`mix_strategy` -> `data.mix`, where it is not concat."""
 
 METRICS = {
     f"{prefix}{theirs}": ours
@@ -52,7 +57,6 @@ METRICS = {
     for prefix in ("", "eval_")
 }
 """`metric_for_best_model` -> `eval_metric`."""
-REPORTERS = ("tensorboard", "wandb", "mlflow", "swanlab")
 
 
 @dataclass
@@ -68,16 +72,17 @@ def is_llamafactory(settings: Mapping[str, Any]) -> bool:
     return any(mark in settings for mark in MARKS) and not any(key in settings for key in ("model", "data", "jobs"))
 
 
-def convert(settings: Mapping[str, Any], *, folder: Path) -> Converted:
+def convert(settings: Mapping[str, Any], *, folder: Path, datasets: Datasets | None = None) -> Converted:
     """The native form of a LLaMA-Factory file that lies in `folder`.
 
-    Raises `ConfigError` with every key that is unknown, malformed, or cannot be honoured.
+    `datasets`: sources for training and evaluation, in place of names in a dataset_info.json. Raises `ConfigError` with
+    every key that is unknown, malformed, or cannot be honored.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
     problems, warnings = _sort_keys(settings)
     keys = _readable(settings, problems)
     problems += _contradictions(keys)
-    train, evaluation = _datasets(keys, folder, problems)
+    train, evaluation = _kept_or_named(keys, folder, problems) if datasets is None else datasets
     config = {
         "model": method.model(keys, problems, warnings),
         "data": _data(keys, train, evaluation, problems, warnings),
@@ -92,12 +97,12 @@ def convert(settings: Mapping[str, Any], *, folder: Path) -> Converted:
 
 
 def _readable(settings: Mapping[str, Any], problems: list[str]) -> Keys:
-    """The honoured keys; those that are malformed are reported and left at their defaults, so that all is checked."""
+    """The honored keys; those that are malformed are reported and left at their defaults, so that all is checked."""
     given = {key: value for key, value in settings.items() if key in Keys.model_fields}
     try:
         return Keys.model_validate(given)
     except ValidationError as error:
-        problems += plain_words(error, settings)
+        problems += error_lines(error, settings)
         malformed = {entry["loc"][0] for entry in error.errors()}
     required = {name: "-" for name, field in Keys.model_fields.items() if field.is_required()}
     return Keys.model_validate(required | {key: value for key, value in given.items() if key not in malformed})
@@ -114,7 +119,7 @@ def _sort_keys(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             warnings.append(f"{key} has no effect: {silent.why}")
         elif silent is None and refused is None and key not in Keys.model_fields:
             native = " (a native key; give it on the command line)" if key in RunConfig.model_fields else ""
-            problems.append(f"{key}: unknown key{native}{did_you_mean(key, known())}")
+            problems.append(f"{key}: unknown key{native}{did_you_mean(key, known(), PAGE)}")
     return problems, warnings
 
 
@@ -134,12 +139,12 @@ def _contradictions(keys: Keys) -> list[str]:
             f"reward_model_type: {keys.reward_model_type!r} is not supported; train an adapter with stage: rm on "
             "the same base (lora), or use objective.reward_funcs in the native form"
         )
-    if len(keys.adapter_name_or_path) > 1:
+    if len(keys.adapter_name_or_path) > 1 and not keys.create_new_adapter:
         found.append("adapter_name_or_path: training goes on with one adapter; merge the others into the base first")
     if keys.bf16 and keys.fp16:
         found.append("bf16 and fp16: set only one")
-    if keys.val_size >= 1:
-        found.append(f"val_size: a number of rows ({keys.val_size:g}) is not supported; give a share below 1, as 0.1")
+    if keys.val_size >= 1 and keys.val_size != int(keys.val_size):
+        found.append(f"val_size: expected a share below 1, or a whole number of rows, got {keys.val_size:g}")
     if keys.val_size and keys.eval_dataset:
         found.append("val_size and eval_dataset: set only one")
     if keys.mask_history and keys.train_on_prompt:
@@ -160,7 +165,7 @@ def _metric_contradictions(keys: Keys) -> list[str]:
         return [f"metric_for_best_model: {name!r} is not supported; choose {', '.join(METRICS)}"]
     if METRICS[name] != "loss" and not keys.predict_with_generate:
         return [f"metric_for_best_model: {name!r} is of generated answers; set predict_with_generate: true too"]
-    if METRICS[name] == "loss" and keys.predict_with_generate:
+    if METRICS[name] == "loss" and keys.predict_with_generate and not keys.do_predict:
         return [
             "predict_with_generate: training generates only for a metric_for_best_model of generated answers, as "
             "eval_rouge-l; set one, or remove it and measure the result with `lowrank predict`"
@@ -168,12 +173,25 @@ def _metric_contradictions(keys: Keys) -> list[str]:
     return []
 
 
+def _kept_or_named(keys: Keys, folder: Path, problems: list[str]) -> Datasets:
+    """The file's datasets; where its `tokenized_path` is written already they need not be here, as there."""
+    found: list[str] = []
+    train, evaluation = _datasets(keys, folder, found)
+    if found and keys.dataset and is_written(keys.tokenized_path):
+        return [{"path": name} for name in keys.dataset], []
+    problems += found
+    return train, evaluation
+
+
 def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if not keys.dataset:
         problems.append("dataset: required, but not given")
     if keys.dataset_dir.startswith("REMOTE:"):
-        problems.append("dataset_dir: a remote dataset_info.json is not read; download it")
-        return [], []
+        place, complaint = remote_info(keys.dataset_dir.removeprefix("REMOTE:"))
+        if place is None:
+            problems.append(f"dataset_dir: {complaint}")
+            return [], []
+        return _named(keys, place, problems)
     if keys.dataset_dir == "ONLINE":
         form = {"pt": "text", "dpo": "preference", "rm": "preference", "kto": "rated"}.get(keys.stage, "alpaca")
         train, evaluation = ([{"path": name, "format": form} for name in d] for d in (keys.dataset, keys.eval_dataset))
@@ -185,6 +203,11 @@ def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[
         looked = ", ".join(str(path.absolute()) for path in places)
         problems.append(f"dataset_dir: there is no dataset_info.json; looked for it in {looked}")
         return [], []
+    return _named(keys, place, problems)
+
+
+def _named(keys: Keys, place: Path, problems: list[str]) -> Datasets:
+    """The file's datasets by their names in the dataset_info.json at `place`."""
     info, complaint = read_info(place)
     if complaint:
         problems.append(complaint)
@@ -202,7 +225,8 @@ def _data(
     problems: list[str],
     warnings: list[str],
 ) -> dict[str, Any]:
-    samples = keys.per_device_train_batch_size * keys.gradient_accumulation_steps
+    samples, _, text = spread(keys.per_device_train_batch_size * keys.gradient_accumulation_steps)
+    warnings += [text] if text else []
     packing = keys.neat_packing or (keys.stage == "pt" if keys.packing is None else keys.packing)
     data: dict[str, Any] = {"train": train, "eval": evaluation, "max_length": keys.cutoff_len}
     data |= {"batch_tokens": samples * keys.cutoff_len} if packing else {"batch_size": samples}
@@ -210,17 +234,20 @@ def _data(
         data["on_too_long"] = "split"  # LLaMA-Factory chops documents into blocks and loses no text
     optional = {
         "max_samples": keys.max_samples,
-        "validation_split": keys.val_size,
+        "validation_split": int(keys.val_size) if keys.val_size >= 1 else keys.val_size,
         "streaming": keys.streaming,
         "train_on_prompt": keys.train_on_prompt,
         "mask_history": keys.mask_history,
         "default_system": keys.default_system,
+        "tokenized_path": keys.tokenized_path,
     }
     data |= {key: value for key, value in optional.items() if value}
+    if keys.split_special_tokens is not None:
+        data["split_special_tokens"] = keys.split_special_tokens
     if keys.disable_shuffling:
         data["shuffle"] = False
     if keys.stage != "pt":
-        data |= _template(keys, warnings)
+        data |= _template(keys, problems, warnings)
         if packing and not keys.neat_packing:
             warnings.append("packing: packed documents never see each other here; in LLaMA-Factory they do")
     if keys.max_samples:
@@ -229,30 +256,38 @@ def _data(
     return data | _mix(keys, train, problems)
 
 
-def _template(keys: Keys, warnings: list[str]) -> dict[str, Any]:
+def _template(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
     """A built-in template of that name, or the tokenizer's own."""
     data: dict[str, Any] = {}
-    if keys.template in TEMPLATES:
-        data["chat_template"] = TEMPLATES[keys.template]
-    elif keys.template is not None:
-        warnings.append(f"template: {keys.template!r} is not built in; the tokenizer's own chat template is used")
-    if not keys.enable_thinking:
-        data["chat_template_kwargs"] = {"enable_thinking": False}
+    if keys.template is not None:
+        try:
+            chosen = llamafactory_templates.choose(keys.template, keys.model_name_or_path)
+        except ConfigError as error:
+            problems.append(str(error))
+        else:
+            data |= {"chat_template": chosen.setting} if chosen.setting else {}
+            warnings += [chosen.note] if chosen.note else []
+    variables = {} if keys.enable_thinking else {"enable_thinking": False}
+    variables |= {"preserve_thinking": True} if keys.preserve_thinking else {}
+    if variables:
+        data["chat_template_kwargs"] = variables
     return data
 
 
 def _mix(keys: Keys, train: list[dict[str, Any]], problems: list[str]) -> dict[str, Any]:
     if keys.mix_strategy == "concat":
         if keys.interleave_probs:
-            problems.append("interleave_probs: only for mix_strategy: interleave_under")
+            problems.append(
+                "interleave_probs: only for mix_strategy: interleave_under, interleave_over, interleave_once"
+            )
         return {}
-    if keys.mix_strategy != "interleave_under":
-        problems.append(f"mix_strategy: {keys.mix_strategy!r} is not supported; use concat or interleave_under")
+    if keys.mix_strategy not in MIXES:
+        problems.append(f"mix_strategy: {keys.mix_strategy!r} is not known; use concat, {', '.join(MIXES)}")
     if keys.interleave_probs and len(keys.interleave_probs) != len(keys.dataset):
         problems.append(f"interleave_probs: {len(keys.interleave_probs)} numbers for {len(keys.dataset)} datasets")
     for source, weight in zip(train, keys.interleave_probs):
         source["weight"] = weight
-    return {"mix": "interleave"}
+    return {"mix": MIXES.get(keys.mix_strategy, "concat")}
 
 
 def _run(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
@@ -261,8 +296,12 @@ def _run(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]
         "seed": keys.seed,
         "output_dir": keys.output_dir,
         "micro_batch_tokens": min(4096, keys.per_device_train_batch_size * keys.cutoff_len),
-        "save_total_limit": keys.save_total_limit,
     }
+    _, devices, _ = spread(1)
+    if devices != 1:
+        run["devices"] = devices
+    if keys.save_strategy not in ("no", "best"):
+        run["save_total_limit"] = keys.save_total_limit
     run |= {"max_steps": keys.max_steps} if keys.max_steps > 0 else {"num_train_epochs": keys.num_train_epochs}
     if keys.neftune_noise_alpha:
         run["neftune_noise_alpha"] = keys.neftune_noise_alpha
@@ -318,12 +357,13 @@ def _folder(keys: Keys, problems: list[str]) -> dict[str, Any]:
 
 
 def _reporters(keys: Keys, problems: list[str]) -> dict[str, Any]:
+    known = known_trackers()
     names = [name for name in keys.report_to if name != "none"]
     if keys.use_swanlab and "swanlab" not in names:
         names.append("swanlab")
     problems += [
-        f"report_to: {name!r} is not supported; choose from {', '.join(REPORTERS)}, none"
+        f"report_to: {name!r} is not supported; choose from {', '.join(known)}, none, or your own my_module:MyReporter"
         for name in names
-        if name not in REPORTERS
+        if name not in known and not names_code(name)
     ]
     return {"report_to": names} if names else {}

@@ -1,4 +1,4 @@
-"""The keys of a LLaMA-Factory (v0) training file that are honoured; the others are in llamafactory_others.py.
+"""The keys of a LLaMA-Factory (v0) training file that are honored; the others are in llamafactory_others.py.
 
 docs/llamafactory.md is written from both. Defaults are those of LLaMA-Factory 0.9 and of the
 transformers `TrainingArguments` it inherits, since a file relies on what it leaves out.
@@ -6,15 +6,23 @@ transformers `TrainingArguments` it inherits, since a file relies on what it lea
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from lowrank.settings import NonNegative, Positive, Settings
 
 
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""Names in a list, or in one text with commas."""
+
+
 class Keys(Settings):
-    """The honoured keys. The docstring under a key is where it goes."""
+    """The honored keys. The docstring under a key is where it goes."""
 
     model_name_or_path: str
     """`model.path`"""
@@ -22,7 +30,7 @@ class Keys(Settings):
     """`model.revision`"""
     trust_remote_code: bool = False
     """`model.trust_remote_code`"""
-    adapter_name_or_path: tuple[str, ...] = ()
+    adapter_name_or_path: Listed = ()
     """`adapter.path`; one adapter, on which training goes on"""
     stage: str = "sft"
     """`objective.type`: `sft`, `pretrain` for `pt`, `dpo` (or what `pref_loss` names), `kto`, `reward` for `rm`,
@@ -37,6 +45,26 @@ class Keys(Settings):
     """`objective.reward_model`: an adapter that was trained here with objective `reward`"""
     reward_model_type: str = "lora"
     """only `lora`: the judge is an adapter on the same base"""
+    use_dft_loss: bool = False
+    """`objective.loss_type: dft`"""
+    use_asft_loss: bool = False
+    """`objective.loss_type: asft`"""
+    asft_alpha: float = Field(default=0.1, ge=0)
+    """`objective.asft_alpha`"""
+    use_eaft_loss: bool = False
+    """`objective.loss_type: eaft`"""
+    eaft_alpha: float = Field(default=1.0, ge=0)
+    """`objective.eaft_alpha`"""
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    """`objective.label_smoothing`, of sft and pt"""
+    ref_model: str | None = None
+    """`objective.reference_model`, of dpo and kto"""
+    ref_model_adapters: str | None = None
+    """`objective.reference_model`: this adapter, on the base that its own file names"""
+    pref_bco_weight: float = Field(default=0.0, ge=0)
+    """`objective.bco_weight`; the mean it compares with is over steps, there over forward passes"""
+    ld_alpha: float | None = Field(default=None, ge=0, le=1)
+    """`objective.ld_alpha`"""
     pref_loss: str = "sigmoid"
     """`objective.loss_type`: sigmoid, hinge or ipo; `orpo` and `simpo` are `objective.type`"""
     pref_beta: float = Field(default=0.1, gt=0)
@@ -52,14 +80,21 @@ class Keys(Settings):
     kto_rejected_weight: float = Field(default=1.0, ge=0)
     """`objective.undesirable_weight`"""
     do_train: bool = False
-    """must be true"""
+    """must be true, to train"""
+    do_predict: bool = False
+    """`lowrank train FILE` answers the questions of `eval_dataset` after training, into `output_dir/predict`; without
+    do_train it is `lowrank predict FILE`"""
+    push_to_hub: bool = False
+    """`lowrank train FILE` uploads the result afterwards, as `lowrank export --push` does"""
+    hub_model_id: str | None = None
+    """where `push_to_hub` uploads it: owner/name"""
     finetuning_type: str = "lora"
     """`tuning`: `adapter` for `lora` and `oft` (`adapter.type: oft`), `full`, or `freeze`"""
     freeze_trainable_layers: int = 2
     """`freeze.trainable_layers`"""
-    freeze_trainable_modules: tuple[str, ...] = ("all",)
+    freeze_trainable_modules: Listed = ("all",)
     """`freeze.trainable_modules`"""
-    freeze_extra_modules: tuple[str, ...] = ()
+    freeze_extra_modules: Listed = ()
     """`freeze.extra_modules`"""
     use_llama_pro: bool = False
     """`freeze.spread`, on a model that `lowrank expand` wrote"""
@@ -69,10 +104,10 @@ class Keys(Settings):
     """`adapter.alpha`; left out or 0: twice the rank"""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """`adapter.dropout`"""
-    lora_target: tuple[str, ...] = ("all",)
+    lora_target: Listed = ("all",)
     """`adapter.target_modules`; `all` is `all-linear`"""
     use_rslora: bool = False
-    """`adapter.type: rslora`"""
+    """`adapter.type: rslora`; with `use_dora` `rsdora`"""
     use_dora: bool = False
     """`adapter.type: dora`"""
     pissa_init: bool = False
@@ -85,46 +120,53 @@ class Keys(Settings):
     """`adapter.loraplus_lr_embedding`"""
     oft_block_size: int = Field(default=32, ge=0)
     """`adapter.block_size`"""
-    oft_target: tuple[str, ...] = ("all",)
+    oft_target: Listed = ("all",)
     """`adapter.target_modules`; `all` is `all-linear`"""
+    moe_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """`model.router_aux_loss_coef`"""
+    train_from_scratch: bool = False
+    """`model.random_init`, from `seed`; with finetuning_type: full"""
+    create_new_adapter: bool = False
+    """`lowrank train FILE` merges `adapter_name_or_path` into a copy of the base beside output_dir first, with `lowrank
+    export`, and trains a new adapter on that"""
     quantization_bit: int | None = None
     """`model.storage`: nf4 or fp4 for 4 bits, int8 for 8, or hqq of so many bits"""
     quantization_method: str = "bnb"
-    """`model.storage.type: hqq` for `hqq`"""
+    """`model.storage.type: hqq` for `hqq`, `eetq` for `eetq`: its arithmetic, without its kernels"""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """`model.storage.type`"""
     double_quantization: bool = True
     """`model.storage.double_quant`"""
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
     """`model.rope_scaling.type`; its factor is what `cutoff_len` needs, by the config.json in the model's folder"""
-    add_tokens: tuple[str, ...] = ()
+    add_tokens: Listed = ()
     """`adapter.trainable_token_indices`, on a base that `lowrank vocab` wrote with these tokens in it"""
-    add_special_tokens: tuple[str, ...] = ()
+    add_special_tokens: Listed = ()
     """as `add_tokens`"""
-    new_special_tokens: tuple[str, ...] = ()
+    new_special_tokens: Listed = ()
     """as `add_tokens`"""
     mixture_of_depths: Literal[False, "convert", "load"] = False
-    """`model.mixture_of_depths: {}` for convert, nothing for load; what comes of it runs here alone"""
+    """`model.layer_wrapper: mixture_of_depths` for convert, nothing for load; what comes of it runs here alone"""
     shift_attn: bool = False
     """`model.shift_attn`: groups of a quarter of `cutoff_len`, as there; here in every model that is packed, within
     each document"""
-    additional_target: tuple[str, ...] = ()
+    additional_target: Listed = ()
     """`adapter.modules_to_save`"""
     pure_bf16: bool = False
-    """`model.dtype: bfloat16`; adapters and optimiser state stay in 32 bit"""
+    """`model.dtype: bfloat16`; adapters and optimizer state stay in 32 bit"""
     bf16: bool = False
     """`model.dtype: bfloat16`"""
     fp16: bool = False
     """`model.dtype: float16`"""
     disable_gradient_checkpointing: bool = False
-    """`model.recompute: none`; left out: `full`, as in LLaMA-Factory"""
+    """`model.activation_checkpointing: none`; left out: `full`, as in LLaMA-Factory"""
     use_cpu: bool = False
     """`model.device: cpu`"""
     no_cuda: bool = False
     """`model.device: cpu`"""
-    dataset: tuple[str, ...] = ()
+    dataset: Listed = ()
     """`data.train`, through `dataset_info.json`"""
-    eval_dataset: tuple[str, ...] = ()
+    eval_dataset: Listed = ()
     """`data.eval`, through `dataset_info.json`"""
     dataset_dir: str = "data"
     """where `dataset_info.json` is: looked for from the current directory, then beside the file; `ONLINE`: dataset
@@ -136,13 +178,17 @@ class Keys(Settings):
     max_samples: Positive | None = None
     """`data.max_samples`"""
     val_size: float = Field(default=0.0, ge=0)
-    """`data.validation_split`; a share below 1"""
+    """`data.validation_split`; a share, or from 1 on a number of rows, chosen by the seed"""
     streaming: bool = False
     """`data.streaming`"""
     mix_strategy: str = "concat"
-    """`data.mix`: `concat`, or `interleave` for `interleave_under`"""
+    """`data.mix`: `concat`, `interleave` for `interleave_under`, `interleave_over`, `interleave_once`; by chance also
+    without `interleave_probs`, where datasets take turns there"""
     interleave_probs: tuple[float, ...] = ()
     """`weight` of each dataset"""
+    tokenized_path: str | None = None
+    """`data.tokenized_path`, in the same layout, so that either program reads what the other wrote; not for kto. Where
+    it is written, the datasets need not be here"""
     packing: bool | None = None
     """`data.batch_tokens`: batch size x accumulation x `cutoff_len` tokens per step; documents never see each other;
     left out: on for `stage: pt`"""
@@ -154,8 +200,13 @@ class Keys(Settings):
     """`data.mask_history`"""
     default_system: str | None = None
     """`data.default_system`"""
+    split_special_tokens: bool | None = None
+    """`data.split_special_tokens`; left out, text in conversations is read as text, which LLaMA-Factory does only
+    where it is true"""
     enable_thinking: bool = True
     """`data.chat_template_kwargs.enable_thinking`, where it is set to false"""
+    preserve_thinking: bool = False
+    """`data.chat_template_kwargs.preserve_thinking`, where it is true: for templates that read it"""
     disable_shuffling: bool = False
     """`data.shuffle: false`"""
     per_device_train_batch_size: Positive = 8
@@ -178,7 +229,7 @@ class Keys(Settings):
     """`optimizer.type`; see below"""
     use_galore: bool = False
     """`optimizer.type: galore`, or `galore_8bit` with an 8-bit `optim`; with tuning full or freeze"""
-    galore_target: tuple[str, ...] = ("all",)
+    galore_target: Listed = ("all",)
     """`optimizer.targets`"""
     galore_rank: Positive = 16
     """`optimizer.rank`"""
@@ -192,7 +243,7 @@ class Keys(Settings):
     """`optimizer.layerwise`, and nothing is clipped, as there"""
     use_apollo: bool = False
     """`optimizer.type: apollo`, with tuning full or freeze"""
-    apollo_target: tuple[str, ...] = ("all",)
+    apollo_target: Listed = ("all",)
     """`optimizer.targets`"""
     apollo_rank: Positive = 16
     """`optimizer.rank`"""
@@ -222,9 +273,10 @@ class Keys(Settings):
     """`optimizer.type: muon`, torch's"""
     lr_scheduler_type: str = "linear"
     """`schedule.type`: linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr,
-    inverse_sqrt"""
+    inverse_sqrt, polynomial, warmup_stable_decay"""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """`schedule.min_ratio` (`min_lr`, `min_lr_rate`), `schedule.num_cycles` (`num_cycles`)"""
+    """`schedule.min_ratio` (`min_lr`, `min_lr_rate`), `schedule.num_cycles` (`num_cycles`), `schedule.power`,
+    `schedule.num_stable_steps`, `schedule.num_decay_steps`, `schedule.decay_type`; `lr_end`, `min_lr_ratio`"""
     warmup_steps: float = Field(default=0, ge=0)
     """`schedule.warmup_steps`; below 1: `schedule.warmup_ratio`"""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
@@ -274,31 +326,10 @@ class Keys(Settings):
     """the older name of `eval_strategy`"""
     eval_steps: float | None = Field(default=None, gt=0)
     """`eval_steps`; left out: as `logging_steps`"""
-    report_to: tuple[str, ...] = ()
+    report_to: Listed = ()
     """`report_to`"""
     use_swanlab: bool = False
     """`report_to: [swanlab]`"""
-
-    @field_validator(
-        "adapter_name_or_path",
-        "lora_target",
-        "oft_target",
-        "galore_target",
-        "apollo_target",
-        "freeze_trainable_modules",
-        "freeze_extra_modules",
-        "additional_target",
-        "add_tokens",
-        "add_special_tokens",
-        "new_special_tokens",
-        "dataset",
-        "eval_dataset",
-        "report_to",
-        mode="before",
-    )
-    @classmethod
-    def _comma_separated(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("interleave_probs", mode="before")
     @classmethod

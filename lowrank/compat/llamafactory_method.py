@@ -1,15 +1,15 @@
-"""What of a LLaMA-Factory file says how is trained: base, tuning, adapter, objective, optimiser, schedule."""
+"""What of a LLaMA-Factory file says how is trained: base, tuning, adapter, objective, optimizer, schedule."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.errors import did_you_mean
-from lowrank.models.loading import locate
+from lowrank.foreign_files import find_json
+from lowrank.models.packaged import locate
 
 OPTIMIZERS = {
     "adamw_torch": "adamw",
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 }
 WITHOUT_BETAS = ("sgd", "adafactor", "lion")
 VARIANTS = {"use_dora": "dora", "use_rslora": "rslora", "pissa_init": "pissa"}
-"""Keys that choose another adapter than LoRA; one at most."""
+"""Keys that choose another adapter than LoRA; one at most, but for the first two, which are `rsdora` together."""
 METHODS = {
     "use_galore": "galore",
     "use_apollo": "apollo",
@@ -38,7 +38,9 @@ METHODS = {
     "use_adam_mini": "adam_mini",
     "use_muon": "muon",
 }
-"""Keys that choose an optimiser; one at most."""
+"""Keys that choose an optimizer; one at most."""
+LOSSES = {"use_dft_loss": "dft", "use_asft_loss": "asft", "use_eaft_loss": "eaft"}
+"""Keys that choose another loss of stage sft; one at most."""
 HQQ_BITS = (8, 6, 5, 4, 3, 2, 1)
 SCHEDULES = {
     "linear": "linear",
@@ -48,7 +50,11 @@ SCHEDULES = {
     "constant_with_warmup": "constant",
     "cosine_with_restarts": "cosine_with_restarts",
     "inverse_sqrt": "inverse_sqrt",
+    "polynomial": "polynomial",
+    "warmup_stable_decay": "warmup_stable_decay",
 }
+POLYNOMIAL_END = 1e-7
+"""Where transformers' polynomial schedule ends, unless `lr_end` says otherwise."""
 STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward", "ppo": "ppo"}
 """`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
@@ -56,7 +62,7 @@ OF_LORA = ("adapter_name_or_path", *VARIANTS, "loraplus_lr_ratio")
 
 
 def contradictions(keys: Keys) -> list[str]:
-    """Keys about the method that cannot be honoured together, or at all."""
+    """Keys about the method that cannot be honored together, or at all."""
     found = []
     kinds = ("lora", "oft", "freeze", "full")
     if keys.finetuning_type not in kinds:
@@ -65,14 +71,41 @@ def contradictions(keys: Keys) -> list[str]:
         found += [f"{key}: only for finetuning_type: lora; remove it" for key in OF_LORA if getattr(keys, key)]
     for family in (VARIANTS, METHODS):
         chosen = [key for key in family if getattr(keys, key)]
-        if len(chosen) > 1:
+        if len(chosen) > 1 and chosen != ["use_dora", "use_rslora"]:
             found.append(f"{' and '.join(chosen)}: set only one")
+    losses = [key for key in LOSSES if getattr(keys, key)]
+    losses += ["label_smoothing_factor"] if keys.label_smoothing_factor else []
+    if len(losses) > 1:
+        found.append(f"{' and '.join(losses)}: set only one")
+    wrong = [key for key in losses if keys.stage != "sft" and not (keys.stage == "pt" and key not in LOSSES)]
+    found += [f"{key}: not with stage: {keys.stage}; remove it" for key in wrong]
+    of_dpo = keys.stage == "dpo" and keys.pref_loss not in ("orpo", "simpo")
+    found += [
+        f"{key}: only for stage: dpo with a reference (not orpo, simpo); remove it"
+        for key in ("pref_bco_weight", "ld_alpha")
+        if getattr(keys, key) and not of_dpo
+    ]
+    found += [
+        f"{key}: stage {keys.stage} compares with no other model; remove it"
+        for key in ("ref_model", "ref_model_adapters")
+        if getattr(keys, key) and not of_dpo and keys.stage != "kto"
+    ]
+    if keys.ref_model_adapters and "," in keys.ref_model_adapters:
+        found.append("ref_model_adapters: give one adapter; `lowrank export` merges several")
+    if keys.train_from_scratch and keys.finetuning_type != "full":
+        found.append("train_from_scratch: random weights are nothing to put an adapter on; set finetuning_type: full")
+    if keys.create_new_adapter and keys.adapter_name_or_path:
+        found.append(
+            "create_new_adapter: the given adapter is merged into the base first, as `lowrank train FILE` does; else "
+            f"`lowrank export {keys.adapter_name_or_path[0]} --base {keys.model_name_or_path} --to merged`, and name "
+            "what it writes as model_name_or_path"
+        )
     if keys.use_llama_pro and keys.finetuning_type != "freeze":
         found.append("use_llama_pro: only for finetuning_type: freeze, on a model that `lowrank expand` wrote")
     bits, kind = keys.quantization_bit, keys.quantization_method
-    allowed = {"bnb": (4, 8), "hqq": HQQ_BITS}.get(kind)
+    allowed = {"bnb": (4, 8), "hqq": HQQ_BITS, "eetq": (8,)}.get(kind)
     if bits is not None and allowed is None:
-        found.append(f"quantization_method: {kind!r} is not there; choose bnb or hqq")
+        found.append(f"quantization_method: {kind!r} is not there; choose bnb, hqq or eetq")
     elif bits is not None and allowed is not None and bits not in allowed:
         found.append(f"quantization_bit: {kind} has {', '.join(map(str, sorted(allowed)))} bits, not {bits}")
     return found
@@ -89,13 +122,17 @@ def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any
         found["dtype"] = "float16"
     if keys.use_cpu or keys.no_cuda:
         found["device"] = "cpu"
-    found["recompute"] = "none" if keys.disable_gradient_checkpointing else "full"
+    found["activation_checkpointing"] = "none" if keys.disable_gradient_checkpointing else "full"
     if keys.trust_remote_code:
         found["trust_remote_code"] = True
+    if keys.moe_aux_loss_coef:
+        found["router_aux_loss_coef"] = keys.moe_aux_loss_coef
+    if keys.train_from_scratch:
+        found["random_init"] = keys.seed
     if keys.quantization_bit is not None:
         found["storage"] = _storage(keys)
     if keys.mixture_of_depths == "convert":
-        found["mixture_of_depths"] = {}
+        found["layer_wrapper"] = {"type": "mixture_of_depths"}
     if keys.shift_attn:
         found["shift_attn"] = max(2, keys.cutoff_len // 4 // 2 * 2)
     if keys.rope_scaling is not None:
@@ -106,6 +143,8 @@ def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any
 def _storage(keys: Keys) -> dict[str, Any]:
     if keys.quantization_method == "hqq":
         return {"type": "hqq", "bits": keys.quantization_bit}
+    if keys.quantization_method == "eetq":
+        return {"type": "eetq"}
     if keys.quantization_bit == 8:
         return {"type": "int8"}
     return {"type": keys.quantization_type, "double_quant": keys.double_quantization}
@@ -115,8 +154,8 @@ def _rope_scaling(keys: Keys, problems: list[str], warnings: list[str]) -> dict[
     """As much as `cutoff_len` needs, as in LLaMA-Factory."""
     config = Path(locate(keys.model_name_or_path)) / "config.json"
     try:
-        reach = int(json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        reach = int((find_json(config) or {})["max_position_embeddings"])
+    except (ValueError, KeyError, TypeError):
         problems.append(
             f"rope_scaling: how far {keys.model_name_or_path} reads is not known here, so neither is the factor; "
             f"remove it and add model.rope_scaling.type={keys.rope_scaling} model.rope_scaling.factor=... to the "
@@ -151,6 +190,7 @@ def adapter(keys: Keys) -> dict[str, Any]:
         block = {"block_size": keys.oft_block_size} if keys.oft_block_size else {}
         return {"type": "oft", "target_modules": _targets(keys.oft_target), **block}
     kind = next((name for key, name in VARIANTS.items() if getattr(keys, key)), "lora")
+    kind = "rsdora" if keys.use_dora and keys.use_rslora else kind
     found: dict[str, Any] = {"type": kind, "rank": keys.lora_rank, "target_modules": _targets(keys.lora_target)}
     optional = {
         "alpha": keys.lora_alpha,
@@ -182,9 +222,16 @@ def objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
     name = STAGES.get(keys.stage, "sft")
     if name == "dpo" and keys.pref_loss in ("orpo", "simpo"):
         name = keys.pref_loss
+    reference = keys.ref_model_adapters or keys.ref_model
     shared = {"beta": keys.pref_beta, "pref_ftx": keys.pref_ftx}
+    shared |= {"reference_model": reference} if reference else {}
     used: dict[str, dict[str, Any]] = {
-        "dpo": shared | {"loss_type": keys.pref_loss, "label_smoothing": keys.dpo_label_smoothing},
+        "sft": _sft(keys),
+        "pretrain": {"label_smoothing": keys.label_smoothing_factor} if keys.label_smoothing_factor else {},
+        "dpo": shared
+        | {"loss_type": keys.pref_loss, "label_smoothing": keys.dpo_label_smoothing}
+        | ({"ld_alpha": keys.ld_alpha} if keys.ld_alpha is not None else {})
+        | ({"bco_weight": keys.pref_bco_weight} if keys.pref_bco_weight else {}),
         "orpo": {"beta": keys.pref_beta},
         "simpo": {"beta": keys.pref_beta, "gamma": keys.simpo_gamma},
         "ppo": {
@@ -206,6 +253,15 @@ def objective(keys: Keys, warnings: list[str]) -> dict[str, Any]:
     if name == "dpo" and keys.pref_loss not in ("sigmoid", "hinge", "ipo"):
         found["loss_type"] = "sigmoid"  # refused elsewhere; the rest is checked all the same
     return found
+
+
+def _sft(keys: Keys) -> dict[str, Any]:
+    """The loss of stage sft."""
+    loss = next((name for key, name in LOSSES.items() if getattr(keys, key)), None)
+    if loss is None:
+        return {"label_smoothing": keys.label_smoothing_factor} if keys.label_smoothing_factor else {}
+    alpha = {"asft": {"asft_alpha": keys.asft_alpha}, "eaft": {"eaft_alpha": keys.eaft_alpha}}
+    return {"loss_type": loss} | alpha.get(loss, {})
 
 
 def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
@@ -252,6 +308,12 @@ def schedule(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, 
         found["min_ratio"] = extra.pop("min_lr_rate", 0.0) if floor is None else floor / keys.learning_rate
     if name == "cosine_with_restarts":
         found["num_cycles"] = extra.pop("num_cycles", 1)
+    if name == "polynomial":
+        found["min_ratio"] = min(1.0, extra.pop("lr_end", POLYNOMIAL_END) / keys.learning_rate)
+        found["power"] = extra.pop("power", 1.0)
+    if name == "warmup_stable_decay":
+        found["min_ratio"] = extra.pop("min_lr_ratio", 0.0)
+        found |= {key: extra.pop(key) for key in ("num_stable_steps", "num_decay_steps", "decay_type") if key in extra}
     problems += [f"lr_scheduler_kwargs: {key!r} is not supported with {name}; remove it" for key in extra]
     if name == "constant":
         if keys.warmup_steps or keys.warmup_ratio:

@@ -1,4 +1,4 @@
-"""The keys of a LLaMA-Factory (v0) training file that are not honoured, and why.
+"""The keys of a LLaMA-Factory (v0) training file that are not honored, and why.
 
 NO_EFFECT   keys that are read and set aside, with the reason
 REFUSED     keys that would change what is learned in a way that is not built
@@ -38,7 +38,7 @@ NO_EFFECT: Sequence[Group] = (
             "dataloader_multiprocessing_context dataloader_in_order buffer_size remove_unused_columns label_names "
             "length_column_name ignore_pad_token_for_loss accelerator_config"
         ),
-        "rows are read and tokenised in one pass before training, without a cache and without workers",
+        "rows are read and tokenized in one pass before training, without a cache and without workers",
     ),
     Group(
         _keys(
@@ -71,17 +71,23 @@ NO_EFFECT: Sequence[Group] = (
             "ddp_timeout ddp_backend ddp_bucket_cap_mb ddp_find_unused_parameters ddp_broadcast_buffers "
             "ddp_static_graph local_rank dispatch_batches split_batches ray_scope tpu_num_cores tpu_metrics_debug "
             "mp_parameters xpu_backend ray_run_name ray_storage_path ray_storage_filesystem resources_per_worker "
-            "placement_strategy ray_init_kwargs"
+            "placement_strategy ray_init_kwargs data_shared_file_system master_addr master_port"
         ),
-        "there is one process",
+        "how processes talk to one another is decided here; `devices` says how many there are",
     ),
     Group(
         _keys("deepspeed fsdp fsdp_config parallelism_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"),
-        "one process on one device; on n devices LLaMA-Factory's step held n times as many samples, so multiply "
-        "gradient_accumulation_steps by n to keep it",
+        "every device holds the whole model: a frozen base has no gradients and no optimizer state to shard "
+        "(quantization_bit: 4 makes it a quarter), and what is trained whole must fit on one; `devices` says how many",
         speaks=True,
     ),
-    Group(_keys("ray_num_workers"), "there is one process; multiply gradient_accumulation_steps instead", 1, True),
+    Group(
+        _keys("ray_num_workers"),
+        "Ray starts no processes here; call lowrank.train in train_loop_per_worker (docs/distributed.md), and multiply "
+        "gradient_accumulation_steps by the workers",
+        1,
+        True,
+    ),
     Group(
         _keys(
             "per_device_eval_batch_size per_gpu_eval_batch_size eval_accumulation_steps prediction_loss_only "
@@ -101,7 +107,7 @@ NO_EFFECT: Sequence[Group] = (
     Group(
         _keys(
             "save_on_each_node restore_callback_states_from_checkpoint enable_jit_checkpoint past_index "
-            "full_determinism group_by_length"
+            "full_determinism"
         ),
         "checkpoints and order are exact without it",
     ),
@@ -118,30 +124,51 @@ NO_EFFECT: Sequence[Group] = (
         "random",
         True,
     ),
+    Group(_keys("group_by_length"), "rows come in random order, and none is padded to another's length", False, True),
     Group(_keys("upcast_layernorm"), "norms keep the dtype of the base", False, True),
     Group(_keys("use_fast_tokenizer"), "tokenizers are always the fast ones", True, True),
     Group(_keys("run_name"), "a run is called after its output_dir", None, True),
     Group(_keys("cache_dir"), "set the environment variable HF_HOME instead", None, True),
-    Group(_keys("hf_hub_token hub_token"), "log in with `hf auth login` instead", None, True),
-    Group(_keys("ms_hub_token om_hub_token"), "models and datasets come from the Hugging Face hub or from disk"),
-    Group(_keys("swanlab_project swanlab_workspace swanlab_run_name swanlab_logdir"), "names come from output_dir"),
+    Group(
+        _keys("hf_hub_token hub_token push_to_hub_token"),
+        "log in with `hf auth login` instead; for an upload, set the environment variable HF_TOKEN",
+        None,
+        True,
+    ),
+    Group(_keys("ms_hub_token"), "log in with `modelscope login` instead, and set USE_MODELSCOPE_HUB=1", None, True),
+    Group(_keys("om_hub_token"), "Modelers' hub is not read: models come from Hugging Face, ModelScope or from disk"),
+    Group(_keys("swanlab_project"), "the project at SwanLab is called lowrank", "llamafactory", True),
+    Group(
+        _keys("swanlab_workspace swanlab_run_name swanlab_logdir"),
+        "the experiment is called after output_dir",
+        None,
+        True,
+    ),
     Group(_keys("swanlab_mode"), "set the environment variable SWANLAB_MODE instead", "cloud", True),
     Group(_keys("swanlab_api_key"), "log in with `swanlab login` instead", None, True),
     Group(_keys("swanlab_lark_webhook_url swanlab_lark_secret"), "no messages are sent", None, True),
     Group(
         _keys(
-            "hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision project trackio_space_id "
-            "trackio_bucket_id trackio_static_space_id push_to_hub_model_id push_to_hub_organization push_to_hub_token"
+            "hub_always_push project trackio_space_id trackio_bucket_id trackio_static_space_id push_to_hub_model_id "
+            "push_to_hub_organization"
         ),
-        "belongs to an upload, which `push_to_hub` would ask for",
+        "what is trained is uploaded once, after training, to hub_model_id, where `push_to_hub` asks for it",
     ),
+    Group(
+        _keys("hub_strategy"),
+        "what is trained is uploaded once, after training; checkpoints are not",
+        "every_save",
+        True,
+    ),
+    Group(_keys("hub_private_repo"), "a new repository is private; its settings on the hub make it public", True, True),
+    Group(_keys("hub_revision"), "an upload is a commit on the main branch", None, True),
     Group(
         _keys(
             "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
             "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower "
             "freeze_multi_modal_projector freeze_language_model"
         ),
-        "belongs to images, video and audio; datasets that have them are refused",
+        "belongs to images, video and audio; datasets of these files that have them are refused",
     ),
     Group(
         _keys("quantization_device_map fp8_backend fp8_enable_fsdp_float8_all_gather"),
@@ -149,15 +176,21 @@ NO_EFFECT: Sequence[Group] = (
     ),
     Group(
         _keys(
-            "oft_rank badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha init_special_tokens "
+            "badam_update_ratio badam_mask_mode badam_verbose init_special_tokens "
             "kt_optimize_rule cpu_infer chunk_size mode kt_maxlen kt_use_cuda_graph kt_mode kt_force_think "
             "optim_target_modules"
         ),
         "belongs to a method that another key would ask for",
     ),
     Group(
-        _keys("ref_model_quantization_bit reward_model_adapters reward_model_quantization_bit"),
-        "belongs to the stages rm, ppo, dpo and kto",
+        _keys("ref_model_quantization_bit reward_model_quantization_bit"),
+        "the model that is compared with, or judges, is not quantized on its own",
+        None,
+        True,
+    ),
+    Group(
+        _keys("reward_model_adapters"),
+        "belongs to a reward model of type full; `reward_model` names the adapter that judges",
     ),
     Group(
         _keys(
@@ -176,9 +209,60 @@ NO_EFFECT: Sequence[Group] = (
         ),
         "belongs to export, not to training",
     ),
+    Group(
+        _keys(
+            "kt_cpu_activation kt_weight_path kt_non_expert_weight_path kt_expert_checkpoint_path "
+            "kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size kt_config"
+        ),
+        "belongs to KTransformers, which `use_kt` would ask for",
+    ),
+    Group(
+        _keys("hyper_parallel_args hyper_parallel_cp_size"),
+        "belongs to HyperParallel, which `use_hyper_parallel` would ask for",
+    ),
+    Group(
+        _keys(
+            "tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size "
+            "context_parallel_size virtual_pipeline_model_parallel_size sequence_parallel "
+            "recompute_granularity recompute_method recompute_num_layers "
+            "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split "
+            "bias_activation_fusion apply_rope_fusion masked_softmax_fusion "
+            "cross_entropy_loss_fusion moe_grouped_gemm moe_token_dispatcher_type "
+            "calculate_per_token_loss use_distributed_optimizer overlap_param_gather "
+            "overlap_grad_reduce use_packed_sequences mixed_precision megatron_pretrained_checkpoint "
+            "export_hf_on_finish extra_config"
+        ),
+        "belongs to Megatron, which `use_megatron_bridge` would ask for",
+    ),
+    Group(
+        _keys("enable_torch_profiler"),
+        "nothing is profiled; tokens per second and memory are part of every run",
+        False,
+        True,
+    ),
+    Group(
+        _keys(
+            "profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps "
+            "profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack "
+            "profile_modules"
+        ),
+        "belongs to a profile, which `enable_torch_profiler` would ask for",
+    ),
+    Group(
+        _keys("task task_dir batch_size lang n_shot save_dir download_mode"),
+        "belongs to evaluation: `lowrank eval FILE`",
+    ),
 )
 
 REFUSED: Sequence[Group] = (
+    Group(
+        _keys("oft_rank"), "blocks are given by their width, not by their number; remove it and set oft_block_size", 0
+    ),
+    Group(
+        _keys("adapter_folder"),
+        "name the adapter's own folder in adapter_name_or_path, as adapter_name_or_path: PATH/FOLDER",
+        None,
+    ),
     Group(
         _keys("ppo_target"),
         "the weight of the KL cost does not move; remove it and set objective.kl_coef in the native form (0.2 here, "
@@ -187,46 +271,21 @@ REFUSED: Sequence[Group] = (
     ),
     Group(
         _keys("ppo_buffer_size"),
-        "every optimiser step of an epoch is on all answers; remove it and multiply gradient_accumulation_steps by it",
+        "every optimizer step of an epoch is on all answers; remove it and multiply gradient_accumulation_steps by it",
         1,
     ),
-    Group(
-        _keys("ref_model ref_model_adapters"),
-        "the reference is the base itself, without any adapter; remove it",
-        None,
-    ),
-    Group(_keys("pref_bco_weight"), "there is no BCO term; remove it", 0.0),
-    Group(_keys("ld_alpha"), "long answers are not weighed down; remove it", None),
     Group(_keys("fp8"), "there is no FP8 training; remove it and set bf16", False),
     Group(_keys("module_dropout"), "OFT's blocks are not dropped; remove it", 0.0),
     Group(_keys("apollo_scale_front"), "the scale comes after the limit of growth; remove it", False),
-    Group(
-        _keys("create_new_adapter"),
-        "it would merge the given adapter into the base first; merge it yourself, or remove the key to go on training "
-        "the given adapter",
-        False,
-    ),
     Group(_keys("badam_mode"), "only `layer` is there, not parts of matrices; remove it", "layer"),
-    Group(_keys("use_dft_loss use_asft_loss use_eaft_loss"), "remove it to train with the plain token loss", False),
-    Group(_keys("train_from_scratch"), "the base's weights are always loaded; remove it", False),
     Group(_keys("use_mca use_kt use_hyper_parallel use_megatron_bridge"), "there is one back end; remove it", False),
     Group(
         _keys("new_special_tokens_config"),
         "name the tokens themselves in add_special_tokens, on a base that `lowrank vocab` wrote with them in it",
         None,
     ),
-    Group(_keys("split_special_tokens"), "special tokens are never split; remove it", False),
-    Group(_keys("moe_aux_loss_coef"), "the router's auxiliary loss is not trained; remove it", None),
     Group(_keys("tool_format"), "tools are rendered by the chat template; give data.chat_template=FILE.jinja", None),
-    Group(_keys("tokenized_path"), "rows are tokenised at the start; remove it and name the dataset", None),
-    Group(
-        _keys("do_predict"),
-        "training does not predict; remove it, and measure the result with `lowrank predict`",
-        False,
-    ),
-    Group(_keys("label_smoothing_factor"), "the loss is not smoothed; remove it", 0.0),
-    Group(_keys("optim_args"), "name the optimiser's settings themselves (adam_beta1 ...), and remove it", None),
-    Group(_keys("push_to_hub"), "nothing is uploaded; remove it, and upload output_dir with `hf upload`", False),
+    Group(_keys("optim_args"), "name the optimizer's settings themselves (adam_beta1 ...), and remove it", None),
     Group(_keys("per_gpu_train_batch_size"), "an old name; use per_device_train_batch_size", None),
 )
 

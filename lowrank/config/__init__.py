@@ -1,7 +1,18 @@
 """The settings of a run: one schema, read from Python, YAML or JSON, and dotted overrides."""
 
 from lowrank.config.checks import has_eval, unused
-from lowrank.config.read import load, override, read_file, resolve
+from lowrank.config.read import load, override, read_file, resolve, settings_of_run
 from lowrank.config.schema import JobConfig, RunConfig, steps_of
 
-__all__ = ["JobConfig", "RunConfig", "has_eval", "load", "override", "read_file", "resolve", "steps_of", "unused"]
+__all__ = [
+    "JobConfig",
+    "RunConfig",
+    "has_eval",
+    "load",
+    "override",
+    "read_file",
+    "resolve",
+    "settings_of_run",
+    "steps_of",
+    "unused",
+]

@@ -7,20 +7,29 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lowrank.adapters.prompts import PromptSettings
+from lowrank.models.layer_wrappers import wrapping_conflicts
 from lowrank.objectives import needs
-from lowrank.objectives.drawn import DrawnSettings
+from lowrank.objectives.rollout import RolloutSettings
 from lowrank.records import Text
+from lowrank.search.candidates import first_candidates
+from lowrank.search.config import SweepConfig
 from lowrank.settings import Settings
+from lowrank.third_party import code_is_allowed
+from lowrank.train.schedule import SCHEDULES_WITH
 
 if TYPE_CHECKING:
     from lowrank.config.schema import JobConfig, RunConfig
 
 RESERVED_NAMES = (
-    "checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png", "tensorboard", "report.html",
-    "data_report.json", "predict", "eval",
+    "config.json", "demo.json", "checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png",
+    "tensorboard", "report.html", "data_report.json", "predict", "eval", "stop", "orders", "best", "sweep.json",
+    "optuna.db", "shares",
 )  # fmt: skip
 """Names in the run folder that are not jobs."""
 
+
+_DEVICES = ("con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)))
+"""What Windows takes for devices, whatever follows a dot."""
 
 _NOT_OF_A_FOLDER = ("path", "dropout", "loraplus_lr_ratio", "loraplus_lr_embedding")
 """Settings of an adapter that hold beside adapter.path."""
@@ -43,6 +52,8 @@ def unused(config: RunConfig) -> list[str]:
     group = config.model.shift_attn
     if group is not None and all(job.data.max_length <= group // 2 for job in config.jobs):
         found[f"model.shift_attn: {group} has no effect: no document is longer than half of a group"] = None
+    if config.model.trust_remote_code and not code_is_allowed():
+        found["model.trust_remote_code has no effect without --allow-code: the model's own code stays off"] = None
     if config.save_steps is None and _is_set(config, "save_total_limit"):
         found["save_total_limit has no effect without save_steps"] = None
     return list(found)
@@ -69,16 +80,54 @@ def _name_conflicts(config: RunConfig) -> Iterator[str]:
         name = job.name.lower()
         if count[name] > 1:
             yield f"jobs.{index}.name: {job.name!r} is used more than once; give every job its own name"
-        if name in RESERVED_NAMES or name.endswith("."):
+        if name in RESERVED_NAMES or name.endswith(".") or name.partition(".")[0] in _DEVICES:
             yield f"jobs.{index}.name: {job.name!r} cannot be the name of a folder in output_dir; choose another"
 
 
+def sweep_metric(config: RunConfig) -> str:
+    """What the candidates of a sweep are compared by."""
+    assert config.sweep is not None
+    return config.sweep.metric or config.jobs[0].eval_metric
+
+
+def _sweep_conflicts(config: RunConfig, sweep: SweepConfig) -> Iterator[str]:
+    names = [job.name for job in config.jobs]
+    expected = [candidate.name for candidate in first_candidates(sweep) if candidate.name in names]  # a share has some
+    if not expected or names[: len(expected)] != expected:
+        yield "sweep: its candidates are the jobs, so jobs has no meaning beside it; leave one of the two out"
+        return
+    reported = sorted({job.eval_metric for job in config.jobs})
+    metric = sweep_metric(config)
+    if reported != [metric]:
+        yield (
+            f"sweep.metric: {metric}: the jobs report {', '.join(reported)}; set eval_metric: {metric} for all of "
+            "them, or leave sweep.metric out"
+        )
+    if sweep.search != "none" and not all(has_eval(job) for job in config.jobs):
+        yield (
+            f"sweep.search: {sweep.search} compares candidates on held-out rows; give data.eval or "
+            "data.validation_split, or set search: none"
+        )
+    objectives = {type(job.objective) for job in config.jobs}
+    if metric == "loss" and len(objectives) > 1:
+        yield "sweep: losses of different objectives do not compare; set eval_metric to a metric of generated answers"
+
+
 def _run_conflicts(config: RunConfig) -> Iterator[str]:
+    if config.sweep is not None:
+        yield from _sweep_conflicts(config, config.sweep)
     full = [job.name for job in config.jobs if job.trains_base]
     if full and len(config.jobs) > 1:
         yield (
             f"tuning: job {full[0]!r} trains the base's own parameters, so no other job can use that base; "
             "run it alone, or set tuning: adapter"
+        )
+    if config.share is not None and config.devices != 1:
+        yield "share and devices: a share is trained on one device; give each device of each machine a share of its own"
+    if config.share is not None and config.sweep is not None and config.sweep.sampler == "optuna":
+        yield (
+            "share: sweep.sampler: optuna draws one candidate after another, by what is known of all before; set "
+            "sampler: random, or leave share out"
         )
     if config.resume and config.overwrite:
         yield "resume and overwrite: one goes on with the run in output_dir, the other deletes it; set only one"
@@ -90,27 +139,24 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
         yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
     if config.model.shift_attn is not None and config.model.attention == "padded":
         yield "model.shift_attn: only where attention is packed; set model.attention: auto, or leave shift_attn out"
-    if config.model.mixture_of_depths is not None:
-        yield from depth_conflicts(config)
+    if config.model.layer_wrapper is not None:
+        yield from wrapper_conflicts(config)
+    if config.model.random_init is not None and any(job.tuning != "full" for job in config.jobs):
+        yield "model.random_init: random weights are nothing to put an adapter on; set tuning: full"
     if config.model.storage.type != "dense" and full:
         kind = next(job.tuning for job in config.jobs if job.trains_base)
         yield f"tuning: {kind} needs model.storage.type: dense, not {config.model.storage.type!r}"
 
 
-def depth_conflicts(config: RunConfig) -> Iterator[str]:
-    """What cannot be done where some layers see only some tokens: asked for, or found in the base's config.json."""
-    job, where = config.jobs[0], "model.mixture_of_depths"
-    if job.tuning != "full":
-        yield f"{where}: routers and layers are trained together; set tuning: full, or take another base"
-    if config.model.storage.type != "dense":
-        yield f"{where}: needs model.storage.type: dense, not {config.model.storage.type!r}"
-    if config.model.attention == "padded" or config.model.shift_attn is not None:
-        yield f"{where}: only where attention is packed and whole; leave model.attention and model.shift_attn out"
-    if _looks_twice(job):
-        yield (
-            f"{where}: objective {job.objective.type} compares log-probabilities in training with others for which "
-            "other tokens are chosen, so it would learn the difference between the two; choose sft, pretrain or orpo"
-        )
+def wrapper_conflicts(config: RunConfig) -> Iterator[str]:
+    """What cannot be done where decoder layers are wrapped: as asked for, or as the base's config.json has it."""
+    job, model = config.jobs[0], config.model
+    return wrapping_conflicts(
+        trains_all=job.tuning == "full",
+        storage=model.storage.type,
+        packed=model.attention != "padded" and model.shift_attn is None,
+        compares=job.objective.type if _looks_twice(job) else None,
+    )
 
 
 def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
@@ -123,7 +169,7 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
             f"data.streaming: objective {job.objective.type} compares with the base as it was, which tuning: "
             f"{job.tuning} changes while the stream is read; leave streaming out, or set tuning: adapter"
         )
-    if isinstance(job.objective, DrawnSettings):
+    if isinstance(job.objective, RolloutSettings):
         yield from _rollout_conflicts(job, job.objective)
     if config.model.shift_attn is not None and _looks_twice(job):
         yield (
@@ -135,9 +181,9 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
     if job.early_stopping_patience is not None and config.eval_steps is None:
         yield "early_stopping_patience: eval_steps is null, so nothing is evaluated before the end; set eval_steps"
     yield from _metric_conflicts(job)
-    if job.tuning == "adapter" and job.adapter.needs_quantised and config.model.storage.type == "dense":
+    if job.tuning == "adapter" and job.adapter.needs_quantized and config.model.storage.type == "dense":
         yield (
-            f"adapter.type: {job.adapter.type} makes up for what quantisation lost, and model.storage.type dense loses "
+            f"adapter.type: {job.adapter.type} makes up for what quantization lost, and model.storage.type dense loses "
             "nothing; choose lora, or a storage of fewer bits"
         )
     if job.tuning == "adapter" and job.adapter.type == "adalora" and job.optimizer.has_own_schedule:
@@ -147,7 +193,9 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.tuning == "adapter" and isinstance(job.adapter, PromptSettings):
         yield from _prompt_conflicts(config, job)
-    if job.tuning == "adapter" and job.adapter.looks_at_data and job.data.streaming:
+        if needs(job.objective.build(), "reference_logits"):
+            yield f"objective.loss_type: asft compares places that {job.adapter.type} moves; take another adapter"
+    if job.tuning == "adapter" and job.adapter.needs_calibration and job.data.streaming:
         yield (
             f"adapter.type: {job.adapter.type} looks at the data before it starts, and with data.streaming it is read "
             "once; leave streaming out, or choose lora"
@@ -204,7 +252,7 @@ def _metric_conflicts(job: JobConfig) -> Iterator[str]:
         yield "eval_metric: data.on_too_long: split cuts questions from their answers; choose drop or truncate"
 
 
-def _rollout_conflicts(job: JobConfig, settings: DrawnSettings) -> Iterator[str]:
+def _rollout_conflicts(job: JobConfig, settings: RolloutSettings) -> Iterator[str]:
     objective: Any = job.objective.build()
     if not settings.reward_funcs and settings.reward_model is None:
         yield (
@@ -234,10 +282,9 @@ def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
         for name in ("eval_generate_samples", "eval_max_new_tokens"):
             if _is_set(job, name):
                 yield f"{name} has no effect with eval_metric: loss"
-    if schedule.type != "cosine_with_restarts" and _is_set(schedule, "num_cycles"):
-        yield f"schedule.num_cycles has no effect with type: {schedule.type}"
-    if schedule.type not in ("linear", "cosine") and _is_set(schedule, "min_ratio"):
-        yield f"schedule.min_ratio has no effect with type: {schedule.type}"
+    for name, types in SCHEDULES_WITH.items():
+        if schedule.type not in types and _is_set(schedule, name):
+            yield f"schedule.{name} has no effect with type: {schedule.type}"
     if job.max_steps is not None and schedule.warmup_steps >= job.max_steps:
         yield f"schedule.warmup_steps: a warmup of {schedule.warmup_steps} outlasts the job's {job.max_steps} steps"
     yield from _unused_in_adapter(job)

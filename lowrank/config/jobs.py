@@ -40,18 +40,18 @@ def spell_out(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spell_out_job(job: Any) -> Any:
-    job = _as_dict(job)
+    job = as_dict(job)
     return spell_out(job) if isinstance(job, Mapping) else job
 
 
 def _as_group(main: str | None, value: Any) -> Any:
-    value = _as_dict(value)
+    value = as_dict(value)
     if main is not None and (isinstance(value, str) or (main == "train" and isinstance(value, (list, tuple)))):
         return {main: value}
     return value
 
 
-def _as_dict(value: Any) -> Any:
+def as_dict(value: Any) -> Any:
     """A `Settings` object, as Python callers pass it, as the dict of what was set on it."""
     if not isinstance(value, Settings):
         return value
@@ -69,7 +69,7 @@ def complete_jobs(settings: Mapping[str, Any], job_keys: Sequence[str], default_
     """
     top = {key: settings[key] for key in job_keys if key in settings}
     entries = settings.get("jobs")
-    if entries is None or entries == []:
+    if entries is None or (isinstance(entries, (list, tuple)) and not entries):
         return [{"name": default_name, **top}]
     if not isinstance(entries, list):
         return entries
@@ -101,7 +101,8 @@ def _kept(group: str, base: Mapping[str, Any], value: Mapping[str, Any]) -> Mapp
 def _shared_settings(package: str, one: Any, other: Any) -> set[str]:
     """Names of the settings that two types inherit from the same class."""
     configs = configs_in(package)
-    if one not in configs or other not in configs:
+    known = [isinstance(each, str) and each in configs for each in (one, other)]
+    if not all(known):
         return set()
     ancestor = next(cls for cls in configs[one].__mro__ if issubclass(configs[other], cls))
     return set(ancestor.model_fields) if issubclass(ancestor, Settings) else set()

@@ -14,6 +14,7 @@ import lowrank.data.config
 import lowrank.models.config
 from lowrank.adapters.config import AdapterSettings
 from lowrank.config.schema import JobSettings, RunConfig
+from lowrank.search.config import Draw, SweepConfig
 from lowrank.settings import Settings, configs_in
 from lowrank.train.optimizers import OptimizerSettings
 from lowrank.train.schedule import ScheduleConfig
@@ -53,6 +54,11 @@ of one type alone are not.
 """
 
 
+SWEEP = """See [sweeps.md](sweeps.md).
+
+"""
+
+
 def settings_page() -> str:
     """The whole page, as markdown."""
     run_only = [name for name in RunConfig.model_fields if name not in JobSettings.model_fields]
@@ -60,9 +66,9 @@ def settings_page() -> str:
         TOP,
         "## Top level, for the whole run\n\n" + _table(RunConfig, run_only),
         "## Top level, or in an entry of `jobs`\n\n" + _table(RunConfig, list(JobSettings.model_fields)),
-        "## `model`\n\n" + _table(lowrank.models.config.Config),
+        "## `model`\n\n" + _table(lowrank.models.config.ModelConfig),
         _choices("model.storage", "lowrank.models.storages", Settings),
-        "## `data`\n\n" + _table(lowrank.data.config.Config),
+        "## `data`\n\n" + _table(lowrank.data.config.DataConfig),
         "### Entries of `data.train` and `data.eval`\n\n" + _table(lowrank.data.config.SourceConfig),
         "## `adapter`\n\n" + _table(AdapterSettings),
         _choices("adapter", "lowrank.adapters.variants", AdapterSettings),
@@ -70,6 +76,8 @@ def settings_page() -> str:
         "## `optimizer`\n\n" + _table(OptimizerSettings),
         _choices("optimizer", "lowrank.train.optimizers", OptimizerSettings),
         "## `schedule`\n\n" + _table(ScheduleConfig),
+        "## `sweep`\n\n" + SWEEP + _table(SweepConfig),
+        "### Entries of `sweep.random`\n\n" + _table(Draw),
     ]
     return "\n".join(parts)
 
@@ -126,23 +134,23 @@ _WORDS = {
 
 
 def _kind(field: FieldInfo) -> str:
-    words = list(dict.fromkeys(_words(field.annotation)))
+    words = list(dict.fromkeys(_type_name(field.annotation)))
     return ", ".join(word for word in words if word)
 
 
-def _words(annotation: Any) -> Iterator[str]:
+def _type_name(annotation: Any) -> Iterator[str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in _WORDS:
         yield _WORDS[annotation]
     elif origin is Annotated:
-        yield from _words(arguments[0])
+        yield from _type_name(arguments[0])
     elif origin is Literal:
         yield from (f"`{value}`" for value in arguments)
     elif origin in (Union, types.UnionType):
         for argument in arguments:
-            yield from _words(argument)
+            yield from _type_name(argument)
     elif origin is tuple:
-        inner = ", ".join(dict.fromkeys(word for argument in arguments[:1] for word in _words(argument)))
+        inner = ", ".join(dict.fromkeys(word for argument in arguments[:1] for word in _type_name(argument)))
         yield f"list of {inner}"
     elif origin is dict:
         yield "group of any keys"

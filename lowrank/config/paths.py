@@ -8,12 +8,34 @@ they are left as they are where no file matches.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from glob import iglob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".jinja", ".gz", ".zst")
+from lowrank.data.sources.places import STANDARD_INPUT, is_pattern, shown, trouble_at
+from lowrank.errors import did_you_mean
+
+FILE_SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".jinja",
+    ".gz",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".zip",
+    ".ndjson",
+)
 """A name that ends like this is a file, never a hub name."""
+_MOST_NAMES = 10_000
 
 
 def locate_paths(settings: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -41,17 +63,43 @@ def locate(path: str, folder: Path) -> tuple[str, str | None]:
 
     A path found from the current directory, or found nowhere, stays as it stands.
     """
-    if path.startswith("~"):
-        path = str(Path(path).expanduser())
+    if path.startswith(("~", "$")):
+        path = str(Path(os.path.expandvars(path)).expanduser())
     beside = folder / path
-    if path.startswith("lowrank/") or Path(path).exists():
+    if path.startswith("lowrank/") or path in STANDARD_INPUT or _is_there(Path(path)):
         return path, None
-    if beside.exists():
+    if _is_there(beside):
         return str(beside), None
+    problem = trouble_at(Path(path)) or trouble_at(beside)
+    if problem:
+        return path, problem
     if not (path.startswith((".", "/")) or Path(path).is_absolute() or path.lower().endswith(FILE_SUFFIXES)):
         return path, None
     places = [Path(path).absolute()] + ([beside.absolute()] if beside.absolute() != Path(path).absolute() else [])
-    return path, f"{path!r} was not found; looked for {' and '.join(map(str, places))}"
+    looked = f"looked for {' and '.join(shown(place) for place in places)}"
+    if is_pattern(path):
+        return path, f"no file is named like {shown(path)!r}; {looked}"
+    near_names = _near_names(Path(path)) or _near_names(beside)
+    hint = did_you_mean(Path(path).name, near_names)[:500] if near_names else ""
+    return path, f"{shown(path)!r} was not found; {looked}{hint}"
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something at `path`, or something that it is a pattern of."""
+    try:
+        return path.exists() or (is_pattern(str(path)) and next(iglob(str(path), recursive=True), None) is not None)
+    except (OSError, ValueError):
+        return False
+
+
+def _near_names(path: Path) -> list[str]:
+    """Names beside `path` that end as it does."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, _MOST_NAMES)]
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if Path(name).suffix.lower() == path.suffix.lower() and not name.startswith(".")]
 
 
 def _located_groups(job: Mapping[str, Any], above: str, folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -10,15 +10,19 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from lowrank.config.jobs import TYPED
+from lowrank.config.renamed import new_name
 from lowrank.config.schema import JobSettings, RunConfig, SettingsConflict
+from lowrank.config.sweeps import swept_path
 from lowrank.errors import did_you_mean
 from lowrank.settings import Settings
+from lowrank.terminal import visible
 
+SETTINGS_PAGE = "docs/settings.md"
 Path = tuple[Any, ...]
 """Keys and list places from the top of the file to a setting."""
 
 
-def plain_words(error: ValidationError, settings: Mapping[str, Any]) -> list[str]:
+def error_lines(error: ValidationError, settings: Mapping[str, Any]) -> list[str]:
     """One line per problem: `jobs.1.adapter.rnk: unknown key; did you mean 'rank'?`.
 
     `settings` are what was validated, spelled out, with `jobs` as the user wrote them.
@@ -31,19 +35,22 @@ def plain_words(error: ValidationError, settings: Mapping[str, Any]) -> list[str
             conflicts.extend(cause.problems)
         else:
             # a mistake at the top level is found again in every job: one line for it
-            by_path.setdefault(_as_written(entry["loc"], entry["type"], settings), []).append(entry)
+            swept = swept_path(entry["loc"], settings)
+            by_path.setdefault(swept or _as_written(entry["loc"], entry["type"], settings), []).append(entry)
     return [_line(path, entries, settings) for path, entries in by_path.items()] + conflicts
 
 
 def dotted(path: Path) -> str:
     """`("jobs", 1, "name")` as `jobs.1.name`."""
-    return ".".join(map(str, path))
+    return visible(".".join(map(str, path)))[:200]
 
 
 def _line(path: Path, entries: Sequence[Any], settings: Mapping[str, Any]) -> str:
     first = entries[0]
     place = dotted(path) or "the file"
     if first["type"] == "extra_forbidden":
+        if path[:1] == ("sweep",) and len(path) == 3:
+            return f"{place}: jobs have no such setting{did_you_mean(path[2], _dotted_names(), SETTINGS_PAGE)}"
         return f"{place}: unknown key{_suggestion(path, settings)}"
     if first["type"] == "missing":
         return f"{place}: required, but not given{_help(path, settings)}"
@@ -114,6 +121,8 @@ def _as_written(loc: Path, kind: str, settings: Mapping[str, Any]) -> Path:
     if len(loc) < 2 or loc[0] != "jobs" or not isinstance(settings.get("jobs"), list):
         rest = loc[2:] if loc[:1] == ("jobs",) and len(loc) > 2 else loc
         return _existing(rest, kind, settings)
+    if not settings["jobs"]:  # no entries: the one job is the top level
+        return _existing(loc[2:], kind, settings)
     entry = settings["jobs"][loc[1]]
     inside = _existing(loc[2:], kind, entry)
     at_top = _existing(loc[2:], kind, settings)
@@ -140,10 +149,13 @@ def _existing(loc: Path, kind: str, value: Any) -> Path:
 
 def _suggestion(path: Path, settings: Mapping[str, Any]) -> str:
     *parents, key = path
+    now = new_name(path)
+    if now is not None:
+        return f"; it is called {now!r} now"
     known = known_keys(tuple(parents), settings)
     if parents[:1] == ["jobs"] and len(parents) == 2 and key in RunConfig.model_fields:
         return "; it belongs to the whole run: put it at the top level"
-    near = did_you_mean(str(key), known)
+    near = did_you_mean(str(key), known, SETTINGS_PAGE)
     if "did you mean" in near:
         return near
     elsewhere = [dotted(place) for place in _places_of(str(key), RunConfig) if place != path]
@@ -182,6 +194,19 @@ def _groups_in(annotation: Any) -> list[type[Settings]]:
     if get_origin(annotation) in (Union, types.UnionType, tuple, list) or get_args(annotation):
         return [group for part in get_args(annotation) for group in _groups_in(part)]
     return []
+
+
+def _dotted_names() -> list[str]:
+    """Every setting of a job, with its groups."""
+    return sorted({".".join(map(str, place)) for place in _below(JobSettings)})
+
+
+def _below(group: type[Settings], above: Path = ()) -> list[Path]:
+    places: list[Path] = []
+    for name, field in group.model_fields.items():
+        inner = _groups_in(field.annotation)
+        places += [(*above, name), *(place for each in inner for place in _below(each, (*above, name)))]
+    return places
 
 
 def _places_of(key: str, group: type[Settings], above: Path = ()) -> list[Path]:

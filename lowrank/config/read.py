@@ -8,58 +8,122 @@ YAML is read by its 1.2 rules for plain values: `1e-4` is a number, `no` is a te
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from lowrank.config.code import refuse_code
 from lowrank.config.jobs import SHORT_FORMS, spell_out
 from lowrank.config.paths import locate_paths
-from lowrank.config.problems import plain_words
+from lowrank.config.problems import dotted, error_lines
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError, did_you_mean, raise_all
+from lowrank.foreign_files import DEEPEST_JSON, is_deeper, read_at_most
+from lowrank.foreign_yaml import load_yaml
+from lowrank.third_party import code_allowed, may_run, names_code
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> RunConfig:
     """The configuration in a native YAML or JSON file, with `optimizer.learning_rate=1e-4` words over it.
 
-    Raises `ConfigError` with every problem there is, each with its place.
+    Raises `ConfigError` with every problem there is, each with its place; code that is not ours and that the settings
+    name is one, unless `allow_code`.
     """
     path = Path(path)
-    return resolve(override(read_file(path), overrides), folder=path.parent, source=str(path))
+    content = override(read_file(path), overrides)
+    return resolve(content, folder=path.parent, source=str(path), allow_code=allow_code)
 
 
-def resolve(settings: Mapping[str, Any], folder: Path | None = None, source: str = "the settings") -> RunConfig:
+def resolve(
+    settings: Mapping[str, Any],
+    folder: Path | None = None,
+    source: str = "the settings",
+    *,
+    allow_code: bool = False,
+) -> RunConfig:
     """A `RunConfig` of plain settings, as a native file has them.
 
     With a `folder`, paths that do not exist as they stand are looked for there too. `source` is what
-    error messages call the settings.
+    error messages call the settings. `allow_code`: code that the settings name may run.
     """
+    with code_allowed(allow_code):
+        config = _validated(settings, folder, source)
+        refuse_code(config, source)
+        return config
+
+
+def settings_of_run(file: Path) -> RunConfig:
+    """The settings in a run folder's config.json, for using what was trained, not for training.
+
+    What only training needs (optimizer, schedule, reporters) is left out, and so is an objective that names code,
+    unless code may run; reward functions and formats stay names. ConfigError as from `resolve`.
+    """
+    settings = _for_use(spell_out(read_file(file)))
+    jobs = settings.get("jobs")
+    if isinstance(jobs, list):
+        settings["jobs"] = [_for_use(job) if isinstance(job, Mapping) else job for job in jobs]
+    return _validated(settings, None, str(file))
+
+
+_OF_TRAINING = ("optimizer", "schedule", "report_to")
+
+
+def _for_use(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if key not in _OF_TRAINING}
+    objective = kept.get("objective")
+    if isinstance(objective, Mapping) and names_code(kind := objective.get("type")) and not may_run(str(kind)):
+        del kept["objective"]
+    return kept
+
+
+def _validated(settings: Mapping[str, Any], folder: Path | None, source: str) -> RunConfig:
+    if is_deeper(settings, DEEPEST_JSON):
+        raise ConfigError(f"{source}: nested more than {DEEPEST_JSON} deep, which no settings are")
     settings, problems = spell_out(settings), []
     if folder is not None:
         settings, problems = locate_paths(settings, folder)
+    problems += [
+        f"{dotted(place)}: a zero byte, which no text, name or path may have" for place in _zero_bytes(settings)
+    ]
     config = None
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
-        problems += plain_words(error, settings)
+        problems += error_lines(error, settings)
     raise_all(ConfigError, f"{source} cannot be used:", problems)
     assert config is not None
     return config
 
 
+def _zero_bytes(settings: Any) -> Iterator[tuple[Any, ...]]:
+    """The places of texts that hold one."""
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), settings)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, str) and "\0" in value:
+            yield place
+        elif isinstance(value, Mapping):
+            waiting += [((*place, key), each) for key, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [((*place, number), each) for number, each in enumerate(value)]
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """The top-level mapping of a YAML or JSON file. Raises `ConfigError`, with line and column if it is malformed."""
+    raw = read_at_most(path, _LARGEST + 1, ConfigError)
+    if len(raw) > _LARGEST:
+        raise ConfigError(f"{path} has more than {_LARGEST:,} bytes; settings are a few hundred: is it a data file?")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    content = _parse_json(path, text) if path.suffix == ".json" else _parse_yaml(path, text)
+    try:
+        content = _parse_json(path, text) if path.suffix == ".json" else _parse_yaml(path, text)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply to be settings") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{path}: expected settings (key: value), found {found}")
@@ -89,8 +153,8 @@ def override(settings: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
 def parse_value(text: str) -> Any:
     """What a YAML file would make of `text`; plain text with a colon in it stays text."""
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = load_yaml(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{text!r} cannot be read as a value; put it in quotes") from error
     return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
@@ -126,7 +190,7 @@ def _place_in_list(items: Sequence[Any], key: str, here: str) -> int:
 
 def _parse_json(path: Path, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_whole)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
     except ConfigError as error:
@@ -144,7 +208,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_yaml(path: Path, text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return load_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -153,41 +217,10 @@ def _parse_yaml(path: Path, text: str) -> Any:
         raise ConfigError(f"{path}: {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2's plain values and without duplicate keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (filled below, once)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice in one group", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: Any) -> int:
-        text = self.construct_scalar(node)
-        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+_LARGEST = 10_000_000
 
 
-_PLAIN_VALUES = {
-    "null": (r"~|null|Null|NULL|", "~nN\0"),
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    "merge": (r"<<", "<"),
-}
-for _name, (_pattern, _first) in _PLAIN_VALUES.items():
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first]
-    )
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+def _whole(digits: str) -> int:
+    if len(digits) > 100:
+        raise ConfigError(f"a number of {len(digits)} digits is none that a setting can have")
+    return int(digits)

@@ -9,18 +9,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from lowrank.data.columns import RowProblem, check_mapping
-from lowrank.data.config import Config, SourceConfig
-from lowrank.data.feed import Sample
-from lowrank.data.formats import FEEDS, Format, built_in_formats, find_format, recognise, record_type
-from lowrank.data.last_answer import as_prompted
-from lowrank.data.rendering import Rendering
-from lowrank.data.sources import Row, read_rows
-from lowrank.data.tally import Tally
+from lowrank.data.batching.dataloader import Sample
+from lowrank.data.chat.last_answer import as_prompted
+from lowrank.data.chat.rendering import Rendering
+from lowrank.data.config import DataConfig, SourceConfig
+from lowrank.data.formats.built_in import FEEDS, Format, built_in_formats, find_format, record_type
+from lowrank.data.formats.columns import RowProblem, check_mapping
+from lowrank.data.formats.pictures import Folders, with_pictures
+from lowrank.data.formats.recognition import recognize
+from lowrank.data.formats.unread import Watched, unread
+from lowrank.data.report.row_counts import RowCounts
+from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError, raise_all
 from lowrank.records import Prompted, Record, Segment, Text
 
-_ROWS_TO_RECOGNISE = 100
+_ROWS_TO_RECOGNIZE = 100
 
 
 class AnyRenderer(Protocol):
@@ -29,7 +32,12 @@ class AnyRenderer(Protocol):
     @property
     def notices(self) -> tuple[str, ...]: ...
 
+    @property
+    def sees(self) -> bool: ...
+
     def render_many(self, records: Iterable[Record]) -> Iterator[Rendering]: ...
+
+    def reads(self, field: str) -> bool: ...
 
     def show(self, segment: Segment) -> list[tuple[str, float]]: ...
 
@@ -44,16 +52,19 @@ class Dataset:
     function: Format
     record: type
     rows: Callable[[Callable[[str], None]], Iterator[Row]]
+    decodes_pictures: bool = False
 
-    def tally(self, *, learn_digests: bool = True) -> Tally:
+    def tally(self, *, learn_digests: bool = True) -> RowCounts:
         """A fresh count."""
-        return Tally(self.source.path, self.use, self.name, self.record, learn_digests=learn_digests)
+        tally = RowCounts(self.source.path, self.use, self.name, self.record, learn_digests=learn_digests)
+        tally.unread_of_entry = tuple(key for key in self.source.unread_keys if key not in self.source.ignored_columns)
+        return tally
 
 
-def open_datasets(config: Config, record: type | None, seed: int, root: Path | None) -> list[Dataset]:
+def open_datasets(config: DataConfig, record: type | None, seed: int, root: Path | None) -> list[Dataset]:
     """Every dataset of the settings, those for training first. Looks at the first rows of each.
 
-    Raises one DataError for everything that is wrong: a dataset that cannot be read or recognised, or whose
+    Raises one DataError for everything that is wrong: a dataset that cannot be read or recognized, or whose
     records are not of the kind `record` (None: any kind will do).
     """
     opened: list[Dataset] = []
@@ -61,7 +72,7 @@ def open_datasets(config: Config, record: type | None, seed: int, root: Path | N
     for use, sources in (("train", config.train), ("eval", config.eval)):
         for number, source in enumerate(sources):
             try:
-                dataset = _open(config, source, use, seed, root)
+                dataset = _open(config, source, use, seed, root, record)
                 if record is Prompted and dataset.record is not Text:
                     dataset = replace(dataset, function=as_prompted(dataset.function), record=Prompted)
                 if record is not None:
@@ -73,9 +84,11 @@ def open_datasets(config: Config, record: type | None, seed: int, root: Path | N
     return opened
 
 
-def _open(config: Config, source: SourceConfig, use: str, seed: int, root: Path | None) -> Dataset:
+def _open(
+    config: DataConfig, source: SourceConfig, use: str, seed: int, root: Path | None, record: type | None
+) -> Dataset:
     streaming = config.streaming and use == "train"
-    name = source.format or _recognised(source, streaming, root)
+    name = source.format or _recognized(source, streaming, root, record)
     if name in built_in_formats():
         check_mapping(source.path, source.columns, source.tags)
     function = find_format(name)
@@ -83,19 +96,19 @@ def _open(config: Config, source: SourceConfig, use: str, seed: int, root: Path 
     def rows(note: Callable[[str], None]) -> Iterator[Row]:
         return read_rows(source, seed=seed, max_samples=config.max_samples, streaming=streaming, root=root, note=note)
 
-    return Dataset(source, use, name, function, record_type(function), rows)
+    return Dataset(source, use, name, function, record_type(function), rows, config.check_pictures == "decode")
 
 
-def _recognised(source: SourceConfig, streaming: bool, root: Path | None) -> str:
+def _recognized(source: SourceConfig, streaming: bool, root: Path | None, record: type | None) -> str:
     """The format of the first rows of the file, whatever `max_samples` will choose."""
     everything = source.model_copy(update={"max_samples": None})
-    first = list(islice(read_rows(everything, seed=0, streaming=streaming, root=root), _ROWS_TO_RECOGNISE))
+    first = list(islice(read_rows(everything, seed=0, streaming=streaming, root=root), _ROWS_TO_RECOGNIZE))
     good = [row.values for row in first if row.problem is None]
     if not good:
         reason = f"its first row: {first[0].problem}" if first else "it has no rows"
         raise DataError(f"{source.path}: {reason}")
     try:
-        return recognise(good, source.columns)
+        return recognize(good, source.columns, record)
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from error
 
@@ -112,7 +125,7 @@ def _check_record(dataset: Dataset, record: type) -> None:
 def read_samples(
     dataset: Dataset,
     renderer: AnyRenderer,
-    tally: Tally,
+    tally: RowCounts,
     *,
     held_out: Mapping[int, str] | None = None,
     limit: int | None = None,
@@ -131,8 +144,11 @@ def read_samples(
             if on_row:
                 on_row()
             try:
-                record = read_record(row, dataset)
-                key = tally.recognise(place, record)
+                values = Watched(row.values)
+                record = read_record(replace(row, values=values), dataset, lambda: renderer.sees)
+                key = tally.recognize(place, record)
+                left = [name for name in unread(values) if not _of_turn(name) or not renderer.reads(name)]
+                tally.leave_unread(place, left, dataset.source.ignored_columns)
             except RowProblem as problem:
                 tally.drop(place, str(problem))
                 continue
@@ -150,13 +166,24 @@ def read_samples(
             tally.drop(place, rendering.problem or "nothing left", refused=rendering.refused)
 
 
-def read_record(row: Row, dataset: Dataset) -> Record:
-    """The record of a row; RowProblem says why there is none."""
+def _of_turn(name: str) -> bool:
+    """A key of a turn, as `unread` names it: those reach the chat template."""
+    return "[]." in name
+
+
+def read_record(row: Row, dataset: Dataset, sees: Callable[[], bool]) -> Record:
+    """The record of a row, with its pictures; RowProblem says why there is none. `sees`: whether the model can be
+    shown some."""
     if row.problem is not None:
         raise RowProblem(row.problem)
+    columns = dataset.source.columns
     try:
-        return dataset.function(row.values, dataset.source.columns, dataset.source.tags)
+        record = dataset.function(row.values, columns, dataset.source.tags)
+        folders = Folders(row.folder, dataset.source.pictures_folder)
+        return with_pictures(record, row.values, columns, folders, sees=sees, decode=dataset.decodes_pictures)
     except RowProblem:
         raise
+    except RecursionError as error:
+        raise RowProblem("nested too deep") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # a third party's function
         raise RowProblem(f"{dataset.name} fails: {type(error).__name__}: {error}") from error

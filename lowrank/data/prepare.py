@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.config import Config
+from lowrank.data.batching.dataloader import DataLoader, Sample, StreamingDataLoader
+from lowrank.data.batching.mismatched import with_mismatched
+from lowrank.data.batching.mixing import Row, flat, hold_out, mix, put_together
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
 from lowrank.data.dataset import AnyRenderer, Dataset, open_datasets, read_samples
-from lowrank.data.feed import Feed, Sample, StreamingFeed
-from lowrank.data.mismatched import with_mismatched
-from lowrank.data.mixing import Row, flat, hold_out, mix, put_together
-from lowrank.data.rendering import Renderer
-from lowrank.data.report import Report, build_report
-from lowrank.data.tally import Tally
+from lowrank.data.report.row_counts import RowCounts
+from lowrank.data.report.statistics import Report, build_report
+from lowrank.data.tokenized import check_record, is_written, read_tokenized, write_tokenized
 from lowrank.errors import DataError, raise_all
 from lowrank.records import Segment
 
 _ROWS_AHEAD = 1000
 """Rows of a stream that are looked at before training begins."""
-_ROWS_PER_TELL = 1000
+_ROWS_PER_NOTICE = 1000
 
 Progress = Callable[[int, int | None], None]
 """`(rows done, rows in all if known)`."""
@@ -31,23 +33,28 @@ Progress = Callable[[int, int | None], None]
 class Prepared:
     """What a job trains on.
 
-    train    optimiser steps over the training samples
+    train    optimizer steps over the training samples
     eval     held-out segments; the two of a pair share a number in `pair`
     report   what happened to every row
     """
 
-    train: Feed | StreamingFeed
+    train: DataLoader | StreamingDataLoader
     eval: list[Segment]
     report: Report
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any of its rows shows some."""
+        return any(dataset.pictures for dataset in self.report.datasets)
+
     def again(self) -> Prepared:
         """The same samples for another job that asked for the same, with a feed of its own."""
-        assert isinstance(self.train, Feed), "a stream is read by one job"
+        assert isinstance(self.train, DataLoader), "a stream is read by one job"
         return replace(self, train=self.train.again())
 
 
 def prepare(
-    config: Config,
+    config: DataConfig,
     *,
     tokenizer: Any,
     record: type,
@@ -66,19 +73,45 @@ def prepare(
     `on_too_long: error`.
     """
     _check_settings(config)
+    kept = config.tokenized_path
+    if kept is not None:
+        check_record(record)
+    if kept is not None and is_written(kept):
+        return _prepare_tokenized(kept, config, tokenizer, record, seed)
     job = _Job(config, Renderer(tokenizer, config), seed, open_datasets(config, record, seed, source_root))
     if config.streaming:
         return _prepare_stream(job, mismatched, on_notice)
     samples, held_out, report = job.read_all(_Counter(on_progress))
     refuse(report, strict=config.strict)
+    if kept is not None:
+        if any(dataset.pictures for dataset in report.datasets):
+            raise DataError("data.tokenized_path: rows with pictures are not kept tokenized; leave it out")
+        write_tokenized(kept, samples, held_out)
     if mismatched:
         samples = list(with_mismatched(samples, config.max_length))
         held_out = _mismatched(held_out, config.max_length)
-    return Prepared(Feed(samples, config, seed), held_out, report)
+    return Prepared(DataLoader(samples, config, seed), held_out, report)
+
+
+def _prepare_tokenized(path: str, config: DataConfig, tokenizer: Any, record: type, seed: int) -> Prepared:
+    """What an earlier run has kept at `data.tokenized_path`."""
+    job = _Job(config, Renderer(tokenizer, config), seed, ())
+    samples, held_out, tallies = read_tokenized(path, record, config.max_length, len(tokenizer))
+    for tally in tallies:
+        tally.notes.append("read as it was tokenized before; settings that decide how rows are read have no effect")
+    report = job.report(tallies, samples[: config.num_samples_shown])
+    return Prepared(
+        DataLoader(samples, config, seed), _as_eval([list(enumerate((each,) for each in held_out))]), report
+    )
 
 
 def examine(
-    config: Config, *, renderer: AnyRenderer, record: type | None = None, seed: int = 0, source_root: Path | None = None
+    config: DataConfig,
+    *,
+    renderer: AnyRenderer,
+    record: type | None = None,
+    seed: int = 0,
+    source_root: Path | None = None,
 ) -> Report:
     """The report alone, on every row, without refusing what `prepare` would refuse; a stream is not kept in memory.
 
@@ -99,9 +132,11 @@ def examine(
     return job.report([*tallies, *held_out], shown)
 
 
-def _check_settings(config: Config) -> None:
+def _check_settings(config: DataConfig) -> None:
     if not config.train:
         raise DataError("data.train: no dataset to train on; give at least one file, folder or hub name")
+    if config.streaming and config.tokenized_path is not None:
+        raise DataError("data.tokenized_path: a stream is not kept; leave streaming or tokenized_path out")
     if config.streaming and config.validation_split and not config.eval:
         raise DataError("data.validation_split: a stream has no end to split; give held-out files as data.eval")
 
@@ -114,7 +149,7 @@ class _Counter:
 
     def one_more(self) -> None:
         self._rows += 1
-        if self._tell and self._rows % _ROWS_PER_TELL == 0:
+        if self._tell and self._rows % _ROWS_PER_NOTICE == 0:
             self._tell(self._rows, None)
 
     def finish(self) -> None:
@@ -125,7 +160,7 @@ class _Counter:
 class _Job:
     """The opened datasets of a job, and what turns them into segments."""
 
-    def __init__(self, config: Config, renderer: AnyRenderer, seed: int, datasets: Iterable[Dataset]) -> None:
+    def __init__(self, config: DataConfig, renderer: AnyRenderer, seed: int, datasets: Iterable[Dataset]) -> None:
         self.config, self.renderer, self.seed = config, renderer, seed
         self.train: list[Dataset] = []
         self.eval: list[Dataset] = []
@@ -148,7 +183,7 @@ class _Job:
         report = self.report([*tallies, *eval_tallies], samples[: self.config.num_samples_shown])
         return samples, held_out, report
 
-    def read_eval(self, count: _Counter | None = None) -> tuple[list[Segment], list[Tally], dict[int, str]]:
+    def read_eval(self, count: _Counter | None = None) -> tuple[list[Segment], list[RowCounts], dict[int, str]]:
         """Held-out segments, their counts, and the digest and place of each record."""
         on_row = count.one_more if count else None
         tallies = [dataset.tally() for dataset in self.eval]
@@ -158,7 +193,7 @@ class _Job:
         places = {key: f"{place} of {tally.path}" for tally in tallies for key, place in (tally.digests or {}).items()}
         return _as_eval(parts), tallies, places
 
-    def report(self, tallies: Sequence[Tally], shown: Iterable[Sample], complete: bool = True) -> Report:
+    def report(self, tallies: Sequence[RowCounts], shown: Iterable[Sample], complete: bool = True) -> Report:
         """On what the tallies counted; `shown` samples are rendered."""
         return build_report(
             tallies,
@@ -189,7 +224,9 @@ def refuse(report: Report, *, strict: bool) -> None:
     too_long = [loss for dataset in report.datasets if dataset.refused for loss in dataset.losses]
     raise_all(DataError, "data.on_too_long is error, and there are samples longer than data.max_length", too_long)
     if strict:
-        raise_all(DataError, "strict: this data would be lost", report.losses)
+        way_out = "what is known to be of no use is listed in `ignored_columns` of its dataset (data --ignore NAME)"
+        unread = [*report.unread, *([way_out] if report.unread else [])]
+        raise_all(DataError, "strict: this data would be lost", [*report.losses, *unread])
     empty = [
         "\n    ".join(dataset.losses) or f"{dataset.path}: it has no rows"
         for dataset in report.datasets
@@ -209,34 +246,37 @@ def _prepare_stream(job: _Job, mismatched: bool, on_notice: Callable[[str], None
     ]
     report = job.report([*tallies, *eval_tallies], first[: job.config.num_samples_shown], complete=False)
     refuse(report, strict=job.config.strict)
-    told: set[str] = set()
+    reported: set[str] = set()
 
     def begin() -> Iterator[Sample]:
         tallies = [dataset.tally(learn_digests=False) for dataset in job.train]
         samples = _pass(job, tallies, watched)
         yield from with_mismatched(samples, job.config.max_length) if mismatched else samples
         for notice in job.report(tallies, ()).notices:
-            if on_notice and notice not in told:
-                told.add(notice)
+            if on_notice and notice not in reported:
+                reported.add(notice)
                 on_notice(notice)
 
     if mismatched:
         held_out = _mismatched(held_out, job.config.max_length)
-    return Prepared(StreamingFeed(begin, job.config, job.seed), held_out, report)
+    return Prepared(StreamingDataLoader(begin, job.config, job.seed), held_out, report)
 
 
-def _pass(job: _Job, tallies: Sequence[Tally], watched: Mapping[int, str]) -> Iterator[Sample]:
+def _pass(job: _Job, tallies: Sequence[RowCounts], watched: Mapping[int, str]) -> Iterator[Sample]:
     """One pass over a stream. Raises DataError at the first loss that the settings refuse."""
 
-    def part(dataset: Dataset, tally: Tally) -> Iterator[Sample]:
+    def part(dataset: Dataset, tally: RowCounts) -> Iterator[Sample]:
         for sample in flat(read_samples(dataset, job.renderer, tally, held_out=watched)):
             check(tally)
             yield sample
         check(tally)
 
-    def check(tally: Tally) -> None:
-        if tally.refused.counts or (job.config.strict and (tally.dropped.counts or tally.num_truncated)):
+    def check(tally: RowCounts) -> None:
+        if tally.refused.counts or (
+            job.config.strict
+            and (tally.dropped.counts or tally.num_truncated or tally.unread.counts or tally.unread_of_entry)
+        ):
             refuse(job.report([tally], ()), strict=job.config.strict)
 
-    parts = [part(dataset, tally) for dataset, tally in zip(job.train, tallies)]
+    parts = [partial(part, dataset, tally) for dataset, tally in zip(job.train, tallies)]
     yield from (sample for _, sample in mix(job.config, parts, job.seed))

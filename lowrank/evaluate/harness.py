@@ -1,10 +1,10 @@
 """lm-eval's tasks on a bank: every adapter, and the base, in the same forward passes.
 
-lm-eval (EleutherAI's Language Model Evaluation Harness) asks one model at a time. The first voice that is asked asks
+lm-eval (EleutherAI's Language Model Evaluation Harness) asks one model at a time. The first model that is asked asks
 for all of them, and the others find their answers there. Contexts, continuations and stop texts are cut and
-tokenised as lm-eval does it for a transformers model, so the numbers are those of the merged adapter.
+tokenized as lm-eval does it for a transformers model, so the numbers are those of the merged adapter.
 
-Needs `pip install lowrank[eval]`; nothing else imports this file.
+Needs `pip install 'lowrank-llm[eval]'`; nothing else imports this file.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lowrank.data.chat.template_sandbox import render_text
 from lowrank.errors import ModelError
 from lowrank.evaluate.likelihood import continuation_logprobs
-from lowrank.evaluate.predict import Voices
+from lowrank.evaluate.predict import AnsweringModels
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.request import Config, Prompt
+from lowrank.generate.request import GenerationConfig, Prompt
 
 _DEFAULT_LENGTH = 2048
 """lm-eval's, where a model does not say how much it reads."""
@@ -40,28 +42,28 @@ _Key = tuple[Any, ...]
 
 @dataclass
 class Answers:
-    """What all voices said, found by what was asked.
+    """What all models said, found by what was asked.
 
-    broken      voices whose numbers are not finite, which have no result
+    broken      models whose numbers are not finite, which have no result
     shortened   contexts that were cut on the left to fit into the model, as lm-eval does
     """
 
-    voices: Voices
+    models: AnsweringModels
     scored: dict[str, dict[_Key, Scored]] = field(default_factory=dict)
     written: dict[str, dict[_Key, str]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     shortened: set[_Key] = field(default_factory=set)
     on_done: Callable[[str, int, int], None] = lambda what, done, total: None
 
-    def score(self, voice: str, keys: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:
+    def score(self, model_name: str, keys: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:
         """Of each (context, continuation)."""
-        missing = [key for key in dict.fromkeys(keys) if key not in self.scored.get(voice, {})]
+        missing = [key for key in dict.fromkeys(keys) if key not in self.scored.get(model_name, {})]
         if missing:
-            names = self._sound(voice)
-            entries = [(self.voices.slots[name], *key) for key in missing for name in names]
+            names = self._sound(model_name)
+            entries = [(self.models.slots[name], *key) for key in missing for name in names]
             found = continuation_logprobs(
-                self.voices.base,
-                self.voices.bank,
+                self.models.base,
+                self.models.bank,
                 entries,
                 on_done=lambda done: self.on_done("log-likelihoods", done, len(entries)),
             )
@@ -70,26 +72,28 @@ class Answers:
                 self.scored.setdefault(name, {})[key] = scored
                 if not math.isfinite(scored[0]):
                     self.broken.add(name)
-        self.refuse_broken(voice)
-        return [self.scored[voice][key] for key in keys]
+        self.refuse_broken(model_name)
+        return [self.scored[model_name][key] for key in keys]
 
-    def write(self, voice: str, asked: Mapping[_Key, tuple[np.ndarray, Config]], stop: frozenset[int]) -> list[str]:
+    def write(
+        self, model_name: str, asked: Mapping[_Key, tuple[np.ndarray, GenerationConfig]], stop: frozenset[int]
+    ) -> list[str]:
         """The answer to each prompt."""
-        missing = [key for key in asked if key not in self.written.get(voice, {})]
+        missing = [key for key in asked if key not in self.written.get(model_name, {})]
         if missing:
-            self._write(self._sound(voice), {key: asked[key] for key in missing}, stop)
-        self.refuse_broken(voice)
-        return [self.written[voice][key] for key in asked]
+            self._write(self._sound(model_name), {key: asked[key] for key in missing}, stop)
+        self.refuse_broken(model_name)
+        return [self.written[model_name][key] for key in asked]
 
     def _write(
-        self, names: Sequence[str], asked: Mapping[_Key, tuple[np.ndarray, Config]], stop: frozenset[int]
+        self, names: Sequence[str], asked: Mapping[_Key, tuple[np.ndarray, GenerationConfig]], stop: frozenset[int]
     ) -> None:
         longest = max(len(token_L) + config.max_new_tokens for token_L, config in asked.values())
         rows = min(_MAX_ROWS, len(asked) * len(names))
-        settings = GeneratorConfig(max_rows=rows, cache_tokens=(rows + 1) * (longest + 256))
-        generator = Generator(self.voices.base, self.voices.bank, settings)
+        settings = GeneratorConfig(max_num_seqs=rows, cache_tokens=(rows + 1) * (longest + 256))
+        generator = Generator(self.models.base, self.models.bank, settings)
         running = {
-            (key, name): generator.submit(Prompt(token_L, self.voices.slots[name]), config, stop_tokens=stop)
+            (key, name): generator.submit(Prompt(token_L, self.models.slots[name]), config, stop_tokens=stop)
             for key, (token_L, config) in asked.items()
             for name in names
         }
@@ -98,33 +102,33 @@ class Answers:
             self.on_done("answers", len(running) - left, len(running))
         for (key, name), generation in running.items():
             answer = generation.answer
-            text = self.voices.base.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            text = self.models.base.tokenizer.decode(answer.tokens, skip_special_tokens=True)
             self.written.setdefault(name, {})[key] = text
             if answer.error is not None:
                 self.broken.add(name)
 
-    def _sound(self, voice: str) -> list[str]:
+    def _sound(self, model_name: str) -> list[str]:
         """Who is asked: all but the broken ones, whose answers nobody needs."""
-        self.refuse_broken(voice)
-        return [name for name in self.voices.slots if name not in self.broken]
+        self.refuse_broken(model_name)
+        return [name for name in self.models.slots if name not in self.broken]
 
-    def refuse_broken(self, voice: str) -> None:
-        """ModelError if what this voice says is not finite."""
-        if voice in self.broken:
-            raise ModelError(f"{voice}: its probabilities are not finite, so it has no result; it has diverged")
+    def refuse_broken(self, model_name: str) -> None:
+        """ModelError if what this model says is not finite."""
+        if model_name in self.broken:
+            raise ModelError(f"{model_name}: its probabilities are not finite, so it has no result; it has diverged")
 
 
 class BankLM(TemplateLM):
-    """One voice, as lm-eval sees a model."""
+    """One model, as lm-eval sees a model."""
 
-    def __init__(self, answers: Answers, voice: str) -> None:
+    def __init__(self, answers: Answers, model_name: str) -> None:
         super().__init__()
         self.answers = answers
-        self.voice = voice
-        self.renderer = answers.voices.renderers[voice]
-        self.base = answers.voices.base
+        self.model_name = model_name
+        self.renderer = answers.models.renderers[model_name]
+        self.base = answers.models.base
         self.tokenizer = self.base.tokenizer
-        self.max_length = answers.voices.bank.reach(answers.voices.slots[voice]) or _DEFAULT_LENGTH
+        self.max_length = answers.models.bank.max_positions(answers.models.slots[model_name]) or _DEFAULT_LENGTH
         own: Any = getattr(self.base.model, "generation_config", None)
         ends = getattr(own, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
@@ -154,25 +158,30 @@ class BankLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The Jinja source that the voice was trained with."""
+        """The Jinja source that the model was trained with."""
         return self.renderer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            chat_template=self.renderer.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **self.renderer.config.chat_template_kwargs,
-        )
+        """A conversation as text. ModelError for what the chat template cannot write, or costs too much."""
+        try:
+            return render_text(
+                self.tokenizer,
+                chat_history,
+                template=self.renderer.chat_template,
+                generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                variables=self.renderer.config.chat_template_kwargs,
+            )
+        except (TemplateError, TypeError, LookupError, AttributeError) as error:
+            raise ModelError(
+                f"{self.model_name}: the chat template cannot write a question of the task: {error}"
+            ) from error
 
     def get_model_info(self) -> dict[str, Any]:
         """For lm-eval's results file."""
         return {
             "model": "lowrank",
-            "model_args": {"base": str(self.base.name), "adapter": self.voice},
+            "model_args": {"base": str(self.base.name), "adapter": self.model_name},
             "model_num_parameters": sum(each.numel() for each in self.base.model.parameters()),
             "model_dtype": str(self.base.dtype),
         }
@@ -184,11 +193,14 @@ class BankLM(TemplateLM):
         for _text, context, continuation in requests:
             room = self.max_length + 1 - len(continuation)
             if room < 1:
-                raise ModelError(f"an answer of {len(continuation)} tokens, and the model reads {self.max_length}")
+                raise ModelError(
+                    f"an answer of {len(continuation)} tokens, and the model's maximum context length is "
+                    f"{self.max_length}"
+                )
             keys.append((tuple(context[-room:]), tuple(continuation)))
             if len(context) > room:
                 self.answers.shortened.add(keys[-1][0])
-        return self.answers.score(self.voice, keys)
+        return self.answers.score(self.model_name, keys)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in windows of the model's length."""
@@ -210,7 +222,7 @@ class BankLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop text."""
-        asked: dict[_Key, tuple[np.ndarray, Config]] = {}
+        asked: dict[_Key, tuple[np.ndarray, GenerationConfig]] = {}
         stops: list[list[str]] = []
         seen: Counter[_Key] = Counter()
         for context, arguments in (request.args for request in requests):
@@ -223,14 +235,14 @@ class BankLM(TemplateLM):
             stops.append([until] if isinstance(until, str) else list(until))
             config = self._config(arguments, stops[-1], seed=seen[key])
             asked[(*key, seen[key])] = self._prompt(context, config.max_new_tokens), config
-        texts = self.answers.write(self.voice, asked, self._stop)
+        texts = self.answers.write(self.model_name, asked, self._stop)
         ending = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         return [postprocess_generated_text(text, [*stop, ending], None) for text, stop in zip(texts, stops)]
 
-    def _config(self, arguments: Mapping[str, Any], until: Sequence[str], seed: int) -> Config:
+    def _config(self, arguments: Mapping[str, Any], until: Sequence[str], seed: int) -> GenerationConfig:
         """Greedy unless the task says `do_sample`; of repeated questions each has draws of its own."""
         sampled = bool(arguments.get("do_sample"))
-        return Config(
+        return GenerationConfig(
             max_new_tokens=arguments.get("max_gen_toks") or arguments.get("max_new_tokens") or _MAX_NEW_TOKENS,
             temperature=arguments.get("temperature", 1.0) if sampled else 0.0,
             top_p=arguments.get("top_p", 1.0) if sampled else 1.0,
@@ -244,7 +256,8 @@ class BankLM(TemplateLM):
         room = self.max_length - max_new_tokens
         if room < 1:
             raise ModelError(
-                f"the task asks for up to {max_new_tokens} new tokens, and the model reads {self.max_length} in all"
+                f"the task asks for up to {max_new_tokens} new tokens, and the model's maximum context length is "
+                f"{self.max_length} in all"
             )
         tokens = self.tokenizer.encode(context)
         if has_bos_prefix(context, self.tokenizer.bos_token):

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: found by name, run on a voice, and written as lm-eval writes them."""
+"""Tasks of lm-eval: found by name, run on a model, and written as lm-eval writes them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lm_eval.utils import handle_non_serializable
 
 from lowrank.checkpoints.atomic import write_text
 from lowrank.errors import ConfigError, DataError, did_you_mean, raise_all
+from lowrank.third_party import WAY_OUT, CodeRefused, code_is_allowed
 
 RESULTS = "results.json"
 _ALSO_CALLED = {"ceval": "ceval-valid"}
@@ -32,6 +33,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
     if not names:
         raise ConfigError("--tasks: name at least one")
     if include_path is not None:
+        _refuse_code(include_path)
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         if all(own.match_tasks([name]) for name in names):
             return own  # reading lm-eval's own list takes seconds
@@ -40,6 +42,15 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
     problems = [f"{name}{did_you_mean(name, known)}" for name in names if not manager.match_tasks([name])]
     raise_all(ConfigError, f"--tasks: lm-eval has {len(known)} tasks, these are not among them:", problems)
     return manager
+
+
+def _refuse_code(folder: Path) -> None:
+    """CodeRefused for task files that name Python functions, which lm-eval runs as it reads them."""
+    if code_is_allowed():
+        return
+    for file in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
+        if "!function" in file.read_text(encoding="utf-8", errors="replace"):
+            raise CodeRefused(f"--include-path: {file} runs Python (!function); {WAY_OUT}")
 
 
 def run_tasks(

@@ -18,12 +18,12 @@ from lowrank.errors import DataError
 from lowrank.evaluate.metrics import measure
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.request import Config, Prompt
+from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.models.base import Base
 from lowrank.records import CHOSEN, PLAIN, Segment
 
 _MAX_ROWS = 32
-"""Answers in the making at once: training has filled the memory already."""
+"""Answers in progress at once: training has filled the memory already."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,23 @@ def answers_of(
     return HeldOutAnswers(metric, prompts, labels, stop_tokens, max_new_tokens, tuple(notices))
 
 
-def score_answers(base: Base, bank: Bank, asked: Mapping[int, HeldOutAnswers]) -> dict[int, dict[str, float]]:
-    """`{slot: {metric: value}}`, all slots in the same forward passes; percentages, higher is better.
+@dataclass(frozen=True)
+class Scored:
+    """How one job answered. `metrics`: percentages, higher is better; beside the metric `answers_cut`, how many answers
+    ended at `max_new_tokens`, where there are any. `rows`: what each answer adds to the metric (`Metric.per_row`)."""
 
-    Beside the metric: `answers_cut`, how many answers ended at `max_new_tokens`, where there are any. A slot that gives
-    NaN has NaN: whoever cannot answer is not the best.
-    """
+    metrics: dict[str, float]
+    rows: tuple[float, ...] = ()
+
+
+def score_answers(base: Base, bank: Bank, asked: Mapping[int, HeldOutAnswers]) -> dict[int, Scored]:
+    """By slot, all slots in the same forward passes. One that gives NaN has NaN: whoever cannot answer is not the
+    best."""
     longest = max((len(prompt) + each.max_new_tokens for each in asked.values() for prompt in each.prompts), default=0)
     rows = min(_MAX_ROWS, sum(len(each.prompts) for each in asked.values()))
-    generator = Generator(base, bank, GeneratorConfig(max_rows=max(1, rows), cache_tokens=(rows + 1) * (longest + 256)))
+    generator = Generator(
+        base, bank, GeneratorConfig(max_num_seqs=max(1, rows), cache_tokens=(rows + 1) * (longest + 256))
+    )
     generations = {slot: list(_submit(generator, slot, each)) for slot, each in asked.items()}
     while generator.step():
         pass
@@ -100,17 +108,18 @@ def score_answers(base: Base, bank: Bank, asked: Mapping[int, HeldOutAnswers]) -
     for slot, each in asked.items():
         answers = [generation.answer for generation in generations[slot]]
         if any(answer.error is not None for answer in answers):
-            found[slot] = {each.metric: math.nan}
+            found[slot] = Scored({each.metric: math.nan})
             continue
-        said = [base.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
-        found[slot] = {each.metric: measure(said, each.labels, [each.metric])[each.metric].value}
+        generated = [base.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
+        measured = measure(generated, each.labels, [each.metric])[each.metric]
         cut = sum(answer.finish == "length" for answer in answers)
-        found[slot] |= {"answers_cut": float(cut)} if cut else {}
+        metrics = {each.metric: measured.value, **({"answers_cut": float(cut)} if cut else {})}
+        found[slot] = Scored(metrics, tuple(measured.per_row().tolist()))
     return found
 
 
 def _submit(generator: Generator, slot: int, asked: HeldOutAnswers) -> Iterator[Generation]:
-    config = Config(max_new_tokens=asked.max_new_tokens, seed=0)
+    config = GenerationConfig(max_new_tokens=asked.max_new_tokens, seed=0)
     for prompt in asked.prompts:
         yield generator.submit(Prompt(prompt, slot), config, stop_tokens=asked.stop_tokens)
 

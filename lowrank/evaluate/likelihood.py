@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.routing import ForwardContext
 from lowrank.evaluate.metrics import Metric
 from lowrank.kernels.logprobs import logprobs
+from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.records import Segment, pack
 
@@ -38,8 +40,8 @@ def label_logprobs(
             index_K = batch.weight_T[first:end].nonzero()[:, 0] + first
             logprob_T[index_K] = logprobs(hidden_TD[index_K], batch.target_T[index_K], bank.head(slot)).double()
         counts_T = (batch.weight_T > 0).double()
-        for index, said, counted in zip(members, logprob_T.split(batch.lengths), counts_T.split(batch.lengths)):
-            found_N2[index] = float(said.sum()), float(counted.sum())
+        for index, described, counted in zip(members, logprob_T.split(batch.lengths), counts_T.split(batch.lengths)):
+            found_N2[index] = float(described.sum()), float(counted.sum())
         done += len(members)
         on_done(done)
     return found_N2
@@ -81,8 +83,8 @@ def continuation_logprobs(
             for index in members[place]:
                 target_C = torch.tensor(entries[index][2], device=base.device)
                 own_CV = logprob_CV[len(logprob_CV) - len(target_C) :]
-                said = own_CV.gather(1, target_C[:, None]).double().sum()
-                found[index] = float(said), bool((own_CV.argmax(-1) == target_C).all())
+                described = own_CV.gather(1, target_C[:, None]).double().sum()
+                found[index] = float(described), bool((own_CV.argmax(-1) == target_C).all())
                 done += 1
         on_done(done)
     return found
@@ -90,9 +92,9 @@ def continuation_logprobs(
 
 def _logprobs_of_all(base: Base, bank: Bank, slot: int, hidden_CD: torch.Tensor) -> torch.Tensor:
     """(C, V) float32 or wider, by the model's own head module, which the bank may have routed."""
-    bank.routing.set(len(hidden_CD), ((slot, 0, len(hidden_CD)),))
-    logits_CV = base.head().finish(base.model.get_output_embeddings()(hidden_CD))
-    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).log_softmax(-1)
+    with bank.routing.using(ForwardContext(len(hidden_CD), ((slot, 0, len(hidden_CD)),))):
+        logits_CV = base.head().finish(base.model.get_output_embeddings()(hidden_CD))
+    return logits_CV.to(float32_or_wider(logits_CV.dtype)).log_softmax(-1)
 
 
 def perplexity(logprob_N2: np.ndarray) -> Metric:

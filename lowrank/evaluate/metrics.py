@@ -5,7 +5,7 @@
 jieba's words. `llamafactory_*` are the numbers LLaMA-Factory reports, for comparison with old reports: BLEU over single
 characters whatever the language, and rouge-chinese over jieba's words. All are percentages.
 
-Needs `pip install lowrank[metrics]`, but for `exact_match`.
+Needs `pip install 'lowrank-llm[metrics]'`, but for `exact_match`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,15 @@ class Metric:
     def value(self) -> float:
         """Of all rows."""
         return self.combine(self.statistics_NK.sum(0), len(self.statistics_NK))
+
+    def per_row(self) -> np.ndarray:
+        """(N) the jackknife's pseudo-values: how far each row moves the metric. Of a mean they are its rows; their mean
+        is the metric (of BLEU but for its bias), and their spread tells how sure it is (Efron 1982)."""
+        rows, sums_K = len(self.statistics_NK), self.statistics_NK.sum(0)
+        if rows < 2:
+            return np.full(rows, self.value)
+        without = [self.combine(sums_K - own_K, rows - 1) for own_K in self.statistics_NK]
+        return rows * self.value - (rows - 1) * np.asarray(without)
 
     def of(self, rows_N: np.ndarray) -> Metric:
         """Of the rows that `rows_N` (bool) chooses."""
@@ -106,10 +115,10 @@ def _rouge(prediction: str, label: str) -> dict[str, float]:
 
 
 def _chinese_rouge(prediction: str, label: str) -> dict[str, float]:
-    said, wanted = (" ".join(_words(text)) for text in (prediction, label))
-    if not said.split() or not wanted.split():
+    predicted, wanted = (" ".join(_words(text)) for text in (prediction, label))
+    if not predicted.split() or not wanted.split():
         return dict.fromkeys(("rouge1", "rouge2", "rougeL"), 0.0)
-    (scores,) = _needed("rouge_chinese").Rouge().get_scores(said, wanted)
+    (scores,) = _needed("rouge_chinese").Rouge().get_scores(predicted, wanted)
     return {name: scores[theirs]["f"] for name, theirs in _THEIRS.items()}
 
 
@@ -135,4 +144,4 @@ def _needed(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"these metrics need {name.split('.')[0]}: pip install 'lowrank[metrics]'") from error
+        raise ConfigError(f"these metrics need {name.split('.')[0]}: pip install 'lowrank-llm[metrics]'") from error

@@ -13,15 +13,17 @@ import numpy as np
 
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import new_file
-from lowrank.data.rendering import Renderer, Rendering
+from lowrank.data.chat.rendering import Renderer, Rendering
 from lowrank.errors import DataError
 from lowrank.evaluate.bootstrap import Interval, difference, interval
 from lowrank.evaluate.likelihood import label_logprobs, perplexity
 from lowrank.evaluate.metrics import Metric, measure
 from lowrank.evaluate.questions import Question
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.request import Answer, Config, Piece, Prompt, RequestError
+from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
+from lowrank.generate.spoken_answer import spoken_text
 from lowrank.models.base import Base
+from lowrank.records import Message, Segment
 
 Done = Callable[[int, int], None]
 """`(done, of how many)`."""
@@ -30,15 +32,15 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Said:
-    """A voice's answer to a question; where there is none, `problem` says why, and it counts in no metric."""
+class ModelAnswer:
+    """A model's answer to a question; where there is none, `problem` says why, and it counts in no metric."""
 
     text: str
     problem: str | None = None
 
 
 @dataclass(frozen=True)
-class Voices:
+class AnsweringModels:
     """Who answers: names and their slots, on one base, each with the way it reads a conversation."""
 
     base: Base
@@ -48,35 +50,42 @@ class Voices:
 
 
 def answer_questions(
-    voices: Voices,
+    answering_models: AnsweringModels,
     questions: Sequence[Question],
-    config: Config,
+    config: GenerationConfig,
     partial: Path,
     *,
     max_rows: int = 64,
     on_done: Done = lambda done, total: None,
-) -> list[dict[str, Said]]:
-    """`{voice: answer}` of each question. Lines of `partial` are answers of an earlier attempt; new ones are added.
+) -> list[dict[str, ModelAnswer]]:
+    """`{model: answer}` of each question. Lines of `partial` are answers of an earlier attempt; new ones are added.
 
     An answer that cannot be had (a question beyond the model's reach or that the chat template refuses, an adapter that
     gives NaN) has a `problem`.
     """
     found = _read_partial(partial, questions)
-    todo = [(index, name) for index in range(len(questions)) for name in voices.slots if name not in found[index]]
-    total = len(questions) * len(voices.slots)
+    todo = [
+        (index, name) for index in range(len(questions)) for name in answering_models.slots if name not in found[index]
+    ]
+    total = len(questions) * len(answering_models.slots)
     done = total - len(todo)
     on_done(done, total)
-    longest = (voices.base.reach or 4096) if todo else 1
-    settings = GeneratorConfig(max_rows=max_rows, cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest)))
-    generator = Generator(voices.base, voices.bank, settings)
-    prompts: dict[tuple[int, Renderer], np.ndarray] = {}
+    longest = (answering_models.base.max_positions or 4096) if todo else 1
+    settings = GeneratorConfig(max_num_seqs=max_rows, cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest)))
+    generator = Generator(answering_models.base, answering_models.bank, settings)
+    prompts: dict[tuple[int, Renderer], Segment] = {}
     with open(partial, "a", encoding="utf-8") as file:
         file.write("\n")  # the last line of an attempt that was killed may have no end
 
-        def note(index: int, name: str, said: Said) -> None:
+        def note(index: int, name: str, generated: ModelAnswer) -> None:
             nonlocal done
-            found[index][name] = said
-            line = {"digest": _digest(questions[index]), "voice": name, "answer": said.text, "problem": said.problem}
+            found[index][name] = generated
+            line = {
+                "digest": _key_of_question(questions[index]),
+                "voice": name,
+                "answer": generated.text,
+                "problem": generated.problem,
+            }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             done += 1
@@ -84,54 +93,57 @@ def answer_questions(
 
         for index, name in todo:
             try:
-                renderer = voices.renderers[name]
+                renderer = answering_models.renderers[name]
                 if (index, renderer) not in prompts:
                     prompts = {key: value for key, value in prompts.items() if key[0] == index}
-                    prompts[index, renderer] = renderer.prompt(questions[index].prompt)
-                prompt = Prompt(prompts[index, renderer], voices.slots[name])
+                    prompts[index, renderer] = renderer.prompt_segment(questions[index].prompt)
+                asked = prompts[index, renderer]
+                prompt = Prompt(asked.token_L, answering_models.slots[name], asked.media)
                 generation = generator.submit(prompt, config, stop_tokens=renderer.stop_tokens)
             except (RequestError, DataError) as error:
-                note(index, name, Said("", str(error)))
+                note(index, name, ModelAnswer("", str(error)))
                 continue
 
-            def hear(piece: Piece, index: int = index, name: str = name, generation: Any = generation) -> None:
+            def hear(piece: TokenChunk, index: int = index, name: str = name, generation: Any = generation) -> None:
                 if piece.finish is not None:
                     answer = generation.answer
-                    note(index, name, Said(text_of(voices.base.tokenizer, answer), answer.error))
+                    text = spoken_text(answering_models.renderers[name], answer.tokens)
+                    note(index, name, ModelAnswer(text, answer.error))
 
             generation.listen(hear)
             while generator.num_waiting > _AHEAD * max_rows:
                 generator.step()
         while generator.step():
             pass
-    return [{name: answers[name] for name in voices.slots} for answers in found]
-
-
-def text_of(tokenizer: Any, answer: Answer) -> str:
-    """All of an answer's tokens as one text."""
-    return tokenizer.decode(answer.tokens, skip_special_tokens=True)
+    return [{name: answers[name] for name in answering_models.slots} for answers in found]
 
 
 def score_labels(
-    voices: Voices, questions: Sequence[Question], *, on_done: Done = lambda done, total: None
+    answering_models: AnsweringModels, questions: Sequence[Question], *, on_done: Done = lambda done, total: None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """`{voice: (N, 2)}` of log-probabilities of the answers in the data (likelihood.py); and why some were not scored.
+    """`{model: (N, 2)}` of log-probabilities of the answers in the data (likelihood.py); and why some were not scored.
 
     The line of a question that was not scored is 0.
     """
     entries, places, unscored = [], [], {}
-    for renderer in dict.fromkeys(voices.renderers[name] for name in voices.slots):
-        names = [name for name in voices.slots if voices.renderers[name] is renderer]
-        known = [each for name in names if (each := voices.bank.reach(voices.slots[name])) is not None]
+    for renderer in dict.fromkeys(answering_models.renderers[name] for name in answering_models.slots):
+        names = [name for name in answering_models.slots if answering_models.renderers[name] is renderer]
+        known = [
+            each
+            for name in names
+            if (each := answering_models.bank.max_positions(answering_models.slots[name])) is not None
+        ]
         for index, each in enumerate(_labels(renderer, questions, min(known, default=None))):
             if not each.segments:
                 unscored[index] = each.problem or "nothing to score"
                 continue
             for name in names:
-                entries.append((voices.slots[name], each.segments[0]))
+                entries.append((answering_models.slots[name], each.segments[0]))
                 places.append((name, index))
-    values_N2 = label_logprobs(voices.base, voices.bank, entries, on_done=lambda done: on_done(done, len(entries)))
-    found = {name: np.zeros((len(questions), 2)) for name in voices.slots}
+    values_N2 = label_logprobs(
+        answering_models.base, answering_models.bank, entries, on_done=lambda done: on_done(done, len(entries))
+    )
+    found = {name: np.zeros((len(questions), 2)) for name in answering_models.slots}
     for (name, index), value_2 in zip(places, values_N2):
         found[name][index] = value_2
     return found, list(unscored.values())
@@ -152,29 +164,29 @@ def _labels(renderer: Renderer, questions: Sequence[Question], reach: int | None
 
 @dataclass(frozen=True)
 class Unanswered:
-    """Questions to which some voices gave no answer, all of them the same questions."""
+    """Questions to which some models gave no answer, all of them the same questions."""
 
-    voices: tuple[str, ...]
+    model_names: tuple[str, ...]
     places: tuple[int, ...]
     reasons: tuple[str, ...]
     """Different ones, in the order they came."""
 
-    def said(self, total: int) -> str:
+    def describe(self, total: int) -> str:
         """In one sentence; `total` is the number of all questions."""
         reasons = "; ".join(self.reasons[:3]) + (f"; and {len(self.reasons) - 3} more" * (len(self.reasons) > 3))
         return (
-            f"{', '.join(self.voices)}: no answer to {len(self.places)} of {total} questions ({reasons}); "
+            f"{', '.join(self.model_names)}: no answer to {len(self.places)} of {total} questions ({reasons}); "
             f"metrics are of the other {total - len(self.places)}"
         )
 
 
-def unanswered(answers: Sequence[Mapping[str, Said]]) -> list[Unanswered]:
-    """What is missing, voices that miss the same questions together."""
+def unanswered(answers: Sequence[Mapping[str, ModelAnswer]]) -> list[Unanswered]:
+    """What is missing, models that miss the same questions together."""
     missing: dict[tuple[int, ...], list[str]] = {}
-    for voice in answers[0]:
-        places = tuple(place for place, each in enumerate(answers) if each[voice].problem is not None)
+    for model_name in answers[0]:
+        places = tuple(place for place, each in enumerate(answers) if each[model_name].problem is not None)
         if places:
-            missing.setdefault(places, []).append(voice)
+            missing.setdefault(places, []).append(model_name)
     return [
         Unanswered(
             tuple(names),
@@ -185,21 +197,28 @@ def unanswered(answers: Sequence[Mapping[str, Said]]) -> list[Unanswered]:
     ]
 
 
-def write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Mapping[str, Said]]) -> None:
-    """A line per question: the prompt, the label, what each voice said, and why one said nothing."""
+def write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Mapping[str, ModelAnswer]]) -> None:
+    """A line per question: the prompt, the label, what each model said, and why one said nothing."""
     with new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for question, answer in zip(questions, answers):
-            messages = [{"role": each.role, "content": each.content} for each in question.prompt.messages]
-            line = {"place": question.place, "prompt": messages, "label": question.label.content}
-            line["predictions"] = {name: said.text if said.problem is None else None for name, said in answer.items()}
-            problems = {name: said.problem for name, said in answer.items() if said.problem is not None}
+            messages = [_written(each) for each in question.prompt.messages]
+            line: dict[str, Any] = {"place": question.place, "prompt": messages, "label": question.label.content}
+            line["predictions"] = {
+                name: generated.text if generated.problem is None else None for name, generated in answer.items()
+            }
+            problems = {name: generated.problem for name, generated in answer.items() if generated.problem is not None}
             line |= {"problems": problems} if problems else {}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def _written(message: Message) -> dict[str, Any]:
+    shown = {"images": [picture.name for _, picture in message.media]} if message.media else {}
+    return {"role": message.role, "content": message.content, **shown}
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """One voice's metric, and how far it is from the bare base's (None for the base itself)."""
+    """One model's metric, and how far it is from the bare base's (None for the base itself)."""
 
     value: Interval
     gain: Interval | None
@@ -210,29 +229,29 @@ class Verdict:
 
 
 def compare(
-    answers: Sequence[Mapping[str, Said]],
+    answers: Sequence[Mapping[str, ModelAnswer]],
     labels: Sequence[str],
     names: Sequence[str],
     likelihood: Mapping[str, np.ndarray],
     reference: str | None,
 ) -> dict[str, dict[str, Verdict]]:
-    """`{voice: {metric: verdict}}`; `reference` is the voice that the others are compared with.
+    """`{model: {metric: verdict}}`; `reference` is the model that the others are compared with.
 
-    A row that a voice has no answer to counts in none of its metrics; nor in its perplexity a row whose log-probability
+    A row that a model has no answer to counts in none of its metrics; nor in its perplexity a row whose log-probability
     is not finite. A metric without any row is not there.
     """
     measured: dict[str, dict[str, tuple[Metric, np.ndarray]]] = {}
-    for voice in answers[0]:
-        known_N = np.asarray([each[voice].problem is None for each in answers])
-        found = measure([each[voice].text for each in answers], labels, names)
-        measured[voice] = {name: (metric, known_N) for name, metric in found.items()}
-        if voice in likelihood:
-            scored_N = np.isfinite(likelihood[voice]).all(1) & (likelihood[voice][:, 1] > 0)
-            measured[voice]["perplexity"] = perplexity(likelihood[voice]), scored_N
+    for model_name in answers[0]:
+        known_N = np.asarray([each[model_name].problem is None for each in answers])
+        found = measure([each[model_name].text for each in answers], labels, names)
+        measured[model_name] = {name: (metric, known_N) for name, metric in found.items()}
+        if model_name in likelihood:
+            scored_N = np.isfinite(likelihood[model_name]).all(1) & (likelihood[model_name][:, 1] > 0)
+            measured[model_name]["perplexity"] = perplexity(likelihood[model_name]), scored_N
     verdicts: dict[str, dict[str, Verdict]] = {}
-    for voice, own in measured.items():
-        other = measured.get(reference or "", {}) if voice != reference else {}
-        verdicts[voice] = {
+    for model_name, own in measured.items():
+        other = measured.get(reference or "", {}) if model_name != reference else {}
+        verdicts[model_name] = {
             name: _verdict(metric, known_N, other.get(name)) for name, (metric, known_N) in own.items() if known_N.any()
         }
     return verdicts
@@ -245,19 +264,19 @@ def _verdict(metric: Metric, known_N: np.ndarray, other: tuple[Metric, np.ndarra
     return Verdict(interval(metric.of(known_N)), gain, int(known_N.sum()), metric.signature)
 
 
-def _digest(question: Question) -> str:
+def _key_of_question(question: Question) -> str:
     content = repr((question.prompt, question.label.content)).encode("utf-8", "replace")
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str, Said]]:
+def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str, ModelAnswer]]:
     """Answers of an attempt that was interrupted; a line that was cut off is left out."""
-    known: dict[str, dict[str, Said]] = {}
+    known: dict[str, dict[str, ModelAnswer]] = {}
     if partial.exists():
         for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                known.setdefault(entry["digest"], {})[entry["voice"]] = Said(entry["answer"], entry["problem"])
+                known.setdefault(entry["digest"], {})[entry["voice"]] = ModelAnswer(entry["answer"], entry["problem"])
             except (ValueError, KeyError, TypeError):
                 continue
-    return [dict(known.get(_digest(question), {})) for question in questions]
+    return [dict(known.get(_key_of_question(question), {})) for question in questions]

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowrank.data.columns import RowProblem
-from lowrank.data.config import Config as DataConfig
-from lowrank.data.config import SourceConfig
+from lowrank.data.chat.last_answer import split_last_answer
+from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.dataset import open_datasets, read_record
-from lowrank.data.last_answer import split_last_answer
+from lowrank.data.formats.columns import RowProblem
 from lowrank.errors import DataError
+from lowrank.notices import log_notice
 from lowrank.records import Conversation, Message
 
 
@@ -30,18 +30,24 @@ class Question:
 
 
 def read_questions(
-    source: SourceConfig, *, seed: int = 42, root: Path | None = None, notify: Callable[[str], None] = print
+    source: SourceConfig,
+    *,
+    seed: int = 42,
+    root: Path | None = None,
+    notify: Callable[[str], None] = log_notice,
+    sees: Callable[[], bool] | None = None,
 ) -> list[Question]:
     """The last answer of every conversation, as a question; of a preference, the chosen one.
 
-    `notify` hears how many rows cannot be used and why. Raises DataError if none can.
+    `notify` hears how many rows cannot be used and why; `sees`: whether who is asked can be shown pictures (None: no).
+    Raises DataError if none can.
     """
     (dataset,) = open_datasets(DataConfig(train=(source,)), None, seed, root)
     questions: list[Question] = []
     problems: list[str] = []
     for row in dataset.rows(notify):
         try:
-            prompt, label = split_last_answer(read_record(row, dataset))
+            prompt, label = split_last_answer(read_record(row, dataset, sees or _sees_nothing))
             questions.append(Question(f"{row.place} row {row.number}", prompt, label))
         except RowProblem as problem:
             problems.append(f"row {row.number}: {problem}")
@@ -54,3 +60,7 @@ def read_questions(
     if not questions:
         raise DataError(f"{source.path} has no rows")
     return questions
+
+
+def _sees_nothing() -> bool:
+    return False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.kernels.values import last_token_values
+from lowrank.kernels.value_head import last_token_values
 from lowrank.models.base import Base
 from lowrank.records import Segment, pack
 

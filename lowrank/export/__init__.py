@@ -1,10 +1,11 @@
-"""Taking a model home: a base on disk and the adapters trained on it, in the form that the user runs.
+"""Exporting a model: a base on disk and the adapters trained on it, in the form that the user runs.
 
     Source --target.write--> a folder --target.read_back--> Reader --verify--> is it the model that was trained?
 
 A *target* (targets/, one file each) writes one form. It gets a `Source` and an empty folder, which the caller renames
 into its place when everything in it is written, and says for each file that can be run how it is read back. What is
-read back answers as a `Reader`, so that one function (verify.py) compares every target with base + adapter.
+read back answers as a `Reader`, so that one function (export/verify/compare.py) compares every target with base +
+adapter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -125,3 +126,11 @@ class Target(Protocol):
     def usage(self, source: Source, path: str) -> str:
         """Markdown for the model card: how what lies at `path` (a folder or a hub name) is run."""
         ...
+
+
+@runtime_checkable
+class WritesParts(Protocol):
+    """A target of several files, of which one that cannot be written keeps no other from it."""
+
+    failures: dict[str, Exception]
+    """What the last `write` could not write, by name, and why."""

@@ -1,4 +1,4 @@
-"""What is taken home: a base on disk, the adapters on it, and how training wrote conversations."""
+"""What is exported: a base on disk, the adapters on it, and how training wrote conversations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
-from lowrank.models.config import Config as ModelConfig
+from lowrank.models.config import ModelConfig
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -36,6 +36,8 @@ class Source:
     """Ids that end an answer: EOS and the template's end of turn."""
     documents: Callable[[int], Sequence[np.ndarray]] | None = None
     """At most so many documents that it was trained on, (L) int64 tokens each; None: its data is not at hand."""
+    own_tokens: bool = False
+    """The tokenizer has tokens that the base's files lack: the adapter's own."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.generate.request import RequestError, TooLong
+from lowrank.generate.request import ContextLengthExceeded, RequestError
 from lowrank.models.base import Base
 from lowrank.records import Segment, pack
 
@@ -23,9 +23,11 @@ def embed(base: Base, bank: Bank, slot: int, token_L: np.ndarray, pooling: Pooli
     """
     if len(token_L) == 0:
         raise RequestError("the text has no tokens")
-    reach = bank.reach(slot)
+    reach = bank.max_positions(slot)
     if reach is not None and len(token_L) > reach:
-        raise TooLong(f"the text has {len(token_L)} tokens and the model reads {reach}")
+        raise ContextLengthExceeded(
+            f"the text has {len(token_L)} tokens and the model's maximum context length is {reach}"
+        )
     segment = bank.prompted(slot, Segment(token_L, np.zeros(len(token_L), np.float32)))
     hidden_TD = bank.hidden(pack([(slot, segment)]).to(base.device))[segment.virtual :].float()
     pooled_D = hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1]

@@ -1,4 +1,4 @@
-"""An answer on its way, as whoever asked sees it."""
+"""An answer on its way, as the client that submitted it sees it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
-from lowrank.generate.request import Answer, Piece
+from lowrank.generate.request import Answer, TokenChunk
 from lowrank.generate.sequence import Sequence
 
 
-class Stepping(Protocol):
+class GenerationDriver(Protocol):
     """Who makes the steps (generator.py)."""
 
     @property
@@ -28,34 +28,34 @@ class Generation:
     Where the generator has no thread of its own, iterating makes the steps (for everybody).
     """
 
-    def __init__(self, generator: Stepping, sequence: Sequence) -> None:
+    def __init__(self, generator: GenerationDriver, sequence: Sequence) -> None:
         self._generator = generator
         self._sequence = sequence
 
-    def __iter__(self) -> Iterator[Piece]:
-        heard: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        self._sequence.listen(heard.put)
+    def __iter__(self) -> Iterator[TokenChunk]:
+        received: queue.SimpleQueue[TokenChunk] = queue.SimpleQueue()
+        self._sequence.listen(received.put)
         while True:
-            while not self._generator.threaded and heard.empty():
+            while not self._generator.threaded and received.empty():
                 self._generator.step()
-            piece = heard.get()
+            piece = received.get()
             yield piece
             if piece.finish is not None:
                 return
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[TokenChunk]:
         """Needs a generator that was started."""
         assert self._generator.threaded, "start() the generator first"
         loop = asyncio.get_running_loop()
-        heard: asyncio.Queue[Piece] = asyncio.Queue()
-        self._sequence.listen(lambda piece: self._hand_over(loop, heard.put_nowait, piece))
+        received: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        self._sequence.listen(lambda piece: self._hand_over(loop, received.put_nowait, piece))
         while True:
-            piece = await heard.get()
+            piece = await received.get()
             yield piece
             if piece.finish is not None:
                 return
 
-    def listen(self, listener: Callable[[Piece], None]) -> None:
+    def listen(self, listener: Callable[[TokenChunk], None]) -> None:
         """Call `listener` with every piece, from the thread that makes the steps."""
         self._sequence.listen(listener)
 
@@ -74,7 +74,7 @@ class Generation:
         """What there is so far."""
         return self._sequence.answer()
 
-    def _hand_over(self, loop: asyncio.AbstractEventLoop, put: Callable[[Piece], None], piece: Piece) -> None:
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, put: Callable[[TokenChunk], None], piece: TokenChunk) -> None:
         try:
             loop.call_soon_threadsafe(put, piece)
         except RuntimeError:  # the loop was closed: nobody listens any more

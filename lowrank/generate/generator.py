@@ -18,23 +18,27 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.virtual import runs_of_pieces
-from lowrank.generate import static
-from lowrank.generate.constraint import JsonConstraint
+from lowrank.adapters.routing import ForwardContext
+from lowrank.adapters.soft_prompts import runs_of_pieces
+from lowrank.generate import transformers_fallback
+from lowrank.generate.block_manager import BlockManager
+from lowrank.generate.constraint import Constraint
 from lowrank.generate.generation import Generation
-from lowrank.generate.pages import PageTable
-from lowrank.generate.request import Config, Prompt, RequestError, TooLong
+from lowrank.generate.request import ContextLengthExceeded, GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampling import choose
-from lowrank.generate.schedule import GeneratorConfig, Schedule
+from lowrank.generate.scheduler import GeneratorConfig, Scheduler
 from lowrank.generate.sequence import Sequence
-from lowrank.kernels.few_shapes import few_shapes
 from lowrank.kernels.host_memory import Heap
+from lowrank.kernels.shape_bucketing import bucketed_rows
+from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
 from lowrank.models.base import Base
-from lowrank.models.continuation import what_breaks
-from lowrank.models.paged_attention import KeyValueCache, Span, Step
+from lowrank.models.checks.kv_cache import kv_cache_mismatch
+from lowrank.models.sight import PieceSeen
+from lowrank.records import to_device
 
 Result = TypeVar("Result")
 _PAGE = 16
@@ -52,15 +56,15 @@ class Generator:
         self.base = base
         self.bank = bank
         self.config = config or GeneratorConfig()
-        if base.depths is not None:  # a layer's pages hold as many tokens as went through it: others cannot use them
-            self.config = self.config.model_copy(update={"reuse_prefixes": False})
-        bank.routing.set(0, ())  # the test below asks the bare base
-        reason = what_breaks(base)
+        if base.layer_wrapper is not None:  # a wrapped layer's pages may hold fewer tokens: others cannot use them
+            self.config = self.config.model_copy(update={"enable_prefix_caching": False})
+        with bank.routing.using(ForwardContext()):  # of the bare base
+            reason = kv_cache_mismatch(base)
         self.notice = None if reason is None else f"requests are answered in fixed batches, which is slower: {reason}"
         size = _KERNEL_PAGE if base.device.type == "cuda" else _PAGE
         num_pages = 1 + -(-self.config.cache_tokens // size)
-        self._cache = KeyValueCache(num_pages, size)
-        self.schedule = Schedule(PageTable(num_pages, size), self.config)
+        self._cache = KVCache(num_pages, size)
+        self.schedule = Scheduler(BlockManager(num_pages, size), self.config)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stepping = threading.RLock()
         self._wake = threading.Event()
@@ -69,7 +73,9 @@ class Generator:
 
     # -- what others call, from any thread
 
-    def submit(self, prompt: Prompt, config: Config, *, stop_tokens: frozenset[int] = frozenset()) -> Generation:
+    def submit(
+        self, prompt: Prompt, config: GenerationConfig, *, stop_tokens: frozenset[int] = frozenset()
+    ) -> Generation:
         """Start answering; RequestError if it can never be answered."""
         virtual = self.bank.num_virtual(prompt.slot)
         most = self._most(len(prompt.token_L), prompt.slot, config)
@@ -84,6 +90,7 @@ class Generator:
         )
         steady = self.base.steady_length
         sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
+        self._refuse_pictures(prompt, sequence.alone)
         if virtual and (self.notice or sequence.alone):
             reason = self.notice or f"texts of more than {steady} tokens are answered one by one"
             raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
@@ -123,12 +130,12 @@ class Generator:
         """
         self.between_steps(lambda: self._forget(slot))
 
-    def rest(self) -> None:
+    def free_kv_cache(self) -> None:
         """Give the memory of the cache back until the next request; nothing computed so far is used again."""
         with self._stepping:
             assert not self.busy, "somebody is being answered"
-            self._cache = KeyValueCache(self._cache.num_pages, self._cache.page_size)
-            self.schedule.table = PageTable(self._cache.num_pages, self._cache.page_size)
+            self._cache = KVCache(self._cache.num_pages, self._cache.page_size)
+            self.schedule.block_manager = BlockManager(self._cache.num_pages, self._cache.page_size)
 
     @property
     def busy(self) -> bool:
@@ -148,7 +155,7 @@ class Generator:
     @property
     def free_tokens(self) -> int:
         """Room in the cache for tokens of new sequences."""
-        return self.schedule.table.available * self.schedule.table.page_size
+        return self.schedule.block_manager.available * self.schedule.block_manager.page_size
 
     # -- a thread of its own
 
@@ -198,7 +205,7 @@ class Generator:
         with self._stepping:
             self._read_inbox()
             if self.notice is not None:
-                return self._fixed_batch(self.config.max_rows)
+                return self._fixed_batch(self.config.max_num_seqs)
             if self.schedule.next_is_alone:
                 return self._fixed_batch(1)
             plan = self.schedule.plan()
@@ -221,9 +228,10 @@ class Generator:
     def _forward(self, plan: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, list[Sequence]]:
         """Logits (B, V) of those whose next token is wanted now."""
         spans, tokens, ends, rows = [], [], [], []
+        pieces = self._look(plan)
         for sequence, length in plan:
             known = -(-sequence.cached // self._cache.page_size)
-            spans.append(Span(sequence.cached, length, sequence.pages, fresh=sequence.pages[known:]))
+            spans.append(SequenceChunk(sequence.cached, length, sequence.pages, fresh=sequence.pages[known:]))
             tokens += sequence.tokens[sequence.cached : sequence.cached + length]
             if length == sequence.remaining:
                 rows.append(sequence)
@@ -232,29 +240,54 @@ class Generator:
         added = self._rows_for(len(tokens)) - len(tokens)
         ranges = _ranges([(each.slot, length) for each, length in plan])
         runs = runs_of_pieces([(each.slot, each.virtual, each.cached, length) for each, length in plan])
-        self.bank.routing.set(len(tokens) + added, ranges, virtual=runs, answering=True)
-        token_T = torch.tensor([*tokens, *[tokens[-1]] * added], device=device)
-        hidden_TD = self.base.extend(token_T, Step(self._cache, spans, device, added=added))
+        filler = tokens[-1] if not pieces else 0  # a placeholder would want a picture
+        token_T = to_device(torch.tensor([*tokens, *[filler] * added]), device)
+        batch = PagedBatch(self._cache, spans, device, added=added)
+        with self.bank.routing.using(ForwardContext(len(token_T), ranges, virtual=runs, decoding=True)):
+            hidden_TD = self.base.forward_with_kv_cache(token_T, batch, pieces)
         for sequence, length in plan:
-            self.schedule.count(sequence, length)
+            self.schedule.advance(sequence, length)
         ends += [0] * (self._rows_for(len(ends)) - len(ends))
-        return self._logits(hidden_TD[torch.tensor(ends, dtype=torch.int64, device=device)], rows), rows
+        return self._logits(hidden_TD[to_device(torch.tensor(ends, dtype=torch.int64), device)], rows), rows
+
+    def _look(self, plan: list[tuple[Sequence, int]]) -> list[PieceSeen]:
+        """Where the tokens of this step are in documents with pictures; empty where nobody has some."""
+        if all(sequence.media is None for sequence, _ in plan):
+            return []
+        sight = self.base.sight
+        assert sight is not None, "checked when it was submitted"
+        for sequence, _ in plan:
+            if sequence.media is not None and sequence.seen is None:
+                prompt_L = np.asarray(sequence.tokens[: sequence.num_prompt], np.int64)
+                with self.bank.routing.using(ForwardContext()):
+                    sequence.seen = sight.look(prompt_L, sequence.media)
+        return [PieceSeen(sequence.cached, length, sequence.seen) for sequence, length in plan]
+
+    def _refuse_pictures(self, prompt: Prompt, alone: bool) -> None:
+        """RequestError where the pictures of a prompt cannot be shown."""
+        if prompt.media is None:
+            return
+        self.bank.refuse_towers()
+        if self.base.sight is None or self.base.layout != "packed" or self.notice is not None or alone:
+            reason = self.notice or "its documents with pictures do not go through packed"
+            raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")
 
     def _logits(self, hidden_BD: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
         """By the model's own head module, which the bank may have routed."""
-        self.bank.routing.set(len(hidden_BD), _ranges([(each.slot, 1) for each in rows]), answering=True)
-        logits_BV = self.base.model.get_output_embeddings()(hidden_BD)
+        ranges = _ranges([(each.slot, 1) for each in rows])
+        with self.bank.routing.using(ForwardContext(len(hidden_BD), ranges, decoding=True)):
+            logits_BV = self.base.model.get_output_embeddings()(hidden_BD)
         return self.base.head().finish(logits_BV[: len(rows)])
 
     def _rows_for(self, rows: int) -> int:
-        """On a CPU every new number of rows costs time and memory (kernels/few_shapes.py), so there are few."""
-        return few_shapes(rows) if rows and self.base.device.type == "cpu" else rows
+        """On a CPU every new number of rows costs time and memory (kernels/shape_bucketing.py), so there are few."""
+        return bucketed_rows(rows) if rows and self.base.device.type == "cpu" else rows
 
     def _fixed_batch(self, most: int) -> bool:
         """Where the cache is not ours: whoever waits, as one batch, to its end."""
-        rows = self.schedule.take_waiting(most)
+        rows = self.schedule.pop_waiting(most)
         if rows:
-            static.answer(self.base, self.bank, rows, self._drop_cancelled)
+            transformers_fallback.answer(self.base, self.bank, rows, self._drop_cancelled)
             self.schedule.running = []
         return bool(rows)
 
@@ -275,40 +308,44 @@ class Generator:
             for sequence in self.schedule.running or self.schedule.waiting:
                 sequence.give_up("error", error)
             for slot in {sequence.slot for sequence in self.schedule.running}:
-                self.schedule.spoil(slot)
+                self.schedule.invalidate(slot)
             self.schedule.drop_finished()
 
     def _forget(self, slot: int) -> None:
         self._read_inbox()
-        self.schedule.spoil(slot)
+        self.schedule.invalidate(slot)
         for sequence in [each for each in self.schedule.running if each.slot == slot]:
-            self.schedule.put_aside(sequence)
+            self.schedule.preempt(sequence)
 
     # -- what a request may ask for
 
-    def _most(self, length: int, slot: int, config: Config) -> int:
+    def _most(self, length: int, slot: int, config: GenerationConfig) -> int:
         """Tokens its answer may have; RequestError if its question alone is too long."""
-        reach = self.bank.reach(slot)
+        reach = self.bank.max_positions(slot)
         if length == 0:
             raise RequestError("the prompt has no tokens")
         if reach is not None and length >= reach:
-            raise TooLong(f"the conversation has {length} tokens and the model reads {reach}")
+            raise ContextLengthExceeded(
+                f"the conversation has {length} tokens and the model's maximum context length is {reach}"
+            )
         most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
-        room = self.schedule.table.capacity * self.schedule.table.page_size - self.bank.num_virtual(slot)
+        room = self.schedule.block_manager.capacity * self.schedule.block_manager.page_size - self.bank.num_virtual(
+            slot
+        )
         if self.notice is None and length + most > room:
-            raise TooLong(
+            raise ContextLengthExceeded(
                 f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"
             )
         return most
 
-    def _constraint(self, config: Config, stop_tokens: frozenset[int]) -> JsonConstraint | None:
+    def _constraint(self, config: GenerationConfig, stop_tokens: frozenset[int]) -> Constraint | None:
         vocabulary = self.base.model.get_output_embeddings().weight.shape[0]
         wrong = [token for token in config.logit_bias if not 0 <= token < vocabulary]
         if wrong:
             raise RequestError(f"logit_bias: the model has {vocabulary} tokens, there is no {wrong[0]}")
-        if config.json_schema is None:
+        if config.json_schema is None and config.grammar is None:
             return None
-        return JsonConstraint(self.base.tokenizer, config.json_schema, vocabulary, stop_tokens)
+        return Constraint(self.base.tokenizer, config, vocabulary, stop_tokens)
 
 
 def _ranges(lengths: list[tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from lowrank.errors import LowrankError
-from lowrank.records import BARE_BASE
+from lowrank.records import BARE_BASE, Media
 from lowrank.settings import NonNegative, Positive, Settings
 
 
@@ -19,11 +19,11 @@ class RequestError(LowrankError):
     exit_code = 2
 
 
-class TooLong(RequestError):
+class ContextLengthExceeded(RequestError):
     """The question alone fills the context, or with its answer the cache."""
 
 
-class Config(Settings):
+class GenerationConfig(Settings):
     """How answers are drawn."""
 
     max_new_tokens: Positive = 512
@@ -51,7 +51,11 @@ class Config(Settings):
     logprobs: Annotated[int, Field(ge=0, le=64)] | None = None
     """Report the log-probability of each token, and of this many likeliest ones, as the model gives them."""
     json_schema: dict[str, Any] | None = None
-    """Answer with JSON of this schema and nothing else. Needs `pip install lowrank[json]`."""
+    """Answer with JSON of this schema and nothing else. Needs `pip install 'lowrank-llm[json]'`."""
+    preserved_tokens: tuple[str, ...] = ()
+    """Control tokens that an answer's text shows; it leaves out the others."""
+    grammar: str | None = None
+    """Answer by this grammar (llguidance's Lark) and nothing else, in the place of a schema; needs the same."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,12 @@ class Prompt:
 
     token_L: np.ndarray
     slot: int = BARE_BASE
+    media: Media | None = None
+    """The pictures that its tokens stand for."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenChunk:
     """One step of an answer.
 
     `text` is what may be shown now: it is empty while half a character, or what may become a stop text, is held
@@ -78,6 +84,8 @@ class Piece:
     """(token, log-probability) of the likeliest tokens."""
     finish: str | None = None
     error: str | None = None
+    refused: bool = False
+    """With an error: what was asked is at fault, and neither the model nor the adapter."""
 
 
 @dataclass(frozen=True)
@@ -93,5 +101,5 @@ class Answer:
     prompt_tokens: int = 0
     stop_token: int | None = None
     """The stop token that ended it, where one did."""
-    reused_tokens: int = 0
+    cached_tokens: int = 0
     """Of the prompt, those whose keys were there already."""

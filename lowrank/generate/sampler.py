@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 
 from lowrank.adapters.bank import Bank
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.request import Answer, Config, Piece, Prompt
+from lowrank.generate.request import Answer, GenerationConfig, Prompt, TokenChunk
 from lowrank.models.base import Base
 
-__all__ = ["Config", "Prompt", "answer_all", "generate"]
+__all__ = ["GenerationConfig", "Prompt", "answer_all", "generate"]
 
 
 def generate(
     base: Base,
     bank: Bank,
     prompts: Sequence[Prompt],
-    config: Config,
+    config: GenerationConfig,
     *,
     stop_tokens: frozenset[int],
     rows_at_once: int = 64,
@@ -28,7 +28,7 @@ def generate(
     """
     assert on_token is None or len(prompts) == 1, "one prompt can be streamed at a time"
 
-    def hear(index: int, piece: Piece) -> None:
+    def hear(index: int, piece: TokenChunk) -> None:
         if on_token is not None and piece.token is not None:
             on_token(piece.token)
 
@@ -40,11 +40,11 @@ def answer_all(
     base: Base,
     bank: Bank,
     prompts: Sequence[Prompt],
-    config: Config,
+    config: GenerationConfig,
     *,
     stop_tokens: frozenset[int],
     rows_at_once: int = 64,
-    on_piece: Callable[[int, Piece], None] | None = None,
+    on_piece: Callable[[int, TokenChunk], None] | None = None,
 ) -> list[Answer]:
     """An answer for each prompt, in the order given. `on_piece` hears (index of the prompt, piece) as they come.
 
@@ -53,7 +53,7 @@ def answer_all(
     lengths = [bank.num_virtual(prompt.slot) + len(prompt.token_L) for prompt in prompts]
     longest = max(lengths, default=0) + config.max_new_tokens
     room = min(rows_at_once, max(1, len(prompts))) * (longest + 256)
-    generator = Generator(base, bank, GeneratorConfig(max_rows=rows_at_once, cache_tokens=max(room, 4096)))
+    generator = Generator(base, bank, GeneratorConfig(max_num_seqs=rows_at_once, cache_tokens=max(room, 4096)))
     generations = []
     for index, prompt in enumerate(prompts):
         generation = generator.submit(prompt, config, stop_tokens=stop_tokens)

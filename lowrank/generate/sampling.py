@@ -15,8 +15,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lowrank.generate.constraint import JsonConstraint
-from lowrank.generate.request import Config
+from lowrank.generate.constraint import Constraint
+from lowrank.generate.request import GenerationConfig
+from lowrank.kernels.accelerators import wide
 
 
 class Drawing(Protocol):
@@ -26,17 +27,21 @@ class Drawing(Protocol):
     num_prompt: int
     virtual: int
     seed: int
-    config: Config
-    constraint: JsonConstraint | None
+    config: GenerationConfig
+    constraint: Constraint | None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The token of a row, and what the model thought of it. None: its probabilities are not finite."""
+    """The token of a row, and what the model thought of it. None: its probabilities are not finite.
+
+    `fault`: there is no token although the model's own probabilities were finite, because of what was asked.
+    """
 
     token: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    fault: str | None = None
 
 
 def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
@@ -44,13 +49,14 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
     reported = {
         index: _report(logits_BV[index], row) for index, row in enumerate(rows) if row.config.logprobs is not None
     }
+    sound_B = [_is_adjusted(row) and math.isfinite(float(logits_V.max())) for logits_V, row in zip(logits_BV, rows)]
     for logits_V, row in zip(logits_BV, rows):
         _adjust(logits_V, row)
     likeliest_B, greedy_B = (each.tolist() for each in logits_BV.max(-1))
     choices = []
     for index, row in enumerate(rows):
         if not math.isfinite(likeliest_B[index]):
-            choices.append(Choice(None))
+            choices.append(Choice(None, fault=_fault_of(row) if sound_B[index] else None))
             continue
         token = greedy_B[index] if row.config.temperature == 0 else _draw(logits_BV[index], row)
         if index in reported:
@@ -65,6 +71,16 @@ def _report(logits_V: torch.Tensor, row: Drawing) -> tuple[torch.Tensor, tuple[t
     logprob_V = torch.log_softmax(logits_V, dim=-1)
     values, tokens = logprob_V.topk(min(row.config.logprobs or 0, len(logprob_V)))
     return logprob_V, tuple(zip(tokens.tolist(), values.tolist()))
+
+
+def _is_adjusted(row: Drawing) -> bool:
+    """Something that was asked for may leave no token at all."""
+    return row.constraint is not None or row.config.repetition_penalty != 1.0 or bool(row.config.logit_bias)
+
+
+def _fault_of(row: Drawing) -> str:
+    problem = None if row.constraint is None else row.constraint.problem
+    return problem or "repetition_penalty and logit_bias leave no token that is possible"
 
 
 def _adjust(logits_V: torch.Tensor, row: Drawing) -> None:
@@ -87,7 +103,7 @@ def _adjust(logits_V: torch.Tensor, row: Drawing) -> None:
 def _draw(logits_V: torch.Tensor, row: Drawing) -> int:
     """One token from what temperature, top-k, top-p and min-p leave."""
     config = row.config
-    scaled_V = logits_V.double() / config.temperature
+    scaled_V = wide(logits_V) / config.temperature
     if not config.top_k and config.top_p == 1.0:
         chance_V, token_V = torch.softmax(scaled_V, dim=-1), None
     else:

@@ -1,16 +1,18 @@
-"""One request while it is answered: its tokens, its pages, its text, and whoever listens."""
+"""One request while it is decoded: its tokens, its KV-cache pages, its text, and its listeners."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
-from lowrank.generate.constraint import JsonConstraint
-from lowrank.generate.pages import next_digest
-from lowrank.generate.request import Answer, Config, Piece, Prompt
+from lowrank.generate.block_manager import next_digest
+from lowrank.generate.constraint import Constraint
+from lowrank.generate.detokenizer import IncrementalDetokenizer
+from lowrank.generate.request import Answer, GenerationConfig, Prompt, TokenChunk
 from lowrank.generate.sampling import Choice
-from lowrank.generate.streaming import TextStream
-from lowrank.generate.telling import Listener, Telling
+from lowrank.generate.token_stream import Listener, TokenStream
+from lowrank.models.sight import Seen
 
 
 class Sequence:
@@ -19,12 +21,12 @@ class Sequence:
     def __init__(
         self,
         prompt: Prompt,
-        config: Config,
+        config: GenerationConfig,
         *,
         stop_tokens: frozenset[int],
         most: int,
         tokenizer: Any,
-        constraint: JsonConstraint | None,
+        constraint: Constraint | None,
         virtual: int = 0,
     ) -> None:
         """`most`: tokens of the answer at the most, which may be fewer than `config` says. `virtual`: tokens of its
@@ -34,12 +36,15 @@ class Sequence:
         self.num_prompt = len(self.tokens)
         """Virtual ones included."""
         self.slot = prompt.slot
+        self.media = prompt.media and prompt.media.moved(virtual)
+        self.seen: Seen | None = None
+        """What the tower made of its pictures, once somebody looked."""
         self.config = config
         self.stop_tokens = stop_tokens
         self.most = most
         self.seed = config.seed if config.seed is not None else int.from_bytes(os.urandom(8), "little")
         self.constraint = constraint
-        self.text = TextStream(tokenizer, config.stop)
+        self.text = IncrementalDetokenizer(tokenizer, config.stop, config.preserved_tokens)
         self.pages: list[int] = []
         self.digests: list[bytes] = []
         """Of the full pages of `tokens`, as far as they were asked for; starts with the root of its adapter version."""
@@ -51,7 +56,7 @@ class Sequence:
         self.cancelled = False
         self.alone = False
         """It is answered by itself: its length would change how positions of others are read."""
-        self._telling = Telling()
+        self._stream = TokenStream()
 
     @property
     def remaining(self) -> int:
@@ -68,43 +73,47 @@ class Sequence:
     def take(self, choice: Choice) -> None:
         """The next token; tells the listeners, and knows afterwards whether it was the last."""
         if choice.token is None:
-            self.give_up("error", "the probabilities are not finite: this adapter, or the base, has diverged")
+            diverged = "the probabilities are not finite: this adapter, or the base, has diverged"
+            self.give_up("error", choice.fault or diverged, refused=choice.fault is not None)
             return
         if choice.token in self.stop_tokens:
             self.stop_token = choice.token
-            self._end("stop", Piece(None, self.text.end(), choice.logprob, choice.top))
+            self._end("stop", TokenChunk(None, self.text.end(), choice.logprob, choice.top))
             return
         self.tokens.append(choice.token)
         if self.constraint is not None:
             self.constraint.add(choice.token)
+            if self.constraint.problem is not None:
+                self.give_up("error", self.constraint.problem, refused=True)
+                return
         text = self.text.add(choice.token)
-        piece = Piece(choice.token, text, choice.logprob, choice.top)
+        piece = TokenChunk(choice.token, text, choice.logprob, choice.top)
         if self.text.stopped_by is not None:
             self._end("stop", piece)
         elif self.constraint is not None and self.constraint.complete:
-            self._end("stop", Piece(choice.token, text + self.text.end(), choice.logprob, choice.top))
+            self._end("stop", TokenChunk(choice.token, text + self.text.end(), choice.logprob, choice.top))
         elif len(self.tokens) - self.num_prompt >= self.most:
-            self._end("length", Piece(choice.token, text + self.text.end(), choice.logprob, choice.top))
+            self._end("length", TokenChunk(choice.token, text + self.text.end(), choice.logprob, choice.top))
         else:
-            self._telling.tell(piece)
+            self._stream.push(piece)
 
-    def give_up(self, finish: str, error: str | None = None) -> None:
+    def give_up(self, finish: str, error: str | None = None, *, refused: bool = False) -> None:
         """It ends without a last token: cancelled, or error."""
         if self.finish is None:
-            self._end(finish, Piece(None, self.text.end(), error=error))
+            self._end(finish, TokenChunk(None, self.text.end(), error=error, refused=refused))
 
     def listen(self, listener: Listener) -> None:
         """Hear every piece, those of the past first. The listener is called from the thread that makes steps."""
-        self._telling.listen(listener)
+        self._stream.listen(listener)
 
     def answer(self) -> Answer:
         """What there is so far."""
-        return self._telling.answer(
+        return self._stream.answer(
             prompt_tokens=self.num_prompt - self.virtual,
             stop_token=self.stop_token,
             reused_tokens=max(0, self.reused - self.virtual),
         )
 
-    def _end(self, finish: str, piece: Piece) -> None:
+    def _end(self, finish: str, piece: TokenChunk) -> None:
         self.finish = finish
-        self._telling.tell(Piece(piece.token, piece.text, piece.logprob, piece.top, finish, piece.error))
+        self._stream.push(replace(piece, finish=finish))

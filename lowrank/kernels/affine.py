@@ -12,7 +12,7 @@ _GPU_BLOCK = 1 << 24
 """Codes unpacked at once: what is between codes and weights stays in a CPU's cache, or small on a GPU."""
 
 
-def dequantise(
+def dequantize(
     packed_OB: torch.Tensor,
     bits: int,
     scale_OG: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Where lowrank keeps what it can make again: compiled kernels and, where asked for, quantised models."""
+"""Where lowrank keeps what it can make again: compiled kernels and, where asked for, quantized models."""
 
 from __future__ import annotations
 

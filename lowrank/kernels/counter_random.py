@@ -3,7 +3,7 @@
 Dropout and embedding noise must be the same when a layer is recomputed in the backward pass, when a
 step is cut into batches otherwise, and whatever other jobs do. A generator with a state cannot give
 that; a hash of (key, row counter, column) can. `key_of` mixes what names the place (seed, step,
-layer); the row counter is the token's index within its job's optimiser step.
+layer); the row counter is the token's index within its job's optimizer step.
 """
 
 from __future__ import annotations

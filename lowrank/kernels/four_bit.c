@@ -21,7 +21,7 @@ static inline float from_bf16(uint16_t half) {
 #endif
 
 /* `value` is scaled in its place. */
-static inline void quantise_block(float *value, const float *bounds, const uint8_t *order, int64_t block,
+static inline void quantize_block(float *value, const float *bounds, const uint8_t *order, int64_t block,
                                   uint8_t *packed, float *absmax) {
     int32_t size[BLOCK_LIMIT], count[BLOCK_LIMIT], largest = 0; /* absolute floats are ordered as their bits are */
     memcpy(size, value, 4 * (size_t)block);
@@ -43,23 +43,23 @@ static inline void quantise_block(float *value, const float *bounds, const uint8
     for (int64_t i = 0; order && i < block / 2; i++) packed[i] = order[packed[i]];
 }
 
-void quantise_float32(const float *weight, const float *bounds, const uint8_t *order, int64_t block,
+void quantize_float32(const float *weight, const float *bounds, const uint8_t *order, int64_t block,
                       int64_t num_blocks, uint8_t *packed, float *absmax, int threads) {
     SHARED
     for (int64_t b = 0; b < num_blocks; b++) {
         float value[BLOCK_LIMIT];
         memcpy(value, weight + b * block, 4 * (size_t)block);
-        quantise_block(value, bounds, order, block, packed + b * block / 2, absmax + b);
+        quantize_block(value, bounds, order, block, packed + b * block / 2, absmax + b);
     }
 }
 
-void quantise_bfloat16(const uint16_t *weight, const float *bounds, const uint8_t *order, int64_t block,
+void quantize_bfloat16(const uint16_t *weight, const float *bounds, const uint8_t *order, int64_t block,
                        int64_t num_blocks, uint8_t *packed, float *absmax, int threads) {
     SHARED
     for (int64_t b = 0; b < num_blocks; b++) {
         float value[BLOCK_LIMIT];
         for (int64_t i = 0; i < block; i++) value[i] = from_bf16(weight[b * block + i]);
-        quantise_block(value, bounds, order, block, packed + b * block / 2, absmax + b);
+        quantize_block(value, bounds, order, block, packed + b * block / 2, absmax + b);
     }
 }
 
@@ -200,8 +200,8 @@ PLAIN_BLOCK(uint32_t, 4)
 PLAIN_BLOCK(uint16_t, 2)
 #endif
 
-#define DEQUANTISE(TYPE, BITS, SIZE)                                                                                   \
-    void dequantise_##TYPE(const uint8_t *packed, const float *absmax, const float *values, int64_t block,             \
+#define DEQUANTIZE(TYPE, BITS, SIZE)                                                                                   \
+    void dequantize_##TYPE(const uint8_t *packed, const float *absmax, const float *values, int64_t block,             \
                            int64_t num_blocks, BITS *out, int threads) {                                               \
         SHARED                                                                                                         \
         for (int64_t b = 0; b < num_blocks; b++) {                                                                     \
@@ -213,14 +213,14 @@ PLAIN_BLOCK(uint16_t, 2)
         }                                                                                                              \
     }
 
-DEQUANTISE(float32, uint32_t, 4)
-DEQUANTISE(bfloat16, uint16_t, 2)
+DEQUANTIZE(float32, uint32_t, 4)
+DEQUANTIZE(bfloat16, uint16_t, 2)
 #ifdef __FLT16_MANT_DIG__
-DEQUANTISE(float16, uint16_t, 2)
+DEQUANTIZE(float16, uint16_t, 2)
 #endif
 
 /* Scales that are kept in 8 bits: the value of each code, times the scale of its block, plus their mean. */
-void dequantise_scales(const uint8_t *codes, const float *values, const float *absmax, float offset, int64_t block,
+void dequantize_scales(const uint8_t *codes, const float *values, const float *absmax, float offset, int64_t block,
                        int64_t count, float *out, int threads) {
     int64_t num_blocks = (count + block - 1) / block;
     SHARED

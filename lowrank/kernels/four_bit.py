@@ -4,25 +4,26 @@
                                      absmax: one float32 for each block of `block_size` values
 
 Dettmers et al., QLoRA (arXiv 2305.14314): NF4 holds the quantiles of a normal distribution; the scales are themselves
-kept in 8 bits ("double quantisation"), in blocks of 256 around their mean.
+kept in 8 bits ("double quantization"), in blocks of 256 around their mean.
 
-Each direction has a plain torch function, which is its meaning, and faster ways that give the same bits; `quantise_way`
-and `dequantise_way` say which one a device gets.
+Each direction has a plain torch function, which is its meaning, and faster ways that give the same bits; `quantize_way`
+and `dequantize_way` say which one a device gets.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 
+from lowrank.kernels.accelerators import is_nvidia
+from lowrank.kernels.fused import has_triton, runs_fused
 from lowrank.kernels.native import native, pointer, threads_for
 
 NESTED_BLOCK = 256
-"""Scales that share a scale under double quantisation."""
+"""Scales that share a scale under double quantization."""
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes accepts, and so what a checkpoint may have."""
 
@@ -38,6 +39,8 @@ CODES: dict[str, tuple[float, ...]] = {
     "fp4": tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4),
 }
 """What each of the 16 codes stands for, before its block's scale."""
+FEW_ROWS = 16
+"""Rows up to which a GPU unpacks the weight while it multiplies (decoding): one tile of its matrix units."""
 _TINY = 1e-38
 _CHUNK = 1 << 17
 """Values handled at a time on a CPU, so that what lies between stays in its caches."""
@@ -73,15 +76,15 @@ def packed_bytes(numel: int) -> int:
     return -(-numel // 2)
 
 
-# Quantise
+# Quantize
 
 
-def quantise_way(device: torch.device) -> str:
+def quantize_way(device: torch.device) -> str:
     """`native` (C, compiled here) or `torch`."""
     return "native" if device.type == "cpu" and native("four_bit") is not None else "torch"
 
 
-def quantise(weight: torch.Tensor, code: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor, code: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(packed uint8, absmax float32) of a floating-point tensor of any shape, in blocks over its flattened values."""
     flat = weight.detach().reshape(-1)
     if flat.dtype not in (torch.bfloat16, torch.float32):
@@ -90,10 +93,10 @@ def quantise(weight: torch.Tensor, code: str, block_size: int) -> tuple[torch.Te
     packed = torch.empty(packed_bytes(len(flat)), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-len(flat) // block_size), dtype=torch.float32, device=flat.device)
     blocks_BK, out, scales = flat[:whole].view(-1, block_size), packed[: whole // 2], absmax[: whole // block_size]
-    if quantise_way(flat.device) == "native":
-        _quantise_native(blocks_BK.contiguous(), code, block_size, out, scales)
+    if quantize_way(flat.device) == "native":
+        _quantize_native(blocks_BK.contiguous(), code, block_size, out, scales)
     else:
-        _quantise_torch(blocks_BK, code, out, scales)
+        _quantize_torch(blocks_BK, code, out, scales)
     if whole < len(flat):
         rest = flat[whole:].float()
         absmax[-1:] = rest.abs().amax().clamp(min=_TINY)
@@ -101,7 +104,7 @@ def quantise(weight: torch.Tensor, code: str, block_size: int) -> tuple[torch.Te
     return packed, absmax
 
 
-def _quantise_torch(blocks_BK: torch.Tensor, code: str, packed: torch.Tensor, absmax: torch.Tensor) -> None:
+def _quantize_torch(blocks_BK: torch.Tensor, code: str, packed: torch.Tensor, absmax: torch.Tensor) -> None:
     num_blocks, block_size = blocks_BK.shape
     step = max(1, _CHUNK // block_size) if blocks_BK.device.type == "cpu" else max(1, num_blocks)
     for first in range(0, num_blocks, step):
@@ -129,13 +132,13 @@ def _pack(indices: torch.Tensor, code: str) -> torch.Tensor:
     return packed if tables.sorted else tables.order_256[packed.int()]
 
 
-def _quantise_native(
+def _quantize_native(
     blocks_BK: torch.Tensor, code: str, block_size: int, packed: torch.Tensor, absmax: torch.Tensor
 ) -> None:
     tables = _tables(code, blocks_BK.device)
     library = native("four_bit")
     assert library is not None
-    function = library.quantise_bfloat16 if blocks_BK.dtype == torch.bfloat16 else library.quantise_float32
+    function = library.quantize_bfloat16 if blocks_BK.dtype == torch.bfloat16 else library.quantize_float32
     order, num_blocks = None if tables.sorted else tables.order_256, len(blocks_BK)
     function(
         pointer(blocks_BK), pointer(tables.bounds_15), pointer(order), ctypes.c_int64(block_size),
@@ -143,46 +146,41 @@ def _quantise_native(
     )  # fmt: skip
 
 
-# Dequantise
+# Dequantize
 
 
-def dequantise_way(device: torch.device, dtype: torch.dtype) -> str:
-    """`native` (C, compiled here), `triton` on CUDA, or `torch`."""
-    if device.type == "cuda" and _has_triton() and dtype != torch.float64:
+def dequantize_way(device: torch.device, dtype: torch.dtype) -> str:
+    """`native` (C, compiled here), `triton` on NVIDIA's GPUs, or `torch`."""
+    if is_nvidia(device) and has_triton() and dtype != torch.float64:
         return "triton"
-    return "native" if device.type == "cpu" and _native_dequantise(dtype) is not None else "torch"
+    return "native" if device.type == "cpu" and _native_dequantize(dtype) is not None else "torch"
 
 
-def _native_dequantise(dtype: torch.dtype) -> Any:
+def _native_dequantize(dtype: torch.dtype) -> Any:
     """The C function that makes `dtype`; None without a compiler, or one that does not know half floats."""
-    return getattr(native("four_bit"), f"dequantise_{str(dtype).removeprefix('torch.')}", None)
+    return getattr(native("four_bit"), f"dequantize_{str(dtype).removeprefix('torch.')}", None)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def dequantise(packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int, out: torch.Tensor) -> None:
+def dequantize(packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int, out: torch.Tensor) -> None:
     """Fill `out` (contiguous, any shape; its dtype is the one computed in). The product with the scale is float32."""
     assert out.is_contiguous()
-    way = dequantise_way(out.device, out.dtype)
+    way = dequantize_way(out.device, out.dtype)
     flat = out.view(-1)
     if way == "triton":
-        from lowrank.kernels.four_bit_triton import dequantise_triton
+        from lowrank.kernels.four_bit_triton import dequantize_triton
 
-        dequantise_triton(packed, absmax, _tables(code, out.device).values, block_size, flat)
+        dequantize_triton(packed, absmax, _tables(code, out.device).values, block_size, flat)
     elif way == "native":
-        _dequantise_native(packed, absmax, code, block_size, flat)
+        _dequantize_native(packed, absmax, code, block_size, flat)
     else:
-        dequantise_torch(packed, absmax, code, block_size, flat)
+        dequantize_torch(packed, absmax, code, block_size, flat)
     torch.autograd.graph.increment_version(out)  # whoever kept it for a backward pass is told
 
 
-def dequantise_torch(
+def dequantize_torch(
     packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int, flat: torch.Tensor
 ) -> None:
-    """The meaning of `dequantise`, in torch: two weights to a look-up, then one multiplication."""
+    """The meaning of `dequantize`, in torch: two weights to a look-up, then one multiplication."""
     pairs = _tables(code, flat.device).pairs
     whole = len(flat) // block_size * block_size
     step = _CHUNK * 2 // block_size * block_size if flat.device.type == "cpu" else max(whole, 1)
@@ -196,10 +194,10 @@ def dequantise_torch(
         torch.mul(values, absmax[-1], out=flat[whole:])
 
 
-def _dequantise_native(
+def _dequantize_native(
     packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int, flat: torch.Tensor
 ) -> None:
-    values, function = _tables(code, flat.device).values, _native_dequantise(flat.dtype)
+    values, function = _tables(code, flat.device).values, _native_dequantize(flat.dtype)
     num_blocks = len(flat) // block_size
     function(
         pointer(packed), pointer(absmax), pointer(values), ctypes.c_int64(block_size), ctypes.c_int64(num_blocks),
@@ -207,7 +205,36 @@ def _dequantise_native(
     )  # fmt: skip
     whole = num_blocks * block_size
     if whole < len(flat):
-        dequantise_torch(packed[whole // 2 :], absmax[-1:], code, block_size, flat[whole:])
+        dequantize_torch(packed[whole // 2 :], absmax[-1:], code, block_size, flat[whole:])
+
+
+def product(
+    x_ND: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size: int, out_features: int
+) -> torch.Tensor:
+    """x W^T of at most `FEW_ROWS` rows on a GPU (`reads_codes`): (N, O), W read in 4 bits and nowhere whole."""
+    from lowrank.kernels.four_bit_triton import product_triton
+
+    out_NO = torch.empty(len(x_ND), out_features, dtype=x_ND.dtype, device=x_ND.device)
+    product_triton(x_ND, packed, absmax, _tables(code, x_ND.device).values, block_size, out_NO)
+    return out_NO
+
+
+def reads_codes(x_ND: torch.Tensor) -> bool:
+    """Whether `product` is there for these operands, and the faster way."""
+    return 0 < len(x_ND) <= FEW_ROWS and x_ND.shape[1] % 2 == 0 and runs_fused(x_ND, _check)
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The Triton product beside the product with the unpacked weight."""
+    pairs = []
+    for code, rows in (("nf4", 1), ("fp4", FEW_ROWS)):
+        weight_OD = torch.randn(200, 320, dtype=dtype, device=device)
+        x_ND = torch.randn(rows, 320, dtype=dtype, device=device)
+        packed, absmax = quantize(weight_OD, code, 64)
+        out_NO = product(x_ND, packed, absmax, code, 64, 200)
+        dequantize_torch(packed, absmax, code, 64, weight_OD.view(-1))
+        pairs.append((out_NO, x_ND @ weight_OD.t()))
+    return pairs
 
 
 # Scales of scales
@@ -227,14 +254,14 @@ def dynamic_map(device: torch.device = torch.device("cpu")) -> torch.Tensor:  # 
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-def quantise_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(codes uint8, absmax float32 of each 256, offset) of float32 scales: nearest of `dynamic_map` around the mean."""
     offset = absmax.mean()
-    centred = absmax - offset
-    padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    centered = absmax - offset
+    padded = torch.nn.functional.pad(centered, (0, -len(centered) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = padded.abs().amax(dim=1)
     scaled = (padded * (1.0 / largest.clamp(min=_TINY))[:, None]).clamp(-1, 1)
-    rest = len(centred) % NESTED_BLOCK
+    rest = len(centered) % NESTED_BLOCK
     if rest:
         scaled[-1] = (padded[-1] / largest[-1].clamp(min=_TINY)).clamp(-1, 1)
     values = dynamic_map(absmax.device)
@@ -242,7 +269,7 @@ def quantise_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, f
     return codes[: len(absmax)], largest, offset.item()
 
 
-def dequantise_scales(
+def dequantize_scales(
     codes: torch.Tensor, absmax: torch.Tensor, offset: float, values: torch.Tensor, block_size: int = NESTED_BLOCK
 ) -> torch.Tensor:
     """float32 scales again; `values` are the 256 that `codes` point to."""
@@ -252,18 +279,18 @@ def dequantise_scales(
         assert values.is_contiguous()
         assert absmax.is_contiguous()
         out = torch.empty(len(codes), dtype=torch.float32)
-        library.dequantise_scales(
+        library.dequantize_scales(
             pointer(codes), pointer(values), pointer(absmax), ctypes.c_float(offset), ctypes.c_int64(block_size),
             ctypes.c_int64(len(codes)), pointer(out), threads_for(len(codes), _CHUNK),
         )  # fmt: skip
         return out
-    return dequantise_scales_torch(codes, absmax, offset, values, block_size)
+    return dequantize_scales_torch(codes, absmax, offset, values, block_size)
 
 
-def dequantise_scales_torch(
+def dequantize_scales_torch(
     codes: torch.Tensor, absmax: torch.Tensor, offset: float, values: torch.Tensor, block_size: int = NESTED_BLOCK
 ) -> torch.Tensor:
-    """The meaning of `dequantise_scales`, in torch."""
+    """The meaning of `dequantize_scales`, in torch."""
     found = values.index_select(0, codes.int())
     whole = len(found) // block_size * block_size
     found[:whole].view(-1, block_size).mul_(absmax[: whole // block_size, None])

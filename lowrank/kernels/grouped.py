@@ -1,18 +1,23 @@
 """Many slots at once on a GPU: the low-rank products of all slots as four grouped GEMMs.
 
-The loop in adapters/linear.py costs about six launches per slot and layer; `F.grouped_mm` costs four
+The loop in adapters/lora_function.py costs about six launches per slot and layer; `F.grouped_mm` costs four
 in all. Same meaning, other kernel. Ranks are padded with zeros to the largest (a multiple of 8): padded
 rows of A and columns of B are zero and their gradients are cut off, so nothing changes. What a CPU does while it
-answers is in answering.py.
+answers is in kernels/decode_lora.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
+
+from lowrank.kernels.accelerators import capability
+from lowrank.records import to_device
 
 _MANY = 4
 _MULTIPLE = 8
@@ -34,22 +39,29 @@ class LowRank(Protocol):
     def B_OR(self) -> torch.Tensor: ...
     @property
     def dropout(self) -> float: ...
-    @property
-    def excess_O(self) -> torch.Tensor | None: ...
 
 
 def prefers_grouped(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
-    """More than four slots without dropout, bf16, on CUDA, widths that fit the kernel."""
-    return len(pieces) > _MANY and x_TD.is_cuda and can_group(x_TD, pieces)
+    """More than four slots without dropout, bf16, widths that fit the kernel, on a GPU that has it."""
+    return len(pieces) > _MANY and x_TD.is_cuda and has_grouped_kernel(x_TD.device) and can_group(x_TD, pieces)
+
+
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Hopper's and data-center Blackwell's. Elsewhere torch copies `offs` to the host in every call and multiplies
+    group by group, so each of the four products would wait for everything before it; the loop over slots waits for
+    nothing."""
+    return capability(device)[0] in (9, 10)
 
 
 def can_group(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
-    """Whether the kernel takes these operands at all (on any device)."""
+    """Whether the kernel takes these operands at all (on any device): the rows of each piece begin where those of the
+    one before end, since groups are told apart by their ends alone."""
     return (
         x_TD.dtype == torch.bfloat16
         and x_TD.shape[1] % _MULTIPLE == 0
         and pieces[0].B_OR.shape[0] % _MULTIPLE == 0
-        and not any(piece.dropout or piece.excess_O is not None for piece in pieces)
+        and not any(piece.dropout for piece in pieces)
+        and all(one.end == other.first for one, other in pairwise(pieces))
     )
 
 
@@ -60,14 +72,20 @@ def _stack(pieces: Sequence[LowRank]) -> tuple[torch.Tensor, torch.Tensor, torch
     A_GRD = torch.stack([F.pad(piece.A_RD, (0, 0, 0, rank - piece.A_RD.shape[0])) for piece in pieces])
     B_GOR = torch.stack([F.pad(piece.B_OR * piece.scale, (0, rank - piece.B_OR.shape[1])) for piece in pieces])
     begin = pieces[0].first
-    end_G = torch.tensor([piece.end - begin for piece in pieces], dtype=torch.int32, device=A_GRD.device)
+    end_G = _ends(tuple(piece.end - begin for piece in pieces), A_GRD.device)
     return A_GRD, B_GOR, end_G, slice(begin, pieces[-1].end)
+
+
+@lru_cache(maxsize=8)
+def _ends(ends: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """All layers of a pass ask, forward and backward; copied to the device each time, each would wait for the copy."""
+    return to_device(torch.tensor(ends, dtype=torch.int32), device)
 
 
 def grouped_forward(x_TD: torch.Tensor, y_TO: torch.Tensor, pieces: Sequence[LowRank]) -> list[torch.Tensor]:
     """Add every slot's update to `y_TO` in place; `[x A^T]` (T, R) for the backward pass.
 
-    Slots are sorted and the bare base comes first, so the rows of the pieces follow one another.
+    The rows of the pieces follow one another (`can_group`).
     """
     A_GRD, B_GOR, end_G, rows = _stack(pieces)
     h_TR = F.grouped_mm(x_TD[rows], A_GRD.transpose(1, 2), offs=end_G)

@@ -28,7 +28,8 @@ _GROWTH = 1.25
 
 
 def keep_freed_memory() -> bool:
-    """Process-wide, harmless to call again. False where the C library is not glibc; nothing is changed there."""
+    """Process-wide, harmless to call again; for a command's process, never in a library call. False where the C
+    library is not glibc; nothing is changed there."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without ever holding the logits whole.
+"""Fused log-probabilities (fused linear cross-entropy, cut cross-entropy): never the logits whole.
 
 The gradient of log p_k with respect to hidden row k is a vector that does not depend on what the loss
 does with log p_k: (onehot - softmax) W. So the forward pass computes it chunk by chunk, throws the
@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lowrank.kernels.few_shapes import wants_few_shapes
+from lowrank.kernels.fused import plain_only, runs_fused
+from lowrank.kernels.precision import float32_or_wider
+from lowrank.kernels.shape_bucketing import needs_bucketing
 
-_CHUNK_BYTES = 64 << 20
+_CHUNK_LOGITS = 32 << 20
 _BLOCK_BYTES = 2 << 20
-"""Logits are made `_CHUNK_BYTES` at a time: a few hundred rows, beside which reading the weight costs nothing. On a
-CPU the softmax walks over them in pieces of `_BLOCK_BYTES` for each thread, which stay in the cache."""
+"""Logits are made so many at a time: 220 rows of 152 k, beside which reading the weight costs nothing; with 110 the
+products are 15 to 20 % slower. On a CPU the softmax walks over them in pieces of `_BLOCK_BYTES` for each thread, which
+stay in the cache."""
 _MULTIPLE = 16
 """On a CPU in 16 bits the rows of a chunk are a multiple of it: it compiles products for their number of rows, and
-computes so many at a time anyway (few_shapes.py)."""
+computes so many at a time anyway (kernels/shape_bucketing.py)."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,14 @@ class Head:
 
     def finish(self, raw_KV: torch.Tensor) -> torch.Tensor:
         """The logits of what `raw` gives, in float32 or wider."""
-        logits_KV = raw_KV.to(_wide(raw_KV)) * self.multiplier
+        logits_KV = raw_KV.to(float32_or_wider(raw_KV.dtype)) * self.multiplier
         return self.softcap * torch.tanh(logits_KV / self.softcap) if self.softcap else logits_KV
 
 
 def logprobs(hidden_KD: torch.Tensor, target_K: torch.Tensor, head: Head) -> torch.Tensor:
     """log p(target) of each row: (K, D), (K) -> (K), float32 (float64 for float64)."""
     rows = len(hidden_KD)
-    if rows % _MULTIPLE and wants_few_shapes(hidden_KD.device, hidden_KD.dtype):
+    if rows % _MULTIPLE and needs_bucketing(hidden_KD.device, hidden_KD.dtype):
         hidden_KD = F.pad(hidden_KD, (0, 0, 0, -rows % _MULTIPLE))
         target_K = F.pad(target_K, (0, -rows % _MULTIPLE))
     logprob_K = _LogProbs.apply(hidden_KD, target_K, head, *head.trainable)
@@ -79,16 +82,12 @@ def _cast(tensor: Any, like: torch.Tensor) -> Any:
     return None if tensor is None else tensor.to(like.dtype)
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _chunks(hidden_KD: torch.Tensor, vocabulary: int) -> range:
     """Where the chunks start; all of nearly one size, since a GEMM of few rows costs as much as one of many."""
-    most = max(1, _CHUNK_BYTES // (vocabulary * hidden_KD.element_size()))
+    most = max(1, _CHUNK_LOGITS // vocabulary)
     pieces = max(1, -(-len(hidden_KD) // most))
     each = max(1, -(-len(hidden_KD) // pieces))
-    if wants_few_shapes(hidden_KD.device, hidden_KD.dtype):
+    if needs_bucketing(hidden_KD.device, hidden_KD.dtype):
         each += -each % _MULTIPLE
     return range(0, len(hidden_KD), each)
 
@@ -103,8 +102,13 @@ def _blocks(raw_KV: torch.Tensor, wide: torch.dtype) -> range:
 
 def _score_chunk(raw_KV: torch.Tensor, target_K: torch.Tensor, head: Head, gradient: bool) -> torch.Tensor:
     """log p of the targets; with `gradient`, `raw_KV` is overwritten by MINUS d log p / d raw (a pass less)."""
-    wide = _wide(raw_KV)
+    wide = float32_or_wider(raw_KV.dtype)
     logprob_K = torch.empty(len(raw_KV), dtype=wide, device=raw_KV.device)
+    if raw_KV.is_contiguous() and runs_fused(raw_KV, _check):
+        from lowrank.kernels.logprobs_triton import score_triton
+
+        score_triton(raw_KV, target_K, logprob_K, head.multiplier, head.softcap, gradient)
+        return logprob_K
     blocks = _blocks(raw_KV, wide)
     for first in blocks:
         rows = slice(first, first + blocks.step)
@@ -129,6 +133,23 @@ def _score_chunk(raw_KV: torch.Tensor, target_K: torch.Tensor, head: Head, gradi
     return logprob_K
 
 
+def _check(device: torch.device, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the Triton body makes of logits beside what this file makes of them."""
+    from lowrank.kernels.logprobs_triton import score_triton
+
+    pairs = []
+    for multiplier, softcap in ((1.0, None), (0.5, 20.0)):
+        raw_KV = 4 * torch.randn(7, 5000, dtype=dtype, device=device)
+        target_K = torch.arange(7, device=device)
+        plain_KV, logprob_K = raw_KV.clone(), torch.empty(7, device=device)
+        score_triton(raw_KV, target_K, logprob_K, multiplier, softcap, True)
+        with plain_only():
+            head = Head(raw_KV.new_empty(0, 0), multiplier=multiplier, softcap=softcap)
+            plain_K = _score_chunk(plain_KV, target_K, head, True)
+        pairs += [(logprob_K, plain_K), (raw_KV, plain_KV)]
+    return pairs
+
+
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_KD: torch.Tensor, target_K: torch.Tensor, head: Head, *trainable: Any) -> torch.Tensor:
@@ -149,7 +170,7 @@ class _LogProbs(torch.autograd.Function):
             ctx.save_for_backward(hidden_KD, target_K)
         elif gradient:
             ctx.save_for_backward(gradient_KD)
-        return torch.cat(pieces) if pieces else hidden_KD.new_zeros(0, dtype=_wide(hidden_KD))
+        return torch.cat(pieces) if pieces else hidden_KD.new_zeros(0, dtype=float32_or_wider(hidden_KD.dtype))
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
@@ -184,14 +205,14 @@ def _to_hidden(gradient_KV: torch.Tensor, head: Head) -> torch.Tensor:
 
 def _add_head_gradients(sums: list[Any], gradient_KV: torch.Tensor, hidden_KD: torch.Tensor, head: Head) -> None:
     """Add one chunk's gradients of (W, b, A, B) to `sums`, in the dtype of the parameters (float32 masters)."""
-    weight, bias, A, B = sums
+    weight, bias, sum_A, sum_B = sums
     if weight is not None:
         weight += gradient_KV.t() @ hidden_KD
     if bias is not None:
         bias += gradient_KV.sum(0)
-    if head.low_rank and (A is not None or B is not None):
+    if head.low_rank and (sum_A is not None or sum_B is not None):
         A_RD, B_VR, scale = head.low_rank
-        if A is not None:
-            A += scale * ((gradient_KV @ _cast(B_VR, gradient_KV)).t() @ hidden_KD)
-        if B is not None:
-            B += scale * (gradient_KV.t() @ (hidden_KD @ _cast(A_RD, hidden_KD).t()))
+        if sum_A is not None:
+            sum_A += scale * ((gradient_KV @ _cast(B_VR, gradient_KV)).t() @ hidden_KD)
+        if sum_B is not None:
+            sum_B += scale * (gradient_KV.t() @ (hidden_KD @ _cast(A_RD, hidden_KD).t()))

@@ -23,7 +23,7 @@ from lowrank.kernels.cache_folder import cache_folder
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 _OPENMP = ("-fopenmp", "-Wl,--as-needed", *(str(each) for each in Path(torch.__file__).parent.glob("lib/libgomp*")))
 """Threads of torch's own runtime. Others would wait for a core on which torch's spin, as they do for a while after each
-operator: dequantising then took two to three times as long as with one thread."""
+operator: dequantizing then took two to three times as long as with one thread."""
 
 
 @functools.cache
@@ -64,8 +64,15 @@ def _cpu() -> str:
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's data begin; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    """Where a tensor's data begin; null for None. TypeError for a tensor whose data are not its own to read there (a
+    sharded or wrapped one, or one on a device): a C kernel would read whatever lies at that address."""
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" or tensor.is_sparse:
+        raise TypeError(
+            f"a C kernel reads plain tensors in host memory, not a {type(tensor).__name__} on {tensor.device}"
+        )
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def threads_for(total: int, least: int) -> ctypes.c_int:

@@ -22,7 +22,7 @@ _buffers = _Buffers()
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised contiguous tensor over the thread's buffer: the next call hands out the same memory."""
+    """An uninitialized contiguous tensor over the thread's buffer: the next call hands out the same memory."""
     size = math.prod(shape)
     buffer = _buffers.by_kind.get((device, dtype))
     if buffer is None or buffer.numel() < size:

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from lowrank.kernels.precision import float32_or_wider
+
 _MULTIPLE = 32
 _BLOCK = 128
 """Queries of a document whose probabilities are computed together in the backward pass."""
@@ -78,7 +80,7 @@ class _ShortAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         padded = [layout.pad(tensor) for tensor in (q_THd, k_TGd, v_TGd)]
         output_PHd = torch.empty_like(padded[0])
-        wide = torch.promote_types(q_THd.dtype, torch.float32)
+        wide = float32_or_wider(q_THd.dtype)
         lse_PH = output_PHd.new_empty(output_PHd.shape[:2], dtype=wide)
         for q, k, v, output, lse in zip(*map(layout.documents, (*padded, output_PHd, lse_PH))):
             fold = q.shape[1] // k.shape[1]
@@ -124,7 +126,7 @@ def _backward(
     low_NFL1 = (less_NFL1 - high_NFL1).to(q.dtype)
     q_NFLw = torch.cat([q_NFLd * power, high_NFL1, low_NFL1], dim=-1)
     k_NLw = torch.cat([k_NLd, k_NLd.new_ones(groups, length, 2)], dim=-1)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = float32_or_wider(q.dtype)
     dq_NFLd = torch.empty_like(q_NFLd)
     dk_NLd, dv_NLd = (torch.zeros_like(k_NLd, dtype=wide) for _ in range(2))  # sums over blocks
     for first in range(0, length, _BLOCK):

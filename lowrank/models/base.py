@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,15 +20,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.errors import ModelError
-from lowrank.kernels.few_shapes import few_shapes, wants_few_shapes
 from lowrank.kernels.logprobs import Head
-from lowrank.models import attention
-from lowrank.models.depths import Depths
-from lowrank.models.paged_attention import Step
-from lowrank.models.prefixed import Prefixed, StandIn
-from lowrank.models.quiet import quiet_transformers
-from lowrank.models.shared_prompts import SharedPrompts
-from lowrank.models.shifted_attention import ShiftedSparse
+from lowrank.kernels.shape_bucketing import bucketed_rows, needs_bucketing
+from lowrank.models.attention import packed as attention
+from lowrank.models.attention.paged import PagedBatch
+from lowrank.models.attention.prefix_sharing import SharedPrompts
+from lowrank.models.attention.prefix_tuning import Prefixed, StandIn
+from lowrank.models.attention.shifted_sparse import ShiftedSparse
+from lowrank.models.layer_wrappers import LayerWrapper
+from lowrank.models.layers import language_model
+from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.positions import positions_of
+from lowrank.models.sight import PieceSeen, Sight, show_pictures
 from lowrank.records import Batch
 
 
@@ -47,10 +50,15 @@ class Rows:
 
 
 class Base:
-    """A loaded model. `layout` is decided at load time (loading.py); nothing here changes the weights."""
+    """A loaded model. `layout` is decided at load time (models/loading/pretrained.py); nothing here changes the
+    weights."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
         self.model = model
+        self.writer = model
+        """What computes logits of text: the model, or the part of it that can where the whole cannot (Llama 4's
+        composite class in transformers 5.24)."""
+        self._text_config = model.config.get_text_config()
         self.tokenizer = tokenizer
         self.name = name
         self.backbone = _find_backbone(model)
@@ -58,17 +66,23 @@ class Base:
         self.revision = revision
         self.stand_in: StandIn | None = None
         """What puts keys and values of its own in the place of some rows' (prefix tuning), in the packed layout."""
+        self.sight: Sight | None = None
+        """What shows it pictures, where that has been tried out (models/checks/sight.py)."""
         self.layout = "packed"
+        self.routed_by: object | None = None
+        """The routing of the bank whose adapters are in its layers; there is one bank for a base."""
         self.shift_attn: int | None = None
         """In training, attention is shifted sparse, in groups of so many tokens; None: whole."""
-        self.depths: Depths | None = None
-        """Routers, where some layers see only some tokens."""
-        self.shares_prompts = False
-        """Answers to one prompt may go through after one computation of it (found out by leak.shares_prompts)."""
-        self.own_attention: str = model.config._attn_implementation
+        self.layer_wrapper: LayerWrapper | None = None
+        """What has a forward pass of its own around decoder layers."""
+        self.router_aux_loss_coef: float | None = None
+        """Weight of the loss of a mixture's routers in training; None: it plays no part."""
+        self._keeps_router_logits = False
+        self._router_logits: tuple[torch.Tensor, ...] = ()
+        self.own_attention: str = self._text_config._attn_implementation
         """What transformers chose for this model; used for the padded layout and for generation."""
-        self.multiplier, self.softcap = _logit_transform(model.config)
-        self._stretching = _stretching(model.config)
+        self.multiplier, self.softcap = logit_transforms(model.config)[0]
+        self._stretching = _stretching(self._text_config)
         accepted = inspect.signature(self.backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
         attention.register()
@@ -91,14 +105,14 @@ class Base:
     @property
     def head_dim(self) -> int | None:
         """Rows of a head in the matrices that make queries and keys; None where the configuration does not say."""
-        text = self.model.config.get_text_config()
+        text = self._text_config
         heads = getattr(text, "num_attention_heads", None)
         return getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
 
     @contextlib.contextmanager
-    def using_attention(self, name: str) -> Iterator[None]:
+    def using_attention(self, name: str) -> Generator[None, None, None]:
         """Run with another attention function."""
-        before = self.model.config._attn_implementation
+        before = self._text_config._attn_implementation
         self._set_attention(name)
         try:
             yield
@@ -111,15 +125,16 @@ class Base:
         self._set_attention(attention.NAME if layout == "packed" else self.own_attention)
 
     def _set_attention(self, name: str) -> None:
-        if self.model.config._attn_implementation != name:
+        if self._text_config._attn_implementation != name:
+            wanted = _attention_by_part(self.model.config, self._text_config, name)
             with quiet_transformers():  # it advises about families that ignore the request; the leak test sees those
-                self.model.set_attn_implementation(name)
+                self.model.set_attn_implementation(wanted)
 
     def filled(self, batch: Batch) -> Batch:
         """The batch, with a filler where numbers of rows should be few."""
-        if self.layout != "packed" or not wants_few_shapes(self.device, self.dtype):
+        if self.layout != "packed" or not needs_bucketing(self.device, self.dtype):
             return batch
-        return replace(batch, filler=few_shapes(batch.num_tokens) - batch.num_tokens)
+        return replace(batch, filler=bucketed_rows(batch.num_tokens) - batch.num_tokens)
 
     def rows(self, batch: Batch) -> Rows:
         """How `hidden` will lay out `batch`."""
@@ -145,16 +160,22 @@ class Base:
             ranges.append((slot, first, (index + 1) * longest))
         return Rows(len(counter_N), tuple(ranges), counter_N, length_S.repeat_interleave(longest))
 
-    def hidden(self, batch: Batch, training: bool = False) -> torch.Tensor:
-        """The last hidden states of the flat stream, (T, D), after the final norm."""
+    def hidden(self, batch: Batch, training: bool = False, tokens_of_step: int | None = None) -> torch.Tensor:
+        """The last hidden states of the flat stream, (T, D), after the final norm.
+
+        `tokens_of_step`: of all passes of the training step this one belongs to; None: it is the only one.
+        """
+        self._keeps_router_logits = training and self.router_aux_loss_coef is not None
         kind, limit = self._stretching
         if kind == "dynamic" and max(batch.document_lengths) > limit:
             raise ModelError(
                 f"{self.name} stretches its rotary embedding to the longest document it has seen (rope_type dynamic), "
                 f"so documents of more than {limit} tokens would change one another: set data.max_length to {limit}"
             )
+        if batch.media and not batch.pixels:
+            batch = show_pictures(self, batch)
         if self.layout == "packed":
-            return self._stream(batch, training)[: batch.num_tokens]
+            return self._stream(batch, training, tokens_of_step or batch.num_tokens)[: batch.num_tokens]
         longest = max(batch.lengths)
         segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
             batch.start_S1.diff(), dim=0, output_size=batch.num_tokens
@@ -163,11 +184,16 @@ class Base:
         token_SL[segment_T, batch.position_T] = batch.token_T
         seen_SL = torch.zeros_like(token_SL)
         seen_SL[segment_T, batch.position_T] = 1
-        position_SL = torch.arange(longest, device=token_SL.device).expand_as(token_SL)
-        hidden_SLD = self._call(token_SL, position_ids=position_SL, attention_mask=seen_SL)
+        position = torch.arange(longest, device=token_SL.device).expand_as(token_SL)
+        if batch.place_3T is not None:
+            position = position.expand(3, *position.shape).clone()
+            position[:, segment_T, batch.position_T] = batch.place_3T
+        hidden_SLD = self.call(
+            token_SL, position_ids=position, attention_mask=seen_SL, **self._pictures_of(batch, token_SL)
+        )
         return hidden_SLD[segment_T, batch.position_T]
 
-    def _stream(self, batch: Batch, training: bool) -> torch.Tensor:
+    def _stream(self, batch: Batch, training: bool, tokens_of_step: int) -> torch.Tensor:
         """The last hidden states of the packed layout, with those of the filler at the end."""
         token_T, position_T, start_S1 = batch.token_T, batch.position_T, batch.start_S1
         lengths, prefixes = batch.lengths, batch.prefixes
@@ -183,28 +209,52 @@ class Base:
         elif any(prefixes):
             boundaries = SharedPrompts(lengths, prefixes, token_T.device)
         packed = self._with_prefixes(boundaries)
-        if self.depths is not None:
-            self.depths.begin(training, batch.num_tokens)
-        return self._call(token_T[None], position_ids=position_T[None], packed=packed)[0]
+        if self.layer_wrapper is not None:
+            self.layer_wrapper.begin(training, batch.num_tokens, tokens_of_step)
+        position = position_T[None]
+        if batch.place_3T is not None:
+            behind = position_T[batch.num_tokens :].expand(3, -1)
+            position = torch.cat([batch.place_3T, behind], dim=1)[:, None]
+        shown = self._pictures_of(batch, token_T[None])
+        return self.call(token_T[None], position_ids=position, packed=packed, **shown)[0]
 
-    def _call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
+    def _pictures_of(self, batch: Batch, token: torch.Tensor) -> dict[str, Any]:
+        return self.sight.options(batch, token) if self.sight is not None else {}
+
+    def call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
+        """(N, T) tokens -> (N, T, D): the last hidden states of the model's own forward pass, with these options."""
         if not self._takes_positions:
             options.pop("position_ids")
-        return self.backbone(input_ids=token, use_cache=False, **options).last_hidden_state
+        if not self._keeps_router_logits:
+            return self.backbone(input_ids=token, use_cache=False, **options).last_hidden_state
+        output = self.backbone(input_ids=token, use_cache=False, output_router_logits=True, **options)
+        self._router_logits = tuple(output.router_logits)
+        return output.last_hidden_state
 
-    def extend(self, token_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`."""
-        if self.depths is not None:
-            self.depths.begin(training=False)
-        return self._call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
+    def take_router_logits(self) -> tuple[torch.Tensor, ...]:
+        """Of the last training pass where `router_aux_loss_coef` is set: (rows, E) of each layer of experts."""
+        found, self._router_logits = self._router_logits, ()
+        return found
+
+    def forward_with_kv_cache(
+        self, token_T: torch.Tensor, step: PagedBatch, pieces: Sequence[PieceSeen] = ()
+    ) -> torch.Tensor:
+        """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`.
+        `pieces`: where they are of documents with pictures, one for each sequence of the step."""
+        if self.layer_wrapper is not None:
+            self.layer_wrapper.begin(training=False)
+        if self.sight is not None and any(each.seen for each in pieces):
+            shown = self.sight.in_pieces(pieces, token_T, step.position_T)
+            return self.call(token_T[None], packed=self._with_prefixes(step), **shown)[0]
+        return self.call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
 
     def _with_prefixes(self, stream: Any) -> Any:
         return stream if self.stand_in is None else Prefixed(stream, self.stand_in)
 
     @property
-    def reach(self) -> int | None:
-        """Tokens of the longest sequence its positions are made for; None where it does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    def max_positions(self) -> int | None:
+        """Tokens of the longest sequence its positions are made for; None where nothing limits it."""
+        return positions_of(self.model.config)
 
     @property
     def steady_length(self) -> int | None:
@@ -231,10 +281,24 @@ class Base:
         return Head(linear.weight, getattr(linear, "bias", None), self.multiplier, self.softcap)
 
 
+def _attention_by_part(config: Any, text: Any, name: str) -> Any:
+    """What transformers is to set for a configuration whose language model runs with attention `name`: towers beside it
+    keep their own, which sees both ways."""
+    parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
+    if config is text or not parts:
+        return name if config is text else config._attn_implementation
+    below = {key: _attention_by_part(part, text, name) for key, part in parts.items()}
+    leads = any(isinstance(each, dict) or parts[key] is text for key, each in below.items())
+    return {"": name, **below} if leads else config._attn_implementation
+
+
 def _find_backbone(model: Any) -> nn.Module:
     """What transformers calls the base model; where a family forgot to say, the part that has the embedding in it."""
     if model.base_model is not model:
         return model.base_model
+    language, module = language_model(model)
+    if language:
+        return module
     embedding = model.get_input_embeddings()
     for child in model.children():
         if child is not embedding and any(module is embedding for module in child.modules()):
@@ -252,8 +316,16 @@ def _stretching(config: Any) -> tuple[str | None, int]:
     return None, 0
 
 
+def logit_transforms(config: Any) -> list[tuple[float, float | None]]:
+    """What a model may do to its logits, the likeliest first; which it is, the model is asked at load time. Of
+    composite models most do what their language model's configuration says, and some leave it out (Aya Vision)."""
+    text = config.get_text_config()
+    own = _logit_transform(text)
+    return [own] if text is config else list(dict.fromkeys([own, _logit_transform(config), (1.0, None)]))
+
+
 def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """(multiplier, softcap) by the names transformers' configurations use; checked against the model at load time."""
+    """(multiplier, softcap) by the names transformers' configurations use."""
     multiplier = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         multiplier /= config.logits_scaling

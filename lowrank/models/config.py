@@ -6,21 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank.models.rope import RopeScaling
+from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
+from lowrank.models.layer_wrappers import LayerWrapperChoice
+from lowrank.models.rope_scaling import RopeScaling
 from lowrank.models.storages import StorageConfig
-from lowrank.settings import NonNegative, Settings
+from lowrank.settings import NonNegative, Positive, Settings
+from lowrank.third_party import code_is_allowed
 
 
-class MixtureOfDepths(Settings):
-    """Which layers see how much of a document."""
-
-    capacity: float = Field(default=0.125, gt=0, lt=1)
-    """The share of a document's tokens that goes through a converted layer."""
-    every: int = Field(default=2, ge=2)
-    """Every so many-th layer is converted."""
-
-
-class Config(Settings):
+class ModelConfig(Settings):
     """The one frozen base of a run."""
 
     path: str
@@ -28,8 +22,8 @@ class Config(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     storage: StorageConfig = Field(default_factory=dict)  # type: ignore[assignment]  # validated into a Config
-    """How the frozen weights are kept: dense (in the run's dtype), or packed as they load: nf4 (QLoRA), fp4, int8, hqq.
-    For a checkpoint that is quantised already, leave it out."""
+    """How the frozen weights are kept: dense (in the run's dtype), or packed as they load: nf4 (QLoRA), fp4, int8,
+    eetq, hqq. For a checkpoint that is quantized already, leave it out."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     """What the base computes in. auto: bfloat16 where the processor has it in hardware, else float32."""
     device: str = "auto"
@@ -37,13 +31,13 @@ class Config(Settings):
     attention: Literal["auto", "packed", "padded"] = "auto"
     """packed: one flat stream of documents. padded: one document per padded row, slower. auto: packed if a test at load
     time finds that no document sees another and nothing else changed, else padded, and it says so."""
-    recompute: Literal["auto", "none", "selective", "full", "sqrt", "offload"] | NonNegative = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "sqrt", "offload"] | NonNegative = "auto"
     """What decoder layers do with their activations until the backward pass. none: keep them. selective: keep the
     attention's result, compute the rest again. full: compute every layer again from its input; a number n: the first n
     layers. sqrt: keep only every sqrt(n)-th input, and compute layers up to twice again. offload: keep them in host
     memory (GPU). auto: the first of none, n, selective, full, sqrt that fits into memory. The results are the same,
     bit by bit."""
-    lean: bool = True
+    memory_efficient_modules: bool = True
     """Put norms and gated MLPs that keep less for the backward pass (a third less in all) in place of the model's own,
     wherever a test at load time finds that they compute the same bits."""
     rope_scaling: RopeScaling | None = None
@@ -52,12 +46,28 @@ class Config(Settings):
     """LongLoRA's shifted sparse attention (arXiv:2309.12307): in training, half of the heads attend within groups of so
     many tokens of a document, the other half within groups shifted by half of that; a quarter of data.max_length is
     usual. Evaluation and generation attend to everything. Left out: so does training."""
-    mixture_of_depths: MixtureOfDepths | None = None
-    """Convert the base (arXiv:2404.02258): of every second layer only an eighth of a document's tokens, chosen by a
-    router, takes part; `{}` for these numbers. With tuning: full; a half-converted model answers badly until it is
-    trained on a lot of text. What comes of it runs in lowrank alone: no export has such layers."""
+    layer_wrapper: LayerWrapperChoice | None = None
+    """Convert the base: a method that puts a forward pass of its own around decoder layers, by its `type`. With tuning:
+    full. What comes of it runs in lowrank alone: no export has such layers."""
+    router_aux_loss_coef: float | None = Field(default=None, gt=0)
+    """Weight of the loss that keeps the experts of a mixture evenly used, transformers' `router_aux_loss_coef`; a mean
+    over the forward passes of a step. Left out: that loss plays no part."""
+    random_init: NonNegative | None = None
+    """Begin with random weights drawn from this seed, in the shape that config.json describes, instead of those of the
+    checkpoint, which need not be there. With tuning: full."""
+    image_max_pixels: Positive = MAX_PIXELS
+    """Pictures of more pixels are made smaller, in their proportions, before the model's own processor sees them:
+    768 x 768 as in LLaMA-Factory. What exports and serves the model should do the same."""
+    image_min_pixels: Positive = MIN_PIXELS
+    """Pictures of fewer pixels are made larger."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models you have read."""
+    """Run Python code that comes with the model, where the command says --allow-code too. Only for models you have
+    read."""
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether Python that comes with the model is run: the settings ask for it, and the person allows it."""
+        return self.trust_remote_code and code_is_allowed()
 
 
 class FreezeConfig(Settings):
@@ -72,3 +82,8 @@ class FreezeConfig(Settings):
     spread: bool = False
     """Take the n layers at even distances, the last of every n-th part of the model: the blocks that `lowrank expand`
     inserted (LLaMA Pro)."""
+
+
+def named_model(path: str, revision: str | None = None) -> ModelConfig:
+    """A model that a command names, not a file of settings: where that command allows code, the model's own runs."""
+    return ModelConfig(path=path, revision=revision, trust_remote_code=code_is_allowed())

@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank.errors import ModelError, did_you_mean, raise_all
 from lowrank.models.config import FreezeConfig
-from lowrank.models.layers import decoder_layers
+from lowrank.models.layers import decoder_layers, is_outside, language_model
 
 
 def chosen_layers(config: FreezeConfig, num_layers: int) -> list[int]:
@@ -29,6 +29,24 @@ def chosen_layers(config: FreezeConfig, num_layers: int) -> list[int]:
         )
     stride = num_layers // number
     return list(range(stride - 1, num_layers, stride))
+
+
+def train_everything(model: Any) -> str | None:
+    """Set `requires_grad` of every parameter that text reaches. A sentence about towers for pictures or sound, which it
+    does not: they stay as they are; None where there are none."""
+    model.requires_grad_(True)
+    language, head = language_model(model)[0], model.get_output_embeddings()
+    own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    kept: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if is_outside(name, language) and id(parameter) not in own:
+            parameter.requires_grad_(False)
+            part = name.removeprefix(f"{language.rpartition('.')[0]}.").partition(".")[0]
+            kept[part] = kept.get(part, 0) + parameter.numel()
+    if not kept:
+        return None
+    parts = ", ".join(f"{name} ({count:,} weights)" for name, count in kept.items())
+    return f"text never runs what this base has beside its language model: {parts} stay as they are"
 
 
 def train_only(model: Any, config: FreezeConfig) -> list[str]:

@@ -1,18 +1,57 @@
-"""The stack of decoder layers in a transformers model."""
+"""The language model in a transformers model, and its stack of decoder layers.
+
+A composite model has towers beside it (pictures, sound) that have layers too. No list of families: the language model
+is where the embedding of tokens is.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def language_model(model: Any) -> tuple[str, Any]:
+    """(full name, module) of the smallest transformers model in a composite one that has the embedding of tokens in it;
+    the head may be outside. A model that is no composite is its own language model, under the empty name."""
+    found: tuple[str, Any] = "", model
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return found
+    from transformers import PreTrainedModel  # here, since settings are read without models' code
+
+    embedding = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and any(each is embedding for each in module.modules()):
+            found = name, module  # a model comes before those in it
+    return found
+
+
+def writers(model: Any) -> list[Any]:
+    """The model, and the transformers models in it that have the embedding of tokens and the head in them."""
+    from transformers import PreTrainedModel
+
+    parts = {model.get_input_embeddings(), model.get_output_embeddings()}
+    return [
+        module
+        for module in model.modules()
+        if module is model or (isinstance(module, PreTrainedModel) and parts <= set(module.modules()))
+    ]
+
+
+def is_outside(name: str, language: str) -> bool:
+    """Whether a layer of this full name is outside of the language model `language`: in a tower or a projector, or the
+    head."""
+    return language != "" and name != language and not name.startswith(f"{language}.")
 
 
 def decoder_layers(model: Any) -> nn.ModuleList | None:
-    """The one list of decoder layers; None where there is none, or several."""
+    """The one list of decoder layers of the language model; None where there is none, or several."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     stacks = [
         module
-        for module in model.modules()
+        for module in language_model(model)[1].modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(isinstance(each, GradientCheckpointingLayer) for each in module)

@@ -1,4 +1,4 @@
-"""What a job minimises: one file each.
+"""What a job minimizes (its loss function): one file each.
 
 An objective file has a `Config` (settings, told apart by `type`) whose `build()` returns an
 `Objective`. An objective sees log-probabilities of its own job's segments; never logits, model or
@@ -9,10 +9,12 @@ changes. A third party's is `type: my_module:MyObjective`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
+from lowrank.errors import ConfigError
 from lowrank.records import Batch, Scores, Totals
 from lowrank.settings import Settings, choice_of
 
@@ -20,16 +22,22 @@ Metrics = dict[str, float | torch.Tensor]
 """Per-call contributions; the engine sums them over the micro-batches of a step."""
 
 
-Need = Literal["reference", "mismatched", "value", "token_values", "rollouts"]
+Need = Literal[
+    "reference", "mismatched", "observed", "value", "token_values", "rollouts", "token_scores", "reference_logits"
+]
 """What an objective may ask for, besides log-probabilities, in its attribute `needs`:
 
 reference    `scores.reference_T`: log-probabilities under the bare base, computed once before training
 mismatched   for each sample a segment of role MISMATCHED, its prompt with another sample's answer. The objective's
              `observe(scores, batch) -> Totals` sees these without gradient before the step; what it gives is summed
              over the step and added to `totals`
+observed     the objective's `observe` sees all segments before the step, as above
+token_scores `scores.score_T`: what the objective's `score` (see ScoresTokens) makes of each token's whole distribution;
+             `scores.logprob_T` is 0 then
+reference_logits with token_scores: `score` is given the bare base's logits, too
 token_values `scores.value_T`: such a vector on every hidden state, beside the log-probabilities
 rollouts     segments that are answers of the job's own slot, given before each step and judged by the objective's
-             `judge` (objectives/drawn.py); what it finds out stands in `batch.signals_T`
+             `judge` (objectives/rollout.py); what it finds out stands in `batch.signals_T`
 value        `scores.value_S`: a trained vector of the job on the last hidden state; nothing meets the vocabulary then
 """
 
@@ -49,7 +57,7 @@ class ObjectiveSettings(Settings):
 
 
 class Objective(Protocol):
-    """A job's loss. May have an attribute `needs`, see `Need`."""
+    """A job's loss. May have an attribute `needs`, as ("reference",): see `Need`, and docs/add-an-objective.md."""
 
     record: type
     """The kind of record it learns from; checked against the data before any model loads."""
@@ -60,6 +68,59 @@ class Objective(Protocol):
 
     def loss(self, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
         """This batch's share of the step's loss: a sum divided by `totals`, so that shares add up."""
+        ...
+
+
+def share_of_loss(objective: Objective, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
+    """What `objective.loss` gives. ConfigError where a step cannot use that."""
+    found: Any = objective.loss(scores, batch, totals)
+    if isinstance(found, tuple) and len(found) == 2:
+        share, metrics = found
+        if isinstance(share, torch.Tensor) and share.dim() == 0 and isinstance(metrics, Mapping):
+            return found
+    raise ConfigError(
+        f"objective {type(objective).__name__}: `loss` gave {_kind_of(found)}; expected a tuple of a tensor without "
+        "dimensions (the share of the loss) and a dict of numbers to log, `{}` for none: docs/add-an-objective.md"
+    )
+
+
+def totals_of(objective: Objective, batch: Batch) -> Totals:
+    """What `objective.count` gives; ConfigError where that is no dict of numbers."""
+    totals = objective.count(batch)
+    found: Any = totals
+    if isinstance(found, dict) and all(isinstance(each, (int, float)) for each in found.values()):
+        return totals
+    raise ConfigError(
+        f"objective {type(objective).__name__}: `count` gave {_kind_of(found)}; expected a dict of numbers, as "
+        '`{"tokens": float(batch.weight_T.sum())}`: docs/add-an-objective.md'
+    )
+
+
+def _kind_of(found: Any) -> str:
+    if isinstance(found, torch.Tensor):
+        return f"a tensor of shape {tuple(found.shape)}"
+    if isinstance(found, tuple):
+        return f"a tuple of {', '.join(map(_kind_of, found)) or 'nothing'}"
+    if isinstance(found, Mapping):
+        return "a dict of " + (", ".join(f"{name!r}: {_kind_of(value)}" for name, value in found.items()) or "nothing")
+    return f"a {type(found).__name__}"
+
+
+@runtime_checkable
+class ScoresTokens(Protocol):
+    """An objective that needs `token_scores`."""
+
+    def score(self, logits_KV: torch.Tensor, target_K: torch.Tensor, reference_KV: torch.Tensor | None) -> torch.Tensor:
+        """(K, V), (K) -> (K), float32, each row by itself; `reference_KV`: see `reference_logits`."""
+        ...
+
+
+@runtime_checkable
+class ObservesMismatched(Protocol):
+    """An objective that needs `mismatched` or `observed`."""
+
+    def observe(self, scores: Scores, batch: Batch) -> Totals:
+        """What is summed over the step and added to `totals`; without gradient."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation (arXiv:2401.08417): DPO with a uniform reference, and SFT on the chosen."""
+"""Contrastive preference optimization (arXiv:2401.08417): DPO with a uniform reference, and SFT on the chosen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
-from lowrank.objectives.answers import (
+from lowrank.objectives.sequence_loss import (
     chosen_nll,
     count_pairs,
     pair_metrics,
@@ -20,7 +20,7 @@ from lowrank.objectives.answers import (
 from lowrank.records import Batch, Preference, Scores, Totals
 
 
-class Config(ObjectiveSettings):
+class CPOConfig(ObjectiveSettings):
     """Preference pairs without a reference: chosen answers above rejected ones, and learned as in SFT."""
 
     paper = "arXiv:2401.08417"
@@ -31,7 +31,7 @@ class Config(ObjectiveSettings):
     beta: float = Field(default=0.1, gt=0)
     """Scale of the log-probabilities that are compared."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the pairs assumed to be labelled the wrong way round; only with sigmoid."""
+    """Share of the pairs assumed to be labeled the wrong way round; only with sigmoid."""
     alpha: float = Field(default=1.0, ge=0)
     """Weight of the plain SFT loss on the chosen answers."""
 
@@ -45,7 +45,7 @@ class CPO:
 
     record = Preference
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: CPOConfig) -> None:
         self.config = config
 
     def count(self, batch: Batch) -> Totals:

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (arXiv:2402.03300): of several answers to a prompt, the better ones gain.
+"""Group relative policy optimization (arXiv:2402.03300): of several answers to a prompt, the better ones gain.
 
 Each step the model in training answers its prompts several times; reward functions judge the answers; an answer's
 advantage is how far its reward lies above its group's mean. Variants are TRL's: Dr. GRPO (arXiv:2503.20783), DAPO
@@ -14,15 +14,15 @@ import torch
 from pydantic import Field, field_validator
 
 from lowrank.objectives import Metrics, Objective
-from lowrank.objectives.answers import per_segment, reference_of, tokens_per_segment
-from lowrank.objectives.drawn import Drawn, DrawnSettings, Judged, group_advantages, per_token_kl
+from lowrank.objectives.rollout import RolloutBatch, RolloutSettings, RolloutTargets, group_advantages, per_token_kl
+from lowrank.objectives.sequence_loss import per_segment, reference_of, tokens_per_segment
 from lowrank.records import Batch, Prompted, Scores, Totals
 from lowrank.settings import Positive
 
 
-class Config(DrawnSettings):
+class GRPOConfig(RolloutSettings):
     """Prompts, which the model answers itself: several answers to each, and reward functions that tell good from bad.
-    An optimiser step has `data.batch_size` prompts with `num_generations` answers each."""
+    An optimizer step has `data.batch_size` prompts with `num_generations` answers each."""
 
     paper = "arXiv:2402.03300"
     when = "answers that a function can check; no critic"
@@ -30,7 +30,7 @@ class Config(DrawnSettings):
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Answers to each prompt; they are compared with one another."""
     num_iterations: Positive = 1
-    """Optimiser steps on the same answers (mu in the paper)."""
+    """Optimizer steps on the same answers (mu in the paper)."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the bare base, which holds the model to it; 0.04 in the paper, and 0 (the base
     is not asked at all) is usual today."""
@@ -68,7 +68,7 @@ class GRPO:
     record = Prompted
     needs = ("rollouts",)
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GRPOConfig) -> None:
         self.settings = config
 
     @property
@@ -86,7 +86,7 @@ class GRPO:
         """Only the KL term asks the base."""
         return self.settings.beta > 0
 
-    def judge(self, drawn: Drawn) -> Judged:
+    def judge(self, drawn: RolloutBatch) -> RolloutTargets:
         """Advantages, and old log-probabilities where answers are used more than once."""
         advantage_N, std_N = group_advantages(drawn.reward_N, self.group, self.settings.scale_rewards)
         signals: list[dict[str, np.ndarray]] = [{"advantage": value} for value in advantage_N]
@@ -94,7 +94,7 @@ class GRPO:
             for own, logprob_L in zip(signals, drawn.logprob):
                 own["logprob"] = logprob_L
         learned_N = ~drawn.cut_N if self.settings.mask_truncated_completions else np.ones_like(drawn.cut_N)
-        return Judged(signals, learned_N, {"frac_reward_zero_std": float(np.isclose(std_N, 0).mean())})
+        return RolloutTargets(signals, learned_N, {"frac_reward_zero_std": float(np.isclose(std_N, 0).mean())})
 
     def count(self, batch: Batch) -> Totals:
         """Answers, and tokens of those that are learned from."""

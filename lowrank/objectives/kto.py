@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation (arXiv:2402.01306): answers that are known to be good or bad, without pairs.
+"""Kahneman-Tversky optimization (arXiv:2402.01306): answers that are known to be good or bad, without pairs.
 
 How far the model has moved from the base is estimated on mismatched answers (each prompt with another row's answer),
 without gradient, over the whole step before any loss. The reference is the bare base.
@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
-from lowrank.objectives.answers import per_segment, reference_of
+from lowrank.objectives.sequence_loss import per_segment, reference_of
 from lowrank.records import CHOSEN, MISMATCHED, REJECTED, Batch, Rated, Scores, Totals
 
 
-class Config(ObjectiveSettings):
+class KTOConfig(ObjectiveSettings):
     """Rated answers: desirable ones gain on what the bare base thinks of them, undesirable ones lose."""
 
     paper = "arXiv:2402.01306"
@@ -30,6 +30,8 @@ class Config(ObjectiveSettings):
     """Weight of the undesirable answers."""
     pref_ftx: float = Field(default=0.0, ge=0)
     """Weight of the plain SFT loss on the desirable answers, added to the loss."""
+    reference_model: str | None = None
+    """A model that answers are compared with, instead of the bare base: a folder or hub name with the same tokens."""
 
     def build(self) -> Objective:
         """The objective."""
@@ -42,7 +44,7 @@ class KTO:
     record = Rated
     needs = ("reference", "mismatched")
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: KTOConfig) -> None:
         self.config = config
 
     def count(self, batch: Batch) -> Totals:
@@ -69,18 +71,23 @@ class KTO:
         logp_S = per_segment(scores.logprob_T, batch)
         ratio_S = logp_S - per_segment(reference_of(scores, logp_S), batch)
         good_S, bad_S = batch.role_S == CHOSEN, batch.role_S == REJECTED
-        good = (1 - torch.sigmoid(config.beta * (ratio_S[good_S] - kl))).sum()
-        bad = (1 - torch.sigmoid(config.beta * (kl - ratio_S[bad_S]))).sum()
+        good = _sum(1 - torch.sigmoid(config.beta * (ratio_S - kl)), good_S)
+        bad = _sum(1 - torch.sigmoid(config.beta * (kl - ratio_S)), bad_S)
         answers = max(totals["desirable"] + totals["undesirable"], 1.0)
         loss = (config.desirable_weight * good + config.undesirable_weight * bad) / answers
         if config.pref_ftx:
-            loss = loss - config.pref_ftx * logp_S[good_S].sum() / max(totals["desirable_tokens"], 1e-9)
-        metrics: Metrics = {"kl": kl * float((good_S | bad_S).sum()) / answers}
+            loss = loss - config.pref_ftx * _sum(logp_S, good_S) / max(totals["desirable_tokens"], 1e-9)
+        metrics: Metrics = {"kl": kl * (good_S | bad_S).sum() / answers}
         sides = {"chosen": (good_S, totals["desirable"]), "rejected": (bad_S, totals["undesirable"])}
         for name, (mask_S, count) in sides.items():
             if count:  # a step may have none of a kind; its mean is then left out, not 0
-                metrics[f"rewards/{name}"] = config.beta * ratio_S.detach()[mask_S].sum() / count
-                metrics[f"logps/{name}"] = logp_S.detach()[mask_S].sum() / count
+                metrics[f"rewards/{name}"] = config.beta * _sum(ratio_S.detach(), mask_S) / count
+                metrics[f"logps/{name}"] = _sum(logp_S.detach(), mask_S) / count
         if totals["desirable"] and totals["undesirable"]:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         return loss, metrics
+
+
+def _sum(value_S: torch.Tensor, of_S: torch.Tensor) -> torch.Tensor:
+    """Over those segments alone. Picking them out instead would wait for the device to say how many there are."""
+    return torch.where(of_S, value_S, 0.0).sum()

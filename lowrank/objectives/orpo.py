@@ -1,4 +1,4 @@
-"""Odds ratio preference optimisation (arXiv:2403.07691): SFT and preference in one, without a reference."""
+"""Odds ratio preference optimization (arXiv:2403.07691): SFT and preference in one, without a reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
-from lowrank.objectives.answers import (
+from lowrank.objectives.sequence_loss import (
     chosen_nll,
     count_pairs,
     pair_metrics,
@@ -20,7 +20,7 @@ from lowrank.objectives.answers import (
 from lowrank.records import Batch, Preference, Scores, Totals
 
 
-class Config(ObjectiveSettings):
+class ORPOConfig(ObjectiveSettings):
     """Preference pairs without a reference: learn the chosen answers, and raise their odds over the rejected ones."""
 
     paper = "arXiv:2403.07691"

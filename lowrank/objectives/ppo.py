@@ -1,7 +1,7 @@
-"""Proximal policy optimisation (arXiv:1707.06347, arXiv:1909.08593): a critic says how well an answer is going.
+"""Proximal policy optimization (arXiv:1707.06347, arXiv:1909.08593): a critic says how well an answer is going.
 
 Each step the model in training answers its prompts; a reward model or reward functions judge whole answers; what each
-token did for the reward is estimated with a value head on the same adapter (generalised advantages, arXiv:1506.02438).
+token did for the reward is estimated with a value head on the same adapter (generalized advantages, arXiv:1506.02438).
 Numbers are those of TRL's PPOTrainer (0.11), which LLaMA-Factory trains with.
 """
 
@@ -14,20 +14,20 @@ import torch
 from pydantic import Field
 
 from lowrank.objectives import Metrics, Objective
-from lowrank.objectives.drawn import Drawn, DrawnSettings, Judged
+from lowrank.objectives.rollout import RolloutBatch, RolloutSettings, RolloutTargets
 from lowrank.records import Batch, Prompted, Scores, Totals
 from lowrank.settings import Positive
 
 
-class Config(DrawnSettings):
+class PPOConfig(RolloutSettings):
     """Prompts, which the model answers itself; a reward model or reward functions judge the answers, and a value head
-    learns to foresee the judgement. An optimiser step has one answer to each of `data.batch_size` prompts."""
+    learns to foresee the judgment. An optimizer step has one answer to each of `data.batch_size` prompts."""
 
     paper = "arXiv:1707.06347"
     when = "a reward model, or rewards that need a critic"
     type: Literal["ppo"] = "ppo"
     num_ppo_epochs: Positive = 4
-    """Optimiser steps on the same answers."""
+    """Optimizer steps on the same answers."""
     kl_coef: float = Field(default=0.05, ge=0)
     """What each token costs for being likelier than under the bare base, which holds the model to it."""
     cliprange: float = Field(default=0.2, gt=0)
@@ -57,7 +57,7 @@ class PPO:
     needs = ("rollouts", "token_values")
     group = 1
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: PPOConfig) -> None:
         self.settings = config
 
     @property
@@ -70,7 +70,7 @@ class PPO:
         """Only the KL cost asks the base."""
         return self.settings.kl_coef > 0
 
-    def judge(self, drawn: Drawn) -> Judged:
+    def judge(self, drawn: RolloutBatch) -> RolloutTargets:
         """Advantages and returns of each token, with the probabilities and values the answers were drawn with."""
         config = self.settings
         assert drawn.logprob is not None
@@ -102,7 +102,7 @@ class PPO:
             )
         ]
         metrics = {"kl": float(np.mean([each.sum() for each in divergence]))}
-        return Judged(signals, np.ones(len(signals), bool), metrics)
+        return RolloutTargets(signals, np.ones(len(signals), bool), metrics)
 
     def count(self, batch: Batch) -> Totals:
         """Tokens of answers."""
@@ -134,7 +134,7 @@ class PPO:
 
 
 def advantages_of(reward_A: np.ndarray, value_A: np.ndarray, gamma: float, lam: float) -> np.ndarray:
-    """Generalised advantages of the tokens of one answer; nothing comes after its last."""
+    """Generalized advantages of the tokens of one answer; nothing comes after its last."""
     after_A = np.append(value_A[1:], 0.0)[: len(value_A)]
     delta_A = reward_A + gamma * after_A - value_A
     advantage_A, running = np.zeros_like(delta_A), 0.0

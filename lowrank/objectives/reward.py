@@ -13,11 +13,11 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
-from lowrank.objectives.answers import count_pairs, pair_metrics, pairs_of
+from lowrank.objectives.sequence_loss import count_pairs, pair_metrics, pairs_of
 from lowrank.records import Batch, Preference, Scores, Totals
 
 
-class Config(ObjectiveSettings):
+class RewardConfig(ObjectiveSettings):
     """Preference pairs: a value head learns to give the chosen answer more than the rejected one."""
 
     paper = "arXiv:2203.02155"

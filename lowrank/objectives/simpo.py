@@ -1,4 +1,4 @@
-"""Simple preference optimisation (arXiv:2405.14734): length-normalised, with a margin, without a reference."""
+"""Simple preference optimization (arXiv:2405.14734): length-normalized, with a margin, without a reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
-from lowrank.objectives.answers import count_pairs, pair_metrics, pairs_of, per_segment, tokens_per_segment
+from lowrank.objectives.sequence_loss import count_pairs, pair_metrics, pairs_of, per_segment, tokens_per_segment
 from lowrank.records import Batch, Preference, Scores, Totals
 
 
-class Config(ObjectiveSettings):
+class SimPOConfig(ObjectiveSettings):
     """Preference pairs without a reference: mean log-probabilities, chosen above rejected by a margin."""
 
     paper = "arXiv:2405.14734"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lowrank.models.config import Config as ModelConfig
+from lowrank.models.config import ModelConfig
 from lowrank.planning.choose import TOKENS
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Plan, Planner
@@ -41,16 +41,22 @@ def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) 
 
 
 def _recompute(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
-    if settings["recompute"] != "auto":
+    if settings["activation_checkpointing"] != "auto":
         for policy in ("selective", "full", "sqrt"):
-            yield f"model.recompute: {policy}", lambda p, plan, policy=policy: p.plan(plan.micro_batch_tokens, policy)
+            yield (
+                f"model.activation_checkpointing: {policy}",
+                lambda p, plan, policy=policy: p.plan(plan.micro_batch_tokens, policy),
+            )
 
 
 def _tokens(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
     if settings["micro_batch_tokens"] != "auto":
         for tokens in (*TOKENS, 512, 256, 128, 64):
             if tokens < plan.micro_batch_tokens:
-                yield f"micro_batch_tokens: {tokens}", lambda p, plan, tokens=tokens: p.plan(tokens, plan.recompute)
+                yield (
+                    f"micro_batch_tokens: {tokens}",
+                    lambda p, plan, tokens=tokens: p.plan(tokens, plan.activation_checkpointing),
+                )
 
 
 def _storage(planner: Planner) -> Iterator[Any]:
@@ -95,7 +101,7 @@ def _of_rank(job: PlannedJob, rank: int) -> PlannedJob:
 def _with_jobs(change: Any) -> Any:
     def plan(planner: Planner, plan: Plan) -> Plan:
         memory = StepMemory(planner.memory.model, [change(job) for job in planner.memory.jobs])
-        return planner.of(memory.model, memory).plan(plan.micro_batch_tokens, plan.recompute)
+        return planner.of(memory.model, memory).plan(plan.micro_batch_tokens, plan.activation_checkpointing)
 
     return plan
 
@@ -103,6 +109,6 @@ def _with_jobs(change: Any) -> Any:
 def _with_model(model: ModelConfig) -> Any:
     def plan(planner: Planner, plan: Plan) -> Plan:
         memory = StepMemory(model, planner.memory.jobs)
-        return planner.of(model, memory).plan(plan.micro_batch_tokens, plan.recompute)
+        return planner.of(model, memory).plan(plan.micro_batch_tokens, plan.activation_checkpointing)
 
     return plan

@@ -12,10 +12,10 @@ _WORTH_IT = 0.8
 """Recomputing more than this share of the layers costs more time than `selective` on all of them."""
 
 
-def choose(planner: Planner, micro_batch_tokens: int | str, recompute: str | int) -> Plan:
+def choose(planner: Planner, micro_batch_tokens: int | str, activation_checkpointing: str | int) -> Plan:
     """The cheapest plan that fits, of those the settings allow (`auto`: free); if none does, the smallest."""
     smallest: Plan | None = None
-    for tokens, policy in _candidates(planner, micro_batch_tokens, recompute):
+    for tokens, policy in _candidates(planner, micro_batch_tokens, activation_checkpointing):
         plan = planner.plan(tokens, policy)
         if plan.fits:
             return plan
@@ -26,18 +26,24 @@ def choose(planner: Planner, micro_batch_tokens: int | str, recompute: str | int
 
 
 def _candidates(
-    planner: Planner, micro_batch_tokens: int | str, recompute: str | int
+    planner: Planner, micro_batch_tokens: int | str, activation_checkpointing: str | int
 ) -> Iterator[tuple[int, str | int]]:
     """The fastest first: whole steps, then smaller forward passes, then recomputation, then both to the end."""
     first = TOKENS if isinstance(micro_batch_tokens, str) else (micro_batch_tokens,)
-    if recompute != "auto":
-        yield from ((tokens, recompute) for tokens in first)
+    if activation_checkpointing != "auto":
+        yield from ((tokens, activation_checkpointing) for tokens in first)
     else:
         yield from ((tokens, "none") for tokens in first)
         if planner.memory.num_layers:
             yield from ((first[-1], policy) for policy in _recomputing(planner, first[-1]))
     if isinstance(micro_batch_tokens, str):
-        policy = recompute if recompute != "auto" else "sqrt" if planner.memory.num_layers else "none"
+        policy = (
+            activation_checkpointing
+            if activation_checkpointing != "auto"
+            else "sqrt"
+            if planner.memory.num_layers
+            else "none"
+        )
         yield from ((tokens, policy) for tokens in (512, 256, 128, 64, 1))
 
 

@@ -1,5 +1,5 @@
 """What a CPU in 16 bits keeps of compiled products, which are more with every number of rows it has not seen
-(kernels/few_shapes.py): a run of steps of many lengths grows by that over its first step.
+(kernels/shape_bucketing.py): a run of steps of many lengths grows by that over its first step.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from lowrank.kernels.few_shapes import few_shapes
+from lowrank.kernels.shape_bucketing import bucketed_rows
 from lowrank.planning.simulation import PlannedJob
 
 _BYTES = 720 << 10
@@ -33,4 +33,4 @@ def growth(jobs: Sequence[PlannedJob], micro_batch_tokens: int) -> int:
 
 def _last_pass(tokens: int, micro_batch_tokens: int) -> int:
     """Rows of what is left for it; the passes before it are about full."""
-    return few_shapes((tokens - 1) % micro_batch_tokens + 1)
+    return bucketed_rows((tokens - 1) % micro_batch_tokens + 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+
+from lowrank.kernels.accelerators import has_memory_of_its_own
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,22 @@ def this_machine(device: torch.device) -> Machine:
     """What is free now, within the limits of a container."""
     memory = psutil.virtual_memory()
     resident = psutil.Process().memory_info().rss
-    total, free = memory.total, memory.available + resident
+    total, free = memory.total, memory.available
     limit, used = _container()
     if limit is not None and limit < total:
-        total, free = limit, min(free, limit - used + resident)
-    if device.type != "cuda":
+        total, free = limit, min(free, limit - used)
+    free = free // _processes() + resident
+    if not has_memory_of_its_own(device):
         return Machine(free, total)
-    device_free, device_total = torch.cuda.mem_get_info(device)
-    return Machine(free, total, device_free + torch.cuda.memory_reserved(device), device_total)
+    torchs = torch.cuda if device.type == "cuda" else torch.xpu
+    device_free, device_total = torchs.mem_get_info(device)
+    return Machine(free, total, device_free + torchs.memory_reserved(device), device_total)
+
+
+def _processes() -> int:
+    """Those of this run on this machine, as their launcher has put it into the environment; they share the host."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(given)) if given.isdecimal() else 1
 
 
 def _container() -> tuple[int | None, int]:

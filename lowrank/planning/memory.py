@@ -1,4 +1,4 @@
-"""The memory of a run's optimiser steps, part by part, for any cut and any recompute policy.
+"""The memory of a run's optimizer steps, part by part, for any cut and any recompute policy.
 
 Decoder layers of one kind add the same to every number, so a model with one layer of each kind is simulated,
 and one with a second layer of each kind; the rest is multiplication.
@@ -13,11 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.recompute import segment_length
-from lowrank.planning.layers import kinds_of_layers
-from lowrank.planning.simulation import Heaviest, PlannedJob, Simulation, StepTrace, read_config, work_of
-from lowrank.train.cut import Work
+from lowrank.models.checkpointing.activation_checkpointing import segment_length
+from lowrank.models.config import ModelConfig
+from lowrank.models.positions import positions_of
+from lowrank.planning.simulation import (
+    Heaviest,
+    PlannedJob,
+    Simulation,
+    StepTrace,
+    kinds_of_model,
+    read_config,
+    work_of,
+)
+from lowrank.train.lanes import heaviest_lane
+from lowrank.train.micro_batching import StepSegments
 
 _FEW = 3
 """A model of so many layers is simulated whole."""
@@ -37,7 +46,7 @@ class StepBytes:
     loss: int
     """Log-probabilities, where the peak is there."""
     workspace: int
-    """Temporaries of attention, dequantisation and everything else at the peak."""
+    """Temporaries of attention, dequantization and everything else at the peak."""
 
     @property
     def total(self) -> int:
@@ -53,35 +62,37 @@ class StepBytes:
 class StepMemory:
     """Simulated steps of one run, remembered."""
 
-    def __init__(self, model: ModelConfig, jobs: Sequence[PlannedJob]) -> None:
+    def __init__(self, model: ModelConfig, jobs: Sequence[PlannedJob], lanes: int = 1) -> None:
+        """`lanes`: parts in which a step is computed, of which the heaviest is meant then."""
         self.jobs = tuple(jobs)
         self.model = model
         self.config = read_config(model)
-        whole = Simulation(model, self.config, [], None)
-        self.kinds = kinds_of_layers(whole.base.model)
+        self.kinds = kinds_of_model(model, self.config)
         self.num_layers = len(self.kinds)
-        self.layout = whole.base.layout
-        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.max_length: int | None = positions_of(self.config)
         """The longest document the model was made for, where its config.json says."""
         self._simulations: dict[tuple[int, ...] | None, Simulation] = {}
         self._traces: dict[Any, StepTrace] = {}
-        first = self._simulation(self.cores()[0])
-        self.work: Work = work_of(first.slots, self.jobs)
+        first = self._simulation(self.cores()[0])  # with one layer of each kind: no other can refuse the boundaries
+        self.layout = first.base.layout
+        self.work: StepSegments = heaviest_lane(work_of(first.slots, self.jobs), lanes)
 
-    def heaviest_batch(self, micro_batch_tokens: int, work: Work | None = None) -> Heaviest:
+    def heaviest_batch(self, micro_batch_tokens: int, work: StepSegments | None = None) -> Heaviest:
         """The largest forward pass of a step."""
         return self._simulation(self.cores()[0]).heaviest_batch(work or self.work, micro_batch_tokens)
 
-    def step(self, micro_batch_tokens: int, recompute: str | int, work: Work | None = None) -> StepBytes:
+    def step(
+        self, micro_batch_tokens: int, activation_checkpointing: str | int, work: StepSegments | None = None
+    ) -> StepBytes:
         """The heaviest step of all jobs together (or `work`), cut and recomputed so."""
-        return _parts(self._policy(self.heaviest_batch(micro_batch_tokens, work), recompute))
+        return _parts(self._policy(self.heaviest_batch(micro_batch_tokens, work), activation_checkpointing))
 
-    def _policy(self, batch: Heaviest, recompute: str | int) -> StepTrace:
+    def _policy(self, batch: Heaviest, activation_checkpointing: str | int) -> StepTrace:
         """`sqrt` and a number of layers follow from `full` and `none`."""
-        if isinstance(recompute, int):
-            return self._first_layers(batch, min(recompute, self.num_layers))
-        if recompute != "sqrt":
-            return self._whole(batch, recompute)
+        if isinstance(activation_checkpointing, int):
+            return self._first_layers(batch, min(activation_checkpointing, self.num_layers))
+        if activation_checkpointing != "sqrt":
+            return self._whole(batch, activation_checkpointing)
         full = self._whole(batch, "full")
         length = segment_length(self.num_layers)
         each = full.kept // max(1, self.num_layers)
@@ -98,15 +109,15 @@ class StepMemory:
         phases["backward"] = max(phases["backward"], full.backward)
         return dataclasses.replace(none, **phases)
 
-    def _whole(self, batch: Heaviest, recompute: str) -> StepTrace:
+    def _whole(self, batch: Heaviest, activation_checkpointing: str) -> StepTrace:
         """A step of the whole model out of steps of models of a few layers."""
         first, others = self.cores()
-        trace = self._trace(first, batch, recompute)
+        trace = self._trace(first, batch, activation_checkpointing)
         if first is None:
             return trace
         result = trace
         for kind, core in others.items():
-            more = self._trace(core, batch, recompute).plus(trace, -1)
+            more = self._trace(core, batch, activation_checkpointing).plus(trace, -1)
             result = result.plus(more, self.kinds.count(kind) - 1)
         return result
 
@@ -127,7 +138,7 @@ class StepMemory:
             self._simulations[core] = Simulation(self.model, self.config, self.jobs, core)
         return self._simulations[core]
 
-    def _trace(self, core: tuple[int, ...] | None, heaviest: Heaviest, recompute: str) -> StepTrace:
+    def _trace(self, core: tuple[int, ...] | None, heaviest: Heaviest, activation_checkpointing: str) -> StepTrace:
         batch = heaviest.batch
         key = (
             core,
@@ -136,10 +147,10 @@ class StepMemory:
             batch.slots,
             heaviest.others,
             int((batch.weight_T != 0).sum()),
-            recompute,
+            activation_checkpointing,
         )
         if key not in self._traces:
-            self._traces[key] = self._simulation(core).step(heaviest, recompute)
+            self._traces[key] = self._simulation(core).step(heaviest, activation_checkpointing)
         return self._traces[key]
 
 

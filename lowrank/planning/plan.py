@@ -14,12 +14,14 @@ from typing import Any
 
 import psutil
 
-from lowrank.kernels.few_shapes import wants_few_shapes
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import choose_device, choose_dtype, locate
+from lowrank.kernels.accelerators import has_memory_of_its_own
+from lowrank.kernels.shape_bucketing import needs_bucketing
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import choose_device, choose_dtype, locate
 from lowrank.planning.compiled import growth
 from lowrank.planning.machine import Machine, this_machine
 from lowrank.planning.memory import StepBytes, StepMemory
+from lowrank.report.formatting import gigabytes
 
 _LIBRARIES = 65 << 20
 """What a process still loads and keeps between the plan and the end of the run: the model's code, oneDNN's compiled
@@ -33,6 +35,16 @@ _SEVERAL, _SEVERAL_OF_PASS = 100 << 20, 0.25
 much of what a pass holds. Fitted as well."""
 MARGIN = 0.95
 """A run is said to fit if it needs at most this share of what is free."""
+
+
+_POLICIES = {
+    "none": "activations are kept",
+    "selective": "layers are computed again, but for their attention",
+    "full": "layers are computed again",
+    "sqrt": "layers are computed up to twice again",
+    "offload": "activations go to host memory",
+}
+"""What each policy of activation checkpointing does."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,9 @@ class Plan:
     device: str
     layout: str
     micro_batch_tokens: int
-    recompute: str | int
+    activation_checkpointing: str | int
     forward_passes: int
-    """Per optimiser step of all jobs together, in the heaviest."""
+    """Per optimizer step of all jobs together, in the heaviest."""
 
     @property
     def peak(self) -> int:
@@ -87,10 +99,10 @@ class Planner:
     def total(self, step: StepBytes, passes: int = 1, micro_batch_tokens: int | None = None) -> int:
         """What a step needs, with the process around it where that is in the same memory; with `micro_batch_tokens`,
         by the end of the run."""
-        if self.device.type == "cuda":
+        if has_memory_of_its_own(self.device):
             return step.total
         grown = 0
-        if micro_batch_tokens is not None and wants_few_shapes(self.device, self._dtype):
+        if micro_batch_tokens is not None and needs_bucketing(self.device, self._dtype):
             grown = growth(self.memory.jobs, micro_batch_tokens)
         return step.total + beside_tensors(self._resident, step, passes) + grown
 
@@ -98,11 +110,11 @@ class Planner:
         """The same for another base or other jobs."""
         return Planner(model, memory, self.machine)
 
-    def plan(self, micro_batch_tokens: int, recompute: str | int) -> Plan:
+    def plan(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> Plan:
         """With these two settings."""
-        step = self.memory.step(micro_batch_tokens, recompute)
+        step = self.memory.step(micro_batch_tokens, activation_checkpointing)
         passes = self.memory.heaviest_batch(micro_batch_tokens).passes
-        on_host = self.device.type != "cuda"
+        on_host = not has_memory_of_its_own(self.device)
         process = self.total(step, passes, micro_batch_tokens) - step.total
         loading = self._resident + _LIBRARIES // 2 + step.base + self._file_bytes if on_host else step.base
         available = self.machine.host if self.machine.device is None else self.machine.device
@@ -115,7 +127,7 @@ class Planner:
             str(self.device),
             self.memory.layout,
             micro_batch_tokens,
-            recompute,
+            activation_checkpointing,
             passes,
         )
 
@@ -133,3 +145,21 @@ def weight_file_bytes(model: ModelConfig) -> int:
     """Bytes of the model's safetensors files here, which are mapped while they are read; 0 for a hub name."""
     folder = Path(locate(model.path))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def describe_activation_checkpointing(activation_checkpointing: str | int) -> str:
+    """What a policy does."""
+    return (
+        f"the first {activation_checkpointing} layers are computed again"
+        if isinstance(activation_checkpointing, int)
+        else _POLICIES[activation_checkpointing]
+    )
+
+
+def one_line(plan: Plan) -> str:
+    """What a run says before it loads."""
+    where = "memory" if plan.device == "cpu" else f"memory of {plan.device}"
+    return (
+        f"needs about {gigabytes(plan.peak)} of {gigabytes(plan.available)} free {where}; forward passes of up to "
+        f"{plan.micro_batch_tokens:,} tokens, {describe_activation_checkpointing(plan.activation_checkpointing)}"
+    )

@@ -1,4 +1,4 @@
-"""One optimiser step of a run without its weights: the real model class, adapters and loss on fake tensors.
+"""One optimizer step of a run without its weights: the real model class, adapters and loss on fake tensors.
 
 Fake tensors have a shape, a dtype and a device but no memory, so a step of any model takes a second or two and
 every allocation it would make is counted (live_bytes.py). There is no formula per family: what a model
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,29 +22,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers.initialization import no_init_weights
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.routing import Draws
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.adapters.virtual import runs_of
 from lowrank.errors import ModelError
-from lowrank.kernels.logprobs import logprobs
-from lowrank.models.attention import BoundariesMissing
+from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.base import Base
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.config import FreezeConfig
-from lowrank.models.depths import as_planned
-from lowrank.models.freezing import train_only
-from lowrank.models.loading import choose_device, choose_dtype, locate
-from lowrank.models.quiet import quiet_transformers
-from lowrank.models.recompute import set_recompute
-from lowrank.models.rope import stretch
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
+from lowrank.models.config import FreezeConfig, ModelConfig
+from lowrank.models.freezing import train_everything, train_only
+from lowrank.models.layer_wrappers import wrapped_as_planned
+from lowrank.models.loading.model_class import model_class
+from lowrank.models.loading.pretrained import cannot_load, choose_device, choose_dtype, locate
+from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.rope_scaling import stretch
 from lowrank.objectives import Objective
-from lowrank.planning.layers import keep_layers
-from lowrank.planning.lean import make_lean_unseen
+from lowrank.planning.fake_copies import fake_copies
+from lowrank.planning.fake_modules import spread_evenly, stand_in_for_experts, stand_in_for_packed_weights
+from lowrank.planning.layers import keep_layers, kinds_of_layers
 from lowrank.planning.live_bytes import LiveBytes
-from lowrank.planning.stand_in import stand_in_for_experts, stand_in_for_packed_weights
+from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
 from lowrank.records import BARE_BASE, Batch, Segment, pack
-from lowrank.train.cut import Work
 from lowrank.train.engine import Engine
+from lowrank.train.micro_batching import StepSegments
 from lowrank.train.optimizers import OptimizerConfig
 
 
@@ -56,7 +54,7 @@ class PlannedJob:
     objective: Objective
     optimizer: OptimizerConfig
     step: Sequence[Segment]
-    """Its heaviest optimiser step."""
+    """Its heaviest optimizer step."""
     neftune_alpha: float = 0.0
     freeze: FreezeConfig | None = None
     """Of a job without adapter: which of the base's parameters it trains; None: all."""
@@ -89,13 +87,40 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class Heaviest:
-    """The largest forward pass of an optimiser step."""
+    """The largest forward pass of an optimizer step."""
 
     batch: Batch
     passes: int
     """Of the step."""
     others: frozenset[int]
     """Slots that have a part in the other passes, so that their gradients may be there already."""
+
+
+class _Peaks:
+    """The peak of each phase of a training pass, and what is alive after the first."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        self._live = live
+        self.bytes: list[int] = []
+        self.after_forward = 0
+
+    @contextlib.contextmanager
+    def forward(self) -> Generator[None, None, None]:
+        with self._phase():
+            yield
+        self.after_forward = self._live.now
+
+    def loss(self) -> contextlib.AbstractContextManager[None]:
+        return self._phase()
+
+    def backward(self) -> contextlib.AbstractContextManager[None]:
+        return self._phase()
+
+    @contextlib.contextmanager
+    def _phase(self) -> Generator[None, None, None]:
+        with self._live.phase() as phase:
+            yield
+        self.bytes.append(phase.bytes)
 
 
 class Simulation:
@@ -106,39 +131,33 @@ class Simulation:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
         self._device = choose_device(model)
-        with self._mode, self._live:
+        with self._mode, self._live, fake_copies():
             self.base = self._build(model, config, jobs, keep)
             self._base_bytes = self._live.now + self._packed
-            self._engine = Engine(self.base, Bank(self.base), 1)
+            plain = self.base.layout == "packed" and self.base.shift_attn is None and self.base.layer_wrapper is None
+            self._engine = Engine(self.base, Bank(self.base), 1, shares_prompts=plain)
             self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
+        spread_evenly(self.base.model)  # adapters have come, on experts too
         self._adapter_bytes = self._live.now + self._packed - self._base_bytes
         self._optimizer_bytes: int | None = None
 
     def _build(
         self, settings: ModelConfig, config: Any, jobs: Sequence[PlannedJob], keep: Sequence[int] | None
     ) -> Base:
-        with quiet_transformers(), torch.device(self._device), no_init_weights():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=choose_dtype(settings, self._device), trust_remote_code=settings.trust_remote_code
-            )
-        model.tie_weights()
-        if settings.lean:
-            with unset_fake_temporarily():
-                make_lean_unseen(model)
-        routed = as_planned(model, settings)
+        model, wrapper = skeleton(settings, config, self._device)
         if keep is not None:
             keep_layers(model, keep)
         train_what_is_trained(model, jobs)
         model.eval()
         self._packed = stand_in_for_packed_weights(model, settings.storage)
         stand_in_for_experts(model)
+        spread_evenly(model)  # the test below is a pass already
         base = Base(model, None, settings.path, settings.revision)
-        base.depths = routed
+        base.layer_wrapper = wrapper
         base.settle("packed")
         if settings.attention == "padded" or not self._takes_boundaries(base):
             base.settle("padded")
         base.shift_attn = settings.shift_attn
-        base.shares_prompts = base.layout == "packed" and base.shift_attn is None and routed is None
         return base
 
     def _takes_boundaries(self, base: Base) -> bool:
@@ -146,7 +165,7 @@ class Simulation:
         segment = Segment(np.zeros(4, np.int64), np.zeros(4, np.float32))
         try:
             with torch.no_grad():
-                base.hidden(self._fake(pack([(BARE_BASE, segment)])), training=True)
+                base.hidden(pack([(BARE_BASE, segment)]).moved(self._move), training=True)
         except BoundariesMissing:
             return False
         return True
@@ -160,60 +179,41 @@ class Simulation:
         return slot
 
     def _drop_gradients_as_they_come(self) -> None:
-        """As layer-wise updates do; what the optimiser keeps is found out in a step of its own."""
+        """As layer-wise updates do; what the optimizer keeps is found out in a step of its own."""
         masters = self._engine.jobs[BARE_BASE].parameters
         for name, weight in self.base.model.named_parameters():  # a value head is small
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(lambda _, name=name: setattr(masters[name], "grad", None))
 
-    def _fake(self, batch: Batch) -> Batch:
-        fake = {name: self._move(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(batch, **fake)
-
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._mode.from_tensor(tensor).to(self._device)
 
-    def heaviest_batch(self, work: Work, micro_batch_tokens: int) -> Heaviest:
+    def heaviest_batch(self, work: StepSegments, micro_batch_tokens: int) -> Heaviest:
         """The forward pass with the most tokens of a step that is cut so."""
         self._engine.micro_batch_tokens = micro_batch_tokens
         batches = self._engine.cut(work)
         heaviest = max(batches, key=lambda batch: self.base.padded_tokens(batch.lengths))
         others = frozenset(slot for batch in batches if batch is not heaviest for slot in batch.slots)
-        return Heaviest(heaviest, len(batches), others)
+        as_text = dataclasses.replace(heaviest, media=())  # placeholders cost the language model what text does
+        return Heaviest(as_text, len(batches), others)
 
-    def step(self, heaviest: Heaviest, recompute: str | int) -> StepTrace:
-        """What the engine does with one forward pass, and then the optimisers, with nothing to read."""
-        set_recompute(self.base.model, recompute)
-        batch, engine, live = heaviest.batch, self._engine, self._live
-        rows, fake = self.base.rows(batch), self._fake(batch)
-        chosen = [
-            (head, self._move(batch.weight_T[first:end].nonzero()[:, 0] + first))
-            for head, first, end in engine._heads(batch)
-        ]
-        draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in engine.jobs.items()}
-        counter_N, length_N = self._move(rows.counter_N), self._move(rows.length_N)
-        engine.bank.routing.set(rows.num_rows, rows.ranges, counter_N, length_N, draws, runs_of(batch))
-        before = live.now
+    def step(self, heaviest: Heaviest, activation_checkpointing: str | int) -> StepTrace:
+        """What the engine does with one forward pass, and then the optimizers, with nothing to read."""
+        set_activation_checkpointing(self.base.model, activation_checkpointing)
+        engine, live = self._engine, self._live
+        ready = engine.prepare(heaviest.batch).moved(self._move)
+        before, peaks = live.now, _Peaks(live)
         with _torch_keeps_quiet(), self._mode, live:
             self._leave_gradients(heaviest.others)
             earlier = live.now - before
-            with live.phase() as forward:
-                hidden_TD = self.base.hidden(fake, training=True)
-            kept = live.now - before - earlier
-            with live.phase() as loss:
-                pieces = [logprobs(hidden_TD[index_K], fake.target_T[index_K], head) for head, index_K in chosen]
-                total = torch.cat(pieces).sum()
-            del hidden_TD, pieces
-            with live.phase() as backward:
-                total.backward()
-        del total
-        with self._mode, live:
+            engine.trace(ready, peaks)
             self._leave_gradients(set(engine.jobs) - {BARE_BASE})
         gradients = live.now - before
         optimizer = self._optimizer_state()
         for job in engine.jobs.values():
             job.optimizer.zero_grad(set_to_none=True)
-        phases = (each.bytes - before for each in (forward, loss, backward))
+        kept = peaks.after_forward - before - earlier
+        phases = (peak - before for peak in peaks.bytes)
         return StepTrace(self._base_bytes, self._adapter_bytes, optimizer, gradients, earlier, kept, *phases)
 
     def _leave_gradients(self, slots: Collection[int]) -> None:
@@ -224,7 +224,7 @@ class Simulation:
                     parameter.grad = torch.empty_like(parameter)
 
     def _optimizer_state(self) -> int:
-        """Bytes of all optimisers' state, found by one step of each; the gradients are there."""
+        """Bytes of all optimizers' state, found by one step of each; the gradients are there."""
         if self._optimizer_bytes is None:
             with self._mode:
                 self._leave_gradients(set(self._engine.jobs))  # of a layer-wise job there are none any more
@@ -240,17 +240,41 @@ class Simulation:
         return self._optimizer_bytes
 
 
+def skeleton(settings: ModelConfig, config: Any, device: torch.device) -> tuple[Any, Any]:
+    """The model without weights, its blocks as they will be trained, and what wraps its layers, if anything does. Under
+    a FakeTensorMode."""
+    with quiet_transformers(), torch.device(device), no_init_weights():
+        model = model_class(config).from_config(
+            config, dtype=choose_dtype(settings, device), trust_remote_code=settings.runs_own_code
+        )
+    model.tie_weights()
+    if settings.memory_efficient_modules:
+        with unset_fake_temporarily():
+            use_memory_efficient_stand_ins(model)
+    return model, wrapped_as_planned(model, settings.layer_wrapper)
+
+
+def kinds_of_model(settings: ModelConfig, config: Any) -> list[int]:
+    """`kinds_of_layers` of the whole model, as it is before adapters come. Nothing runs through it: a pass through
+    eighty layers is what the simulated few are there to spare."""
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_copies():
+        model, _ = skeleton(settings, config, choose_device(settings))
+        stand_in_for_packed_weights(model, settings.storage)
+        return kinds_of_layers(model)
+
+
 def train_what_is_trained(model: Any, jobs: Sequence[PlannedJob]) -> None:
     """Set `requires_grad` of the base's own parameters."""
-    of_base = [job for job in jobs if job.adapter is None]
-    model.requires_grad_(bool(of_base))
-    for job in of_base:
-        if job.freeze is not None:
+    model.requires_grad_(False)
+    for job in jobs:
+        if job.adapter is None and job.freeze is not None:
             train_only(model, job.freeze)
+        elif job.adapter is None:
+            train_everything(model)
 
 
 @contextlib.contextmanager
-def _torch_keeps_quiet() -> Iterator[None]:
+def _torch_keeps_quiet() -> Generator[None, None, None]:
     """It logs a traceback for every operator that has no fake form; the error itself is enough."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
@@ -266,12 +290,12 @@ def read_config(config: ModelConfig) -> Any:
     with quiet_transformers():
         try:
             found = transformers.AutoConfig.from_pretrained(
-                locate(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code
+                locate(config.path), revision=config.revision, trust_remote_code=config.runs_own_code
             )
             stretch(found, config.rope_scaling)
             return found
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"cannot read the configuration of {config.path!r}: {error}") from error
+        except Exception as error:  # whatever transformers makes of somebody's file
+            raise ModelError(cannot_load("the configuration", config, error)) from error
 
 
 def work_of(slots: Sequence[int], jobs: Sequence[PlannedJob]) -> Mapping[int, Sequence[Segment]]:

@@ -1,7 +1,7 @@
 """How fast a run will be: a step of a few layers with random weights is timed, and scaled to all of them.
 
 The layers are those of memory.py: one of each kind, and a second of each kind in turn; the difference is what a layer
-costs, and what is left is embedding, head and optimiser.
+costs, and what is left is embedding, head and optimizer.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
 from lowrank.adapters.bank import Bank
 from lowrank.models.base import Base
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.depths import DepthRouter, Depths, as_planned
-from lowrank.models.lean import make_lean
-from lowrank.models.loading import choose_device, choose_dtype
-from lowrank.models.quiet import quiet_transformers
-from lowrank.models.recompute import set_recompute
-from lowrank.models.streaming import pack_in_place
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
+from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
+from lowrank.models.config import ModelConfig
+from lowrank.models.layer_wrappers import LayerWrapper, wrapped_as_planned
+from lowrank.models.loading.model_class import model_class
+from lowrank.models.loading.pretrained import choose_device, choose_dtype
+from lowrank.models.loading.quantize_on_load import pack_in_place
+from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.planning.fusing import StepTime, fitted
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Plan
 from lowrank.planning.simulation import train_what_is_trained
 from lowrank.records import BARE_BASE, Segment, number_the_step
-from lowrank.train.cut import Work
 from lowrank.train.engine import Engine
+from lowrank.train.micro_batching import StepSegments
 
 _TOKENS = 1024
 """Tokens of the timed step: enough for the hardware to be as fast as it gets, few enough for a short wait."""
@@ -43,20 +44,42 @@ class Speed:
     tokens_per_second: float
     timed_tokens: int
     timed_layers: int
+    step: StepTime | None = None
+    """Of several jobs: how long steps take, by tokens and jobs (planning/fusing.py)."""
 
 
 def calibrate(memory: StepMemory, plan: Plan) -> Speed:
-    """Time optimiser steps on the device that computes. Takes seconds, and the memory of a few layers."""
+    """Time optimizer steps on the device that computes. Takes seconds, and the memory of a few layers."""
     work = _some(memory.work)
-    tokens = sum(len(segment) for segments in work.values() for segment in segments)
+    tokens = _tokens(work)
+    timed = [work, *_alone(work)] if len(work) > 1 else [work]
     core, more = memory.cores()
-    seconds = first = _time(memory, plan, work, core)
+    first = _times(memory, plan, timed, core)
+    seconds = list(first)
     for kind, layers in more.items():
-        seconds += (memory.kinds.count(kind) - 1) * max(0.0, _time(memory, plan, work, layers) - first)
-    return Speed(tokens / seconds, tokens, memory.num_layers if core is None else len(core))
+        for place, (one, other) in enumerate(zip(_times(memory, plan, timed, layers), first)):
+            seconds[place] += (memory.kinds.count(kind) - 1) * max(0.0, one - other)
+    step = None
+    if len(timed) > 1:
+        (few, many), (short, long) = (_tokens(one) for one in timed[1:]), seconds[1:]
+        step = fitted((few, short), (many, long), (len(work), tokens, seconds[0]))
+    return Speed(tokens / seconds[0], tokens, memory.num_layers if core is None else len(core), step)
 
 
-def _some(work: Work) -> Work:
+def _alone(work: StepSegments) -> list[StepSegments]:
+    """One job's part of the work, and as much as fits for it of what all have: both steps of one job alone."""
+    slot = max(work, key=lambda each: len(work[each]))
+    plain = [segment for own in work.values() for segment in own if segment.pair < 0]
+    like = next(iter(work[slot]))
+    same = [segment for segment in plain if segment.role == like.role and not segment.signals_L]
+    return [{slot: work[slot]}, {slot: number_the_step(same if len(same) > len(work[slot]) else [*work[slot]] * 2)}]
+
+
+def _tokens(work: StepSegments) -> int:
+    return sum(len(segment) for segments in work.values() for segment in segments)
+
+
+def _some(work: StepSegments) -> StepSegments:
     """The first segments of every slot, about `_TOKENS` together."""
     each = max(1, _TOKENS // len(work))
     chosen: dict[int, Sequence[Segment]] = {}
@@ -71,28 +94,29 @@ def _some(work: Work) -> Work:
     return chosen
 
 
-def _time(memory: StepMemory, plan: Plan, work: Work, core: tuple[int, ...] | None) -> float:
-    """Seconds of one optimiser step of all jobs; the fastest of some."""
+def _times(memory: StepMemory, plan: Plan, works: list[StepSegments], core: tuple[int, ...] | None) -> list[float]:
+    """Seconds of one optimizer step of each of these works; the fastest of some, taken in turns."""
     engine = _engine(memory, plan, core)
-    best = float("inf")
-    rates = {slot: job.settings.learning_rate for slot, job in engine.jobs.items()}
+    best = [float("inf")] * len(works)
     for _ in range(_ROUNDS + 1):  # the first compiles kernels
-        started = time.perf_counter()
-        engine.forward_backward(work, rates)
-        for slot, rate in rates.items():
-            engine.optim_step(slot, rate)
-        best = min(best, time.perf_counter() - started)
+        for place, work in enumerate(works):
+            rates = {slot: engine.jobs[slot].settings.learning_rate for slot in work}
+            started = time.perf_counter()
+            engine.forward_backward(work, rates)
+            for slot, rate in rates.items():
+                engine.optim_step(slot, rate)
+            best[place] = min(best[place], time.perf_counter() - started)
     return best
 
 
 def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Engine:
-    model, routed = _random_model(memory.model, memory.config, core)
+    model, wrapper = _random_model(memory.model, memory.config, core)
     train_what_is_trained(model, memory.jobs)
     pack_in_place(model, memory.model.storage)
     base = Base(model, None, memory.model.path, memory.model.revision)
-    base.depths = routed
+    base.layer_wrapper = wrapper
     base.settle(memory.layout)
-    set_recompute(model, plan.recompute)
+    set_activation_checkpointing(model, plan.activation_checkpointing)
     engine = Engine(base, Bank(base), plan.micro_batch_tokens)
     for seed, job in enumerate(memory.jobs):
         slot = BARE_BASE if job.adapter is None else engine.bank.add(job.adapter, seed=seed)
@@ -100,13 +124,13 @@ def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Eng
     return engine
 
 
-def _random_model(settings: ModelConfig, config: Any, core: tuple[int, ...] | None) -> tuple[Any, Depths | None]:
+def _random_model(settings: ModelConfig, config: Any, core: tuple[int, ...] | None) -> tuple[Any, LayerWrapper | None]:
     device = choose_device(settings)
     with quiet_transformers(), torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=choose_dtype(settings, device), trust_remote_code=settings.trust_remote_code
+        model = model_class(config).from_config(
+            config, dtype=choose_dtype(settings, device), trust_remote_code=settings.runs_own_code
         )
-    routed = as_planned(model, settings)
+    wrapper = wrapped_as_planned(model, settings.layer_wrapper)
     if core is not None:
         keep_layers(model, core)
     model.to_empty(device=device)
@@ -114,10 +138,9 @@ def _random_model(settings: ModelConfig, config: Any, core: tuple[int, ...] | No
     torch.manual_seed(0)
     with torch.no_grad():
         model.init_weights()
-        for module in model.modules():
-            if isinstance(module, DepthRouter):
-                module.draw(0)
+        if wrapper is not None:
+            wrapper.draw()
     model.eval()
-    if settings.lean:
-        make_lean(model)
-    return model, routed
+    if settings.memory_efficient_modules:
+        use_memory_efficient_modules(model)
+    return model, wrapper

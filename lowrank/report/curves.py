@@ -1,4 +1,4 @@
-"""The loss curves of a run as SVG that follows the page's colours, light or dark."""
+"""The loss curves of a run as SVG that follows the page's colors, light or dark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.train.curve import smooth
+from lowrank.report.curve import smooth
 
 _WIDTH, _HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 30
@@ -20,7 +20,7 @@ Points = list[tuple[float, float]]
 
 @dataclass
 class Line:
-    """One job's curves: `(step, value)` points. `number` decides its colour."""
+    """One job's curves: `(step, value)` points. `number` decides its color."""
 
     name: str
     number: int
@@ -110,8 +110,8 @@ def _chart(shown: Sequence[tuple[int, str, Points, str]], bulk: Sequence[float])
         kept = [(step, value) for step, value in _thinned(points) if math.isfinite(value)]
         placed = [place(*point) for point in kept]
         path = "M" + "L".join(f"{x} {y}" for x, y in placed) if placed else ""
-        said = [f"{label}: {value:.4g}, step {step:g}" for step, value in kept]
-        dots = tuple((x, y, text) for (x, y), text in zip(placed, said)) if kind == "dots" else ()
+        labels = [f"{label}: {value:.4g}, step {step:g}" for step, value in kept]
+        dots = tuple((x, y, text) for (x, y), text in zip(placed, labels)) if kind == "dots" else ()
         drawn.append(Drawn(number, kind, path, dots))
     return Chart(
         _WIDTH,

@@ -17,11 +17,13 @@ import jinja2
 from lowrank.checkpoints.atomic import write_text
 from lowrank.checkpoints.run_folder import CONFIG
 from lowrank.errors import OutputError
+from lowrank.foreign_files import find_json
+from lowrank.report import formatting
 from lowrank.report.curves import lines_of, loss_chart, score_chart
-from lowrank.train import wording
-from lowrank.train.reporters.metrics import FILE as METRICS
-from lowrank.train.reporters.metrics import read_metrics
-from lowrank.train.summary import SUMMARY
+from lowrank.report.reporters.metrics import FILE as METRICS
+from lowrank.report.reporters.metrics import read_metrics
+from lowrank.report.summary import SUMMARY
+from lowrank.report.sweep_view import TABLE, fields, interval, parallel, result, short, shown
 
 REPORT = "report.html"
 DATA_REPORT = "data_report.json"
@@ -33,12 +35,13 @@ _LONGEST = 2000
 
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a run folder; its path. OutputError if no run lies there."""
-    config, summary = _json(folder / CONFIG), _json(folder / SUMMARY)
+    config, summary = find_json(folder / CONFIG), find_json(folder / SUMMARY)
     if config is None or summary is None:
         missing = CONFIG if config is None else SUMMARY
         raise OutputError(f"{folder} is no run that came to an end: there is no {missing} in it")
     metrics = read_metrics(folder / METRICS)
     lines = lines_of(metrics)
+    sweep = find_json(folder / TABLE)
     page = (
         _environment()
         .get_template("page.html.jinja")
@@ -50,8 +53,10 @@ def write_report(folder: Path) -> Path:
             losses=loss_chart(lines),
             scores=score_chart(lines),
             metric=next((line["metric"] for line in metrics if line.get("metric", "loss") != "loss"), ""),
+            sweep=sweep,
+            parallel=parallel(sweep) if sweep else None,
             memory=_memory(summary),
-            data=_data(_json(folder / DATA_REPORT) or {}),
+            data=_data(find_json(folder / DATA_REPORT) or {}),
             warnings=[line for line in metrics if line.get("event") == "notice" and line.get("level") == "warning"],
             predictions=_predictions(folder / "predict"),
             evaluations=_evaluations(folder / "eval"),
@@ -69,15 +74,23 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
-        "duration": wording.duration,
-        "memory": wording.memory,
-        "count": wording.count,
-        "loss": wording.loss,
-        "rate": wording.rate,
-        "best": wording.best,
-        "short": _short,
-    }
+    filters: dict[str, Any] = environment.filters  # jinja2 types it by its own alone
+    filters.update(
+        {
+            "duration": formatting.duration,
+            "memory": formatting.memory,
+            "count": formatting.count,
+            "loss": formatting.loss,
+            "rate": formatting.rate,
+            "best": formatting.best,
+            "short": _short,
+            "shown": shown,
+            "result": result,
+            "interval": interval,
+            "fields": fields,
+            "field": short,
+        }
+    )
     return environment
 
 
@@ -118,10 +131,10 @@ def _data(reports: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
 
 
 def _predictions(folder: Path) -> list[dict[str, Any]]:
-    """What `lowrank predict` left: its metrics, and the first answers, those first in which the voices differ."""
+    """What `lowrank predict` left: its metrics, and the first answers, those first in which the models differ."""
     found = []
     for path in sorted(folder.glob("*/metrics.json")):
-        result = _json(path)
+        result = find_json(path)
         if result is None:
             continue
         rows = list(islice(_lines(path.parent / "predictions.jsonl"), 500))
@@ -132,20 +145,23 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """What `lowrank eval` left: `{task: {metric: {voice: value}}}`."""
+    """What `lowrank eval` left: `{task: {metric: {model: value}}}`."""
     tables: dict[tuple[str, str], dict[str, Any]] = {}
-    voices: dict[str, None] = {}
+    answering_models: dict[str, None] = {}
     for path in sorted(folder.glob("*/results.json")):
-        result = _json(path) or {}
-        voices[path.parent.name] = None
+        result = find_json(path) or {}
+        answering_models[path.parent.name] = None
         for task, own in result.get("results", {}).items():
             for metric, value in own.items():
                 if isinstance(value, (int, float)) and "_stderr" not in metric and metric != "sample_len":
                     tables.setdefault((task, metric.partition(",")[0]), {})[path.parent.name] = value
     if not tables:
         return []
-    rows = [(task, metric, [values.get(voice) for voice in voices]) for (task, metric), values in tables.items()]
-    return [{"voices": list(voices), "rows": rows}]
+    rows = [
+        (task, metric, [values.get(model_name) for model_name in answering_models])
+        for (task, metric), values in tables.items()
+    ]
+    return [{"voices": list(answering_models), "rows": rows}]
 
 
 def _lines(path: Path) -> Any:
@@ -153,11 +169,3 @@ def _lines(path: Path) -> Any:
         for line in path.read_bytes().split(b"\n"):
             if line.strip():
                 yield json.loads(line)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

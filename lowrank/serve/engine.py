@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
 from lowrank.generate.embedding import Pooling
-from lowrank.generate.request import Answer, Config, Piece
+from lowrank.generate.request import Answer, GenerationConfig, TokenChunk
 from lowrank.records import Conversation
+
+
+@dataclass(frozen=True)
+class Asked(Conversation):
+    """A chat that is read with variables of its own for the template (`enable_thinking` and their kind)."""
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
 
 Question = Conversation | str | np.ndarray
 """A chat, a text to go on with, or its tokens (L)."""
 
 
-class Answering(Protocol):
+class PendingAnswer(Protocol):
     """An answer on its way (generate/generation.py)."""
 
     @property
@@ -24,7 +32,7 @@ class Answering(Protocol):
         """What there is so far."""
         ...
 
-    def listen(self, listener: Callable[[Piece], None]) -> None:
+    def listen(self, listener: Callable[[TokenChunk], None]) -> None:
         """Have every piece told, those of the past first; from any thread."""
         ...
 
@@ -34,7 +42,7 @@ class Answering(Protocol):
 
 
 @dataclass(frozen=True)
-class Voice:
+class ServedModel:
     """A name one may ask."""
 
     name: str
@@ -55,15 +63,23 @@ class Load:
     running: int
     waiting: int
     free_tokens: int | None = None
-    """Room in the key-value cache."""
+    """Room in the KV cache."""
 
 
 class Engine(Protocol):
-    """`ask`, `publish` and `withdraw` may block; they are called from threads of their own. All raise `Refusal`."""
+    """`ask`, `publish` and `unpublish` may block; they are called from threads of their own. All raise `ApiError`."""
 
     name: str
+    """As `--engine` names it, and what answers and logs say."""
 
-    def start(self) -> None: ...
+    @property
+    def vocabulary(self) -> int:
+        """Tokens there are logits of."""
+        ...
+
+    def start(self) -> None:
+        """Load what takes long; called once, before anything is asked."""
+        ...
 
     def close(self) -> None:
         """Whatever is being answered ends as cancelled."""
@@ -74,11 +90,15 @@ class Engine(Protocol):
         """Whether it can answer."""
         ...
 
-    def voices(self) -> Sequence[Voice]: ...
+    def served_models(self) -> Sequence[ServedModel]:
+        """What may be asked: the base first, then each adapter."""
+        ...
 
-    def load(self) -> Load: ...
+    def load(self) -> Load:
+        """How many answers are in progress, and how many wait."""
+        ...
 
-    def ask(self, name: str, question: Question, configs: Sequence[Config]) -> list[Answering]:
+    def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """One answer for each of `configs`."""
         ...
 
@@ -86,14 +106,22 @@ class Engine(Protocol):
         """(D) A text's vector, and how many tokens it has."""
         ...
 
-    def token_text(self, token: int) -> str: ...
-
-    def chat_template(self, name: str) -> str:
-        """The Jinja source that a voice is asked through; empty if there is none."""
+    def token_text(self, token: int) -> str:
+        """One token as text, for log-probabilities."""
         ...
 
-    def publish(self, name: str, path: str) -> Voice:
+    def chat_template(self, name: str) -> str:
+        """The Jinja source that a model is asked through; empty if there is none."""
+        ...
+
+    def chat_variables(self, name: str) -> Mapping[str, Any]:
+        """What its chat template is given with every conversation (`chat_template_kwargs` of its settings)."""
+        ...
+
+    def publish(self, name: str, path: str) -> ServedModel:
         """Load an adapter, or a new version of one."""
         ...
 
-    def withdraw(self, name: str) -> None: ...
+    def unpublish(self, name: str) -> None:
+        """Take an adapter out; answers in progress with it come to their end."""
+        ...

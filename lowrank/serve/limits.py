@@ -14,12 +14,20 @@ class Limits(Settings):
 
     body_bytes: Positive = 4 << 20
     """Bytes of one request."""
+    header_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds from a connection's first byte, or its opening, to the end of its request's header."""
     body_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds a client may take to send its request."""
     answers_at_once: Positive = 64
-    """Answers in the making; more wait."""
+    """Answers in progress; more wait."""
     waiting: NonNegative = 256
     """Answers that may wait; beyond, clients are told to come back (429)."""
+    connections: Positive = 704
+    """Open at once; beyond, those that ask for nothing are closed, without a token first."""
+    messages_per_request: Positive = 4096
+    """Turns of a conversation."""
+    stop_letters: Positive = 1024
+    """Of one stop text."""
     answers_per_request: Positive = 32
     """Prompts of one request times `n`."""
     texts_per_request: Positive = 2048
@@ -31,4 +39,4 @@ class Limits(Settings):
     request_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Seconds from the request to the last token, waiting included."""
     shutdown_seconds: NonNegative = 30
-    """Seconds that answers in the making have when the server is told to stop."""
+    """Seconds that answers in progress have when the server is told to stop."""

@@ -63,12 +63,12 @@ class Metrics:
 
     def text(self, engine: Engine) -> str:
         """All of it, with what the engine does now."""
-        load, voices = engine.load(), engine.voices()
+        load, served_models = engine.load(), engine.served_models()
         gauges = {
             "lowrank_answers_running": load.running,
             "lowrank_answers_waiting": load.waiting,
-            "lowrank_adapters_registered": sum(voice.parent is not None for voice in voices),
-            "lowrank_adapters_resident": sum(voice.parent is not None and voice.resident for voice in voices),
+            "lowrank_adapters_registered": sum(served.parent is not None for served in served_models),
+            "lowrank_adapters_resident": sum(served.parent is not None and served.resident for served in served_models),
         }
         if load.free_tokens is not None:
             gauges["lowrank_cache_free_tokens"] = load.free_tokens

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import uvicorn
 
-from lowrank.errors import ConfigError
-from lowrank.serve.app import make_app
+from lowrank.serve.address import listen
+from lowrank.serve.api.app import make_app
+from lowrank.serve.connections import Connections
 from lowrank.serve.engine import Engine
 from lowrank.serve.limits import Limits
 
-_CONNECTIONS_PER_ANSWER = 2
 _IDLE_SECONDS = 30
 """A connection without a request stays this long. With uvicorn's 5 a busy client's next request met a closed one."""
-
-
-def check_host(host: str, token: str | None) -> None:
-    """ConfigError for an address others can reach, unless a token was chosen for it."""
-    if not is_loopback(host) and not token:
-        raise ConfigError(
-            f"--host {host} lets other machines in: choose a token for it with --token or LOWRANK_TOKEN, or leave "
-            "--host out to serve this machine only"
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def run(
@@ -42,17 +24,18 @@ def run(
     port: int,
     token: str,
     hosts: Collection[str] = (),
+    origins: Collection[str] = (),
     limits: Limits | None = None,
     on_listening: Callable[[int], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then answers in the making have `limits.shutdown_seconds` to end.
+    """Serve until SIGINT or SIGTERM; then answers in progress have `limits.shutdown_seconds` to end.
 
     `port` 0 takes a free one; `on_listening` hears which. Raises ConfigError if it is taken.
     """
     limits = limits or Limits()
-    listening = _listen(host, port)
+    listening = listen(host, port)
     names = {*hosts, host} - {"0.0.0.0", "::"}
-    server = make_server(engine, token=token, hosts=names, limits=limits)
+    server = make_server(engine, token=token, hosts=names, origins=origins, limits=limits)
     try:
         if on_listening is not None:
             on_listening(listening.getsockname()[1])
@@ -61,28 +44,30 @@ def run(
         listening.close()
 
 
-def make_server(engine: Engine, *, token: str, hosts: Collection[str], limits: Limits) -> uvicorn.Server:
+def make_server(
+    engine: Engine, *, token: str, hosts: Collection[str], limits: Limits, origins: Collection[str] = ()
+) -> uvicorn.Server:
     """uvicorn with our application. It trusts no proxy's word about who is asking."""
+    connections = Connections(min(limits.connections, _files() // 2), limits.header_seconds)
     config = uvicorn.Config(
-        make_app(engine, token=token, hosts=hosts, limits=limits),
+        make_app(engine, token=token, hosts=hosts, origins=origins, limits=limits),
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
         ws="none",
-        limit_concurrency=_CONNECTIONS_PER_ANSWER * (limits.answers_at_once + limits.waiting) + 64,
+        http=cast(Any, connections.protocol),
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=limits.shutdown_seconds,
     )
     return uvicorn.Server(config)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _files() -> int:
+    """How many may be open; some of them are connections."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host.strip("[]"), port))
-    except OSError as error:
-        raise ConfigError(f"cannot serve on {host} port {port}: {error}; choose another with --port") from error
-    return listening
+        import resource  # not on Windows
+    except ImportError:
+        return 4096
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft == resource.RLIM_INFINITY else max(128, soft)

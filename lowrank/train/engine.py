@@ -1,21 +1,21 @@
 """The engine: a few verbs over a bank of adapters. Everything that trains is a client of these.
 
-    forward_backward(work)   gradients of one optimiser step of any number of jobs
+    forward_backward(work)   gradients of one optimizer step of any number of jobs
     optim_step(slot)         clip, guard, update one job's parameters
     evaluate(work)           losses and the objectives' metrics, no gradients
     logprobs(slot, segments) what a slot thinks of given tokens
     (sampling is generate/, saving and loading are checkpoints/: both need only the base and the bank)
 
 Jobs share nothing that is trained, so the gradient of the sum of their losses is each job's own. What
-could tie them is kept per job: normalisation, clipping, finite check, optimiser state, random draws.
+could tie them is kept per job: normalization, clipping, finite check, optimizer state, random draws.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,89 +25,54 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
 from lowrank.errors import ModelError
-from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.host_memory import Heap
-from lowrank.kernels.logprobs import Head, logprobs
-from lowrank.kernels.values import last_token_values, token_values
+from lowrank.kernels.token_scores import token_scores
+from lowrank.kernels.value_head import last_token_values, token_values
 from lowrank.models.base import Base
-from lowrank.objectives import Metrics, Objective, needs
-from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step
-from lowrank.train.cut import Work, cut, units
-from lowrank.train.decay import undecayed
+from lowrank.notices import log_notice
+from lowrank.objectives import Metrics, Objective, ObservesMismatched, ScoresTokens, needs, share_of_loss, totals_of
+from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, to_device
+from lowrank.train.lanes import Cut, Lanes, OneLane
 from lowrank.train.layerwise import LayerwiseUpdates
-from lowrank.train.loss_scale import LossScale, scale_for
-from lowrank.train.masters import Masters
+from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units
+from lowrank.train.new_job import new_job
+from lowrank.train.numbers_of_step import add_shares, add_totals, read_together
 from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
-from lowrank.train.out_of_memory import give_back_unused, in_plain_words, is_out_of_memory
+from lowrank.train.out_of_memory import explain_out_of_memory, give_back_unused, is_out_of_memory
+from lowrank.train.pixels_ahead import PixelsAhead
+from lowrank.train.prepared_pass import PassRecorder, PreparedPass, Unrecorded, all_logprobs, heads_of, wanted_logprobs
+from lowrank.train.router_loss import TokensOfStep, router_losses
+from lowrank.train.row_losses import joined, row_losses
+from lowrank.train.trained_job import Forwarded, RowLosses, TrainedJob, Updated
+from lowrank.train.update import settled, update
 
 _Result = TypeVar("_Result")
-VALUE_HEAD = "value_head"
-"""The name of a job's value head among its parameters."""
-
-
+_LOSS = ""
+"""Among the numbers that are read together, no metric's name."""
 _LARGE_PASS = 1024
 """Tokens. To give memory back and take it again costs about half a second for each GB: a sixth of a step of passes of
 256 tokens, where it saves a fifteenth of the memory, and a twentieth of one of 4,096, where it saves a third."""
 
 
-@dataclass
-class TrainedJob:
-    """What the engine keeps for one job: what it trains, how, and how far it is."""
-
-    objective: Objective
-    parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    settings: OptimizerConfig
-    refresh: Callable[[], None]
-    """Brings what computes up to date with `parameters`, after each update."""
-    num_steps: int | None
-    """Optimiser steps it will take; None: not known, and adapters with a schedule of their own stay as they are."""
-    seed: int
-    neftune_alpha: float = 0.0
-    value_D: torch.nn.Parameter | None = None
-    """The value head, for an objective that needs one; also among `parameters`."""
-    scale: LossScale | None = None
-    """What its losses are multiplied by in the backward pass, where gradients would underflow."""
-    layerwise: LayerwiseUpdates | None = None
-    """Where updates happen within the backward pass."""
-    step: int = 0
-    """Optimiser steps taken, skipped ones included."""
-    loss_is_finite: bool = True
-    """Of every forward pass since the last optimiser step."""
-
-
-@dataclass(frozen=True)
-class Forwarded:
-    """What one job's step gave before the update."""
-
-    loss: float
-    tokens: int
-    totals: Totals
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Updated:
-    """What the update did. `skipped`: loss or gradient was not finite and nothing was changed (a gradient under
-    `layerwise`: its own parameter was not)."""
-
-    grad_norm: float
-    skipped: bool
-    loss_scale: float | None = None
-    """It was skipped because scaled float16 gradients overflowed; the scale from now on."""
-
-
 class Engine:
     """Trains jobs by slot. A full-parameter job has the slot of the bare base."""
 
-    def __init__(self, base: Base, bank: Bank, micro_batch_tokens: int) -> None:
+    def __init__(self, base: Base, bank: Bank, micro_batch_tokens: int, shares_prompts: bool = False) -> None:
+        """`shares_prompts`: answers to one prompt go through after one computation of it. Not every base can
+        (models/checks/isolation.py)."""
         self.base = base
         self.bank = bank
         self.micro_batch_tokens = micro_batch_tokens
-        self.notify: Callable[[str], None] = print
+        self.notify: Callable[[str], None] = log_notice
         """Hears what a person should know."""
         self.jobs: dict[int, TrainedJob] = {}
+        self.shares_prompts = shares_prompts
+        self.reference_base: Base | None = None
+        """What jobs compare with that is not the base itself, which they may be changing."""
+        self.lanes: Lanes = OneLane()
+        """How a step is divided among processes."""
         self._heap = Heap()
+        self._ahead = PixelsAhead(base)
 
     def add(
         self,
@@ -119,51 +84,20 @@ class Engine:
         num_steps: int | None = None,
     ) -> None:
         """Train what is in `slot` (BARE_BASE: the base's own parameters). `num_steps`: see TrainedJob."""
-        masters, own = None, {}
-        if slot == BARE_BASE:
-            own = {name: value for name, value in self.base.model.named_parameters() if value.requires_grad}
-            masters = Masters(own, settings.trains_in_parts)
-            parameters, refresh, factors = masters.parameters, masters.refresh, None
-        else:
-            parameters, refresh = self.bank.parameters(slot), partial(self.bank.refresh, slot)
-            factors = self.bank.learning_rate_factors(slot, settings.learning_rate)
-        if neftune_alpha:
-            self.bank.enable_noise()
-        with_head = needs(objective, "value") or needs(objective, "token_values")
-        value_D = self._fresh_value_head(seed) if with_head else None
-        if value_D is not None:
-            parameters = {**parameters, VALUE_HEAD: value_D}
-            factors = factors and [*factors, 1.0]
-        optimizer = settings.build(parameters, factors, undecayed(parameters, self.base.model), self.base.head_dim)
-        if masters is not None and settings.trains_in_parts:
-            getattr(optimizer, "follow")(masters.train)  # noqa: B009 (only such have it)
-        for note in settings.notes(self.base.device):
-            self.notify(note)
-        scale, layerwise = scale_for(self.base.dtype), None
-        if masters is not None and settings.layerwise:
-            if scale is not None:
-                raise ModelError(
-                    "optimizer.layerwise: float16 gradients are scaled until the whole step is known to be finite; set "
-                    "model.dtype: bfloat16, or leave layerwise out"
-                )
-            receiving = own if value_D is None else {**own, VALUE_HEAD: value_D}
-            layerwise = LayerwiseUpdates(receiving, parameters, optimizer, masters.write_back)
-        self.jobs[slot] = TrainedJob(
+        self.jobs[slot] = new_job(
+            self.base,
+            self.bank,
+            slot,
             objective,
-            parameters,
-            optimizer,
             settings,
-            refresh,
-            num_steps,
-            seed,
-            neftune_alpha,
-            value_D,
-            scale,
-            layerwise,
+            seed=seed,
+            neftune_alpha=neftune_alpha,
+            num_steps=num_steps,
+            notify=self.notify,
         )
 
     def remove(self, slot: int) -> None:
-        """Forget a job's optimiser; its adapter stays in the bank."""
+        """Forget a job's optimizer; its adapter stays in the bank."""
         job = self.jobs.pop(slot)
         if job.layerwise is not None:
             job.layerwise.close()
@@ -178,17 +112,23 @@ class Engine:
             raise ModelError(f"the value head has {len(own_D)} numbers, in the saved job there is {found}")
         own_D.copy_(value_D)
 
-    def forward_backward(self, work: Work, learning_rates: Mapping[int, float] | None = None) -> dict[int, Forwarded]:
-        """Accumulate the gradients of one optimiser step of every job in `work`.
+    def forward_backward(
+        self,
+        work: StepSegments,
+        learning_rates: Mapping[int, float] | None = None,
+        following: Sequence[Segment] = (),
+    ) -> dict[int, Forwarded]:
+        """Accumulate the gradients of one optimizer step of every job in `work`.
 
         All jobs go through the base together, in as few passes as `micro_batch_tokens` allows; how the
         step is cut changes nothing but rounding. Where memory runs out, it is cut smaller and done again, with the same
-        random draws. A job whose optimiser is `layerwise` is updated here, if `learning_rates` has its rate.
+        random draws. A job whose optimizer is `layerwise` is updated here, if `learning_rates` has its rate.
+        `following`: what comes after this step, as far as it is known, whose pictures are decoded meanwhile.
         """
         clean = all(p.grad is None for slot in work for p in self.jobs[slot].parameters.values())
         layerwise = self._begin_layerwise(work, learning_rates or {})
 
-        def undo(work: Work) -> None:
+        def undo(work: StepSegments) -> None:
             if layerwise is not None and layerwise.updated:
                 raise ModelError(
                     "memory ran out within the updates of optimizer.layerwise, so the step cannot be done again: lower "
@@ -196,10 +136,10 @@ class Engine:
                 )
             self._clear_gradients(work)
 
-        run = partial(self._forward_backward, layerwise=layerwise)
+        run = partial(self._forward_backward, layerwise=layerwise, following=following)
         return self._with_room(work, run, undo if clean else None)
 
-    def _begin_layerwise(self, work: Work, learning_rates: Mapping[int, float]) -> LayerwiseUpdates | None:
+    def _begin_layerwise(self, work: StepSegments, learning_rates: Mapping[int, float]) -> LayerwiseUpdates | None:
         """What updates the base within this step's backward pass, if anything does."""
         job = self.jobs[BARE_BASE] if BARE_BASE in work else None
         if job is None or job.layerwise is None:
@@ -210,34 +150,127 @@ class Engine:
         set_learning_rate(job.optimizer, learning_rates[BARE_BASE])
         return job.layerwise
 
-    def _forward_backward(self, work: Work, layerwise: LayerwiseUpdates | None = None) -> dict[int, Forwarded]:
-        batches = [batch.to(self.base.device) for batch in self.cut(_learned(work))]
-        totals = self._totals(work, batches)
-        losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in work}
-        metrics: dict[int, Metrics] = {slot: {} for slot in work}
-        if self.base.depths is not None:
-            self.base.depths.tokens_of_step = sum(batch.num_tokens for batch in batches)
+    def _forward_backward(
+        self, work: StepSegments, layerwise: LayerwiseUpdates | None, following: Sequence[Segment]
+    ) -> dict[int, Forwarded]:
+        learned = _learned(work)
+        whole = self.cut(learned)  # on the host, where counting waits for nobody
+        totals, of_step = self._totals(work, whole), TokensOfStep.of(whole)
+        gradients = self.lanes.gradients([each for slot in work for each in self.jobs[slot].parameters.values()])
+        shares_of_lanes, lanes = [], self.lanes.passes(learned, whole, self.cut)
+        for batches in lanes:
+            after = following if batches is lanes[-1] else ()
+            shares_of_lanes.append(self._lane(batches, totals, of_step, layerwise, after))
+            gradients.take()
+        gradients.spread()
+        shares = self.lanes.metrics(shares_of_lanes)
+        for slot in work:
+            self._add_penalty(slot, shares[slot])
+        forwarded = {}
+        for slot, own in read_together({slot: shares[slot] for slot in work}).items():
+            loss = own.pop(_LOSS)
+            self.jobs[slot].loss_is_finite &= math.isfinite(loss)
+            forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], own)
+        return forwarded
+
+    def _lane(
+        self,
+        batches: Sequence[Batch],
+        totals: Mapping[int, Totals],
+        of_step: TokensOfStep,
+        layerwise: LayerwiseUpdates | None,
+        following: Sequence[Segment],
+    ) -> dict[int, Metrics]:
+        """Forward and backward passes of one lane: its shares of losses and metrics, not read yet."""
+        losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in totals}
+        metrics: dict[int, Metrics] = {slot: {} for slot in totals}
         for number, batch in enumerate(batches):
+            self._ahead.expect(batches[number : number + 2])
+            if number == len(batches) - 1:
+                self._ahead.expect_step(following)
             if number and sum(batch.lengths) >= _LARGE_PASS:
                 self._heap.trim()  # gradients lie between what the last pass left, and this one finds no place in it
-            shares = []
-            for slot, part, scores in self._score(batch, train=True):
-                share, extra = self.jobs[slot].objective.loss(scores, part, totals[slot])
-                scale = self.jobs[slot].scale
-                shares.append(share if scale is None else share * scale.value)
-                losses[slot].append(share.detach())
-                _add(metrics[slot], extra)
-            updates = layerwise is not None and number == len(batches) - 1 and math.isfinite(sum(losses[BARE_BASE]))
-            with layerwise.updating() if layerwise is not None and updates else contextlib.nullcontext():
-                torch.stack(shares).sum().backward()
-        for slot in work:
-            self._add_penalty(slot, metrics[slot])
-        forwarded = {}
-        for slot in work:
-            loss = float(torch.stack(losses[slot]).sum())
-            self.jobs[slot].loss_is_finite &= math.isfinite(loss)
-            forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], _floats(metrics[slot]))
-        return forwarded
+            ready = self.ready(batch, wanted_T=self._targets_of_losses(batch), tokens_of_step=of_step.all)
+
+            def loss_of(hidden_TD: torch.Tensor, ready: PreparedPass = ready) -> torch.Tensor:
+                shares, of_routers = [], router_losses(self.base, ready.batch, of_step.by_slot)
+                for slot, part, scores in self._scores(ready, hidden_TD):
+                    share, extra = share_of_loss(self.jobs[slot].objective, scores, part, totals[slot])
+                    if slot in of_routers:
+                        share = share + of_routers[slot]
+                        add_shares(metrics[slot], {"router_loss": of_routers[slot].detach()})
+                    scale = self.jobs[slot].scale
+                    shares.append(share if scale is None else share * scale.value)
+                    losses[slot].append(share.detach())
+                    add_shares(metrics[slot], extra)
+                return torch.stack(shares).sum()
+
+            def updating(last: bool = number == len(batches) - 1) -> contextlib.AbstractContextManager[object]:
+                updates = layerwise is not None and last and math.isfinite(sum(losses[BARE_BASE]))
+                return layerwise.updating() if layerwise is not None and updates else contextlib.nullcontext()
+
+            self._training_pass(ready, loss_of, updating)
+        return {slot: {**metrics[slot], _LOSS: torch.stack(own).sum() if own else 0.0} for slot, own in losses.items()}
+
+    def _training_pass(
+        self,
+        ready: PreparedPass,
+        loss_of: Callable[[torch.Tensor], torch.Tensor],
+        updating: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        recorder: PassRecorder | None = None,
+    ) -> None:
+        """One forward and backward pass. `loss_of`: of the last hidden states, (T, D); `updating`: what the backward
+        pass runs inside, made when the loss is known."""
+        recorder = recorder or Unrecorded()
+        with self.bank.routing.using(ready.context):  # until the end: layers that are computed again read it again
+            with recorder.forward():
+                hidden_TD = self.base.hidden(ready.batch, training=True, tokens_of_step=ready.tokens_of_step)
+            with recorder.loss():
+                total = loss_of(hidden_TD)
+            del hidden_TD
+            with updating(), recorder.backward():
+                total.backward()
+
+    def ready(
+        self,
+        batch: Batch,
+        train: bool = True,
+        wanted_T: torch.Tensor | None = None,
+        tokens_of_step: int | None = None,
+    ) -> PreparedPass:
+        """`prepare` on the host, where numbers can be read without waiting, and then on the base's device."""
+        batch = self._ahead.shown(batch)
+        prepared = replace(self.prepare(batch, train, wanted_T), tokens_of_step=tokens_of_step)
+        return prepared.moved(partial(to_device, device=self.base.device))
+
+    def prepare(self, batch: Batch, train: bool = True, wanted_T: torch.Tensor | None = None) -> PreparedPass:
+        """What a forward pass over `batch` needs beside the model: of training, or without dropout and noise.
+
+        `wanted_T`: (T) bool, the targets whose log-probabilities are asked for; None: all that carry weight.
+        """
+        draws = self.draws() if train else None
+        wanted_T = batch.weight_T != 0 if wanted_T is None else wanted_T
+        wanted = tuple(
+            (head, wanted_T[first:end].nonzero()[:, 0] + first)
+            for head, first, end in heads_of(self.base, self.bank, batch)
+        )
+        return PreparedPass(batch, self.bank.context(batch, draws), wanted)
+
+    def draws(self) -> dict[int, Draws]:
+        """Where the random numbers of each job's next training pass come from."""
+        return {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self.jobs.items()}
+
+    def trace(self, ready: PreparedPass, recorder: PassRecorder) -> None:
+        """Leave the gradients of one training pass, as `forward_backward` does, and let `recorder` watch it.
+
+        An objective may read numbers, which tensors without values do not have; the sum of the log-probabilities it
+        would be given takes its place.
+        """
+
+        def loss_of(hidden_TD: torch.Tensor) -> torch.Tensor:
+            return torch.cat(wanted_logprobs(ready, hidden_TD)).sum()
+
+        self._training_pass(ready, loss_of, recorder=recorder)
 
     def _add_penalty(self, slot: int, metrics: Metrics) -> None:
         """The gradient of what an adapter itself wants small, which is no part of the loss that is reported."""
@@ -248,63 +281,32 @@ class Engine:
             metrics["penalty"] = penalty.detach()
 
     def optim_step(self, slot: int, learning_rate: float) -> Updated:
-        """Update one job's parameters from its gradients, clipped to its own norm, and clear them.
-
-        A loss or gradient that is not finite leaves parameters and optimiser state as they were; a gradient under
-        `layerwise`, its own parameter's only.
-        """
+        """Update one job's parameters from its gradients, clipped to its own norm, and clear them (train/update.py)."""
         job = self.jobs[slot]
-        job.step += 1
-        gradients = [parameter.grad for parameter in job.parameters.values() if parameter.grad is not None]
-        if job.scale is not None and gradients:
-            torch._foreach_mul_(gradients, 1.0 / job.scale.value)  # pyright: ignore[reportPrivateImportUsage]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        if job.layerwise is not None:  # most of it was updated in the backward pass, and its gradients are gone
-            norm = math.sqrt(norm**2 + job.layerwise.square) if job.layerwise.finite else math.inf
-        overflow = job.scale is not None and job.loss_is_finite and not math.isfinite(norm) and job.scale.shrink()
-        finite, job.loss_is_finite = job.loss_is_finite and math.isfinite(norm), True
-        if finite:
-            if job.scale is not None:
-                job.scale.grow()
-            limit = job.settings.max_grad_norm
-            if limit is not None and norm > limit:
-                torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
-            set_learning_rate(job.optimizer, learning_rate)
-            job.optimizer.step()
+
+        def after_update() -> None:
             if slot != BARE_BASE and job.num_steps is not None:
                 self.bank.after_update(slot, job.step, job.num_steps)
-            job.refresh()
-        job.optimizer.zero_grad(set_to_none=True)
-        return Updated(norm, not finite, job.scale.value if overflow and job.scale else None)
 
-    @contextlib.contextmanager
-    def settled(self, slots: Iterable[int]) -> Iterator[None]:
-        """Jobs as they are evaluated and kept: an optimiser that averages its steps puts the average in place, and
-        afterwards everything is as before, to the bit."""
-        averaging = [job for slot in slots if (job := self.jobs.get(slot)) and hasattr(job.optimizer, "eval")]
-        before = [{name: value.detach().clone() for name, value in job.parameters.items()} for job in averaging]
-        for job in averaging:
-            getattr(job.optimizer, "eval")()  # noqa: B009 (only some have it)
-            job.refresh()
-        try:
-            yield
-        finally:
-            for job, values in zip(averaging, before):
-                getattr(job.optimizer, "train")()  # noqa: B009
-                for name, parameter in job.parameters.items():
-                    parameter.detach().copy_(values[name])
-                job.refresh()
+        return update(job, learning_rate, after_update)
+
+    def settled(self, slots: Iterable[int]) -> contextlib.AbstractContextManager[None]:
+        """Jobs as they are evaluated and kept (train/update.py)."""
+        return settled([self.jobs[slot] for slot in slots if slot in self.jobs])
 
     @torch.no_grad()
-    def evaluate(self, work: Work) -> dict[int, Forwarded]:
-        """Losses and metrics of held-out segments, of any number of jobs in one pass, without dropout or noise."""
+    def evaluate(self, work: StepSegments, by_row: Collection[int] = ()) -> dict[int, Forwarded]:
+        """Losses and metrics of held-out segments, of any number of jobs in one pass, without dropout or noise.
+        `by_row`: slots whose rows' own losses are wanted too."""
         with self.settled(work):
-            return self._with_room(work, self._evaluate, lambda _: None)
+            return self._with_room(work, partial(self._evaluate, by_row=by_row), lambda _: None)
 
-    def _with_room(self, work: Work, run: Callable[[Work], _Result], undo: Callable[[Work], None] | None) -> _Result:
+    def _with_room(
+        self, work: StepSegments, run: Callable[[StepSegments], _Result], undo: Callable[[StepSegments], None] | None
+    ) -> _Result:
         """`run(work)`; where memory runs out, `undo` and again with forward passes of half the size."""
         while True:
-            with in_plain_words("computing a forward pass that cannot be cut smaller"):
+            with explain_out_of_memory("computing a forward pass that cannot be cut smaller"):
                 try:
                     return run(work)
                 except Exception as error:
@@ -322,25 +324,41 @@ class Engine:
                 f"micro_batch_tokens: {self.micro_batch_tokens}; the results are the same"
             )
 
-    def _clear_gradients(self, work: Work) -> None:
+    def _clear_gradients(self, work: StepSegments) -> None:
         for slot in work:
             self.jobs[slot].optimizer.zero_grad(set_to_none=True)
 
-    def _evaluate(self, work: Work) -> dict[int, Forwarded]:
+    def _evaluate(self, work: StepSegments, by_row: Collection[int]) -> dict[int, Forwarded]:
         numbered = {slot: number_the_step(segments) for slot, segments in work.items()}
-        batches = self.cut(_learned(numbered))
-        totals = self._totals(numbered, batches)
-        losses = dict.fromkeys(work, 0.0)
-        metrics: dict[int, Metrics] = {slot: {} for slot in work}
+        learned = _learned(numbered)
+        whole = self.cut(learned)
+        totals = self._totals(numbered, whole)
+        found = [
+            self._evaluate_lane(batches, totals, by_row) for batches in self.lanes.passes(learned, whole, self.cut)
+        ]
+        rows = self.lanes.rows(learned, [of_rows for _, of_rows in found]) if by_row else {}
+        evaluated = {}
+        for slot, own in read_together(self.lanes.metrics([shares for shares, _ in found])).items():
+            loss = own.pop(_LOSS)
+            evaluated[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], own, rows.get(slot))
+        return evaluated
+
+    def _evaluate_lane(
+        self, batches: Sequence[Batch], totals: Mapping[int, Totals], by_row: Collection[int]
+    ) -> tuple[dict[int, Metrics], dict[int, RowLosses]]:
+        losses = dict.fromkeys(totals, 0.0)
+        metrics: dict[int, Metrics] = {slot: {} for slot in totals}
+        rows: dict[int, list[RowLosses]] = {slot: [] for slot in by_row}
         for batch in batches:
-            for slot, part, scores in self._score(batch.to(self.base.device), train=False):
-                share, extra = self.jobs[slot].objective.loss(scores, part, totals[slot])
+            for slot, part, scores in self._score(batch):
+                objective = self.jobs[slot].objective
+                share, extra = share_of_loss(objective, scores, part, totals[slot])
                 losses[slot] += float(share)
-                _add(metrics[slot], extra)
-        return {
-            slot: Forwarded(losses[slot], sum(map(len, work[slot])), totals[slot], _floats(metrics[slot]))
-            for slot in work
-        }
+                if slot in rows:
+                    rows[slot].append(row_losses(objective, scores, part, totals[slot]))
+                add_shares(metrics[slot], extra)
+        shares = {slot: {**metrics[slot], _LOSS: loss} for slot, loss in losses.items()}
+        return shares, {slot: joined(own) for slot, own in rows.items()}
 
     @torch.no_grad()
     def logprobs(self, slot: int, segments: Sequence[Segment]) -> list[np.ndarray]:
@@ -348,120 +366,135 @@ class Engine:
 
         (L) float32 each, 0 where the token carries no weight.
         """
-        found: list[np.ndarray] = []
         virtual = self.bank.num_virtual(slot)
-        for batch in self.cut({slot: segments}):
-            batch = batch.to(self.base.device)
-            logprob_T = self._logprobs(batch, self._hidden(batch, train=False), batch.weight_T != 0).float().cpu()
-            for piece_L, prefix in zip(logprob_T.split(batch.lengths), batch.prefixes):
-                known_L = piece_L.roll(1).numpy()  # the last prediction of a segment is of nothing, and 0
-                found.append(np.concatenate([np.zeros(prefix, np.float32), known_L])[virtual:])
-        return found
+
+        def of_lane(batches: list[Batch]) -> list[np.ndarray]:
+            found: list[np.ndarray] = []
+            for batch in batches:
+                ready = self.ready(batch, train=False)
+                logprob_T = all_logprobs(ready, self._hidden(ready)).float().cpu()
+                for piece_L, prefix in zip(logprob_T.split(batch.lengths), batch.prefixes):
+                    known_L = piece_L.roll(1).numpy()  # the last prediction of a segment is of nothing, and 0
+                    found.append(np.concatenate([np.zeros(prefix, np.float32), known_L])[virtual:])
+            return found
+
+        return self._of_segments(slot, segments, self.cut, of_lane)
+
+    def _of_segments(
+        self, slot: int, segments: Sequence[Segment], cut: Cut, of_lane: Callable[[list[Batch]], list[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """What `of_lane` gives for the segments of each lane, of all of them."""
+        work = {slot: segments}
+        return self.lanes.arrays(work, [of_lane(batches) for batches in self.lanes.passes(work, None, cut)])
 
     @torch.no_grad()
     def values(self, slot: int, segments: Sequence[Segment], value_D: torch.Tensor | None = None) -> list[np.ndarray]:
         """What a value head (None: the job's own) gives for each token of each segment, (L) float32 each."""
         head_D = self.jobs[slot].value_D if value_D is None else value_D.to(self.base.device)
         assert head_D is not None, f"the job in slot {slot} has no value head"
-        found: list[np.ndarray] = []
         virtual = self.bank.num_virtual(slot)
-        for batch in self.cut({slot: segments}, share=False):
-            batch = batch.to(self.base.device)
-            value_T = token_values(self._hidden(batch, train=False), head_D).float().cpu()
-            found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
-        return found
 
-    def cut(self, work: Work, share: bool = True) -> list[Batch]:
-        """Micro-batches of at most `micro_batch_tokens` tokens (cut.py). Where the base can, answers to one prompt in
-        one micro-batch `share` its computation."""
-        share = share and self.base.shares_prompts
-        return cut(self.base, self.bank, work, self.micro_batch_tokens, share)
+        def of_lane(batches: list[Batch]) -> list[np.ndarray]:
+            found: list[np.ndarray] = []
+            for batch in batches:
+                batch = batch.to(self.base.device)
+                value_T = token_values(self.bank.hidden(batch), head_D).float().cpu()
+                found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
+            return found
 
-    def _totals(self, work: Work, batches: Sequence[Batch]) -> dict[int, Totals]:
+        return self._of_segments(slot, segments, partial(self.cut, share=False), of_lane)
+
+    def cut(self, work: StepSegments, share: bool = True) -> list[Batch]:
+        """Micro-batches of at most `micro_batch_tokens` tokens (train/micro_batching.py). Where the base can, answers
+        to one prompt in one micro-batch `share` its computation."""
+        share = share and self.shares_prompts
+        return split_into_micro_batches(self.base, self.bank, work, self.micro_batch_tokens, share)
+
+    def _totals(self, work: StepSegments, batches: Sequence[Batch]) -> dict[int, Totals]:
         """What the losses of a step divide by: counted, and for objectives that ask for it, observed."""
         totals: dict[int, Totals] = {slot: {} for slot in work}
         for batch in batches:
             for slot, _, _ in batch.slot_ranges():
-                _sum_up(totals[slot], self.jobs[slot].objective.count(batch.of_slot(slot)))
-        observed = {slot: [each for each in work[slot] if each.role == MISMATCHED] for slot in work}
-        with torch.no_grad():
-            for batch in self.cut(observed):
-                for slot, part, scores in self._score(batch.to(self.base.device), train=False):
-                    observe = getattr(self.jobs[slot].objective, "observe")  # noqa: B009 (only some have it)
-                    _sum_up(totals[slot], observe(scores, part))
+                add_totals(totals[slot], totals_of(self.jobs[slot].objective, batch.of_slot(slot)))
+        observed = {
+            slot: [
+                each for each in work[slot] if each.role == MISMATCHED or needs(self.jobs[slot].objective, "observed")
+            ]
+            for slot in work
+        }
+        if any(observed.values()):
+            lanes = [self._observe(batches) for batches in self.lanes.passes(observed, None, self.cut)]
+            for slot, own in self.lanes.metrics(lanes).items():
+                add_totals(totals[slot], {name: float(value) for name, value in own.items()})
         return totals
 
-    def _score(self, batch: Batch, train: bool) -> list[tuple[int, Batch, Scores]]:
-        """Each job's part of the batch, and what the models say about it."""
-        hidden_TD = self._hidden(batch, train)
-        heads = {slot: self.jobs[slot].value_D for slot in set(batch.slots)}
-        wanted_T = batch.weight_T != 0
+    @torch.no_grad()
+    def _observe(self, batches: Sequence[Batch]) -> dict[int, Metrics]:
+        found: dict[int, Metrics] = {}
+        for batch in batches:
+            for slot, part, scores in self._score(batch):
+                objective = self.jobs[slot].objective
+                assert isinstance(objective, ObservesMismatched), "only such have segments of this role"
+                add_shares(found.setdefault(slot, {}), dict(objective.observe(scores, part)))
+        return found
+
+    def _score(self, batch: Batch) -> list[tuple[int, Batch, Scores]]:
+        """Each job's part of the batch, on the device, and what the models say about it, without dropout or noise."""
+        ready = self.ready(batch, train=False, wanted_T=self._targets_of_losses(batch))
+        return self._scores(ready, self._hidden(ready))
+
+    def _scores(self, ready: PreparedPass, hidden_TD: torch.Tensor) -> list[tuple[int, Batch, Scores]]:
+        """Each job's part of a batch, and what the models say about it."""
+        batch, logprob_T, scored = ready.batch, all_logprobs(ready, hidden_TD), []
         for slot, first, end in batch.slot_ranges():
-            if heads[slot] is not None and not needs(self.jobs[slot].objective, "token_values"):
-                wanted_T[first:end] = False
-        logprob_T = self._logprobs(batch, hidden_TD, wanted_T)
-        scored = []
-        for slot, first, end in batch.slot_ranges():
-            part, value_D = batch.of_slot(slot), heads[slot]
+            part, job = batch.of_slot(slot), self.jobs[slot]
             own_TD, value_S, value_T = hidden_TD[first:end], None, None
-            if value_D is not None and needs(self.jobs[slot].objective, "token_values"):
-                value_T = token_values(own_TD, value_D)
-            elif value_D is not None:
-                value_S = last_token_values(own_TD, part.start_S1, value_D)
-            scored.append((slot, part, Scores(logprob_T[first:end], part.reference_T, value_S, value_T)))
+            if job.value_D is not None and needs(job.objective, "token_values"):
+                value_T = token_values(own_TD, job.value_D)
+            elif job.value_D is not None:
+                value_S = last_token_values(own_TD, part.start_S1, job.value_D)
+            score_T = self._token_scores(slot, part, own_TD) if needs(job.objective, "token_scores") else None
+            scored.append((slot, part, Scores(logprob_T[first:end], part.reference_T, value_S, value_T, score_T)))
         return scored
 
-    def _hidden(self, batch: Batch, train: bool) -> torch.Tensor:
-        """The last hidden states, (T, D), each segment through its own slot."""
-        draws = {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self.jobs.items()}
-        return self.bank.hidden(batch, draws if train else None)
+    def _token_scores(self, slot: int, part: Batch, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """What the job's objective makes of each weighted token's distribution, (T), 0 elsewhere."""
+        objective = self.jobs[slot].objective
+        assert isinstance(objective, ScoresTokens), "it needs token_scores"
+        index_K, reference = (part.weight_T != 0).nonzero()[:, 0], None
+        if needs(objective, "reference_logits"):
+            base = self.reference_base or self.base
+            reference = (self._bare_hidden(base, part)[index_K], base.head())
+        score_K = token_scores(
+            hidden_TD[index_K], part.target_T[index_K], self.bank.head(slot), objective.score, reference
+        )
+        return score_K.new_zeros(part.num_tokens).index_put((index_K,), score_K)
 
-    def _logprobs(self, batch: Batch, hidden_TD: torch.Tensor, wanted_T: torch.Tensor) -> torch.Tensor:
-        """log p of every target that is wanted, (T), 0 elsewhere; only those rows ever meet the vocabulary."""
-        pieces = []
-        for head, first, end in self._heads(batch):
-            index_K = wanted_T[first:end].nonzero()[:, 0] + first
-            pieces.append((index_K, logprobs(hidden_TD[index_K], batch.target_T[index_K], head)))
-        index_K = torch.cat([index for index, _ in pieces])
-        logprob_K = torch.cat([logprob for _, logprob in pieces])
-        return logprob_K.new_zeros(batch.num_tokens).index_put((index_K,), logprob_K)
+    @torch.no_grad()
+    def _bare_hidden(self, base: Base, part: Batch) -> torch.Tensor:
+        """The last hidden states of a job's segments without its adapter, (T, D)."""
+        bare = replace(part, slot_S=torch.full_like(part.slot_S, BARE_BASE), slots=(BARE_BASE,) * len(part.slots))
+        if base is not self.base:
+            return base.hidden(bare)
+        with self.bank.routing.using(self.bank.context(bare, None)):
+            return base.hidden(bare)
 
-    def _fresh_value_head(self, seed: int) -> torch.nn.Parameter:
-        """(D) float32 or wider, drawn as transformers draws the head of a sequence classifier."""
-        std = getattr(self.base.model.config.get_text_config(), "initializer_range", None) or 0.02
-        generator = torch.Generator().manual_seed(key_of(seed, VALUE_HEAD))
-        value_D = std * torch.randn(self.base.hidden_size, generator=generator)
-        return torch.nn.Parameter(value_D.to(self.base.device, torch.promote_types(self.base.dtype, torch.float32)))
+    def _hidden(self, ready: PreparedPass) -> torch.Tensor:
+        """The last hidden states, (T, D), each segment through its own slot, of a pass without backward."""
+        with self.bank.routing.using(ready.context):
+            return self.base.hidden(ready.batch)
 
-    def _heads(self, batch: Batch) -> list[tuple[Head, int, int]]:
-        """(head, first token, end token): one entry for all neighbours that share the base's own head."""
-        own = self.base.head()
-        heads: list[tuple[Head, int, int]] = []
+    def _targets_of_losses(self, batch: Batch) -> torch.Tensor:
+        """(T) bool: what carries weight, but for jobs whose loss is of the value head or of their own scores."""
+        wanted_T = batch.weight_T != 0
         for slot, first, end in batch.slot_ranges():
-            head = self.bank.head(slot)
-            plain = head.weight_VD is own.weight_VD and head.low_rank is None
-            if plain and heads and heads[-1][0] is own:
-                heads[-1] = (own, heads[-1][1], end)
-            else:
-                heads.append((own if plain else head, first, end))
-        return heads
+            job = self.jobs[slot]
+            of_value_head = job.value_D is not None and not needs(job.objective, "token_values")
+            if of_value_head or needs(job.objective, "token_scores"):
+                wanted_T[first:end] = False
+        return wanted_T
 
 
-def _learned(work: Work) -> dict[int, list[Segment]]:
+def _learned(work: StepSegments) -> dict[int, list[Segment]]:
     """What the losses are of: everything that is not only observed."""
     return {slot: [segment for segment in segments if segment.role != MISMATCHED] for slot, segments in work.items()}
-
-
-def _add(metrics: Metrics, extra: Metrics) -> None:
-    """Shares of one micro-batch, added where they are: nothing waits for the device."""
-    for name, value in extra.items():
-        metrics[name] = metrics[name] + value if name in metrics else value
-
-
-def _floats(metrics: Metrics) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _sum_up(totals: Totals, more: Totals) -> None:
-    for name, value in more.items():
-        totals[name] = totals.get(name, 0.0) + value

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lowrank.evaluate.held_out_answers import HeldOutAnswers
 from lowrank.records import Segment
-from lowrank.train.engine import Forwarded
 from lowrank.train.schedule import ScheduleConfig
+from lowrank.train.trained_job import Forwarded
 
 
-class Steps(Protocol):
-    """Where a job's optimiser steps come from (data/feed.py)."""
+class StepSource(Protocol):
+    """Where a job's optimizer steps come from (data/batching/dataloader.py)."""
 
     @property
     def epoch(self) -> float: ...
@@ -25,12 +25,22 @@ class Steps(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
-class SelfAnswering(Protocol):
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A source of steps that knows the one after the last that it gave."""
+
+    def following(self) -> Sequence[Segment]: ...
+
+
+class RolloutSource(Protocol):
     """What a job has whose steps are answers that it gives itself (train/rollouts.py)."""
 
     metrics: dict[str, float]
 
-    def ask(self) -> None: ...
+    @property
+    def reward_slot(self) -> int | None: ...
+
+    def submit(self) -> None: ...
 
     def answer(self) -> None: ...
 
@@ -42,9 +52,10 @@ class Progress:
     """What a checkpoint keeps of a job, besides tensors and the feed. All of it is plain JSON."""
 
     step: int = 0
-    """Optimiser steps taken, skipped ones included."""
+    """Optimizer steps taken, skipped ones included."""
     finished: str | None = None
-    """Why it is over: done, early_stopping, not_finite. None while it runs."""
+    """Why it is over: done, early_stopping, not_finite, stopped (by an order), pruned (by a search). None while it
+    runs."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     best_loss: float | None = None
@@ -53,6 +64,12 @@ class Progress:
     """At the best step, where a metric of generated answers decides."""
     best_step: int | None = None
     evaluations_without_gain: int = 0
+    last_loss: float | None = None
+    """At the last evaluation."""
+    last_score: float | None = None
+    best_rows: list[list[float]] | None = None
+    """At the best step: what each held-out row added to the loss, or each answer to the metric that decides, and how
+    much it counted, where a job `compares_rows`."""
 
 
 @dataclass
@@ -61,7 +78,7 @@ class Job:
 
     name: str
     slot: int
-    feed: Steps
+    dataloader: StepSource
     held_out: Sequence[Segment]
     schedule: ScheduleConfig
     learning_rate: float
@@ -74,8 +91,12 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     answers: HeldOutAnswers | None = None
     """Held-out questions whose generated answers decide what is best; None: the held-out loss does."""
-    rollouts: SelfAnswering | None = None
+    rollouts: RolloutSource | None = None
     """Its feed, where it answers its prompts itself. Its losses are then minus the mean reward."""
+    eval_at: frozenset[int] = frozenset()
+    """Steps after which it is evaluated besides."""
+    compares_rows: bool = False
+    """Its evaluations keep what each held-out row says (`Progress.best_rows`)."""
 
     @property
     def eval_metric(self) -> str:
@@ -92,7 +113,7 @@ class Job:
         return self.learning_rate * self.schedule.factor(self.progress.step, self.num_steps)
 
     def count_step(self, skipped: bool, overflowed: bool = False) -> None:
-        """One optimiser step more, taken or skipped; the last one, or one skip too many, ends the job.
+        """One optimizer step more, taken or skipped; the last one, or one skip too many, ends the job.
 
         `overflowed`: skipped only to find the loss scale, which says nothing against the job.
         """
@@ -113,6 +134,7 @@ class Job:
     def evaluates_now(self) -> bool:
         """Held-out rows are due."""
         due = self.eval_every is not None and self.progress.step % self.eval_every == 0
+        due = due or self.progress.step in self.eval_at
         return bool(self.held_out) and (due or self.progress.finished == "done")
 
     def evaluates_at_the_start(self) -> bool:
@@ -123,6 +145,7 @@ class Job:
         """Take note of an evaluation; True if it is the best so far: the lowest loss, or, where answers are generated,
         the highest score, and of equal scores the one with the lower loss."""
         progress = self.progress
+        progress.last_loss, progress.last_score = loss, score
         standing = (score or 0.0, -loss)
         best = progress.best_loss is None or standing > (progress.best_score or 0.0, -progress.best_loss)
         if best and loss == loss and score == score:

@@ -1,7 +1,7 @@
 """Updates within the backward pass: a parameter is updated as soon as its gradient is there, and the gradient goes.
 
 So the gradients of a whole model are never there at once (LOMO, arXiv:2306.09782; the per-layer updates of GaLore's
-authors). Any optimiser that looks at one parameter at a time may be used so, and gives the same bits. By the time a
+authors). Any optimizer that looks at one parameter at a time may be used so, and gives the same bits. By the time a
 parameter is updated nothing in the backward pass needs its old value any more: torch adds up all of a gradient before
 it says that it is there.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 from torch import nn
@@ -56,11 +56,11 @@ class LayerwiseUpdates:
         self.square, self.finite, self.updated = 0.0, True, False
 
     @contextlib.contextmanager
-    def updating(self) -> Iterator[None]:
+    def updating(self) -> Generator[None, None, None]:
         """During the backward pass of the step's last forward pass. What no gradient came for in it keeps what it has
         from earlier ones."""
         self._earlier = {name: each.grad for name, each in self._masters.items() if each.grad is not None}
-        for name in self._earlier:  # so that the optimiser sees one parameter at a time
+        for name in self._earlier:  # so that the optimizer sees one parameter at a time
             self._masters[name].grad = None
         self._updates = True
         try:

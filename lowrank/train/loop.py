@@ -1,33 +1,34 @@
-"""The loop: every tick, one optimiser step of every active job; now and then evaluate, save, report.
+"""The loop: every tick, one optimizer step of every active job; now and then evaluate, save, report.
 
 Jobs of different length finish on their own; a finished job's slot costs nothing any more. The loop
-knows data as steps of segments, the disk as a `Keeper`, and people as a function that takes events.
+knows data as steps of segments, the disk as a `CheckpointWriter`, and people as a function that takes events.
 """
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from lowrank.errors import LowrankError
-from lowrank.evaluate.held_out_answers import score_answers
+from lowrank.evaluate.held_out_answers import HeldOutAnswers, Scored, score_answers
 from lowrank.kernels.host_memory import Heap
-from lowrank.train.engine import Engine, Forwarded, Updated
-from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
-from lowrank.train.job import Job, SelfAnswering
+from lowrank.ranks import agree
+from lowrank.records import Segment
+from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
+from lowrank.train.engine import Engine
+from lowrank.train.job import Job, LooksAhead, RolloutSource, StepSource
 from lowrank.train.optimizers import bytes_of_state
+from lowrank.train.stopping import Stopping
+from lowrank.train.trained_job import Forwarded, Updated
 
 
-class Keeper(Protocol):
-    """Who writes to the run folder (train/keeper.py)."""
+class CheckpointWriter(Protocol):
+    """Who writes to the run folder (train/checkpointer.py)."""
 
-    def keep(self, job: Job, which: str) -> Path:
+    def save_adapter(self, job: Job, which: str) -> Path:
         """Write a job's adapter as `best` or `last`."""
         ...
 
@@ -36,64 +37,139 @@ class Keeper(Protocol):
         ...
 
 
+class JobQueue(Protocol):
+    """Who gives jobs their slots and takes them back (pipelines/job_queue.py)."""
+
+    jobs: list[Job]
+    """Those that have a slot."""
+
+    def between_steps(self, tick: int) -> Sequence[Job]:
+        """Before step `tick + 1`: `jobs` may change; those that were given a slot."""
+        ...
+
+    def judge(self, evaluated: Sequence[Job]) -> None:
+        """Their held-out rows were evaluated; some of them may be over now."""
+        ...
+
+    def waits(self) -> bool:
+        """Whether a job may come though none has a slot."""
+        ...
+
+    def unfinished(self) -> Sequence[tuple[str, int]]:
+        """Name and step of jobs without a slot that are not over."""
+        ...
+
+
+class FixedJobs:
+    """A queue in which nobody waits: all jobs have their slots from the beginning."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = list(jobs)
+
+    def between_steps(self, tick: int) -> Sequence[Job]:
+        """Nobody comes."""
+        return ()
+
+    def judge(self, evaluated: Sequence[Job]) -> None:
+        """Nobody is compared."""
+
+    def waits(self) -> bool:
+        """Nobody waits."""
+        return False
+
+    def unfinished(self) -> Sequence[tuple[str, int]]:
+        """None."""
+        return ()
+
+
+IDLE_SECONDS = 0.2
+"""Between two looks for orders while every job is paused."""
+
+
 class Loop:
     """Runs jobs to their ends. `tick` counts the rounds; job.progress.step counts a job's own steps."""
 
     def __init__(
         self,
         engine: Engine,
-        jobs: Sequence[Job],
-        keeper: Keeper,
+        jobs: Sequence[Job] | JobQueue,
+        keeper: CheckpointWriter,
         report: Callable[[Event], None],
         *,
         save_every: int | None,
         tick: int = 0,
+        stopping: Stopping | None = None,
     ) -> None:
         self.engine = engine
-        self.jobs = tuple(jobs)
+        self.queue: JobQueue = FixedJobs(jobs) if isinstance(jobs, Sequence) else jobs
         self.keeper = keeper
         self._report = report
         self._telling = False
-        self._to_tell: list[Event] = []
+        self._pending_events: list[Event] = []
         self.save_every = save_every
         self.tick = tick
-        self.stop_asked = False
+        self._stopping = stopping or Stopping()
         self._heap = Heap()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those that have a slot."""
+        return self.queue.jobs
 
     def run(self) -> bool:
         """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
-        with self._stop_on_interrupt():
-            self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
-            while not self.stop_asked and (active := [job for job in self.jobs if job.active]):
+        with self._stopping, self._stopping.saving(self._tell_stop):
+            if not self._stopping.now():
+                self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
+            while not self._stopping.now() and (active := self._next()) is not None:
+                if not active:
+                    time.sleep(IDLE_SECONDS)
+                    continue
                 self._answer([job.rollouts for job in active if job.rollouts is not None])
                 self._step(active)
-                self._evaluate([job for job in active if job.evaluates_now()])
+                evaluated = [job for job in active if job.evaluates_now()]
+                self._evaluate(evaluated)
+                self.queue.judge(evaluated)
                 self._finish([job for job in active if not job.active])
-                if self.save_every and self.tick % self.save_every == 0 and any(job.active for job in active):
+                going_on = any(job.active for job in active) or self.queue.waits()
+                if self.save_every and self.tick % self.save_every == 0 and going_on:
                     self._save()
-            done = not any(job.active for job in self.jobs)
+            waiting = self.queue.unfinished()
+            done = not waiting and not any(job.active for job in self.jobs)
             if not done:
                 for job in self.jobs:
                     if job.active:
                         kept = bytes_of_state(self.engine.jobs[job.slot].optimizer)
-                        self._tell(JobFinished(job.name, job.progress.step, "interrupted", kept))
+                        self._notify(JobFinished(job.name, job.progress.step, "interrupted", kept))
+                for name, step in waiting:
+                    self._notify(JobFinished(name, step, "interrupted"))
             self._save()
+            for job in self.jobs:
+                if job.active:  # stopped early: after the checkpoint, what there is can be talked to
+                    self.keeper.save_adapter(job, "last")
         return done
 
-    def _tell(self, event: Event) -> None:
+    def _next(self) -> list[Job] | None:
+        """The jobs that take the next step; none while all are paused. None if all are over."""
+        came = self.queue.between_steps(self.tick)
+        self._evaluate([job for job in came if job.evaluates_at_the_start()])
+        active = [job for job in self.jobs if job.active]
+        return active if active or self.queue.waits() else None
+
+    def _notify(self, event: Event) -> None:
         self._telling = True
         try:
             self._report(event)
         finally:
             self._telling = False
-        while self._to_tell:
-            self._tell(self._to_tell.pop(0))
+        while self._pending_events:
+            self._notify(self._pending_events.pop(0))
 
-    def _answer(self, answering: list[SelfAnswering]) -> None:
+    def _answer(self, answering: list[RolloutSource]) -> None:
         """First all are asked, so that they are answered together. A judge that fails costs no step that was taken."""
         try:
             for rollouts in answering:
-                rollouts.ask()
+                rollouts.submit()
             for rollouts in answering:
                 rollouts.answer()
         except LowrankError:
@@ -103,7 +179,9 @@ class Loop:
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
         rates = {job.slot: job.next_learning_rate() for job in active}
-        forwarded = self.engine.forward_backward({job.slot: job.feed.next_step() for job in active}, rates)
+        work = {job.slot: job.dataloader.next_step() for job in active}
+        following = [segment for job in active for segment in _following(job.dataloader)]
+        forwarded = self.engine.forward_backward(work, rates, following)
         updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
         self.tick += 1
         self._heap.after_step()
@@ -115,11 +193,11 @@ class Loop:
     def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
         if job.rollouts is not None:
             forwarded = _as_rewarded(forwarded, job.rollouts.metrics)
-        self._tell(
+        self._notify(
             StepDone(
                 job=job.name,
                 step=job.progress.step,
-                epoch=job.feed.epoch,
+                epoch=job.dataloader.epoch,
                 loss=forwarded.loss,
                 grad_norm=updated.grad_norm,
                 learning_rate=rate,
@@ -135,10 +213,10 @@ class Loop:
             text = (
                 f"step {job.progress.step} of {job.name}: float16 gradients overflowed; the step was skipped, and its "
             )
-            self._tell(Notice(f"{text}loss scale is {updated.loss_scale:g} from now on", job=job.name))
+            self._notify(Notice(f"{text}loss scale is {updated.loss_scale:g} from now on", job=job.name))
         elif updated.skipped:
             row = job.progress.skipped_in_a_row
-            self._tell(
+            self._notify(
                 Notice(
                     f"step {job.progress.step} of {job.name} gave a loss or gradient that is not finite; the step was "
                     f"skipped ({row} in a row, the job stops after {job.max_skipped_steps + 1})",
@@ -151,57 +229,73 @@ class Loop:
         if not due:
             return
         plain = {job.slot: job.held_out for job in due if job.rollouts is None}
-        results = self.engine.evaluate(plain) if plain else {}
+        by_row = [job.slot for job in due if job.compares_rows and job.rollouts is None and job.answers is None]
+        results = self.engine.evaluate(plain, **({"by_row": by_row} if by_row else {})) if plain else {}
         results |= {job.slot: job.rollouts.evaluate() for job in due if job.rollouts is not None}
-        asked = {job.slot: job.answers for job in due if job.answers is not None}
-        scores = score_answers(self.engine.base, self.engine.bank, asked) if asked else {}
+        scored = {job.slot: job.answers for job in due if job.answers is not None}
+        scores = self._score_answers(scored) if scored else {}
         for job in due:
-            result, own = results[job.slot], scores.get(job.slot, {})
+            result, answered = results[job.slot], scores.get(job.slot, Scored({}))
+            own = answered.metrics
             best = job.count_evaluation(result.loss, own.get(job.eval_metric))
             if best:
-                self.keeper.keep(job, "best")
+                job.progress.best_rows = _rows(result, answered) if job.compares_rows else None
+                self.keeper.save_adapter(job, "best")
             tokens = result.totals.get("tokens", 0.0)
             metrics = {**result.metrics, **own}
-            self._tell(EvalDone(job.name, job.progress.step, result.loss, tokens, best, metrics, job.eval_metric))
+            self._notify(EvalDone(job.name, job.progress.step, result.loss, tokens, best, metrics, job.eval_metric))
+
+    def _score_answers(self, asked: Mapping[int, HeldOutAnswers]) -> dict[int, Scored]:
+        """By one rank, since generated answers decide which adapter is the best for all of them."""
+        ranks = self.engine.lanes.ranks
+        if ranks.world == 1:
+            return score_answers(self.engine.base, self.engine.bank, asked)
+        found = agree(ranks, lambda: _told(score_answers(self.engine.base, self.engine.bank, asked)))
+        return {int(slot): Scored(own["metrics"], tuple(own["rows"])) for slot, own in found.items()}
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:
-            self.keeper.keep(job, "last")
-            if job.progress.best_step is None:  # nothing was held out: the last is the best there is
-                self.keeper.keep(job, "best")
-            kept = bytes_of_state(self.engine.jobs[job.slot].optimizer)
-            self._tell(JobFinished(job.name, job.progress.step, job.progress.finished or "done", kept))
+            self._notify(finish_job(self.engine, self.keeper, job))
 
     def _save(self) -> None:
-        self._tell(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))
+        self._notify(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))
 
-    @contextmanager
-    def _stop_on_interrupt(self) -> Iterator[None]:
-        """Ctrl-C lets the running step end and saves; a second one stops at once."""
+    def _tell_stop(self, text: str) -> None:
+        """Perhaps from a signal's handler, while a reporter is in the middle of a line."""
+        notice = Notice(text, "warning")
+        if self._telling:
+            self._pending_events.append(notice)
+        else:
+            self._notify(notice)
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            del number, frame
-            if self.stop_asked:
-                raise KeyboardInterrupt
-            self.stop_asked = True
-            notice = Notice("stopping after this step and saving; press Ctrl-C again to stop at once", "warning")
-            if self._telling:  # a reporter is in the middle of a line
-                self._to_tell.append(notice)
-            else:
-                self._tell(notice)
 
-        try:
-            before = signal.signal(signal.SIGINT, ask)
-        except ValueError:  # not in the main thread: whoever runs us there deals with interrupts
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+def _rows(result: Forwarded, answered: Scored) -> list[list[float]] | None:
+    """See `Progress.best_rows`: of the metric of answers where there is one, each answer with the same weight."""
+    if answered.rows:
+        number = len(answered.rows)
+        return [[value / number for value in answered.rows], [1.0] * number]
+    return result.rows and [list(result.rows.shares), list(result.rows.counts)]
+
+
+def finish_job(engine: Engine, keeper: CheckpointWriter, job: Job) -> JobFinished:
+    """Keep the adapter of a job that is over; what is to be told of it."""
+    keeper.save_adapter(job, "last")
+    if job.progress.best_step is None:  # nothing was held out: the last is the best there is
+        keeper.save_adapter(job, "best")
+    kept = bytes_of_state(engine.jobs[job.slot].optimizer)
+    return JobFinished(job.name, job.progress.step, job.progress.finished or "done", kept)
+
+
+def _following(steps: StepSource) -> Sequence[Segment]:
+    """The segments of the step after this one, where they are known."""
+    return steps.following() if isinstance(steps, LooksAhead) else ()
 
 
 def _as_rewarded(forwarded: Forwarded, metrics: dict[str, float]) -> Forwarded:
-    """What is minimised is minus the reward; the loss whose gradient does it is near 0 and says nothing."""
+    """What is minimized is minus the reward; the loss whose gradient does it is near 0 and says nothing."""
     shown = {**metrics, **forwarded.metrics, "policy_loss": forwarded.loss}
     return replace(forwarded, loss=-metrics["reward"], metrics=shown)
+
+
+def _told(scores: Mapping[int, Scored]) -> dict[str, dict[str, object]]:
+    return {str(slot): asdict(own) for slot, own in scores.items()}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 
 from lowrank.errors import ModelError
 
-_SAID = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory")
+_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory")
 """By torch's allocators of all devices and systems, and by the libraries it calls."""
 
 
@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """torch tells it by a class on a GPU and by words on a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _SAID)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MESSAGES)
 
 
 def give_back_unused() -> None:
@@ -26,10 +26,14 @@ def give_back_unused() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif hasattr(torch, "xpu") and torch.xpu.is_available():
+        torch.xpu.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 @contextmanager
-def in_plain_words(doing: str) -> Iterator[None]:
+def explain_out_of_memory(doing: str) -> Generator[None, None, None]:
     """Running out of memory in the block becomes a ModelError with the ways out; everything else passes."""
     try:
         yield
@@ -39,7 +43,8 @@ def in_plain_words(doing: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"out of memory while {doing}: {reason}\n"
-            "  what needs less: model.recompute: full or sqrt, a smaller data.max_length, a smaller adapter.rank, "
+            "  what needs less: model.activation_checkpointing: full or sqrt, a smaller data.max_length, a smaller "
+            "adapter.rank, "
             "fewer jobs at once, model.storage: nf4, a smaller base\n"
             "  `lowrank plan CONFIG` tells what takes how much; resume=true goes on from the last checkpoint"
         ) from None

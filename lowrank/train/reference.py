@@ -1,8 +1,8 @@
-"""Log-probabilities under the bare base, for objectives that compare with where they began.
+"""Log-probabilities of the reference model, the bare base, for objectives that compare with where they began.
 
 They come from the weights the run has anyway, with no adapter on them (slot -1), and are computed before the
 first update: once for all jobs on the same data, and kept on disk for the next run on it. Under one folder per
-model (a digest of its weights and configuration), a file holds a few hundred neighbouring segments and is named by
+model (a digest of its weights and configuration), a file holds a few hundred neighboring segments and is named by
 a digest of their tokens, so rows appended to a dataset leave the files before them valid.
 """
 
@@ -27,7 +27,7 @@ from lowrank.errors import ModelError
 from lowrank.kernels.cache_folder import cache_folder
 from lowrank.records import BARE_BASE, Segment
 from lowrank.train.engine import Engine
-from lowrank.train.job import Steps
+from lowrank.train.job import LooksAhead, StepSource
 
 _SEGMENTS_PER_FILE = 256
 _SAMPLED = 4096
@@ -63,26 +63,30 @@ def digest_of_model(model: torch.nn.Module) -> str:
 
 
 class References:
-    """Reference log-probabilities of segments, by their content. `folder`: where they are kept; None: nowhere."""
+    """Reference log-probabilities of segments, by their content. `folder`: where they are kept; None: nowhere. `slot`:
+    of the adapter that gives them; left out: none does."""
 
-    def __init__(self, engine: Engine, folder: Path | None) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, folder: Path | None, slot: int = BARE_BASE) -> None:
+        self._engine: Engine | None = engine
+        self._slot = slot
         self._folder = folder / digest_of_model(engine.base.model) if folder else None
+        sight = engine.base.sight
+        self._limits = f" {sight.processor.max_pixels} {sight.processor.min_pixels}" if sight else ""
         self._known: dict[bytes, np.ndarray] = {}
         """By a segment's key: float32 log-probabilities of the tokens that carry weight."""
         self.num_computed = self.num_found = 0
-        self.trouble: str | None = None
+        self.problem: str | None = None
         """Why nothing could be kept on disk."""
 
     def prepare(self, segments: Iterable[Segment], on_progress: OnProgress | None = None) -> None:
         """Know the references of all `segments`, from disk or computed. Must come before the base is trained."""
-        waiting = {_key(segment): segment for segment in segments}
+        waiting = {self._key(segment): segment for segment in segments}
         waiting = {key: segment for key, segment in waiting.items() if key not in self._known}
         total, done, computed, seconds = len(waiting), 0, 0, 0.0
         source = iter(waiting.items())
         while part := dict(islice(source, _SEGMENTS_PER_FILE)):
             started = time.perf_counter()
-            if not self._read(part):
+            if not self._known_to_all(self._read(part)):
                 self._compute(part)
                 self._write(part)
                 computed += len(part)
@@ -91,9 +95,14 @@ class References:
             if on_progress:
                 on_progress(done, total, (total - done) * seconds / computed if computed else 0.0)
 
+    def _known_to_all(self, known: bool) -> bool:
+        """Ranks compute together, also what some of them have found."""
+        assert self._engine is not None, "there are segments to be prepared"
+        return all(self._engine.lanes.ranks.exchange(known))
+
     def attach(self, segments: Sequence[Segment]) -> list[Segment]:
         """The segments, each with its `reference_L`. What is not known yet is computed now, and not kept."""
-        missing = {key: segment for segment in segments if (key := _key(segment)) not in self._known}
+        missing = {key: segment for segment in segments if (key := self._key(segment)) not in self._known}
         if missing:
             self._compute(missing)
         attached = [self._attached(segment) for segment in segments]
@@ -101,13 +110,21 @@ class References:
             del self._known[key]
         return attached
 
+    def _key(self, segment: Segment) -> bytes:
+        return _key(segment, self._limits)
+
+    def forget_model(self) -> None:
+        """Nothing more has to be computed: let go of the model."""
+        self._engine = None
+
     def _attached(self, segment: Segment) -> Segment:
         reference_L = np.zeros(len(segment), np.float32)
-        reference_L[segment.weight_L != 0] = self._known[_key(segment)]
+        reference_L[segment.weight_L != 0] = self._known[self._key(segment)]
         return replace(segment, reference_L=reference_L)
 
     def _compute(self, part: dict[bytes, Segment]) -> None:
-        scored = self._engine.logprobs(BARE_BASE, list(part.values()))
+        assert self._engine is not None, "a segment that was not among those that were prepared"
+        scored = self._engine.logprobs(self._slot, list(part.values()))
         for (key, segment), logprob_L in zip(part.items(), scored):
             self._known[key] = logprob_L[segment.weight_L != 0]
         self.num_computed += len(part)
@@ -134,7 +151,7 @@ class References:
 
     def _write(self, part: dict[bytes, Segment]) -> None:
         path = self._path(part)
-        if path is None or self.trouble:
+        if path is None or self.problem or (self._engine is not None and self._engine.lanes.ranks.rank):
             return
         logprob_K = torch.from_numpy(np.concatenate([self._known[key] for key in part]))
         try:
@@ -142,13 +159,13 @@ class References:
             with new_file(path) as partial:
                 write_tensors(partial, {"logprob": logprob_K})
         except OSError as error:
-            self.trouble = f"reference log-probabilities cannot be kept in {path.parent}: {error}"
+            self.problem = f"reference log-probabilities cannot be kept in {path.parent}: {error}"
 
 
 class ReferencedSteps:
     """A feed whose segments have their references with them."""
 
-    def __init__(self, steps: Steps, references: References) -> None:
+    def __init__(self, steps: StepSource, references: References) -> None:
         self._steps = steps
         self._references = references
 
@@ -158,8 +175,12 @@ class ReferencedSteps:
         return self._steps.epoch
 
     def next_step(self) -> list[Segment]:
-        """The segments of the next optimiser step."""
+        """The segments of the next optimizer step."""
         return self._references.attach(self._steps.next_step())
+
+    def following(self) -> Sequence[Segment]:
+        """The feed's own, without references."""
+        return self._steps.following() if isinstance(self._steps, LooksAhead) else ()
 
     def state(self) -> dict[str, Any]:
         """The feed's own."""
@@ -170,8 +191,9 @@ class ReferencedSteps:
         self._steps.load_state(state)
 
 
-def _key(segment: Segment) -> bytes:
-    """A digest of the tokens and of which of them carry weight."""
+def _key(segment: Segment, limits: str) -> bytes:
+    """A digest of the tokens, of which of them carry weight, and of the pictures, as `limits` make them."""
     tokens = np.ascontiguousarray(segment.token_L, np.int64).tobytes()
     carried = np.packbits(segment.weight_L != 0).tobytes()
-    return blake2b(tokens + carried, digest_size=16).digest()
+    seen = "" if segment.media is None else " ".join([*(each.digest for each in segment.media.pictures), limits])
+    return blake2b(tokens + carried + seen.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Steps of answers that a job gives itself: prompts are drawn from its feed, answered, judged, and become segments.
+"""Rollouts: prompts are drawn from the job's dataloader, answered, rewarded, and become segments.
 
     prompts --ask--> generator, for all jobs at once --> answers --judge--> segments with what was found out about them
 
@@ -9,6 +9,7 @@ part of it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,55 +19,113 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.errors import DataError
-from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.request import Answer, Config, Prompt
+from lowrank.generate.request import Answer, GenerationConfig, Prompt
 from lowrank.kernels.counter_random import key_of
 from lowrank.models.base import Base
 from lowrank.objectives import needs
-from lowrank.objectives.drawn import Drawing, Drawn, Judged, call_reward_function, reward_metrics, short_names
+from lowrank.objectives.rollout import (
+    RolloutBatch,
+    RolloutObjective,
+    RolloutTargets,
+    call_reward_function,
+    reward_metrics,
+    short_names,
+)
+from lowrank.ranks import agree
 from lowrank.records import BARE_BASE, Conversation, Prompted, Segment, number_the_step
-from lowrank.train.engine import Engine, Forwarded
-from lowrank.train.job import Steps
+from lowrank.train.engine import Engine
+from lowrank.train.job import StepSource
+from lowrank.train.lanes import Lanes, OneLane
+from lowrank.train.trained_job import Forwarded
 
 ROWS = 64
-"""Answers in the making at once, of all jobs together."""
+"""Answers in progress at once, of all jobs together."""
 
 
-class Answering:
-    """The generator that all jobs of a run share. Its cache is only there while somebody is answered."""
+@dataclass
+class Asked:
+    """A question, and once `RolloutGenerator.finish` was called, its answer."""
 
-    def __init__(self, base: Base, bank: Bank) -> None:
-        self._base, self._bank = base, bank
+    prompt: Prompt
+    config: GenerationConfig
+    stop_tokens: frozenset[int]
+    answer: Answer
+
+
+_NO_ANSWER = Answer([], "", "error", "nobody was asked yet")
+
+
+class RolloutGenerator:
+    """The generator that all jobs of a run share. Its cache is only there while somebody is answered.
+
+    Questions are dealt into lanes like the work of a step (train/lanes.py), each with all its repetitions, and a lane
+    is answered by itself: what is drawn does not depend on the number of ranks.
+    """
+
+    def __init__(self, base: Base, bank: Bank, lanes: Lanes | None = None) -> None:
+        self._base, self._bank, self._lanes = base, bank, lanes or OneLane()
         self._longest = 1
         self._generator: Generator | None = None
-        self.notice: str | None = None
+        self._waiting: list[Asked] = []
 
     def reserve(self, tokens: int) -> None:
-        """There will be prompts that have, with their answers, up to so many tokens."""
-        self._longest = max(self._longest, tokens)
+        """There will be prompts that have, with their answers, up to so many tokens. Between steps, when nobody is
+        being answered."""
+        if tokens > self._longest:
+            self._longest, self._generator = tokens, None
 
-    def ask(self, prompt: Prompt, config: Config, stop_tokens: frozenset[int]) -> Generation:
+    def submit(self, prompt: Prompt, config: GenerationConfig, stop_tokens: frozenset[int]) -> Asked:
         """It is answered when somebody calls `finish`."""
-        if self._generator is None:
-            room = ROWS * (self._longest + 32)
-            self._generator = Generator(self._base, self._bank, GeneratorConfig(max_rows=ROWS, cache_tokens=room))
-            self.notice = self._generator.notice
-        return self._generator.submit(prompt, config, stop_tokens=stop_tokens)
+        asked = Asked(prompt, config, stop_tokens, _NO_ANSWER)
+        self._waiting.append(asked)
+        return asked
 
     def finish(self) -> None:
         """Answer everybody, and give the memory of the cache back: weights change before the next question."""
-        if self._generator is not None and self._generator.busy:
-            while self._generator.step():
-                pass
-            self._generator.rest()
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        lane_of = _lanes_of([each.prompt for each in waiting], self._lanes.count)
+        for lane in self._lanes.own:
+            self._answer([each for each, its in zip(waiting, lane_of) if its == lane])
+        if self._lanes.ranks.world > 1:
+            own = [dataclasses.asdict(each.answer) if its in self._lanes.own else None
+                   for each, its in zip(waiting, lane_of)]  # fmt: skip
+            told = self._lanes.ranks.exchange(own)
+            for place, each in enumerate(waiting):
+                each.answer = Answer(**next(of_rank[place] for of_rank in told if of_rank[place] is not None))
+
+    def _answer(self, waiting: Sequence[Asked]) -> None:
+        if not waiting:
+            return
+        if self._generator is None:
+            room = ROWS * (self._longest + 32)
+            self._generator = Generator(self._base, self._bank, GeneratorConfig(max_num_seqs=ROWS, cache_tokens=room))
+        answering = [self._generator.submit(each.prompt, each.config, stop_tokens=each.stop_tokens) for each in waiting]
+        while self._generator.step():
+            pass
+        self._generator.free_kv_cache()
+        for each, generation in zip(waiting, answering):
+            each.answer = generation.answer
+
+
+def _lanes_of(prompts: Sequence[Prompt], lanes: int) -> list[int]:
+    """In turns; a question that is asked several times in a row is one."""
+    found: list[int] = []
+    turn = -1
+    for before, prompt in zip([None, *prompts], prompts):
+        again = before is not None and before.slot == prompt.slot and np.array_equal(before.token_L, prompt.token_L)
+        turn += not again
+        found.append(turn % lanes)
+    return found
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Where a job's questions come from. `held_out` are asked at evaluations; `longest` is the most tokens of one."""
 
-    train: Steps
+    train: StepSource
     held_out: Sequence[Segment]
     longest: int
     stop_tokens: frozenset[int]
@@ -91,23 +150,24 @@ class Rollouts:
         engine: Engine,
         slot: int,
         prompts: Prompts,
-        answering: Answering,
+        answering: RolloutGenerator,
         seed: int,
         reward_model: RewardModel | None = None,
     ) -> None:
         """DataError for prompts that the model cannot read whole."""
         objective: Any = engine.jobs[slot].objective
-        self._objective: Drawing = objective
+        self._objective: RolloutObjective = objective
         self._engine, self._slot, self._prompts, self._answering, self._seed = engine, slot, prompts, answering, seed
         self._reward_model = reward_model
         settings = self._objective.settings
-        reach = engine.bank.reach(slot)
+        reach = engine.bank.max_positions(slot)
         if reach is not None and prompts.longest >= reach:
             raise DataError(
-                f"a prompt has {prompts.longest} tokens and the model reads {reach}; set data.max_length below {reach}"
+                f"a prompt has {prompts.longest} tokens and the model's maximum context length is {reach}; set "
+                f"data.max_length below {reach}"
             )
         answering.reserve(engine.bank.num_virtual(slot) + prompts.longest + settings.max_completion_length)
-        self._config = Config(
+        self._config = GenerationConfig(
             max_new_tokens=settings.max_completion_length,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -118,7 +178,7 @@ class Rollouts:
         self._used = 0
         """Steps taken on the present one."""
         self._segments: list[Segment] = []
-        self._asked: list[tuple[Segment, Generation]] = []
+        self._submitted: list[tuple[Segment, Asked]] = []
         self._fresh = False
         """The answers are there and no step was taken on them."""
         self._before: dict[str, Any] = {}
@@ -130,26 +190,31 @@ class Rollouts:
         """The prompts' own."""
         return self._prompts.train.epoch
 
-    def ask(self) -> None:
+    @property
+    def reward_slot(self) -> int | None:
+        """The slot of the reward model, which nobody else uses."""
+        return None if self._reward_model is None else self._reward_model.slot
+
+    def submit(self) -> None:
         """Put the questions of the next step, if it has new ones."""
-        if self._used or self._asked or self._fresh:
+        if self._used or self._submitted or self._fresh:
             return
         self._before = self.state()
         prompts = [segment for segment in self._prompts.train.next_step() for _ in range(self._objective.group)]
         for place, segment in enumerate(prompts):
             seed = key_of(self._seed, "answers", self._batch, place)
-            self._asked.append((segment, self._submit(segment, self._config.model_copy(update={"seed": seed}))))
+            self._submitted.append((segment, self._submit(segment, self._config.model_copy(update={"seed": seed}))))
 
     def answer(self) -> None:
         """Have what was asked answered and judged. ConfigError if a reward function fails; nothing is lost then."""
-        if self._asked:
+        if self._submitted:
             self._answering.finish()
-            self._segments = self._judged(self._asked)
-            self._asked, self._fresh = [], True
+            self._segments = self._judged(self._submitted)
+            self._submitted, self._fresh = [], True
 
     def next_step(self) -> list[Segment]:
-        """The segments of the next optimiser step, numbered."""
-        self.ask()
+        """The segments of the next optimizer step, numbered."""
+        self.submit()
         self.answer()
         if self._fresh:
             self._batch, self._fresh = self._batch + 1, False
@@ -171,7 +236,7 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """Plain JSON for `load_state`. Of questions no step was taken on, nothing: they are asked again."""
-        if self._asked or self._fresh:
+        if self._submitted or self._fresh:
             return self._before
         kept = [_as_json(segment) for segment in self._segments] if self._used else []
         return {
@@ -185,17 +250,17 @@ class Rollouts:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self._prompts.train.load_state(state["prompts"])
-        self._batch, self._used, self._asked, self._fresh = state["batch"], state["used"], [], False
+        self._batch, self._used, self._submitted, self._fresh = state["batch"], state["used"], [], False
         self.metrics = dict(state["metrics"])
         self._segments = number_the_step([_from_json(each) for each in state["answers"]])
 
-    def _submit(self, segment: Segment, config: Config) -> Generation:
+    def _submit(self, segment: Segment, config: GenerationConfig) -> Asked:
         prompt = Prompt(segment.token_L.astype(np.int64), self._slot)
-        return self._answering.ask(prompt, config, self._prompts.stop_tokens)
+        return self._answering.submit(prompt, config, self._prompts.stop_tokens)
 
-    def _judged(self, asked: Sequence[tuple[Segment, Generation]]) -> list[Segment]:
+    def _judged(self, asked: Sequence[tuple[Segment, Asked]]) -> list[Segment]:
         drawn, metrics = self._rewarded(asked)
-        answers = [generation.answer for _, generation in asked]
+        answers = [each.answer for _, each in asked]
         segments = [_with_answer(segment, answer) for (segment, _), answer in zip(asked, answers)]
         drawn.answer = [segment.weight_L != 0 for segment in segments]
         if needs(self._objective, "token_values"):  # a token's is the one where it is predicted: one place before
@@ -209,18 +274,22 @@ class Rollouts:
         failed_N = np.array([answer.finish == "error" for answer in answers])
         return number_the_step(_attached(segments, drawn, judged, failed_N))
 
-    def _rewarded(self, asked: Sequence[tuple[Segment, Generation]]) -> tuple[Drawn, dict[str, float]]:
-        answers = [generation.answer for _, generation in asked]
+    def _rewarded(self, asked: Sequence[tuple[Segment, Asked]]) -> tuple[RolloutBatch, dict[str, float]]:
+        answers = [each.answer for _, each in asked]
         settings = self._objective.settings
         arguments = self._arguments([segment for segment, _ in asked], answers)
-        given = [call_reward_function(name, len(asked), arguments) for name in settings.reward_funcs]
+        judged = agree(  # by one rank: a judge may be a program that costs money, or that judges otherwise each time
+            self._engine.lanes.ranks,
+            lambda: [call_reward_function(name, len(asked), arguments).tolist() for name in settings.reward_funcs],
+        )
+        given = [np.array(each, np.float64) for each in judged]
         names, weights = short_names(settings.reward_funcs), list(settings.reward_weights or [1.0] * len(given))
         if self._reward_model is not None:
             segments = [_with_answer(segment, answer) for (segment, _), answer in zip(asked, answers)]
             values = self._engine.values(self._reward_model.slot, segments, self._reward_model.value_D)
             given.append(np.array([value_L[-1] for value_L in values], np.float64))
             names, weights = [*names, "reward_model"], [*weights, 1.0]
-        drawn = Drawn(
+        drawn = RolloutBatch(
             np.stack(given, axis=1),
             np.array(weights),
             np.array([answer.finish == "length" for answer in answers]),
@@ -230,7 +299,7 @@ class Rollouts:
 
     def _arguments(self, segments: Sequence[Segment], answers: Sequence[Answer]) -> dict[str, list[Any]]:
         """What reward functions are called with, as TRL calls them for conversations."""
-        asked = [_asked(segment) for segment in segments]
+        asked = [_as_generated(segment) for segment in segments]
         tokenizer = self._engine.base.tokenizer
         texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
         names = {name: None for each in asked for name in each.columns}
@@ -245,20 +314,20 @@ class Rollouts:
 
 
 def steps_on_one_batch(objective: Any) -> int:
-    """Optimiser steps on what a feed gives at once: more than one only where an objective uses answers again."""
+    """Optimizer steps on what a feed gives at once: more than one only where an objective uses answers again."""
     return objective.steps_per_batch if needs(objective, "rollouts") else 1
 
 
-def rehearsal(objective: Any, prompts: Sequence[Segment]) -> list[Segment]:
+def worst_case_step(objective: Any, prompts: Sequence[Segment]) -> list[Segment]:
     """The heaviest step that answers to `prompts` can make: each as long as it may be. For planning memory."""
-    drawing: Drawing = objective
+    drawing: RolloutObjective = objective
     longest = drawing.settings.max_completion_length
     segments = []
     for prompt in prompts:
         token_L = np.concatenate([prompt.token_L, np.zeros(longest, prompt.token_L.dtype)])
         weight_L = np.concatenate([np.zeros(len(prompt)), np.ones(longest)]).astype(np.float32)
         segments += [Segment(token_L, weight_L)] * drawing.group
-    drawn = Drawn(
+    drawn = RolloutBatch(
         np.zeros((len(segments), 1)), np.ones(1), np.zeros(len(segments), bool), np.full(len(segments), longest)
     )
     known = [np.zeros(len(segment), np.float32) for segment in segments]
@@ -270,7 +339,7 @@ def rehearsal(objective: Any, prompts: Sequence[Segment]) -> list[Segment]:
     return number_the_step(_attached(segments, drawn, judged, np.zeros(len(segments), bool)))
 
 
-def _asked(segment: Segment) -> Prompted:
+def _as_generated(segment: Segment) -> Prompted:
     assert segment.asked is not None, "a segment of the prompts' feed that asks nothing"
     return segment.asked
 
@@ -281,13 +350,15 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 def _with_answer(prompt: Segment, answer: Answer) -> Segment:
     """Prompt and answer, the end of turn included if the model drew it: the answer's tokens carry weight."""
-    said = [*answer.tokens, *([] if answer.stop_token is None else [answer.stop_token])]
-    token_L = np.concatenate([prompt.token_L, np.asarray(said, prompt.token_L.dtype)])
-    weight_L = np.concatenate([np.zeros(len(prompt)), np.ones(len(said))]).astype(np.float32)
+    described = [*answer.tokens, *([] if answer.stop_token is None else [answer.stop_token])]
+    token_L = np.concatenate([prompt.token_L, np.asarray(described, prompt.token_L.dtype)])
+    weight_L = np.concatenate([np.zeros(len(prompt)), np.ones(len(described))]).astype(np.float32)
     return Segment(token_L, weight_L)
 
 
-def _attached(segments: Sequence[Segment], drawn: Drawn, judged: Judged, failed_N: np.ndarray) -> list[Segment]:
+def _attached(
+    segments: Sequence[Segment], drawn: RolloutBatch, judged: RolloutTargets, failed_N: np.ndarray
+) -> list[Segment]:
     """The segments with what was found out. An adapter that gave NaN gets NaN back, so that its step is skipped."""
     attached = []
     for place, segment in enumerate(segments):

@@ -9,7 +9,10 @@ import peft
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.bottleneck import BottleneckSettings
 from lowrank.adapters.prompts import PromptSettings
+from lowrank.adapters.routing import ForwardContext
+from lowrank.adapters.variants.pissa import Shifted
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.models.base import Base
@@ -17,20 +20,25 @@ from lowrank.settings import configs_in
 from tests.tiny_models import make_model
 
 ALL: dict[str, Any] = configs_in("lowrank.adapters.variants")
-VARIANTS = {name: config for name, config in ALL.items() if not issubclass(config, PromptSettings)}
+VARIANTS = {
+    name: config for name, config in ALL.items() if not issubclass(config, (PromptSettings, BottleneckSettings))
+}
 """Those that change layers."""
 TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
-SHIFTED = ("pissa", "olora")
+SHIFTED = [name for name, config in VARIANTS.items() if isinstance(config().build(), Shifted)]
+"""Those that PEFT trains on a base it has altered."""
 
 
 def config_of(name: str, family: str = "llama") -> Any:
-    """Different ranks where the method has them."""
+    """Different ranks, and alphas, where the method has them."""
     own: dict[str, Any] = {"rank": 4, "alpha": 6.0}
-    if name == "oft":
+    if "block_size" in VARIANTS[name].model_fields:
         own["block_size"] = 8
     elif "rank_pattern" not in VARIANTS[name].refused:
         names = ("c_attn", "c_fc") if family == "gpt2" else ("v_proj", "o_proj")
-        own |= {"rank_pattern": {names[0]: 2}, "alpha_pattern": {names[1]: 3.0}}
+        own["rank_pattern"] = {names[0]: 2}
+        if "alpha_pattern" not in VARIANTS[name].refused:
+            own["alpha_pattern"] = {names[1]: 3.0}
     return VARIANTS[name](**own)
 
 
@@ -45,8 +53,8 @@ def moved(bank: Bank, slot: int, size: float = 0.2) -> None:
 
 @torch.no_grad()
 def logits(bank: Bank, slot: int) -> torch.Tensor:
-    bank.routing.set(TOKEN.numel(), ((slot, 0, TOKEN.numel()),))
-    return bank.base.model(TOKEN).logits
+    with bank.routing.using(ForwardContext(TOKEN.numel(), ((slot, 0, TOKEN.numel()),))):
+        return bank.base.model(TOKEN).logits
 
 
 def on_disk(bank: Bank, slot: int) -> AdapterOnDisk:

@@ -13,20 +13,20 @@ import pytest
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.variants.adalora import Config as AdaLora
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.adalora import AdaLoraConfig
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optimizer
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
-from lowrank.objectives.sft import Config as Sft
+from lowrank.objectives.sft import SFTConfig
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.adapters.peft_twins import TOKEN, logits, on_disk
 from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_model, random_step
 
 STEPS = 50
-OURS = AdaLora(rank=6, target_r=3, alpha=9, tinit=5, tfinal=0.3, deltaT=4, target_modules=("q_proj", "up_proj"))
+OURS = AdaLoraConfig(rank=6, target_r=3, alpha=9, tinit=5, tfinal=0.3, deltaT=4, target_modules=("q_proj", "up_proj"))
 RATE = 3e-2
 
 
@@ -53,7 +53,7 @@ def engine_with(*configs: Any) -> tuple[Engine, list[int]]:
     engine = Engine(base, Bank(base), 4096)
     slots = [engine.bank.add(config, seed=seed) for seed, config in enumerate(configs)]
     for slot in slots:
-        engine.add(slot, Sft().build(), AdamW(learning_rate=RATE), 0, 0.0, STEPS)
+        engine.add(slot, SFTConfig().build(), AdamWConfig(learning_rate=RATE), 0, 0.0, STEPS)
     return engine, slots
 
 
@@ -81,7 +81,7 @@ def peer(ours: dict[str, torch.nn.Parameter]) -> tuple[Any, dict[str, torch.nn.P
 
 def test_fifty_steps_with_the_allocator_equal_pefts(tmp_path: Path) -> None:
     """Weights, which ranks are left, and the files both write in the end; a LoRA job beside it."""
-    engine, slots = engine_with(Lora(rank=4), OURS)
+    engine, slots = engine_with(LoraConfig(rank=4), OURS)
     ours = engine.bank.parameters(slots[1])
     twin, theirs = peer(ours)
     optimizer = torch.optim.AdamW([theirs[key] for key in ours], lr=RATE, weight_decay=0.0)
@@ -179,13 +179,13 @@ def test_files_hold_what_was_evaluated_at_any_step(tmp_path: Path) -> None:
 
 
 def test_a_job_too_short_for_its_schedule_is_refused() -> None:
-    assert OURS.trouble_in(50) is None
-    assert "none in which ranks fall" in (OURS.trouble_in(7) or "")
-    assert AdaLora().trouble_in(10) is None
+    assert OURS.schedule_problem(50) is None
+    assert "none in which ranks fall" in (OURS.schedule_problem(7) or "")
+    assert AdaLoraConfig().schedule_problem(10) is None
     with pytest.raises(ValueError, match="target_r: 9 is more than the rank of 8"):
-        AdaLora(rank=8, target_r=9)
+        AdaLoraConfig(rank=8, target_r=9)
     with pytest.raises(ValueError, match="rank_pattern: AdaLoRA finds the ranks itself"):
-        AdaLora(rank_pattern={"q_proj": 2})
+        AdaLoraConfig(rank_pattern={"q_proj": 2})
 
 
 def test_adapters_that_are_broken_are_refused(tmp_path: Path) -> None:

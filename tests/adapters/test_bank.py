@@ -11,12 +11,13 @@ import torch
 from transformers import Trainer
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
-from lowrank.objectives.sft import Config as Sft
+from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.adapters.variant_cases import GainConfig
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import make_base, make_engine, make_model, random_step
@@ -69,8 +70,8 @@ def test_heads_embeddings_and_copies_train_like_peft(choice: str, model: str) ->
         settings = {key: [renamed.get(name, name) for name in names] for key, names in settings.items()}
     tolerance = loosely_scaled(family)
     base = make_base(family, tie_word_embeddings=tied)
-    neighbour = {"target_modules": ("k_proj",), "modules_to_save": settings.get("modules_to_save", ())}
-    engine, (other, slot) = make_engine(base, Lora(rank=2, **neighbour), Lora(rank=3, alpha=6, **settings))
+    neighbor = {"target_modules": ("k_proj",), "modules_to_save": settings.get("modules_to_save", ())}
+    engine, (other, slot) = make_engine(base, LoraConfig(rank=2, **neighbor), LoraConfig(rank=3, alpha=6, **settings))
     ours = engine.bank.parameters(slot)
     move(ours, 1)
     move(engine.bank.parameters(other), 2)
@@ -97,7 +98,7 @@ def test_heads_embeddings_and_copies_train_like_peft(choice: str, model: str) ->
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_norms_of_heads_when_there_are_as_many_tokens_as_heads(family: str) -> None:
     """Gemma norms queries as (1, H, T, d), Qwen as (1, T, H, d): rows must go to their slot in both."""
-    config = Lora(rank=2, target_modules=("q_proj",), modules_to_save=("q_norm", "k_norm"))
+    config = LoraConfig(rank=2, target_modules=("q_proj",), modules_to_save=("q_norm", "k_norm"))
     engine, slots = make_engine(make_base(family), config, config)
     work = {slot: random_step(slot, [2]) for slot in slots}  # 4 tokens, 4 heads
     for slot in slots:
@@ -111,11 +112,32 @@ def test_norms_of_heads_when_there_are_as_many_tokens_as_heads(family: str) -> N
             torch.testing.assert_close(parameter.grad, gradients[slot][name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "qwen3"])
+def test_copies_of_lean_norms_train_like_peft(family: str) -> None:
+    """In float32, where `float()` of what a norm has read is no copy of it; other slots read the same rows."""
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    base = make_base(family, torch.float32)
+    assert use_memory_efficient_modules(base.model)
+    engine, (other, slot) = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=3, alpha=6, **settings))
+    ours = engine.bank.parameters(slot)
+    assert sum("norm" in name for name in ours) > 4
+    move(ours, 1)
+    engine.bank.refresh(slot)
+    twin, theirs = peft_twin(make_model(family, torch.float32), ours, r=3, lora_alpha=6, **settings)
+    work = {slot: random_step(0, [5, 9, 14]), other: random_step(50, [4, 11])}
+    loss = plain_loss(twin, work[slot])
+    loss.backward()
+    assert engine.forward_backward(work)[slot].loss == pytest.approx(loss.item(), abs=1e-5)
+    for name, parameter in ours.items():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_copies_leave_the_base_and_each_other_alone() -> None:
     base = make_base("llama")
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     copies = ("lm_head", "embed_tokens", "norm")
-    engine, slots = make_engine(base, *[Lora(rank=2, modules_to_save=copies)] * 2, learning_rate=1e-2)
+    engine, slots = make_engine(base, *[LoraConfig(rank=2, modules_to_save=copies)] * 2, learning_rate=1e-2)
     started = {name: value.detach().clone() for name, value in engine.bank.parameters(slots[1]).items()}
     engine.forward_backward({slots[0]: random_step(0, [12, 9])})
     engine.optim_step(slots[0], 1e-2)
@@ -129,7 +151,9 @@ def test_copies_leave_the_base_and_each_other_alone() -> None:
 
 
 def test_a_copy_is_kept_in_float32_under_a_bfloat16_base() -> None:
-    engine, (slot,) = make_engine(make_base("llama", torch.bfloat16), Lora(rank=2, modules_to_save=("lm_head", "norm")))
+    engine, (slot,) = make_engine(
+        make_base("llama", torch.bfloat16), LoraConfig(rank=2, modules_to_save=("lm_head", "norm"))
+    )
     assert {value.dtype for value in engine.bank.parameters(slot).values()} == {torch.float32}
     losses = []
     for _ in range(5):
@@ -143,9 +167,9 @@ def test_a_copy_is_kept_in_float32_under_a_bfloat16_base() -> None:
 def test_noise_adapters_and_copies_of_the_embedding_live_together(family: str, first_noise: bool) -> None:
     """Whichever job comes first: each job computes what it computes alone."""
     kinds = {
-        "copy": Lora(rank=2, target_modules=("q_proj",), modules_to_save=("embed_tokens",)),
-        "adapter": Lora(rank=2, target_modules=("q_proj", "embed_tokens")),
-        "plain": Lora(rank=2, target_modules=("q_proj",)),
+        "copy": LoraConfig(rank=2, target_modules=("q_proj",), modules_to_save=("embed_tokens",)),
+        "adapter": LoraConfig(rank=2, target_modules=("q_proj", "embed_tokens")),
+        "plain": LoraConfig(rank=2, target_modules=("q_proj",)),
     }
     for order in (["copy", "adapter", "plain"], ["adapter", "plain", "copy"], ["plain", "copy", "adapter"]):
         bank = Bank(make_base(family))
@@ -156,7 +180,7 @@ def test_noise_adapters_and_copies_of_the_embedding_live_together(family: str, f
         for kind in order:
             slot = bank.add(kinds[kind], seed=3)
             move(bank.parameters(slot), 7)
-            engine.add(slot, Sft().build(), AdamW(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
+            engine.add(slot, SFTConfig().build(), AdamWConfig(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
             work[slot] = random_step(len(kind), [6, 12])
         together = engine.forward_backward(work)
         for slot, kind in enumerate(order):
@@ -164,7 +188,7 @@ def test_noise_adapters_and_copies_of_the_embedding_live_together(family: str, f
             alone.bank.remove(own)
             assert alone.bank.add(kinds[kind], seed=3) == own
             move(alone.bank.parameters(own), 7)
-            alone.add(own, Sft().build(), AdamW(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
+            alone.add(own, SFTConfig().build(), AdamWConfig(), seed=5, neftune_alpha=5.0 if kind == "copy" else 0.0)
             expected = alone.forward_backward({own: work[slot]})[own]
             assert together[slot].loss == pytest.approx(expected.loss, abs=1e-12), (order, kind)
             assert bank.parameters(slot).keys() == alone.bank.parameters(own).keys()
@@ -174,7 +198,7 @@ def test_noise_adapters_and_copies_of_the_embedding_live_together(family: str, f
 
 
 def test_a_freed_slot_is_used_again_and_its_memory_given_back() -> None:
-    config = Lora(rank=2, target_modules=("q_proj", "embed_tokens"), modules_to_save=("norm",))
+    config = LoraConfig(rank=2, target_modules=("q_proj", "embed_tokens"), modules_to_save=("norm",))
     engine, slots = make_engine(make_base("llama"), config, config, config)
     assert slots == [0, 1, 2]
     kept = {name: value.detach().clone() for name, value in engine.bank.parameters(2).items()}
@@ -190,16 +214,29 @@ def test_a_freed_slot_is_used_again_and_its_memory_given_back() -> None:
     alone, _ = make_engine(make_base("llama"), config, config, config)
     work = {2: random_step(2, [8, 5])}
     assert engine.forward_backward(work)[2].loss == alone.forward_backward(work)[2].loss
-    assert engine.bank.add(Lora(rank=5), seed=9) == 1
+    assert engine.bank.add(LoraConfig(rank=5), seed=9) == 1
     for name, value in engine.bank.parameters(2).items():
         assert torch.equal(value, kept[name])
 
 
+def test_a_base_has_one_bank() -> None:
+    """Layers route by the bank that wrapped them: another one's adapters would train, and change nothing."""
+    base = make_base("llama")
+    first, second = Bank(base), Bank(base)
+    first.add(LoraConfig(rank=2), seed=0)
+    with pytest.raises(ModelError, match="the adapters of another Bank are in its layers already"):
+        second.add(LoraConfig(rank=2), seed=0)
+    first.add(LoraConfig(rank=2), seed=1)
+
+
 def test_the_start_depends_on_seed_and_name_alone() -> None:
     first, second = Bank(make_base("llama")), Bank(make_base("qwen2"))
-    first.add(Lora(rank=3), seed=8)
-    one, other = first.add(Lora(rank=4, target_modules=("q_proj",)), seed=7), second.add(Lora(rank=4), seed=7)
-    third = second.add(Lora(rank=4), seed=8)
+    first.add(LoraConfig(rank=3), seed=8)
+    one, other = (
+        first.add(LoraConfig(rank=4, target_modules=("q_proj",)), seed=7),
+        second.add(LoraConfig(rank=4), seed=7),
+    )
+    third = second.add(LoraConfig(rank=4), seed=8)
     name = "model.layers.1.self_attn.q_proj.lora_A.weight"
     torch.random.manual_seed(99)
     assert torch.equal(first.parameters(one)[name], second.parameters(other)[name])
@@ -209,7 +246,7 @@ def test_the_start_depends_on_seed_and_name_alone() -> None:
 
 def test_load_lists_everything_that_does_not_fit_and_changes_nothing() -> None:
     bank = Bank(make_base("llama"))
-    slot = bank.add(Lora(rank=2, target_modules=("q_proj",)), seed=0)
+    slot = bank.add(LoraConfig(rank=2, target_modules=("q_proj",)), seed=0)
     before = {name: value.detach().clone() for name, value in bank.parameters(slot).items()}
     tensors = {name: value + 1 for name, value in before.items()}
     missing, wrong, *_ = tensors
@@ -228,7 +265,7 @@ def test_load_lists_everything_that_does_not_fit_and_changes_nothing() -> None:
 
 def test_load_refreshes_the_working_copies() -> None:
     bank = Bank(make_base("llama", torch.bfloat16))
-    slot = bank.add(Lora(rank=2, target_modules=("q_proj",)), seed=0)
+    slot = bank.add(LoraConfig(rank=2, target_modules=("q_proj",)), seed=0)
     bank.load(slot, {name: torch.full_like(value, 0.3) for name, value in bank.parameters(slot).items()})
     for layer in bank.slots[slot].layers.values():
         for copied in layer.copies or ():
@@ -247,7 +284,7 @@ def test_load_refreshes_the_working_copies() -> None:
 )
 def test_what_cannot_be_attached(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        Bank(make_base("llama")).add(Lora(rank=2, **settings), seed=0)
+        Bank(make_base("llama")).add(LoraConfig(rank=2, **settings), seed=0)
 
 
 def test_variants_that_are_no_low_rank_update_stay_off_heads_and_embeddings() -> None:
@@ -260,8 +297,8 @@ def test_variants_that_are_no_low_rank_update_stay_off_heads_and_embeddings() ->
 @pytest.mark.parametrize("copy_first", [False, True])
 def test_one_job_adapts_what_another_copies(layer: str, copy_first: bool) -> None:
     """Refused by name, in either order, and the bank is as before."""
-    copies = Lora(rank=2, target_modules=("k_proj",), modules_to_save=(layer,))
-    adapts = Lora(rank=2, target_modules=("k_proj", layer))
+    copies = LoraConfig(rank=2, target_modules=("k_proj",), modules_to_save=(layer,))
+    adapts = LoraConfig(rank=2, target_modules=("k_proj", layer))
     bank = Bank(make_base("llama"))
     bank.add(copies if copy_first else adapts, seed=0)
     with pytest.raises(ModelError, match=f"{layer}: one job adapts it and another trains a copy"):
@@ -277,8 +314,8 @@ def test_full_parameter_tuning_is_a_plain_torch_loop(tied: bool, dtype: torch.dt
     base = make_base("llama", dtype, tie_word_embeddings=tied)
     base.model.requires_grad_(True)
     engine = Engine(base, Bank(base), micro_batch_tokens=30)
-    settings = AdamW(weight_decay=0.1, max_grad_norm=0.5)
-    engine.add(BARE_BASE, Sft().build(), settings, seed=0, neftune_alpha=0.0)
+    settings = AdamWConfig(weight_decay=0.1, max_grad_norm=0.5)
+    engine.add(BARE_BASE, SFTConfig().build(), settings, seed=0, neftune_alpha=0.0)
     twin = make_model("llama", dtype, tie_word_embeddings=tied).requires_grad_(True)
     assert ("lm_head.weight" in engine.jobs[BARE_BASE].parameters) is not tied
     decayed = Trainer.get_decay_parameter_names(None, twin)  # type: ignore[arg-type]  # asks nothing of the trainer
@@ -314,7 +351,7 @@ def test_full_parameter_tuning_hears_neftune() -> None:
         base = make_base("llama")
         base.model.requires_grad_(True)
         engine = Engine(base, Bank(base), 4096)
-        engine.add(BARE_BASE, Sft().build(), AdamW(), seed=0, neftune_alpha=alpha)
+        engine.add(BARE_BASE, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=alpha)
         work = {BARE_BASE: random_step(0, [9, 20])}
         losses.append((engine.forward_backward(work)[BARE_BASE].loss, engine.evaluate(work)[BARE_BASE].loss))
         table = engine.jobs[BARE_BASE].parameters["model.embed_tokens.weight"]

@@ -15,24 +15,24 @@ from peft.tuners.lora import EvaConfig
 from peft.utils.incremental_pca import IncrementalPCA
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.variants import eva
 from lowrank.adapters.variants.eva import Components
-from lowrank.adapters.variants.eva import Config as Eva
-from lowrank.data.feed import Config as FeedConfig
-from lowrank.data.feed import Feed
+from lowrank.adapters.variants.eva import EvaConfig as Eva
+from lowrank.data.batching.dataloader import DataConfig, DataLoader
 from lowrank.models.base import Base
-from lowrank.models.streaming import pack_in_place
+from lowrank.models.loading.quantize_on_load import pack_in_place
 from lowrank.records import Segment
 from lowrank.settings import configs_in
+from lowrank.train.calibration_pass import calibration_passes
 from lowrank.train.engine import Engine
-from lowrank.train.first_looks import first_looks
 from tests.tiny_models import make_base, make_model, random_step
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
-def feed_of(segments: list[Segment], batch_size: int) -> Feed:
-    return Feed([[segment] for segment in segments], FeedConfig(batch_size=batch_size), seed=0)  # type: ignore[arg-type]
+def feed_of(segments: list[Segment], batch_size: int) -> DataLoader:
+    return DataLoader([[segment] for segment in segments], DataConfig(batch_size=batch_size), seed=0)  # type: ignore[arg-type]
 
 
 def by_input(ranks: dict[str, int]) -> dict[str, list[int]]:
@@ -67,7 +67,7 @@ def test_ranks_and_directions_are_pefts(rho: float, use_label_mask: bool, monkey
     base.settle("packed")
     engine = Engine(base, Bank(base), 4096)
     ours: Any = Eva(rank=4, rho=rho, use_label_mask=use_label_mask, target_modules=TARGETS)
-    slot = engine.bank.add(ours, seed=0, looks=lambda: first_looks(engine, feed_of(step, 3)))
+    slot = engine.bank.add(ours, seed=0, looks=lambda: calibration_passes(engine, feed_of(step, 3)))
     found = engine.bank.slots[slot]
     ranks = {name: rank for name, (rank, _) in found.ranks.items()}
     assert by_input({name: len(rows) for name, rows in theirs.items()}) == by_input(ranks)
@@ -89,10 +89,10 @@ def test_components_of_batches_are_those_of_all_rows() -> None:
     components = Components(24)
     for part in x_ND.split([150, 50, 200, 200]):
         components.add(part)
-    centred = (x_ND - x_ND.mean(0)).double()
-    _, strength, right = torch.linalg.svd(centred, full_matrices=False)
+    centered = (x_ND - x_ND.mean(0)).double()
+    _, strength, right = torch.linalg.svd(centered, full_matrices=False)
     torch.testing.assert_close(
-        components.explained_C.double(), strength.square() / centred.square().sum(), rtol=1e-4, atol=1e-6
+        components.explained_C.double(), strength.square() / centered.square().sum(), rtol=1e-4, atol=1e-6
     )
     cosine = (components.direction_CD.double() * right).sum(1).abs()
     assert cosine[:20].min() > 0.999
@@ -106,12 +106,12 @@ def test_other_layouts_and_storages(family: str, storage: str) -> None:
     engine = Engine(base, Bank(base), 64)
     segments = random_step(1, [20, 9, 30, 14])
     config: Any = Eva(rank=3)
-    slot = engine.bank.add(config, seed=0, looks=lambda: first_looks(engine, feed_of(segments, 2)))
+    slot = engine.bank.add(config, seed=0, looks=lambda: calibration_passes(engine, feed_of(segments, 2)))
     token, logits = torch.arange(5, 17)[None], []
     with base.using_attention(base.own_attention), torch.no_grad():
         for ranges in ((), ((slot, 0, 12),)):
-            engine.bank.routing.set(12, ranges)
-            logits.append(base.model(token).logits)
+            with engine.bank.routing.using(ForwardContext(12, ranges)):
+                logits.append(base.model(token).logits)
     assert torch.equal(*logits)
     ranks = [rank for rank, _ in engine.bank.slots[slot].ranks.values()]
     assert max(ranks) <= 6

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lowrank.adapters.targets import find_targets, fused_parameters
-from lowrank.adapters.variants.lora import Config as Lora
-from lowrank.adapters.variants.rslora import Config as RsLora
-from lowrank.adapters.variants.vera import Config as Vera
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.adapters.variants.rslora import RsLoraConfig
+from lowrank.adapters.variants.vera import VeraConfig
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
@@ -36,9 +36,11 @@ def _peft_may_warn() -> Iterator[None]:
 
 
 CONFIGS: dict[str, Any] = {
-    "experts alone": Lora(rank=2, alpha=6, target_modules=(), target_parameters=BOTH),
-    "one of them": RsLora(rank=3, target_modules=("q_proj",), target_parameters=("experts.down_proj",)),
-    "own ranks": Lora(rank=2, target_modules=("o_proj",), target_parameters=BOTH, rank_pattern={"gate_up_proj": 4}),
+    "experts alone": LoraConfig(rank=2, alpha=6, target_modules=(), target_parameters=BOTH),
+    "one of them": RsLoraConfig(rank=3, target_modules=("q_proj",), target_parameters=("experts.down_proj",)),
+    "own ranks": LoraConfig(
+        rank=2, target_modules=("o_proj",), target_parameters=BOTH, rank_pattern={"gate_up_proj": 4}
+    ),
 }
 
 
@@ -90,9 +92,9 @@ def test_gradients_equal_pefts_in_one_pass_with_other_slots(family: str, tmp_pat
     """Slot 1 of 3, an adapter without experts beside it; losses and gradients in float64."""
     base = make_base(family)
     configs = [
-        Lora(rank=3, target_modules=("o_proj",)),
-        Lora(rank=2, target_modules=("o_proj",), target_parameters=BOTH),
-        Lora(rank=4, target_modules=(), target_parameters=(BOTH[1],)),
+        LoraConfig(rank=3, target_modules=("o_proj",)),
+        LoraConfig(rank=2, target_modules=("o_proj",), target_parameters=BOTH),
+        LoraConfig(rank=4, target_modules=(), target_parameters=(BOTH[1],)),
     ]
     engine, slots = make_engine(base, *configs)
     for slot in slots:
@@ -122,7 +124,9 @@ def test_gradients_equal_pefts_in_one_pass_with_other_slots(family: str, tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trains(dtype: torch.dtype) -> None:
-    engine, (slot,) = make_engine(make_base("mixtral", dtype), Lora(rank=4, target_modules=(), target_parameters=BOTH))
+    engine, (slot,) = make_engine(
+        make_base("mixtral", dtype), LoraConfig(rank=4, target_modules=(), target_parameters=BOTH)
+    )
     work = {slot: random_step(0, [12, 20])}
     losses = []
     for _ in range(12):
@@ -136,24 +140,27 @@ def test_trains(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Lora(target_parameters=("experts.gate_up_prj",)), r"'experts.gate_up_prj'; did you mean '.*gate_up_proj'"),
-        (Lora(target_parameters=BOTH, dropout=0.1), "dropout does not reach fused experts"),
-        (Vera(target_parameters=BOTH), "adapter.type vera does not reach them"),
+        (
+            LoraConfig(target_parameters=("experts.gate_up_prj",)),
+            r"'experts.gate_up_prj'; did you mean '.*gate_up_proj'",
+        ),
+        (LoraConfig(target_parameters=BOTH, dropout=0.1), "dropout does not reach fused experts"),
+        (VeraConfig(target_parameters=BOTH), "adapter.type vera does not reach them"),
     ],
 )
 def test_what_cannot_be_done_is_said(config: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         new_bank("mixtral").add(config, seed=0)
     with pytest.raises(ModelError, match="no fused experts"):
-        new_bank("llama").add(Lora(target_parameters=BOTH), seed=0)
+        new_bank("llama").add(LoraConfig(target_parameters=BOTH), seed=0)
 
 
 def test_all_linear_says_what_it_leaves_out_until_it_is_asked_for() -> None:
     model = make_model("qwen3_moe")
-    missed = find_targets(model, Lora()).missed
+    missed = find_targets(model, LoraConfig()).missed
     assert missed is not None
     assert "target_parameters: [experts.down_proj, experts.gate_up_proj]" in missed
-    assert find_targets(model, Lora(target_parameters=BOTH)).missed is None
+    assert find_targets(model, LoraConfig(target_parameters=BOTH)).missed is None
     assert len(fused_parameters(model)) == 4
 
 
@@ -171,7 +178,7 @@ class Listed(nn.Module):
 
 
 def test_experts_in_a_list_are_found_before_the_first_step() -> None:
-    found = find_targets(Listed(), Lora())
+    found = find_targets(Listed(), LoraConfig())
     assert found.linears == ("gate",)
     assert "2 layers of single experts" in (found.missed or "")
-    assert find_targets(Listed(), Lora(target_modules=("experts.0",))).linears == ("experts.0",)
+    assert find_targets(Listed(), LoraConfig(target_modules=("experts.0",))).linears == ("experts.0",)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.adapters.linear import LayerAdapter, Piece, RoutedLinear, routed_product
-from lowrank.adapters.routing import Draws, Routing
+from lowrank.adapters.linear import LayerAdapter, RoutedLinear
+from lowrank.adapters.lora_function import Piece, routed_product
+from lowrank.adapters.output_gain import Gain, apply_gains
+from lowrank.adapters.routing import Draws, ForwardContext, Routing
 from lowrank.adapters.variants.lora import Lora
 from lowrank.kernels.grouped import can_group, grouped_backward, grouped_forward
 from lowrank.models.storages.dense import DenseLinear
@@ -30,7 +32,7 @@ def make_layer(dropout: float, bias: bool = True) -> RoutedLinear:
         }
         layer.adapters[slot] = LayerAdapter(Lora(), 0.5 + slot, masters, None, dropout)
     draws = {slot: Draws(seed=slot, step=3) for slot, _, _ in RANGES}
-    routing.set(14, RANGES, torch.arange(14), torch.full((14,), 14), draws)
+    routing.current = ForwardContext(14, RANGES, torch.arange(14), torch.full((14,), 14), draws)
     return layer
 
 
@@ -50,7 +52,7 @@ def test_equals_the_formula_with_the_mask_written_out() -> None:
     expected = layer.base(x_TD)
     for slot, first, end in RANGES:
         adapter = layer.adapters[slot]
-        key = layer.routing.key(slot, "layer")
+        key = layer.routing.current.key(slot, "layer")
         assert key is not None
         piece = Piece(first, end, 1.0, x_TD, x_TD, 0.4, key, torch.arange(14))
         mask_TD = piece.drop(torch.ones(end - first, 5, dtype=torch.float64), slice(first, end))
@@ -98,6 +100,42 @@ def test_grouped_equals_the_loop() -> None:
         assert _relative(gradient, master.grad) < 1e-2
 
 
+def test_groups_have_no_rows_of_others_between_them() -> None:
+    """A slot without an adapter here, or with one that is no low-rank update, leaves a gap: its rows would be taken for
+    the next slot's."""
+    x_TD = torch.randn(60, 16).bfloat16()
+    A_RD, B_OR = torch.randn(8, 16).bfloat16(), torch.randn(24, 8).bfloat16()
+    pieces = [Piece(10 * i, 10 * (i + 1), 1.0, A_RD, B_OR) for i in range(6)]
+    assert can_group(x_TD, pieces)
+    assert not can_group(x_TD, [*pieces[:2], *pieces[3:]])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gains_on_the_rows_of_some(bias: bool) -> None:
+    """The formula with plain autograd; a gain of one changes no bit; rows of others pass as they are."""
+    torch.manual_seed(0)
+    y_TO, bias_O = torch.randn(9, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64) if bias else None
+    masters = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    rows = ((1, 4), (6, 9))
+    wanted = [y_TO.clone().requires_grad_(), *masters]
+
+    def by_function(y_TO: torch.Tensor, *excesses: torch.Tensor) -> torch.Tensor:
+        gains = [Gain(*own, excess_O.detach()) for own, excess_O in zip(rows, excesses)]
+        return apply_gains(y_TO + 0, bias_O, gains, excesses)
+
+    expected_TO = wanted[0] + 0
+    for (first, end), excess_O in zip(rows, masters):
+        plain_PO = wanted[0][first:end] - (0 if bias_O is None else bias_O)
+        expected_TO[first:end] = plain_PO * (1 + excess_O) + (0 if bias_O is None else bias_O)
+    torch.testing.assert_close(by_function(*wanted), expected_TO)
+    outer_TO = torch.randn(9, 4, dtype=torch.float64)
+    ours = torch.autograd.grad(by_function(*wanted), wanted, outer_TO)
+    for one, other in zip(ours, torch.autograd.grad(expected_TO, wanted, outer_TO)):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(ours[0][4:6], outer_TO[4:6])
+    assert torch.equal(by_function(y_TO, *(torch.zeros(4, dtype=torch.float64),) * 2), y_TO)
+
+
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one.double() - other.double()).norm() / other.double().norm()).item()
 
@@ -110,6 +148,6 @@ def test_the_input_is_kept_only_where_some_A_is_trained() -> None:
             adapter.masters["lora_A"].requires_grad_(trains_A)
         x_TD = torch.randn(14, 5, dtype=torch.float64, requires_grad=True)
         masters = list(layer.adapters[0].masters.values())
-        piece = Piece(2, 7, 1.0, *(master.detach() for master in masters))
+        piece = Piece(2, 7, 1.0, masters[0].detach(), masters[1].detach())
         function: Any = routed_product(x_TD, layer.base, [piece], masters)
         assert any(kept is x_TD for kept in function.grad_fn.saved_tensors) == trains_A

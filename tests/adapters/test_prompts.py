@@ -19,25 +19,25 @@ from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.prompts import TABLE, PromptSettings
-from lowrank.adapters.variants.lora import Config as Lora
-from lowrank.adapters.variants.p_tuning import Config as PTuning
-from lowrank.adapters.variants.prefix_tuning import Config as PrefixTuning
-from lowrank.adapters.variants.prompt_tuning import Config as PromptTuning
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.adapters.variants.p_tuning import PromptEncoderConfig
+from lowrank.adapters.variants.prefix_tuning import PrefixTuningConfig
+from lowrank.adapters.variants.prompt_tuning import PromptTuningConfig
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
 from lowrank.evaluate.likelihood import continuation_logprobs, label_logprobs
-from lowrank.export.targets.lora_gguf import Config as LoraGgufConfig
-from lowrank.export.targets.merged import Config as MergedConfig
-from lowrank.export.targets.peft import Config as PeftTargetConfig
+from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
+from lowrank.export.targets.merged import MergedExportConfig
+from lowrank.export.targets.peft import PeftExportConfig
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.request import Config as Asked
-from lowrank.generate.request import Prompt, RequestError
+from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
-from lowrank.models.config import Config as ModelConfig
+from lowrank.models.config import ModelConfig
 from lowrank.planning.memory import StepMemory
 from lowrank.records import Segment, number_the_step
 from lowrank.settings import configs_in
+from tests.adapters.isolation import assert_isolated
 from tests.adapters.peft_twins import on_disk
 from tests.export.sources import source_of
 from tests.peft_oracle import plain_loss
@@ -52,8 +52,12 @@ PROMPTS: dict[str, Any] = {
 }
 CASES: dict[str, Any] = {
     **PROMPTS,
-    "p_tuning lstm": PTuning(num_virtual_tokens=K, encoder_reparameterization_type="LSTM", encoder_hidden_size=16),
-    "prefix_tuning projection": PrefixTuning(num_virtual_tokens=K, prefix_projection=True, encoder_hidden_size=12),
+    "p_tuning lstm": PromptEncoderConfig(
+        num_virtual_tokens=K, encoder_reparameterization_type="LSTM", encoder_hidden_size=16
+    ),
+    "prefix_tuning projection": PrefixTuningConfig(
+        num_virtual_tokens=K, prefix_projection=True, encoder_hidden_size=12
+    ),
 }
 PEERS: dict[str, Any] = {
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=K, task_type="CAUSAL_LM"),
@@ -121,7 +125,7 @@ def test_every_file_has_a_peer() -> None:
 def test_losses_and_gradients_equal_pefts_beside_lora_jobs(case: str, family: str) -> None:
     """Slot 1 of 3 in float64; three AdamW steps; grouped-query attention, wide heads, learned positions, windows."""
     engine, (before, slot, behind) = make_engine(
-        make_base(family), Lora(rank=4), CASES[case], Lora(rank=2), learning_rate=1e-2
+        make_base(family), LoraConfig(rank=4), CASES[case], LoraConfig(rank=2), learning_rate=1e-2
     )
     ours = engine.bank.parameters(slot)
     twin, theirs = peer_of(case, family, ours)
@@ -149,41 +153,19 @@ def test_losses_and_gradients_equal_pefts_beside_lora_jobs(case: str, family: st
 
 
 @every_case
-def test_neighbours_do_not_see_it(case: str) -> None:
+def test_neighbors_do_not_see_it(case: str) -> None:
     """Losses and gradients of all jobs, together in small pieces and alone; a prompt that is NaN is its own affair."""
-    configs = (Lora(rank=4), CASES[case], Lora(rank=2), CASES[case])
+    configs = (LoraConfig(rank=4), CASES[case], LoraConfig(rank=2), CASES[case])
     engine, slots = make_engine(make_base("llama"), *configs)
     work = {slot: random_step(slot, [5 + slot, 9, 14, 3]) for slot in slots}
-    whole = engine.forward_backward(work)
-    grads = {
-        slot: {k: p.grad.clone() for k, p in engine.bank.parameters(slot).items() if p.grad is not None}
-        for slot in slots
-    }
-    for micro_batch_tokens in (4096, 17):
-        engine.micro_batch_tokens = micro_batch_tokens
-        for slot in slots:
-            for each in slots:
-                engine.jobs[each].optimizer.zero_grad()
-            assert engine.forward_backward({slot: work[slot]})[slot].loss == pytest.approx(whole[slot].loss, abs=1e-12)
-            for key, value in engine.bank.parameters(slot).items():
-                torch.testing.assert_close(value.grad, grads[slot][key], rtol=1e-9, atol=1e-12)
-    with torch.no_grad():
-        for value in engine.bank.parameters(slots[1]).values():
-            value.fill_(float("nan"))
-    engine.micro_batch_tokens = 4096
-    for each in slots:
-        engine.jobs[each].optimizer.zero_grad()
-    poisoned = engine.forward_backward(work)
-    assert poisoned[slots[1]].loss != poisoned[slots[1]].loss
-    for slot in (slots[0], slots[2], slots[3]):
-        assert poisoned[slot].loss == pytest.approx(whole[slot].loss, abs=1e-12)
-        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in engine.bank.parameters(slot).values())
+    grads = assert_isolated(engine, slots, work)
+    assert all(grads[slot].keys() == engine.bank.parameters(slot).keys() for slot in slots)
 
 
 @every_prompt
 def test_answers_to_one_prompt_share_it_and_its_virtual_tokens(name: str) -> None:
     """The pairs of preference jobs, with and without sharing: losses, gradients, log-probabilities."""
-    engine, (lora, slot) = make_engine(make_base("llama"), Lora(rank=2), PROMPTS[name])
+    engine, (lora, slot) = make_engine(make_base("llama"), LoraConfig(rank=2), PROMPTS[name])
     prompt_L, answers = np.arange(10, 24), [np.arange(30, 35), np.arange(40, 48)]
     pairs = [
         Segment(np.r_[prompt_L + pair, each], np.r_[np.zeros(14), np.ones(len(each))].astype(np.float32), pair=pair)
@@ -193,30 +175,32 @@ def test_answers_to_one_prompt_share_it_and_its_virtual_tokens(name: str) -> Non
     work = {lora: number_the_step(pairs), slot: number_the_step(pairs)}
     found = []
     for shares in (False, True):
-        engine.base.shares_prompts = shares
+        engine.shares_prompts = shares
         assert any(any(batch.prefixes) for batch in engine.cut(work)) == shares
         losses = {each: forwarded.loss for each, forwarded in engine.forward_backward(work).items()}
         grads = [p.grad.clone() for p in engine.bank.parameters(slot).values() if p.grad is not None]
         found.append((losses, grads, engine.logprobs(slot, pairs)))
         engine.jobs[slot].optimizer.zero_grad()
-    (losses, grads, said), (shared_losses, shared_grads, shared_said) = found
+    (losses, grads, described), (shared_losses, shared_grads, shared_said) = found
     assert shared_losses == pytest.approx(losses, abs=1e-11)
     for one, other in zip(grads, shared_grads):  # Llama's norms round to float32 on the way
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-8)
-    for one_L, other_L in zip(said, shared_said):
+    for one_L, other_L in zip(described, shared_said):
         np.testing.assert_allclose(one_L, other_L, atol=1e-6)
 
 
-@pytest.mark.parametrize("recompute", ["full", pytest.param("sqrt", marks=slow), pytest.param("selective", marks=slow)])
+@pytest.mark.parametrize(
+    "activation_checkpointing", ["full", pytest.param("sqrt", marks=slow), pytest.param("selective", marks=slow)]
+)
 @every_prompt
-def test_recomputed_layers_give_the_same_gradients(name: str, recompute: str) -> None:
-    from lowrank.models.recompute import set_recompute
+def test_recomputed_layers_give_the_same_gradients(name: str, activation_checkpointing: str) -> None:
+    from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 
     engine, (slot,) = make_engine(make_base("llama"), PROMPTS[name])
     work = {slot: random_step(0, [5, 9, 14])}
     kept = []
-    for how in ("none", recompute):
-        set_recompute(engine.base.model, how)
+    for how in ("none", activation_checkpointing):
+        set_activation_checkpointing(engine.base.model, how)
         engine.forward_backward(work)
         kept.append([p.grad.clone() for p in engine.bank.parameters(slot).values() if p.grad is not None])
         engine.jobs[slot].optimizer.zero_grad()
@@ -250,8 +234,8 @@ def test_ours_to_peft_and_back(name: str, family: str, tmp_path: Path) -> None:
     other.load(again, saved.tensors)
     mine, theirs = (
         [
-            said
-            for said, _ in continuation_logprobs(
+            described
+            for described, _ in continuation_logprobs(
                 bank.base, bank, [(own, context, answer) for _, context, answer in reads]
             )
         ]
@@ -275,7 +259,9 @@ def test_pefts_to_ours(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = Peer(twin)(token_L[None]).logits[0].log_softmax(-1)[-1]
     ours = continuation_logprobs(bank.base, bank, [(slot, token_L.tolist(), [token]) for token in range(97)])
-    np.testing.assert_allclose([said for said, _ in ours], theirs.numpy(), atol=1e-6)  # files of P-tuning are float32
+    np.testing.assert_allclose(
+        [described for described, _ in ours], theirs.numpy(), atol=1e-6
+    )  # files of P-tuning are float32
 
 
 @families("llama", "gpt2")
@@ -283,7 +269,7 @@ def test_pefts_to_ours(case: str, tmp_path: Path) -> None:
 def test_answers_equal_pefts(case: str, family: str) -> None:
     """Greedy, beside the bare base and a LoRA, in pieces of 4 tokens, a second time from the kept pages. The peer reads
     all for each token: `generate` of PEFT 0.21 under transformers 5.24 gives other tokens than its own forward."""
-    engine, (lora, slot) = make_engine(make_base(family), Lora(rank=4), CASES[case])
+    engine, (lora, slot) = make_engine(make_base(family), LoraConfig(rank=4), CASES[case])
     twin, _ = peer_of(case, family, engine.bank.parameters(slot))
     token_L = np.array([5, 9, 11, 3, 8, 7])
     theirs = token_L.tolist()
@@ -292,26 +278,33 @@ def test_answers_equal_pefts(case: str, family: str) -> None:
             theirs.append(int(Peer(twin)(torch.tensor(theirs)[None]).logits[0, -1].argmax()))
     alone = {
         each: generate(
-            engine.base, engine.bank, [Prompt(token_L, each)], Asked(max_new_tokens=12), stop_tokens=frozenset()
+            engine.base,
+            engine.bank,
+            [Prompt(token_L, each)],
+            GenerationConfig(max_new_tokens=12),
+            stop_tokens=frozenset(),
         )[0]
         for each in (-1, lora)
     }
-    generator = Generator(engine.base, engine.bank, GeneratorConfig(step_tokens=4))
+    generator = Generator(engine.base, engine.bank, GeneratorConfig(max_num_batched_tokens=4))
     for _ in range(2):
-        asked = {each: generator.submit(Prompt(token_L, each), Asked(max_new_tokens=12)) for each in (slot, -1, lora)}
-        answers = {each: generation.result() for each, generation in asked.items()}
+        requested = {
+            each: generator.submit(Prompt(token_L, each), GenerationConfig(max_new_tokens=12))
+            for each in (slot, -1, lora)
+        }
+        answers = {each: generation.result() for each, generation in requested.items()}
         assert answers[slot].tokens == theirs[6:]
         assert answers[slot].prompt_tokens == 6
         assert {each: answers[each].tokens for each in alone} == alone
-    assert generator.base.reach == 64
-    reach = generator.submit(Prompt(token_L, slot), Asked(max_new_tokens=500)).result()
+    assert generator.base.max_positions == 64
+    reach = generator.submit(Prompt(token_L, slot), GenerationConfig(max_new_tokens=500)).result()
     assert len(reach.tokens) == 64 - 6 - K
 
 
 def test_repetition_is_counted_over_words_alone() -> None:
     """Virtual tokens are no token 0 that was said."""
     engine, (slot,) = make_engine(make_base("llama"), PROMPTS["prompt_tuning"])
-    config = Asked(max_new_tokens=1, logit_bias={0: 1000.0}, repetition_penalty=1e6)
+    config = GenerationConfig(max_new_tokens=1, logit_bias={0: 1000.0}, repetition_penalty=1e6)
     found = generate(engine.base, engine.bank, [Prompt(np.array([5, 9]), slot)], config, stop_tokens=frozenset())
     assert found == [[0]]
 
@@ -341,37 +334,39 @@ def test_starts() -> None:
     base.tokenizer = lambda text: {"input_ids": [ord(letter) - 90 for letter in text]}
     bank = Bank(base)
     table = base.model.get_input_embeddings().weight.clone()
-    text = bank.add(PromptTuning(num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="ab"), seed=0)
+    text = bank.add(
+        PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="ab"), seed=0
+    )
     assert torch.equal(bank.parameters(text)[TABLE], table[[7, 8, 7]])
-    drawn = bank.add(PromptTuning(num_virtual_tokens=50), seed=1)
+    drawn = bank.add(PromptTuningConfig(num_virtual_tokens=50), seed=1)
     found = (bank.parameters(drawn)[TABLE][:, None] == table).all(-1)
     assert found.any(1).all()
     assert found.any(0).sum() > 20
     assert torch.equal(Bank(base).base.model.get_input_embeddings().weight, table)
-    normal = bank.add(PromptTuning(num_virtual_tokens=500, prompt_tuning_init="RANDOM"), seed=1)
+    normal = bank.add(PromptTuningConfig(num_virtual_tokens=500, prompt_tuning_init="RANDOM"), seed=1)
     assert bank.parameters(normal)[TABLE].std().item() == pytest.approx(1, abs=0.02)
     bank.remove(drawn)
     assert bank.num_virtual(drawn) == 0
-    assert bank.add(Lora(rank=2), seed=0) == drawn
+    assert bank.add(LoraConfig(rank=2), seed=0) == drawn
     assert bank.num_virtual(drawn) == 0
 
 
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="TEXT and prompt_tuning_init_text need each other"):
-        PromptTuning(prompt_tuning_init="TEXT")
+        PromptTuningConfig(prompt_tuning_init="TEXT")
     with pytest.raises(ValueError, match="modules_to_save: "):
-        PromptTuning(modules_to_save=("lm_head",))
+        PromptTuningConfig(modules_to_save=("lm_head",))
     with pytest.raises(ValueError, match="only with prefix_projection"):
-        PrefixTuning(encoder_hidden_size=4)
+        PrefixTuningConfig(encoder_hidden_size=4)
     with pytest.raises(ModelError, match=r"needs model\.attention: packed"):
-        Bank(make_base("bloom")).add(PromptTuning(), seed=0)
+        Bank(make_base("bloom")).add(PromptTuningConfig(), seed=0)
     with pytest.raises(ModelError, match="one shape, which a prefix needs; use prompt_tuning"):
-        Bank(make_base("deepseek_v3", v_head_dim=4)).add(PrefixTuning(), seed=0)
+        Bank(make_base("deepseek_v3", v_head_dim=4)).add(PrefixTuningConfig(), seed=0)
     bank = Bank(make_base("llama"))
     generator = Generator(bank.base, bank)
     generator.notice = "because"
     with pytest.raises(RequestError, match="virtual tokens cannot answer here: because"):
-        generator.submit(Prompt(np.array([5]), bank.add(PromptTuning(), seed=0)), Asked())
+        generator.submit(Prompt(np.array([5]), bank.add(PromptTuningConfig(), seed=0)), GenerationConfig())
 
 
 def test_exports_say_what_they_cannot_take_in(tmp_path: Path) -> None:
@@ -379,10 +374,10 @@ def test_exports_say_what_they_cannot_take_in(tmp_path: Path) -> None:
     engine, (slot,) = make_engine(make_base("llama"), PROMPTS["prefix_tuning"])
     settings = ModelConfig(path=str(tmp_path / "base"), device="cpu", dtype="float64")
     source = replace(source_of(tmp_path / "base", on_disk(engine.bank, slot)), tokenizer=object(), model=settings)
-    for target in (MergedConfig(), LoraGgufConfig()):
+    for target in (MergedExportConfig(), LoraGGUFExportConfig()):
         with pytest.raises(ModelError, match="mine: prefix_tuning 5 tokens: its virtual tokens are no weights"):
             target.build().needs(source)
-    target = PeftTargetConfig().build()
+    target = PeftExportConfig().build()
     target.needs(source)
     (tmp_path / "out").mkdir()
     target.write(source, tmp_path / "out", lambda done, total: None)
@@ -412,7 +407,7 @@ def test_a_planned_step_is_a_real_step(case: str, tmp_path: Path) -> None:
     """Virtual tokens and the copies of keys and values are in the plan. Not what torch's fused LSTM keeps beside its
     outputs, which a plan does not see: a few times K x hidden numbers."""
     settings = folder_of("llama", tmp_path)
-    jobs = planned(Lora(rank=4), CASES[case].model_copy(update={"num_virtual_tokens": 40}), lengths=[16, 20, 9])
+    jobs = planned(LoraConfig(rank=4), CASES[case].model_copy(update={"num_virtual_tokens": 40}), lengths=[16, 20, 9])
     static, peak = measured(settings, jobs, 4096, "none")
     step = StepMemory(settings, jobs).step(4096, "none")
     assert step.base + step.adapters == pytest.approx(static, rel=0.03)

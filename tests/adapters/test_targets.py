@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import find_targets
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig as Lora
 from lowrank.errors import ModelError
 from tests.tiny_models import make_base, make_model
 

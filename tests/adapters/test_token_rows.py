@@ -20,23 +20,22 @@ from typer.testing import CliRunner
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.token_rows import NAME
-from lowrank.adapters.variants.ia3 import Config as Ia3
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.ia3 import IA3Config
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.cli.main import app
 from lowrank.errors import ConfigError, ModelError
-from lowrank.export.more_tokens import add_tokens
-from lowrank.generate.request import Config as Asked
-from lowrank.generate.request import Prompt
+from lowrank.export.merge.resize_vocabulary import add_tokens
+from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.generate.sampler import generate
 from lowrank.models.base import Base
-from lowrank.trained import open_trained
+from lowrank.pipelines.inference import open_inference_model
 from tests.adapters.peft_twins import TOKEN, logits, on_disk
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.export.sources import load, source_of, write_merged
 from tests.peft_oracle import plain_loss
-from tests.test_run import run
+from tests.pipelines.test_train import run
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 TOKENS = (60, 5, 90)
@@ -51,8 +50,8 @@ def _peft_may_warn() -> Iterator[None]:
         yield
 
 
-def config(**others: Any) -> Lora:
-    return Lora(rank=3, alpha=6, target_modules=("q_proj",), trainable_token_indices=TOKENS, **others)
+def config(**others: Any) -> LoraConfig:
+    return LoraConfig(rank=3, alpha=6, target_modules=("q_proj",), trainable_token_indices=TOKENS, **others)
 
 
 def peer(family: str, tied: bool, ours: dict[str, Any]) -> tuple[Any, dict[str, torch.nn.Parameter]]:
@@ -84,7 +83,7 @@ def test_losses_and_gradients_equal_pefts(model: str) -> None:
     """Beside a job that trains other tokens, and one that trains none."""
     family, tied = MODELS[model]
     tolerance = 1e-6 if family == "gemma3" else 1e-11
-    others = Lora(rank=2, target_modules=("q_proj",), trainable_token_indices=(5, 7)), Lora(rank=2)
+    others = LoraConfig(rank=2, target_modules=("q_proj",), trainable_token_indices=(5, 7)), LoraConfig(rank=2)
     engine, slots = make_engine(
         make_base(family, tie_word_embeddings=tied), others[0], config(), others[1], learning_rate=1e-2
     )
@@ -138,7 +137,7 @@ def test_files_both_ways_and_merged(model: str, tmp_path: Path) -> None:
             torch.testing.assert_close(load(out)(TOKEN).logits, ours, rtol=1e-6, atol=1e-6)
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == tied
     bank.remove(slot)
-    assert bank.add(Lora(rank=2), seed=0) == slot
+    assert bank.add(LoraConfig(rank=2), seed=0) == slot
     torch.testing.assert_close(logits(bank, slot), base(TOKEN).logits, rtol=1e-9, atol=1e-9)
 
 
@@ -156,14 +155,16 @@ def test_answers_know_the_rows(model: str) -> None:
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
                 eos_token_id=None, pad_token_id=0,
             )[0, 4:]  # fmt: skip
-        asked = [Prompt(prompt[0].numpy(), each), Prompt(np.array([4, 4]), slot)]
-        found = generate(engine.base, engine.bank, asked, Asked(max_new_tokens=8), stop_tokens=frozenset())
+        requested = [Prompt(prompt[0].numpy(), each), Prompt(np.array([4, 4]), slot)]
+        found = generate(
+            engine.base, engine.bank, requested, GenerationConfig(max_new_tokens=8), stop_tokens=frozenset()
+        )
         assert found[0] == expected.tolist()
 
 
 def test_what_does_not_go_together_is_said() -> None:
     with pytest.raises(ValueError, match="PEFT's files for IA3 have no place for them"):
-        Ia3(trainable_token_indices=TOKENS)
+        IA3Config(trainable_token_indices=TOKENS)
     base = make_base("llama")
     base.tokenizer = SimpleNamespace(get_vocab=dict)
     bank = Bank(base)
@@ -171,12 +172,12 @@ def test_what_does_not_go_together_is_said() -> None:
         bank.add(config(modules_to_save=("lm_head", "embed_tokens")), seed=0)
     assert "model.embed_tokens is in" in str(caught.value)
     with pytest.raises(ModelError, match=r"97: the embedding has 97 rows; `lowrank vocab`") as caught:
-        bank.add(Lora(trainable_token_indices=(97, "<new>")), seed=0)
-    assert "'<new>' is no token of this tokenizer" in str(caught.value)
+        bank.add(LoraConfig(trainable_token_indices=(97, "<new>")), seed=0)
+    assert "'<new>' is not in the vocabulary" in str(caught.value)
     assert not bank.slots
     bank.add(config(), seed=0)
     with pytest.raises(ModelError, match="lm_head: one job adapts it and another trains a copy"):
-        bank.add(Lora(modules_to_save=("lm_head",)), seed=0)
+        bank.add(LoraConfig(modules_to_save=("lm_head",)), seed=0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -189,10 +190,10 @@ def test_a_base_grows_as_transformers_would_have_it(tied: bool, sharded: bool, t
         os.remove(base / "model.safetensors")
         model.save_pretrained(base, max_shard_size="20KB")
     before = {path.name: path.read_bytes() for path in base.iterdir()}
-    said = CliRunner().invoke(
+    described = CliRunner().invoke(
         app, ["vocab", str(base), "-o", str(tmp_path / "grown"), "-t", "<call>,<end>", "-s", "<x>"]
     )
-    assert said.exit_code == 0, said.output
+    assert described.exit_code == 0, described.output
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "grown")
     ids = tokenizer.convert_tokens_to_ids(["<call>", "<end>", "<x>"])
@@ -256,12 +257,12 @@ def test_a_run_learns_new_tokens(tmp_path: Path) -> None:
     run(settings)
     fields = json.loads((tmp_path / "run/default/last/adapter_config.json").read_text())
     assert fields["trainable_token_indices"] == {"model.embed_tokens": [token]}
-    trained = open_trained(str(tmp_path / "run"), which="last", notify=str)
+    trained = open_inference_model(str(tmp_path / "run"), which="last", notify=str)
     assert trained.base.tokenizer.decode([token]) == "<call>"
     (row_ND,) = [
         value for key, value in trained.bank.parameters(trained.slots["default"]).items() if key.endswith(NAME)
     ]
     assert (row_ND - trained.base.model.get_input_embeddings().weight[token]).abs().max() > 1e-3
     before = {**settings, "model": {**settings["model"], "path": str(base)}, "output_dir": str(tmp_path / "other")}
-    with pytest.raises(ConfigError, match="'<call>' is no token of this base; `lowrank vocab` adds it"):
+    with pytest.raises(ConfigError, match="'<call>' is not in the vocabulary; `lowrank vocab` adds it"):
         run(before)

@@ -13,12 +13,12 @@ import torch
 
 from lowrank.config import RunConfig
 from lowrank.errors import LowrankError
-from lowrank.run import train
+from lowrank.pipelines.inference import open_inference_model
+from lowrank.pipelines.train import train
+from lowrank.report.events import StepDone
 from lowrank.settings import configs_in
-from lowrank.train.events import StepDone
-from lowrank.trained import open_trained
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
-from tests.test_run import Ear, run, weights
+from tests.pipelines.test_train import Ear, run, weights
 
 VARIANTS: dict[str, Any] = {**configs_in("lowrank.adapters.variants")}
 
@@ -71,11 +71,11 @@ def test_all_variants_in_one_run_resume_to_the_same_bits(world: Path, tmp_path: 
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    trained = open_trained(str(tmp_path / "whole"), which="last", notify=str)
+    trained = open_inference_model(str(tmp_path / "whole"), which="last", notify=str)
     assert len(trained.slots) == len(given["jobs"]) + 1  # and the base
 
 
-@pytest.mark.parametrize("name", ["dora", "pissa"])
+@pytest.mark.parametrize("name", ["dora", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_a_job_alone_is_the_same_job(name: str, world: Path, tmp_path: Path) -> None:
     float32 = {"path": str(world / "model"), "dtype": "float32", "device": "cpu"}
     _, together = run({**settings(world, tmp_path / "all", "oft", name, "vera"), "model": float32})
@@ -89,7 +89,7 @@ def test_what_cannot_be_done_is_said_before_anything_loads(world: Path, tmp_path
     with pytest.raises((LowrankError, ValueError), match="all layers share A and B"):
         RunConfig(**given)
     del given["jobs"][1]["adapter"]["rank_pattern"]
-    with pytest.raises((LowrankError, ValueError), match="makes up for what quantisation lost"):
+    with pytest.raises((LowrankError, ValueError), match="makes up for what quantization lost"):
         RunConfig(**given)
     assert not (tmp_path / "run").exists()
 

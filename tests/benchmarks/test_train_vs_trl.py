@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import contender_jobs, contender_lowrank, contender_trl, jobs_in_one_process, train_vs_trl, workload
+from benchmarks import (
+    contender_jobs,
+    contender_lowrank,
+    contender_trl,
+    jobs_in_one_process,
+    machine,
+    train_vs_trl,
+    workload,
+)
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -66,3 +76,37 @@ def test_the_steps_of_contenders_are_the_same(work: workload.Workload) -> None:
     assert specs["lowrank"]["steps"] == specs["trl_packed"]["steps"]
     assert specs["lowrank_same_rows"]["steps"] == specs["trl_default"]["steps"]
     assert Path(options.results).name == "results"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_sides_compute_in_one_dtype(work: workload.Workload, dtype: str) -> None:
+    """A processor without bf16 emulates it, on either side."""
+    specs = train_vs_trl.contenders(work, train_vs_trl.options_of(["--dtype", dtype, "--tokens", "1024"]))
+    packed, default = (specs[name]["arguments"] for name in ("trl_packed", "trl_default"))
+    assert packed["model_init_kwargs"]["dtype"] == dtype
+    assert packed["bf16"] is (dtype == "bfloat16")
+    assert default.get("bf16", True) is (dtype == "bfloat16")
+
+
+def test_auto_is_what_lowrank_takes_here() -> None:
+    fast = torch.cpu._is_avx512_bf16_supported()
+    assert train_vs_trl.options_of([]).dtype == ("bfloat16" if fast else "float32")
+
+
+def test_measuring_a_product_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one takes minutes, it is measured at fewer rows, and seldom."""
+    calls: list[int] = []
+
+    def slow(x_ND: torch.Tensor, weight_OD: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x_ND))
+        time.sleep(1e-3 * len(x_ND))
+        return x_ND @ weight_OD.t()
+
+    monkeypatch.setattr(machine.F, "linear", slow)
+    monkeypatch.setattr(machine, "_MOST", 0.2)
+    limit = machine.gemm_limit({(8, 8): 1}, 4096, "cpu", times=2, dtype=torch.float32)
+    assert limit["flops_per_second"] > 0
+    assert max(calls) < 100
+    calls.clear()
+    machine.seconds_of(lambda: calls.append(time.sleep(0.02) or 1), "cpu", 1000, most=0.05)
+    assert len(calls) < 5

@@ -1,4 +1,4 @@
-"""An optimiser goes on from a file as if it had never stopped."""
+"""An optimizer goes on from a file as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optimizer
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.errors import OutputError
-from lowrank.train.optimizers.adamw import Config as AdamW
-from lowrank.train.optimizers.sgd import Config as Sgd
+from lowrank.train.optimizers.adamw import AdamWConfig
+from lowrank.train.optimizers.sgd import SGDConfig
 
 Parameters = dict[str, torch.nn.Parameter]
 Build = Callable[[Parameters], torch.optim.Optimizer]
@@ -42,8 +42,8 @@ def train(parameters: Parameters, optimizer: torch.optim.Optimizer, first: int, 
 
 
 BUILDS: dict[str, Build] = {
-    "adamw": lambda parameters: AdamW(weight_decay=0.1).build(parameters),
-    "sgd": lambda parameters: Sgd().build(parameters),
+    "adamw": lambda parameters: AdamWConfig(weight_decay=0.1).build(parameters),
+    "sgd": lambda parameters: SGDConfig().build(parameters),
     "momentum": lambda parameters: torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9),
     "amsgrad": lambda parameters: torch.optim.AdamW(parameters.values(), amsgrad=True, foreach=True),
     "groups": lambda parameters: torch.optim.AdamW(

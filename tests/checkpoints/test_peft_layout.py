@@ -19,12 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import find_targets
 from lowrank.adapters.variants import lora, rslora
-from lowrank.checkpoints.peft_config import describe_base, peft_trouble
+from lowrank.checkpoints.adapter_folder import CONFIG_FILE, TENSOR_FILE
+from lowrank.checkpoints.base_tensors import on_base, on_model
+from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
 from lowrank.checkpoints.peft_layout import (
-    CONFIG_FILE,
-    TENSOR_FILE,
     AdapterOnDisk,
-    check_base_tensors,
     load_adapter,
     save_adapter,
 )
@@ -71,7 +70,7 @@ def random_adapter(model: Any, config: Any) -> AdapterOnDisk:
 
 
 @torch.no_grad()
-def merged_logits(model: Any, adapter: AdapterOnDisk) -> torch.Tensor:
+def merged_logits(model: Any, adapter: AdapterOnDisk, token: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of the base with each update added to its own copy of the weight."""
     model = copy.deepcopy(model)
     deltas: dict[str, torch.Tensor] = {}
@@ -92,7 +91,7 @@ def merged_logits(model: Any, adapter: AdapterOnDisk) -> torch.Tensor:
         module.weight = torch.nn.Parameter(weight + (delta.T if isinstance(module, Conv1D) else delta))
         if f"{name}.bias" in own:
             module.bias = torch.nn.Parameter(own[f"{name}.bias"])
-    return model(TOKEN).logits
+    return model(TOKEN if token is None else token).logits
 
 
 def logits_in_peft(model: Any, folder: Path) -> torch.Tensor:
@@ -115,31 +114,31 @@ def read_fields(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_all_linear_of_every_family(family: str, tmp_path: Path) -> None:
     model = make_model(family)
-    adapter = random_adapter(model, lora.Config(rank=2))
+    adapter = random_adapter(model, lora.LoraConfig(rank=2))
     base = describe_base(model, "tiny")
     save_adapter(tmp_path / "a", adapter, base, dtype=None)
-    trouble = peft_trouble(base, adapter.targets)
-    assert (trouble is not None) == (family in MISREAD_BY_PEFT)
-    if trouble is None:
+    problem = peft_incompatibility(base, adapter.targets)
+    assert (problem is not None) == (family in MISREAD_BY_PEFT)
+    if problem is None:
         assert_same(logits_in_peft(model, tmp_path / "a"), merged_logits(model, adapter), model)
     else:
-        assert trouble in (tmp_path / "a" / "README.md").read_text()
+        assert problem in (tmp_path / "a" / "README.md").read_text()
     back = load_adapter(tmp_path / "a")
     assert back.targets == adapter.targets
     assert all(torch.equal(back.tensors[name], value) for name, value in adapter.tensors.items())
 
 
 CONFIGS = {
-    "names": lora.Config(rank=4, alpha=6.5, target_modules=("q_proj", "v_proj")),
-    "some layers": lora.Config(rank=2, target_modules=r".*layers\.1\..*(up|o)_proj"),
-    "patterns": lora.Config(
+    "names": lora.LoraConfig(rank=4, alpha=6.5, target_modules=("q_proj", "v_proj")),
+    "some layers": lora.LoraConfig(rank=2, target_modules=r".*layers\.1\..*(up|o)_proj"),
+    "patterns": lora.LoraConfig(
         rank=4, rank_pattern={"q_proj": 2, "layers.1.self_attn.v_proj": 8}, alpha_pattern={"layers.0.mlp.up_proj": 3.0}
     ),
-    "rslora": rslora.Config(rank=4, alpha=4, rank_pattern={"k_proj": 9}),
-    "head": lora.Config(rank=2, target_modules=("q_proj", "lm_head")),
-    "embedding": lora.Config(rank=2, target_modules=("q_proj", "embed_tokens"), dropout=0.25),
-    "copies": lora.Config(rank=2, target_modules=("q_proj",), modules_to_save=("model.norm", "lm_head")),
-    "copied block": lora.Config(rank=2, target_modules="all-linear", exclude_modules=r".*layers\.0\.mlp.*",
+    "rslora": rslora.RsLoraConfig(rank=4, alpha=4, rank_pattern={"k_proj": 9}),
+    "head": lora.LoraConfig(rank=2, target_modules=("q_proj", "lm_head")),
+    "embedding": lora.LoraConfig(rank=2, target_modules=("q_proj", "embed_tokens"), dropout=0.25),
+    "copies": lora.LoraConfig(rank=2, target_modules=("q_proj",), modules_to_save=("model.norm", "lm_head")),
+    "copied block": lora.LoraConfig(rank=2, target_modules="all-linear", exclude_modules=r".*layers\.0\.mlp.*",
                                 modules_to_save=("layers.0.mlp",)),
 }  # fmt: skip
 
@@ -155,9 +154,9 @@ def test_peft_loads_ours(case: str, tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [
-    lora.Config(rank=2, rank_pattern={"c_attn": 3}),
-    lora.Config(rank=2, target_modules=("c_fc", "lm_head", "wte")),
-    rslora.Config(rank=2, target_modules=("h.1.attn.c_proj",), modules_to_save=("ln_f", "h.0.ln_1")),
+    lora.LoraConfig(rank=2, rank_pattern={"c_attn": 3}),
+    lora.LoraConfig(rank=2, target_modules=("c_fc", "lm_head", "wte")),
+    rslora.RsLoraConfig(rank=2, target_modules=("h.1.attn.c_proj",), modules_to_save=("ln_f", "h.0.ln_1")),
 ])  # fmt: skip
 def test_peft_loads_ours_on_gpt2(config: Any, tmp_path: Path) -> None:
     model = make_model("gpt2")
@@ -174,7 +173,7 @@ def test_peft_loads_ours_on_gpt2(config: Any, tmp_path: Path) -> None:
 
 def test_files_are_small_and_float32_as_people_expect(tmp_path: Path) -> None:
     model = make_model("llama")
-    adapter = random_adapter(model, lora.Config(rank=4, alpha=16))
+    adapter = random_adapter(model, lora.LoraConfig(rank=4, alpha=16))
     adapter.tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.randn(32, 4).T  # strided
     save_adapter(
         tmp_path / "a", adapter, describe_base(model, "some/base", "v1"), also=lambda folder: (folder / "x").touch()
@@ -192,7 +191,7 @@ def test_files_are_small_and_float32_as_people_expect(tmp_path: Path) -> None:
 
 def test_names_are_written_in_full_where_short_ones_reach_too_far(tmp_path: Path) -> None:
     model = make_model("llama")
-    config = lora.Config(rank=2, target_modules=("layers.0.self_attn.q_proj", "v_proj"), modules_to_save=("norm",))
+    config = lora.LoraConfig(rank=2, target_modules=("layers.0.self_attn.q_proj", "v_proj"), modules_to_save=("norm",))
     adapter = random_adapter(model, config)
     save_adapter(tmp_path / "a", adapter, describe_base(model, "tiny"), copies=("model.norm",))
     fields = read_fields(tmp_path / "a")
@@ -204,7 +203,7 @@ def test_names_are_written_in_full_where_short_ones_reach_too_far(tmp_path: Path
 
 
 def saved_by_peft(model: Any, folder: Path, **settings: Any) -> torch.Tensor:
-    """Let PEFT make, randomise and save an adapter; its logits."""
+    """Let PEFT make, randomize and save an adapter; its logits."""
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -243,7 +242,7 @@ def test_we_load_peft(case: str, tied: bool, tmp_path: Path) -> None:
     expected = saved_by_peft(model, tmp_path / "peft", **BY_PEFT[case])
     adapter = load_adapter(tmp_path / "peft")
     assert_same(merged_logits(model, adapter), expected, model)
-    check_base_tensors(adapter, model.state_dict())
+    assert set(on_model(adapter, model).tensors) == set(adapter.tensors), "PEFT's copies of base weights are the base's"
     # what was read says the same to lowrank as to PEFT: modules, ranks, alphas
     found = find_targets(model, adapter.config)
     assert {*found.linears, *found.embeddings} == set(adapter.targets)
@@ -278,14 +277,16 @@ def test_a_resized_base_is_told_from_the_original(tmp_path: Path) -> None:
     resized.resize_token_embeddings(101)
     saved_by_peft(resized, tmp_path / "peft", r=2, target_modules=["q_proj", "embed_tokens"])
     adapter = load_adapter(tmp_path / "peft")
-    check_base_tensors(adapter, resized.state_dict())
+    assert adapter.base_tensors
+    assert not on_model(adapter, resized).base_tensors
     with pytest.raises(
-        ModelError, match=r"model.embed_tokens.weight: shape \(101, 32\) in the adapter's file, \(97, 32\)"
+        ModelError,
+        match=r"model.embed_tokens.weight: shape \(101, 32\) in the adapter's file, \(97, 32\) in the base; "
+        "4 tokens were added .* `lowrank vocab",
     ):
-        check_base_tensors(adapter, model.state_dict())
-    other = {name: value + 1 for name, value in resized.state_dict().items()}
-    with pytest.raises(ModelError, match="other values"):
-        check_base_tensors(adapter, other)
+        on_model(adapter, model)
+    with pytest.raises(ModelError, match="other values than the base's, and an adapter on it"):
+        on_base(adapter, {name: value + 1 for name, value in resized.state_dict().items()}.get)
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_a_resized_base_is_told_from_the_original(tmp_path: Path) -> None:
 
 def a_saved_adapter(folder: Path, **fields: Any) -> Path:
     model = make_model("llama")
-    adapter = random_adapter(model, lora.Config(rank=2, target_modules=("q_proj",)))
+    adapter = random_adapter(model, lora.LoraConfig(rank=2, target_modules=("q_proj",)))
     save_adapter(folder, adapter, describe_base(model, "tiny"))
     rewrite(folder, fields)
     return folder
@@ -394,7 +395,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_a_variant_without_a_form_in_peft_is_not_saved_as_something_else(tmp_path: Path) -> None:
-    class Config(lora.Config):
+    class Config(lora.LoraConfig):
         peft_fields = None
 
     model = make_model("llama")
@@ -410,7 +411,7 @@ def test_a_base_is_described_the_same_when_its_layers_are_wrapped(family: str) -
     before = describe_base(base.model, "tiny")
     last = {"llama": "norm", "gpt2": "ln_f", "mixtral": "norm"}[family]
     bank = Bank(base)
-    slot = bank.add(lora.Config(rank=2, modules_to_save=(f"{base.model.base_model_prefix}.{last}",)), seed=0)
+    slot = bank.add(lora.LoraConfig(rank=2, modules_to_save=(f"{base.model.base_model_prefix}.{last}",)), seed=0)
     bank.enable_noise()
     assert describe_base(base.model, "tiny") == before
     assert bool(before.expert_parameters) == (family == "mixtral")
@@ -423,7 +424,7 @@ def test_the_bank_and_peft_agree(tmp_path: Path) -> None:
     base = make_base("llama")
     untouched = make_model("llama")  # the same weights
     bank = Bank(base)
-    config = rslora.Config(
+    config = rslora.RsLoraConfig(
         rank=4, target_modules=("q_proj", "up_proj", "embed_tokens"), modules_to_save=("model.norm",)
     )
     slot = bank.add(config, seed=3)

@@ -19,13 +19,8 @@ from lowrank.adapters.variants import lora
 from lowrank.checkpoints.atomic import is_leftover, recover
 from lowrank.checkpoints.peft_config import BaseDescription
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
-from lowrank.checkpoints.run_state import (
-    JobState,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from lowrank.checkpoints.run_state import JobState, load_checkpoint, save_checkpoint
+from lowrank.checkpoints.steps import latest_checkpoint, list_checkpoints
 from lowrank.errors import OutputError
 
 BASE = BaseDescription("tiny")
@@ -34,7 +29,7 @@ Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
 def a_job(name: str, step: int, dtype: torch.dtype = torch.float32) -> JobState:
     """Every tensor and number of it says `step`."""
-    config = lora.Config(rank=2, alpha=3, target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 3})
+    config = lora.LoraConfig(rank=2, alpha=3, target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 3})
     shapes = {f"{Q}.lora_A.weight": (2, 8), f"{Q}.lora_B.weight": (8, 2), f"{V}.lora_A.weight": (3, 8),
               f"{V}.lora_B.weight": (8, 3)}  # fmt: skip
     tensors = {name: torch.full(shape, float(step), dtype=dtype) for name, shape in shapes.items()}

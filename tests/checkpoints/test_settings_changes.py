@@ -23,7 +23,7 @@ def test_the_same_settings() -> None:
 
 def test_what_may_change_may_change() -> None:
     other = settings(output_dir="runs/moved", num_train_epochs=5, logging_steps=1, save_steps=7, resume=True,
-                     report_to=["tensorboard"], model={"path": "base", "recompute": "full"})  # fmt: skip
+                     report_to=["tensorboard"], model={"path": "base", "activation_checkpointing": "full"})  # fmt: skip
     assert changed_settings(settings(), other) == []
 
 

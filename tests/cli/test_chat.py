@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 
 from lowrank.checkpoints.atomic import current
+from lowrank.cli.chat_repl import ChatRepl, printable
 from lowrank.cli.main import main
-from lowrank.cli.talk import Talk, printable
 from lowrank.config import RunConfig
 from lowrank.errors import ModelError
-from lowrank.generate.sampler import Config
+from lowrank.generate.sampler import GenerationConfig
+from lowrank.pipelines.inference import InferenceModel, open_inference_model
+from lowrank.pipelines.train import train
 from lowrank.records import Conversation, Message
-from lowrank.run import train
-from lowrank.trained import Trained, open_trained
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
 
 BASE = {"dtype": "float32", "device": "cpu"}
@@ -55,8 +55,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(world: Path) -> Trained:
-    return open_trained(str(world / "run"))
+def trained(world: Path) -> InferenceModel:
+    return open_inference_model(str(world / "run"))
 
 
 def chat(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
@@ -68,15 +68,15 @@ def chat(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("target", "voice"),
+    ("target", "model_name"),
     [("model", "base"), ("run", "r4"), ("run/中文/best", "best"), ("full", "default"), ("full/default/last", "base")],
 )
 def test_it_talks_to_models_runs_and_adapters(
-    world: Path, capsys: pytest.CaptureFixture[str], target: str, voice: str
+    world: Path, capsys: pytest.CaptureFixture[str], target: str, model_name: str
 ) -> None:
     out, err = chat(capsys, str(world / target), "-p", "你好", "--json")
     answer = json.loads(out)
-    assert (answer["adapter"], answer["question"]) == (voice, "你好")
+    assert (answer["adapter"], answer["question"]) == (model_name, "你好")
     assert err == ""
 
 
@@ -119,17 +119,19 @@ def test_every_job_is_asked_by_the_template_it_was_trained_with(world: Path, tmp
     config["jobs"][1]["data"]["chat_template"] = "alpaca"
     config["model"]["path"] = str(world / "model")
     (run / "config.json").write_text(json.dumps(config), "utf-8")
-    mixed, plain = open_trained(str(run)), open_trained(str(world / "run"))
+    mixed, plain = open_inference_model(str(run)), open_inference_model(str(world / "run"))
     assert mixed.renderer_of("r4") is mixed.renderer_of("base") is not mixed.renderer_of("中文")
     assert "### Instruction" in mixed.renderer_of("中文").chat_template
     question = Conversation((Message("user", "Say 3"),))
-    own = open_trained(str(run), chat_template="alpaca").answer([("中文", question)], Config(max_new_tokens=6))
-    both = mixed.answer([("r4", question), ("中文", question)], Config(max_new_tokens=6))
-    assert both == [*plain.answer([("r4", question)], Config(max_new_tokens=6)), *own]
+    own = open_inference_model(str(run), chat_template="alpaca").answer(
+        [("中文", question)], GenerationConfig(max_new_tokens=6)
+    )
+    both = mixed.answer([("r4", question), ("中文", question)], GenerationConfig(max_new_tokens=6))
+    assert both == [*plain.answer([("r4", question)], GenerationConfig(max_new_tokens=6)), *own]
 
 
-def test_sampling_commands(trained: Trained) -> None:
-    talk = Talk(trained, Config(max_new_tokens=2), voices=["r4"])
+def test_sampling_commands(trained: InferenceModel) -> None:
+    talk = ChatRepl(trained, GenerationConfig(max_new_tokens=2), model_names=["r4"])
     for line in ("/temperature 0.7", "/top_p 0.9", "/top_k 5", "/min_p 0.1", "/penalty 1.2", "/seed 3", "/top_k -1"):
         talk._line(line)
     found = talk.config
@@ -143,14 +145,17 @@ def test_sampling_commands(trained: Trained) -> None:
 
 
 def test_a_diverged_voice_says_so_and_the_other_answers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = open_trained(str(world / "run"))
+    trained = open_inference_model(str(world / "run"))
     for parameter in trained.bank.parameters(trained.slot("r4")).values():
         parameter.data.fill_(float("nan"))
     trained.bank.refresh(trained.slot("r4"))
-    talk = Talk(trained, Config(max_new_tokens=3), voices=["r4", "base"])
-    answers = talk.ask_quietly("Say 3")
+    talk = ChatRepl(trained, GenerationConfig(max_new_tokens=3), model_names=["r4", "base"])
+    answers = talk.send_quietly("Say 3")
     assert answers["r4"] == ""
-    assert answers["base"] == Talk(trained, Config(max_new_tokens=3), voices=["base"]).ask_quietly("Say 3")["base"]
+    assert (
+        answers["base"]
+        == ChatRepl(trained, GenerationConfig(max_new_tokens=3), model_names=["base"]).send_quietly("Say 3")["base"]
+    )
     assert "r4: no answer: the probabilities are not finite" in capsys.readouterr().out
 
 
@@ -162,8 +167,8 @@ def test_a_pipe_is_one_conversation(
     assert len(out.splitlines()) == 2
 
 
-def test_side_by_side_shows_what_looks_like_markup(world: Path, trained: Trained) -> None:
-    talk = Talk(trained, Config(max_new_tokens=2), voices=["base", "r4"])
+def test_side_by_side_shows_what_looks_like_markup(world: Path, trained: InferenceModel) -> None:
+    talk = ChatRepl(trained, GenerationConfig(max_new_tokens=2), model_names=["base", "r4"])
     with talk.console.capture() as captured:
         talk._side_by_side({"base": "a [/INST] b", "r4": "\x1b[31mred"})
     assert "[/INST]" in captured.get()
@@ -171,19 +176,19 @@ def test_side_by_side_shows_what_looks_like_markup(world: Path, trained: Trained
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "described"),
     [
         (["run", "--adapter", "r44"], 4, "did you mean 'r4'"),
-        (["empty"], 4, "has no tokenizer"),
+        (["empty"], 4, "has no config.json, so it is no model's folder"),
         (["run", "--temperature", "-1"], 2, "--temperature"),
     ],
 )
 def test_mistakes_are_named(
-    world: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
+    world: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, described: str
 ) -> None:
     (world / "empty").mkdir(exist_ok=True)
     _, err = chat(capsys, str(world / words[0]), *words[1:], "-p", "x", code=code)
-    assert said in err
+    assert described in err
 
 
 def test_a_run_without_adapters_says_so(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,11 +202,11 @@ def test_a_run_without_adapters_says_so(world: Path, tmp_path: Path, capsys: pyt
     assert "r4 has no best yet, this is its last" in err
 
 
-def test_a_conversation_longer_than_the_model_reads_is_refused(trained: Trained) -> None:
-    talk = Talk(trained, Config(max_new_tokens=8))
-    with pytest.raises(ModelError, match="the model reads 512"):
-        talk.ask_quietly("x" * 600)
-    talk.ask_quietly("x" * 470)  # fits, with few tokens left to answer
+def test_a_conversation_longer_than_the_model_reads_is_refused(trained: InferenceModel) -> None:
+    talk = ChatRepl(trained, GenerationConfig(max_new_tokens=8))
+    with pytest.raises(ModelError, match="the model's maximum context length is 512"):
+        talk.send_quietly("x" * 600)
+    talk.send_quietly("x" * 470)  # fits, with few tokens left to answer
 
 
 def test_a_model_without_a_template_takes_a_built_in_one(
@@ -217,7 +222,7 @@ def test_a_model_without_a_template_takes_a_built_in_one(
 
 
 def test_a_full_run_has_no_untouched_base(world: Path) -> None:
-    assert list(open_trained(str(world / "full")).slots) == ["default"]
+    assert list(open_inference_model(str(world / "full")).slots) == ["default"]
 
 
 def test_printable() -> None:

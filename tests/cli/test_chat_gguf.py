@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.cli.chat_repl import ChatRepl
 from lowrank.cli.main import main
-from lowrank.cli.speakers import open_speakers
-from lowrank.cli.talk import Talk
 from lowrank.errors import ModelError
-from lowrank.generate.request import Config
-from lowrank.models.loading import locate
+from lowrank.generate.request import GenerationConfig
+from lowrank.models.loading.pretrained import locate
+from lowrank.pipelines.inference import InferenceModel
 from lowrank.records import Conversation, Message
-from lowrank.trained import Trained
+from lowrank.serve.chat_backends import open_chat_backend
 from tests.serve.running import open_world
 
 pytest.importorskip("xllamacpp")
@@ -26,11 +26,11 @@ from lowrank.export.gguf.adapter import write_adapter_file
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.export.gguf.model import read_folder
 
-QUESTION = "Name a colour."
+QUESTION = "Name a color."
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, InferenceModel]:
     folder, source = tmp_path_factory.mktemp("gguf"), Path(locate("lowrank/tiny"))
     convert(source, folder / "tiny.gguf", "f32")
     trained = open_world()
@@ -50,30 +50,32 @@ def chat(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tupl
     return output.out, output.err
 
 
-def test_base_and_lora_file_answer_as_in_torch(world: tuple[Path, Trained], capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_and_lora_file_answer_as_in_torch(
+    world: tuple[Path, InferenceModel], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, trained = world
     words = [str(folder / "tiny.gguf"), "--adapter", f"{folder / 'one.gguf'},base", "--max-new-tokens", "12"]
     out, err = chat(capsys, *words, "-p", QUESTION, "--json")
     answers = {line["adapter"]: line["answer"] for line in map(json.loads, out.splitlines())}
-    asked = Conversation((Message("user", QUESTION),))
-    right = trained.answer([("one", asked), ("base", asked)], Config(max_new_tokens=12))
+    requested = Conversation((Message("user", QUESTION),))
+    right = trained.answer([("one", requested), ("base", requested)], GenerationConfig(max_new_tokens=12))
     assert list(answers.items()) == list(zip(("one", "base"), right))
     assert err == ""
 
 
-def test_a_conversation(world: tuple[Path, Trained], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversation(world: tuple[Path, InferenceModel], capsys: pytest.CaptureFixture[str]) -> None:
     """Streaming, history, /base, /system, /template and mistakes, on one open file."""
     folder, trained = world
-    speakers, voices = open_speakers(
+    backend, model_names = open_chat_backend(
         str(folder / "tiny.gguf"), [str(folder / "one.gguf")], which="best", chat_template=None, notify=print
     )
-    talk = Talk(speakers, Config(max_new_tokens=8), system="Be brief.", voices=voices)
+    talk = ChatRepl(backend, GenerationConfig(max_new_tokens=8), system="Be brief.", model_names=model_names)
     with talk.console.capture() as captured:
         talk._line(QUESTION)
         talk._line("/base")
         talk._line("/template")
-    asked = Conversation((Message("system", "Be brief."), Message("user", QUESTION)))
-    one, base = trained.answer([("one", asked), ("base", asked)], Config(max_new_tokens=8))
+    requested = Conversation((Message("system", "Be brief."), Message("user", QUESTION)))
+    one, base = trained.answer([("one", requested), ("base", requested)], GenerationConfig(max_new_tokens=8))
     streamed = capsys.readouterr().out
     assert streamed == f"{one}\n{base}\n"
     assert [message.content for message in talk.history] == ["Be brief.", QUESTION, one]
@@ -83,13 +85,13 @@ def test_a_conversation(world: tuple[Path, Trained], capsys: pytest.CaptureFixtu
     assert "an answer ends at '<|im_end|>'" in shown
     with pytest.raises(ModelError, match="did you mean 'one'"):
         talk._line("/adapter ones")
-    with pytest.raises(ModelError, match=r"\d+ tokens and the model reads 1024"):
+    with pytest.raises(ModelError, match=r"\d+ tokens and the model's maximum context length is 1024"):
         talk._line("word " * 2000)
     assert len(talk.history) == 3, "what was refused was not said"
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "described"),
     [
         (["--last"], 2, "--last chooses among the adapters of a run"),
         (["--adapter", "two"], 4, "there is no adapter 'two' here"),
@@ -98,7 +100,7 @@ def test_a_conversation(world: tuple[Path, Trained], capsys: pytest.CaptureFixtu
     ],
 )
 def test_mistakes_are_named(
-    world: tuple[Path, Trained], capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
+    world: tuple[Path, InferenceModel], capsys: pytest.CaptureFixture[str], words: list[str], code: int, described: str
 ) -> None:
     _, err = chat(capsys, str(world[0] / "tiny.gguf"), *words, "-p", "x", code=code)
-    assert said in err
+    assert described in err

@@ -34,7 +34,7 @@ def test_a_wrong_gradient_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> No
         main(["doctor", "--json"])
     assert caught.value.code == 1
     found = json.loads(capsys.readouterr().out)["storages"]["cpu"]
-    assert {each["trouble"] for each in found} == {"wrong gradient: after an evaluation"}
+    assert {each["problem"] for each in found} == {"wrong gradient: after an evaluation"}
 
 
 def test_the_page_is_current() -> None:

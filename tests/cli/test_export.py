@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
+import errno
+import io
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -18,19 +17,24 @@ from lowrank.adapters.variants import lora
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import save_adapter
 from lowrank.cli.export_settings import read_combination, read_targets
+from lowrank.cli.export_view import show
 from lowrank.cli.main import main
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, ModelError, OutputError
+from lowrank.export.targets import gguf as targets_gguf
+from lowrank.terminal import Console
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.checkpoints.test_peft_layout import random_adapter
-from tests.command_line import lowrank
 from tests.export.sources import load
+from tests.hub_stand_in import hub_stand_in
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = tmp_path_factory.mktemp("world")
     model = load(save_checkpoint_folder(world / "model"), torch.float32)
-    save_adapter(world / "mine", random_adapter(model, lora.Config(rank=2)), describe_base(model, str(world / "model")))
+    save_adapter(
+        world / "mine", random_adapter(model, lora.LoraConfig(rank=2)), describe_base(model, str(world / "model"))
+    )
     return world / "mine"
 
 
@@ -45,7 +49,7 @@ def test_export_prints_and_leaves_by_its_exit_code(
 ) -> None:
     assert call("export", adapter, "--to", "merged", "-o", tmp_path / "out", "max_shard_size=30KB") == 0
     shown = capsys.readouterr().out
-    assert "same model" in shown
+    assert "it is the same model" in shown
     assert "general questions" in shown
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
@@ -61,6 +65,128 @@ def test_export_prints_and_leaves_by_its_exit_code(
     assert call(*words[:-1], tmp_path / "json", "--json") == 6
     result = json.loads(capsys.readouterr().out)
     assert result["targets"]["merged"]["passed"] is False
+
+
+def _full(*words: Any, **options: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_target_that_fails_keeps_no_other_from_being_written(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One fails before anything is written, one while it is, and the one named last is written and compared."""
+    monkeypatch.setattr("lowrank.export.targets.merged.write_shards", _full)
+    for out in ("said", "json"):
+        (tmp_path / out / "gguf").mkdir(parents=True)
+        (tmp_path / out / "gguf" / "mine.txt").touch()
+    words = ("export", adapter, "--to", "gguf,merged,peft", "-o")
+    assert call(*words, tmp_path / "said", "--no-verify") == 5
+    output = capsys.readouterr()
+    assert "gguf is not empty" in output.err
+    assert "merged failed: " in output.err
+    assert "the disk became full while merged was written" in output.err
+    assert "peft failed" not in output.err
+    assert call(*words, tmp_path / "json", "--json") == 5
+    result = json.loads(capsys.readouterr().out)
+    assert [*result["targets"]] == ["gguf", "merged", "peft"]
+    assert result["passed"] is False
+    assert result["targets"]["peft"]["passed"] is True
+    for name, reason in (("gguf", "is not empty"), ("merged", "the disk became full")):
+        error = result["targets"][name]["error"]
+        assert (error["type"], error["exit_code"]) == ("OutputError", 5)
+        assert reason in error["message"]
+    for out in ("said", "json"):
+        assert sorted(path.name for path in (tmp_path / out).iterdir()) == ["gguf", "peft"]
+        assert (tmp_path / out / "peft" / "adapter_model.safetensors").is_file()
+        written = json.loads((tmp_path / out / "peft" / "export.json").read_text())
+        assert written["passed"] is (True if out == "json" else None)
+    (tmp_path / "json" / "peft" / "export.json").unlink()
+    assert call(*words, tmp_path / "json", "--json") == 5, "all of them fail"
+    message = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert [name for name in ("gguf: ", "merged: ", "peft: ") if name not in message] == []
+
+
+def test_a_type_that_fails_keeps_no_other_from_being_written(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GGUF files: one that cannot be quantized, one that llama.cpp does not read."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    quantize, read = targets_gguf.quantize_file, targets_gguf.LlamaReader.__init__
+
+    def fails(origin: Path, target: Path, name: str, **options: Any) -> Any:
+        if name == "q5_0":
+            target.write_bytes(b"half of it")
+            raise ModelError("no kernel for q5_0")
+        return quantize(origin, target, name, **options)
+
+    def refuses(self: Any, path: Path, *words: Any) -> None:
+        if "Q4_0" in path.name:
+            raise ModelError(f"{path.name}: llama.cpp cannot read it")
+        read(self, path, *words)
+
+    monkeypatch.setattr(targets_gguf, "quantize_file", fails)
+    monkeypatch.setattr(targets_gguf.LlamaReader, "__init__", refuses)
+    words = ("export", adapter, "--to", "gguf", "--type", "f16,q5_0,q4_0", "-o", tmp_path / "out")
+    assert call(*words) == ModelError.exit_code
+    output = capsys.readouterr()
+    assert "gguf, q5_0 failed: no kernel for q5_0" in output.err
+    assert "Q4_0.gguf: llama.cpp cannot read it" in output.err
+    assert "differs from what was trained" not in output.err
+    written = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert written["passed"] is False
+    assert [len(written["failed"]), len(written["comparisons"])] == [2, 1]
+    assert sorted(path.name.split("-")[-1] for path in (tmp_path / "out").glob("*.gguf")) == ["F16.gguf", "Q4_0.gguf"]
+    assert call(*words[:5], "q5_0", "-o", tmp_path / "alone") == ModelError.exit_code
+    assert not (tmp_path / "alone").exists(), "nothing is left of one that is all there is"
+
+
+def test_a_mistake_of_ours_in_one_target_is_shown_and_the_others_go_on(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lowrank.export.targets.merged.write_shards", lambda *words: {}["wanted"])
+    assert call("export", adapter, "--to", "merged,peft", "-o", tmp_path, "--no-verify") == 1
+    assert "merged failed: KeyError: 'wanted'" in capsys.readouterr().err
+    assert "Traceback" in caplog.text
+    assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_a_hub_that_refuses_one_gets_the_others(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, repository: str, *, dry_run: bool) -> dict[str, Any]:
+        if repository.endswith("peft"):
+            raise OutputError("the hub refuses the upload")
+        return {"repository": repository, "url": repository, "files": 1, "dry_run": dry_run}
+
+    monkeypatch.setattr("lowrank.export.publish.hub.push_folder", refuse)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    words = ("export", adapter, "--to", "peft,merged", "-o", tmp_path, "--no-verify", "--push", "me/it", "--json")
+    assert call(*words) == 5
+    result = json.loads(capsys.readouterr().out)
+    assert [each["repository"] for each in result["pushed"]] == ["me/it-merged"]
+    assert "refuses" in result["targets"]["peft"]["push_error"]
+    assert result["passed"] is False
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_shows_its_numbers_at_80_columns(width: int) -> None:
+    """Of the longest kind: rounded files with names as hubs give them, and all columns."""
+    numbers = {"mean_kl": 0.00012345, "top1_agreement": 0.99876, "perplexity": 12345.6, "gain_kept": -0.98765,
+               "against": "f16", "against_mean_kl": 0.000065, "greedy_same": 11, "greedy_asked": 16,
+               "reference_perplexity": 12.5, "base_perplexity": 99.0, "tokens": 512, "problems": []}  # fmt: skip
+    names = ["Meta-Llama-3.1-8B-Instruct-my-adapter-q4_k_m.gguf", "Meta-Llama-3.1-8B-Instruct-my-adapter-q8_0.gguf"]
+    compared = [{**numbers, "name": name, "passed": name == names[0]} for name in names]
+    target = {"comparisons": compared, "compared_on": "rows", "path": "/out", "bytes": 1, "said": []}
+    text = io.StringIO()
+    show(Console(file=text, width=width), {"targets": {"gguf": target}})
+    assert "…" not in text.getvalue()
+    rows = [line for line in text.getvalue().splitlines() if "11 of 16" in line]
+    assert len(rows) == 2
+    for row, verdict in zip(rows, ("same", "differs")):
+        assert row.split()[1:] == ["0.00012", "6.5e-05", "99.9%", "1.235e+04", "-98.8%", "11", "of", "16", verdict]
+        assert len(row.rstrip()) <= width
 
 
 def test_dry_run_and_the_place_by_default(
@@ -104,94 +230,33 @@ def test_settings_of_targets() -> None:
 # ---- the hub ------------------------------------------------------------------------------------------------------
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's HTTP API that an upload uses; refuses what is out of order."""
-
-    repositories: dict[str, dict[str, bytes]]
-    private: dict[str, bool]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        if self.headers["Authorization"] != "Bearer hf_secret":
-            return self.answer(401, {"error": "who are you"})
-        if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            self.repositories[name], self.private[name] = (
-                {},
-                asked.get("visibility") == "private" or asked.get("private"),
-            )
-            return self.answer(200, {"url": f"http://{self.headers['Host']}/{name}", "name": name})
-        if self.path == "/api/validate-yaml":
-            card = json.loads(body)["content"]
-            assert card.startswith("---\nlibrary_name: peft\n")
-            return self.answer(200, {"errors": [], "warnings": []})
-        name = "/".join(self.path.split("/")[3:5])
-        if name not in self.repositories:
-            return self.answer(404, {"error": "no such repository"})
-        if "/preupload/" in self.path:
-            files = [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for each in json.loads(body)["files"]]  # fmt: skip
-            return self.answer(200, {"files": files})
-        assert "/commit/" in self.path
-        for line in map(json.loads, body.splitlines()):
-            if line["key"] == "file":
-                self.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        return self.answer(
-            200,
-            {
-                "success": True,
-                "commitOid": "0" * 40,
-                "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{'0' * 40}",
-            },
-        )
-
-    def do_GET(self) -> None:
-        self.answer(200, {"id": "me/it", "sha": "0" * 40, "siblings": []})
-
-    def answer(self, code: int, content: Any) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silent."""
-
-
 @pytest.fixture
 def hub() -> Iterator[Any]:
-    kind = type("OneHub", (Hub,), {"repositories": {}, "private": {}})
-    server = HTTPServer(("127.0.0.1", 0), kind)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield kind, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub_stand_in() as served:
+        yield served
 
 
-def push(adapter: Path, out: Path, endpoint: str, token: str) -> CompletedProcess[str]:
-    words = ["export", str(adapter), "--to", "peft", "-o", str(out), "--no-verify", "--push", "me/it"]
-    return lowrank(*words, HF_ENDPOINT=endpoint, HF_TOKEN=token, HF_HUB_DISABLE_TELEMETRY="1")
-
-
-@pytest.mark.slow
-def test_what_was_written_is_uploaded(adapter: Path, tmp_path: Path, hub: Any) -> None:
+def test_what_was_written_is_uploaded(
+    adapter: Path, tmp_path: Path, hub: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, endpoint = hub
-    done = push(adapter, tmp_path / "out", endpoint, "hf_secret")
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    words = ("export", adapter, "--to", "peft", "--no-verify", "--push", "me/it", "-o")
+    code = call(*words, tmp_path / "out")
+    done = capsys.readouterr()
+    assert code == 0, done
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert kind.repositories == {"me/it": written}
     assert kind.private == {"me/it": True}
-    assert f"uploaded to {endpoint}/me/it" in done.stdout
-    assert "hf_secret" not in done.stdout + done.stderr
-    refused = push(adapter, tmp_path / "again", endpoint, "hf_wrong")
-    assert refused.returncode == 5
-    assert "the hub refuses the upload" in refused.stderr
-    assert "hf_wrong" not in refused.stdout + refused.stderr
+    assert f"uploaded to {endpoint}/me/it" in done.out
+    assert "hf_secret" not in done.out + done.err
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert call(*words, tmp_path / "again") == 5
+    refused = capsys.readouterr()
+    assert "parameters of a lora" in refused.out, "what was written is told"
+    assert "the hub refuses the upload" in refused.err
+    assert "hf_wrong" not in refused.out + refused.err
     assert (tmp_path / "again" / "adapter_model.safetensors").is_file()
 
 

@@ -31,7 +31,7 @@ def test_help_is_fast_and_names_every_command() -> None:
         seconds.append(os.times().children_user + os.times().children_system - start)
         assert result.returncode == 0
         for name in cli.LazyGroup().list_commands(None):
-            assert cli.COMMANDS[name] in result.stdout
+            assert cli._commands()[name] in result.stdout
         assert "130 interrupted" in result.stdout
     assert min(seconds) < 0.5
 

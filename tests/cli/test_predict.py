@@ -15,7 +15,7 @@ from lowrank.checkpoints.atomic import current
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.evaluate import predict as module
-from lowrank.run import train
+from lowrank.pipelines.train import train
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
 
 
@@ -50,11 +50,11 @@ def test_all_adapters_in_one_pass(world: Path, capsys: pytest.CaptureFixture[str
     assert list(result["metrics"]) == ["base", "weak", "strong"]
     lines = [json.loads(line) for line in Path(result["predictions"]).read_text("utf-8").splitlines()]
     assert len(lines) == result["rows"] == 12
-    for voice, metrics in result["metrics"].items():
-        said = [line["predictions"][voice].strip() == line["label"].strip() for line in lines]
-        assert metrics["exact_match"]["value"] == pytest.approx(100 * sum(said) / 12)
+    for model_name, metrics in result["metrics"].items():
+        described = [line["predictions"][model_name].strip() == line["label"].strip() for line in lines]
+        assert metrics["exact_match"]["value"] == pytest.approx(100 * sum(described) / 12)
         assert metrics["bleu4"]["interval"][0] <= metrics["bleu4"]["value"] <= metrics["bleu4"]["interval"][1]
-        assert ("gain" in metrics["perplexity"]) == (voice != "base")
+        assert ("gain" in metrics["perplexity"]) == (model_name != "base")
         assert "llamafactory_bleu4" in metrics
     learned = result["metrics"]["strong"]["perplexity"]
     untouched = result["metrics"]["base"]["perplexity"]
@@ -71,17 +71,17 @@ def test_an_interrupted_one_goes_on(
     words = [str(world / "run"), "--data", str(world / "train.json"), "--json", "--output"]
     whole, _ = predict(capsys, *words, str(tmp_path / "whole"))
     answered = 0
-    read = module.text_of
+    read = module.spoken_text
 
-    def stop(tokenizer: Any, answer: Any) -> str:
+    def stop(renderer: Any, tokens: Any) -> str:
         nonlocal answered
         answered += 1
         if answered == 20:
             raise KeyboardInterrupt
-        return read(tokenizer, answer)
+        return read(renderer, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "text_of", stop)
+        patch.setattr(module, "spoken_text", stop)
         with pytest.raises(BaseException):  # noqa: B017 (typer turns it into an exit)
             main(["predict", *words, str(tmp_path / "again"), "--max-new-tokens", "6"])
     (partial,) = (tmp_path / "again").glob("unfinished-*")
@@ -89,7 +89,7 @@ def test_an_interrupted_one_goes_on(
         file.write('{"digest": "half a li')
     capsys.readouterr()
     answered = -1000
-    monkeypatch.setattr(module, "text_of", stop)
+    monkeypatch.setattr(module, "spoken_text", stop)
     out, _ = predict(capsys, *words, str(tmp_path / "again"))
     assert answered == -1000 + 36 - 19, "19 answers were there already"
     assert json.loads(out)["metrics"] == json.loads(whole)["metrics"]
@@ -120,11 +120,13 @@ def test_what_has_no_answer_is_counted_and_in_no_metric(
     assert result["unanswered"] == {"base": 1, "strong": 1, "weak": 4}
     assert "weak: no answer to 4 of 4 questions (the probabilities are not finite" in err
     assert "base, strong: no answer to 1 of 4 questions" in err
-    assert "the model reads 512" in err
+    assert "the model's maximum context length is 512" in err
     assert "weak: perplexity leaves out 3 questions whose log-probabilities are not finite" in err
     assert "perplexity leaves out 1 of 4 questions (" in err
     assert result["metrics"]["weak"] == {}
-    assert {metric["rows"] for voice in ("base", "strong") for metric in result["metrics"][voice].values()} == {3}
+    assert {
+        metric["rows"] for model_name in ("base", "strong") for metric in result["metrics"][model_name].values()
+    } == {3}
     lines = [json.loads(line) for line in Path(result["predictions"]).read_text("utf-8").splitlines()]
     assert [list(line.get("problems", {})) for line in lines] == [["weak"]] * 3 + [["base", "weak", "strong"]]
     assert lines[3]["predictions"] == {"base": None, "weak": None, "strong": None}
@@ -135,7 +137,7 @@ def test_what_has_no_answer_is_counted_and_in_no_metric(
 
 
 @pytest.mark.parametrize(
-    ("rows", "words", "code", "said"),
+    ("rows", "words", "code", "described"),
     [
         ([{"text": "no question"}], [], 3, "plain text asks nothing"),
         ([], [], 3, "has no rows"),
@@ -150,8 +152,8 @@ def test_mistakes_are_named(
     rows: list[dict[str, str]],
     words: list[str],
     code: int,
-    said: str,
+    described: str,
 ) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
     _, err = predict(capsys, str(world / "run"), "--data", str(tmp_path / "rows.json"), *words, code=code)
-    assert said in err
+    assert described in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ import sys
 import httpx
 import pytest
 
-import lowrank.cli.serve as command
 from lowrank.cli.main import main
 
 
@@ -56,9 +56,9 @@ def test_refusals(
 
 
 def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("lowrank.cli.main.LazyGroup.list_commands", lambda self, ctx: ["serve"])
     with pytest.raises(SystemExit) as caught:
         main(["serve", "lowrank/tiny"])
     assert caught.value.code == 2
-    assert "pip install lowrank[serve]" in capsys.readouterr().err
+    assert "pip install 'lowrank-llm[serve]'" in capsys.readouterr().err

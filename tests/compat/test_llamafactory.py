@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,11 @@ from lowrank.compat.llamafactory import Keys, is_llamafactory
 from lowrank.compat.llamafactory_method import SCHEDULES
 from lowrank.compat.llamafactory_others import known
 from lowrank.config import RunConfig
+from lowrank.data.chat.rendering import Renderer
 from lowrank.data.prepare import examine
-from lowrank.data.rendering import Renderer
 from lowrank.errors import ConfigError
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import load_tokenizer
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.records import Preference, Rated
 
 LLAMA3_LORA_SFT = """
@@ -168,6 +171,10 @@ INFO: dict[str, Any] = {
 }
 
 
+WITHOUT_CODE = "model.trust_remote_code has no effect without --allow-code: the model's own code stays off"
+"""Their examples all set it; a file is no permission."""
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder laid out as LLaMA-Factory's repository, which is the current directory."""
@@ -206,7 +213,7 @@ def test_llama3_lora_sft(workplace: Path) -> None:
     sources = [(source["path"], source["format"]) for source in found["data"]["train"]]
     assert sources == [("data/identity.json", "alpaca"), ("data/alpaca_en_demo.json", "alpaca")]
     assert found["model"]["path"] == "meta-llama/Meta-Llama-3-8B-Instruct"
-    assert (found["model"]["dtype"], found["model"]["recompute"]) == ("bfloat16", "full")
+    assert (found["model"]["dtype"], found["model"]["activation_checkpointing"]) == ("bfloat16", "full")
     assert found["model"]["trust_remote_code"] is True
     adapter = found["adapter"]
     assert (adapter["type"], adapter["rank"], adapter["alpha"], adapter["dropout"]) == ("lora", 8, None, 0.0)
@@ -214,7 +221,7 @@ def test_llama3_lora_sft(workplace: Path) -> None:
     data = found["data"]
     assert (data["batch_size"], data["batch_tokens"], data["max_length"]) == (8, None, 2048)
     assert data["max_samples"] == 1000
-    assert found["objective"] == {"type": "sft"}
+    assert found["objective"]["type"] == "sft"
     assert (found["optimizer"]["learning_rate"], found["optimizer"]["weight_decay"]) == (1e-4, 0.0)
     assert (found["schedule"]["type"], found["schedule"]["warmup_ratio"]) == ("cosine", 0.1)
     assert (found["num_train_epochs"], found["max_steps"], found["seed"]) == (3.0, None, 42)
@@ -228,10 +235,10 @@ def test_llama3_lora_pretrain(workplace: Path) -> None:
     found = settings(config)
     (source,) = found["data"]["train"]
     assert (source["path"], source["format"], source["columns"]) == ("data/c4_demo.jsonl", "text", {"text": "text"})
-    assert found["objective"] == {"type": "pretrain"}
+    assert found["objective"]["type"] == "pretrain"
     assert found["data"]["batch_tokens"] == 1 * 8 * 2048  # packing is on by default for stage pt
     assert found["data"]["on_too_long"] == "split"
-    assert warnings == []
+    assert warnings == [WITHOUT_CODE]
 
 
 def test_qwen_full_sft(workplace: Path) -> None:
@@ -242,9 +249,10 @@ def test_qwen_full_sft(workplace: Path) -> None:
     assert found["eval_steps"] == 500
     assert found["optimizer"]["learning_rate"] == 1e-5
     assert found["data"]["chat_template"] == "qwen"
-    (deepspeed,) = warnings
+    deepspeed, without_code = warnings
+    assert without_code == WITHOUT_CODE
     assert deepspeed.startswith("deepspeed has no effect")
-    assert "multiply gradient_accumulation_steps" in deepspeed
+    assert "every device holds the whole model" in deepspeed
 
 
 MINIMAL = "model_name_or_path: m/x\ndo_train: true\ndataset: identity\noutput_dir: out\n"
@@ -291,7 +299,7 @@ def test_a_missing_dataset_info_says_where_it_was_looked_for(workplace: Path) ->
         ("adapter_name_or_path: ./old\n", "adapter.path", "./old"),
         ("pure_bf16: true\n", "model.dtype", "bfloat16"),
         ("fp16: true\n", "model.dtype", "float16"),
-        ("disable_gradient_checkpointing: true\n", "model.recompute", "none"),
+        ("disable_gradient_checkpointing: true\n", "model.activation_checkpointing", "none"),
         ("use_cpu: true\n", "model.device", "cpu"),
         ("model_revision: v2\n", "model.revision", "v2"),
         ("neat_packing: true\n", "data.batch_tokens", 8 * 2048),
@@ -336,14 +344,15 @@ def test_a_missing_dataset_info_says_where_it_was_looked_for(workplace: Path) ->
         ("quantization_bit: 4\n", "model.storage.type", "nf4"),
         ("quantization_bit: 4\ndouble_quantization: false\n", "model.storage.double_quant", False),
         ("quantization_bit: 3\nquantization_method: hqq\n", "model.storage.bits", 3),
+        ("quantization_bit: 8\nquantization_method: eetq\n", "model.storage.type", "eetq"),
         ("quantization_bit: 8\n", "model.storage.type", "int8"),
         ("optim: paged_adamw_8bit\n", "optimizer.type", "paged_adamw_8bit"),
         ("optim: adafactor\n", "optimizer.type", "adafactor"),
         ("finetuning_type: full\nuse_galore: true\ngalore_rank: 128\n", "optimizer.rank", 128),
         ("finetuning_type: full\nuse_apollo: true\napollo_scale: 4.0\n", "optimizer.scale", 4.0),
         ("finetuning_type: full\nuse_muon: true\n", "optimizer.type", "muon"),
-        ("finetuning_type: full\nmixture_of_depths: convert\n", "model.mixture_of_depths.every", 2),
-        ("finetuning_type: full\nmixture_of_depths: load\n", "model.mixture_of_depths", None),
+        ("finetuning_type: full\nmixture_of_depths: convert\n", "model.layer_wrapper.every", 2),
+        ("finetuning_type: full\nmixture_of_depths: load\n", "model.layer_wrapper", None),
         ("finetuning_type: full\nuse_galore: true\ngalore_layerwise: true\n", "optimizer.layerwise", True),
         ("finetuning_type: full\nuse_apollo: true\napollo_layerwise: true\n", "optimizer.max_grad_norm", None),
     ],
@@ -364,7 +373,7 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
         ("stage: ppo\n", "reward_model: required for stage: ppo"),
         ("stage: ppo\nreward_model: a\nreward_model_type: api\n", "reward_model_type: 'api' is not supported"),
         ("stage: ppo\nreward_model: a\nppo_target: 3.0\n", "ppo_target: 3.0 is not supported: the weight of the KL"),
-        ("ppo_buffer_size: 2\n", "ppo_buffer_size: 2 is not supported: every optimiser step"),
+        ("ppo_buffer_size: 2\n", "ppo_buffer_size: 2 is not supported: every optimizer step"),
         ("stage: sftt\n", "stage: 'sftt' is not trained; choose one of sft, pt, dpo, kto, rm, ppo; did you mean"),
         ("stage: dpo\n", "dataset 'identity': stage dpo needs preference pairs, and it is not marked ranking: true"),
         ("stage: kto\n", "dataset 'identity': stage kto needs rated answers, and columns.kto_tag is not given"),
@@ -374,32 +383,38 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
             "dpo_label_smoothing: only for pref_loss: sigmoid",
         ),
         (
-            "dataset: chats\nstage: dpo\nref_model: other\n",
-            "ref_model: 'other' is not supported: the reference is the base itself",
+            "dataset: chats\nstage: dpo\npref_loss: orpo\nref_model: other\n",
+            "ref_model: stage dpo compares with no other model",
         ),
         ("finetuning_type: bone\n", "finetuning_type: 'bone' is not there; choose lora, oft, freeze, full"),
-        ("use_dora: true\nuse_rslora: true\n", "use_dora and use_rslora: set only one"),
+        ("use_dora: true\npissa_init: true\n", "use_dora and pissa_init: set only one"),
         ("quantization_bit: 5\n", "quantization_bit: bnb has 4, 8 bits, not 5"),
-        ("quantization_bit: 8\nquantization_method: eetq\n", "quantization_method: 'eetq' is not there"),
+        ("quantization_bit: 8\nquantization_method: quanto\n", "quantization_method: 'quanto' is not there"),
+        ("quantization_bit: 4\nquantization_method: eetq\n", "quantization_bit: eetq has 8 bits, not 4"),
         ("rope_scaling: yarn\n", "rope_scaling: how far "),
         ("badam_mode: ratio\n", "badam_mode: 'ratio' is not supported: only `layer` is there"),
         ("use_galore: true\noptim: adafactor\n", "optim: adafactor inside of use_galore is not there"),
         ("optim: rmsprop\n", "optim: 'rmsprop' is not supported"),
-        ("lr_scheduler_type: polynomial\n", "lr_scheduler_type: 'polynomial' is not supported"),
+        ("lr_scheduler_type: reduce_lr_on_plateau\n", "lr_scheduler_type: 'reduce_lr_on_plateau' is not supported"),
+        ("use_dft_loss: true\nuse_eaft_loss: true\n", "use_dft_loss and use_eaft_loss: set only one"),
+        ("label_smoothing_factor: 0.1\nuse_dft_loss: true\n", "use_dft_loss and label_smoothing_factor: set only one"),
+        ("ld_alpha: 0.5\n", "ld_alpha: only for stage: dpo with a reference"),
+        ("train_from_scratch: true\n", "train_from_scratch: random weights are nothing to put an adapter on"),
+        ("create_new_adapter: true\nadapter_name_or_path: a\n", "create_new_adapter: the given adapter is merged"),
         ("lr_scheduler_kwargs: {power: 2}\n", "lr_scheduler_kwargs: 'power' is not supported with linear"),
         ("report_to: neptune\n", "report_to: 'neptune' is not supported; choose from"),
         ("resume_from_checkpoint: out/checkpoint-5\n", "resume_from_checkpoint: 'out/checkpoint-5' may be another"),
-        ("val_size: 100\n", "val_size: a number of rows (100) is not supported; give a share below 1"),
+        ("val_size: 1.5\n", "val_size: expected a share below 1, or a whole number of rows, got 1.5"),
         ("val_size: 0.1\neval_dataset: identity\n", "val_size and eval_dataset: set only one"),
         ("eval_strategy: steps\n", "eval_strategy: 'steps' needs held-out rows"),
         ("save_strategy: epoch\nmax_steps: 5\n", "save_strategy: 'epoch' is not supported together with max_steps"),
         ("logging_steps: 2.5\n", "logging_steps: expected a whole number, or a share below 1, got 2.5"),
         ("adapter_name_or_path: a,b\n", "adapter_name_or_path: training goes on with one adapter"),
         ("finetuning_type: full\nuse_rslora: true\n", "use_rslora: only for finetuning_type: lora"),
-        ("mix_strategy: interleave_over\n", "mix_strategy: 'interleave_over' is not supported"),
+        ("mix_strategy: interleave\n", "mix_strategy: 'interleave' is not known; use concat, interleave_under"),
         ("mix_strategy: interleave_under\ninterleave_probs: 0.1,0.9\n", "interleave_probs: 2 numbers for 1 datasets"),
         ("interleave_probs: 0.5\n", "interleave_probs: only for mix_strategy"),
-        ("dataset_dir: REMOTE:a/b\n", "dataset_dir: a remote dataset_info.json is not read"),
+        ("dataset_dir: REMOTE:/a/b/c\n", "dataset_dir: /a/b/c cannot be downloaded from the hub"),
         ("bf16: true\nfp16: true\n", "bf16 and fp16: set only one"),
         ("metric_for_best_model: accuracy\n", "metric_for_best_model: 'accuracy' is not supported; choose loss"),
         (
@@ -408,16 +423,19 @@ def test_a_key_becomes(workplace: Path, lines: str, path: str, value: object) ->
         ),
         ("stage: pt\n", "dataset 'identity': for stage pt, name the one column of text"),
         ("predict_with_generate: true\n", "predict_with_generate: training generates only for"),
-        ("push_to_hub: true\n", "push_to_hub: True is not supported"),
+        ("template: xverse\n", "template: 'xverse' is none of LLaMA-Factory's"),
         ("model: m\n", None),
         ("micro_batch_tokens: 64\n", "micro_batch_tokens: unknown key (a native key; give it on the command line)"),
     ],
 )
-def test_what_cannot_be_honoured_is_an_error_that_names_it(workplace: Path, lines: str, problem: str | None) -> None:
+def test_what_cannot_be_honored_is_an_error_that_names_it(workplace: Path, lines: str, problem: str | None) -> None:
     text = "".join(line + "\n" for line in MINIMAL.splitlines() if line.split(":")[0] != lines.split(":")[0]) + lines
     found = problems(workplace, text)
     if problem is None:  # a file with both kinds of keys is a native one, whose unknown keys are told
-        assert "model_name_or_path: unknown key; known: " in "\n".join(found) or len(found) > 1
+        assert (
+            re.search(r"model_name_or_path: unknown key; (\d+ are known|did you mean)", "\n".join(found))
+            or len(found) > 1
+        )
     else:
         assert len(found) == 1
         assert found[0].startswith(problem)
@@ -457,10 +475,12 @@ def test_all_problems_at_once(workplace: Path) -> None:
         ("lr_scheduler_type: constant\nwarmup_ratio: 0.1\n", "warmup has no effect with lr_scheduler_type: constant"),
         ("warmup_ratio: 0.1\nwarmup_steps: 5\n", "warmup_ratio has no effect, since warmup_steps is set"),
         ("val_size: 0.1\neval_steps: 5\n", "eval_steps has no effect while eval_strategy is 'no'"),
-        ("template: xverse\n", "template: 'xverse' is not built in; the tokenizer's own chat template is used"),
+        ("template: yi\n", "template: m/x is not on this machine yet, so 'yi' was not compared"),
         ("compute_accuracy: true\n", "compute_accuracy has no effect: held-out loss is what is measured"),
         ("hf_hub_token: hf_abc\n", "hf_hub_token has no effect: log in with"),
         ("dataloader_drop_last: true\n", "dataloader_drop_last has no effect"),
+        ("use_swanlab: true\nswanlab_project: mine\n", "swanlab_project has no effect: the project at SwanLab is"),
+        ("swanlab_run_name: first\n", "swanlab_run_name has no effect: the experiment is called after output_dir"),
         ("num_train_epochs: 2\nmax_steps: 4\n", None),
         ("flash_attn: fa2\nenable_liger_kernel: true\nplot_loss: true\noverwrite_cache: true\n", None),
         ("compute_accuracy: false\ncache_dir: null\npref_beta: 0.3\ntemperature: 0.1\n", None),
@@ -526,13 +546,21 @@ def test_the_native_form_reads_back_equal(workplace: Path) -> None:
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 @pytest.mark.parametrize("warmup", ["", "warmup_steps: 7\n", "warmup_ratio: 0.1\n"])
 def test_learning_rates_are_those_of_transformers(workplace: Path, name: str, warmup: str) -> None:
-    kwargs = {"cosine_with_min_lr": {"min_lr": 1e-5}, "cosine_with_restarts": {"num_cycles": 3}}.get(name, {})
+    some: dict[str, dict[str, Any]] = {
+        "cosine_with_min_lr": {"min_lr": 1e-5},
+        "cosine_with_restarts": {"num_cycles": 3},
+        "polynomial": {"power": 2.0, "lr_end": 2e-6},
+        "warmup_stable_decay": {"num_stable_steps": 9, "num_decay_steps": 30, "min_lr_ratio": 0.1},
+    }
+    kwargs = some.get(name, {})
     text = MINIMAL + f"lr_scheduler_type: {name}\nmax_steps: 57\n{warmup}"
     text += f"lr_scheduler_kwargs: {json.dumps(kwargs)}\n" if kwargs else ""
     config, _ = read(workplace, text)
     warmup_steps = {"": 0, "warmup_steps: 7\n": 7, "warmup_ratio: 0.1\n": 6}[warmup]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-5)
-    theirs = get_scheduler(name, optimizer, warmup_steps, 57, scheduler_specific_kwargs=kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that both numbers of wsd are there
+        theirs = get_scheduler(name, optimizer, warmup_steps, 57, scheduler_specific_kwargs=kwargs)
     for step in range(57):
         ours = config.optimizer.learning_rate * config.schedule.factor(step, 57)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15), step
@@ -540,9 +568,26 @@ def test_learning_rates_are_those_of_transformers(workplace: Path, name: str, wa
         theirs.step()
 
 
+def test_a_stable_phase_of_a_third(workplace: Path) -> None:
+    """LLaMA-Factory's own number where the file gives none: a third of what comes after the warmup."""
+    config, _ = read(workplace, MINIMAL + "lr_scheduler_type: warmup_stable_decay\nwarmup_steps: 6\n")
+    factors = [config.schedule.factor(step, 36) for step in range(36)]
+    assert factors[6:16] == [1.0] * 10
+    assert factors[16] == 1.0 > factors[17]
+    assert factors[35] == pytest.approx(0.5 * (1 + math.cos(math.pi * 19 / 20)))
+
+
 @pytest.mark.parametrize(
     ("lines", "objective"),
     [
+        ("use_dft_loss: true\n", {"type": "sft", "loss_type": "dft"}),
+        ("use_asft_loss: true\nasft_alpha: 0.2\n", {"type": "sft", "loss_type": "asft", "asft_alpha": 0.2}),
+        ("use_eaft_loss: true\neaft_alpha: 2\n", {"type": "sft", "loss_type": "eaft", "eaft_alpha": 2.0}),
+        ("label_smoothing_factor: 0.1\n", {"type": "sft", "label_smoothing": 0.1}),
+        (
+            "stage: dpo\ndataset: chats\npref_bco_weight: 0.5\nld_alpha: 0.3\nref_model: m/y\n",
+            {"type": "dpo", "bco_weight": 0.5, "ld_alpha": 0.3, "reference_model": "m/y"},
+        ),
         ("stage: rm\ndataset: chats\n", {"type": "reward", "center_rewards_coefficient": 0.0}),
         (
             "stage: dpo\ndataset: chats\npref_loss: hinge\npref_beta: 0.3\npref_ftx: 0.5\n",
@@ -570,7 +615,7 @@ def test_stages_on_answers(workplace: Path, lines: str, objective: dict[str, Any
         if not any(line.startswith(key.split(":")[0] + ":") for key in lines.splitlines())
     )
     config, _ = read(workplace, text + lines)
-    assert config.objective.model_dump() == objective
+    assert objective.items() <= config.objective.model_dump().items()
 
 
 def test_stage_ppo(workplace: Path) -> None:

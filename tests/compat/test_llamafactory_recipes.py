@@ -15,8 +15,8 @@ import yaml
 from lowrank.cli.expand import expand_model
 from lowrank.compat import load_any
 from lowrank.errors import ConfigError
-from lowrank.models.config import Config as ModelConfig
-from lowrank.run import train
+from lowrank.models.config import ModelConfig
+from lowrank.pipelines.train import train
 
 COMMON = """
 model_name_or_path: lowrank/tiny
@@ -76,6 +76,13 @@ RECIPES = {
     "extras/oft/dpo": "stage: dpo\ndataset: pairs\nfinetuning_type: oft\noft_block_size: 32\n",
     "extras/oft/kto": "stage: kto\ndataset: rated\nfinetuning_type: oft\noft_block_size: 32\n",
     "extras/fsdp_qlora": SFT + "finetuning_type: lora\nlora_target: q_proj,v_proj\nquantization_bit: 4\n",
+    "extras/dft": SFT + FULL + "use_dft_loss: true\n",
+    "extras/asft": SFT + FULL + "use_asft_loss: true\nasft_alpha: 0.1\n",
+    "extras/eaft": SFT + FULL + "use_eaft_loss: true\n",
+    "extras/smoothed": SFT + LORA + "label_smoothing_factor: 0.1\n",
+    "extras/scratch": SFT + FULL + "train_from_scratch: true\n",
+    "extras/dpo_reference": "stage: dpo\ndataset: pairs\nref_model: lowrank/tiny\nld_alpha: 0.5\n"
+    "pref_bco_weight: 0.5\n" + LORA,
     "extras/muon": SFT + "finetuning_type: full\nuse_muon: true\n",
     "extras/loraplus": SFT + LORA + "loraplus_lr_ratio: 16.0\n",
     "extras/pissa": SFT + LORA + "pissa_init: true\npissa_iter: 16\npissa_convert: true\n",
@@ -88,15 +95,15 @@ RECIPES = {
 
 
 def rows() -> dict[str, list[dict[str, Any]]]:
-    asked = [{"instruction": f"Say {number}.", "input": "", "output": f"{number}!"} for number in range(8)]
+    requested = [{"instruction": f"Say {number}.", "input": "", "output": f"{number}!"} for number in range(8)]
     talk = [{"from": "human", "value": "Which is larger, 1 or 2?"}]
     better, worse = {"from": "gpt", "value": "2"}, {"from": "gpt", "value": "1"}
-    said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    described = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     return {
-        "plain": asked,
+        "plain": requested,
         "notes": [{"text": f"Note {number}: the sea is wide and the night is long."} for number in range(8)],
         "pairs": [{"conversations": talk, "chosen": better, "rejected": worse}] * 8,
-        "rated": [{"messages": said, "label": number % 2 == 0} for number in range(8)],
+        "rated": [{"messages": described, "label": number % 2 == 0} for number in range(8)],
     }
 
 
@@ -119,10 +126,6 @@ INFO = {
 
 
 REFUSED = {
-    "train_lora/predict": (SFT + LORA + "do_predict: true\npredict_with_generate: true\n", "`lowrank predict`"),
-    "train_lora/preprocess": (SFT + LORA + "tokenized_path: saves/tokens\n", "name the dataset"),
-    "extras/dft": (SFT + FULL + "use_dft_loss: true\n", "plain token loss"),
-    "extras/eaft": (SFT + FULL + "use_eaft_loss: true\n", "plain token loss"),
     "extras/fp8": (SFT + FULL + "fp8: true\n", "remove it and set bf16"),
 }
 """Families that do not run here, and what their error points to."""

@@ -5,13 +5,17 @@ Its templates are slots per turn; here they are written out, and joined as it jo
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import lowrank.data.templates
-from lowrank.compat.llamafactory import TEMPLATES
+from lowrank.compat.llamafactory_templates import TEMPLATES, choose
+from lowrank.data.templates import slots, source_of
+from lowrank.errors import ConfigError
 
 EOS, BOS = "</s>", "<s>"
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -58,6 +62,20 @@ THEIRS = {
 }
 
 
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+BY_SLOTS = {
+    "default": Slots("Human: {}" + EOS + "\nAssistant:", "{}" + EOS + "\n", "System: {}" + EOS + "\n"),
+    "vicuna": Slots("USER: {} ASSISTANT:", "{}" + EOS, "{}", default_system=VICUNA),
+    "llama2": Slots(BOS + "[INST] {} [/INST]", "{}" + EOS, "<<SYS>>\n{}\n<</SYS>>\n\n", system_in_user=True),
+    "qwen3_nothink": CHATML,
+    "deepseek": Slots("User: {}\n\nAssistant:", "{}" + EOS, "{}\n\n", BOS),
+}
+"""Some of what is written by slots (data/templates/slots.py)."""
+
+
 def joined(slots: Slots, system: str, turns: list[tuple[str, str]]) -> str:
     system = system or slots.default_system
     opening = slots.system.format(system) if system else ""
@@ -69,6 +87,17 @@ def joined(slots: Slots, system: str, turns: list[tuple[str, str]]) -> str:
     return text
 
 
+CONVERSATIONS = [[("Hi?", "Hello.")], [("1 + 1?", "2"), ("再加一?", "3")]]
+
+
+def rendered(template: str, system: str, turns: list[tuple[str, str]]) -> str:
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    texts, _ = render_jinja_template([messages], chat_template=template, bos_token=BOS, eos_token=EOS)
+    return str(texts[0])
+
+
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 @pytest.mark.parametrize("system", ["", "You are kind."])
 @pytest.mark.parametrize("turns", [[("Hi?", "Hello.")], [("1 + 1?", "2"), ("再加一?", "3")]])
@@ -76,8 +105,63 @@ def test_the_same_text(name: str, system: str, turns: list[tuple[str, str]]) -> 
     folder = lowrank.data.templates.__path__[0]
     with open(f"{folder}/{TEMPLATES[name]}.jinja", encoding="utf-8") as file:
         template = file.read()
-    messages = [{"role": "system", "content": system}] if system else []
-    for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    texts, _ = render_jinja_template([messages], chat_template=template, bos_token=BOS, eos_token=EOS)
-    assert texts[0] == joined(THEIRS[name], system, turns)
+    assert rendered(template, system, turns) == joined(THEIRS[name], system, turns)
+
+
+@pytest.mark.parametrize("name", sorted(BY_SLOTS))
+@pytest.mark.parametrize("system", ["", "You are kind."])
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_the_same_text_by_slots(name: str, system: str, turns: list[tuple[str, str]]) -> None:
+    expected = joined(BY_SLOTS[name], system, turns)
+    assert slots.written_text(name, turns, system, BOS, EOS) == expected
+    assert rendered(source_of(f"llamafactory/{name}"), system, turns) == expected
+
+
+def test_every_template_of_their_registry_is_known(tmp_path: Path) -> None:
+    """Each is a built-in one, one written by slots, or the tokenizer's own; those by slots are good Jinja."""
+    assert len(slots.registry()) == 124
+    for name in slots.registry():
+        chosen = choose(name, "lowrank/tiny")
+        assert chosen.setting is not None or chosen.note is None or name in chosen.note
+        if slots.can_be_written(name):
+            text = rendered(source_of(f"llamafactory/{name}"), "", CONVERSATIONS[1])
+            assert text == slots.written_text(name, CONVERSATIONS[1], "", BOS, EOS)
+    with pytest.raises(ConfigError, match="template: 'quen3' is none of LLaMA-Factory's; did you mean 'qwen3'"):
+        choose("quen3", "lowrank/tiny")
+
+
+CHATML_OF_QWEN3 = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{{- message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}"""
+
+
+def tokenizer_folder(folder: Path, template: str | None) -> str:
+    config: dict[str, object] = {"eos_token": "<|im_end|>", "bos_token": None}
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "setting", "note"),
+    [
+        ("qwen3_nothink", CHATML_OF_QWEN3, None, None),
+        ("qwen3", CHATML_OF_QWEN3, None, None),
+        ("yi", CHATML_OF_QWEN3, None, None),
+        ("yi", CHATML_OF_QWEN3.replace("<|im_start|>", "<|start|>"), None, "a question and an answer is written other"),
+        ("yi", "{{ raise_exception('no') }}", None, "a question and an answer is refused"),
+        ("yi", None, "llamafactory/yi", None),
+        ("qwen3", None, None, "has no chat template"),
+        ("vicuna", CHATML_OF_QWEN3, "llamafactory/vicuna", None),
+        ("qwen", CHATML_OF_QWEN3, "qwen", None),
+    ],
+)
+def test_a_warning_only_where_the_rendering_differs(
+    name: str, template: str | None, setting: str | None, note: str | None, tmp_path: Path
+) -> None:
+    chosen = choose(name, tokenizer_folder(tmp_path, template))
+    assert chosen.setting == setting
+    assert (chosen.note is None) if note is None else (note in (chosen.note or ""))

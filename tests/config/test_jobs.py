@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from lowrank.adapters.variants.rslora import Config as RsLora
+from lowrank.adapters.variants.rslora import RsLoraConfig
 from lowrank.config import JobConfig, RunConfig, resolve
-from lowrank.data.config import Config as Data
+from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError
 from lowrank.settings import Settings
 
@@ -58,11 +58,11 @@ def test_lists_and_free_groups_are_replaced_whole() -> None:
 
 
 def test_the_python_face_takes_dicts_and_objects() -> None:
-    data = Data(train=("lowrank/demo",), batch_size=3)  # type: ignore[arg-type]
+    data = DataConfig(train=("lowrank/demo",), batch_size=3)  # type: ignore[arg-type]
     config = RunConfig(
         model="lowrank/tiny",  # type: ignore[arg-type]
         data=data,
-        adapter=RsLora(rank=2),
+        adapter=RsLoraConfig(rank=2),
         output_dir="runs/x",  # type: ignore[arg-type]
         jobs=[{"name": "a"}, {"name": "b", "adapter": {"rank": 8}}],  # type: ignore[arg-type]
     )
@@ -115,6 +115,7 @@ class Nameless:
         pass
 
 
+@pytest.mark.usefixtures("allowed_code")
 def test_a_third_party_s_type_goes_through_jobs_and_json() -> None:
     name = "tests.config.test_jobs:MyLoss"
     config = resolve(

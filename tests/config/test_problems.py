@@ -8,6 +8,7 @@ import pytest
 
 from lowrank.config import resolve
 from lowrank.errors import ConfigError
+from lowrank.settings import configs_in
 
 TOP: dict[str, Any] = {"model": "lowrank/tiny", "data": "lowrank/demo", "output_dir": "runs/x"}
 
@@ -27,13 +28,11 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"adapter": "rslra"}, "adapter: there is no type 'rslra'; did you mean 'rslora'?"),
         (
             {"adapter": {"type": 3}},
-            "adapter: there is no type 3; known: adalora, dora, eva, ia3, loftq, loha, lokr, lora, lora_fa, miss, "
-            "oft, olora, p_tuning, pissa, prefix_tuning, prompt_tuning, rslora, vera",
+            f"adapter: there is no type 3; known: {', '.join(configs_in('lowrank.adapters.variants'))}",
         ),
         (
             {"adapter": "bottleneck"},
-            "adapter: there is no type 'bottleneck' here: it inserts layers of its own into the model, which cannot be "
-            "merged; use lora",
+            "adapter: there is no type 'bottleneck' here: say which: houlsby, pfeiffer or parallel",
         ),
         ({"adapter": 5}, "adapter: expected a group of settings (key: value), got 5"),
         ({"adapter": {"rank": 0}}, "adapter.rank: expected a number above 0, got 0"),
@@ -42,7 +41,8 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"adapter": {"type": "rslora", "dropout": -1}}, "adapter.dropout: expected a number at least 0, got -1"),
         (
             {"data": {"train": "x.json", "mix": "concatt"}},
-            "data.mix: expected 'concat' or 'interleave', got 'concatt'; did you mean 'concat'?",
+            "data.mix: expected 'concat', 'interleave', 'interleave_over' or 'interleave_once', got 'concatt'; "
+            "did you mean 'concat'?",
         ),
         (
             {"data": {"train": [{"path": "a", "colums": {}}]}},
@@ -54,8 +54,9 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ({"save_steps": 1.5}, "save_steps: expected a whole number or a number below 1, got 1.5"),
         ({"save_steps": "often"}, "save_steps: expected a number, got 'often'"),
         (
-            {"model": {"path": "m", "recompute": "some"}},
-            "model.recompute: expected 'auto', 'none', 'selective', 'full', 'sqrt' or 'offload' or a whole number, "
+            {"model": {"path": "m", "activation_checkpointing": "some"}},
+            "model.activation_checkpointing: expected 'auto', 'none', 'selective', 'full', 'sqrt' or 'offload' or a "
+            "whole number, "
             "got 'some'",
         ),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1: required, but not given"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowrank.config import RunConfig, load, override, read_file, resolve, steps_of
+from lowrank.config.paths import locate
 from lowrank.errors import ConfigError
 
 SHORT = "model: lowrank/tiny\ndata: lowrank/demo\noutput_dir: runs/first\n"
@@ -197,3 +198,20 @@ def test_a_run_goes_through_json_and_back(tmp_path: Path) -> None:
 )
 def test_intervals_in_steps(interval: float | None, num_steps: int, steps: int | None) -> None:
     assert steps_of(interval, num_steps) == steps
+
+
+def test_patterns_standard_input_and_paths_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "alpaca.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    assert locate("rows/*.json", tmp_path) == (str(tmp_path / "rows" / "*.json"), None)
+    assert locate("-", tmp_path) == ("-", None)
+    reported = {
+        "rows/*.csv": "no file is named like 'rows/*.csv'; looked for",
+        "rows/alpaka.json": "did you mean 'alpaca.json'?",
+        "loop.json": "a symbolic link that leads in a circle",
+        "x" * 5000 + ".json": "longer than the system allows",
+        "a\0b.json": "it has a zero byte in it",
+    }
+    for path, text in reported.items():
+        assert text in (locate(path, tmp_path)[1] or ""), path

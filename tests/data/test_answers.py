@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.data.columns import RowProblem
-from lowrank.data.config import Config
-from lowrank.data.formats import find_format, recognise
-from lowrank.data.mismatched import with_mismatched
-from lowrank.data.rendering import Renderer
-from lowrank.data.turns import transcript
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import load_tokenizer
+from lowrank.data.batching.mismatched import with_mismatched
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
+from lowrank.data.formats.built_in import find_format
+from lowrank.data.formats.columns import RowProblem
+from lowrank.data.formats.recognition import recognize
+from lowrank.data.formats.turns import transcript
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.records import CHOSEN, MISMATCHED, REJECTED, Conversation, Message, Preference, Rated, Segment
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
@@ -24,7 +25,7 @@ PLAIN = "user: 2 + 2?\nchosen: 4\nrejected: 5"
 
 
 def parse(row: dict[str, Any], **columns: str) -> str:
-    return transcript(find_format(recognise([row], columns))(row, columns, {}))
+    return transcript(find_format(recognize([row], columns))(row, columns, {}))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_ratings(row: dict[str, Any]) -> None:
 
 
 def render(record: Preference | Rated, **settings: Any) -> Any:
-    return Renderer(load_tokenizer(ModelConfig(path="lowrank/tiny")), Config(**settings)).render(record)
+    return Renderer(load_tokenizer(ModelConfig(path="lowrank/tiny")), DataConfig(**settings)).render(record)
 
 
 def pair(chosen: str, rejected: str) -> Preference:

@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from lowrank.cli.main import main
-from lowrank.data.characters import CharacterRenderer
-from lowrank.data.config import Config
-from lowrank.data.doctor import Report, render_report
+from lowrank.data.chat.characters import CharacterRenderer
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
 from lowrank.data.prepare import examine
-from lowrank.data.rendering import Renderer
+from lowrank.data.report.doctor import Report, render_report
 from lowrank.records import Conversation, Message, Preference
 from tests.data.made_tokenizers import tokenizer_of, trl_template
 
@@ -32,13 +32,13 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 
 
 def in_characters(**settings: Any) -> Report:
-    return examine(Config(**settings), renderer=CharacterRenderer())
+    return examine(DataConfig(**settings), renderer=CharacterRenderer())
 
 
-def shown(report: Report, width: int = 100, colour: bool = False, marks: bool = False) -> str:
+def shown(report: Report, width: int = 100, color: bool = False, marks: bool = False) -> str:
     out = io.StringIO()
     console = Console(
-        file=out, width=width, force_terminal=colour, color_system="standard" if colour else None, legacy_windows=False
+        file=out, width=width, force_terminal=color, color_system="standard" if color else None, legacy_windows=False
     )
     console.print(render_report(report, marks=marks))
     return out.getvalue()
@@ -96,9 +96,9 @@ def test_a_person_reads_counts_reasons_and_the_mask(tmp_path: Path) -> None:
     assert "3 rows (row 3, row 4, row 5) repeated" in plain
     assert "assistant: ⟦yes⟧" in plain
     assert "carry loss" in plain
-    coloured = shown(report, colour=True)
-    assert "\x1b[1;32myes\x1b[0m" in coloured
-    assert "\x1b[2muser: Say 1" in coloured
+    colored = shown(report, color=True)
+    assert "\x1b[1;32myes\x1b[0m" in colored
+    assert "\x1b[2muser: Say 1" in colored
     assert "nothing is lost" in shown(in_characters(train=write(tmp_path / "y.json", [row(1, "a")])))
 
 
@@ -109,7 +109,7 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
 
 def test_tokens_and_shares_agree_with_the_renderer(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("qwen2_5", trl_template("qwen2_5"))
-    config = Config(train=write(tmp_path / "x.json", [row(n, f"answer {n}") for n in range(10)]))
+    config = DataConfig(train=write(tmp_path / "x.json", [row(n, f"answer {n}") for n in range(10)]))
     renderer = Renderer(tokenizer, config)
     report = examine(config, renderer=renderer, record=Conversation)
     conversations = [

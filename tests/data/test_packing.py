@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lowrank.data.packing import best_fit
+from lowrank.data.batching.packing import best_fit
 
 
 def quadratic_best_fit(lengths: list[int], capacity: int) -> int:

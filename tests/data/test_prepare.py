@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lowrank.data.config import Config
-from lowrank.data.feed import Feed, StreamingFeed
+from lowrank.data.batching.dataloader import DataLoader, StreamingDataLoader
+from lowrank.data.config import DataConfig
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.errors import DataError
 from lowrank.records import CHOSEN, REJECTED, Conversation, Preference, Rated, Segment, Text
@@ -29,7 +29,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 
 
 def run(seed: int = 0, record: type = Conversation, **settings: Any) -> Prepared:
-    return prepare(Config(**settings), tokenizer=TOKENIZER, record=record, seed=seed)
+    return prepare(DataConfig(**settings), tokenizer=TOKENIZER, record=record, seed=seed)
 
 
 def words(segments: Sequence[Segment]) -> list[str]:
@@ -49,7 +49,7 @@ def test_every_good_row_is_a_sample_and_every_other_is_counted(tmp_path: Path) -
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"instruction": "cut')
     prepared = run(train=path, shuffle=False)
-    assert isinstance(prepared.train, Feed)
+    assert isinstance(prepared.train, DataLoader)
     texts = epoch(prepared)
     assert [f"Say {number}<" in text for number, text in enumerate(texts)] == [True] * 21
     (dataset,) = prepared.report.datasets
@@ -92,12 +92,12 @@ def test_nothing_usable_is_an_error_with_the_reasons(tmp_path: Path) -> None:
         run(train=write(tmp_path / "empty.jsonl", []))
 
 
-def test_every_unsuitable_dataset_is_named_before_anything_is_tokenised(tmp_path: Path) -> None:
+def test_every_unsuitable_dataset_is_named_before_anything_is_tokenized(tmp_path: Path) -> None:
     text = write(tmp_path / "text.jsonl", [{"text": "a"}])
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(DataError) as caught:
         prepare(
-            Config(train=[text, write(tmp_path / "x.jsonl", [row(1)])], eval=[pairs, str(tmp_path / "no.jsonl")]),
+            DataConfig(train=[text, write(tmp_path / "x.jsonl", [row(1)])], eval=[pairs, str(tmp_path / "no.jsonl")]),
             tokenizer=TOKENIZER,
             record=Conversation,
             seed=0,
@@ -160,6 +160,54 @@ def test_concat_and_interleave(tmp_path: Path) -> None:
     assert any("not drawn" in notice for notice in mixed.report.notices)
 
 
+def test_interleaving_beyond_the_first_that_is_used_up(tmp_path: Path) -> None:
+    few = write(tmp_path / "few.jsonl", map(row, range(100, 110)))
+    many = write(tmp_path / "many.jsonl", map(row, range(200, 290)))
+    sources = [{"path": few, "weight": 1}, {"path": many, "weight": 1}]
+    once = epoch(run(train=sources, mix="interleave_once", shuffle=False))
+    assert sorted(once) == sorted(epoch(run(train=[few, many], shuffle=False)))
+    assert once != epoch(run(train=[few, many], shuffle=False)), "drawn, not one after another"
+    over = epoch(run(train=sources, mix="interleave_over", shuffle=False))
+    assert set(over) == set(once)
+    again = [text for text in over if "Say 1" in text]
+    assert 60 < len(again) < 130, "about as often as the larger one, from the beginning again and again"
+    assert again[:20] == again[:10] * 2
+    assert [text for text in over if "Say 2" in text] == sorted(text for text in once if "Say 2" in text)
+
+
+def test_a_number_of_rows_is_held_out(tmp_path: Path) -> None:
+    prepared = run(train=write(tmp_path / "x.jsonl", map(row, range(30))), validation_split=7)
+    assert (prepared.report.train_samples, prepared.report.eval_samples) == (23, 7)
+
+
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [
+        ("train[:3]", [0, 1, 2]),
+        ("train[17:]", [17, 18, 19]),
+        ("train[-2:]", [18, 19]),
+        ("train[10%:20%]", [2, 3]),
+        ("train[2:4]", [2, 3]),
+    ],
+)
+def test_a_part_of_a_file(split: str, numbers: list[int], tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", map(row, range(20)))
+    prepared = run(train=[{"path": path, "split": split}], shuffle=False)
+    assert epoch(prepared) == [
+        text
+        for text in epoch(run(train=path, shuffle=False))
+        if any(f"Say {number}\n" in text or f"Say {number}<" in text for number in numbers)
+    ]
+    assert len(epoch(prepared)) == len(numbers)
+
+
+@pytest.mark.parametrize("split", ["train[3]", "train[:x]", "train[50:60]"])
+def test_a_part_that_is_none(split: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", map(row, range(20)))
+    with pytest.raises(DataError, match=r"split|it has no rows"):
+        run(train=[{"path": path, "split": split}])
+
+
 def test_preferences_become_numbered_pairs(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"prompt": f"Q{n}", "chosen": "yes", "rejected": "no"} for n in range(6)])
     prepared = run(record=Preference, train=path, eval=path, batch_size=3)
@@ -175,7 +223,7 @@ def test_stream_gives_what_memory_gives(tmp_path: Path) -> None:
     for mix in ("concat", "interleave"):
         memory = run(train=paths, mix=mix, shuffle=False, batch_size=10)
         stream = run(train=paths, mix=mix, shuffle=False, batch_size=10, streaming=True)
-        assert isinstance(stream.train, StreamingFeed)
+        assert isinstance(stream.train, StreamingDataLoader)
         texts = epoch(memory)
         streamed: list[str] = []
         while stream.train.epoch < 1:
@@ -185,15 +233,15 @@ def test_stream_gives_what_memory_gives(tmp_path: Path) -> None:
 
 def test_stream_tells_its_losses_once_and_splits_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [*map(row, range(1500)), row(7, "")])  # beyond the rows looked at first
-    told: list[str] = []
-    config = Config(train=path, streaming=True, batch_size=500)
-    prepared = prepare(config, tokenizer=TOKENIZER, record=Conversation, seed=0, on_notice=told.append)
+    reported: list[str] = []
+    config = DataConfig(train=path, streaming=True, batch_size=500)
+    prepared = prepare(config, tokenizer=TOKENIZER, record=Conversation, seed=0, on_notice=reported.append)
     assert not prepared.report.losses
     assert not prepared.report.complete
     for _ in range(12):
         prepared.train.next_step()
-    assert [notice for notice in told if "empty answer" in notice] == told
-    assert len(told) == 1
+    assert [notice for notice in reported if "empty answer" in notice] == reported
+    assert len(reported) == 1
     with pytest.raises(DataError, match=r"data\.validation_split: a stream"):
         run(train=path, streaming=True, validation_split=0.1)
     with pytest.raises(DataError, match="strict: this data would be lost"):
@@ -204,7 +252,7 @@ def test_progress_ends_with_the_number_of_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", map(row, range(2100)))
     seen: list[tuple[int, int | None]] = []
     prepare(
-        Config(train=path),
+        DataConfig(train=path),
         tokenizer=TOKENIZER,
         record=Conversation,
         seed=0,
@@ -226,7 +274,9 @@ def test_half_characters_do_not_break_the_tokenizer(tmp_path: Path) -> None:
 
 def test_relative_paths_begin_at_source_root(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", [row(1)])
-    prepared = prepare(Config(train="x.jsonl"), tokenizer=TOKENIZER, record=Conversation, seed=0, source_root=tmp_path)
+    prepared = prepare(
+        DataConfig(train="x.jsonl"), tokenizer=TOKENIZER, record=Conversation, seed=0, source_root=tmp_path
+    )
     assert prepared.train.num_samples == 1
 
 
@@ -250,7 +300,7 @@ def test_the_packaged_dataset(tmp_path: Path) -> None:
 )
 def test_real_datasets_lose_nothing(file: str, record: type, rows: int, shared_data: Path) -> None:
     tokenizer = tokenizer_of("qwen3", trl_template("qwen3"))
-    config = Config(train=str(shared_data / file), max_length=200_000)
+    config = DataConfig(train=str(shared_data / file), max_length=200_000)
     report = prepare(config, tokenizer=tokenizer, record=record, seed=0).report
     assert report.losses == []
     assert report.datasets[0].used == rows
@@ -260,7 +310,7 @@ def test_real_datasets_lose_nothing(file: str, record: type, rows: int, shared_d
 def test_real_answers_that_a_template_would_cut_are_counted(shared_data: Path) -> None:
     """Two answers of this file hold a second `</think>`; Qwen3's template shows them without what stands between."""
     tokenizer = tokenizer_of("qwen3", trl_template("qwen3"))
-    config = Config(train=str(shared_data / "reason_tool_use_demo_50.jsonl"), max_length=200_000)
+    config = DataConfig(train=str(shared_data / "reason_tool_use_demo_50.jsonl"), max_length=200_000)
     (dataset,) = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0).report.datasets
     assert (dataset.read, dataset.used) == (50, 48)
     assert sorted(place for finding in dataset.dropped for place in finding.rows) == ["row 6", "row 7"]

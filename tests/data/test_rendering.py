@@ -15,8 +15,8 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 
-from lowrank.data.config import Config
-from lowrank.data.rendering import Renderer, Rendering
+from lowrank.data.chat.rendering import Renderer, Rendering
+from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.records import CHOSEN, PLAIN, REJECTED, Conversation, Message, Preference, Rated, Segment, Text
 from tests.data.made_tokenizers import tokenizer_of, trl_template
@@ -46,7 +46,7 @@ def dicts(conversation: Conversation) -> list[dict[str, Any]]:
 def renderer_of(family: str, template: str | None = None, **settings: Any) -> Renderer:
     made = {key: settings.pop(key) for key in ("metaspace", "adds_bos") if key in settings}
     tokenizer = tokenizer_of(family, template or trl_template(family), **made)
-    return Renderer(tokenizer, Config(**settings))
+    return Renderer(tokenizer, DataConfig(**settings))
 
 
 def only(rendering: Rendering) -> Segment:
@@ -130,7 +130,9 @@ def test_trl_trains_on_the_same_tokens(tmp_path: Path) -> None:
     )
     for row, count in zip(trainer.train_dataset, (2, 4, 6)):
         batch = trainer.data_collator([row])
-        segment = only(Renderer(tokenizer_of("llama3", trl_template("llama3")), Config()).render(chat(*TURNS[:count])))
+        segment = only(
+            Renderer(tokenizer_of("llama3", trl_template("llama3")), DataConfig()).render(chat(*TURNS[:count]))
+        )
         assert batch["input_ids"][0].tolist() == segment.token_L.tolist()
         assert (batch["labels"][0] != -100).tolist() == segment.weight_L.astype(bool).tolist()
     assert torch.is_tensor(batch["labels"])
@@ -340,13 +342,13 @@ def test_bos_is_never_doubled(adds_bos: bool) -> None:
 
 
 def test_plain_text_is_learned_to_its_end() -> None:
-    renderer = Renderer(tokenizer_of("llama3"), Config())  # needs no chat template
+    renderer = Renderer(tokenizer_of("llama3"), DataConfig())  # needs no chat template
     segment = only(renderer.render(Text("Paris is the capital.")))
     assert renderer.show(segment) == [("<|begin_of_text|>", 0.0), ("Paris is the capital.<|eot_id|>", 1.0)]
     assert renderer.render(Text(" \n")).problem == "the text is empty"
     assert only(renderer.render(Text("Paris<|eot_id|>"))).token_L.tolist().count(renderer.tokenizer.eos_token_id) == 1
     assert renderer.stop_tokens == {renderer.tokenizer.eos_token_id}
-    plain = Renderer(tokenizer_of("plain"), Config())
+    plain = Renderer(tokenizer_of("plain"), DataConfig())
     assert only(plain.render(Text("ab"))).weight_L[0] == 0
 
 
@@ -462,7 +464,7 @@ def test_slow_tokenizers_are_refused() -> None:
         is_fast = False
 
     with pytest.raises(ModelError, match=r"(?s)slow tokenizer.*tokenizer\.json"):
-        Renderer(Slow(), Config())
+        Renderer(Slow(), DataConfig())
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3", "phi3"])

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from lowrank.data.config import SourceConfig
-from lowrank.data.sources import Row, read_rows
+from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

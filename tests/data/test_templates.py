@@ -9,8 +9,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowrank.data import templates
-from lowrank.data.config import Config
-from lowrank.data.rendering import Renderer
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.records import Conversation, Message
 from tests.data.made_tokenizers import tokenizer_of, trl_template
@@ -59,7 +59,7 @@ TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", 
 
 
 def renderer_of(name: str, **settings: Any) -> Renderer:
-    return Renderer(tokenizer_of(FAMILY[name]), Config(chat_template=name, **settings))
+    return Renderer(tokenizer_of(FAMILY[name]), DataConfig(chat_template=name, **settings))
 
 
 def text_of(name: str, messages: list[dict[str, Any]], **more: Any) -> str:
@@ -172,7 +172,7 @@ def test_r1_learns_to_think_from_where_its_prompt_ends() -> None:
 def test_a_base_without_a_template_is_told_what_to_choose() -> None:
     def message(family: str) -> str:
         with pytest.raises(ModelError) as caught:
-            Renderer(tokenizer_of(family), Config()).render(conversation_of(CHAT))
+            Renderer(tokenizer_of(family), DataConfig()).render(conversation_of(CHAT))
         return str(caught.value)
 
     assert all(name in message("plain") for name in templates.names())
@@ -185,12 +185,12 @@ def test_a_base_without_a_template_is_told_what_to_choose() -> None:
 
 def test_a_template_whose_tokens_are_missing_is_refused() -> None:
     with pytest.raises(ModelError, match=r"(?s)lacks: <\|im_start\|>, <\|im_end\|>.*use llama3"):
-        _ = Renderer(tokenizer_of("llama3"), Config(chat_template="chatml")).chat_template
+        _ = Renderer(tokenizer_of("llama3"), DataConfig(chat_template="chatml")).chat_template
 
 
 def test_unknown_names_and_files(tmp_path: Path) -> None:
     def choose(setting: str) -> str:
-        return Renderer(tokenizer_of("qwen2_5", "own"), Config(chat_template=setting)).chat_template
+        return Renderer(tokenizer_of("qwen2_5", "own"), DataConfig(chat_template=setting)).chat_template
 
     with pytest.raises(ConfigError, match="did you mean 'chatml'"):
         choose("chatm")
@@ -205,7 +205,7 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
 
 def test_the_tokenizers_own_template_comes_first() -> None:
     own = trl_template("llama3")
-    assert Renderer(tokenizer_of("llama3", own), Config()).chat_template == own
+    assert Renderer(tokenizer_of("llama3", own), DataConfig()).chat_template == own
 
 
 def test_bos_is_written_where_the_tokenizer_would_add_it() -> None:

@@ -1,4 +1,4 @@
-from lowrank.evaluate.exact_match import ask_all, exact_match
+from lowrank.evaluate.exact_match import exact_match, generate_answers
 from lowrank.records import Conversation, Message
 
 
@@ -10,10 +10,10 @@ def test_voices_are_asked_without_the_answer_and_scored() -> None:
     conversations = [conversation("a", "A"), conversation("b", "B")]
 
     def answer(prompts: object) -> list[str]:
-        seen = [(voice, prompt.messages[-1].content, len(prompt.messages)) for voice, prompt in prompts]  # type: ignore[attr-defined]
+        seen = [(model_name, prompt.messages[-1].content, len(prompt.messages)) for model_name, prompt in prompts]  # type: ignore[attr-defined]
         assert seen == [("loud", "a", 2), ("dull", "a", 2), ("loud", "b", 2), ("dull", "b", 2)]
         return ["A\n", "?", "B", "B"]
 
-    answered = ask_all(conversations, ["loud", "dull"], answer)
+    answered = generate_answers(conversations, ["loud", "dull"], answer)
     assert answered[0].expected == "A"
     assert (exact_match(answered, "loud"), exact_match(answered, "dull")) == (1.0, 0.5)

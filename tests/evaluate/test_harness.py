@@ -1,9 +1,10 @@
-"""`lowrank eval`: the numbers of lm-eval's own transformers model on the merged adapter, all voices in one pass."""
+"""`lowrank eval`: the numbers of lm-eval's own transformers model on the merged adapter, all models in one pass."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from lm_eval.models.huggingface import HFLM
 from lowrank.checkpoints.atomic import current
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
+from lowrank.errors import ModelError
 from lowrank.evaluate import harness
 from lowrank.evaluate.harness_tasks import find_tasks, names_of
-from lowrank.run import train
+from lowrank.pipelines.train import train
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
@@ -124,16 +126,16 @@ def test_equal_to_lm_eval_on_the_merged_model(
     words = [str(world / "run"), "--tasks", ",".join(TASKS), "--include-path", str(world / "tasks")]
     out, err = evaluate(capsys, *words, "--json")
     ours = json.loads(out.splitlines()[-1])
-    assert passes == [3, 3], "choices once and rolling texts once, for all voices together"
+    assert passes == [3, 3], "choices once and rolling texts once, for all models together"
     assert list(ours["results"]) == ["base", "a", "b"]
     assert ours["shortened"] > 0
     assert "cut on the left" in err
-    for voice, adapter in (("base", None), ("a", "a")):
-        expected = theirs(world, adapter, tmp_path / voice)
+    for model_name, adapter in (("base", None), ("a", "a")):
+        expected = theirs(world, adapter, tmp_path / model_name)
         for task in TASKS:
-            written = world / "run" / "eval" / voice / f"samples_{task}.jsonl"
-            said = [json.loads(line) for line in written.read_text("utf-8").split("\n") if line]
-            for one, other in zip(said, expected["samples"][task]):
+            written = world / "run" / "eval" / model_name / f"samples_{task}.jsonl"
+            described = [json.loads(line) for line in written.read_text("utf-8").split("\n") if line]
+            for one, other in zip(described, expected["samples"][task]):
                 assert one["doc"] == other["doc"]
                 for mine, his in zip(one["filtered_resps"], other["filtered_resps"]):
                     if task == "tiny_choice":
@@ -143,11 +145,11 @@ def test_equal_to_lm_eval_on_the_merged_model(
                         assert mine == (his if task == "tiny_written" else pytest.approx(his, abs=2e-3))
             for metric, value in expected["results"][task].items():
                 if isinstance(value, float):
-                    assert ours["results"][voice][task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
+                    assert ours["results"][model_name][task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
     results = json.loads((world / "run" / "eval" / "a" / "results.json").read_text("utf-8"))
     assert results["config"]["model_args"]["adapter"] == "a"
     assert results.keys() >= {"results", "configs", "versions", "n-shot", "config", "higher_is_better"}
-    differ = [ours["results"][voice]["tiny_rolling"]["word_perplexity,none"] for voice in ("base", "a")]
+    differ = [ours["results"][model_name]["tiny_rolling"]["word_perplexity,none"] for model_name in ("base", "a")]
     assert differ[0] != pytest.approx(differ[1])
     page = (world / "run" / "report.html").read_text("utf-8")
     assert "tiny_choice" not in page
@@ -178,7 +180,7 @@ def test_a_diverged_adapter_has_no_result_and_the_others_have(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "described"),
     [
         (["--tasks", "tiny_chioce"], 2, "did you mean 'tiny_choice'"),
         (["--tasks", "tiny_choice", "--adapter", "c"], 4, "there is no adapter 'c' here"),
@@ -186,7 +188,20 @@ def test_a_diverged_adapter_has_no_result_and_the_others_have(
     ],
 )
 def test_mistakes_are_named(
-    world: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
+    world: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, described: str
 ) -> None:
     _, err = evaluate(capsys, str(world / "run"), "--include-path", str(world / "tasks"), *words, code=code)
-    assert said in err
+    assert described in err
+
+
+def test_the_template_of_a_base_has_limits_in_every_question() -> None:
+    """The first rendering (the mask's) is cheap, and one of a task's questions is not."""
+    template = "{% if 'trap' in messages[0].content %}{% for a in range(9999) %}{% for b in range(9999) %}"
+    template += "{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
+    lm = object.__new__(harness.BankLM)
+    lm.tokenizer, lm.model_name = SimpleNamespace(special_tokens_map={}), "base"
+    lm.renderer = SimpleNamespace(chat_template=template, config=SimpleNamespace(chat_template_kwargs={}))  # type: ignore[assignment]
+    assert lm.apply_chat_template([{"role": "user", "content": "fine"}]) == "fine"
+    assert lm.apply_chat_template([{"role": "user", "content": "fi"}], add_generation_prompt=False) == "fi"
+    with pytest.raises(ModelError, match=r"range|computes"):
+        lm.apply_chat_template([{"role": "user", "content": "trap"}])

@@ -24,9 +24,9 @@ GESAGT = ["今天天气不错，我们去公园走走。", "中国的首都是�
 
 
 def test_bleu_is_sacrebleus() -> None:
-    for said, labels, tokenize in ((SAID, ENGLISH, "13a"), (GESAGT, CHINESE, "zh")):
-        metric = measure(said, labels)["bleu4"]
-        expected = sacrebleu.corpus_bleu(said, [labels], tokenize=tokenize).score
+    for described, labels, tokenize in ((SAID, ENGLISH, "13a"), (GESAGT, CHINESE, "zh")):
+        metric = measure(described, labels)["bleu4"]
+        expected = sacrebleu.corpus_bleu(described, [labels], tokenize=tokenize).score
         assert metric.value == pytest.approx(expected, abs=1e-9)
         assert 1 < metric.value < 99
         assert f"tok:{tokenize}" in metric.signature
@@ -36,13 +36,13 @@ def test_rouge_is_that_of_the_language() -> None:
     english = measure(SAID, ENGLISH)
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for name in ("rouge1", "rouge2", "rougeL"):
-        expected = [scorer.score(label, said)[name].fmeasure for said, label in zip(SAID, ENGLISH)]
+        expected = [scorer.score(label, described)[name].fmeasure for described, label in zip(SAID, ENGLISH)]
         assert english[name].value == pytest.approx(100 * float(np.mean(expected)))
     chinese = measure(GESAGT, CHINESE)
     for name, theirs in (("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougeL", "rouge-l")):
         expected = [
-            Rouge().get_scores(" ".join(jieba.cut(said)), " ".join(jieba.cut(label)))[0][theirs]["f"]
-            for said, label in zip(GESAGT[:2], CHINESE)
+            Rouge().get_scores(" ".join(jieba.cut(described)), " ".join(jieba.cut(label)))[0][theirs]["f"]
+            for described, label in zip(GESAGT[:2], CHINESE)
         ]
         assert chinese[name].value == pytest.approx(100 * sum(expected) / 3)
 
@@ -85,10 +85,26 @@ def test_pairs_tell_apart_what_lone_intervals_cannot() -> None:
         [" ".join(f"w{place}" if place < number + more else "x" for place in range(20)) for number in right]
         for more in (0, 1)
     )
-    one, other = (measure(said, labels)["bleu4"] for said in (better, worse))
+    one, other = (measure(described, labels)["bleu4"] for described in (better, worse))
     assert interval(other).high > interval(one).low, "each alone they overlap"
     gain = difference(one, other)
     assert gain.value == pytest.approx(one.value - other.value)
     assert gain.low > 0
     assert difference(one, one).low == difference(one, one).high == 0.0
     assert set(NAMES) == set(measure(better, labels))
+
+
+def test_rows_of_a_metric_have_its_spread() -> None:
+    """The jackknife against the bootstrap; of a mean the rows are its own."""
+    generator = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "in", "the", "sun"]
+    labels = [" ".join(generator.choice(words, 12)) for _ in range(120)]
+    said = [" ".join(word if generator.random() < 0.8 else "x" for word in label.split()) for label in labels]
+    found = measure(said, labels, ["bleu4", "rouge1"])
+    rouge_N = found["rouge1"].per_row()
+    assert rouge_N == pytest.approx(found["rouge1"].statistics_NK[:, 0])
+    for name in ("bleu4", "rouge1"):
+        row_N, drawn = found[name].per_row(), interval(found[name])
+        assert row_N.mean() == pytest.approx(found[name].value, abs=0.2)
+        assert 1.96 * row_N.std(ddof=1) / np.sqrt(120) == pytest.approx((drawn.high - drawn.low) / 2, rel=0.12)
+    assert measure(said[:1], labels[:1], ["bleu4"])["bleu4"].per_row().shape == (1,)

@@ -10,9 +10,9 @@ import transformers
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.export.source import Source
-from lowrank.export.targets.merged import Config as MergedConfig
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.quiet import quiet_transformers
+from lowrank.export.targets.merged import MergedExportConfig
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.quiet import quiet_transformers
 from tests.checkpoints.test_peft_layout import random_adapter
 from tests.tiny_models import make_model
 
@@ -43,7 +43,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def write_merged(source: Source, folder: Path, **settings: Any) -> Path:
-    target = MergedConfig(**settings).build()
+    target = MergedExportConfig(**settings).build()
     target.needs(source)
     folder.mkdir()
     target.write(source, folder, lambda done, total, what="": None)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.export.activation_aware import Scaled
-from lowrank.export.calibration import quantise_in_order
-from lowrank.export.folding import find_folds
-from lowrank.export.merge import Merged
-from lowrank.export.names import Names
+from lowrank.export.merge.merged import Merged
+from lowrank.export.merge.tensor_names import Names
+from lowrank.export.quantize.activation_aware import Scaled
+from lowrank.export.quantize.calibration import quantize_in_order
+from lowrank.export.quantize.folding import find_folds
 from lowrank.export.source import Source
-from lowrank.quantisation.activation_aware import channel_scales
-from lowrank.quantisation.linear import asymmetric
+from lowrank.quantization.activation_aware import channel_scales
+from lowrank.quantization.linear import asymmetric
 from tests.export.sources import make_source
 
 DOCUMENTS = [np.random.default_rng(seed).integers(3, 90, 40) for seed in range(4)]
@@ -37,12 +37,12 @@ def to_nearest(weight_OD: torch.Tensor, moment_DD: torch.Tensor) -> torch.Tensor
     return asymmetric(weight_OD, 4, 32 if weight_OD.shape[1] % 32 == 0 else None).weight()
 
 
-def in_layers(source: Source, prepare: Callable[..., None], quantise: Callable[..., Any] | None = None) -> None:
+def in_layers(source: Source, prepare: Callable[..., None], quantize: Callable[..., Any] | None = None) -> None:
     merged = Merged(source)
     names = Names(source.base, merged.checkpoint)
     linears = [name for name, each in names.model.named_modules() if isinstance(each, nn.Linear) and "layers." in name]
     keep = lambda name, weight_OD, moment_DD: weight_OD  # noqa: E731
-    quantise_in_order(source, merged, linears, DOCUMENTS, quantise or keep, lambda done, of: None, prepare)
+    quantize_in_order(source, merged, linears, DOCUMENTS, quantize or keep, lambda done, of: None, prepare)
 
 
 @pytest.mark.parametrize("family", FOLDED)
@@ -134,6 +134,6 @@ def _source(folder: Path, family: str, dtype: torch.dtype) -> Source:
 
 
 class _Tokens:
-    """Nothing is tokenised here."""
+    """Nothing is tokenized here."""
 
     eos_token_id = bos_token_id = pad_token_id = None

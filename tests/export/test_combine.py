@@ -16,7 +16,7 @@ from lowrank.adapters.variants import lora, rslora
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.errors import ModelError
-from lowrank.export.combine import Config, combine
+from lowrank.export.merge.combine import CombineConfig, combine
 from tests.checkpoints.test_peft_layout import random_adapter
 from tests.tiny_models import make_model
 
@@ -53,7 +53,7 @@ def test_equals_peft(
     # one module: PEFT draws for its modules in the model's order, we in the adapter's
     target = r"model\.layers\.0\.self_attn\.q_proj"
     model, adapters = pair(
-        lora.Config(rank=4, alpha=8, target_modules=target), lora.Config(rank=4, alpha=2, target_modules=target)
+        lora.LoraConfig(rank=4, alpha=8, target_modules=target), lora.LoraConfig(rank=4, alpha=2, target_modules=target)
     )
     for name, adapter in adapters:
         save_adapter(tmp_path / name, adapter, describe_base(model, "x"), dtype=None)
@@ -65,7 +65,7 @@ def test_equals_peft(
     oracle.add_weighted_adapter(["a", "b"], list(weights), "c", combination_type=IN_PEFT[method], density=0.4)
     layer = oracle.base_model.model.model.layers[0].self_attn.q_proj
     expected = layer.get_delta_weight("c").double()
-    ours = combine(adapters, Config(method=method, weights=weights, density=0.4, seed=3))  # type: ignore[arg-type]
+    ours = combine(adapters, CombineConfig(method=method, weights=weights, density=0.4, seed=3))  # type: ignore[arg-type]
     torch.testing.assert_close(update(ours, "model.layers.0.self_attn.q_proj"), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -83,11 +83,11 @@ def _seed_before_pruning(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 def test_add_and_average_are_exact_for_any_ranks_and_scales(tmp_path: Path) -> None:
     _, adapters = pair(
-        lora.Config(rank=2, alpha=8, rank_pattern={"k_proj": 3}),
-        rslora.Config(rank=5, alpha=3, target_modules=("q_proj", "up_proj")),
+        lora.LoraConfig(rank=2, alpha=8, rank_pattern={"k_proj": 3}),
+        rslora.RsLoraConfig(rank=5, alpha=3, target_modules=("q_proj", "up_proj")),
     )
-    added = combine(adapters, Config(weights=(2.0, 1.0)))
-    mean = combine(adapters, Config(method="average", weights=(2.0, 1.0)))
+    added = combine(adapters, CombineConfig(weights=(2.0, 1.0)))
+    mean = combine(adapters, CombineConfig(method="average", weights=(2.0, 1.0)))
     (_, one), (_, other) = adapters
     for module in one.targets:
         expected = 2 * update(one, module) + (update(other, module) if module in other.targets else 0)
@@ -98,19 +98,19 @@ def test_add_and_average_are_exact_for_any_ranks_and_scales(tmp_path: Path) -> N
 
 
 def test_a_single_adapter_is_reweighted() -> None:
-    _, adapters = pair(lora.Config(rank=2), lora.Config(rank=2))
-    half = combine(adapters[:1], Config(weights=(0.5,)))
+    _, adapters = pair(lora.LoraConfig(rank=2), lora.LoraConfig(rank=2))
+    half = combine(adapters[:1], CombineConfig(weights=(0.5,)))
     for module in half.targets:
         torch.testing.assert_close(update(half, module), 0.5 * update(adapters[0][1], module))
 
 
 def test_refusals_come_at_once() -> None:
     _, adapters = pair(
-        lora.Config(rank=2, target_modules=("q_proj",), modules_to_save=("lm_head",)),
-        lora.Config(rank=4, target_modules=("q_proj",), modules_to_save=("lm_head",)),
+        lora.LoraConfig(rank=2, target_modules=("q_proj",), modules_to_save=("lm_head",)),
+        lora.LoraConfig(rank=4, target_modules=("q_proj",), modules_to_save=("lm_head",)),
     )
     with pytest.raises(ModelError) as refused:
-        combine(adapters, Config(method="ties", weights=(1.0,)))
+        combine(adapters, CombineConfig(method="ties", weights=(1.0,)))
     text = str(refused.value)
     assert "2 adapters and 1 weights" in text
     assert "ties needs equal ranks" in text

@@ -21,10 +21,10 @@ from lowrank.adapters.variants import ia3, lora
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, save_adapter
 from lowrank.errors import ModelError
-from lowrank.export.merge import Merged
-from lowrank.export.names import model_without_memory
-from lowrank.export.sizes import parse_size
-from lowrank.models.checkpoint_files import Checkpoint
+from lowrank.export.merge.merged import Merged
+from lowrank.export.merge.tensor_names import model_without_memory
+from lowrank.export.writing.sizes import parse_size
+from lowrank.models.loading.checkpoint_files import Checkpoint
 from tests.adapters.peft_twins import TOKEN as TWIN_TOKEN
 from tests.adapters.peft_twins import VARIANTS, config_of, logits, moved, new_bank, on_disk
 from tests.checkpoints.test_peft_layout import CONFIGS, TOKEN, merged_logits
@@ -47,7 +47,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2), family)
+    source = make_source(tmp_path, lora.LoraConfig(rank=2), family)
     assert source.adapter is not None
     expected = merged_logits(load(source.base), source.adapter)
     got = load(write_merged(source, tmp_path / "out"))(TOKEN).logits
@@ -71,7 +71,7 @@ def test_every_kind_of_target(case: str, tied: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "falcon", "gemma2", "opt"])
 def test_other_families_untie(family: str, tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2, target_modules=("lm_head",)), family)
+    source = make_source(tmp_path, lora.LoraConfig(rank=2, target_modules=("lm_head",)), family)
     assert source.adapter is not None
     expected = merged_logits(load(source.base), source.adapter)
     torch.testing.assert_close(load(write_merged(source, tmp_path / "out"))(TOKEN).logits, expected)
@@ -80,7 +80,7 @@ def test_other_families_untie(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_equals_peft_bit_for_bit_in_bfloat16(family: str, tmp_path: Path) -> None:
     """PEFT's merge of the float32 weights, rounded once; bfloat16 weights are merged in float32, not in bfloat16."""
-    source = make_source(tmp_path, lora.Config(rank=4), family, torch.bfloat16)
+    source = make_source(tmp_path, lora.LoraConfig(rank=4), family, torch.bfloat16)
     assert source.adapter is not None
     source = replace(source, adapter=replace(source.adapter, tensors=_halved(source.adapter.tensors)))
     assert source.adapter is not None
@@ -98,7 +98,7 @@ def test_fused_experts(family: str, shards: str, tmp_path: Path) -> None:
     """Adapters on `gate_up_proj` and `down_proj`, merged into files where experts are apart or fused. The oracle is the
     bank, which tests/adapters/test_experts.py holds against PEFT."""
     both = ("experts.gate_up_proj", "experts.down_proj")
-    config = lora.Config(rank=2, alpha=6, target_modules=("o_proj",), target_parameters=both)
+    config = lora.LoraConfig(rank=2, alpha=6, target_modules=("o_proj",), target_parameters=both)
     bank = new_bank(family)
     slot = bank.add(config, seed=0)
     moved(bank, slot)
@@ -126,7 +126,7 @@ def _halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_shards_index_and_untouched_bytes(tmp_path: Path) -> None:
-    config = lora.Config(rank=2, target_modules=("q_proj",))
+    config = lora.LoraConfig(rank=2, target_modules=("q_proj",))
     source = make_source(tmp_path, config, dtype=torch.float32)
     out = write_merged(source, tmp_path / "out", max_shard_size="20KB")
     files = sorted(file.name for file in out.glob("*.safetensors"))
@@ -146,7 +146,7 @@ def test_shards_index_and_untouched_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes(dtype: str, tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2), dtype=torch.float32)
+    source = make_source(tmp_path, lora.LoraConfig(rank=2), dtype=torch.float32)
     out = write_merged(source, tmp_path / "out", dtype=dtype)
     assert {str(value.dtype) for value in tensors_in(out).values()} == {f"torch.{dtype}"}
     assert json.loads((out / "config.json").read_text())["dtype"] == dtype
@@ -165,7 +165,7 @@ def test_no_overflow_in_float16(tmp_path: Path) -> None:
 
 
 def test_config_keys_tokenizer_and_template_stay(tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2, target_modules=("lm_head",)), tie_word_embeddings=True)
+    source = make_source(tmp_path, lora.LoraConfig(rank=2, target_modules=("lm_head",)), tie_word_embeddings=True)
     config = json.loads((source.base / "config.json").read_text())
     config["rope_theta"], config["torch_dtype"], config["theirs"] = 12345.0, config.pop("dtype"), {"a": 1}
     (source.base / "config.json").write_text(json.dumps(config))
@@ -190,7 +190,7 @@ def test_config_keys_tokenizer_and_template_stay(tmp_path: Path) -> None:
 
 
 def test_adapter_of_another_base_lists_shapes(tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2, target_modules=("q_proj", "v_proj")))
+    source = make_source(tmp_path, lora.LoraConfig(rank=2, target_modules=("q_proj", "v_proj")))
     other = make_source(tmp_path / "other", None, hidden_size=64, intermediate_size=80)
     wrong = source_of(other.base, source.adapter)
     with pytest.raises(ModelError) as refused:
@@ -198,7 +198,7 @@ def test_adapter_of_another_base_lists_shapes(tmp_path: Path) -> None:
     text = str(refused.value)
     assert "q_proj.lora_A.weight: (2, 32) in the adapter, (32, 64) in the base" in text
     assert text.count("\n") >= 4
-    deeper = make_source(tmp_path / "deep", lora.Config(rank=2), num_hidden_layers=3)
+    deeper = make_source(tmp_path / "deep", lora.LoraConfig(rank=2), num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"model\.layers\.2\.self_attn\.q_proj\.weight: the base has no such tensor"):
         Merged(source_of(source.base, deeper.adapter))
 
@@ -206,7 +206,7 @@ def test_adapter_of_another_base_lists_shapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "opt"])
 def test_biases_that_an_adapter_scales(family: str, tmp_path: Path) -> None:
     """(IA)^3 scales outputs, the bias among them."""
-    config = ia3.Config(target_modules=("q_proj", "v_proj"))
+    config = ia3.IA3Config(target_modules=("q_proj", "v_proj"))
     source = make_source(tmp_path, config, family, torch.float32)
     assert source.adapter is not None
     model = load(source.base, torch.float32)
@@ -227,19 +227,19 @@ def test_biases_that_an_adapter_scales(family: str, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_other_experts_lists_shapes(tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2, target_modules=("q_proj",)), "mixtral", torch.float32)
+    source = make_source(tmp_path, lora.LoraConfig(rank=2, target_modules=("q_proj",)), "mixtral", torch.float32)
     assert source.adapter is not None
     name = "model.layers.0.mlp.experts.down_proj"
     config = source.adapter.config.model_copy(update={"target_parameters": (name,)})
     wrong = {f"{name}.lora_A.weight": torch.ones(8, 40), f"{name}.lora_B.weight": torch.ones(32, 8)}
     adapter = AdapterOnDisk(config, {**source.adapter.tensors, **wrong}, {**source.adapter.targets, name: (2, 4.0)})
-    said = r"A \(8, 40\) and B \(32, 8\) in the adapter, 4 experts of \(32, 48\) in the base"
-    with pytest.raises(ModelError, match=said):
+    described = r"A \(8, 40\) and B \(32, 8\) in the adapter, 4 experts of \(32, 48\) in the base"
+    with pytest.raises(ModelError, match=described):
         Merged(replace(source, adapter=adapter))
 
 
 def test_resized_vocabulary(tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2, modules_to_save=("lm_head", "embed_tokens")))
+    source = make_source(tmp_path, lora.LoraConfig(rank=2, modules_to_save=("lm_head", "embed_tokens")))
     smaller = make_source(tmp_path / "small", None, vocab_size=90)
     with pytest.raises(ModelError, match=r"lm_head\.weight: \(97, 32\) in the adapter, \(90, 32\) in the base"):
         Merged(source_of(smaller.base, source.adapter))
@@ -260,8 +260,8 @@ def test_missing_and_damaged_files_are_all_named(tmp_path: Path) -> None:
     assert f"{files[2]}: it has no safetensors header" in text
 
 
-def test_pickles_and_unknown_quantisations_are_refused(tmp_path: Path) -> None:
-    source = make_source(tmp_path, lora.Config(rank=2))
+def test_pickles_and_unknown_quantizations_are_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path, lora.LoraConfig(rank=2))
     config = json.loads((source.base / "config.json").read_text())
     (source.base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "spqr"}}))
     with pytest.raises(ModelError, match=r"quant_method is 'spqr', which lowrank cannot read"):
@@ -310,7 +310,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     """A model of 0.4 GB, of which the largest tensor has 67 MB: the peak, Python and torch included, is below
     4 x 67 + 500 MB."""
     source = make_source(
-        tmp_path, lora.Config(rank=2, target_modules=("q_proj", "down_proj")), dtype=torch.bfloat16,
+        tmp_path, lora.LoraConfig(rank=2, target_modules=("q_proj", "down_proj")), dtype=torch.bfloat16,
         hidden_size=64, intermediate_size=64,
     )  # fmt: skip
     config = json.loads((source.base / "config.json").read_text())
@@ -345,5 +345,5 @@ def _save_adapter_for(base: Path, folder: Path) -> None:
     for name in names:
         height, width = model.get_submodule(name).weight.shape
         tensors |= {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(height, 2)}
-    adapter = AdapterOnDisk(lora.Config(rank=2, alpha=2), tensors, dict.fromkeys(names, (2, 2.0)))
+    adapter = AdapterOnDisk(lora.LoraConfig(rank=2, alpha=2), tensors, dict.fromkeys(names, (2, 2.0)))
     save_adapter(folder, adapter, describe_base(model, str(base)))

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 import lowrank.data.demo as demo
 from lowrank.adapters.variants import lora
 from lowrank.errors import ModelError
-from lowrank.export.merge import Merged
-from lowrank.export.readers import read_adapter, read_model
+from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
-from lowrank.export.targets.awq import Config as Awq
-from lowrank.export.targets.compressed_tensors import Config as Compressed
-from lowrank.export.targets.gptq import Config as Gptq
-from lowrank.export.targets.merged import Config as MergedConfig
-from lowrank.export.targets.merged_4bit import Config as FourBit
-from lowrank.models.loading import TINY, locate
+from lowrank.export.targets.awq import AWQExportConfig
+from lowrank.export.targets.compressed_tensors import CompressedTensorsExportConfig
+from lowrank.export.targets.gptq import GPTQExportConfig
+from lowrank.export.targets.merged import MergedExportConfig
+from lowrank.export.targets.merged_4bit import Merged4bitExportConfig
+from lowrank.export.verify.readers import read_adapter, read_model
+from lowrank.models.loading.pretrained import TINY, locate
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.checkpoints.test_peft_layout import random_adapter
 from tests.export.sources import load, make_source, source_of, write_merged
@@ -37,7 +37,7 @@ TOKEN_L = np.arange(3, 40)
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     """A base with a tokenizer, an adapter, and documents."""
     base = save_checkpoint_folder(tmp_path_factory.mktemp("world") / "base", hidden_size=64, intermediate_size=128)
-    adapter = random_adapter(load(base, torch.float32), lora.Config(rank=4))
+    adapter = random_adapter(load(base, torch.float32), lora.LoraConfig(rank=4))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     found = source_of(base, adapter, documents=lambda count: documents())
     return Source(
@@ -68,11 +68,17 @@ def kl(reference: np.ndarray, own: np.ndarray) -> float:
 
 
 CONFIGS = {
-    "merged_4bit": FourBit(), "merged_4bit single": FourBit(double_quant=False, block_size=32),
-    "compressed 4": Compressed(), "compressed 8": Compressed(bits=8, group_size=-1), "gptq 2": Gptq(bits=2),
-    "gptq 3": Gptq(bits=3), "gptq 4": Gptq(group_size=32), "gptq 8": Gptq(bits=8),
-    "gptq 4 asymmetric": Gptq(symmetric=False), "awq": Awq(),
-}  # fmt: skip
+    "merged_4bit": Merged4bitExportConfig(),
+    "merged_4bit single": Merged4bitExportConfig(double_quant=False, block_size=32),
+    "compressed 4": CompressedTensorsExportConfig(),
+    "compressed 8": CompressedTensorsExportConfig(bits=8, group_size=-1),
+    "gptq 2": GPTQExportConfig(bits=2),
+    "gptq 3": GPTQExportConfig(bits=3),
+    "gptq 4": GPTQExportConfig(group_size=32),
+    "gptq 8": GPTQExportConfig(bits=8),
+    "gptq 4 asymmetric": GPTQExportConfig(symmetric=False),
+    "awq": AWQExportConfig(),
+}
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -94,7 +100,7 @@ def test_our_readers_read_what_was_packed(case: str, source: Source, tmp_path: P
             assert (value_OD - exact_OD).norm() < most * exact_OD.norm()
 
 
-@pytest.mark.parametrize("config", [FourBit(), Gptq(bits=3)], ids=["NF4", "GPTQ 3"])
+@pytest.mark.parametrize("config", [Merged4bitExportConfig(), GPTQExportConfig(bits=3)], ids=["NF4", "GPTQ 3"])
 @pytest.mark.slow
 def test_calibrated_is_nearer(config: Any, tmp_path: Path) -> None:
     """The shipped base, on texts of its own kind, against rounding to the nearest: half the distance or less."""
@@ -118,7 +124,7 @@ def test_calibrated_is_nearer(config: Any, tmp_path: Path) -> None:
 
 def test_awq_scales_stand_in_the_files(source: Source, tmp_path: Path) -> None:
     """Norms and weights changed together: what is read back is the merged model, and not only its linears."""
-    folder = write(Awq(), source, tmp_path / "out")
+    folder = write(AWQExportConfig(), source, tmp_path / "out")
     merged = Merged(source)
     tensors = load_file(folder / "model.safetensors")
     norm = "model.layers.1.input_layernorm.weight"
@@ -127,8 +133,12 @@ def test_awq_scales_stand_in_the_files(source: Source, tmp_path: Path) -> None:
     assert kl(logprobs(source, write_merged(source, tmp_path / "merged")), logprobs(source, folder)) < 0.1
 
 
-@pytest.mark.parametrize("config", [FourBit(), FourBit(double_quant=False, calibrate=False)], ids=["double", "single"])
-def test_transformers_and_bitsandbytes_load_it(config: FourBit, source: Source, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [Merged4bitExportConfig(), Merged4bitExportConfig(double_quant=False, calibrate=False)],
+    ids=["double", "single"],
+)
+def test_transformers_and_bitsandbytes_load_it(config: Merged4bitExportConfig, source: Source, tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     folder = write(config, source, tmp_path / "out")
     with warnings.catch_warnings():
@@ -142,8 +152,14 @@ def test_transformers_and_bitsandbytes_load_it(config: FourBit, source: Source, 
     np.testing.assert_allclose(theirs, logprobs(source, folder), atol=2e-4)
 
 
-@pytest.mark.parametrize("config", [Compressed(), Compressed(bits=8, group_size=-1)], ids=["W4A16", "W8A16"])
-def test_transformers_and_compressed_tensors_load_it(config: Compressed, source: Source, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [CompressedTensorsExportConfig(), CompressedTensorsExportConfig(bits=8, group_size=-1)],
+    ids=["W4A16", "W8A16"],
+)
+def test_transformers_and_compressed_tensors_load_it(
+    config: CompressedTensorsExportConfig, source: Source, tmp_path: Path
+) -> None:
     pytest.importorskip("compressed_tensors")
     folder = write(config, source, tmp_path / "out")
     with warnings.catch_warnings():
@@ -153,13 +169,17 @@ def test_transformers_and_compressed_tensors_load_it(config: Compressed, source:
     np.testing.assert_allclose(theirs, logprobs(source, folder), atol=2e-4)
 
 
-@pytest.mark.parametrize("config", [Gptq(bits=3), FourBit(), Compressed(bits=8)], ids=["gptq", "NF4", "compressed"])
-def test_a_base_that_is_quantised_already(config: Any, source: Source, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [GPTQExportConfig(bits=3), Merged4bitExportConfig(), CompressedTensorsExportConfig(bits=8)],
+    ids=["gptq", "NF4", "compressed"],
+)
+def test_a_base_that_is_quantized_already(config: Any, source: Source, tmp_path: Path) -> None:
     """An adapter on it is merged into the weights as they unpack, which is said; the result is a plain model."""
     packed = write(config.model_copy(update={"calibrate": False}), source, tmp_path / "packed")
     model = source.model.model_copy(update={"path": str(packed)})
     onto = replace(source, base=packed, model=model)
-    (note,) = MergedConfig().build().needs(onto).notes
+    (note,) = MergedExportConfig().build().needs(onto).notes
     assert "weights as they unpack, since the base's files hold no others" in note
     out = write_merged(onto, tmp_path / "out")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
@@ -167,12 +187,12 @@ def test_a_base_that_is_quantised_already(config: Any, source: Source, tmp_path:
         expected = reader.logprobs(TOKEN_L)
     assert kl(logprobs(source, packed), expected) > 1e-4
     np.testing.assert_allclose(logprobs(source, out), expected, atol=1e-4)
-    with pytest.raises(ModelError, match=r"quantised already \(.*\), and twice is worse"):
-        Gptq().build().needs(onto)
+    with pytest.raises(ModelError, match=r"quantized already \(.*\), and twice is worse"):
+        GPTQExportConfig().build().needs(onto)
 
 
 def test_shards_and_what_stays(source: Source, tmp_path: Path) -> None:
-    folder = write(Gptq(max_shard_size="40KB", calibrate=False), source, tmp_path / "out")
+    folder = write(GPTQExportConfig(max_shard_size="40KB", calibrate=False), source, tmp_path / "out")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert set(index["weight_map"].values()) == {path.name for path in folder.glob("*.safetensors")}
@@ -183,7 +203,7 @@ def test_shards_and_what_stays(source: Source, tmp_path: Path) -> None:
 
 def test_layers_are_calibrated_in_order(source: Source) -> None:
     """The moments of the second layer's first linear are those of its input after the first layer was replaced."""
-    from lowrank.export.calibration import quantise_in_order
+    from lowrank.export.quantize.calibration import quantize_in_order
 
     merged = Merged(source)
     linears = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
@@ -194,7 +214,7 @@ def test_layers_are_calibrated_in_order(source: Source) -> None:
         seen[name] = moment_DD
         return torch.zeros_like(weight_OD)
 
-    quantise_in_order(source, merged, linears, documents()[:2], zeroed, lambda done, total: None)
+    quantize_in_order(source, merged, linears, documents()[:2], zeroed, lambda done, total: None)
     model = load(source.base, torch.float32)
     model.load_state_dict({name: merged.tensor(name) for name in merged}, strict=False)
     with torch.no_grad():
@@ -211,10 +231,10 @@ def test_layers_are_calibrated_in_order(source: Source) -> None:
 
 def test_refusals(source: Source, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="group_size 48 does not divide the 64 inputs"):
-        Gptq(group_size=48).build().needs(source)
+        GPTQExportConfig(group_size=48).build().needs(source)
     moe = make_source(tmp_path / "moe", None, "mixtral", torch.float32)
     with pytest.raises(ModelError, match="mixture of experts"):
-        FourBit().build().needs(moe)
+        Merged4bitExportConfig().build().needs(moe)
     gpt2 = make_source(tmp_path / "gpt2", None, "gpt2", torch.float32)
     with pytest.raises(ModelError, match="no linear layer"):
-        Compressed().build().needs(gpt2)
+        CompressedTensorsExportConfig().build().needs(gpt2)

@@ -1,11 +1,37 @@
-"""What an export is compared on where the data of a run is not at hand."""
+"""What an export is compared on, and what a difference over few tokens says."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from lowrank.export.held_out import HeldOut
-from lowrank.export.verify import _answered
+from lowrank.export import ReadBack
+from lowrank.export.targets.gguf import tolerance
+from lowrank.export.verify.compare import Answers, Comparer, _answered, _losses
+from lowrank.export.verify.held_out import HeldOut
+
+
+class Changed:
+    """A target that says what it is given."""
+
+    def __init__(self, logprob_LV: np.ndarray) -> None:
+        self.logprob_LV = logprob_LV
+
+    def logprobs(self, token_L: np.ndarray) -> np.ndarray:
+        return self.logprob_LV[: len(token_L)]
+
+    def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
+        return []
+
+    def __enter__(self) -> Changed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def log_softmax(logit_LV: np.ndarray) -> np.ndarray:
+    return (logit_LV - np.log(np.exp(logit_LV).sum(-1, keepdims=True))).astype(np.float32)
 
 
 def test_a_question_without_an_answer_is_compared_itself() -> None:
@@ -15,3 +41,24 @@ def test_a_question_without_an_answer_is_compared_itself() -> None:
     held_out = _answered(HeldOut(prompts, empty, prompts, "questions"), [(7, 8), ()])
     assert [document.tolist() for document in held_out.documents] == [[0, 1, 2, 3, 4, 7, 8], [0, 1, 2]]
     assert [np.flatnonzero(mask).tolist() for mask in held_out.compared] == [[4, 5], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("shape", ["rounded", "worse"])
+def test_chance_over_few_tokens_is_no_difference(shape: str) -> None:
+    """Rounding to 16 bits moves the loss of each token by about 1.5e-3, either way: over sixteen tokens their mean is
+    off by more than the 1e-4 that a perplexity may differ. A target that is worse at every token by as much is."""
+    generator = np.random.default_rng(0)
+    document = generator.integers(0, 50, 17)
+    logit_LV = generator.standard_normal((17, 50))
+    reference_LV = log_softmax(logit_LV)
+    following = np.eye(50)[np.append(document[1:], 0)]
+    noise_LV = 1.5e-3 * generator.standard_normal((17, 50)) if shape == "rounded" else -1.5e-3 * following
+    compared = np.arange(17) < 16
+    held_out = HeldOut((document,), (compared,), (), "questions")
+    losses = (_losses(reference_LV[compared], document, compared),)
+    answers = Answers(held_out, (reference_LV[compared],), (), losses, None)
+    read_back = ReadBack("F16", tolerance("f16"), lambda: Changed(log_softmax(logit_LV + noise_LV)))
+    found = Comparer(answers, frozenset()).compare(read_back, lambda *_: None)
+    assert found.mean_kl < 1e-5
+    assert abs(found.perplexity / found.reference_perplexity - 1) > tolerance("f16").perplexity
+    assert found.passed == (shape == "rounded"), found.problems

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.generate.adapter_registry import AdapterRegistry
 from lowrank.generate.generator import Generator, GeneratorConfig
-from lowrank.generate.published import Published
-from lowrank.generate.request import Answer, Config, Prompt, RequestError
+from lowrank.generate.request import Answer, GenerationConfig, Prompt, RequestError
 from lowrank.train.engine import Engine
 from tests.tiny_models import make_base, make_engine, random_step
 
-GREEDY = Config(max_new_tokens=8)
+GREEDY = GenerationConfig(max_new_tokens=8)
 
 
 def text(seed: int, length: int) -> np.ndarray:
@@ -29,7 +29,9 @@ def text(seed: int, length: int) -> np.ndarray:
 
 def world(family: str = "llama", dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[Engine, list[int]]:
     """Two adapters that say something else than the base."""
-    engine, slots = make_engine(make_base(family, dtype, **changes), Lora(rank=4, alpha=8), Lora(rank=2, alpha=8))
+    engine, slots = make_engine(
+        make_base(family, dtype, **changes), LoraConfig(rank=4, alpha=8), LoraConfig(rank=2, alpha=8)
+    )
     for step in range(3):
         engine.forward_backward({slot: random_step(step + slot, [20, 9]) for slot in slots})
         for slot in slots:
@@ -41,7 +43,7 @@ def generator_of(engine: Engine, **settings: Any) -> Generator:
     return Generator(engine.base, engine.bank, GeneratorConfig(**settings))
 
 
-def alone(engine: Engine, prompt: Prompt, config: Config = GREEDY) -> Answer:
+def alone(engine: Engine, prompt: Prompt, config: GenerationConfig = GREEDY) -> Answer:
     return generator_of(engine).submit(prompt, config).result()
 
 
@@ -54,10 +56,10 @@ def llama() -> tuple[Engine, list[int]]:
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_same_answer_whatever_else_is_in_the_batch(dtype: torch.dtype, temperature: float) -> None:
     engine, slots = world(dtype=dtype)
-    config = Config(max_new_tokens=12, temperature=temperature, top_p=0.95, seed=5)
+    config = GenerationConfig(max_new_tokens=12, temperature=temperature, top_p=0.95, seed=5)
     prompts = [Prompt(text(i, 3 + 5 * (i % 5)), (*slots, -1)[i % 3]) for i in range(9)]
     expected = [alone(engine, prompt, config).tokens for prompt in prompts]
-    generator = generator_of(engine, step_tokens=7, max_rows=4)  # pieces of questions, and a queue
+    generator = generator_of(engine, max_num_batched_tokens=7, max_num_seqs=4)  # pieces of questions, and a queue
     generations = []
     for prompt in prompts:  # they come one by one while others are being answered
         generations.append(generator.submit(prompt, config))
@@ -67,13 +69,13 @@ def test_same_answer_whatever_else_is_in_the_batch(dtype: torch.dtype, temperatu
 
 
 def test_a_long_question_does_not_stop_an_answer(llama: tuple[Engine, list[int]]) -> None:
-    generator = generator_of(llama[0], step_tokens=8)
-    answering = generator.submit(Prompt(text(0, 4)), Config(max_new_tokens=20))
+    generator = generator_of(llama[0], max_num_batched_tokens=8)
+    answering = generator.submit(Prompt(text(0, 4)), GenerationConfig(max_new_tokens=20))
     generator.step()
-    asking = generator.submit(Prompt(text(1, 50)), Config(max_new_tokens=2))
-    for said in range(2, 9):
+    asking = generator.submit(Prompt(text(1, 50)), GenerationConfig(max_new_tokens=2))
+    for described in range(2, 9):
         generator.step()
-        assert len(answering.answer.tokens) == said
+        assert len(answering.answer.tokens) == described
         assert asking.answer.tokens == []
     generator.step()
     assert len(asking.answer.tokens) == 1
@@ -87,7 +89,7 @@ def test_a_common_beginning_is_read_once(llama: tuple[Engine, list[int]]) -> Non
     again = generator.submit(Prompt(long, one), GREEDY).result()
     longer = generator.submit(Prompt(np.concatenate([long, text(1, 5)]), one), GREEDY).result()
     other = generator.submit(Prompt(long, two), GREEDY).result()
-    assert (first.reused_tokens, again.reused_tokens, longer.reused_tokens, other.reused_tokens) == (0, 32, 32, 0)
+    assert (first.cached_tokens, again.cached_tokens, longer.cached_tokens, other.cached_tokens) == (0, 32, 32, 0)
     assert again.tokens == first.tokens
     assert longer.tokens == alone(engine, Prompt(np.concatenate([long, text(1, 5)]), one)).tokens
     assert other.tokens == alone(engine, Prompt(long, two)).tokens != first.tokens
@@ -99,7 +101,7 @@ def test_new_weights_never_meet_old_keys() -> None:
     generator = generator_of(engine)
     prompt = Prompt(text(0, 40), one)
     before = generator.submit(prompt, GREEDY).result()
-    on_its_way = generator.submit(prompt, Config(max_new_tokens=12))
+    on_its_way = generator.submit(prompt, GenerationConfig(max_new_tokens=12))
     generator.step()
     generator.step()
     with torch.no_grad():
@@ -108,12 +110,14 @@ def test_new_weights_never_meet_old_keys() -> None:
     engine.bank.refresh(one)
     generator.changed(one)
     after = generator.submit(prompt, GREEDY).result()
-    assert after.reused_tokens == 0
+    assert after.cached_tokens == 0
     assert after.tokens == alone(engine, prompt).tokens != before.tokens
     assert (
         on_its_way.result().tokens[2:]
         == alone(
-            engine, Prompt(np.concatenate([prompt.token_L, before.tokens[:2]]), one), Config(max_new_tokens=10)
+            engine,
+            Prompt(np.concatenate([prompt.token_L, before.tokens[:2]]), one),
+            GenerationConfig(max_new_tokens=10),
         ).tokens
     )
     del two
@@ -123,31 +127,31 @@ def test_published_anew_while_it_answers() -> None:
     engine, (one, two) = world()
     bank = engine.bank
     generator = generator_of(engine)
-    published = Published(generator, {"base": -1, "pet": one})
-    old = alone(engine, Prompt(text(0, 40), one), Config(max_new_tokens=10)).tokens
-    new = alone(engine, Prompt(text(0, 40), two), Config(max_new_tokens=10)).tokens
+    published = AdapterRegistry(generator, {"base": -1, "pet": one})
+    old = alone(engine, Prompt(text(0, 40), one), GenerationConfig(max_new_tokens=10)).tokens
+    new = alone(engine, Prompt(text(0, 40), two), GenerationConfig(max_new_tokens=10)).tokens
     tensors = {name: value.detach().clone() for name, value in bank.parameters(two).items()}
-    running = published.submit("pet", text(0, 40), Config(max_new_tokens=10))
+    running = published.submit("pet", text(0, 40), GenerationConfig(max_new_tokens=10))
     generator.step()
     published.publish("pet", bank.slots[two].config, tensors)
-    fresh = published.submit("pet", text(0, 40), Config(max_new_tokens=10))
+    fresh = published.submit("pet", text(0, 40), GenerationConfig(max_new_tokens=10))
     assert one in bank.slots
     assert (running.result().tokens, fresh.result().tokens) == (old, new)
     generator.step()
     assert one not in bank.slots, "the old version is gone with its last answer"
     published.publish("third", bank.slots[two].config, tensors)  # takes the number that is free
-    third = published.submit("third", text(0, 40), Config(max_new_tokens=10)).result()
-    assert (third.tokens, third.reused_tokens) == (new, 0)
+    third = published.submit("third", text(0, 40), GenerationConfig(max_new_tokens=10)).result()
+    assert (third.tokens, third.cached_tokens) == (new, 0)
     with pytest.raises(RequestError, match="did you mean 'pet'"):
         published.submit("pett", text(0, 4), GREEDY)
-    published.withdraw("pet")
+    published.unpublish("pet")
     with pytest.raises(RequestError):
-        published.withdraw("base")
+        published.unpublish("base")
 
 
 def test_too_little_room_costs_time_only(llama: tuple[Engine, list[int]]) -> None:
     engine, slots = llama
-    config = Config(max_new_tokens=25, temperature=0.8, seed=1)
+    config = GenerationConfig(max_new_tokens=25, temperature=0.8, seed=1)
     prompts = [Prompt(text(i, 20), (*slots, -1)[i % 3]) for i in range(6)]
     expected = [alone(engine, prompt, config).tokens for prompt in prompts]
     generator = generator_of(engine, cache_tokens=100)
@@ -157,7 +161,7 @@ def test_too_little_room_costs_time_only(llama: tuple[Engine, list[int]]) -> Non
     assert generator.free_tokens == room
     with pytest.raises(RequestError, match="room for 112"):
         generator_of(world(max_position_embeddings=512)[0], cache_tokens=100).submit(
-            Prompt(text(0, 100)), Config(max_new_tokens=30)
+            Prompt(text(0, 100)), GenerationConfig(max_new_tokens=30)
         )
 
 
@@ -178,9 +182,9 @@ def test_what_nan_leaves_behind_hurts_nobody() -> None:
 
 
 def test_cancelled_ones_leave_their_room(llama: tuple[Engine, list[int]]) -> None:
-    generator = generator_of(llama[0], max_rows=1)
+    generator = generator_of(llama[0], max_num_seqs=1)
     room = generator.free_tokens
-    running, waiting = (generator.submit(Prompt(text(i, 9)), Config(max_new_tokens=40)) for i in range(2))
+    running, waiting = (generator.submit(Prompt(text(i, 9)), GenerationConfig(max_new_tokens=40)) for i in range(2))
     generator.step()
     assert generator.free_tokens < room
     assert (generator.num_running, generator.num_waiting) == (1, 1)
@@ -222,7 +226,7 @@ def test_many_threads_and_async_listeners(family: str) -> None:
     for thread in threads:
         thread.join()
     assert [found[index] for index in range(8)] == expected
-    endless = generator.submit(prompts[0], Config(max_new_tokens=40))
+    endless = generator.submit(prompts[0], GenerationConfig(max_new_tokens=40))
     assert generator.between_steps(lambda: threading.current_thread().name) == "lowrank-generator"
     generator.close()
     assert endless.answer.finish in ("cancelled", "length")
@@ -237,7 +241,7 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(
     generator = generator_of(engine)
     generator.start()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.base, "extend", lambda *_: 1 / 0)
+        patch.setattr(engine.base, "forward_with_kv_cache", lambda *_: 1 / 0)
         broken = generator.submit(Prompt(text(0, 20)), GREEDY).result()
     assert (broken.finish, broken.error) == ("error", "ZeroDivisionError: division by zero")
     assert generator.submit(Prompt(text(0, 20)), GREEDY).result().tokens == expected
@@ -249,12 +253,12 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(
 
 def test_what_cannot_be_answered_is_said_at_once(llama: tuple[Engine, list[int]]) -> None:
     generator = generator_of(llama[0])
-    with pytest.raises(RequestError, match="70 tokens and the model reads 64"):
+    with pytest.raises(RequestError, match="70 tokens and the model's maximum context length is 64"):
         generator.submit(Prompt(text(0, 70)), GREEDY)
     with pytest.raises(RequestError, match="no tokens"):
         generator.submit(Prompt(text(0, 0)), GREEDY)
     with pytest.raises(RequestError, match="there is no 97"):
-        generator.submit(Prompt(text(0, 5)), Config(logit_bias={97: 1.0}))
+        generator.submit(Prompt(text(0, 5)), GenerationConfig(logit_bias={97: 1.0}))
     answer = generator.submit(Prompt(text(0, 60)), GREEDY).result()
     assert (len(answer.tokens), answer.finish) == (4, "length")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.generate.generator import Generator
-from lowrank.generate.sampler import Config, Prompt, generate
+from lowrank.generate.sampler import GenerationConfig, Prompt, generate
 from lowrank.train.engine import Engine
 from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
 
@@ -37,7 +37,7 @@ def test_mixed_batch_equals_merged_models(family: str) -> None:
     # transformers' masks of these two overflow in float64 under left padding
     dtype = torch.float32 if family in ("bloom", "mpt") else torch.float64
     excluded = ("gate_proj", "up_proj", "down_proj") if family == "deepseek_v3" else ()
-    loras = [Lora(rank=rank, alpha=8, exclude_modules=excluded) for rank in (4, 2)]
+    loras = [LoraConfig(rank=rank, alpha=8, exclude_modules=excluded) for rank in (4, 2)]
     engine, slots = make_engine(make_base(family, dtype), *loras)
     assert (Generator(engine.base, engine.bank).notice is None) == (family not in FIXED)
     for step in range(3):
@@ -46,7 +46,9 @@ def test_mixed_batch_equals_merged_models(family: str) -> None:
             engine.optim_step(slot, 0.1)
     generator = np.random.default_rng(0)
     prompts = [Prompt(generator.integers(3, 97, 3 + 2 * i), (*slots, -1)[i % 3]) for i in range(7)]
-    answers = generate(engine.base, engine.bank, prompts, Config(max_new_tokens=8), stop_tokens=STOP, rows_at_once=4)
+    answers = generate(
+        engine.base, engine.bank, prompts, GenerationConfig(max_new_tokens=8), stop_tokens=STOP, rows_at_once=4
+    )
     for prompt, answer in zip(prompts, answers):
         model = merged(family, engine, prompt.slot, dtype)
         token_1L = torch.from_numpy(prompt.token_L)[None]
@@ -63,19 +65,24 @@ def test_mixed_batch_equals_merged_models(family: str) -> None:
 
 
 def test_streams_and_training_goes_on_afterwards() -> None:
-    engine, (slot,) = make_engine(make_base("llama"), Lora(rank=4))
-    heard: list[int] = []
+    engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4))
+    received: list[int] = []
     prompt = Prompt(np.arange(3, 9), slot)
     (answer,) = generate(
-        engine.base, engine.bank, [prompt], Config(max_new_tokens=5), stop_tokens=STOP, on_token=heard.append
+        engine.base,
+        engine.bank,
+        [prompt],
+        GenerationConfig(max_new_tokens=5),
+        stop_tokens=STOP,
+        on_token=received.append,
     )
-    assert answer == [token for token in heard if token not in STOP]
+    assert answer == [token for token in received if token not in STOP]
     assert engine.base.model.config._attn_implementation == "lowrank_packed"
     assert engine.forward_backward({slot: random_step(0, [12])})[slot].loss > 0
 
 
 def test_seed_makes_draws_repeatable() -> None:
-    engine, _ = make_engine(make_base("llama"), Lora(rank=4))
-    config = Config(max_new_tokens=12, temperature=1.5, seed=3)
+    engine, _ = make_engine(make_base("llama"), LoraConfig(rank=4))
+    config = GenerationConfig(max_new_tokens=12, temperature=1.5, seed=3)
     one, two = (generate(engine.base, engine.bank, [Prompt(np.arange(3, 9))], config, stop_tokens=STOP) for _ in "ab")
     assert one == two

@@ -18,19 +18,19 @@ from transformers.generation.logits_process import (
 )
 
 from lowrank.adapters.bank import Bank
+from lowrank.generate.detokenizer import IncrementalDetokenizer
 from lowrank.generate.generator import Generator
-from lowrank.generate.request import Answer, Config, Prompt, RequestError
+from lowrank.generate.request import Answer, GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampling import choose
 from lowrank.generate.sequence import Sequence
-from lowrank.generate.streaming import TextStream
 from lowrank.models.base import Base
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import TINY, load
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import TINY, load
 
 PROMPT = [5, 9, 9, 30]
 
 
-def row(config: Config, answered: list[int] | None = None) -> Sequence:
+def row(config: GenerationConfig, answered: list[int] | None = None) -> Sequence:
     prompt = Prompt(np.array(PROMPT))
     made = Sequence(prompt, config, stop_tokens=frozenset(), most=99, tokenizer=None, constraint=None)
     made.tokens += answered or []
@@ -41,7 +41,7 @@ def logits(seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(40, generator=torch.Generator().manual_seed(seed))
 
 
-def drawn(config: Config, times: int = 600) -> collections.Counter[Any]:
+def drawn(config: GenerationConfig, times: int = 600) -> collections.Counter[Any]:
     rows = [row(config.model_copy(update={"seed": seed})) for seed in range(times)]
     return collections.Counter(choice.token for choice in choose(logits().repeat(times, 1), rows))
 
@@ -57,7 +57,7 @@ def drawn(config: Config, times: int = 600) -> collections.Counter[Any]:
     ],
 )
 def test_draws_follow_transformers_probabilities(settings: dict[str, float]) -> None:
-    config = Config(**settings)
+    config = GenerationConfig(**settings)
     scores = logits()[None]
     tokens = torch.tensor([PROMPT])
     if config.repetition_penalty != 1.0:
@@ -78,9 +78,9 @@ def test_draws_follow_transformers_probabilities(settings: dict[str, float]) -> 
 
 
 def test_a_draw_depends_on_its_own_request_only() -> None:
-    config = Config(temperature=1.0, top_p=0.9, seed=7)
+    config = GenerationConfig(temperature=1.0, top_p=0.9, seed=7)
     (one,) = choose(logits()[None], [row(config)])
-    others = [row(Config(temperature=1.0, seed=index)) for index in range(5)]
+    others = [row(GenerationConfig(temperature=1.0, seed=index)) for index in range(5)]
     assert choose(torch.stack([*[logits(i) for i in range(5)], logits()]), [*others, row(config)])[5] == one
     later = [choose(logits()[None], [row(config, list(range(n)))])[0].token for n in range(1, 30)]
     assert len(set(later)) > 1, "another place draws another number"
@@ -88,17 +88,17 @@ def test_a_draw_depends_on_its_own_request_only() -> None:
 
 def test_penalties_and_biases() -> None:
     plain = logits()
-    (token,) = (choice.token for choice in choose(plain.clone()[None], [row(Config())]))
+    (token,) = (choice.token for choice in choose(plain.clone()[None], [row(GenerationConfig())]))
     assert token == int(plain.argmax())
     second = int(plain.topk(2).indices[1])
     gap = float(plain[token] - plain[second])
     assert token is not None
     for config, times, expected in [
-        (Config(logit_bias={second: gap + 0.1}), 0, second),
-        (Config(presence_penalty=min(2.0, gap + 0.1)), 0, token),
-        (Config(presence_penalty=min(2.0, gap + 0.1)), 1, second),
-        (Config(frequency_penalty=gap * 0.6), 1, token),
-        (Config(frequency_penalty=gap * 0.6), 2, second),
+        (GenerationConfig(logit_bias={second: gap + 0.1}), 0, second),
+        (GenerationConfig(presence_penalty=min(2.0, gap + 0.1)), 0, token),
+        (GenerationConfig(presence_penalty=min(2.0, gap + 0.1)), 1, second),
+        (GenerationConfig(frequency_penalty=gap * 0.6), 1, token),
+        (GenerationConfig(frequency_penalty=gap * 0.6), 2, second),
     ]:
         (choice,) = choose(plain.clone()[None], [row(config, [token] * times)])
         assert choice.token == expected
@@ -110,14 +110,16 @@ def tiny() -> Base:
     return load(ModelConfig(path=TINY, dtype="float32", device="cpu"))
 
 
-def ask(base: Base, text: str, config: Config, stop_tokens: frozenset[int] = frozenset()) -> Answer:
+def ask(base: Base, text: str, config: GenerationConfig, stop_tokens: frozenset[int] = frozenset()) -> Answer:
     generator = Generator(base, Bank(base))
     token_L = np.array(base.tokenizer(text)["input_ids"])
     return generator.submit(Prompt(token_L), config, stop_tokens=stop_tokens).result()
 
 
 def test_logprobs_are_the_models_own(tiny: Base) -> None:
-    answer = ask(tiny, "The capital of", Config(max_new_tokens=6, temperature=1.0, seed=1, top_k=5, logprobs=3))
+    answer = ask(
+        tiny, "The capital of", GenerationConfig(max_new_tokens=6, temperature=1.0, seed=1, top_k=5, logprobs=3)
+    )
     question = tiny.tokenizer("The capital of")["input_ids"]
     with torch.no_grad(), tiny.using_attention(tiny.own_attention):
         logits_LV = tiny.model(input_ids=torch.tensor([question + answer.tokens])).logits[0]
@@ -128,27 +130,27 @@ def test_logprobs_are_the_models_own(tiny: Base) -> None:
 
 
 def test_stop_texts_and_stop_tokens(tiny: Base) -> None:
-    whole = ask(tiny, "Once upon a time", Config(max_new_tokens=30))
+    whole = ask(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30))
     assert (whole.finish, len(whole.tokens)) == ("length", 30)
     assert whole.text == tiny.tokenizer.decode(whole.tokens, skip_special_tokens=True)
     stop = whole.text[12:17]
-    stopped = ask(tiny, "Once upon a time", Config(max_new_tokens=30, stop=(stop, "never said")))
+    stopped = ask(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30, stop=(stop, "never said")))
     assert (stopped.finish, stopped.text) == ("stop", whole.text[: whole.text.index(stop)])
     token = whole.tokens[4]
-    cut = ask(tiny, "Once upon a time", Config(max_new_tokens=30), frozenset({token}))
+    cut = ask(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30), frozenset({token}))
     assert (cut.finish, cut.tokens) == ("stop", whole.tokens[: whole.tokens.index(token)])
 
 
 def test_text_comes_piece_by_piece_and_is_never_taken_back(tiny: Base) -> None:
     text = "naïve 你好，世界 🙂 done </s> <STOP and more"
     tokens = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
-    stream = TextStream(tiny.tokenizer, ("<STOP>", "never"))
+    stream = IncrementalDetokenizer(tiny.tokenizer, ("<STOP>", "never"))
     pieces = [stream.add(token) for token in tokens]
     pieces.append(stream.end())
     assert "".join(pieces) == tiny.tokenizer.decode(tokens, skip_special_tokens=True)
     assert not any("\ufffd" in piece for piece in pieces)
     assert sum(map(bool, pieces)) > 5
-    stream = TextStream(tiny.tokenizer, ("世界", "done"))
+    stream = IncrementalDetokenizer(tiny.tokenizer, ("世界", "done"))
     shown = ""
     for token in tokens:
         shown += stream.add(token)
@@ -170,12 +172,12 @@ def test_json_of_a_schema(tiny: Base, temperature: float) -> None:
         "required": ["name", "age", "good"],
         "additionalProperties": False,
     }
-    config = Config(max_new_tokens=120, temperature=temperature, seed=3, json_schema=schema)
+    config = GenerationConfig(max_new_tokens=120, temperature=temperature, seed=3, json_schema=schema)
     answer = ask(tiny, "Somebody:", config, frozenset({tiny.tokenizer.eos_token_id}))
-    said = json.loads(answer.text)
-    assert said.keys() == {"name", "age", "good"}
-    assert said["name"] in ("Ada", "北京")
-    assert 0 <= said["age"] <= 99
+    described = json.loads(answer.text)
+    assert described.keys() == {"name", "age", "good"}
+    assert described["name"] in ("Ada", "北京")
+    assert 0 <= described["age"] <= 99
     assert answer.finish == "stop"
     with pytest.raises(RequestError, match="json_schema"):
-        ask(tiny, "x", Config(json_schema={"type": "no such type"}))
+        ask(tiny, "x", GenerationConfig(json_schema={"type": "no such type"}))

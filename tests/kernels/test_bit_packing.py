@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank.kernels.affine import dequantise
+from lowrank.kernels.affine import dequantize
 from lowrank.kernels.bit_packing import from_bit_stream, pack, packed_bytes, to_bit_stream, unpack
 
 
@@ -35,7 +35,7 @@ def test_a_bit_stream_is_little_endian_and_crosses_words() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("columns", "group_size"), [(128, 32), (100, 32), (96, 96), (7, 64)])
-def test_dequantise_is_the_formula_rounded_once(dtype: torch.dtype, columns: int, group_size: int) -> None:
+def test_dequantize_is_the_formula_rounded_once(dtype: torch.dtype, columns: int, group_size: int) -> None:
     groups = -(-columns // group_size)
     code_OD = torch.randint(0, 16, (300, columns), dtype=torch.uint8)
     scale_OG, zero_OG = torch.rand(300, groups).half() + 0.1, torch.randint(0, 16, (300, groups), dtype=torch.uint8)
@@ -43,9 +43,9 @@ def test_dequantise_is_the_formula_rounded_once(dtype: torch.dtype, columns: int
     work = torch.float64 if dtype == torch.float64 else torch.float32
     expected_OD = (code_OD.to(work) - zero_OG.to(work)[:, group_D]) * scale_OG.to(work)[:, group_D]
     packed_OB, out_OD = pack(code_OD, 4), torch.empty(300, columns, dtype=dtype)
-    assert torch.equal(dequantise(packed_OB, 4, scale_OG, zero_OG, group_size, out_OD), expected_OD.to(dtype))
+    assert torch.equal(dequantize(packed_OB, 4, scale_OG, zero_OG, group_size, out_OD), expected_OD.to(dtype))
     order_D = torch.randperm(columns)
-    shuffled = dequantise(pack(code_OD[:, order_D], 4), 4, scale_OG, zero_OG, group_size, out_OD, group_D[order_D])
+    shuffled = dequantize(pack(code_OD[:, order_D], 4), 4, scale_OG, zero_OG, group_size, out_OD, group_D[order_D])
     assert torch.equal(shuffled, expected_OD[:, order_D].to(dtype))
-    one = dequantise(packed_OB, 4, scale_OG, zero_OG[:1, :1], group_size, out_OD).clone()
-    assert torch.equal(one, dequantise(packed_OB, 4, scale_OG, zero_OG[:1, :1].expand(300, groups), group_size, out_OD))
+    one = dequantize(packed_OB, 4, scale_OG, zero_OG[:1, :1], group_size, out_OD).clone()
+    assert torch.equal(one, dequantize(packed_OB, 4, scale_OG, zero_OG[:1, :1].expand(300, groups), group_size, out_OD))

@@ -65,7 +65,7 @@ def test_rows_and_columns_are_independent(key: int, rate: float) -> None:
 def test_places_are_independent() -> None:
     """Two steps, layers or seeds: no row of one correlates with any row of the other."""
     keys = [key_of(seed, step, layer) for seed in (0, 1) for step in (0, 1, 2) for layer in ("l.0.q", "l.0.k", "l.1.q")]
-    keys += [5, 6, 7, 5 ^ (1 << 31)]  # neighbours, as the plain counter would give
+    keys += [5, 6, 7, 5 ^ (1 << 31)]  # neighbors, as the plain counter would give
     assert len(set(keys)) == len(keys)
     masks = [signs(key, rows=64, width=1024) for key in keys]
     for index, one in enumerate(masks):
@@ -74,7 +74,7 @@ def test_places_are_independent() -> None:
             assert abs((one * other).mean().item()) * 256 < 6
 
 
-def test_four_neighbours_together_are_independent() -> None:
+def test_four_neighbors_together_are_independent() -> None:
     """Sums of hashes can make x(i,j) x(i,k) x(l,j) x(l,k) one sign; a sum with a real mix on top does not."""
     x = signs(99)
     for row_step in (1, 2, 64):

@@ -61,19 +61,19 @@ def test_without_the_cache_a_freed_block_is_as_good_as_new() -> None:
 
 
 def test_starting_again_keeps_the_command_and_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(os, "execve", lambda *call: asked.append(call))
+    requested: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(os, "execve", lambda *call: requested.append(call))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "lowrank", "train", "run.yaml"])
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
     start_again_without_cache()
-    ((program, words, environment),) = asked
+    ((program, words, environment),) = requested
     assert (program, words[1:]) == (sys.executable, ["-m", "lowrank", "train", "run.yaml"])
     assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.tcache_count=0"
     monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
     start_again_without_cache()
-    assert len(asked) == 1
+    assert len(requested) == 1
     monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     start_again_without_cache()
-    assert len(asked) == 1
+    assert len(requested) == 1

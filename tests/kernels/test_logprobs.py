@@ -27,7 +27,7 @@ HEADS: dict[str, dict[str, object]] = {
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Also with chunks of 5 rows that are walked over in blocks of 2."""
     if request.param == "many chunks":
-        monkeypatch.setattr(kernel, "_CHUNK_BYTES", 5 * V * 8)
+        monkeypatch.setattr(kernel, "_CHUNK_LOGITS", 5 * V)
         monkeypatch.setattr(kernel, "_BLOCK_BYTES", 2 * V * 8)
     return request.param
 
@@ -145,7 +145,7 @@ def test_no_rows(kind: str, trains: bool) -> None:
 
 def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of K x V elements is made, forward or backward."""
-    monkeypatch.setattr(kernel, "_CHUNK_BYTES", 5 * V * 8)
+    monkeypatch.setattr(kernel, "_CHUNK_LOGITS", 5 * V)
     rows: list[int] = []
     raw = Head.raw
     monkeypatch.setattr(Head, "raw", lambda head, hidden: rows.append(len(hidden)) or raw(head, hidden))

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lowrank.models import attention
-from lowrank.models.attention import BoundariesMissing, Packed, packed_attention
+from lowrank.models.attention import packed
+from lowrank.models.attention.packed import BoundariesMissing, Packed, packed_attention
 from lowrank.models.base import Base
 from lowrank.records import pack
 from tests.tiny_models import make_base, make_model, random_step
@@ -123,8 +123,8 @@ def test_without_boundaries_it_refuses() -> None:
 
 
 def test_registering_twice_is_once() -> None:
-    attention.register()
-    attention.register()
+    packed.register()
+    packed.register()
     assert make_base("llama").layout == "packed"
 
 
@@ -139,7 +139,7 @@ def test_using_another_attention_for_a_while() -> None:
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
-    assert base.model.config._attn_implementation == attention.NAME
+    assert base.model.config._attn_implementation == packed.NAME
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

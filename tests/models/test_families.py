@@ -7,9 +7,9 @@ import torch
 import transformers
 from packaging.version import Version
 
-from lowrank.adapters.variants.lora import Config as Lora
-from lowrank.models.leak import check_head
-from lowrank.models.recompute import set_recompute
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
+from lowrank.models.checks.isolation import check_head
 from lowrank.records import pack
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
@@ -18,6 +18,8 @@ PADDED = {"bloom", "mpt", "stablelm", "jamba"}
 """Families whose attention cannot be told about documents; the leak test must find that out."""
 if Version(transformers.__version__) < Version("5.24"):
     PADDED.add("falcon")  # its attention was its own until then
+if Version(transformers.__version__) < Version("5.21"):
+    PADDED.add("gemma2")  # in float64, the dtype here: its softmax in float32 made a document's result depend on others
 FLOAT32_INSIDE = {"gemma2", "mpt"}
 """transformers computes their softmax in float32 whatever the model's dtype, we do not."""
 
@@ -32,7 +34,7 @@ def test_trains_like_peft(family: str) -> None:
     assert base.layout == ("padded" if family in PADDED else "packed")
     check_head(base)
     excluded = ("gate_proj", "up_proj", "down_proj") if family in RENAMED_BY_PEFT else ()
-    configs = [Lora(rank=rank, alpha=8, exclude_modules=excluded) for rank in (4, 2, 8)]
+    configs = [LoraConfig(rank=rank, alpha=8, exclude_modules=excluded) for rank in (4, 2, 8)]
     engine, slots = make_engine(base, *configs, learning_rate=1e-2)
     parameters = engine.bank.parameters(slots[1])
     modules = sorted({name.partition(".lora_")[0].replace(".", r"\.") for name in parameters})
@@ -52,7 +54,8 @@ def test_trains_like_peft(family: str) -> None:
         assert updated[slots[1]].grad_norm == pytest.approx(norm.item(), abs=tolerance)
         assert norm > 0
     for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter, own[name], rtol=0, atol=10 * tolerance)
+        # AdamW divides a gradient as small as its eps by that eps: what is rounding there is a hundred times as much
+        torch.testing.assert_close(parameter, own[name], rtol=0, atol=100 * tolerance)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe", "bloom"])
@@ -62,23 +65,21 @@ def test_fresh_adapter_changes_nothing(family: str, dtype: torch.dtype) -> None:
     batch = pack([(-1, segment) for segment in random_step(0, [6, 11, 4])])
     with torch.no_grad():
         before = base.hidden(batch)
-        engine, (slot,) = make_engine(base, Lora(rank=4))
+        engine, (slot,) = make_engine(base, LoraConfig(rank=4))
         routed = pack([(slot, segment) for segment in random_step(0, [6, 11, 4])])
-        rows = base.rows(routed)
-        engine.bank.routing.set(rows.num_rows, rows.ranges)
-        after = base.hidden(routed)
+        after = engine.bank.hidden(routed)
     assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
-@pytest.mark.parametrize("recompute", ["full", 1])
-def test_recompute_changes_nothing(family: str, recompute: str | int) -> None:
+@pytest.mark.parametrize("activation_checkpointing", ["full", 1])
+def test_recompute_changes_nothing(family: str, activation_checkpointing: str | int) -> None:
     work = random_step(3, [9, 20, 6])
     results = []
-    for policy in ("none", recompute):
+    for policy in ("none", activation_checkpointing):
         base = make_base(family)
-        engine, (slot,) = make_engine(base, Lora(rank=4, dropout=0.2))
-        set_recompute(base.model, policy)
+        engine, (slot,) = make_engine(base, LoraConfig(rank=4, dropout=0.2))
+        set_activation_checkpointing(base.model, policy)
         with torch.no_grad():
             for parameter in engine.bank.parameters(slot).values():
                 parameter.add_(0.01)
@@ -101,7 +102,7 @@ def test_masked_attention_is_not_confused_by_a_padded_bucket() -> None:
 
 
 def test_experts_are_announced() -> None:
-    engine, (slot,) = make_engine(make_base("mixtral"), Lora())
+    engine, (slot,) = make_engine(make_base("mixtral"), LoraConfig())
     missed = engine.bank.slots[slot].missed
     assert missed is not None
     assert "gate_up_proj" in missed

@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 from lowrank.cli.expand import expand_model
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError, ModelError
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.config import FreezeConfig
+from lowrank.models.config import FreezeConfig, ModelConfig
 from lowrank.models.freezing import chosen_layers, train_only
-from lowrank.models.loading import load, load_tokenizer, locate
-from lowrank.run import train
+from lowrank.models.loading.pretrained import load, load_tokenizer, locate
+from lowrank.pipelines.train import train
 from tests.tiny_models import make_base, make_model
 
 
@@ -97,13 +96,13 @@ def test_an_expanded_model_computes_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
 def test_stretched_positions(kind: str) -> None:
     """transformers computes them; a base that reads twice as far says so, and the leak test holds."""
-    heard: list[str] = []
+    received: list[str] = []
     settings = {"path": "lowrank/tiny", "dtype": "float32", "rope_scaling": {"type": kind, "factor": 2.0}}
-    base = load(ModelConfig.model_validate(settings), notify=heard.append)
+    base = load(ModelConfig.model_validate(settings), notify=received.append)
     plain = transformers.AutoConfig.from_pretrained(locate("lowrank/tiny"))
     assert base.model.config.max_position_embeddings == 2 * plain.max_position_embeddings
     assert base.layout == "packed"
-    assert any(text.startswith(f"the rotary embedding is stretched ({kind}, factor 2)") for text in heard)
+    assert any(text.startswith(f"the rotary embedding is stretched ({kind}, factor 2)") for text in received)
     frequencies = base.model.model.rotary_emb.inv_freq
     assert float(frequencies[-1]) == pytest.approx(float(make_frequencies(plain)[-1]) / 2, rel=1e-3)
 

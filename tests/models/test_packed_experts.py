@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank.adapters.canary import TOLERANCE, gradient_errors
+from lowrank.adapters.gradient_check import TOLERANCE, gradient_errors
 from lowrank.adapters.targets import find_targets, fused_parameters
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.packed_model import quantize_model
 from lowrank.errors import ModelError
-from lowrank.models import expert_loading
 from lowrank.models.base import Base
-from lowrank.models.config import Config
-from lowrank.models.experts import OF_ONE_EXPERT, Expert, PackedExperts, projections
-from lowrank.models.leak import choose_layout
-from lowrank.models.loading import load
+from lowrank.models.checks.isolation import choose_layout
+from lowrank.models.config import ModelConfig
+from lowrank.models.fused_experts import OF_ONE_EXPERT, Expert, PackedExperts, projections
+from lowrank.models.loading import expert_loading
+from lowrank.models.loading.pretrained import load
+from lowrank.models.loading.quantize_on_load import kept_dense, pack_in_place
 from lowrank.models.storages.packed import PackedLinear
-from lowrank.models.streaming import kept_dense, pack_in_place
 from lowrank.settings import configs_in
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.tiny_models import make_engine, make_model, random_step
@@ -32,8 +32,8 @@ BOTH = ("experts.gate_up_proj", "experts.down_proj")
 TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
 
 
-def config_of(folder: Path, storage: Any = "nf4") -> Config:
-    return Config(path=str(folder), dtype="float32", device="cpu", storage=storage)
+def config_of(folder: Path, storage: Any = "nf4") -> ModelConfig:
+    return ModelConfig(path=str(folder), dtype="float32", device="cpu", storage=storage)
 
 
 def folder_of(path: Path, family: str) -> Path:
@@ -73,10 +73,10 @@ def unpacked(model: Any, family: str) -> Any:
 def test_loading_packs_each_expert_as_if_it_had_been_wrapped(family: str, tmp_path: Path) -> None:
     """transformers' loader stacks, joins and transposes; what arrives must be what packing the loaded model gives."""
     folder = folder_of(tmp_path / "model", family)
-    said: list[str] = []
-    base = load(config_of(folder), notify=said.append)
-    plain = load(config_of(folder, "dense"), notify=said.append).model
-    assert not any("experts" in sentence for sentence in said)
+    described: list[str] = []
+    base = load(config_of(folder), notify=described.append)
+    plain = load(config_of(folder, "dense"), notify=described.append).model
+    assert not any("experts" in sentence for sentence in described)
     found = experts_of(base.model)
     assert found
     assert not kept_dense(base.model).get("fused experts")
@@ -128,9 +128,9 @@ def test_same_as_the_unpacked_model(family: str, storage: str) -> None:
     other = Base(plain, None, family)
     other.settle(base.layout)
     configs = [
-        Lora(rank=3, target_modules=("o_proj",)),
-        Lora(rank=2, target_modules=("o_proj",), target_parameters=BOTH),
-        Lora(rank=2, target_modules=(), target_parameters=(BOTH[1],)),
+        LoraConfig(rank=3, target_modules=("o_proj",)),
+        LoraConfig(rank=2, target_modules=("o_proj",), target_parameters=BOTH),
+        LoraConfig(rank=2, target_modules=(), target_parameters=(BOTH[1],)),
     ]
     gradients = []
     for each in (base, other):
@@ -170,7 +170,7 @@ class _Callable(Expert):
 
 def test_trains_and_learns() -> None:
     engine, (slot,) = make_engine(
-        packed_base("mixtral", "nf4", torch.bfloat16), Lora(rank=4, target_modules=(), target_parameters=BOTH)
+        packed_base("mixtral", "nf4", torch.bfloat16), LoraConfig(rank=4, target_modules=(), target_parameters=BOTH)
     )
     work = {slot: random_step(0, [12, 20])}
     losses = []
@@ -182,16 +182,16 @@ def test_trains_and_learns() -> None:
 
 def test_experts_can_stay_dense(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", "mixtral")
-    said: list[str] = []
+    described: list[str] = []
     skip = {"type": "nf4", "skip_modules": ["experts"]}
-    base = load(config_of(folder, skip), notify=said.append)
+    base = load(config_of(folder, skip), notify=described.append)
     assert not experts_of(base.model)
-    assert any("(MixtralExperts) are fused parameters that are not packed" in each for each in said)
+    assert any("(MixtralExperts) are fused parameters that are not packed" in each for each in described)
 
 
 def test_what_all_linear_leaves_out_is_told_from_packed_weights() -> None:
     dense, base = make_model("qwen3_moe", torch.float32), packed_base("qwen3_moe", "nf4", torch.float32)
-    assert find_targets(base.model, Lora()) == find_targets(dense, Lora())
+    assert find_targets(base.model, LoraConfig()) == find_targets(dense, LoraConfig())
 
 
 def test_a_checkpoint_without_an_expert(tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_a_checkpoint_without_an_expert(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "storage"), [*((each, "nf4") for each in FAMILIES), ("gpt_oss", "int8")])
-def test_quantised_once_and_for_all(family: str, storage: str, tmp_path: Path) -> None:
-    """`lowrank quantize`, and training on what it wrote: the same bits as quantising while loading."""
+def test_quantized_once_and_for_all(family: str, storage: str, tmp_path: Path) -> None:
+    """`lowrank quantize`, and training on what it wrote: the same bits as quantizing while loading."""
     folder = folder_of(tmp_path / "model", family)
     quantize_model(config_of(folder, storage), tmp_path / "written", notify=lambda sentence: None)
     again = load(config_of(tmp_path / "written", "dense"), notify=lambda sentence: None).model
@@ -217,9 +217,9 @@ def test_quantised_once_and_for_all(family: str, storage: str, tmp_path: Path) -
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
 
 
-def test_experts_that_come_quantised_one_by_one(tmp_path: Path) -> None:
+def test_experts_that_come_quantized_one_by_one(tmp_path: Path) -> None:
     """As tools write a mixture whose experts are linear layers: gate and up projection stay apart, and packed."""
-    from lowrank.models.prequantised.bnb import as_config, as_tensors
+    from lowrank.models.prequantized.bnb import as_config, as_tensors
 
     folder = folder_of(tmp_path / "model", "qwen3_moe")
     tensors = load_file(folder / "model.safetensors")

@@ -10,12 +10,12 @@ import torch
 
 from lowrank.config import resolve
 from lowrank.errors import ConfigError, ModelError
-from lowrank.models.attention import Softmax, attend_explicitly
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import load
-from lowrank.models.shifted_attention import ShiftedSparse, groups_of
+from lowrank.models.attention.packed import Softmax, attend_explicitly
+from lowrank.models.attention.shifted_sparse import ShiftedSparse, groups_of
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load
+from lowrank.pipelines.train import train
 from lowrank.records import Segment, pack
-from lowrank.run import train
 from tests.tiny_models import make_base
 
 LENGTHS = (7, 1, 32, 33, 12, 3)

@@ -15,21 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank.adapters.canary import TOLERANCE, gradient_errors
-from lowrank.adapters.variants.lora import Config as Lora
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.prequantised import reader_for
-from lowrank.models.storages import nf4
-from lowrank.models.storages.dense import Config as Dense
-from lowrank.models.streaming import pack_in_place
+from lowrank.adapters.gradient_check import TOLERANCE, gradient_errors
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.quantize_on_load import pack_in_place
+from lowrank.models.prequantized import reader_for
+from lowrank.models.storages import eetq, nf4
+from lowrank.models.storages.dense import DenseConfig
 from lowrank.settings import configs_in
 from tests.tiny_models import make_base, make_engine, random_step
 from tests.train.test_isolation import assert_same, train
 
 STORAGES = configs_in("lowrank.models.storages")
 CASES: dict[str, Any] = {name: kind() for name, kind in STORAGES.items()} | {
-    "nf4 single": nf4.Config(double_quant=False),
-    "nf4 blocks of 128": nf4.Config(block_size=128),
+    "nf4 single": nf4.NF4Config(double_quant=False),
+    "nf4 blocks of 128": nf4.NF4Config(block_size=128),
     "int8 with outliers": STORAGES["int8"](outlier_columns=3),  # type: ignore[call-arg]
 }
 SHAPES = [(48, 64), (31, 50), (7, 33), (1, 5)]
@@ -76,7 +76,7 @@ def test_canary_after_save_and_load(case: str, tmp_path: Path) -> None:
     assert max(gradient_errors(again, layer, torch.float64, CPU).values()) < 1e-12
 
 
-FIXTURES = Path(__file__).parent / "prequantised" / "fixtures"
+FIXTURES = Path(__file__).parent / "prequantized" / "fixtures"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.safetensors")))
@@ -186,7 +186,7 @@ def test_outlier_columns_are_as_they_were() -> None:
 @pytest.mark.parametrize("case", ["nf4", "fp4", "int8"])
 def test_training_on_it_holds_what_is_promised(case: str) -> None:
     """Beside another job, in another slot, after evaluations: the same losses and weights, to rounding."""
-    adapter = Lora(rank=4, dropout=0.3)
+    adapter = LoraConfig(rank=4, dropout=0.3)
 
     def engine(*more: Any) -> Any:
         base = make_base("llama")
@@ -195,7 +195,7 @@ def test_training_on_it_holds_what_is_promised(case: str) -> None:
 
     alone, (slot,) = engine()
     expected = train(alone, slot)
-    together, (a, b) = engine(Lora(rank=2))
+    together, (a, b) = engine(LoraConfig(rank=2))
     assert_same(train(together, a, {b: lambda step: random_step(step, [20, 6])}), expected)
     evaluated, (slot,) = engine()
     losses: list[float] = []
@@ -205,15 +205,15 @@ def test_training_on_it_holds_what_is_promised(case: str) -> None:
     assert losses == expected[0]
 
 
-def test_equals_training_on_the_dequantised_base() -> None:
+def test_equals_training_on_the_dequantized_base() -> None:
     """The whole model's gradient, not one layer's."""
     packed, dense = make_base("llama"), make_base("llama")
     pack_in_place(packed.model, CASES["nf4"])
     for name, module in packed.model.named_modules():
         if hasattr(module, "dense_weight"):
             dense.model.get_submodule(name).weight.copy_(module.dense_weight())
-    one, (slot,) = make_engine(packed, Lora(rank=4))
-    other, _ = make_engine(dense, Lora(rank=4))
+    one, (slot,) = make_engine(packed, LoraConfig(rank=4))
+    other, _ = make_engine(dense, LoraConfig(rank=4))
     assert_same(train(one, slot), train(other, slot))
 
 
@@ -222,4 +222,14 @@ def test_settings_are_checked() -> None:
         ModelConfig(path="x", storage={"type": "nf4", "block_size": 60})  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="there is no type 'nf5'; did you mean 'nf4'"):
         ModelConfig(path="x", storage={"type": "nf5"})  # type: ignore[arg-type]
-    assert isinstance(ModelConfig(path="x").storage, Dense)
+    assert isinstance(ModelConfig(path="x").storage, DenseConfig)
+
+
+def test_eetq_quantizes_as_eetq_does() -> None:
+    """Codes and scales that EETQ's own `symmetric_quantize` gave (tests/models/prequantized/make_fixtures.py)."""
+    theirs = load_file(Path(__file__).parent / "eetq_quantized.safetensors")
+    code_OD, scale_O1 = eetq.quantize(theirs["weight"])
+    assert torch.equal(code_OD.to(torch.int16) - 128, theirs["code"].to(torch.int16))
+    assert torch.equal(scale_O1[:, 0], theirs["scale"])
+    empty, _ = eetq.quantize(torch.zeros(2, 3))
+    assert (empty == 128).all()

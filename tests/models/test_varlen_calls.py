@@ -11,9 +11,9 @@ import inspect
 import pytest
 import torch
 
-from lowrank.models import attention, paged_attention
-from lowrank.models.attention import Packed, Softmax, attend_documents
-from lowrank.models.paged_attention import _KERNEL_PAGE, KeyValueCache, Span, Step
+from lowrank.models.attention import packed, paged
+from lowrank.models.attention.packed import Packed, Softmax, attend_documents
+from lowrank.models.attention.paged import _KERNEL_PAGE, KVCache, PagedBatch, SequenceChunk
 
 LENGTHS = (7, 1, 32, 33, 300)
 SCALE = 0.3
@@ -73,9 +73,9 @@ def documented(
 def kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel, or what stands for it."""
     if device == "cpu":
-        real = inspect.signature(attention.varlen_attn)  # type: ignore[arg-type]
+        real = inspect.signature(packed.varlen_attn)  # type: ignore[arg-type]
         assert list(inspect.signature(documented).parameters) == list(real.parameters)
-        for module in (attention, paged_attention):
+        for module in (packed, paged):
             monkeypatch.setattr(module, "varlen_attn", documented)
     return
 
@@ -95,7 +95,7 @@ def test_whole_documents(key_heads: int, window: int | None, device: str) -> Non
     dtype = torch.float64 if device == "cpu" else torch.bfloat16
     q, k, v = (tensor.to(device, dtype).requires_grad_() for tensor in plain)
     start_S1 = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
-    ours = attention._varlen(q, k, v, SCALE, window, Packed(start_S1, LENGTHS))
+    ours = packed._varlen(q, k, v, SCALE, window, Packed(start_S1, LENGTHS))
     exact = [tensor.to(dtype).double().requires_grad_() for tensor in plain]
     expected = attend_documents(*exact, Softmax(SCALE, window), Packed(start_S1.cpu(), LENGTHS))
     assert ours is not None
@@ -116,14 +116,14 @@ def test_pages_are_read_where_they_lie(window: int | None, device: str) -> None:
     layer = torch.nn.Module()
     outputs = []
     for by_kernel in (True, False):
-        cache = KeyValueCache(8, _KERNEL_PAGE)
+        cache = KVCache(8, _KERNEL_PAGE)
         for seed, spans in enumerate(
             [
-                [Span(0, 300, [3, 1], [3, 1]), Span(0, 9, [5], [5])],
-                [Span(300, 20, [3, 1]), Span(9, 1, [5]), Span(0, 40, [6], [6])],
+                [SequenceChunk(0, 300, [3, 1], [3, 1]), SequenceChunk(0, 9, [5], [5])],
+                [SequenceChunk(300, 20, [3, 1]), SequenceChunk(9, 1, [5]), SequenceChunk(0, 40, [6], [6])],
             ]
         ):
-            step = Step(cache, spans, where)
+            step = PagedBatch(cache, spans, where)
             step._tables = step._make_tables(where) if by_kernel else None
             total = sum(span.length for span in spans)
             q, k, v = (operands(heads, total, 10 * seed + heads).to(where, dtype) for heads in (4, 2, 2))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.objectives import needs
-from lowrank.objectives.sft import Config as Sft
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import (
     CHOSEN,
     MISMATCHED,
@@ -30,7 +30,7 @@ from lowrank.records import (
 )
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import VOCABULARY, make_base, make_engine
 
 OBJECTIVES: dict[str, Any] = configs_in("lowrank.objectives")
@@ -40,7 +40,7 @@ every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 def step_for(objective: Any, seed: int) -> list[Segment]:
-    """One optimiser step of what the objective learns from, with what it needs."""
+    """One optimizer step of what the objective learns from, with what it needs."""
     generator = np.random.default_rng(seed)
     segments = []
     for index, length in enumerate(LENGTHS):
@@ -85,8 +85,10 @@ def counted(objective: Any, batch: Batch) -> Totals:
 
 def engine_for(name: str, micro_batch_tokens: int = 4096) -> tuple[Engine, list[int]]:
     """Slot 0 has the objective under test, slot 1 is somebody else's SFT; adapters are away from their start."""
-    engine, slots = make_engine(make_base("llama"), Lora(rank=4), Lora(rank=2), micro_batch_tokens=micro_batch_tokens)
-    engine.add(slots[0], OBJECTIVES[name]().build(), AdamW(), seed=0, neftune_alpha=0.0)
+    engine, slots = make_engine(
+        make_base("llama"), LoraConfig(rank=4), LoraConfig(rank=2), micro_batch_tokens=micro_batch_tokens
+    )
+    engine.add(slots[0], OBJECTIVES[name]().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
     for slot in slots:
         generator = torch.Generator().manual_seed(slot)
         for parameter in engine.bank.parameters(slot).values():
@@ -182,7 +184,7 @@ def test_other_jobs_do_not_notice(name: str) -> None:
     """An SFT job beside it has the same loss and gradients as alone, and the objective the same as without it."""
     engine, (mine, other) = engine_for(name)
     own = step_for(engine.jobs[mine].objective, 1)
-    theirs = step_for(Sft().build(), 2)
+    theirs = step_for(SFTConfig().build(), 2)
     together = engine.forward_backward({mine: own, other: theirs})
     both = {slot: gradients(engine, slot) for slot in (mine, other)}
     for slot, work in ((mine, own), (other, theirs)):
@@ -216,7 +218,7 @@ def test_nothing_to_learn_is_zero_and_not_nan(name: str) -> None:
 def test_evaluation_says_what_training_says(name: str) -> None:
     """The same loss and metrics over the same rows, whatever else is evaluated; nothing keeps a gradient."""
     engine, (slot, other) = engine_for(name)
-    work = {slot: step_for(engine.jobs[slot].objective, 1), other: step_for(Sft().build(), 2)}
+    work = {slot: step_for(engine.jobs[slot].objective, 1), other: step_for(SFTConfig().build(), 2)}
     evaluated = engine.evaluate(work)[slot]
     assert not gradients(engine, slot)
     trained = engine.forward_backward(work)[slot]
@@ -234,7 +236,7 @@ def test_a_job_that_becomes_nan_beside_it_is_not_noticed(name: str) -> None:
     with torch.no_grad():
         for parameter in engine.bank.parameters(other).values():
             parameter.fill_(float("nan"))
-    beside = engine.forward_backward({slot: own, other: step_for(Sft().build(), 2)})[slot]
+    beside = engine.forward_backward({slot: own, other: step_for(SFTConfig().build(), 2)})[slot]
     assert beside.loss == pytest.approx(alone.loss, rel=1e-12)
     assert beside.metrics == pytest.approx(alone.metrics, rel=1e-9)
     for key, value in gradients(engine, slot).items():
@@ -258,8 +260,8 @@ def test_token_loss_by_hand(name: str) -> None:
 @pytest.mark.parametrize("name", ["sft", "pretrain"])
 def test_token_loss_is_transformers_cross_entropy(name: str) -> None:
     """A whole model's own `labels=` loss, over documents of different length, token-weighted."""
-    engine, _ = make_engine(make_base("llama"), Lora(rank=4))
-    engine.add(0, OBJECTIVES[name]().build(), AdamW(), seed=0, neftune_alpha=0.0)
+    engine, _ = make_engine(make_base("llama"), LoraConfig(rank=4))
+    engine.add(0, OBJECTIVES[name]().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
     segments = step_for(engine.jobs[0].objective, 3)
     total, tokens = 0.0, 0
     for segment in segments:

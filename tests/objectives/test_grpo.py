@@ -12,17 +12,19 @@ import pytest
 import torch
 import transformers
 
-import lowrank.models.loading as loading
-from lowrank.data.config import Config as DataConfig
+import lowrank.models.loading.pretrained as loading
+from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ConfigError
-from lowrank.models.config import Config as ModelConfig
-from lowrank.objectives.drawn import call_reward_function, group_advantages, per_token_kl
-from lowrank.objectives.grpo import Config
+from lowrank.models.config import ModelConfig
+from lowrank.objectives.grpo import GRPOConfig
+from lowrank.objectives.rollout import call_reward_function, group_advantages, per_token_kl
 from lowrank.records import BARE_BASE, Conversation, Prompted, Segment, number_the_step
 from tests.objectives import trl_peers
 from tests.objectives.test_trl import compare_gradients, engine_for
 from tests.tiny_models import VOCABULARY, make_model
+
+pytestmark = pytest.mark.usefixtures("allowed_code")
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dapo": ({}, {}),
@@ -66,7 +68,7 @@ def answers(seed: int, again: bool, near: list[np.ndarray] | None = None) -> lis
 
 
 def compare(model: Any, ours: dict[str, Any], theirs: dict[str, Any], segments: list[Segment], size: int) -> None:
-    objective = Config(**ours).build()
+    objective = GRPOConfig(**ours).build()
     peer = copy.deepcopy(model).requires_grad_(True)
     loss, metrics = trl_peers.grpo(peer, segments, **theirs)
     loss.backward()
@@ -89,7 +91,7 @@ def test_equals_trl(model: Any, name: str) -> None:
     ours, theirs = CASES[name]
     again = "num_iterations" in ours
     segments = answers(0, False)
-    near = engine_for(model, Config().build(), 400).logprobs(BARE_BASE, segments)
+    near = engine_for(model, GRPOConfig().build(), 400).logprobs(BARE_BASE, segments)
     compare(model, ours, theirs, answers(0, again, near), 40)
 
 
@@ -167,17 +169,17 @@ def test_a_reward_function_gets_what_it_takes_and_is_held_to_what_it_gives() -> 
     found = call_reward_function(f"{place}:taking_little", 2, arguments)
     assert found[0] == 1
     assert np.isnan(found[1])
-    for name, said in {
+    for name, described in {
         "too_few": "gave 1 rewards for 2 answers",
         "failing": r"fails: KeyError: 'solution'(.|\n)*prompts",
         "infinite": "infinite reward",
     }.items():
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=described):
             call_reward_function(f"{place}:{name}", 2, arguments)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "described"),
     [
         ({"reward_funcs": "nowhere:fn"}, "cannot import 'nowhere:fn'"),
         ({"reward_funcs": ["accuracy"]}, "write my_module:fn"),
@@ -185,12 +187,12 @@ def test_a_reward_function_gets_what_it_takes_and_is_held_to_what_it_gives() -> 
         ({"num_generations": 1}, "greater than or equal to 2"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Config(**settings)
+def test_settings_that_cannot_be(settings: dict[str, Any], described: str) -> None:
+    with pytest.raises(ValueError, match=described):
+        GRPOConfig(**settings)
 
 
 def test_true_and_false_as_in_trl() -> None:
     values: list[Any] = [True, False]
-    assert [Config(scale_rewards=value).scale_rewards for value in values] == ["group", "none"]
-    assert Config().build().record is Prompted
+    assert [GRPOConfig(scale_rewards=value).scale_rewards for value in values] == ["group", "none"]
+    assert GRPOConfig().build().record is Prompted

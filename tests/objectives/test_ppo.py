@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.objectives.drawn import Drawn
-from lowrank.objectives.ppo import Config, whitened
+from lowrank.objectives.ppo import PPOConfig, whitened
+from lowrank.objectives.rollout import RolloutBatch
 from lowrank.records import Scores, Segment, number_the_step, pack
+
+pytestmark = pytest.mark.usefixtures("allowed_code")
 
 CASES = json.loads((Path(__file__).parent / "ppo_of_trl_0_11.json").read_text())
 PROMPT = 3
@@ -29,9 +31,9 @@ def spread(values: list[float]) -> np.ndarray:
 
 
 def judged(case: dict[str, Any], **settings: Any) -> tuple[Any, list[Segment]]:
-    objective: Any = Config(**case["settings"], **settings).build()
+    objective: Any = PPOConfig(**case["settings"], **settings).build()
     lengths = [len(each) for each in case["old"]]
-    drawn = Drawn(
+    drawn = RolloutBatch(
         np.array(case["scores"])[:, None], np.ones(1), np.zeros(len(lengths), bool), np.array(lengths, np.int64)
     )
     drawn.logprob, drawn.reference, drawn.value = (
@@ -76,7 +78,7 @@ def test_the_loss_and_its_gradients_are_trls(case: dict[str, Any]) -> None:
         torch.testing.assert_close(leaf.grad[places], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_scores_are_normalised_when_asked() -> None:
+def test_scores_are_normalized_when_asked() -> None:
     """Scale and offset of the scores make no difference then, and do otherwise."""
     case = {**CASES[0], "scores": [10 * each + 3 for each in CASES[0]["scores"]]}
     same = [judged(each, score_norm=True)[1] for each in (CASES[0], case)]

@@ -17,49 +17,54 @@ import pytest
 import torch
 import transformers
 
-import lowrank.models.loading as loading
+import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
-from lowrank.data.config import Config as DataConfig
+from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.models.base import Base
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.leak import choose_layout
+from lowrank.models.checks.isolation import choose_layout
+from lowrank.models.config import ModelConfig
 from lowrank.objectives import Objective, cpo, dpo, kto, needs, orpo, reward, simpo
 from lowrank.records import BARE_BASE, CHOSEN, MISMATCHED, REJECTED, Segment, number_the_step
-from lowrank.train.engine import VALUE_HEAD, Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.engine import Engine
+from lowrank.train.new_job import VALUE_HEAD
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.objectives import trl_peers
 from tests.tiny_models import VOCABULARY, make_model
 
 Peer = Callable[[Any, Sequence[Segment]], tuple[torch.Tensor, dict[str, float]]]
 CASES: dict[str, tuple[Objective, Peer]] = {
-    "dpo": (dpo.Config().build(), lambda m, s: trl_peers.dpo(m, s, {"sigmoid": 1.0}, 0.1)),
+    "dpo": (dpo.DPOConfig().build(), lambda m, s: trl_peers.dpo(m, s, {"sigmoid": 1.0}, 0.1)),
     "dpo-hinge": (
-        dpo.Config(loss_type="hinge", beta=0.05).build(),
+        dpo.DPOConfig(loss_type="hinge", beta=0.05).build(),
         lambda m, s: trl_peers.dpo(m, s, {"hinge": 1.0}, 0.05),
     ),
-    "dpo-ipo": (dpo.Config(loss_type="ipo", beta=0.3).build(), lambda m, s: trl_peers.dpo(m, s, {"ipo": 1.0}, 0.3)),
+    "dpo-ipo": (dpo.DPOConfig(loss_type="ipo", beta=0.3).build(), lambda m, s: trl_peers.dpo(m, s, {"ipo": 1.0}, 0.3)),
     "dpo-ftx": (
-        dpo.Config(pref_ftx=0.7).build(),
+        dpo.DPOConfig(pref_ftx=0.7).build(),
         lambda m, s: trl_peers.dpo(m, s, {"sigmoid": 1.0, "sft": 0.7}, 0.1),
     ),
+    "dpo-ld": (
+        dpo.DPOConfig(ld_alpha=0.4).build(),
+        lambda m, s: trl_peers.dpo(m, s, {"sigmoid": 1.0}, 0.1, ld_alpha=0.4),
+    ),
     "simpo": (
-        simpo.Config(beta=2.0, gamma=0.5).build(),
+        simpo.SimPOConfig(beta=2.0, gamma=0.5).build(),
         lambda m, s: trl_peers.cpo(m, s, loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0),
     ),
-    "cpo": (cpo.Config().build(), lambda m, s: trl_peers.cpo(m, s)),
+    "cpo": (cpo.CPOConfig().build(), lambda m, s: trl_peers.cpo(m, s)),
     "cpo-hinge": (
-        cpo.Config(loss_type="hinge", beta=0.02, alpha=0.3).build(),
+        cpo.CPOConfig(loss_type="hinge", beta=0.02, alpha=0.3).build(),
         lambda m, s: trl_peers.cpo(m, s, loss_type="hinge", beta=0.02, cpo_alpha=0.3),
     ),
-    "cpo-ipo": (cpo.Config(loss_type="ipo").build(), lambda m, s: trl_peers.cpo(m, s, loss_type="ipo")),
+    "cpo-ipo": (cpo.CPOConfig(loss_type="ipo").build(), lambda m, s: trl_peers.cpo(m, s, loss_type="ipo")),
     "cpo-smoothed": (
-        cpo.Config(label_smoothing=0.2).build(),
+        cpo.CPOConfig(label_smoothing=0.2).build(),
         lambda m, s: trl_peers.cpo(m, s, label_smoothing=0.2),
     ),
-    "kto": (kto.Config().build(), lambda m, s: trl_peers.kto(m, s, 0.1, (1.0, 1.0))),
+    "kto": (kto.KTOConfig().build(), lambda m, s: trl_peers.kto(m, s, 0.1, (1.0, 1.0))),
     "kto-weighted": (
-        kto.Config(beta=0.4, desirable_weight=1.3, undesirable_weight=0.6).build(),
+        kto.KTOConfig(beta=0.4, desirable_weight=1.3, undesirable_weight=0.6).build(),
         lambda m, s: trl_peers.kto(m, s, 0.4, (1.3, 0.6)),
     ),
 }
@@ -111,7 +116,7 @@ def engine_for(model: Any, objective: Objective, micro_batch_tokens: int) -> Eng
     base = Base(copy.deepcopy(model).requires_grad_(True), None, "tiny")
     choose_layout(base, "auto")
     engine = Engine(base, Bank(base), micro_batch_tokens)
-    engine.add(BARE_BASE, objective, AdamW(), seed=0, neftune_alpha=0.0)
+    engine.add(BARE_BASE, objective, AdamWConfig(), seed=0, neftune_alpha=0.0)
     return engine
 
 
@@ -139,21 +144,21 @@ def test_equals_trl(model: Any, name: str) -> None:
 
 def test_orpo_equals_trl(model: Any) -> None:
     """TRL's NLL has the prompt in it, so the prompts here are a single token, which nothing predicts."""
-    objective = orpo.Config(beta=0.3).build()
+    objective = orpo.ORPOConfig(beta=0.3).build()
     compare(model, objective, lambda m, s: trl_peers.orpo(m, s, 0.3), rows(objective, 0, prompt=1))
 
 
 def test_dpo_label_smoothing_is_cpos_with_references_taken_off(model: Any) -> None:
     """TRL's DPO dropped it; its CPO has the same form over other numbers."""
-    segments = rows(dpo.Config().build(), 0)
+    segments = rows(dpo.DPOConfig().build(), 0)
     zero = [replace(segment, reference_L=np.zeros_like(segment.reference_L)) for segment in segments]
     peer = lambda m, s: trl_peers.cpo(m, s, label_smoothing=0.2, cpo_alpha=0.0)  # noqa: E731
-    compare(model, dpo.Config(label_smoothing=0.2).build(), peer, zero)
+    compare(model, dpo.DPOConfig(label_smoothing=0.2).build(), peer, zero)
 
 
 @pytest.mark.parametrize("center", [None, 0.05])
 def test_reward_equals_trl(model: Any, center: float | None) -> None:
-    objective = reward.Config(center_rewards_coefficient=center or 0.0).build()
+    objective = reward.RewardConfig(center_rewards_coefficient=center or 0.0).build()
     segments = rows(objective, 0)
     engine = engine_for(model, objective, 40)
     value_D = engine.jobs[BARE_BASE].parameters[VALUE_HEAD]
@@ -184,7 +189,7 @@ QUICK = [("dpo_zh_demo", "dpo"), ("kto_en_demo", "kto")]
     ("file", "name"), [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in REAL]
 )
 def test_equals_trl_on_real_rows(shared_data: Path, file: str, name: str) -> None:
-    """Rows of the demo files as the shipped base tokenises them; the references are those of other weights."""
+    """Rows of the demo files as the shipped base tokenizes them; the references are those of other weights."""
     objective, peer = CASES[name]
     tokenizer = loading.load_tokenizer(ModelConfig(path="lowrank/tiny"))
     data = prepare(

@@ -47,14 +47,20 @@ def trainer(kind: Any, **attributes: Any) -> Any:
     return made
 
 
-def dpo(model: Any, segments: Sequence[Segment], loss_types: dict[str, float], beta: float) -> tuple[torch.Tensor, Any]:
+def dpo(
+    model: Any,
+    segments: Sequence[Segment],
+    loss_types: dict[str, float],
+    beta: float,
+    ld_alpha: float | None = None,
+) -> tuple[torch.Tensor, Any]:
     """`(loss, metrics)` of DPOTrainer with precomputed references."""
     made = trainer(
         DPOTrainer,
         beta=beta,
         loss_types=list(loss_types),
         loss_weights=list(loss_types.values()),
-        ld_alpha=None,
+        ld_alpha=ld_alpha,
         precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
         use_weighting=False,
@@ -98,12 +104,12 @@ def cpo(model: Any, segments: Sequence[Segment], **settings: Any) -> tuple[torch
     """`(loss, metrics)` of CPOTrainer, which does SimPO too."""
     defaults = {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
     made = trainer(CPOTrainer, alpha=0.0, **(defaults | settings))
-    return made.get_batch_loss_metrics(model, labelled(segments))
+    return made.get_batch_loss_metrics(model, labeled(segments))
 
 
 def orpo(model: Any, segments: Sequence[Segment], beta: float) -> tuple[torch.Tensor, Any]:
     """`(loss, metrics)` of ORPOTrainer."""
-    return trainer(ORPOTrainer, beta=beta).get_batch_loss_metrics(model, labelled(segments))
+    return trainer(ORPOTrainer, beta=beta).get_batch_loss_metrics(model, labeled(segments))
 
 
 def reward(model: Any, segments: Sequence[Segment], center: float | None) -> tuple[torch.Tensor, Any]:
@@ -207,7 +213,7 @@ def padded(segments: Sequence[Segment]) -> dict[str, torch.Tensor]:
     }
 
 
-def labelled(segments: Sequence[Segment]) -> dict[str, torch.Tensor]:
+def labeled(segments: Sequence[Segment]) -> dict[str, torch.Tensor]:
     """What the older collators make of pairs."""
     batch = {}
     for name, side in zip(("chosen", "rejected"), sides(segments)):

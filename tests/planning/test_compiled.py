@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
-from lowrank.objectives.sft import Config as Sft
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.compiled import _BYTES, growth
 from lowrank.planning.simulation import PlannedJob
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.products import Products
 from tests.tiny_models import make_base, make_engine, random_step
 
 
 def job(rank: int, tokens: Sequence[int]) -> PlannedJob:
-    adapter: Any = Lora(rank=rank)
-    optimizer: Any = AdamW()
-    return PlannedJob(adapter, Sft().build(), optimizer, [], tokens_of_steps=tokens)
+    adapter: Any = LoraConfig(rank=rank)
+    optimizer: Any = AdamWConfig()
+    return PlannedJob(adapter, SFTConfig().build(), optimizer, [], tokens_of_steps=tokens)
 
 
 def test_steps_of_one_length_add_nothing() -> None:
@@ -39,7 +39,7 @@ def test_every_other_number_of_rows_adds_its_products() -> None:
 
 def test_the_count_is_about_right() -> None:
     """Against the products that steps really ask for."""
-    engine, (slot,) = make_engine(make_base("llama", torch.bfloat16), Lora(rank=4))
+    engine, (slot,) = make_engine(make_base("llama", torch.bfloat16), LoraConfig(rank=4))
     tokens, counts = [50, 100, 150, 200, 250], []
     products = Products()
     for number in tokens:

@@ -11,10 +11,10 @@ import pytest
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.errors import DataError, OutputError
+from lowrank.pipelines.samples import answer_samples
+from lowrank.pipelines.train import train
 from lowrank.report.curves import Line, loss_chart
 from lowrank.report.page import write_report
-from lowrank.run import train
-from lowrank.samples import answer_samples
 from tests.checkpoint_folder import save_checkpoint_folder
 
 EVIL = "<script>alert(1)</script> & \u2028 'x'"
@@ -83,11 +83,11 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
     assert "alert(1)</script>" in text, "the sample is shown as text"
     with pytest.raises(SystemExit):
         main(["report", str(run), "--samples", "2"])
-    asked = [
+    requested = [
         json.loads(line) for line in (run / "predict/samples/predictions.jsonl").read_text("utf-8").split("\n")[:-1]
     ]
-    assert len(asked) == 2
-    assert all({"base", "r4"} <= each["predictions"].keys() for each in asked)
+    assert len(requested) == 2
+    assert all({"base", "r4"} <= each["predictions"].keys() for each in requested)
     page = Page((run / "report.html").read_text("utf-8"))
     assert "base (" in "".join(page.said), "samples before and after"
     assert "perplexity" not in "".join(page.said)
@@ -120,6 +120,6 @@ def test_curves_are_of_bounded_size_and_a_spike_leaves_them_readable() -> None:
     chart = loss_chart([line])
     assert chart is not None
     assert sum(len(each.d) for each in chart.drawn) < 20_000
-    assert all(float(said) < 1e6 for _, said in chart.y_ticks)
+    assert all(float(described) < 1e6 for _, described in chart.y_ticks)
     assert loss_chart([Line("a", 0)]) is None
     assert loss_chart([Line("a", 0, train=[(1.0, 1.0)])]) is not None

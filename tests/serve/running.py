@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +15,26 @@ import openai
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.peft_config import BaseDescription
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
-from lowrank.data.config import Config as DataConfig
-from lowrank.data.rendering import Renderer
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
 from lowrank.generate.generator import GeneratorConfig
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import load, load_tokenizer
-from lowrank.serve.bank_engine import BankEngine
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load, load_tokenizer
+from lowrank.pipelines.inference import InferenceModel
 from lowrank.serve.engine import Engine
+from lowrank.serve.engines.torch import BankEngine
 from lowrank.serve.limits import Limits
 from lowrank.serve.server import make_server
-from lowrank.trained import Trained
 
 TOKEN = "a-token-of-the-tests"
 
 
-def random_adapter(trained: Trained, name: str, seed: int, scale: float = 0.3) -> int:
+def random_adapter(trained: InferenceModel, name: str, seed: int, scale: float = 0.3) -> int:
     """A LoRA that changes what the base says, under `name`."""
-    slot = trained.bank.add(Lora(rank=4, alpha=8), seed=seed)
+    slot = trained.bank.add(LoraConfig(rank=4, alpha=8), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in trained.bank.parameters(slot).items():
@@ -45,18 +45,18 @@ def random_adapter(trained: Trained, name: str, seed: int, scale: float = 0.3) -
     return slot
 
 
-def save(trained: Trained, slot: int, folder: Path) -> None:
+def save(trained: InferenceModel, slot: int, folder: Path) -> None:
     """As a run writes it."""
     saved = trained.bank.saved(slot)
     save_adapter(folder, AdapterOnDisk(saved.config, saved.tensors, saved.ranks), BaseDescription("lowrank/tiny"))
 
 
-def open_world() -> Trained:
+def open_world() -> InferenceModel:
     """`lowrank/tiny` and the adapters one and two, in float32: in bfloat16 the likeliest token may hang on company."""
     model = ModelConfig(path="lowrank/tiny", dtype="float32", device="cpu")
     tokenizer = load_tokenizer(model)
     base = load(model, tokenizer=tokenizer, notify=lambda text: None)
-    trained = Trained(base, Bank(base), Renderer(tokenizer, DataConfig()))
+    trained = InferenceModel(base, Bank(base), Renderer(tokenizer, DataConfig()))
     random_adapter(trained, "one", 1)
     random_adapter(trained, "two", 2)
     return trained
@@ -66,7 +66,7 @@ def open_world() -> Trained:
 class Running:
     """A server that answers."""
 
-    trained: Trained
+    trained: InferenceModel
     engine: BankEngine
     url: str
     service: Any
@@ -89,7 +89,10 @@ class Running:
         """Nobody holds anything any more."""
         generator = self.engine.generator
         for _ in range(200):
-            free = generator.free_tokens == generator.schedule.table.capacity * generator.schedule.table.page_size
+            free = (
+                generator.free_tokens
+                == generator.schedule.block_manager.capacity * generator.schedule.block_manager.page_size
+            )
             if not generator.busy and free and self.service.admission.taken == 0:
                 return True
             time.sleep(0.02)
@@ -97,9 +100,11 @@ class Running:
 
 
 @contextmanager
-def http_serving(engine: Engine, limits: Limits | None = None, services: list[Any] | None = None) -> Iterator[str]:
+def http_serving(
+    engine: Engine, limits: Limits | None = None, services: list[Any] | None = None, origins: Sequence[str] = ()
+) -> Iterator[str]:
     """The address of a server around any engine; its `Service` is put into `services`."""
-    server = make_server(engine, token=TOKEN, hosts=(), limits=limits or Limits())
+    server = make_server(engine, token=TOKEN, hosts=(), limits=limits or Limits(), origins=origins)
     server.config.port = 0
     app: Any = server.config.app
     if services is not None:
@@ -119,9 +124,11 @@ def http_serving(engine: Engine, limits: Limits | None = None, services: list[An
 
 
 @contextmanager
-def serving(trained: Trained, *, limits: Limits | None = None, max_rows: int = 64, **options: Any) -> Iterator[Running]:
+def serving(
+    trained: InferenceModel, *, limits: Limits | None = None, max_rows: int = 64, **options: Any
+) -> Iterator[Running]:
     """A server on our own engine; clients it handed out are closed after it."""
-    config = GeneratorConfig(max_rows=max_rows, cache_tokens=8192)
+    config = GeneratorConfig(max_num_seqs=max_rows, cache_tokens=8192)
     engine = BankEngine(trained.base, trained.bank, trained.renderer, trained.slots, config=config, **options)
     services: list[Any] = []
     clients: list[Any] = []

@@ -56,11 +56,11 @@ def test_a_text_is_read_the_same_while_others_are_answered(server: Running) -> N
     )
     beside = client.embeddings.create(model="two", input=TEXTS[0]).data[0].embedding
     assert beside == alone
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    described = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     again = client.chat.completions.create(
         model="one", messages=[{"role": "user", "content": "Talk."}], max_tokens=60, temperature=0
     )
-    assert said == again.choices[0].message.content
+    assert described == again.choices[0].message.content
     assert server.settles()
 
 
@@ -70,10 +70,10 @@ def test_a_text_is_read_the_same_while_others_are_answered(server: Running) -> N
         ({"model": "three"}, 404, "base, one, two"),
         ({"input": []}, 400, "input: there is none"),
         ({"input": ""}, 400, "the text has no tokens"),
-        ({"input": "word " * 3000}, 400, r"has \d+ tokens and the model reads 1024"),
+        ({"input": "word " * 3000}, 400, r"has \d+ tokens and the model's maximum context length is 1024"),
         ({"input": [1, 99999]}, 400, "there is no 99999"),
         ({"input": ["a"] * 3000}, 400, "3000 texts in one request"),
-        ({"dimensions": 8}, 400, "unsupported option: dimensions"),
+        ({"dimensions": 9999}, 400, "dimensions: the model's vectors have 192, 9999 are asked for"),
         ({"extra_body": {"pooling": "max"}}, 400, "pooling"),
     ],
 )

@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from lowrank.errors import ConfigError
+from lowrank.serve.address import check_host
 from lowrank.serve.limits import Limits
-from lowrank.serve.server import check_host
 from tests.serve.running import TOKEN, Running, open_world, serving
 
 ASK: Any = {"model": "one", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -92,7 +92,7 @@ def test_a_full_queue_says_when_to_come_back_and_who_leaves_makes_room(server: R
     client = server.client()
     streams = [client.chat.completions.create(**long(server)) for _ in range(4)]
     assert next(iter(streams[0])).choices
-    with pytest.raises(openai.RateLimitError, match="4 answers are in the making or wait") as caught:
+    with pytest.raises(openai.RateLimitError, match="4 answers are in progress or wait") as caught:
         client.chat.completions.create(**ASK, max_tokens=2)
     assert int(caught.value.response.headers["retry-after"]) >= 1
     text = server.http().get("/metrics").text
@@ -136,12 +136,12 @@ def test_an_answer_that_takes_too_long_is_stopped() -> None:
 
 
 def test_answers_in_the_making_end_when_the_server_is_stopped() -> None:
-    heard: list[Any] = []
+    received: list[Any] = []
     started = threading.Event()
 
     def listen(server: Running) -> None:
         for chunk in server.client().chat.completions.create(**long(server, 60)):
-            heard.append(chunk)
+            received.append(chunk)
             started.set()
 
     with serving(open_world()) as server:
@@ -149,7 +149,7 @@ def test_answers_in_the_making_end_when_the_server_is_stopped() -> None:
         thread.start()
         assert started.wait(10)
     thread.join(10)
-    assert heard[-1].choices[0].finish_reason == "length"
+    assert received[-1].choices[0].finish_reason == "length"
     with pytest.raises(httpx.ConnectError), server.http() as http:
         http.get("/health")
 

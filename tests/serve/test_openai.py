@@ -11,12 +11,12 @@ from typing import Any
 import openai
 import pytest
 
-from lowrank.generate.request import Config
+from lowrank.generate.request import GenerationConfig
+from lowrank.pipelines.inference import open_inference_model
 from lowrank.records import Conversation, Message
-from lowrank.trained import open_trained
 from tests.serve.running import Running, open_world, random_adapter, serving
 
-QUESTIONS = ["What is the capital of France?", "Name a colour.", "2 + 3 =", "Write a word that begins with b."]
+QUESTIONS = ["What is the capital of France?", "Name a color.", "2 + 3 =", "Write a word that begins with b."]
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,11 @@ def asked(question: str) -> list[Any]:
     return [{"role": "user", "content": question}]
 
 
-def expected(server: Running, voice: str, question: str, tokens: int = 24) -> str:
-    """What `Trained.answer` says, of a world of its own: the server's model is in use by its thread."""
+def expected(server: Running, served: str, question: str, tokens: int = 24) -> str:
+    """What `InferenceModel.answer` says, of a world of its own: the server's model is in use by its thread."""
     world = open_world()
     conversation = Conversation((Message("user", question),))
-    return world.answer([(voice, conversation)], Config(max_new_tokens=tokens))[0]
+    return world.answer([(served, conversation)], GenerationConfig(max_new_tokens=tokens))[0]
 
 
 def test_models_are_the_base_and_each_adapter(server: Running) -> None:
@@ -44,7 +44,7 @@ def test_models_are_the_base_and_each_adapter(server: Running) -> None:
 
 def test_greedy_answers_are_those_of_chat_whole_streamed_and_side_by_side(server: Running) -> None:
     client = server.client()
-    cases = [(voice, question) for voice in ("base", "one", "two") for question in QUESTIONS]
+    cases = [(served, question) for served in ("base", "one", "two") for question in QUESTIONS]
 
     def whole(case: tuple[str, str]) -> str:
         reply = client.chat.completions.create(
@@ -77,7 +77,8 @@ def test_greedy_answers_are_those_of_chat_whole_streamed_and_side_by_side(server
         answers, streams = list(all_whole), list(all_streamed)
     world = open_world()
     right = world.answer(
-        [(voice, Conversation((Message("user", question),))) for voice, question in cases], Config(max_new_tokens=24)
+        [(served, Conversation((Message("user", question),))) for served, question in cases],
+        GenerationConfig(max_new_tokens=24),
     )
     assert answers == right == streams
     assert len(set(answers)) > 6, "the adapters say different things"
@@ -91,11 +92,11 @@ def test_completions_take_texts_and_tokens(server: Running) -> None:
     same = client.completions.create(model="one", prompt=[tokens, tokens], temperature=0, max_tokens=8, logprobs=2)
     assert [choice.text for choice in same.choices] == [one.choices[0].text] * 2
     assert (same.usage.prompt_tokens, same.usage.completion_tokens) == (2 * len(tokens), 16)  # type: ignore[union-attr]
-    told = same.choices[1].logprobs
-    assert told is not None
-    assert told.tokens is not None
-    assert "".join(told.tokens) == one.choices[0].text
-    assert told.text_offset == [sum(map(len, told.tokens[:place])) for place in range(len(told.tokens))]
+    reported = same.choices[1].logprobs
+    assert reported is not None
+    assert reported.tokens is not None
+    assert "".join(reported.tokens) == one.choices[0].text
+    assert reported.text_offset == [sum(map(len, reported.tokens[:place])) for place in range(len(reported.tokens))]
     stream = client.completions.create(model="one", prompt="The sky is", temperature=0, max_tokens=8, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == one.choices[0].text
 
@@ -104,10 +105,10 @@ def test_logprobs_of_a_greedy_answer_are_the_highest(server: Running) -> None:
     client = server.client()
     options: Any = {"logprobs": True, "top_logprobs": 3, "temperature": 0, "max_tokens": 6}
     reply = client.chat.completions.create(model="two", messages=asked(QUESTIONS[0]), **options)
-    told = reply.choices[0].logprobs
-    assert told is not None
-    assert told.content
-    for token in told.content:
+    reported = reply.choices[0].logprobs
+    assert reported is not None
+    assert reported.content
+    for token in reported.content:
         assert token.logprob == max(other.logprob for other in token.top_logprobs)
         assert token.token in [each.token for each in token.top_logprobs if each.logprob == token.logprob]  # ties
         assert len(token.top_logprobs) == 3
@@ -116,7 +117,9 @@ def test_logprobs_of_a_greedy_answer_are_the_highest(server: Running) -> None:
     streamed = [
         token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content or ()
     ]
-    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in told.content], abs=1e-4)
+    assert [token.logprob for token in streamed] == pytest.approx(
+        [token.logprob for token in reported.content], abs=1e-4
+    )
 
 
 def test_seed_n_and_stop(server: Running) -> None:
@@ -175,7 +178,7 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         encoding="utf-8",
     )
-    trained = open_trained("lowrank/tiny", chat_template=str(template), notify=lambda text: None)
+    trained = open_inference_model("lowrank/tiny", chat_template=str(template), notify=lambda text: None)
     schema = {
         "type": "object",
         "properties": {
@@ -232,7 +235,11 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
             "image_url.*no URL is ever fetched",
         ),
         ({"n": 1000}, 400, "1000 answers"),
-        ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, r"has \d+ tokens and the model reads 1024"),
+        (
+            {"messages": [{"role": "user", "content": "word " * 3000}]},
+            400,
+            r"has \d+ tokens and the model's maximum context length is 1024",
+        ),
     ],
 )
 def test_what_cannot_be_served_says_why(server: Running, options: dict[str, Any], status: int, says: str) -> None:
@@ -264,5 +271,5 @@ def test_random_adapters_differ() -> None:
     world = open_world()
     random_adapter(world, "three", 3)
     conversation = Conversation((Message("user", QUESTIONS[0]),))
-    said = world.answer([(voice, conversation) for voice in world.slots], Config(max_new_tokens=12))
-    assert len(set(said)) == 4
+    described = world.answer([(served, conversation) for served in world.slots], GenerationConfig(max_new_tokens=12))
+    assert len(set(described)) == 4

@@ -12,7 +12,7 @@ import trl
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lowrank.data import templates
-from lowrank.serve.tool_calls import ToolCallReader
+from lowrank.serve.api.tool_calls import ToolCallReader
 
 _TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 TOOLS: list[dict[str, Any]] = [
@@ -51,12 +51,12 @@ def said(template: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
         raise jinja2.TemplateError(message)
 
     environment.globals["raise_exception"] = refuse
-    asked = [{"role": "user", "content": "?"}]
+    requested = [{"role": "user", "content": "?"}]
     made = [{"type": "function", "function": {"name": name, "arguments": each}} for name, each in calls]
-    answered = [*asked, {"role": "assistant", "content": "", "tool_calls": made}]
+    answered = [*requested, {"role": "assistant", "content": "", "tool_calls": made}]
     options: dict[str, Any] = {"tools": TOOLS, "bos_token": "", "eos_token": ""}
     rendered = environment.from_string(template)
-    before = rendered.render(messages=asked, add_generation_prompt=True, **options)
+    before = rendered.render(messages=requested, add_generation_prompt=True, **options)
     after = rendered.render(messages=answered, add_generation_prompt=False, **options)
     text = after[len(before) :] if after.startswith(before) else after[after.rindex("assistant") + len("assistant") :]
     for special in ("<|im_end|>", "<|eot_id|>", "<|end_header_id|>", "<|assistant|>", "<|observation|>"):
@@ -148,3 +148,9 @@ def test_text_is_shown_as_soon_as_it_is_sure() -> None:
     assert reader.add("weather") == ""
     assert reader.add(" today") == "weather today"
     assert reader.add("{") == "{"
+
+
+def test_a_call_that_was_cut_off_takes_no_others_with_it() -> None:
+    whole = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+    assert read("<tool_call>", whole + '<tool_call>{"name": "wea') == ("", [("weather", {})])
+    assert read("<tool_call>", whole + "<tool_call>broken</tool_call>")[1] == []

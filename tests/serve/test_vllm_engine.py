@@ -7,25 +7,31 @@ AsyncLLM of vLLM 0.32.0 is called with, and what it yields. Where vLLM is instal
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
-from lowrank.data.config import Config as DataConfig
-from lowrank.data.rendering import Renderer
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
 from lowrank.errors import ModelError
-from lowrank.generate.request import Config
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import load_tokenizer
-from lowrank.serve.refusal import Refusal
-from lowrank.serve.vllm_engine import Vllm, VllmEngine, open_vllm
-from lowrank.serve.vllm_words import pieces_of, rank_for, sampling_options
+from lowrank.generate.request import GenerationConfig
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load_tokenizer
+from lowrank.serve.api.http_errors import ApiError
+from lowrank.serve.engines.vllm import Vllm, VllmEngine, open_vllm
+from lowrank.serve.vllm_engine.params import pieces_of, rank_for, sampling_options
 from tests.serve.running import TOKEN, http_serving, open_world, save
 
 
@@ -39,7 +45,7 @@ class Output:
 
 
 def test_words_of_a_request() -> None:
-    config = Config(
+    config = GenerationConfig(
         temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7, stop=("x",), logprobs=2, logit_bias={3: -100.0}
     )
     options = sampling_options(config, frozenset({9, 2}), 12)
@@ -48,11 +54,11 @@ def test_words_of_a_request() -> None:
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 7, "logprobs": 2, "max_tokens": 12, "stop": ["x"],
         "stop_token_ids": [2, 9], "logit_bias": {3: -100.0},
     }  # fmt: skip
-    assert {key: sampling_options(Config(top_p=0), frozenset(), 1)[key] for key in ("top_p", "top_k")} == {
+    assert {key: sampling_options(GenerationConfig(top_p=0), frozenset(), 1)[key] for key in ("top_p", "top_k")} == {
         "top_p": 1.0,
         "top_k": 1,
     }
-    assert sampling_options(Config(seed=-1), frozenset(), 1)["seed"] == (1 << 63) - 1
+    assert sampling_options(GenerationConfig(seed=-1), frozenset(), 1)["seed"] == (1 << 63) - 1
     try:
         from vllm import SamplingParams
     except ImportError:
@@ -90,7 +96,7 @@ class Llm:
     loaded: dict[int, Any] = field(default_factory=dict)
     aborted: int = 0
     errored: bool = False
-    model_config: Any = field(default_factory=lambda: SimpleNamespace(max_model_len=256))
+    model_config: Any = field(default_factory=lambda: SimpleNamespace(max_model_len=256, get_vocab_size=lambda: 3072))
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None
@@ -145,7 +151,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     vllm = Vllm(
         llm=llm,
         sampling=SimpleNamespace,
-        schema=lambda schema: schema,
+        form=lambda config: config,
         lora=lambda name, number, path: SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path),
     )
     renderers = {"base": Renderer(tokenizer, DataConfig())}
@@ -176,8 +182,8 @@ def test_a_new_version_answers_new_questions_and_the_old_one_ends_its_own(world:
     next(stream)
     (world.folder / "one" / "says").write_text("new", "utf-8")
     first = next(iter(world.llm.loaded.values()))
-    voice = world.engine.publish("one", "one")
-    assert voice.version == 2
+    served = world.engine.publish("one", "one")
+    assert served.version == 2
     assert say(world, "one").choices[0].message.content == "newnew"
     names = [request.lora_name for request in world.llm.loaded.values()]
     assert len(set(names)) == 2, "keys are known by name, so each version has one of its own"
@@ -185,7 +191,7 @@ def test_a_new_version_answers_new_questions_and_the_old_one_ends_its_own(world:
     assert set(text) == set("one"), "it ends as it began"
     settle(lambda: first.lora_int_id not in world.llm.loaded)
     assert not Path(first.lora_path).exists()
-    world.engine.withdraw("one")
+    world.engine.unpublish("one")
     settle(lambda: not world.llm.loaded)
     with pytest.raises(openai.NotFoundError, match="there are base"):
         say(world, "one")
@@ -202,16 +208,16 @@ def test_who_leaves_is_aborted(world: World) -> None:
 
 
 def test_what_cannot_be_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"has \d+ tokens and the model reads 256"):
+    with pytest.raises(openai.BadRequestError, match=r"has \d+ tokens and the model's maximum context length is 256"):
         world.client.completions.create(model="base", prompt="word " * 600)
     with pytest.raises(openai.BadRequestError, match="no embeddings with --engine vllm"):
         world.client.embeddings.create(model="base", input="x")
     (world.folder / "two" / "broken").write_text("", "utf-8")
-    with pytest.raises(Refusal, match="vLLM cannot load"):
+    with pytest.raises(ApiError, match="vLLM cannot load"):
         world.engine.publish("two", "two")
-    with pytest.raises(Refusal, match="outside the folders"):
+    with pytest.raises(ApiError, match="outside the folders"):
         world.engine.publish("two", "../elsewhere")
-    assert [voice.name for voice in world.engine.voices()] == ["base", "one"]
+    assert [served.name for served in world.engine.served_models()] == ["base", "one"]
 
     async def fail(*_: Any, **__: Any) -> AsyncIterator[Any]:
         raise RuntimeError("the engine is dead")
@@ -223,11 +229,31 @@ def test_what_cannot_be_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -
     assert world.engine.load().running == 0
 
 
+def test_one_adapter_that_vllm_cannot_load_stops_no_other(world: World, tmp_path: Path) -> None:
+    (world.folder / "two" / "broken").write_text("", "utf-8")
+    described: list[str] = []
+    folders = {name: world.folder / name for name in ("one", "two")}
+
+    def engine(names: list[str]) -> VllmEngine:
+        chosen = {name: folders[name] for name in names}
+        renderers = world.engine._renderers
+        llm = Llm(world.llm.tokenizer)
+        vllm = replace(world.engine._vllm, llm=llm)
+        return VllmEngine(vllm, llm.tokenizer, renderers, chosen, notify=described.append)
+
+    served = engine(["one", "two"])
+    assert [served.name for served in served.served_models()] == ["base", "one"]
+    assert described[0].startswith("two is not served: vLLM cannot load")
+    served.close()
+    with pytest.raises(ApiError, match="vLLM cannot load"):
+        engine(["two"])
+
+
 def test_without_vllm_it_says_what_is_missing() -> None:
     try:
         import vllm  # noqa: F401
     except ImportError:
-        with pytest.raises(ModelError, match=r"pip install 'lowrank\[serve,vllm\]'"):
+        with pytest.raises(ModelError, match=r"pip install 'lowrank-llm\[serve,vllm\]'"):
             open_vllm(ModelConfig(path="lowrank/tiny"), at_once=1, most_loras=1, max_rank=16)
 
 
@@ -237,3 +263,35 @@ def settle(done: Any) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("it did not settle")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_nothing_of_vllm_outlives_a_killed_server(tmp_path: Path) -> None:
+    words = ["serve", "lowrank/tiny", "--engine", "vllm", "--port", "0"]
+    settings = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "lowrank", *words],
+        env=settings,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        shown = ""
+        while "http://" not in shown:
+            line = server.stdout.readline()
+            assert line, shown
+            shown += line
+        children = psutil.Process(server.pid).children(recursive=True)
+        watches = [child for child in children if "child_watch" in " ".join(child.cmdline())]
+        engine = [child for child in children if child not in watches]
+        assert watches
+        assert engine
+        server.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs([*engine, *watches], timeout=30)
+        for each in alive:
+            each.kill()
+        assert not alive

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from lowrank.adapters.bank import Bank
 from lowrank.config import resolve
 from lowrank.errors import ConfigError
-from lowrank.objectives.sft import Config as Sft
+from lowrank.objectives.sft import SFTConfig
+from lowrank.pipelines.train import train
 from lowrank.records import BARE_BASE
-from lowrank.run import train
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.badam import Config as BAdam
+from lowrank.train.optimizers.badam import BAdamConfig
 from tests.tiny_models import make_base, random_step
 
 
@@ -25,8 +25,8 @@ def test_one_layer_at_a_time_is_trained_and_kept_wide() -> None:
     base.model.requires_grad_(True)
     before = {name: value.detach().clone() for name, value in base.model.named_parameters()}
     engine = Engine(base, Bank(base), 4096)
-    settings: Any = BAdam(switch_interval=3, learning_rate=1e-2)
-    engine.add(BARE_BASE, Sft().build(), settings, seed=0, neftune_alpha=0.0)
+    settings: Any = BAdamConfig(switch_interval=3, learning_rate=1e-2)
+    engine.add(BARE_BASE, SFTConfig().build(), settings, seed=0, neftune_alpha=0.0)
     job = engine.jobs[BARE_BASE]
     moved: list[set[str]] = []
     for step in range(6):
@@ -84,4 +84,4 @@ def test_what_it_cannot_do_is_said() -> None:
     base = make_base("llama", torch.float32)
     parameters = dict(base.model.named_parameters())
     with pytest.raises(ConfigError, match=r"optimizer.start_block: 7, and there are 2 blocks"):
-        BAdam(start_block=7).build(parameters)
+        BAdamConfig(start_block=7).build(parameters)

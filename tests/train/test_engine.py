@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Batch, Scores, Segment, Text, Totals, number_the_step
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import make_base, make_engine, random_step
 
 
@@ -29,7 +29,7 @@ def segments_of(batches: list[Batch]) -> list[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize("limit", [1, 10, 25, 40, 1000])
 def test_cut_keeps_everything_once_in_order_and_within_the_limit(limit: int) -> None:
-    engine, slots = make_engine(make_base("llama"), Lora(rank=2), Lora(rank=2), micro_batch_tokens=limit)
+    engine, slots = make_engine(make_base("llama"), LoraConfig(rank=2), LoraConfig(rank=2), micro_batch_tokens=limit)
     work = {slots[1]: random_step(1, [9, 30, 4]), slots[0]: random_step(0, [5, 12, 8, 3])}
     batches = engine.cut(work)
     expected = [(slot, segment.token_L.tolist()) for slot in slots for segment in work[slot]]
@@ -41,7 +41,7 @@ def test_cut_keeps_everything_once_in_order_and_within_the_limit(limit: int) -> 
 
 @pytest.mark.parametrize("limit", [1, 15, 30, 1000])
 def test_cut_never_tears_a_pair(limit: int) -> None:
-    engine, slots = make_engine(make_base("llama"), Lora(rank=2), Lora(rank=2), micro_batch_tokens=limit)
+    engine, slots = make_engine(make_base("llama"), LoraConfig(rank=2), LoraConfig(rank=2), micro_batch_tokens=limit)
     pairs = [
         replace(segment, pair=index // 2, role=CHOSEN if index % 2 == 0 else REJECTED)
         for index, segment in enumerate(random_step(0, [9, 5, 12, 8, 3, 20]))
@@ -56,8 +56,8 @@ def test_cut_never_tears_a_pair(limit: int) -> None:
 def test_cut_counts_padding_where_there_is_padding() -> None:
     """One long document makes every row of its pass long."""
     work = {0: random_step(0, [4, 4, 4, 4, 20, 4])}
-    packed, _ = make_engine(make_base("llama"), Lora(rank=2), micro_batch_tokens=40)
-    padded, _ = make_engine(make_base("bloom"), Lora(rank=2), micro_batch_tokens=40)
+    packed, _ = make_engine(make_base("llama"), LoraConfig(rank=2), micro_batch_tokens=40)
+    padded, _ = make_engine(make_base("bloom"), LoraConfig(rank=2), micro_batch_tokens=40)
     assert [batch.lengths for batch in packed.cut(work)] == [(4, 4, 4, 4, 20, 4)]
     assert [batch.lengths for batch in padded.cut(work)] == [(4, 4, 4, 4), (20, 4)]
 
@@ -66,7 +66,7 @@ def test_cut_counts_padding_where_there_is_padding() -> None:
 def test_clipping_is_torchs_and_reports_the_norm_before(limit: float | None) -> None:
     outcomes = []
     for own in (True, False):
-        engine, (slot,) = make_engine(make_base("llama"), Lora(rank=4), type="sgd", max_grad_norm=limit)
+        engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4), type="sgd", max_grad_norm=limit)
         parameters = engine.bank.parameters(slot)
         start = [value.detach().clone() for value in parameters.values()]
         engine.forward_backward({slot: random_step(0, [9, 14])})
@@ -85,7 +85,7 @@ def test_clipping_is_torchs_and_reports_the_norm_before(limit: float | None) -> 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
-    engine, slots = make_engine(make_base("llama"), Lora(rank=4), Lora(rank=4))
+    engine, slots = make_engine(make_base("llama"), LoraConfig(rank=4), LoraConfig(rank=4))
     work = {slot: random_step(slot, [9, 14]) for slot in slots}
     engine.forward_backward(work)
     for slot in slots:
@@ -122,8 +122,8 @@ class BrokenSum:
 
 
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is() -> None:
-    engine, slots = make_engine(make_base("llama"), Lora(rank=4), Lora(rank=4))
-    engine.add(slots[0], BrokenSum(), AdamW(), seed=0, neftune_alpha=0.0)
+    engine, slots = make_engine(make_base("llama"), LoraConfig(rank=4), LoraConfig(rank=4))
+    engine.add(slots[0], BrokenSum(), AdamWConfig(), seed=0, neftune_alpha=0.0)
     work = {slot: random_step(slot, [9, 14]) for slot in slots}
     forwarded = engine.forward_backward(work)
     assert not np.isfinite(forwarded[slots[0]].loss)
@@ -133,10 +133,10 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is() -> None:
 
 
 def test_evaluation_leaves_no_trace() -> None:
-    """Between the gradients and the update: neither, nor optimiser, counters or torch's random numbers."""
+    """Between the gradients and the update: neither, nor optimizer, counters or torch's random numbers."""
     outcomes = []
     for evaluated in (False, True):
-        engine, slots = make_engine(make_base("llama"), Lora(rank=4, dropout=0.3), Lora(rank=2))
+        engine, slots = make_engine(make_base("llama"), LoraConfig(rank=4, dropout=0.3), LoraConfig(rank=2))
         for step in range(3):
             engine.forward_backward({slot: random_step(10 * step + slot, [9, 14]) for slot in slots})
             if evaluated:
@@ -154,7 +154,7 @@ def test_evaluation_leaves_no_trace() -> None:
 
 
 def test_evaluation_keeps_no_graph() -> None:
-    engine, (slot,) = make_engine(make_base("llama"), Lora(rank=4))
+    engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(1) or tensor, lambda tensor: tensor):
         engine.evaluate({slot: random_step(7, [30, 4])})
@@ -163,7 +163,7 @@ def test_evaluation_keeps_no_graph() -> None:
 
 def test_held_out_loss_does_not_depend_on_company_or_cutting() -> None:
     work = random_step(5, [30, 4, 11])
-    engine, (slot, other) = make_engine(make_base("llama"), Lora(rank=4), Lora(rank=2))
+    engine, (slot, other) = make_engine(make_base("llama"), LoraConfig(rank=4), LoraConfig(rank=2))
     for each in (slot, other):
         for parameter in engine.bank.parameters(each).values():
             parameter.data += 0.05
@@ -179,8 +179,8 @@ def test_held_out_loss_does_not_depend_on_company_or_cutting() -> None:
 
 def test_the_bare_base_beside_jobs() -> None:
     """A job on the bare base (slot -1) sees no adapter."""
-    engine, (slot,) = make_engine(make_base("llama"), Lora(rank=4))
-    engine.jobs[BARE_BASE] = engine.jobs[slot]  # whatever its optimiser is, evaluation does not ask
+    engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4))
+    engine.jobs[BARE_BASE] = engine.jobs[slot]  # whatever its optimizer is, evaluation does not ask
     work = random_step(5, [30, 4])
     fresh = engine.evaluate({BARE_BASE: work, slot: work})
     assert fresh[slot].loss == pytest.approx(fresh[BARE_BASE].loss, abs=1e-13)
@@ -193,10 +193,10 @@ def test_the_bare_base_beside_jobs() -> None:
 
 def test_draws_go_on_where_a_resumed_job_stands() -> None:
     """Dropout and noise are functions of the step's number: setting it is all there is to restore."""
-    whole, (slot,) = make_engine(make_base("llama"), Lora(rank=4, dropout=0.3))
+    whole, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4, dropout=0.3))
     parts: list[Engine] = []
     for _ in range(2):
-        engine, _ = make_engine(make_base("llama"), Lora(rank=4, dropout=0.3))
+        engine, _ = make_engine(make_base("llama"), LoraConfig(rank=4, dropout=0.3))
         parts.append(engine)
     work = [{slot: random_step(step, [9, 14])} for step in range(4)]
     losses = []
@@ -221,7 +221,7 @@ def test_draws_go_on_where_a_resumed_job_stands() -> None:
 
 def test_gradients_of_two_calls_add_up() -> None:
     """forward_backward accumulates until optim_step."""
-    engine, (slot,) = make_engine(make_base("llama"), Lora(rank=4))
+    engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4))
     engine.forward_backward({slot: random_step(0, [9])})
     once = [value.grad.clone() for value in engine.bank.parameters(slot).values() if value.grad is not None]
     engine.forward_backward({slot: random_step(0, [9])})
@@ -230,7 +230,7 @@ def test_gradients_of_two_calls_add_up() -> None:
 
 
 def test_a_removed_job_leaves_its_adapter() -> None:
-    engine, (slot,) = make_engine(make_base("llama"), Lora(rank=4))
+    engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4))
     engine.remove(slot)
     assert engine.bank.parameters(slot)
     with pytest.raises(KeyError):
@@ -244,7 +244,7 @@ def test_gradients_in_half_precision(dtype: torch.dtype, bound: float, num_docum
     outcomes = []
     for each in (torch.float64, dtype):
         base = make_base("llama", each, initializer_range=0.1)
-        engine, (slot,) = make_engine(base, Lora(rank=4))
+        engine, (slot,) = make_engine(base, LoraConfig(rank=4))
         with torch.no_grad():
             for index, parameter in enumerate(engine.bank.parameters(slot).values()):
                 generator = torch.Generator().manual_seed(index)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
-from lowrank.objectives.sft import Config as Sft
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import Segment
 from lowrank.train.engine import Engine
-from lowrank.train.optimizers.adamw import Config as AdamW
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import FAMILIES, make_base, make_engine, random_step, tiny
 
-A = Lora(rank=4, alpha=8, dropout=0.3)
+A = LoraConfig(rank=4, alpha=8, dropout=0.3)
 LENGTHS = [5, 12, 9, 3, 17, 8]
 STEPS = 4
 
@@ -51,13 +51,13 @@ def alone(**changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def test_other_jobs_longer_shorter_or_with_dropout() -> None:
-    engine, (a, b, c) = make_engine(make_base("llama"), A, Lora(rank=8, dropout=0.5), Lora(rank=2))
+    engine, (a, b, c) = make_engine(make_base("llama"), A, LoraConfig(rank=8, dropout=0.5), LoraConfig(rank=2))
     others = {b: lambda step: random_step(step, [40, 3, 22]), c: lambda step: random_step(7 * step, [2])}
     assert_same(train(engine, a, others), alone())
 
 
 def test_a_job_that_becomes_nan() -> None:
-    engine, (a, b) = make_engine(make_base("llama"), A, Lora(rank=8))
+    engine, (a, b) = make_engine(make_base("llama"), A, LoraConfig(rank=8))
     with torch.no_grad():
         for parameter in engine.bank.parameters(b).values():
             parameter.fill_(float("nan"))
@@ -70,7 +70,7 @@ def test_a_job_that_becomes_nan() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "bloom", "gemma3"])
 def test_nan_does_not_cross_in_other_families(family: str) -> None:
-    config = Lora(rank=4)
+    config = LoraConfig(rank=4)
     engine, (a, b) = make_engine(make_base(family), config, config)
     with torch.no_grad():
         for parameter in engine.bank.parameters(b).values():
@@ -82,9 +82,9 @@ def test_nan_does_not_cross_in_other_families(family: str) -> None:
 def test_slot_number_does_not_matter() -> None:
     """N=1 equals slot 2 of N=3: the start depends on the seed, not on the slot."""
     base = make_base("llama")
-    engine, slots = make_engine(base, Lora(rank=2), Lora(rank=3))
+    engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=3))
     third = engine.bank.add(A, seed=0)
-    engine.add(third, Sft().build(), AdamW(), seed=0, neftune_alpha=0.0)
+    engine.add(third, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
     assert third == 2
     assert_same(train(engine, third, {slots[0]: lambda step: random_step(step, [11])}), alone())
 
@@ -136,7 +136,7 @@ def test_noise_is_per_job_and_cut_invariant() -> None:
     results = []
     for micro_batch_tokens, with_other in ((10_000, False), (20, True)):
         base = make_base("llama")
-        engine, slots = make_engine(base, A, Lora(rank=2), micro_batch_tokens=micro_batch_tokens)
+        engine, slots = make_engine(base, A, LoraConfig(rank=2), micro_batch_tokens=micro_batch_tokens)
         engine.jobs[slots[0]].neftune_alpha = 5.0
         engine.bank.enable_noise()
         others = {slots[1]: lambda step: random_step(step, [13])} if with_other else None
@@ -159,7 +159,7 @@ def test_a_long_document_does_not_turn_the_positions_of_others(monkeypatch: pyte
     monkeypatch.setitem(FAMILIES, "longrope", tiny("LlamaConfig", max_position_embeddings=64, rope_parameters=LONGROPE))
     outcomes = []
     for with_other in (False, True):
-        engine, (a, b) = make_engine(make_base("longrope"), A, Lora(rank=2))
+        engine, (a, b) = make_engine(make_base("longrope"), A, LoraConfig(rank=2))
         others = {b: lambda step: random_step(step, [40, 3, 22])} if with_other else None
         outcomes.append(train(engine, a, others))
     assert_same(*outcomes)

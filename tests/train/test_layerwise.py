@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from lowrank.adapters.bank import Bank
 from lowrank.config import resolve
 from lowrank.errors import ConfigError, ModelError
-from lowrank.models.recompute import set_recompute
-from lowrank.objectives.reward import Config as Reward
-from lowrank.objectives.sft import Config as Sft
+from lowrank.models.base import Base
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
+from lowrank.objectives.reward import RewardConfig
+from lowrank.objectives.sft import SFTConfig
+from lowrank.pipelines.train import train
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
 from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Segment
-from lowrank.run import train
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from tests.tiny_models import make_base, random_step
@@ -43,7 +44,7 @@ def engine_of(name: str, dtype: torch.dtype, layerwise: bool, objective: Any = N
     engine = Engine(base, Bank(base), 4096)
     options = {"max_grad_norm": None, "learning_rate": 1e-2, **OPTIMIZERS[name], **changes}
     settings = configs_in("lowrank.train.optimizers")[name](layerwise=layerwise, **options)
-    engine.add(BARE_BASE, (objective or Sft()).build(), settings, seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+    engine.add(BARE_BASE, (objective or SFTConfig()).build(), settings, seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
     return engine
 
 
@@ -53,18 +54,20 @@ def step(engine: Engine, segments: list[Segment]) -> tuple[float, float, bool]:
     return forwarded[BARE_BASE].loss, updated.grad_norm, updated.skipped
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_bits_are_those_of_updates_afterwards(name: str, dtype: torch.dtype, passes: int, recompute: str) -> None:
+def test_the_bits_are_those_of_updates_afterwards(
+    name: str, dtype: torch.dtype, passes: int, activation_checkpointing: str
+) -> None:
     """Tied embeddings, several steps, and steps of several passes, of which only the last one updates."""
     if name.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
     engines = [engine_of(name, dtype, layerwise) for layerwise in (False, True)]
     for engine in engines:
         engine.micro_batch_tokens = 4096 if passes == 1 else 20
-        set_recompute(engine.base.model, recompute)
+        set_activation_checkpointing(engine.base.model, activation_checkpointing)
     for number in range(4):
         whole, ours = (step(engine, random_step(number, [20, 17, 12])) for engine in engines)
         assert whole[0] == ours[0]
@@ -124,18 +127,18 @@ def test_where_memory_runs_out_before_anything_is_updated_the_step_is_done_again
 ) -> None:
     engines = [engine_of("adamw", torch.float32, True) for _ in range(2)]
     segments = random_step(0, [20, 17, 12])
-    hidden, said = Bank.hidden, []
+    hidden, described = Base.hidden, []
 
-    def short(bank: Bank, batch: Any, draws: Any = None) -> torch.Tensor:
+    def short(base: Base, batch: Any, **options: Any) -> torch.Tensor:
         if batch.num_tokens > 25:
             raise torch.OutOfMemoryError
-        return hidden(bank, batch, draws)
+        return hidden(base, batch, **options)
 
     step(engines[0], segments)
-    engines[1].notify = said.append
-    monkeypatch.setattr(Bank, "hidden", short)
+    engines[1].notify = described.append
+    monkeypatch.setattr(Base, "hidden", short)
     step(engines[1], segments)
-    assert "done again" in said[0]
+    assert "done again" in described[0]
     whole, ours = (dict(engine.base.model.named_parameters()) for engine in engines)
     for name in whole:
         torch.testing.assert_close(ours[name], whole[name], rtol=1e-3, atol=1e-4)
@@ -166,7 +169,7 @@ def test_a_value_head_is_updated_with_the_rest() -> None:
         Segment(each.token_L, each.weight_L, pair=index // 2, role=(CHOSEN, REJECTED)[index % 2])
         for index, each in enumerate(random_step(0, [9, 9]))
     ]
-    engines = [engine_of("adamw", torch.float32, layerwise, Reward()) for layerwise in (False, True)]
+    engines = [engine_of("adamw", torch.float32, layerwise, RewardConfig()) for layerwise in (False, True)]
     for engine in engines:
         step(engine, pairs)
     whole, ours = (engine.jobs[BARE_BASE].parameters for engine in engines)
@@ -200,7 +203,7 @@ def test_the_plan_counts_no_whole_gradient(tmp_path: Path) -> None:
     planned = []
     for layerwise in (False, True):
         settings = configs_in("lowrank.train.optimizers")["galore"](rank=4, layerwise=layerwise, max_grad_norm=None)
-        job = PlannedJob(None, Sft().build(), settings, random_step(0, [10]))  # type: ignore[arg-type]
+        job = PlannedJob(None, SFTConfig().build(), settings, random_step(0, [10]))  # type: ignore[arg-type]
         planned.append(StepMemory(model, [job]).step(4096, "none"))
     whole, ours = planned
     count = sum(each.numel() for each in base.model.parameters())

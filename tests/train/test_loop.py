@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.records import Segment
+from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.train.engine import Engine
-from lowrank.train.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.train.job import Job
 from lowrank.train.loop import Loop
 from lowrank.train.schedule import ScheduleConfig
@@ -56,7 +56,7 @@ class Notes:
     weights: dict[tuple[str, str], list[torch.Tensor]] = field(default_factory=dict)
     checkpoints: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
-    def keep(self, job: Job, which: str) -> Path:
+    def save_adapter(self, job: Job, which: str) -> Path:
         self.kept.append((job.name, which, job.progress.step))
         self.weights[job.name, which] = _weights(self.engine, job.slot)
         return Path(job.name) / which
@@ -88,14 +88,14 @@ class World:
 def world(
     *jobs: dict[str, Any], save_every: int | None = None, hear: Callable[[Event], None] = lambda event: None
 ) -> World:
-    engine, slots = make_engine(make_base("llama"), *[Lora(rank=2)] * len(jobs), max_grad_norm=None)
+    engine, slots = make_engine(make_base("llama"), *[LoraConfig(rank=2)] * len(jobs), max_grad_norm=None)
     events: list[Event] = []
     own = [
         Job(
             **{
                 "name": "abcdef"[index],
                 "slot": slot,
-                "feed": Endless(index),
+                "dataloader": Endless(index),
                 "held_out": (),
                 "schedule": ScheduleConfig(type="constant"),
                 "learning_rate": 1e-2,
@@ -181,7 +181,7 @@ def test_skips_that_are_not_in_a_row_do_not_stop_a_job() -> None:
                 for parameter, value in zip(w.engine.bank.parameters(0).values(), good):
                     parameter.copy_(value)
 
-    w.loop.jobs[0].feed.hook = hook
+    w.loop.jobs[0].dataloader.hook = hook
     assert w.loop.run()
     progress = w.loop.jobs[0].progress
     assert (progress.finished, progress.step, progress.skipped) == ("done", 9, 4)
@@ -257,7 +257,7 @@ def test_an_interrupt_ends_after_the_step_and_saves() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    w = world({"feed": Endless(0, hook=interrupt)}, {"num_steps": 2})
+    w = world({"dataloader": Endless(0, hook=interrupt)}, {"num_steps": 2})
     assert w.loop.run() is False
     assert signal.getsignal(signal.SIGINT) is before
     assert len(w.of(StepDone, "a")) == 3
@@ -279,7 +279,7 @@ def test_a_second_interrupt_stops_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    w = world({"feed": Endless(0, hook=interrupt)})
+    w = world({"dataloader": Endless(0, hook=interrupt)})
     with pytest.raises(KeyboardInterrupt):
         w.loop.run()
     assert signal.getsignal(signal.SIGINT) is before

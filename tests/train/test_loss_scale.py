@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.config import RunConfig
-from lowrank.run import train
+from lowrank.pipelines.train import train
 from lowrank.train.loss_scale import STEPS_TO_GROW, LossScale, scale_for
 from tests.tiny_models import make_base, make_engine, random_step
 
@@ -19,7 +19,7 @@ def trained(dtype: torch.dtype, scale: float | None) -> dict[str, torch.Tensor]:
     """The adapter after a few steps; the head is so flat that gradients are below float16's smallest number."""
     base = make_base("llama", dtype)
     base.model.lm_head.weight.data.mul_(1e-4)
-    engine, (slot,) = make_engine(base, Lora(rank=2), learning_rate=1e-3, eps=1e-30, max_grad_norm=None)
+    engine, (slot,) = make_engine(base, LoraConfig(rank=2), learning_rate=1e-3, eps=1e-30, max_grad_norm=None)
     job = engine.jobs[slot]
     assert (job.scale is None) is (dtype != torch.float16)
     if scale is not None and job.scale is not None:
@@ -40,7 +40,7 @@ def test_small_gradients_are_not_lost() -> None:
 
 
 def test_an_overflow_halves_the_scale_of_its_job_alone() -> None:
-    engine, (first, second) = make_engine(make_base("llama", torch.float16), Lora(rank=2), Lora(rank=2))
+    engine, (first, second) = make_engine(make_base("llama", torch.float16), LoraConfig(rank=2), LoraConfig(rank=2))
     jobs = [engine.jobs[first], engine.jobs[second]]
     assert jobs[0].scale is not None
     assert jobs[1].scale is not None
@@ -68,7 +68,7 @@ def test_it_grows_after_many_steps_and_never_below_one() -> None:
 
 def run(folder: Path, **more: object) -> dict[str, object]:
     settings = {
-        "model": {"path": "lowrank/tiny", "dtype": "float16", "attention": "packed", "lean": False},
+        "model": {"path": "lowrank/tiny", "dtype": "float16", "attention": "packed", "memory_efficient_modules": False},
         "data": {"train": ["lowrank/demo"], "max_samples": 16, "batch_size": 2},
         "output_dir": str(folder),
         "save_steps": 2,

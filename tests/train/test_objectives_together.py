@@ -13,21 +13,26 @@ import torch
 from safetensors.torch import load_file
 
 import lowrank.train.reference as reference
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.objectives import dpo, kto, reward, sft
+from lowrank.pipelines.inference import open_inference_model
+from lowrank.pipelines.train import train
 from lowrank.records import Conversation, Message, Segment
-from lowrank.run import train
+from lowrank.report.events import EvalDone, Event, Notice, StepDone
 from lowrank.train.engine import Engine
-from lowrank.train.events import EvalDone, Event, Notice, StepDone
-from lowrank.train.optimizers.adamw import Config as AdamW
-from lowrank.trained import open_trained
+from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.objectives.test_contract import step_for
 from tests.tiny_models import make_base, make_engine
 
-OBJECTIVES: dict[str, Any] = {"sft": sft.Config(), "dpo": dpo.Config(), "kto": kto.Config(), "reward": reward.Config()}
+OBJECTIVES: dict[str, Any] = {
+    "sft": sft.SFTConfig(),
+    "dpo": dpo.DPOConfig(),
+    "kto": kto.KTOConfig(),
+    "reward": reward.RewardConfig(),
+}
 STEPS = 3
 
 
@@ -36,9 +41,9 @@ def engine_with(names: list[str], micro_batch_tokens: int) -> tuple[Engine, dict
     slots = {}
     for name in names:
         seed = list(OBJECTIVES).index(name)
-        adapter: Any = Lora(rank=4, dropout=0.2)
+        adapter: Any = LoraConfig(rank=4, dropout=0.2)
         slots[name] = engine.bank.add(adapter, seed=seed)
-        engine.add(slots[name], OBJECTIVES[name].build(), AdamW(), seed=seed, neftune_alpha=0.0)
+        engine.add(slots[name], OBJECTIVES[name].build(), AdamWConfig(), seed=seed, neftune_alpha=0.0)
     return engine, slots
 
 
@@ -143,9 +148,9 @@ def test_a_run_of_all_and_its_resumption(
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert any("kl" in line["metrics"] for line in lines if line["event"] == "eval" and line["job"] == "kto")
     notices = [event.text for event in whole.events if isinstance(event, Notice)]
-    (told,) = [text for text in notices if text.startswith("reference log-probabilities")]
+    (reported,) = [text for text in notices if text.startswith("reference log-probabilities")]
     assert (
-        "60 segments computed, 0 found" in told
+        "60 segments computed, 0 found" in reported
     )  # pairs once for three jobs, since their answers are rated, and mismatched
 
     class Stopper(Ear):
@@ -170,6 +175,33 @@ def test_a_run_of_all_and_its_resumption(
     assert heads[1] is not None
     assert torch.equal(heads[0], heads[1])
     assert read_value_head(tmp_path / "whole" / "dpo" / "last") is None
+
+
+def test_only_references_that_the_steps_use_are_computed(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few steps need few; a run that goes on to more computes the others, and is what it would have been at once."""
+    given = settings(files, tmp_path / "whole")
+    given["jobs"] = [{**given["jobs"][1], "data": {**given["jobs"][1]["data"], "validation_split": 0.0, "eval": []}}]
+    given |= {"eval_steps": None, "max_steps": 3}
+
+    def run(cache: str, **changes: Any) -> tuple[list[float], str]:
+        monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / cache))
+        ear = Ear()
+        train(RunConfig(**{**given, **changes}), reporters=[ear])
+        notices = [event.text for event in ear.events if isinstance(event, Notice)]
+        return ear.losses("dpo"), next(text for text in notices if text.startswith("reference log-probabilities"))
+
+    whole, reported = run("a")
+    assert "24 segments computed, 0 found" in reported  # three steps of four pairs, out of twenty pairs
+    cut = {"output_dir": tmp_path / "cut", "save_steps": 1}
+    first, reported = run("b", **cut, max_steps=1)
+    assert "8 segments computed, 0 found" in reported
+    rest, reported = run("c", **cut, resume=True)
+    assert (
+        "24 segments computed, 0 found" in reported
+    )  # those of the steps before as well: full training changes the base
+    assert first + rest == whole
 
 
 def test_a_full_parameter_job_keeps_its_reference(
@@ -202,7 +234,7 @@ def test_a_saved_reward_model_says_what_it_said_in_training(files: dict[str, str
     data = {"train": files["pairs"], "eval": files["pairs"], "batch_size": 4}
     given["jobs"] = [{"name": "rm", "objective": "reward", "data": data}]
     metrics = train(RunConfig(**given))["jobs"]["rm"]["eval_metrics"]
-    trained = open_trained(str(tmp_path / "run"), which="last", notify=lambda text: None)
+    trained = open_inference_model(str(tmp_path / "run"), which="last", notify=lambda text: None)
     ask = [Message("user", f"Say {n}") for n in range(20)]
     for side, offset in (("chosen", 0), ("rejected", 1)):
         texts = [f"{n} {n}" if side == "chosen" else f"{n + offset}" for n in range(20)]

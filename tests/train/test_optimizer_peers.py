@@ -1,4 +1,4 @@
-"""Every optimiser against the library or paper it comes from, and the promises all of them keep."""
+"""Every optimizer against the library or paper it comes from, and the promises all of them keep."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reason in str(caught.value)
     for name, module in (("adamw_8bit", "bitsandbytes"), ("schedule_free", "schedulefree")):
         monkeypatch.setitem(__import__("sys").modules, module, None)
-        with pytest.raises(ConfigError, match="pip install 'lowrank"):
+        with pytest.raises(ConfigError, match="pip install 'lowrank-llm"):
             build(name, fresh())
 
 
@@ -263,14 +263,14 @@ def test_pages_without_a_gpu_say_so() -> None:
 
 def test_averages_are_evaluated_and_training_goes_on_as_if_they_were_not() -> None:
     """Schedule-free: between steps the parameters are ahead of the average that a person gets."""
-    from lowrank.adapters.variants.lora import Config as Lora
-    from lowrank.objectives.sft import Config as Sft
+    from lowrank.adapters.variants.lora import LoraConfig
+    from lowrank.objectives.sft import SFTConfig
     from tests.tiny_models import make_base, make_engine, random_step
 
     found: list[Callable[[], dict[str, torch.Tensor]]] = []
     for evaluates in (False, True):
-        engine, (slot,) = make_engine(make_base("llama", torch.float32), Lora(rank=2))
-        engine.add(slot, Sft().build(), OPTIMIZERS["schedule_free"](), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+        engine, (slot,) = make_engine(make_base("llama", torch.float32), LoraConfig(rank=2))
+        engine.add(slot, SFTConfig().build(), OPTIMIZERS["schedule_free"](), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
         job = engine.jobs[slot]
         for step in range(6):
             engine.forward_backward({slot: random_step(step, [9, 20])})

@@ -1,4 +1,4 @@
-"""Schedules against transformers, optimisers against plain torch."""
+"""Schedules against transformers, optimizers against plain torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 from transformers import TrainingArguments, get_scheduler
 
-from lowrank.train.optimizers.adamw import Config as AdamW
-from lowrank.train.optimizers.sgd import Config as Sgd
+from lowrank.train.optimizers.adamw import AdamWConfig
+from lowrank.train.optimizers.sgd import SGDConfig
 from lowrank.train.schedule import ScheduleConfig
 
 THEIRS = {
@@ -94,7 +94,7 @@ def test_adamw_is_torchs(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(20, generator=generator, dtype=dtype)
     ours, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    config = AdamW(learning_rate=3e-2, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
+    config = AdamWConfig(learning_rate=3e-2, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
     optimizer = config.build({"weight": ours})
     plain = torch.optim.AdamW([other], lr=3e-2, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
     for _ in range(10):
@@ -108,7 +108,7 @@ def test_adamw_is_torchs(dtype: torch.dtype) -> None:
 
 def test_sgd_is_torchs() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = Sgd(learning_rate=0.5, weight_decay=0.1).build({"weight": parameter})
+    optimizer = SGDConfig(learning_rate=0.5, weight_decay=0.1).build({"weight": parameter})
     parameter.grad = torch.tensor([1.0, 2.0, 0.0])
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.45, -0.05, 0.95]))
@@ -119,4 +119,4 @@ def test_sgd_is_torchs() -> None:
 )
 def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        AdamW(**wrong)
+        AdamWConfig(**wrong)

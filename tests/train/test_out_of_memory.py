@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
 from lowrank.records import Batch
 from lowrank.train.engine import Engine
-from lowrank.train.out_of_memory import in_plain_words, is_out_of_memory
+from lowrank.train.out_of_memory import explain_out_of_memory, is_out_of_memory
 from tests.tiny_models import make_base, make_engine, random_step
 
 LENGTHS = [9, 20, 6, 14]
@@ -63,31 +63,31 @@ def step(engine: Engine, slots: list[int]) -> tuple[list[float], list[torch.Tens
 
 @pytest.mark.parametrize(("error", "backward"), [(of_cuda, False), (of_cpu, True), (MemoryError, False)])
 def test_the_step_is_done_again_in_smaller_pieces(error: Callable[[], Exception], backward: bool) -> None:
-    jobs = (Lora(rank=4, dropout=0.3), Lora(rank=2))
+    jobs = (LoraConfig(rank=4, dropout=0.3), LoraConfig(rank=2))
     engine, slots = make_engine(make_base("llama"), *jobs, micro_batch_tokens=60)
     expected, gradients = step(engine, slots)
 
     engine, slots = make_engine(make_base("llama"), *jobs, micro_batch_tokens=60)
-    heard: list[str] = []
-    engine.notify = heard.append
+    received: list[str] = []
+    engine.notify = received.append
     tried = limit(engine, 25, error, backward)
     losses, again = step(engine, slots)
     assert max(tried) > 25
     assert losses == pytest.approx(expected, rel=1e-12)
     for one, other in zip(gradients, again):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-14)
-    assert heard
-    assert all("out of memory in a forward pass of" in text and "micro_batch_tokens" in text for text in heard)
+    assert received
+    assert all("out of memory in a forward pass of" in text and "micro_batch_tokens" in text for text in received)
     assert engine.micro_batch_tokens <= 29
-    count = len(heard)
+    count = len(received)
     for slot in slots:
         engine.optim_step(slot, 1e-3)
     step(engine, slots)
-    assert len(heard) == count, "later steps know the size that fits"
+    assert len(received) == count, "later steps know the size that fits"
 
 
 def test_an_evaluation_is_done_again_too() -> None:
-    engine, slots = make_engine(make_base("llama"), Lora(rank=4), micro_batch_tokens=60)
+    engine, slots = make_engine(make_base("llama"), LoraConfig(rank=4), micro_batch_tokens=60)
     work = {slots[0]: random_step(0, LENGTHS)}
     expected = engine.evaluate(work)[slots[0]].loss
     engine.notify = lambda text: None
@@ -96,7 +96,7 @@ def test_an_evaluation_is_done_again_too() -> None:
 
 
 def test_where_a_single_segment_does_not_fit() -> None:
-    engine, slots = make_engine(make_base("llama"), Lora(rank=4), micro_batch_tokens=60)
+    engine, slots = make_engine(make_base("llama"), LoraConfig(rank=4), micro_batch_tokens=60)
     engine.notify = lambda text: None
     limit(engine, 10, of_cpu, backward=False)
     with pytest.raises(ModelError, match="out of memory while computing a forward pass that cannot be cut smaller"):
@@ -105,7 +105,7 @@ def test_where_a_single_segment_does_not_fit() -> None:
 
 def test_gradients_of_before_are_not_lost() -> None:
     """A caller who accumulates steps would lose what is there if it were cleared."""
-    engine, slots = make_engine(make_base("llama"), Lora(rank=4), micro_batch_tokens=60)
+    engine, slots = make_engine(make_base("llama"), LoraConfig(rank=4), micro_batch_tokens=60)
     _, before = step(engine, slots)
     kept = [each.clone() for each in before]
     limit(engine, 25, of_cpu, backward=False)
@@ -116,7 +116,7 @@ def test_gradients_of_before_are_not_lost() -> None:
 
 def test_other_errors_pass() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    with pytest.raises(RuntimeError, match="shapes"), in_plain_words("training"):
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory("training"):
         raise RuntimeError("shapes do not match")
 
 
@@ -125,7 +125,7 @@ SCRIPT = """
     import numpy as np
     import torch
 
-    from lowrank.adapters.variants.lora import Config as Lora
+    from lowrank.adapters.variants.lora import LoraConfig as Lora
     from lowrank.records import Segment, number_the_step
     from tests.tiny_models import make_base, make_engine
 

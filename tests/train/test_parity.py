@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, get_scheduler
 from trl import SFTConfig, SFTTrainer
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.records import Segment, number_the_step
 from lowrank.train.schedule import ScheduleConfig
 from tests.checkpoint_folder import save_checkpoint_folder
@@ -47,7 +47,7 @@ def samples(request: pytest.FixtureRequest) -> list[Segment]:
 
 
 def step_of(samples: Sequence[Segment], step: int) -> list[Segment]:
-    """The batch of an optimiser step, in the order of the rows."""
+    """The batch of an optimizer step, in the order of the rows."""
     return number_the_step([samples[(step * BATCH + index) % len(samples)] for index in range(BATCH)])
 
 
@@ -76,7 +76,9 @@ def test_fifty_steps_of_a_plain_peft_loop(
     num_steps, limit = 50, 0.55
     base = make_base(family, dtype, **BYTES)
     settings = {"learning_rate": PEAK, "weight_decay": 0.05, "max_grad_norm": limit}
-    engine, (slot, other) = make_engine(base, Lora(rank=4, alpha=8), Lora(rank=2), micro_batch_tokens=200, **settings)
+    engine, (slot, other) = make_engine(
+        base, LoraConfig(rank=4, alpha=8), LoraConfig(rank=2), micro_batch_tokens=200, **settings
+    )
     ours = engine.bank.parameters(slot)
     twin, theirs = peft_twin(make_model(family, dtype, **BYTES), ours, **PEFT)
     optimizer = torch.optim.AdamW(theirs.values(), lr=PEAK, weight_decay=0.05)
@@ -114,7 +116,7 @@ def test_loss_per_step_is_trls(samples: list[Segment], tmp_path: Path) -> None:
     """TRL's SFTTrainer with its own collator, loss, clipping, schedule and accumulation, float32 on the CPU."""
     num_steps = 8
     base = make_base("llama", torch.float32, **BYTES)
-    engine, (slot,) = make_engine(base, Lora(rank=4, alpha=8), weight_decay=0.0)
+    engine, (slot,) = make_engine(base, LoraConfig(rank=4, alpha=8), weight_decay=0.0)
     twin, _ = peft_twin(make_model("llama", torch.float32, **BYTES), engine.bank.parameters(slot), **PEFT)
     rows = [segment for step in range(num_steps) for segment in step_of(samples, step)]
     dataset = datasets.Dataset.from_list(

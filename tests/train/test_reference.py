@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.adapters.variants.lora import Config as Lora
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.records import BARE_BASE, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.reference import References, digest_of_model
@@ -18,7 +18,9 @@ from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 def trained_engine(family: str = "llama", micro_batch_tokens: int = 30, **changes: object) -> Engine:
     """Its adapter is away from its start, so that it would show."""
-    engine, (slot,) = make_engine(make_base(family, **changes), Lora(rank=4), micro_batch_tokens=micro_batch_tokens)
+    engine, (slot,) = make_engine(
+        make_base(family, **changes), LoraConfig(rank=4), micro_batch_tokens=micro_batch_tokens
+    )
     generator = torch.Generator().manual_seed(0)
     for parameter in engine.bank.parameters(slot).values():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -53,10 +55,10 @@ def test_found_on_disk_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("lowrank.train.reference._SEGMENTS_PER_FILE", 3)
     engine, segments = trained_engine(), random_step(0, [5, 12, 9, 30, 17, 4, 8])
     first = References(engine, tmp_path)
-    told: list[tuple[int, int]] = []
-    first.prepare([*segments, *segments], lambda done, total, left: told.append((done, total)))
+    reported: list[tuple[int, int]] = []
+    first.prepare([*segments, *segments], lambda done, total, left: reported.append((done, total)))
     assert (first.num_computed, first.num_found) == (7, 0)  # each once
-    assert told == [(3, 7), (6, 7), (7, 7)]
+    assert reported == [(3, 7), (6, 7), (7, 7)]
     again = References(trained_engine(), tmp_path)
     monkeypatch.setattr(Engine, "logprobs", None)  # nothing may be computed any more
     again.prepare(segments)
@@ -74,9 +76,9 @@ def test_other_weights_other_masks_and_damage_are_not_taken(tmp_path: Path) -> N
     segments = random_step(0, [5, 12])
     References(trained_engine(), tmp_path).prepare(segments)
     masked = [replace(segment, weight_L=np.roll(segment.weight_L, 1)) for segment in segments]
-    for engine, asked in ((trained_engine(), masked), (trained_engine(initializer_range=0.05), segments)):
+    for engine, requested in ((trained_engine(), masked), (trained_engine(initializer_range=0.05), segments)):
         references = References(engine, tmp_path)
-        references.prepare(asked)
+        references.prepare(requested)
         assert (references.num_computed, references.num_found) == (2, 0)
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-3])
@@ -89,8 +91,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path: Path)
     (tmp_path / "file").write_text("")
     references = References(trained_engine(), tmp_path / "file")
     references.prepare(random_step(0, [5, 12]))
-    assert references.trouble is not None
-    assert "cannot be kept" in references.trouble
+    assert references.problem is not None
+    assert "cannot be kept" in references.problem
     assert references.num_computed == 2
 
 

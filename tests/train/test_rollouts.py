@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError
+from lowrank.pipelines.inference import open_inference_model
+from lowrank.pipelines.train import train
 from lowrank.records import Conversation, Message
-from lowrank.run import train
-from lowrank.train.events import EvalDone, Event, StepDone
-from lowrank.trained import open_trained
+from lowrank.report.events import EvalDone, Event, StepDone
 from tests.train import rewards
+
+pytestmark = pytest.mark.usefixtures("allowed_code")
 
 GRPO = {
     "type": "grpo",
@@ -154,8 +156,8 @@ def test_conversations_are_asked_without_their_last_answer(tmp_path: Path) -> No
     own = {**job("one", reward_funcs="tests.train.rewards:noted"), "data": data}
     train(settings("", tmp_path, [own], max_steps=1))
     (seen,) = rewards.SEEN
-    for asked, row, label in zip(seen["prompts"], seen["messages"], seen["label"]):
-        assert [dict(each) for each in row[:-1]] == asked
+    for requested, row, label in zip(seen["prompts"], seen["messages"], seen["label"]):
+        assert [dict(each) for each in row[:-1]] == requested
         assert row[-1]["content"] == label
 
 
@@ -206,22 +208,24 @@ def test_a_reward_function_that_fails_loses_nothing(
         assert first.numbers(name) + rest.numbers(name) == whole.numbers(name)
 
 
-def test_a_reward_model_judges_as_it_does_elsewhere(prompts: str, tmp_path: Path) -> None:
-    """Trained here, loaded beside the job: its rewards are those that `Trained.rewards` gives for the same answers."""
+@pytest.mark.parametrize(("place", "which"), [("rm/rm/last", "last"), ("rm", "best")])
+def test_a_reward_model_judges_as_it_does_elsewhere(prompts: str, tmp_path: Path, place: str, which: str) -> None:
+    """Trained here, loaded beside the job: its rewards are those that `InferenceModel.rewards` gives for the same
+    answers. A run folder stands for its best."""
     pairs = [{"prompt": f"Say {n}", "chosen": f"{n} {n}", "rejected": "no"} for n in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     judge = {"name": "rm", "objective": "reward", "data": {"train": str(tmp_path / "pairs.jsonl"), "batch_size": 4}}
     train(settings(prompts, tmp_path / "rm", [judge], max_steps=2))
     rewards.SEEN.clear()
-    given = {"reward_model": str(tmp_path / "rm" / "rm" / "last"), "reward_funcs": "tests.train.rewards:noted"}
+    given = {"reward_model": str(tmp_path / place), "reward_funcs": "tests.train.rewards:noted"}
     ear = Ear()
     own = {"name": "ppo", "objective": {"type": "ppo", "max_completion_length": 24, **given}}
     data = {"train": prompts, "batch_size": 4}
     train(settings(prompts, tmp_path / "run", [own], max_steps=1, data=data), reporters=[ear])
-    trained = open_trained(str(tmp_path / "rm"), which="last", notify=lambda text: None)
+    trained = open_inference_model(str(tmp_path / "rm"), which=which, notify=lambda text: None)
     expected = []
-    for asked, answered in zip(rewards.SEEN[0]["prompts"], rewards.SEEN[0]["completions"]):
-        chat = tuple(Message(each["role"], each["content"]) for each in [*asked, *answered])
+    for requested, answered in zip(rewards.SEEN[0]["prompts"], rewards.SEEN[0]["completions"]):
+        chat = tuple(Message(each["role"], each["content"]) for each in [*requested, *answered])
         expected += trained.rewards([("rm", Conversation(chat))])
     (step,) = ear.steps("ppo")
     assert step.metrics["completions/clipped_ratio"] == 0  # all ended by themselves, so the texts are the same
@@ -229,12 +233,12 @@ def test_a_reward_model_judges_as_it_does_elsewhere(prompts: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("own", "said"),
+    ("own", "described"),
     [
         ({"objective": "grpo"}, "objective.reward_funcs: grpo learns from rewards"),
         ({**job("one"), "tuning": "full"}, "holds the model to the base as it was"),
     ],
 )
-def test_refused_before_anything_loads(prompts: str, tmp_path: Path, own: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_refused_before_anything_loads(prompts: str, tmp_path: Path, own: dict[str, Any], described: str) -> None:
+    with pytest.raises(ValueError, match=described):
         settings(prompts, tmp_path, [{"name": "one", **own}])

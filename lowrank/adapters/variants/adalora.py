@@ -10,26 +10,34 @@ computes the same, and which more programs read than PEFT's AdaLoRA files.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Union
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Tensors, Variant
-from lowrank.adapters.variants.lora import Config as LoraConfig
+from lowrank.adapters.peft_kind import LORA, PeftKind
+from lowrank.adapters.variants import FileForm, Tensors, TrainingHooks, Variant
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.errors import ModelError
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import Fraction, NonNegative, Positive
 
 _RANK_EPSILON = 1e-5
 """PEFT divides by the rank plus this."""
+_OF_TRAINING = (
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+)  # fmt: skip
+_PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_E", "lora_B")
 Steps = Union[NonNegative, Annotated[float, Field(gt=0, lt=1)]]  # noqa: UP007 (read at run time on Python 3.10)
 
 
-class Config(AdapterSettings):
+class AdaLoraConfig(AdapterSettings):
     """Adaptive LoRA: ranks move to the layers that need them while it trains; saved as LoRA."""
 
     paper: ClassVar[str] = "arXiv:2303.10512"
@@ -38,6 +46,7 @@ class Config(AdapterSettings):
         "rank_pattern": "AdaLoRA finds the ranks itself; use target_r",
         "target_parameters": "AdaLoRA does not reach fused experts; use lora",
     }
+    peft: ClassVar[PeftKind] = replace(LORA, type="ADALORA")
     type: Literal["adalora"] = "adalora"
     rank: Positive = 12
     """Rank of every layer at the start, PEFT's `init_r`."""
@@ -70,7 +79,14 @@ class Config(AdapterSettings):
         """LoRA."""
         return LoraConfig(**self.shared())
 
-    def trouble_in(self, num_steps: int) -> str | None:
+    @classmethod
+    def read_as_saved(
+        cls, fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+        """PEFT's AdaLoRA files as LoRA: E multiplied into A, a rank for each layer, alphas that keep the scale."""
+        return _as_lora(fields, tensors)
+
+    def schedule_problem(self, num_steps: int) -> str | None:
         """The schedule leaves no step in which ranks fall."""
         first, last = _steps(self.tinit, num_steps), num_steps - _steps(self.tfinal, num_steps)
         if first < last:
@@ -81,12 +97,12 @@ class Config(AdapterSettings):
         )
 
 
-class AdaLora(Variant):
+class AdaLora(Variant, TrainingHooks, FileForm):
     """`lora_A` (R, D) and `lora_B` (O, R) start normal with deviation 0.02, `lora_E` (R, 1) at zero, as in PEFT."""
 
     files_hold_all = False
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: AdaLoraConfig) -> None:
         self.config = config
         self._average: dict[str, torch.Tensor] = {}
         """Smoothed sensitivities and uncertainties, `<layer> <tensor> ipt` and `... unc`."""
@@ -201,3 +217,24 @@ class AdaLora(Variant):
 def _steps(value: float, num_steps: int) -> int:
     """A number of steps, or a share of them."""
     return int(value) if value >= 1 or value == 0 else math.ceil(value * num_steps - 1e-9)
+
+
+def _as_lora(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(adapter_config.json, tensors) of the LoRA that computes the same. ModelError if a layer lacks a part."""
+    start, alpha = fields.get("init_r") or 12, fields.get("lora_alpha") or 8
+    scale = (alpha if alpha > 0 else start) / (start + 1e-5)
+    modules = [name.removesuffix(".lora_E") for name in tensors if name.endswith(".lora_E")]
+    parts = {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_E", "lora_B")}
+    missing = sorted(parts - tensors.keys())
+    if missing:
+        raise ModelError(f"an AdaLoRA adapter without {', '.join(missing[:3])}")
+    found = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    ranks: dict[str, int] = {}
+    for module in modules:
+        A_RD = tensors[f"{module}.lora_A"] * tensors[f"{module}.lora_E"]
+        if len(A_RD):  # a layer may have lost all of its ranks
+            found |= {f"{module}.lora_A.weight": A_RD, f"{module}.lora_B.weight": tensors[f"{module}.lora_B"]}
+            ranks[f"^{re.escape(module.removeprefix(_PREFIX))}"] = len(A_RD)
+    kept = {name: value for name, value in fields.items() if name not in _OF_TRAINING}
+    patterns = {"rank_pattern": ranks, "alpha_pattern": {name: scale * rank for name, rank in ranks.items()}}
+    return {**kept, **patterns, "peft_type": "LORA", "r": start, "lora_alpha": alpha}, found

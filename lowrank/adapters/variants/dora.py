@@ -14,21 +14,22 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.frozen import bias_of
-from lowrank.adapters.variants import Tensors, Variant
+from lowrank.adapters.peft_kind import PeftKind, PeftTensor, lora_with
+from lowrank.adapters.variants import OutputGain, Tensors, TrainingHooks, Variant
 from lowrank.adapters.variants.lora import Lora
-from lowrank.models.storages import BaseLinear
+from lowrank.models.storages import BaseLinear, bias_of
 from lowrank.models.storages.packed import frozen_product
 
 _ROWS = 512
 """Rows of a 16-bit weight that are widened at a time."""
 
 
-class Config(AdapterSettings):
+class DoraConfig(AdapterSettings):
     """Weight-decomposed low-rank adaptation. Dropout costs a second pass through the base layer, as in PEFT."""
 
     paper: ClassVar[str] = "arXiv:2402.09353"
     when: ClassVar[str] = "closer to full tuning at low ranks"
+    peft: ClassVar[PeftKind] = lora_with(PeftTensor("lora_magnitude_vector", ("O",), because="use_dora"))
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"use_dora": True}
     type: Literal["dora"] = "dora"
 
@@ -37,11 +38,10 @@ class Config(AdapterSettings):
         return Dora()
 
 
-class Dora(Lora):
+class Dora(Lora, OutputGain, TrainingHooks):
     """LoRA, and `lora_magnitude_vector` (O). `weight_norm` and `base_norm` (O) follow from the others."""
 
     frozen = frozenset({"weight_norm", "base_norm"})
-    reaches_heads = False
 
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
         """The magnitude is the norm, so the gain is 1."""
@@ -59,19 +59,15 @@ class Dora(Lora):
         norm_O = (base_O.square() + change_O).clamp_min(0).sqrt()
         tensors["weight_norm"].copy_(torch.where(change_O == 0, base_O, norm_O))
 
-    def excess_gain(self, tensors: Tensors) -> torch.Tensor:
+    def output_gain(self, tensors: Tensors) -> torch.Tensor:
         """m / |W + s B A| - 1."""
         return tensors["lora_magnitude_vector"] / tensors["weight_norm"] - 1
-
-    def rides(self, dropped: bool) -> bool:
-        """Dropout reaches the base's part of the change too."""
-        return not dropped
 
     def apply(
         self, x_TD: torch.Tensor, y_TO: torch.Tensor, base: BaseLinear, scale: float, tensors: Tensors
     ) -> torch.Tensor:
         """y + (g - 1) W x + g s B A x, x dropped out."""
-        excess_O = self.excess_gain(tensors).to(x_TD.dtype)
+        excess_O = self.output_gain(tensors).to(x_TD.dtype)
         A_RD, B_OR = (tensor.to(x_TD.dtype) for tensor in self.as_low_rank(tensors))
         plain_TO, bias_O = frozen_product(x_TD, base), bias_of(base)
         if bias_O is not None:

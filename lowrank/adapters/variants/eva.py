@@ -18,25 +18,25 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from lowrank.adapters.calibration import CalibrationSteps, InputRecorder
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.look import Looks, Watch
-from lowrank.adapters.variants import Site, Tensors
-from lowrank.adapters.variants.lora import Config as LoraConfig
-from lowrank.adapters.variants.lora import Lora
+from lowrank.adapters.variants import AdapterSite, SiteSetup, Tensors
+from lowrank.adapters.variants.lora import Lora, LoraConfig
 from lowrank.adapters.variants.pissa import largest_singular
+from lowrank.kernels.accelerators import widest
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import Positive
 
 _NITER = 4
 
 
-class Config(AdapterSettings):
+class EvaConfig(AdapterSettings):
     """Explained variance adaptation: starts from the job's own data, and gives ranks to the layers that use them. Saved
     as plain LoRA."""
 
     paper: ClassVar[str] = "arXiv:2410.07170"
     when: ClassVar[str] = "ranks of 16 and less, where they have to go to the right layers"
-    looks_at_data: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
     type: Literal["eva"] = "eva"
     rho: float = Field(default=2.0, ge=1.0)
     """A layer gets at most this many times its rank; 1: no rank moves."""
@@ -45,7 +45,7 @@ class Config(AdapterSettings):
     use_label_mask: bool = True
     """Look only at tokens that are learned."""
     most_steps: Positive = 32
-    """Optimiser steps of the job's own data that it looks at, if they do not settle before."""
+    """Optimizer steps of the job's own data that it looks at, if they do not settle before."""
 
     def build(self) -> Eva:
         """The variant."""
@@ -56,28 +56,26 @@ class Config(AdapterSettings):
         return LoraConfig(**self.shared())
 
 
-class Eva(Lora):
+class Eva(Lora, SiteSetup):
     """LoRA but for its start and its ranks."""
 
-    reaches_heads = False
-
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: EvaConfig) -> None:
         self.settings = settings
         self._rows: dict[int, torch.Tensor] = {}
         """A (R, D) by the layer's id."""
         self._ranks: dict[str, int] = {}
 
-    def begin(self, site: Site, rank: int) -> None:
+    def setup(self, site: AdapterSite, rank: int) -> None:
         """Look at the data."""
         del rank
-        if site.looks is None:
+        if site.calibration is None:
             return
-        leaders, found = self._look(site, site.looks)
+        leaders, found = self._look(site, site.calibration)
         self._ranks = share_out(site.ranks, self.settings.rho, leaders, found)
         for name, leader in leaders.items():
             self._rows[id(site.layers[name])] = found[leader].direction_CD[: self._ranks[name]]
 
-    def settled(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
+    def layer_rank(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
         """What the layer was given, and alpha with it."""
         own = self._ranks.get(name, rank)
         return own, alpha * own / rank
@@ -88,17 +86,17 @@ class Eva(Lora):
         rows = self._rows.get(id(base))
         return tensors if rows is None else {**tensors, "lora_A": rows.contiguous()}
 
-    def _look(self, site: Site, looks: Looks) -> tuple[dict[str, str], dict[str, Components]]:
+    def _look(self, site: AdapterSite, looks: CalibrationSteps) -> tuple[dict[str, str], dict[str, Components]]:
         """(layer -> the first one with the same input, what was found for those)."""
         found: dict[str, Components] = {}
         waiting: dict[str, list[torch.Tensor]] = {}
-        watch = Watch(site.layers, lambda name, x_ND: waiting.setdefault(name, []).append(x_ND[chosen_N]))
+        watch = InputRecorder(site.layers, lambda name, x_ND: waiting.setdefault(name, []).append(x_ND[chosen_N]))
         most = max(round(rank * self.settings.rho) for rank in site.ranks.values())
         for step in islice(looks(), self.settings.most_steps):
             for look in step:
                 learned = self.settings.use_label_mask and bool(look.learned_N.any())
                 chosen_N = look.learned_N if learned else torch.ones_like(look.learned_N)
-                watch.during(look.run)
+                watch.record(look.run)
             for name, parts in waiting.items():
                 x_ND = torch.cat(parts).float()
                 found.setdefault(name, Components(most)).add(x_ND)
@@ -133,14 +131,14 @@ class Components:
     def add(self, x_ND: torch.Tensor) -> None:
         """Take (N, D) float32 into account."""
         num, before = len(x_ND), self.direction_CD
-        mean_D = x_ND.mean(0, dtype=torch.float64)
-        centred_ND = x_ND - mean_D.float()
-        self._spread += float(centred_ND.square().sum(dtype=torch.float64))
-        rows = [centred_ND]
+        mean_D = x_ND.mean(0, dtype=widest(x_ND.device))
+        centered_ND = x_ND - mean_D.float()
+        self._spread += float(centered_ND.square().sum(dtype=widest(x_ND.device)))
+        rows = [centered_ND]
         if self._seen:
             apart_D = (self._mean_D - mean_D) * math.sqrt(self._seen * num / (self._seen + num))
             self._spread += float(apart_D.square().sum())
-            rows = [self._strength_C[:, None] * before, centred_ND, apart_D.float()[None]]
+            rows = [self._strength_C[:, None] * before, centered_ND, apart_D.float()[None]]
             mean_D = (self._mean_D * self._seen + mean_D * num) / (self._seen + num)
         self._mean_D, self._seen = mean_D, self._seen + num
         stacked = torch.cat(rows)

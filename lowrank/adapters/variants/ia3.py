@@ -8,19 +8,26 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.peft_kind import PeftKind, PeftTensor
 from lowrank.adapters.targets import matches
-from lowrank.adapters.variants import Site, Tensors, Variant
+from lowrank.adapters.variants import AdapterSite, BiasMerge, SiteSetup, Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.packed import frozen_product
 
 
-class Config(AdapterSettings):
+class IA3Config(AdapterSettings):
     """Infused adapter by inhibiting and amplifying inner activations. It has no rank, alpha or dropout."""
 
     paper: ClassVar[str] = "arXiv:2205.05638"
     when: ClassVar[str] = "few examples, smallest files"
-    peft_type: ClassVar[str] = "IA3"
-    peft_names: ClassVar[Mapping[str, str]] = {"feedforward_modules": "feedforward_modules"}
+    peft: ClassVar[PeftKind] = PeftKind(
+        "IA3",
+        tensors=((PeftTensor("ia3_l", ("L", "K")),),),
+        names={"feedforward_modules": "feedforward_modules"},
+        ignored=frozenset({"init_ia3_weights"}),
+        module_lists=("feedforward_modules",),
+        on_conv1d=True,
+    )
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"init_ia3_weights": True}
     refused: ClassVar[Mapping[str, str]] = {
         "dropout": "(IA)^3 scales the activations themselves, so there is nothing to drop; set it to 0",
@@ -33,19 +40,24 @@ class Config(AdapterSettings):
     """Targets whose inputs are scaled, not their outputs: names or one regular expression. This costs a second pass
     through these layers."""
 
+    @classmethod
+    def settings_from_tensors(cls, modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+        """Feed-forward layers are those with a factor for every input."""
+        return {"feedforward_modules": tuple(name for name, own in modules.items() if own["ia3_l"].shape[0] == 1)}
+
     def build(self) -> Variant:
         """The variant."""
         return Ia3(self.feedforward_modules)
 
 
-class Ia3(Variant):
+class Ia3(Variant, SiteSetup, BiasMerge):
     """`ia3_l` (O, 1), or (1, D) in feed-forward layers, starts at one."""
 
     def __init__(self, feedforward: str | tuple[str, ...]) -> None:
         self.feedforward = feedforward
         self.of_inputs: set[int] = set()
 
-    def begin(self, site: Site, rank: int) -> None:
+    def setup(self, site: AdapterSite, rank: int) -> None:
         """Sort the layers by name."""
         del rank
         self.of_inputs = {id(layer) for name, layer in site.layers.items() if matches(name, self.feedforward)}

@@ -1,8 +1,8 @@
-"""LoftQ: LoRA that starts by making up for what quantisation lost (arXiv:2310.08659).
+"""LoftQ: LoRA that starts by making up for what quantization lost (arXiv:2310.08659).
 
 A and B are the best rank-R approximation of (W - Q) / s, W the checkpoint's weight and Q the stored one. The paper
 also moves Q in turns; here Q is shared by all adapters and stays, as in PEFT's `replace_lora_weights_loftq`, so any
-storage and number of bits will do. What is saved is a plain LoRA for the quantised base.
+storage and number of bits will do. What is saved is a plain LoRA for the quantized base.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from typing import ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Site, Tensors
-from lowrank.adapters.variants.lora import Config as LoraConfig
-from lowrank.adapters.variants.lora import Lora
+from lowrank.adapters.variants import AdapterSite, SiteSetup, Tensors
+from lowrank.adapters.variants.lora import Lora, LoraConfig
 from lowrank.adapters.variants.pissa import largest_singular
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import NonNegative
 
 
-class Config(AdapterSettings):
-    """LoRA-fine-tuning-aware quantisation: the start reduces the quantisation error. Saved as plain LoRA."""
+class LoftQConfig(AdapterSettings):
+    """LoRA-fine-tuning-aware quantization: the start reduces the quantization error. Saved as plain LoRA."""
 
     paper: ClassVar[str] = "arXiv:2310.08659"
     when: ClassVar[str] = "bases of 4 bits and less"
-    needs_quantised: ClassVar[bool] = True
+    needs_quantized: ClassVar[bool] = True
     type: Literal["loftq"] = "loftq"
     niter: NonNegative = 16
-    """Power iterations of the fast randomised SVD; 0: the exact SVD, minutes per large layer."""
+    """Power iterations of the fast randomized SVD; 0: the exact SVD, minutes per large layer."""
 
     def build(self) -> LoftQ:
         """The variant."""
@@ -39,17 +38,15 @@ class Config(AdapterSettings):
         return LoraConfig(**self.shared())
 
 
-class LoftQ(Lora):
-    """LoRA but for its start: the layer computes what the unquantised base computes, as nearly as rank R allows."""
-
-    reaches_heads = False
+class LoftQ(Lora, SiteSetup):
+    """LoRA but for its start: the layer computes what the unquantized base computes, as nearly as rank R allows."""
 
     def __init__(self, niter: int) -> None:
         self.niter = niter
-        self.site: Site | None = None
+        self.site: AdapterSite | None = None
         self.name_of: dict[int, str] = {}
 
-    def begin(self, site: Site, rank: int) -> None:
+    def setup(self, site: AdapterSite, rank: int) -> None:
         """Keep the way to the original weights."""
         del rank
         self.site = site

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.peft_kind import PeftKind, PeftTensor
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.models.storages import BaseLinear
 
@@ -20,13 +21,23 @@ NO_INPUT_DROPOUT: Mapping[str, str] = {
 }
 
 
-class Config(AdapterSettings):
+class LoHaConfig(AdapterSettings):
     """Low-rank Hadamard product."""
 
     paper: ClassVar[str] = "arXiv:2108.06098"
     when: ClassVar[str] = "high-rank updates from few parameters"
-    peft_type: ClassVar[str] = "LOHA"
-    peft_names: ClassVar[Mapping[str, str]] = {"rank": "r", "alpha": "alpha"}
+    peft: ClassVar[PeftKind] = PeftKind(
+        "LOHA",
+        tensors=(
+            (
+                *(PeftTensor(f"hada_w{half}_a", ("O", "R")) for half in (1, 2)),
+                *(PeftTensor(f"hada_w{half}_b", ("R", "D")) for half in (1, 2)),
+            ),
+        ),
+        names={"rank": "r", "alpha": "alpha"},
+        ignored=frozenset({"rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"}),
+        has_patterns=True,
+    )
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True}
     refused: ClassVar[Mapping[str, str]] = NO_INPUT_DROPOUT
     type: Literal["loha"] = "loha"

@@ -14,23 +14,36 @@ import torch
 from pydantic import field_validator
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.peft_kind import PeftKind, PeftTensor
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.adapters.variants.loha import NO_INPUT_DROPOUT
 from lowrank.models.storages import BaseLinear
 
 
-class Config(AdapterSettings):
+class LoKrConfig(AdapterSettings):
     """Low-rank Kronecker product."""
 
     paper: ClassVar[str] = "arXiv:2309.14859"
     when: ClassVar[str] = "full-rank updates from few parameters"
-    peft_type: ClassVar[str] = "LOKR"
-    peft_names: ClassVar[Mapping[str, str]] = {
-        "rank": "r",
-        "alpha": "alpha",
-        "decompose_both": "decompose_both",
-        "decompose_factor": "decompose_factor",
-    }
+    peft: ClassVar[PeftKind] = PeftKind(
+        "LOKR",
+        tensors=(
+            (PeftTensor("lokr_w1", ("l", "m")),),
+            (PeftTensor("lokr_w1_a", ("l", "R")), PeftTensor("lokr_w1_b", ("R", "m"))),
+            (PeftTensor("lokr_w2", ("k", "n")),),
+            (PeftTensor("lokr_w2_a", ("k", "R")), PeftTensor("lokr_w2_b", ("R", "n"))),
+        ),
+        names={
+            "rank": "r",
+            "alpha": "alpha",
+            "decompose_both": "decompose_both",
+            "decompose_factor": "decompose_factor",
+        },
+        ignored=frozenset(
+            {"rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights", "use_effective_conv2d"}
+        ),
+        has_patterns=True,
+    )
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True}
     refused: ClassVar[Mapping[str, str]] = NO_INPUT_DROPOUT
     type: Literal["lokr"] = "lokr"

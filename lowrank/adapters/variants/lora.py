@@ -13,12 +13,13 @@ from lowrank.adapters.variants import Tensors, Variant
 from lowrank.models.storages import BaseLinear
 
 
-class Config(AdapterSettings):
+class LoraConfig(AdapterSettings):
     """Low-rank adaptation."""
 
     paper: ClassVar[str] = "arXiv:2106.09685"
     when: ClassVar[str] = "the default"
     peft_fields: ClassVar[Mapping[str, Any] | None] = {}
+    reaches_heads: ClassVar[bool] = True
     type: Literal["lora"] = "lora"
 
     def build(self) -> Variant:
@@ -28,8 +29,6 @@ class Config(AdapterSettings):
 
 class Lora(Variant):
     """A (R, D) starts Kaiming-uniform, B (O, R) starts at zero, as in PEFT."""
-
-    reaches_heads = True
 
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
         """Identity at the start, since B is zero."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Tensors, Variant
-from lowrank.adapters.variants.lora import Config as LoraConfig
-from lowrank.adapters.variants.lora import Lora
+from lowrank.adapters.variants import FileForm, Tensors, Variant
+from lowrank.adapters.variants.lora import Lora, LoraConfig
 
 
-class Config(AdapterSettings):
+class LoraFAConfig(AdapterSettings):
     """LoRA with A frozen; saved as plain LoRA."""
 
     paper: ClassVar[str] = "arXiv:2308.03303"
@@ -30,11 +29,10 @@ class Config(AdapterSettings):
         return LoraConfig(**self.shared())
 
 
-class LoraFa(Lora):
+class LoraFa(Lora, FileForm):
     """LoRA but for what is trained."""
 
     frozen = frozenset({"lora_A"})
-    reaches_heads = False
 
     def saved(self, tensors: Tensors) -> Tensors:
         """Both, as LoRA."""

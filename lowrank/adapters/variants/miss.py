@@ -12,18 +12,23 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.peft_kind import PeftKind, PeftTensor
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import Positive
 
 
-class Config(AdapterSettings):
+class MissConfig(AdapterSettings):
     """Matrix shard sharing: half of LoRA's parameters at the same rank."""
 
     paper: ClassVar[str] = "arXiv:2409.15371"
     when: ClassVar[str] = "when activations do not fit; high ranks at little cost"
-    peft_type: ClassVar[str] = "MISS"
-    peft_names: ClassVar[Mapping[str, str]] = {"rank": "r", "dropout": "miss_dropout"}
+    peft: ClassVar[PeftKind] = PeftKind(
+        "MISS",
+        tensors=((PeftTensor("miss_block", ("R", "O")),),),
+        names={"rank": "r", "dropout": "miss_dropout"},
+        ignored=frozenset({"init_weights", "mini_r"}),
+    )
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"init_weights": True}
     refused: ClassVar[Mapping[str, str]] = {
         "rank_pattern": "PEFT's MiSS has one rank for all layers; use adapter.rank",

@@ -12,23 +12,28 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.peft_kind import PeftKind, PeftTensor
 from lowrank.adapters.variants import Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.packed import frozen_product
 from lowrank.settings import Positive
 
 
-class Config(AdapterSettings):
+class OFTConfig(AdapterSettings):
     """Orthogonal fine-tuning. It has a block size, but no rank, alpha or dropout."""
 
     paper: ClassVar[str] = "arXiv:2306.07280"
     when: ClassVar[str] = "keeping what the base knows"
-    peft_type: ClassVar[str] = "OFT"
-    peft_names: ClassVar[Mapping[str, str]] = {
-        "block_size": "oft_block_size",
-        "use_cayley_neumann": "use_cayley_neumann",
-        "num_cayley_neumann_terms": "num_cayley_neumann_terms",
-    }
+    peft: ClassVar[PeftKind] = PeftKind(
+        "OFT",
+        tensors=((PeftTensor("oft_R", ("N", "K"), in_module=True),),),
+        names={
+            "block_size": "oft_block_size",
+            "use_cayley_neumann": "use_cayley_neumann",
+            "num_cayley_neumann_terms": "num_cayley_neumann_terms",
+        },
+        ignored=frozenset({"module_dropout", "init_weights", "eps"}),
+    )
     peft_fields: ClassVar[Mapping[str, Any] | None] = {
         "r": 0, "module_dropout": 0.0, "coft": False, "block_share": False, "init_weights": True,
         "peft_version": "0.18.0",  # since then the polynomial is the one below

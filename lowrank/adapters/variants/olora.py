@@ -14,7 +14,7 @@ from lowrank.adapters.variants import Variant
 from lowrank.adapters.variants.pissa import Shifted, as_doubled
 
 
-class Config(AdapterSettings):
+class OLoraConfig(AdapterSettings):
     """Orthonormal LoRA; saved as LoRA of twice the rank."""
 
     paper: ClassVar[str] = "arXiv:2406.01775"

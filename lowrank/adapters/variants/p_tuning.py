@@ -11,17 +11,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from lowrank.adapters.prompts import PromptSettings, PromptSite, draw
-from lowrank.adapters.variants.prompt_tuning import Config as PromptTuningConfig
+from lowrank.adapters.peft_kind import PeftKind
+from lowrank.adapters.prompts import PromptSettings, PromptSite, draw, prompt_kind
+from lowrank.adapters.variants.prompt_tuning import PromptTuningConfig
 from lowrank.settings import Positive
 
 
-class Config(PromptSettings):
+class PromptEncoderConfig(PromptSettings):
     """Prompt tuning through an encoder, which makes it steadier; saved as prompt tuning."""
 
     paper: ClassVar[str] = "arXiv:2103.10385"
     when: ClassVar[str] = "where prompt_tuning is unsteady"
-    peft_type: ClassVar[str] = "P_TUNING"
+    peft: ClassVar[PeftKind] = prompt_kind("P_TUNING")
     type: Literal["p_tuning"] = "p_tuning"
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     """What the vectors come from."""

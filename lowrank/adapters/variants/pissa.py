@@ -19,20 +19,20 @@ from typing import ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Tensors, Variant
-from lowrank.adapters.variants.lora import Config as LoraConfig
+from lowrank.adapters.variants import FileForm, Tensors, Variant
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import NonNegative
 
 
-class Config(AdapterSettings):
+class PissaConfig(AdapterSettings):
     """Principal singular values and vectors adaptation; saved as LoRA of twice the rank."""
 
     paper: ClassVar[str] = "arXiv:2404.02948"
     when: ClassVar[str] = "faster start than LoRA at the same rank"
     type: Literal["pissa"] = "pissa"
     niter: NonNegative = 16
-    """Power iterations of the fast randomised SVD (PEFT's pissa_niter_16); 0: exact, minutes per large layer."""
+    """Power iterations of the fast randomized SVD (PEFT's pissa_niter_16); 0: exact, minutes per large layer."""
 
     def build(self) -> Variant:
         """The variant."""
@@ -56,7 +56,7 @@ def as_doubled(config: AdapterSettings) -> AdapterSettings:
     return LoraConfig(**shared)
 
 
-class Shifted(Variant):
+class Shifted(Variant, FileForm):
     """A and B trained from A0, B0, whose product is taken off again. A subclass gives the start."""
 
     frozen = frozenset({"start_A", "start_B"})
@@ -69,8 +69,8 @@ class Shifted(Variant):
 
     def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> Tensors:
         """The change is zero."""
-        A_RD, B_OR = self.start(base.dense_weight().detach().float(), rank, scale, generator)
-        A_RD, B_OR = A_RD.contiguous(), B_OR.contiguous()
+        started = self.start(base.dense_weight().detach().float(), rank, scale, generator)
+        A_RD, B_OR = (factor.contiguous() for factor in started)
         return {"lora_A": A_RD, "lora_B": B_OR, "start_A": A_RD.clone(), "start_B": B_OR.clone()}
 
     def as_low_rank(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,17 +15,18 @@ from pydantic import model_validator
 from torch import nn
 from typing_extensions import Self
 
-from lowrank.adapters.prompts import PromptSettings, PromptSite, Table, draw
+from lowrank.adapters.peft_kind import PeftKind
+from lowrank.adapters.prompts import PromptSettings, PromptSite, Table, draw, prompt_kind
 from lowrank.settings import Positive
 
 
-class Config(PromptSettings):
+class PrefixTuningConfig(PromptSettings):
     """Prefix tuning: like prompt tuning, with vectors of their own for every layer."""
 
     paper: ClassVar[str] = "arXiv:2101.00190"
     when: ClassVar[str] = "prompt tuning that can say more: 2 x layers x as many parameters"
     of_attention: ClassVar[bool] = True
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft: ClassVar[PeftKind] = prompt_kind("PREFIX_TUNING")
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"prefix_projection": False}
     type: Literal["prefix_tuning"] = "prefix_tuning"
     prefix_projection: bool = False
@@ -41,7 +42,7 @@ class Config(PromptSettings):
 
     def as_saved(self) -> PromptSettings:
         """Without the projection."""
-        return Config(num_virtual_tokens=self.num_virtual_tokens)
+        return PrefixTuningConfig(num_virtual_tokens=self.num_virtual_tokens)
 
     def encoder(self, site: PromptSite, generator: torch.Generator) -> nn.Module:
         """The table (K, L x 2 x G x d), or PEFT's `PrefixEncoder`, by the same names."""

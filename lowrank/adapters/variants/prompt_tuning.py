@@ -10,15 +10,16 @@ from pydantic import model_validator
 from torch import nn
 from typing_extensions import Self
 
-from lowrank.adapters.prompts import PromptSettings, PromptSite, Table
+from lowrank.adapters.peft_kind import PeftKind
+from lowrank.adapters.prompts import PromptSettings, PromptSite, Table, prompt_kind
 
 
-class Config(PromptSettings):
+class PromptTuningConfig(PromptSettings):
     """Prompt tuning: a few kB per task, nothing in the model changes."""
 
     paper: ClassVar[str] = "arXiv:2104.08691"
     when: ClassVar[str] = "many small tasks on a large base; learns slower than lora, at a high learning rate (1e-2)"
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft: ClassVar[PeftKind] = prompt_kind("PROMPT_TUNING")
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"prompt_tuning_init": "RANDOM"}
     type: Literal["prompt_tuning"] = "prompt_tuning"
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM", "TEXT"] = "SAMPLE_VOCAB"

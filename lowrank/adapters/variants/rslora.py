@@ -11,12 +11,13 @@ from lowrank.adapters.variants import Variant
 from lowrank.adapters.variants.lora import Lora
 
 
-class Config(AdapterSettings):
-    """Rank-stabilised LoRA."""
+class RsLoraConfig(AdapterSettings):
+    """Rank-stabilized LoRA."""
 
     paper: ClassVar[str] = "arXiv:2312.03732"
     when: ClassVar[str] = "ranks of 32 and more"
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"use_rslora": True}
+    reaches_heads: ClassVar[bool] = True
     type: Literal["rslora"] = "rslora"
 
     def build(self) -> Variant:

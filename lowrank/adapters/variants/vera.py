@@ -13,23 +13,30 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Site, Tensors, Variant
+from lowrank.adapters.peft_kind import PeftKind, PeftTensor
+from lowrank.adapters.variants import AdapterSite, SharedTensors, SiteSetup, Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import Positive
 
 
-class Config(AdapterSettings):
+class VeraConfig(AdapterSettings):
     """Vector-based random matrix adaptation: about a hundredth of LoRA's parameters."""
 
     paper: ClassVar[str] = "arXiv:2310.11454"
     when: ClassVar[str] = "very many adapters, tiny files"
-    peft_type: ClassVar[str] = "VERA"
-    peft_names: ClassVar[Mapping[str, str]] = {
-        "rank": "r",
-        "dropout": "vera_dropout",
-        "d_initial": "d_initial",
-        "projection_prng_key": "projection_prng_key",
-    }
+    peft: ClassVar[PeftKind] = PeftKind(
+        "VERA",
+        tensors=((PeftTensor("vera_lambda_b", ("O",)), PeftTensor("vera_lambda_d", ("R",))),),
+        shared=("vera_A", "vera_B"),
+        names={
+            "rank": "r",
+            "dropout": "vera_dropout",
+            "d_initial": "d_initial",
+            "projection_prng_key": "projection_prng_key",
+        },
+        ignored=frozenset({"save_projection", "init_weights"}),
+        on_conv1d=True,
+    )
     peft_fields: ClassVar[Mapping[str, Any] | None] = {"save_projection": False, "init_weights": True}
     refused: ClassVar[Mapping[str, str]] = {
         "rank_pattern": "all layers share A and B, so they have one rank; use adapter.rank",
@@ -44,29 +51,32 @@ class Config(AdapterSettings):
     projection_prng_key: int = 0
     """What A and B are drawn from; adapters with the same key can be served together."""
 
+    def fields_from_tensors(self, names: Collection[str]) -> dict[str, Any]:
+        """PEFT looks for A and B in the file only where this says so."""
+        return {} if self.peft.shared[0] not in names else {"save_projection": True}
+
     def build(self) -> Variant:
         """The variant."""
         return Vera(self.d_initial, self.projection_prng_key)
 
 
-class Vera(Variant):
+class Vera(Variant, SiteSetup, SharedTensors):
     """`vera_lambda_b` (O) starts at zero, `vera_lambda_d` (R) at `d_initial`; `vera_A` (R, D) and `vera_B` (O, R)
     are views of the shared matrices."""
 
     frozen = frozenset({"vera_A", "vera_B"})
-    keeps_copies = False
 
     def __init__(self, d_initial: float, key: int) -> None:
         self.d_initial = d_initial
         self.key = key
-        self.shared: dict[str, torch.Tensor] = {}
+        self.shared = {}
 
     def scale(self, rank: int, alpha: float) -> float:
         """1."""
         del rank, alpha
         return 1.0
 
-    def begin(self, site: Site, rank: int) -> None:
+    def setup(self, site: AdapterSite, rank: int) -> None:
         """Draw A and B, as large as the largest layer."""
         drawn = _projections([_shape(layer) for layer in site.layers.values()], rank, self.key)
         self.shared = {key: tensor.to(site.device, site.dtype) for key, tensor in drawn.items()}
@@ -82,7 +92,7 @@ class Vera(Variant):
             "vera_B": shared["vera_B"][: base.out_features],
         }
 
-    def drawn(
+    def shared_tensors(
         self, shapes: Mapping[str, tuple[int, int]], rank: int, tensors: Mapping[str, torch.Tensor]
     ) -> dict[str, Tensors]:
         """Views of the matrices that all layers share: the file's, if it has them, as PEFT's have by default."""

@@ -8,31 +8,43 @@ Nothing of the model's code is replaced: before each pass of the backbone the ro
 working copies of the adapter are brought up to date.
 """
 
+# The module tree of PEFT is written into, of which torch offers only the reading.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.routing import Draws, Routing
+from lowrank.adapters.embedding import RoutedCopy
+from lowrank.adapters.routing import Draws, ForwardContext
+from lowrank.adapters.targets import is_copied, name_of
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints.base_tensors import on_model
+from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_config import BaseDescription, describe_base, to_peft
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
-from lowrank.compat.unsloth import saving
+from lowrank.compat.unsloth import sampling, saving
+from lowrank.compat.unsloth.arguments import say
 from lowrank.errors import ConfigError, ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.base import Base
-from lowrank.models.config import Config as ModelConfig
-from lowrank.models.loading import locate
-from lowrank.models.recompute import set_recompute, set_recompute_under
+from lowrank.models.checkpointing.activation_checkpointing import (
+    set_activation_checkpointing,
+    set_activation_checkpointing_under,
+)
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import locate
 from lowrank.records import BARE_BASE
 
 DEFAULT = "default"
@@ -43,7 +55,7 @@ _OF_OUR_LOSS = {"position_ids", "use_cache", "num_items_in_batch", "return_dict"
 _SAY = logging.getLogger(__name__)
 
 
-class OneSlot(Routing):
+class OneSlot(ForwardContext):
     """All rows of every layer are one slot's, however many a layer sees."""
 
     def in_rows_of(self, total: int, layer: str) -> list[tuple[int, int, int]]:
@@ -51,20 +63,12 @@ class OneSlot(Routing):
         del layer
         return [(slot, 0, total) for slot, _, _ in self.ranges]
 
-    def remembered(self) -> Any:
-        """A context in which everything is as it is now."""
-        now = dict(vars(self))
 
-        @contextmanager
-        def then() -> Iterator[None]:
-            later = dict(vars(self))
-            vars(self).update(now)
-            try:
-                yield
-            finally:
-                vars(self).update(later)
+_PEFT_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
-        return then()
+
+class _Part(nn.Module, BaseTunerLayer):
+    """What holds an adapter's tensors of one name: PEFT's functions on state dicts find them by its kind."""
 
 
 class _Tuner(nn.Module):
@@ -96,6 +100,9 @@ class TunedModel(peft.PeftModel):
     With `labels` in training the logits are never made (`logits` is None); in evaluation they are.
     """
 
+    is_front_of_lowrank = True
+    """What the translation of trainers' arguments asks for."""
+
     def __init__(self, base: Base, settings: ModelConfig) -> None:
         nn.Module.__init__(self)  # PeftModel's would build adapters of its own
         self._adapters_disabled = False
@@ -106,7 +113,7 @@ class TunedModel(peft.PeftModel):
         self.base = base
         self.settings = settings
         self.bank = Bank(base)  # what is to be packed was packed as it loaded
-        self.bank.routing = self.routing = OneSlot()
+        self.routing = self.bank.routing
         self.max_seq_length: int | None = None
         self.slots: dict[str, int] = {}
         self.seeds: dict[str, int] = {}
@@ -135,6 +142,7 @@ class TunedModel(peft.PeftModel):
             raise ConfigError(f"there is an adapter {name!r} already")
         if config.unmergeable is not None:  # the model runs as transformers runs it, without rows of ours
             raise ConfigError(f"{name}: {config.title} adapters are trained and served by lowrank itself, not here")
+        self._let_trainers_see_the_head(config)
         slot = self.bank.add(config, seed=seed)
         if tensors is not None:
             self.bank.load(slot, tensors)
@@ -161,8 +169,33 @@ class TunedModel(peft.PeftModel):
         self.active_adapter = adapter_name
         self.base_model.active_adapters = [adapter_name]
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out, and its tensors. The first of those that are left is at work then, if it was."""
+        if adapter_name not in self.slots:
+            raise ConfigError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.slots) or 'none'}")
+        slot = self.slots.pop(adapter_name)
+        del self.seeds[adapter_name], self.base_model.peft_config[adapter_name]
+        for path in self.bank.parameters(slot):
+            _unhang(self.base.model, path, adapter_name, self.bank.slots[slot].copies)
+        self.bank.remove(slot)
+        self._fresh.discard(slot)
+        if self.base_model.active_adapters == [adapter_name]:
+            self.base_model.active_adapters = []
+            vars(self).pop("_active_adapter", None)
+            self.active_adapter = ""
+            if self.slots:
+                self.set_adapter(next(iter(self.slots)))
+
+    def _let_trainers_see_the_head(self, config: AdapterConfig) -> None:
+        """TRL multiplies with `weight` of the head itself: where a copy of it is trained, that has to be the copy."""
+        model = self.base.model
+        head = model.get_output_embeddings()
+        name = name_of(model, head)
+        if is_copied(name, getattr(config, "modules_to_save", ())) and not isinstance(head, TrainedHead):
+            model.set_submodule(name, TrainedHead(head, name, self.routing))
+
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> Generator[None, None, None]:
         """The bare base, for a while."""
         before, self._adapters_disabled = self._adapters_disabled, True
         try:
@@ -175,7 +208,9 @@ class TunedModel(peft.PeftModel):
     ) -> None:
         """Read an adapter's files (PEFT's or ours) into the adapter of that name, or into a new one."""
         del others  # whether it is trainable is what `set_adapter` says
-        saved = load_adapter(Path(model_id))
+        saved = on_model(load_adapter(Path(model_id)), self.base.model)
+        for said in learn_tokens(self.base.tokenizer, {adapter_name: Path(model_id)}):
+            say(said)
         if adapter_name in self.slots:
             self.bank.load(self.slots[adapter_name], saved.tensors)
         else:
@@ -198,13 +233,13 @@ class TunedModel(peft.PeftModel):
     # --- computing --------------------------------------------------------------------------------------------
 
     def _route(self, backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Before each pass of the backbone."""
+        """Before each pass of the backbone. Its context stays: the trainer, not we, knows when its backward pass is."""
         del backbone
         given = next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None)
         num_rows = given.shape[0] * given.shape[1]
         slot = BARE_BASE if self._adapters_disabled else self.slots.get(getattr(self, "active_adapter", ""), BARE_BASE)
         if slot == BARE_BASE:
-            self.routing.set(num_rows, ())
+            self.routing.current = OneSlot(num_rows)
             return
         learns = self.training and torch.is_grad_enabled()
         if slot not in self._fresh:
@@ -212,11 +247,11 @@ class TunedModel(peft.PeftModel):
             self._fresh.add(slot)
         draws = None
         if learns:
-            self._fresh.discard(slot)  # an optimiser step may follow
+            self._fresh.discard(slot)  # an optimizer step may follow
             self._passes += 1
             draws = {slot: Draws(self.seeds[self.active_adapter], self._passes)}
         counter_N = torch.arange(num_rows, device=given.device)
-        self.routing.set(num_rows, ((slot, 0, num_rows),), counter_N, draws=draws)
+        self.routing.current = OneSlot(num_rows, ((slot, 0, num_rows),), counter_N, draws=draws or {})
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' arguments and outputs; `num_items_in_batch`: what the loss is divided by."""
@@ -239,16 +274,68 @@ class TunedModel(peft.PeftModel):
         return CausalLMOutputWithPast(loss=-logprob_K.sum() / total)  # pyright: ignore[reportArgumentType]
 
     @contextmanager
-    def _own_precision(self) -> Iterator[None]:
+    def _own_precision(self) -> Generator[None, None, None]:
         kind = self.base.device.type
         if torch.is_autocast_enabled(kind):
-            asked = torch.get_autocast_dtype(kind)
-            if asked != self.base.dtype and not self._told_precision:
+            requested = torch.get_autocast_dtype(kind)
+            if requested != self.base.dtype and not self._told_precision:
                 self._told_precision = True
                 _SAY.warning("the trainer asks for %s; the model was loaded to compute in %s, and does (dtype=)",
-                             asked, self.base.dtype)  # fmt: skip
+                             requested, self.base.dtype)  # fmt: skip
         with torch.autocast(kind, enabled=False):
             yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, in evaluation mode. What `apply_chat_template` or a tokenizer gives may stand in the place
+        of `input_ids`, as a whole."""
+        if args and isinstance(args[0], Mapping):
+            kwargs, args = {**args[0], **kwargs}, args[1:]
+        for name in ("input_ids", "inputs"):
+            if isinstance(kwargs.get(name), Mapping):
+                kwargs = {**kwargs.pop(name), **kwargs}
+        before = self.training
+        self.eval()
+        try:
+            with self._own_precision(), torch.no_grad():
+                return self.base.model.generate(*args, **kwargs)
+        finally:
+            self.train(before)
+
+    def fast_generate(
+        self,
+        prompts: str | Sequence[str],
+        sampling_params: Any = None,
+        lora_request: Any = None,
+        use_tqdm: bool = False,
+    ) -> list[sampling.RequestOutput]:
+        """vLLM's way to ask: answers to texts. `lora_request`: what `load_lora` gave; None is the bare base."""
+        del use_tqdm
+        before, tokenizer = getattr(self, "active_adapter", ""), self.base.tokenizer
+        if lora_request is None:
+            with self.disable_adapter():
+                return sampling.answers(self, prompts, sampling_params, tokenizer)
+        self.set_adapter(lora_request.lora_name)
+        try:
+            return sampling.answers(self, prompts, sampling_params, tokenizer)
+        finally:
+            if before:
+                self.set_adapter(before)
+
+    def save_lora(self, save_directory: str | Path, **others: Any) -> None:
+        """`save_pretrained`, by the name it has beside vLLM."""
+        self.save_pretrained(save_directory, **others)
+
+    def load_lora(self, save_directory: str | Path, load_tensors: bool = True) -> sampling.LoRARequest:
+        """Read an adapter's folder for `fast_generate`; the adapter that is trained stays as it is."""
+        del load_tensors
+        name = f"lora_request {Path(save_directory).resolve()}".replace(".", "_")
+        if name in self.slots:
+            self.delete_adapter(name)
+        before = getattr(self, "active_adapter", "")
+        self.load_adapter(save_directory, name)
+        if before:
+            self.set_adapter(before)
+        return sampling.LoRARequest(name, str(save_directory))
 
     def train(self, mode: bool = True) -> TunedModel:
         """As in torch."""
@@ -263,12 +350,12 @@ class TunedModel(peft.PeftModel):
         del activation_checkpointing_kwargs
         if every_n_layers != 1 or offload:
             _SAY.warning("every_n_layers and offload have no effect here: every layer is computed again, in place")
-        set_recompute_under(self.base.model, self.routing.remembered)
+        set_activation_checkpointing_under(self.base.model, lambda: self.routing.using(self.routing.current))
         self._recomputes = True
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations."""
-        set_recompute(self.base.model, "none")
+        set_activation_checkpointing(self.base.model, "none")
         self._recomputes = False
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **others: Any) -> None:
@@ -309,25 +396,44 @@ class TunedModel(peft.PeftModel):
         """adapter_config.json and adapter_model.safetensors, as PEFT reads them. See `saving.save_lora`."""
         saving.save_lora(self, Path(save_directory), **others)
 
-    def save_pretrained_merged(self, save_directory: str | Path, tokenizer: Any = None, **others: Any) -> None:
+    def save_pretrained_merged(
+        self, save_directory: str | Path, tokenizer: Any = None, save_method: Any = "merged_16bit", **others: Any
+    ) -> None:
         """The whole model, in transformers' layout. See `saving.save_merged`."""
-        saving.save_merged(self, Path(save_directory), tokenizer, **others)
+        saving.save_merged(self, Path(save_directory), tokenizer, save_method, **others)
 
-    def save_pretrained_gguf(self, save_directory: str | Path, tokenizer: Any = None, **others: Any) -> None:
+    def save_pretrained_gguf(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        quantization_method: Any = "fast_quantized",
+        **others: Any,
+    ) -> None:
         """GGUF files. See `saving.save_gguf`."""
-        saving.save_gguf(self, Path(save_directory), tokenizer, **others)
+        saving.save_gguf(self, Path(save_directory), tokenizer, quantization_method, **others)
+
+    def save_pretrained_torchao(self, *args: Any, **kwargs: Any) -> None:
+        """Refused."""
+        del args, kwargs
+        raise ConfigError(f"save_pretrained_torchao: {saving.NO_SUCH_METHOD['torchao']}")
 
     def push_to_hub(self, repo_id: str, **others: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The adapter, as a repository."""
         return saving.push(saving.save_lora, self, repo_id, **others)
 
-    def push_to_hub_merged(self, repo_id: str, tokenizer: Any = None, **others: Any) -> dict[str, Any]:
+    def push_to_hub_merged(
+        self, repo_id: str, tokenizer: Any = None, save_method: Any = "merged_16bit", **others: Any
+    ) -> dict[str, Any]:
         """The whole model, as a repository."""
-        return saving.push(saving.save_merged, self, repo_id, tokenizer=tokenizer, **others)
+        return saving.push(saving.save_merged, self, repo_id, tokenizer=tokenizer, save_method=save_method, **others)
 
-    def push_to_hub_gguf(self, repo_id: str, tokenizer: Any = None, **others: Any) -> dict[str, Any]:
+    def push_to_hub_gguf(
+        self, repo_id: str, tokenizer: Any = None, quantization_method: Any = "fast_quantized", **others: Any
+    ) -> dict[str, Any]:
         """GGUF files, as a repository."""
-        return saving.push(saving.save_gguf, self, repo_id, tokenizer=tokenizer, **others)
+        return saving.push(
+            saving.save_gguf, self, repo_id, tokenizer=tokenizer, quantization_method=quantization_method, **others
+        )
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the base in memory is shared, and may be packed."""
@@ -335,19 +441,56 @@ class TunedModel(peft.PeftModel):
         raise ModelError("merge_and_unload: merge into files instead, with save_pretrained_merged(folder, tokenizer)")
 
 
-def _hang(model: nn.Module, path: str, parameter: nn.Parameter, adapter: str, copies: Sequence[str]) -> None:
-    """Put a master into the module tree, where PEFT would have it."""
+class TrainedHead(RoutedCopy):
+    """The head, whose `weight` is the copy of the slot whose rows come: for those who multiply with it themselves."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """In the dtype of the frozen one."""
+        frozen = self.base.weight
+        assert isinstance(frozen, torch.Tensor)
+        own = self._own_copy()
+        return frozen if own is None else own.weight.to(frozen.dtype)  # type: ignore[operator,return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """In the dtype of the frozen one."""
+        frozen = getattr(self.base, "bias", None)
+        own = self._own_copy()
+        return frozen if own is None or frozen is None else own.bias.to(frozen.dtype)  # pyright: ignore
+
+    def _own_copy(self) -> nn.Module | None:
+        current = getattr(self.routing, "current", None)
+        slots = [slot for slot, _, _ in current.ranges] if current is not None else []
+        return self.copies.get(slots[0]) if len(slots) == 1 else None
+
+
+def _unhang(model: nn.Module, path: str, adapter: str, copies: Sequence[str]) -> None:
+    """What `_hang` put there goes."""
+    module, leaf = model, ""
+    parts, leaf = _place(path, adapter, copies)
+    for part in parts:
+        module = module.get_submodule(part)
+    del module._parameters[leaf]
+
+
+def _place(path: str, adapter: str, copies: Sequence[str]) -> tuple[list[str], str]:
+    """Modules and the name of a parameter in PEFT's tree, from its name in files."""
     *parts, leaf = path.split(".")
     if any(path.startswith(f"{copy}.") for copy in copies):
-        parts += ["modules_to_save", adapter]
-    elif leaf == "weight":
-        parts.append(adapter)
-    else:
-        parts, leaf = [*parts, leaf], adapter
+        return [*parts, "modules_to_save", adapter], leaf
+    if leaf == "weight":
+        return [*parts, adapter], leaf
+    return [*parts, leaf], adapter
+
+
+def _hang(model: nn.Module, path: str, parameter: nn.Parameter, adapter: str, copies: Sequence[str]) -> None:
+    """Put a master into the module tree, where PEFT would have it."""
+    parts, leaf = _place(path, adapter, copies)
     module = model
     for part in parts:
         if part not in module._modules:
-            module.add_module(part, nn.Module())
+            module.add_module(part, _Part() if part in _PEFT_PARTS else nn.Module())
         child = module._modules[part]
         assert child is not None
         module = child

@@ -6,20 +6,23 @@ the tokens a tokenizer must have; without them the model could never learn to st
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+from lowrank.data.templates import slots
 from lowrank.errors import ConfigError, ModelError, did_you_mean
 
 _FOLDER = Path(__file__).parent
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _FALLBACK = "alpaca"
 """Needs no token but EOS."""
 
 
 def names() -> list[str]:
     """The built-in templates, by file name."""
-    return sorted(path.stem for path in _FOLDER.glob("*.jinja"))
+    return sorted(path.stem for path in _FOLDER.glob("*.jinja") if not path.stem.startswith("_"))
 
 
 def required_tokens(text: str) -> list[str]:
@@ -37,14 +40,17 @@ def choose(tokenizer: Any, setting: str | None) -> str:
     """
     if setting is None:
         return _own(tokenizer)
-    return _built_in(setting, tokenizer) if setting in names() else source_of(setting)
+    built_in = setting in names() or setting.startswith(slots.PREFIX)
+    return _built_in(setting, tokenizer) if built_in else source_of(setting)
 
 
 def source_of(setting: str) -> str:
     """The text of a built-in template, or of a .jinja file, whatever tokenizer it will meet. Raises ConfigError."""
-    if setting in names():
+    if setting in names() or setting.startswith(slots.PREFIX):
         return _text(setting)
     path = Path(setting).expanduser()
+    if path.name == _TOKENIZER_CONFIG and path.is_file():
+        return _in_tokenizer_config(path)
     if path.suffix not in (".jinja", ".jinja2") and not path.is_file():
         raise ConfigError(
             f"data.chat_template: there is no template {setting!r}{did_you_mean(setting, names())}"
@@ -54,6 +60,29 @@ def source_of(setting: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.chat_template: cannot read {setting!r}: {error}") from error
+
+
+def has_template(path: Path) -> bool:
+    """Whether the file exists and `source_of` finds a template in it."""
+    try:
+        return path.is_file() and bool(source_of(str(path)).strip())
+    except ConfigError:
+        return False
+
+
+def _in_tokenizer_config(path: Path) -> str:
+    """Its `chat_template`, the default one of several. Raises ConfigError."""
+    try:
+        own = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"data.chat_template: cannot read {str(path)!r}: {error}") from error
+    if isinstance(own, list):
+        own = next(
+            (each.get("template") for each in own if isinstance(each, dict) and each.get("name") == "default"), None
+        )
+    if not isinstance(own, str):
+        raise ConfigError(f"data.chat_template: {str(path)!r} has no chat template")
+    return own
 
 
 def suitable(tokenizer: Any) -> str:
@@ -83,7 +112,28 @@ def _own(tokenizer: Any) -> str:
 
 
 def _text(name: str) -> str:
-    return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    """With the tools that its format has none of its own for, in Hermes' way: schemas in the system prompt, calls and
+    results as tagged text (`_tools.jinja`, before the first line that writes something)."""
+    if name.startswith(slots.PREFIX):
+        text = _by_slots(name)
+    else:
+        text = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    if "tools" in text.partition("\n")[2]:
+        return text
+    first, _, rest = text.partition("\n")
+    return first + "\n" + (_FOLDER / "_tools.jinja").read_text(encoding="utf-8") + rest
+
+
+def _by_slots(setting: str) -> str:
+    """A template of LLaMA-Factory's registry. Raises ConfigError."""
+    name = setting.removeprefix(slots.PREFIX)
+    if not slots.can_be_written(name):
+        ours = [each for each in slots.registry() if slots.can_be_written(each)]
+        raise ConfigError(
+            f"data.chat_template: there is no template {setting!r}{did_you_mean(name, ours)}"
+            f"\n  expected {slots.PREFIX} and one of {', '.join(ours)}"
+        )
+    return slots.jinja_of(name)
 
 
 def _built_in(name: str, tokenizer: Any) -> str:

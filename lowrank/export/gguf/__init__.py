@@ -1,4 +1,4 @@
-"""GGUF, the file format of llama.cpp, Ollama and LM Studio: written, quantised and checked without a compiler.
+"""GGUF, the file format of llama.cpp, Ollama and LM Studio: written, quantized and checked without a compiler.
 
     checkpoint folder --convert--> model.gguf (f32, f16, bf16, q8_0) --quantize--> model-Q4_K_M.gguf
     PEFT adapter      --convert_adapter--> adapter.gguf, loaded by llama.cpp over the base's file

@@ -1,6 +1,6 @@
 """A LoRA adapter as a GGUF file that llama.cpp loads over the base's file, at run time and beside others.
 
-llama.cpp multiplies every pair by alpha / rank with one alpha for the file, which is wrong for rank-stabilised
+llama.cpp multiplies every pair by alpha / rank with one alpha for the file, which is wrong for rank-stabilized
 LoRA and where modules differ in rank or alpha. With an alpha of 0 it multiplies by nothing, so the scale goes into B.
 Rows of B follow the rows of the weight (pieces.py). A is (R, D), B (O, R); an embedding's A is (V, R), its B (D, R).
 """
@@ -23,7 +23,7 @@ MERGE = "take the merged model instead: lowrank export --to gguf"
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
-def adapter_trouble(base: Plan, adapter: AdapterOnDisk) -> list[str]:
+def adapter_incompatibility(base: Plan, adapter: AdapterOnDisk) -> list[str]:
     """Why llama.cpp could not apply this adapter at run time, one sentence each; empty: it can."""
     problems = []
     kind = adapter.config.type
@@ -36,19 +36,21 @@ def adapter_trouble(base: Plan, adapter: AdapterOnDisk) -> list[str]:
         if not name.endswith(_PARTS) and not any(name.startswith(f"{copy}.") for copy in adapter.copies)
     ]
     for module in adapter.targets:
-        reason = _module_trouble(base, module)
+        reason = _module_incompatibility(base, module)
         if reason:
             problems.append(f"{module}: {reason}")
     return problems
 
 
-def _module_trouble(base: Plan, module: str) -> str | None:
+def _module_incompatibility(base: Plan, module: str) -> str | None:
     tied = base.model.config.get("tie_word_embeddings")
     if tied and module.endswith(("lm_head", "embed_tokens", "wte", "word_embeddings")):
         return "embedding and head are one tensor in the file, and llama.cpp ends at an assertion"
     if ".experts" in module:
         return "experts are one tensor in the file"
-    weight = f"{module}.weight"
+    weight = base.model.named(f"{module}.weight")
+    if weight is None:
+        return "it is outside of the language model, which is all that a GGUF file holds"
     if weight not in base.model.shapes:
         return "the base has no such tensor"
     parts = base.family.parts(base.model.config, weight)
@@ -60,13 +62,15 @@ def _module_trouble(base: Plan, module: str) -> str | None:
 
 def write_adapter_file(base: Plan, adapter: AdapterOnDisk, path: Path) -> None:
     """Write the adapter to `path`, in float32. Raises ModelError with every reason why it cannot be."""
-    problems = adapter_trouble(base, adapter)
+    problems = adapter_incompatibility(base, adapter)
     raise_all(ModelError, f"this adapter cannot be a GGUF file of its own; {MERGE}", problems)
     names = tensor_names(base.family.arch, base.model.config)
     variant: Any = adapter.config.build()
     arrays: dict[str, np.ndarray] = {}
     for module, (rank, alpha) in sorted(adapter.targets.items()):
-        part = (base.family.parts(base.model.config, f"{module}.weight") or [])[0]
+        weight = base.model.named(f"{module}.weight")
+        assert weight is not None, "refused above"
+        part = (base.family.parts(base.model.config, weight) or [])[0]
         name = names(part.name)
         scale = variant.scale(rank, alpha)
         if f"{module}.lora_embedding_A" in adapter.tensors:

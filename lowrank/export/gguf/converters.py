@@ -11,14 +11,14 @@ import torch
 
 from lowrank.errors import ModelError
 from lowrank.export import Install
-from lowrank.export.gguf.convert import plan, write_plan
+from lowrank.export.gguf.convert import left_out, plan, write_plan
 from lowrank.export.gguf.families import families
 from lowrank.export.gguf.importance import measure
 from lowrank.export.gguf.model import Model, read_merged
 from lowrank.export.gguf.upstream import Upstream
-from lowrank.export.merge import Merged
-from lowrank.export.shards import lay_out, write_shards
+from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
+from lowrank.export.writing.shards import lay_out, write_shards
 
 _SHARD = 5 * 10**9
 
@@ -77,11 +77,11 @@ class _Theirs:
         self.side, self.dtype, self.upstream = side, dtype, upstream
         self.shapes: Mapping[str, tuple[int, ...]] = model.shapes
         self.between_bytes = self.layout.total_bytes
-        architecture = (model.config.get("architectures") or [model.model_type])[0]
-        self.installs = upstream.installs(architecture)
+        self.installs = upstream.installs(model.architecture)
         self.notes = (
             f"{model.model_type} is converted by {upstream.name}, with no test of lowrank's behind it: "
             "what counts is the comparison",
+            *left_out(model),
         )
 
     def write(self, path: Path, kind: str, progress: Callable[[int, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read without its long lists: what a quantiser needs, in a fraction of a second.
+"""The header of a GGUF file, read without its long lists: what a quantizer needs, in a fraction of a second.
 
 Fields are kept as the bytes they are, so that a file made of another one has the very same header but for what changes.
 Format: see writer.py.
@@ -17,12 +17,17 @@ import numpy as np
 
 from lowrank.errors import ModelError
 from lowrank.export.gguf.writer import ARRAY, MAGIC, STRING, VERSION, Entry, field, library
+from lowrank.foreign_files import check_file
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Value types that are one number, as struct writes them."""
 _SHORT = 1024
 """Numbers: one for each layer."""
+_MOST_DIMENSIONS = 8
+"""GGML knows four."""
 _ALIGNMENT = "general.alignment"
+_READ = (2, VERSION)
+"""Version 3 has the layout of version 2, and added files of the other byte order."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,19 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Raises ModelError if it is no GGUF file of version 3."""
+    """Raises ModelError if it is no GGUF file of version 3 or 2."""
+    if not check_file(path):
+        raise ModelError(f"{path}: damaged, or no GGUF file of version {VERSION} or 2 (it is empty)")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _read(path, data)
-        except (struct.error, IndexError, UnicodeDecodeError, KeyError, ValueError) as error:
-            raise ModelError(f"{path}: damaged, or no GGUF file of version {VERSION} ({error})") from error
+        except (struct.error, IndexError, UnicodeDecodeError, KeyError, ValueError, OverflowError) as error:
+            raise ModelError(f"{path}: damaged, or no GGUF file of version {VERSION} or 2 ({error})") from error
 
 
 def _read(path: Path, data: mmap.mmap) -> Header:
     magic, version, tensor_count, field_count = struct.unpack_from("<4sIQQ", data, 0)
-    if magic != MAGIC or version != VERSION:
+    if magic != MAGIC or version not in _READ:
         raise ValueError(f"it begins with {magic!r}, version {version}")
     at, fields, raw = 24, {}, {}
     for _ in range(field_count):
@@ -83,10 +90,14 @@ def _read(path: Path, data: mmap.mmap) -> Header:
     for _ in range(tensor_count):
         name, at = _string(data, at)
         (dimensions,) = struct.unpack_from("<I", data, at)
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"{name[:80]!r} has {dimensions:,} dimensions")
         *lengths, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, at + 4)
         at += 4 + 8 * dimensions + 12
         found.append((Entry(name, tuple(reversed(lengths)), types(kind)), offset))
     alignment = fields.get(_ALIGNMENT, 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= len(data):
+        raise ValueError(f"{_ALIGNMENT} is {alignment!r}")
     first = -(-at // alignment) * alignment
     return Header(path, fields, raw, {entry.name: Stored(entry, first + offset) for entry, offset in found})
 

@@ -15,8 +15,8 @@ import torch
 
 from lowrank.errors import DataError
 from lowrank.export.gguf.convert import Plan, part_shape, tensor_names
-from lowrank.export.readers import read_adapter
 from lowrank.export.source import Source
+from lowrank.export.verify.readers import read_adapter
 
 CHUNK = 512
 """Tokens read at once."""
@@ -85,9 +85,10 @@ def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict
 def _names(made: Plan, weight: str, width: int | None) -> list[str]:
     """The tensors of the file whose rows this layer's input meets."""
     model = made.model
-    if width is None or weight not in model.shapes:
+    own = model.named(weight)
+    if width is None or own not in model.shapes:
         return []
     names = tensor_names(made.family.arch, model.config)
-    parts = made.family.parts(model.config, weight) or []
+    parts = made.family.parts(model.config, own) or []
     found = [names(part.name) for part in parts if part_shape(model, part)[-1] == width]
     return [name for name in found if name is not None]

@@ -104,7 +104,7 @@ KNOWN_CONTEXT = {
     "pooling_type": -1, "attention_type": -1, "flash_attn_type": -1, "yarn_ext_factor": -1.0, "yarn_beta_slow": -1.0,
     "yarn_orig_ctx": 0, "defrag_thold": -1.0, "type_k": 1, "type_v": 1,
 }  # fmt: skip
-"""Defaults by which a version of llama.cpp whose structures lie otherwise is recognised."""
+"""Defaults by which a version of llama.cpp whose structures lie otherwise is recognized."""
 
 
 def open_library() -> Any:
@@ -165,7 +165,7 @@ class Session:
         self._threads, self._length, self._context = opening["threads"], 0, None
         settings = self._library.llama_model_default_params()
         settings.n_gpu_layers = 0
-        settings.vocab_only = opening["only_words"]
+        settings.vocab_only = opening["vocab_only"]
         settings.use_extra_bufts = False  # repacked weights round otherwise
         self._model = self._library.llama_model_load_from_file(opening["model"].encode(), settings)
         if not self._model:

@@ -1,7 +1,7 @@
 """Ask llama.cpp itself what it makes of a GGUF file.
 
 The caches are in float32 and flash attention is off, so that logits of a float32 file agree with transformers'
-to rounding (normalised squared error about 1e-12) and a wrong epsilon or rotary base shows; with llama.cpp's
+to rounding (normalized squared error about 1e-12) and a wrong epsilon or rotary base shows; with llama.cpp's
 own defaults errors below 1e-7 drown. It lives in a child process, which its assertions may end.
 """
 
@@ -31,7 +31,7 @@ Adapters = Sequence[tuple[Path, float]]
 def unreachable() -> str | None:
     """Why llama.cpp cannot be asked here; None: it can."""
     if find_spec("xllamacpp") is None:
-        return "llama.cpp is not installed: pip install 'lowrank[gguf]'"
+        return "llama.cpp is not installed: pip install 'lowrank-llm[gguf]'"
     if sys.platform == "win32":
         return "on Windows the package xllamacpp hides llama.cpp's functions; check the file on Linux or macOS"
     return None
@@ -49,7 +49,7 @@ class LlamaCpp:
         path: Path,
         *,
         adapters: Adapters = (),
-        only_words: bool = False,
+        vocab_only: bool = False,
         threads: int = 1,
         timeout: float = 600.0,
     ) -> None:
@@ -59,23 +59,23 @@ class LlamaCpp:
         self._what, self._timeout = f"llama.cpp on {path}", timeout
         self._folder = tempfile.TemporaryDirectory()
         self._said = Path(self._folder.name, "said")
-        with open(self._said, "wb") as said:
+        with open(self._said, "wb") as stderr:
             self._process = subprocess.Popen(
                 child_command("llama_child"),
                 env=child_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=stderr,
                 text=True,
             )
         opening = {
             "model": str(path),
             "adapters": [[str(adapter), scale] for adapter, scale in adapters],
-            "only_words": only_words,
+            "vocab_only": vocab_only,
             "threads": threads,
         }
         try:
-            self.vocabulary_size: int = self._ask(opening)
+            self.vocabulary_size: int = self._request(opening)
         except ModelError:
             self.close()
             raise
@@ -83,7 +83,7 @@ class LlamaCpp:
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """After each token, (T, V) float32."""
         array = Path(self._folder.name, "array.npy")
-        self._ask({"kind": "logits", "tokens": [int(token) for token in tokens], "array": str(array)})
+        self._request({"kind": "logits", "tokens": [int(token) for token in tokens], "array": str(array)})
         found = np.load(array)
         array.unlink()
         return found
@@ -98,7 +98,7 @@ class LlamaCpp:
             "max_tokens": max_tokens,
             "stop_tokens": [int(token) for token in stop_tokens],
         }
-        answer = self._ask(task)
+        answer = self._request(task)
         return answer["tokens"], answer["stopped"]
 
     def tokenize(
@@ -106,7 +106,7 @@ class LlamaCpp:
     ) -> list[list[int]]:
         """Token ids of each text."""
         task = {"kind": "tokenize", "texts": list(texts), "add_special": add_special, "parse_special": parse_special}
-        return self._ask(task)
+        return self._request(task)
 
     def close(self) -> None:
         """End the process."""
@@ -125,7 +125,7 @@ class LlamaCpp:
     ) -> None:
         self.close()
 
-    def _ask(self, task: dict[str, Any]) -> Any:
+    def _request(self, task: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         alarm = threading.Timer(self._timeout, self._process.kill)
@@ -142,24 +142,24 @@ class LlamaCpp:
             return json.loads(line)["answer"]
         if late:
             raise ModelError(f"{self._what}: no answer within {self._timeout:.0f} seconds")
-        said = self._said.read_text(encoding="utf-8", errors="replace")
-        raise ModelError(last_words(self._what, self._process.wait(), said))
+        stderr = self._said.read_text(encoding="utf-8", errors="replace")
+        raise ModelError(stderr_tail(self._what, self._process.wait(), stderr))
 
 
 def run_child(
-    module: str, request: dict[str, Any], what: str, heard: Callable[[int, int], None] = lambda done, total: None
+    module: str, request: dict[str, Any], what: str, received: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
     """Run one of this folder's modules on one request; it prints how far it is, `done total`.
 
     Raises ModelError with the end of what it said.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             child_command(module),
             env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=stderr,
             text=True,
             errors="replace",
         )
@@ -171,15 +171,15 @@ def run_child(
             with process.stdout:
                 for line in process.stdout:
                     done, total = line.split()
-                    heard(int(done), int(total))
+                    received(int(done), int(total))
         except BaseException:
             process.kill()
             raise
         finally:
             code = process.wait()
         if code:
-            said.seek(0)
-            raise ModelError(last_words(what, code, said.read().decode("utf-8", errors="replace")))
+            stderr.seek(0)
+            raise ModelError(stderr_tail(what, code, stderr.read().decode("utf-8", errors="replace")))
 
 
 def child_command(module: str) -> list[str]:
@@ -192,16 +192,16 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-def last_words(what: str, code: int, said: str) -> str:
+def stderr_tail(what: str, code: int, stderr: str) -> str:
     """How a child ended, and the end of what it said."""
     how = f"ended by signal {-code}" if code < 0 else "failed"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or "assert" in line.lower()]
-    return "\n  ".join([f"{what} {how}:", *list(dict.fromkeys([*telling, *lines[-1:]]))[-5:]])
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    token_stream = [line for line in lines if "error" in line.lower() or "assert" in line.lower()]
+    return "\n  ".join([f"{what} {how}:", *list(dict.fromkeys([*token_stream, *lines[-1:]]))[-5:]])
 
 
 def squared_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Normalised: mean squared difference over the reference's variance along the vocabulary. Shapes (T, V)."""
+    """Normalized: mean squared difference over the reference's variance along the vocabulary. Shapes (T, V)."""
     wanted = reference.astype(np.float64)
     spread = wanted - wanted.mean(axis=-1, keepdims=True)
     return float(((ours.astype(np.float64) - wanted) ** 2).sum() / (spread**2).sum())

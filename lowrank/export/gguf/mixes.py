@@ -1,7 +1,7 @@
-"""Which type each tensor of a quantised file gets: llama.cpp's mixes, tensor by tensor.
+"""Which type each tensor of a quantized file gets: llama.cpp's mixes, tensor by tensor.
 
 `Q4_K_M` is no type but a recipe: most matrices Q4_K, the more delicate ones (values, the second half of the
-feed-forward block, the head) in more bits. The rules are those of llama-quant.cpp (MIT licence, read at
+feed-forward block, the head) in more bits. The rules are those of llama-quant.cpp (MIT license, read at
 llama.cpp of 2026-10-01), so that a file made here is the one `llama-quantize` makes, bit for bit.
 """
 
@@ -103,7 +103,7 @@ def choose_types(
     seen = _Seen()
     chosen: dict[str, str | None] = {}
     for name in sorted(shapes, key=_place):
-        if not _is_quantised(name, shapes[name]):
+        if not _is_quantized(name, shapes[name]):
             chosen[name] = None
             continue
         wanted = _wanted(recipe, model, name, shapes[name][-1], seen, has_importance)
@@ -122,7 +122,7 @@ def _place(name: str) -> tuple[int, str]:
     return (int(layer[1]) if layer else -1, name)
 
 
-def _is_quantised(name: str, shape: tuple[int, ...]) -> bool:
+def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     if len(shape) < 2 or not name.endswith("weight") or any(part in name for part in _KEPT):
         return False
     return name not in ("position_embd.weight", "token_types.weight")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,22 @@ import torch
 import transformers
 
 from lowrank.errors import ModelError
-from lowrank.export.merge import Merged
-from lowrank.export.side_files import write_side_files
+from lowrank.export.merge.merged import Merged
+from lowrank.export.merge.tensor_names import Names
+from lowrank.export.merge.weights import Weights
 from lowrank.export.source import Source
-from lowrank.export.weights import Weights
-from lowrank.models.quiet import quiet_transformers
+from lowrank.export.writing.side_files import write_side_files
+from lowrank.foreign_files import read_json
+from lowrank.models.layers import is_outside, language_model
+from lowrank.models.loading.model_class import is_composite
+from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.loading.tokenizer import FILE_FAULTS
 
 
 @dataclass(frozen=True)
 class Model:
-    """`shapes` and `dtypes` by the names in the checkpoint's files; `tensor(name)`: its values."""
+    """`shapes` and `dtypes` by the names in the checkpoint's files; `tensor(name)`: its values. Of a composite model it
+    is the language model, under the names of a checkpoint that holds nothing else."""
 
     folder: Path
     """With config.json and the tokenizer."""
@@ -30,6 +37,16 @@ class Model:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     tensor: Callable[[str], torch.Tensor]
+    named: Callable[[str], str | None] = str
+    """The name here of a parameter of transformers' model; None: it is not here."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Parts of a composite model that are not here, and how many tensors each has: towers for pictures or sound."""
+
+    @property
+    def architecture(self) -> str:
+        """The class that the whole model's config.json names, which is what llama.cpp's own converter goes by."""
+        whole = read_json(self.folder / "config.json")
+        return (whole.get("architectures") or self.config.get("architectures") or [self.model_type])[0]
 
     @property
     def model_type(self) -> str:
@@ -44,7 +61,8 @@ def read_folder(folder: Path) -> Model:
     dtypes = {name: entry.dtype for name, entry in files.items()}
     config = read_config(folder)
     config.pop("quantization_config", None)  # they come unpacked
-    return Model(folder, folder.resolve().name, config, shapes, dtypes, lambda name: files[name].read())
+    model = Model(folder, folder.resolve().name, config, shapes, dtypes, lambda name: files[name].read())
+    return _language_part(model, Names(folder, files)) if _is_composite(folder) else model
 
 
 def read_merged(source: Source, folder: Path) -> Model:
@@ -60,13 +78,54 @@ def read_merged(source: Source, folder: Path) -> Model:
 
     shapes = {name: plan.shape for name, plan in merged.items()}
     dtypes = {name: plan.dtype if plan.change is None else torch.float32 for name, plan in merged.items()}
-    return Model(folder, source.name, read_config(folder), shapes, dtypes, tensor)
+    model = Model(folder, source.name, read_config(folder), shapes, dtypes, tensor)
+    if not _is_composite(folder):
+        return model
+    return _language_part(model, Names(source.base, merged.checkpoint), untied=merged.untied)
+
+
+def _language_part(model: Model, names: Names, *, untied: bool = False) -> Model:
+    """The language model of a composite one, its tensors named as in a checkpoint of its own; see `Model.left_out`."""
+    text = names.model.config.get_text_config()
+    language, _ = language_model(names.model)
+    head = names.model.get_output_embeddings()
+    heads = {name for name, module in names.model.named_modules() if module is head}
+    own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    prefix = getattr(own, "base_model_prefix", "model")
+
+    def named(parameter: str) -> str | None:
+        """None for what is outside of the language model."""
+        module, _, last = parameter.rpartition(".")
+        if module in heads:
+            return f"lm_head.{last}"
+        return None if is_outside(parameter, language) else f"{prefix}{parameter.removeprefix(language)}"
+
+    becomes = names.parameters
+    found = {name: named(becomes.get(name, name)) for name in model.shapes}
+    file_of = {plain: name for name, plain in found.items() if plain is not None}
+    above = language.rpartition(".")[0]
+    outside = [becomes.get(name, name).removeprefix(f"{above}.") for name, plain in found.items() if plain is None]
+    counts = Counter(name.partition(".")[0] for name in outside)
+    return replace(
+        model,
+        config={**model.config, "tie_word_embeddings": bool(names.tied) and not untied},
+        shapes={plain: model.shapes[name] for plain, name in file_of.items()},
+        dtypes={plain: model.dtypes[name] for plain, name in file_of.items()},
+        tensor=lambda plain: model.tensor(file_of[plain]),
+        named=named,
+        left_out=dict(counts),
+    )
+
+
+def _is_composite(folder: Path) -> bool:
+    with quiet_transformers():
+        return is_composite(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json with transformers' defaults filled in."""
     with quiet_transformers():
         try:
-            return transformers.AutoConfig.from_pretrained(folder).get_text_config().to_dict()
-        except (ValueError, KeyError, OSError) as error:
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().to_dict()
+        except FILE_FAULTS as error:
             raise ModelError(f"{folder}: transformers does not know this config.json: {error}") from error

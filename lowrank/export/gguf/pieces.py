@@ -135,7 +135,7 @@ def windows(config: dict[str, Any]) -> list[str]:
 
 
 def interleave_heads(heads: int) -> Make:
-    """Rows of a query or key projection in the order of llama.cpp's `llama`, which rotates neighbours (x0, x1).
+    """Rows of a query or key projection in the order of llama.cpp's `llama`, which rotates neighbors (x0, x1).
 
     transformers rotates (x0, x_half); so row i of the first half goes to 2i, of the second to 2i + 1.
     """

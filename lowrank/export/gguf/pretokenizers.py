@@ -1,7 +1,7 @@
 """Which of llama.cpp's ways to cut text into words a byte-level BPE tokenizer uses.
 
 llama.cpp has a fixed list of them, each a few regular expressions behind a name (`tokenizer.ggml.pre`), and a
-wrong name gives other tokens for half of all texts without a word. Upstream's converter recognises a tokenizer
+wrong name gives other tokens for half of all texts without a word. Upstream's converter recognizes a tokenizer
 by a hash of the token ids of one text, so it knows no newly trained one. Here the tokenizer's own cutting is
 held against the list: first as written, then, for one that is not on it, by what it does to a corpus.
 """
@@ -120,16 +120,16 @@ def _nearest(described: dict[str, Any], corpus: Sequence[str]) -> Choice:
         results.append((different, cuts, preset.name, wrong))
     different, _, name, wrong = min(results, key=lambda result: result[:2])
     if not different:
-        return Choice(name, f"the tokenizer's way of cutting words is none of llama.cpp's; {name} gave the same tokens")
+        return Choice(name, f"unknown pre-tokenizer; using {name}, which tokenizes the test texts identically")
     share = different / total
-    said = (
-        f"the tokenizer's way of cutting words is none of llama.cpp's; the nearest, {name}, gives other tokens for "
+    warning = (
+        f"unknown pre-tokenizer; the nearest of llama.cpp's, {name}, gives other tokens for "
         f"{len(wrong)} of {len(corpus)} texts ({share:.2%} of the tokens), for example for "
         f"{min((corpus[index] for index in wrong), key=len)[:40]!r}"
     )
     if share > MOST_DIFFERENT:
-        raise ModelError(f"{said}. That is too much for a GGUF file: serve this model from its merged checkpoint")
-    return Choice(name, said)
+        raise ModelError(f"{warning}. That is too much for a GGUF file: serve this model from its merged checkpoint")
+    return Choice(name, warning)
 
 
 def _cuts(tokenizer: Tokenizer, text: str) -> set[int]:

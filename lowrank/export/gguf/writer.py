@@ -33,7 +33,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ModelError("GGUF files need the package gguf: pip install 'lowrank[gguf]'") from error
+        raise ModelError("GGUF files need the package gguf: pip install 'lowrank-llm[gguf]'") from error
     return gguf
 
 
@@ -76,7 +76,7 @@ def field(name: str, value: Any) -> bytes:
 
 def _list(values: list[Any]) -> bytes:
     kinds = {type(value) for value in values}
-    if kinds <= {str, bytes} and kinds:
+    if kinds <= {str, bytes}:  # of no kind at all: the merges of a tokenizer without any
         return struct.pack("<IQ", STRING, len(values)) + b"".join(map(_named, values))
     (kind,) = kinds
     number, letter = {bool: (_BOOL, "?"), int: (_SIGNED, "i"), float: (_FLOAT, "f")}[kind]

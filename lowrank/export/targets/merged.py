@@ -10,28 +10,29 @@ import torch
 from pydantic import AfterValidator
 
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
-from lowrank.export.merge import Merged
-from lowrank.export.readers import read_model
-from lowrank.export.shards import Layout, lay_out, write_shards
-from lowrank.export.side_files import write_side_files
-from lowrank.export.sizes import parse_size, said_size
+from lowrank.export.merge.merged import Merged
+from lowrank.export.publish.asking import code_that_asks
 from lowrank.export.source import Source
-from lowrank.models.checkpoint_files import BLOCK_BYTES
+from lowrank.export.verify.readers import read_model
+from lowrank.export.writing.shards import Layout, lay_out, write_shards
+from lowrank.export.writing.side_files import write_side_files
+from lowrank.export.writing.sizes import format_size, parse_size
+from lowrank.models.loading.checkpoint_files import BLOCK_BYTES
 from lowrank.settings import Settings
 
+_WIDER = (
+    "write it with dtype=float32: an update that moved the weights little is lost where they are rounded to 16 bits"
+)
 TOLERANCES = {
     torch.float32: Tolerance(mean_kl=1e-6, top1_agreement=0.999, perplexity=1e-4),
-    torch.float16: Tolerance(mean_kl=2e-3, top1_agreement=0.98, perplexity=5e-3),
-    torch.bfloat16: Tolerance(mean_kl=1e-2, top1_agreement=0.95, perplexity=2e-2),
+    torch.float16: Tolerance(mean_kl=2e-3, top1_agreement=0.98, perplexity=5e-3, remedy=_WIDER),
+    torch.bfloat16: Tolerance(mean_kl=1e-2, top1_agreement=0.95, perplexity=2e-2, remedy=_WIDER),
 }
 """By the dtype of the merged weights: what rounding them may do. Both sides are computed in the same dtype."""
 _COPIES = 4
 """Of the largest tensor, in float32, in memory where an update needs the whole of it."""
 _USAGE = """```python
-from transformers import pipeline
-
-ask = pipeline("text-generation", "{path}")
-print(ask([{{"role": "user", "content": "Hello"}}])[0]["generated_text"][-1]["content"])
+{asking}
 ```
 
 Or served: `vllm serve {path}`, `lowrank chat {path}`."""
@@ -42,7 +43,7 @@ def _size(value: str) -> str:
     return value
 
 
-class Config(Settings):
+class MergedExportConfig(Settings):
     """The whole model, in transformers' layout."""
 
     type: Literal["merged"] = "merged"
@@ -59,7 +60,7 @@ class Config(Settings):
 class MergedTarget:
     """See the module."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: MergedExportConfig) -> None:
         self.config = config
         self.dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         self._planned: tuple[Source, Merged] | None = None
@@ -69,7 +70,9 @@ class MergedTarget:
         merged, layout = self._plan(source)
         whole = [plan for plan in merged.values() if plan.change is not None and not plan.change.by_rows]
         largest = max((torch.Size(plan.shape).numel() * 4 for plan in whole), default=0)
-        return Needs(layout.total_bytes + (64 << 20), max(_COPIES * largest, 8 * BLOCK_BYTES), (_said(source, merged),))
+        return Needs(
+            layout.total_bytes + (64 << 20), max(_COPIES * largest, 8 * BLOCK_BYTES), (_describe(source, merged),)
+        )
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """Weights, configuration, tokenizer, template."""
@@ -77,7 +80,7 @@ class MergedTarget:
         write_shards(merged, layout, self.dtype, folder, progress)
         write_side_files(source, folder, dtype=self.dtype, untied=merged.untied)
         files = f"{len(layout.files)} files" if len(layout.files) > 1 else "one file"
-        return (f"{said_size(layout.total_bytes)} of weights in {files}",)
+        return (f"{format_size(layout.total_bytes)} of weights in {files}",)
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as transformers loads it."""
@@ -86,7 +89,7 @@ class MergedTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """With transformers and with vLLM."""
-        return _USAGE.format(path=path)
+        return _USAGE.format(asking=code_that_asks(source.base, path), path=path)
 
     def _merged(self, source: Source) -> Merged:
         """Planned once for the checks, the writing and the reading back."""
@@ -109,18 +112,18 @@ def _base_dtype(merged: Merged) -> torch.dtype:
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
 
 
-def _said(source: Source, merged: Merged) -> str:
-    quantised = merged.checkpoint.method
+def _describe(source: Source, merged: Merged) -> str:
+    quantized = merged.checkpoint.method
     if source.adapter is None:
-        done = f"unpacked from {quantised}" if quantised else "copied as they are"
+        done = f"unpacked from {quantized}" if quantized else "copied as they are"
         return f"there is no adapter: the weights are {done}"
     dtype = str(_base_dtype(merged)).removeprefix("torch.")
     kept = source.model.storage.type
     also = f" (training kept them in {kept})" if kept != "dense" else ""
     untied = "; embedding and head, one tensor in the base, become two" if merged.untied else ""
-    if quantised:
+    if quantized:
         return (
-            f"merged in float32 into the {quantised} weights as they unpack, since the base's files hold no others; "
+            f"merged in float32 into the {quantized} weights as they unpack, since the base's files hold no others; "
             f"written in {dtype}{untied}"
         )
     return f"merged in float32 from the original {dtype} weights{also}{untied}"

@@ -8,23 +8,22 @@ from typing import Any, Literal
 import torch
 
 from lowrank.export import Tolerance
-from lowrank.export.packed import PackedSettings, PackedTarget
-from lowrank.kernels.four_bit import CODES, quantise, quantise_scales
-from lowrank.models.prequantised.bnb import as_config, as_tensors
+from lowrank.export.quantize.packed import PackedSettings, PackedTarget
+from lowrank.kernels.four_bit import CODES, quantize, quantize_scales
+from lowrank.models.prequantized.bnb import as_config, as_tensors
 from lowrank.models.storages.four_bit import FourBitLinear
-from lowrank.quantisation.compensated import Levels, quantise_matrix
+from lowrank.quantization.compensated import Levels, quantize_matrix
 
 _CODE = "nf4"
 _USAGE = """```python
-from transformers import pipeline  # pip install bitsandbytes
-
-ask = pipeline("text-generation", "{path}")
+# pip install bitsandbytes
+{asking}
 ```
 
 Or `vllm serve {path}`; `lowrank train ... model={path}` trains on it."""
 
 
-class Config(PackedSettings):
+class Merged4bitExportConfig(PackedSettings):
     """The merged model in 4 bits (NF4)."""
 
     type: Literal["merged_4bit"] = "merged_4bit"
@@ -41,7 +40,7 @@ class Config(PackedSettings):
 class BnbFormat:
     """See the module."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: Merged4bitExportConfig) -> None:
         self.settings = settings
         self.bits = 4 + (8.127 if settings.double_quant else 32) / settings.block_size
         self.tolerance = Tolerance(
@@ -50,7 +49,7 @@ class BnbFormat:
             "that loses less: --to gguf --type q8_0, --to merged, or the adapter over the 4-bit base (--to peft)",
         )  # fmt: skip
 
-    def trouble(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def incompatibility(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         """None: blocks run over the flattened weight, and the last may be short."""
         del shapes
         return []
@@ -61,13 +60,13 @@ class BnbFormat:
         """Compensated where rows are whole blocks."""
         shape, size = (weight_OD.shape[0], weight_OD.shape[1]), self.settings.block_size
         if moment_DD is not None and shape[1] % size == 0:
-            groups, _ = quantise_matrix(weight_OD, Levels(torch.tensor(CODES[_CODE])), size, moment_DD)
+            groups, _ = quantize_matrix(weight_OD, Levels(torch.tensor(CODES[_CODE])), size, moment_DD)
             code_N = groups.code_OD.flatten()
             packed, absmax = (code_N[::2] << 4) | code_N[1::2], groups.scale_OG.flatten()
         else:
-            packed, absmax = quantise(weight_OD, _CODE, size)
+            packed, absmax = quantize(weight_OD, _CODE, size)
         if self.settings.double_quant:
-            scales, nested, offset = quantise_scales(absmax)
+            scales, nested, offset = quantize_scales(absmax)
             layer = _layer(shape, size, packed, scales, dtype, nested_absmax=nested, offset=offset)
         else:
             layer = _layer(shape, size, packed, absmax, dtype)
@@ -84,9 +83,9 @@ class BnbFormat:
         layer = _layer((0, 0), self.settings.block_size, some, torch.zeros(0), dtype, nested_absmax=nested)
         return as_config({next(iter(shapes)): layer}, list(others), dtype)
 
-    def usage(self, path: str) -> str:
+    def usage(self, path: str, asking: str) -> str:
         """With transformers, vLLM and lowrank."""
-        return _USAGE.format(path=path)
+        return _USAGE.format(path=path, asking=asking)
 
 
 def _layer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from lowrank.data.chat.template_sandbox import render_text
 from lowrank.errors import ConfigError, DataError, ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack
 from lowrank.export.gguf.llama_cpp import unreachable
-from lowrank.export.go_template import Turns, turn_texts
-from lowrank.export.modelfile import Modelfile, printable
+from lowrank.export.publish.go_template import Turns, turn_texts
+from lowrank.export.publish.modelfile import Modelfile, printable
 from lowrank.export.source import Source
-from lowrank.export.targets.gguf import Config as GgufConfig
-from lowrank.export.targets.gguf import LlamaReader, as_types, tolerance
-from lowrank.export.targets.lora_gguf import Config as LoraConfig
-from lowrank.export.targets.lora_gguf import run_time_trouble
+from lowrank.export.targets.gguf import GGUFExportConfig, LlamaReader, as_types, tolerance
+from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig, runtime_incompatibility
+from lowrank.foreign_files import read_json
 from lowrank.settings import Settings
 
 MODELFILE = "Modelfile"
@@ -36,7 +35,7 @@ def _one_type(value: Any) -> Any:
     return types
 
 
-class Config(Settings):
+class OllamaExportConfig(Settings):
     """An Ollama model: a GGUF file and a Modelfile."""
 
     type: Literal["ollama"] = "ollama"
@@ -55,7 +54,7 @@ class Config(Settings):
     num_ctx: int = Field(default=0, ge=0)
     """Context length in tokens; 0: the model's own, 8192 at the most, since memory is reserved for all of it."""
     importance: str | None = None
-    """A text file or `data`, for the importance matrix of quantised types; see gguf.importance."""
+    """A text file or `data`, for the importance matrix of quantized types; see gguf.importance."""
 
     def build(self) -> OllamaTarget:
         """The target."""
@@ -65,12 +64,12 @@ class Config(Settings):
 class OllamaTarget:
     """See the module."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: OllamaExportConfig) -> None:
         if config.base is not None and not config.as_adapter:
             raise ConfigError("ollama.base goes with ollama.as_adapter=true: a merged model needs no base")
         self.config = config
-        self.gguf = GgufConfig(types=config.types, importance=config.importance).build()
-        self.lora = LoraConfig().build()
+        self.gguf = GGUFExportConfig(types=config.types, importance=config.importance).build()
+        self.lora = LoraGGUFExportConfig().build()
 
     def needs(self, source: Source) -> Needs:
         """Those of the GGUF files. The Modelfile is made here once, so that what it cannot hold is refused first."""
@@ -79,7 +78,7 @@ class OllamaTarget:
         if self.config.base is None:
             parts.append(self.gguf.needs(self._model(source)))
         if self.config.as_adapter:
-            problems = run_time_trouble(source)
+            problems = runtime_incompatibility(source)
             raise_all(
                 ModelError, "ollama.as_adapter: llama.cpp cannot apply this adapter; leave as_adapter out", problems
             )
@@ -98,15 +97,15 @@ class OllamaTarget:
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """The GGUF files, then the Modelfile beside them."""
-        said: list[str] = []
+        described: list[str] = []
         if self.config.as_adapter:
-            said += self.lora.write(source, folder, lambda done, total, what="": None)
+            described += self.lora.write(source, folder, lambda done, total, what="": None)
         if self.config.base is None:
-            said += self.gguf.write(self._model(source), folder, progress)
+            described += self.gguf.write(self._model(source), folder, progress)
         modelfile = self._modelfile(source)
         (folder / MODELFILE).write_text(modelfile.text(), encoding="utf-8")
         settings = ", ".join(f"{name} {value}" for name, value in modelfile.parameters)
-        return [*said, f"Modelfile: FROM {modelfile.model}, {settings}"]
+        return [*described, f"Modelfile: FROM {modelfile.model}, {settings}"]
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The files that the Modelfile names, in llama.cpp, which is what Ollama runs."""
@@ -155,9 +154,7 @@ def go_template(source: Source) -> str:
 
     def render(turns: Turns, waiting: bool) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
-        return source.tokenizer.apply_chat_template(
-            messages, chat_template=source.chat_template, add_generation_prompt=waiting, tokenize=False
-        )
+        return render_text(source.tokenizer, messages, template=source.chat_template, generation_prompt=waiting)
 
     try:
         return turn_texts(render, source.tokenizer.bos_token).go()
@@ -168,7 +165,7 @@ def go_template(source: Source) -> str:
 
 
 def _context(source: Source) -> int:
-    config = json.loads((source.base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source.base / "config.json")
     text = config.get("text_config") or config
     own = text.get("max_position_embeddings") or text.get("n_positions") or text.get("seq_length") or 2048
     return min(int(own), _MOST_CONTEXT)

@@ -1,4 +1,6 @@
-"""The adapter alone, in PEFT's layout: for PEFT, vLLM's and others' adapter loading, and for lowrank itself."""
+"""The adapter alone, in PEFT's layout: for PEFT, vLLM's and others' adapter loading, and for lowrank itself.
+
+Bottleneck adapters, which PEFT does not have, in the layout of AdapterHub's library."""
 
 from __future__ import annotations
 
@@ -8,15 +10,18 @@ from typing import Literal
 
 import torch
 
-from lowrank.checkpoints.peft_config import describe_base, peft_trouble
+from lowrank.adapters.bottleneck import BottleneckSettings
+from lowrank.checkpoints.model_card import loading_code
+from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
-from lowrank.export.names import Names
-from lowrank.export.readers import read_adapter
-from lowrank.export.side_files import write_tokenizer
+from lowrank.export.merge.tensor_names import Names
+from lowrank.export.merge.weights import Weights
 from lowrank.export.source import Source
-from lowrank.export.weights import Weights
+from lowrank.export.verify.readers import read_adapter
+from lowrank.export.writing.side_files import write_tokenizer
+from lowrank.models.loading.model_class import model_class
 from lowrank.settings import Settings
 
 TOLERANCES = {
@@ -25,17 +30,13 @@ TOLERANCES = {
     "bfloat16": Tolerance(mean_kl=1e-3, top1_agreement=0.98, perplexity=5e-3),
 }
 _USAGE = """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{path}")
+{code}
 ```
 
-Or, without PEFT: `lowrank chat {path}`."""
+Or, without {library}: `lowrank chat {path}`."""
 
 
-class Config(Settings):
+class PeftExportConfig(Settings):
     """The adapter alone, in PEFT's layout."""
 
     type: Literal["peft"] = "peft"
@@ -50,7 +51,7 @@ class Config(Settings):
 class PeftTarget:
     """See the module."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: PeftExportConfig) -> None:
         self.config = config
         self.dtype: torch.dtype = getattr(torch, config.dtype)
 
@@ -68,10 +69,10 @@ class PeftTarget:
         base = describe_base(_names(source).model, source.model.path, source.model.revision)
         write_adapter(folder, adapter, base, dtype=self.dtype)
         size = sum(tensor.numel() for tensor in adapter.tensors.values())
-        trouble = peft_trouble(base, adapter.targets)
+        problem = peft_incompatibility(base, adapter.targets, adapter.config.peft)
         write_tokenizer(source, folder)
         progress(1, 1)
-        return tuple(filter(None, [f"{size:,} parameters of a {adapter.config.title} adapter", trouble]))
+        return tuple(filter(None, [f"{size:,} parameters of a {adapter.config.title} adapter", problem]))
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The adapter as a user loads it again, on the base."""
@@ -79,8 +80,12 @@ class PeftTarget:
         return (ReadBack("peft", tolerance, lambda: read_adapter(source, load_adapter(folder))),)
 
     def usage(self, source: Source, path: str) -> str:
-        """With PEFT on the base."""
-        return _USAGE.format(path=path, base=source.hub_base or "path/of/the/base")
+        """With PEFT, or with AdapterHub's library, on the base."""
+        config = _adapter(source).config
+        library = "adapters" if isinstance(config, BottleneckSettings) else "PEFT"
+        auto_class = model_class(_names(source).model.config).__name__
+        code = loading_code(config, source.hub_base or "path/of/the/base", path, auto_class)
+        return _USAGE.format(path=path, code=code, library=library)
 
 
 def _adapter(source: Source) -> AdapterOnDisk:
@@ -90,4 +95,4 @@ def _adapter(source: Source) -> AdapterOnDisk:
 
 
 def _names(source: Source) -> Names:
-    return Names(source.base, Weights(source.base), trust_remote_code=source.model.trust_remote_code)
+    return Names(source.base, Weights(source.base), trust_remote_code=source.model.runs_own_code)

@@ -30,6 +30,11 @@ class BaseLinear(Protocol):
         ...
 
 
+def bias_of(base: BaseLinear) -> torch.Tensor | None:
+    """The frozen bias, where the layer has one."""
+    return getattr(base, "bias", None)
+
+
 if TYPE_CHECKING:
 
     class StorageConfig(Protocol):

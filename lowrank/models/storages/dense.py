@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lowrank.settings import Settings
 
 
-class Config(Settings):
+class DenseConfig(Settings):
     """Dense storage: the weights in the run's dtype."""
 
     type: Literal["dense"] = "dense"

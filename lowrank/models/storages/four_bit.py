@@ -7,12 +7,14 @@ from torch import nn
 
 from lowrank.kernels.four_bit import (
     NESTED_BLOCK,
-    dequantise,
-    dequantise_scales,
+    dequantize,
+    dequantize_scales,
     dynamic_map,
     packed_bytes,
-    quantise,
-    quantise_scales,
+    product,
+    quantize,
+    quantize_scales,
+    reads_codes,
 )
 from lowrank.kernels.scratch import scratch
 from lowrank.models.storages.packed import PackedLinear, bias_of, weight_of
@@ -51,9 +53,20 @@ class FourBitLinear(PackedLinear):
         own_map = nested_map is not None and not torch.equal(nested_map, dynamic_map(nested_map.device))
         self.register_buffer("nested_map", nested_map if own_map else None)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., O), in the dtype of `x`; a few rows without gradient (decoding) straight from the codes."""
+        trains = torch.is_grad_enabled() and x.requires_grad
+        x_ND = x if trains else x.reshape(-1, self.in_features)
+        if trains or x.dtype != self.dtype or not reads_codes(x_ND):
+            return super().forward(x)
+        out_NO = product(x_ND, self.codes, self.scales(), self.code, self.block_size, self.out_features)
+        if self.bias is not None:
+            out_NO += self.bias
+        return out_NO.view(*x.shape[:-1], self.out_features)
+
     def dense_weight(self) -> torch.Tensor:
         out = scratch((self.out_features, self.in_features), self.dtype, self.codes.device)
-        dequantise(self.codes, self.scales(), self.code, self.block_size, out)
+        dequantize(self.codes, self.scales(), self.code, self.block_size, out)
         return out
 
     def scales(self) -> torch.Tensor:
@@ -61,7 +74,7 @@ class FourBitLinear(PackedLinear):
         if self.nested_absmax is None:
             return self.absmax
         values = self.nested_map if self.nested_map is not None else dynamic_map(self.absmax.device)
-        return dequantise_scales(self.absmax, self.nested_absmax, self.offset, values, self.nested_block_size)
+        return dequantize_scales(self.absmax, self.nested_absmax, self.offset, values, self.nested_block_size)
 
     def extra_repr(self) -> str:
         double = ", double_quant" if self.nested_absmax is not None else ""
@@ -77,11 +90,11 @@ def four_bit_bytes(numel: int, block_size: int, double_quant: bool) -> int:
 def four_bit_of(linear: nn.Module, code: str, block_size: int, double_quant: bool) -> FourBitLinear:
     """The layer in 4 bits; it computes in the dtype its weight has now."""
     weight_OD = weight_of(linear)
-    packed, absmax = quantise(weight_OD, code, block_size)
+    packed, absmax = quantize(weight_OD, code, block_size)
     shape, dtype, bias_O = (weight_OD.shape[0], weight_OD.shape[1]), weight_OD.dtype, bias_of(linear)
     if not double_quant:
         return FourBitLinear(shape, code, block_size, packed, absmax, bias_O, dtype)
-    codes, nested_absmax, offset = quantise_scales(absmax)
+    codes, nested_absmax, offset = quantize_scales(absmax)
     return FourBitLinear(
         shape, code, block_size, packed, codes, bias_O, dtype, nested_absmax=nested_absmax, offset=offset
     )

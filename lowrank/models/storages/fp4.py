@@ -7,10 +7,10 @@ from typing import Literal
 from torch import nn
 
 from lowrank.models.storages.four_bit import FourBitLinear, four_bit_bytes, four_bit_of
-from lowrank.models.storages.packed import QuantisedStorage
+from lowrank.models.storages.packed import QuantizedStorage
 
 
-class Config(QuantisedStorage):
+class FP4Config(QuantizedStorage):
     """4-bit floats: a third more rounding error than nf4 on normal weights."""
 
     type: Literal["fp4"] = "fp4"

@@ -1,6 +1,6 @@
 """HQQ: 8, 6, 5, 4, 3, 2 or 1 bits, found without data in seconds a layer. 5 and 6 bits are packed as tight as 4.
 
-See `lowrank.quantisation.half_quadratic`. A group costs 32 bits more, for its scale and its zero point: 4 bits in
+See `lowrank.quantization.half_quadratic`. A group costs 32 bits more, for its scale and its zero point: 4 bits in
 groups of 64 are 4.5 bits a weight.
 """
 
@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import nn
 
 from lowrank.kernels.bit_packing import packed_bytes
-from lowrank.models.affine import AffineLinear
-from lowrank.models.storages.packed import QuantisedStorage, bias_of, weight_of
-from lowrank.quantisation.half_quadratic import half_quadratic
+from lowrank.models.storages.affine import AffineLinear
+from lowrank.models.storages.packed import QuantizedStorage, bias_of, weight_of
+from lowrank.quantization.half_quadratic import half_quadratic
 from lowrank.settings import Positive
 
 
-class Config(QuantisedStorage):
-    """Half-quadratic quantisation."""
+class HQQConfig(QuantizedStorage):
+    """Half-quadratic quantization."""
 
     type: Literal["hqq"] = "hqq"
     bits: Literal[8, 6, 5, 4, 3, 2, 1] = 4

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from lowrank.kernels.scratch import scratch
-from lowrank.models.storages.packed import PackedLinear, QuantisedStorage, bias_of, weight_of
+from lowrank.models.storages.packed import PackedLinear, QuantizedStorage, bias_of, weight_of
 from lowrank.settings import NonNegative
 
 
-class Config(QuantisedStorage):
+class Int8Config(QuantizedStorage):
     """8 bits per weight, one scale per row (output); arithmetic stays in 16 bit, unlike LLM.int8's."""
 
     type: Literal["int8"] = "int8"
@@ -30,7 +30,7 @@ class Config(QuantisedStorage):
             columns_K = weight_OD.abs().amax(dim=0).topk(count).indices.sort().values
             outliers_OK = weight_OD[:, columns_K].contiguous()
             weight_OD = weight_OD.index_fill(1, columns_K, 0.0)
-        codes_OD, absmax_O = quantise_rows(weight_OD)
+        codes_OD, absmax_O = quantize_rows(weight_OD)
         return Int8Linear(codes_OD, absmax_O, bias_of(linear), dtype, columns_K, outliers_OK)
 
     def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int:
@@ -42,7 +42,7 @@ class Config(QuantisedStorage):
 _CHUNK = 1 << 17
 
 
-def quantise_rows(weight_OD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(weight_OD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 codes (O, D), float32 absolute maximum of each row), as bitsandbytes' int8_vectorwise_quant."""
     absmax_O = weight_OD.abs().amax(dim=1).float()
     factor_O = 127.0 / absmax_O.clamp(min=torch.finfo(torch.float32).tiny)

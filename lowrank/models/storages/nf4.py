@@ -7,11 +7,11 @@ from typing import Literal
 from torch import nn
 
 from lowrank.models.storages.four_bit import FourBitLinear, four_bit_bytes, four_bit_of
-from lowrank.models.storages.packed import QuantisedStorage
+from lowrank.models.storages.packed import QuantizedStorage
 
 
-class Config(QuantisedStorage):
-    """4-bit NormalFloat (Dettmers et al., arXiv 2305.14314): 4.127 bits per weight with double quantisation."""
+class NF4Config(QuantizedStorage):
+    """4-bit NormalFloat (Dettmers et al., arXiv 2305.14314): 4.127 bits per weight with double quantization."""
 
     type: Literal["nf4"] = "nf4"
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64

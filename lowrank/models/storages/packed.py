@@ -22,17 +22,20 @@ DENSE_MODULES = ("lm_head", "embed_out", "router", "gate", "shared_expert_gate")
 """Heads, and the small layers that choose the experts of a mixture: few bytes, and sensitive to rounding."""
 
 
-class QuantisedStorage(Settings):
-    """Settings that every storage which quantises while it loads has; a storage adds `type`, its own, and `wrap`."""
+class QuantizedStorage(Settings):
+    """Settings that every storage which quantizes while it loads has; a storage adds `type`, its own, and `wrap`."""
 
     skip_modules: tuple[str, ...] = DENSE_MODULES
     """Linear layers, or the experts of a mixture, that stay in 16 bit, by name or the end of a name. The head and tied
     weights always do."""
+    towers: bool = False
+    """Pack what is beside the language model too: towers for pictures or sound, and their projectors. Left out, they
+    stay in 16 bit: few bytes, and what they see suffers from rounding."""
 
 
 def is_skipped(name: str, storage: Any) -> bool:
     """Whether the settings keep the module of this full name dense."""
-    skipped = storage.skip_modules if isinstance(storage, QuantisedStorage) else ()
+    skipped = storage.skip_modules if isinstance(storage, QuantizedStorage) else ()
     return any(name == skip or name.endswith(f".{skip}") for skip in skipped)
 
 

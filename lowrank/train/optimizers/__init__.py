@@ -1,13 +1,13 @@
 """How a job's parameters are updated: one file each, found by its name.
 
-A file has a `Config` (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimiser. From torch
+A file has a `Config` (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimizer. From torch
 and from living libraries where there is one; written here only where there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
@@ -20,8 +20,30 @@ Groups = list[dict[str, Any]]
 """torch's parameter groups; each also has `names`, `weight_decay`, `lr_factor` and `head_dim`."""
 
 
+@runtime_checkable
+class TrainsInParts(Protocol):
+    """An optimizer that updates some parameters at a time."""
+
+    def follow(self, train: Callable[[Collection[str]], None]) -> None:
+        """`train` is to be called with the names of those whose turn it is, now and at every change."""
+        ...
+
+
+@runtime_checkable
+class AveragesSteps(Protocol):
+    """An optimizer that trains other numbers than those which are evaluated and kept."""
+
+    def eval(self) -> None:
+        """Put the average in the parameters' place."""
+        ...
+
+    def train(self) -> None:
+        """Put back what is trained."""
+        ...
+
+
 class OptimizerSettings(Settings):
-    """Settings every optimiser shares."""
+    """Settings every optimizer shares."""
 
     paper: ClassVar[str] = ""
     """Where the method is described."""
@@ -33,7 +55,7 @@ class OptimizerSettings(Settings):
     """Whether it takes the place of a learning-rate schedule."""
 
     trains_in_parts: ClassVar[bool] = False
-    """Whether it updates some parameters at a time; its optimiser's `follow` is told whom to tell which."""
+    """Whether it updates some parameters at a time; its optimizer's `follow` is told whom to tell which."""
 
     may_be_layerwise: ClassVar[bool] = False
     """Whether it looks at one parameter at a time, so that `layerwise` is possible."""
@@ -73,14 +95,14 @@ class OptimizerSettings(Settings):
         undecayed: Collection[str] = (),
         head_dim: int | None = None,
     ) -> torch.optim.Optimizer:
-        """The optimiser over one job's parameters, by name. `factors`: what each one's learning rate is multiplied by.
+        """The optimizer over one job's parameters, by name. `factors`: what each one's learning rate is multiplied by.
         `undecayed`: names that weight decay does not reach. `head_dim`: of the base's attention. ConfigError where its
         library is missing."""
         groups = self._groups(parameters, factors, undecayed)
         return self.make([{**group, "head_dim": head_dim} for group in groups])
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
-        """The optimiser over these groups."""
+        """The optimizer over these groups."""
         raise NotImplementedError
 
     def notes(self, device: torch.device) -> list[str]:
@@ -126,7 +148,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
-    """What the optimiser keeps in tensors; those that parameters share are counted once."""
+    """What the optimizer keeps in tensors; those that parameters share are counted once."""
     tensors = {id(value): value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)}
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
@@ -135,12 +157,12 @@ ABSENT = {
     "lomo": "its library is not kept, and what it does is sgd with layerwise: true",
     "adalomo": "its library is not kept, and what it does is nearly adafactor with layerwise: true",
 }
-"""Optimisers that people know from elsewhere, and what to use."""
+"""Optimizers that people know from elsewhere, and what to use."""
 
 if TYPE_CHECKING:
 
     class OptimizerConfig(OptimizerSettings):
-        """What every optimiser's `Config` offers."""
+        """What every optimizer's `Config` offers."""
 
         type: str
 else:

@@ -10,12 +10,12 @@ from pydantic import Field
 from lowrank.train.optimizers import Groups, OptimizerSettings
 
 
-class Config(OptimizerSettings):
+class AdafactorConfig(OptimizerSettings):
     """Adam's second moment as a row and a column, and no first: a few bytes for each row of a matrix. As transformers'
     Trainer sets it: the learning rate is the schedule's, not relative to the parameters."""
 
     paper = "arXiv:1804.04235"
-    when = "full tuning with next to no optimiser state"
+    when = "full tuning with next to no optimizer state"
     may_be_layerwise = True
     type: Literal["adafactor"] = "adafactor"
     decay_rate: float = Field(default=-0.8, lt=0)

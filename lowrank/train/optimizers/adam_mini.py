@@ -15,7 +15,7 @@ _OF_HEADS = ("q_proj.weight", "k_proj.weight")
 """Matrices whose rows belong together by heads; in models that fuse them with the values, each row is a block."""
 
 
-class Config(AdamSettings):
+class AdamMiniConfig(AdamSettings):
     """AdamW with one second moment for each head of queries and keys, each row of any other matrix (what a neuron
     weighs its input with, or a token's embedding), each bias and each norm. 4 bytes for each trained parameter."""
 

@@ -23,7 +23,7 @@ class AdamSettings(OptimizerSettings):
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
 
 
-class Config(AdamSettings):
+class AdamWConfig(AdamSettings):
     """Adam with decoupled weight decay. 8 bytes for each trained parameter."""
 
     paper = "arXiv:1711.05101"

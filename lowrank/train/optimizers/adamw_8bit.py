@@ -13,7 +13,7 @@ from lowrank.train.optimizers.adamw import AdamSettings
 from lowrank.train.optimizers.with_bitsandbytes import bytes_in_8_bit, optimizer_of_bitsandbytes
 
 
-class Config(AdamSettings):
+class AdamW8bitConfig(AdamSettings):
     """AdamW that keeps its moments in 8 bit: 2 bytes for each trained parameter."""
 
     paper = "arXiv:2110.02861"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from lowrank.records import to_device
 from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project
 from lowrank.train.optimizers.one_by_one import OneByOne
@@ -17,7 +18,7 @@ _GROWTH = 1.01
 """A scaled gradient's norm grows by no more than this from step to step (Fira, arXiv:2410.01623)."""
 
 
-class Config(LowRankSettings):
+class ApolloConfig(LowRankSettings):
     """AdamW's scaling of gradients, found in a random projection of rank R; no singular value decomposition."""
 
     paper = "arXiv:2412.05270"
@@ -33,7 +34,7 @@ class Config(LowRankSettings):
 class Apollo(OneByOne):
     """The published AdamW, projection `random`."""
 
-    def __init__(self, groups: Groups, settings: Config) -> None:
+    def __init__(self, groups: Groups, settings: ApolloConfig) -> None:
         self.settings = settings
         super().__init__(groups, settings)
         ordered = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -77,4 +78,4 @@ def random_projection(gradient_OD: torch.Tensor, rank: int, seed: int) -> torch.
     rows, columns = gradient_OD.shape
     shape = (rank, columns) if rows >= columns else (rows, rank)
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(rank)
-    return drawn.to(gradient_OD)
+    return to_device(drawn.to(gradient_OD.dtype), gradient_OD.device)

@@ -17,7 +17,7 @@ _LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
 """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
 
 
-class Config(AdamSettings):
+class BAdamConfig(AdamSettings):
     """AdamW of one decoder layer at a time, the others frozen meanwhile; moments start anew with each layer. Keeps
     gradients, moments and float32 masters of one layer."""
 
@@ -44,7 +44,7 @@ class Config(AdamSettings):
 class BAdam(torch.optim.Optimizer):
     """torch's AdamW over the block whose turn it is. Which one that is follows from the steps taken alone."""
 
-    def __init__(self, groups: Groups, settings: Config) -> None:
+    def __init__(self, groups: Groups, settings: BAdamConfig) -> None:
         self.settings = settings
         names = [name for group in groups for name in group["names"]]
         self.blocks = blocks_of(names, settings.include_embedding, settings.include_lm_head)
@@ -81,7 +81,7 @@ class BAdam(torch.optim.Optimizer):
         return (start + {"ascending": turn, "descending": -turn, "fixed": 0}[mode]) % number
 
     def _turn(self) -> None:
-        """An optimiser of the block alone, its state ours."""
+        """An optimizer of the block alone, its state ours."""
         active, groups = self.active, []
         for group in self.param_groups:
             own = [each for name, each in zip(group["names"], group["params"]) if name in active]

@@ -11,11 +11,11 @@ from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, 
 from lowrank.train.optimizers.one_by_one import OneByOne
 
 
-class Config(LowRankSettings):
+class GaLoreConfig(LowRankSettings):
     """AdamW of gradients projected to their leading singular vectors; state of rank R instead of full."""
 
     paper = "arXiv:2403.03507"
-    when = "full tuning with the optimiser state of LoRA; a singular value decomposition now and then"
+    when = "full tuning with the optimizer state of LoRA; a singular value decomposition now and then"
     type: Literal["galore"] = "galore"
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
@@ -25,7 +25,7 @@ class Config(LowRankSettings):
 class GaLore(OneByOne):
     """The published AdamW, projection `std`."""
 
-    def __init__(self, groups: Groups, settings: Config) -> None:
+    def __init__(self, groups: Groups, settings: GaLoreConfig) -> None:
         self.settings = settings
         super().__init__(groups, settings)
 

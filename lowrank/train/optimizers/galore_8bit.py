@@ -14,7 +14,7 @@ from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, 
 from lowrank.train.optimizers.with_bitsandbytes import bytes_in_8_bit, optimizer_of_bitsandbytes
 
 
-class Config(LowRankSettings):
+class GaLore8bitConfig(LowRankSettings):
     """`galore` with moments in 8 bit; those of fewer than 4,096 numbers stay in 32 bit."""
 
     paper = "arXiv:2403.03507"
@@ -37,7 +37,7 @@ class GaLore8bit(torch.optim.Optimizer):
     """A projected matrix has a stand-in of the projection's shape, which starts each step at zero: what bitsandbytes
     makes of it is the step to project back."""
 
-    def __init__(self, groups: Groups, settings: Config) -> None:
+    def __init__(self, groups: Groups, settings: GaLore8bitConfig) -> None:
         self.settings = settings
         defaults = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
         super().__init__(groups, defaults)

@@ -9,7 +9,7 @@ import torch
 from lowrank.train.optimizers import Groups, OptimizerSettings
 
 
-class Config(OptimizerSettings):
+class LionConfig(OptimizerSettings):
     """The sign of an interpolated momentum: 4 bytes for each trained parameter."""
 
     paper = "arXiv:2302.06675"

@@ -16,7 +16,7 @@ _OF_WORDS = ("embed", "wte", "wpe", "lm_head")
 """In the names of embeddings and heads, which are tables of vectors rather than maps."""
 
 
-class Config(AdamSettings):
+class MuonConfig(AdamSettings):
     """Momentum, made orthogonal, for the matrices inside the model; AdamW for embeddings, heads, norms and biases.
     4 bytes for each parameter of a matrix. Updates are as large as AdamW's, so its learning rates hold."""
 
@@ -51,7 +51,7 @@ def _is_map(name: str, parameter: nn.Parameter) -> bool:
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers, each over its own parameters, as one."""
+    """Several optimizers, each over its own parameters, as one."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts

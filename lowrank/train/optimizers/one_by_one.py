@@ -1,4 +1,4 @@
-"""Optimisers of ours that update one parameter after another."""
+"""Optimizers of ours that update one parameter after another."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from lowrank.train.optimizers.adamw import AdamSettings
 from lowrank.train.optimizers.with_bitsandbytes import optimizer_of_bitsandbytes, unpaged
 
 
-class Config(AdamSettings):
+class PagedAdamW32bitConfig(AdamSettings):
     """AdamW in 32 bit whose state may be paged out to host memory; elsewhere than on a GPU it is `adamw`."""
 
     paper = "arXiv:2305.14314"

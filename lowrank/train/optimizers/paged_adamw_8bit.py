@@ -13,7 +13,7 @@ from lowrank.train.optimizers.adamw import AdamSettings
 from lowrank.train.optimizers.with_bitsandbytes import bytes_in_8_bit, optimizer_of_bitsandbytes, unpaged
 
 
-class Config(AdamSettings):
+class PagedAdamW8bitConfig(AdamSettings):
     """`adamw_8bit` whose state may be paged out to host memory."""
 
     paper = "arXiv:2305.14314"

@@ -11,7 +11,7 @@ from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.adamw import AdamSettings
 
 
-class Config(AdamSettings):
+class ScheduleFreeConfig(AdamSettings):
     """AdamW that averages its own steps, so that it can stop at any time: no schedule, `schedule: constant`. The
     average is what is evaluated and kept. 8 bytes for each trained parameter."""
 
@@ -25,7 +25,7 @@ class Config(AdamSettings):
             from schedulefree import AdamWScheduleFree
         except ImportError as error:
             raise ConfigError(
-                "optimizer.type: schedule_free needs schedulefree: pip install 'lowrank[optimizers]'; or use adamw"
+                "optimizer.type: schedule_free needs schedulefree: pip install 'lowrank-llm[optimizers]'; or use adamw"
             ) from error
         optimizer = AdamWScheduleFree(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps)
         optimizer.train()

@@ -10,7 +10,7 @@ from lowrank.settings import Fraction
 from lowrank.train.optimizers import Groups, OptimizerSettings
 
 
-class Config(OptimizerSettings):
+class SGDConfig(OptimizerSettings):
     """Plain gradient descent. Without momentum it keeps nothing; with it, 4 bytes for each parameter."""
 
     when = "to see what the gradient alone does; no memory at all"

@@ -1,4 +1,4 @@
-"""Optimisers of bitsandbytes: state in 8 bit, and state that moves to host memory when the GPU is full."""
+"""Optimizers of bitsandbytes: state in 8 bit, and state that moves to host memory when the GPU is full."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def optimizer_of_bitsandbytes(name: str, groups: Any, **options: Any) -> torch.o
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            "optimizer.type: 8-bit and paged optimisers need bitsandbytes: pip install 'lowrank[bnb]'; or use adamw"
+            "optimizer.type: 8-bit and paged optimizers need bitsandbytes: pip install 'lowrank-llm[bnb]'; or use adamw"
         ) from error
     return getattr(bitsandbytes.optim, name)(groups, **options)
 
@@ -42,7 +42,7 @@ def bytes_in_8_bit(parameters: Iterable[torch.Tensor], moments: int) -> int:
 
 
 def unpaged(name: str, device: torch.device) -> list[str]:
-    """The word about a paged optimiser where nothing can be paged."""
+    """The word about a paged optimizer where nothing can be paged."""
     if device.type == "cuda":
         return []
     return [f"optimizer.type {name}: only a GPU's memory can be paged; on {device.type} the state stays where it is"]

@@ -1,6 +1,6 @@
-"""Writes fixtures/llama_model_quantize.json: what llama.cpp's own quantiser makes of small made files, as hashes.
+"""Writes fixtures/llama_model_quantize.json: what llama.cpp's own quantizer makes of small made files, as hashes.
 
-Run in an environment that has llama-cpp-python (a compiler is needed; xllamacpp has no quantiser), numpy and gguf:
+Run in an environment that has llama-cpp-python (a compiler is needed; xllamacpp has no quantizer), numpy and gguf:
 
     python tests/export/gguf/make_quantized_fixtures.py     # llama-cpp-python 0.3.36
 

@@ -10,12 +10,12 @@ from benchmarks.exports import ONE_JOB, questions
 from lowrank.config import load
 from lowrank.data import demo
 from lowrank.export.gguf.llama_cpp import LlamaCpp
-from lowrank.export.readers import read_adapter
-from lowrank.export.targets.gguf import Config as Gguf
-from lowrank.generate.sampler import Config, Prompt, generate
-from lowrank.run import train
-from lowrank.take_home import Order, take_home
-from lowrank.to_take_home import open_source
+from lowrank.export.targets.gguf import GGUFExportConfig
+from lowrank.export.verify.readers import read_adapter
+from lowrank.generate.sampler import GenerationConfig, Prompt, generate
+from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export_source import open_source
+from lowrank.pipelines.train import train
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -26,20 +26,20 @@ def test_exact_match_of_the_files_is_the_adapter_s(tmp_path: Path) -> None:
     run, types = tmp_path / "run", ("f16", "q8_0", "q4_k_m")
     train(load(Path(demo.__file__).parent / "demo.yaml", [f"output_dir={run}", ONE_JOB]))
     found = open_source(str(run))
-    source, asked = found.source, questions(found, 100)
+    source, requested = found.source, questions(found, 100)
 
     def score(answers: list[list[int]]) -> float:
-        said = [source.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
-        return sum(text == expected.strip() for text, (_, expected) in zip(said, asked)) / len(asked)
+        described = [source.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+        return sum(text == expected.strip() for text, (_, expected) in zip(described, requested)) / len(requested)
 
     with read_adapter(source, source.adapter) as reader:
-        prompts = [Prompt(prompt, reader.slot) for prompt, _ in asked]
-        settings = Config(max_new_tokens=96)
+        prompts = [Prompt(prompt, reader.slot) for prompt, _ in requested]
+        settings = GenerationConfig(max_new_tokens=96)
         trained = score(generate(reader.base, reader.bank, prompts, settings, stop_tokens=source.stop_tokens))
     assert trained > 0.9
-    target = Gguf(types=types)
-    assert take_home(found, [Order(target, tmp_path / "out")])["passed"]
+    target = GGUFExportConfig(types=types)
+    assert export_targets(found, [ExportRequest(target, tmp_path / "out")])["passed"]
     for kind in types:
         with LlamaCpp(target.build().path(source, tmp_path / "out", kind)) as llama:
-            answers = [llama.generate(prompt.tolist(), 96, source.stop_tokens)[0] for prompt, _ in asked]
+            answers = [llama.generate(prompt.tolist(), 96, source.stop_tokens)[0] for prompt, _ in requested]
         assert score(answers) >= trained - (0.02 if kind != "q4_k_m" else 0.1), kind

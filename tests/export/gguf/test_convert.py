@@ -80,7 +80,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "change", "said"),
+    ("family", "change", "described"),
     [
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("llama", {"hidden_act": "relu"}, "activation 'relu'"),
@@ -89,11 +89,11 @@ def test_an_unknown_family_is_refused_by_name(tmp_path):
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
 )
-def test_what_llama_cpp_computes_otherwise_is_refused(family, change, said, tmp_path):
+def test_what_llama_cpp_computes_otherwise_is_refused(family, change, described, tmp_path):
     save(family, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=described):
         plan(read_folder(tmp_path))
 
 

@@ -14,9 +14,9 @@ from lowrank.errors import DataError
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.export.gguf.importance import cut, documents_for, measure
 from lowrank.export.gguf.model import read_folder
-from lowrank.export.gguf.quantize import quantise
+from lowrank.export.gguf.quantize import quantize_file
 from lowrank.export.source import Source
-from lowrank.models.config import Config as ModelConfig
+from lowrank.models.config import ModelConfig
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -35,16 +35,16 @@ def test_mean_squares_of_the_inputs(source, tmp_path):
     tokens = np.random.default_rng(0).integers(3, 3000, 64)
     found = measure(source, plan(read_folder(TINY)), [tokens[:40], tokens[40:]])
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    heard = []
-    model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda module, given: heard.append(given[0][0]))
+    received = []
+    model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda module, given: received.append(given[0][0]))
     with torch.no_grad():
         for part in (tokens[:40], tokens[40:]):
             model(torch.tensor(part)[None])
-    expected = torch.cat(heard).square().mean(0).numpy()
+    expected = torch.cat(received).square().mean(0).numpy()
     np.testing.assert_allclose(found["blk.2.ffn_down.weight"], expected, rtol=1e-4)
     assert len(found) == 6 * 7
     convert(TINY, tmp_path / "tiny.gguf")
-    assert "IQ2_XXS" in quantise(tmp_path / "tiny.gguf", tmp_path / "iq2.gguf", "iq2_xxs", importance=found).kinds
+    assert "IQ2_XXS" in quantize_file(tmp_path / "tiny.gguf", tmp_path / "iq2.gguf", "iq2_xxs", importance=found).kinds
 
 
 def test_rows_it_was_trained_on(source):

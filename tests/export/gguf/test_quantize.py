@@ -1,4 +1,4 @@
-"""Quantised files: the types llama.cpp would choose, and weights that are still the model's."""
+"""Quantized files: the types llama.cpp would choose, and weights that are still the model's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank.export.gguf.convert import convert
 from lowrank.export.gguf.header import read_header
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
 from lowrank.export.gguf.mixes import BASES, FALLBACKS, choose_types, describe
-from lowrank.export.gguf.quantize import quantise
+from lowrank.export.gguf.quantize import quantize_file
 from tests.export.gguf import make_quantized_fixtures as made
 
 gguf = pytest.importorskip("gguf")
@@ -78,10 +78,10 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "recipe"), CASES)
 def test_the_same_bytes_as_llama_model_quantize(model, recipe, tmp_path):
-    """Types and bytes of every tensor; what llama.cpp's own quantiser wrote is kept as a hash."""
+    """Types and bytes of every tensor; what llama.cpp's own quantizer wrote is kept as a hash."""
     made.write_model(tmp_path / "source.gguf", **made.MODELS[model])
     assert made.digest(tmp_path / "source.gguf") == FIXTURE[model]["source"], "numpy draws other numbers"
-    written = quantise(tmp_path / "source.gguf", tmp_path / "target.gguf", recipe, threads=1)
+    written = quantize_file(tmp_path / "source.gguf", tmp_path / "target.gguf", recipe, threads=1)
     assert made.digest(written.path) == FIXTURE[model][recipe]
 
 
@@ -90,17 +90,17 @@ def test_the_same_bytes_as_llama_model_quantize(model, recipe, tmp_path):
     [("Q6_K", 1e-3), ("Q4_K_M", 1e-2), ("Q3_K_M", 1e-2), ("IQ4_XS", 1e-2)],
 )  # fmt: skip
 def test_the_model_survives(recipe, bound, source, reference, tmp_path):
-    written = quantise(source, tmp_path / "quantised.gguf", recipe, threads=2)
+    written = quantize_file(source, tmp_path / "quantized.gguf", recipe, threads=2)
     with LlamaCpp(written.path) as llama:
         assert squared_error(llama.logits(TOKENS), reference) < bound
     kinds = {BASES[recipe], FALLBACKS.get(BASES[recipe])} - {None}
     assert kinds & set(written.kinds)
-    assert str(written).startswith("quantised.gguf: ")
+    assert str(written).startswith("quantized.gguf: ")
 
 
 def test_rows_are_what_the_kernels_make_of_them(source, tmp_path):
-    """gguf's own numpy quantiser is the other opinion."""
-    written = quantise(source, tmp_path / "q8.gguf", "q8_0")
+    """gguf's own numpy quantizer is the other opinion."""
+    written = quantize_file(source, tmp_path / "q8.gguf", "q8_0")
     before = {tensor.name: tensor for tensor in gguf.GGUFReader(source).tensors}
     for tensor in gguf.GGUFReader(written.path).tensors:
         if tensor.tensor_type.name == "Q8_0":
@@ -110,24 +110,24 @@ def test_rows_are_what_the_kernels_make_of_them(source, tmp_path):
 
 
 def test_the_number_of_threads_changes_nothing(source, tmp_path, monkeypatch):
-    one = quantise(source, tmp_path / "one.gguf", "q4_k_m", threads=1)
-    three = quantise(source, tmp_path / "three.gguf", "q4_k_m", threads=3)
+    one = quantize_file(source, tmp_path / "one.gguf", "q4_k_m", threads=1)
+    three = quantize_file(source, tmp_path / "three.gguf", "q4_k_m", threads=3)
     assert one.path.read_bytes() == three.path.read_bytes()
 
 
 def test_without_kernels_numpy_does_what_it_can(source, reference, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "_kernels", lambda: None)
-    written = quantise(source, tmp_path / "q4.gguf", "q4_0")
+    written = quantize_file(source, tmp_path / "q4.gguf", "q4_0")
     assert "cannot be reached" in written.notes[0]
     with LlamaCpp(written.path) as llama:
         assert squared_error(llama.logits(TOKENS), reference) < 2e-2
     with pytest.raises(ModelError, match=r"q4_k_m needs llama\.cpp's kernels"):
-        quantise(source, tmp_path / "no.gguf", "q4_k_m")
+        quantize_file(source, tmp_path / "no.gguf", "q4_k_m")
 
 
 def test_low_bits_need_importance(source, tmp_path):
     with pytest.raises(ModelError, match="iq2_xxs needs an importance matrix for 6 tensors"):
-        quantise(source, tmp_path / "iq2.gguf", "iq2_xxs")
+        quantize_file(source, tmp_path / "iq2.gguf", "iq2_xxs")
     assert not list(tmp_path.iterdir())
 
 
@@ -138,16 +138,16 @@ def test_importance_is_used(source, reference, tmp_path):
         for name, shape in shapes.items()
         if len(shape) > 1
     }
-    written = quantise(source, tmp_path / "iq2.gguf", "iq2_xxs", importance=weights)
+    written = quantize_file(source, tmp_path / "iq2.gguf", "iq2_xxs", importance=weights)
     with LlamaCpp(written.path) as llama:
         assert squared_error(llama.logits(TOKENS), reference) < 0.3
-    plain = quantise(source, tmp_path / "a.gguf", "q4_k_m")
-    weighted = quantise(source, tmp_path / "b.gguf", "q4_k_m", importance=weights)
+    plain = quantize_file(source, tmp_path / "a.gguf", "q4_k_m")
+    weighted = quantize_file(source, tmp_path / "b.gguf", "q4_k_m", importance=weights)
     assert plain.path.read_bytes() != weighted.path.read_bytes()
 
 
 def test_the_header_is_the_source_s_but_for_the_type(source, tmp_path):
-    written = quantise(source, tmp_path / "q4.gguf", "q4_0")
+    written = quantize_file(source, tmp_path / "q4.gguf", "q4_0")
     before, after = read_header(source), read_header(written.path)
     changed = {name for name in before.raw if before.raw[name] != after.raw[name]}
     assert changed == {"general.file_type"}
@@ -165,4 +165,4 @@ def test_the_header_is_the_source_s_but_for_the_type(source, tmp_path):
 
 def test_an_unknown_type_is_refused(source, tmp_path):
     with pytest.raises(ModelError, match="no GGUF type 'q4_k_x'; did you mean 'q4_k"):
-        quantise(source, tmp_path / "no.gguf", "q4_k_x")
+        quantize_file(source, tmp_path / "no.gguf", "q4_k_x")

@@ -1,4 +1,4 @@
-"""An adapter of the shipped base, taken home as GGUF files that llama.cpp runs."""
+"""An adapter of the shipped base, exported as GGUF files that llama.cpp runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lowrank.cli.main import main
 from lowrank.errors import ModelError
 from lowrank.export.gguf.llama_cpp import LlamaCpp
 from lowrank.export.targets import gguf as targets_gguf
-from lowrank.export.targets.lora_gguf import Config as LoraGguf
-from lowrank.export.targets.ollama import Config as Ollama
-from lowrank.models.loading import TINY, locate
-from lowrank.take_home import Order, take_home
-from lowrank.to_take_home import open_source
+from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
+from lowrank.export.targets.ollama import OllamaExportConfig
+from lowrank.models.loading.pretrained import TINY, locate
+from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export_source import open_source
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -61,21 +61,25 @@ def test_from_adapter_to_llama_cpp(adapter, tmp_path, capsys):
     assert difference == pytest.approx(1, abs=0.01)  # the file in float32 is the model
     capsys.readouterr()
     tokenizer = transformers.AutoTokenizer.from_pretrained(locate(TINY))
-    asked = [{"role": "user", "content": "Hello"}]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
+    requested = [{"role": "user", "content": "Hello"}]
+    prompt = tokenizer.apply_chat_template(requested, add_generation_prompt=True).input_ids
     with LlamaCpp(tmp_path / "out" / "gguf" / "taught-Q8_0.gguf") as llama:
         answer, stopped = llama.generate(prompt, 200)
     assert stopped
     assert tokenizer.eos_token_id not in answer
 
 
-def test_quantised_types_are_judged_by_the_16_bit_file(adapter, tmp_path, monkeypatch):
+def test_quantized_types_are_judged_by_the_16_bit_file(adapter, tmp_path, monkeypatch):
     """Also where nobody asked for that file: it is made, compared with, and gone."""
     allowed = targets_gguf.tolerance
     monkeypatch.setattr(targets_gguf, "tolerance", lambda kind: dataclasses.replace(allowed(kind), mean_kl=1e-5))
-    said = []
-    found = open_source(str(adapter), notify=said.append)
-    result = take_home(found, [Order(targets_gguf.Config(types=("q4_0",)), tmp_path / "out")], notify=said.append)
+    described = []
+    found = open_source(str(adapter), notify=described.append)
+    result = export_targets(
+        found,
+        [ExportRequest(targets_gguf.GGUFExportConfig(types=("q4_0",)), tmp_path / "out")],
+        notify=described.append,
+    )
     (compared,) = result["targets"]["gguf"]["comparisons"]
     assert not result["passed"]
     assert compared["against"] == "taught-F16.gguf"
@@ -87,13 +91,13 @@ def test_quantised_types_are_judged_by_the_16_bit_file(adapter, tmp_path, monkey
 
 def test_dora_is_merged_instead_and_said(tmp_path):
     folder = saved_adapter(tmp_path / "taught", use_dora=True)
-    said = []
-    found = open_source(str(folder), notify=said.append)
-    result = take_home(found, [Order(LoraGguf(), tmp_path / "out")], notify=said.append)
+    described = []
+    found = open_source(str(folder), notify=described.append)
+    result = export_targets(found, [ExportRequest(LoraGGUFExportConfig(), tmp_path / "out")], notify=described.append)
     assert any(
-        "a dora adapter is more than a product" in line and "is written instead, as q8_0" in line for line in said
+        "a dora adapter is more than a product" in line and "is written instead, as q8_0" in line for line in described
     )
     assert result["passed"]
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["taught-Q8_0.gguf"]
     with pytest.raises(ModelError, match=r"leave as_adapter out"):
-        Ollama(as_adapter=True).build().needs(found.source)
+        OllamaExportConfig(as_adapter=True).build().needs(found.source)

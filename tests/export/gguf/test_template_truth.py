@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lowrank.data.chat_template import without_marks
+from lowrank.data.chat.template import without_marks
 from lowrank.export.gguf.convert import convert
-from lowrank.models.loading import TINY, locate
+from lowrank.models.loading.pretrained import TINY, locate
 from tests.data.made_tokenizers import tokenizer_of
 from tests.export.gguf.families import save
 

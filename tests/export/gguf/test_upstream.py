@@ -14,9 +14,9 @@ from lowrank.errors import ModelError
 from lowrank.export.gguf.convert import convert
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
 from lowrank.export.gguf.upstream import SCRIPT, Upstream, fetch
-from lowrank.export.targets.gguf import Config as Gguf
-from lowrank.take_home import Order, take_home
-from lowrank.to_take_home import open_source
+from lowrank.export.targets.gguf import GGUFExportConfig
+from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export_source import open_source
 from tests.data.made_tokenizers import tokenizer_of
 from tests.export.gguf.families import save
 from tests.tiny_models import tiny
@@ -70,11 +70,11 @@ def test_a_family_that_lowrank_does_not_know(name: str, upstream: Upstream, tmp_
         wanted = model(torch.tensor([TOKENS])).logits[0].numpy()
         assert squared_error(llama.logits(TOKENS), wanted) < 1e-9
     found = open_source(str(tmp_path / "model"), notify=lambda text: None)
-    target = Gguf(types=("f32", "q4_0"), converter=upstream.folder)
-    said: list[str] = []
+    target = GGUFExportConfig(types=("f32", "q4_0"), converter=upstream.folder)
+    described: list[str] = []
     with pytest.raises(ModelError, match=r"llama\.cpp gives other tokens for .* would not understand its input"):
-        take_home(found, [Order(target, tmp_path / "out")], notify=said.append)
-    assert any("with no test of lowrank's behind it" in line for line in said)
+        export_targets(found, [ExportRequest(target, tmp_path / "out")], notify=described.append)
+    assert any("with no test of lowrank's behind it" in line for line in described)
     assert not (tmp_path / "out").exists()
 
 
@@ -104,15 +104,15 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     found = open_source(str(tmp_path / "model"), notify=lambda text: None)
-    order = Order(Gguf(types=("f16",)), tmp_path / "out")
+    order = ExportRequest(GGUFExportConfig(types=("f16",)), tmp_path / "out")
     dry: list[str] = []
-    take_home(found, [order], dry_run=True, notify=dry.append)
+    export_targets(found, [order], dry_run=True, notify=dry.append)
     assert any("llama-cpp-python" in line and "77 MB" in line and str(tmp_path / "cache") in line for line in dry)
-    said: list[str] = []
+    described: list[str] = []
     with pytest.raises(ModelError, match=r"(?s)fetching llama\.cpp's converter.*gguf\.converter=FOLDER.*--to merged"):
-        take_home(found, [order], notify=said.append)
-    assert any("77 MB" in line for line in said)
+        export_targets(found, [order], notify=described.append)
+    assert any("77 MB" in line for line in described)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "cache").iterdir())
     with pytest.raises(ModelError, match=f"has no {SCRIPT}; name the folder of llama"):
-        Gguf(types=("f16",), converter=tmp_path).build().needs(found.source)
+        GGUFExportConfig(types=("f16",), converter=tmp_path).build().needs(found.source)

@@ -12,7 +12,7 @@ _WORD = re.compile(r'"(?:\\.|[^"\\])*"|[()]|[^\s(),"]+')
 
 
 def render(template: str, turns: Sequence[tuple[str, str]]) -> str:
-    """As Ollama calls it: neighbours of one role are joined, the system prompts also stand in .System."""
+    """As Ollama calls it: neighbors of one role are joined, the system prompts also stand in .System."""
     messages: list[dict[str, Any]] = []
     for role, content in turns:
         if messages and messages[-1]["Role"] == role:

@@ -108,9 +108,9 @@ class Handler(BaseHTTPRequestHandler):
     def _chat(self, asked: dict[str, Any]) -> None:
         if _tagged(asked["model"]) not in self.server.models:
             return self._answer(404, {"error": f"model '{asked['model']}' not found"})
-        said = asked["messages"][-1]["content"]
+        described = asked["messages"][-1]["content"]
         return self._answer(200, {"model": asked["model"], "created_at": "2026-01-01T00:00:00Z", "done": True,
-                                  "message": {"role": "assistant", "content": f"you said {said}"}})  # fmt: skip
+                                  "message": {"role": "assistant", "content": f"you said {described}"}})  # fmt: skip
 
     def _answer(self, code: int, *lines: dict[str, Any]) -> None:
         body = "".join(json.dumps(line) + "\n" for line in lines).encode()

@@ -14,8 +14,8 @@ import transformers
 
 from lowrank.cli.main import main
 from lowrank.errors import ConfigError, ModelError
-from lowrank.export.ollama_server import server_url
-from lowrank.models.loading import TINY, locate
+from lowrank.export.publish.ollama_server import server_url
+from lowrank.models.loading.pretrained import TINY, locate
 from tests.export.ollama.modelfile_reader import read
 from tests.export.ollama.server import Server, running
 
@@ -61,11 +61,11 @@ def server() -> Any:
 
 
 def test_the_export(folder: Path) -> None:
-    said = read((folder / "Modelfile").read_text())
-    names = [name for name, _ in said]
-    assert said[:4] == [("from", "./taught-F16.gguf"), ("num_ctx", "1024"), ("stop", "<|im_end|>"), said[3]]
+    described = read((folder / "Modelfile").read_text())
+    names = [name for name, _ in described]
+    assert described[:4] == [("from", "./taught-F16.gguf"), ("num_ctx", "1024"), ("stop", "<|im_end|>"), described[3]]
     assert names[3:] == ["template", "system"]
-    assert dict(said)["system"] == "Be brief."
+    assert dict(described)["system"] == "Be brief."
     report = json.loads((folder / "export.json").read_text())
     assert report["passed"]
     assert report["comparisons"][0]["name"] == "taught-F16.gguf"
@@ -74,8 +74,8 @@ def test_the_export(folder: Path) -> None:
 def test_deployed(folder: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("deploy", "ollama", "me/taught:v1", folder, "--host", server.url.removeprefix("http://"), "--json")
     assert call(*words, "--prompt", "你好") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["answer"] == "you said 你好"
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["answer"] == "you said 你好"
     digest = f"sha256:{hashlib.sha256((folder / 'taught-F16.gguf').read_bytes()).hexdigest()}"
     made = server.models["me/taught:v1"]
     assert made["files"] == {"taught-F16.gguf": digest}
@@ -110,9 +110,9 @@ def test_adapter_over_a_model_of_the_server(adapter: Path, tmp_path: Path, serve
 def test_adapter_beside_its_base_is_compared(adapter: Path, tmp_path: Path) -> None:
     words = ("--type", "f32", "as_adapter=true", "-o", tmp_path / "out")
     assert call("export", adapter, "--to", "ollama", *words) == 0
-    said = dict(read((tmp_path / "out" / "Modelfile").read_text()))
-    assert said["from"] == "./taught-base-F32.gguf"
-    assert said["adapter"] == "./taught-lora.gguf"
+    described = dict(read((tmp_path / "out" / "Modelfile").read_text()))
+    assert described["from"] == "./taught-base-F32.gguf"
+    assert described["adapter"] == "./taught-lora.gguf"
     (compared,) = json.loads((tmp_path / "out" / "export.json").read_text())["comparisons"]
     assert compared["mean_kl"] < 1e-7
 

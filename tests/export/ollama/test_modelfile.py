@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lowrank.data.chat_template import without_marks
+from lowrank.data.chat.template import without_marks
 from lowrank.data.templates import choose, names, required_tokens
 from lowrank.errors import ModelError
-from lowrank.export.go_template import turn_texts
-from lowrank.export.modelfile import Modelfile, parse, printable
+from lowrank.export.publish.go_template import turn_texts
+from lowrank.export.publish.modelfile import Modelfile, parse, printable
 from tests.export.ollama.go_renderer import render
 from tests.export.ollama.modelfile_reader import WrongModelfile, read
 
@@ -57,14 +57,14 @@ def test_what_the_format_cannot_hold_is_refused(value: str) -> None:
 
 
 def test_wrong_lines_are_named() -> None:
-    for text, said in (
+    for text, described in (
         ("FROM x\nFORM y\n", "line 2: 'form'"),
         ("SYSTEM x\n", "no FROM"),
         ('FROM "x\n', "never closed"),
         ("FROM x\nPARAMETER num_ctx many\n", "expected a number"),
         ("FROM x\nMESSAGE user hi\n", "MESSAGE"),
     ):
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=described):
             parse(text)
     assert printable("a\u200b你🙂\x0c\n") == "a你🙂\n"
 

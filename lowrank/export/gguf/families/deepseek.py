@@ -73,7 +73,7 @@ def refuse(config: dict[str, Any]) -> list[str]:
     """What llama.cpp computes otherwise."""
     problems = refuse_rope(config, "yarn")
     if config["model_type"] == "deepseek_v3" and not config.get("rope_interleave", True):
-        problems.append("rope_interleave: false (llama.cpp rotates neighbouring channels)")
+        problems.append("rope_interleave: false (llama.cpp rotates neighboring channels)")
     if config["model_type"] == "deepseek_v2":
         if config.get("topk_method", "greedy") != "greedy" and (config.get("n_group") or 1) > 1:
             problems.append("topk_method group_limited_greedy (llama.cpp takes the best of all groups)")

@@ -13,10 +13,9 @@ PERIODS = {"gemma2": 2, "gemma3_text": 6}
 
 def parts(config: dict[str, Any], name: str) -> list[Part] | None:
     """Norms get their 1; the head is always the embedding."""
-    name_there = name.replace("language_model.model.", "model.").replace("model.language_model.", "model.")
-    if name_there == "lm_head.weight" or "vision" in name or "multi_modal" in name:
+    if name == "lm_head.weight":
         return None
-    return [Part(name_there, (name,), plus_one)] if name.endswith("norm.weight") else [Part(name_there, (name,))]
+    return [Part(name, (name,), plus_one)] if name.endswith("norm.weight") else [Part(name, (name,))]
 
 
 def fields(config: dict[str, Any]) -> Fields:

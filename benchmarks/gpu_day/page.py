@@ -1,0 +1,98 @@
+"""The page made of a day's JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def page(result: dict[str, Any]) -> str:
+    """Markdown: what was measured so far."""
+    found = result.get("environment", {})
+    lines = [
+        f"# {found.get('gpu', found.get('cpu', 'a machine'))}, {found.get('date', '')}",
+        "",
+        f"Versions: {found.get('versions', {})}. There: {', '.join(found.get('there', []))}.",
+    ]
+    if "tests" in result:
+        tests = result["tests"]
+        last = (tests["output"].strip().splitlines() or [""])[-1]
+        lines += ["", f"Tests: exit {tests['exit']} after {tests['seconds']:.0f} s: {last}"]
+    lines += _table("The device and our kernels", result.get("kernels", []), _kernel)
+    lines += _table("Training", result.get("training", []), _training)
+    lines += _table("Plan and measured memory", result.get("plans", []), _plan)
+    lines += _table("Longest document on a card of 24 GB", result.get("longest", []), _longest)
+    lines += _table("Answering", result.get("decoding", []), _decoding)
+    for each in result.get("profiles", []):
+        title = f"Profile: {each['shape']}, {each['storage']}, {each['jobs']} jobs of {each['tokens']} tokens"
+        summary = f"{each['seconds']:.3f} s, device busy {each['busy_share']:.0%}, {each['launches']} launches, "
+        lines += ["", f"## {title}", "", f"{summary}{each['synchronizations']} synchronizations", ""]
+        lines += ["| kernel | times | ms |", "|---|---|---|"]
+        lines += [f"| `{top['name']}` | {top['count']} | {1e3 * top['seconds']:.2f} |" for top in each["top"]]
+    for name in ("notes", "failures"):
+        if result.get(name):
+            lines += ["", f"## {name.capitalize()}", "", *[f"* {each}" for each in result[name]]]
+    return "\n".join(lines)
+
+
+def _table(title: str, rows: list[dict[str, Any]], show: Any) -> list[str]:
+    if not rows:
+        return []
+    shown = [show(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in shown for key in row))
+    head = ["", f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*head, *["| " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for row in shown]]
+
+
+def _kernel(row: dict[str, Any]) -> dict[str, Any]:
+    found = {"what": row["what"], "ms": "", "rate": ""}
+    if "seconds" in row:
+        found["ms"] = f"{1e3 * row['seconds']:.3f}"
+    if "flops_per_second" in row:
+        found["rate"] = f"{row['flops_per_second'] / 1e12:.1f} TFLOP/s"
+    if "bytes_per_second" in row:
+        found["rate"] = f"{row['bytes_per_second'] / 1e9:.0f} GB/s"
+    if "faster_than_plain_torch" in row:
+        found["beside plain torch"] = f"{row['faster_than_plain_torch']:.1f} times, same bits: {row['same_bits']}"
+    return found
+
+
+def _training(row: dict[str, Any]) -> dict[str, Any]:
+    cell = row["cell"]
+    speeds, peaks = row.get("tokens_per_second", {}), {}
+    for who, turns in row["turns"].items():
+        peaks[who] = next((turn["peak_memory_bytes"] for turn in turns if turn.get("peak_memory_bytes")), None)
+        failed = next((turn["failed"] for turn in turns if "failed" in turn), None)
+        if failed and who not in speeds:
+            speeds = {**speeds, who: failed}
+    shown = {
+        "shape": cell["shape"], "storage": cell["storage"], "jobs": cell["jobs"], "tokens of a job": cell["tokens"],
+        "recompute": cell["recompute"],
+    }  # fmt: skip
+    for who in ("lowrank", "trl", "trl_liger"):
+        speed, peak = speeds.get(who, ""), peaks.get(who)
+        shown[who] = f"{speed:.0f} tokens/s" if isinstance(speed, float) else speed
+        shown[who] += f", {peak / 2**30:.1f} GiB" if peak else ""
+    if "share_of_products" in row:
+        shown["share of the products"] = f"{row['share_of_products']:.0%}"
+    return shown
+
+
+def _plan(row: dict[str, Any]) -> dict[str, Any]:
+    measured = row["measured"]
+    return {
+        "shape": row["shape"], "storage": row["storage"], "tokens": row["tokens"], "recompute": row["recompute"],
+        "plan": f"{row['predicted'] / 2**30:.2f} GiB",
+        "measured": f"{measured / 2**30:.2f} GiB" if measured else "not told",
+        "error": f"{row['error']:+.1%}" if measured else "",
+    }  # fmt: skip
+
+
+def _longest(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("shape", "storage", "recompute", "tokens", "does_not_fit")} | {
+        "capped": "yes" if row["memory"] else "no"
+    }
+
+
+def _decoding(row: dict[str, Any]) -> dict[str, Any]:
+    speeds = {name: f"{speed:.0f} tokens/s" for name, speed in row["tokens_per_second"].items()}
+    return {key: row[key] for key in ("shape", "storage", "adapters", "rows")} | speeds

@@ -1,0 +1,198 @@
+"""One and two processes on one run, beside PEFT in accelerate's data parallel; and sums of gradients by themselves.
+
+    python -m benchmarks.ranks [--steps 12] [--rounds 3] [--json FILE]
+
+Each process has one thread. A Llama with random weights (`--hidden`, `--layers`), LoRA of rank 16 on all linears, and
+rows of one length, so that nobody pads: each side takes the same rows in the same steps, in turns, and what is compared
+are medians of steps. `one_lane` is the engine as a run of one process has it; `two_lanes` computes the same step in two
+parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+ROWS, LENGTH, VOCABULARY = 8, 128, 2048
+CONTENDERS = {"one_lane": 1, "two_lanes": 1, "lowrank_2": 2, "accelerate_1": 1, "accelerate_2": 2}
+"""What is measured, and in how many processes."""
+
+
+def model(options: argparse.Namespace) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": options.hidden,
+        "intermediate_size": 3 * options.hidden,
+        "num_hidden_layers": options.layers,
+    }
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCABULARY}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+def rows(step: int) -> np.ndarray:
+    return np.random.default_rng(step).integers(0, VOCABULARY, (ROWS, LENGTH))
+
+
+def timed(steps: int, work: Callable[[int], None]) -> list[float]:
+    seconds = []
+    for step in range(steps + 1):
+        began = time.perf_counter()
+        work(step)
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]  # the first takes memory, and imports
+
+
+def lowrank(options: argparse.Namespace) -> list[float]:
+    from lowrank.adapters.bank import Bank
+    from lowrank.adapters.variants.lora import LoraConfig
+    from lowrank.models.base import Base
+    from lowrank.models.checks.isolation import choose_layout
+    from lowrank.objectives.sft import SFTConfig
+    from lowrank.ranks import ALONE, Processes
+    from lowrank.records import Segment, number_the_step
+    from lowrank.train.engine import Engine
+    from lowrank.train.lanes import ManyLanes
+    from lowrank.train.optimizers.adamw import AdamWConfig
+
+    base = Base(model(options), None, "benchmark")
+    choose_layout(base, "auto")
+    engine = Engine(base, Bank(base), 4096)
+    ranks: Any = Processes() if dist.is_initialized() else ALONE
+    if options.contender != "one_lane":
+        engine.lanes = ManyLanes(ranks, 2)
+    slot = engine.bank.add(LoraConfig(rank=16), seed=0)
+    engine.add(slot, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
+    weight_L = np.ones(LENGTH, np.float32)
+
+    def step(number: int) -> None:
+        engine.forward_backward({slot: number_the_step([Segment(row_L, weight_L) for row_L in rows(number)])})
+        engine.optim_step(slot, 1e-4)
+
+    return timed(options.steps, step)
+
+
+def accelerate(options: argparse.Namespace) -> list[float]:
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+
+    given = Accelerator(cpu=True)
+    tuned = get_peft_model(model(options), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = [each for each in tuned.parameters() if each.requires_grad]
+    tuned, optimizer = given.prepare(tuned, torch.optim.AdamW(trained, lr=1e-4))
+    own = ROWS // given.num_processes
+
+    def step(number: int) -> None:
+        token_SL = torch.from_numpy(rows(number)[given.process_index * own :][:own])
+        given.backward(tuned(input_ids=token_SL, labels=token_SL).loss)
+        given.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(options.steps, step)
+
+
+def sums() -> list[dict[str, Any]]:
+    """Our sum, by halves, beside the library's own."""
+    from lowrank.ranks import Processes
+
+    ranks, found = Processes(), []
+    for numbers in (100_000, 2_000_000, 42_000_000):
+        flat_N = torch.ones(numbers)
+        ways = {"ours": lambda flat=flat_N: ranks.add(flat), "all_reduce": lambda flat=flat_N: dist.all_reduce(flat)}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(5):
+            for name, way in ways.items():
+                dist.barrier()
+                began = time.perf_counter()
+                way()
+                seconds[name].append(time.perf_counter() - began)
+        found.append({"bytes": 4 * numbers, **{name: statistics.median(each) for name, each in seconds.items()}})
+    return found
+
+
+def child(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    measured: Any
+    if options.contender == "sums":
+        measured = sums()
+    else:
+        measured = accelerate(options) if options.contender.startswith("accelerate") else lowrank(options)
+    if os.environ.get("RANK", "0") == "0":
+        options.out.write_text(json.dumps(measured))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(contender: str, world: int, options: argparse.Namespace, folder: Path) -> Any:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    out = folder / f"{contender}.json"
+    words = [sys.executable, "-m", "benchmarks.ranks", "--contender", contender, "--out", str(out)]
+    words += [f"--{name}={getattr(options, name)}" for name in ("steps", "hidden", "layers")]
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
+    launched = {"LOCAL_WORLD_SIZE": str(world)} if world > 1 else {}
+    ranks = [
+        subprocess.Popen(words, env={**os.environ, **own, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+    for process in ranks:
+        if process.wait():
+            raise SystemExit(f"{contender} failed")
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        child(options)
+        return
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as place:
+        for _ in range(options.rounds):
+            for name, world in CONTENDERS.items():
+                seconds[name] += run(name, world, options, Path(place))
+        of_sums = run("sums", 2, options, Path(place))
+    rate = {name: round(ROWS * LENGTH / statistics.median(each), 1) for name, each in seconds.items()}
+    found = {
+        "tokens_per_second": rate,
+        "two_processes_over_one": round(rate["lowrank_2"] / rate["one_lane"], 3),
+        "two_lanes_over_one": round(rate["two_lanes"] / rate["one_lane"], 3),
+        "accelerate_two_over_one": round(rate["accelerate_2"] / rate["accelerate_1"], 3),
+        "lowrank_over_accelerate": {n: round(rate[a] / rate[b], 3) for n, a, b in
+                                    (("1", "one_lane", "accelerate_1"), ("2", "lowrank_2", "accelerate_2"))},
+        "sums": of_sums,
+    }  # fmt: skip
+    print(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps({**found, "seconds": seconds, "torch": torch.__version__}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""`lowrank.load` and `lowrank.generate`: ask a base and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, cast, overload
+
+from pydantic import ValidationError
+
+from lowrank.data.formats.columns import RowProblem
+from lowrank.data.formats.turns import prompt, read_tools, read_turns
+from lowrank.errors import ConfigError, DataError, LowrankError, ModelError, raise_all
+from lowrank.generate.request import Answer, GenerationConfig
+from lowrank.notices import log_notice
+from lowrank.pipelines.inference import BARE, InferenceModel
+from lowrank.records import Conversation
+from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, open_chat_backend
+from lowrank.third_party import code_allowed
+
+Question = Union[str, Sequence[Mapping[str, Any]], Conversation]  # noqa: UP007 (read at run time on Python 3.10)
+"""A question, or a conversation so far as OpenAI's messages, which ends in one."""
+
+
+class Model:
+    """A base and its adapters, ready to answer: what `lowrank.load` returns. It may be used as a context (`with`).
+
+    adapters   their names; the base alone goes by `base`
+    """
+
+    def __init__(self, backend: ChatBackend) -> None:
+        self._backend = backend
+        self.adapters: list[str] = [name for name in backend.names if name != BARE]
+
+    @property
+    def inference(self) -> InferenceModel:
+        """The loaded base, bank of adapters and renderers. ModelError for a GGUF file, which llama.cpp has loaded."""
+        if not isinstance(self._backend, InferenceModel):
+            raise ModelError("a GGUF file is run by llama.cpp: there are no weights of it here")
+        return self._backend
+
+    @overload
+    def generate(self, question: str, adapter: str | None = ..., **sampling: Any) -> str: ...
+
+    @overload
+    def generate(self, question: Sequence[Any], adapter: str | None = ..., **sampling: Any) -> Any: ...
+
+    def generate(
+        self,
+        question: Question | Sequence[Question],
+        adapter: str | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        **sampling: Any,
+    ) -> Any:
+        """The answer to a question, or a list of answers to a list of them, which share the forward passes.
+
+        question   a text; a conversation so far, as OpenAI's messages (a list of dicts); or a list of either
+        adapter    who answers: one of `adapters`, or `base`. Left out: the only adapter, or, without any, the base
+        on_text    hears a single answer as it comes
+        tools      functions that may be called, as OpenAI's schemas
+        sampling   what `GenerationConfig` has: `max_new_tokens`, `temperature`, `top_p`, `seed`, `json_schema` ...
+
+        Raises ModelError for an unknown adapter, a question too long, or an answer that cannot be had; DataError for
+        messages that are no conversation; ConfigError for unknown options.
+        """
+        several = not _is_one(question)
+        questions = cast(Sequence[Any], question) if several else [question]
+        answers = self.answers(questions, adapter, on_text=on_text, tools=tools, **sampling)
+        problems = [f"question {number}: {each.error}" for number, each in enumerate(answers, 1) if each.error]
+        raise_all(ModelError, f"{self._chosen(adapter)} gives no answer", problems)
+        texts = [each.text for each in answers]
+        return texts if several else texts[0]
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        adapter: str | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        **sampling: Any,
+    ) -> list[Answer]:
+        """As `generate`, always of a list, with tokens, why each ended, log-probabilities (`logprobs=0`), and the
+        error of one that could not be had."""
+        name, config = self._chosen(adapter), _sampling(sampling)
+        asked = [(name, _conversation(each, tools, number)) for number, each in enumerate(questions, start=1)]
+        return self._backend.answers(asked, config, on_text=on_text) if asked else []
+
+    def compare(self, question: Question, **sampling: Any) -> dict[str, str]:
+        """What the base and every adapter answer to one question, by name; all in the same forward passes."""
+        names, config = self._backend.names, _sampling(sampling)
+        conversation = _conversation(question, (), 1)
+        answers = self._backend.answers([(name, conversation) for name in names], config)
+        return {name: each.text for name, each in zip(names, answers)}
+
+    def _chosen(self, adapter: str | None) -> str:
+        if adapter is None and len(self.adapters) > 1:
+            raise ModelError(
+                f"there are {len(self.adapters)} adapters; say which: adapter= one of {', '.join(self.adapters)}"
+            )
+        name = adapter or next(iter(self.adapters), BARE)
+        self._backend.slot(name)
+        return name
+
+    def close(self) -> None:
+        """Give back what it holds: llama.cpp's threads and memory; the weights of ours go with the object."""
+        if isinstance(self._backend, GgufChatBackend):
+            self._backend.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Model(adapters={self.adapters})"
+
+
+def load(
+    path: str | Path,
+    *,
+    which: Literal["best", "last"] = "best",
+    adapters: Sequence[str | Path] = (),
+    chat_template: str | None = None,
+    base: str | None = None,
+    notify: Callable[[str], None] = log_notice,
+    allow_code: bool = False,
+) -> Model:
+    """Load what `path` names, which is what the command line takes: a run folder (all its jobs), one of its
+    checkpoints, an adapter's folder (PEFT's too), a model's, a hub name, or a .gguf file.
+
+    which           a run's best or last adapters
+    adapters        LoRA files (.gguf) beside a .gguf file
+    chat_template   a built-in one or a .jinja file, instead of the run's or the tokenizer's
+    base            where the base of the run or adapter is now
+    allow_code      the model's own code, or an adapter's, may run
+
+    Raises ModelError, ConfigError.
+    """
+    with code_allowed(allow_code):
+        names = [str(each) for each in adapters]
+        backend, _ = open_chat_backend(
+            str(path), names, which=which, chat_template=chat_template, base=base, notify=notify
+        )
+        return Model(backend)
+
+
+def generate(
+    model: Model | str | Path,
+    question: Question | Sequence[Question],
+    adapter: str | None = None,
+    *,
+    allow_code: bool = False,
+    **sampling: Any,
+) -> Any:
+    """`Model.generate` of a loaded model, or of a path, which is loaded for this one call."""
+    if isinstance(model, Model):
+        return model.generate(cast(Any, question), adapter, **sampling)
+    with load(model, allow_code=allow_code) as loaded:
+        return loaded.generate(cast(Any, question), adapter, **sampling)
+
+
+def _is_one(question: Any) -> bool:
+    """A text or a conversation, and no list of them."""
+    if isinstance(question, (str, Conversation)):
+        return True
+    return bool(question) and all(isinstance(each, Mapping) for each in question)
+
+
+def _conversation(question: Any, tools: Sequence[Mapping[str, Any]], number: int) -> Conversation:
+    if isinstance(question, Conversation):
+        return question
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    try:
+        return prompt(read_turns(messages, {}), read_tools(list(tools)) if tools else ())
+    except RowProblem as error:
+        raise DataError(f"question {number}: {error}") from error
+
+
+def _sampling(options: Mapping[str, Any]) -> GenerationConfig:
+    try:
+        return GenerationConfig(**options)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ConfigError(
+            "\n".join(["generate: these options cannot be used", *(f"  - {each}" for each in problems)])
+        ) from error
+    except LowrankError:
+        raise

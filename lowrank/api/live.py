@@ -1,0 +1,165 @@
+"""`lowrank.LiveRun`: a run that is training, to be looked at and steered by whoever can see its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lowrank.api.settings import plain_settings
+from lowrank.checkpoints.orders import Answer, answers, read_state, send
+from lowrank.checkpoints.run_folder import CONFIG, STOP
+from lowrank.config import JobConfig, read_file, resolve
+from lowrank.config.schema import JobSettings
+from lowrank.errors import ConfigError, OutputError, did_you_mean
+from lowrank.pipelines.resolve import is_run
+from lowrank.report.live import LiveJob, is_training, jobs_of
+from lowrank.third_party import code_allowed, objects_given
+
+LOOKS_EVERY = 0.05
+"""Seconds between looks for an answer."""
+
+
+class LiveRun:
+    """A run that trains, in this process (call from another thread), in another one, or on another machine.
+
+        live = lowrank.LiveRun("runs/first")
+        for job in live.jobs():
+            print(job.name, job.state, job.step, job.loss, job.verdict, job.seconds_left)
+        live.set("r8", {"optimizer.learning_rate": 1e-5})
+        live.clone("r8", {"optimizer.learning_rate": 1e-4}, new_name="r8-hot")
+        live.stop("r64")
+
+    Every method that orders something returns what the run answered, which it does between two of its steps, and
+    raises OutputError for what it refused, or if no answer came within `timeout` seconds (None: as long as it trains).
+    What is ordered is carried out once, also where the run is killed and goes on from a checkpoint.
+    """
+
+    def __init__(self, path: str | Path, *, timeout: float | None = None, wait: float = 0.0) -> None:
+        """`wait`: seconds that a run which was only just started may take until it trains. OutputError if `path` is no
+        run folder."""
+        self.path, self.timeout = Path(path), timeout
+        began = time.monotonic()
+        while time.monotonic() - began < wait and not (is_run(self.path) and self.training):
+            time.sleep(LOOKS_EVERY)
+        if not is_run(self.path):
+            raise OutputError(f"{self.path} is no run folder: there is no {CONFIG} of a run in it")
+
+    @property
+    def training(self) -> bool:
+        """Whether a process trains it now."""
+        return is_training(self.path)
+
+    def jobs(self) -> list[LiveJob]:
+        """Every job: what it does, how far it is, its losses, what its curve says, how long it still takes."""
+        return jobs_of(self.path, training=self.training)
+
+    def add(self, job: Mapping[str, Any] | str | Path, *, folder: Path | None = None, **changes: Any) -> str:
+        """One job more. `job`: settings, or a YAML or JSON file with them: a `name`, and whatever differs from the
+        top level of the run's settings; `changes` stand over them. Paths that do not exist as they stand are looked
+        for in `folder` too, at first the file's. Rows in memory can be given where this process trains. ConfigError,
+        before the run hears of it, for settings that cannot be."""
+        if isinstance(job, Mapping):
+            content, source = dict(job), "the job's settings"
+        else:
+            content, source, folder = read_file(Path(job)), str(job), folder or Path(job).parent
+            content.setdefault("name", Path(job).stem)
+        given = plain_settings({**content, **changes})
+        with ExitStack() as stack:
+            stack.enter_context(code_allowed(False))
+            stack.enter_context(objects_given(given.objects))
+            config = self._as_job(given.values, folder, source)
+        return self._order("add", config.name, {"settings": config.model_dump(mode="json")})
+
+    def stop(self, name: str) -> str:
+        """End a job; its adapter as it is now is kept as `last`, and its slot is free."""
+        return self._order("stop", name)
+
+    def pause(self, name: str) -> str:
+        """Let a job take no steps, and give its slot to others, until `resume`."""
+        return self._order("pause", name)
+
+    def resume(self, name: str) -> str:
+        """Let a job that was paused go on where it was, as soon as there is a slot."""
+        return self._order("resume", name)
+
+    def clone(
+        self,
+        name: str,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        new_name: str | None = None,
+        from_start: bool = False,
+    ) -> str:
+        """A second job like `name`, with other settings: from its present weights, optimizer state and place in the
+        data, or, with `from_start`, from the beginning. `changes`: `{"optimizer.learning_rate": 1e-5}`."""
+        values = {"words": _words(changes or {}), "name": new_name, "from_start": from_start}
+        return self._order("clone", name, values)
+
+    def set(self, name: str, changes: Mapping[str, Any]) -> str:
+        """Other settings for a job from its next step on: learning rate, schedule, length, clipping, patience."""
+        return self._order("set", name, {"words": _words(changes)})
+
+    def priority(self, name: str, priority: int) -> str:
+        """Who is given a slot first: the highest of those that wait, before a lower one that runs. 0 at first."""
+        return self._order("priority", name, {"priority": int(priority)})
+
+    def end(self) -> str:
+        """Let the whole run save and end after the running step, as Ctrl-C does; it can be resumed."""
+        self._refuse_unless_training("stop")
+        (self.path / STOP).touch()
+        return "the run saves and ends after this step; with resume=true it goes on"
+
+    def _as_job(self, content: Mapping[str, Any], folder: Path | None, source: str) -> JobConfig:
+        unknown = [key for key in content if key not in {"name", *JobSettings.model_fields}]
+        if unknown:
+            known = ["name", *JobSettings.model_fields]
+            words = "; ".join(f"{key}: unknown, or not of a job{did_you_mean(key, known)}" for key in unknown)
+            raise ConfigError(f"{source}: {words}")
+        run = read_file(self.path / CONFIG)
+        taken = [job["name"] for job in run.get("jobs", ())]
+        if content.get("name") in taken:
+            raise ConfigError(f"name: {content['name']!r} is a job of this run already; choose another")
+        top = {key: value for key, value in run.items() if key not in ("jobs", "sweep", "resume", "overwrite")}
+        return resolve({**top, "jobs": [dict(content)]}, folder=folder, source=source).jobs[0]
+
+    def _order(self, kind: str, job: str, values: Mapping[str, Any] | None = None) -> str:
+        self._refuse_unless_training(kind)
+        if kind != "add":
+            names = [one.get("name") for one in read_state(self.path).get("jobs", ())]
+            if names and job not in names:
+                raise OutputError(f"there is no job {job!r} in {self.path}{did_you_mean(job, names)}")
+        order = send(self.path, kind, job, values)
+        answer = self._answer(order.number)
+        if not answer.done:
+            raise OutputError(answer.text)
+        return answer.text
+
+    def _refuse_unless_training(self, kind: str) -> None:
+        if not self.training:
+            also = f"; `lowrank train {self.path / CONFIG} resume=true` goes on with it" if kind == "resume" else ""
+            raise OutputError(f"{self.path} is not training, so nobody would hear this{also}")
+
+    def _answer(self, number: int) -> Answer:
+        began = time.monotonic()
+        while True:
+            found = answers(self.path).get(number)
+            if found is not None:
+                return found
+            if self.timeout is not None and time.monotonic() - began > self.timeout:
+                raise OutputError(
+                    f"order {number} was not answered within {self.timeout:g} seconds; it is carried out before the "
+                    "run's next step, and the answer will be in orders/log.jsonl"
+                )
+            if not self.training:
+                raise OutputError(
+                    f"order {number} was not answered before the run ended; it is carried out if the run is resumed"
+                )
+            time.sleep(LOOKS_EVERY)
+
+
+def _words(changes: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()]

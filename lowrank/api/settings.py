@@ -1,0 +1,187 @@
+"""Settings as a Python caller writes them, with rows, functions and classes in them, as the plain ones of a file.
+
+data=[{...}, ...]              -> data: {train: [{path: "memory:3f9c..."}]}
+reward_funcs=[my_reward]       -> reward_funcs: ["my_module:my_reward"], which means that object in this call
+objective=MyObjective          -> objective: {type: "my_module:MyObjective"}, the same
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from pydantic import ValidationError, create_model
+
+from lowrank.config.jobs import SHORT_FORMS, TYPED
+from lowrank.config.problems import error_lines
+from lowrank.data.config import DataConfig, SourceConfig
+from lowrank.data.sources.memory import keep_rows
+from lowrank.errors import ConfigError, DataError
+from lowrank.objectives import ObjectiveSettings
+from lowrank.settings import Settings
+from lowrank.third_party import names_code
+
+
+@dataclass
+class PlainSettings:
+    """What a file could have said, and what no file can hold: the objects meant by names in it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+
+
+def plain_settings(settings: Mapping[str, Any]) -> PlainSettings:
+    """`settings` without objects. Raises DataError for rows that are none, ConfigError for an object that is none of
+    the kind its place asks for."""
+    found = PlainSettings()
+    found.values = _group(settings, found.objects)
+    return found
+
+
+def _group(settings: Mapping[str, Any], objects: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key == "jobs" and isinstance(value, Sequence) and not isinstance(value, str):
+            values[key] = [_group(job, objects) if isinstance(job, Mapping) else job for job in value]
+        elif key == "data":
+            values[key] = _data(value, objects)
+        elif key in TYPED:
+            values[key] = _typed(key, value, objects)
+        else:
+            values[key] = _named(value, objects)
+    return values
+
+
+def _data(value: Any, objects: dict[str, Any]) -> Any:
+    if isinstance(value, Mapping):
+        given = {key: _named(each, objects) for key, each in value.items() if key not in ("train", "eval")}
+        return given | {key: _sources(value[key], objects) for key in ("train", "eval") if key in value}
+    return value if isinstance(value, Settings) else {SHORT_FORMS["data"]: _sources(value, objects)}
+
+
+def _sources(value: Any, objects: dict[str, Any]) -> Any:
+    """Rows, a path, a source, or several of these."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (SourceConfig, Mapping)):
+        return [_one_source(value, objects)]
+    if isinstance(value, (list, tuple)) and (not value or not _is_row(value[0])):
+        return [_one_source(each, objects) for each in value]
+    return [keep_rows(value)]
+
+
+def _one_source(value: Any, objects: dict[str, Any]) -> Any:
+    """A path, a source, or rows, as one of several datasets."""
+    if isinstance(value, (str, SourceConfig)):
+        return value
+    return _source(value, objects) if isinstance(value, Mapping) else keep_rows(value)
+
+
+def sources_of(data: Any, objects: dict[str, Any]) -> list[SourceConfig]:
+    """One value of `data` as sources: a path, rows, a source, or several. ConfigError for what is none."""
+    found = _sources(data, objects)
+    try:
+        return list(DataConfig.model_validate({"train": found}).train)
+    except ValidationError as error:
+        raise ConfigError("\n".join(["data cannot be used:", *error_lines(error, {})])) from error
+
+
+def one_source(data: Any, what: str, objects: dict[str, Any] | None = None) -> SourceConfig:
+    """`sources_of` where there is one; DataError for several. `what`: for whom."""
+    found = sources_of(data, {} if objects is None else objects)
+    if len(found) != 1:
+        raise DataError(f"{what}: give one dataset")
+    return found[0]
+
+
+def _source(value: Mapping[str, Any], objects: dict[str, Any]) -> Any:
+    """`{"path": ...}`, or `{"rows": ..., "format": ...}`: what a source has, with rows in the place of a path."""
+    named = {key: _named(each, objects) for key, each in value.items() if key != "rows"}
+    try:
+        return keep_rows(value["rows"], **named) if "rows" in value else named
+    except ValidationError as error:
+        raise ConfigError("\n".join(["data cannot be used:", *error_lines(error, named)])) from error
+
+
+def _is_row(value: Any) -> bool:
+    """A dict that is no source: a source says where its rows are, and nothing that sources do not have."""
+    if not isinstance(value, Mapping):
+        return False
+    return value.keys().isdisjoint(("path", "rows")) or not value.keys() <= {*SourceConfig.model_fields, "rows"}
+
+
+def _typed(group: str, value: Any, objects: dict[str, Any]) -> Any:
+    """A group of settings that is told apart by `type`, whose type may be an object."""
+    if isinstance(value, Settings):
+        kind = str(getattr(value, "type", ""))
+        if names_code(kind):
+            objects[kind] = SimpleNamespace(Config=type(value))
+        return value
+    if isinstance(value, Mapping):
+        return {
+            key: _type_of(group, each, objects) if key == "type" else _named(each, objects)
+            for key, each in value.items()
+        }
+    return value if value is None or isinstance(value, str) else {"type": _type_of(group, value, objects)}
+
+
+def _type_of(group: str, value: Any, objects: dict[str, Any]) -> Any:
+    """The name by which an object is the `type` of its group: a class with settings of its own (`Config`), or an
+    objective itself."""
+    if value is None or isinstance(value, str):
+        return value
+    config = getattr(value, "Config", None)
+    if isinstance(value, type) and config is not None:
+        name = config.model_fields["type"].default if "type" in config.model_fields else None
+        if not names_code(name):
+            raise ConfigError(f"{group}: {value.__name__}.Config needs a field `type: Literal['my_module:MyThing']`")
+        objects[str(name)] = value
+        return name
+    if group != "objective" or not hasattr(value, "loss"):
+        raise ConfigError(
+            f"{group}: {value!r} cannot be used; give a class with the attribute `Config` (docs/add-a-variant.md and "
+            "its neighbors), its settings, or a name"
+        )
+    name = _name_of(value, objects)
+    objects[name] = SimpleNamespace(Config=_settings_around(name, value))
+    return name
+
+
+def _settings_around(name: str, objective: Any) -> type[Settings]:
+    """Settings, without any of their own, of an objective that is there already (or of its class)."""
+    kind: Any = (Literal[name], name)  # type: ignore[valid-type]  # made here, for pydantic
+    plain = create_model("GivenObjective", __base__=ObjectiveSettings, type=kind)
+
+    class GivenObjective(plain):  # type: ignore[misc, valid-type]  # a class made above
+        def build(self) -> Any:
+            return objective() if isinstance(objective, type) else objective
+
+    return GivenObjective
+
+
+def _named(value: Any, objects: dict[str, Any]) -> Any:
+    """The same with names in the place of functions and classes."""
+    if isinstance(value, Mapping):
+        return {key: _named(each, objects) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_named(each, objects) for each in value]
+    if isinstance(value, Settings) or not callable(value):
+        return value
+    name = _name_of(value, objects)
+    objects[name] = value
+    return name
+
+
+def _name_of(thing: Any, objects: Mapping[str, Any]) -> str:
+    """`my_module:my_function`, unlike those that are taken; of what has no name (a lambda), something like it."""
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    module = ".".join(part if part.isidentifier() else "_" for part in str(kind.__module__).split("."))
+    own = re.sub(r"\W", "_", str(kind.__qualname__).replace("<locals>.", "").replace("<lambda>", "anonymous"))
+    name, number = f"{module}:{own}", 1
+    while name in objects and objects[name] is not thing:
+        number += 1
+        name = f"{module}:{own}_{number}"
+    return name

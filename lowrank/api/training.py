@@ -1,0 +1,212 @@
+"""`lowrank.train`, and the run that comes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank.api.exporting import export
+from lowrank.api.inference import Model, load
+from lowrank.api.settings import PlainSettings, plain_settings
+from lowrank.checkpoints.run_folder import CONFIG
+from lowrank.compat import load_any
+from lowrank.config import RunConfig, read_file, resolve
+from lowrank.config.jobs import as_dict
+from lowrank.config.schema import JobSettings
+from lowrank.errors import ConfigError, OutputError
+from lowrank.notices import log_notice
+from lowrank.pipelines.launch import train as train_run
+from lowrank.pipelines.resolve import is_run
+from lowrank.report.events import Event, Reporter
+from lowrank.report.reporters import view_for
+from lowrank.report.reporters.log import LogReporter
+from lowrank.report.reporters.metrics import FILE, read_metrics
+from lowrank.report.reporters.notebook import NotebookReporter, in_notebook
+from lowrank.report.summary import SUMMARY
+from lowrank.settings import Settings
+from lowrank.third_party import code_allowed, objects_given
+
+if TYPE_CHECKING:
+    import pandas
+
+Listener = Reporter | Callable[[Event], None]
+"""Who hears a run: a reporter, or a function that is called with every event."""
+
+
+def train(
+    config: RunConfig | str | Path | None = None,
+    *,
+    reporters: Sequence[Listener] = (),
+    progress: bool | None = None,
+    strict: bool = False,
+    allow_code: bool = False,
+    **settings: Any,
+) -> TrainedRun:
+    """Train every job at once on one base.
+
+    The settings are those of docs/settings.md, as keywords, in a file (`config`; keywords then stand over it), or as a
+    `RunConfig`:
+
+        lowrank.train(model="lowrank/tiny", data=rows, output_dir="runs/a", adapter={"rank": 8}, max_steps=100)
+        lowrank.train("run.yaml", max_steps=100)
+
+    data          rows: a list of dicts, a `datasets.Dataset`, a DataFrame, a generator (read to its end), or a function
+                  that returns one; a path; or `{"train": ..., "eval": ..., **settings}` of these. A source with
+                  settings of its own is `{"rows": rows, "format": "alpaca"}`.
+    jobs          several adapters at once: `[{"name": "r8", "adapter": {"rank": 8}}, {"name": "r64", ...}]`.
+    objective     a name, settings, or an objective of your own: the class or the object. `adapter` and `optimizer`
+                  take classes too; `reward_funcs` and a source's `format` take functions. An objective has what
+                  `Objective` says. A reward function is called with keywords, lists of one item for each answer:
+                  `prompts`, `completions` (messages), `completion_ids`, `label` and the data's columns; it returns a
+                  number for each answer.
+    reporters     hear every event: objects with `report(event)` and `close()`, or plain functions.
+    progress      True shows the run on the terminal, False nowhere. Left out: in a notebook as a live table and curve,
+                  elsewhere as records of the logger `lowrank` (warnings are seen, the rest with
+                  `logging.basicConfig(level="INFO")`).
+    strict        any loss of data is an error.
+    allow_code    code that settings name by `my_module:MyThing`, or that comes with the model, may run.
+
+    Raises the errors of lowrank.errors before a weight is loaded wherever that can be known. An interrupt saves a
+    checkpoint and returns; the same call with `resume=True` goes on.
+    """
+    given = plain_settings(settings)
+    with code_allowed(allow_code), objects_given(given.objects):
+        resolved = _config(config, given)
+        summary = train_run(resolved, reporters=_listeners(reporters, progress), strict=strict)
+    return TrainedRun(resolved.output_dir, summary=summary, config=resolved, objects=given.objects)
+
+
+def _config(config: RunConfig | str | Path | None, given: PlainSettings) -> RunConfig:
+    if isinstance(config, RunConfig):
+        if given.values:
+            names = ", ".join(given.values)
+            raise ConfigError(f"train: a RunConfig has its settings already; put these into it: {names}")
+        return config
+    if config is None:
+        return resolve(given.values, source="the settings of lowrank.train")
+    resolved, warnings = load_any(config, list(_words(given.values)))
+    for text in warnings:
+        log_notice(text)
+    return resolved
+
+
+def _words(values: Mapping[str, Any], above: str = "") -> Sequence[str]:
+    """Settings over a file's: `adapter.rank=8`."""
+    words: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            words += _words(value, f"{above}{key}.")
+        else:
+            words.append(f"{above}{key}={json.dumps(value, default=_as_json)}")
+    return words
+
+
+def _as_json(value: Any) -> Any:
+    return as_dict(value) if isinstance(value, Settings) else str(value)
+
+
+def _listeners(reporters: Sequence[Listener], progress: bool | None) -> list[Reporter]:
+    listening = [each if hasattr(each, "report") else _Callback(each) for each in reporters]  # type: ignore[arg-type]
+    if progress or (progress is None and in_notebook()):
+        return [NotebookReporter() if in_notebook() else view_for(), *listening]  # type: ignore[list-item]
+    return [*([LogReporter()] if progress is None else []), *listening]  # type: ignore[list-item]
+
+
+class _Callback:
+    """A function as a reporter."""
+
+    def __init__(self, function: Callable[[Event], None]) -> None:
+        self.report = function
+
+    def close(self) -> None:
+        """A function has nothing to close."""
+
+
+class TrainedRun:
+    """A run folder: what `train` returns, or, by its path, one of another day.
+
+    path      the folder
+    summary   what stands in its summary.json: jobs, losses, times, versions; empty while there is none
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        summary: Mapping[str, Any] | None = None,
+        config: RunConfig | None = None,
+        objects: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`path` alone opens a run that is there. OutputError if it is none."""
+        self.path = Path(path)
+        if config is None and not is_run(self.path):
+            raise OutputError(f"{self.path} is no run folder: there is no {CONFIG} of a run in it")
+        self.summary: dict[str, Any] = dict(summary) if summary is not None else self._read_summary()
+        self._config, self._objects = config, dict(objects or {})
+
+    def _read_summary(self) -> dict[str, Any]:
+        file = self.path / SUMMARY
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    @property
+    def interrupted(self) -> bool:
+        """It was stopped before its end, and `resume` goes on."""
+        return bool(self.summary.get("interrupted"))
+
+    @property
+    def jobs(self) -> list[str]:
+        """Names of the jobs, each a folder with its adapter below `path`."""
+        return list(self.summary.get("jobs", {}))
+
+    def metrics(self) -> pandas.DataFrame:
+        """Everything that was logged, a row for each step (`event` is `step`) and each evaluation (`eval`) of each job:
+        columns `job`, `step`, `event`, `loss` (nats per token), `learning_rate`, `grad_norm`, `tokens`, `seconds`, and
+        what the objective adds. Empty before the first step."""
+        import pandas
+
+        lines = [line for line in read_metrics(self.path / FILE) if line.get("event") in ("step", "eval")]
+        rows = [{**line, **line.get("metrics", {})} for line in lines]
+        frame = pandas.DataFrame(rows).drop(columns=["metrics"], errors="ignore")
+        first = [name for name in ("job", "step", "event", "loss") if name in frame]
+        return frame.reindex(columns=[*first, *(name for name in frame if name not in first)])
+
+    def load(self, **options: Any) -> Model:
+        """The base with the adapters of all jobs: `lowrank.load` of this folder."""
+        return load(self.path, **options)
+
+    def export(self, to: Any = "merged", output: str | Path | None = None, **options: Any) -> dict[str, Any]:
+        """`lowrank.export` of this folder."""
+        return export(self.path, to, output, **options)
+
+    def resume(
+        self,
+        *,
+        reporters: Sequence[Listener] = (),
+        progress: bool | None = None,
+        allow_code: bool = False,
+        **changes: Any,
+    ) -> TrainedRun:
+        """Go on from the last checkpoint, bit by bit as if it had never stopped. `changes`: settings that may change
+        on the way, as `max_steps` or `num_train_epochs`. OutputError for any other."""
+        config = self._config
+        settings = read_file(self.path / CONFIG) if config is None else config.model_dump(exclude_unset=True)
+        of_jobs = {key: value for key, value in changes.items() if key in JobSettings.model_fields}
+        settings |= {**changes, "resume": True, "overwrite": False, "output_dir": str(self.path)}
+        settings["jobs"] = [{**job, **of_jobs} for job in settings.get("jobs", ())]
+        with ExitStack() as stack:
+            stack.enter_context(code_allowed(allow_code))
+            stack.enter_context(objects_given(self._objects))
+            changed = resolve(settings, source=f"the settings of {self.path} with changes")
+            summary = train_run(changed, reporters=_listeners(reporters, progress))
+        resumed = TrainedRun(self.path, summary=summary, config=changed, objects=self._objects)
+        resumed._kept_rows = (config, getattr(self, "_kept_rows", None))
+        return resumed
+
+    _kept_rows: Any = None
+    """Rows in memory live as long as the settings they came with (data/sources/memory.py)."""
+
+    def __repr__(self) -> str:
+        return f"TrainedRun({str(self.path)!r}, jobs={self.jobs})"

@@ -1,0 +1,217 @@
+"""Orders to the jobs of a run that trains: what a page asks for, as an order file and as the command that writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from lowrank.board import form
+from lowrank.board.body import Body
+from lowrank.board.places import Places, safe_name
+from lowrank.board.settings_file import as_words, confine
+from lowrank.board.tasks import Task
+from lowrank.checkpoints.orders import FOLDER, Answer, answers, read_state
+from lowrank.errors import ConfigError, LowrankError
+from lowrank.foreign_files import find_json
+from lowrank.foreign_yaml import load_yaml
+from lowrank.third_party import names_code
+
+_TEXTS = ("default_system", "prompt_tuning_init_text")
+"""Settings whose values are read by nobody but the model."""
+_SHOWN = 30
+
+
+class Wanted(Body):
+    """One order. `changes`: texts or values by dotted setting; they stand over `text`, settings of a job as YAML."""
+
+    kind: Literal["add", "clone", "pause", "priority", "resume", "set", "stop"]
+    job: str = Field("", max_length=300)
+    changes: dict[str, Any] = Field(default_factory=dict)
+    text: str = Field("", max_length=64 << 10)
+    name: str = Field("", max_length=120)
+    """Of the job that comes, with add and clone."""
+    from_start: bool = False
+    priority: int = Field(0, ge=-1000, le=1000)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What `checkpoints.orders.send` is given, and the words of the command; `file` is what `lowrank add` reads."""
+
+    kind: str
+    job: str | None
+    values: dict[str, Any]
+    words: list[str]
+    file: tuple[Path, str] | None = field(default=None)
+
+    @property
+    def command(self) -> str:
+        """As a person would type it, in the board's folder."""
+        return Task("", "", tuple(self.words), "", 0).command
+
+
+def drafted(places: Places, run: str, wanted: Wanted, *, allow_code: bool) -> Drafted:
+    """The order. OutsideError for paths the board may not read, ConfigError for settings that are none, or that name
+    code where the board was not started with --allow-code."""
+    folder = places.shown(places.run(run))
+    settings = _merged(_read(wanted.text), form.entry(wanted.changes))
+    _check(places, settings, allow_code)
+    if wanted.kind == "add":
+        return _added(places, run, folder, wanted.name, settings)
+    changes = as_words(settings)
+    if not wanted.job:
+        raise ConfigError("choose an adapter")
+    words = [wanted.kind, folder, wanted.job]
+    if wanted.kind == "set":
+        if not changes:
+            raise ConfigError("nothing is changed yet")
+        return Drafted("set", wanted.job, {"words": changes}, [*words, *changes])
+    if wanted.kind == "clone":
+        own = {"words": changes, "name": wanted.name or None, "from_start": wanted.from_start}
+        words += changes + (["--name", wanted.name] if wanted.name else [])
+        return Drafted("clone", wanted.job, own, [*words, *(["--from-start"] if wanted.from_start else [])])
+    if wanted.kind == "priority":
+        number = [str(wanted.priority)] if wanted.priority >= 0 else ["--", str(wanted.priority)]
+        return Drafted("priority", wanted.job, {"priority": wanted.priority}, [*words, *number])
+    return Drafted(wanted.kind, wanted.job, {}, words)
+
+
+def _added(places: Places, run: str, folder: str, name: str, settings: dict[str, Any]) -> Drafted:
+    given: Any = name or settings.get("name")
+    if not isinstance(given, str) or not given:
+        raise ConfigError("name: the new adapter needs a name")
+    name = given
+    settings = {"name": name, **{key: value for key, value in settings.items() if key != "name"}}
+    path = places.own / "added" / f"{safe_name(run, 'run')}-{safe_name(name, 'job')}.yaml"
+    return Drafted(
+        "add", name, {"settings": settings}, ["add", folder, places.shown(path)], (path, form.as_yaml(settings))
+    )
+
+
+def _read(text: str) -> dict[str, Any]:
+    try:
+        content = load_yaml(text, form.MOST_VALUES) if text.strip() else {}
+    except yaml.MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{place}{error.problem or error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the settings are no YAML ({str(error)[:300]})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError("expected settings of an adapter, as `adapter: {rank: 32}`")
+    return content
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(under)
+    for key, value in over.items():
+        known = found.get(key)
+        found[key] = _merged(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def _check(places: Places, settings: Mapping[str, Any], allow_code: bool) -> None:
+    confine(places, {"jobs": [settings]})
+    code = [] if allow_code else [f"{path}: {value!r}" for path, value in _code_in(settings, "")]
+    if code:
+        raise ConfigError(
+            f"{'; '.join(code)} is code that does not come with lowrank; the board runs it if it was started with "
+            "--allow-code"
+        )
+
+
+def _code_in(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in _TEXTS:
+                yield from _code_in(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _code_in(item, path)
+    elif isinstance(value, str) and names_code(value):
+        yield path, value
+
+
+def write_file(draft: Drafted) -> None:
+    """What the command of an order reads, so that it can be typed."""
+    if draft.file is not None:
+        path, text = draft.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Given:
+    """An order that lies in a run folder, whoever gave it."""
+
+    number: int
+    command: str
+    time: float | None
+    answer: Answer | None
+
+
+def orders_of(places: Places, run: str) -> list[Given]:
+    """The last orders of a run, the latest first."""
+    folder = places.run(run) / FOLDER
+    try:
+        numbers = sorted((int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdecimal()), reverse=True)
+    except OSError:
+        return []
+    known = answers(places.run(run)) if numbers else {}
+    return [_given(places, run, folder, number, known.get(number)) for number in numbers[:_SHOWN]]
+
+
+def _given(places: Places, run: str, folder: Path, number: int, answer: Answer | None) -> Given:
+    content = find_json(folder / f"{number:06d}.json") or {}
+    time = content.get("time")
+    values = content.get("values")
+    command = _command(places.shown(places.run(run)), content, values if isinstance(values, dict) else {})
+    return Given(number, command, time if isinstance(time, (int, float)) else None, answer)
+
+
+def _command(run: str, content: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """The command that gives this order; with add the file is anybody's, so the name of the job stands for it."""
+    kind, job = str(content.get("kind", "?"))[:20], content.get("job")
+    words = [kind, run, *([str(job)] if job else [])]
+    listed = values.get("words")
+    words += [str(word)[:300] for word in listed[:20]] if isinstance(listed, list) else []
+    if values.get("name"):
+        words += ["--name", str(values["name"])]
+    if values.get("from_start"):
+        words.append("--from-start")
+    if kind == "priority":
+        words.append(str(values.get("priority"))[:12])
+    return Task("", "", tuple(words), "", 0).command[:1000]
+
+
+def live_jobs(run: Path) -> list[dict[str, Any]]:
+    """What the jobs of a run were doing when it last said so; empty where it never did, or hears no orders."""
+    jobs = _state(run).get("jobs")
+    return [job for job in jobs if isinstance(job, dict) and job.get("name")] if isinstance(jobs, list) else []
+
+
+def live_memory(run: Path) -> dict[str, Any]:
+    """`used` and `planned` bytes, as the run last said."""
+    memory = _state(run).get("memory")
+    return memory if isinstance(memory, dict) else {}
+
+
+def hears_orders(run: Path) -> bool:
+    """Whether the run, which is known to be training, has begun to look for orders and not ended yet."""
+    state = _state(run)
+    return bool(state) and not state.get("ended")
+
+
+def _state(run: Path) -> dict[str, Any]:
+    if (run / FOLDER).is_symlink():  # it may lead anywhere, and the board would write there
+        return {}
+    try:
+        return read_state(run)
+    except LowrankError:
+        return {}

@@ -1,0 +1,175 @@
+"""Try it: a conversation with the base and adapters side by side, answered by a `lowrank serve` child."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+from lowrank.board.body import Body
+from lowrank.board.last_line import last_lines, said_lines
+from lowrank.board.page import answer_page, board_of
+from lowrank.board.routes.runs import about
+from lowrank.board.runs import checkpoints
+from lowrank.board.state import Board
+from lowrank.board.tasks import ERRORS, OUTPUT, Task
+
+router = APIRouter()
+_ADDRESS = re.compile(r"http://(?:127\.0\.0\.1|localhost|\[::1\]):(\d{2,5})")
+_IDLE_SECONDS = 900.0
+_LAST_ASKED: dict[str, float] = {}
+
+
+@router.get("/runs/{name}/try")
+def try_page(request: Request, name: str) -> Response:
+    """The page of one run."""
+    return answer_page(request, "try.html", place="runs", tab="try", **about(request, name))
+
+
+class Open(Body):
+    """What is loaded: the run's adapters (the best or the last), or those of a checkpoint."""
+
+    which: str = "best"
+
+
+@router.post("/api/runs/{name}/chat")
+def open_chat(request: Request, name: str, body: Open) -> Response:
+    """Have the run's base and adapters loaded; chats of other runs are closed, one device holds one."""
+    board = board_of(request)
+    run = board.run(name)
+    if run is None:
+        raise HTTPException(404, f"there is no run {name[:80]!r}")
+    target = board.places.shown(run.folder)
+    options = []
+    if body.which == "last":
+        options = ["--last"]
+    elif body.which != "best":
+        if body.which not in checkpoints(run.folder):
+            raise HTTPException(404, "there is no such checkpoint")
+        target += f"/checkpoints/{body.which}"
+    words = board.words("serve", target, *options, "--port", "0", "--json")
+    for task in _chats(board):
+        if task.subject == name and list(task.words) == words:
+            return JSONResponse({"task": task.id})
+        board.queue.stop(task.id)
+    task = board.queue.add("serve", words, subject=name)
+    board.queue.move(task.id, -999)
+    _LAST_ASKED[task.id] = time.monotonic()
+    return JSONResponse({"task": task.id})
+
+
+@router.get("/api/chat/{task}")
+def chat_state(request: Request, task: str) -> Response:
+    """`waiting` (for whom), `loading`, `ready` with the models, or over."""
+    board = board_of(request)
+    found = _task(board, task)
+    outcome = board.queue.outcome(found)
+    port = _port(board, found)
+    if outcome.state == "running":
+        state = "ready" if port is not None else "loading"
+    else:
+        state = outcome.state
+    blocked = [each.subject for each in board.queue.running() if each.id != task] if state == "waiting" else []
+    said = said_lines(board.queue.tasks.folder(task) / ERRORS, 1)
+    return JSONResponse({"state": state, "said": outcome.said or " ".join(said)[-300:], "behind": blocked})
+
+
+@router.get("/api/chat/{task}/voices")
+async def voices(request: Request, task: str) -> Response:
+    """The names of the base and the adapters."""
+    board = board_of(request)
+    async with _client(board, _task(board, task)) as client:
+        answer = await client.get("/v1/models")
+        return JSONResponse({"voices": [each["id"] for each in answer.json().get("data", [])]})
+
+
+class Say(Body):
+    """One question to one model, as OpenAI's API has it."""
+
+    voice: str
+    messages: list[dict[str, Any]]
+    temperature: float = Field(0.7, ge=0, le=5)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(512, ge=1, le=8192)
+
+
+@router.post("/api/chat/{task}/say")
+async def say(request: Request, task: str, body: Say) -> Response:
+    """The answer as a stream of server-sent events, passed through as the server makes it."""
+    board = board_of(request)
+    found = _task(board, task)
+    _LAST_ASKED[task] = time.monotonic()
+    content = {
+        "model": body.voice, "messages": body.messages, "temperature": body.temperature, "top_p": body.top_p,
+        "max_tokens": body.max_tokens, "stream": True,
+    }  # fmt: skip
+    client = _client(board, found)
+    ask = client.build_request("POST", "/v1/chat/completions", json=content)
+    answer = await client.send(ask, stream=True)
+    if answer.status_code != 200:
+        text = (await answer.aread()).decode("utf-8", "replace")
+        await client.aclose()
+        raise HTTPException(502, text[:2000])
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            async for piece in answer.aiter_raw():
+                yield piece
+        finally:  # also when the person presses stop: the server then ends the answer
+            await answer.aclose()
+            await client.aclose()
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+@router.post("/api/chat/{task}/close")
+def close_chat(request: Request, task: str) -> Response:
+    """Free the device."""
+    board = board_of(request)
+    board.queue.stop(_task(board, task).id)
+    return JSONResponse({})
+
+
+def close_idle_chats(board: Board) -> None:
+    """Chats that nobody has used for a while, and any while others wait, give the device back."""
+    waits = any(task.kind != "serve" for task in board.queue.waiting())
+    for task in _chats(board):
+        asked = _LAST_ASKED.setdefault(task.id, time.monotonic())
+        if time.monotonic() - asked > (_IDLE_SECONDS / 5 if waits else _IDLE_SECONDS):
+            board.queue.stop(task.id)
+
+
+def _chats(board: Board) -> list[Task]:
+    return [task for task in (*board.queue.running(), *board.queue.waiting()) if task.kind == "serve"]
+
+
+def _task(board: Board, name: str) -> Task:
+    task = board.queue.tasks.get(name)
+    if task is None or task.kind != "serve":
+        raise HTTPException(404, "there is no such chat")
+    return task
+
+
+def _port(board: Board, task: Task) -> int | None:
+    """Where the child listens: the first address it printed."""
+    for line in last_lines(board.queue.tasks.folder(task.id) / OUTPUT, 50):
+        found = _ADDRESS.search(line)
+        if found:
+            return int(found[1])
+    return None
+
+
+def _client(board: Board, task: Task) -> Any:
+    import httpx
+
+    port = _port(board, task)
+    if port is None or board.queue.outcome(task).over:
+        raise HTTPException(409, "the model is not loaded")
+    headers = {"Authorization": f"Bearer {board.serve_token}"}
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=600, trust_env=False)

@@ -1,0 +1,184 @@
+"""Measure it: answers to the questions of a file with intervals, and lm-eval's tasks."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+from lowrank.board.body import Body
+from lowrank.board.data_files import BUILT_IN, data_files
+from lowrank.board.page import answer_page, board_of
+from lowrank.board.places import child_of
+from lowrank.board.progress import progress_of
+from lowrank.board.routes.runs import about
+from lowrank.board.runs import checkpoints, read_json
+from lowrank.board.state import Board
+
+router = APIRouter()
+_ROWS = 30
+_TASKS = re.compile(r"[\w\-,.:/ ]{1,400}")
+
+
+@router.get("/runs/{name}/measure")
+def measure(request: Request, name: str) -> Response:
+    """What was measured of a run, and forms to measure more."""
+    board = board_of(request)
+    return answer_page(
+        request, "measure.html", place="runs", tab="measure", files=data_files(board.places), built_in=BUILT_IN,
+        **about(request, name), **_measured(board, name),
+    )  # fmt: skip
+
+
+@router.get("/part/measure/{name}")
+def measure_part(request: Request, name: str) -> Response:
+    """What changes on that page."""
+    board = board_of(request)
+    return answer_page(request, "part_measure.html", tab="measure", **about(request, name), **_measured(board, name))
+
+
+class Predict(Body):
+    """As `lowrank predict` has it; `which`: best, last, or the name of a checkpoint."""
+
+    data: str
+    which: str = "best"
+    adapters: list[str] = Field(default_factory=list)
+    max_samples: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(256, ge=1, le=8192)
+    temperature: float = Field(0.0, ge=0, le=5)
+
+
+@router.post("/api/runs/{name}/predict")
+def predict(request: Request, name: str, body: Predict) -> Response:
+    """Put `lowrank predict` into the queue."""
+    board = board_of(request)
+    data = body.data if body.data in BUILT_IN else board.places.shown(board.places.readable_data(body.data))
+    words = ["predict", *_target(board, name, body.which), "--data", data]
+    words += ["--max-new-tokens", str(body.max_new_tokens)]
+    if body.max_samples is not None:
+        words += ["--max-samples", str(body.max_samples)]
+    if body.temperature:
+        words += ["--temperature", str(body.temperature)]
+    if body.adapters:
+        words += ["--adapter", ",".join(_known(board, name, body.adapters))]
+    task = board.queue.add("predict", board.words(*words, "--json"), subject=name)
+    return JSONResponse({"task": task.id})
+
+
+class Eval(Body):
+    """As `lowrank eval` has it."""
+
+    tasks: str
+    which: str = "best"
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    chat: bool = False
+
+
+@router.post("/api/runs/{name}/eval")
+def evaluate(request: Request, name: str, body: Eval) -> Response:
+    """Put `lowrank eval` into the queue."""
+    board = board_of(request)
+    tasks = body.tasks.replace(" ", "")
+    if not _TASKS.fullmatch(tasks) or tasks.startswith("-"):
+        raise HTTPException(400, "tasks are names with commas between them, as mmlu,gsm8k")
+    words = ["eval", *_target(board, name, body.which), "--tasks", tasks]
+    words += ["--limit", str(body.limit)] if body.limit else []
+    words += ["--num-fewshot", str(body.num_fewshot)] if body.num_fewshot is not None else []
+    words += ["--apply-chat-template"] if body.chat else []
+    task = board.queue.add("eval", board.words(*words, "--json"), subject=name)
+    return JSONResponse({"task": task.id})
+
+
+@router.get("/runs/{name}/predictions/{data}")
+def predictions(request: Request, name: str, data: str) -> Response:
+    """All answers as a file."""
+    path = child_of(board_of(request).places.run(name) / "predict", data) / "predictions.jsonl"
+    if not path.is_file() or path.is_symlink():
+        raise HTTPException(404, "there are no such predictions")
+    return FileResponse(path, media_type="application/jsonl", filename=f"{name}-{data}.jsonl")
+
+
+def _target(board: Board, name: str, which: str) -> list[str]:
+    run = board.run(name)
+    if run is None:
+        raise HTTPException(404, f"there is no run {name[:80]!r}")
+    shown = board.places.shown(run.folder)
+    if which in ("best", "last"):
+        return [shown, *(["--last"] if which == "last" else [])]
+    if which not in checkpoints(run.folder):
+        raise HTTPException(404, "there is no such checkpoint")
+    return [f"{shown}/checkpoints/{which}"]
+
+
+def _known(board: Board, name: str, adapters: list[str]) -> list[str]:
+    run = board.run(name)
+    known = {"base", *(run.jobs if run else ())}
+    if not set(adapters) <= known:
+        raise HTTPException(404, f"the run has {', '.join(sorted(known))}")
+    return adapters
+
+
+def _measured(board: Board, name: str) -> dict[str, Any]:
+    folder = board.places.run(name)
+    tasks = [
+        (task, outcome, progress_of(board.queue.tasks.folder(task.id)) if outcome.state == "running" else None)
+        for task, outcome in board.tasks_about(name, "predict", "eval")
+    ]
+    return {
+        "tasks": tasks[:8],
+        "predicted": [_prediction(path) for path in _folders(folder / "predict") if (path / "metrics.json").is_file()],
+        "evaluated": _evaluation(folder / "eval"),
+    }
+
+
+def _prediction(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / "metrics.json")
+    metrics = {voice: own for voice, own in (content.get("metrics") or {}).items() if isinstance(own, dict)}
+    names = list(dict.fromkeys(metric for own in metrics.values() for metric in own))
+    rows = []
+    try:
+        with open(folder / "predictions.jsonl", encoding="utf-8", errors="replace") as file:
+            for line in islice(file, 300):
+                rows.append(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("predictions"), dict)]
+    rows.sort(key=lambda row: len({str(text) for text in row["predictions"].values()}) == 1)
+    return {"name": folder.name, "rows": content.get("rows"), "metrics": metrics, "names": names, "shown": rows[:_ROWS]}
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """`{"models": [...], "rows": [(task, metric, [(value, standard error), ...])]}` of what lm-eval left."""
+    voices, table = [], {}
+    for path in _folders(folder):
+        content = read_json(path / "results.json").get("results")
+        if not isinstance(content, dict):
+            continue
+        voices.append(path.name)
+        for task, own in content.items():
+            for key, value in own.items() if isinstance(own, dict) else ():
+                metric, _, kind = key.partition(",")
+                if (
+                    isinstance(value, (int, float))
+                    and "_stderr" not in metric
+                    and metric not in ("sample_len", "alias")
+                ):
+                    error = own.get(f"{metric}_stderr,{kind}")
+                    spread = error if isinstance(error, (int, float)) else None
+                    table.setdefault((task, metric), {})[path.name] = (value, spread)
+    return {"voices": voices, "rows": [(*key, [own.get(voice) for voice in voices]) for key, own in table.items()]}
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError:
+        return []

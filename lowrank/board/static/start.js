@@ -1,0 +1,6 @@
+// The first page and the page of a task: their parts follow what happens.
+import { $$, calmly, listen, refresh } from "./common.js";
+
+const draw = calmly(() => Promise.all($$("[data-part]").map(refresh)), 700);
+listen(() => "/api/live", { changed: draw });
+setInterval(() => { if (!document.hidden) draw(); }, 2500); // progress of what runs, which is no change of the lists

@@ -1,0 +1,122 @@
+// Orders to the adapters of a run that trains: two dialogs, each order with the command that gives the same.
+import { $, $$, get, post, refresh, settled, t } from "./common.js";
+
+const address = `/api/runs/${encodeURIComponent($("#steer").dataset.run)}/orders`;
+const waiting = new Map(); // the dialog's number of the order that is answered next: an older answer is not shown
+let job = "";
+
+/** What stands in the fields of an order. */
+function wanted(order) {
+  const body = { kind: order.dataset.kind, job };
+  if (body.kind === "add") delete body.job;
+  const changes = {};
+  for (const field of $$("[data-change]", order)) if (field.value.trim()) changes[field.dataset.change] = field.value.trim();
+  if (Object.keys(changes).length) body.changes = changes;
+  for (const field of $$("[name]", order)) {
+    if (field.type === "checkbox") body[field.name] = field.checked;
+    else if (field.type === "number") body[field.name] = Math.round(Number(field.value) || 0);
+    else if (field.value.trim()) body[field.name] = field.name === "text" ? field.value : field.value.trim();
+  }
+  return body;
+}
+
+/** The command and what is wrong with it, without giving the order. */
+async function preview(order) {
+  const number = (order.number = (order.number ?? 0) + 1);
+  let answer;
+  try {
+    answer = await post(`${address}/preview`, wanted(order));
+  } catch (error) {
+    answer = { problem: error.message };
+  }
+  if (number !== order.number) return;
+  $(".command", order).hidden = !answer.command;
+  $("code", order).textContent = answer.command ?? "";
+  const touched = [...$$("input:not([type=number]), textarea", order)].some((field) => field.value);
+  $(".problem", order).hidden = !answer.problem || !touched;
+  $(".problem", order).textContent = answer.problem ?? "";
+  $("[data-give]", order).disabled = Boolean(answer.problem);
+}
+
+for (const order of $$(".order")) {
+  const later = settled(() => preview(order), 250);
+  order.addEventListener("input", later);
+  $("[data-give]", order).addEventListener("click", () => give(order));
+  $("[data-copy-near]", order).addEventListener("click", (event) => copy(event.target));
+  order.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target.matches("input") && !$("[data-give]", order).disabled) { event.preventDefault(); give(order); }
+  });
+}
+
+async function copy(button) {
+  const code = $("code", button.parentElement);
+  try {
+    await navigator.clipboard.writeText(code.textContent);
+  } catch {
+    getSelection().selectAllChildren(code); // without https on another host there is no clipboard
+  }
+}
+
+async function give(order) {
+  const dialog = order.closest("dialog"), place = $("[role=status]", dialog), turn = (waiting.get(dialog) ?? 0) + 1;
+  waiting.set(dialog, turn);
+  const say = (text, kind = "", lang = "") => {
+    if (waiting.get(dialog) !== turn) return;
+    place.hidden = false;
+    place.className = `box ${kind}`;
+    place.lang = lang || document.documentElement.lang;
+    place.textContent = text;
+    place.scrollIntoView({ block: "nearest" });
+  };
+  try {
+    const { number } = await post(address, wanted(order));
+    say(t("order.sent"));
+    for (let pause = 150; waiting.get(dialog) === turn; pause = Math.min(2000, pause * 1.3)) {
+      const answer = await get(`${address}/${number}`);
+      if (answer.answered) {
+        say(answer.text, answer.done ? "well" : "bad", "en");
+        break;
+      }
+      await new Promise((go) => setTimeout(go, pause));
+    }
+  } catch (error) {
+    say(error.message, "bad");
+  }
+  await refresh($("#details"));
+  if (dialog.open) show();
+}
+
+/** The orders that the adapter can be given as it is now. */
+function show() {
+  const row = $$("[data-job]").find((one) => one.dataset.job === job);
+  const state = row?.dataset.state ?? "";
+  $('#steer [data-kind="pause"]').hidden = state === "paused" || state === "held";
+  $('#steer [data-kind="resume"]').hidden = state !== "paused";
+}
+
+function open(dialog) {
+  waiting.set(dialog, (waiting.get(dialog) ?? 0) + 1);
+  $("[role=status]", dialog).hidden = true;
+  for (const order of $$(".order", dialog)) preview(order);
+  dialog.showModal();
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-steer], [data-add], [data-close]");
+  if (!button) return;
+  if (button.dataset.close !== undefined) return button.closest("dialog").close();
+  if (button.dataset.add !== undefined) return open($("#add"));
+  job = button.dataset.steer;
+  const row = $$("[data-job]").find((one) => one.dataset.job === job);
+  $("#steer-title").textContent = job;
+  $$("#steer input:not([type=checkbox]), #steer textarea").forEach((field) => (field.value = ""));
+  $$("#steer input[type=checkbox]").forEach((field) => (field.checked = false));
+  $("#steer-rate").placeholder = row?.dataset.rate ? Number(row.dataset.rate).toPrecision(3) : "";
+  $("#steer-priority").value = row?.dataset.priority || "0";
+  show();
+  open($("#steer"));
+});
+
+// The part with the button was drawn again meanwhile: the focus goes to the one that stands there now.
+for (const dialog of $$("dialog"))
+  dialog.addEventListener("close", () => $(`[data-key="${CSS.escape(dialog.id === "add" ? "add" : `steer-${job}`)}"]`)?.focus());

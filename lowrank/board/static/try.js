@@ -1,0 +1,112 @@
+// Talking to the base and to adapters side by side. The history is that of the first voice.
+import { $, $$, el, post, get, t, toast } from "./common.js";
+
+const run = $("#chat").dataset.run;
+let task = null, voices = [], history = [], asking = null;
+
+async function open() {
+  $("#open").disabled = true;
+  try {
+    task = (await post(`/api/runs/${encodeURIComponent(run)}/chat`, { which: $("#which").value })).task;
+    await until();
+  } catch (error) {
+    toast(error.message, true);
+    $("#chat-state").textContent = "";
+  }
+  $("#open").disabled = false;
+}
+
+async function until() {
+  for (;;) {
+    const now = await get(`/api/chat/${task}`);
+    if (now.state === "ready") break;
+    if (!["waiting", "loading"].includes(now.state)) throw new Error(now.said || t("chat.over"));
+    $("#chat-state").textContent = now.state === "waiting" ? t("chat.waiting", { behind: now.behind.join(", ") }) : t("chat.loading");
+    await new Promise((resolve) => setTimeout(resolve, 500));
+  }
+  for (let tries = 0; !voices.length; tries += 1) {
+    try {
+      voices = (await get(`/api/chat/${task}/voices`)).voices;
+    } catch (error) {
+      if (tries > 20) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 300));
+    }
+  }
+  $("#chat-state").textContent = "";
+  $("#opening").hidden = true;
+  $("#talking").hidden = false;
+  const first = voices.filter((voice) => voice !== "base").slice(0, 2);
+  $("#voices").append(...voices.map((voice) => el("label", {}, el("input", { type: "checkbox", value: voice, checked: first.includes(voice) || voice === "base" || voices.length < 3 }), ` ${voice}`)));
+  $("#question").focus();
+}
+
+const chosen = () => {
+  const names = $$("#voices input:checked").map((input) => input.value);
+  return [...names.filter((name) => name !== "base"), ...names.filter((name) => name === "base")];
+};
+
+async function ask(question) {
+  const names = chosen();
+  if (!names.length || !question.trim() || asking) return;
+  asking = new AbortController();
+  $("#halt").hidden = false;
+  $("#send").disabled = true;
+  history.push({ role: "user", content: question });
+  const answers = names.map((name) => ({ name, text: "", place: el("div", { class: "text" }, "…"), note: el("span", { class: "dim small" }) }));
+  $("#turns").append(el("article", { class: "turn" }, el("p", { class: "asked text" }, question), el("div", { class: "answers-side" }, ...answers.map((one) => el("section", { class: one.name === "base" ? "answer base" : "answer" }, el("h3", {}, one.name, " ", one.note), one.place)))));
+  $("#turns").lastChild.scrollIntoView({ block: "end" });
+  const system = $("#system").value.trim();
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...history];
+  await Promise.all(answers.map((one) => stream(one, messages)));
+  history.push({ role: "assistant", content: answers[0].text });
+  asking = null;
+  $("#halt").hidden = true;
+  $("#send").disabled = false;
+}
+
+async function stream(one, messages) {
+  const begun = performance.now();
+  let pieces = 0;
+  try {
+    const answer = await fetch(`/api/chat/${task}/say`, {
+      method: "POST", headers: { "Content-Type": "application/json" }, signal: asking.signal,
+      body: JSON.stringify({ voice: one.name, messages, temperature: Number($("#temperature").value), top_p: Number($("#top-p").value), max_tokens: Number($("#max-tokens").value) }),
+    });
+    if (!answer.ok) throw new Error((await answer.json()).error?.message ?? answer.status);
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = ""; ;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
+        const said = JSON.parse(line.slice(6));
+        if (said.error) throw new Error(said.error.message);
+        const more = said.choices?.[0]?.delta?.content ?? "";
+        if (more) pieces += 1;
+        one.text += more;
+        one.place.textContent = one.text;
+      }
+    }
+    if (!one.text) one.place.textContent = t("chat.empty");
+    one.note.textContent = `${(pieces / Math.max(0.001, (performance.now() - begun) / 1000)).toFixed(0)} tok/s`;
+  } catch (error) {
+    if (error.name === "AbortError") one.note.textContent = t("chat.halted");
+    else one.place.append(el("p", { class: "problem" }, error.message));
+  }
+}
+
+$("#open").addEventListener("click", open);
+$("#ask").addEventListener("submit", (event) => { event.preventDefault(); const text = $("#question").value; $("#question").value = ""; ask(text); });
+$("#question").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("#ask").requestSubmit(); } });
+$("#halt").addEventListener("click", () => asking?.abort());
+$("#again").addEventListener("click", () => { history = []; $("#turns").replaceChildren(); $("#question").focus(); });
+$("#close").addEventListener("click", async () => {
+  await post(`/api/chat/${task}/close`).catch(() => {});
+  [task, voices, history] = [null, [], []];
+  $("#voices").querySelectorAll("label").forEach((one) => one.remove());
+  $("#turns").replaceChildren();
+  $("#talking").hidden = true;
+  $("#opening").hidden = false;
+});

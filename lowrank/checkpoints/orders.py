@@ -1,0 +1,183 @@
+"""Orders to a run that is training: files in its folder, so they work from another terminal, container or machine.
+
+    orders/000007.json      an order: written under another name and renamed, never changed afterwards
+    orders/.000007.claim    its number is taken, by whoever wrote it
+    orders/log.jsonl        the run's answers, one line each, as soon as an order was carried out or refused
+    orders/state.json       what the run's jobs were doing a moment ago
+
+A run carries an order out between two steps, once. Its checkpoint lists the orders that are in it; one that was
+answered later is carried out again at the same step when the run goes on from there, and so has the same effect.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank.checkpoints.atomic import write_text
+from lowrank.errors import LowrankError, OutputError
+from lowrank.foreign_files import parse_json, read_json
+
+FOLDER = "orders"
+LOG = "log.jsonl"
+STATE = "state.json"
+_NAME = re.compile(r"(\d{6,12})\.json")
+_MOST_ATTEMPTS = 10_000
+KINDS = ("add", "clone", "pause", "priority", "resume", "set", "stop")
+"""What can be ordered."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What somebody wants of a run. `values` depends on the kind (pipelines/orders.py)."""
+
+    number: int
+    kind: str
+    job: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    sender: str = ""
+    """Process and machine, for the log."""
+    time: float = 0.0
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an order. `tick`: optimizer steps the run had taken when it was carried out, or refused."""
+
+    number: int
+    tick: int
+    done: bool
+    text: str
+    time: float
+
+
+def send(run: Path, kind: str, job: str | None = None, values: Mapping[str, Any] | None = None) -> Order:
+    """Put an order into the run's folder; it has a number that no other writer has. OutputError if that cannot be."""
+    assert kind in KINDS, kind
+    folder = run / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        number = _claim(folder)
+        sender = f"process {os.getpid()} on {socket.gethostname()}"
+        order = Order(number, kind, job, dict(values or {}), sender, round(time.time(), 3))
+        text = json.dumps(asdict(order), ensure_ascii=False, indent=1, default=str)
+        write_text(folder / _name(number), text + "\n")
+    except OSError as error:
+        raise OutputError(f"{folder}: the order cannot be written ({error})") from error
+    return order
+
+
+def answers(run: Path) -> dict[int, Answer]:
+    """The last answer to each order that has one, by its number."""
+    found: dict[int, Answer] = {}
+    try:
+        lines = (run / FOLDER / LOG).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return found
+    for line in lines:
+        with suppress(LowrankError, KeyError, TypeError, ValueError):  # torn by a crash of the machine
+            one = parse_json(line, LOG, OutputError)
+            answer = Answer(
+                int(one["number"]), int(one["tick"]), bool(one["done"]), str(one["text"]), float(one["time"])
+            )
+            found[answer.number] = answer
+    return found
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    """What the run's jobs were doing when it last said so (pipelines/job_queue.py); empty if it never did."""
+    path = run / FOLDER / STATE
+    return read_json(path, OutputError) if path.is_file() else {}
+
+
+class OrderBook:
+    """The orders of a run, as the run sees them."""
+
+    def __init__(self, run: Path, carried_out: Collection[int] = ()) -> None:
+        """`carried_out`: those that are in the checkpoint from which the run goes on."""
+        self._run, self._folder = run, run / FOLDER
+        self.carried_out = set(carried_out)
+        self._answered = {number: answer for number, answer in answers(run).items() if number not in self.carried_out}
+        self.carried_out |= {number for number, answer in self._answered.items() if not answer.done}
+
+    def open(self) -> None:
+        """Make the folder; remove what writers that died have left."""
+        self._folder.mkdir(exist_ok=True)
+
+    def due(self, tick: int) -> list[Order]:
+        """What is to be carried out before the next step: first what was carried out here before the run was killed,
+        in the order of then, and then what is new."""
+        found = self._numbers() - self.carried_out
+        again = [number for number in self._answered if number in found and self._answered[number].tick <= tick]
+        new = sorted(number for number in found if number not in self._answered)
+        return [order for number in (*again, *new) if (order := self._read(number, tick)) is not None]
+
+    def later(self) -> bool:
+        """Whether some order waits for the step at which it was carried out before."""
+        return bool(self._answered.keys() - self.carried_out)
+
+    def acknowledge(self, order: Order, tick: int, text: str, *, done: bool) -> None:
+        """Write the answer, durably; the same answer is not written twice."""
+        self.carried_out.add(order.number)
+        before = self._answered.pop(order.number, None)
+        if before is not None and (before.done, before.text) == (done, text):
+            return
+        answer = Answer(order.number, tick, done, text, round(time.time(), 3))
+        line = {**asdict(answer), "kind": order.kind, "job": order.job}
+        descriptor = os.open(self._folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """For whoever looks; not synced, since it is of the moment."""
+        partial = self._folder / f".{STATE}.{os.getpid()}"
+        partial.write_text(json.dumps(state, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        os.replace(partial, self._folder / STATE)
+
+    def _numbers(self) -> set[int]:
+        try:
+            return {int(match[1]) for name in os.listdir(self._folder) if (match := _NAME.fullmatch(name))}
+        except FileNotFoundError:
+            return set()
+
+    def _read(self, number: int, tick: int) -> Order | None:
+        path = self._folder / _name(number)
+        try:
+            content = read_json(path, OutputError)
+            kind, job = str(content["kind"]), content.get("job")
+            if kind not in KINDS or not isinstance(job, (str, type(None))):
+                raise OutputError(f"{path}: there is no such order")
+            order = Order(number, kind, job, dict(content["values"]), str(content.get("sender")))
+        except (LowrankError, KeyError, TypeError, ValueError) as error:
+            self.acknowledge(Order(number, "?"), tick, f"{path.name} is not an order ({error})", done=False)
+            return None
+        return order
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def _claim(folder: Path) -> int:
+    """A number that is ours: of two writers, one makes the file."""
+    taken = [int(match[1]) for name in os.listdir(folder) if (match := re.fullmatch(r"\.?(\d{6,12})\..+", name))]
+    first = max(taken, default=0) + 1
+    for number in range(first, first + _MOST_ATTEMPTS):
+        try:
+            os.close(os.open(folder / f".{number:06d}.claim", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            continue
+        return number
+    raise OutputError(f"{folder}: no number is free for an order")

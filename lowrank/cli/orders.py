@@ -1,0 +1,44 @@
+"""What the commands that steer a run have in common: they send one order and print what the run answers."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowrank.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lowrank.api.live import LiveRun
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that is training.")]
+Job = Annotated[str, typer.Argument(metavar="NAME", help="A job of it; `lowrank jobs RUN` lists them.")]
+Changes = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optimizer.learning_rate=1e-5.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(min=0, help="Seconds to wait for the answer, which comes after the running step; no limit at first."),
+]
+
+
+def give(run: Path, order: Callable[[LiveRun], str], *, timeout: float | None, json: bool) -> None:
+    """Send an order and print the answer."""
+    from lowrank.api.live import LiveRun
+    from lowrank.terminal import visible
+
+    text = order(LiveRun(run, timeout=timeout))
+    print(json_format.dumps({"answer": text}, ensure_ascii=False) if json else visible(text))
+
+
+def changes(words: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` words as settings; values are read as YAML where they are used."""
+    found = {}
+    for word in words or ():
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{word!r}: expected key=value, for example optimizer.learning_rate=1e-5")
+        found[key] = value
+    return found

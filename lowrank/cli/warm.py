@@ -1,0 +1,96 @@
+"""A process that has imported what commands need, and forks one for each order: answers without the seconds of a start.
+
+It is no command of its own but a child of the board (`python -m lowrank.cli.warm`). Orders come as lines of JSON on
+standard input, `{"id": 1, "words": ["plan", "run.yaml", "--json"], "out": FILE, "err": FILE}`; on standard output it
+says `{"id": 1, "pid": 4711}` and, when that is over, `{"id": 1, "code": 0}`. It ends with its input. What imports a
+device's library starts it in the fork alone, so this process holds no memory of a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import sys
+import traceback
+from typing import Any
+
+HEAVY = (
+    "datasets",
+    "transformers",
+    "lowrank.compat",
+    "lowrank.cli.data",
+    "lowrank.cli.plan",
+    "lowrank.cli.show",
+    "lowrank.planning.choose",
+)
+_LONGEST_SECONDS = 600
+_MOST_BYTES = 64 << 20
+
+
+def serve() -> None:
+    """Take orders until standard input ends."""
+    for name in HEAVY:
+        importlib.import_module(name)
+    gc.freeze()
+    _say({"ready": True})
+    running: dict[int, int] = {}
+    rest = b""
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.02 if running else None)
+        if readable:
+            read = os.read(0, 1 << 16)
+            if not read:
+                return
+            *lines, rest = (rest + read).split(b"\n")
+            for line in lines:
+                order = json.loads(line)
+                child = os.fork()
+                if not child:
+                    _obey(order)
+                running[child] = order["id"]
+                _say({"id": order["id"], "pid": child})
+        for child in list(running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                _say({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
+
+
+def _obey(order: dict[str, Any]) -> None:
+    """In the fork: the command, its output in files. Never returns."""
+    from lowrank.cli.main import main
+
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        _limit()
+        sys.argv = ["lowrank", *order["words"]]
+        main(order["words"])
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _limit() -> None:
+    """Settings and data come from anywhere: no order may take for ever, or fill the disk with its answer."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CPU, (_LONGEST_SECONDS, _LONGEST_SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MOST_BYTES, _MOST_BYTES))
+
+
+def _say(line: dict[str, Any]) -> None:
+    os.write(1, (json.dumps(line) + "\n").encode())
+
+
+if __name__ == "__main__":
+    serve()

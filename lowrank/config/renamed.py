@@ -1,0 +1,18 @@
+"""Settings that had other names: a file that says the old one is refused with the new one in the message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RENAMED: dict[str, str] = {
+    "model.recompute": "model.activation_checkpointing",
+    "model.lean": "model.memory_efficient_modules",
+    "model.mixture_of_depths": "model.layer_wrapper",
+}
+"""Old -> new, each from the top of the file or of an entry of `jobs`."""
+
+
+def new_name(path: tuple[Any, ...]) -> str | None:
+    """What the setting at `path` is called now; None for one that never had another name."""
+    inside = path[2:] if path[:1] == ("jobs",) and len(path) > 2 else path
+    return RENAMED.get(".".join(map(str, inside)))

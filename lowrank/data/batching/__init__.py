@@ -1,0 +1,1 @@
+"""Samples as optimizer steps: packing, mixing, the dataloader."""

@@ -1,0 +1,1 @@
+"""Conversations as tokens: chat template, loss mask, truncation."""

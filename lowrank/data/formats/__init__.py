@@ -1,0 +1,1 @@
+"""Dataset formats: one function each, from a row to a record."""

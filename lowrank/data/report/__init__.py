@@ -1,0 +1,1 @@
+"""What the data is like and what happens to it, counted and shown."""

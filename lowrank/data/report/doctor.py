@@ -1,0 +1,108 @@
+"""The data doctor: what happens to the data, as a person reads it on a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lowrank.data.report.statistics import Lengths, Report
+
+__all__ = ["Report", "render_report"]
+
+_BAR_WIDTH = 40
+_LONGEST_SHOWN = 2000
+LEARNED, CONTEXT = "bold green", "dim"
+
+
+def render_report(report: Report, *, marks: bool = False) -> RenderableType:
+    """Counts, what is lost, what is odd, lengths, and samples colored by what carries loss.
+
+    `marks` puts what carries loss between ⟦ and ⟧ as well, for terminals without colors.
+    """
+    parts: list[RenderableType] = [_headline(report), _datasets(report), *_remarks(report)]
+    if report.lengths:
+        parts += [Text(), _describe_lengths(report, report.lengths), Padding(_bars(report.lengths), (0, 2))]
+    return Group(*parts, *_samples(report, marks))
+
+
+def _headline(report: Report) -> Text:
+    held_out = f", {report.eval_samples:,} held out" if report.eval_samples else ""
+    return Text(f"{report.train_samples:,} samples to train on{held_out}", style="bold")
+
+
+def _datasets(report: Report) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("dataset", "used for", "format"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("rows read", "used", "left out", "cut", "repeated"):
+        table.add_column(heading, justify="right")
+    for dataset in report.datasets:
+        left_out = dataset.read - dataset.used
+        cut = dataset.truncated.count if dataset.truncated else 0
+        repeated = dataset.duplicates.count if dataset.duplicates else 0
+        table.add_row(
+            Path(dataset.path).name if Path(dataset.path).suffix else dataset.path,
+            dataset.use,
+            dataset.format,
+            f"{dataset.read:,}",
+            f"{dataset.used:,}",
+            Text(f"{left_out:,}", style="red" if left_out else ""),
+            Text(f"{cut:,}", style="red" if cut else ""),
+            Text(f"{repeated:,}", style="yellow" if repeated else ""),
+        )
+    return table
+
+
+def _remarks(report: Report) -> list[RenderableType]:
+    losses = report.losses
+    lines = [Text(f"  lost  {loss}", style="red") for loss in losses]
+    lines += [Text(f"  odd   {text}", style="yellow") for text in report.warnings[len(losses) :]]
+    lines += [Text(f"  note  {text}") for text in report.information]
+    return [Text(), *(lines or [Text("  nothing is lost, nothing is odd", style="green")])]
+
+
+def _describe_lengths(report: Report, lengths: Lengths) -> Text:
+    half, most = lengths.percentiles[50], lengths.percentiles[95]
+    return Text(
+        f"Half of the samples have up to {half:,} {report.unit}, 95 of 100 up to {most:,}, the longest "
+        f"{lengths.longest:,}. {report.learned_share:.1%} of all {report.train_tokens:,} {report.unit} carry loss."
+    )
+
+
+def _bars(lengths: Lengths) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column()
+    most = max(count for _, _, count in lengths.histogram)
+    for low, high, count in lengths.histogram:
+        bar = "█" * max(count > 0, round(_BAR_WIDTH * count / most))
+        table.add_row(f"{low:,}-{high:,}", f"{count:,}", Text(bar, style="cyan"))
+    return table
+
+
+def _samples(report: Report, marks: bool) -> list[RenderableType]:
+    if not report.shown:
+        return []
+    legend = Text.assemble("Samples as the model sees them: ", ("learned", LEARNED), ", ", ("context", CONTEXT), ".")
+    panels = [
+        Panel(_colored(sample, marks), title=f"sample {number}", title_align="left", border_style="dim")
+        for number, sample in enumerate(report.shown, start=1)
+    ]
+    return [Text(), legend, *panels]
+
+
+def _colored(sample: tuple[tuple[str, float], ...], marks: bool) -> Text:
+    text = Text()
+    for piece, weight in sample:
+        shown = f"⟦{piece}⟧" if marks and weight else piece
+        text.append(shown, style=LEARNED if weight else CONTEXT)
+    if len(text) > _LONGEST_SHOWN:
+        more = len(text) - _LONGEST_SHOWN
+        text = Text.assemble(text[:_LONGEST_SHOWN], (f" ... ({more:,} characters more)", "italic"))
+    return text

@@ -1,0 +1,83 @@
+"""Rows of a dataset on the hub; where the hub cannot be reached, of the copy that is already here."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lowrank.data.sources.places import shown
+from lowrank.errors import DataError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PATIENCE = 10.0
+"""Seconds the hub has to answer."""
+
+
+def rows_of(path: str, split: str, subset: str | None, streaming: bool) -> Iterator[dict[str, Any]]:
+    """The rows of the dataset called `path`. DataError, in one sentence and without waiting, if it cannot be had."""
+    import datasets  # takes as long to import as torch, and only hub names need it
+
+    away = _away(path)
+    what = f"(split {split!r}{f', subset {subset!r}' if subset else ''})"
+    try:
+        with _quiet(), _offline(away is not None):
+            dataset = datasets.load_dataset(path, name=subset, split=split, streaming=streaming and away is None)
+    except Exception as error:  # whatever the network, the hub, or a data file there brings
+        words = away or " ".join(str(error).split())[:300]
+        raise DataError(
+            f"there is no file or folder {shown(path)}, and {path!r} cannot be loaded from the hub {what}: {words}"
+        ) from error
+    for values in dataset:
+        yield dict(values)  # type: ignore[arg-type]  # its stubs say list
+
+
+def _away(path: str) -> str | None:
+    """Why the hub does not answer, after one try; None if it does."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and there is no copy of it in the cache"
+    try:
+        httpx.head(f"{constants.ENDPOINT}/api/datasets/{path}", timeout=_PATIENCE, follow_redirects=False)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        words = " ".join(str(error).split())[:120] or type(error).__name__
+        return (
+            f"{constants.ENDPOINT} cannot be reached ({words}), and there is no copy of it in the cache; "
+            "check the network or HF_ENDPOINT, or download it elsewhere and name its folder"
+        )
+    return None
+
+
+@contextmanager
+def _offline(away: bool) -> Generator[None, None, None]:
+    """Let `datasets` look into its cache alone."""
+    if not away:
+        yield
+        return
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """No words of the libraries about every try: what is wrong is said once, by us."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets", "fsspec")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The base with its adapters merged in, tensor by tensor."""

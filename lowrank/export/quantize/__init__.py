@@ -1,0 +1,1 @@
+"""The merged model in few bits: GPTQ, AWQ, compressed-tensors."""

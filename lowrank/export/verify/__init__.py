@@ -1,0 +1,1 @@
+"""Is what was written the model that was trained? Read back and compared."""

@@ -1,0 +1,1 @@
+"""Checkpoint files: safetensors shards, and the files beside the weights."""

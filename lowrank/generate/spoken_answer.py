@@ -1,0 +1,46 @@
+"""An answer as a person reads it: with what the model thought, where its chat template knows of thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.chat.thoughts import thoughts_of
+from lowrank.generate.detokenizer import decode, hidden_tokens
+from lowrank.generate.request import Answer, TokenChunk
+
+
+class SpokenAnswer:
+    """Takes the pieces of one answer. Tags of thoughts stay as they are, channels become `<think>` tags.
+
+    marks   control tokens that the pieces' text has to show (`preserved_tokens`)
+    """
+
+    def __init__(self, renderer: Renderer) -> None:
+        thinking = thoughts_of(renderer.chat_template, renderer.config.chat_template_kwargs)
+        self.marks: tuple[str, ...] = () if thinking is None else thinking.marks
+        aloud = None if thinking is None else thinking.left_in()
+        self._reader = None if aloud is None else aloud.reader()
+        self._text = ""
+
+    def add(self, piece: TokenChunk) -> str:
+        """The text that is sure now."""
+        if self._reader is None:
+            return piece.text
+        text = self._reader.add(piece.text)[1]
+        if piece.finish is not None:
+            text += self._reader.end()[1]
+        self._text += text
+        return text
+
+    def of(self, answer: Answer) -> Answer:
+        """The answer whose pieces these were, with their text."""
+        return answer if self._reader is None else replace(answer, text=self._text)
+
+
+def spoken_text(renderer: Renderer, tokens: Sequence[int]) -> str:
+    """The same of a whole answer's tokens."""
+    spoken = SpokenAnswer(renderer)
+    hidden = hidden_tokens(renderer.tokenizer, spoken.marks) if spoken.marks else None
+    return spoken.add(TokenChunk(None, decode(renderer.tokenizer, tokens, hidden), finish="stop"))

@@ -1,0 +1,103 @@
+"""LoRA while decoding, on a CPU: few rows of each slot in a step, and the same few shapes.
+
+A small product in bf16 costs about 25 us to start on a CPU. So all slots go through two batched products where they
+have about as many rows, and numbers of rows are rounded up (kernels/shape_bucketing.py). Rows added are rows of
+somebody; what comes of them is thrown away, so no value of one slot meets another's. Nothing is kept for a backward
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch.nn import functional as F
+
+from lowrank.kernels.shape_bucketing import bucketed_rows
+
+_FEW_ROWS = 32
+"""Rows of one slot up to which a product of its own costs more to start than to compute."""
+_GROUPS = 4
+"""Numbers of slots are rounded up to its multiples."""
+
+Ranges = tuple[tuple[int, int], ...]
+"""[first row, end row) of each slot, in order."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A and B of G slots side by side, of one rank (padded with zeros); the last one again up to a multiple of four."""
+
+    A_GRD: torch.Tensor
+    B_GOR: torch.Tensor
+    scales: tuple[float, ...]
+
+
+def stack(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scales: Sequence[float]) -> Stack:
+    """Copies, but for a single slot."""
+    if len(pairs) == 1:
+        ((A_RD, B_OR),) = pairs
+        return Stack(A_RD[None], B_OR[None], tuple(scales))
+    rank = max(len(A_RD) for A_RD, _ in pairs)
+    added = -len(pairs) % _GROUPS
+    A_GRD = torch.stack([F.pad(A_RD, (0, 0, 0, rank - len(A_RD))) for A_RD, _ in (*pairs, *[pairs[-1]] * added)])
+    B_GOR = torch.stack([F.pad(B_OR, (0, rank - B_OR.shape[1])) for _, B_OR in (*pairs, *[pairs[-1]] * added)])
+    return Stack(A_GRD, B_GOR, (*scales, *[scales[-1]] * added))
+
+
+def add_updates(x_TD: torch.Tensor, y_TO: torch.Tensor, stacked: Stack, ranges: Ranges) -> None:
+    """Add every slot's update to its rows of `y_TO`, in place."""
+    lengths = [end - first for first, end in ranges]
+    padded = 1 << (max(lengths) - 1).bit_length()
+    if len(ranges) > 1 and padded <= _FEW_ROWS and padded * len(stacked.scales) <= 2 * max(sum(lengths), _FEW_ROWS):
+        _all_at_once(x_TD, y_TO, stacked, ranges, padded)
+    else:
+        _one_by_one(x_TD, y_TO, stacked, ranges)
+
+
+def _one_by_one(x_TD: torch.Tensor, y_TO: torch.Tensor, stacked: Stack, ranges: Ranges) -> None:
+    for (first, end), A_RD, B_OR, scale in zip(ranges, stacked.A_GRD, stacked.B_GOR, stacked.scales):
+        start = max(0, min(first, len(x_TD) - bucketed_rows(end - first)))
+        rows = slice(start, start + bucketed_rows(end - first))
+        update_NO = (x_TD[rows] @ A_RD.t()) @ B_OR.t()
+        y_TO[first:end].add_(update_NO[first - start : end - start], alpha=scale)
+
+
+def _all_at_once(x_TD: torch.Tensor, y_TO: torch.Tensor, stacked: Stack, ranges: Ranges, padded: int) -> None:
+    places = _places(ranges, len(stacked.scales), padded)
+    h_GNR = torch.bmm(x_TD[places.row_GN], stacked.A_GRD.transpose(1, 2))
+    alpha = stacked.scales[0]
+    if len(set(stacked.scales)) > 1:
+        h_GNR *= torch.tensor(stacked.scales, dtype=h_GNR.dtype)[:, None, None]
+        alpha = 1.0
+    update_KO = torch.bmm(h_GNR, stacked.B_GOR.transpose(1, 2)).flatten(0, 1)
+    if places.kept_K is not None:
+        update_KO = update_KO.index_select(0, places.kept_K)
+    if places.row_K is None:
+        y_TO[ranges[0][0] : ranges[-1][1]].add_(update_KO, alpha=alpha)
+    else:
+        y_TO.index_add_(0, places.row_K, update_KO, alpha=alpha)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Rows by slot, which of them are no padding (None: all), and the rows those are (None: one after another)."""
+
+    row_GN: torch.Tensor
+    kept_K: torch.Tensor | None
+    row_K: torch.Tensor | None
+
+
+@lru_cache(maxsize=4)
+def _places(ranges: Ranges, groups: int, padded: int) -> _Places:
+    """All layers of a step ask."""
+    each = [*ranges, *[ranges[-1]] * (groups - len(ranges))]
+    row_GN = torch.tensor([[min(first + place, end - 1) for place in range(padded)] for first, end in each])
+    kept = [group * padded + row - first for group, (first, end) in enumerate(ranges) for row in range(first, end)]
+    full = len(kept) == groups * padded
+    follow = all(before[1] == after[0] for before, after in pairwise(ranges))
+    row_K = None if follow else torch.tensor([row for first, end in ranges for row in range(first, end)])
+    return _Places(row_GN, None if full else torch.tensor(kept), row_K)

@@ -1,0 +1,202 @@
+"""Pictures out of files, by Pillow: what a file holds by its header, and its pixels as they are to be looked at.
+
+    upright       turned as the camera says (EXIF), which transformers does for paths alone
+    RGB           transparent parts on white; CMYK, grey and palettes converted; 16 bits scaled down (Pillow's own
+                  conversion makes them all white)
+    first frame   of what moves
+
+Files are strangers: only these formats' readers are used (others of Pillow's start programs), and a header that
+promises more than `MOST_PIXELS` is refused before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Generator
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowrank.errors import DataError
+from lowrank.records import Picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 89_478_485
+"""Pillow's own limit of what it takes without a warning: 256 MB decoded."""
+MOST_BYTES = 64 * 2**20
+_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+"""What whole files end with, but for what some programs append."""
+_TAIL = 4096
+
+
+class BadPicture(DataError):
+    """A file that is no picture to learn from, in words. `kind` is what a report counts it as."""
+
+    def __init__(self, kind: str, words: str) -> None:
+        super().__init__(f"{kind}: {words}")
+        self.kind = kind
+
+
+def examine(data: bytes, name: str, path: str | None = None) -> Picture:
+    """The picture in these bytes, from its header alone. BadPicture for what is none, is cut off, or promises too
+    much. `path`: of the file they are from, which is read again when it is needed; None: they are kept."""
+    if len(data) > MOST_BYTES:
+        raise BadPicture("a picture too large", f"{name} has more than {MOST_BYTES // 2**20} MB")
+    with _opened(data, name) as image:
+        width, height = _upright_size(image)
+        if width * height > MOST_PIXELS:
+            raise BadPicture(
+                "a picture too large",
+                f"{name} says it has {width:,} x {height:,} pixels, {MOST_PIXELS:,} in all at most; make it smaller",
+            )
+        _check_whole(data, image.format or "", name)
+        notes = _peculiarities(image)
+    digest = blake2b(data, digest_size=16).hexdigest()
+    return Picture(digest, width, height, notes, path=path, data=None if path else data)
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """The bytes of a picture's file. BadPicture for what is none."""
+    try:
+        if not path.is_file():
+            raise BadPicture("a picture is missing", f"there is no file {name}")
+        with path.open("rb") as file:
+            return file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise BadPicture("a picture is missing", f"{name} cannot be read: {error.strerror}") from error
+
+
+def decoded(picture: Picture, size: tuple[int, int] | None = None) -> Image:
+    """The picture as it is looked at, RGB, made larger or smaller to `size` (width, height). BadPicture where its file
+    has gone, changed, or cannot be decoded."""
+    data = picture.data
+    if data is None:
+        assert picture.path is not None, "a picture has bytes or a path"
+        data = read_file(Path(picture.path), picture.path)
+        if blake2b(data, digest_size=16).hexdigest() != picture.digest:
+            raise BadPicture("a picture has changed", f"{picture.path} is not what it was when the data was read")
+    with _opened(data, picture.name) as image:
+        image = _as_rgb(_decoded(image, picture.name))
+    if size is not None and image.size != size:
+        image = image.resize(size)
+    return image
+
+
+def _peculiarities(image: Image) -> tuple[str, ...]:
+    """What of a file is not shown as it is stored, as what is said of pictures in the plural."""
+    found = {
+        "are turned as their EXIF says": _turned(image),
+        "move, and are shown by their first frame": getattr(image, "n_frames", 1) > 1,
+        "have 16 bits or more, and are shown in 8": image.mode.startswith(("I", "F")),
+        "have transparent parts, which are shown white": image.mode in ("LA", "PA", "RGBA")
+        or "transparency" in image.info,
+    }
+    return tuple(what for what, is_so in found.items() if is_so)
+
+
+def from_pillow(image: Image) -> bytes:
+    """The bytes of a PNG of an image in memory, upright."""
+    from PIL import ImageOps
+
+    upright: Any = ImageOps.exif_transpose(image)
+    if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+        upright = upright.convert("RGB")
+    file = io.BytesIO()
+    upright.save(file, "PNG")
+    return file.getvalue()
+
+
+def blank(size: tuple[int, int]) -> Image:
+    """A black picture of a size."""
+    from PIL import Image
+
+    return Image.new("RGB", size)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Generator[Image]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large ones, which are told by their size; of strange EXIF
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadPicture("a picture too large", f"{name} promises {MOST_PIXELS:,} pixels several times over") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise BadPicture("not a picture", f"{name} is none of {known} ({_beginning(data)})") from error
+    except Exception as error:  # Pillow's readers raise what they like at what they were not made for
+        raise BadPicture("a broken picture", f"{name}: {_words(error)}") from error
+    with image:
+        yield image
+
+
+def _decoded(image: Image, name: str) -> Image:
+    from PIL import ImageOps
+
+    try:
+        image.load()
+        upright: Any = ImageOps.exif_transpose(image) if _turned(image) else image
+        return upright
+    except Exception as error:
+        raise BadPicture("a broken picture", f"{name} cannot be decoded: {_words(error)}") from error
+
+
+def _as_rgb(image: Image) -> Image:
+    from PIL import Image as images
+
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I;16") or image.mode == "I":
+        value = np.asarray(image).astype(np.int64)
+        most = 65535 if value.max(initial=0) > 255 else 255
+        return images.fromarray((value.clip(0, most) * 255 // most).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        value = np.nan_to_num(np.asarray(image, np.float64))
+        most = max(1.0, float(value.max(initial=0.0)))
+        return images.fromarray((value.clip(0, most) * (255 / most)).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        shown = image.convert("RGBA")
+        return images.alpha_composite(images.new("RGBA", shown.size, "white"), shown).convert("RGB")
+    return image.convert("RGB")
+
+
+def _turned(image: Image) -> bool:
+    try:
+        return image.getexif().get(0x0112, 1) in range(2, 9)
+    except Exception:  # EXIF that cannot be read says nothing
+        return False
+
+
+def _upright_size(image: Image) -> tuple[int, int]:
+    width, height = image.size
+    with contextlib.suppress(Exception):
+        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+            return height, width
+    return width, height
+
+
+def _check_whole(data: bytes, kind: str, name: str) -> None:
+    """BadPicture for a file whose end is missing; what lies within it only decoding tells."""
+    ending = _ENDINGS.get(kind)
+    cut = ending is not None and ending not in data[-_TAIL:]
+    if kind == "WEBP":
+        cut = int.from_bytes(data[4:8], "little") + 8 > len(data) + 1
+    if cut:
+        raise BadPicture("a broken picture", f"{name} is cut off: {kind} files end otherwise; get it again")
+
+
+def _beginning(data: bytes) -> str:
+    return f"it begins with {data[:16]!r}" if data else "it is empty"
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

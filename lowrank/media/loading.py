@@ -1,0 +1,101 @@
+"""A model's own processor, as transformers has it for that family, with no more of it than pictures need.
+
+Most families' processors also want one for films, which wants torchvision, and one for sound. What pictures need of
+them runs on Pillow and numpy alone, so the others are left out: no line here is of one family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from typing import Any
+
+import transformers
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.processing_auto import (
+    PROCESSOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    processor_class_from_name,
+)
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.import_utils import DummyObject
+
+from lowrank.errors import ModelError
+
+NEEDED = ("image_processor", "tokenizer")
+
+
+class _PicturesAlone(ProcessorMixin):
+    """Comes between a family's processor and transformers' own, and takes out what is not there."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """See ProcessorMixin."""
+        return [name for name in super().get_attributes() if name in NEEDED]
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        order = ProcessorMixin.get_attributes.__func__(type(self))  # type: ignore[attr-defined]  # of the whole family
+        named.update(zip(order, given))
+        others = [name for name in order if name not in NEEDED]
+        super().__init__(**{name: value for name, value in named.items() if name not in others})
+        for name in others:
+            setattr(self, name, None)
+
+
+def make_processor(family: Any, images: Any, tokenizer: Any, **settings: Any) -> Any:
+    """A processor of a family's class, made of an image processor and a tokenizer alone. Of `settings` it takes those
+    that it knows."""
+    taken = inspect.signature(family.__init__).parameters
+    own = {key: value for key, value in settings.items() if key in taken and not _is_part(key)}
+    parts = {name: None for name in taken if _is_part(name)}
+    alone = type(family.__name__, (family, _PicturesAlone), {"__module__": family.__module__})
+    return alone(**{**parts, **own, "image_processor": images, "tokenizer": tokenizer})
+
+
+def class_named(name: str | None) -> Any:
+    """transformers' class of this name; also one that it hides where torchvision, which it wants for films, is not
+    installed."""
+    places = [kind for kind, each in PROCESSOR_MAPPING_NAMES.items() if each == name]
+    if name is None or not places:
+        return None
+    found = processor_class_from_name(name)
+    if found is not None and not isinstance(found, DummyObject):
+        return found
+    for place in dict.fromkeys(map(model_type_to_module_name, places)):
+        with contextlib.suppress(ImportError):
+            return getattr(importlib.import_module(f"transformers.models.{place}.processing_{place}"), name)
+    return None
+
+
+def load_processor(path: str, revision: str | None, tokenizer: Any, model_type: str | None = None) -> Any:
+    """transformers' processor for the checkpoint at `path`, with this tokenizer and Pillow as its backend.
+
+    ModelError where there is none, it brings code of its own, or cannot be made.
+    """
+    where = {"revision": revision}
+    try:
+        settings, _ = ProcessorMixin.get_processor_dict(path, **where)
+    except OSError:
+        settings = {}
+    try:
+        images = transformers.AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False, **where)
+        found = class_named(settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type or ""))
+        if found is None:
+            raise ModelError(
+                f"{path}: the processor of pictures of models of type {model_type!r} is not to be had here: the "
+                "installed transformers has none, or only with torchvision, which is not installed (`pip install "
+                "torchvision`, the build that fits your torch)"
+            )
+        return make_processor(found, images, tokenizer, **settings)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever transformers makes of somebody's files
+        words = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path}: its processor of pictures cannot be made: {words}. Its files are preprocessor_config.json and "
+            "processor_config.json; get them again from where the model is from"
+        ) from error
+
+
+def _is_part(name: str) -> bool:
+    return name in NEEDED or name.endswith(("_processor", "_extractor"))

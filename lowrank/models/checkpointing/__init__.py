@@ -1,0 +1,1 @@
+"""Activation memory: activation checkpointing, offloading, modules that keep less for backward."""

@@ -1,0 +1,20 @@
+"""Where a model is by its name, without torch: the base that ships with the package, or a hub that is no transformers'
+own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowrank.models import modelscope_hub
+
+TINY = "lowrank/tiny"
+"""Its name."""
+
+
+def locate(path: str) -> str:
+    """The folder of a packaged model or of one on ModelScope's hub, or `path` as it is. ModelError from that hub."""
+    if path == TINY:
+        return str(Path(__file__).parent / "tiny")
+    if modelscope_hub.is_wanted() and modelscope_hub.is_name(path):
+        return modelscope_hub.folder_of(path)
+    return path

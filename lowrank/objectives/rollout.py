@@ -1,0 +1,214 @@
+"""What objectives on answers that the model gives itself share: how answers are drawn, rewarded, and compared."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Protocol, cast
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from lowrank.errors import ConfigError
+from lowrank.objectives import ObjectiveSettings
+from lowrank.settings import NonNegative, Positive
+from lowrank.third_party import load_code, may_run, names_code
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+class RolloutSettings(ObjectiveSettings):
+    """Settings that such objectives have in common. Names are TRL's."""
+
+    reward_funcs: tuple[str, ...] = ()
+    """Who judges answers: functions of your own, `my_module:fn`. Called with `prompts` and `completions` (lists of
+    messages each), `completion_ids`, and every column of the data as a list (`label`: the answer in the data); gives a
+    number for each answer, or None."""
+    reward_weights: tuple[float, ...] | None = None
+    """Weight of each reward function; left out: 1 each."""
+    reward_model: str | None = None
+    """The folder of an adapter that was trained with objective `reward` on the same base; what its value head gives for
+    the last token of an answer is added to the rewards, with weight 1."""
+    max_completion_length: Positive = 256
+    """Tokens of an answer at the most."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the draws; higher tries more. What is learned from are probabilities at 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: NonNegative = 0
+    """Draw from this many likeliest tokens; 0: all."""
+
+    @field_validator("reward_funcs", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("reward_funcs")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Only where their code may run are they looked for; else their names are all there is to check."""
+        for name in value:
+            if not names_code(name):
+                raise ValueError(f"{name!r} is no reward function; write my_module:fn")
+            if may_run(name):
+                find_reward_function(name)
+        return value
+
+    @model_validator(mode="after")
+    def _as_many_weights(self) -> Self:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights: {len(self.reward_weights)} weights for {len(self.reward_funcs)} reward_funcs; "
+                "give one for each, or leave them out"
+            )
+        return self
+
+
+class RolloutObjective(Protocol):
+    """What train/rollouts.py asks of an objective that needs "rollouts"."""
+
+    settings: RolloutSettings
+
+    @property
+    def group(self) -> int:
+        """Answers to each prompt."""
+        ...
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that are taken on the same answers."""
+        ...
+
+    @property
+    def compares(self) -> bool:
+        """It wants log-probabilities of the answers under the bare base."""
+        ...
+
+    def judge(self, drawn: RolloutBatch) -> RolloutTargets:
+        """What to learn from the answers of a step."""
+        ...
+
+
+class RolloutBatch:
+    """The answers of one step, in groups: N of them, those to one prompt side by side.
+
+    reward_NF   float64: what each reward function gave; NaN where it gave none
+    weight_F    of the reward functions
+    cut_N       bool: the answer was cut off at max_completion_length
+    length_N    tokens of the answer
+    logprob     (L) of each segment: log-probabilities of the answer's tokens when it was drawn, 0 on the prompt; None
+                if nobody needs them
+    reference   (L) of each segment: the same under the bare base
+    value       (L) of each segment: the value head's word on each token before it was drawn; None if there is none
+    answer      (L) of each segment, bool: the tokens of the answer
+    """
+
+    def __init__(self, reward_NF: np.ndarray, weight_F: np.ndarray, cut_N: np.ndarray, length_N: np.ndarray) -> None:
+        self.reward_NF, self.weight_F, self.cut_N, self.length_N = reward_NF, weight_F, cut_N, length_N
+        self.logprob: list[np.ndarray] | None = None
+        self.reference: list[np.ndarray] | None = None
+        self.value: list[np.ndarray] | None = None
+        self.answer: list[np.ndarray] = []
+
+    @property
+    def reward_N(self) -> np.ndarray:
+        """The weighted sum; NaN where no function gave anything."""
+        total_N = np.nansum(self.reward_NF * self.weight_F, axis=1)
+        return np.where(np.isnan(self.reward_NF).all(axis=1), np.nan, total_N)
+
+
+class RolloutTargets:
+    """What to learn. `signals`: for each segment, by name, (L) numbers of its tokens or one for all; where `learned_N`
+    is False, an answer carries no loss."""
+
+    def __init__(
+        self, signals: list[dict[str, np.ndarray]], learned_N: np.ndarray, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        self.signals, self.learned_N, self.metrics = signals, learned_N, dict(metrics or {})
+
+
+def group_advantages(reward_N: np.ndarray, group: int, scale: str) -> tuple[np.ndarray, np.ndarray]:
+    """`(advantages (N), standard deviations (N) they were divided by)` of answers in groups of `group`.
+
+    The reward less the group's mean, divided by the standard deviation of the group (GRPO), of the whole step, or
+    by nothing (Dr. GRPO). Answers without a reward (NaN) count in no mean and have advantage 0.
+    """
+    grouped_PG = reward_N.reshape(-1, group)
+    mean_N = np.repeat([_mean(row) for row in grouped_PG], group)
+    if scale == "batch":
+        std_N = np.full(len(reward_N), _std(reward_N))
+    else:
+        std_N = np.repeat([_std(row) for row in grouped_PG], group)
+    advantage_N = reward_N - mean_N
+    if scale != "none":
+        advantage_N = advantage_N / (std_N + 1e-4)
+    return np.nan_to_num(advantage_N, nan=0.0), np.nan_to_num(std_N, nan=0.0)
+
+
+def per_token_kl(logprob_T: torch.Tensor, reference_T: torch.Tensor) -> torch.Tensor:
+    """An estimate of KL(model | base) at each token that is never negative (k3, http://joschu.net/blog/kl-approx.html)."""
+    return torch.exp(reference_T - logprob_T) - (reference_T - logprob_T) - 1
+
+
+def reward_metrics(drawn: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
+    """What people want to see of a step's answers; named as in TRL."""
+    found = {"reward": _mean(drawn.reward_N), "reward_std": _std(drawn.reward_N)}
+    for name, reward_N in zip(names, drawn.reward_NF.T):
+        found[f"rewards/{name}/mean"], found[f"rewards/{name}/std"] = _mean(reward_N), _std(reward_N)
+    found["completions/mean_length"] = float(drawn.length_N.mean())
+    found["completions/clipped_ratio"] = float(drawn.cut_N.mean())
+    return found
+
+
+def short_names(reward_funcs: Sequence[str]) -> list[str]:
+    """The functions' own names; with their module where two are called alike."""
+    own = [name.partition(":")[2] for name in reward_funcs]
+    return [short if own.count(short) == 1 else name for short, name in zip(own, reward_funcs)]
+
+
+def find_reward_function(name: str) -> RewardFunction:
+    """The function that `my_module:fn` names. ConfigError if there is none, or its code is not allowed to run."""
+    found: Any = load_code(name)
+    if not callable(found):
+        raise ConfigError(f"{name!r} is no function")
+    return cast(RewardFunction, found)
+
+
+def call_reward_function(name: str, count: int, arguments: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """(N) float64 rewards; NaN where the function gave None. It is handed those arguments that it takes.
+
+    ConfigError if it raises, or gives anything but `count` finite numbers and Nones.
+    """
+    function = find_reward_function(name)
+    taken = inspect.signature(function).parameters
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
+        arguments = {key: value for key, value in arguments.items() if key in taken}
+    try:
+        given = list(function(**arguments))
+        reward_N = np.array([math.nan if each is None else float(each) for each in given], np.float64)
+    except Exception as error:  # a third party's
+        raise ConfigError(
+            f"reward_funcs: {name} fails: {type(error).__name__}: {error}\n  it is called with prompts, completions, "
+            f"completion_ids and the columns of the data ({', '.join(arguments)}), and must return a list of numbers"
+        ) from error
+    if len(reward_N) != count:
+        raise ConfigError(f"reward_funcs: {name} gave {len(reward_N)} rewards for {count} answers; give one for each")
+    if np.isinf(reward_N).any():
+        raise ConfigError(f"reward_funcs: {name} gave an infinite reward; give finite numbers, or None for no opinion")
+    return reward_N
+
+
+def _mean(value_N: np.ndarray) -> float:
+    known_N = value_N[~np.isnan(value_N)]
+    return float(known_N.mean()) if len(known_N) else math.nan
+
+
+def _std(value_N: np.ndarray) -> float:
+    """Of a sample (divided by N - 1); 0 for a single value, NaN for none."""
+    known_N = value_N[~np.isnan(value_N)]
+    if len(known_N) < 2:
+        return 0.0 if len(known_N) else math.nan
+    return float(known_N.std(ddof=1))

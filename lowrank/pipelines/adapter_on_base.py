@@ -1,0 +1,91 @@
+"""An adapter held against the base in its files, before that is loaded: weights of the base that are in its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import huggingface_hub
+import torch
+
+import lowrank.models.loading.pretrained as loading
+from lowrank.checkpoints.base_tensors import on_base, refuse_other_shapes
+from lowrank.checkpoints.language_names import on_composite
+from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.errors import ModelError
+from lowrank.export.merge.tensor_names import Names
+from lowrank.export.merge.weights import Stored, Weights
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.model_class import is_composite, model_class
+from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.planning.simulation import read_config
+
+_BASE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def on_base_of(adapter: AdapterOnDisk, model: ModelConfig) -> AdapterOnDisk:
+    """The adapter as it is on the base in `model`'s files: see base_tensors.py and language_names.py."""
+    adapter = _on_composite(adapter, model)
+    if not adapter.base_tensors and not adapter.copies:
+        return adapter
+    stored, tied = _stored_by_name(model)
+
+    def weight_of(name: str) -> torch.Tensor | None:
+        found = stored(name)
+        return None if found is None else found.read()
+
+    return on_base(adapter, weight_of, tied)
+
+
+def _on_composite(adapter: AdapterOnDisk, model: ModelConfig) -> AdapterOnDisk:
+    try:
+        config = read_config(model)
+    except ModelError:  # whoever needs the base says what is wrong with it
+        return adapter
+    if not is_composite(config):
+        return adapter
+    with quiet_transformers(), torch.device("meta"):
+        return on_composite(adapter, model_class(config).from_config(config, trust_remote_code=model.runs_own_code))
+
+
+def refuse_before_loading(adapter: AdapterOnDisk, model: ModelConfig) -> None:
+    """ModelError for an adapter whose file holds tensors that fit no base like the one in `model`'s files: seen in
+    their headers."""
+    if not adapter.base_tensors and not adapter.copies:
+        return
+    stored, _ = _stored_by_name(model)
+
+    def shape_of(name: str) -> tuple[int, ...] | None:
+        found = stored(name)
+        return None if found is None else tuple(found.shape)
+
+    refuse_other_shapes(adapter, shape_of)
+
+
+def _stored_by_name(model: ModelConfig) -> tuple[Callable[[str], Stored | None], Collection[str]]:
+    """The base's tensors in its files by the model's names for them, and the names of those that are one."""
+    loading.check_model(model)
+    folder = on_disk(model)
+    weights = Weights(folder)
+    names = Names(folder, weights, trust_remote_code=model.runs_own_code)
+
+    def stored(name: str) -> Stored | None:
+        try:
+            return weights[names.origin(name)]
+        except (StopIteration, KeyError):
+            return None
+
+    return stored, names.tied
+
+
+def on_disk(model: ModelConfig) -> Path:
+    """The folder of the base; a hub model's is in the hub's cache."""
+    folder = Path(loading.locate(model.path))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(huggingface_hub.snapshot_download(model.path, revision=model.revision, allow_patterns=_BASE_FILES))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        raise ModelError(
+            f"{model.path}: no such folder here, and the hub does not give it ({error}); name the folder of the base"
+        ) from error

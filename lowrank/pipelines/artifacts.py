@@ -1,0 +1,252 @@
+"""The model and the adapters that a path names (resolve.py), before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank.checkpoints.adapter_folder import CONFIG_FILE, is_adapter
+from lowrank.checkpoints.atomic import current
+from lowrank.checkpoints.peft_layout import read_adapter_header
+from lowrank.checkpoints.run_folder import CHECKPOINTS, JOB_FOLDERS
+from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.steps import latest_checkpoint
+from lowrank.config import JobConfig, RunConfig, settings_of_run
+from lowrank.data import templates
+from lowrank.data.config import DataConfig
+from lowrank.errors import LowrankError, ModelError, did_you_mean
+from lowrank.models.config import ModelConfig, named_model
+from lowrank.notices import log_notice
+from lowrank.pipelines.resolve import Kind, Resolved, is_run, resolve
+
+_RUN_ABOVE = 4
+"""Folders between an adapter and its run's, at the most: `<run>/checkpoints/<step>/<job>`."""
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+"""Where an adapter's folder may have a chat template of its own."""
+
+
+@dataclass(frozen=True)
+class ModelArtifacts:
+    """A model, and adapters on it.
+
+    data            how the base reads a conversation
+    adapters        folders, by name
+    data_of         how adapters read one, where that is as in their own training
+    trained_base    of a run that tuned the base itself: the job's name and the folder; there is no untouched base
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    data_of: Mapping[str, DataConfig] = field(default_factory=dict)
+    trained_base: tuple[str, Path] | None = None
+
+
+def find_artifacts(
+    path: str,
+    *,
+    which: str = "best",
+    chat_template: str | None = None,
+    base: str | None = None,
+    notify: Callable[[str], None] = log_notice,
+) -> ModelArtifacts:
+    """`which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
+    the tokenizer's. `base`: where the base of the run or adapter is now. `notify` hears what is not there. Raises
+    ModelError, ConfigError.
+    """
+    named = resolve(path)
+    if named.of_run:
+        config = settings_of_run(named.folder / RUN_CONFIG)
+        jobs = config.jobs if named.job is None else [job_of(config, named.job)]
+        return artifacts_of_run(named, config, jobs, which=which, chat_template=chat_template, base=base, notify=notify)
+    return artifacts_of_folder(named, chat_template=chat_template, base=base)
+
+
+def artifacts_of_folder(
+    named: Resolved, *, chat_template: str | None = None, base: str | None = None
+) -> ModelArtifacts:
+    """A model, or an adapter and its base. ModelError where that is not named, or is gone."""
+    data = DataConfig(chat_template=chat_template)
+    if named.kind is not Kind.ADAPTER:
+        if base is not None:
+            raise ModelError(f"--base: {named.path} is a model by itself, not adapters on one")
+        return ModelArtifacts(named_model(named.path), data)
+    header = read_adapter_header(named.folder)
+    its_base, file = header.base_name or "", named.folder / CONFIG_FILE
+    if base is None and not its_base:
+        raise ModelError(f"{file} does not name its base model (base_model_name_or_path)")
+    if base is None and Path(its_base).is_absolute() and not Path(its_base).exists():
+        raise ModelError(
+            f"{file} names the base {its_base} (base_model_name_or_path), and there is no such folder; say where it is "
+            "now with --base PATH"
+        )
+    model = named_model(base or its_base, None if base else header.revision)
+    data_of = {} if chat_template else {named.name: data_of_adapter(named.folder)}
+    return ModelArtifacts(model, data, {named.name: named.folder}, data_of)
+
+
+def artifacts_of_run(
+    named: Resolved,
+    config: RunConfig,
+    jobs: Sequence[JobConfig],
+    *,
+    which: str,
+    chat_template: str | None,
+    base: str | None,
+    notify: Callable[[str], None],
+) -> ModelArtifacts:
+    """What these jobs of a run, or of one of its checkpoints, have trained so far; `notify` hears of those that have
+    nothing yet. ModelError if none has."""
+    # Without a folder: what it was trained on need not be there any more, nor be looked for.
+    folder, first = named.folder, jobs[0]
+    settings = {job.name: _with_template(job.data, chat_template) for job in jobs}
+    if named.checkpoint is not None and first.trains_base:
+        raise ModelError(
+            f"{named.checkpoint}: a checkpoint of tuning: {first.tuning} is no model by itself; give the run folder"
+        )
+    if first.trains_base and base is not None:
+        raise ModelError(f"--base: {named.path} is a model by itself, not adapters on one")
+    there = {job.name: place for job in jobs if (place := _trained(named, job, which)) is not None}
+    missing = [job.name for job in jobs if job.name not in there]
+    if not there:
+        what = "model" if first.trains_base else "adapter"
+        of = folder if len(jobs) == len(config.jobs) else " and ".join(str(folder / name) for name in missing)
+        raise ModelError(
+            f"{of} holds no trained {what} yet; one is written at a job's first evaluation or at its end. "
+            "Go on with resume=true, or give the base itself"
+        )
+    if missing:
+        notify(f"no adapter yet: {', '.join(missing)}")
+    for name, place in there.items():
+        if place.name != which and named.checkpoint is None:
+            notify(f"{name} has no {which} yet, this is its {_which_it_is(place)}")
+    if first.trains_base:
+        place = there[first.name]
+        trained = {"path": str(current(place)), "revision": None, "random_init": None}
+        model = config.model.model_copy(update=trained)
+        return ModelArtifacts(model, settings[first.name], trained_base=(first.name, place))
+    model = _base_of_run(config.model, there.values(), folder, base)
+    return ModelArtifacts(model, settings[first.name], there, {name: settings[name] for name in there})
+
+
+def job_of(config: RunConfig, name: str) -> JobConfig:
+    """The job of that name. ModelError with what there is."""
+    jobs = {job.name: job for job in config.jobs}
+    if name not in jobs:
+        raise ModelError(f"this run has no job {name!r}{did_you_mean(name, jobs)}")
+    return jobs[name]
+
+
+def data_of_adapter(folder: Path) -> DataConfig:
+    """How an adapter reads a conversation: as in the run whose folder it is in, else by the template beside it."""
+    place = current(folder).resolve()
+    for above in list(folder.resolve().parents)[:_RUN_ABOVE]:
+        if is_run(above):
+            try:
+                jobs = settings_of_run(above / RUN_CONFIG).jobs
+            except LowrankError:
+                break
+            parts = folder.resolve().relative_to(above).parts
+            data = next((job.data for job in jobs if job.name in parts), None)
+            if data is not None:
+                return data
+    for name in TEMPLATE_FILES:
+        if templates.has_template(place / name):
+            return DataConfig(chat_template=str(place / name))
+    return DataConfig()
+
+
+def _base_of_run(
+    model: ModelConfig, adapters: Iterable[Path | None], folder: Path, base: str | None = None
+) -> ModelConfig:
+    """What a run's adapters are on: `base`, else what its settings name, else what its adapters name. ModelError where
+    that is a folder which is gone."""
+    if base is not None:
+        return model.model_copy(update={"path": base, "revision": None})
+    places = [place for place in adapters if place is not None]
+    found = _where_it_is_now(model, places)
+    if not Path(found.path).exists():
+        names = [found.path, *(read_adapter_header(place).base_name or "" for place in places)]
+        gone = next((name for name in names if Path(name).is_absolute() or name.startswith((".", "~"))), None)
+        if gone is not None:
+            raise ModelError(
+                f"{folder / RUN_CONFIG} names the base {gone} (model.path), and there is no such folder; say where it "
+                "is now with --base PATH"
+            )
+    return found
+
+
+def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
+    """A run may have named its base from another current directory; its adapters name it in full."""
+    if not Path(model.path).exists():
+        for adapter in adapters:
+            base = read_adapter_header(adapter).base_name if adapter else None
+            if base and Path(base).is_dir():
+                return model.model_copy(update={"path": base})
+    return model
+
+
+def with_adapters_found(config: RunConfig) -> RunConfig:
+    """The settings with `adapter.path` and `objective.reward_model` as folders of one adapter each, where they name a
+    run, a job of one, or an adapter on the hub. ModelError where there is none, or more than one."""
+    jobs = tuple(_with_adapters_found(job) for job in config.jobs)
+    return config if jobs == config.jobs else config.model_copy(update={"jobs": jobs})
+
+
+def _with_adapters_found(job: JobConfig) -> JobConfig:
+    changes: dict[str, Any] = {}
+    for group, name in (("adapter", "path"), ("objective", "reward_model")):
+        settings = getattr(job, group)
+        path = getattr(settings, name, None)
+        found = None if path is None else adapter_folder(path, f"{group}.{name}")
+        if found is not None and str(found) != path:
+            changes[group] = settings.model_copy(update={name: str(found)})
+    return job.model_copy(update=changes) if changes else job
+
+
+def adapter_folder(path: str, setting: str) -> Path:
+    """The folder of the one adapter that `path` names: its own, a run or checkpoint of one job, a job, or a hub name.
+    What is none of these is left for whoever reads it to refuse."""
+    named = resolve(path)
+    if not named.of_run:
+        return named.folder
+    config = settings_of_run(named.folder / RUN_CONFIG)
+    first, *others = config.jobs if named.job is None else (job_of(config, named.job),)
+    if others:
+        names = [job.name for job in config.jobs]
+        raise ModelError(
+            f"{setting}: {path} is {named.kind.value} of {len(names)} jobs; name one: {', '.join(names)}, as "
+            f"{path}/{first.name}"
+        )
+    found = None if first.trains_base else _trained(named, first, "best")
+    if found is None:
+        raise ModelError(f"{setting}: {path} holds no trained adapter yet")
+    return found
+
+
+def _trained(named: Resolved, job: JobConfig, which: str) -> Path | None:
+    """A job's `best` or `last`, whichever is asked for, else the other, else the adapter in the last checkpoint."""
+    folder = named.folder / job.name
+    if named.checkpoint is not None:
+        return _in_checkpoint(named.checkpoint / job.name)
+    for name in (which, *JOB_FOLDERS):
+        place = folder / name
+        if (current(place) / "config.json").is_file() if job.trains_base else is_adapter(place):
+            return place
+    checkpoint = None if job.trains_base else latest_checkpoint(named.folder / CHECKPOINTS)
+    return _in_checkpoint(checkpoint / job.name) if checkpoint else None
+
+
+def _which_it_is(place: Path) -> str:
+    """What `_trained` has found, in words."""
+    return place.name if place.name in JOB_FOLDERS else f"adapter of checkpoint {place.parent.name}"
+
+
+def _with_template(data: DataConfig, chat_template: str | None) -> DataConfig:
+    return data.model_copy(update={"chat_template": chat_template}) if chat_template else data
+
+
+def _in_checkpoint(folder: Path) -> Path | None:
+    return folder if is_adapter(folder) else None

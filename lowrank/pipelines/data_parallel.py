@@ -1,0 +1,119 @@
+"""One run trained by several processes together: every optimizer step dealt to all of them (train/lanes.py).
+
+They are started by `devices=n` here, by torchrun, or by whoever has made a process group (Ray Train); each calls
+`train_together`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.checkpoints.run_folder import STOP
+from lowrank.config import RunConfig
+from lowrank.config.code import refuse_code
+from lowrank.errors import LowrankError
+from lowrank.pipelines.processes import Child, follow, train_words
+from lowrank.pipelines.shares import device_environment, refuse_unseen, uses_gpus
+from lowrank.pipelines.together import told_once
+from lowrank.pipelines.train import train
+from lowrank.ranks import Processes, RankLost
+from lowrank.report.events import Event, Notice, Reporter, RunFinished, RunStarted
+from lowrank.third_party import code_allowed
+from lowrank.train.listeners import Listeners
+from lowrank.train.stopping import Stopping
+
+
+class ProcessesFailed(LowrankError):
+    """A process of a run has died, and with it the run. `exit_code` is that of the first that did."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def train_together(
+    config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool = False, allow_code: bool = False
+) -> dict[str, Any]:
+    """Train as one of the ranks that the environment, or a process group that is there, says. What only one has to say
+    (an error that all find) the first one says; the others end by SystemExit with the same code."""
+    if uses_gpus(config):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    ranks = Processes()
+    try:
+        return train(config, reporters=reporters, strict=strict, allow_code=allow_code, ranks=ranks)
+    except LowrankError as error:
+        if not isinstance(error, RankLost) and told_once(ranks, error):
+            raise SystemExit(error.exit_code) from None
+        raise
+    finally:
+        ranks.end()
+
+
+def train_processes(
+    config: RunConfig,
+    number: int,
+    *,
+    reporters: Sequence[Reporter] = (),
+    strict: bool = False,
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Start `number` ranks on this machine, each with a device of its own, and follow them; what stands in
+    summary.json. ProcessesFailed if one has died: all of them are ended then."""
+    refuse_unseen(config)
+    report = Listeners([], reporters)
+    stopping = Stopping(Path(config.output_dir) / STOP)
+    with code_allowed(allow_code), tempfile.TemporaryDirectory(prefix="lowrank-ranks-") as place:
+        refuse_code(config, "the settings")
+        file = Path(place) / "run.json"
+        own = config.model_copy(update={"devices": 1}).model_dump(mode="json")
+        file.write_text(json.dumps(own, ensure_ascii=False), encoding="utf-8")
+        port = _free_port()
+        children = [
+            Child(
+                f"rank {rank}",
+                train_words(file, strict),
+                config.output_dir,
+                Path(place) / f"rank-{rank}.log",
+                {
+                    **device_environment(config, rank, number),
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(number),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+            for rank in range(number)
+        ]
+
+        def hear(child: Child, event: Event) -> None:
+            if isinstance(event, RunStarted):
+                event = RunStarted(event.output_dir, event.jobs, own, event.device, event.dtype)
+            report(event)
+
+        failed = follow(children, hear, stopping, lambda text: report(Notice(text, "warning")), together=True)
+        for child in children[1:]:  # a first rank has told its own
+            for line in child.said():
+                report(Notice(line, "warning"))
+        if failed is not None:
+            words_of = failed.words_at_the_end()
+            text = words_of if failed is children[0] and failed.error else f"{failed.name}: {words_of}"
+            raise ProcessesFailed(text, failed.code if failed.code is not None and failed.code > 0 else 1)
+    summary = children[0].summary
+    if summary is None:
+        raise KeyboardInterrupt
+    report(RunFinished(summary, bool(summary["interrupted"])))
+    return summary
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

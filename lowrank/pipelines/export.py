@@ -1,0 +1,297 @@
+"""Export: what was trained in the forms the user runs; each is read back and compared with what was trained.
+
+check all targets -> ask base + adapter -> write -> read back -> compare -> export.json, README.md
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+
+from lowrank import __version__
+from lowrank.checkpoints.atomic import new_folder, write_text
+from lowrank.data.config import SourceConfig
+from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
+from lowrank.export import Needs, Target, WritesParts
+from lowrank.export.publish.model_card import card
+from lowrank.export.source import Source
+from lowrank.export.targets import TargetConfig
+from lowrank.export.verify.compare import STORE_BYTES, Answers, Comparer, Comparison, reference_answers
+from lowrank.export.verify.readers import read_adapter
+from lowrank.export.writing.sizes import format_size
+from lowrank.models.loading.checkpoint_files import Checkpoint
+from lowrank.notices import log_notice
+from lowrank.pipelines.export_source import ResolvedSource
+from lowrank.pipelines.target_failures import TargetFailures, error_as_json
+
+REPORT = "export.json"
+_DISK_FULL = re.compile(r"No space left on device|os error (28|112|122)\b|Disk quota exceeded")
+"""By safetensors' own writer, and by processes that were given the writing."""
+_OVERHEAD = 1.2
+"""Memory of a loaded model over its weights: activations, caches, the adapter."""
+
+Watch = Callable[[str, int, int], None]
+"""`(what is being done, done, total)`."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """A target and where it goes."""
+
+    config: TargetConfig
+    folder: Path
+
+    @property
+    def type(self) -> str:
+        """The target's name."""
+        return self.config.type
+
+
+def export_requests(targets: Sequence[TargetConfig], folder: Path) -> list[ExportRequest]:
+    """One target goes to `folder`, several each to a folder in it named after the target."""
+    if len(targets) == 1:
+        return [ExportRequest(targets[0], folder)]
+    return [ExportRequest(target, folder / target.type) for target in targets]
+
+
+def export_targets(
+    found: ResolvedSource,
+    orders: Sequence[ExportRequest],
+    *,
+    verify: bool = True,
+    prompts: SourceConfig | None = None,
+    dry_run: bool = False,
+    notify: Callable[[str], None] = log_notice,
+    watch: Watch = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Write every target; what stands in their export.json, by target.
+
+    Everything that can be known beforehand is checked before anything is written. `prompts`: rows to compare
+    on, instead of the run's held-out ones. A target that differs from what was trained has `passed: false`; it is kept.
+    One of several that fails keeps no other from being written: it has `passed: false` and an `error`. `dry_run` stops
+    after the checks. Raises ModelError, OutputError, DataError: what concerns all targets, or the failure of every one.
+    """
+    source = found.source
+    failures = TargetFailures([each.type for each in orders], notify)
+    built = _checked(orders, found, failures)
+    if verify:
+        source, notice = _where_to_verify(source)
+        notify(notice)
+    _check_room(built, failures)
+    failures.raise_if_none_is_left()
+    built = [each for each in built if each.own.type not in failures.errors]
+    _announce(built, notify)
+    result: dict[str, Any] = {"source": source.name, "base": source.model.path, "targets": {}, "passed": True}
+    if not dry_run:
+        for each in built:
+            with failures.of(each.own.type):
+                for install in each.needs.installs:
+                    install.make()
+        built = [each for each in built if each.own.type not in failures.errors]
+        failures.raise_if_none_is_left()
+        answers = _reference_answers(found, source, prompts, notify, watch) if verify else None
+        comparer = None if answers is None else Comparer(answers, source.stop_tokens)
+        for each in built:
+            with failures.of(each.own.type):
+                reported = _export_target(each, source, comparer, watch)
+                result["targets"][each.own.type] = reported
+                notify(
+                    f"{each.own.type}: written in {reported['seconds']:.0f} s, {format_size(reported['bytes'])}; "
+                    f"{_verdict(reported['passed'])}"
+                )
+        failures.raise_if_none_is_left()
+    else:
+        for each in built:
+            result["targets"][each.own.type] = {
+                "path": str(each.own.folder), "disk_bytes": each.needs.disk_bytes,
+                "memory_bytes": each.needs.memory_bytes, "notes": list(each.needs.notes),
+            }  # fmt: skip
+    for each in orders:
+        if each.type in failures.errors:
+            result["targets"][each.type] = {
+                "target": each.config.model_dump(mode="json"), "path": str(each.folder), "passed": False,
+                "error": failures.to_json(each.type),
+            }  # fmt: skip
+    result["targets"] = {each.type: result["targets"][each.type] for each in orders}
+    result["passed"] = all(each.get("passed") is not False for each in result["targets"].values())
+    return result
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A target that can be written, as far as is known beforehand."""
+
+    own: ExportRequest
+    target: Target
+    needs: Needs
+
+
+def _checked(orders: Sequence[ExportRequest], found: ResolvedSource, failures: TargetFailures) -> list[_Checked]:
+    """Those whose place is free and which can take this source."""
+    built = []
+    for each in orders:
+        with failures.of(each.type):
+            _refuse_place(each, found)
+            target = each.config.build()
+            built.append(_Checked(each, target, target.needs(found.source)))
+    failures.raise_if_none_is_left()
+    return built
+
+
+def _announce(built: Sequence[_Checked], notify: Callable[[str], None]) -> None:
+    """What each target takes and where it goes, and what is fetched for it."""
+    for each in built:
+        notify(f"{each.own.type}: {format_size(each.needs.disk_bytes)} on disk, "
+               f"{format_size(each.needs.memory_bytes)} of memory, into {each.own.folder}")  # fmt: skip
+        for note in each.needs.notes:
+            notify(f"{each.own.type}: {note}")
+    for each in built:
+        for install in each.needs.installs:
+            notify(install.said)
+
+
+def _verdict(passed: bool | None) -> str:
+    """In words."""
+    return {True: "read back, it is the same model", False: "read back, it differs", None: "not compared"}[passed]
+
+
+def _export_target(checked: _Checked, source: Source, comparer: Comparer | None, watch: Watch) -> dict[str, Any]:
+    """Write one target, compare it, and say so beside it."""
+    own, target, needs = checked.own, checked.target, checked.needs
+    started = time.monotonic()
+    with disk_full(own, needs), new_folder(own.folder) as partial:
+        written = target.write(source, partial, lambda done, total, what="": watch(f"writing {own.type}", done, total))
+    seconds = time.monotonic() - started
+    failed = dict(target.failures) if isinstance(target, WritesParts) else {}
+    comparisons: list[Comparison] = []
+    read_backs = target.read_back(source, own.folder)
+    try:
+        for read_back in read_backs if comparer else ():
+            what = f"comparing {read_back.name}"
+            assert comparer is not None
+            try:
+                comparisons.append(comparer.compare(read_back, lambda a, b, what=what: watch(what, a, b)))
+            except LowrankError as error:
+                if len(read_backs) == 1:
+                    raise
+                failed[read_back.name] = error
+    finally:
+        for path in {path for read_back in read_backs for path in read_back.temporary}:
+            path.unlink(missing_ok=True)
+    notes = [*needs.notes, *written]
+    if not comparisons:
+        notes.append("unverified: what was written was not compared with what was trained")
+    answers = None if comparer is None else comparer.answers
+    report = {
+        "target": own.config.model_dump(mode="json"),
+        "path": str(own.folder),
+        "source": source.name,
+        "base": source.model.path,
+        "notes": notes,
+        "said": list(written),
+        "seconds": round(seconds, 3),
+        "bytes": sum(path.stat().st_size for path in own.folder.rglob("*") if path.is_file()),
+        "passed": False if failed else all(each.passed for each in comparisons) if answers else None,
+        "failed": {name: error_as_json(error) for name, error in failed.items()},
+        "compared_on": answers.held_out.origin if answers else None,
+        "compared_in": f"{source.model.dtype} on {source.model.device}" if answers else None,
+        "comparisons": [each.to_json() for each in comparisons],
+        "lowrank": __version__,
+    }
+    write_text(own.folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    usage = target.usage(source, "path/of/this/folder")
+    write_text(own.folder / "README.md", card(source, own.type, usage, comparisons, notes))
+    return report
+
+
+def _reference_answers(
+    found: ResolvedSource, source: Source, prompts: SourceConfig | None, notify: Callable[[str], None], watch: Watch
+) -> Answers:
+    """What base + adapter says, kept for all targets."""
+    held_out = found.held_out(prompts)
+    notify(f"compared on {held_out.origin}")
+    watch("asking base + adapter", 0, 1)
+    with read_adapter(source, source.adapter) as reader:
+        vocabulary = reader.bank.head(reader.slot).weight_VD.shape[0]
+        return reference_answers(
+            reader, held_out, source.stop_tokens, vocabulary, lambda a, b: watch("asking base + adapter", a, b)
+        )
+
+
+def _refuse_place(own: ExportRequest, found: ResolvedSource) -> None:
+    """Nothing is written over, and nothing into what it is made of."""
+    problems = []
+    if own.folder.exists() and not own.folder.is_dir():
+        problems.append(f"{own.folder} is a file")
+    elif own.folder.is_dir() and any(own.folder.iterdir()):
+        problems.append(f"{own.folder} is not empty; choose another folder with -o, or empty it yourself")
+    inside = own.folder.resolve()
+    for origin in {found.folder.resolve(), found.source.base.resolve()}:
+        if origin.is_dir() and (inside == origin or origin in inside.parents):
+            problems.append(f"{own.folder} is inside of what is exported ({origin}); choose a folder outside")
+    raise_all(OutputError, "an export cannot go there", problems)
+
+
+def _check_room(built: Sequence[_Checked], failures: TargetFailures) -> None:
+    """Enough disk for each beside those before it, enough memory for each."""
+    taken: dict[Path, int] = {}
+    memory = psutil.virtual_memory().available
+    for each in built:
+        with failures.of(each.own.type):
+            problems = []
+            folder, needs = each.own.folder, each.needs
+            parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+            wanted, free = taken.get(parent, 0) + needs.disk_bytes, shutil.disk_usage(parent).free
+            if wanted > free:
+                problems.append(f"{format_size(wanted)} of disk are needed in {parent}, {format_size(free)} are free")
+            if needs.memory_bytes > memory:
+                size = format_size(needs.memory_bytes)
+                problems.append(f"{each.own.type} needs {size} of memory, {format_size(memory)} are free")
+            raise_all(OutputError, "there is not enough room", problems)
+            taken[parent] = wanted
+
+
+def _where_to_verify(source: Source) -> tuple[Source, str]:
+    """Float32 where it fits, else 16 bits; the GPU if it fits there, else the processor."""
+    size = sum(torch.Size(entry.shape).numel() for entry in Checkpoint(source.base).values())
+    rooms = []
+    if source.model.device != "cpu" and torch.cuda.is_available():
+        rooms.append(("cuda", torch.cuda.mem_get_info()[0], 0))
+    rooms.append(("cpu", psutil.virtual_memory().available, STORE_BYTES))
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        need = int(_OVERHEAD * size * width) + (256 << 20)
+        for device, free, besides in rooms:
+            if need + besides <= free:
+                model = source.model.model_copy(update={"dtype": dtype, "device": device})
+                where = "the GPU" if device == "cuda" else "the processor"
+                return replace(source, model=model), f"verification takes {format_size(need)} ({dtype} on {where})"
+    raise OutputError(
+        f"verification loads the model and needs {format_size(_OVERHEAD * size * 2)} of memory, "
+        f"{format_size(max(free for _, free, _ in rooms))} are free; free some, or write without it (--no-verify)"
+    )
+
+
+@contextmanager
+def disk_full(own: ExportRequest, needs: Needs) -> Any:
+    """A full disk in our words. What was written until then is gone already, nothing stands under the final name."""
+    try:
+        yield
+    except (OSError, SafetensorError, ModelError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not _DISK_FULL.search(str(error)):
+            raise
+        raise OutputError(
+            f"{own.folder}: the disk became full while {own.type} was written ({format_size(needs.disk_bytes)} are "
+            "needed); nothing is left of it. Free some space, or choose another disk with -o"
+        ) from error

@@ -1,0 +1,264 @@
+"""Inference: a run folder, an adapter folder or a plain model, ready to answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowrank.models.loading.pretrained as loading
+from lowrank.adapters.bank import Bank
+from lowrank.checkpoints.base_tensors import on_model
+from lowrank.checkpoints.own_tokens import learn_tokens, own_tokens
+from lowrank.checkpoints.peft_layout import load_adapter, read_adapter_header
+from lowrank.checkpoints.value_head import FILE as VALUE_HEAD_FILE
+from lowrank.checkpoints.value_head import read_value_head
+from lowrank.data.chat.placeholders import pictures_in
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
+from lowrank.errors import DataError, ModelError, did_you_mean
+from lowrank.evaluate.reward import rewards
+from lowrank.generate.request import Answer, TokenChunk
+from lowrank.generate.sampler import GenerationConfig, Prompt, answer_all
+from lowrank.generate.spoken_answer import SpokenAnswer
+from lowrank.models.base import Base
+from lowrank.notices import log_notice
+from lowrank.pipelines.adapter_on_base import refuse_before_loading
+from lowrank.pipelines.artifacts import ModelArtifacts, data_of_adapter, find_artifacts
+from lowrank.pipelines.pictures import see
+from lowrank.records import BARE_BASE, Conversation, Rated
+from lowrank.third_party import code_allowed
+
+BARE = "base"
+"""How the untouched base is called among the models."""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A conversation as it is read: through a chat template (its Jinja source), and what ends the answer."""
+
+    chat_template: str
+    prompt: str
+    ends: tuple[str, ...]
+
+
+@dataclass
+class InferenceModel:
+    """A base with adapters, by name. `base` is always there and means no adapter."""
+
+    base: Base
+    bank: Bank
+    renderer: Renderer
+    """The base's, and that of every model without one of its own."""
+    slots: dict[str, int] = field(default_factory=lambda: {BARE: BARE_BASE})
+    value_heads: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(D) of the models that are reward models."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Where the adapters were loaded from."""
+    renderers: dict[str, Renderer] = field(default_factory=dict)
+    """Of models that were trained with chat templates of their own; those with the same settings share one."""
+
+    def slot(self, name: str) -> int:
+        """The slot of a model; ModelError with what there is."""
+        if name not in self.slots:
+            raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.slots)}")
+        return self.slots[name]
+
+    def renderer_of(self, name: str) -> Renderer:
+        """How a model reads a conversation: as in its training."""
+        return self.renderers.get(name, self.renderer)
+
+    @property
+    def names(self) -> list[str]:
+        """Who can be asked."""
+        return list(self.slots)
+
+    def render_prompt(self, name: str, conversation: Conversation) -> RenderedPrompt:
+        """How a model reads a conversation that waits for its answer."""
+        self.slot(name)
+        renderer = self.renderer_of(name)
+        prompt = self.base.tokenizer.decode(renderer.prompt_segment(conversation).token_L)
+        ends = self.base.tokenizer.convert_ids_to_tokens(sorted(renderer.stop_tokens))
+        return RenderedPrompt(renderer.chat_template, prompt, tuple(ends))
+
+    def rewards(self, conversations: Sequence[tuple[str, Conversation]]) -> list[float]:
+        """What each `(reward model, conversation that ends in an answer)` is given; higher is better.
+
+        ModelError for a model that is no reward model, DataError for a conversation it cannot read whole.
+        """
+        scored = []
+        for name, conversation in conversations:
+            slot = self.slot(name)
+            if name not in self.value_heads:
+                raise ModelError(f"{name!r} is no reward model: there is no {VALUE_HEAD_FILE} beside it")
+            rendering = self.renderer_of(name).render(Rated(conversation, desirable=True))
+            if rendering.problem or rendering.truncated_tokens:
+                raise DataError(rendering.problem or "the conversation is longer than data.max_length")
+            scored.append((slot, self.value_heads[name], rendering.segments[0]))
+        return rewards(self.base, self.bank, scored)
+
+    def versions(self, names: Iterable[str]) -> dict[str, str]:
+        """What tells one state of an adapter from another: the digest of its tensors, `base` for the bare base."""
+        return {name: _digest(self.bank, self.slot(name)) for name in names}
+
+    def answer(
+        self,
+        conversations: Sequence[tuple[str, Conversation]],
+        config: GenerationConfig,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """The next answer of each `(model, conversation)`, in order; `on_text` hears a single one as it comes.
+
+        A model that gives NaN has an empty answer; `answers` says why.
+        """
+        return [answer.text for answer in self.answers(conversations, config, on_text=on_text)]
+
+    def answers(
+        self,
+        conversations: Sequence[tuple[str, Conversation]],
+        config: GenerationConfig,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
+        """As `answer`, with tokens and, where there is no answer, the error. Each model has its own template."""
+        prompts = [self._prompt(name, each) for name, each in conversations]
+        virtual = max(self.bank.num_virtual(prompt.slot) for prompt in prompts)
+        config = self._within_reach(virtual + max(len(prompt.token_L) for prompt in prompts), config)
+
+        spoken = [SpokenAnswer(self.renderer_of(name)) for name, _ in conversations]
+        alike: dict[tuple[frozenset[int], tuple[str, ...]], list[int]] = {}
+        for index, (name, _) in enumerate(conversations):
+            alike.setdefault((self.renderer_of(name).stop_tokens, spoken[index].marks), []).append(index)
+        found: dict[int, Answer] = {}
+        for (stop_tokens, marks), members in alike.items():
+
+            def hear(place: int, piece: TokenChunk, members: Sequence[int] = members) -> None:
+                text = spoken[members[place]].add(piece)
+                if on_text is not None and text:
+                    on_text(text)
+
+            group = [prompts[index] for index in members]
+            drawn = config.model_copy(update={"preserved_tokens": marks})
+            answers = answer_all(self.base, self.bank, group, drawn, stop_tokens=stop_tokens, on_piece=hear)
+            found.update({index: spoken[index].of(answer) for index, answer in zip(members, answers)})
+        return [found[index] for index in range(len(conversations))]
+
+    def _prompt(self, name: str, conversation: Conversation) -> Prompt:
+        if pictures_in(conversation):
+            see(self.base, "packed", log_notice, running=True)
+        segment = self.renderer_of(name).prompt_segment(conversation)
+        return Prompt(segment.token_L, self.slot(name), segment.media)
+
+    def _within_reach(self, length: int, config: GenerationConfig) -> GenerationConfig:
+        """Answers end where the model's positions end; ModelError if the conversation alone goes that far."""
+        reach = self.base.max_positions
+        if not reach or length + config.max_new_tokens <= reach:
+            return config
+        if length >= reach:
+            raise ModelError(
+                f"the conversation has {length} tokens and the model's maximum context length is {reach}; ask less at "
+                "once (/undo, /reset)"
+            )
+        return config.model_copy(update={"max_new_tokens": reach - length})
+
+
+def open_inference_model(
+    path: str,
+    *,
+    which: str = "best",
+    chat_template: str | None = None,
+    base: str | None = None,
+    notify: Callable[[str], None] = log_notice,
+    allow_code: bool = False,
+) -> InferenceModel:
+    """Load what `path` names: a run folder (all its jobs), one of its checkpoints, an adapter folder, or a model.
+
+    `which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
+    the tokenizer's. `base`: where the adapters' base is now. `allow_code`: the model's own
+    code, or an adapter's, may run. Raises ModelError, ConfigError.
+    """
+    with code_allowed(allow_code):
+        found = find_artifacts(path, which=which, chat_template=chat_template, base=base, notify=notify)
+        return _load_found(found, notify)
+
+
+def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> InferenceModel:
+    tokenizer = loading.load_tokenizer(found.model)
+    for folder in found.adapters.values():
+        refuse_before_loading(read_adapter_header(folder), found.model)
+    for said in learn_tokens(tokenizer, found.adapters):
+        notify(said)
+    base = loading.load(found.model, tokenizer=tokenizer, notify=notify)
+    renderers = renderers_of(found, tokenizer, base.max_positions)
+    trained = InferenceModel(base, Bank(base), renderers.pop(BARE), renderers=renderers)
+    if found.trained_base is not None:
+        name, folder = found.trained_base
+        trained.slots = {name: BARE_BASE}
+        _attach_value_head(trained, name, folder)
+    for name, folder in found.adapters.items():
+        saved = on_model(load_adapter(folder), base.model)
+        for note in saved.notes:
+            notify(f"{name}: {note}")
+        slot = trained.bank.add(saved.config, seed=0)
+        trained.bank.load(slot, saved.tensors)
+        trained.slots[name] = slot
+        trained.folders[name] = folder
+        _attach_value_head(trained, name, folder)
+    return trained
+
+
+def renderers_of(found: ModelArtifacts, tokenizer: Any, reach: int | None = None) -> dict[str, Renderer]:
+    """How the base (`base`) and each adapter read a conversation; those with the same settings share a renderer.
+    `reach`: tokens that the base reads."""
+    made: dict[str, Renderer] = {}
+    settings = {BARE: found.data, **{name: found.data_of.get(name, found.data) for name in found.adapters}}
+    settings = {name: data.within(reach) for name, data in settings.items()}
+    keys = {name: _key(data) for name, data in settings.items()}
+    return {name: made.setdefault(keys[name], Renderer(tokenizer, data)) for name, data in settings.items()}
+
+
+def folder_reader(
+    tokenizer: Any, base: Renderer, renderers: Mapping[str, Renderer], chat_template: str | None
+) -> Callable[[Path], Renderer]:
+    """How an adapter that comes from a folder later reads a conversation: as in its training, or by the template
+    beside it; all as the base where one `chat_template` was chosen for everybody."""
+    made = {_key(each.config): each for each in (*renderers.values(), base)}
+
+    def read(folder: Path) -> Renderer:
+        if unknown := own_tokens(folder, tokenizer):
+            raise ModelError(
+                f"{folder}: its tokenizer has tokens of its own ({', '.join(unknown)[:200]}), which this server does "
+                "not know; start it with this adapter"
+            )
+        if chat_template is not None:
+            return base
+        data = data_of_adapter(folder)
+        if data == DataConfig():
+            return base
+        return made.setdefault(_key(data), Renderer(tokenizer, data))
+
+    return read
+
+
+def _key(data: DataConfig) -> str:
+    return data.model_dump_json(exclude={"train", "eval"})
+
+
+def _attach_value_head(trained: InferenceModel, name: str, folder: Path) -> None:
+    value_D = read_value_head(folder)
+    if value_D is not None:
+        trained.value_heads[name] = value_D
+
+
+def _digest(bank: Bank, slot: int) -> str:
+    if slot == BARE_BASE:
+        return BARE
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(bank.parameters(slot).items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()

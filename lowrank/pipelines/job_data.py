@@ -1,0 +1,148 @@
+"""The data of every job: files to optimizer steps, before any weights load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from typing import Any
+
+from lowrank.adapters.prompts import PromptSettings
+from lowrank.config import JobConfig, RunConfig
+from lowrank.data.prepare import Prepared, prepare
+from lowrank.errors import DataError
+from lowrank.models.config import ModelConfig
+from lowrank.models.positions import can_be_stretched, positions_of
+from lowrank.objectives import needs
+from lowrank.planning.simulation import read_config
+from lowrank.report.events import Event, Notice
+
+
+def with_date(config: RunConfig, settings: dict[str, Any] | None, now: date | None = None) -> RunConfig:
+    """The same with the day on which the run began, so that templates that write the date say the same when it goes on.
+
+    `settings`: those of the checkpoint, if the run goes on. `now`: left out, today.
+    """
+    began = [job["data"].get("chat_template_date") for job in settings["jobs"]] if settings else []
+    today = date.fromisoformat(began[0]) if began and began[0] else now or date.today()
+    jobs = tuple(
+        job.model_copy(update={"data": job.data.model_copy(update={"chat_template_date": today})})
+        if job.data.chat_template_date is None
+        else job
+        for job in config.jobs
+    )
+    return config.model_copy(update={"jobs": jobs})
+
+
+_ON_TOO_LONG = {
+    "truncate": "cut at their end",
+    "drop": "left out",
+    "split": "cut in pieces",
+    "error": "refused",
+}
+
+
+def prepare_all(
+    jobs: Sequence[JobConfig],
+    model: ModelConfig,
+    tokenizer: Any,
+    report: Callable[[Event], None],
+    strict: bool,
+    read: dict[str, Prepared] | None = None,
+) -> list[Prepared]:
+    """The data of every job, no sample longer than `model` reads (by its config.json); jobs that ask for the same share
+    what was read and tokenized, each with its own feed. `read`: what was read before, to which this is added."""
+    shape = read_config(model)
+    within = [_within_reach(job, positions_of(shape)) for job in jobs]
+    described = [None if cut is job else _said_of_reach(job, cut, model.path, shape) for job, cut in zip(jobs, within)]
+
+    def tell(texts: Iterable[str | None]) -> None:
+        for text in dict.fromkeys(text for text in texts if text):
+            report(Notice(text, level="warning"))
+
+    try:
+        data = _prepare_jobs(within, tokenizer, report, strict, {} if read is None else read)
+    except DataError:  # whatever it says of data.max_length, this is why
+        tell(described)
+        raise
+    tell(text for text, job, cut, own in zip(described, jobs, within, data) if _concerns(job, cut, own))
+    return data
+
+
+def _within_reach(job: JobConfig, reach: int | None) -> JobConfig:
+    if reach is not None and not job.trains_base and isinstance(job.adapter, PromptSettings):
+        reach = max(1, reach - job.adapter.num_virtual_tokens)
+    data = job.data.within(reach)
+    return job if data is job.data else job.model_copy(update={"data": data})
+
+
+def _concerns(job: JobConfig, cut: JobConfig, own: Prepared) -> bool:
+    """Whether a person should know of the limit: one wrote a larger one, or rows come up to it."""
+    if job.data.max_length != type(job.data).model_fields["max_length"].default or job.data.streaming:
+        return True
+    segments = (segment for sample in (*own.train.samples, own.eval) for segment in sample)
+    lost = any("data.max_length" in text for text in own.report.losses)
+    return lost or any(len(segment) >= cut.data.max_length for segment in segments)
+
+
+def _said_of_reach(job: JobConfig, cut: JobConfig, name: str, shape: Any) -> str:
+    text = (
+        f"{name} reads {positions_of(shape):,} tokens (its config.json says so) and data.max_length is "
+        f"{job.data.max_length:,}: rows of more than {cut.data.max_length:,} are {_ON_TOO_LONG[job.data.on_too_long]}"
+    )
+    if not can_be_stretched(shape):
+        return text
+    factor = math.ceil(job.data.max_length / cut.data.max_length)
+    return f"{text}. To learn from longer ones, stretch its rotary embedding: model.rope_scaling.factor={factor}"
+
+
+def _prepare_jobs(
+    jobs: Sequence[JobConfig],
+    tokenizer: Any,
+    report: Callable[[Event], None],
+    strict: bool,
+    done: dict[str, Prepared],
+) -> list[Prepared]:
+    prepared = []
+    for job in jobs:
+        objective = job.objective.build()
+        mismatched = needs(objective, "mismatched")
+        key = f"{objective.record.__qualname__} {mismatched} {job.seed} {job.data.model_dump_json()}"
+        own = done.get(key)
+        if own is None or job.data.streaming:
+            own = done[key] = _prepare(job, tokenizer, report, strict)
+        else:
+            own = own.again()
+        prepared.append(own)
+    return prepared
+
+
+def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:
+    """Rows to segments, with the doctor's report; before any weights load."""
+    data = job.data.model_copy(update={"strict": job.data.strict or strict})
+
+    def warn(text: str) -> None:
+        report(Notice(text, level="warning", job=job.name))
+
+    objective = job.objective.build()
+    return prepare(
+        data,
+        tokenizer=tokenizer,
+        record=objective.record,
+        seed=job.seed,
+        mismatched=needs(objective, "mismatched"),
+        on_notice=warn,
+    )
+
+
+def report_data_findings(report: Callable[[Event], None], jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
+    """What the doctor found, each thing once, with the jobs it concerns unless it concerns all."""
+    concerned: dict[tuple[str, str], list[str]] = {}
+    for job, own in zip(jobs, data):
+        for level, texts in (("warning", own.report.warnings), ("info", own.report.information)):
+            for text in texts:
+                concerned.setdefault((level, text), []).append(job.name)
+    for (level, text), names in concerned.items():
+        if 1 < len(names) < len(jobs):
+            text = f"{', '.join(names)}: {text}"
+        report(Notice(text, level=level, job=names[0] if len(names) == 1 < len(jobs) else None))

@@ -1,0 +1,395 @@
+"""All jobs of a run: those that have a slot, and those that wait for one, are paused, or are over.
+
+A job without a slot that has taken steps is parked: its state, as in a checkpoint, is kept beside the bank
+(train/checkpointer.py), and put back when it has a slot again, to the bit. Slots change hands between two steps only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lowrank.checkpoints.orders import OrderBook
+from lowrank.config import JobConfig
+from lowrank.data.prepare import Prepared
+from lowrank.errors import LowrankError
+from lowrank.pipelines.job_seats import JobSeats, job_started
+from lowrank.pipelines.job_setup import num_steps_of
+from lowrank.records import BARE_BASE
+from lowrank.report.events import Event, JobFinished, JobMoved, JobStarted, Notice
+from lowrank.search.candidates import Candidate
+from lowrank.train.checkpointer import Checkpointer
+from lowrank.train.job import Job, Progress
+from lowrank.train.loop import finish_job
+
+RUNNING, QUEUED, PAUSED, HELD, OVER = "running", "queued", "paused", "held", "over"
+"""Where a job of a run is. HELD: a search waits for others before it decides."""
+
+
+@dataclass
+class Entry:
+    """One job of the run."""
+
+    config: JobConfig
+    data: Prepared
+    state: str = QUEUED
+    priority: int = 0
+    """Of those that wait the highest is given a slot first, and a lower one that runs gives way to it."""
+    turn: int = 0
+    """Of equal priority the lowest is first."""
+    progress: Progress = field(default_factory=Progress)
+    """While it has no slot; one that has one is asked itself."""
+    num_trainable: int = 0
+    added: bool = False
+    """By an order or a search: it is not in the run's settings."""
+    changed: bool = False
+    """By an order: its settings are not those of the run's."""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+class Search(Protocol):
+    """Who decides which jobs are worth going on with (search/sweep.py)."""
+
+    def begin(self, job: Job) -> None:
+        """A job has a slot."""
+        ...
+
+    def judge(self, evaluated: Sequence[Job]) -> Mapping[str, str]:
+        """By name, what becomes of jobs: RUNNING (it goes on), HELD, OVER (it is pruned). Others stay as they are."""
+        ...
+
+    def over(self, job: Job) -> Mapping[str, str]:
+        """A job has ended; what becomes of others by that."""
+        ...
+
+    def lost(self, name: str, reason: str) -> Mapping[str, str]:
+        """A job is over that never began; what becomes of others by that."""
+        ...
+
+    def propose(self) -> Candidate | None:
+        """One job more, when there is a slot and nobody waits."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON, for a checkpoint."""
+        ...
+
+
+class JobQueue:
+    """What the loop knows as `JobQueue`, and what orders and a search act on."""
+
+    def __init__(
+        self,
+        seats: JobSeats,
+        keeper: Checkpointer,
+        entries: Sequence[Entry],
+        report: Callable[[Event], None],
+        capacity: int,
+    ) -> None:
+        self.seats, self.keeper, self._report = seats, keeper, report
+        self.entries = {entry.name: entry for entry in entries}
+        self.capacity = capacity
+        """Jobs that take steps at the same time."""
+        self.jobs: list[Job] = []
+        self.search: Search | None = None
+        self.enlist: Callable[[Candidate], Entry] | None = None
+        """Makes a job of what the search proposes."""
+        self.decided: Callable[[], object] = lambda: None
+        """Hears that the search has decided something."""
+        self.hear: Callable[[int], None] = lambda tick: None
+        """Carries orders out (pipelines/orders.py)."""
+        self.book: OrderBook | None = None
+        self._came: list[Job] = []
+        """Given a slot since the last step."""
+        for turn, entry in enumerate(entries):
+            entry.turn = turn
+        self._turns = len(entries)
+
+    # What the loop asks
+
+    def between_steps(self, tick: int) -> Sequence[Job]:
+        """Those that a search holds back leave; then orders; then free slots go to those that wait."""
+        self._hold_back()  # first: what an order ends may decide about them, and what is parked ends in one way
+        self.hear(tick)
+        self._make_way()
+        came = self._came
+        if self.search is not None:
+            self._leave_finished()
+        while len(self._active()) < self.capacity:
+            entry = self._next_waiting() or self._proposed()
+            if entry is None:
+                break
+            self._leave_finished()
+            try:
+                came.append(self._seat(entry))
+            except LowrankError as error:  # its adapter does not fit this base: that is its own affair
+                self._lose(entry, error)
+        self._came = []
+        return came
+
+    def judge(self, evaluated: Sequence[Job]) -> None:
+        """Ask the search, if there is one."""
+        if self.search is None:
+            return
+        decided = self.search.judge(evaluated)
+        self._follow(decided)
+        ended = [job for job in self.jobs if not job.active]
+        for job in ended:
+            self._follow(self.search.over(job))
+        if decided or ended:
+            self.decided()
+
+    def waits(self) -> bool:
+        """Whether a job may come though none has a slot."""
+        return bool(self.unfinished())
+
+    def unfinished(self) -> Sequence[tuple[str, int]]:
+        """Name and step of jobs without a slot that are not over."""
+        waiting = (QUEUED, PAUSED, HELD)
+        return [(each.name, each.progress.step) for each in self.entries.values() if each.state in waiting]
+
+    # What orders and a search do
+
+    def add(self, entry: Entry, *, now: bool = False) -> None:
+        """One job more, which waits for its slot, or is given one `now`. LowrankError for one that cannot begin: then
+        it never came."""
+        entry.turn, self._turns = self._turns, self._turns + 1
+        self.entries[entry.name] = entry
+        if not now:
+            self._report(self.started(entry.name))
+            return
+        try:
+            self._came.append(self._seat(entry))
+        except LowrankError:
+            del self.entries[entry.name]
+            self.keeper.parked.pop(entry.name, None)
+            raise
+
+    def stop(self, name: str, reason: str) -> None:
+        """End a job now; its adapter is kept as `last`. One that never began leaves none."""
+        entry, job = self.entries[name], self.job(name)
+        if job is not None:
+            job.progress.finished = reason
+            self._report(finish_job(self.seats.engine, self.keeper, job))
+            if self.search is not None:
+                self._heed(self.search.over(job))
+            return
+        if entry.progress.step:  # its weights are in its parked state alone
+            job = self._seat(entry, quietly=True)
+            self.stop(name, reason)
+            self._leave(job)
+            return
+        entry.progress.finished, entry.state = reason, OVER
+        self.keeper.parked.pop(name, None)
+        self._report(JobFinished(name, 0, reason))
+        if self.search is not None:
+            self._heed(self.search.lost(name, reason))
+
+    def pause(self, name: str) -> None:
+        """Take a job's slot until `resume`."""
+        job = self.job(name)
+        if job is not None:
+            self._park(job, PAUSED)
+        else:
+            entry = self.entries[name]
+            entry.state = PAUSED
+            self._report(JobMoved(name, entry.progress.step, PAUSED))
+
+    def resume(self, name: str) -> None:
+        """Let a job that was paused wait for its slot, before those of its priority."""
+        entry = self.entries[name]
+        entry.state = QUEUED
+        entry.turn = min(each.turn for each in self.entries.values()) - 1
+        self._report(JobMoved(name, entry.progress.step, QUEUED))
+
+    def change(self, name: str, config: JobConfig) -> None:
+        """From the next step on with these settings, of which only those that may change differ
+        (pipelines/orders.py)."""
+        entry, job = self.entries[name], self.job(name)
+        entry.config, entry.changed = config, True
+        if job is not None:
+            self._adjust(job, entry)
+            self._report(self.started(name))
+
+    def job(self, name: str) -> Job | None:
+        """The job, if it has a slot and takes steps."""
+        return next((job for job in self.jobs if job.name == name and job.active), None)
+
+    def progress_of(self, name: str) -> Progress:
+        """How far a job is, wherever it is."""
+        seated = next((job for job in self.jobs if job.name == name), None)
+        return self.entries[name].progress if seated is None else seated.progress
+
+    def started(self, name: str) -> JobStarted:
+        """What people are told of a job."""
+        entry = self.entries[name]
+        progress = self.progress_of(name)
+        return job_started(
+            entry.config,
+            num_steps=num_steps_of(entry.config, entry.data),
+            num_trainable=entry.num_trainable,
+            first_step=progress.step,
+            finished=progress.finished,
+            state=QUEUED if entry.state == HELD else RUNNING if entry.state == OVER else entry.state,
+        )
+
+    # For checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON: what a run needs to know about its jobs beside their own states."""
+        slots = {job.name: job.slot for job in self.jobs}
+        jobs = {
+            entry.name: {
+                "state": entry.state,
+                "priority": entry.priority,
+                "turn": entry.turn,
+                "slot": slots.get(entry.name),
+                "progress": dataclasses.asdict(entry.progress),
+                "num_trainable": entry.num_trainable,
+                "added": entry.added,
+                "settings": entry.config.model_dump(mode="json") if entry.added or entry.changed else None,
+            }
+            for entry in self.entries.values()
+        }
+        search = None if self.search is None else self.search.state()
+        orders = [] if self.book is None else sorted(self.book.carried_out)
+        return {"jobs": jobs, "orders": orders, "capacity": self.capacity, "turns": self._turns, "search": search}
+
+    def take_seats(self, state: Mapping[str, Any] | None) -> None:
+        """Give the first jobs their slots, or, where the run goes on (`state`), those that had one the same."""
+        if state is None:
+            first = list(self.entries.values())[: self.capacity]
+            slots: list[int | None] = [None] * len(first)
+        else:
+            self.capacity, self._turns = state["capacity"], state["turns"]
+            for name, kept in state["jobs"].items():
+                entry = self.entries[name]
+                entry.state, entry.priority, entry.turn = kept["state"], kept["priority"], kept["turn"]
+                entry.progress, entry.num_trainable = Progress(**kept["progress"]), kept["num_trainable"]
+                entry.added, entry.changed = kept["added"], not kept["added"] and kept["settings"] is not None
+            seated = {name: kept["slot"] for name, kept in state["jobs"].items() if kept["slot"] is not None}
+            first = sorted((self.entries[name] for name in seated), key=lambda entry: seated[entry.name])
+            slots = [seated[entry.name] for entry in first]
+        self.jobs += self.seats.take([each.config for each in first], [each.data for each in first], slots)
+        for entry, job in zip(first, self.jobs):
+            entry.state = RUNNING if entry.state == QUEUED else entry.state
+            entry.num_trainable = self.seats.num_trainable(job)
+            if self.search is not None:
+                self.search.begin(job)
+
+    def parked_names(self) -> list[str]:
+        """Jobs without a slot whose state a checkpoint may hold."""
+        seated = {job.name for job in self.jobs}
+        return [name for name in self.entries if name not in seated]
+
+    # Slots
+
+    def _active(self) -> list[Job]:
+        return [job for job in self.jobs if job.active]
+
+    def _proposed(self) -> Entry | None:
+        """A candidate more, if the search has one that can be trained."""
+        while self.search is not None and (candidate := self.search.propose()) is not None:
+            assert self.enlist is not None
+            try:
+                entry = self.enlist(candidate)
+            except LowrankError as error:
+                self._report(Notice(f"candidate {candidate.name} cannot be trained: {error}", level="warning"))
+                self._heed(self.search.lost(candidate.name, "failed"))
+                continue
+            self.add(entry)
+            return entry
+        return None
+
+    def _lose(self, entry: Entry, error: LowrankError) -> None:
+        entry.progress.finished, entry.state = "failed", OVER
+        self.keeper.parked.pop(entry.name, None)
+        self._report(Notice(f"{entry.name} cannot be trained: {error}", level="warning", job=entry.name))
+        self._report(JobFinished(entry.name, entry.progress.step, "failed"))
+        if self.search is not None:
+            self._heed(self.search.lost(entry.name, "failed"))
+
+    def _next_waiting(self) -> Entry | None:
+        waiting = [entry for entry in self.entries.values() if entry.state == QUEUED]
+        return min(waiting, key=lambda entry: (-entry.priority, entry.turn), default=None)
+
+    def _make_way(self) -> None:
+        """Those of lower priority that run, for those of higher that wait."""
+        while (waiting := self._next_waiting()) is not None and len(self._active()) >= self.capacity:
+            lowest = min(self._active(), key=lambda job: self.entries[job.name].priority, default=None)
+            if lowest is None or self.entries[lowest.name].priority >= waiting.priority:
+                return
+            self._park(lowest, QUEUED)
+
+    def _seat(self, entry: Entry, quietly: bool = False) -> Job:
+        (job,) = self.seats.take([entry.config], [entry.data])
+        if entry.name in self.keeper.parked:
+            self.keeper.unpark(job)
+        self._adjust(job, entry)
+        if self.search is not None:
+            self.search.begin(job)
+        self.jobs.append(job)
+        entry.state, entry.num_trainable = RUNNING, self.seats.num_trainable(job)
+        if not quietly:
+            self._report(self.started(entry.name))
+        return job
+
+    def _adjust(self, job: Job, entry: Entry) -> None:
+        """What orders may change, as the settings have it now."""
+        config, trained = entry.config, self.seats.engine.jobs[job.slot]
+        job.schedule, job.patience = config.schedule, config.early_stopping_patience
+        job.learning_rate, job.max_skipped_steps = config.optimizer.learning_rate, config.optimizer.max_skipped_steps
+        job.num_steps = trained.num_steps = num_steps_of(config, entry.data)
+        trained.settings = config.optimizer
+
+    def _park(self, job: Job, state: str) -> None:
+        entry = self.entries[job.name]
+        self.keeper.park(job)
+        entry.state, entry.progress = state, dataclasses.replace(job.progress)
+        self._leave(job)
+        self._report(JobMoved(job.name, entry.progress.step, QUEUED if state == HELD else state))
+
+    def _leave(self, job: Job) -> None:
+        entry = self.entries[job.name]
+        if not job.active:
+            entry.state, entry.progress = OVER, dataclasses.replace(job.progress)
+        self.jobs.remove(job)
+        self.seats.leave(job)
+
+    def _leave_finished(self) -> None:
+        for job in [job for job in self.jobs if not job.active and job.slot != BARE_BASE]:
+            self._leave(job)
+
+    def _hold_back(self) -> None:
+        """Jobs about which a search has not decided yet give their slots to others."""
+        for job in self._active():
+            if self.entries[job.name].state == HELD:
+                self._park(job, HELD)
+
+    def _heed(self, decisions: Mapping[str, str]) -> None:
+        """What a search says when a job is over outside `judge`."""
+        self._follow(decisions)
+        self.decided()
+
+    def _follow(self, decisions: Mapping[str, str]) -> None:
+        for name, state in decisions.items():
+            entry, job = self.entries[name], self.job(name)
+            if state == OVER:
+                if job is not None:
+                    job.progress.finished = "pruned"
+                else:
+                    self._prune_parked(entry)
+            elif job is not None:
+                entry.state = RUNNING if state == RUNNING else HELD
+            elif state == RUNNING:
+                entry.state = QUEUED
+
+    def _prune_parked(self, entry: Entry) -> None:
+        entry.progress.finished, entry.state = "pruned", OVER
+        self.keeper.parked.pop(entry.name, None)
+        self._report(JobFinished(entry.name, entry.progress.step, "pruned"))

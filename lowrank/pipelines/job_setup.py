@@ -1,0 +1,204 @@
+"""Jobs set up: adapters on the base, optimizers, reference log-probabilities, rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.unreached import num_targets, unreached
+from lowrank.checkpoints.base_tensors import on_model
+from lowrank.checkpoints.peft_layout import load_adapter
+from lowrank.checkpoints.value_head import read_value_head
+from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.data.batching.dataloader import DataLoader
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.prepare import Prepared
+from lowrank.errors import ConfigError, ModelError, raise_all
+from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
+from lowrank.models.base import Base
+from lowrank.models.checks.isolation import shares_prompts
+from lowrank.objectives import needs
+from lowrank.records import BARE_BASE, Preference
+from lowrank.report.events import Event, Notice
+from lowrank.train.calibration_pass import calibration_passes
+from lowrank.train.engine import Engine
+from lowrank.train.job import Job
+from lowrank.train.rollouts import Prompts, RewardModel, RolloutGenerator, Rollouts, steps_on_one_batch
+
+
+def start_job(
+    engine: Engine,
+    config: JobConfig,
+    data: Prepared,
+    run: RunConfig,
+    report: Callable[[Event], None],
+    slot: int | None = None,
+) -> Job:
+    """The job's adapter on the base (or the base itself), its optimizer, and its place in the loop. `slot`: the one it
+    had, where a run goes on; None: the first that is free."""
+    slot = BARE_BASE if config.trains_base else _attach(engine, config, data, report, slot)
+    _check_reach(engine, slot, config, data)
+    num_steps, noise = num_steps_of(config, data), config.neftune_noise_alpha or 0.0
+    engine.add(slot, config.objective.build(), config.optimizer, config.seed, noise, num_steps)
+    if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
+        value_D = read_value_head(Path(config.adapter.path))
+        if value_D is not None:
+            engine.load_value_head(slot, value_D)
+    answers = _answers(engine.bank, slot, config, data)
+    for text in answers.notices if answers else ():
+        report(Notice(text, job=config.name))
+    return Job(
+        name=config.name,
+        slot=slot,
+        dataloader=data.train,
+        held_out=data.eval,
+        schedule=config.schedule,
+        learning_rate=config.optimizer.learning_rate,
+        num_steps=num_steps,
+        eval_every=steps_of(run.eval_steps, num_steps),
+        log_every=steps_of(run.logging_steps, num_steps) or num_steps,
+        max_skipped_steps=config.optimizer.max_skipped_steps,
+        patience=config.early_stopping_patience,
+        answers=answers,
+    )
+
+
+def may_share_prompts(base: Base, jobs: Sequence[JobConfig]) -> bool:
+    """Whether some job gains by answers to one prompt that go through after one computation of it, and `base` can do
+    that, which is tried."""
+    objectives = [job.objective.build() for job in jobs]
+    gains = any(each.record is Preference or needs(each, "rollouts") for each in objectives)
+    return gains and base.shift_attn is None and base.layer_wrapper is None and shares_prompts(base)
+
+
+def num_steps_of(config: JobConfig, data: Prepared) -> int:
+    """Optimizer steps of the job."""
+    in_all = data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(config.objective.build())
+    return config.max_steps or math.ceil(in_all - 1e-9)
+
+
+def check_steps(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
+    """ConfigError for adapters that cannot be trained in as many steps as there are."""
+    problems = []
+    for job, own in zip(jobs, data):
+        problem = None if job.trains_base else job.adapter.schedule_problem(num_steps_of(job, own))
+        problems += [f"{job.name}: {problem}"] if problem else []
+    raise_all(ConfigError, "these jobs are too short for their adapters", problems)
+
+
+def check_tokens(jobs: Sequence[JobConfig], tokenizer: Any) -> None:
+    """ConfigError for tokens that adapters are to learn and that the tokenizer does not know."""
+    known = tokenizer.get_vocab()
+    problems = [
+        f"{job.name}: adapter.trainable_token_indices: {token!r} is not in the vocabulary; `lowrank vocab` adds it"
+        for job in jobs
+        for token in job.adapter.trainable_token_indices
+        if isinstance(token, str) and token not in known and not job.trains_base
+    ]
+    raise_all(ConfigError, "these tokens cannot be learned", problems)
+
+
+def _check_reach(engine: Engine, slot: int, config: JobConfig, data: Prepared) -> None:
+    """ModelError if virtual tokens push a document out of what the model reads."""
+    virtual, reach = engine.bank.num_virtual(slot), engine.bank.max_positions(slot)
+    if not virtual or reach is None:
+        return
+    known = [len(segment) for sample in (*data.train.samples, data.eval) for segment in sample]
+    longest = max(known, default=config.data.max_length)
+    if longest > reach:
+        raise ModelError(
+            f"{config.name}: the longest document has {longest} tokens and {virtual} virtual ones come before it; the "
+            f"model's maximum context length is {reach + virtual}: set data.max_length to {reach}, or fewer "
+            "num_virtual_tokens"
+        )
+
+
+def _answers(bank: Bank, slot: int, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
+    """The held-out questions that the job is asked; None where the loss decides."""
+    if config.eval_metric == "loss":
+        return None
+    return answers_of(
+        data.eval,
+        bank.base.tokenizer,
+        Renderer(bank.base.tokenizer, config.data).stop_tokens,
+        metric=config.eval_metric,
+        samples=config.eval_generate_samples,
+        max_new_tokens=config.eval_max_new_tokens,
+        reach=bank.max_positions(slot),
+    )
+
+
+def _attach(
+    engine: Engine, config: JobConfig, data: Prepared, report: Callable[[Event], None], number: int | None
+) -> int:
+    """A fresh adapter, or the one that `adapter.path` names, in a slot of the bank."""
+    bank = engine.bank
+    if config.adapter.path is None:
+        looks = None
+        if config.adapter.needs_calibration:
+            assert isinstance(data.train, DataLoader), "checked with the settings"
+            report(Notice("looking at the job's data to start from it", job=config.name))
+            looks = partial(calibration_passes, engine, data.train)
+        slot = bank.add(config.adapter, seed=config.seed, looks=looks, slot=number)
+    else:
+        saved = on_model(load_adapter(Path(config.adapter.path)), engine.base.model)
+        for note in saved.notes:
+            report(Notice(note, job=config.name))
+        slot = bank.add(saved.config, seed=config.seed, slot=number)
+        bank.load(slot, saved.tensors)
+    if bank.slots[slot].missed:
+        report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
+    return slot
+
+
+def name_unreached(engine: Engine, jobs: Sequence[Job], report: Callable[[Event], None]) -> None:
+    """Say which parts of the jobs' adapters no pass comes by. ModelError for an adapter that has no other part."""
+    missed = unreached(engine.bank, [job.slot for job in jobs])
+    problems = []
+    for job in jobs:
+        names = missed.get(job.slot)
+        if not names:
+            continue
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        total = num_targets(engine.bank.slots[job.slot])
+        text = f"{len(names)} of its {total} modules never run on text, so nothing is learned there: {shown}"
+        if len(names) == total:
+            problems.append(f"{job.name}: {text}; name others in adapter.target_modules")
+        else:
+            report(Notice(f"{text}. Leave them out by adapter.exclude_modules", level="warning", job=job.name))
+    raise_all(ModelError, "these adapters would learn nothing", problems)
+
+
+def set_up_rollouts(
+    engine: Engine,
+    jobs: Sequence[Job],
+    data: Sequence[Prepared],
+    configs: Sequence[JobConfig],
+    tokenizer: Any,
+    answering: RolloutGenerator,
+) -> None:
+    """Give every job that learns from its own answers a feed of them; all jobs are answered together."""
+    for job, own, settings in zip(jobs, data, configs):
+        if needs(engine.jobs[job.slot].objective, "rollouts"):
+            known = [*(segment for sample in own.train.samples for segment in sample), *own.eval]
+            longest = max(map(len, known)) if own.train.samples else settings.data.max_length
+            prompts = Prompts(own.train, own.eval, longest, Renderer(tokenizer, settings.data).stop_tokens)
+            judge = _reward_model(engine.bank, engine.jobs[job.slot].objective)
+            job.dataloader = job.rollouts = Rollouts(engine, job.slot, prompts, answering, settings.seed, judge)
+
+
+def _reward_model(bank: Bank, objective: Any) -> RewardModel | None:
+    """The reward model that the objective names, in a slot of its own. ModelError if it is none, or does not fit."""
+    path = objective.settings.reward_model
+    if path is None:
+        return None
+    value_D, saved = read_value_head(Path(path)), on_model(load_adapter(Path(path)), bank.base.model)
+    if value_D is None:
+        raise ModelError(f"objective.reward_model: {path} has no value head; it must come from objective reward")
+    slot = bank.add(saved.config, seed=0)
+    bank.load(slot, saved.tensors)
+    return RewardModel(slot, value_D)

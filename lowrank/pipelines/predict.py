@@ -1,0 +1,187 @@
+"""Prediction: all models of a run, and the bare base, on questions whose answers are known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank.checkpoints.atomic import write_text
+from lowrank.data.chat.placeholders import pictures_in
+from lowrank.data.config import SourceConfig
+from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
+from lowrank.evaluate.predict import (
+    AnsweringModels,
+    ModelAnswer,
+    Verdict,
+    answer_questions,
+    compare,
+    score_labels,
+    unanswered,
+    write_predictions,
+)
+from lowrank.evaluate.questions import Question, read_questions
+from lowrank.generate.request import GenerationConfig
+from lowrank.pipelines.inference import BARE, InferenceModel, open_inference_model
+from lowrank.pipelines.pictures import see
+
+Done = Callable[[int, int], None]
+Progress = Callable[[str], AbstractContextManager[Done]]
+"""What shows how far a part has come: `with progress("12 questions") as done: done(3, 12)`."""
+LLAMAFACTORY_FILE = "generated_predictions.jsonl"
+"""What LLaMA-Factory's `do_predict` writes: `prompt`, `predict`, `label`, with the special tokens of the prompt."""
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """What is asked, of whom, and how it is measured.
+
+    model      a run folder, an adapter folder, or a model
+    sources    datasets that training reads; the last answer of each row is the label
+    adapters   names of the models that answer; empty: all and the base
+    metrics    names of evaluate/metrics.py; empty: all of NAMES
+    folder     where predictions.jsonl and metrics.json go
+    """
+
+    model: str
+    sources: tuple[SourceConfig, ...]
+    folder: Path
+    adapters: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = NAMES
+    llamafactory: bool = False
+    """LLaMA-Factory's numbers as well, and its file of predictions."""
+    perplexity: bool = True
+    sampling: GenerationConfig = field(default_factory=GenerationConfig)
+    seed: int = 42
+    batch_size: int = 64
+    chat_template: str | None = None
+    base: str | None = None
+    last: bool = False
+
+
+def predict(
+    request: PredictRequest, progress: Progress, warn: Callable[[Sequence[str]], None]
+) -> tuple[dict[str, Any], Mapping[str, Mapping[str, Verdict]]]:
+    """What metrics.json holds, and the verdicts themselves. Interrupted, the same request goes on where it stopped."""
+    names = (*request.metrics, *(LLAMAFACTORY_NAMES if request.llamafactory else ()))
+    check_installed(names)
+    questions = [
+        question
+        for source in request.sources
+        for question in read_questions(source, seed=request.seed, notify=lambda text: warn([text]), sees=lambda: True)
+    ]
+    trained = open_inference_model(
+        request.model,
+        which="last" if request.last else "best",
+        chat_template=request.chat_template,
+        base=request.base,
+        notify=lambda text: warn([text]),
+    )
+    if any(pictures_in(question.prompt) for question in questions):
+        see(trained.base, "packed", lambda text: warn([text]), running=True)
+    chosen = list(request.adapters or trained.slots)
+    slots = {name: trained.slot(name) for name in chosen}
+    renderers = {name: trained.renderer_of(name) for name in chosen}
+    answering = AnsweringModels(trained.base, trained.bank, slots, renderers)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    settings = _settings(request, trained, chosen)
+    partial = request.folder / f"unfinished-{_key_of_settings(settings)}.jsonl"
+    with progress(f"{len(questions)} questions, {len(chosen)} models") as done:
+        answers = answer_questions(
+            answering, questions, request.sampling, partial, max_rows=request.batch_size, on_done=done
+        )
+    likelihood, unscored = {}, []
+    if request.perplexity:
+        with progress("perplexity of the labels") as done:
+            likelihood, unscored = score_labels(answering, questions, on_done=done)
+    missing = unanswered(answers)
+    labels = [question.label.content for question in questions]
+    verdicts = compare(answers, labels, names, likelihood, BARE if BARE in chosen else None)
+    warn([each.describe(len(questions)) for each in missing])
+    warn(_left_out(verdicts, len(questions), unscored, list(likelihood)))
+    write_predictions(request.folder / "predictions.jsonl", questions, answers)
+    if request.llamafactory:
+        _write_as_llamafactory(request.folder / LLAMAFACTORY_FILE, answering, questions, answers, chosen)
+    result = {
+        **settings,
+        "rows": len(questions),
+        "unanswered": {name: len(each.places) for each in missing for name in each.model_names},
+        "metrics": _plain(verdicts),
+        "predictions": str(request.folder / "predictions.jsonl"),
+    }
+    write_text(request.folder / "metrics.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    partial.unlink()
+    return result, verdicts
+
+
+def _settings(request: PredictRequest, trained: InferenceModel, chosen: Sequence[str]) -> dict[str, Any]:
+    """What the answers depend on."""
+    return {
+        "model": request.model,
+        "data": ",".join(source.path for source in request.sources),
+        "last": request.last,
+        "sampling": request.sampling.model_dump(mode="json"),
+        "chat_template": request.chat_template,
+        "voices": trained.versions(chosen),
+    }
+
+
+def _write_as_llamafactory(
+    path: Path,
+    answering: AnsweringModels,
+    questions: Sequence[Question],
+    answers: Sequence[Mapping[str, ModelAnswer]],
+    chosen: Sequence[str],
+) -> None:
+    """Of the first model that is not the base: what scripts made for LLaMA-Factory's predictions read."""
+    name = next((each for each in chosen if each != BARE), BARE)
+    renderer, tokenizer = answering.renderers[name], answering.base.tokenizer
+    lines = []
+    for question, own in zip(questions, answers):
+        if own[name].problem is None:
+            prompt = tokenizer.decode(renderer.prompt_segment(question.prompt).token_L, skip_special_tokens=False)
+            line = {"prompt": prompt, "predict": own[name].text, "label": question.label.content}
+            lines.append(json.dumps(line, ensure_ascii=False))
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _left_out(
+    verdicts: Mapping[str, Mapping[str, Verdict]], rows: int, unscored: Sequence[str], answering_models: Sequence[str]
+) -> list[str]:
+    """What perplexity is not of: questions that could not be scored, and numbers that are none."""
+    reported = []
+    if unscored:
+        reasons = "; ".join(list(dict.fromkeys(unscored))[:3])
+        reported.append(f"perplexity leaves out {len(unscored)} of {rows} questions ({reasons})")
+    for model_name in answering_models:
+        own = verdicts[model_name].get("perplexity")
+        strange = rows - len(unscored) - (own.rows if own else 0)
+        if strange > 0:
+            reported.append(
+                f"{model_name}: perplexity leaves out {strange} questions whose log-probabilities are not finite"
+            )
+    return reported
+
+
+def _key_of_settings(settings: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def _plain(verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, dict[str, Any]]:
+    return {
+        model_name: {
+            name: {
+                "value": verdict.value.value,
+                "rows": verdict.rows,
+                "interval": [verdict.value.low, verdict.value.high],
+                **({"gain": vars(verdict.gain)} if verdict.gain else {}),
+                **({"signature": verdict.signature} if verdict.signature else {}),
+            }
+            for name, verdict in own.items()
+        }
+        for model_name, own in verdicts.items()
+    }

@@ -1,0 +1,131 @@
+"""What a path names: a run, one of its checkpoints or jobs, an adapter, a model, a GGUF file, or a name on the hub.
+
+Every command that takes a model asks here, so that what one of them takes, all take. Only files' names and a run's
+config.json are looked at, without torch: the board looks at folders so, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from lowrank.checkpoints.adapter_folder import CONFIG_FILE, is_adapter
+from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.steps import STATE_FILE
+from lowrank.errors import ModelError
+from lowrank.foreign_files import read_json
+from lowrank.models import modelscope_hub
+
+_ADAPTER_FILES = [
+    "adapter*", "value_head*", "*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model",
+    "vocab*", "merges.txt",
+]  # fmt: skip
+
+
+class Kind(Enum):
+    """What there is at a path."""
+
+    RUN = "a run"
+    CHECKPOINT = "a checkpoint of a run"
+    JOB = "a job of a run"
+    ADAPTER = "an adapter"
+    MODEL = "a model"
+    GGUF = "a GGUF file"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A path, and what it names."""
+
+    path: str
+    """As it was given."""
+    kind: Kind
+    folder: Path
+    """The run's for a run, its checkpoints and its jobs. An adapter's: on the hub, where it is in the cache. For a
+    model of the hub, its name. For a GGUF file, the file."""
+    checkpoint: Path | None = None
+    job: str | None = None
+
+    @property
+    def of_run(self) -> bool:
+        """Whether `folder` is a run's."""
+        return self.kind in (Kind.RUN, Kind.CHECKPOINT, Kind.JOB)
+
+    @property
+    def name(self) -> str:
+        """What an adapter or a model is called: a folder of the hub's cache has a commit for its name."""
+        return Path(self.path).name or self.folder.resolve().name or self.path
+
+
+def resolve(path: str, *, revision: str | None = None) -> Resolved:
+    """What `path` names. A name of the hub is looked up there, or in its cache: an adapter's is downloaded, at
+    `revision`; any other counts as a model's. ModelError for what can be neither a path nor such a name."""
+    folder = Path(path)
+    _refuse_no_path(path)
+    if is_gguf(path):
+        return Resolved(path, Kind.GGUF, folder)
+    if is_run(folder):
+        return Resolved(path, Kind.RUN, folder)
+    if is_adapter(folder):
+        return Resolved(path, Kind.ADAPTER, folder)
+    whole = folder.resolve()
+    if (folder / STATE_FILE).is_file() and is_run(whole.parent.parent):
+        return Resolved(path, Kind.CHECKPOINT, whole.parent.parent, checkpoint=folder)
+    if not (folder / RUN_CONFIG).exists() and whole.name in _job_names(whole.parent):
+        return Resolved(path, Kind.JOB, folder.parent if folder.name == whole.name else whole.parent, job=whole.name)
+    cached = on_hub(path, revision)
+    return Resolved(path, Kind.MODEL, folder) if cached is None else Resolved(path, Kind.ADAPTER, cached)
+
+
+def is_gguf(path: str) -> bool:
+    """Whether `path` is called like a GGUF file, which llama.cpp runs."""
+    return path.endswith(".gguf")
+
+
+def is_run(folder: Path) -> bool:
+    """A model's folder has a config.json too; a run's names its model and where it is."""
+    return _run_settings(folder) is not None
+
+
+def on_hub(name: str, revision: str | None = None) -> Path | None:
+    """The folder of an adapter on the hub, downloaded or in the cache; None if there is no adapter of that name."""
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~", "lowrank/")):
+        return None
+    if modelscope_hub.is_wanted():
+        folder = Path(modelscope_hub.folder_of(name, revision))
+        return folder if (folder / CONFIG_FILE).is_file() else None
+    try:
+        huggingface_hub.hf_hub_download(name, CONFIG_FILE, revision=revision)
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES))
+    except (OSError, ValueError):  # the hub's own errors are OSErrors
+        return None
+
+
+def _run_settings(folder: Path) -> dict[str, Any] | None:
+    try:
+        content = read_json(folder / RUN_CONFIG)
+    except ModelError:
+        return None
+    return content if content.keys() >= {"model", "output_dir"} else None
+
+
+def _job_names(folder: Path) -> list[str]:
+    jobs = (_run_settings(folder) or {}).get("jobs")
+    named = [job for job in jobs if isinstance(job, dict) and "name" in job] if isinstance(jobs, list) else []
+    return [str(job["name"]) for job in named]
+
+
+def _refuse_no_path(path: str) -> None:
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+            raise ModelError(f"{path[:80]}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ModelError(f"{path[:80]!r}: no path ({error})") from error

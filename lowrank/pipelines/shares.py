@@ -1,0 +1,222 @@
+"""Jobs over devices and machines: each share of a run's jobs is an ordinary run, in a folder and a process of its own.
+
+Nothing travels between shares, so a share that dies costs its own jobs' time and nothing else, and starting it again
+(`resume=true`) goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.checkpoints.atomic import write_text
+from lowrank.checkpoints.run_folder import CONFIG, SHARES, STOP, open_merged_folder, refuse_unshared
+from lowrank.checkpoints.settings_changes import changed_settings
+from lowrank.checkpoints.shared_folder import dealt, take_deal
+from lowrank.config import RunConfig, read_file
+from lowrank.config.code import refuse_code
+from lowrank.config.share import Share, read_share
+from lowrank.data.sources.memory import IN_MEMORY
+from lowrank.data.sources.places import STANDARD_INPUT
+from lowrank.errors import ConfigError, LowrankError, raise_all
+from lowrank.foreign_files import find_json
+from lowrank.pipelines.artifacts import with_adapters_found
+from lowrank.pipelines.deal_jobs import costs_of, deal
+from lowrank.pipelines.memory_plan import refuse_too_many
+from lowrank.pipelines.merge_shares import merge_shares
+from lowrank.pipelines.processes import ENDED_IN_ORDER, Child, follow, train_words
+from lowrank.pipelines.train import read_jobs
+from lowrank.report.events import (
+    Event,
+    Notice,
+    Reporter,
+    RunFinished,
+    RunStarted,
+    Stage,
+)
+from lowrank.report.summary import SUMMARY
+from lowrank.third_party import code_allowed
+from lowrank.train.listeners import Listeners
+from lowrank.train.stopping import Stopping
+
+
+class SharesFailed(LowrankError):
+    """Some shares of a run have died; the others are whole. `exit_code` is that of the first."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def own_share(config: RunConfig, reporters: Sequence[Reporter], *, strict: bool) -> RunConfig:
+    """The settings of the share that `config.share` names: its jobs, in its folder. The data of all jobs are read to
+    deal them, unless another share has dealt already. ConfigError for a share without jobs."""
+    assert config.share is not None
+    share = read_share(config.share, os.environ)
+    refuse_unshared(config.output_dir)
+    names = [job.name for job in config.jobs]
+
+    def by_cost() -> dict[str, int]:
+        return _dealt_by_cost(config, share.of, Listeners([], reporters), strict)
+
+    return of_share(config, share, take_deal(config.output_dir, names, share.of, by_cost))
+
+
+def of_share(config: RunConfig, share: Share, shares: Mapping[str, int]) -> RunConfig:
+    """The settings with the jobs of one share, in its folder. ConfigError if it has none."""
+    jobs = tuple(job for job in config.jobs if shares[job.name] == share.number)
+    if not jobs:
+        raise ConfigError(f"share: {share} has no job: there are {len(config.jobs)} in all; give fewer shares")
+    folder = config.output_dir / SHARES / share.folder
+    return config.model_copy(update={"jobs": jobs, "output_dir": folder, "share": None, "devices": 1})
+
+
+def _dealt_by_cost(config: RunConfig, of: int, report: Callable[[Event], None], strict: bool) -> dict[str, int]:
+    config = with_adapters_found(config)
+    _, data = read_jobs(config, report, strict)
+    refuse_too_many(config, data)
+    shares = deal(costs_of(config, data), of)
+    return {job.name: share for job, share in zip(config.jobs, shares)}
+
+
+def train_shares(
+    config: RunConfig,
+    number: int,
+    *,
+    reporters: Sequence[Reporter] = (),
+    strict: bool = False,
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Train the jobs in `number` processes of this machine, each with a device of its own; what stands in the merged
+    summary.json. Settings and data are checked before any of them starts. SharesFailed if some have died."""
+    refuse_unseen(config)
+    names = [job.name for job in config.jobs]
+    together = _Together(config, Listeners([], reporters))
+    report = together.report
+    stopping = Stopping(Path(config.output_dir) / STOP)
+    with code_allowed(allow_code):
+        refuse_code(config, "the settings")
+        with open_merged_folder(
+            config.output_dir, jobs=names, resume=config.resume, overwrite=config.overwrite
+        ) as folder:
+            for note in folder.notes:
+                report(Notice(note))
+            stopping.forget_old()
+            begun = config.resume and dealt(config.output_dir) is not None
+            fresh = {} if begun else _dealt_by_cost(config, number, report, strict)
+            folder.clear()
+            shares = take_deal(config.output_dir, names, number, lambda: fresh)
+            children = [_child(config, Share(each, number), shares, strict) for each in sorted({*shares.values()})]
+            children = [child for child in children if not _is_over(child)]
+            follow(children, together.hear, stopping, lambda text: report(Notice(text, "warning")))
+            return _end(config, children, report)
+
+
+def refuse_unseen(config: RunConfig) -> None:
+    """ConfigError for rows of this process, which others cannot see."""
+    problems = [
+        f"{job.name}: data: {source.path}: rows in the memory, or from the standard input, of this process"
+        for job in config.jobs
+        for source in (*job.data.train, *job.data.eval)
+        if source.path.startswith(IN_MEMORY) or source.path in STANDARD_INPUT
+    ]
+    raise_all(ConfigError, "devices: other processes cannot see these; write them to a file and name it", problems)
+
+
+def device_environment(config: RunConfig, place: int, number: int) -> dict[str, str]:
+    """What makes one process of `number` use a device of its own; `place` 0 is the first."""
+    given = {"LOCAL_WORLD_SIZE": str(number)}
+    if uses_gpus(config):
+        visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+        given["CUDA_VISIBLE_DEVICES"] = visible[place] if visible else str(place)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        given["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // number))
+    return given
+
+
+def uses_gpus(config: RunConfig) -> bool:
+    """Whether the run's devices are CUDA's (ROCm's too)."""
+    return config.model.device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def _child(config: RunConfig, share: Share, shares: Mapping[str, int], strict: bool) -> Child:
+    own = of_share(config, share, shares).model_copy(update={"overwrite": False})
+    file = config.output_dir / SHARES / f"{share.folder}.json"
+    write_text(file, json.dumps(own.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+    environment = device_environment(config, share.number - 1, share.of)
+    return Child(f"share {share}", train_words(file, strict), own.output_dir, file.with_suffix(".log"), environment)
+
+
+def _is_over(child: Child) -> bool:
+    """Whether the share has come to its end with these very settings, so that going on would do nothing."""
+    summary, before = find_json(child.folder / SUMMARY), find_json(child.folder / CONFIG)
+    if summary is None or before is None or summary["interrupted"]:
+        return False
+    asked = read_file(Path(child.words[1]))
+    length = ("max_steps", "num_train_epochs", "early_stopping_patience")
+    same = [[job[name] for name in length] for job in before["jobs"]] == [
+        [job[name] for name in length] for job in asked["jobs"]
+    ]
+    for job in asked["jobs"]:  # the day on which the run began stands in the settings of a run
+        job["data"]["chat_template_date"] = before["jobs"][0]["data"]["chat_template_date"]
+    return same and not changed_settings(before, asked)
+
+
+class _Together:
+    """The events of all shares as those of one run."""
+
+    def __init__(self, config: RunConfig, report: Listeners) -> None:
+        self._config, self._report = config, report
+        self._begun = False
+        self._said: set[str] = set()
+
+    def report(self, event: Event) -> None:
+        """Notices that several say alike are said once."""
+        if isinstance(event, Notice):
+            if event.text in self._said:
+                return
+            self._said.add(event.text)
+        self._report(event)
+
+    def hear(self, child: Child, event: Event) -> None:
+        """The first share that begins begins the run."""
+        if isinstance(event, RunStarted):
+            self._start(event)
+        elif isinstance(event, Stage):
+            self.report(Stage(f"{child.name}: {event.text}"))
+        else:
+            self.report(event)
+
+    def _start(self, event: RunStarted) -> None:
+        if self._begun:
+            for job in event.jobs:
+                self._report(job)
+            return
+        self._begun = True
+        settings = self._config.model_dump(mode="json")
+        self._report(RunStarted(self._config.output_dir, event.jobs, settings, event.device, event.dtype))
+
+
+def _end(config: RunConfig, children: Sequence[Child], report: Callable[[Event], None]) -> dict[str, Any]:
+    """The merged summary, told as the end of the run."""
+    failed = [child for child in children if child.code not in ENDED_IN_ORDER]
+    summary = merge_shares(config.output_dir, lambda text: report(Notice(text, "warning")), locked=True)
+    if failed:
+        said: dict[str, list[str]] = {}
+        for child in failed:
+            said.setdefault(child.words_at_the_end(), []).append(child.name)
+        text = "\n".join(f"{', '.join(names)}: {words}" for words, names in said.items())
+        if len(said) == 1 and len(failed) == len(children):
+            text = next(iter(said))
+        elif len(failed) < len(children):
+            text += "\nThe other shares are whole; the same command with resume=true goes on with what is left"
+        raise SharesFailed(text, next((child.code for child in failed if child.code and child.code > 0), 1))
+    if summary is None:  # all were interrupted before their first step
+        raise KeyboardInterrupt
+    report(RunFinished(summary, bool(summary["interrupted"])))
+    return summary

@@ -1,0 +1,271 @@
+"""A run of several ranks: what is decided once and told to all, what must be alike, and what only the first one writes.
+
+Of one process all of this is nothing: it agrees with itself, and writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import date
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowrank.checkpoints.orders import Order, OrderBook
+from lowrank.checkpoints.run_folder import RunFolder, open_run_folder
+from lowrank.checkpoints.settings_changes import flattened
+from lowrank.config import RunConfig
+from lowrank.data.batching.dataloader import DataLoader
+from lowrank.data.prepare import Prepared
+from lowrank.errors import ConfigError, LowrankError, ModelError, OutputError, raise_all
+from lowrank.notices import log_notice
+from lowrank.pipelines.job_data import with_date
+from lowrank.pipelines.memory_plan import with_slots
+from lowrank.planning.plan import Plan
+from lowrank.ranks import Processes, Ranks, agree
+from lowrank.records import Segment
+from lowrank.report.events import Event, Notice
+from lowrank.report.summary import versions
+from lowrank.train.checkpointer import Checkpointer
+from lowrank.train.engine import Engine
+from lowrank.train.job import Job
+from lowrank.train.lanes import Lanes, ManyLanes, OneLane
+from lowrank.train.stopping import Stopping
+from lowrank.train.stopping_together import StoppingTogether
+
+COMPARED_EVERY = 100
+"""Steps between two looks whether all ranks still train the same adapters."""
+_OF_ONE_MACHINE = ("output_dir", "model.path", "model.device", "resume", "overwrite", "report_to", "devices", "data.")
+"""Settings that may differ between ranks: where things lie. What the data hold is compared itself."""
+
+
+def stopping_of(ranks: Ranks, file: Path) -> Stopping:
+    """What listens for a request to stop."""
+    return Stopping(file) if ranks.world == 1 else StoppingTogether(file, ranks)
+
+
+def folder_of(stack: ExitStack, config: RunConfig, ranks: Ranks) -> RunFolder:
+    """The run's folder; on ranks that do not write, a scratch one, with the checkpoint of the first. OutputError as
+    from `open_run_folder`, and where a rank cannot see that checkpoint."""
+    names = [job.name for job in config.jobs]
+    if ranks.rank == 0:
+        folder = stack.enter_context(
+            open_run_folder(config.output_dir, jobs=names, resume=config.resume, overwrite=config.overwrite)
+        )
+        place = folder.checkpoint
+        ranks.exchange(None if place is None else str(place.resolve()))
+        return folder
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowrank-rank-")))
+    folder = stack.enter_context(open_run_folder(scratch / "run", jobs=names))
+    given = ranks.exchange(None)[0]
+    if given is None:
+        return folder
+    if not Path(given).is_dir():
+        raise OutputError(
+            f"rank {ranks.rank} on {socket.gethostname()} does not see the checkpoint {given}, from which the run goes "
+            "on; put output_dir where all machines see it, or copy the checkpoint there"
+        )
+    folder.checkpoint = Path(given)
+    return folder
+
+
+def dated(config: RunConfig, settings: dict[str, Any] | None, ranks: Ranks) -> RunConfig:
+    """`with_date`, by the clock of the first rank."""
+    today = date.fromisoformat(agree(ranks, lambda: date.today().isoformat()))
+    return with_date(config, settings, today)
+
+
+def planned(
+    config: RunConfig,
+    data: Sequence[Prepared],
+    before: Mapping[str, Any] | None,
+    report: Callable[[Event], None],
+    capacity: int | None,
+    lanes: Lanes,
+) -> tuple[RunConfig, Plan | None]:
+    """`with_slots` by the memory of the first rank: how a step is cut is a matter for all of them alike."""
+    ranks, count = lanes.ranks, lanes.count
+    if ranks.world == 1:
+        return with_slots(config, data, before, report, capacity)
+    plan: Plan | None = None
+
+    def decide() -> list[Any]:
+        nonlocal plan
+        lanes = config.model_copy(update={"lanes": count})
+        decided, plan = with_slots(lanes, data, before, report, capacity)
+        return [decided.micro_batch_tokens, decided.model.activation_checkpointing, decided.max_concurrent_jobs]
+
+    tokens, recompute, at_once = agree(ranks, decide)
+    model = config.model.model_copy(update={"activation_checkpointing": recompute})
+    changes = {"micro_batch_tokens": tokens, "model": model, "max_concurrent_jobs": at_once}
+    return config.model_copy(update=changes), plan
+
+
+def lanes_of(
+    config: RunConfig, before: Mapping[str, Any] | None, ranks: Ranks, report: Callable[[Event], None]
+) -> Lanes:
+    """As many as the settings say; left out, as the run began with, or as there are ranks, where these are more.
+    ConfigError for numbers that do not go together, and for what trains in one process only."""
+    began = (before or {}).get("lanes", "auto")
+    count = began if config.lanes == "auto" else config.lanes
+    count = ranks.world if count == "auto" else int(count)
+    if config.lanes == "auto" and count < ranks.world:
+        text = f"the run began with {count} lanes and goes on with {ranks.world}, one for each device: the results are "
+        report(Notice(text + "the same to rounding, not to the bit", level="warning"))
+        count = ranks.world
+    problems = []
+    if count & (count - 1):
+        problems.append(f"lanes: {count} is no power of two; train on 1, 2, 4, 8 ... devices, or set lanes to one")
+    elif count % ranks.world:
+        way_out = [str(n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= count]
+        problems.append(
+            f"devices: {ranks.world} do not divide the {count} lanes in which each step is computed, so that its bits "
+            f"are the same on any number of devices; train on {', '.join(way_out)}"
+        )
+    if count > 1 and any(getattr(job.optimizer, "layerwise", False) for job in config.jobs):
+        problems.append(
+            "optimizer.layerwise: updates happen within the backward pass, before other devices' gradients are there; "
+            "train on one device, or leave layerwise out"
+        )
+    raise_all(ConfigError, "this run cannot be computed on these devices:", problems)
+    return OneLane() if count == 1 else ManyLanes(ranks, count)
+
+
+def refuse_unlike(config: RunConfig, data: Sequence[Prepared], ranks: Ranks) -> None:
+    """ConfigError that names every difference in settings, data and versions between a rank and the first."""
+    if ranks.world == 1:
+        return
+    known = versions()
+    own = {
+        "host": socket.gethostname(),
+        "settings": {
+            name: value
+            for name, value in flattened(config.model_dump(mode="json")).items()
+            if not name.startswith(_OF_ONE_MACHINE)
+        }
+        | {"jobs": _without_places(config)},
+        "data": {job.name: digest_of_data(prepared) for job, prepared in zip(config.jobs, data)},
+        "versions": {name: known[name] for name in ("lowrank", "torch", "transformers")},
+    }
+    first, *others = ranks.exchange(own)
+    problems = []
+    for rank, other in enumerate(others, start=1):
+        who = f"rank {rank} on {other['host']}"
+        for part in ("versions", "settings", "data"):
+            names = [name for name in {**first[part], **other[part]} if first[part].get(name) != other[part].get(name)]
+            for name in names:
+                if part == "data":
+                    problems.append(f"{who}: the training data of job {name} are others than those of rank 0")
+                else:
+                    values = f"{_shown(other[part].get(name))}, on rank 0 {_shown(first[part].get(name))}"
+                    problems.append(f"{who}: {name} is {values}")
+    raise_all(ConfigError, "the processes of this run are not alike, so they would train different things:", problems)
+
+
+def _without_places(config: RunConfig) -> list[dict[str, Any]]:
+    """The jobs' settings without those that say where something lies."""
+    jobs = [flattened(job.model_dump(mode="json", exclude={"data"})) for job in config.jobs]
+    return [{name: value for name, value in job.items() if not name.endswith(("path", "model"))} for job in jobs]
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def digest_of_data(prepared: Prepared) -> str:
+    """The same for the same tokens and weights in the same order; of a stream, of the rows that are known."""
+    digest = blake2b(digest_size=16)
+    samples = prepared.train.samples if isinstance(prepared.train, DataLoader) else ()
+    digest.update(str(prepared.train.tokens_of_steps()).encode())
+    rows: list[Sequence[Segment]] = [*samples, prepared.eval, prepared.train.heaviest_step()]
+    for row in rows:
+        for segment in row:
+            digest.update(np.ascontiguousarray(segment.token_L, np.int64).tobytes())
+            digest.update(np.ascontiguousarray(segment.weight_L, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+class SilentCheckpointer(Checkpointer):
+    """Of a rank that does not write: it parks and restores jobs as the first does, and leaves files to that one."""
+
+    def save_adapter(self, job: Job, which: str) -> Path:
+        """Nothing."""
+        return self.folder / job.name / which
+
+    def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
+        """Nothing."""
+        return self.folder
+
+
+def checkpointer_of(ranks: Ranks) -> type[Checkpointer]:
+    """Who writes, or does not."""
+    return Checkpointer if ranks.rank == 0 else SilentCheckpointer
+
+
+def compare_adapters(engine: Engine, tick: int) -> None:
+    """ModelError where ranks train different numbers: what they computed must have been the same to the bit."""
+    ranks = engine.lanes.ranks
+    own = {str(slot): _digest_of_parameters(job.parameters) for slot, job in engine.jobs.items()}
+    first, *others = ranks.exchange([socket.gethostname(), own])
+    problems = [
+        f"rank {rank} on {other[0]} differs from rank 0 on {first[0]} in the adapter of slot {slot}"
+        for rank, other in enumerate(others, start=1)
+        for slot in first[1]
+        if first[1][slot] != other[1].get(slot)
+    ]
+    heading = (
+        f"after step {tick} the processes of this run do not have the same adapters. They compute the same from the "
+        "same numbers, so a device, a driver or a library differs; go on from a checkpoint before (resume: true) on "
+        "machines that are alike:"
+    )
+    raise_all(ModelError, heading, problems)
+
+
+def _digest_of_parameters(parameters: Mapping[str, torch.nn.Parameter]) -> str:
+    digest = blake2b(digest_size=16)
+    for name, parameter in parameters.items():
+        flat = parameter.detach().reshape(-1).cpu().contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Watch:
+    """Compares the ranks' adapters before the first step of this process, and now and then."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._begun = engine, False
+
+    def look(self, tick: int) -> None:
+        """Before step `tick` + 1."""
+        if self._engine.lanes.ranks.world > 1 and (tick % COMPARED_EVERY == 0 or not self._begun):
+            compare_adapters(self._engine, tick)
+        self._begun = True
+
+
+def orders_of(book: OrderBook, ranks: Ranks) -> Callable[[int], list[Order]]:
+    """The orders of the run's folder, which the first rank reads, for all of them."""
+
+    def due(tick: int) -> list[Order]:
+        told = agree(ranks, lambda: [dataclasses.asdict(order) for order in book.due(tick)])
+        return [Order(**order) for order in told]
+
+    return due
+
+
+def heard_by(ranks: Ranks, notify: Callable[[str], None]) -> Callable[[str], None]:
+    """`notify`, or on ranks that say nothing else, a line that says who speaks."""
+    return notify if ranks.rank == 0 else lambda text: log_notice(f"rank {ranks.rank}: {text}")
+
+
+def told_once(ranks: Ranks, error: LowrankError) -> bool:
+    """Whether the first rank says this error too."""
+    return isinstance(ranks, Processes) and ranks.said_by_first(error)

@@ -1,0 +1,295 @@
+"""The main path, top to bottom: configuration -> data -> base -> adapters -> engine -> loop -> result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import lowrank.models.loading.pretrained as loading
+from lowrank.adapters.bank import Bank
+from lowrank.checkpoints.atomic import write_text
+from lowrank.checkpoints.orders import OrderBook
+from lowrank.checkpoints.own_tokens import learn_tokens
+from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.run_folder import STOP, RunFolder
+from lowrank.checkpoints.run_state import load_checkpoint
+from lowrank.checkpoints.settings_changes import refuse_changed_settings
+from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.config.code import refuse_code
+from lowrank.data.chat.rendering import chosen_templates
+from lowrank.data.prepare import Prepared
+from lowrank.errors import disk_full_in_plain_words
+from lowrank.evaluate.metrics import check_installed
+from lowrank.models.base import Base
+from lowrank.models.loading.kind import check_weights
+from lowrank.pipelines.artifacts import with_adapters_found
+from lowrank.pipelines.job_data import prepare_all, report_data_findings
+from lowrank.pipelines.job_queue import Entry, JobQueue
+from lowrank.pipelines.job_seats import JobSeats
+from lowrank.pipelines.job_setup import check_steps, check_tokens
+from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, in_effect, live_state
+from lowrank.pipelines.memory_plan import Room, at_once, refuse_too_many, tokens_of
+from lowrank.pipelines.orders import OrderDesk, StateFile
+from lowrank.pipelines.pictures import see
+from lowrank.pipelines.references import check_references
+from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, record_sweep
+from lowrank.pipelines.together import (
+    Watch,
+    checkpointer_of,
+    dated,
+    folder_of,
+    heard_by,
+    lanes_of,
+    orders_of,
+    planned,
+    refuse_unlike,
+    stopping_of,
+)
+from lowrank.ranks import ALONE, Ranks, agree
+from lowrank.report.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted, Stage
+from lowrank.report.page import DATA_REPORT, REPORT, write_report
+from lowrank.report.reporters import recorders_for
+from lowrank.report.summary import SummaryBuilder
+from lowrank.third_party import code_allowed
+from lowrank.train.engine import Engine
+from lowrank.train.listeners import Listeners
+from lowrank.train.loop import Loop
+from lowrank.train.out_of_memory import explain_out_of_memory
+from lowrank.train.router_loss import expert_numbers
+
+
+def train(
+    config: RunConfig,
+    *,
+    reporters: Sequence[Reporter] = (),
+    strict: bool = False,
+    allow_code: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Train every job of `config` at once on one base; what stands in summary.json.
+
+    Everything that can be checked without the model's weights is checked before they load. Raises the
+    errors of lowrank.errors. Ctrl-C, SIGTERM, SIGHUP and a file `stop` in the run folder save a checkpoint and return
+    with `"interrupted": True`; before the first step they raise KeyboardInterrupt, since there is nothing to save.
+    `reporters` hear the run besides metrics.jsonl and what `report_to` names. `allow_code`: code that is not ours and
+    that the settings name may run (third_party.py). `ranks`: the processes that train it together, each of which calls
+    this; only the first writes, and reports (pipelines/together.py).
+    """
+    stopping = stopping_of(ranks, Path(config.output_dir) / STOP)
+    with ExitStack() as stack, disk_full_in_plain_words(), code_allowed(allow_code), stopping:
+        stopping.end_if_asked()
+        refuse_code(config, "the settings")
+        config = with_adapters_found(config)
+        report = _told_to(stack, config, reporters, ranks)
+        folder = folder_of(stack, config, ranks)
+        stopping.forget_old()
+        checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
+        state = checkpoint.state if checkpoint else None
+        live = live_state(state)
+        given, config = config, _as_begun(config, state, ranks)
+        lanes = lanes_of(config, state["settings"] if state else None, ranks, report)
+        begun, config = config, in_effect(given, config, state)
+        for note in folder.notes:
+            report(Notice(note))
+
+        tokenizer, data = read_jobs(config, report, strict)
+        stopping.end_if_asked()
+        refuse_too_many(config, data)
+        refuse_unlike(config, data, ranks)
+        report(Stage("planning the memory"))
+        before = state["settings"] if state else None
+        config, plan = planned(config, data, before, report, live["capacity"] if live else None, lanes)
+        begun = begun.model_copy(update={"model": config.model})  # as it was decided, for whoever goes on
+
+        base = _load(config, tokenizer, data, report)
+        stopping.end_if_asked()
+        report(Stage("preparing the jobs"))
+        engine = Engine(base, Bank(base), tokens_of(config))
+        engine.lanes = lanes
+        engine.notify = heard_by(ranks, lambda text: report(Notice(text, level="warning")))
+        summary = SummaryBuilder(folder.path, state["summary"] if state else None, plan.as_dict() if plan else None)
+        chosen = chosen_templates({job.name: job.data for job in config.jobs}, tokenizer)
+        ranks.begin(base.device)
+        keeper = checkpointer_of(ranks)(
+            engine, folder.path, config.save_total_limit, lambda: _state(begun, engine, summary, queue), chosen
+        )
+        entries = [Entry(job, own) for job, own in zip(config.jobs, data)]
+        queue = JobQueue(JobSeats(engine, config, tokenizer, report), keeper, entries, report, at_once(config))
+        sweep = add_search(queue, config, live)
+        queue.take_seats(live)
+        stopping.end_if_asked()
+
+        # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
+        # and takes nothing away.
+        folder.clear()
+        _write_settings(folder, config, entries)
+        report.keeping.append(summary)
+        tick = keeper.restore(checkpoint, queue.jobs, queue.parked_names()) if checkpoint else 0
+        for problem in keeper.incompatibilities(queue.jobs):
+            report(Notice(problem, level="warning"))
+        known = live["orders"] if live else ()
+        _take_orders(stack, folder, config, queue, Room(config, plan), report, summary, known)
+        started = [queue.started(name) for name in queue.entries]
+        report(_run_started(base, config, started))
+
+        save_every = steps_of(config.save_steps, max(job.num_steps for job in started))
+        loop = Loop(engine, queue, keeper, report, save_every=save_every, tick=tick, stopping=stopping)
+        if sweep is not None:
+            queue.decided = lambda: record_sweep(sweep, folder.path)
+        with explain_out_of_memory("training"):
+            done = loop.run()
+        if sweep is not None:
+            summary.winner = finish_sweep(sweep, folder.path, report)
+        if ranks.rank:
+            return summary.as_dict(not done)
+        return _finish(summary, report, folder.path, interrupted=not done)
+
+
+def _finish(summary: SummaryBuilder, report: Listeners, folder: Path, *, interrupted: bool) -> dict[str, Any]:
+    """The result first; then pictures and pages of it, which may fail."""
+    result = summary.finish(interrupted)
+    if summary.plot_trouble:
+        report(Notice(summary.plot_trouble, level="warning"))
+    try:
+        write_report(folder)
+    except Exception as error:  # templates, a full disk: the run is whole without
+        report(Notice(f"{REPORT} could not be written ({type(error).__name__}: {error})", level="warning"))
+    report(RunFinished(result, interrupted))
+    return result
+
+
+def _as_begun(config: RunConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> RunConfig:
+    """With the day on which the run began. OutputError where a run goes on with other settings than it began with."""
+    if state is None:
+        return dated(config, None, ranks)
+    config = as_begun(dated(config, state["settings"], ranks), state)
+    refuse_changed_settings(state["settings"], config.model_dump(mode="json"))
+    return config
+
+
+def read_jobs(config: RunConfig, report: Callable[[Event], None], strict: bool) -> tuple[Any, list[Prepared]]:
+    """The tokenizer, and every job's data, with what there is to say about them."""
+    check_sweep(config)
+    check_installed(sorted({job.eval_metric for job in config.jobs} - {"loss"}))
+    report(Notice("reading the data"))
+    report(Stage("reading the data"))
+    tokenizer = loading.load_tokenizer(config.model)
+    starts = {path: Path(path) for job in config.jobs if (path := getattr(job.adapter, "path", None)) is not None}
+    for said in learn_tokens(tokenizer, starts):
+        report(Notice(said))
+    check_tokens(config.jobs, tokenizer)
+    check_references(config.jobs, tokenizer)
+    data = prepare_all(config.jobs, config.model, tokenizer, report, strict)
+    report_data_findings(report, config.jobs, data)
+    check_steps(config.jobs, data)
+    if config.model.random_init is None:
+        check_weights(loading.locate(config.model.path))
+    return tokenizer, data
+
+
+def _load(config: RunConfig, tokenizer: Any, data: Sequence[Prepared], report: Listeners) -> Base:
+    report(Notice(f"loading {config.model.path}"))
+    report(Stage(f"loading {config.model.path}"))
+    first = config.jobs[0]
+    base = loading.load(
+        config.model,
+        tokenizer=tokenizer,
+        train_all=first.trains_base,
+        freeze=first.freeze if first.tuning == "freeze" else None,
+        notify=lambda text: report(Notice(text)),
+    )
+    if any(each.has_pictures for each in data):
+        see(base, config.model.attention, lambda text: report(Notice(text)))
+    base.router_aux_loss_coef = config.model.router_aux_loss_coef
+    if base.router_aux_loss_coef is not None:
+        expert_numbers(base)  # refused now rather than in the first step
+    return base
+
+
+def _write_settings(folder: RunFolder, config: RunConfig, entries: Sequence[Entry]) -> None:
+    """What the run was asked, with the jobs that it has now, and what the doctor found."""
+    folder.own(entry.name for entry in entries)
+    config = config.model_copy(update={"jobs": tuple(entry.config for entry in entries)})
+    settings = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    write_text(folder.path / RUN_CONFIG, settings + "\n")
+    found = {entry.name: entry.data.report.to_json() for entry in entries}
+    write_text(folder.path / DATA_REPORT, json.dumps(found, ensure_ascii=False) + "\n")
+
+
+def _take_orders(
+    stack: ExitStack,
+    folder: RunFolder,
+    config: RunConfig,
+    queue: JobQueue,
+    room: Room,
+    report: Listeners,
+    summary: SummaryBuilder,
+    known: Sequence[int],
+) -> None:
+    """From now on the run hears orders, and says what its jobs do. `known`: orders that are in the checkpoint."""
+    ranks = queue.seats.engine.lanes.ranks
+    book = OrderBook(folder.path, known)
+    book.open()
+    queue.book = book
+    base, read = queue.seats.engine.base, {}
+    tokenizer = base.tokenizer
+
+    def prepare(job: JobConfig) -> Prepared:
+        (own,) = prepare_all([job], config.model, tokenizer, report, strict=False, read=read)
+        if own.has_pictures:
+            see(base, config.model.attention, lambda text: report(Notice(text)), running=True)
+        queue.keeper.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
+        return own
+
+    watching = StateFile(book, queue, summary)
+    desk = OrderDesk(
+        book,
+        queue,
+        config,
+        prepare=prepare,
+        fits=lambda entries: agree(ranks, lambda: room.for_jobs(*zip(*((each.config, each.data) for each in entries)))),
+        changed=lambda: _write_settings(folder, config, list(queue.entries.values())),
+        show=watching.write,
+        report=report,
+        due=orders_of(book, ranks),
+    )
+
+    watch = Watch(queue.seats.engine)
+
+    def hear(tick: int) -> None:
+        watch.look(tick)
+        desk.carry_out(tick)
+
+    queue.hear, queue.enlist = hear, desk.enlist
+    report.watching.append(watching)
+    stack.callback(_close, watching)
+
+
+def _state(config: RunConfig, engine: Engine, summary: SummaryBuilder, queue: JobQueue) -> dict[str, Any]:
+    """What a checkpoint holds of the run as a whole."""
+    decided = {"micro_batch_tokens": engine.micro_batch_tokens, "lanes": engine.lanes.count}
+    settings = {**config.model_dump(mode="json"), **decided}
+    return {"settings": settings, "summary": summary.state(), LIVE: queue.state()}
+
+
+def _run_started(base: Base, config: RunConfig, jobs: Sequence[JobStarted]) -> RunStarted:
+    dtype = str(base.dtype).removeprefix("torch.")
+    settings = config.model_dump(mode="json")
+    return RunStarted(config.output_dir, tuple(jobs), settings, str(base.device), dtype)
+
+
+def _told_to(stack: ExitStack, config: RunConfig, reporters: Sequence[Reporter], ranks: Ranks) -> Listeners:
+    if ranks.rank:
+        return Listeners([])
+    metrics, *watching = [*recorders_for(config.output_dir, config.report_to), *reporters]
+    for reporter in (metrics, *watching):
+        stack.callback(_close, reporter)
+    return Listeners([metrics], watching)
+
+
+def _close(reporter: Reporter) -> None:
+    with suppress(Exception):  # what it had to keep is kept; a tracker that cannot say goodbye ends no run
+        reporter.close()

@@ -1,0 +1,79 @@
+"""How far a plan could be stretched: the largest micro-batch and the longest document that fit.
+
+Memory grows with the tokens of a document at most quadratically (attention written out), so three simulated sizes tell
+the rest; with the number of equal documents on a straight line, so two do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lowrank.planning.plan import MARGIN, Plan, Planner
+from lowrank.records import Segment, number_the_step
+
+_SIZES = (1024, 2048, 4096)
+_MOST = 10_000_000
+
+
+def largest_tokens(planner: Planner, plan: Plan) -> int:
+    """Tokens of one forward pass that fit, in documents as long as the longest of the run's steps."""
+    length = max(len(segment) for job in planner.memory.jobs for segment in job.step)
+
+    def documents(tokens: int) -> list[int]:
+        return [length] * (tokens // length) or [length]
+
+    return _round_down(_largest(planner, plan, documents, _SIZES[1:]))
+
+
+def longest_document(planner: Planner, plan: Plan) -> int:
+    """Tokens of one document that fit; at most what the model was made for."""
+    limit = planner.memory.max_length or _MOST
+    if limit <= _SIZES[-1] and _peak(planner, plan, [limit]) <= MARGIN * plan.available:
+        return limit
+    found = _largest(planner, plan, lambda tokens: [tokens], _SIZES)
+    return limit if found >= limit else _round_down(found)
+
+
+def _largest(planner: Planner, plan: Plan, documents: Callable[[int], list[int]], wanted: tuple[int, ...]) -> int:
+    sizes, peaks = [], []
+    for size in wanted:
+        lengths = documents(size)
+        sizes.append(sum(lengths))
+        peaks.append(_peak(planner, plan, lengths))
+    room = MARGIN * plan.available
+    if len(sizes) == 2 or len(set(sizes)) < len(sizes):  # a line, or one document fills several sizes
+        slope = (peaks[-1] - peaks[0]) / max(1, sizes[-1] - sizes[0])
+        return max(0, min(_MOST, int(sizes[0] + (room - peaks[0]) / slope))) if slope > 0 else sizes[-1]
+    a, b, c = np.polyfit(sizes, peaks, 2)
+    if abs(a) * sizes[-1] < 1e-3 * abs(b):  # a straight line, but for rounding
+        b, c = np.polyfit(sizes[1:], peaks[1:], 1)
+        return max(0, min(_MOST, int((room - c) / b)))
+    inside = b * b - 4 * a * (c - room)
+    return max(0, min(_MOST, int((-b + inside**0.5) / (2 * a)))) if inside >= 0 else 0
+
+
+def _peak(planner: Planner, plan: Plan, lengths: list[int]) -> int:
+    slot = next(iter(planner.memory.work))
+    share = _share_of_loss(planner)
+    work = {slot: number_the_step([_segment(length, share) for length in lengths])}
+    step = planner.memory.step(sum(lengths), plan.activation_checkpointing, work)
+    return planner.total(step)
+
+
+def _share_of_loss(planner: Planner) -> float:
+    weights = [(segment.weight_L != 0).mean() for job in planner.memory.jobs for segment in job.step]
+    return float(np.mean(weights)) if weights else 1.0
+
+
+def _segment(length: int, share: float) -> Segment:
+    weight_L = np.zeros(length, np.float32)
+    weight_L[length - int(share * length) :] = 1.0
+    return Segment(np.zeros(length, np.int64), weight_L)
+
+
+def _round_down(number: int) -> int:
+    """To two digits: a plan is no more exact."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return number // unit * unit

@@ -1,0 +1,1 @@
+"""The HTTP face: OpenAI's routes, requests, replies and errors."""

@@ -1,0 +1,98 @@
+"""What a request of any API means: questions, how they are answered, and the form of the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lowrank.errors import LowrankError
+from lowrank.generate.constraint import check_form
+from lowrank.generate.request import GenerationConfig, TokenChunk
+from lowrank.serve.api.http_errors import ApiError
+from lowrank.serve.engine import Engine, Question
+from lowrank.serve.limits import Limits
+
+Json = dict[str, Any]
+
+
+class Reply(Protocol):
+    """Made from the pieces of all answers, whole or as the chunks of a stream."""
+
+    media_type: str
+    """Of the stream."""
+    ending: str
+    """The stream's last words."""
+
+    def opening(self) -> list[Json]:
+        """The chunks before the first token."""
+        ...
+
+    def add(self, index: int, piece: TokenChunk) -> list[Json]:
+        """The chunks that a piece of answer `index` makes."""
+        ...
+
+    def closing(self, counts: Json | None) -> list[Json]:
+        """The chunks after the last token; `counts` where the client wants the usage."""
+        ...
+
+    def whole(self, counts: Json) -> Json:
+        """After all pieces."""
+        ...
+
+    def failed(self, refusal: ApiError) -> list[Json]:
+        """The chunks that tell of an error in the middle of a stream."""
+        ...
+
+    def write(self, chunk: Json) -> str:
+        """A chunk on the wire."""
+        ...
+
+
+def refuse_many(count: int, limits: Limits) -> None:
+    """Refusal for more answers than one request may have, before anything is made for them."""
+    if count > limits.answers_per_request:
+        raise ApiError(
+            400, f"{count} answers in one request; this server gives {limits.answers_per_request}", param="n"
+        )
+
+
+@dataclass(frozen=True)
+class Order:
+    """One request. `count` answers are due, `n` to each of its questions."""
+
+    model: str
+    questions: Sequence[Question]
+    config: GenerationConfig
+    n: int
+    stream: bool
+    reply: Reply
+    ignored: tuple[str, ...] = ()
+    """Options without effect, told in a header."""
+    usage: bool = True
+    """A stream tells it in the end."""
+
+    @property
+    def count(self) -> int:
+        """Answers that are due."""
+        return len(self.questions) * self.n
+
+    @property
+    def configs(self) -> list[GenerationConfig]:
+        """One for each of the `n` answers; draws of several differ, also with a seed."""
+        seed = self.config.seed
+        seeds = [None if seed is None else seed + index for index in range(self.n)]
+        return [self.config.model_copy(update={"seed": each}) for each in seeds]
+
+    def check(self, engine: Engine, limits: Limits) -> None:
+        """Refusal for what no engine should be asked, so that all engines refuse the same."""
+        refuse_many(self.count, limits)
+        wrong = [token for token in self.config.logit_bias if not 0 <= token < engine.vocabulary]
+        if wrong:
+            message = f"logit_bias: the model has {engine.vocabulary} tokens, there is no {wrong[0]}"
+            raise ApiError(400, message, param="logit_bias")
+        try:
+            check_form(self.config)
+        except LowrankError as error:
+            param = "response_format" if self.config.grammar is None else "tools"
+            raise ApiError(400, str(error), param=param) from error

@@ -1,0 +1,161 @@
+"""What the routes share: a request is read, understood, admitted, answered, and whatever happens its place is free."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from lowrank.serve.api.http_errors import ApiError
+from lowrank.serve.api.orders import Order, Reply
+from lowrank.serve.api.replies import usage
+from lowrank.serve.api.request_lifecycle import Admission, ClientGone, RequestLifecycle
+from lowrank.serve.api.requests import Body, parse
+from lowrank.serve.engine import Engine
+from lowrank.serve.lanes import Lanes
+from lowrank.serve.limits import Limits
+from lowrank.serve.metrics import Metrics
+
+CLIENT_GONE = 499
+"""nginx' status for the log; nobody receives it."""
+WARNING = "X-Lowrank-Warning"
+"""The header that names options without effect."""
+_UNREAD_SECONDS = 60.0
+"""Beyond the time of the request, for a client that does not read what it is sent."""
+Kind = TypeVar("Kind", bound=Body)
+
+
+class Ordering(Protocol):
+    """A request that is to be answered."""
+
+    def order(self, engine: Engine, limits: Limits) -> Order: ...
+
+
+class Service:
+    """One engine behind all routes."""
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.engine = engine
+        self.limits = limits
+        self.metrics = Metrics()
+        self.admission = Admission(limits)
+        self.lanes = Lanes()
+
+    async def read(self, kind: type[Kind], request: Request) -> Kind:
+        """The body of a request, read beside the event loop. Refusal for what is wrong with it."""
+        raw = await request.body()
+        return await self.lanes.run(len(raw), parse, kind, raw)
+
+    async def serve(self, kind: type[Any], request: Request) -> Response:
+        """Answer a request of some API (`kind`: a Body that is `Ordering`)."""
+        raw = await request.body()
+        order = await self.lanes.run(len(raw), self._understand, kind, raw)
+        return await self.answer(order, request, len(raw))
+
+    async def answer(self, order: Order, request: Request, size: int) -> Response:
+        """A reply or a stream; whatever happens, what is not finished is cancelled and its place is free."""
+        exchange = RequestLifecycle(self.limits, self.admission, order.count)
+        headers = {WARNING: _warning(order.ignored)} if order.ignored else {}
+        prompts = len(order.questions)
+        try:
+            prompt_tokens = self.lanes.run(size, self._ask, order, exchange)
+            exchange.answers += await asyncio.shield(asyncio.ensure_future(prompt_tokens))
+            exchange.begin(request.receive)
+            if order.stream:
+                events = _events(exchange, order.reply, prompts, order.usage)
+                limit = self.limits.request_seconds + _UNREAD_SECONDS
+                return _Stream(events, order.reply.media_type, headers, limit, lambda: self._end(exchange))
+            async for index, piece in exchange.pieces():
+                order.reply.add(index, piece)
+            counts = usage((each.answer for each in exchange.answers), prompts)
+            response = JSONResponse(order.reply.whole(counts), headers=headers)
+        except ClientGone:
+            response = Response(status_code=CLIENT_GONE)
+        except BaseException:
+            self._end(exchange)
+            raise
+        self._end(exchange)
+        return response
+
+    def _understand(self, kind: type[Any], raw: bytes) -> Order:
+        order = parse(kind, raw).order(self.engine, self.limits)
+        order.check(self.engine, self.limits)
+        return order
+
+    def _ask(self, order: Order, exchange: RequestLifecycle) -> list[Any]:
+        """In a thread. What was asked when something went wrong, or nobody waits any more, is cancelled."""
+        answers: list[Any] = []
+        try:
+            for question in order.questions:
+                answers += self.engine.submit(order.model, question, order.configs)
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        if exchange.closed:
+            for answer in answers:
+                answer.cancel()
+        return answers
+
+    def _end(self, exchange: RequestLifecycle) -> None:
+        cancelled = not exchange.complete
+        seconds = exchange.close()
+        if exchange.answers:
+            answers = [each.answer for each in exchange.answers]
+            prompt_tokens, completion_tokens = (
+                sum(each.prompt_tokens for each in answers),
+                sum(len(each.tokens) for each in answers),
+            )
+            self.metrics.count_answers(prompt_tokens, completion_tokens, seconds, exchange.first_token, cancelled)
+
+
+async def _events(exchange: RequestLifecycle, reply: Reply, prompts: int, counted: bool) -> AsyncIterator[str]:
+    """The stream; the usage in its end where that is wanted."""
+    try:
+        for chunk in reply.opening():
+            yield reply.write(chunk)
+        async for index, piece in exchange.pieces():
+            for chunk in reply.add(index, piece):
+                yield reply.write(chunk)
+        counts = usage((each.answer for each in exchange.answers), prompts) if counted else None
+        for chunk in reply.closing(counts):
+            yield reply.write(chunk)
+        if reply.ending:
+            yield reply.ending
+    except ClientGone:
+        return
+    except ApiError as refusal:  # the status is out already
+        for chunk in reply.failed(refusal):
+            yield reply.write(chunk)
+
+
+class _Stream(StreamingResponse):
+    """Tells when it is over, also if it never began, or if the client reads nothing."""
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[str],
+        media_type: str,
+        headers: dict[str, str],
+        limit: float,
+        on_end: Callable[[], Any],
+    ) -> None:
+        super().__init__(chunks, media_type=media_type, headers={"Cache-Control": "no-store", **headers})
+        self._limit, self._on_end = limit, on_end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._limit)
+        except asyncio.TimeoutError:
+            return  # uvicorn closes a connection whose answer is not whole
+        finally:
+            self._on_end()
+
+
+def _warning(ignored: tuple[str, ...]) -> str:
+    """Names come from requests, so only what a header may hold is left of them."""
+    text = "without effect here: " + ", ".join(dict.fromkeys(ignored))
+    return "".join(letter for letter in text[:1000] if " " <= letter <= "~")

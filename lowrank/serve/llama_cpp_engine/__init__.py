@@ -1,0 +1,1 @@
+"""What the engine for GGUF files is made of besides itself (serve/engines/llama_cpp.py)."""

@@ -1,0 +1,1 @@
+"""What the engine on vLLM (serve/engines/vllm.py) is made of besides itself. vLLM is imported when it is started."""

@@ -1,0 +1,97 @@
+"""The one door for code that is not ours.
+
+Settings may name code: `my_module:MyThing` as a type, a reward function, a format, a reporter; and a model may bring
+Python of its own (`trust_remote_code`). Naming it runs nothing. It runs where a person has said so in this very
+command: `--allow-code`, or, in Python, `allow_code=True` or `with code_allowed():`. What a file says (somebody's run
+folder, a YAML from the web) never opens the door. Every such import goes through `load_code`.
+
+A permission holds for the code inside the `with`, in its thread. An object that a person hands to a call in Python
+(their reward function itself, not its name) needs none: it is there already. It goes by a name in the settings for as
+long as that call lasts (`objects_given`), so that no file can mean it later.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+from lowrank.errors import ConfigError
+
+WAY_OUT = "read that code, then add --allow-code to the command (in Python: allow_code=True)"
+
+_allowed: ContextVar[bool] = ContextVar("lowrank_code_allowed", default=False)
+
+
+_given: ContextVar[Mapping[str, Any]] = ContextVar("lowrank_objects_given", default=MappingProxyType({}))
+
+
+class CodeRefused(ConfigError):
+    """A setting names code that the person has not allowed to run."""
+
+
+@contextmanager
+def code_allowed(allowed: bool = True) -> Generator[None, None, None]:
+    """Inside, code that settings name is run. With False nothing changes: what is allowed outside stays allowed."""
+    token = _allowed.set(allowed or _allowed.get())
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def code_is_allowed() -> bool:
+    """Whether a person has opened the door."""
+    return _allowed.get()
+
+
+@contextmanager
+def objects_given(objects: Mapping[str, Any]) -> Generator[None, None, None]:
+    """Inside, these names (`my_module:MyThing`) mean these objects, which the person handed to the call."""
+    token = _given.set({**_given.get(), **objects})
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def may_run(name: str) -> bool:
+    """Whether what `name` names is run: a person has opened the door, or handed over the object itself."""
+    return code_is_allowed() or name in _given.get()
+
+
+def names_code(name: object) -> bool:
+    """Whether a setting's value is of the form `my_module:MyThing`."""
+    module, colon, attribute = str(name).partition(":")
+    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def refusal(name: str) -> str:
+    """Why `name` is not run, and the way out."""
+    return f"{name!r} is code that does not come with lowrank, and settings alone run none; {WAY_OUT}"
+
+
+def load_code(name: str) -> Any:
+    """What `my_module:MyThing` names. The current folder is searched last, so that it hides nothing.
+
+    CodeRefused where it is not allowed, and nothing is imported then; ConfigError where there is no such thing.
+    """
+    if not names_code(name):
+        raise ConfigError(f"{name!r} names no code; write my_module:MyThing")
+    if name in _given.get():
+        return _given.get()[name]
+    if not code_is_allowed():
+        raise CodeRefused(refusal(name))
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a module does when it is imported
+        reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"cannot import {name!r}: {reason}; is its folder on PYTHONPATH?") from error

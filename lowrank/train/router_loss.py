@@ -1,0 +1,71 @@
+"""The load-balancing loss of a mixture's routers (arXiv:2101.03961), per job, as transformers computes it.
+
+    E sum_e (share of the places among the top k that expert e got) (mean router probability of e)
+
+over the tokens of a forward pass and all layers of experts. A job's step has the mean over its passes, weighed by their
+tokens: where a step is one pass, as transformers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from lowrank.errors import ModelError
+from lowrank.models.base import Base
+from lowrank.records import Batch
+
+
+def expert_numbers(base: Base) -> tuple[int, int]:
+    """(experts, experts of a token). ModelError for a model without routers that can be recorded."""
+    config: Any = base.model.config.get_text_config()
+    experts = next((n for name in ("num_experts", "num_local_experts") if (n := getattr(config, name, None))), None)
+    per_token = getattr(config, "num_experts_per_tok", None)
+    recorded = getattr(base.backbone, "_can_record_outputs", None) or {}
+    if not experts or not per_token or "router_logits" not in recorded:
+        raise ModelError(
+            f"model.router_aux_loss_coef: {base.name} ({type(base.model).__name__}) has no routers that transformers "
+            "records; leave it out"
+        )
+    if base.layout != "packed":
+        raise ModelError(
+            "model.router_aux_loss_coef: only where documents are packed, and this base pads; leave it out"
+        )
+    return int(experts), int(per_token)
+
+
+@dataclass(frozen=True)
+class TokensOfStep:
+    """Tokens of all passes of a step, on all ranks."""
+
+    all: int
+    by_slot: Mapping[int, int]
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> TokensOfStep:
+        """Of these passes."""
+        found: dict[int, int] = {}
+        for batch in batches:
+            for slot, first, end in batch.slot_ranges():
+                found[slot] = found.get(slot, 0) + end - first
+        return cls(sum(batch.num_tokens for batch in batches), found)
+
+
+def router_losses(base: Base, batch: Batch, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
+    """Each job's share of its step's loss, of the training pass that has just been made."""
+    coefficient = base.router_aux_loss_coef
+    if coefficient is None:
+        return {}
+    logits = base.take_router_logits()
+    experts, per_token = expert_numbers(base)
+    found = {}
+    for slot, first, end in batch.slot_ranges():
+        rows = tuple(each.reshape(-1, experts)[first:end] for each in logits)
+        loss = load_balancing_loss_func(rows, experts, per_token)  # pyright: ignore[reportArgumentType] (any length)
+        assert isinstance(loss, torch.Tensor), "there are layers of experts"
+        found[slot] = coefficient * loss * (end - first) / tokens[slot]
+    return found

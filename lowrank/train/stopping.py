@@ -1,0 +1,160 @@
+"""Whether somebody wants the run to end: Ctrl-C, SIGTERM, SIGHUP, or a file named `stop` in the run folder.
+
+While there is something to save, the running step ends and the run saves; before (reading, loading), it ends at once by
+KeyboardInterrupt. The file works where signals do not: from another machine, on Windows, in a container, and where a
+parent has had SIGINT ignored. It is deleted when it is heard. One that is older than this process is of an earlier
+run and is deleted unheard.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+
+LOOKS_EVERY = 0.5
+"""Seconds between looks for the file."""
+_IMPORT_SECONDS = 0.1
+"""A request that came during an import is heard again after so many."""
+SAVING = "stopping after this step and saving"
+_AGAIN = "; press Ctrl-C again to stop at once"
+
+
+class Stopping:
+    """Listens while it is entered. Signals are heard in the main thread only; whoever runs elsewhere has the file."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.asked = False
+        self._file = file
+        self._tell: Callable[[str], None] | None = None
+        self._by_file = False
+        self._told = False
+        self._saved = False
+        self._depth = 0
+        self._over = threading.Event()
+        self._before: dict[int, Any] = {}
+        self._old = self._written()
+        began = psutil.Process().create_time() - 1.0
+        if self._old is not None and self._old >= began:
+            self._old = None  # written since this process began, while it was importing
+
+    def __enter__(self) -> Stopping:
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        for number in _numbers():
+            try:
+                if number == _hang_up() and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup: it is to outlive its terminal
+                self._before[number] = signal.signal(number, self._hear)
+            except ValueError:  # not the main thread
+                break
+        if self._file is not None:
+            threading.Thread(target=self._watch, daemon=True, name="lowrank-stop-file").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self._over.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    @contextmanager
+    def saving(self, push: Callable[[str], None]) -> Generator[None, None, None]:
+        """Inside, a request is remembered in `asked` and told; afterwards everything is saved, and only a second Ctrl-C
+        is heard."""
+        self._tell = push
+        try:
+            yield
+        finally:
+            self._tell, self._saved = None, True
+
+    def now(self) -> bool:
+        """Whether it was asked for; to be called between steps, in the thread that trains."""
+        if self._by_file and not self._told:
+            self._told = True
+            self._forget()
+            if self._tell is not None:
+                self._tell(f"the file {self._file} was found: {SAVING}")
+        return self.asked
+
+    def end_if_asked(self) -> None:
+        """KeyboardInterrupt if it was asked for; to be called between what takes long before the first step."""
+        if self.asked:
+            self._forget()
+            raise KeyboardInterrupt
+
+    def forget_old(self) -> None:
+        """Delete a file that an earlier run was asked by; for whoever holds the run folder."""
+        if self._old is not None and self._written() == self._old:
+            self._forget()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        again = self.asked and number == signal.SIGINT
+        if self._by_file:
+            self._forget()
+        elif not self.asked and self._tell is not None:
+            self._tell(SAVING + (_AGAIN if number == signal.SIGINT else ""))
+        self.asked = True
+        if again:
+            raise KeyboardInterrupt
+        if self._tell is None and not self._saved:
+            if _importing(frame):
+                timer = threading.Timer(_IMPORT_SECONDS, _thread.interrupt_main, [signal.SIGTERM])
+                timer.daemon = True
+                timer.start()
+            else:
+                raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOKS_EVERY):
+            written = self._written()
+            if written is None or written == self._old:
+                continue
+            self._by_file = self.asked = True
+            if self._tell is None and not self._saved and signal.SIGINT in self._before:
+                _thread.interrupt_main(signal.SIGTERM)  # SIGINT would be a second Ctrl-C
+            return
+
+    def _written(self) -> float | None:
+        if self._file is None:
+            return None
+        try:
+            return self._file.stat().st_mtime
+        except OSError:
+            return None
+
+    def _forget(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: one in C may abort the process when an exception meets it there."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _hang_up() -> int | None:
+    return getattr(signal, "SIGHUP", None)  # Windows has none
+
+
+def _numbers() -> list[int]:
+    return [number for number in (signal.SIGINT, signal.SIGTERM, _hang_up()) if number is not None]

@@ -1,0 +1,104 @@
+"""The variant of docs/add-a-variant.md as it stands there: one file, a PEFT type of its own, through the one door."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+
+from lowrank import settings
+from lowrank.adapters.variants import AdapterConfig
+from lowrank.checkpoints.peft_config import describe_base
+from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
+from lowrank.errors import ModelError
+from lowrank.third_party import code_allowed
+from tests.adapters import test_variants as contract
+from tests.adapters.peft_twins import logits, moved, new_bank, on_disk
+from tests.tiny_models import make_base, make_engine, random_step
+
+PAGE = Path(__file__).parents[2] / "docs" / "add-a-variant.md"
+TYPE = "my_lora_xs:LoraXs"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its settings, read as a job's settings are; afterwards this process does not know it any more."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "my_lora_xs.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_lora_xs", raising=False)
+    monkeypatch.setattr(settings, "_LOADED", {})
+    with code_allowed():
+        return TypeAdapter(AdapterConfig).validate_python(
+            {"type": TYPE, "rank": 4, "alpha": 6.0, "rank_pattern": {"v_proj": 2}}
+        )
+
+
+def test_it_fulfills_the_contract(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contract.VARIANTS, TYPE, type(config))
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(contract.D, contract.O).double().requires_grad_(False)
+    for storage in ("dense", contract.LOSSY):
+        base = contract.STORAGES[storage]().wrap(linear)
+        contract.test_starts_as_the_base(TYPE, base)
+        contract.test_merged_applied_and_routed_are_the_same(TYPE, base)
+        contract.test_low_rank_if_it_says_so(TYPE, base)
+        contract.test_gradients_are_those_of_apply(TYPE, base, 0.3)
+        contract.test_alone_or_one_of_three(TYPE, base)
+
+
+def test_it_is_trained_saved_and_read_back(config: Any, tmp_path: Path) -> None:
+    engine, (slot,) = make_engine(make_base("llama"), config, learning_rate=0.1)
+    work = {slot: random_step(0, [12, 20])}
+    losses = []
+    for _ in range(6):
+        losses.append(engine.forward_backward(work)[slot].loss)
+        engine.optim_step(slot, 0.1)
+    assert losses[-1] < losses[0] - 0.01
+    bank = engine.bank
+    folder = tmp_path / "adapter"
+    save_adapter(folder, on_disk(bank, slot), describe_base(bank.base.model, "llama"), dtype=None)
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    assert (fields["peft_type"], fields["r"], fields["lora_alpha"]) == ("LORAXS", 4, 6)
+    assert fields["rank_pattern"] == {"v_proj": 2}
+    assert {name.rpartition(".")[2] for name in load_file(folder / "adapter_model.safetensors")} == {
+        "xs_A", "xs_R", "xs_B",
+    }  # fmt: skip
+    adapter = load_adapter(folder)
+    assert adapter.config.type == TYPE
+    found = []
+    for described, tensors in ((adapter.config, adapter.tensors), (config, bank.saved(slot).tensors)):
+        other = new_bank()
+        again = other.add(described, seed=9)
+        other.load(again, tensors)
+        found.append(logits(other, again))
+    assert torch.equal(*found)
+    assert (found[0] - logits(other, -1)).abs().max() > 1e-3
+
+
+def test_its_files_are_held_to_what_it_declares(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = new_bank()
+    slot = bank.add(config, seed=0)
+    moved(bank, slot)
+    save_adapter(tmp_path / "a", on_disk(bank, slot), describe_base(bank.base.model, "llama"), dtype=None)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first, second = sorted(name for name in tensors if name.endswith("xs_R"))[:2]
+    tensors[first] = tensors[first][:1]
+    del tensors[second]
+    save_file(tensors, path)
+    with pytest.raises(ModelError) as caught:
+        load_adapter(tmp_path / "a")
+    short = [name.removeprefix("base_model.model.") for name in (first, second)]
+    assert f"{short[0]}: shape (1, 4), expected (4, 4) by adapter_config.json" in str(caught.value)
+    assert f"{short[1]}: missing" in str(caught.value)
+    monkeypatch.setattr(settings, "_LOADED", {})
+    with pytest.raises(ModelError, match="peft_type is 'LORAXS'; lowrank reads ADALORA, IA3, LOHA"):
+        load_adapter(tmp_path / "a")

@@ -1,0 +1,121 @@
+"""Questions to the warm child: real answers, evil settings, the newest wins, nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from lowrank.board.adviser import Superseded
+from tests.board.running import Running, board_on
+
+BASE = {"model.path": "lowrank/tiny", "data.train": ["lowrank/demo"]}
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]\n" for above, name in zip("abcdefgh", "bcdefghi")
+)
+"""Nine to the ninth texts, if somebody writes them out."""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with board_on(tmp_path_factory.mktemp("board")) as board:
+        yield board
+
+
+@pytest.fixture(scope="module")
+def http(running: Running) -> Iterator[httpx.Client]:
+    with running.client() as client:
+        client.timeout = httpx.Timeout(280)
+        yield client
+
+
+def test_every_error_stands_at_its_setting(http: httpx.Client) -> None:
+    good: dict[str, Any] = http.post("/api/draft/check", json={"name": "x", "values": BASE}).json()
+    assert good["problems"] == []
+    assert good["command"] == "lowrank train model.path=lowrank/tiny data.train=lowrank/demo output_dir=runs/x"
+    values = {**BASE, "adapter.rank": "abc", "optimizer.learning_rate": "-1", "seed": "1.5"}
+    bad = http.post("/api/draft/check", json={"name": "x", "values": values}).json()
+    assert {one["path"] for one in bad["problems"]} == {"adapter.rank", "optimizer.learning_rate", "seed"}
+
+
+def test_a_file_of_theirs_becomes_a_form(http: httpx.Client, running: Running) -> None:
+    uploads = running.board.places.uploads
+    (uploads / "rows.json").write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8")
+    (uploads / "dataset_info.json").write_text('{"rows": {"file_name": "rows.json"}}', encoding="utf-8")
+    theirs = (
+        "model_name_or_path: lowrank/tiny\nstage: sft\ndo_train: true\nfinetuning_type: lora\nlora_target: all\n"
+        "dataset: rows\ndataset_dir: data\ntemplate: default\ncutoff_len: 512\nlora_rank: 4\nlearning_rate: 1e-4\n"
+        "num_train_epochs: 1\noutput_dir: saves/x\n"
+    )
+    answer = http.post("/api/draft/read", json={"text": theirs}).json()
+    assert "draft" in answer, answer
+    values = answer["draft"]["values"]
+    assert values["adapter.rank"] == 4
+    assert values["data.max_length"] == 512
+    assert answer["draft"]["name"] == "x"
+    again = http.post("/api/draft/check", json={**answer["draft"]}).json()
+    assert again["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB, "!!python/object/apply:os.system ['touch evil']", "a: *b", "[" * 3000, "{", "", "- a", "\x00",
+        "a: 1\na: 2",
+        "model: lowrank/tiny\ndata: /etc/passwd\noutput_dir: /etc/x\n",
+        "model: lowrank/tiny\ndata: lowrank/demo\noutput_dir: x\nadapter: {type: 'evil:X'}\n",
+    ],
+)  # fmt: skip
+def test_evil_files_are_refused_in_words(http: httpx.Client, running: Running, text: str) -> None:
+    (running.board.places.folder / "evil.py").write_text("open('evil', 'w').close()", encoding="utf-8")
+    begun = time.monotonic()
+    answer = http.post("/api/draft/read", json={"text": text})
+    assert answer.status_code == 200
+    assert answer.json()["problems"][0]["text"]
+    assert "advice" not in answer.text  # where the board keeps the file for a moment
+    assert time.monotonic() - begun < 60
+    assert not (running.board.places.folder / "evil").exists()
+
+
+def test_what_a_run_needs_is_answered_before_what_else_would_fit(http: httpx.Client) -> None:
+    values = {**BASE, "data.max_samples": 8}
+    answer = http.post("/api/draft/plan?brief=true", json={"values": values}).json()
+    assert answer["plan"]["plan"]["fits"], answer
+    assert set(answer["plan"]) == {"plan", "speed"}
+
+
+def test_the_newest_question_wins(running: Running, http: httpx.Client) -> None:
+    adviser, heard = running.board.adviser, []
+
+    def ask() -> None:
+        try:
+            adviser.ask(["plan", "lowrank/none.yaml", "--json"], topic="t")
+        except Superseded:
+            heard.append("superseded")
+
+    for _ in range(3):
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert adviser.ask(["show", "nothing.yaml", "--json"], topic="t").error
+    assert http.post("/api/draft/check", json={"values": BASE}).json()["problems"] == []
+
+
+def test_it_is_ended_before_a_run_starts(running: Running, http: httpx.Client) -> None:
+    def warm() -> list[psutil.Process]:
+        children = psutil.Process().children()
+        return [child for child in children if "lowrank.cli.warm" in " ".join(child.cmdline())]
+
+    http.post("/api/draft/check", json={"values": BASE})
+    assert warm()
+    task = running.board.queue.add("x", ["no-such-command"])
+    running.board.queue.wait(task.id, 30)
+    assert not warm()
+    assert not list((running.board.places.own / "advice").iterdir())

@@ -1,0 +1,378 @@
+"""What a person does, in a real browser, offline: from a file of rows to a GGUF file, in both languages."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lowrank.board.texts import Texts
+from lowrank.checkpoints.orders import OrderBook
+from lowrank.search.candidates import first_candidates
+from lowrank.search.config import SweepConfig
+from lowrank.search.ranking import write_table
+from lowrank.search.sweep import Sweep
+from tests.board.browser import axe, opened, page_of
+from tests.board.running import Running, board_on
+from tests.board.test_orders import write_live
+
+pytestmark = pytest.mark.timeout(600)
+ROWS = [{"instruction": f"Say {number} in words", "input": "", "output": f"number {number}"} for number in range(120)]
+EVIL = "<img src=x onerror=document.title='evil'>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with opened() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("board")
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[Running]:
+    with board_on(folder) as board:
+        yield board
+
+
+def write_rows(folder: Path) -> Path:
+    path = folder / "rows.json"
+    path.write_text(json.dumps([*ROWS, {"instruction": "", "output": EVIL}]), encoding="utf-8")
+    return path
+
+
+def write_run(running: Running, name: str, points: int = 40, job: str = "default") -> None:
+    """A run folder as a run leaves it."""
+    from tests.board.test_curves import held_out, step
+
+    folder = running.board.places.runs / name
+    folder.mkdir()
+    jobs = {
+        job: {
+            "description": "lora r=16", "steps": points, "num_steps": points, "last_loss": 1.0, "best_eval": None,
+            "verdict": {"kind": "falling", "sentence": "Still falling."},
+        }
+    }  # fmt: skip
+    summary = {
+        "jobs": jobs,
+        "interrupted": False,
+        "peak_memory_bytes": 5e8,
+        "tokens_per_second": 100.0,
+        "train_tokens": 5,
+    }
+    config = {"model": {"path": "lowrank/tiny"}, "adapter": {"rank": points}, "output_dir": f"runs/{name}"}
+    lines = [step(job, number, 2 + 1 / (number + 1)) for number in range(points)] + [held_out(job, points - 1, 2.0)]
+    for file, content in ((".lowrank.json", {"owned": [job]}), ("config.json", config), ("summary.json", summary)):
+        (folder / file).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("language", ["en", pytest.param("zh", marks=pytest.mark.slow)])
+def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_path: Path, language: str) -> None:
+    from playwright.sync_api import expect
+
+    t = Texts(language)
+    name = f"way-{language}"
+    with page_of(browser, running, language) as page:
+        # upload, look
+        page.get_by_role("link", name=t("start.new"), exact=True).first.click()
+        page.locator('[data-model="lowrank/tiny"]').click()
+        page.set_input_files("#file", write_rows(tmp_path))
+        expect(page.locator("#look mark").nth(1)).to_contain_text("number 0", timeout=120_000)
+        expect(page.locator("#look .box.bad")).to_contain_text("row 121")
+        # set, estimate
+        page.locator('[data-preset="quick"]').click()
+        page.fill("#name", name)
+        page.fill("#f-adapter-rank", "abc")
+        expect(page.locator('[data-problem="adapter.rank"]')).to_contain_text("whole number")
+        page.fill("#f-adapter-rank", "8")
+        page.fill("#search", "logging")
+        page.locator("#results button").first.click()
+        page.locator('#others [data-path="max_steps"]').fill("100000")
+        expect(page.locator("#problems .good")).to_have_text(f"✓ {t('js.valid')}")
+        if language == "zh":  # it takes ten seconds alone
+            page.click("#estimate")
+            expect(page.locator("#plan strong")).to_have_text(t("js.plan.fits"), timeout=300_000)
+        page.locator("aside summary", has_text=t("command")).click()
+        expect(page.locator("#command")).to_contain_text("adapter.rank=8")
+        # start, watch, reload
+        page.click("#go")
+        page.wait_for_url(re.compile(f"/runs/{name}"))
+        expect(page.locator("#plot-words")).to_contain_text(
+            t("js.said", label="default", step="", loss="")[:7], timeout=120_000
+        )
+        before = int(re.findall(r"\d+", page.locator("#plot-words").inner_text())[0])
+        page.reload()
+        end = time.monotonic() + 60
+        while not (found := re.findall(r"\d+", page.locator("#plot-words").inner_text())) or int(found[0]) <= before:
+            assert time.monotonic() < end, "the curve does not go on"
+            page.wait_for_timeout(200)
+        # steer, stop, go on
+        page.locator('[data-steer="default"]').click()
+        page.fill("#steer-rate", "1e-4")
+        expect(page.locator('#steer [data-kind="set"] code')).to_have_text(
+            f"lowrank set runs/{name} default optimizer.learning_rate=0.0001"
+        )
+        page.keyboard.press("Enter")
+        expect(page.locator("#steer-answer.well")).to_contain_text("optimizer.learning_rate=0.0001 from step")
+        page.keyboard.press("Escape")
+        expect(page.locator('[data-steer="default"]')).to_be_focused()
+        page.get_by_role("button", name=t("stop.save")).click()
+        expect(page.locator("#head .state")).to_have_text(t("state.stopped"))
+        page.get_by_role("button", name=t("run.resume")).click()
+        expect(page.locator("#head .state")).to_have_text(t("state.running"))
+        page.get_by_role("button", name=t("stop.save")).click()
+        expect(page.locator("#head .state")).to_have_text(t("state.stopped"))
+        # talk
+        page.get_by_role("link", name=t("tab.try")).click()
+        page.click("#open")
+        page.locator("#question").fill("Say 3 in words")
+        page.fill("#max-tokens", "8") if page.locator("#max-tokens").is_visible() else None
+        page.keyboard.press("Enter")
+        expect(page.locator(".answer h3 .small")).to_have_count(2)
+        expect(page.locator(".answer").first.locator("h3")).to_contain_text("tok/s")
+        expect(page.locator(".answer.base h3")).to_contain_text("tok/s")
+        page.click("#close")
+        # measure
+        page.get_by_role("link", name=t("tab.measure")).click()
+        page.fill("#p-data", "data/rows.json")
+        page.fill("#p-samples", "3")
+        page.fill("#p-tokens", "8")
+        page.get_by_role("button", name=t("measure.go")).first.click()
+        expect(page.locator("th", has_text=t("measure.before"))).to_be_visible(timeout=120_000)
+        # export
+        page.get_by_role("link", name=t("tab.home")).click()
+        page.select_option("#types-gguf", "f16")  # how far 8 bits are away depends on how far this run came
+        page.locator('form[data-target="gguf"] button').click()
+        expect(page.locator(".taken .good")).to_contain_text(t("home.passed"), timeout=120_000)
+        with page.expect_download() as download:
+            page.locator(".files a", has_text=".gguf").click()
+        assert Path(download.value.path()).read_bytes()[:4] == b"GGUF"
+        assert "evil" not in page.title()
+
+
+def test_two_people_and_names_that_would_be_markup(browser: Any, running: Running) -> None:
+    from playwright.sync_api import expect
+
+    write_run(running, "hostile", job=EVIL)
+    task = running.board.queue.add("train", ["train", f"{EVIL}.yaml"], subject="waits")
+    running.board.queue.stop(task.id)
+    first = running.board.queue.add("x", ["no-such-command", EVIL], subject="noise")
+    with page_of(browser, running) as one, page_of(browser, running, "zh") as two:
+        for page in (one, two):
+            page.goto(f"{running.url}/runs/hostile")
+            expect(page.locator("#plot-words")).to_contain_text("onerror")
+            page.goto(f"{running.url}/tasks/{first.id}")
+            expect(page.locator(".state.failed")).to_be_visible()
+            assert page.title() != "evil"
+        one.goto(running.url)
+        two.goto(running.url)
+        added = running.board.queue.add("x", ["no-such-command-2"], subject="seen by both")
+        for page in (one, two):
+            expect(page.get_by_text("seen by both").first).to_be_visible()
+        running.board.queue.tasks.remove(added)
+        assert two.locator("h1").inner_text() == Texts("zh")("start.title")
+
+
+def test_many_points_open_fast_and_zoom(browser: Any, running: Running) -> None:
+    from playwright.sync_api import expect
+
+    write_run(running, "long", points=100_000)
+    with page_of(browser, running) as page:
+        page.goto(f"{running.url}/runs/long")
+        expect(page.locator("#plot-words")).to_contain_text("99999")
+        running.board.curves._kept.clear()  # as after a restart: the file is read again
+        page.reload(wait_until="commit")
+        expect(page.locator(".uplot canvas")).to_be_visible()
+        took = page.evaluate("performance.getEntriesByType('mark').find((one) => one.name === 'drawn').startTime")
+        print(f"100,000 points: {took:.0f} ms from the request to the drawn curve")
+        assert took < 1000 * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
+        box = page.locator(".u-over").bounding_box()
+        page.mouse.move(box["x"] + 200, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 300, box["y"] + 60, steps=5)
+        page.mouse.up()
+        expect(page.locator("#unzoom")).to_be_visible()
+        page.locator("#log").check()
+        page.click("#unzoom")
+        expect(page.locator("#unzoom")).to_be_hidden()
+
+
+def write_sweep(folder: Path) -> None:
+    """As a run writes it, with a candidate that was left behind."""
+    values = [{"adapter.rank": rank, "optimizer.learning_rate": rate} for rank in (4, 64) for rate in (1e-4, 1e-3)]
+    settings = SweepConfig(candidates=tuple(values))
+    sweep = Sweep(settings, first_candidates(settings), "loss")
+    for place, trial in enumerate(sweep.trials.values()):
+        trial.step, trial.num_steps, trial.finished = 40 - 10 * place, 40, "pruned" if place else "done"
+        trial.loss = trial.best = 1.5 + place / 5
+        trial.rows = [[trial.loss / 8 + row / 100 for row in range(-4, 5) if row], [1 / 8] * 8]
+    write_table(sweep, folder)
+
+
+def test_a_run_is_steered_by_the_keyboard(browser: Any, running: Running) -> None:
+    """The run is a thread of this test, which answers as runs do (the whole way steers a real one)."""
+    from playwright.sync_api import expect
+
+    live = write_live(running.board.places.runs / "live")
+    over = threading.Event()
+
+    def train() -> None:
+        book = OrderBook(live)
+        while not over.wait(0.05):
+            for order in book.due(3):
+                book.acknowledge(order, 3, f"{order.kind} {order.job}", done=order.kind != "clone")
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        with page_of(browser, running) as page:
+            page.goto(f"{running.url}/runs/live")
+            page.focus('[data-key="steer-r8"]')
+            page.keyboard.press("Enter")
+            expect(page.locator('#steer [data-kind="stop"] code')).to_have_text("lowrank stop runs/live r8")
+            expect(page.locator('#steer [data-kind="resume"]')).to_be_hidden()
+            assert axe(page) == []
+            page.focus("#clone-rate")
+            page.keyboard.type("fast")
+            page.keyboard.press("Enter")
+            expect(page.locator("#steer-answer.bad")).to_have_text("clone r8")
+            page.keyboard.press("Escape")
+            expect(page.locator('[data-key="steer-r8"]')).to_be_focused()
+            page.focus("[data-add]")
+            page.keyboard.press("Space")
+            expect(page.locator("#add [data-give]")).to_be_disabled()
+            page.fill("#add-name", "<i>r32</i>")
+            page.locator("#add summary").click()
+            page.fill("#add-more", "data: {train: [/etc/passwd]}")
+            expect(page.locator("#add .problem")).to_contain_text("lies outside")
+            page.fill("#add-more", "adapter: {rank: 32}")
+            page.locator("#add [data-give]").click()
+            expect(page.locator("#add-answer.well")).to_have_text("add <i>r32</i>")
+            assert axe(page) == []
+            page.keyboard.press("Escape")
+            expect(page.locator("#details .given code").first).to_have_text("lowrank add runs/live '<i>r32</i>'")
+    finally:
+        over.set()
+        trainer.join()
+        (live / ".lowrank.json").write_text("{}", encoding="utf-8")  # nobody waits for the device any more
+
+
+def test_a_search_is_set_up(browser: Any, running: Running) -> None:
+    from playwright.sync_api import expect
+
+    with page_of(browser, running) as page:
+        page.goto(f"{running.url}/new")
+        page.locator('[data-model="lowrank/tiny"]').click()
+        page.fill("#pick-data", "lowrank/demo")
+        page.click("#add-data")
+        page.click("#sweep-usual")
+        expect(page.locator("#sweep-count")).to_have_text("9 candidates")
+        page.click("#add-sweep")
+        page.select_option("#sweep tbody tr:last-child td:nth-child(1) select", "adapter.dropout")
+        page.select_option("#sweep tbody tr:last-child td:nth-child(2) select", "uniform")
+        page.fill("#sweep tbody tr:last-child input", "0, 0.2")
+        expect(page.locator('[data-problem="sweep"]')).to_contain_text("say how many candidates")
+        page.fill("#f-sweep-max_trials", "12")
+        expect(page.locator("#problems .good")).to_be_visible()
+        expect(page.locator("#sweep-count")).to_have_text("12 candidates")
+        assert yaml.safe_load(page.input_value("#yaml"))["sweep"] == {
+            "grid": {"adapter.rank": [8, 16, 64], "optimizer.learning_rate": [0.0001, 0.0003, 0.001]},
+            "random": {"adapter.dropout": {"uniform": [0, 0.2]}},
+            "max_trials": 12,
+        }
+        assert axe(page) == []
+
+
+PAGES = (
+    "/", "/new", "/data", "/compare", "/compare?run=seen&run=other", "/runs/seen", "/runs/seen/try",
+    "/runs/seen/measure", "/runs/seen/home",
+)  # fmt: skip
+
+
+WIDE = """(width) => [...document.querySelectorAll("main *")]
+    .filter((one) => one.getBoundingClientRect().right > width && !one.closest(".scroll > *, .plot"))
+    .map((one) => one.outerHTML.slice(0, 120)).slice(0, 5)"""
+
+
+def test_axe_finds_nothing_and_nothing_overflows_a_phone(browser: Any, running: Running) -> None:
+    write_run(running, "seen")
+    write_sweep(running.board.places.runs / "seen")
+    write_run(running, "other", points=30)
+    found = {}
+    for language, scheme, width in (("en", "light", 1280), ("zh", "dark", 390)):
+        with page_of(browser, running, language, color_scheme=scheme) as page:
+            page.set_viewport_size({"width": width, "height": 800})
+            for path in PAGES:
+                page.goto(running.url + path)
+                if path == "/new":
+                    page.locator("#problems > *").wait_for()
+                    page.click("#add-job")
+                    page.click("#sweep-usual")
+                    page.fill("#search", "rank")
+                found[f"{path} {language}"] = axe(page)
+                wide = page.evaluate(WIDE, width)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path}: {wide}"
+    assert not {path: wrong for path, wrong in found.items() if wrong}
+
+
+def test_what_is_chosen_while_the_page_loads_is_kept(browser: Any, running: Running) -> None:
+    """The fields come a second late; the model was chosen before."""
+    with page_of(browser, running) as page:
+        page.route("**/api/fields", lambda route: (time.sleep(1), route.continue_()))
+        page.goto(f"{running.url}/new", wait_until="domcontentloaded")  # its script runs, the fields are not there
+        page.locator('[data-model="lowrank/tiny"]').click()
+        assert page.input_value("#f-adapter-rank") == "16"  # what came with the page is shown with it
+        page.locator("#problems > *").wait_for()
+        assert page.input_value("#model") == "lowrank/tiny"
+        assert page.input_value("#f-adapter-rank") == "16"
+
+
+def test_the_keyboard_is_enough(browser: Any, running: Running) -> None:
+    """From the first Tab to a chosen starting point, without a mouse; what has the focus can be seen."""
+    with page_of(browser, running) as page:
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.getAttribute('href')") == "/new":
+                break
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/new")
+        page.locator("#problems > *").wait_for()
+        page.focus("#model")
+        page.keyboard.type("lowrank/tiny")
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            hidden = page.evaluate("document.activeElement.matches('.hidden')")
+            assert outline != "none" or hidden
+            if page.evaluate("document.activeElement.dataset.preset") == "best":
+                break
+        page.keyboard.press("Space")
+        assert page.input_value("#f-adapter-rank") == "64"
+        assert page.input_value("#f-adapter-type") == "dora"
+
+
+def test_the_policy_holds(browser: Any, running: Running) -> None:
+    """No script in the page itself, by whatever way it came there: the browser refuses it, and says so."""
+    with page_of(browser, running, refused=True) as page:
+        page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"document.title=1\">')")
+        script = (
+            "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
+        )
+        page.evaluate(script)
+        page.wait_for_timeout(300)
+        assert page.title() == "lowrank"
+        assert page.evaluate("document.cookie") == ""

@@ -1,0 +1,44 @@
+"""What a command that reads no weights imports: seconds that a person waits for each time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLAN = Path(__file__).parent.parent.parent / "examples" / "01_sft.yaml"
+CODE = """
+import sys
+from lowrank.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as left:
+    assert not left.code, left.code
+print(*sys.modules, file=sys.stderr)
+"""
+NOT_OF_DATA = {
+    "accelerate", "datasets", "matplotlib", "pandas", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor",
+    "transformers.activations", "transformers.modeling_utils", "triton", "lowrank.train.engine",
+}  # fmt: skip
+NOT_OF_PLAN = {"datasets", "matplotlib", "pandas", "peft", "trl", "lm_eval", "fastapi", "lowrank.pipelines.train"}
+"""A plan runs the model's own class on fake tensors, and transformers' modeling_utils brings the rest along."""
+
+
+def imported(*words: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_data_imports_no_model_s_code(tmp_path: Path) -> None:
+    """Neither the engine nor the class of the model's configuration (of Llama: torch.distributed, sympy)."""
+    (tmp_path / "run.yaml").write_text("model: lowrank/tiny\ndata: {train: rows.json}\noutput_dir: run\n")
+    (tmp_path / "rows.json").write_text('[{"instruction": "q", "output": "a"}]')
+    assert imported("data", str(tmp_path / "run.yaml")) & NOT_OF_DATA == set()
+
+
+@pytest.mark.slow
+def test_a_plan_imports_what_it_runs_and_no_more() -> None:
+    assert imported("plan", str(PLAN)) & NOT_OF_PLAN == set()

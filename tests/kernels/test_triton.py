@@ -1,0 +1,159 @@
+"""The Triton kernels without a GPU: Triton's own compiler builds each for every generation of cards, and its
+interpreter computes with each what the plain function beside it computes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowrank.kernels
+
+triton = pytest.importorskip("triton")
+
+CARDS = {75: "T4, RTX 20", 80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 90: "H100, H200"}
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
+"""KiB that one block may have (CUDA C++ programming guide, table of compute capabilities): more compiles, and then does
+not start."""
+OPTIONS = {"enable_fp_fusion": False}
+"""As our kernels are launched: each operation rounds by itself, as torch's do."""
+FLOATS = ("fp32", "bf16", "fp16")
+HALVES = FLOATS[1:]
+ROOT = Path(__file__).parents[2]
+
+Build = tuple[dict[str, str], dict[str, Any]]
+"""(types of the arguments that are no constants, the constants)."""
+BUILDS: dict[str, list[Build]] = {
+    "four_bit_triton._dequantize": [
+        (
+            {
+                "packed": "*u8",
+                "absmax": "*fp32",
+                "values": "*fp32",
+                "out": f"*{out}",
+                "num_weights": count,
+                "block_size": "i32",
+            },
+            {"BYTES": 1024},
+        )
+        for out in FLOATS
+        for count in ("i32", "i64")
+    ],
+    "four_bit_triton._product": [
+        (
+            {
+                **dict.fromkeys(("x", "out"), f"*{half}"),
+                "packed": "*u8",
+                **dict.fromkeys(("absmax", "values"), "*fp32"),
+                **dict.fromkeys(("rows", "width", "height", "block_size"), "i32"),
+            },
+            {"ROWS": 16, "OUT": 64, "BYTES": 32},
+        )
+        for half in HALVES
+    ],
+    "rms_norm_triton._forward": [
+        (
+            {**dict.fromkeys(("x", "weight", "y"), f"*{half}"), "inverse": "*fp32", "width": "i32", "eps": "fp32"},
+            {"KIND": kind, "BLOCK": block, "num_warps": block // 512},
+        )
+        for half in HALVES
+        for kind, block in ((0, 4096), (1, 1024), (2, 8192))
+    ],
+    "rms_norm_triton._backward": [
+        (
+            {**dict.fromkeys(("x", "weight", "dy", "dx"), f"*{half}"), "inverse": "*fp32", "width": "i32"},
+            {"KIND": kind, "BLOCK": block, "num_warps": block // 512},
+        )
+        for half in HALVES
+        for kind, block in ((0, 4096), (2, 8192))
+    ],
+    "gated_triton._forward": [
+        ({**dict.fromkeys(("gate", "up", "out"), f"*{half}"), "number": "i64"}, {"KIND": kind, "BLOCK": 1024})
+        for half in HALVES
+        for kind in range(3)
+    ],
+    "gated_triton._backward": [
+        (
+            {**dict.fromkeys(("gate", "up", "dy", "dgate", "dup"), f"*{half}"), "number": "i32"},
+            {"KIND": kind, "BLOCK": 1024},
+        )
+        for half in HALVES
+        for kind in range(3)
+    ],
+    "logprobs_triton._score": [
+        (
+            {
+                "raw": f"*{half}",
+                "target": "*i64",
+                "logprob": "*fp32",
+                "width": "i32",
+                "multiplier": "fp32",
+                "softcap": "fp32",
+            },
+            {"CAPPED": capped, "GRADIENT": gradient, "BLOCK": 4096},
+        )
+        for half in HALVES
+        for capped, gradient in ((False, True), (True, True), (False, False))
+    ],
+}
+"""Every kernel, with the types it is called with."""
+
+
+def kernels() -> dict[str, Any]:
+    """All of them, found by looking."""
+    found = {}
+    for module in pkgutil.iter_modules(lowrank.kernels.__path__):
+        if module.name.endswith("_triton"):
+            for name, thing in vars(importlib.import_module(f"lowrank.kernels.{module.name}")).items():
+                if isinstance(thing, triton.runtime.JITFunction) and thing.__module__.endswith(module.name):
+                    found[f"{module.name}.{name}"] = thing
+    return found
+
+
+def inlined(kernel: Any) -> bool:
+    """A function that other kernels call: it is built with them."""
+    return kernel.__name__.endswith("_inline")
+
+
+def test_every_kernel_is_built_here() -> None:
+    assert {name for name, kernel in kernels().items() if not inlined(kernel)} == set(BUILDS)
+
+
+@pytest.mark.parametrize("capability", CARDS, ids=lambda capability: f"sm_{capability}")
+def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code, with Triton's compiler and NVIDIA's assembler, which need no driver: each kernel for each card,
+    each of its forms for one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing of an earlier version counts
+    found, turn = kernels(), list(CARDS).index(capability)
+    for name, builds in BUILDS.items():
+        for types, constants in builds[turn :: len(CARDS)] or [builds[turn % len(builds)]]:
+            options = {**OPTIONS, "num_warps": constants.get("num_warps", 4)}
+            constants = {name: value for name, value in constants.items() if name != "num_warps"}
+            source = ASTSource(found[name], {**types, **dict.fromkeys(constants, "constexpr")}, constants)
+            built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            assert built.asm["cubin"], (name, types)
+            assert f".target sm_{capability}" in built.asm["ptx"]
+            assert built.metadata.shared <= SHARED_MEMORY[capability] * 1024, (name, types, built.metadata.shared)
+
+
+def test_every_kernel_equals_its_plain_function() -> None:
+    """One process for all: the interpreter is chosen before triton is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.triton_in_interpreter"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    launched = set(done.stdout.split())
+    assert launched == set(BUILDS), "a kernel that nobody compared"

@@ -1,0 +1,96 @@
+"""Whole runs on pictures: jobs on one base, stopped and resumed to the same bits, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank.cli.chat_repl import ChatRepl
+from lowrank.config import RunConfig
+from lowrank.data.config import SourceConfig
+from lowrank.errors import DataError
+from lowrank.generate.request import GenerationConfig
+from lowrank.pipelines.inference import open_inference_model
+from lowrank.pipelines.predict import PredictRequest, predict
+from lowrank.pipelines.train import train
+from tests.picture_rows import write_picture_rows
+from tests.pipelines.test_train import Stopper, run, weights
+from tests.tiny_sight import save_sighted_folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_sighted_folder(folder / "model", "qwen2_5_vl")
+    write_picture_rows(folder)
+    return folder
+
+
+def settings(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": {"path": str(world / "model"), "dtype": "float32", "device": "cpu"},
+        "data": {"train": [str(world / "mllm.json")], "eval": [str(world / "mllm.json")], "batch_size": 2},
+        "output_dir": str(out),
+        "micro_batch_tokens": 400,
+        "optimizer": {"learning_rate": 1e-2},
+        "eval_steps": 4,
+        "num_train_epochs": 3,
+        "jobs": [
+            {"name": "a", "adapter": {"rank": 4, "dropout": 0.1}},
+            {"name": "b", "adapter": {"rank": 8}, "neftune_noise_alpha": 5.0},
+        ],
+        **changes,
+    }
+
+
+@pytest.mark.slow
+def test_jobs_learn_and_resume_to_the_same_bits(world: Path, tmp_path: Path) -> None:
+    _, whole = run(settings(world, tmp_path / "whole"))
+    assert whole.losses("a")[-1] < whole.losses("a")[0] - 0.05
+    stopper, given = Stopper(), settings(world, tmp_path / "cut")
+    assert train(RunConfig(**given), reporters=[stopper])["interrupted"]
+    _, rest = run({**given, "resume": True})
+    for job in ("a", "b"):
+        assert stopper.losses(job) + rest.losses(job) == whole.losses(job)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert one.keys() == other.keys()
+    assert one
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path: Path) -> None:
+    write_picture_rows(tmp_path)
+    for file in (tmp_path / "pictures").glob("*.jpg"):
+        file.unlink()
+    given = settings(world, tmp_path / "run", eval_steps=None, data={"train": [str(tmp_path / "mllm.json")]})
+    given["model"]["path"] = str(tmp_path / "sighted")
+    folder = save_sighted_folder(tmp_path / "sighted", "llava")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(DataError, match=r"6 rows .* of 6 left out: a picture is missing; the first: .*pictures/0.jpg"):
+        train(RunConfig(**given))
+
+
+def test_a_model_is_asked_about_pictures(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = PredictRequest(
+        str(world / "model"), (SourceConfig(path=str(world / "mllm.json"), max_samples=2),), tmp_path / "out",
+        metrics=("exact_match",), sampling=GenerationConfig(max_new_tokens=3),
+    )  # fmt: skip
+    result, verdicts = predict(request, lambda _: contextlib.nullcontext(lambda done, total: None), lambda _: None)
+    assert (result["rows"], result["unanswered"]) == (2, {})
+    assert verdicts["base"]["perplexity"].value.value > 1
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["prompt"][0]["images"][0].endswith(".jpg")
+
+    repl = ChatRepl(open_inference_model(str(world / "model")), GenerationConfig(max_new_tokens=3))
+    repl._line(f"/image {world / 'pictures' / '0.jpg'}")
+    assert "300 x 168, with the next question" in " ".join(capsys.readouterr().out.split())
+    repl.send_quietly("What is it?")
+    repl.send_quietly("And now?")
+    assert [len(message.media) for message in repl.history] == [1, 0, 0, 0]
+    with pytest.raises(DataError, match="a picture is missing"):
+        repl._line("/image nowhere.png")

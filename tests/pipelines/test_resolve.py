@@ -1,0 +1,84 @@
+"""What a path names, by files alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank.errors import ModelError
+from lowrank.pipelines.resolve import Kind, Resolved, resolve
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of the jobs a and b with a checkpoint; a has a best, b has nothing yet."""
+    folder = tmp_path / "run"
+    for place in ("a/best", "checkpoints/step-000002/a"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "adapter_config.json").write_text("{}")
+    settings = {"model": {"path": "x"}, "output_dir": "run", "jobs": [{"name": "a"}, {"name": "b"}]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "checkpoints/step-000002/state.json").write_text("{}")
+    (folder / "predict").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+def test_every_kind(run: Path) -> None:
+    kinds = {
+        "run": Kind.RUN,
+        "run/checkpoints/step-000002": Kind.CHECKPOINT,
+        "run/checkpoints/step-000002/a": Kind.ADAPTER,
+        "run/a": Kind.JOB,
+        "run/b": Kind.JOB,
+        "run/a/best": Kind.ADAPTER,
+        "run/predict": Kind.MODEL,  # neither a job nor anything else; whoever loads it says so
+        "model": Kind.MODEL,
+        "nowhere": Kind.MODEL,
+        "model/f16.gguf": Kind.GGUF,
+    }
+    found = {name: resolve(str(run.parent / name)) for name in kinds}
+    assert {name: each.kind for name, each in found.items()} == kinds
+    assert {name for name, each in found.items() if each.of_run} == {
+        "run", "run/a", "run/b", "run/checkpoints/step-000002"
+    }  # fmt: skip
+    assert all(each.folder == run for each in found.values() if each.of_run)
+    assert (found["run/b"].job, found["run"].job) == ("b", None)
+    assert found["run/checkpoints/step-000002"].checkpoint == run / "checkpoints/step-000002"
+
+
+def test_inside_of_what_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "a")
+    assert resolve(".") == Resolved(".", Kind.JOB, run, job="a")
+    monkeypatch.chdir(run / "a" / "best")
+    assert (resolve(".").kind, resolve(".").name) == (Kind.ADAPTER, "best")
+    monkeypatch.chdir(run / "checkpoints" / "step-000002")
+    assert (resolve(".").kind, resolve(".").folder) == (Kind.CHECKPOINT, run)
+
+
+def test_a_damaged_config_is_no_run(run: Path) -> None:
+    for text in ("{", "[]", '{"model": 1}'):
+        (run / "config.json").write_text(text)
+        assert resolve(str(run)).kind is Kind.MODEL
+        assert resolve(str(run / "a")).kind is Kind.MODEL
+    (run / "config.json").write_text('{"model": 1, "output_dir": "x", "jobs": [3, {"name": 4}, {}]}')
+    assert resolve(str(run / "a")).kind is Kind.MODEL
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "nul\0"])
+def test_what_can_be_no_path_is_refused(path: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be read \(|no path"):
+        resolve(path)
+
+
+def test_it_takes_neither_torch_nor_a_network_library_along() -> None:
+    code = (
+        "import sys, lowrank.pipelines.resolve; print({'torch', 'transformers', 'pydantic', 'httpx2'} & {*sys.modules})"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "set()\n"

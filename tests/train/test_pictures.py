@@ -1,0 +1,269 @@
+"""Training with pictures: packed or padded, many jobs, against each document alone in transformers and PEFT, against
+TRL's collator, and against itself stopped and resumed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.data.config import DataConfig
+from lowrank.data.prepare import prepare
+from lowrank.errors import ModelError
+from lowrank.media.processor import processor_of
+from lowrank.models.checks.sight import give_sight
+from lowrank.models.config import ModelConfig
+from lowrank.models.layers import is_outside, language_model
+from lowrank.models.loading.pretrained import load
+from lowrank.models.loading.tokenizer import load_tokenizer
+from lowrank.records import Conversation, Segment
+from tests.peft_oracle import peft_twin
+from tests.picture_rows import real_or_made
+from tests.tiny_models import make_engine
+from tests.tiny_sight import SIGHTED, make_sighted, save_sighted_folder
+
+NO_TORCHVISION = {"mistral3"}
+PADDED = {"qwen3_5", "gemma3"}
+"""Linear attention; tokens of a picture that see one another both ways."""
+FLOAT32_INSIDE = {"gemma3", "gemma4", "qwen3_5"}
+TELLING = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
+families = pytest.mark.parametrize(
+    "family",
+    [
+        family if family in TELLING else pytest.param(family, marks=pytest.mark.slow)
+        for family in SIGHTED
+        if family not in NO_TORCHVISION
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return real_or_made(request, tmp_path_factory.mktemp("rows"))
+
+
+def sighted(path: Path, family: str, dtype: str = "float64", **settings: Any) -> Any:
+    """(the base, its tokenizer, what was said)."""
+    config = ModelConfig(
+        path=str(save_sighted_folder(path, family, getattr(torch, dtype))), dtype=dtype, device="cpu", **settings
+    )
+    tokenizer = load_tokenizer(config)
+    base = load(config, tokenizer=tokenizer, notify=lambda _: None)
+    processor = processor_of(tokenizer)
+    assert processor is not None
+    return base, tokenizer, give_sight(base, processor, config.attention)
+
+
+def segments_of(path: Path, tokenizer: Any) -> list[Segment]:
+    """Of LLaMA-Factory's demonstration: six conversations with one or two pictures, and a question without any."""
+    config = DataConfig(train=(str(path),), shuffle=False, max_length=2048)  # type: ignore[arg-type]
+    found = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0)
+    segments = [segment for sample in found.train.samples for segment in sample]
+    first = segments[0]
+    assert first.media is not None
+    end = first.media.spans[-1][1] + 1
+    return [*segments, replace(first, token_L=first.token_L[end:], weight_L=first.weight_L[end:], media=None)]
+
+
+def alone_loss(twin: Any, base: Any, segments: Sequence[Segment]) -> torch.Tensor:
+    """One document at a time, pictures and all, through the whole of transformers' model."""
+    total = sum(float(segment.weight_L.sum()) for segment in segments)
+    loss = torch.zeros((), dtype=torch.float64)
+    takes = inspect.signature(type(twin.base_model.model).forward).parameters
+    for segment in segments:
+        token_T = torch.from_numpy(segment.token_L.astype("int64"))
+        seen = (token_T == base.sight.token).long()[None]
+        given = {"attention_mask": torch.ones_like(token_T)[None], "mm_token_type_ids": seen, "token_type_ids": seen}
+        if segment.media is not None:
+            inputs = base.sight.processor.inputs(segment.media.pictures)
+            given |= {
+                name: value.to(base.dtype) if value.is_floating_point() else value
+                for name, value in inputs.items()
+                if name not in ("input_ids", *given)
+            }
+        given = {name: value for name, value in given.items() if name in takes}
+        logprob_TV = twin(input_ids=token_T[None], **given).logits[0].double().log_softmax(-1)
+        logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
+        loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
+    return loss
+
+
+@families
+def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_path: Path, rows: Path) -> None:
+    base, tokenizer, said = sighted(tmp_path, family)
+    assert base.layout == ("padded" if family in PADDED else "packed")
+    assert (said is not None) == (family == "gemma3")
+    segments = segments_of(rows, tokenizer)
+    engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=4, alpha=8), micro_batch_tokens=700)
+    work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[6], segments[5], segments[2]]}
+    for slot in slots:
+        for name, parameter in engine.bank.parameters(slot).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(slot))
+        engine.bank.refresh(slot)
+    forwarded = engine.forward_backward(work)
+    language, _ = language_model(base.model)
+    for slot, rank, alpha in zip(slots, (2, 4), (4, 8)):
+        ours = engine.bank.parameters(slot)
+        targets = sorted({name.partition(".lora_")[0] for name in ours})
+        assert not [name for name in targets if is_outside(name, language)]
+        twin, theirs = peft_twin(
+            make_sighted(family, torch.float64), ours, r=rank, lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
+            target_modules="|".join(targets).replace(".", r"\."),
+        )  # fmt: skip
+        loss = alone_loss(twin, base, work[slot])
+        loss.backward()
+        tolerance = 1e-5 if family in FLOAT32_INSIDE else 1e-9
+        assert forwarded[slot].loss == pytest.approx(loss.item(), abs=tolerance)
+        for name, parameter in ours.items():
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=tolerance)
+
+
+def test_the_forward_passes_can_be_cut_and_a_job_does_not_see_another(tmp_path: Path, rows: Path) -> None:
+    base, tokenizer, _ = sighted(tmp_path, "qwen3_vl")
+    segments = segments_of(rows, tokenizer)
+    engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=2))
+    alone = engine.forward_backward({slots[0]: segments[:3]})[slots[0]].loss
+    engine.micro_batch_tokens = 200
+    assert engine.forward_backward({slots[0]: segments[:3]})[slots[0]].loss == pytest.approx(alone, abs=1e-12)
+    together = engine.forward_backward({slots[0]: segments[:3], slots[1]: segments[3:]})
+    assert together[slots[0]].loss == pytest.approx(alone, abs=1e-12)
+    assert engine.evaluate({slots[0]: segments[:3]})[slots[0]].loss == pytest.approx(alone, abs=1e-12)
+
+
+def test_a_cut_document_sees_the_pictures_that_are_left(tmp_path: Path, rows: Path) -> None:
+    """LLaVA-OneVision cuts a picture in tiles only where it is alone, so the whole document decides."""
+    from lowrank.data.chat.truncation import split, truncate
+
+    base, tokenizer, _ = sighted(tmp_path, "llava_onevision")
+    (first, *_) = segments_of(rows, tokenizer)
+    assert first.media is not None
+    engine, (slot,) = make_engine(base, LoraConfig(rank=2))
+    cut, _ = truncate(first, first.media.spans[1][0] + 2)
+    assert cut is not None
+    assert cut.media is not None
+    assert len(cut.media.spans) == 1
+    whole, part = engine.logprobs(slot, [first]), engine.logprobs(slot, [cut])
+    both = cut.weight_L > 0
+    torch.testing.assert_close(torch.from_numpy(whole[0][: len(cut)][both]), torch.from_numpy(part[0][both]))
+    pieces = split(first, first.media.spans[1][0] + 1, first.token_L[:0])
+    assert [piece.media.before for piece in pieces if piece.media] == [0, 1]
+    engine.forward_backward({slot: pieces})
+
+
+def test_a_base_that_mixes_documents_up_is_told_and_never_trained(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be shown pictures in the packed layout: a document with a pict"):
+        sighted(tmp_path, "gemma3", attention="packed")
+
+
+def test_other_pictures_are_other_references(tmp_path: Path, rows: Path) -> None:
+    from lowrank.train.reference import References
+
+    base, tokenizer, _ = sighted(tmp_path, "llava")
+    one = segments_of(rows, tokenizer)[1]
+    engine, _ = make_engine(base, LoraConfig(rank=2))
+    assert one.media is not None
+    other = replace(one, media=replace(one.media, pictures=segments_of(rows, tokenizer)[2].media.pictures))  # type: ignore[union-attr]  # fmt: skip
+    assert (one.token_L == other.token_L).all()
+    references = References(engine, tmp_path / "kept")
+    references.prepare([one, other])
+    assert references.num_computed == 2
+    first, second = references.attach([one, other])
+    assert (first.reference_L != second.reference_L).any()
+    again = References(engine, tmp_path / "kept")
+    again.prepare([one, other])
+    assert (again.num_computed, again.num_found) == (0, 2)
+
+
+def test_adapters_on_the_tower_are_refused_with_pictures(tmp_path: Path, rows: Path) -> None:
+    """Its rows are no tokens, so they would go to whichever slot has such numbers."""
+    base, tokenizer, _ = sighted(tmp_path, "llava")
+    engine, slots = make_engine(
+        base, LoraConfig(rank=2), LoraConfig(rank=2, target_modules=r".*(vision|language).*q_proj")
+    )
+    segments = segments_of(rows, tokenizer)
+    with pytest.raises(ModelError, match=r"an adapter has model\.vision_tower.*not the language model's"):
+        engine.forward_backward({slots[0]: segments[:1]})
+    engine.forward_backward({slots[0]: segments[-1:]})
+
+
+def test_preferences_about_pictures(tmp_path: Path, rows: Path) -> None:
+    """Both answers see the picture of their question: as log-probabilities of each document alone."""
+    from lowrank.data.config import SourceConfig
+    from lowrank.objectives.dpo import DPOConfig
+    from lowrank.records import Preference
+    from lowrank.train.optimizers.adamw import AdamWConfig
+    from lowrank.train.reference import References
+
+    base, tokenizer, _ = sighted(tmp_path / "m", "qwen3_vl")
+    picture = json.loads(rows.read_text())[1]["images"][0]
+    pair = {"prompt": "<image>Who?", "chosen": "A player.", "rejected": "Nobody.", "images": [picture]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair) + "\n")
+    config = DataConfig(train=(SourceConfig(path=str(path), media_dir=str(rows.parent)),), shuffle=False)
+    step = prepare(config, tokenizer=tokenizer, record=Preference, seed=0).train.next_step()
+    engine, _ = make_engine(base)
+    slot = engine.bank.add(LoraConfig(rank=2), seed=0)
+    engine.add(slot, DPOConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
+    references = References(engine, None)
+    references.prepare(step)
+    forwarded = engine.forward_backward({slot: references.attach(step)})
+    assert forwarded[slot].loss == pytest.approx(math.log(2), abs=1e-6)  # an adapter that has learned nothing
+    with_pictures = engine.logprobs(-1, step)
+    alone = [engine.logprobs(-1, [each])[0] for each in step]
+    for one, other in zip(with_pictures, alone):
+        assert np.abs(one - other).max() < 1e-5
+
+
+@pytest.mark.slow  # importing TRL takes most of its ten seconds
+def test_ids_and_labels_are_those_of_trls_collator(tmp_path: Path, rows: Path) -> None:
+    """But for the placeholders: TRL too learns the answers alone where the template marks them."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    base, tokenizer, _ = sighted(tmp_path, "qwen2_5_vl")
+    tokenizer.chat_template = MARKED
+    processor = base.sight.processor.own
+    processor.chat_template = MARKED
+    collator = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
+    for segment, row in zip(segments_of(rows, tokenizer), json.loads(rows.read_text("utf-8"))):
+        turns = [{"role": turn["role"], "content": in_parts(turn["content"])} for turn in row["messages"]]
+        images = [Image.open(rows.parent / name) for name in row["images"]]
+        theirs = collator([{"messages": turns, "images": images}])
+        length = len(segment)
+        assert theirs["input_ids"][0, :length].tolist() == segment.token_L.tolist()
+        learned = (theirs["labels"][0] != -100).tolist()
+        assert learned[:length] == (segment.weight_L > 0).tolist()
+        assert not any(learned[length:])
+
+
+def in_parts(text: str) -> list[dict[str, Any]]:
+    first, *others = text.split("<image>")
+    parts = [{"type": "text", "text": first}] if first else []
+    for other in others:
+        parts += [{"type": "image"}, *([{"type": "text", "text": other}] if other else [])]
+    return parts
+
+
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{{ message['content'][0]['text'] }}{% endif %}{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% elif message['content'] is string %}{{ message['content'] + '<|im_end|>\n' }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As Qwen's, with the marks that say what the assistant wrote."""
