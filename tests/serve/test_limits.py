@@ -6,7 +6,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from lowrank.serve.limits import Limits
 from tests.serve.running import TOKEN, Running, open_world, serving
 
 ASK: Any = {"model": "one", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+ANSWERED = 'lowrank_tokens_total{kind="answer"}'
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +92,20 @@ def test_too_large_too_slow_or_no_json(server: Running) -> None:
 
 def test_a_full_queue_says_when_to_come_back_and_who_leaves_makes_room(server: Running) -> None:
     client = server.client()
-    streams = [client.chat.completions.create(**long(server)) for _ in range(4)]
-    assert next(iter(streams[0])).choices
-    with pytest.raises(openai.RateLimitError, match="4 answers are in progress or wait") as caught:
-        client.chat.completions.create(**ASK, max_tokens=2)
-    assert int(caught.value.response.headers["retry-after"]) >= 1
-    text = server.http().get("/metrics").text
-    assert "lowrank_answers_running 2" in text
-    for stream in streams:
-        stream.close()
+    with ExitStack() as leaving:
+        for _ in range(4):
+            leaving.enter_context(client.chat.completions.create(**long(server)))
+        assert _until(lambda: _counter(server, "lowrank_answers_running") == 2)
+        with pytest.raises(openai.RateLimitError, match="4 answers are in progress or wait") as caught:
+            client.chat.completions.create(**ASK, max_tokens=2)
+        assert int(caught.value.response.headers["retry-after"]) >= 1
     assert server.settles()
     assert client.chat.completions.create(**ASK, max_tokens=2).choices
     assert 'status="429"} 1' in server.http().get("/metrics").text
 
 
 def test_a_client_that_leaves_while_it_waits_for_a_whole_answer_frees_its_slot(server: Running) -> None:
-    before = _counter(server, "lowrank_requests_cancelled_total")
+    before, answered = _counter(server, "lowrank_requests_cancelled_total"), _counter(server, ANSWERED)
     address = server.url.removeprefix("http://").split(":")
     body = json.dumps({**long(server), "stream": False}).encode()
     with socket.create_connection((address[0], int(address[1])), timeout=10) as leaving:
@@ -113,15 +113,10 @@ def test_a_client_that_leaves_while_it_waits_for_a_whole_answer_frees_its_slot(s
         leaving.sendall(
             (head + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
         )
-        for _ in range(200):
-            if server.engine.generator.num_running:
-                break
-            time.sleep(0.01)
-        assert server.engine.generator.num_running == 1
-    started = time.monotonic()
+        assert _until(lambda: server.engine.generator.num_running == 1)
     assert server.settles()
-    assert time.monotonic() - started < 3, "it went on for nobody"
     assert _counter(server, "lowrank_requests_cancelled_total") == before + 1
+    assert _counter(server, ANSWERED) - answered < 800, "it went on for nobody"
 
 
 def test_an_answer_that_takes_too_long_is_stopped() -> None:
@@ -169,10 +164,10 @@ def test_an_answer_that_fails_says_so_and_others_go_on(server: Running, monkeypa
 
 
 def test_metrics_count(server: Running) -> None:
-    before = _counter(server, 'lowrank_tokens_total{kind="answer"}')
+    before = _counter(server, ANSWERED)
     reply = server.client().completions.create(model="one", prompt="a", max_tokens=3, temperature=0)
     assert reply.usage is not None
-    assert _counter(server, 'lowrank_tokens_total{kind="answer"}') == before + reply.usage.completion_tokens
+    assert _counter(server, ANSWERED) == before + reply.usage.completion_tokens
     text = server.http().get("/metrics").text
     for line in text.splitlines():
         assert line.startswith("# TYPE ") or float(line.rpartition(" ")[2]) >= 0
@@ -187,6 +182,16 @@ def test_other_machines_need_a_token_that_was_chosen() -> None:
         check_host(host, "chosen")
     for host in ("127.0.0.1", "localhost", "::1", "127.1.2.3"):
         check_host(host, None)
+
+
+def _until(holds: Callable[[], bool]) -> bool:
+    """Whether it comes to hold within twenty seconds: a busy machine may take some."""
+    end = time.monotonic() + 20
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _counter(server: Running, name: str) -> float:
