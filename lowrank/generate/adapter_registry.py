@@ -20,7 +20,7 @@ from lowrank.generate.embedding import Pooling, embed
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
-from lowrank.records import BARE_BASE
+from lowrank.records import BARE_BASE, Media
 
 
 class AdapterRegistry:
@@ -41,12 +41,18 @@ class AdapterRegistry:
             return list(self._slots)
 
     def submit(
-        self, name: str, token_L: np.ndarray, config: GenerationConfig, *, stop_tokens: frozenset[int] = frozenset()
+        self,
+        name: str,
+        token_L: np.ndarray,
+        config: GenerationConfig,
+        *,
+        stop_tokens: frozenset[int] = frozenset(),
+        media: Media | None = None,
     ) -> Generation:
         """Ask the current version of `name`. Raises RequestError, also for a name that is not there."""
         with self._lock:
             slot = self._slot_of(name)
-            generation = self.generator.submit(Prompt(token_L, slot), config, stop_tokens=stop_tokens)
+            generation = self.generator.submit(Prompt(token_L, slot, media), config, stop_tokens=stop_tokens)
             self._users[slot] += 1
         generation.listen(lambda piece: self._hear(slot, piece))
         return generation

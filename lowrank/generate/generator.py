@@ -24,6 +24,7 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.soft_prompts import runs_of_pieces
+from lowrank.errors import LowrankError
 from lowrank.generate import transformers_fallback
 from lowrank.generate.block_manager import BlockManager
 from lowrank.generate.constraint import Constraint
@@ -211,7 +212,8 @@ class Generator:
             plan = self.schedule.plan()
             if not plan:
                 return False
-            logits_BV, rows = self._forward(plan)
+            plan = self._look(plan)
+            logits_BV, rows = self._forward(plan) if plan else (torch.empty(0), [])
             for sequence, choice in zip(rows, choose(logits_BV, rows) if rows else ()):
                 sequence.take(choice)
             self.schedule.drop_finished()
@@ -228,7 +230,7 @@ class Generator:
     def _forward(self, plan: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, list[Sequence]]:
         """Logits (B, V) of those whose next token is wanted now."""
         spans, tokens, ends, rows = [], [], [], []
-        pieces = self._look(plan)
+        pieces = self._pieces(plan)
         for sequence, length in plan:
             known = -(-sequence.cached // self._cache.page_size)
             spans.append(SequenceChunk(sequence.cached, length, sequence.pages, fresh=sequence.pages[known:]))
@@ -250,17 +252,33 @@ class Generator:
         ends += [0] * (self._rows_for(len(ends)) - len(ends))
         return self._logits(hidden_TD[to_device(torch.tensor(ends, dtype=torch.int64), device)], rows), rows
 
-    def _look(self, plan: list[tuple[Sequence, int]]) -> list[PieceSeen]:
+    def _look(self, plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """The plan, once the tower has looked at the pictures of those who have some. Whose cannot be looked at ends
+        here, and nobody else."""
+        for sequence, _ in plan:
+            if sequence.media is None or sequence.seen is not None:
+                continue
+            same = (other.seen for other in self.schedule.running if other.asks_like(sequence))
+            sequence.seen = next((seen for seen in same if seen is not None), None)
+            if sequence.seen is None:
+                try:
+                    self._show(sequence)
+                except LowrankError as error:
+                    sequence.give_up("error", str(error), refused=True)
+        return [(sequence, length) for sequence, length in plan if sequence.finish is None]
+
+    def _show(self, sequence: Sequence) -> None:
+        sight = self.base.sight
+        assert sight is not None, "checked when it was submitted"
+        assert sequence.media is not None
+        prompt_L = np.asarray(sequence.tokens[: sequence.num_prompt], np.int64)
+        with self.bank.routing.using(ForwardContext()):
+            sequence.seen = sight.look(prompt_L, sequence.media)
+
+    def _pieces(self, plan: list[tuple[Sequence, int]]) -> list[PieceSeen]:
         """Where the tokens of this step are in documents with pictures; empty where nobody has some."""
         if all(sequence.media is None for sequence, _ in plan):
             return []
-        sight = self.base.sight
-        assert sight is not None, "checked when it was submitted"
-        for sequence, _ in plan:
-            if sequence.media is not None and sequence.seen is None:
-                prompt_L = np.asarray(sequence.tokens[: sequence.num_prompt], np.int64)
-                with self.bank.routing.using(ForwardContext()):
-                    sequence.seen = sight.look(prompt_L, sequence.media)
         return [PieceSeen(sequence.cached, length, sequence.seen) for sequence, length in plan]
 
     def _refuse_pictures(self, prompt: Prompt, alone: bool) -> None:

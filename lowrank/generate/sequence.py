@@ -63,6 +63,13 @@ class Sequence:
         """Tokens that are known and not in the cache yet. 1 when it decodes."""
         return len(self.tokens) - self.cached
 
+    def asks_like(self, other: Sequence) -> bool:
+        """Whether it has the same question with the same pictures."""
+        length = self.num_prompt
+        return (
+            self.media == other.media and length == other.num_prompt and self.tokens[:length] == other.tokens[:length]
+        )
+
     def digest(self, pages: int, page_size: int) -> list[bytes]:
         """Of the first full pages, the root left out."""
         while len(self.digests) <= pages:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,17 +44,25 @@ class BadPicture(DataError):
         self.kind = kind
 
 
-def examine(data: bytes, name: str, path: str | None = None) -> Picture:
-    """The picture in these bytes, from its header alone. BadPicture for what is none, is cut off, or promises too
-    much. `path`: of the file they are from, which is read again when it is needed; None: they are kept."""
+def examine(
+    data: bytes,
+    name: str,
+    path: str | None = None,
+    *,
+    formats: Sequence[str] = FORMATS,
+    most_pixels: int = MOST_PIXELS,
+) -> Picture:
+    """The picture in these bytes, from its header alone. BadPicture for what is none of `formats`, is cut off, or
+    promises more than `most_pixels`. `path`: of the file they are from, which is read again when it is needed; None:
+    they are kept."""
     if len(data) > MOST_BYTES:
         raise BadPicture("a picture too large", f"{name} has more than {MOST_BYTES // 2**20} MB")
-    with _opened(data, name) as image:
+    with _opened(data, name, formats) as image:
         width, height = _upright_size(image)
-        if width * height > MOST_PIXELS:
+        if width * height > most_pixels:
             raise BadPicture(
                 "a picture too large",
-                f"{name} says it has {width:,} x {height:,} pixels, {MOST_PIXELS:,} in all at most; make it smaller",
+                f"{name} says it has {width:,} x {height:,} pixels, {most_pixels:,} in all at most; make it smaller",
             )
         _check_whole(data, image.format or "", name)
         notes = _peculiarities(image)
@@ -121,17 +129,17 @@ def blank(size: tuple[int, int]) -> Image:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, name: str) -> Generator[Image]:
+def _opened(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Generator[Image]:
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large ones, which are told by their size; of strange EXIF
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=tuple(formats))
     except Image.DecompressionBombError as error:
         raise BadPicture("a picture too large", f"{name} promises {MOST_PIXELS:,} pixels several times over") from error
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
+        known = ", ".join(formats)
         raise BadPicture("not a picture", f"{name} is none of {known} ({_beginning(data)})") from error
     except Exception as error:  # Pillow's readers raise what they like at what they were not made for
         raise BadPicture("a broken picture", f"{name}: {_words(error)}") from error

@@ -25,6 +25,7 @@ from lowrank.generate.adapter_registry import AdapterRegistry
 from lowrank.generate.embedding import Pooling
 from lowrank.generate.generation import Generation
 from lowrank.generate.request import GenerationConfig
+from lowrank.records import Media
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.folders import adapter_within, unknown_model
 
@@ -82,11 +83,16 @@ class AdapterCache:
         return list(new)
 
     def submit(
-        self, name: str, token_L: np.ndarray, config: GenerationConfig, stop_tokens: frozenset[int]
+        self,
+        name: str,
+        token_L: np.ndarray,
+        config: GenerationConfig,
+        stop_tokens: frozenset[int],
+        media: Media | None = None,
     ) -> Generation:
         """Ask `name`, which comes into memory if it is not there. Refusal for an unknown name."""
         with self._pinned(name):
-            return self.published.submit(name, token_L, config, stop_tokens=stop_tokens)
+            return self.published.submit(name, token_L, config, stop_tokens=stop_tokens, media=media)
 
     def embed(self, name: str, token_L: np.ndarray, pooling: Pooling) -> np.ndarray:
         """A text as `name` reads it. Refusal for an unknown name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -124,4 +124,14 @@ class Engine(Protocol):
 
     def unpublish(self, name: str) -> None:
         """Take an adapter out; answers in progress with it come to their end."""
+        ...
+
+
+@runtime_checkable
+class PictureEngine(Protocol):
+    """An engine that knows whether its models may be shown pictures; one that does not say so is shown none."""
+
+    @property
+    def picture_problem(self) -> str | None:
+        """Why they may not, in words; None if they may."""
         ...

@@ -14,6 +14,14 @@ class Limits(Settings):
 
     body_bytes: Positive = 4 << 20
     """Bytes of one request."""
+    body_bytes_with_pictures: Positive = 24 << 20
+    """The same, where the model may be shown pictures."""
+    picture_bytes: Positive = 8 << 20
+    """Bytes of one picture's file."""
+    picture_pixels: Positive = 1 << 24
+    """Width times height that its header may say; nothing larger is decoded."""
+    pictures_per_request: NonNegative = 16
+    """In all turns together."""
     header_seconds: Annotated[float, Field(gt=0)] = 10.0
     """Seconds from a connection's first byte, or its opening, to the end of its request's header."""
     body_seconds: Annotated[float, Field(gt=0)] = 30.0
@@ -40,3 +48,7 @@ class Limits(Settings):
     """Seconds from the request to the last token, waiting included."""
     shutdown_seconds: NonNegative = 30
     """Seconds that answers in progress have when the server is told to stop."""
+
+    def for_pictures(self) -> Limits:
+        """Those of a server whose model may be shown some."""
+        return self.model_copy(update={"body_bytes": max(self.body_bytes, self.body_bytes_with_pictures)})

@@ -23,7 +23,7 @@ from lowrank.serve.api.ollama_api import add_ollama
 from lowrank.serve.api.requests import ChatRequest, PublishRequest, refused
 from lowrank.serve.api.responses import ResponsesRequest
 from lowrank.serve.api.service import WARNING, Service
-from lowrank.serve.engine import Engine, ServedModel
+from lowrank.serve.engine import Engine, PictureEngine, ServedModel
 from lowrank.serve.limits import Limits
 from lowrank.serve.metrics import CountRequests
 
@@ -46,6 +46,8 @@ def make_app(
     """The whole server as an ASGI application. `hosts`: names it may be called by, besides localhost and numbers;
     `origins`: whose pages may ask from their visitors' browsers (CORS)."""
     limits = limits or Limits()
+    if isinstance(engine, PictureEngine) and engine.picture_problem is None:
+        limits = limits.for_pictures()
     service = Service(engine, limits)
 
     @asynccontextmanager

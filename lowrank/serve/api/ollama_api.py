@@ -7,7 +7,6 @@ After Ollama's docs/api.md. Defaults of the draws are Ollama's (temperature 0.8,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -22,7 +21,7 @@ from lowrank.serve.api.ollama_reply import OllamaReply
 from lowrank.serve.api.orders import Json, Order
 from lowrank.serve.api.requests import Body, ChatRequest, refused
 from lowrank.serve.api.service import Service
-from lowrank.serve.engine import Engine, ServedModel
+from lowrank.serve.engine import Engine, PictureEngine, ServedModel
 from lowrank.serve.folders import unknown_model
 from lowrank.serve.limits import Limits
 
@@ -96,11 +95,15 @@ class OllamaGenerate(OllamaRequest):
     prompt: str
     system: str | None = None
     raw: bool = False
+    images: list[str] | None = None
 
     def order(self, engine: Engine, limits: Limits) -> Order:
         """As a chat of one turn, or as a text to go on with."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        order = self.chat([*system, {"role": "user", "content": self.prompt}], [], "response", engine, limits)
+        if self.raw and self.images:
+            raise ApiError(400, "images: a raw prompt has no turn to show them in; leave `raw` out", param="images")
+        asked = _message({"role": "user", "content": self.prompt, "images": self.images})
+        order = self.chat([*system, asked], [], "response", engine, limits)
         if not self.raw:
             return order
         return Order(order.model, [self.prompt], order.config, 1, self.stream, order.reply, order.ignored)
@@ -157,6 +160,7 @@ def add_ollama(app: FastAPI, service: Service) -> None:
             raise unknown_model(name, list(served_models))
         template = await service.lanes.run(0, engine.chat_template, name)
         able = ["completion", *(["tools"] if "tools" in template else [])]
+        able += ["vision"] if isinstance(engine, PictureEngine) and engine.picture_problem is None else []
         able += ["thinking"] if thoughts_of(template, {}) else []
         shown = {"template": template, "details": _described(served_models[name], engine)["details"], "model_info": {}}
         return JSONResponse({**shown, "modelfile": "", "parameters": "", "license": "", "capabilities": able})
@@ -177,12 +181,15 @@ def _described(served: ServedModel, engine: Engine) -> Json:
 
 
 def _message(message: Json) -> Json:
-    """Ollama's in OpenAI's words."""
-    if message.get("images"):
-        raise ApiError(400, "messages: unsupported content images; only text is read", param="messages")
+    """Ollama's in OpenAI's words: pictures are base64 beside the text, and come before it."""
     renamed = {"thinking": "reasoning_content", "tool_name": "name"}
-    given: Mapping[str, Any] = {key: value for key, value in message.items() if key != "images"}
-    return {renamed.get(key, key): value for key, value in given.items()}
+    found = {renamed.get(key, key): value for key, value in message.items() if key != "images"}
+    if not message.get("images"):
+        return found
+    if not isinstance(message["images"], list):
+        raise ApiError(400, "messages: images: expected a list of base64", param="messages")
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/any;base64,{each}"}} for each in message["images"]]
+    return {**found, "content": [*parts, {"type": "text", "text": found.get("content") or ""}]}
 
 
 def _format(given: str | Json | None) -> Json | None:

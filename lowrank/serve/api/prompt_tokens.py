@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import LowrankError
-from lowrank.records import Conversation
+from lowrank.records import Conversation, Media
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.engine import Asked, Question
 
@@ -32,7 +32,24 @@ def tokens_of(
     *,
     framed: bool = False,
 ) -> np.ndarray:
-    """(L) A chat through its template, a text as one that goes on (no EOS behind it), tokens as they are.
+    """(L) The tokens of `tokens_and_media`, for engines that are shown no pictures: Refusal where there are some."""
+    token_L, media = tokens_and_media(question, renderer, tokenizer, vocabulary, reach, framed=framed)
+    if media is not None:
+        raise ApiError(400, "messages: unsupported content image_url: this engine reads text", param="messages")
+    return token_L
+
+
+def tokens_and_media(
+    question: Question,
+    renderer: Renderer,
+    tokenizer: Any,
+    vocabulary: int,
+    reach: int | None,
+    *,
+    framed: bool = False,
+) -> tuple[np.ndarray, Media | None]:
+    """(L) A chat through its template, a text as one that goes on (no EOS behind it), tokens as they are; and the
+    pictures of a chat.
 
     `framed`: a text with all that the tokenizer puts around one; models for embeddings look at the EOS they add.
     Refusal for tokens the model does not have, for a chat that the template refuses, and for what is surely longer
@@ -42,7 +59,8 @@ def tokens_of(
         refuse_too_long(question, reach, lambda text: len(_read(text, tokenizer, add_special_tokens=False)), renderer)
     try:
         if isinstance(question, Conversation):
-            return _renderer_for(question, renderer).prompt(question)
+            segment = _renderer_for(question, renderer).prompt_segment(question)
+            return segment.token_L, segment.media
         if isinstance(question, str):
             question = np.asarray(_read(question, tokenizer), np.int64) if framed else renderer.plain_prompt(question)
     except LowrankError as error:
@@ -50,7 +68,7 @@ def tokens_of(
     wrong = question[(question < 0) | (question >= vocabulary)]
     if len(wrong):
         raise ApiError(400, f"prompt: the model has {vocabulary} tokens, there is no {wrong[0]}", param="prompt")
-    return question
+    return question, None
 
 
 def refuse_too_long(

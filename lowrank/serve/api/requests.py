@@ -13,10 +13,11 @@ from pydantic_core import from_json
 
 from lowrank.data.chat.thoughts import Thinking, thoughts_of
 from lowrank.data.formats.columns import RowProblem
-from lowrank.data.formats.turns import read_tools, read_turns
+from lowrank.data.formats.turns import read_tools
 from lowrank.generate.request import GenerationConfig
 from lowrank.serve.api.forced_calls import grammar_of
 from lowrank.serve.api.http_errors import ApiError
+from lowrank.serve.api.messages import details_of, read_messages
 from lowrank.serve.api.orders import Order, refuse_many
 from lowrank.serve.api.replies import ChatReply
 from lowrank.serve.api.tool_calls import ToolCallReader
@@ -24,7 +25,6 @@ from lowrank.serve.api.tool_choice import read_tool_choice
 from lowrank.serve.engine import Asked, Engine
 from lowrank.serve.limits import Limits
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "chat_template")
 """Variables of a chat template that are not the client's to set."""
 
@@ -184,17 +184,14 @@ class ChatRequest(AnswerRequest):
 
     def understood(self, engine: Engine, limits: Limits) -> Understood:
         """What it means to us, whatever form its reply has."""
-        if len(self.messages) > limits.messages_per_request:
-            message = f"{len(self.messages)} messages in one request; this server reads {limits.messages_per_request}"
-            raise ApiError(400, message, param="messages")
         template = engine.chat_template(self.model)
         choice = read_tool_choice(self.tools, self.tool_choice)
         variables, ignored = self._variables(template)
         try:
             tools = read_tools(choice.shown)
-            turns = tuple(read_turns(_texts_only(self.messages), {}))
         except (RowProblem, RecursionError) as problem:
             raise ApiError(400, f"messages: {problem}", param="messages") from problem
+        turns = read_messages(self.messages, engine, limits)
         form: dict[str, Any] = {"json_schema": _schema_of(self.response_format)}
         if choice.forced:
             form = {"grammar": grammar_of(template, choice.callable, several=self.parallel_tool_calls)}
@@ -223,6 +220,7 @@ class ChatRequest(AnswerRequest):
             raise ApiError(400, f"chat_template_kwargs: {taken[0]} is not to be set here", param="chat_template_kwargs")
         read = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}
         ignored = [*self.ignored, *(name for name in given if name not in read)]
+        ignored += details_of(self.messages)
         ignored += ["verbosity"] if self.verbosity not in (None, "medium") else []
         return {name: value for name, value in given.items() if name in read}, ignored
 
@@ -248,26 +246,6 @@ def refused(errors: Sequence[Any]) -> ApiError:
         else:
             described_as.append(f"{name}: {error['msg']}" if name else f"the body: {error['msg']}")
     return ApiError(400, "; ".join(dict.fromkeys(described_as)), param=names[0] or None)
-
-
-def _texts_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Refuses roles OpenAI does not know, and anything but text: no URL is ever fetched for a client."""
-    for number, message in enumerate(messages, start=1):
-        where = f"messages[{number - 1}]"
-        if message.get("role") not in _ROLES:
-            known = ", ".join(_ROLES)
-            raise ApiError(400, f"{where}.role: {message.get('role')!r} is none of {known}", param=where)
-        content = message.get("content")
-        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-        others = [str(kind) for kind in kinds if kind != "text"]
-        if others:
-            message_ = (
-                f"{where}: unsupported content {', '.join(others)}; only text is read, and no URL is ever fetched"
-            )
-            raise ApiError(400, message_, param=f"{where}.content")
-    return [
-        {"content": "", **{key: value for key, value in message.items() if value is not None}} for message in messages
-    ]
 
 
 def _schema_of(response_format: dict[str, Any] | None) -> dict[str, Any] | None:

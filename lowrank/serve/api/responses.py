@@ -153,11 +153,16 @@ def _message(item: Json, where: str) -> Json | None:
 
 
 def _parts(parts: list[Any]) -> list[Any]:
-    texts = ("input_text", "output_text", "text")
-    return [
-        {"type": "text", "text": part.get("text")} if isinstance(part, Mapping) and part.get("type") in texts else part
-        for part in parts
-    ]
+    return [_part(part) if isinstance(part, Mapping) else part for part in parts]
+
+
+def _part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A part in a chat's words. A picture by the number of a kept file stays as it is, and is refused by its name."""
+    if part.get("type") in ("input_text", "output_text", "text"):
+        return {"type": "text", "text": part.get("text")}
+    if part.get("type") == "input_image" and part.get("file_id") is None and part.get("image_url") is not None:
+        return {"type": "image_url", "image_url": {"url": part["image_url"], "detail": part.get("detail")}}
+    return part
 
 
 def _text_of(content: Any) -> str:

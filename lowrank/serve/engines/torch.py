@@ -14,13 +14,16 @@ from lowrank.generate.adapter_registry import AdapterRegistry
 from lowrank.generate.embedding import Pooling
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import ContextLengthExceeded, GenerationConfig
+from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
+from lowrank.notices import log_notice
 from lowrank.pipelines.inference import folder_reader, open_inference_model
+from lowrank.pipelines.pictures import see
 from lowrank.pipelines.resolve import is_gguf
-from lowrank.records import Conversation
+from lowrank.records import Conversation, Media
 from lowrank.serve.adapter_cache import AdapterCache
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.api.prompt_tokens import tokens_of
+from lowrank.serve.api.prompt_tokens import tokens_and_media
 from lowrank.serve.by_renderer import ReadsByRenderer
 from lowrank.serve.engine import Load, PendingAnswer, Question, ServedModel
 from lowrank.serve.engines import EngineKind, Notify, ServingOptions
@@ -54,11 +57,25 @@ class BankEngine(ReadsByRenderer):
         self.renderer = renderer
         self._renderers = dict(renderers or {})
         self._folders = dict(folders or {})
-        self._read = read
+        self._read_folder = read
         self._of_folders: dict[tuple[Path, int], Renderer] = {}
         self.generator = Generator(base, bank, config)
         published = AdapterRegistry(self.generator, slots)
+        self.picture_problem = self._open_eyes()
         self.cache = AdapterCache(published, folders or {}, roots, most_resident=most_resident)
+
+    def _open_eyes(self) -> str | None:
+        """Let the base be shown pictures, if it can; else why not. Before anybody is answered: it is tried out."""
+        processor = processor_of(self.base.tokenizer)
+        if processor is None or not processor.sees:
+            return f"{self.base.name} reads text only"
+        if self.generator.notice is not None:
+            return self.generator.notice
+        try:
+            see(self.base, "packed", log_notice, running=True)
+        except (LowrankError, ImportError) as error:
+            return str(error)
+        return None
 
     @property
     def vocabulary(self) -> int:
@@ -97,9 +114,9 @@ class BankEngine(ReadsByRenderer):
         answers: list[PendingAnswer] = []
         try:
             renderer = self._renderer_of(name)
-            token_L, stop_tokens = self._tokens(question, renderer), renderer.stop_tokens
+            token_L, media = self._read(question, renderer)
             for config in configs:
-                answers.append(self.cache.submit(name, token_L, config, stop_tokens))
+                answers.append(self.cache.submit(name, token_L, config, renderer.stop_tokens, media))
         except BaseException as error:
             for answer in answers:
                 answer.cancel()
@@ -113,7 +130,7 @@ class BankEngine(ReadsByRenderer):
 
     def embed(self, name: str, text: str | np.ndarray, pooling: Pooling) -> tuple[np.ndarray, int]:
         """Between two steps of the answers in progress."""
-        token_L = self._tokens(text, self.renderer, framed=True)
+        token_L, _ = self._read(text, self.renderer, framed=True)
         try:
             return self.cache.embed(name, token_L, pooling), len(token_L)
         except ContextLengthExceeded as error:
@@ -141,15 +158,20 @@ class BankEngine(ReadsByRenderer):
         """Of its folder, unless it is still the one it was made with."""
         known = self._renderers.get(name)
         entry, _ = self.cache.registered().get(name, (None, False))
-        if entry is None or self._read is None or (known is not None and entry.folder == self._folders.get(name)):
+        if (
+            entry is None
+            or self._read_folder is None
+            or (known is not None and entry.folder == self._folders.get(name))
+        ):
             return known or self.renderer
         key = entry.folder, entry.version
         if key not in self._of_folders:
-            self._of_folders[key] = self._read(entry.folder)
+            self._of_folders[key] = self._read_folder(entry.folder)
         return self._of_folders[key]
 
-    def _tokens(self, question: Question, renderer: Renderer, *, framed: bool = False) -> np.ndarray:
-        return tokens_of(question, renderer, self.base.tokenizer, self.vocabulary, self._reach, framed=framed)
+    def _read(self, question: Question, renderer: Renderer, *, framed: bool = False) -> tuple[np.ndarray, Media | None]:
+        tokenizer = self.base.tokenizer
+        return tokens_and_media(question, renderer, tokenizer, self.vocabulary, self._reach, framed=framed)
 
     @property
     def _reach(self) -> int | None:
@@ -179,6 +201,9 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> BankEngine:
         served.cache.register_all(folder)
     if served.generator.notice:
         notify(served.generator.notice)
+    processor = processor_of(trained.base.tokenizer)
+    if processor is not None and processor.sees and served.picture_problem is not None:
+        notify(f"pictures are refused here: {served.picture_problem}")
     return served
 
 
