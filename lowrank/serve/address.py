@@ -42,8 +42,8 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound, `port` 0 to a free one. ConfigError if it is taken."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # asyncio sets TCP_NODELAY only where the protocol is named; without it every answer on a connection that is kept
-        # open waits 40 ms for the client's delayed acknowledgment of the headers
+        # asyncio sets TCP_NODELAY only where the protocol is named; without it every answer on a connection that is
+        # kept open waits 40 ms for the client's delayed acknowledgment of the headers
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host.strip("[]"), port))
