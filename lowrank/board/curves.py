@@ -13,7 +13,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from typing import Any
 METRICS = "metrics.jsonl"
 _MOST_POINTS = 1200
 _KEPT_NOTICES = 400
-_STEP = re.compile(
-    rb'\{"event": "step", "job": "([^"\\]*)", "step": (\d+), .*?"loss": ([-\d.e+]+|null), .*?"learning_rate": '
-    rb'([-\d.e+]+|null)'
-)  # fmt: skip
+_PIECE = 1 << 18
+"""Bytes that are read at a time: a long file takes no memory, and other requests are answered in between."""
+_LINE = re.compile(
+    rb'\{"event": "step", "job": "([^"\\\n]*)", "step": (\d+), "epoch": [^,\n]*, "loss": ([-\d.e+]+|null), [^\n]*\n'
+    rb"|([^\n]*)\n"
+)
+"""A step as runs write it, by far the most lines (json would take ten times as long), or any other line."""
 
 
 @dataclass
@@ -33,11 +36,8 @@ class Series:
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     losses: array[float] = field(default_factory=lambda: array("d"))
-    rates: array[float] = field(default_factory=lambda: array("d"))
     held_out_steps: array[float] = field(default_factory=lambda: array("d"))
     held_out: array[float] = field(default_factory=lambda: array("d"))
-    scores: array[float] = field(default_factory=lambda: array("d"))
-    metric: str = "loss"
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,20 @@ class Curves:
                     if status.st_ino != self._inode or status.st_size < self._offset:
                         self._forget(status.st_ino)
                     file.seek(self._offset)
-                    content = file.read()
+                    rest = b""
+                    while piece := file.read(_PIECE):
+                        whole, cut, rest = (rest + piece).rpartition(b"\n")
+                        self._take(whole + cut)
+                        self._offset += len(whole) + len(cut)
+                        self.position = f"{self._inode}-{self._offset}"
             except OSError:
                 self._forget(-1)
-                return
-            whole = content[: content.rfind(b"\n") + 1]
-            for line in whole.split(b"\n"):
-                self._take(line)
-            self._offset += len(whole)
-            self.position = f"{self._inode}-{self._offset}"
 
     def thinned(
         self, low: float = -math.inf, high: float = math.inf, most: int = _MOST_POINTS
     ) -> tuple[str, dict[str, Any]]:
-        """What a page draws between two steps, `{job: {steps, losses, rates, ...}}` (null where nothing is finite),
-        and the position up to which it goes: of one moment, or a point would come twice or never.
+        """What a page draws between two steps, `{job: {steps, losses, held_out_steps, held_out}}` (null for what is not
+        finite), and the position up to which it goes: of one moment, or a point would come twice or never.
         """
         with self._lock:
             return self.position, {name: _drawn(series, low, high, most) for name, series in self.jobs.items()}
@@ -123,14 +122,19 @@ class Curves:
         self._inode, self._offset = inode, 0
         self.position = f"{inode}-0"
 
-    def _take(self, line: bytes) -> None:
-        step = _STEP.match(line)
-        if step is not None:  # by far the most lines, and json would take twice as long
-            series = self.jobs.setdefault(step[1].decode("utf-8", "replace"), Series())
-            series.steps.append(float(step[2]))
-            series.losses.append(math.nan if step[3] == b"null" else float(step[3]))
-            series.rates.append(math.nan if step[4] == b"null" else float(step[4]))
-            return
+    def _take(self, lines: bytes) -> None:
+        """Whole lines."""
+        last, series = None, Series()
+        for job, step, loss, other in _LINE.findall(lines):
+            if not step:
+                self._take_other(other)
+                continue
+            if job != last:
+                last, series = job, self.jobs.setdefault(job.decode("utf-8", "replace"), Series())
+            series.steps.append(float(step))
+            series.losses.append(math.nan if loss == b"null" else float(loss))
+
+    def _take_other(self, line: bytes) -> None:
         entry = _decoded(line)
         if entry is None:
             return
@@ -139,13 +143,10 @@ class Curves:
             series = self.jobs.setdefault(job, Series())
             series.steps.append(_number(entry.get("step")))
             series.losses.append(_number(entry.get("loss")))
-            series.rates.append(_number(entry.get("learning_rate")))
         elif kind == "eval":
             series = self.jobs.setdefault(job, Series())
             series.held_out_steps.append(_number(entry.get("step")))
             series.held_out.append(_number(entry.get("loss")))
-            series.metric = str(entry.get("metric", "loss"))
-            series.scores.append(_number((entry.get("metrics") or {}).get(series.metric)))
         elif kind == "notice" and len(self.notices) < _KEPT_NOTICES:
             self.notices.append({key: entry.get(key) for key in ("job", "level", "text", "step", "time")})
         elif kind == "job_finished":
@@ -177,11 +178,8 @@ def _drawn(series: Series, low: float, high: float, most: int) -> dict[str, Any]
     return {
         "steps": [series.steps[place] for place in kept],
         "losses": _finite(series.losses[place] for place in kept),
-        "rates": _finite(series.rates[place] for place in kept),
         "held_out_steps": [series.held_out_steps[place] for place in held],
         "held_out": _finite(series.held_out[place] for place in held),
-        "scores": _finite(series.scores[place] for place in held),
-        "metric": series.metric,
         "points": len(series.steps),
     }
 
@@ -190,17 +188,28 @@ def thin(steps: array[float], values: array[float], low: float, high: float, mos
     """Places of at most `most` points between two steps: of each stretch the lowest and the highest, so that no
     spike is lost, and the first and last of all.
     """
-    inside = [place for place in range(len(steps)) if low <= steps[place] <= high]
+    inside: Sequence[int] = range(len(steps))
+    if low > -math.inf or high < math.inf:
+        inside = [place for place in inside if low <= steps[place] <= high]
     if len(inside) <= most:
-        return inside
+        return list(inside)
     stretches = max(1, most // 2 - 1)
     kept = {inside[0], inside[-1]}
     for number in range(stretches):
-        part = inside[number * len(inside) // stretches : (number + 1) * len(inside) // stretches]
-        finite = [place for place in part if math.isfinite(values[place])] or part
-        kept.add(min(finite, key=values.__getitem__))
-        kept.add(max(finite, key=values.__getitem__))
+        kept.update(
+            _extremes(values, inside[number * len(inside) // stretches : (number + 1) * len(inside) // stretches])
+        )
     return sorted(kept)
+
+
+def _extremes(values: array[float], places: Sequence[int]) -> tuple[int, int]:
+    """Where the lowest and the highest of them stand; not finite ones count only if all are."""
+    if isinstance(places, range):
+        part = values[places.start : places.stop]
+        if math.isfinite(sum(part)):  # then all are, and the search is C's
+            return places.start + part.index(min(part)), places.start + part.index(max(part))
+    finite = [place for place in places if math.isfinite(values[place])] or places
+    return min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)
 
 
 def _finite(values: Iterable[float]) -> list[float | None]:

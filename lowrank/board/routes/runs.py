@@ -34,7 +34,8 @@ _REPORT_POLICY = (
 @router.get("/runs/{name}")
 def run_page(request: Request, name: str) -> Response:
     """A run, or the task that will make it."""
-    return answer_page(request, "run.html", place="runs", tab="watch", **about(request, name))
+    values = about(request, name)
+    return answer_page(request, "run.html", place="runs", tab="watch", points=_points(request, name), **values)
 
 
 @router.get("/part/runs/{name}/{piece}")
@@ -46,9 +47,13 @@ def run_part(request: Request, name: str, piece: Literal["head", "details"]) -> 
 @router.get("/api/runs/{name}/curves")
 def curves(request: Request, name: str, low: float = -math.inf, high: float = math.inf) -> Response:
     """Its points between two steps, thinned, and the position in the file up to which they go."""
+    return JSONResponse(_points(request, name, low, high))
+
+
+def _points(request: Request, name: str, low: float = -math.inf, high: float = math.inf) -> dict[str, Any]:
     board = board_of(request)
     position, jobs = board.curves.of(board.places.run(name)).thinned(low, high)
-    return JSONResponse({"jobs": jobs, "position": position})
+    return {"jobs": jobs, "position": position}
 
 
 @router.get("/api/runs/{name}/live")

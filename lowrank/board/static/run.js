@@ -13,6 +13,10 @@ async function load(low, high) {
   const range = low === undefined ? "" : `?low=${low}&high=${high}`;
   const found = await get(`${address}/curves${range}`);
   if (low === undefined) position = found.position;
+  take(found);
+}
+
+function take(found) {
   curves.series.clear();
   for (const [job, drawn] of Object.entries(found.jobs)) curves.set(job, drawn);
   curves.draw();
@@ -23,21 +27,21 @@ const parts = calmly(() => Promise.all($$("[data-part]").map(refresh)), 900);
 curves.onzoom = (low, high) => { loading = load(low, high); };
 $("#unzoom").addEventListener("click", () => curves.unzoom());
 
-loading = load();
-loading.finally(() =>
-  listen(() => `${address}/live?position=${encodeURIComponent(position)}`, {
-    points: async (points, id) => {
-      await loading; // what it brings may hold these points already
-      if (!id || fileOf(id) !== fileOf(position) || offsetOf(id) <= offsetOf(position)) return; // said again after a break
-      const had = offsetOf(position);
-      position = id;
-      if (!curves.zoomed) for (const point of points) if (point.end > had) curves.add(point.job, point);
-      draw();
-    },
-    anew: (_, id) => { position = id; curves.zoomed = null; loading = load(); },
-    changed: parts,
-  }),
-);
+const begun = JSON.parse($("#points").textContent); // what was there came with the page
+position = begun.position;
+take(begun);
+listen(() => `${address}/live?position=${encodeURIComponent(position)}`, {
+  points: async (points, id) => {
+    await loading; // what it brings may hold these points already
+    if (!id || fileOf(id) !== fileOf(position) || offsetOf(id) <= offsetOf(position)) return; // said again after a break
+    const had = offsetOf(position);
+    position = id;
+    if (!curves.zoomed) for (const point of points) if (point.end > had) curves.add(point.job, point);
+    draw();
+  },
+  anew: (_, id) => { position = id; curves.zoomed = null; loading = load(); },
+  changed: parts,
+});
 setInterval(() => { if (!document.hidden && $("#head .state.running, #head .state.waiting")) parts(); }, 2000);
 
 // Somebody who looks elsewhere hears when it is over.
