@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from lowrank.board.guard import BoardGuard
-from lowrank.board.page import answer_page
+from lowrank.board.page import answer_page, texts_of
 from lowrank.board.routes import ROUTERS
 from lowrank.board.state import Board
 from lowrank.errors import LowrankError
@@ -82,6 +82,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _say(request: Request, status: int, message: str) -> Response:
+    message = texts_of(request).reply(message)
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         return answer_page(request, "problem.html", status=status, message=message, code=status)
     return JSONResponse({"error": {"message": message}}, status)

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from lowrank.board.texts import Texts
+from lowrank.board.page import texts_for
 from lowrank.serve.api.middleware import BoundedBody, is_our_host
 from lowrank.serve.connections import SCOPE_KEY
 from lowrank.serve.limits import Limits
@@ -72,7 +72,11 @@ class BoardGuard:
     def _check(self, scope: Any, headers: Headers, limits: Limits) -> Response | None:
         host = headers.get("host", "")
         if not is_our_host(host, self._hosts):
-            return _no(403, f"the Host header {host[:100]!r} is no name of this board; start it with --allow-host NAME")
+            return _no(
+                headers,
+                403,
+                f"the Host header {host[:100]!r} is no name of this board; start it with --allow-host NAME",
+            )
         if scope["path"] in OPEN_PATHS:
             return None
         given = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get("token")
@@ -83,10 +87,10 @@ class BoardGuard:
         if scope["method"] not in ("GET", "HEAD"):
             origin = urllib.parse.urlsplit(headers.get("origin", ""))
             if origin.scheme not in ("http", "https") or origin.netloc != host:
-                return _no(403, "a change must come from the board's own page")
+                return _no(headers, 403, "a change must come from the board's own page")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limits.body_bytes:
-            return _no(413, f"more than {limits.body_bytes} bytes, the most the board takes here")
+            return _no(headers, 413, f"more than {limits.body_bytes} bytes, the most the board takes here")
         return None
 
     def _has_cookie(self, headers: Headers) -> bool:
@@ -113,8 +117,8 @@ class BoardGuard:
 
     def _ask_for_token(self, headers: Headers) -> Response:
         if "text/html" not in headers.get("accept", ""):
-            return _no(401, "no or a wrong token; open the address that `lowrank board` printed")
-        texts = Texts.for_header(headers.get("accept-language", ""))
+            return _no(headers, 401, "no or a wrong token; open the address that `lowrank board` printed")
+        texts = texts_for(headers)
         page = texts.environment.get_template("door.html").render(t=texts, language=texts.language)
         return HTMLResponse(page, 401)
 
@@ -128,5 +132,5 @@ class BoardGuard:
         headers.setdefault("Cache-Control", "no-store")
 
 
-def _no(status: int, message: str) -> Response:
-    return JSONResponse({"error": {"message": message}}, status)
+def _no(headers: Headers, status: int, message: str) -> Response:
+    return JSONResponse({"error": {"message": texts_for(headers).reply(message)}}, status)

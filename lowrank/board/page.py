@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
+from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 
 from lowrank.board.state import Board
 from lowrank.board.texts import LANGUAGES, Texts
@@ -20,8 +22,13 @@ def board_of(request: Request) -> Board:
 
 def texts_of(request: Request) -> Texts:
     """The texts in the language that was chosen, or that the browser asks for."""
-    chosen = request.cookies.get(LANGUAGE_COOKIE, "")
-    return Texts(chosen) if chosen in LANGUAGES else Texts.for_header(request.headers.get("accept-language", ""))
+    return texts_for(request.headers)
+
+
+def texts_for(headers: Headers) -> Texts:
+    """The same, where there is no request yet."""
+    chosen = cookie_parser(headers.get("cookie", "")).get(LANGUAGE_COOKIE, "")
+    return Texts(chosen) if chosen in LANGUAGES else Texts.for_header(headers.get("accept-language", ""))
 
 
 def answer_page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:

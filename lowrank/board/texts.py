@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from lowrank.board.sentences import in_chinese
 from lowrank.board.wording import FILTERS
 
 LANGUAGES = {"en": "English", "zh": "中文"}
@@ -47,6 +48,17 @@ class Texts:
     def setting(self, description: str) -> str:
         """The help text of a setting; `description` is the English one of the schema."""
         return description if self.language == "en" else settings_in_chinese().get(description, description)
+
+    def sentence(self, english: object) -> Said:
+        """What a command, a run or the board itself said, in the page's language where it is known (sentences.py)."""
+        text = str(english)
+        chinese = in_chinese(text) if self.language == "zh" else None
+        return Said(text, own=self.language == "en") if chinese is None else Said(chinese, own=True)
+
+    def reply(self, english: object) -> str:
+        """The same as one text: what is not in the page's language is announced as the output of a command."""
+        said = self.sentence(english)
+        return said.text if said.own else self("output.of", text=said.text)
 
     def verdict(self, verdict: dict[str, Any]) -> Said:
         """What a curve says (report/verdict.py), from a summary that may be of another version or of anybody's."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import lowrank.pipelines.orders
 from lowrank.board.texts import Texts
 from lowrank.checkpoints.orders import OrderBook
 from lowrank.search.candidates import first_candidates
@@ -21,8 +22,10 @@ from lowrank.search.config import SweepConfig
 from lowrank.search.ranking import write_table
 from lowrank.search.sweep import Sweep
 from tests.board.browser import axe, opened, page_of
+from tests.board.english import raised, returned
 from tests.board.running import Running, board_on
 from tests.board.test_orders import write_live
+from tests.board.test_sentences import HAN, PLACE
 
 pytestmark = pytest.mark.timeout(600)
 ROWS = [{"instruction": f"Say {number} in words", "input": "", "output": f"number {number}"} for number in range(120)]
@@ -125,7 +128,8 @@ def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_p
             f"lowrank set runs/{name} default optimizer.learning_rate=0.0001"
         )
         page.keyboard.press("Enter")
-        expect(page.locator("#steer-answer.well")).to_contain_text("optimizer.learning_rate=0.0001 from step")
+        said = "optimizer.learning_rate=0.0001 from step" if language == "en" else "optimizer.learning_rate=0.0001"
+        expect(page.locator("#steer-answer.well")).to_contain_text(said)
         page.keyboard.press("Escape")
         expect(page.locator('[data-steer="default"]')).to_be_focused()
         page.get_by_role("button", name=t("stop.save")).click()
@@ -267,6 +271,71 @@ def test_a_run_is_steered_by_the_keyboard(browser: Any, running: Running) -> Non
         over.set()
         trainer.join()
         (live / ".lowrank.json").write_text("{}", encoding="utf-8")  # nobody waits for the device any more
+
+
+ENGLISH = """() => {
+    const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node = walk.nextNode(); node; node = walk.nextNode()) {
+        const place = node.parentElement;
+        if (!place.checkVisibility() || place.closest("code, pre, textarea, script, [lang=en]")) continue;
+        if (/[A-Za-z]{2,}(?: [a-z]{2,}){2,}/.test(node.data)) found.push(node.data.trim());
+    }
+    return found;
+}"""
+"""Sentences of a page, outside of what is marked as English or as the output of a command."""
+
+
+def test_no_english_is_said_on_the_chinese_page(browser: Any, running: Running) -> None:
+    """Every order through its dialog, with the run's own answers: done, and then refused."""
+    from playwright.sync_api import expect
+
+    desk = Path(str(lowrank.pipelines.orders.__file__))
+    refusals = iter(sorted(set(raised(desk))))
+    live = write_live(running.board.places.runs / "live-zh")
+    over = threading.Event()
+
+    def train() -> None:
+        book = OrderBook(live)
+        while not over.wait(0.05):
+            for order in book.due(3):
+                done = list(returned(desk, "_join" if order.kind in ("add", "clone") else f"_{order.kind}"))
+                text = f"{order.job} trains from now on" if order.kind in ("add", "clone") else done[0]
+                second = order.number % 2 == 0
+                book.acknowledge(order, 3, PLACE.sub("7", next(refusals) if second else text), done=not second)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        with page_of(browser, running, "zh") as page:
+            page.goto(f"{running.url}/runs/live-zh")
+            for kind, fill in (("pause", None), ("stop", None), ("priority", "#steer-priority"), ("set", "#steer-rate"),
+                               ("clone", "#clone-rate"), ("add", "#add-name")):  # fmt: skip
+                page.locator("[data-add]" if kind == "add" else '[data-key="steer-r8"]').click()
+                dialog = page.locator("#add" if kind == "add" else "#steer")
+                for look in ("well", "bad"):
+                    if fill:
+                        page.fill(fill, "3")
+                    button = dialog.locator(f'[data-kind="{kind}"] [data-give]')
+                    expect(button).to_be_enabled()
+                    button.click()
+                    expect(dialog.locator(f"[role=status].{look}")).to_be_visible()
+                    assert HAN.search(dialog.locator("[role=status]").inner_text())
+                    assert page.evaluate(ENGLISH) == []
+                more = dialog.locator(f'[data-kind="{kind}"] textarea')
+                if more.count():  # what cannot be ordered is said at the field
+                    dialog.locator(f'[data-kind="{kind}"] summary').click()
+                    for wrong in ("data: {train: [/etc/passwd]}", "- 1", "adapter: evil:X"):
+                        more.fill(wrong)
+                        expect(dialog.locator(f'[data-kind="{kind}"] .problem')).to_have_text(HAN)
+                        expect(button).to_be_disabled()
+                        assert page.evaluate(ENGLISH) == []
+                page.keyboard.press("Escape")
+            assert len(page.locator("#details .given li").all()) == 12
+            assert page.evaluate(ENGLISH) == []
+    finally:
+        over.set()
+        trainer.join()
+        (live / ".lowrank.json").write_text("{}", encoding="utf-8")
 
 
 def test_a_search_is_set_up(browser: Any, running: Running) -> None:

@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from lowrank.board.adviser import Superseded
 from lowrank.board.body import Body
 from lowrank.board.data_files import BUILT_IN, data_files, named_sets
-from lowrank.board.page import answer_page, board_of
+from lowrank.board.page import answer_page, board_of, texts_of
 from lowrank.board.places import DATA_SUFFIXES, OutsideError, child_of, free_name, safe_name
+from lowrank.board.texts import Texts
 
 router = APIRouter()
 _DATASET_INFO = "dataset_info.json"
@@ -94,10 +95,17 @@ def look(request: Request, body: Look) -> Response:
         return JSONResponse({"superseded": True})
     command = "lowrank " + " ".join(words)
     if advice.error:
-        return JSONResponse({"problem": advice.error, "command": command})
-    return JSONResponse({**_first(advice.content), "command": command})
+        return JSONResponse({"problem": texts_of(request).reply(advice.error), "command": command})
+    return JSONResponse({"report": _first(texts_of(request), advice.content), "command": command})
 
 
-def _first(content: dict[str, Any]) -> dict[str, Any]:
-    reports = content.get("reports") or [{}]
-    return {"report": reports[0]}
+def _first(texts: Texts, content: dict[str, Any]) -> dict[str, Any]:
+    """What is lost and what else is odd are sentences, each with whether it is in the page's language."""
+    report = (content.get("reports") or [{}])[0]
+    losses = report.get("losses") or []
+    others = [text for text in report.get("notices") or [] if text not in losses]
+    said = {
+        name: [vars(texts.sentence(text)) for text in found]
+        for name, found in (("losses", losses), ("notices", others))
+    }
+    return {**report, **said}

@@ -92,7 +92,7 @@ def check(request: Request, draft: Draft) -> Response:
     try:
         settings = settings_of(board.places, name, draft.values, draft.jobs, draft.extra, draft.sweep)
     except ValueError as error:
-        return JSONResponse({"problems": _problems(str(error)), "yaml": "", "command": "", "name": name})
+        return JSONResponse({"problems": _problems(request, error), "yaml": "", "command": "", "name": name})
     answer = {
         "yaml": form.as_yaml(settings),
         "command": Task("", "train", ("train", *as_words(settings)), "", 0).command,
@@ -104,7 +104,7 @@ def check(request: Request, draft: Draft) -> Response:
         advice = _ask(board, settings, "show", topic="check")
     except Superseded:
         return JSONResponse({"superseded": True})
-    return JSONResponse({**answer, "problems": _problems(advice.error) if advice.error else []})
+    return JSONResponse({**answer, "problems": _problems(request, advice.error) if advice.error else []})
 
 
 @router.post("/api/draft/plan")
@@ -121,8 +121,11 @@ def plan(request: Request, draft: Draft, brief: bool = False) -> Response:
     except Superseded:
         return JSONResponse({"superseded": True})
     if advice.error:
-        return JSONResponse({"problems": _problems(advice.error)})
-    return JSONResponse({"plan": advice.content, "notes": advice.notes[-2000:]})
+        return JSONResponse({"problems": _problems(request, advice.error)})
+    texts, found = texts_of(request), advice.content
+    if found.get("changes_that_fit"):
+        found["changes_that_fit"] = [vars(texts.sentence(each)) for each in found["changes_that_fit"]]
+    return JSONResponse({"plan": found})
 
 
 @router.post("/api/draft/start")
@@ -160,13 +163,15 @@ def read(request: Request, body: SettingsText) -> Response:
     except Superseded:
         return JSONResponse({"superseded": True})
     if advice.error:
-        return JSONResponse({"problems": _problems(advice.error)})
+        return JSONResponse({"problems": _problems(request, advice.error)})
     try:
         confine(board.places, advice.content)
     except ValueError as error:
-        return JSONResponse({"problems": _problems(str(error))})
+        return JSONResponse({"problems": _problems(request, error)})
     name = Path(str(advice.content.get("output_dir", ""))).name
-    return JSONResponse({"draft": _draft_of(advice.content, name), "notes": advice.notes[-4000:]})
+    return JSONResponse(
+        {"draft": _draft_of(advice.content, name), "notes": texts_of(request).reply(advice.notes[-4000:].strip())}
+    )
 
 
 @router.post("/api/draft/llamafactory")
@@ -215,8 +220,12 @@ def _ask(board: Board, settings: dict[str, Any] | str, *words: str, topic: str) 
     return advice
 
 
-def _problems(message: str) -> list[dict[str, str]]:
-    return [vars(problem) for problem in form.problems(message)]
+def _problems(request: Request, message: object) -> list[dict[str, Any]]:
+    texts = texts_of(request)
+    return [
+        {"path": each.path, "missing": each.text.startswith("required"), **vars(texts.sentence(each.text))}
+        for each in form.problems(str(message))
+    ]
 
 
 def _draft_of(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from lowrank.board.orders import Wanted, drafted, hears_orders, write_file
-from lowrank.board.page import board_of
+from lowrank.board.page import board_of, texts_of
 from lowrank.board.runs import RUNNING
 from lowrank.checkpoints.orders import answers, send
 from lowrank.errors import LowrankError
@@ -22,7 +22,7 @@ def preview(request: Request, name: str, body: Wanted) -> Response:
     try:
         draft = drafted(board.places, name, body, allow_code=board.options.allow_code)
     except LowrankError as error:
-        return JSONResponse({"problem": str(error)})
+        return JSONResponse({"problem": texts_of(request).reply(error)})
     return JSONResponse({"command": draft.command})
 
 
@@ -47,4 +47,5 @@ def answer(request: Request, name: str, number: int) -> Response:
     found = answers(board_of(request).places.run(name)).get(number)
     if found is None:
         return JSONResponse({"answered": False})
-    return JSONResponse({"answered": True, "done": found.done, "text": found.text})
+    said = texts_of(request).sentence(found.text)
+    return JSONResponse({"answered": True, "done": found.done, "text": said.text, "own": said.own})

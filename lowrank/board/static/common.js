@@ -20,6 +20,10 @@ export function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** What a command said, `{text, own}`: where it is not in the page's language, it is announced as output. */
+export const sentence = (tag, { text, own }, ...before) =>
+  own ? el(tag, {}, ...before, text) : el(tag, {}, ...before, t("output.of", { text: "" }), el("span", { lang: "en" }, text));
+
 /** POST JSON and read JSON; an error carries the words of the command or of the board. */
 export async function post(url, body = {}, options = {}) {
   let answer;

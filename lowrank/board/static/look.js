@@ -1,5 +1,5 @@
 // What the data doctor says of a file: rows, what is lost and where, and samples with what carries loss colored.
-import { count, el, post, t } from "./common.js";
+import { count, el, post, sentence, t } from "./common.js";
 
 let asked = 0;
 
@@ -27,11 +27,10 @@ function report(path, found) {
   ];
   if (found.lengths) facts.push([t("look.lengths"), `${count(found.lengths.shortest)} – ${count(found.lengths.longest)}, ⌀ ${count(found.lengths.mean)}`]);
   const parts = [el("h3", {}, path), el("dl", { class: "facts" }, ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))))];
-  const losses = found.losses ?? [];
-  const others = (found.notices ?? []).filter((text) => !losses.includes(text));
-  if (losses.length) parts.push(el("div", { class: "box bad" }, el("p", {}, el("strong", {}, t("look.problems"))), el("ul", { class: "notes" }, ...losses.map((text) => el("li", { lang: "en" }, text)))));
+  const losses = found.losses ?? [], others = found.notices ?? [];
+  if (losses.length) parts.push(el("div", { class: "box bad" }, el("p", {}, el("strong", {}, t("look.problems"))), el("ul", { class: "notes" }, ...losses.map((one) => sentence("li", one)))));
   else parts.push(el("p", { class: "good" }, `✓ ${t("look.fine")}`));
-  if (others.length) parts.push(el("ul", { class: "notes dim" }, ...others.slice(0, 20).map((text) => el("li", { lang: "en" }, text))));
+  if (others.length) parts.push(el("ul", { class: "notes dim" }, ...others.slice(0, 20).map((one) => sentence("li", one))));
   if (found.shown?.length) {
     parts.push(el("p", { class: "dim small" }, t("look.shown"), " ", el("mark", {}, t("look.mark"))));
     for (const sample of found.shown.slice(0, 4))

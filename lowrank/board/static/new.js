@@ -1,6 +1,6 @@
 // A new run. What differs from the defaults is kept in `values`; the server makes a settings file of it, has it
 // checked, and says what is wrong where.
-import { $, $$, count, duration, el, get, post, settled, size, t, toast } from "./common.js";
+import { $, $$, count, duration, el, get, post, sentence, settled, size, t, toast } from "./common.js";
 import { look } from "./look.js";
 import { uploads } from "./upload.js";
 
@@ -206,7 +206,7 @@ const check = settled(async () => {
   try {
     answer = await post("/api/draft/check", draft());
   } catch (error) {
-    answer = { problems: [{ path: "", text: error.message }], yaml: "", command: "", name: "" };
+    answer = { problems: [{ path: "", text: error.message, own: true }], yaml: "", command: "", name: "" };
   }
   if (number !== checked || answer.superseded) return;
   if (document.activeElement !== $("#yaml")) $("#yaml").value = answer.yaml;
@@ -228,17 +228,18 @@ function showProblems(problems) {
   $$("[aria-invalid]").forEach((one) => one.removeAttribute("aria-invalid"));
   const elsewhere = [];
   const started = values["model.path"] || values["data.train"];
-  for (const { path, text } of problems) {
+  for (const problem of problems) {
+    const { path } = problem;
     const place = $$("[data-problem]").find((one) => path === one.dataset.problem || path.startsWith(`${one.dataset.problem}.`));
-    if (place && (started || !text.includes("required"))) {
+    if (place && (started || !problem.missing)) {
       place.hidden = false;
-      place.textContent = text;
+      place.replaceChildren(sentence("span", problem));
       $(`[data-path="${CSS.escape(place.dataset.problem)}"]`)?.setAttribute("aria-invalid", "true");
     }
-    elsewhere.push(path ? `${path}: ${text}` : text);
+    elsewhere.push(sentence("li", problem, path ? `${path}${t("colon")}` : ""));
   }
   $("#problems").replaceChildren(...(problems.length
-    ? [el("div", { class: started ? "box bad" : "box" }, el("strong", {}, started ? t("problems", { number: problems.length }) : t("incomplete")), started ? el("ul", { class: "notes", lang: "en" }, ...elsewhere.slice(0, 12).map((text) => el("li", {}, text))) : null)]
+    ? [el("div", { class: started ? "box bad" : "box" }, el("strong", {}, started ? t("problems", { number: problems.length }) : t("incomplete")), started ? el("ul", { class: "notes" }, ...elsewhere.slice(0, 12)) : null)]
     : [el("p", { class: "good" }, `✓ ${t("valid")}`)]));
   $("#go").disabled = Boolean(problems.length);
 }
@@ -254,7 +255,7 @@ $("#estimate").addEventListener("click", async () => {
       const answer = await post(address, draft());
       if (answer.superseded || asked !== now) return;
       if (!answer.plan) {
-        $("#plan").replaceChildren(el("div", { class: "box bad" }, ...answer.problems.map((one) => el("p", { class: "said" }, one.path ? `${one.path}: ${one.text}` : one.text))));
+        $("#plan").replaceChildren(el("div", { class: "box bad" }, ...answer.problems.map((one) => sentence("p", one, one.path ? `${one.path}${t("colon")}` : ""))));
         return;
       }
       $("#plan").replaceChildren(...plan(answer.plan), ...(address.endsWith("true") ? [words] : []));
@@ -280,7 +281,7 @@ function plan({ plan: found, speed, changes_that_fit: changes, largest_micro_bat
     el("div", { class: found.fits ? "box" : "box bad" }, el("p", {}, el("strong", {}, found.fits ? t("plan.fits") : t("plan.no"))),
       el("meter", { min: 0, max: 1, high: 0.92, value: share, "aria-label": t("plan.memory") }),
       el("dl", { class: "facts tight" }, ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
-      changes?.length ? el("div", {}, el("p", {}, t("plan.changes")), el("ul", { class: "notes", lang: "en" }, ...changes.map((text) => el("li", {}, text)))) : null,
+      changes?.length ? el("div", {}, el("p", {}, t("plan.changes")), el("ul", { class: "notes" }, ...changes.map((one) => sentence("li", one)))) : null,
       el("details", {}, el("summary", {}, t("plan.parts")), el("dl", { class: "facts tight" }, ...[...parts, ["process", found.process]].map(([name, bytes]) => el("div", {}, el("dt", {}, t(`plan.part.${name}`)), el("dd", {}, size(bytes)))))))
   ];
 }
@@ -292,7 +293,7 @@ $("#form").addEventListener("submit", async (event) => {
     const answer = await post("/api/draft/start", draft());
     location.href = `/runs/${encodeURIComponent(answer.name)}`;
   } catch (error) {
-    showProblems([{ path: "", text: error.message }]);
+    showProblems([{ path: "", text: error.message, own: true }]);
     $("#go").disabled = false;
   }
 });
@@ -304,7 +305,7 @@ async function read(text) {
   try {
     const answer = await post("/api/draft/read", { text });
     if (answer.problems) {
-      $("#read-notes").textContent = answer.problems.map((one) => (one.path ? `${one.path}: ${one.text}` : one.text)).join("\n");
+      $("#read-notes").textContent = answer.problems.map((one) => `${one.path ? `${one.path}${t("colon")}` : ""}${one.own ? one.text : t("output.of", { text: one.text })}`).join("\n");
       return;
     }
     if (answer.superseded) return;

@@ -74,7 +74,7 @@ async function give(order) {
     for (let pause = 150; waiting.get(dialog) === turn; pause = Math.min(2000, pause * 1.3)) {
       const answer = await get(`${address}/${number}`);
       if (answer.answered) {
-        say(answer.text, answer.done ? "well" : "bad", "en");
+        say(answer.own ? answer.text : t("output.of", { text: answer.text }), answer.done ? "well" : "bad", answer.own ? "" : "en");
         break;
       }
       await new Promise((go) => setTimeout(go, pause));
