@@ -224,7 +224,7 @@ def _left_out(model: Any, linears_left: set[str], parameters: set[str]) -> str |
 
 
 def _towers_left_out(model: Any, linears_left: set[str]) -> str | None:
-    """Layers beside the language model, which text never runs."""
+    """Layers beside the language model, which pictures or sound run and text does not."""
     language, head = language_model(model)[0], model.get_output_embeddings()
     outside = [
         name for name in sorted(linears_left) if is_outside(name, language) and model.get_submodule(name) is not head
@@ -234,8 +234,8 @@ def _towers_left_out(model: Any, linears_left: set[str]) -> str | None:
     parent = language.rpartition(".")[0]
     parts = {name.removeprefix(f"{parent}.").partition(".")[0]: None for name in outside}
     return (
-        f"beside its language model this base has {', '.join(parts)} ({len(outside)} linear layers), which text never "
-        "runs: all-linear leaves them as they are"
+        f"beside its language model this base has {', '.join(parts)} ({len(outside)} linear layers) for what is not "
+        "text: all-linear leaves them as they are"
     )
 
 

@@ -32,8 +32,8 @@ def chosen_layers(config: FreezeConfig, num_layers: int) -> list[int]:
 
 
 def train_everything(model: Any) -> str | None:
-    """Set `requires_grad` of every parameter that text reaches. A sentence about towers for pictures or sound, which it
-    does not: they stay as they are; None where there are none."""
+    """Set `requires_grad` of every parameter of the language model. A sentence about towers for pictures or sound: they
+    stay as they are; None where there are none."""
     model.requires_grad_(True)
     language, head = language_model(model)[0], model.get_output_embeddings()
     own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
@@ -46,7 +46,7 @@ def train_everything(model: Any) -> str | None:
     if not kept:
         return None
     parts = ", ".join(f"{name} ({count:,} weights)" for name, count in kept.items())
-    return f"text never runs what this base has beside its language model: {parts} stay as they are"
+    return f"the language model is trained; what this base has beside it for what is not text stays: {parts}"
 
 
 def train_only(model: Any, config: FreezeConfig) -> list[str]:

@@ -224,6 +224,7 @@ def _facts(config: RunConfig, jobs: Sequence[JobConfig], summary: dict[str, Any]
     return {
         "base": config.model.path,
         "data": sorted({source.path for job in jobs for source in job.data.train}),
+        "pictures": any(own.get("pictures") for own in summaries),
         "objective": first.objective.type,
         "tuning": first.tuning,
         "adapters": [

@@ -236,6 +236,7 @@ class JobQueue:
             first_step=progress.step,
             finished=progress.finished,
             state=QUEUED if entry.state == HELD else RUNNING if entry.state == OVER else entry.state,
+            pictures=entry.data.has_pictures,
         )
 
     # For checkpoints

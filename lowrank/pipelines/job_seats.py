@@ -74,6 +74,7 @@ def job_started(
     first_step: int = 0,
     finished: str | None = None,
     state: str = "running",
+    pictures: bool = False,
 ) -> JobStarted:
     """What people are told of a job."""
     of_base = {"full": "all parameters", "freeze": "some layers"}
@@ -87,4 +88,5 @@ def job_started(
         description=f"{what}, lr {config.optimizer.learning_rate:g}",
         finished=finished,
         state=state,
+        pictures=pictures,
     )

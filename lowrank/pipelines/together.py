@@ -181,7 +181,7 @@ def _shown(value: Any) -> str:
 
 
 def digest_of_data(prepared: Prepared) -> str:
-    """The same for the same tokens and weights in the same order; of a stream, of the rows that are known."""
+    """The same for the same tokens, weights and pictures in the same order; of a stream, of the rows that are known."""
     digest = blake2b(digest_size=16)
     samples = prepared.train.samples if isinstance(prepared.train, DataLoader) else ()
     digest.update(str(prepared.train.tokens_of_steps()).encode())
@@ -190,6 +190,9 @@ def digest_of_data(prepared: Prepared) -> str:
         for segment in row:
             digest.update(np.ascontiguousarray(segment.token_L, np.int64).tobytes())
             digest.update(np.ascontiguousarray(segment.weight_L, np.float32).tobytes())
+            if segment.media is not None:  # equal placeholders may stand for different pictures
+                shown = [picture.digest for picture in segment.media.pictures]
+                digest.update(repr((shown, segment.media.spans, segment.media.before)).encode())
     return digest.hexdigest()
 
 

@@ -28,6 +28,8 @@ class JobStarted:
     state: str = "running"
     """Or: queued (it waits for a slot), paused. As an event of its own, `JobStarted` says that a job has come, or has
     been given a slot."""
+    pictures: bool = False
+    """Its data show some."""
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ class SummaryBuilder:
         return {
             "description": started.description,
             "trainable_parameters": started.num_trainable,
+            "pictures": started.pictures,
             "steps": job.steps,
             "num_steps": started.num_steps,
             "epochs": round(job.epoch, 4),

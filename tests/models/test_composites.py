@@ -132,7 +132,7 @@ def test_all_linear_says_what_it_leaves_out_and_a_tower_is_reached_by_name(tmp_p
     bank = Bank(base)
     slot = bank.slots[bank.add(LoraConfig(rank=2), seed=0)]
     assert slot.missed == (
-        "beside its language model this base has vision_tower (12 linear layers), which text never runs: all-linear "
+        "beside its language model this base has vision_tower (12 linear layers) for what is not text: all-linear "
         "leaves them as they are"
     )
     named = bank.slots[bank.add(LoraConfig(rank=2, target_modules=r".*vision_tower.*q_proj"), seed=0)]

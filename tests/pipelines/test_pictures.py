@@ -9,15 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
 
 from lowrank.cli.chat_repl import ChatRepl
 from lowrank.config import RunConfig
-from lowrank.data.config import SourceConfig
+from lowrank.data.config import DataConfig, SourceConfig
+from lowrank.data.prepare import prepare
 from lowrank.errors import DataError
 from lowrank.generate.request import GenerationConfig
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.tokenizer import load_tokenizer
+from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.inference import open_inference_model
 from lowrank.pipelines.predict import PredictRequest, predict
+from lowrank.pipelines.together import digest_of_data
 from lowrank.pipelines.train import train
+from lowrank.records import Conversation
+from tests.export.sources import write_merged
 from tests.picture_rows import write_picture_rows
 from tests.pipelines.test_train import Stopper, run, weights
 from tests.tiny_sight import save_sighted_folder
@@ -94,3 +104,42 @@ def test_a_model_is_asked_about_pictures(world: Path, tmp_path: Path, capsys: py
     assert [len(message.media) for message in repl.history] == [1, 0, 0, 0]
     with pytest.raises(DataError, match="a picture is missing"):
         repl._line("/image nowhere.png")
+
+
+def test_other_pictures_are_other_data(world: Path, tmp_path: Path) -> None:
+    """Of equal sizes, so that the tokens are the same: what several machines compare before they train together."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(world / "model")))
+
+    def digest(folder: Path) -> str:
+        config = DataConfig(train=(str(folder / "mllm.json"),))  # type: ignore[arg-type]
+        return digest_of_data(prepare(config, tokenizer=tokenizer, record=Conversation, seed=0))
+
+    write_picture_rows(tmp_path)
+    assert digest(tmp_path) == digest(world)
+    file = tmp_path / "pictures" / "1.jpg"
+    with Image.open(file) as image:
+        size = image.size
+    Image.new("RGB", size, "red").save(file)
+    assert digest(tmp_path) != digest(world)
+
+
+def test_a_merged_model_looks_as_closely_as_in_training(world: Path, tmp_path: Path) -> None:
+    given = settings(world, tmp_path / "run", max_steps=1, eval_steps=None, jobs=[{"name": "a"}])
+    given["model"] |= {"image_max_pixels": 640, "image_min_pixels": 100}
+    given["data"].pop("eval")
+    train(RunConfig(**given))
+    source = open_source(str(tmp_path / "run")).source
+    assert source.facts["pictures"]
+    out = write_merged(source, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "model", out))
+    towers = [name for name in before if "visual" in name]
+    assert len(towers) > 10
+    assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in towers)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    read = [transformers.AutoImageProcessor.from_pretrained(folder, backend="pil") for folder in (world / "model", out)]
+    assert [dict(each.size) for each in read] == [
+        {"shortest_edge": 64, "longest_edge": 1024},
+        {"shortest_edge": 100, "longest_edge": 640},
+    ]
+    rest = [{key: value for key, value in each.to_dict().items() if key != "size"} for each in read]
+    assert rest[0] == rest[1]

@@ -226,6 +226,80 @@ def test_preferences_about_pictures(tmp_path: Path, rows: Path) -> None:
         assert np.abs(one - other).max() < 1e-5
 
 
+def test_rated_answers_about_pictures(tmp_path: Path, rows: Path) -> None:
+    """KTO by its definition, of log-probabilities of each document alone by transformers and PEFT: prompts that other
+    rows' answers are put behind keep their own pictures."""
+    from lowrank.data.config import SourceConfig
+    from lowrank.objectives.kto import KTOConfig
+    from lowrank.records import MISMATCHED, REJECTED, Rated
+    from lowrank.train.optimizers.adamw import AdamWConfig
+    from lowrank.train.reference import References
+
+    base, tokenizer, _ = sighted(tmp_path / "m", "qwen3_vl")
+    pictures = [row["images"][0] for row in json.loads(rows.read_text("utf-8"))[:3]]
+    path = tmp_path / "rated.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": answer}],
+         "label": label, "images": [picture]}
+        for answer, label, picture in zip(("A player.", "Nobody.", "Two of them."), (True, False, True), pictures)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(
+        train=(SourceConfig(path=str(path), media_dir=str(rows.parent)),), shuffle=False, batch_size=3, max_length=2048
+    )
+    step = prepare(config, tokenizer=tokenizer, record=Rated, seed=0, mismatched=True).train.next_step()
+    assert [each.role == MISMATCHED for each in step] == [False, True] * 3
+    assert all(each.media is not None and each.media == step[place & ~1].media for place, each in enumerate(step))
+    engine, _ = make_engine(base)
+    slot = engine.bank.add(LoraConfig(rank=2), seed=0)
+    engine.add(slot, KTOConfig(beta=0.5).build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
+    for name, parameter in engine.bank.parameters(slot).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    engine.bank.refresh(slot)
+    references = References(engine, None)
+    references.prepare(step)
+    forwarded = engine.forward_backward({slot: references.attach(step)})
+    ours = engine.bank.parameters(slot)
+    targets = sorted({name.partition(".lora_")[0] for name in ours})
+    twin, theirs = peft_twin(
+        make_sighted("qwen3_vl", torch.float64), ours, r=2, lora_alpha=engine.bank.slots[slot].config.alpha or 4,
+        target_modules="|".join(targets).replace(".", r"\."),
+    )  # fmt: skip
+
+    def ratio(segment: Segment) -> torch.Tensor:
+        total = float(segment.weight_L.sum())
+        with twin.disable_adapter(), torch.no_grad():
+            before = alone_loss(twin, base, [segment])
+        return (before - alone_loss(twin, base, [segment])) * total
+
+    with torch.no_grad():
+        kl = max(0.0, float(sum(ratio(each) for each in step if each.role == MISMATCHED) / 3))
+    loss = torch.zeros((), dtype=torch.float64)
+    for each in step:
+        if each.role != MISMATCHED:
+            sign = -1.0 if each.role == REJECTED else 1.0
+            loss = loss + (1 - torch.sigmoid(0.5 * sign * (ratio(each) - kl))) / 3
+    loss.backward()
+    assert forwarded[slot].loss == pytest.approx(loss.item(), abs=1e-6)  # references are float32
+    for name, parameter in ours.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=1e-6)
+
+
+def test_the_same_words_about_another_picture_are_another_question(tmp_path: Path, rows: Path) -> None:
+    from lowrank.data.batching.mismatched import with_mismatched
+
+    _, tokenizer, _ = sighted(tmp_path, "llava")
+    first, one, other, *_ = segments_of(rows, tokenizer)
+    assert one.media is not None
+    assert other.media is not None
+    asked = replace(one, media=replace(one.media, pictures=other.media.pictures))
+    made = list(with_mismatched([(first,), (one,), (asked,)], 4096))
+    answer_L = one.token_L[int(np.flatnonzero(one.weight_L)[0]) :]
+    assert (made[2][1].token_L[-len(answer_L) :] == answer_L).all(), "the nearest row before"
+
+
 @pytest.mark.slow  # importing TRL takes most of its ten seconds
 def test_ids_and_labels_are_those_of_trls_collator(tmp_path: Path, rows: Path) -> None:
     """But for the placeholders: TRL too learns the answers alone where the template marks them."""

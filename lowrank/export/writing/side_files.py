@@ -13,6 +13,7 @@ import torch
 from lowrank.checkpoints.model_config import write_config
 from lowrank.errors import ModelError
 from lowrank.export.source import Source
+from lowrank.export.writing.pixel_limits import write_pixel_limits
 from lowrank.foreign_files import leads_out, read_json, write_json
 
 _NOT_COPIED = (
@@ -38,7 +39,7 @@ def write_side_files(
     files byte for byte (written anew where an adapter has tokens of its own), and the template that training used.
 
     `dtype`: of the weights, None: the base's. `untied`: embedding and head are two tensors now. `quantization`: what
-    config.json says of packed weights.
+    config.json says of packed weights. Where training showed pictures, the processor's files have its limits of pixels.
     """
     _copy(source.base, folder, lambda name: not _fits(name, _NOT_COPIED))
     if source.own_tokens:
@@ -47,6 +48,8 @@ def write_side_files(
     if quantization is not None:
         config["quantization_config"] = quantization
     write_config(folder, config)
+    if source.facts.get("pictures"):
+        write_pixel_limits(folder, source.model.image_max_pixels, source.model.image_min_pixels)
     write_json(folder / "generation_config.json", generation_config_of(source))
     if source.chat_template is not None:
         write_template(folder, source.chat_template)
