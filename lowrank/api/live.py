@@ -96,12 +96,12 @@ class LiveRun:
     ) -> str:
         """A second job like `name`, with other settings: from its present weights, optimizer state and place in the
         data, or, with `from_start`, from the beginning. `changes`: `{"optimizer.learning_rate": 1e-5}`."""
-        values = {"words": _words(changes or {}), "name": new_name, "from_start": from_start}
+        values = {"changes": _as_overrides(changes or {}), "name": new_name, "from_start": from_start}
         return self._order("clone", name, values)
 
     def set(self, name: str, changes: Mapping[str, Any]) -> str:
         """Other settings for a job from its next step on: learning rate, schedule, length, clipping, patience."""
-        return self._order("set", name, {"words": _words(changes)})
+        return self._order("set", name, {"changes": _as_overrides(changes)})
 
     def priority(self, name: str, priority: int) -> str:
         """Who is given a slot first: the highest of those that wait, before a lower one that runs. 0 at first."""
@@ -117,8 +117,8 @@ class LiveRun:
         unknown = [key for key in content if key not in {"name", *JobSettings.model_fields}]
         if unknown:
             known = ["name", *JobSettings.model_fields]
-            words = "; ".join(f"{key}: unknown, or not of a job{did_you_mean(key, known)}" for key in unknown)
-            raise ConfigError(f"{source}: {words}")
+            problem = "; ".join(f"{key}: unknown, or not of a job{did_you_mean(key, known)}" for key in unknown)
+            raise ConfigError(f"{source}: {problem}")
         run = read_file(self.path / CONFIG)
         taken = [job["name"] for job in run.get("jobs", ())]
         if content.get("name") in taken:
@@ -161,5 +161,5 @@ class LiveRun:
             time.sleep(LOOKS_EVERY)
 
 
-def _words(changes: Mapping[str, Any]) -> list[str]:
+def _as_overrides(changes: Mapping[str, Any]) -> list[str]:
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()]

@@ -41,9 +41,9 @@ class Advice:
     @property
     def error(self) -> str | None:
         """The refusal in words, None if there is none."""
-        said = self.content.get("error")
-        if isinstance(said, dict):
-            return str(said.get("message", ""))
+        error = self.content.get("error")
+        if isinstance(error, dict):
+            return str(error.get("message", ""))
         if self.content:
             return None
         return self.notes.strip()[-2000:] or f"exit code {self.code}"
@@ -66,11 +66,11 @@ class Adviser:
         self._child: subprocess.Popen[bytes] | None = None
         self._questions: dict[int, _Question] = {}
         self._topics: dict[str, int] = {}
-        self._number, self._asked = 0, time.monotonic()
+        self._number, self._last_request = 0, time.monotonic()
 
-    def ask(self, words: Sequence[str], *, topic: str) -> Advice:
+    def request(self, arguments: Sequence[str], *, topic: str) -> Advice:
         """The command's answer. Raises Superseded."""
-        own = [*words, *(["--allow-code"] if self._allow_code else [])]
+        own = [*arguments, *(["--allow-code"] if self._allow_code else [])]
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
@@ -81,7 +81,7 @@ class Adviser:
         """Have the child import what it needs, since somebody will ask soon."""
         if hasattr(os, "fork"):
             with self._lock:
-                self._asked = time.monotonic()
+                self._last_request = time.monotonic()
                 self._running()
 
     def close(self) -> None:
@@ -100,11 +100,11 @@ class Adviser:
     def close_if_idle(self) -> None:
         """End the child if nobody has asked for some minutes."""
         with self._lock:
-            idle = not self._questions and time.monotonic() - self._asked > _IDLE_SECONDS
+            idle = not self._questions and time.monotonic() - self._last_request > _IDLE_SECONDS
         if idle:
             self.close()
 
-    def _warm(self, words: Sequence[str], out: Path, err: Path, topic: str) -> int:
+    def _warm(self, arguments: Sequence[str], out: Path, err: Path, topic: str) -> int:
         question = _Question()
         with self._lock:
             older = self._questions.get(self._topics.get(topic, 0))
@@ -113,11 +113,11 @@ class Adviser:
                 _kill(older.pid)
                 older.done.set()
             self._number += 1
-            number, self._asked = self._number, time.monotonic()
+            number, self._last_request = self._number, time.monotonic()
             self._questions[number], self._topics[topic] = question, number
             child = self._running()
             assert child.stdin is not None
-            order = {"id": number, "words": list(words), "out": str(out), "err": str(err)}
+            order = {"id": number, "arguments": list(arguments), "out": str(out), "err": str(err)}
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write((json.dumps(order) + "\n").encode())
                 child.stdin.flush()
@@ -131,7 +131,7 @@ class Adviser:
         finally:
             with self._lock:
                 self._questions.pop(number, None)
-                self._asked = time.monotonic()
+                self._last_request = time.monotonic()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
@@ -151,27 +151,27 @@ class Adviser:
     def _listen(self, child: subprocess.Popen[bytes]) -> None:
         assert child.stdout is not None
         for line in child.stdout:
-            said = json.loads(line)
+            reply = json.loads(line)
             with self._lock:
-                question = self._questions.get(said.get("id", 0))
+                question = self._questions.get(reply.get("id", 0))
                 if question is None:
                     continue
-                question.pid = said.get("pid", question.pid)
+                question.pid = reply.get("pid", question.pid)
                 if question.superseded:
                     _kill(question.pid)
-                if "code" in said:
-                    question.code = said["code"]
+                if "code" in reply:
+                    question.code = reply["code"]
                     question.done.set()
         with self._lock:  # it died: nobody waits for it any more
             if self._child is child or self._child is None:
                 for question in self._questions.values():
                     question.done.set()
 
-    def _cold(self, words: Sequence[str], out: Path, err: Path) -> int:
+    def _cold(self, arguments: Sequence[str], out: Path, err: Path) -> int:
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             try:
                 return subprocess.run(
-                    command(words),
+                    command(arguments),
                     cwd=self._folder,
                     stdout=stdout,
                     stderr=stderr,

@@ -67,21 +67,21 @@ class _Static(StaticFiles):
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return _say(request, 400, str(error))
+    return _error_response(request, 400, str(error))
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    said = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
-    return _say(request, 422, said)
+    detail = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
+    return _error_response(request, 422, detail)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _say(request, error.status_code, str(error.detail))
+    return _error_response(request, error.status_code, str(error.detail))
 
 
-def _say(request: Request, status: int, message: str) -> Response:
+def _error_response(request: Request, status: int, message: str) -> Response:
     message = texts_of(request).reply(message)
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         return answer_page(request, "problem.html", status=status, message=message, code=status)

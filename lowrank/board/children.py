@@ -50,7 +50,7 @@ class Identity:
 
 
 def start(
-    words: Sequence[str], *, cwd: Path, out: Path, errors: Path, task: str, more: Mapping[str, str] | None = None
+    arguments: Sequence[str], *, cwd: Path, out: Path, errors: Path, task: str, more: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """`lowrank words` with its output in files: nothing of it hangs on the board or on a page.
 
@@ -69,7 +69,7 @@ def start(
     }
     with open(out, "ab") as stdout, open(errors, "ab") as stderr:
         return subprocess.Popen(
-            command(words),
+            command(arguments),
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -79,12 +79,12 @@ def start(
         )
 
 
-def command(words: Sequence[str]) -> list[str]:
+def command(arguments: Sequence[str]) -> list[str]:
     """The argument list that runs this lowrank."""
-    return [sys.executable, "-m", "lowrank", *words]
+    return [sys.executable, "-m", "lowrank", *arguments]
 
 
-def ask_to_stop(identity: Identity) -> None:
+def request_stop(identity: Identity) -> None:
     """SIGTERM: `train` saves a checkpoint and ends, other commands end."""
     _send(identity, signal.SIGTERM)
 
@@ -116,8 +116,8 @@ def _send(identity: Identity, number: int) -> None:
 def _started(pid: int) -> float | None:
     """When a living process began; None if there is none."""
     try:
-        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return None if words[0] in "ZX" else float(words[19])
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else float(fields[19])
     except (OSError, IndexError):
         if sys.platform == "linux":
             return None

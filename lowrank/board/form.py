@@ -42,7 +42,7 @@ class Field:
     nullable: bool = False
     choices: tuple[str, ...] = ()
     when: tuple[str, tuple[str, ...]] | None = None
-    words: tuple[str, ...] = ()
+    literals: tuple[str, ...] = ()
     """Texts a number may be instead, as `auto`."""
     defaults: tuple[tuple[str, Any], ...] = ()
     """Defaults under types where they are others than `default`."""
@@ -175,7 +175,7 @@ def parsed(field_: Field, given: Any) -> Any:
     text = given.strip()
     if text == "":
         return None
-    if field_.kind in (NUMBER, WHOLE) and text not in field_.words:
+    if field_.kind in (NUMBER, WHOLE) and text not in field_.literals:
         return _number(text, field_)
     if field_.kind == SWITCH:
         return {"true": True, "false": False}.get(text.lower(), text)
@@ -222,8 +222,8 @@ def _leaf(node: Mapping[str, Any], path: str, help_text: str, when: tuple[str, t
     nullable = any(option.get("type") == "null" for option in options)
     options = [option for option in options if option.get("type") != "null"]
     types = {option.get("type") for option in options}
-    words = tuple(str(w) for o in options for w in (o.get("enum") or ([o["const"]] if "const" in o else ())))
-    if types <= {"string"} and words:
+    literals = tuple(str(w) for o in options for w in (o.get("enum") or ([o["const"]] if "const" in o else ())))
+    if types <= {"string"} and literals:
         kind = CHOICE
     elif types & {"array"}:
         kind = LIST
@@ -235,9 +235,9 @@ def _leaf(node: Mapping[str, Any], path: str, help_text: str, when: tuple[str, t
         kind = WHOLE
     else:
         kind = SWITCH if types == {"boolean"} else TEXT
-    choices = words if kind == CHOICE else ()
+    choices = literals if kind == CHOICE else ()
     default = node.get("default", [] if kind == LIST else {} if kind == MAP else None)
-    return Field(path, kind, help_text, default, nullable, choices, when, words if kind != CHOICE else ())
+    return Field(path, kind, help_text, default, nullable, choices, when, literals if kind != CHOICE else ())
 
 
 def _resolved(node: Mapping[str, Any]) -> Mapping[str, Any]:

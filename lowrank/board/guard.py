@@ -83,7 +83,7 @@ class BoardGuard:
         if given and scope["method"] == "GET" and hmac.compare_digest(given[0].encode(), self._token):
             return self._welcome(scope)
         if not self._has_cookie(headers):
-            return self._ask_for_token(headers)
+            return self._request_token(headers)
         if scope["method"] not in ("GET", "HEAD"):
             origin = urllib.parse.urlsplit(headers.get("origin", ""))
             if origin.scheme not in ("http", "https") or origin.netloc != host:
@@ -115,7 +115,7 @@ class BoardGuard:
         response.set_cookie(self.name, self._cookie, max_age=_YEAR, httponly=True, samesite="strict", path="/")
         return response
 
-    def _ask_for_token(self, headers: Headers) -> Response:
+    def _request_token(self, headers: Headers) -> Response:
         if "text/html" not in headers.get("accept", ""):
             return _no(headers, 401, "no or a wrong token; open the address that `lowrank board` printed")
         texts = texts_for(headers)

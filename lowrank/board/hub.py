@@ -33,7 +33,7 @@ def about_hub_model(name: str) -> dict[str, Any]:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return {"problem": "offline"}
     try:
-        return {**_read(_asked(name)), "where": "hub"}
+        return {**_read(_fetch(name)), "where": "hub"}
     except urllib.error.HTTPError as error:
         return {"problem": {401: "unknown", 403: "closed", 404: "unknown"}.get(error.code, "unreachable")}
     except (OSError, HTTPException, ValueError, AttributeError, TypeError, KeyError):
@@ -60,7 +60,7 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _asked(name: str) -> Any:
+def _fetch(name: str) -> Any:
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if urlsplit(endpoint).scheme not in ("https", "http"):
         raise ValueError(endpoint)
@@ -71,10 +71,10 @@ def _asked(name: str) -> Any:
         return json.loads(answer.read(_LARGEST))
 
 
-def _read(said: dict[str, Any]) -> dict[str, Any]:
+def _read(reply: dict[str, Any]) -> dict[str, Any]:
     """The hub's answer; a model has its weights in several forms, of which safetensors are read."""
-    config = said.get("config") or {}
-    sizes = {str(file["rfilename"]): int(file.get("size") or 0) for file in said.get("siblings") or ()}
+    config = reply.get("config") or {}
+    sizes = {str(file["rfilename"]): int(file.get("size") or 0) for file in reply.get("siblings") or ()}
     safe = sum(size for name, size in sizes.items() if name.endswith(".safetensors") and "/" not in name)
     if not isinstance(config.get("model_type"), str) or not safe:
         return {"problem": "no_model"}

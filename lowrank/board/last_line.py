@@ -9,7 +9,7 @@ from pathlib import Path
 _MOST = 4 << 20
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b.|[\x00-\x08\x0b-\x1f\x7f]")
 BAR = re.compile(
-    r"(?P<words>.*?)\s*[━╸╺─=>\-]{6,}\s+(?:(?P<done>\d+)/(?P<all>\d+)|(?P<percent>\d+)%)\s+(?P<left>[-\d:]+)\s*"
+    r"(?P<label>.*?)\s*[━╸╺─=>\-]{6,}\s+(?:(?P<done>\d+)/(?P<all>\d+)|(?P<percent>\d+)%)\s+(?P<left>[-\d:]+)\s*"
 )
 """A progress bar as commands draw it where they take their standard error for a terminal."""
 
@@ -34,7 +34,7 @@ def last_lines(path: Path, number: int) -> list[str]:
     return lines[-number:]
 
 
-def said_lines(path: Path, number: int) -> list[str]:
+def message_lines(path: Path, number: int) -> list[str]:
     """The last lines of what a command said to a person: without what moves a cursor, of a progress bar the last."""
     found: list[str] = []
     for line in last_lines(path, 40 * number):
@@ -43,6 +43,6 @@ def said_lines(path: Path, number: int) -> list[str]:
             continue
         bar = BAR.fullmatch(text)
         if bar is not None:
-            found = [each for each in found if (other := BAR.fullmatch(each)) is None or other["words"] != bar["words"]]
+            found = [each for each in found if (other := BAR.fullmatch(each)) is None or other["label"] != bar["label"]]
         found.append(text)
     return found[-number:]

@@ -13,7 +13,7 @@ from pydantic import Field
 from lowrank.board import form
 from lowrank.board.body import Body
 from lowrank.board.places import Places, safe_name
-from lowrank.board.settings_file import as_words, confine
+from lowrank.board.settings_file import as_overrides, confine
 from lowrank.board.tasks import Task
 from lowrank.checkpoints.orders import FOLDER, Answer, answers, read_state
 from lowrank.errors import ConfigError, LowrankError
@@ -46,13 +46,13 @@ class Drafted:
     kind: str
     job: str | None
     values: dict[str, Any]
-    words: list[str]
+    arguments: list[str]
     file: tuple[Path, str] | None = field(default=None)
 
     @property
     def command(self) -> str:
         """As a person would type it, in the board's folder."""
-        return Task("", "", tuple(self.words), "", 0).command
+        return Task("", "", tuple(self.arguments), "", 0).command
 
 
 def drafted(places: Places, run: str, wanted: Wanted, *, allow_code: bool) -> Drafted:
@@ -63,22 +63,22 @@ def drafted(places: Places, run: str, wanted: Wanted, *, allow_code: bool) -> Dr
     _check(places, settings, allow_code)
     if wanted.kind == "add":
         return _added(places, run, folder, wanted.name, settings)
-    changes = as_words(settings)
+    changes = as_overrides(settings)
     if not wanted.job:
         raise ConfigError("choose an adapter")
-    words = [wanted.kind, folder, wanted.job]
+    arguments = [wanted.kind, folder, wanted.job]
     if wanted.kind == "set":
         if not changes:
             raise ConfigError("nothing is changed yet")
-        return Drafted("set", wanted.job, {"words": changes}, [*words, *changes])
+        return Drafted("set", wanted.job, {"changes": changes}, [*arguments, *changes])
     if wanted.kind == "clone":
-        own = {"words": changes, "name": wanted.name or None, "from_start": wanted.from_start}
-        words += changes + (["--name", wanted.name] if wanted.name else [])
-        return Drafted("clone", wanted.job, own, [*words, *(["--from-start"] if wanted.from_start else [])])
+        own = {"changes": changes, "name": wanted.name or None, "from_start": wanted.from_start}
+        arguments += changes + (["--name", wanted.name] if wanted.name else [])
+        return Drafted("clone", wanted.job, own, [*arguments, *(["--from-start"] if wanted.from_start else [])])
     if wanted.kind == "priority":
         number = [str(wanted.priority)] if wanted.priority >= 0 else ["--", str(wanted.priority)]
-        return Drafted("priority", wanted.job, {"priority": wanted.priority}, [*words, *number])
-    return Drafted(wanted.kind, wanted.job, {}, words)
+        return Drafted("priority", wanted.job, {"priority": wanted.priority}, [*arguments, *number])
+    return Drafted(wanted.kind, wanted.job, {}, arguments)
 
 
 def _added(places: Places, run: str, folder: str, name: str, settings: dict[str, Any]) -> Drafted:
@@ -178,16 +178,16 @@ def _given(places: Places, run: str, folder: Path, number: int, answer: Answer |
 def _command(run: str, content: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """The command that gives this order; with add the file is anybody's, so the name of the job stands for it."""
     kind, job = str(content.get("kind", "?"))[:20], content.get("job")
-    words = [kind, run, *([str(job)] if job else [])]
-    listed = values.get("words")
-    words += [str(word)[:300] for word in listed[:20]] if isinstance(listed, list) else []
+    arguments = [kind, run, *([str(job)] if job else [])]
+    listed = values.get("changes")
+    arguments += [str(argument)[:300] for argument in listed[:20]] if isinstance(listed, list) else []
     if values.get("name"):
-        words += ["--name", str(values["name"])]
+        arguments += ["--name", str(values["name"])]
     if values.get("from_start"):
-        words.append("--from-start")
+        arguments.append("--from-start")
     if kind == "priority":
-        words.append(str(values.get("priority"))[:12])
-    return Task("", "", tuple(words), "", 0).command[:1000]
+        arguments.append(str(values.get("priority"))[:12])
+    return Task("", "", tuple(arguments), "", 0).command[:1000]
 
 
 def live_jobs(run: Path) -> list[dict[str, Any]]:

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowrank.board.last_line import BAR, last_lines, said_lines
+from lowrank.board.last_line import BAR, last_lines, message_lines
 from lowrank.board.tasks import ERRORS, OUTPUT
 
 _LOOKED_AT = 40
 
 
 def progress_of(folder: Path) -> dict[str, Any]:
-    """What a task says of itself: `words`, `step`, `tokens_per_second`, `seconds_left`, and `done`, a share of 1."""
-    found: dict[str, Any] = {"done": None, "words": "", "tokens_per_second": None, "seconds_left": None, "step": None}
+    """What a task says of itself: `label`, `step`, `tokens_per_second`, `seconds_left`, and `done`, a share of 1."""
+    found: dict[str, Any] = {"done": None, "label": "", "tokens_per_second": None, "seconds_left": None, "step": None}
     for line in reversed(last_lines(folder / OUTPUT, _LOOKED_AT)):
         entry = _object(line)
         if entry is None:
@@ -23,18 +23,18 @@ def progress_of(folder: Path) -> dict[str, Any]:
         for key in ("tokens_per_second", "seconds_left", "step"):
             if found[key] is None and isinstance(entry.get(key), (int, float)):
                 found[key] = entry[key]
-        if not found["words"] and kind in ("notice", "preparing", "progress"):
-            found["words"] = str(entry.get("text") or entry.get("what") or "")[:300]
+        if not found["label"] and kind in ("notice", "preparing", "progress"):
+            found["label"] = str(entry.get("text") or entry.get("what") or "")[:300]
         share = entry.get("done") if isinstance(entry.get("done"), float) else None
         if found["done"] is None and share is not None:
             found["done"] = share
-    said = said_lines(folder / ERRORS, 1)
-    bar = BAR.fullmatch(said[0]) if said else None
+    lines = message_lines(folder / ERRORS, 1)
+    bar = BAR.fullmatch(lines[0]) if lines else None
     if bar is not None:
         share = int(bar["done"]) / max(1, int(bar["all"])) if bar["all"] else int(bar["percent"]) / 100
-        found |= {"done": share, "words": bar["words"][:300], "seconds_left": _seconds(bar["left"])}
-    elif said and not found["words"]:
-        found["words"] = said[0][:300]
+        found |= {"done": share, "label": bar["label"][:300], "seconds_left": _seconds(bar["left"])}
+    elif lines and not found["label"]:
+        found["label"] = lines[0][:300]
     return found
 
 

@@ -36,7 +36,7 @@ class Queue:
         self._environment = dict(environment or {})
         self._order = places.own / "order.json"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._asked: dict[str, float] = {}
+        self._stop_requests: dict[str, float] = {}
         self._lock = threading.RLock()
         self._awake = threading.Event()
         self._closed = False
@@ -52,10 +52,10 @@ class Queue:
         self._awake.set()
         self._thread.join(10)
 
-    def add(self, kind: str, words: list[str], **about: object) -> Task:
+    def add(self, kind: str, arguments: list[str], **about: object) -> Task:
         """A new task at the end of the queue."""
         with self._lock:
-            task = self.tasks.create(kind, words, **about)  # type: ignore[arg-type]
+            task = self.tasks.create(kind, arguments, **about)  # type: ignore[arg-type]
         self._awake.set()
         return task
 
@@ -90,7 +90,7 @@ class Queue:
                 return
             (self.tasks.folder(name) / "stop").touch()
             if self.tasks.outcome(task).state == RUNNING:
-                self._ask(task)
+                self._request_stop(task)
         self._awake.set()
 
     def kill(self, name: str) -> None:
@@ -141,9 +141,9 @@ class Queue:
         code = child.poll() if child is not None else None
         identity = self.tasks.child(task)
         if code is None and identity is not None and identity.lives:
-            asked = self._asked.get(task.id)
-            if asked is not None and time.monotonic() - asked > _FORGIVEN_SECONDS:
-                self._ask(task)
+            requested = self._stop_requests.get(task.id)
+            if requested is not None and time.monotonic() - requested > _FORGIVEN_SECONDS:
+                self._request_stop(task)
             return True
         if child is not None:  # it has ended, or is about to: it may be a zombie that was not waited for
             code = child.wait()
@@ -157,7 +157,7 @@ class Queue:
         (folder / "starting").touch()
         try:
             child = children.start(
-                task.words, cwd=self.places.folder, out=folder / OUTPUT, errors=folder / ERRORS, task=task.id,
+                task.arguments, cwd=self.places.folder, out=folder / OUTPUT, errors=folder / ERRORS, task=task.id,
                 more=self._environment,
             )  # fmt: skip
         except OSError as error:
@@ -169,17 +169,17 @@ class Queue:
         if identity is not None:
             self.tasks.started(task, identity)
 
-    def _ask(self, task: Task) -> None:
+    def _request_stop(self, task: Task) -> None:
         identity = self.tasks.child(task)
         if identity is None:
             return
-        again = task.id in self._asked
-        self._asked[task.id] = time.monotonic()
+        again = task.id in self._stop_requests
+        self._stop_requests[task.id] = time.monotonic()
         stop = self.places.runs / task.subject / "stop"
         if task.kind == "train" and stop.parent.is_dir() and (again or os.name == "nt"):  # which has no such signal
             stop.touch()
         else:
-            children.ask_to_stop(identity)
+            children.request_stop(identity)
 
     def _read_order(self) -> list[str]:
         try:

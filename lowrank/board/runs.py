@@ -14,7 +14,7 @@ from lowrank.board.places import OutsideError, Places
 from lowrank.foreign_files import find_json
 
 RUNNING, DONE, STOPPED, BROKEN = "running", "done", "stopped", "died"
-_SAY_NOTHING = ("output_dir", "name", "chat_template_date")
+_UNINFORMATIVE = ("output_dir", "name", "chat_template_date")
 """Settings in which any two runs differ."""
 _STARTED_BEFORE = 30.0
 """A run notes its number within so many seconds of its process' start; a process that began later is another."""
@@ -78,7 +78,7 @@ def checkpoints(folder: Path) -> list[str]:
 def differing(configs: dict[str, dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     """The settings in which runs differ, flat: `[("adapter.rank", [8, 16]), ...]`."""
     flat = {name: flattened(_without_repetition(config)) for name, config in configs.items()}
-    keys = dict.fromkeys(key for one in flat.values() for key in one if key.rpartition(".")[2] not in _SAY_NOTHING)
+    keys = dict.fromkeys(key for one in flat.values() for key in one if key.rpartition(".")[2] not in _UNINFORMATIVE)
     rows = [(key, [one.get(key) for one in flat.values()]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 

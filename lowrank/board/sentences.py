@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-_FILE = Path(__file__).parent / "words" / "sentences.zh.json"
+_FILE = Path(__file__).parent / "translations" / "sentences.zh.json"
 _PLACE = re.compile(r"\{(\w+)\}")
 _NUMBERS = ("number", "all", "step", "tokens", "line", "column", "other")
 _DEEPEST = 6

@@ -29,9 +29,9 @@ def run(
     port: int,
     token: str | None,
     hosts: Collection[str],
-    say: Callable[[str], None],
+    announce: Callable[[str], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM. `say` hears the address to open, which carries the token."""
+    """Serve until SIGINT or SIGTERM. `announce` hears the address to open, which carries the token."""
     places.make()
     lock = FileLock(places.own / "lock", timeout=0, thread_local=False)
     try:
@@ -47,7 +47,7 @@ def run(
             board = Board(places, options)
             server = make_server(board, token=token, hosts={*hosts, host} - {"0.0.0.0", "::"}, port=number)
             listening.listen(1024)  # who opens the address at once waits, and is not refused
-            say(f"http://{shown}:{number}/?token={token}")
+            announce(f"http://{shown}:{number}/?token={token}")
             server.run(sockets=[listening])
         except OSError as error:
             raise ConfigError(f"cannot serve on {host} port {port}: {error}") from error

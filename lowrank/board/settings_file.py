@@ -60,7 +60,7 @@ def confine(places: Places, settings: Mapping[str, Any]) -> None:
         raise OutsideError("\n".join(["The settings cannot be used:", *problems]))
 
 
-def as_words(settings: Mapping[str, Any]) -> list[str]:
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     """The same as `KEY=VALUE` words of a command line."""
     return [f"{key}={_value(value)}" for key, value in _leaves(settings)]
 

@@ -69,9 +69,9 @@ class Board:
         self.queue.close()
         self.adviser.close()
 
-    def words(self, *words: str) -> list[str]:
+    def arguments(self, *arguments: str) -> list[str]:
         """The words of a command that reads settings or a model, with the permission the board was given."""
-        return [*words, *(["--allow-code"] if self.options.allow_code else [])]
+        return [*arguments, *(["--allow-code"] if self.options.allow_code else [])]
 
     def runs(self) -> list[Run]:
         """All runs, the latest first."""
@@ -140,11 +140,11 @@ _GPUS: list[Any] = [0.0, []]
 def gpus() -> list[dict[str, Any]]:
     """Name, free and whole memory (bytes) of each NVIDIA GPU, as its driver's tool says; asked every few seconds."""
     if time.monotonic() - _GPUS[0] > 10 or not _GPUS[0]:
-        _GPUS[:] = [time.monotonic(), _asked_gpus()]
+        _GPUS[:] = [time.monotonic(), _query_gpus()]
     return _GPUS[1]
 
 
-def _asked_gpus() -> list[dict[str, Any]]:
+def _query_gpus() -> list[dict[str, Any]]:
     import subprocess
 
     tool = shutil.which("nvidia-smi")
@@ -152,8 +152,8 @@ def _asked_gpus() -> list[dict[str, Any]]:
         return []
     query = ["--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run([tool, *query], capture_output=True, text=True, timeout=5, check=True).stdout
-        rows = [line.split(", ") for line in said.splitlines() if line.strip()]
+        output = subprocess.run([tool, *query], capture_output=True, text=True, timeout=5, check=True).stdout
+        rows = [line.split(", ") for line in output.splitlines() if line.strip()]
         return [{"name": r[0], "free": int(r[1]) << 20, "total": int(r[2]) << 20} for r in rows]
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return []

@@ -29,20 +29,20 @@ async def events(request: Request, look: Callable[[], list[str]], *, every: floa
     if _OPEN[0] >= most:
         raise HTTPException(503, "too many open pages; this one asks again by itself", headers={"Retry-After": "5"})
 
-    async def tell() -> AsyncIterator[str]:
-        begun = said = time.monotonic()
+    async def lines() -> AsyncIterator[str]:
+        begun = last_sent = time.monotonic()
         yield "retry: 1000\n\n"
         while time.monotonic() - begun < _LONGEST_SECONDS and not await request.is_disconnected():
             for message in await asyncio.to_thread(look):
                 yield message
-                said = time.monotonic()
-            if time.monotonic() - said > _QUIET_SECONDS:
+                last_sent = time.monotonic()
+            if time.monotonic() - last_sent > _QUIET_SECONDS:
                 yield ": still here\n\n"
-                said = time.monotonic()
+                last_sent = time.monotonic()
             await asyncio.sleep(every)
 
     _OPEN[0] += 1
-    return _Counted(tell(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    return _Counted(lines(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
 class _Counted(StreamingResponse):

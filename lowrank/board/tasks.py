@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.board import children
-from lowrank.board.last_line import last_lines, said_lines
+from lowrank.board.last_line import last_lines, message_lines
 from lowrank.foreign_files import find_json
 
 WAITING, RUNNING, DONE, STOPPED, FAILED, DIED = "waiting", "running", "done", "stopped", "failed", "died"
 STATES = (WAITING, RUNNING, DONE, STOPPED, FAILED, DIED)
 OUTPUT, ERRORS = "output.jsonl", "errors.txt"
-_SAID = 4000
+_MAX_MESSAGE = 4000
 """Characters of a command's own words that are kept when it failed."""
 
 
@@ -39,7 +39,7 @@ class Task:
 
     id: str
     kind: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     subject: str
     created: float
     device: str = "auto"
@@ -49,15 +49,15 @@ class Task:
     @property
     def command(self) -> str:
         """As a person would type it, in the board's folder."""
-        return " ".join(["lowrank", *(_quoted(word) for word in self.words)])
+        return " ".join(["lowrank", *(_quoted(argument) for argument in self.arguments)])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a task is. `said` are the command's own words where it failed, `code` what it returned, if known."""
+    """How far a task is. `message` are the command's own words where it failed, `code` what it returned, if known."""
 
     state: str
-    said: str = ""
+    message: str = ""
     time: float | None = None
     code: int | None = None
 
@@ -78,7 +78,7 @@ class TaskFolders:
     def create(
         self,
         kind: str,
-        words: Iterable[str],
+        arguments: Iterable[str],
         *,
         subject: str = "",
         device: str = "auto",
@@ -90,12 +90,14 @@ class TaskFolders:
         name = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
         folder = self.root / name
         inside = folder.relative_to(self.root.parent.parent).as_posix()
-        own = tuple(word.replace("{task}", inside) if word.startswith("{task}") else word for word in words)
+        own = tuple(
+            argument.replace("{task}", inside) if argument.startswith("{task}") else argument for argument in arguments
+        )
         task = Task(name, kind, own, subject, now, device, dict(more or {}))
         folder.mkdir(parents=True)
         for file, text in (files or {}).items():
             (folder / file).write_text(text, encoding="utf-8")
-        _write(folder / "task.json", {**vars(task), "words": list(task.words)})
+        _write(folder / "task.json", {**vars(task), "arguments": list(task.arguments)})
         return task
 
     def folder(self, task: str) -> Path:
@@ -110,7 +112,7 @@ class TaskFolders:
             if "/" in name or name.startswith(".") or not (content := find_json(self.root / name / "task.json")):
                 return None
             known: dict[str, Any] = {key: value for key, value in content.items() if key in Task.__dataclass_fields__}
-            known["words"] = tuple(content["words"])
+            known["arguments"] = tuple(content["arguments"])
             self._tasks[name] = Task(**known)
         return self._tasks[name]
 
@@ -126,7 +128,9 @@ class TaskFolders:
         folder = self.root / task.id
         ended = find_json(folder / "ended.json")
         if ended:
-            self._over[task.id] = Outcome(ended["state"], ended.get("said", ""), ended.get("time"), ended.get("code"))
+            self._over[task.id] = Outcome(
+                ended["state"], ended.get("message", ""), ended.get("time"), ended.get("code")
+            )
             return self._over[task.id]
         if (folder / "child.json").exists() or (folder / "starting").exists():
             return Outcome(RUNNING)
@@ -149,10 +153,10 @@ class TaskFolders:
     def ended(self, task: Task, code: int | None) -> Outcome:
         """Its process is gone: say how it ended, by its last words, and keep that."""
         folder = self.root / task.id
-        state, said = judge(folder, code)
+        state, message = judge(folder, code)
         if code is None:  # another board started it
             code = ((self.result(task) or {}).get("error") or {}).get("exit_code")
-        content = {"state": state, "said": said, "time": time.time(), "code": code}
+        content = {"state": state, "message": message, "time": time.time(), "code": code}
         _write(folder / "ended.json", content)
         return self.outcome(task)
 
@@ -173,16 +177,16 @@ def judge(folder: Path, code: int | None) -> tuple[str, str]:
     error = last.get("error")
     interrupted = last.get("interrupted") or (isinstance(error, dict) and error.get("exit_code") == 130)
     if isinstance(error, dict) and not interrupted:
-        return FAILED, str(error.get("message", ""))[:_SAID]
-    asked = (folder / "stop").exists()
-    if interrupted or code == 130 or (asked and code != 0):
+        return FAILED, str(error.get("message", ""))[:_MAX_MESSAGE]
+    stop_requested = (folder / "stop").exists()
+    if interrupted or code == 130 or (stop_requested and code != 0):
         return STOPPED, ""
     if code == 0 or (code is None and last and last.get("event") in (None, "run_finished", "closed")):
         return DONE, ""
-    words = "\n".join(said_lines(folder / ERRORS, 30))[-_SAID:]
+    message = "\n".join(message_lines(folder / ERRORS, 30))[-_MAX_MESSAGE:]
     if code is not None and code > 0:  # a check that says no with its result, as export's exit code 6
-        return FAILED, words
-    return DIED, words
+        return FAILED, message
+    return DIED, message
 
 
 def _last_object(path: Path) -> dict[str, Any] | None:
@@ -203,6 +207,6 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
-def _quoted(word: str) -> str:
-    safe = word and all(c.isalnum() or c in "_-./=:,+@%" for c in word)
-    return word if safe else "'" + word.replace("'", "'\\''") + "'"
+def _quoted(argument: str) -> str:
+    safe = argument and all(c.isalnum() or c in "_-./=:,+@%" for c in argument)
+    return argument if safe else "'" + argument.replace("'", "'\\''") + "'"

@@ -15,11 +15,11 @@ from lowrank.board.wording import FILTERS
 
 LANGUAGES = {"en": "English", "zh": "中文"}
 _FOLDER = Path(__file__).parent
-_WORDS = _FOLDER / "words"
+_TRANSLATIONS = _FOLDER / "translations"
 
 
 @dataclass(frozen=True)
-class Said:
+class Translated:
     """A text, and whether it is in the language of the page."""
 
     text: str
@@ -31,48 +31,48 @@ class Texts:
 
     def __init__(self, language: str) -> None:
         self.language = language if language in LANGUAGES else "en"
-        self._said = _read(self.language)
+        self._messages = _read(self.language)
 
     def __call__(self, key: str, /, **values: Any) -> str:
         """The text of a key with `{name}` filled in."""
-        text = self._said[key]
+        text = self._messages[key]
         return text.format(**values) if values else text
 
     def __contains__(self, key: str) -> bool:
-        return key in self._said
+        return key in self._messages
 
     def for_scripts(self) -> dict[str, str]:
         """What the scripts of the pages say: the keys below `js.`, without it."""
-        return {key[3:]: text for key, text in self._said.items() if key.startswith("js.")}
+        return {key[3:]: text for key, text in self._messages.items() if key.startswith("js.")}
 
     def setting(self, description: str) -> str:
         """The help text of a setting; `description` is the English one of the schema."""
         return description if self.language == "en" else settings_in_chinese().get(description, description)
 
-    def sentence(self, english: object) -> Said:
+    def sentence(self, english: object) -> Translated:
         """What a command, a run or the board itself said, in the page's language where it is known (sentences.py)."""
         text = str(english)
         chinese = in_chinese(text) if self.language == "zh" else None
-        return Said(text, own=self.language == "en") if chinese is None else Said(chinese, own=True)
+        return Translated(text, own=self.language == "en") if chinese is None else Translated(chinese, own=True)
 
     def reply(self, english: object) -> str:
         """The same as one text: what is not in the page's language is announced as the output of a command."""
-        said = self.sentence(english)
-        return said.text if said.own else self("output.of", text=said.text)
+        translated = self.sentence(english)
+        return translated.text if translated.own else self("output.of", text=translated.text)
 
-    def verdict(self, verdict: dict[str, Any]) -> Said:
+    def verdict(self, verdict: dict[str, Any]) -> Translated:
         """What a curve says (report/verdict.py), from a summary that may be of another version or of anybody's."""
-        english = Said(str(verdict.get("sentence", "")), own=self.language == "en")
+        english = Translated(str(verdict.get("sentence", "")), own=self.language == "en")
         if english.own:
             return english
-        said = []
+        sentences = []
         try:
             for part in verdict.get("parts") or ():
                 known = {str(name): str(value)[:40] for name, value in part.items()}
-                said.append(verdicts_in_chinese()[part["part"]].format(**known))
+                sentences.append(verdicts_in_chinese()[part["part"]].format(**known))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return english
-        return Said("".join(said), own=True) if said else english
+        return Translated("".join(sentences), own=True) if sentences else english
 
     @property
     def environment(self) -> jinja2.Environment:
@@ -92,18 +92,18 @@ class Texts:
 @cache
 def settings_in_chinese() -> dict[str, str]:
     """`{English description: Chinese one}`."""
-    return json.loads((_WORDS / "settings.zh.json").read_text(encoding="utf-8"))
+    return json.loads((_TRANSLATIONS / "settings.zh.json").read_text(encoding="utf-8"))
 
 
 @cache
 def verdicts_in_chinese() -> dict[str, str]:
     """By the key of a part (report/verdict.py: PARTS)."""
-    return json.loads((_WORDS / "verdicts.zh.json").read_text(encoding="utf-8"))
+    return json.loads((_TRANSLATIONS / "verdicts.zh.json").read_text(encoding="utf-8"))
 
 
 @cache
 def _read(language: str) -> dict[str, str]:
-    return json.loads((_WORDS / f"{language}.json").read_text(encoding="utf-8"))
+    return json.loads((_TRANSLATIONS / f"{language}.json").read_text(encoding="utf-8"))
 
 
 @cache

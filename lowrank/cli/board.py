@@ -56,7 +56,7 @@ def board(
             raise OutputError(f"{each}: no such folder")
     places = Places(folder.resolve(), tuple(p.resolve() for p in models or ()), tuple(p.resolve() for p in data or ()))
 
-    def say(address: str) -> None:
+    def announce(address: str) -> None:
         if json:
             print(json_format.dumps({"event": "listening", "url": address, "folder": str(places.folder)}), flush=True)
         else:
@@ -66,4 +66,12 @@ def board(
 
             webbrowser.open(address)
 
-    run(places, Options(allow_code=allow_code), host=host, port=port, token=token, hosts=allow_host or (), say=say)
+    run(
+        places,
+        Options(allow_code=allow_code),
+        host=host,
+        port=port,
+        token=token,
+        hosts=allow_host or (),
+        announce=announce,
+    )

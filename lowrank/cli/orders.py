@@ -33,12 +33,12 @@ def give(run: Path, order: Callable[[LiveRun], str], *, timeout: float | None, j
     print(json_format.dumps({"answer": text}, ensure_ascii=False) if json else visible(text))
 
 
-def changes(words: Sequence[str] | None) -> dict[str, Any]:
+def changes(overrides: Sequence[str] | None) -> dict[str, Any]:
     """`key=value` words as settings; values are read as YAML where they are used."""
     found = {}
-    for word in words or ():
-        key, equals, value = word.partition("=")
+    for override in overrides or ():
+        key, equals, value = override.partition("=")
         if not key or not equals:
-            raise ConfigError(f"{word!r}: expected key=value, for example optimizer.learning_rate=1e-5")
+            raise ConfigError(f"{override!r}: expected key=value, for example optimizer.learning_rate=1e-5")
         found[key] = value
     return found

@@ -1,8 +1,8 @@
 """A process that has imported what commands need, and forks one for each order: answers without the seconds of a start.
 
 It is no command of its own but a child of the board (`python -m lowrank.cli.warm`). Orders come as lines of JSON on
-standard input, `{"id": 1, "words": ["plan", "run.yaml", "--json"], "out": FILE, "err": FILE}`; on standard output it
-says `{"id": 1, "pid": 4711}` and, when that is over, `{"id": 1, "code": 0}`. It ends with its input. What imports a
+standard input, `{"id": 1, "arguments": ["plan", "run.yaml", "--json"], "out": FILE, "err": FILE}`; on standard output
+it says `{"id": 1, "pid": 4711}` and, when that is over, `{"id": 1, "code": 0}`. It ends with its input. What imports a
 device's library starts it in the fork alone, so this process holds no memory of a GPU.
 """
 
@@ -35,7 +35,7 @@ def serve() -> None:
     for name in HEAVY:
         importlib.import_module(name)
     gc.freeze()
-    _say({"ready": True})
+    _send({"ready": True})
     running: dict[int, int] = {}
     rest = b""
     while True:
@@ -51,11 +51,11 @@ def serve() -> None:
                 if not child:
                     _obey(order)
                 running[child] = order["id"]
-                _say({"id": order["id"], "pid": child})
+                _send({"id": order["id"], "pid": child})
         for child in list(running):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
-                _say({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
+                _send({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
 
 
 def _obey(order: dict[str, Any]) -> None:
@@ -68,8 +68,8 @@ def _obey(order: dict[str, Any]) -> None:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         _limit()
-        sys.argv = ["lowrank", *order["words"]]
-        main(order["words"])
+        sys.argv = ["lowrank", *order["arguments"]]
+        main(order["arguments"])
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:
@@ -88,7 +88,7 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MOST_BYTES, _MOST_BYTES))
 
 
-def _say(line: dict[str, Any]) -> None:
+def _send(line: dict[str, Any]) -> None:
     os.write(1, (json.dumps(line) + "\n").encode())
 
 

@@ -72,8 +72,8 @@ class OrderDesk:
                 text, done = f"this order cannot be understood ({type(error).__name__}: {error})", False
             self._show()
             self.book.acknowledge(order, tick, text, done=done)
-            words = f"order {order.number} ({order.kind}{f' {order.job}' if order.job else ''}): {text}"
-            self._report(Notice(words, "info" if done else "warning", job=order.job if done else None))
+            message = f"order {order.number} ({order.kind}{f' {order.job}' if order.job else ''}): {text}"
+            self._report(Notice(message, "info" if done else "warning", job=order.job if done else None))
 
     def _carry_out(self, order: Order) -> str:
         carry_out = {
@@ -93,7 +93,7 @@ class OrderDesk:
 
     def _clone(self, order: Order) -> str:
         entry, values = self._entry(order), order.values
-        settings = override(entry.config.model_dump(mode="json"), list(values.get("words", ())))
+        settings = override(entry.config.model_dump(mode="json"), list(values.get("changes", ())))
         settings["name"] = values.get("name") or self._free_name(entry.name)
         (config,) = self._validated([settings])
         if values.get("from_start"):
@@ -164,8 +164,8 @@ class OrderDesk:
         return f"{entry.name} has priority {entry.priority}"
 
     def _set(self, order: Order) -> str:
-        entry, words = self._entry(order), list(order.values["words"])
-        settings = override(entry.config.model_dump(mode="json"), words)
+        entry, overrides = self._entry(order), list(order.values["changes"])
+        settings = override(entry.config.model_dump(mode="json"), overrides)
         (config,) = self._validated([settings], instead_of=entry.name)
         refused = _others(entry.config, config, MAY_BE_SET)
         if refused:
@@ -176,7 +176,7 @@ class OrderDesk:
         self._check_change(entry, config)
         self._queue.change(entry.name, config)
         self._changed()
-        return f"{entry.name} has {', '.join(words)} from step {self._queue.progress_of(entry.name).step + 1} on"
+        return f"{entry.name} has {', '.join(overrides)} from step {self._queue.progress_of(entry.name).step + 1} on"
 
     def _check_change(self, entry: Entry, config: JobConfig) -> None:
         from lowrank.pipelines.job_setup import num_steps_of
@@ -293,11 +293,11 @@ class StateFile:
 
     def _verdict(self, view: JobView) -> dict[str, Any]:
         """Judged anew after a fiftieth of its steps more: it takes a millisecond, and there may be a hundred jobs."""
-        step, state, said = self._judged.get(view.name, (-1, "", {}))
+        step, state, verdict = self._judged.get(view.name, (-1, "", {}))
         if view.step > 1.02 * step or view.state != state:
-            said = asdict(self._summary.judge(view.name))
-            self._judged[view.name] = (view.step, view.state, said)
-        return said
+            verdict = asdict(self._summary.judge(view.name))
+            self._judged[view.name] = (view.step, view.state, verdict)
+        return verdict
 
     def close(self) -> None:
         """Say that nobody hears orders any more."""

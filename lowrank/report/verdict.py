@@ -46,7 +46,7 @@ PARTS = {
     "evaluations": "Held-out: best {best} at step {step}, last {last}.",
 }
 """What verdicts are made of. Values are text, losses with four digits; the board has them in Chinese
-(board/words/verdicts.zh.json)."""
+(board/translations/verdicts.zh.json)."""
 
 
 @dataclass(frozen=True)

@@ -55,17 +55,20 @@ def page_of(
     complaints: list[str] = []
     page = context.new_page()
     page.set_default_timeout(60_000)
-    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+    )
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on(
-        "request", lambda asked: None if asked.url.startswith((running.url, "blob:")) else complaints.append(asked.url)
+        "request",
+        lambda request: None if request.url.startswith((running.url, "blob:")) else complaints.append(request.url),
     )
     try:
         page.goto(f"{running.url}/?token={TOKEN}")
         page.wait_for_url(f"{running.url}/")
         yield page
         if refused:
-            assert any("Content Security Policy" in said for said in complaints)
+            assert any("Content Security Policy" in message for message in complaints)
         else:
             assert not complaints
     finally:

@@ -93,8 +93,8 @@ class Program:
 
 def start_program(folder: Path, port: int = 0) -> Program:
     """Start it and wait until it says where it is."""
-    words = [sys.executable, "-m", "lowrank", "board", str(folder), "--port", str(port), "--json"]
+    arguments = [sys.executable, "-m", "lowrank", "board", str(folder), "--port", str(port), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     return Program(process, json.loads(process.stdout.readline())["url"])

@@ -92,19 +92,19 @@ def test_what_a_run_needs_is_answered_before_what_else_would_fit(http: httpx.Cli
 def test_the_newest_question_wins(running: Running, http: httpx.Client) -> None:
     adviser, heard = running.board.adviser, []
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            adviser.ask(["plan", "lowrank/none.yaml", "--json"], topic="t")
+            adviser.request(["plan", "lowrank/none.yaml", "--json"], topic="t")
         except Superseded:
             heard.append("superseded")
 
     for _ in range(3):
-        threads = [threading.Thread(target=ask) for _ in range(4)]
+        threads = [threading.Thread(target=request) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-    assert adviser.ask(["show", "nothing.yaml", "--json"], topic="t").error
+    assert adviser.request(["show", "nothing.yaml", "--json"], topic="t").error
     assert http.post("/api/draft/check", json={"values": BASE}).json()["problems"] == []
 
 

@@ -13,7 +13,7 @@ from lowrank.board import form
 from lowrank.board.main_settings import EXPORTS, GROUPS, PRESETS
 from lowrank.board.places import Places
 from lowrank.board.routes.new import _draft_of
-from lowrank.board.settings_file import PATHS, as_words, settings_of
+from lowrank.board.settings_file import PATHS, as_overrides, settings_of
 from lowrank.board.sweep_form import as_sweep, num_candidates, settings_of_jobs
 from lowrank.board.take_llamafactory import as_llamafactory
 from lowrank.compat import load_any
@@ -117,7 +117,7 @@ def test_the_words_of_the_command_are_the_file(places: Places, tmp_path: Path) -
     }  # fmt: skip
     jobs = [{"name": "a", "adapter.rank": "4"}, {"name": "b", "optimizer.learning_rate": "5e-5", "seed": ""}]
     settings = settings_of(places, "my run", values, jobs, {})
-    first, *rest = as_words(settings)
+    first, *rest = as_overrides(settings)
     assert load_any(first, rest)[0] == read(settings, tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_candidates_are_counted_as_the_search_does(places: Places, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "message"),
     [
         ({"path": "seed", "how": "uniform", "text": "1, 2, 3"}, "two numbers"),
         ({"path": "adapter.rank", "how": "values", "text": "4"}, "two rows"),
@@ -226,8 +226,8 @@ def test_candidates_are_counted_as_the_search_does(places: Places, tmp_path: Pat
         ({"path": "seed", "how": "values", "text": "[" * 20_000}, "cannot be read"),
     ],
 )
-def test_rows_that_are_no_search(places: Places, row: dict[str, str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_rows_that_are_no_search(places: Places, row: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         settings_of(places, "x", BASE, [], {}, [*SWEEP, row])
 
 

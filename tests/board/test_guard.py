@@ -239,14 +239,14 @@ def test_many_open_streams_leave_the_page_alone(running: Running) -> None:
     """A thousand ask for a stream; those beyond the limit are told to come back, and pages are answered meanwhile."""
     with running.client() as http:
         cookie = f"lowrank_board_{running.port}={http.cookies[f'lowrank_board_{running.port}']}"
-    ask = f"GET /api/live HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\nCookie: {cookie}\r\n\r\n".encode()
+    request = f"GET /api/live HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\nCookie: {cookie}\r\n\r\n".encode()
     streams: list[socket.socket] = []
     statuses: list[bytes] = []
     try:
         for _ in range(1000):
             stream = socket.create_connection(("127.0.0.1", running.port), timeout=20)
             streams.append(stream)
-            stream.sendall(ask)
+            stream.sendall(request)
             statuses.append(stream.recv(12))
         assert statuses.count(b"HTTP/1.1 200") <= running.board.options.streams
         assert statuses.count(b"HTTP/1.1 503") >= 1000 - running.board.options.streams

@@ -94,22 +94,22 @@ def test_the_cache_is_looked_at_first_and_offline_nobody_is_asked(
     (snapshot / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
     assert about_hub_model("org/chat")["where"] == "hub", "its weights are not there yet"
     (snapshot / "model.safetensors").write_bytes(b"x" * 10)
-    asked = len(hub)
+    requested = len(hub)
     assert about_hub_model("org/chat") == {"kind": "qwen2", "bytes": 10, "chat": False, "where": "cache"}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert about_hub_model("org/other") == {"problem": "offline"}
-    assert len(hub) == asked
+    assert len(hub) == requested
 
 
 def test_the_page_asks_for_folders_and_names_alone(hub: list[str], tmp_path: Path) -> None:
     with board_on(tmp_path / "board") as running, running.client() as http:
-        ask = lambda path: http.get("/api/models/about", params={"path": path})  # noqa: E731
-        assert ask("lowrank/tiny").json()["kind"] == "llama"
-        assert ask("org/chat").json()["where"] == "hub"
+        about = lambda path: http.get("/api/models/about", params={"path": path})  # noqa: E731
+        assert about("lowrank/tiny").json()["kind"] == "llama"
+        assert about("org/chat").json()["where"] == "hub"
         (running.board.places.folder / "org" / "mine").mkdir(parents=True)
-        assert ask("org/mine").json() == {"problem": "no_model"}
+        assert about("org/mine").json() == {"problem": "no_model"}
         for path in ("/etc", "../x", "org/../../x"):
-            assert ask(path).status_code == 400
+            assert about(path).status_code == 400
         for path in ("x", "a/b/c", "org/a b", "org/..x"):
-            assert ask(path).json() == {"problem": "no_model"}
+            assert about(path).json() == {"problem": "no_model"}
     assert len(hub) == 1

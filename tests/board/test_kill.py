@@ -43,27 +43,27 @@ class Page:
         """Until so many points are there, or the stream breaks off."""
         headers = {"Last-Event-ID": self.position} if self.position else {}
         with self.http.stream("GET", f"/api/runs/{name}/live", headers=headers) as stream:
-            kind = said = ""
+            kind = event_id = ""
             for line in stream.iter_lines():
                 field, _, value = line.partition(": ")
                 if field == "id":
-                    said = value
+                    event_id = value
                 elif field == "event":
                     kind = value
                 elif field == "data" and kind == "points":
-                    self._take(json.loads(value), said)
+                    self._take(json.loads(value), event_id)
                 elif field == "data" and kind == "anew":
                     self.anew += 1
                     self.read(name)
                 if len(self.steps) >= until:
                     return
 
-    def _take(self, points: list[dict[str, Any]], said: str) -> None:
+    def _take(self, points: list[dict[str, Any]], event_id: str) -> None:
         """As run.js: what the stream says may be of another file, or partly known from a reading in between."""
         file, _, had = self.position.partition("-")
-        if said.partition("-")[0] == file:
+        if event_id.partition("-")[0] == file:
             self.steps += [int(point["step"]) for point in points if point["end"] > int(had)]
-            self.position = said
+            self.position = event_id
 
     def state(self, name: str) -> str:
         return self.http.get(f"/part/runs/{name}/head").text.partition('data-state="')[2].partition('"')[0]

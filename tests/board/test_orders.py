@@ -90,11 +90,11 @@ def test_the_command_that_is_shown_gives_the_same_order(
     assert given == {"number": 1, "command": shown}
     ours = last(live)
     monkeypatch.chdir(running.board.places.folder)
-    lowrank, *words = shlex.split(shown)
+    lowrank, *arguments = shlex.split(shown)
     assert lowrank == "lowrank"
-    place = words.index("--") if "--" in words else len(words)
+    place = arguments.index("--") if "--" in arguments else len(arguments)
     with pytest.raises(SystemExit) as ended:
-        main([*words[:place], "--timeout", "0", *words[place:]])
+        main([*arguments[:place], "--timeout", "0", *arguments[place:]])
     assert ended.value.code == 5, "nobody answers here"
     theirs = last(live)
     assert (theirs.number, theirs.kind, theirs.job) == (2, ours.kind, ours.job)
@@ -142,11 +142,11 @@ def test_what_may_not_be_ordered(running: Running, live: Path) -> None:
         ({"kind": "add", "name": "n", "text": "- 1"}, "expected settings"),
     ]  # fmt: skip
     with running.client() as http:
-        for wanted, words in refused:
+        for wanted, message in refused:
             answer = http.post("/api/runs/live/orders", json=wanted)
             assert answer.status_code == 400, wanted
-            assert words in answer.json()["error"]["message"], answer.text
-            assert words in http.post("/api/runs/live/orders/preview", json=wanted).json()["problem"]
+            assert message in answer.json()["error"]["message"], answer.text
+            assert message in http.post("/api/runs/live/orders/preview", json=wanted).json()["problem"]
         for wanted in (
             {"kind": "format"},
             {"kind": "stop", "job": "r8", "run": "x"},

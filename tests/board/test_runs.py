@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lowrank.board.last_line import said_lines
+from lowrank.board.last_line import message_lines
 from lowrank.board.places import Places
 from lowrank.board.progress import progress_of
 from lowrank.board.runs import all_runs, differing, read_run
@@ -104,21 +104,21 @@ def test_how_far_a_command_is_that_draws_a_bar(
     found = progress_of(tmp_path)
     assert found["done"] == done
     assert found["seconds_left"] == left
-    assert found["words"] in ("An a", "writing", "only words")
+    assert found["label"] in ("An a", "writing", "only words")
 
 
 def test_the_log_has_each_bar_once(tmp_path: Path) -> None:
     path = tmp_path / "errors.txt"
     frames = "".join(f"\r\x1b[2K\x1b[1A\x1b[2Ka ━━━━━━━━ {n}/9 0:00:01\nb ━━━━━━━━ {n}/9 0:00:02" for n in range(9))
     path.write_text(f"first\n{frames}\nlast\n", encoding="utf-8")
-    assert said_lines(path, 10) == ["first", "a ━━━━━━━━ 8/9 0:00:01", "b ━━━━━━━━ 8/9 0:00:02", "last"]
+    assert message_lines(path, 10) == ["first", "a ━━━━━━━━ 8/9 0:00:01", "b ━━━━━━━━ 8/9 0:00:02", "last"]
     (tmp_path / "output.jsonl").write_text(
         '{"event": "step", "step": 3, "tokens_per_second": 5.5, "seconds_left": 9}\n'
         '{"event": "notice", "text": "saving"}\n',
         encoding="utf-8",
     )
     found = progress_of(tmp_path)
-    assert (found["step"], found["tokens_per_second"], found["seconds_left"], found["words"]) == (3, 5.5, 9, "saving")
+    assert (found["step"], found["tokens_per_second"], found["seconds_left"], found["label"]) == (3, 5.5, 9, "saving")
 
 
 @pytest.mark.parametrize("file", ["config.json", "summary.json", ".lowrank.json"])

@@ -52,10 +52,10 @@ def test_how_a_task_ended_is_in_its_last_words(
     (tmp_path / "errors.txt").write_text("warning: x\nTraceback\nMemoryError: 3\n", encoding="utf-8")
     if stop:
         (tmp_path / "stop").touch()
-    found, said = judge(tmp_path, code)
+    found, message = judge(tmp_path, code)
     assert found == state
-    assert said == ("no" if '"no"' in "".join(lines) else said)
-    assert state not in ("died", "failed") or said
+    assert message == ("no" if '"no"' in "".join(lines) else message)
+    assert state not in ("died", "failed") or message
 
 
 def test_a_task_comes_back_from_its_folder(places: Places) -> None:
@@ -64,8 +64,8 @@ def test_a_task_comes_back_from_its_folder(places: Places) -> None:
     )
     again = TaskFolders(places.tasks)
     assert again.all() == [task]
-    assert task.words[1] == f".board/tasks/{task.id}/run.yaml"
-    assert (places.folder / task.words[1]).read_text("utf-8") == "x: 1\n"
+    assert task.arguments[1] == f".board/tasks/{task.id}/run.yaml"
+    assert (places.folder / task.arguments[1]).read_text("utf-8") == "x: 1\n"
     assert again.outcome(task).state == "waiting"
     assert again.get("../tasks") is None
     assert again.get(".hidden") is None
@@ -114,7 +114,7 @@ def test_one_at_a_time_for_each_device(places: Places) -> None:
     for task in (first, second, other):
         outcome = queue.outcome(task)
         assert outcome.state == "failed"
-        assert "no-such-" in outcome.said  # the command's own words
+        assert "no-such-" in outcome.message  # the command's own words
         assert Queue(places).outcome(task) == outcome
 
 
@@ -154,9 +154,9 @@ def test_the_end_of_a_large_file(tmp_path: Path) -> None:
 
 
 def test_words_are_shown_so_that_a_shell_takes_them_whole(places: Places) -> None:
-    words = ["train", "a b.yaml", "x=it's", "$(rm)", "y=[1, 2]"]
-    task = TaskFolders(places.tasks).create("train", words)
+    arguments = ["train", "a b.yaml", "x=it's", "$(rm)", "y=[1, 2]"]
+    task = TaskFolders(places.tasks).create("train", arguments)
     code = "import json, sys; print(json.dumps(sys.argv[1:]))"
     shell = task.command.replace("lowrank", f"{sys.executable} -c '{code}'", 1)
-    said = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
-    assert json.loads(said.stdout) == words
+    printed = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
+    assert json.loads(printed.stdout) == arguments

@@ -16,12 +16,14 @@ from lowrank.board.job_lines import STATES as JOB_STATES
 from lowrank.board.main_settings import EXPORTS, GROUPS, PRESETS, SEARCH
 from lowrank.board.sweep_form import WAYS
 from lowrank.board.tasks import STATES
-from lowrank.board.texts import LANGUAGES, Said, Texts, settings_in_chinese, verdicts_in_chinese
+from lowrank.board.texts import LANGUAGES, Texts, Translated, settings_in_chinese, verdicts_in_chinese
 from lowrank.cli.main import EXIT_CODES
 from lowrank.report.verdict import PARTS, verdict
 
 ROOT = Path(lowrank.board.__file__).parent
-TEXTS = {language: json.loads((ROOT / "words" / f"{language}.json").read_text("utf-8")) for language in LANGUAGES}
+TEXTS = {
+    language: json.loads((ROOT / "translations" / f"{language}.json").read_text("utf-8")) for language in LANGUAGES
+}
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SAME = {
     "target.gguf", "target.ollama", "target.compressed_tensors", "field.adapter.alpha", "field.adapter.dropout",
@@ -123,18 +125,20 @@ def test_verdicts_are_said_in_both_languages() -> None:
     for losses, evals in curves:
         found = verdict(steps[: len(losses)], losses, evals)
         kept = json.loads(json.dumps(asdict(found)))  # as it comes out of summary.json
-        assert Texts("en").verdict(kept) == Said(found.sentence, own=True)
-        said = Texts("zh").verdict(kept)
-        assert said.own
-        assert HAN.search(said.text)
-        assert sorted(re.findall(r"\d[\d.]*\d|\d", said.text)) == sorted(re.findall(r"\d[\d.]*\d|\d", found.sentence))
+        assert Texts("en").verdict(kept) == Translated(found.sentence, own=True)
+        translated = Texts("zh").verdict(kept)
+        assert translated.own
+        assert HAN.search(translated.text)
+        assert sorted(re.findall(r"\d[\d.]*\d|\d", translated.text)) == sorted(
+            re.findall(r"\d[\d.]*\d|\d", found.sentence)
+        )
 
 
 @pytest.mark.parametrize(
     "parts", [None, 3, [3], [{"part": "flat_train"}], [{"part": "x"}], [{"part": []}], "abc", [{}]]
 )
 def test_a_summary_of_anybody_breaks_no_page(parts: Any) -> None:
-    assert Texts("zh").verdict({"sentence": "Flat.", "parts": parts}) == Said("Flat.", own=False)
+    assert Texts("zh").verdict({"sentence": "Flat.", "parts": parts}) == Translated("Flat.", own=False)
 
 
 def test_every_exit_code_is_explained() -> None:
@@ -142,7 +146,7 @@ def test_every_exit_code_is_explained() -> None:
 
 
 def test_every_description_of_a_setting_is_there() -> None:
-    """A missing one: add it to lowrank/board/words/settings.zh.json."""
+    """A missing one: add it to lowrank/board/translations/settings.zh.json."""
     known, wanted = settings_in_chinese(), descriptions()
     assert not [text for text in wanted if text not in known]
     assert not set(known) - set(wanted), "of settings that are no more"

@@ -56,7 +56,7 @@ def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: Orde
         settings(world, out),
         a2=lambda: send(out, "add", values={"settings": job(world, "c", adapter={"rank": 2}, seed=7)}),
         a3=lambda: send(out, "pause", "b"),
-        a5=lambda: send(out, "clone", "c", {"words": ["optimizer.learning_rate=1e-3"], "name": "d"}),
+        a5=lambda: send(out, "clone", "c", {"changes": ["optimizer.learning_rate=1e-3"], "name": "d"}),
         a6=lambda: send(out, "resume", "b"),
         a8=lambda: (send(out, "stop", "c"), send(out, "stop", "nobody")),
     )
@@ -80,10 +80,13 @@ def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: Orde
 def order_everything(world: Path, out: Path) -> dict[str, Callable[[], Any]]:
     """Orders before and after the checkpoint of step 4."""
     return {
-        "a2": lambda: send(out, "set", "b", {"words": ["optimizer.learning_rate=0.003"]}),
+        "a2": lambda: send(out, "set", "b", {"changes": ["optimizer.learning_rate=0.003"]}),
         "a3": lambda: send(out, "add", values={"settings": job(world, "c", adapter={"rank": 2})}),
         "a5": lambda: send(out, "pause", "b"),
-        "a6": lambda: (send(out, "clone", "a", {"words": ["optimizer.learning_rate=0.02"]}), send(out, "resume", "b")),
+        "a6": lambda: (
+            send(out, "clone", "a", {"changes": ["optimizer.learning_rate=0.02"]}),
+            send(out, "resume", "b"),
+        ),
     }
 
 
@@ -123,8 +126,8 @@ def test_killed_between_an_order_and_its_answer(world: Path, tmp_path: Path, mon
 
 def test_what_is_set_holds_from_the_next_step_on(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
     out = tmp_path / "run"
-    words = ["optimizer.learning_rate=0.001", "schedule.type=constant", "schedule.warmup_steps=0", "max_steps=8"]
-    _, heard = run(settings(world, out), b5=lambda: send(out, "set", "b", {"words": words}))
+    changes = ["optimizer.learning_rate=0.001", "schedule.type=constant", "schedule.warmup_steps=0", "max_steps=8"]
+    _, heard = run(settings(world, out), b5=lambda: send(out, "set", "b", {"changes": changes}))
     rates = [event.learning_rate for event in heard.events if isinstance(event, StepDone) and event.job == "b"]
     assert rates[5:] == [0.001] * 3, answer(out, 1).text
     assert heard.losses("b")[:6] == pytest.approx(undisturbed.losses("b")[:6], abs=1e-6)
@@ -137,11 +140,11 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
     given = job(world, "c")
 
     def everything() -> None:
-        send(out, "set", "a", {"words": ["adapter.rank=8"]})
-        send(out, "set", "a", {"words": ["optimizer.learning_rate=-1"]})
-        send(out, "set", "a", {"words": ["optimizer.lerning_rate=1"]})
-        send(out, "set", "a", {"words": ["max_steps=2"]})
-        send(out, "clone", "a", {"words": ["adapter.rank=8"]})
+        send(out, "set", "a", {"changes": ["adapter.rank=8"]})
+        send(out, "set", "a", {"changes": ["optimizer.learning_rate=-1"]})
+        send(out, "set", "a", {"changes": ["optimizer.lerning_rate=1"]})
+        send(out, "set", "a", {"changes": ["max_steps=2"]})
+        send(out, "clone", "a", {"changes": ["adapter.rank=8"]})
         send(out, "resume", "a")
         send(out, "add", values={"settings": {**given, "data": {"train": ["nothing.json"]}}})
         send(out, "add", values={"settings": given})
@@ -152,8 +155,8 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
         (out / "orders" / "000014.json").write_text("{", encoding="utf-8")
 
     _, heard = run(settings(world, out), a3=everything, b12=lambda: send(out, "stop", "b"))
-    said = {number: each.text for number, each in answers(out).items() if not each.done}
-    for number, words in {
+    refusals = {number: each.text for number, each in answers(out).items() if not each.done}
+    for number, message in {
         1: "adapter.rank cannot change while a trains",
         2: "a number above 0",
         3: "did you mean 'learning_rate'",
@@ -168,7 +171,7 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
         14: "000014.json is not an order",
         15: "b is over (done)",
     }.items():
-        assert words in said[number], (number, said[number])
+        assert message in refusals[number], (number, refusals[number])
     assert answer(out, 8).done
     assert heard.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
 
@@ -207,7 +210,7 @@ def test_steered_from_another_thread(world: Path, tmp_path: Path, capsys: pytest
         with pytest.raises(lowrank.ConfigError, match="did you mean 'adapter'"):
             live.add({"name": "d", "adaptor": {}})
         (tmp_path / "d.yaml").write_text("adapter: {rank: 16}\nseed: 3\n", encoding="utf-8")
-        for words in (
+        for arguments in (
             ["add", str(out), str(tmp_path / "d.yaml")],
             ["pause", str(out), "b"],
             ["set", str(out), "a", "optimizer.learning_rate=1e-5"],
@@ -216,7 +219,7 @@ def test_steered_from_another_thread(world: Path, tmp_path: Path, capsys: pytest
             ["resume", str(out), "b"],
             ["stop", str(out), "c", "--json"],
         ):
-            run_command(words)
+            run_command(arguments)
         assert "c is over after step" in json.loads(capsys.readouterr().out.splitlines()[-1])["answer"]
         with pytest.raises(lowrank.OutputError, match="did you mean 'a'"):
             live.stop("aa")
@@ -236,7 +239,7 @@ def test_steered_from_another_thread(world: Path, tmp_path: Path, capsys: pytest
     assert "is not training" in capsys.readouterr().out
 
 
-def run_command(words: list[str]) -> None:
+def run_command(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        main(arguments)
     assert ended.value.code == 0

@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from lowrank.board.body import Body
-from lowrank.board.last_line import last_lines, said_lines
+from lowrank.board.last_line import last_lines, message_lines
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.routes.runs import about
 from lowrank.board.runs import checkpoints
@@ -23,7 +23,7 @@ from lowrank.board.tasks import ERRORS, OUTPUT, Task
 router = APIRouter()
 _ADDRESS = re.compile(r"http://(?:127\.0\.0\.1|localhost|\[::1\]):(\d{2,5})")
 _IDLE_SECONDS = 900.0
-_LAST_ASKED: dict[str, float] = {}
+_LAST_REQUEST: dict[str, float] = {}
 
 
 @router.get("/runs/{name}/try")
@@ -53,14 +53,14 @@ def open_chat(request: Request, name: str, body: Open) -> Response:
         if body.which not in checkpoints(run.folder):
             raise HTTPException(404, "there is no such checkpoint")
         target += f"/checkpoints/{body.which}"
-    words = board.words("serve", target, *options, "--port", "0", "--json")
+    arguments = board.arguments("serve", target, *options, "--port", "0", "--json")
     for task in _chats(board):
-        if task.subject == name and list(task.words) == words:
+        if task.subject == name and list(task.arguments) == arguments:
             return JSONResponse({"task": task.id})
         board.queue.stop(task.id)
-    task = board.queue.add("serve", words, subject=name)
+    task = board.queue.add("serve", arguments, subject=name)
     board.queue.move(task.id, -999)
-    _LAST_ASKED[task.id] = time.monotonic()
+    _LAST_REQUEST[task.id] = time.monotonic()
     return JSONResponse({"task": task.id})
 
 
@@ -76,23 +76,23 @@ def chat_state(request: Request, task: str) -> Response:
     else:
         state = outcome.state
     blocked = [each.subject for each in board.queue.running() if each.id != task] if state == "waiting" else []
-    said = said_lines(board.queue.tasks.folder(task) / ERRORS, 1)
-    return JSONResponse({"state": state, "said": outcome.said or " ".join(said)[-300:], "behind": blocked})
+    lines = message_lines(board.queue.tasks.folder(task) / ERRORS, 1)
+    return JSONResponse({"state": state, "message": outcome.message or " ".join(lines)[-300:], "behind": blocked})
 
 
-@router.get("/api/chat/{task}/voices")
-async def voices(request: Request, task: str) -> Response:
+@router.get("/api/chat/{task}/models")
+async def list_models(request: Request, task: str) -> Response:
     """The names of the base and the adapters."""
     board = board_of(request)
     async with _client(board, _task(board, task)) as client:
         answer = await client.get("/v1/models")
-        return JSONResponse({"voices": [each["id"] for each in answer.json().get("data", [])]})
+        return JSONResponse({"models": [each["id"] for each in answer.json().get("data", [])]})
 
 
-class Say(Body):
+class ChatMessages(Body):
     """One question to one model, as OpenAI's API has it."""
 
-    voice: str
+    model: str
     messages: list[dict[str, Any]]
     temperature: float = Field(0.7, ge=0, le=5)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -100,18 +100,18 @@ class Say(Body):
 
 
 @router.post("/api/chat/{task}/say")
-async def say(request: Request, task: str, body: Say) -> Response:
+async def send(request: Request, task: str, body: ChatMessages) -> Response:
     """The answer as a stream of server-sent events, passed through as the server makes it."""
     board = board_of(request)
     found = _task(board, task)
-    _LAST_ASKED[task] = time.monotonic()
+    _LAST_REQUEST[task] = time.monotonic()
     content = {
-        "model": body.voice, "messages": body.messages, "temperature": body.temperature, "top_p": body.top_p,
+        "model": body.model, "messages": body.messages, "temperature": body.temperature, "top_p": body.top_p,
         "max_tokens": body.max_tokens, "stream": True,
     }  # fmt: skip
     client = _client(board, found)
-    ask = client.build_request("POST", "/v1/chat/completions", json=content)
-    answer = await client.send(ask, stream=True)
+    outgoing = client.build_request("POST", "/v1/chat/completions", json=content)
+    answer = await client.send(outgoing, stream=True)
     if answer.status_code != 200:
         text = (await answer.aread()).decode("utf-8", "replace")
         await client.aclose()
@@ -140,8 +140,8 @@ def close_idle_chats(board: Board) -> None:
     """Chats that nobody has used for a while, and any while others wait, give the device back."""
     waits = any(task.kind != "serve" for task in board.queue.waiting())
     for task in _chats(board):
-        asked = _LAST_ASKED.setdefault(task.id, time.monotonic())
-        if time.monotonic() - asked > (_IDLE_SECONDS / 5 if waits else _IDLE_SECONDS):
+        requested = _LAST_REQUEST.setdefault(task.id, time.monotonic())
+        if time.monotonic() - requested > (_IDLE_SECONDS / 5 if waits else _IDLE_SECONDS):
             board.queue.stop(task.id)
 
 

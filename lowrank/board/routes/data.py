@@ -78,22 +78,22 @@ class Look(Body):
 def look(request: Request, body: Look) -> Response:
     """`lowrank data FILE`: rows, problems with their numbers, what carries loss."""
     board = board_of(request)
-    words = ["data"]
+    arguments = ["data"]
     if body.path in BUILT_IN:
-        words.append(body.path)
+        arguments.append(body.path)
     else:
-        words.append(board.places.shown(board.places.readable_data(body.path)))
+        arguments.append(board.places.shown(board.places.readable_data(body.path)))
     if body.model:
         if not body.model.startswith("lowrank/"):
             board.places.readable_model(body.model)
-        words += ["--model", body.model]
+        arguments += ["--model", body.model]
     if body.format:
-        words += ["--format", body.format]
+        arguments += ["--format", body.format]
     try:
-        advice = board.adviser.ask([*words, "--json"], topic="data")
+        advice = board.adviser.request([*arguments, "--json"], topic="data")
     except Superseded:
         return JSONResponse({"superseded": True})
-    command = "lowrank " + " ".join(words)
+    command = "lowrank " + " ".join(arguments)
     if advice.error:
         return JSONResponse({"problem": texts_of(request).reply(advice.error), "command": command})
     return JSONResponse({"report": _first(texts_of(request), advice.content), "command": command})

@@ -62,13 +62,13 @@ def export(request: Request, name: str, body: Export) -> Response:
     folder = free_name(
         board.places.exports, safe_name("-".join(filter(None, (name, body.adapter, body.target))), "export")
     )
-    words = ["export", board.places.shown(run.folder), "--to", body.target, "-o", f"exports/{folder}"]
-    words += ["--adapter", body.adapter] if body.adapter else []
-    words += ["--type", body.types] if body.types and body.target in ("gguf", "ollama") else []
-    words += ["--last"] if body.last else []
+    arguments = ["export", board.places.shown(run.folder), "--to", body.target, "-o", f"exports/{folder}"]
+    arguments += ["--adapter", body.adapter] if body.adapter else []
+    arguments += ["--type", body.types] if body.types and body.target in ("gguf", "ollama") else []
+    arguments += ["--last"] if body.last else []
     board.places.exports.mkdir(exist_ok=True)
     task = board.queue.add(
-        "export", board.words(*words, "--json"), subject=name, more={"folder": folder, "target": body.target}
+        "export", board.arguments(*arguments, "--json"), subject=name, more={"folder": folder, "target": body.target}
     )
     return JSONResponse({"task": task.id})
 
@@ -89,8 +89,8 @@ def deploy(request: Request, folder: str, body: Deploy) -> Response:
     if not _NAMES.fullmatch(body.name):
         raise HTTPException(400, "a name in Ollama has letters, digits and any of . _ - : /")
     subject = next((t.subject for t in board.queue.tasks.all() if t.more.get("folder") == folder), folder)
-    words = ["deploy", "ollama", body.name, board.places.shown(place), "--json"]
-    task = board.queue.add("deploy", words, subject=subject, device="network")
+    arguments = ["deploy", "ollama", body.name, board.places.shown(place), "--json"]
+    task = board.queue.add("deploy", arguments, subject=subject, device="network")
     return JSONResponse({"task": task.id})
 
 

@@ -60,15 +60,15 @@ def predict(request: Request, name: str, body: Predict) -> Response:
     """Put `lowrank predict` into the queue."""
     board = board_of(request)
     data = body.data if body.data in BUILT_IN else board.places.shown(board.places.readable_data(body.data))
-    words = ["predict", *_target(board, name, body.which), "--data", data]
-    words += ["--max-new-tokens", str(body.max_new_tokens)]
+    arguments = ["predict", *_target(board, name, body.which), "--data", data]
+    arguments += ["--max-new-tokens", str(body.max_new_tokens)]
     if body.max_samples is not None:
-        words += ["--max-samples", str(body.max_samples)]
+        arguments += ["--max-samples", str(body.max_samples)]
     if body.temperature:
-        words += ["--temperature", str(body.temperature)]
+        arguments += ["--temperature", str(body.temperature)]
     if body.adapters:
-        words += ["--adapter", ",".join(_known(board, name, body.adapters))]
-    task = board.queue.add("predict", board.words(*words, "--json"), subject=name)
+        arguments += ["--adapter", ",".join(_known(board, name, body.adapters))]
+    task = board.queue.add("predict", board.arguments(*arguments, "--json"), subject=name)
     return JSONResponse({"task": task.id})
 
 
@@ -89,11 +89,11 @@ def evaluate(request: Request, name: str, body: Eval) -> Response:
     tasks = body.tasks.replace(" ", "")
     if not _TASKS.fullmatch(tasks) or tasks.startswith("-"):
         raise HTTPException(400, "tasks are names with commas between them, as mmlu,gsm8k")
-    words = ["eval", *_target(board, name, body.which), "--tasks", tasks]
-    words += ["--limit", str(body.limit)] if body.limit else []
-    words += ["--num-fewshot", str(body.num_fewshot)] if body.num_fewshot is not None else []
-    words += ["--apply-chat-template"] if body.chat else []
-    task = board.queue.add("eval", board.words(*words, "--json"), subject=name)
+    arguments = ["eval", *_target(board, name, body.which), "--tasks", tasks]
+    arguments += ["--limit", str(body.limit)] if body.limit else []
+    arguments += ["--num-fewshot", str(body.num_fewshot)] if body.num_fewshot is not None else []
+    arguments += ["--apply-chat-template"] if body.chat else []
+    task = board.queue.add("eval", board.arguments(*arguments, "--json"), subject=name)
     return JSONResponse({"task": task.id})
 
 
@@ -141,7 +141,7 @@ def _measured(board: Board, name: str) -> dict[str, Any]:
 
 def _prediction(folder: Path) -> dict[str, Any]:
     content = read_json(folder / "metrics.json")
-    metrics = {voice: own for voice, own in (content.get("metrics") or {}).items() if isinstance(own, dict)}
+    metrics = {model: own for model, own in (content.get("metrics") or {}).items() if isinstance(own, dict)}
     names = list(dict.fromkeys(metric for own in metrics.values() for metric in own))
     rows = []
     try:
@@ -157,12 +157,12 @@ def _prediction(folder: Path) -> dict[str, Any]:
 
 def _evaluation(folder: Path) -> dict[str, Any]:
     """`{"models": [...], "rows": [(task, metric, [(value, standard error), ...])]}` of what lm-eval left."""
-    voices, table = [], {}
+    models, table = [], {}
     for path in _folders(folder):
         content = read_json(path / "results.json").get("results")
         if not isinstance(content, dict):
             continue
-        voices.append(path.name)
+        models.append(path.name)
         for task, own in content.items():
             for key, value in own.items() if isinstance(own, dict) else ():
                 metric, _, kind = key.partition(",")
@@ -174,7 +174,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
                     error = own.get(f"{metric}_stderr,{kind}")
                     spread = error if isinstance(error, (int, float)) else None
                     table.setdefault((task, metric), {})[path.name] = (value, spread)
-    return {"voices": voices, "rows": [(*key, [own.get(voice) for voice in voices]) for key, own in table.items()]}
+    return {"models": models, "rows": [(*key, [own.get(model) for model in models]) for key, own in table.items()]}
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from lowrank.board.main_settings import GROUPS, PRESETS, SEARCH
 from lowrank.board.models import TINY, described, models_in
 from lowrank.board.page import answer_page, board_of, texts_of
 from lowrank.board.places import free_name, safe_name
-from lowrank.board.settings_file import as_words, confine, settings_of
+from lowrank.board.settings_file import as_overrides, confine, settings_of
 from lowrank.board.state import Board
 from lowrank.board.sweep_form import FIRST, WAYS, as_rows, num_candidates, settings_of_jobs
 from lowrank.board.take_llamafactory import as_llamafactory
@@ -95,13 +95,13 @@ def check(request: Request, draft: Draft) -> Response:
         return JSONResponse({"problems": _problems(request, error), "yaml": "", "command": "", "name": name})
     answer = {
         "yaml": form.as_yaml(settings),
-        "command": Task("", "train", ("train", *as_words(settings)), "", 0).command,
+        "command": Task("", "train", ("train", *as_overrides(settings)), "", 0).command,
         "name": name,
         "taken": (board.places.runs / name).exists(),
         "candidates": num_candidates(settings.get("sweep")),
     }
     try:
-        advice = _ask(board, settings, "show", topic="check")
+        advice = _request_advice(board, settings, "show", topic="check")
     except Superseded:
         return JSONResponse({"superseded": True})
     return JSONResponse({**answer, "problems": _problems(request, advice.error) if advice.error else []})
@@ -117,7 +117,7 @@ def plan(request: Request, draft: Draft, brief: bool = False) -> Response:
         board.places, safe_name(draft.name, "my-model"), draft.values, draft.jobs, draft.extra, draft.sweep
     )
     try:
-        advice = _ask(board, settings, "plan", "--brief" if brief else "--calibrate", topic="plan")
+        advice = _request_advice(board, settings, "plan", "--brief" if brief else "--calibrate", topic="plan")
     except Superseded:
         return JSONResponse({"superseded": True})
     if advice.error:
@@ -141,8 +141,8 @@ def start(request: Request, draft: Draft) -> Response:
     settings = settings_of(board.places, name, draft.values, draft.jobs, draft.extra, draft.sweep)
     model = settings.get("model")
     device = str(model.get("device", "auto")) if isinstance(model, dict) else "auto"
-    words = board.words("train", "{task}/run.yaml", "--json")
-    task = board.queue.add("train", words, subject=name, device=device, files={"run.yaml": form.as_yaml(settings)})
+    arguments = board.arguments("train", "{task}/run.yaml", "--json")
+    task = board.queue.add("train", arguments, subject=name, device=device, files={"run.yaml": form.as_yaml(settings)})
     return JSONResponse({"task": task.id, "name": name})
 
 
@@ -159,7 +159,7 @@ def read(request: Request, body: SettingsText) -> Response:
     if len(body.text.encode()) > _LONGEST_FILE:
         raise HTTPException(413, f"a settings file of more than {_LONGEST_FILE >> 10} KiB is not read")
     try:
-        advice = _ask(board, body.text, "show", topic="read")
+        advice = _request_advice(board, body.text, "show", topic="read")
     except Superseded:
         return JSONResponse({"superseded": True})
     if advice.error:
@@ -204,7 +204,7 @@ def about_model(request: Request, path: str) -> Response:
     return JSONResponse(about_hub_model(path))
 
 
-def _ask(board: Board, settings: dict[str, Any] | str, *words: str, topic: str) -> Any:
+def _request_advice(board: Board, settings: dict[str, Any] | str, *arguments: str, topic: str) -> Any:
     """A command about settings that are in no file yet."""
     text = settings if isinstance(settings, str) else form.as_yaml(settings)
     scratch = board.places.own / "advice"
@@ -212,9 +212,9 @@ def _ask(board: Board, settings: dict[str, Any] | str, *words: str, topic: str) 
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         file = Path(folder) / "settings.yaml"
         file.write_text(text, encoding="utf-8")
-        command, *options = words
+        command, *options = arguments
         shown = board.places.shown(file)
-        advice = board.adviser.ask([command, shown, *options, "--json"], topic=topic)
+        advice = board.adviser.request([command, shown, *options, "--json"], topic=topic)
     if advice.error:
         advice.content["error"] = {"message": advice.error.replace(shown, "the settings")}
     return advice

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from lowrank.board.body import Body
 from lowrank.board.job_lines import job_lines
-from lowrank.board.last_line import said_lines
+from lowrank.board.last_line import message_lines
 from lowrank.board.orders import hears_orders, live_memory, orders_of
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.progress import progress_of
@@ -110,7 +110,7 @@ def resume(request: Request, name: str, body: Resume) -> Response:
     board = board_of(request)
     if any(not board.queue.outcome(task).over for task in board.train_tasks(name)):
         raise HTTPException(409, "it runs or waits already")
-    if any(word.partition("=")[0] not in _MAY_CHANGE for word in body.changes):
+    if any(change.partition("=")[0] not in _MAY_CHANGE for change in body.changes):
         raise HTTPException(400, f"only {', '.join(sorted(_MAY_CHANGE))} may change here")
     run = board.run(name)
     tasks = board.train_tasks(name)
@@ -122,8 +122,8 @@ def resume(request: Request, name: str, body: Resume) -> Response:
         raise HTTPException(404, f"there is no run {name[:80]!r}")
     output = f"output_dir={board.places.shown(board.places.run(name))}"
     goes_on = ["resume=true", "overwrite=false"] if run is not None else []
-    words = board.words("train", settings, output, *goes_on, *body.changes, "--json")
-    task = board.queue.add("train", words, subject=name, device=_device(run))
+    arguments = board.arguments("train", settings, output, *goes_on, *body.changes, "--json")
+    task = board.queue.add("train", arguments, subject=name, device=_device(run))
     return JSONResponse({"task": task.id})
 
 
@@ -203,9 +203,9 @@ def _state(run: Run | None, task: str | None) -> str:
 
 def _log(board: Any, folder: Any, notices: list[dict[str, Any]]) -> list[str]:
     if folder is not None:
-        said = said_lines(folder / ERRORS, _LOG_LINES)
-        if said:
-            return said
+        lines = message_lines(folder / ERRORS, _LOG_LINES)
+        if lines:
+            return lines
     return [str(each.get("text")) for each in notices][-_LOG_LINES:]
 
 

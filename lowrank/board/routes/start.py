@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from lowrank.board.body import Body
-from lowrank.board.last_line import last_lines, said_lines
+from lowrank.board.last_line import last_lines, message_lines
 from lowrank.board.page import LANGUAGE_COOKIE, answer_page, board_of
 from lowrank.board.progress import progress_of
 from lowrank.board.stream import event, events
@@ -130,7 +130,7 @@ def _about(request: Request, task: Task) -> dict[str, Any]:
         "task": task,
         "outcome": outcome,
         "position": waiting.index(task.id) + 1 if task.id in waiting else 0,
-        "said": said_lines(folder / ERRORS, 40),
+        "last_lines": message_lines(folder / ERRORS, 40),
         "output": last_lines(folder / OUTPUT, 20),
         "stopping": (folder / "stop").exists() and not outcome.over,
         "progress": progress_of(folder) if outcome.state == RUNNING else None,

@@ -1,8 +1,8 @@
-// Talking to the base and to adapters side by side. The history is that of the first voice.
+// Talking to the base and to adapters side by side. The history is that of the first model.
 import { $, $$, el, post, get, t, toast } from "./common.js";
 
 const run = $("#chat").dataset.run;
-let task = null, voices = [], history = [], asking = null;
+let task = null, models = [], history = [], asking = null;
 
 async function open() {
   $("#open").disabled = true;
@@ -20,13 +20,13 @@ async function until() {
   for (;;) {
     const now = await get(`/api/chat/${task}`);
     if (now.state === "ready") break;
-    if (!["waiting", "loading"].includes(now.state)) throw new Error(now.said || t("chat.over"));
+    if (!["waiting", "loading"].includes(now.state)) throw new Error(now.message || t("chat.over"));
     $("#chat-state").textContent = now.state === "waiting" ? t("chat.waiting", { behind: now.behind.join(", ") }) : t("chat.loading");
     await new Promise((resolve) => setTimeout(resolve, 500));
   }
-  for (let tries = 0; !voices.length; tries += 1) {
+  for (let tries = 0; !models.length; tries += 1) {
     try {
-      voices = (await get(`/api/chat/${task}/voices`)).voices;
+      models = (await get(`/api/chat/${task}/models`)).models;
     } catch (error) {
       if (tries > 20) throw error;
       await new Promise((resolve) => setTimeout(resolve, 300));
@@ -35,13 +35,13 @@ async function until() {
   $("#chat-state").textContent = "";
   $("#opening").hidden = true;
   $("#talking").hidden = false;
-  const first = voices.filter((voice) => voice !== "base").slice(0, 2);
-  $("#voices").append(...voices.map((voice) => el("label", {}, el("input", { type: "checkbox", value: voice, checked: first.includes(voice) || voice === "base" || voices.length < 3 }), ` ${voice}`)));
+  const first = models.filter((model) => model !== "base").slice(0, 2);
+  $("#models").append(...models.map((model) => el("label", {}, el("input", { type: "checkbox", value: model, checked: first.includes(model) || model === "base" || models.length < 3 }), ` ${model}`)));
   $("#question").focus();
 }
 
 const chosen = () => {
-  const names = $$("#voices input:checked").map((input) => input.value);
+  const names = $$("#models input:checked").map((input) => input.value);
   return [...names.filter((name) => name !== "base"), ...names.filter((name) => name === "base")];
 };
 
@@ -70,7 +70,7 @@ async function stream(one, messages) {
   try {
     const answer = await fetch(`/api/chat/${task}/say`, {
       method: "POST", headers: { "Content-Type": "application/json" }, signal: asking.signal,
-      body: JSON.stringify({ voice: one.name, messages, temperature: Number($("#temperature").value), top_p: Number($("#top-p").value), max_tokens: Number($("#max-tokens").value) }),
+      body: JSON.stringify({ model: one.name, messages, temperature: Number($("#temperature").value), top_p: Number($("#top-p").value), max_tokens: Number($("#max-tokens").value) }),
     });
     if (!answer.ok) throw new Error((await answer.json()).error?.message ?? answer.status);
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -81,9 +81,9 @@ async function stream(one, messages) {
       rest = lines.pop();
       for (const line of lines) {
         if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
-        const said = JSON.parse(line.slice(6));
-        if (said.error) throw new Error(said.error.message);
-        const more = said.choices?.[0]?.delta?.content ?? "";
+        const event = JSON.parse(line.slice(6));
+        if (event.error) throw new Error(event.error.message);
+        const more = event.choices?.[0]?.delta?.content ?? "";
         if (more) pieces += 1;
         one.text += more;
         one.place.textContent = one.text;
@@ -104,8 +104,8 @@ $("#halt").addEventListener("click", () => asking?.abort());
 $("#again").addEventListener("click", () => { history = []; $("#turns").replaceChildren(); $("#question").focus(); });
 $("#close").addEventListener("click", async () => {
   await post(`/api/chat/${task}/close`).catch(() => {});
-  [task, voices, history] = [null, [], []];
-  $("#voices").querySelectorAll("label").forEach((one) => one.remove());
+  [task, models, history] = [null, [], []];
+  $("#models").querySelectorAll("label").forEach((one) => one.remove());
   $("#turns").replaceChildren();
   $("#talking").hidden = true;
   $("#opening").hidden = false;
