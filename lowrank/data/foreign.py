@@ -173,7 +173,9 @@ def _as_text(backend: Any, text: str, within: bool) -> list[int]:
 def _without_added(backend: Any, text: str) -> list[int]:
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
-    words = (
-        [text] if backend.pre_tokenizer is None else [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    pre_tokens = (
+        [text]
+        if backend.pre_tokenizer is None
+        else [pre_token for pre_token, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
     )
-    return [token.id for word in words for token in backend.model.tokenize(word)]
+    return [token.id for pre_token in pre_tokens for token in backend.model.tokenize(pre_token)]

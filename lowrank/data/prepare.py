@@ -145,16 +145,16 @@ class _Counter:
     """Rows over all datasets, told now and then."""
 
     def __init__(self, on_progress: Progress | None) -> None:
-        self._tell, self._rows = on_progress, 0
+        self._on_progress, self._rows = on_progress, 0
 
     def one_more(self) -> None:
         self._rows += 1
-        if self._tell and self._rows % _ROWS_PER_NOTICE == 0:
-            self._tell(self._rows, None)
+        if self._on_progress and self._rows % _ROWS_PER_NOTICE == 0:
+            self._on_progress(self._rows, None)
 
     def finish(self) -> None:
-        if self._tell:
-            self._tell(self._rows, self._rows)
+        if self._on_progress:
+            self._on_progress(self._rows, self._rows)
 
 
 class _Job:

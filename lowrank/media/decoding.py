@@ -39,8 +39,8 @@ _TAIL = 4096
 class BadPicture(DataError):
     """A file that is no picture to learn from, in words. `kind` is what a report counts it as."""
 
-    def __init__(self, kind: str, words: str) -> None:
-        super().__init__(f"{kind}: {words}")
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
         self.kind = kind
 
 
@@ -142,7 +142,7 @@ def _opened(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Generat
         known = ", ".join(formats)
         raise BadPicture("not a picture", f"{name} is none of {known} ({_beginning(data)})") from error
     except Exception as error:  # Pillow's readers raise what they like at what they were not made for
-        raise BadPicture("a broken picture", f"{name}: {_words(error)}") from error
+        raise BadPicture("a broken picture", f"{name}: {_error_text(error)}") from error
     with image:
         yield image
 
@@ -155,7 +155,7 @@ def _decoded(image: Image, name: str) -> Image:
         upright: Any = ImageOps.exif_transpose(image) if _turned(image) else image
         return upright
     except Exception as error:
-        raise BadPicture("a broken picture", f"{name} cannot be decoded: {_words(error)}") from error
+        raise BadPicture("a broken picture", f"{name} cannot be decoded: {_error_text(error)}") from error
 
 
 def _as_rgb(image: Image) -> Image:
@@ -206,5 +206,5 @@ def _beginning(data: bytes) -> str:
     return f"it begins with {data[:16]!r}" if data else "it is empty"
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -90,9 +90,9 @@ def load_processor(path: str, revision: str | None, tokenizer: Any, model_type: 
     except ModelError:
         raise
     except Exception as error:  # whatever transformers makes of somebody's files
-        words = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        detail = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{path}: its processor of pictures cannot be made: {words}. Its files are preprocessor_config.json and "
+            f"{path}: its processor of pictures cannot be made: {detail}. Its files are preprocessor_config.json and "
             "processor_config.json; get them again from where the model is from"
         ) from error
 

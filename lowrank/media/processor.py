@@ -102,9 +102,9 @@ class PictureProcessor:
                 **options,
             )
         except Exception as error:  # whatever transformers makes of a size it was not made for
-            words = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise ModelError(f"{sizes} pixels: {words}") from error
+            raise ModelError(f"{sizes} pixels: {detail}") from error
 
     @cached_property
     def _config(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ TEXTS = [
     "def add(a, b):\n    return a + b\n\n\n1 + 2 = 3 🙂🚀",
 ]
 
-WORDS = (
+VOCABULARY = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen cuts text into words."""
@@ -83,7 +83,7 @@ def _trained(added: tuple[str, ...], bos: str | None, metaspace: bool) -> str:
         core.normalizer = normalizers.NFC()
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.Split(Regex(VOCABULARY), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

@@ -38,29 +38,29 @@ class Conversations:
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
         self.tools = seed % 2 == 1
-        self.words = 0
+        self.count = 0
 
-    def word(self, kind: str) -> str:
-        self.words += 1
-        return f"{kind}{self.words}q"
+    def unique_text(self, kind: str) -> str:
+        self.count += 1
+        return f"{kind}{self.count}q"
 
     def answer(self, thinks: bool, call: bool) -> Message:
-        thought = f"<think>\n{self.word('say')}\n</think>\n\n" if thinks else ""
+        thought = f"<think>\n{self.unique_text('say')}\n</think>\n\n" if thinks else ""
         if not call:
-            return Message("assistant", thought + self.word("say"))
-        described = self.word("say") if self.draw.random() < 0.3 else ""
-        function = {"name": "lookup", "arguments": {"k": self.word("say")}}
+            return Message("assistant", thought + self.unique_text("say"))
+        described = self.unique_text("say") if self.draw.random() < 0.3 else ""
+        function = {"name": "lookup", "arguments": {"k": self.unique_text("say")}}
         return Message(
             "assistant", thought + described, ({"type": "function", "id": "abcdefghi", "function": function},)
         )
 
     def conversation(self) -> Conversation:
-        messages = [Message("system", self.word("ctx"))] if self.draw.random() < 0.4 else []
+        messages = [Message("system", self.unique_text("ctx"))] if self.draw.random() < 0.4 else []
         for _ in range(self.draw.randint(1, 3)):
-            messages.append(Message("user", self.word("ctx")))
+            messages.append(Message("user", self.unique_text("ctx")))
             thinks = self.draw.random() < 0.4
             for _ in range(self.draw.randint(0, 2) if self.tools else 0):
-                messages += [self.answer(thinks, call=True), Message("tool", self.word("ctx"))]
+                messages += [self.answer(thinks, call=True), Message("tool", self.unique_text("ctx"))]
             messages.append(self.answer(thinks, call=False))
         return Conversation(tuple(messages), (TOOL,) if self.tools else ())
 

@@ -137,9 +137,9 @@ def test_real_templates_write_what_transformers_writes(name: str) -> None:
         messages, tools = list(map(as_dict, conversation.messages)), list(conversation.tools) or None
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
 
-        asked: Any = {"add_generation_prompt": seed % 3 == 0, "tools": tools, **special}
+        variables: Any = {"add_generation_prompt": seed % 3 == 0, "tools": tools, **special}
         theirs = _result(
-            render_jinja_template, [messages], chat_template=text, return_assistant_tokens_mask=marked, **asked
+            render_jinja_template, [messages], chat_template=text, return_assistant_tokens_mask=marked, **variables
         )
         ours = _result(
             template_sandbox.render,

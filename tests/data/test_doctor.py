@@ -130,9 +130,9 @@ def test_characters_of_a_pair_learn_only_its_answers() -> None:
     assert learned == [["是"], ["🙂"]]
 
 
-def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
-        main(["data", *words])
+        main(["data", *arguments])
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err
 

@@ -13,7 +13,7 @@ from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import examine
 
 PLAIN = {"instruction": "What is it?", "output": "A cat."}
-ASKED = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+QUESTION = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
 
 
 class Blind(CharacterRenderer):
@@ -29,7 +29,7 @@ def left_out(tmp_path: Path, row: dict[str, Any], **settings: Any) -> list[str]:
     return [finding.example for finding in report.datasets[0].dropped]
 
 
-@pytest.mark.parametrize("row", [PLAIN, {"messages": ASKED}, {"prompt": ASKED[:1], "completion": ASKED[1:]}])
+@pytest.mark.parametrize("row", [PLAIN, {"messages": QUESTION}, {"prompt": QUESTION[:1], "completion": QUESTION[1:]}])
 @pytest.mark.parametrize(
     "column",
     [
@@ -70,7 +70,7 @@ def test_a_placeholder_in_plain_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["image", "image_url", "input_audio", "video"])
 def test_parts_of_a_content(part: str, tmp_path: Path) -> None:
     content = [{"type": part, part: "cat"}, {"type": "text", "text": "What is it?"}]
-    (problem,) = left_out(tmp_path, {"messages": [{"role": "user", "content": content}, ASKED[1]]})
+    (problem,) = left_out(tmp_path, {"messages": [{"role": "user", "content": content}, QUESTION[1]]})
     assert ("reads text only" if "image" in part else f"content part {part}") in problem
 
 

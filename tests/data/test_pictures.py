@@ -270,8 +270,8 @@ def test_the_report_counts_them_and_their_tokens(tokenizer: Any, folder: Path) -
     (dataset,) = report.datasets
     assert dataset.pictures == 3
     assert 9 <= dataset.picture_tokens <= 60
-    said = f"3 pictures in 3 rows, 2 of them different; {dataset.picture_tokens} of all"
-    assert any(said in text for text in report.information)
+    sentence = f"3 pictures in 3 rows, 2 of them different; {dataset.picture_tokens} of all"
+    assert any(sentence in text for text in report.information)
     assert any("1 row (row 3) repeated" in text for text in report.information)
     other = [{"messages": chat("<image>?"), "images": [f"pictures/{number}.png"]} for number in (0, 1)]
     assert not any("repeated" in text for text in read(tokenizer, folder, *other).report.information)

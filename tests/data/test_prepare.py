@@ -32,7 +32,7 @@ def run(seed: int = 0, record: type = Conversation, **settings: Any) -> Prepared
     return prepare(DataConfig(**settings), tokenizer=TOKENIZER, record=record, seed=seed)
 
 
-def words(segments: Sequence[Segment]) -> list[str]:
+def texts_of(segments: Sequence[Segment]) -> list[str]:
     return [TOKENIZER.decode(segment.token_L) for segment in segments]
 
 
@@ -40,7 +40,7 @@ def epoch(prepared: Prepared) -> list[str]:
     """Every sample of one epoch, decoded."""
     steps = prepared.train.steps_per_epoch
     assert steps is not None
-    return [text for _ in range(steps) for text in words(prepared.train.next_step())]
+    return [text for _ in range(steps) for text in texts_of(prepared.train.next_step())]
 
 
 def test_every_good_row_is_a_sample_and_every_other_is_counted(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_validation_split_follows_the_seed_and_leaves_no_leak(tmp_path: Path) ->
     path = write(tmp_path / "x.jsonl", twice)
     first = run(train=path, validation_split=0.2)
     assert len(first.eval) == 12
-    assert not set(words(first.eval)) & set(epoch(first))
+    assert not set(texts_of(first.eval)) & set(epoch(first))
     assert len(epoch(first)) == 48
-    assert words(run(train=path, validation_split=0.2).eval) == words(first.eval)
-    assert words(run(seed=1, train=path, validation_split=0.2).eval) != words(first.eval)
+    assert texts_of(run(train=path, validation_split=0.2).eval) == texts_of(first.eval)
+    assert texts_of(run(seed=1, train=path, validation_split=0.2).eval) != texts_of(first.eval)
     assert (first.report.train_samples, first.report.eval_samples) == (48, 12)
     assert first.report.datasets[0].duplicates is not None
     assert first.report.datasets[0].duplicates.count == 30
@@ -227,7 +227,7 @@ def test_stream_gives_what_memory_gives(tmp_path: Path) -> None:
         texts = epoch(memory)
         streamed: list[str] = []
         while stream.train.epoch < 1:
-            streamed += words(stream.train.next_step())
+            streamed += texts_of(stream.train.next_step())
         assert streamed == texts
 
 

@@ -107,7 +107,7 @@ def test_answers_of_another_type_say_the_column_and_the_way_out(output: Any, mes
         refuse(report(tmp_path, {"instruction": "?", "output": output}), strict=False)
 
 
-SAID = ("a picture is missing", "not as many places as pictures", "text and pictures only", "as text only")
+LOSSES = ("a picture is missing", "not as many places as pictures", "text and pictures only", "as text only")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ SAID = ("a picture is missing", "not as many places as pictures", "text and pict
 def test_pictures_and_sound_are_never_learned_as_text(row: dict[str, Any], tmp_path: Path) -> None:
     (dataset,) = report(tmp_path, row).datasets
     assert (dataset.used, sum(finding.count for finding in dataset.dropped)) == (0, 1)
-    assert any(words in dataset.losses[0] for words in SAID)
+    assert any(phrase in dataset.losses[0] for phrase in LOSSES)
 
 
 def test_html_and_empty_columns_are_no_pictures(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ QWEN = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """One that takes both; what it makes of text stays as it was."""
-ASKED = Conversation(
+QUESTION = Conversation(
     (Message("user", "Where?"), Message("assistant", "Here."), Message("user", "And?"), Message("assistant", "There."))
 )
 
@@ -60,7 +60,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrain
 def test_text_arrives(template: str, learned: list[str], tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = template
     renderer = Renderer(tokenizer, DataConfig())
-    rendering = renderer.render(ASKED)
+    rendering = renderer.render(QUESTION)
     assert rendering.problem is None
     shown = [renderer.show(segment) for segment in rendering.segments]
     assert [text for pieces in shown for text, weight in pieces if weight] == learned

@@ -116,7 +116,7 @@ def test_keys_of_an_entry_of_dataset_info_are_named_and_refused_by_strict(tmp_pa
 
 def test_a_system_beside_a_system_turn_is_named_unless_it_says_the_same(tmp_path: Path) -> None:
     turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    rows = [{"messages": turns, "system": says} for says in ("another", "system", "", "another")]
+    rows = [{"messages": turns, "system": text} for text in ("another", "system", "", "another")]
     report = of(tmp_path, *rows)
     assert {name: count for name, (count, _) in found(report).items()} == {"system": 2}
     with pytest.raises(DataError, match="system"):

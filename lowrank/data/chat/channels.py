@@ -71,7 +71,7 @@ class ChannelReader:
     def add(self, text: str) -> tuple[str, str]:
         """The thought and the answer that are sure now."""
         self._held += text
-        return self._told(self._read())
+        return self._collected(self._read())
 
     def end(self, *, whole: bool = False) -> tuple[str, str]:
         """What is left. `whole`: the model itself ended its answer, so what it only thought is what it says."""
@@ -81,12 +81,12 @@ class ChannelReader:
             parts = [*self._piece(held), *self._called()]
         elif self._last is None:  # nothing but a header: rather that than nothing
             parts = [("said", held)]
-        thought, said = self._told(parts)
+        thought, content = self._collected(parts)
         if self._aloud and self._last == "thought":
-            said += "\n</think>\n\n"
+            content += "\n</think>\n\n"
         if whole and not self._spoke:
-            said = "".join(self._thoughts)
-        return thought, said
+            content = "".join(self._thoughts)
+        return thought, content
 
     def _read(self) -> Iterator[tuple[str, str]]:
         while self._held:
@@ -139,20 +139,20 @@ class ChannelReader:
         call = json.dumps({"name": self._tool, "arguments": arguments}, ensure_ascii=False)
         yield "said", f"<tool_call>\n{call}\n</tool_call>"
 
-    def _told(self, parts: Iterable[tuple[str, str]]) -> tuple[str, str]:
-        thought, said = "", ""
+    def _collected(self, parts: Iterable[tuple[str, str]]) -> tuple[str, str]:
+        thought, content = "", ""
         for kind, text in parts:
             if self._aloud:
                 if kind != self._last and kind == "thought":
-                    said += "<think>\n"
+                    content += "<think>\n"
                 elif kind != self._last == "thought":
-                    said += "\n</think>\n\n"
-                said += text
+                    content += "\n</think>\n\n"
+                content += text
             elif kind == "thought":
                 thought += text
                 self._thoughts.append(text)
             else:
-                said += text
+                content += text
             self._spoke = self._spoke or self._aloud or kind == "said"
             self._last = kind
-        return thought, said
+        return thought, content

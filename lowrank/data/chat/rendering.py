@@ -260,7 +260,7 @@ class Renderer:
         considered = answers[-1:] if self.config.mask_history else answers
         learned = [place for place in considered if _to_learn(conversation.messages[place])]
         if not learned:
-            empty = not any(_says_something(conversation.messages[place]) for place in considered)
+            empty = not any(_has_content(conversation.messages[place]) for place in considered)
             raise RowRefused("the answer is empty" if empty else "none of its answers is to be learned (weight 0)")
         return self._samples(conversation, learned, prompt_too=self.config.train_on_prompt)
 
@@ -268,7 +268,7 @@ class Renderer:
         """The last turn alone is learned, as preference objectives compare it."""
         if not conversation.messages or conversation.messages[-1].role != "assistant":
             raise RowRefused("no answer: the last turn is not the assistant's")
-        if not _says_something(conversation.messages[-1]):
+        if not _has_content(conversation.messages[-1]):
             raise RowRefused("the answer is empty")
         return self._samples(conversation, [len(conversation.messages) - 1], prompt_too=False)[0]
 
@@ -333,7 +333,7 @@ class Renderer:
 
     def _finish(self, record: Record, parts: list[Segment]) -> Rendering:
         if isinstance(record, Prompted):
-            return self._ask(record, parts[0])
+            return self._render_prompt(record, parts[0])
         if isinstance(record, Text):
             parts = [self._framed(part) for part in parts]
         elif isinstance(record, Preference):
@@ -345,13 +345,13 @@ class Renderer:
             return Rendering((), "no token of it can be learned")
         return self._fit(parts, splittable=isinstance(record, (Text, Conversation)))
 
-    def _ask(self, record: Prompted, part: Segment) -> Rendering:
+    def _render_prompt(self, record: Prompted, part: Segment) -> Rendering:
         """A prompt is taken whole or not at all: without its beginning or end it is not what anybody asked."""
         limit = self.config.max_length
         if len(part) > limit:
             refused = self.config.on_too_long == "error"
             return Rendering((), truncation.too_long(len(part), limit), refused=refused)
-        return Rendering((replace(part, asked=record),))
+        return Rendering((replace(part, prompted=record),))
 
     def _fit(self, parts: list[Segment], splittable: bool) -> Rendering:
         limit, policy = self.config.max_length, self.config.on_too_long
@@ -386,10 +386,10 @@ class Renderer:
 
 
 def _to_learn(message: Message) -> bool:
-    return message.trained and _says_something(message)
+    return message.trained and _has_content(message)
 
 
-def _says_something(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     return bool(message.content.strip() or message.tool_calls or message.thought)
 
 

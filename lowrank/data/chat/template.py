@@ -140,10 +140,10 @@ class ChatTemplate:
         except TemplateCostsTooMuch as error:
             raise TemplateCostsTooMuch(f"{self.name}: {error}") from error
         except (TemplateError, ValueError, LookupError, AttributeError) as error:
-            raise RowRefused(f"the chat template refuses it: {_words(error)}") from error
+            raise RowRefused(f"the chat template refuses it: {_error_text(error)}") from error
         except TypeError as error:
             if last_try or not any(message.get("tool_calls") for message in messages):
-                raise RowRefused(f"the chat template cannot render it: {_words(error)}") from error
+                raise RowRefused(f"the chat template cannot render it: {_error_text(error)}") from error
             raise
         found = blocks if self.marked else ()
         if guard is not None and marks is not None:
@@ -244,7 +244,7 @@ def _written_out(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

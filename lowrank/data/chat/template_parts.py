@@ -38,8 +38,8 @@ def _parts(content: Any) -> Any:
 
 def takes_parts(render: Callable[[Turns], str]) -> bool:
     """Whether a template shows a question in parts, and not the same as plain text."""
-    asked = {"role": "user", "content": _PROBE}
-    for turns in ([asked], [{"role": "system", "content": "-"}, asked]):  # some insist on a system prompt
+    question = {"role": "user", "content": _PROBE}
+    for turns in ([question], [{"role": "system", "content": "-"}, question]):  # some insist on a system prompt
         if _shows(render, turns):
             return False
         if _shows(render, in_parts(turns)):

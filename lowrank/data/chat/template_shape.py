@@ -15,9 +15,9 @@ from lowrank.errors import ModelError
 from lowrank.records import Message
 
 _SYSTEM = Message("system", "Sq7zsystem")
-_ASKED = Message("user", "Uq7zfirst")
+_QUESTION = Message("user", "Uq7zfirst")
 _ANSWER = Message("assistant", "Aq7zfirst")
-_ASKED_AGAIN = Message("user", "Uq7zsecond")
+_SECOND_QUESTION = Message("user", "Uq7zsecond")
 _ANSWER_AGAIN = Message("assistant", "Aq7zsecond")
 _THOUGHT = Message("assistant", "Aq7zfirst", fields={"reasoning_content": "Rq7zthought"})
 _TOOL = {"type": "function", "function": {"name": "tq7z", "description": "-", "parameters": {"type": "object"}}}
@@ -54,21 +54,21 @@ class Shape:
 
 def shape_of(template: ChatTemplate, eos_token: str | None) -> Shape:
     """Try the template out. Raises ModelError if it cannot render a question and its answer."""
-    refused = _refusal(template, [_SYSTEM, _ASKED, _ANSWER])
+    refused = _refusal(template, [_SYSTEM, _QUESTION, _ANSWER])
     start = []
     try:
-        alone = template.render([_ASKED, _ANSWER]).text
+        alone = template.render([_QUESTION, _ANSWER]).text
     except RowRefused as error:
         if refused:
             raise ModelError(f"the chat template cannot render a question and its answer: {error}") from error
         start = [_SYSTEM]  # it insists on a system prompt
-        alone = template.render([*start, _ASKED, _ANSWER]).text
-    asked = template.render([*start, _ASKED], generation_prompt=True).text
-    plain = template.render([*start, _ASKED]).text
-    if alone.count(_ANSWER.content) != 1 or asked.count(_ASKED.content) != 1:
+        alone = template.render([*start, _QUESTION, _ANSWER]).text
+    question = template.render([*start, _QUESTION], generation_prompt=True).text
+    plain = template.render([*start, _QUESTION]).text
+    if alone.count(_ANSWER.content) != 1 or question.count(_QUESTION.content) != 1:
         raise ModelError("the chat template leaves out or repeats the question or its answer; set data.chat_template")
-    history = _or_empty(template, [*start, _ASKED, _ANSWER, _ASKED_AGAIN, _ANSWER_AGAIN])
-    opening, extra, header = _opening(template, alone, asked, plain)
+    history = _or_empty(template, [*start, _QUESTION, _ANSWER, _SECOND_QUESTION, _ANSWER_AGAIN])
+    opening, extra, header = _opening(template, alone, question, plain)
     ending = alone.partition(_ANSWER.content)[2]
     closing = _closing(template, ending, history.partition(_ANSWER.content)[2])
     added = {} if closing else _added(template, start, eos_token)
@@ -84,7 +84,7 @@ def shape_of(template: ChatTemplate, eos_token: str | None) -> Shape:
         ignores_tools=_ignores_tools(template, start, plain),
         call_ends=_call_ends(template, start, opening, call_ids),
         call_ids=call_ids,
-        ignores_thoughts=_THOUGHT.thought not in _or_empty(template, [*start, _ASKED, _THOUGHT]),
+        ignores_thoughts=_THOUGHT.thought not in _or_empty(template, [*start, _QUESTION, _THOUGHT]),
         refuses_system=refused,
         notices=tuple(
             _notices(
@@ -123,13 +123,13 @@ def _or_empty(template: ChatTemplate, messages: Sequence[Message], tools: Sequen
         return ""
 
 
-def _opening(template: ChatTemplate, alone: str, asked: str, plain: str) -> tuple[str, str, str]:
+def _opening(template: ChatTemplate, alone: str, question: str, plain: str) -> tuple[str, str, str]:
     """Opening, extra and header; see `Shape`."""
-    between = alone.partition(_ASKED.content)[2].partition(_ANSWER.content)[0]
-    prompted = asked.partition(_ASKED.content)[2]
-    if alone.startswith(asked):
+    between = alone.partition(_QUESTION.content)[2].partition(_ANSWER.content)[0]
+    prompted = question.partition(_QUESTION.content)[2]
+    if alone.startswith(question):
         rest = between[len(prompted) :]
-        ignored = asked == plain and bool(template.control.search(rest))
+        ignored = question == plain and bool(template.control.search(rest))
         return (between, "", rest) if ignored else (prompted, "", "")
     shared = between[: common_prefix(between, prompted)]
     ends = [match.end() for match in template.control.finditer(shared)] + [shared.rfind("\n") + 1]
@@ -155,7 +155,9 @@ def _added(template: ChatTemplate, start: list[Message], eos_token: str | None) 
     """The token that follows an answer directly, as GLM-4 ends one with `<|user|>`; else EOS."""
     added = {}
     for role in ("user", "tool"):
-        after = _or_empty(template, [*start, _ASKED, _ANSWER, Message(role, "Nq7znext")]).partition(_ANSWER.content)[2]
+        after = _or_empty(template, [*start, _QUESTION, _ANSWER, Message(role, "Nq7znext")]).partition(_ANSWER.content)[
+            2
+        ]
         follows = template.control.match(after)
         token = follows[0] if follows else eos_token
         if token:
@@ -165,7 +167,7 @@ def _added(template: ChatTemplate, start: list[Message], eos_token: str | None) 
 
 def _ignores_tools(template: ChatTemplate, start: list[Message], plain: str) -> bool:
     try:
-        return template.render([*start, _ASKED], [_TOOL]).text == plain
+        return template.render([*start, _QUESTION], [_TOOL]).text == plain
     except RowRefused:
         return False
 
@@ -178,8 +180,8 @@ def _call_ends(template: ChatTemplate, start: list[Message], opening: str, call_
     ends: dict[str, None] = {}
     within: set[str] = set()
     for answer in answers:
-        turns = with_call_ids([*start, _ASKED, answer], call_ids)
-        described = _or_empty(template, turns, [_TOOL]).partition(_ASKED.content)[2]
+        turns = with_call_ids([*start, _QUESTION, answer], call_ids)
+        described = _or_empty(template, turns, [_TOOL]).partition(_QUESTION.content)[2]
         described = described.partition(opening)[2] if opening and opening in described else described
         found = list(template.control.finditer(described))
         if found and not described[found[-1].end() :].strip():
@@ -195,7 +197,9 @@ def _call(argument: str) -> dict[str, Any]:
 def _call_ids(template: ChatTemplate, start: list[Message]) -> str:
     """The first form of ids with which a call and its result can be written; none if it goes without."""
     for form in ("", "call{index:05}", "functions.{name}:{index}"):
-        turns = with_call_ids((_ASKED, Message("assistant", "", (_call("kq7z"),)), Message("tool", "Nq7znext")), form)
+        turns = with_call_ids(
+            (_QUESTION, Message("assistant", "", (_call("kq7z"),)), Message("tool", "Nq7znext")), form
+        )
         text = _or_empty(template, [*start, *turns, _ANSWER])
         if all(part in text for part in ("tq7z", "vq7z", "Nq7znext", _ANSWER.content)):
             return form

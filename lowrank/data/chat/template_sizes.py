@@ -67,8 +67,8 @@ def before_filter(counts: Budget, name: str, args: tuple[Any, ...], kwargs: Mapp
     elif name == "format":
         _before_percent(counts, str(value), dict(kwargs) or args[1:])
     elif name == "tojson":
-        asked = kwargs.get("indent", rest[1] if len(rest) > 1 else 0)
-        deep = len(asked) if isinstance(asked, str) else int(asked or 0)
+        requested = kwargs.get("indent", rest[1] if len(rest) > 1 else 0)
+        deep = len(requested) if isinstance(requested, str) else int(requested or 0)
         if deep > _DEEPEST_INDENT:
             raise TemplateCostsTooMuch(f"it indents JSON by {deep:,} characters")
         counts.weigh(value)

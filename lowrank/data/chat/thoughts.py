@@ -78,9 +78,11 @@ def _found(template: str, variables: str) -> Thoughts | None:
     if tags is None:
         return None
     given = {"bos_token": "", "eos_token": "", "unk_token": "", "pad_token": "", **json.loads(variables)}
-    asked = [{"role": "user", "content": "?"}]
+    question = [{"role": "user", "content": "?"}]
     try:
-        text, _ = template_sandbox.render(template, messages=asked, tools=None, generation_prompt=True, variables=given)
+        text, _ = template_sandbox.render(
+            template, messages=question, tools=None, generation_prompt=True, variables=given
+        )
     except (TemplateError, TemplateCostsTooMuch, ValueError, TypeError, LookupError, AttributeError):
         text = ""  # asking it in earnest will say what is wrong
     return Thoughts(*tags, begun=text.rfind(tags[0]) > text.rfind(tags[1]))

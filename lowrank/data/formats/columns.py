@@ -95,7 +95,7 @@ def text_at(part: str, row: Mapping[str, Any], columns: Mapping[str, str], *, ne
         dict: "write it as text, or map another column with `columns`",
     }
     usual = "put quotation marks around it in the file"
-    way_out = next((words for kind, words in ways_out.items() if isinstance(value, kind)), usual)
+    way_out = next((hint for kind, hint in ways_out.items() if isinstance(value, kind)), usual)
     name = column_for(part, row, columns)
     raise RowProblem(f"wrong type for {part}: expected text, got {describe(value)} in column {name!r}; {way_out}")
 
@@ -130,7 +130,7 @@ def list_of(value: Any, part: str) -> list[Any]:
 def describe(value: Any) -> str:
     """A value for an error message: its JSON type and its beginning."""
     names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    name = next((words for kind, words in names.items() if isinstance(value, kind)), type(value).__name__)
+    name = next((noun for kind, noun in names.items() if isinstance(value, kind)), type(value).__name__)
     return "null" if value is None else f"{name} ({beginning(value)})"
 
 

@@ -15,7 +15,7 @@ LOSS_FLAGS = (
 learned, as everywhere."""
 ROW_FLAG = "loss_mask"
 """Column of 0 and 1 for each turn, or for each turn of the assistant."""
-_WORDS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_FLAG_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def is_trained(item: Mapping[str, Any], number: int, *, is_answer: bool) -> bool:
@@ -59,7 +59,7 @@ def flags_of_row(value: Any, is_answer: Sequence[bool]) -> list[bool]:
 
 
 def _flag(value: Any, where: str, name: str) -> bool:
-    plain = _WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    plain = _FLAG_VALUES.get(value.strip().lower(), value) if isinstance(value, str) else value
     if plain not in (0, 1):
         raise RowProblem(f"unusable {name}: {where} has {describe(value)}, expected 0 or 1")
     return bool(plain)

@@ -259,8 +259,8 @@ def check_order(messages: Sequence[Message]) -> None:
             raise RowProblem(
                 f"wrong role order: turn {number} is {message.role} after {before}, expected {' or '.join(expected)}"
             )
-        says = message.tool_calls or message.thought or message.media
-        empty = not message.content.strip() and not says
+        has_content = message.tool_calls or message.thought or message.media
+        empty = not message.content.strip() and not has_content
         if empty and message.role in ("user", "assistant"):
             raise RowProblem(f"empty {'answer' if message.role == 'assistant' else 'question'}: turn {number}")
         before = message.role

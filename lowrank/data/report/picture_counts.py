@@ -47,11 +47,13 @@ class PictureCounts:
         many = f"{self.pictures:,} pictures in {self.rows:,} rows, {len(self.different):,} of them different"
         share = f"{self.tokens:,} of all {tokens:,} {unit} ({self.tokens / max(1, tokens):.0%}) stand for them"
         most = f"{self.most_tokens:,} for one at the most; the largest has {width:,} x {height:,} pixels"
-        said = [f"{many}; {share}, {most}" if self.tokens else f"{many}; the largest has {width:,} x {height:,} pixels"]
+        parts = [
+            f"{many}; {share}, {most}" if self.tokens else f"{many}; the largest has {width:,} x {height:,} pixels"
+        ]
         for what, places in self.peculiar.items():
             more = ", ..." if len(places) > 3 else ""
-            said.append(f"{len(places):,} pictures {what} ({', '.join(places[:3])}{more})")
-        return said
+            parts.append(f"{len(places):,} pictures {what} ({', '.join(places[:3])}{more})")
+        return parts
 
 
 def refuse_other_marks(mark: str, kind: str) -> RowProblem:

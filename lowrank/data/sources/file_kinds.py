@@ -76,8 +76,8 @@ def suffix_by_content(path: Path, head: bytes) -> str:
 
 def _title(head: bytes) -> str:
     found = _TITLE.search(head)
-    words = " ".join((found.group(1) or found.group(2)).decode(errors="replace").split()) if found else ""
-    return f" ({shown(words)})" if words else ""
+    title = " ".join((found.group(1) or found.group(2)).decode(errors="replace").split()) if found else ""
+    return f" ({shown(title)})" if title else ""
 
 
 def _suffix_of_text(head: bytes) -> str:

@@ -31,7 +31,7 @@ _SHARD = re.compile(r"(?P<split>\w+(?:[.-]\w+)*?)-\d{5}-of-\d{5}")
 _NO_SPLITS = ("data", "dataset", "part", "shard", "rows", "file")
 _OF_PARTS = frozenset({*_NO_SPLITS, "of", "chunk", "split", "batch", "a", "b", "c", "d"})
 """What names of the parts of one thing have in common, beside numbers."""
-_WORDS = {
+_SPLIT_NAMES = {
     "train": re.compile(r"(^|[/_.-])(train|training)(?=[/_. 0-9-]|$)"),
     "test": re.compile(r"(^|[/_.-])(test|testing|eval|evaluation|heldout|held-out)(?=[/_. 0-9-]|$)"),
     "validation": re.compile(r"(^|[/_.-])(valid|validation|val|dev)(?=[/_. 0-9-]|$)"),
@@ -158,7 +158,11 @@ def _choose(wanted: _Wanted, found: dict[str, list[Path]] | Iterable[str]) -> st
     if len(like) == 1:
         wanted.note(f"the split {like[0]!r} is taken, the only one like {wanted.split!r}")
         return like[0]
-    if wanted.split == "train" and len(splits) == 1 and not any(_WORDS[word].search(splits[0]) for word in _HELD_OUT):
+    if (
+        wanted.split == "train"
+        and len(splits) == 1
+        and not any(_SPLIT_NAMES[held_out].search(splits[0]) for held_out in _HELD_OUT)
+    ):
         wanted.note(f"the split {splits[0]!r} is taken, the only one there is")
         return splits[0]
     raise _no_split(wanted, like or splits)
@@ -167,16 +171,16 @@ def _choose(wanted: _Wanted, found: dict[str, list[Path]] | Iterable[str]) -> st
 def _refuse_several(wanted: _Wanted, split: str, files: Sequence[Path]) -> None:
     """DataError for files of one folder that belong to one split by name and yet say that they are different things:
     `train_sft.jsonl` and `train_prefs.jsonl`. Numbers, and words as `part`, say only that there are several."""
-    if split not in _WORDS:
+    if split not in _SPLIT_NAMES:
         return
     own: dict[tuple[Path, str], Path] = {}
     for file in files:
         stem = _stem(file).lower()
-        found = _WORDS[split].search(stem)
+        found = _SPLIT_NAMES[split].search(stem)
         if found and not _SHARD.fullmatch(stem):
             rest = stem[: found.start(2)] + stem[found.end(2) :]
-            words = tuple(word for word in re.split(r"[\W\d_]+", rest) if word and word not in _OF_PARTS)
-            own.setdefault((file.parent, " ".join(words)), file)
+            parts = tuple(part for part in re.split(r"[\W\d_]+", rest) if part and part not in _OF_PARTS)
+            own.setdefault((file.parent, " ".join(parts)), file)
     for folder in dict.fromkeys(parent for parent, _ in own):
         several = [file for (parent, _), file in own.items() if parent == folder]
         if len(several) > 1:
@@ -226,7 +230,7 @@ def split_of(file: Path) -> str | None:
     if shard and shard["split"].lower() not in _NO_SPLITS:
         return shard["split"]
     name = file.with_name(_stem(file)).as_posix().lower()
-    return next((split for split, pattern in _WORDS.items() if pattern.search(name)), None)
+    return next((split for split, pattern in _SPLIT_NAMES.items() if pattern.search(name)), None)
 
 
 def _stem(file: Path) -> str:

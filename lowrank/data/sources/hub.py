@@ -26,9 +26,9 @@ def rows_of(path: str, split: str, subset: str | None, streaming: bool) -> Itera
         with _quiet(), _offline(away is not None):
             dataset = datasets.load_dataset(path, name=subset, split=split, streaming=streaming and away is None)
     except Exception as error:  # whatever the network, the hub, or a data file there brings
-        words = away or " ".join(str(error).split())[:300]
+        detail = away or " ".join(str(error).split())[:300]
         raise DataError(
-            f"there is no file or folder {shown(path)}, and {path!r} cannot be loaded from the hub {what}: {words}"
+            f"there is no file or folder {shown(path)}, and {path!r} cannot be loaded from the hub {what}: {detail}"
         ) from error
     for values in dataset:
         yield dict(values)  # type: ignore[arg-type]  # its stubs say list
@@ -44,9 +44,9 @@ def _away(path: str) -> str | None:
     try:
         httpx.head(f"{constants.ENDPOINT}/api/datasets/{path}", timeout=_PATIENCE, follow_redirects=False)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        words = " ".join(str(error).split())[:120] or type(error).__name__
+        detail = " ".join(str(error).split())[:120] or type(error).__name__
         return (
-            f"{constants.ENDPOINT} cannot be reached ({words}), and there is no copy of it in the cache; "
+            f"{constants.ENDPOINT} cannot be reached ({detail}), and there is no copy of it in the cache; "
             "check the network or HF_ENDPOINT, or download it elsewhere and name its folder"
         )
     return None

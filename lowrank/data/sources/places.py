@@ -20,8 +20,8 @@ _SHOWN = 120
 
 
 def kind_at(path: Path) -> Kind:
-    """What `path` names. Raises DataError, in one sentence, for what can be none of these (see `trouble_at`)."""
-    problem = trouble_at(path)
+    """What `path` names. Raises DataError, in one sentence, for what can be none of these (see `path_problem`)."""
+    problem = path_problem(path)
     if problem:
         raise DataError(problem)
     try:
@@ -33,7 +33,7 @@ def kind_at(path: Path) -> Kind:
     return "folder" if stat.S_ISDIR(mode) else "pipe"
 
 
-def trouble_at(path: Path) -> str | None:
+def path_problem(path: Path) -> str | None:
     """Why nothing can be read from `path`; None if something can, or if there is just nothing."""
     name = shown(path)
     try:
@@ -41,7 +41,7 @@ def trouble_at(path: Path) -> str | None:
     except ValueError:
         return f"{name}: no path of a file: it has a zero byte in it"
     except OSError as error:
-        return _trouble(path, error)
+        return _os_problem(path, error)
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         allowed = os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0))
         what = "folder" if stat.S_ISDIR(mode) else "file"
@@ -52,7 +52,7 @@ def trouble_at(path: Path) -> str | None:
     return f"{name}: a {what}, no file; name a file, a folder, a pipe, or - for what comes through standard input"
 
 
-def _trouble(path: Path, error: OSError) -> str | None:
+def _os_problem(path: Path, error: OSError) -> str | None:
     name = shown(path)
     if error.errno == errno.ELOOP:
         return f"{name}: a symbolic link that leads in a circle, so there is no file behind it; make the link anew"

@@ -21,7 +21,7 @@ from lowrank.data.sources.json_files import Item
 from lowrank.data.sources.memory import IN_MEMORY, rows_in_memory
 from lowrank.data.sources.places import STANDARD_INPUT, WHOLE, is_pattern, kind_at, shown
 from lowrank.data.sources.readers import is_data, read_file, without_filled
-from lowrank.data.sources.spooled import from_pipe, in_words
+from lowrank.data.sources.spooled import from_pipe, naming_sources
 from lowrank.errors import DataError, did_you_mean
 
 PACKAGED = {"lowrank/demo": "train.jsonl", "lowrank/demo-heldout": "heldout.jsonl"}
@@ -193,7 +193,7 @@ def _decoded(items: Iterator[Item], path: Path) -> Iterator[Item]:
         except StopIteration:
             return
         except DataError as error:
-            raise DataError(in_words(str(error))) from error
+            raise DataError(naming_sources(str(error))) from error
         except UnicodeError as error:
             encoding = getattr(error, "encoding", "text").upper()
             raise DataError(f"{shown(path)}: after row {number} come bytes that are not {encoding}") from error

@@ -45,7 +45,7 @@ def _folder() -> Path:
     return Path(folder)
 
 
-def in_words(text: str) -> str:
+def naming_sources(text: str) -> str:
     """A message that names files of ours, naming what they were written from instead."""
     for path, source in _sources.items():
         text = text.replace(shown(path), source).replace(str(path), source)
