@@ -40,7 +40,7 @@ class Needs:
 class Install:
     """A program that a target runs and that lowrank does not bring; kept apart from the environment of this one."""
 
-    said: str
+    description: str
     """What is fetched from where, how much, and where it is kept: said before it happens."""
     make: Callable[[], None]
     """Fetches it. Raises ModelError if that cannot be, or if it turns out that it would not help."""

@@ -33,7 +33,7 @@ from tests.data.made_tokenizers import tokenizer_of
 from tests.export.sources import source_of, write_merged
 from tests.tiny_composites import COMPOSITES, save_composite_folder
 
-TELLING = ("qwen3_5", "llava", "gemma3", "mistral3", "qwen2_audio")
+REPRESENTATIVE = ("qwen3_5", "llava", "gemma3", "mistral3", "qwen2_audio")
 TOKENS = list(range(3, 40))
 
 
@@ -53,7 +53,7 @@ def make_source(folder: Path, family: str, **text: Any) -> Source:
 @pytest.mark.parametrize(
     "family",
     [
-        family if family in TELLING else pytest.param(family, marks=pytest.mark.slow)
+        family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
         for family in COMPOSITES
         if family != "llama4"  # transformers 5.24 fails without a picture
     ],

@@ -114,12 +114,12 @@ def test_calibrated_is_nearer(config: Any, tmp_path: Path) -> None:
     rounded = write(config.model_copy(update={"calibrate": False}), own, tmp_path / "rounded")
     calibrated = write(config, own, tmp_path / "calibrated")
 
-    def said(folder: Path) -> np.ndarray:
+    def logits_of(folder: Path) -> np.ndarray:
         with read_model(own, folder) as reader:
             return np.concatenate([reader.logprobs(text) for text in texts[32:40]])
 
-    reference = said(Path(base))
-    assert kl(reference, said(calibrated)) < 0.5 * kl(reference, said(rounded))
+    reference = logits_of(Path(base))
+    assert kl(reference, logits_of(calibrated)) < 0.5 * kl(reference, logits_of(rounded))
 
 
 def test_awq_scales_stand_in_the_files(source: Source, tmp_path: Path) -> None:

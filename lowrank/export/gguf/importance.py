@@ -28,19 +28,19 @@ DATA = "data"
 """Instead of a file: rows that the model was trained on."""
 
 
-def documents_for(source: Source, asked: str | None, *, needed: bool) -> list[np.ndarray]:
-    """What to measure on: a text file (`asked`), rows the model was trained on (DATA, or where a type needs it and
+def documents_for(source: Source, requested: str | None, *, needed: bool) -> list[np.ndarray]:
+    """What to measure on: a text file (`requested`), rows the model was trained on (DATA, or where a type needs it and
     nothing was asked), else nothing. Raises DataError.
     """
-    if asked is not None and asked != DATA:
+    if requested is not None and requested != DATA:
         try:
-            return cut(source, Path(asked).read_text(encoding="utf-8"))
+            return cut(source, Path(requested).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"gguf.importance: {asked} cannot be read: {error}") from error
-    if asked is None and not needed:
+            raise DataError(f"gguf.importance: {requested} cannot be read: {error}") from error
+    if requested is None and not needed:
         return []
     rows = [] if source.documents is None else list(source.documents(MOST // 64))
-    if asked == DATA and not rows:
+    if requested == DATA and not rows:
         raise DataError("gguf.importance=data: the rows it was trained on are not at hand; name a text file")
     lengths = np.cumsum([len(row) for row in rows])
     return rows[: int(np.searchsorted(lengths, MOST)) + 1] if rows else []

@@ -58,8 +58,8 @@ class LlamaCpp:
             raise ModelError(reason)
         self._what, self._timeout = f"llama.cpp on {path}", timeout
         self._folder = tempfile.TemporaryDirectory()
-        self._said = Path(self._folder.name, "said")
-        with open(self._said, "wb") as stderr:
+        self._stderr_file = Path(self._folder.name, "said")
+        with open(self._stderr_file, "wb") as stderr:
             self._process = subprocess.Popen(
                 child_command("llama_child"),
                 env=child_environment(),
@@ -142,7 +142,7 @@ class LlamaCpp:
             return json.loads(line)["answer"]
         if late:
             raise ModelError(f"{self._what}: no answer within {self._timeout:.0f} seconds")
-        stderr = self._said.read_text(encoding="utf-8", errors="replace")
+        stderr = self._stderr_file.read_text(encoding="utf-8", errors="replace")
         raise ModelError(stderr_tail(self._what, self._process.wait(), stderr))
 
 

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from lowrank.errors import ModelError
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_ENGLISH}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_ENGLISH}|{_WORDS}|\p{{N}}|{_REST}"
+_LLAMA3 = rf"{_ENGLISH}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_ENGLISH}|{_LETTERS}|\p{{N}}|{_REST}"
 _QWEN35 = (
     rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,9 +100,9 @@ def _as_steps(described: dict[str, Any] | None) -> tuple[str, ...] | None:
     if kind == "Digits" and described.get("individual_digits"):
         return (r"\p{N}",)
     if kind == "Split" and "Regex" in described["pattern"]:
-        keeps_words = described["behavior"] == "Isolated" and not described.get("invert")
+        keeps_matches = described["behavior"] == "Isolated" and not described.get("invert")
         drops_the_rest = described["behavior"] == "Removed" and bool(described.get("invert"))  # these leave no rest
-        return (described["pattern"]["Regex"],) if keeps_words or drops_the_rest else None
+        return (described["pattern"]["Regex"],) if keeps_matches or drops_the_rest else None
     return None
 
 

@@ -77,8 +77,8 @@ class Upstream:
     def convert(self, model: Path, path: Path, kind: str, name: str) -> None:
         """Write the checkpoint in `model` to `path`; it will be called `name`. Raises ModelError with the end of what
         the converter said."""
-        words = [str(model), "--outfile", str(path), "--outtype", kind, "--model-name", name]
-        run(self.folder, words, f"{self.name} on {name}")
+        arguments = [str(model), "--outfile", str(path), "--outtype", kind, "--model-name", name]
+        run(self.folder, arguments, f"{self.name} on {name}")
 
 
 def fetch(folder: Path) -> None:
@@ -106,9 +106,9 @@ def _download(folder: Path) -> Path:
     return folder / f"llama_cpp_python-{VERSION}.tar.gz"
 
 
-def _pip(command: str, *words: str) -> None:
+def _pip(command: str, *arguments: str) -> None:
     options = ["--quiet", "--no-deps", "--retries", "1", "--timeout", "20", "--disable-pip-version-check"]
-    whole = [sys.executable, "-m", "pip", command, *options, *words]
+    whole = [sys.executable, "-m", "pip", command, *options, *arguments]
     done = subprocess.run(whole, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise ModelError(
@@ -124,13 +124,13 @@ def supported(folder: Path) -> str:
     return " ".join(line.strip("- ") for line in output.splitlines() if line.strip().startswith("- "))
 
 
-def run(folder: Path, words: list[str], what: str) -> str:
+def run(folder: Path, arguments: list[str], what: str) -> str:
     """What the converter says. It finds its own `gguf` first. Raises ModelError."""
     environment = child_environment()
     own = [str(folder / "gguf-py"), str(folder / _PACKAGES)]
     environment["PYTHONPATH"] = os.pathsep.join([*own, environment["PYTHONPATH"]])
     done = subprocess.run(
-        [sys.executable, str(folder / SCRIPT), *words],
+        [sys.executable, str(folder / SCRIPT), *arguments],
         env=environment, capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:

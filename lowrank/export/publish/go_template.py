@@ -19,7 +19,7 @@ Render = Callable[[Turns, bool], str]
 """A conversation as the model was trained on it; whether it ends in the beginning of an answer."""
 
 _WAY_OUT = "leave ollama.template out (Ollama 0.30 and later use the chat template in the GGUF file)"
-_SYSTEM, _ASKED, _ANSWER, _ASKED_AGAIN, _ANSWER_AGAIN = "qsystemq", "qaskedq", "qanswerq", "qagainq", "qlaterq"
+_SYSTEM, _QUESTION, _ANSWER, _SECOND_QUESTION, _ANSWER_AGAIN = "qsystemq", "qaskedq", "qanswerq", "qagainq", "qlaterq"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def turn_texts(render: Render, bos: str | None) -> TurnTexts:
     def text(turns: Turns, waiting: bool = False) -> str:
         return render(turns, waiting).removeprefix(bos or "")
 
-    whole = [("system", _SYSTEM), ("user", _ASKED), ("assistant", _ANSWER), ("user", _ASKED_AGAIN),
+    whole = [("system", _SYSTEM), ("user", _QUESTION), ("assistant", _ANSWER), ("user", _SECOND_QUESTION),
              ("assistant", _ANSWER_AGAIN)]  # fmt: skip
     pieces, rest = [], text(whole)
     for _, content in whole:
@@ -78,7 +78,7 @@ def turn_texts(render: Render, bos: str | None) -> TurnTexts:
             raise ModelError(f"the chat template cannot be written as Go's: it changes or moves a turn; {_WAY_OUT}")
         pieces.append(piece)
     system_begins, to_user, to_answer, next_user, _ = pieces
-    first, _, tail = text([("user", _ASKED)], True).partition(_ASKED)
+    first, _, tail = text([("user", _QUESTION)], True).partition(_QUESTION)
     user_begins = _common([before[::-1] for before in (first, to_user, next_user)])[::-1]
     user_ends = _common([to_answer, tail])
     texts = TurnTexts(

@@ -67,6 +67,6 @@ def _checked(comparisons: Sequence[Comparison]) -> str:
         lines.append(
             f"| {each.name} | {each.tokens} | {each.mean_kl:.2g} | {each.top1_agreement:.1%} "
             f"| {each.perplexity:.4g} (trained: {each.reference_perplexity:.4g}) "
-            f"| {each.greedy_same} of {each.greedy_asked} |"
+            f"| {each.greedy_same} of {each.greedy_prompts} |"
         )
     return "\n".join(lines) + "\n"

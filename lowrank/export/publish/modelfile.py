@@ -43,10 +43,10 @@ class Modelfile:
         if self.adapter is not None:
             lines.append(f"ADAPTER {_quoted('ADAPTER', self.adapter)}")
         lines += [f"PARAMETER {name} {_quoted(f'PARAMETER {name}', value)}" for name, value in self.parameters]
-        for word in ("template", "system", "license"):
-            value = getattr(self, word)
+        for keyword in ("template", "system", "license"):
+            value = getattr(self, keyword)
             if value is not None:
-                lines.append(f"{word.upper()} {_quoted(word.upper(), value, triple=True)}")
+                lines.append(f"{keyword.upper()} {_quoted(keyword.upper(), value, triple=True)}")
         return "\n".join(lines) + "\n"
 
     def request_parameters(self) -> dict[str, Any]:
@@ -91,27 +91,27 @@ def parse(text: str) -> Modelfile:
         at += 1
         if not line or line.startswith("#"):
             continue
-        word, _, rest = line.partition(" ")
-        word, rest = word.lower(), lines[first].lstrip()[len(word) :].lstrip(" \t")
+        keyword, _, rest = line.partition(" ")
+        keyword, rest = keyword.lower(), lines[first].lstrip()[len(keyword) :].lstrip(" \t")
         name = ""
-        if word == "parameter":
+        if keyword == "parameter":
             name, _, value = rest.partition(" ")
             rest = value.lstrip(" \t")
-        elif word in _NOT_OURS:
+        elif keyword in _NOT_OURS:
             raise ModelError(
-                f"Modelfile, line {first + 1}: {word.upper()} is not deployed by lowrank; use ollama create"
+                f"Modelfile, line {first + 1}: {keyword.upper()} is not deployed by lowrank; use ollama create"
             )
-        elif word not in _TEXTS:
-            raise ModelError(f"Modelfile, line {first + 1}: {word!r} is no instruction of a Modelfile")
+        elif keyword not in _TEXTS:
+            raise ModelError(f"Modelfile, line {first + 1}: {keyword!r} is no instruction of a Modelfile")
         while (value := _unquoted(rest)) is None:
             if at == len(lines):
-                raise ModelError(f"Modelfile, line {first + 1}: the quotes of {word.upper()} are never closed")
+                raise ModelError(f"Modelfile, line {first + 1}: the quotes of {keyword.upper()} are never closed")
             rest += lines[at]
             at += 1
-        if word == "parameter":
+        if keyword == "parameter":
             parameters.append((name, _number(name, value, first + 1)))
         else:
-            directives["model" if word == "from" else word] = value
+            directives["model" if keyword == "from" else keyword] = value
     if "model" not in directives:
         raise ModelError("Modelfile: no FROM line")
     return Modelfile(**directives, parameters=tuple(parameters))

@@ -27,7 +27,7 @@ class Scaled:
         self.columns: dict[str, torch.Tensor] = {}
         self.rows: dict[str, torch.Tensor] = {}
         self.changed: dict[str, torch.Tensor] = {}
-        self.folded = self.asked = 0
+        self.folded = self.considered = 0
         """Linears whose inputs have scales, of all."""
 
     def prepare(
@@ -38,7 +38,7 @@ class Scaled:
         run: Run,
     ) -> None:
         """Fold scales into a layer (its `parts`, `linears` among them). `moments` become those of the scaled inputs."""
-        self.asked += len(linears)
+        self.considered += len(linears)
         for fold in find_folds(parts, linears, run):
             if all(name in moments for name in fold.consumers):
                 self._fold(fold, parts, moments, run)

@@ -21,7 +21,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
-from lowrank.export.publish.asking import code_that_asks
+from lowrank.export.publish.usage_example import usage_code
 from lowrank.export.quantize.activation_aware import Scaled
 from lowrank.export.quantize.calibration import LENGTH, quantize_in_order, texts_of
 from lowrank.export.source import Source
@@ -76,8 +76,8 @@ class Format(Protocol):
         """`quantization_config`; `others`: linear layers that stay as they are."""
         ...
 
-    def usage(self, path: str, asking: str) -> str:
-        """How it is run. `asking`: Python that asks it, with transformers."""
+    def usage(self, path: str, example: str) -> str:
+        """How it is run. `example`: Python that asks it, with transformers."""
         ...
 
 
@@ -167,8 +167,8 @@ class PackedTarget:
         described = self.form.describe(planned.shapes, planned.others, planned.dtype)
         write_side_files(source, folder, untied=planned.merged.untied, quantization=described)
         notes = [f"{format_size(written)} of weights"]
-        if scaled is not None and scaled.asked:
-            notes.append(f"AWQ's scales on the inputs of {scaled.folded} of {scaled.asked} layers")
+        if scaled is not None and scaled.considered:
+            notes.append(f"AWQ's scales on the inputs of {scaled.folded} of {scaled.considered} layers")
         return notes
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
@@ -177,7 +177,7 @@ class PackedTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """By the format."""
-        return self.form.usage(path, code_that_asks(source.base, path))
+        return self.form.usage(path, usage_code(source.base, path))
 
     def _texts(self, source: Source) -> Sequence[Any]:
         settings = self.form.settings

@@ -80,7 +80,7 @@ class AwqFormat:
             "modules_to_not_convert": list(others) or None,
         }  # fmt: skip
 
-    def usage(self, path: str, asking: str) -> str:
+    def usage(self, path: str, example: str) -> str:
         """With vLLM and transformers."""
-        del asking
+        del example
         return f"```\nvllm serve {path}\n```\n\nTransformers loads it too, with `pip install gptqmodel`."

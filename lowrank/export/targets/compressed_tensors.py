@@ -79,7 +79,7 @@ class CompressedFormat:
             "ignore": list(others),
         }
 
-    def usage(self, path: str, asking: str) -> str:
+    def usage(self, path: str, example: str) -> str:
         """With vLLM."""
-        del asking
+        del example
         return f"```\nvllm serve {path}\n```\n\nTransformers loads it too, with `pip install compressed-tensors`."

@@ -173,10 +173,12 @@ class GgufTarget:
         """Whether llama.cpp reads text as the model was trained to. Raises ModelError if it does not at all."""
         if _unchecked():
             return []
-        words = compare_tokenizers(path, side)
-        if words.share > MOST_DIFFERENT:
-            raise ModelError(f"{words}: the model would not understand its input. Serve it from its merged checkpoint")
-        return [str(words)]
+        comparison = compare_tokenizers(path, side)
+        if comparison.share > MOST_DIFFERENT:
+            raise ModelError(
+                f"{comparison}: the model would not understand its input. Serve it from its merged checkpoint"
+            )
+        return [str(comparison)]
 
     def _documents(self, source: Source) -> list[np.ndarray]:
         """To measure importance on."""

@@ -90,7 +90,7 @@ class GptqFormat:
             "desc_act": False, "checkpoint_format": "gptq", "lm_head": False, "damp_percent": 0.01,
         }  # fmt: skip
 
-    def usage(self, path: str, asking: str) -> str:
+    def usage(self, path: str, example: str) -> str:
         """With vLLM and transformers."""
-        del asking
+        del example
         return f"```\nvllm serve {path}\n```\n\nTransformers loads it too, with `pip install gptqmodel`."

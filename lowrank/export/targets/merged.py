@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 
 from lowrank.export import Needs, Progress, ReadBack, Tolerance
 from lowrank.export.merge.merged import Merged
-from lowrank.export.publish.asking import code_that_asks
+from lowrank.export.publish.usage_example import usage_code
 from lowrank.export.source import Source
 from lowrank.export.verify.readers import read_model
 from lowrank.export.writing.shards import Layout, lay_out, write_shards
@@ -32,7 +32,7 @@ TOLERANCES = {
 _COPIES = 4
 """Of the largest tensor, in float32, in memory where an update needs the whole of it."""
 _USAGE = """```python
-{asking}
+{usage_example}
 ```
 
 Or served: `vllm serve {path}`, `lowrank chat {path}`."""
@@ -89,7 +89,7 @@ class MergedTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """With transformers and with vLLM."""
-        return _USAGE.format(asking=code_that_asks(source.base, path), path=path)
+        return _USAGE.format(usage_example=usage_code(source.base, path), path=path)
 
     def _merged(self, source: Source) -> Merged:
         """Planned once for the checks, the writing and the reading back."""

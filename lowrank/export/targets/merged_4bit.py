@@ -17,7 +17,7 @@ from lowrank.quantization.compensated import Levels, quantize_matrix
 _CODE = "nf4"
 _USAGE = """```python
 # pip install bitsandbytes
-{asking}
+{example}
 ```
 
 Or `vllm serve {path}`; `lowrank train ... model={path}` trains on it."""
@@ -83,9 +83,9 @@ class BnbFormat:
         layer = _layer((0, 0), self.settings.block_size, some, torch.zeros(0), dtype, nested_absmax=nested)
         return as_config({next(iter(shapes)): layer}, list(others), dtype)
 
-    def usage(self, path: str, asking: str) -> str:
+    def usage(self, path: str, example: str) -> str:
         """With transformers, vLLM and lowrank."""
-        return _USAGE.format(path=path, asking=asking)
+        return _USAGE.format(path=path, example=example)
 
 
 def _layer(

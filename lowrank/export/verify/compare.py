@@ -61,7 +61,7 @@ class Comparison:
     """Standard error of `perplexity / reference_perplexity - 1` over the compared tokens: few of them say little."""
     base_perplexity: float | None
     greedy_same: int
-    greedy_asked: int
+    greedy_prompts: int
     gain_kept: float | None
     """Of what training gained in held-out loss over the bare base: the share that is left. None: nothing was gained."""
     tolerance: Tolerance
@@ -184,7 +184,7 @@ def _compare(
             perplexity_error=float(shifts.std(ddof=1) / len(shifts) ** 0.5) if len(shifts) > 1 else 0.0,
             base_perplexity=None if answers.base_loss is None else _perplexity(answers.base_loss),
             greedy_same=same,
-            greedy_asked=len(requested.prompts),
+            greedy_prompts=len(requested.prompts),
             gain_kept=_gain_kept(answers, loss),
             tolerance=read_back.tolerance,
             against=None if read_back.against is None else read_back.against.name,

@@ -44,9 +44,18 @@ def saved_adapter(folder, **settings):
 
 
 def test_from_adapter_to_llama_cpp(adapter, tmp_path, capsys):
-    words = ["export", str(adapter), "--to", "gguf,lora_gguf", "--type", "f32,q8_0,q4_k_m", "-o", str(tmp_path / "out")]
+    arguments = [
+        "export",
+        str(adapter),
+        "--to",
+        "gguf,lora_gguf",
+        "--type",
+        "f32,q8_0,q4_k_m",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(SystemExit) as ended:
-        main([*words, "--json"])
+        main([*arguments, "--json"])
     assert ended.value.code == 0
     files = sorted(path.name for path in (tmp_path / "out").rglob("*.gguf"))
     assert files == ["taught-F32.gguf", "taught-Q4_K_M.gguf", "taught-Q8_0.gguf", "taught-lora.gguf"]

@@ -19,17 +19,17 @@ from tests.export.gguf.families import save
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}
+SYSTEM, QUESTION = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}
 ANSWER, CHINESE = {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "你好，请用中文再说一遍 🙂"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {
     "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}  # fmt: skip
 CHATS: dict[str, dict[str, Any]] = {
-    "one turn": {"messages": [ASKED]},
-    "system": {"messages": [SYSTEM, ASKED]},
-    "empty system": {"messages": [{"role": "system", "content": ""}, ASKED]},
-    "several turns": {"messages": [SYSTEM, ASKED, ANSWER, CHINESE]},
-    "beginning of an answer": {"messages": [ASKED, {"role": "assistant", "content": "It is"}]},
-    "tools": {"messages": [ASKED], "tools": [TOOL]},
+    "one turn": {"messages": [QUESTION]},
+    "system": {"messages": [SYSTEM, QUESTION]},
+    "empty system": {"messages": [{"role": "system", "content": ""}, QUESTION]},
+    "several turns": {"messages": [SYSTEM, QUESTION, ANSWER, CHINESE]},
+    "beginning of an answer": {"messages": [QUESTION, {"role": "assistant", "content": "It is"}]},
+    "tools": {"messages": [QUESTION], "tools": [TOOL]},
 }
 
 _CHILD = """
@@ -53,7 +53,7 @@ print("\\nANSWERS" + json.dumps(answers))
 """
 
 
-def asked_of_llama_cpp(path: Path) -> dict[str, Any]:
+def reported_by_llama_cpp(path: Path) -> dict[str, Any]:
     """(prompt, tokens) of every chat, by the server inside of llama.cpp; in a child, which its assertions may end."""
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(path)], input=json.dumps(CHATS), capture_output=True, text=True, timeout=120
@@ -63,7 +63,7 @@ def asked_of_llama_cpp(path: Path) -> dict[str, Any]:
 
 
 def check(path: Path, tokenizer: Any) -> None:
-    answers = asked_of_llama_cpp(path)
+    answers = reported_by_llama_cpp(path)
     for name, chat in CHATS.items():
         begun = chat["messages"][-1]["role"] == "assistant"
         expected = tokenizer.apply_chat_template(

@@ -59,15 +59,15 @@ def test_llama_cpp_cuts_as_the_preset_says(preset, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     convert(tmp_path, path, "f16")
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() in (preset.name, "llama-bpe")
-    words = compare_tokenizers(path, tmp_path)
-    assert words.share < 0.01, words
+    comparison = compare_tokenizers(path, tmp_path)
+    assert comparison.share < 0.01, comparison
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3", "gptoss", "deepseekv3"])
 def test_special_tokens_and_torture_texts(family, tmp_path):
     path = exported(tmp_path, tokenizer_of(family))
-    words = compare_tokenizers(path, tmp_path)
-    assert not words.different, words
+    comparison = compare_tokenizers(path, tmp_path)
+    assert not comparison.different, comparison
 
 
 @pytest.mark.parametrize("prefix", [True, False], ids=["Llama 2", "Gemma"])
@@ -80,8 +80,8 @@ def test_sentencepiece_like(prefix, tmp_path):
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *bytes_], max_token_length=6, show_progress=False
     )
-    words = [f"▁{word}" for text in [*TEXTS, *PLAIN] for word in text.split()]
-    core.train_from_iterator([word for word in words if len(word) < 12], trainer)
+    comparison = [f"▁{argument}" for text in [*TEXTS, *PLAIN] for argument in text.split()]
+    core.train_from_iterator([argument for argument in comparison if len(argument) < 12], trainer)
     described = json.loads(core.to_str())
     described["added_tokens"] = described["added_tokens"][:3]
     described["model"]["merges"] = all_merges(described["model"]["vocab"])
@@ -90,9 +90,9 @@ def test_sentencepiece_like(prefix, tmp_path):
     )
     path = exported(tmp_path, tokenizer)
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.model"].contents() == "llama"
-    words = compare_tokenizers(path, tmp_path, [text for text in CORPUS if text])
-    special = [text for text in words.different if text.startswith("before")]
-    assert words.different == tuple(special), words
+    comparison = compare_tokenizers(path, tmp_path, [text for text in CORPUS if text])
+    special = [text for text in comparison.different if text.startswith("before")]
+    assert comparison.different == tuple(special), comparison
 
 
 def all_merges(vocabulary):
@@ -139,10 +139,10 @@ def test_a_way_of_cutting_that_llama_cpp_lacks_is_refused():
     described["pre_tokenizer"]["pretokenizers"][0] = {
         "type": "Split", "pattern": {"Regex": "[a-m]+|[n-z]+"}, "behavior": "Isolated", "invert": False,
     }  # fmt: skip
-    words = byte_level(pre_tokenizers.Split(Regex(r"\s+"), "isolated"))
-    words["pre_tokenizer"] = described["pre_tokenizer"]
+    comparison = byte_level(pre_tokenizers.Split(Regex(r"\s+"), "isolated"))
+    comparison["pre_tokenizer"] = described["pre_tokenizer"]
     with pytest.raises(ModelError, match=r"unknown pre-tokenizer; the nearest of llama\.cpp's"):
-        pretokenizers.choose(words, CORPUS)
+        pretokenizers.choose(comparison, CORPUS)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):

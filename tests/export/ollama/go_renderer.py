@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _ACTION = re.compile(r"\{\{(- )?(.*?)( -)?\}\}", re.DOTALL)
-_WORD = re.compile(r'"(?:\\.|[^"\\])*"|[()]|[^\s(),"]+')
+_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[()]|[^\s(),"]+')
 
 
 def render(template: str, turns: Sequence[tuple[str, str]]) -> str:
@@ -36,7 +36,7 @@ def _pieces(template: str) -> list[tuple[str, Any]]:
         text = template[at : match.start()]
         text = text.lstrip(" \t\r\n") if trim else text
         found.append(("text", text.rstrip(" \t\r\n") if match[1] else text))
-        found.append(("do", _WORD.findall(match[2])))
+        found.append(("do", _TOKEN.findall(match[2])))
         at, trim = match.end(), bool(match[3])
     text = template[at:]
     return [*found, ("text", text.lstrip(" \t\r\n") if trim else text)]
@@ -58,7 +58,7 @@ def _parse(pieces: list[tuple[str, Any]]) -> tuple[list[Any], list[tuple[str, An
     return nodes, []
 
 
-def _block(words: list[str], pieces: list[tuple[str, Any]]) -> tuple[Any, list[tuple[str, Any]]]:
+def _block(tokens: list[str], pieces: list[tuple[str, Any]]) -> tuple[Any, list[tuple[str, Any]]]:
     inside, pieces = _parse(pieces)
     closing, pieces = pieces[0][1], pieces[1:]
     otherwise: list[Any] = []
@@ -69,7 +69,7 @@ def _block(words: list[str], pieces: list[tuple[str, Any]]) -> tuple[Any, list[t
         otherwise, pieces = _parse(pieces)
         assert pieces[0][1] == ["end"]
         pieces = pieces[1:]
-    return (words[0], words[1:], inside, otherwise), pieces
+    return (tokens[0], tokens[1:], inside, otherwise), pieces
 
 
 def _run(nodes: list[Any], dot: Any, names: dict[str, Any], out: list[str]) -> None:
@@ -88,38 +88,38 @@ def _run(nodes: list[Any], dot: Any, names: dict[str, Any], out: list[str]) -> N
             out.append(str(_value(value, dot, names)))
 
 
-def _value(words: list[str], dot: Any, names: dict[str, Any]) -> Any:
+def _value(tokens: list[str], dot: Any, names: dict[str, Any]) -> Any:
     arguments: list[Any] = []
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if word == "(":
+    tokens = list(tokens)
+    while tokens:
+        token = tokens.pop(0)
+        if token == "(":
             depth, inner = 1, []
             while depth:
-                inner.append(words.pop(0))
+                inner.append(tokens.pop(0))
                 depth += {"(": 1, ")": -1}.get(inner[-1], 0)
             arguments.append(_value(inner[:-1], dot, names))
         else:
-            arguments.append(_operand(word, dot, names))
+            arguments.append(_operand(token, dot, names))
     if callable(arguments[0]):
         return arguments[0](*arguments[1:])
-    assert len(arguments) == 1, words
+    assert len(arguments) == 1, tokens
     return arguments[0]
 
 
-def _operand(word: str, dot: Any, names: dict[str, Any]) -> Any:
+def _operand(token: str, dot: Any, names: dict[str, Any]) -> Any:
     functions: dict[str, Any] = {
         "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "not": lambda a: not a, "len": len,
         "slice": lambda items, start: items[start:], "and": lambda a, b: a and b,
     }  # fmt: skip
-    if word in functions:
-        return functions[word]
-    if word.startswith('"'):
-        wide = re.sub(r"\\U([0-9a-f]{8})", lambda found: chr(int(found[1], 16)), word)
+    if token in functions:
+        return functions[token]
+    if token.startswith('"'):
+        wide = re.sub(r"\\U([0-9a-f]{8})", lambda found: chr(int(found[1], 16)), token)
         return json.loads(wide)
-    if word.isdigit():
-        return int(word)
-    first, *path = word.split(".")
+    if token.isdigit():
+        return int(token)
+    first, *path = token.split(".")
     value = names[first] if first else dot
     for part in path:
         value = value[part] if part else value

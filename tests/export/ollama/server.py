@@ -75,41 +75,41 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        error = self._wrong(asked)
+    def _create(self, body: dict[str, Any]) -> None:
+        error = self._wrong(body)
         if error:
             return self._answer(400, {"error": error})
-        self.server.models[_tagged(asked["model"])] = asked
-        states = ["parsing GGUF", *(["quantizing F16 model to Q4_K_M"] if "quantize" in asked else []), "success"]
+        self.server.models[_tagged(body["model"])] = body
+        states = ["parsing GGUF", *(["quantizing F16 model to Q4_K_M"] if "quantize" in body else []), "success"]
         return self._answer(200, *({"status": state} for state in states))
 
-    def _wrong(self, asked: dict[str, Any]) -> str | None:
-        unknown = asked.keys() - _FIELDS
+    def _wrong(self, body: dict[str, Any]) -> str | None:
+        unknown = body.keys() - _FIELDS
         if unknown:
             return f"unknown fields {sorted(unknown)}"
-        if not _NAME.fullmatch(asked.get("model", "")):
+        if not _NAME.fullmatch(body.get("model", "")):
             return "invalid model name"
-        if ("from" in asked) == ("files" in asked):
-            return "neither 'from' or 'files' was specified" if "from" not in asked else "both 'from' and 'files'"
-        if "from" in asked and _tagged(asked["from"]) not in self.server.models:
-            return f"model '{asked['from']}' not found"
-        for name, digest in {**asked.get("files", {}), **asked.get("adapters", {})}.items():
+        if ("from" in body) == ("files" in body):
+            return "neither 'from' or 'files' was specified" if "from" not in body else "both 'from' and 'files'"
+        if "from" in body and _tagged(body["from"]) not in self.server.models:
+            return f"model '{body['from']}' not found"
+        for name, digest in {**body.get("files", {}), **body.get("adapters", {})}.items():
             if name.startswith(("/", "~")) or ".." in name:
                 return f"invalid file name {name}"
             if digest not in self.server.blobs:
                 return f"blob {digest} not found"
             if not self.server.blobs[digest].startswith(b"GGUF"):
                 return "unsupported content type"
-        if "quantize" in asked and asked["quantize"] not in ("q8_0", "q4_K_M", "q4_K_S"):
-            return f"unsupported quantization type {asked['quantize']}"
-        stop = asked.get("parameters", {}).get("stop", [])
+        if "quantize" in body and body["quantize"] not in ("q8_0", "q4_K_M", "q4_K_S"):
+            return f"unsupported quantization type {body['quantize']}"
+        stop = body.get("parameters", {}).get("stop", [])
         return None if isinstance(stop, list) else 'option "stop" must be of type array'
 
-    def _chat(self, asked: dict[str, Any]) -> None:
-        if _tagged(asked["model"]) not in self.server.models:
-            return self._answer(404, {"error": f"model '{asked['model']}' not found"})
-        described = asked["messages"][-1]["content"]
-        return self._answer(200, {"model": asked["model"], "created_at": "2026-01-01T00:00:00Z", "done": True,
+    def _chat(self, body: dict[str, Any]) -> None:
+        if _tagged(body["model"]) not in self.server.models:
+            return self._answer(404, {"error": f"model '{body['model']}' not found"})
+        described = body["messages"][-1]["content"]
+        return self._answer(200, {"model": body["model"], "created_at": "2026-01-01T00:00:00Z", "done": True,
                                   "message": {"role": "assistant", "content": f"you said {described}"}})  # fmt: skip
 
     def _answer(self, code: int, *lines: dict[str, Any]) -> None:

@@ -24,9 +24,9 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("ollama")
 
 
-def call(*words: Any) -> int:
+def call(*arguments: Any) -> int:
     with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
+        main([str(argument) for argument in arguments])
     return int(left.value.code or 0)
 
 
@@ -49,8 +49,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "ollama"
-    words = ("--type", "f16", "-o", out, "system=Be brief.", "template=true")
-    assert call("export", adapter, "--to", "ollama", *words) == 0
+    arguments = ("--type", "f16", "-o", out, "system=Be brief.", "template=true")
+    assert call("export", adapter, "--to", "ollama", *arguments) == 0
     return out
 
 
@@ -72,8 +72,8 @@ def test_the_export(folder: Path) -> None:
 
 
 def test_deployed(folder: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("deploy", "ollama", "me/taught:v1", folder, "--host", server.url.removeprefix("http://"), "--json")
-    assert call(*words, "--prompt", "你好") == 0
+    arguments = ("deploy", "ollama", "me/taught:v1", folder, "--host", server.url.removeprefix("http://"), "--json")
+    assert call(*arguments, "--prompt", "你好") == 0
     reported = json.loads(capsys.readouterr().out)
     assert reported["answer"] == "you said 你好"
     digest = f"sha256:{hashlib.sha256((folder / 'taught-F16.gguf').read_bytes()).hexdigest()}"
@@ -84,7 +84,7 @@ def test_deployed(folder: Path, server: Server, capsys: pytest.CaptureFixture[st
     assert "slice $.Messages" in made["template"]
     blob = f"/api/blobs/{digest}"
     assert server.requests == [f"HEAD {blob}", f"POST {blob}", "POST /api/create", "POST /api/chat"]
-    assert call(*words, "--quantize", "q4_K_M", "--prompt", "") == 0  # again: nothing is uploaded twice
+    assert call(*arguments, "--quantize", "q4_K_M", "--prompt", "") == 0  # again: nothing is uploaded twice
     assert server.requests[4:] == [f"HEAD {blob}", "POST /api/create"]
     assert server.models["me/taught:v1"]["quantize"] == "q4_K_M"
 
@@ -98,8 +98,8 @@ def test_dry_run_sends_nothing(folder: Path, server: Server, capsys: pytest.Capt
 
 
 def test_adapter_over_a_model_of_the_server(adapter: Path, tmp_path: Path, server: Server) -> None:
-    words = ("as_adapter=true", "base=there", "-o", tmp_path / "out")
-    assert call("export", adapter, "--to", "ollama", *words) == 0
+    arguments = ("as_adapter=true", "base=there", "-o", tmp_path / "out")
+    assert call("export", adapter, "--to", "ollama", *arguments) == 0
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["taught-lora.gguf"]
     assert call("deploy", "ollama", "mine", tmp_path / "out", "--host", server.url) == 0
     made = server.models["mine:latest"]
@@ -108,8 +108,8 @@ def test_adapter_over_a_model_of_the_server(adapter: Path, tmp_path: Path, serve
 
 
 def test_adapter_beside_its_base_is_compared(adapter: Path, tmp_path: Path) -> None:
-    words = ("--type", "f32", "as_adapter=true", "-o", tmp_path / "out")
-    assert call("export", adapter, "--to", "ollama", *words) == 0
+    arguments = ("--type", "f32", "as_adapter=true", "-o", tmp_path / "out")
+    assert call("export", adapter, "--to", "ollama", *arguments) == 0
     described = dict(read((tmp_path / "out" / "Modelfile").read_text()))
     assert described["from"] == "./taught-base-F32.gguf"
     assert described["adapter"] == "./taught-lora.gguf"

@@ -22,7 +22,7 @@ tokens = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=100)[0]))"""
 
 
-def code_that_asks(base: Path, path: str) -> str:
+def usage_code(base: Path, path: str) -> str:
     """`base`: a folder with the config.json of a model of the same class; `path`: what is to be asked. The pipeline for
     text knows no models with towers."""
     with quiet_transformers():
