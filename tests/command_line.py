@@ -41,9 +41,9 @@ for line in sys.stdin:
         os.environ.update(order["env"])
         sys.path.remove("")  # the real program has its own folder there, not the current one
         sys.path[:0] = filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))
-        sys.argv = ["lowrank", *order["words"]]
+        sys.argv = ["lowrank", *order["arguments"]]
         try:
-            main(order["words"])
+            main(order["arguments"])
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else int(left.code is not None)
         except BaseException:
@@ -71,7 +71,7 @@ def running() -> int | None:
 
 
 def lowrank(
-    *words: str, cwd: Path | None = None, umask: int | None = None, **environment: str
+    *arguments: str, cwd: Path | None = None, umask: int | None = None, **environment: str
 ) -> CompletedProcess[str]:
     """Run the command line with these words; its exit code and what it printed. Its standard input is empty."""
     process = _forks()
@@ -80,7 +80,7 @@ def lowrank(
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         order = {
-            "words": words, "cwd": str(cwd or Path.cwd()), "umask": umask, "out": str(out), "err": str(err),
+            "arguments": arguments, "cwd": str(cwd or Path.cwd()), "umask": umask, "out": str(out), "err": str(err),
             "env": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
         }  # fmt: skip
         process.stdin.write(json.dumps(order) + "\n")
@@ -88,4 +88,4 @@ def lowrank(
         code = int(process.stdout.readline())
         encoding = order["env"].get("PYTHONIOENCODING", "utf-8")
         printed = (file.read_text(encoding, errors="replace") for file in (out, err))  # click writes UTF-8 all the same
-        return CompletedProcess(["lowrank", *words], code, *printed)
+        return CompletedProcess(["lowrank", *arguments], code, *printed)

@@ -72,16 +72,16 @@ def chat(
     )
     talk = ChatRepl(backend, config, system=system, model_names=model_names)
     if prompt is not None:
-        _ask(talk, prompt, json)
+        _submit(talk, prompt, json)
     elif json or not sys.stdin.isatty():
         for line in sys.stdin:
             if line.strip():
-                _ask(talk, line.rstrip("\n"), json)
+                _submit(talk, line.rstrip("\n"), json)
     else:
         talk.loop()
 
 
-def _ask(talk: ChatRepl, question: str, json: bool) -> None:
+def _submit(talk: ChatRepl, question: str, json: bool) -> None:
     if not json:
         talk.send(question)
         return

@@ -107,8 +107,10 @@ class ChatRepl:
 
         def complete(text: str, state: int) -> str | None:
             line = readline.get_line_buffer()
-            words = [f"/{name}" for name in (*self._commands(), "exit")] if " " not in line else self.backend.names
-            found = [word for word in words if line.startswith("/") and word.startswith(text)]
+            completions = (
+                [f"/{name}" for name in (*self._commands(), "exit")] if " " not in line else self.backend.names
+            )
+            found = [completion for completion in completions if line.startswith("/") and completion.startswith(text)]
             return found[state] if state < len(found) else None
 
         readline.set_completer_delims(" ")

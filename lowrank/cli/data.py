@@ -55,7 +55,7 @@ def data(
         if overrides:
             raise typer.BadParameter(f"KEY=VALUE goes with a configuration file, and {target} is data")
         reports = [_of_file(target, model, format, tuple(ignore or ()))]
-    _say(reports, strict, json)
+    _show(reports, strict, json)
 
 
 def _is_config(target: str) -> bool:
@@ -132,7 +132,7 @@ def _tokenizer(model: str | None, config: RunConfig | None) -> tuple[Any, str]:
     return None, "in characters (name your model with --model to count tokens)"
 
 
-def _say(reports: list[tuple[str, Report]], strict: bool, as_json: bool) -> None:
+def _show(reports: list[tuple[str, Report]], strict: bool, as_json: bool) -> None:
     """Print the reports, then raise DataError for what cannot be trained on."""
     from lowrank.data.prepare import refuse
     from lowrank.data.report.doctor import render_report

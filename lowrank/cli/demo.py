@@ -37,7 +37,7 @@ def demo(
     train(config, reporters=[view_for(json=json)])
 
     console.print("\nAsking the untouched base and every adapter the held-out questions ...")
-    answered = _ask(output_dir)
+    answered = _answer_held_out(output_dir)
     scores = {model_name: _score(answered, model_name) for model_name in answered[0].answers}
     best = max((model_name for model_name in scores if model_name != "base"), key=lambda model_name: scores[model_name])
     result = {"exact_match": scores, "best": best, "adapter": str(output_dir / best / "best")}
@@ -61,7 +61,7 @@ def demo(
     console.print(f"  in a browser        [bold]{program} board[/] [dim](pip install 'lowrank-llm\\[board]')[/]")
 
 
-def _ask(run: Path) -> list[Answered]:
+def _answer_held_out(run: Path) -> list[Answered]:
     """Every held-out question to every model."""
     from lowrank.cli.warn import warn
     from lowrank.data.config import SourceConfig
@@ -75,7 +75,9 @@ def _ask(run: Path) -> list[Answered]:
     rows = read_rows(SourceConfig(path="lowrank/demo-heldout"), seed=0, max_samples=None)
     conversations = [messages(dict(row.values), {}, {}) for row in rows]
     sampling = GenerationConfig(max_new_tokens=96)
-    return generate_answers(conversations, list(trained.slots), lambda asked: trained.answer(asked, sampling))
+    return generate_answers(
+        conversations, list(trained.slots), lambda conversation: trained.answer(conversation, sampling)
+    )
 
 
 def _score(answered: Sequence[Answered], model_name: str) -> float:

@@ -36,8 +36,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings
                 )
             console.print(table)
         for device in devices:
-            if word := unproven(device):
-                console.print(f"{device}: {word}")
+            if notice := unproven(device):
+                console.print(f"{device}: {notice}")
         console.print("checkpoints that come quantized: " + ", ".join(readers()))
     if not all(each.train for capabilities in tried.values() for each in capabilities):
         raise typer.Exit(1)

@@ -103,7 +103,7 @@ def export(
         print(json_format.dumps(result, ensure_ascii=False))
     elif not dry_run:
         show(console, result)
-    _say_pushed(console, result)
+    _show_pushed(console, result)
     refuse_failed(orders, result, not_pushed, quietly=json)
 
 
@@ -126,7 +126,7 @@ def _push(
     return refused
 
 
-def _say_pushed(console: Console, result: dict[str, Any]) -> None:
+def _show_pushed(console: Console, result: dict[str, Any]) -> None:
     for each in result.get("pushed", ()):
         done = "would be uploaded to" if each["dry_run"] else "uploaded to"
         console.print(f"{each['files']} files {done} {each['url']}", soft_wrap=True)

@@ -26,8 +26,8 @@ def read_targets(names: str, options: Sequence[str], short: Mapping[str, str | N
                 if name not in known and ":" not in name]  # fmt: skip
     problems += [f"--to {name}: named twice" for name in sorted({name for name in chosen if chosen.count(name) > 1})]
     settings: dict[str, dict[str, Any]] = {name: {"type": name} for name in chosen}
-    for word in options:
-        problems += _take(word, settings, known)
+    for option in options:
+        problems += _take(option, settings, known)
     for key, value in short.items():
         takers = [name for name in chosen if name in known and key in known[name].model_fields]
         if value is not None and not takers:
@@ -62,12 +62,12 @@ def read_combination(method: str | None, weights: str | None, density: float) ->
         raise ConfigError("\n".join(places)) from error
 
 
-def _take(word: str, settings: dict[str, dict[str, Any]], known: Mapping[str, type[Settings]]) -> list[str]:
+def _take(option: str, settings: dict[str, dict[str, Any]], known: Mapping[str, type[Settings]]) -> list[str]:
     """Put one `KEY=VALUE` into the settings of its target; what is wrong with it."""
-    key, sign, value = word.partition("=")
+    key, sign, value = option.partition("=")
     first, _, rest = key.partition(".")
     if not sign:
-        return [f"{word!r}: expected KEY=VALUE"]
+        return [f"{option!r}: expected KEY=VALUE"]
     if rest and first in settings:
         settings[first][rest] = _value(value, known.get(first), rest)
         return []
@@ -75,7 +75,7 @@ def _take(word: str, settings: dict[str, dict[str, Any]], known: Mapping[str, ty
         name = next(iter(settings))
         settings[name][key] = _value(value, known.get(name), key)
         return []
-    return [f"{word}: with several targets say whose: {next(iter(settings), 'merged')}.{key}=..."]
+    return [f"{option}: with several targets say whose: {next(iter(settings), 'merged')}.{key}=..."]
 
 
 def _value(text: str, config: type[Settings] | None, key: str) -> Any:

@@ -78,7 +78,7 @@ def _row(target: str, each: dict[str, Any], *, rounded: bool, gained: bool) -> l
     gain = [Text("" if each["gain_kept"] is None else f"{each['gain_kept']:.1%}")] if gained else []
     return [
         Text(name), Text(f"{each['mean_kl']:.2g}"), *between, Text(f"{each['top1_agreement']:.1%}"),
-        Text(f"{each['perplexity']:.4g}"), *gain, Text(f"{each['greedy_same']} of {each['greedy_asked']}"), verdict,
+        Text(f"{each['perplexity']:.4g}"), *gain, Text(f"{each['greedy_same']} of {each['greedy_prompts']}"), verdict,
     ]  # fmt: skip
 
 

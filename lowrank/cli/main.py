@@ -25,9 +25,9 @@ from lowrank import __version__
 from lowrank.cli.interrupts import end_at_once
 from lowrank.errors import (
     LowrankError,
-    bad_paths_in_plain_words,
-    disk_full_in_plain_words,
-    lost_network_in_plain_words,
+    explain_bad_paths,
+    explain_disk_full,
+    explain_lost_network,
     shortened,
 )
 from lowrank.terminal import safe_streams, visible
@@ -195,32 +195,32 @@ def _lowrank(
     """Fine-tune language models: one frozen base, any number of LoRA adapters."""
 
 
-def main(words: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`sys.argv` by default) and exit with one of `EXIT_CODES`."""
     with safe_streams():
-        _main(words)
+        _main(arguments)
 
 
-def _main(words: list[str] | None) -> None:
-    own_process = words is None
-    if words is None:
-        words = sys.argv[1:]
-        if words[:1] in (["train"], ["demo"]):
+def _main(arguments: list[str] | None) -> None:
+    own_process = arguments is None
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if arguments[:1] in (["train"], ["demo"]):
             from lowrank.kernels.host_memory import start_again_without_cache
 
             start_again_without_cache()
-    if words[:1] and words[0] in LOADS_WEIGHTS:
+    if arguments[:1] and arguments[0] in LOADS_WEIGHTS:
         from lowrank.kernels.host_memory import keep_freed_memory
 
         keep_freed_memory()  # here and not where models load: a library leaves its caller's process alone
-    as_json = "--json" in words
+    as_json = "--json" in arguments
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per attempt; our error says what could not be had
     heard = functools.partial(_heard, as_json=as_json) if own_process else lambda _: nullcontext()
     try:
-        with heard(words):
-            commands = _as_ours(words)
+        with heard(arguments):
+            commands = _as_ours(arguments)
     except LowrankError as error:
-        sys.exit(_say(error, str(error), error.exit_code, as_json))
+        sys.exit(_report_error(error, str(error), error.exit_code, as_json))
     for command in commands:
         with heard(command):
             code = _run(command, as_json)
@@ -229,47 +229,47 @@ def _main(words: list[str] | None) -> None:
     sys.exit(0)
 
 
-def _run(words: list[str], as_json: bool) -> int:
+def _run(arguments: list[str], as_json: bool) -> int:
     """One command; its exit code."""
     try:
         # In standalone mode typer prints its own errors and exits.
-        with disk_full_in_plain_words(), bad_paths_in_plain_words(), lost_network_in_plain_words():
-            code = app(words, prog_name="lowrank", standalone_mode=not as_json)
+        with explain_disk_full(), explain_bad_paths(), explain_lost_network():
+            code = app(arguments, prog_name="lowrank", standalone_mode=not as_json)
     except SystemExit as end:
         code = end.code
     except LowrankError as error:
-        code = _say(error, str(error), error.exit_code, as_json)
+        code = _report_error(error, str(error), error.exit_code, as_json)
     except CommandLineError as error:
-        code = _say(error, getattr(error, "format_message", error.__str__)(), 2, as_json)
+        code = _report_error(error, getattr(error, "format_message", error.__str__)(), 2, as_json)
     except (KeyboardInterrupt, typer.Abort) as error:
-        code = _say(error, "interrupted", 130, as_json)
+        code = _report_error(error, "interrupted", 130, as_json)
     except Exception as error:
         if not as_json:
             raise
         traceback.print_exc()
-        code = _say(error, f"{type(error).__name__}: {error}"[:2000], 1, as_json)
+        code = _report_error(error, f"{type(error).__name__}: {error}"[:2000], 1, as_json)
     return code if isinstance(code, int) else 0
 
 
-def _as_ours(words: list[str]) -> list[list[str]]:
+def _as_ours(arguments: list[str]) -> list[list[str]]:
     """The words, or the commands that stand for them where they are LLaMA-Factory's: its files, flags, commands."""
-    flags = any(word.startswith("--model") for word in words)
-    files = any(word.lower().endswith((".yaml", ".yml", ".json")) for word in words[1:2])
-    if not words or (words[0] in _commands() and not flags and not files) or words[0].startswith("-"):
-        return [words]
+    flags = any(argument.startswith("--model") for argument in arguments)
+    files = any(argument.lower().endswith((".yaml", ".yml", ".json")) for argument in arguments[1:2])
+    if not arguments or (arguments[0] in _commands() and not flags and not files) or arguments[0].startswith("-"):
+        return [arguments]
     from lowrank.cli.warn import warn
     from lowrank.compat.llamafactory_commands import translate
 
-    translated = translate(words)
+    translated = translate(arguments)
     warn(translated.notes)
     if translated.read_as:
         typer.echo(visible(translated.read_as), err=True)
-    return [*translated.first, translated.words or words, *translated.then]
+    return [*translated.first, translated.arguments or arguments, *translated.then]
 
 
-def _heard(words: list[str], as_json: bool) -> AbstractContextManager[None]:
+def _heard(arguments: list[str], as_json: bool) -> AbstractContextManager[None]:
     """While `lowrank train` has nothing to save, a signal ends it at once, with its closing line."""
-    if words[:1] != ["train"]:
+    if arguments[:1] != ["train"]:
         return nullcontext()
     closing = json.dumps(_closing("Interrupted", _INTERRUPTED, 130)) if as_json else _INTERRUPTED
     return end_at_once(1 if as_json else 2, closing)
@@ -280,7 +280,7 @@ def _closing(kind: str, message: str, code: int) -> dict[str, Any]:
     return {"error": {"type": kind, "message": message, "exit_code": code}}
 
 
-def _say(error: BaseException, message: str, code: int, as_json: bool) -> int:
+def _report_error(error: BaseException, message: str, code: int, as_json: bool) -> int:
     message = shortened(message)
     if as_json:
         if isinstance(error, LowrankError):

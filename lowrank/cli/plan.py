@@ -129,8 +129,8 @@ def _show(chosen: Plan, found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table("memory", "", title=f"the heaviest step, on {chosen.device}", title_justify="left")
     table.columns[1].justify = "right"
-    for name, words in _PARTS.items():
-        table.add_row(words, gigabytes(getattr(chosen.step, name)))
+    for name, label in _PARTS.items():
+        table.add_row(label, gigabytes(getattr(chosen.step, name)))
     if chosen.process:
         table.add_row("Python, libraries, data, the allocator", gigabytes(chosen.process))
     table.add_row("while loading", gigabytes(chosen.loading), style="dim")

@@ -59,9 +59,9 @@ def trained(world: Path) -> InferenceModel:
     return open_inference_model(str(world / "run"))
 
 
-def chat(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
+def chat(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
     with pytest.raises(SystemExit) as caught:
-        main(["chat", *words, "--max-new-tokens", "4"])
+        main(["chat", *arguments, "--max-new-tokens", "4"])
     output = capsys.readouterr()
     assert caught.value.code == code, output
     return output.out, output.err
@@ -101,9 +101,18 @@ def test_a_checkpoint_in_the_middle_of_training_talks(world: Path, capsys: pytes
 
 
 def test_a_merged_model_talks_as_its_adapter(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(world / "run"), "--to", "merged", "--adapter", "中文", "-o", str(tmp_path / "merged"), "--no-verify"]
+    arguments = [
+        str(world / "run"),
+        "--to",
+        "merged",
+        "--adapter",
+        "中文",
+        "-o",
+        str(tmp_path / "merged"),
+        "--no-verify",
+    ]
     with pytest.raises(SystemExit) as caught:
-        main(["export", *words, "--dtype", "float32"])
+        main(["export", *arguments, "--dtype", "float32"])
     assert caught.value.code == 0, capsys.readouterr()
     capsys.readouterr()
     merged, _ = chat(capsys, str(tmp_path / "merged"), "-p", "Say 3", "--json")
@@ -176,7 +185,7 @@ def test_side_by_side_shows_what_looks_like_markup(world: Path, trained: Inferen
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "described"),
+    ("arguments", "code", "described"),
     [
         (["run", "--adapter", "r44"], 4, "did you mean 'r4'"),
         (["empty"], 4, "has no config.json, so it is no model's folder"),
@@ -184,10 +193,10 @@ def test_side_by_side_shows_what_looks_like_markup(world: Path, trained: Inferen
     ],
 )
 def test_mistakes_are_named(
-    world: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, described: str
+    world: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, described: str
 ) -> None:
     (world / "empty").mkdir(exist_ok=True)
-    _, err = chat(capsys, str(world / words[0]), *words[1:], "-p", "x", code=code)
+    _, err = chat(capsys, str(world / arguments[0]), *arguments[1:], "-p", "x", code=code)
     assert described in err
 
 

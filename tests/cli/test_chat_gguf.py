@@ -42,9 +42,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, InferenceMode
     return folder, trained
 
 
-def chat(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
+def chat(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
     with pytest.raises(SystemExit) as caught:
-        main(["chat", *words])
+        main(["chat", *arguments])
     output = capsys.readouterr()
     assert caught.value.code == code, output
     return output.out, output.err
@@ -54,8 +54,8 @@ def test_base_and_lora_file_answer_as_in_torch(
     world: tuple[Path, InferenceModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, trained = world
-    words = [str(folder / "tiny.gguf"), "--adapter", f"{folder / 'one.gguf'},base", "--max-new-tokens", "12"]
-    out, err = chat(capsys, *words, "-p", QUESTION, "--json")
+    arguments = [str(folder / "tiny.gguf"), "--adapter", f"{folder / 'one.gguf'},base", "--max-new-tokens", "12"]
+    out, err = chat(capsys, *arguments, "-p", QUESTION, "--json")
     answers = {line["adapter"]: line["answer"] for line in map(json.loads, out.splitlines())}
     requested = Conversation((Message("user", QUESTION),))
     right = trained.answer([("one", requested), ("base", requested)], GenerationConfig(max_new_tokens=12))
@@ -91,7 +91,7 @@ def test_a_conversation(world: tuple[Path, InferenceModel], capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "described"),
+    ("arguments", "code", "described"),
     [
         (["--last"], 2, "--last chooses among the adapters of a run"),
         (["--adapter", "two"], 4, "there is no adapter 'two' here"),
@@ -100,7 +100,11 @@ def test_a_conversation(world: tuple[Path, InferenceModel], capsys: pytest.Captu
     ],
 )
 def test_mistakes_are_named(
-    world: tuple[Path, InferenceModel], capsys: pytest.CaptureFixture[str], words: list[str], code: int, described: str
+    world: tuple[Path, InferenceModel],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    described: str,
 ) -> None:
-    _, err = chat(capsys, str(world[0] / "tiny.gguf"), *words, "-p", "x", code=code)
+    _, err = chat(capsys, str(world[0] / "tiny.gguf"), *arguments, "-p", "x", code=code)
     assert described in err

@@ -26,8 +26,8 @@ NOT_OF_PLAN = {"datasets", "matplotlib", "pandas", "peft", "trl", "lm_eval", "fa
 """A plan runs the model's own class on fake tensors, and transformers' modeling_utils brings the rest along."""
 
 
-def imported(*words: str) -> set[str]:
-    done = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True, timeout=280)
+def imported(*arguments: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return set(done.stderr.splitlines()[-1].split())
 

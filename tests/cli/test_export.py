@@ -38,9 +38,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world / "mine"
 
 
-def call(*words: Any) -> int:
+def call(*arguments: Any) -> int:
     with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
+        main([str(argument) for argument in arguments])
     return int(left.value.code or 0)
 
 
@@ -57,17 +57,17 @@ def test_export_prints_and_leaves_by_its_exit_code(
 
     strict = {dtype: type(allowed)(0.0, 1.0, 0.0) for dtype, allowed in merged.TOLERANCES.items()}
     monkeypatch.setattr(merged, "TOLERANCES", strict)
-    words = ("export", adapter, "--dtype", "float16", "-o", tmp_path / "half")
-    assert call(*words) == 6
+    arguments = ("export", adapter, "--dtype", "float16", "-o", tmp_path / "half")
+    assert call(*arguments) == 6
     output = capsys.readouterr()
     assert "differs" in output.out
     assert "by more than it may" in output.err
-    assert call(*words[:-1], tmp_path / "json", "--json") == 6
+    assert call(*arguments[:-1], tmp_path / "json", "--json") == 6
     result = json.loads(capsys.readouterr().out)
     assert result["targets"]["merged"]["passed"] is False
 
 
-def _full(*words: Any, **options: Any) -> None:
+def _full(*arguments: Any, **options: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -79,14 +79,14 @@ def test_a_target_that_fails_keeps_no_other_from_being_written(
     for out in ("said", "json"):
         (tmp_path / out / "gguf").mkdir(parents=True)
         (tmp_path / out / "gguf" / "mine.txt").touch()
-    words = ("export", adapter, "--to", "gguf,merged,peft", "-o")
-    assert call(*words, tmp_path / "said", "--no-verify") == 5
+    arguments = ("export", adapter, "--to", "gguf,merged,peft", "-o")
+    assert call(*arguments, tmp_path / "said", "--no-verify") == 5
     output = capsys.readouterr()
     assert "gguf is not empty" in output.err
     assert "merged failed: " in output.err
     assert "the disk became full while merged was written" in output.err
     assert "peft failed" not in output.err
-    assert call(*words, tmp_path / "json", "--json") == 5
+    assert call(*arguments, tmp_path / "json", "--json") == 5
     result = json.loads(capsys.readouterr().out)
     assert [*result["targets"]] == ["gguf", "merged", "peft"]
     assert result["passed"] is False
@@ -101,7 +101,7 @@ def test_a_target_that_fails_keeps_no_other_from_being_written(
         written = json.loads((tmp_path / out / "peft" / "export.json").read_text())
         assert written["passed"] is (True if out == "json" else None)
     (tmp_path / "json" / "peft" / "export.json").unlink()
-    assert call(*words, tmp_path / "json", "--json") == 5, "all of them fail"
+    assert call(*arguments, tmp_path / "json", "--json") == 5, "all of them fail"
     message = json.loads(capsys.readouterr().out)["error"]["message"]
     assert [name for name in ("gguf: ", "merged: ", "peft: ") if name not in message] == []
 
@@ -120,15 +120,15 @@ def test_a_type_that_fails_keeps_no_other_from_being_written(
             raise ModelError("no kernel for q5_0")
         return quantize(origin, target, name, **options)
 
-    def refuses(self: Any, path: Path, *words: Any) -> None:
+    def refuses(self: Any, path: Path, *arguments: Any) -> None:
         if "Q4_0" in path.name:
             raise ModelError(f"{path.name}: llama.cpp cannot read it")
-        read(self, path, *words)
+        read(self, path, *arguments)
 
     monkeypatch.setattr(targets_gguf, "quantize_file", fails)
     monkeypatch.setattr(targets_gguf.LlamaReader, "__init__", refuses)
-    words = ("export", adapter, "--to", "gguf", "--type", "f16,q5_0,q4_0", "-o", tmp_path / "out")
-    assert call(*words) == ModelError.exit_code
+    arguments = ("export", adapter, "--to", "gguf", "--type", "f16,q5_0,q4_0", "-o", tmp_path / "out")
+    assert call(*arguments) == ModelError.exit_code
     output = capsys.readouterr()
     assert "gguf, q5_0 failed: no kernel for q5_0" in output.err
     assert "Q4_0.gguf: llama.cpp cannot read it" in output.err
@@ -137,7 +137,7 @@ def test_a_type_that_fails_keeps_no_other_from_being_written(
     assert written["passed"] is False
     assert [len(written["failed"]), len(written["comparisons"])] == [2, 1]
     assert sorted(path.name.split("-")[-1] for path in (tmp_path / "out").glob("*.gguf")) == ["F16.gguf", "Q4_0.gguf"]
-    assert call(*words[:5], "q5_0", "-o", tmp_path / "alone") == ModelError.exit_code
+    assert call(*arguments[:5], "q5_0", "-o", tmp_path / "alone") == ModelError.exit_code
     assert not (tmp_path / "alone").exists(), "nothing is left of one that is all there is"
 
 
@@ -145,7 +145,7 @@ def test_a_mistake_of_ours_in_one_target_is_shown_and_the_others_go_on(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("lowrank.export.targets.merged.write_shards", lambda *words: {}["wanted"])
+    monkeypatch.setattr("lowrank.export.targets.merged.write_shards", lambda *arguments: {}["wanted"])
     assert call("export", adapter, "--to", "merged,peft", "-o", tmp_path, "--no-verify") == 1
     assert "merged failed: KeyError: 'wanted'" in capsys.readouterr().err
     assert "Traceback" in caplog.text
@@ -162,8 +162,8 @@ def test_a_hub_that_refuses_one_gets_the_others(
 
     monkeypatch.setattr("lowrank.export.publish.hub.push_folder", refuse)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    words = ("export", adapter, "--to", "peft,merged", "-o", tmp_path, "--no-verify", "--push", "me/it", "--json")
-    assert call(*words) == 5
+    arguments = ("export", adapter, "--to", "peft,merged", "-o", tmp_path, "--no-verify", "--push", "me/it", "--json")
+    assert call(*arguments) == 5
     result = json.loads(capsys.readouterr().out)
     assert [each["repository"] for each in result["pushed"]] == ["me/it-merged"]
     assert "refuses" in result["targets"]["peft"]["push_error"]
@@ -174,7 +174,7 @@ def test_a_hub_that_refuses_one_gets_the_others(
 def test_the_table_shows_its_numbers_at_80_columns(width: int) -> None:
     """Of the longest kind: rounded files with names as hubs give them, and all columns."""
     numbers = {"mean_kl": 0.00012345, "top1_agreement": 0.99876, "perplexity": 12345.6, "gain_kept": -0.98765,
-               "against": "f16", "against_mean_kl": 0.000065, "greedy_same": 11, "greedy_asked": 16,
+               "against": "f16", "against_mean_kl": 0.000065, "greedy_same": 11, "greedy_prompts": 16,
                "reference_perplexity": 12.5, "base_perplexity": 99.0, "tokens": 512, "problems": []}  # fmt: skip
     names = ["Meta-Llama-3.1-8B-Instruct-my-adapter-q4_k_m.gguf", "Meta-Llama-3.1-8B-Instruct-my-adapter-q8_0.gguf"]
     compared = [{**numbers, "name": name, "passed": name == names[0]} for name in names]
@@ -193,8 +193,8 @@ def test_dry_run_and_the_place_by_default(
     adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    words = ("export", adapter, "--to", "peft,merged", "--dry-run", "--push", "me/it", "--json")
-    assert call(*words) == 0
+    arguments = ("export", adapter, "--to", "peft,merged", "--dry-run", "--push", "me/it", "--json")
+    assert call(*arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["targets"]["merged"]["path"] == f"{adapter}-export/mine/merged"
     assert result["targets"]["merged"]["disk_bytes"] > 50_000
@@ -242,8 +242,8 @@ def test_what_was_written_is_uploaded(
     kind, endpoint = hub
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    words = ("export", adapter, "--to", "peft", "--no-verify", "--push", "me/it", "-o")
-    code = call(*words, tmp_path / "out")
+    arguments = ("export", adapter, "--to", "peft", "--no-verify", "--push", "me/it", "-o")
+    code = call(*arguments, tmp_path / "out")
     done = capsys.readouterr()
     assert code == 0, done
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -252,7 +252,7 @@ def test_what_was_written_is_uploaded(
     assert f"uploaded to {endpoint}/me/it" in done.out
     assert "hf_secret" not in done.out + done.err
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert call(*words, tmp_path / "again") == 5
+    assert call(*arguments, tmp_path / "again") == 5
     refused = capsys.readouterr()
     assert "parameters of a lora" in refused.out, "what was written is told"
     assert "the hub refuses the upload" in refused.err

@@ -157,9 +157,9 @@ def commands(world: Path, model: Path, out: Path) -> dict[str, tuple[str, ...]]:
     }
 
 
-def refused(words: tuple[str, ...], described: str, codes: tuple[int, ...] = (2, 3, 4, 5)) -> None:
+def refused(arguments: tuple[str, ...], described: str, codes: tuple[int, ...] = (2, 3, 4, 5)) -> None:
     begin = time.monotonic()
-    done = lowrank(*words)
+    done = lowrank(*arguments)
     took = time.monotonic() - begin
     output = done.stdout + done.stderr
     assert "Traceback" not in output, output[-3000:]
@@ -175,10 +175,10 @@ def test_model_folders(case: str, which: str, world: Path, tmp_path: Path) -> No
     mutate, described = MODELS[case]
     shutil.copytree(world / "model", tmp_path / "model")
     mutate(tmp_path / "model")
-    words = commands(world, tmp_path / "model", tmp_path)
+    arguments = commands(world, tmp_path / "model", tmp_path)
     others = ("train",) if case in OF_WEIGHTS else ("plan", "train")
     for name in ("chat",) if which == "chat" else others:
-        refused(words[name], described)
+        refused(arguments[name], described)
     shutil.rmtree(tmp_path / "model")
 
 

@@ -17,9 +17,9 @@ from lowrank.errors import ConfigError
 COMMANDS = ("show", "plan", "train", "data", "report", "export", "predict", "chat")
 
 
-def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as end:
-        main(words)
+        main(arguments)
     assert end.value.code in (2, 3, 4, 5)
     text = capsys.readouterr().err
     assert "Traceback" not in text
@@ -27,19 +27,19 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-def words_for(command: str, path: str) -> list[str]:
+def arguments_for(command: str, path: str) -> list[str]:
     return [command, path, *(["--prompt", "x"] if command == "chat" else [])]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ten_thousand_characters(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said(words_for(command, "a" * 10_000), capsys)
+    refusal(arguments_for(command, "a" * 10_000), capsys)
 
 
 @pytest.mark.slow  # the server's imports
 @pytest.mark.parametrize("path", ["a" * 10_000, "b" * 300])
 def test_ten_thousand_characters_to_serve(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said(["serve", path], capsys)
+    refusal(["serve", path], capsys)
 
 
 def pipe(path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_is_no_file(
     make(tmp_path / name)
     if make is locked and os.access(tmp_path / name, os.R_OK):
         pytest.skip("this user may read everything (root)")
-    assert name in said([command, str(tmp_path / name)], capsys)
+    assert name in refusal([command, str(tmp_path / name)], capsys)
 
 
 def test_settings_through_a_pipe_are_read(tmp_path: Path) -> None:

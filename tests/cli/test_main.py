@@ -18,8 +18,8 @@ from tests.command_line import lowrank as forked
 DOCS = Path(lowrank.__file__).parent.parent / "docs"
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "lowrank", *words]
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "lowrank", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
 
 
@@ -36,12 +36,12 @@ def test_help_is_fast_and_names_every_command() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["show", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["show", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"
         "from lowrank.cli.main import main\n"
-        f"try: main({words!r})\n"
+        f"try: main({arguments!r})\n"
         "except SystemExit as exit: assert not exit.code, exit.code\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -59,10 +59,10 @@ def test_without_words_help_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["trian"], ["show"], ["show", "x.yaml", "--nope"], ["train"], ["show", "no-such-file.yaml"]]
+    "arguments", [["trian"], ["show"], ["show", "x.yaml", "--nope"], ["train"], ["show", "no-such-file.yaml"]]
 )
-def test_what_is_wrong_with_the_command_line_or_the_configuration_is_2(words: list[str]) -> None:
-    plain, as_json = forked(*words), forked(*words, "--json")
+def test_what_is_wrong_with_the_command_line_or_the_configuration_is_2(arguments: list[str]) -> None:
+    plain, as_json = forked(*arguments), forked(*arguments, "--json")
     assert plain.returncode == as_json.returncode == 2
     assert plain.stderr
     assert "Traceback" not in plain.stderr
@@ -120,8 +120,8 @@ def test_errors_from_a_command(
         assert output.err.strip() == str(error)
 
 
-@pytest.mark.parametrize("words", [["show"], ["show", "--json"]])
-def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["show"], ["show", "--json"]])
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     import lowrank.cli.show
 
     def interrupted(json: bool = False) -> None:
@@ -129,7 +129,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> Non
 
     monkeypatch.setattr(lowrank.cli.show, "show", interrupted)
     with pytest.raises(SystemExit) as caught:
-        cli.main(words)
+        cli.main(arguments)
     assert caught.value.code == 130
 
 
@@ -144,9 +144,13 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
         cli.main(["show"])
 
 
-@pytest.mark.parametrize(("words", "expected"), [("lowrank sh", "show"), ("lowrank show --sch", "--schema")])
-def test_tab_completion(words: str, expected: str) -> None:
-    environment = {"_LOWRANK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+@pytest.mark.parametrize(("arguments", "expected"), [("lowrank sh", "show"), ("lowrank show --sch", "--schema")])
+def test_tab_completion(arguments: str, expected: str) -> None:
+    environment = {
+        "_LOWRANK_COMPLETE": "complete_bash",
+        "COMP_WORDS": arguments,
+        "COMP_CWORD": str(arguments.count(" ")),
+    }
     code = "import sys; sys.argv = ['lowrank']; from lowrank.cli.main import main; main()"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=60

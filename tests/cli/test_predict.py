@@ -36,9 +36,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def predict(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
+def predict(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
     with pytest.raises(SystemExit) as caught:
-        main(["predict", *map(str, words), "--max-new-tokens", "6"])
+        main(["predict", *map(str, arguments), "--max-new-tokens", "6"])
     output = capsys.readouterr()
     assert caught.value.code == code, output
     return output.out, output.err
@@ -68,8 +68,8 @@ def test_all_adapters_in_one_pass(world: Path, capsys: pytest.CaptureFixture[str
 def test_an_interrupted_one_goes_on(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    words = [str(world / "run"), "--data", str(world / "train.json"), "--json", "--output"]
-    whole, _ = predict(capsys, *words, str(tmp_path / "whole"))
+    arguments = [str(world / "run"), "--data", str(world / "train.json"), "--json", "--output"]
+    whole, _ = predict(capsys, *arguments, str(tmp_path / "whole"))
     answered = 0
     read = module.spoken_text
 
@@ -83,22 +83,30 @@ def test_an_interrupted_one_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(module, "spoken_text", stop)
         with pytest.raises(BaseException):  # noqa: B017 (typer turns it into an exit)
-            main(["predict", *words, str(tmp_path / "again"), "--max-new-tokens", "6"])
+            main(["predict", *arguments, str(tmp_path / "again"), "--max-new-tokens", "6"])
     (partial,) = (tmp_path / "again").glob("unfinished-*")
     with open(partial, "a", encoding="utf-8") as file:
         file.write('{"digest": "half a li')
     capsys.readouterr()
     answered = -1000
     monkeypatch.setattr(module, "spoken_text", stop)
-    out, _ = predict(capsys, *words, str(tmp_path / "again"))
+    out, _ = predict(capsys, *arguments, str(tmp_path / "again"))
     assert answered == -1000 + 36 - 19, "19 answers were there already"
     assert json.loads(out)["metrics"] == json.loads(whole)["metrics"]
     assert [path.name for path in sorted((tmp_path / "again").iterdir())] == ["metrics.json", "predictions.jsonl"]
 
 
 def test_a_table_for_people(world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = [str(world / "run"), "--data", str(world / "train.json"), "--output", str(tmp_path), "--max-samples", "5"]
-    out, err = predict(capsys, *words, "--adapter", "base,strong", "--metrics", "exact_match")
+    arguments = [
+        str(world / "run"),
+        "--data",
+        str(world / "train.json"),
+        "--output",
+        str(tmp_path),
+        "--max-samples",
+        "5",
+    ]
+    out, err = predict(capsys, *arguments, "--adapter", "base,strong", "--metrics", "exact_match")
     assert "5 rows" in out
     assert "strong" in out
     assert "weak" not in out
@@ -114,8 +122,8 @@ def test_what_has_no_answer_is_counted_and_in_no_metric(
     save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()}, weights)
     rows = [*json.loads((world / "train.json").read_text("utf-8"))[:3], {"instruction": "x" * 600, "output": "y"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
-    words = [str(run), "--data", str(tmp_path / "rows.json"), "--json", "--output", str(tmp_path / "out")]
-    out, err = predict(capsys, *words)
+    arguments = [str(run), "--data", str(tmp_path / "rows.json"), "--json", "--output", str(tmp_path / "out")]
+    out, err = predict(capsys, *arguments)
     result = json.loads(out)
     assert result["unanswered"] == {"base": 1, "strong": 1, "weak": 4}
     assert "weak: no answer to 4 of 4 questions (the probabilities are not finite" in err
@@ -130,14 +138,14 @@ def test_what_has_no_answer_is_counted_and_in_no_metric(
     lines = [json.loads(line) for line in Path(result["predictions"]).read_text("utf-8").splitlines()]
     assert [list(line.get("problems", {})) for line in lines] == [["weak"]] * 3 + [["base", "weak", "strong"]]
     assert lines[3]["predictions"] == {"base": None, "weak": None, "strong": None}
-    shorter, _ = predict(capsys, *words, "--adapter", "base,strong")
+    shorter, _ = predict(capsys, *arguments, "--adapter", "base,strong")
     (tmp_path / "rows.json").write_text(json.dumps(rows[:3]), "utf-8")
-    whole, _ = predict(capsys, *words, "--adapter", "base,strong")
+    whole, _ = predict(capsys, *arguments, "--adapter", "base,strong")
     assert json.loads(shorter)["metrics"] == json.loads(whole)["metrics"], "as if the question had not been asked"
 
 
 @pytest.mark.parametrize(
-    ("rows", "words", "code", "described"),
+    ("rows", "arguments", "code", "described"),
     [
         ([{"text": "no question"}], [], 3, "plain text asks nothing"),
         ([], [], 3, "has no rows"),
@@ -150,10 +158,10 @@ def test_mistakes_are_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     rows: list[dict[str, str]],
-    words: list[str],
+    arguments: list[str],
     code: int,
     described: str,
 ) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
-    _, err = predict(capsys, str(world / "run"), "--data", str(tmp_path / "rows.json"), *words, code=code)
+    _, err = predict(capsys, str(world / "run"), "--data", str(tmp_path / "rows.json"), *arguments, code=code)
     assert described in err

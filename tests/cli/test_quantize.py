@@ -14,9 +14,9 @@ from lowrank.models.storages.packed import PackedLinear
 from tests.checkpoint_folder import save_checkpoint_folder
 
 
-def run(*words: str) -> int:
+def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        main(["quantize", *words])
+        main(["quantize", *arguments])
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
@@ -44,7 +44,7 @@ def test_writes_what_a_run_loads(storage: str, bits: float, folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--storage", "hqq"], "has no file format of its own: nf4, fp4, int8"),
         (["--storage", "nf5"], "there is no type 'nf5'"),
@@ -52,8 +52,8 @@ def test_writes_what_a_run_loads(storage: str, bits: float, folder: Path, tmp_pa
         (["optimizer.learning_rate=1"], "only settings of model"),
     ],
 )
-def test_mistakes(words: list[str], message: str, folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    assert run(str(folder), "-o", str(tmp_path / "out"), *words) == 2
+def test_mistakes(arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert run(str(folder), "-o", str(tmp_path / "out"), *arguments) == 2
     assert message in capsys.readouterr().err
 
 

@@ -17,8 +17,10 @@ from lowrank.cli.main import main
 
 def test_it_serves_until_it_is_told_to_stop() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LOWRANK_TOKEN"}
-    words = [sys.executable, "-m", "lowrank", "serve", "lowrank/tiny", "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    arguments = [sys.executable, "-m", "lowrank", "serve", "lowrank/tiny", "--port", "0"]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         try:
             where = re.match(r"(http://127\.0\.0\.1:\d+/v1) answers as base\n", process.stdout.readline())
@@ -36,7 +38,7 @@ def test_it_serves_until_it_is_told_to_stop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says", "code"),
+    ("arguments", "message", "code"),
     [
         (["--host", "0.0.0.0"], "LOWRANK_TOKEN", 2),
         (["--engine", "magic"], "there is no engine 'magic'", 2),
@@ -46,13 +48,13 @@ def test_it_serves_until_it_is_told_to_stop() -> None:
     ],
 )
 def test_refusals(
-    words: list[str], says: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LOWRANK_TOKEN", raising=False)
     with pytest.raises(SystemExit) as caught:
-        main(["serve", "lowrank/tiny", *words])
+        main(["serve", "lowrank/tiny", *arguments])
     assert caught.value.code == code
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

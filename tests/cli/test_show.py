@@ -25,9 +25,9 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "run.yaml"
 
 
-def show(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
+def show(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
     with pytest.raises(SystemExit) as caught:
-        main(["show", *words])
+        main(["show", *arguments])
     assert caught.value.code == 0
     output = capsys.readouterr()
     return output.out, output.err
