@@ -30,10 +30,10 @@ def load_any(
 
 def _load_any(path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
     if "=" in str(path) and not Path(path).exists():
-        words = [str(path), *overrides]
-        if any(word.startswith(f"{MARK}=") for word in words):
-            return _load_llamafactory({}, words, Path(), "the command line")
-        config = resolve(override({}, words), Path(), "the command line")
+        arguments = [str(path), *overrides]
+        if any(argument.startswith(f"{MARK}=") for argument in arguments):
+            return _load_llamafactory({}, arguments, Path(), "the command line")
+        config = resolve(override({}, arguments), Path(), "the command line")
         return config, unused(config)
     path = Path(path)
     settings = read_file(path)
@@ -52,10 +52,10 @@ def _load_llamafactory(
     if is_v1(settings):
         v0 = as_v0(settings, folder)
         settings, datasets, notes = v0.settings, (v0.train, v0.eval), v0.warnings
-    native = [word for word in overrides if _is_native(word)]
-    theirs = [word for word in overrides if word not in native]
+    native = [argument for argument in overrides if _is_native(argument)]
+    theirs = [argument for argument in overrides if argument not in native]
     converted = convert(override(settings, theirs), folder=folder, datasets=datasets)
-    if any(word.startswith("overwrite=") for word in native):
+    if any(argument.startswith("overwrite=") for argument in native):
         converted.config.pop("resume", None)  # set only because their file left the choice open
     config = resolve(override(converted.config, native), folder, f"{source}, converted,")
     return config, [*notes, *converted.warnings, *unused(config)]
@@ -81,6 +81,6 @@ _OTHERS = {
 """By keys that stand side by side in no file of ours or of LLaMA-Factory's."""
 
 
-def _is_native(word: str) -> bool:
-    key = word.partition("=")[0]
+def _is_native(argument: str) -> bool:
+    key = argument.partition("=")[0]
     return key not in known() and key.split(".")[0] in RunConfig.model_fields

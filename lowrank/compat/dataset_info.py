@@ -136,9 +136,9 @@ def _wrong_types(entry: Mapping[str, Any]) -> list[str]:
         ("file_name", "hf_hub_url", "ms_hub_url", "split", "subset", "formatting"), str
     )
     wanted |= {"columns": dict, "tags": dict, "num_samples": int}
-    words = {str: "text", dict: "an object", int: "a number"}
+    type_names = {str: "text", dict: "an object", int: "a number"}
     return [
-        f"{key}: expected {words[kind]}, got {describe(entry[key])}"
+        f"{key}: expected {type_names[kind]}, got {describe(entry[key])}"
         for key, kind in wanted.items()
         if entry.get(key) is not None and not isinstance(entry[key], kind)
     ] + [

@@ -54,16 +54,16 @@ class Translated:
     then      commands that follow where that one succeeds
     """
 
-    words: list[str] | None
+    arguments: list[str] | None
     notes: list[str] = field(default_factory=list)
     read_as: str | None = None
     first: list[list[str]] = field(default_factory=list)
     then: list[list[str]] = field(default_factory=list)
 
 
-def translate(words: Sequence[str]) -> Translated:
+def translate(arguments: Sequence[str]) -> Translated:
     """Words of a command line, if they are LLaMA-Factory's. Raises ConfigError for what cannot be done here."""
-    command, rest = (words[0], list(words[1:])) if words else ("", [])
+    command, rest = (arguments[0], list(arguments[1:])) if arguments else ("", [])
     if command in ELSEWHERE:
         raise ConfigError(f"`{command}` is a command of llamafactory-cli; here {ELSEWHERE[command]}")
     if command not in (*SETTINGS_COMMANDS, *_COMMANDS):
@@ -87,13 +87,13 @@ def translate(words: Sequence[str]) -> Translated:
     if not is_llamafactory(settings):
         return Translated(None)
     keys = known()
-    overriding = [word for word in rest[1:] if word.partition("=")[0] in keys and "=" in word]
+    overriding = [argument for argument in rest[1:] if argument.partition("=")[0] in keys and "=" in argument]
     settings = override(settings, overriding)
     if command in SETTINGS_COMMANDS and _trains(settings, command):
         first, changed = _merged_first(command, settings)
         then = _afterwards(command, settings, file.parent, rest[1:])
-        return Translated([*words, *changed], first=first, then=then)
-    others = [word for word in rest[1:] if word not in overriding]
+        return Translated([*arguments, *changed], first=first, then=then)
+    others = [argument for argument in rest[1:] if argument not in overriding]
     return _command(command, settings, file.parent, str(file), others)
 
 
@@ -164,9 +164,9 @@ def _command(command: str, settings: Mapping[str, Any], folder: Path, source: st
         )
     keys, problems = _read(settings)
     notes = _unheard(command, keys)
-    words = _COMMANDS[command](keys, folder, problems, notes)
+    arguments = _COMMANDS[command](keys, folder, problems, notes)
     raise_all(ConfigError, f"{source} cannot be used by `lowrank {command}`:", problems)
-    own = _without_given(words, others)
+    own = _without_given(arguments, others)
     read_as = f"{source} is read as: {shlex.join(['lowrank', command, *own, *others])}"
     return Translated([command, *own, *others], notes, read_as)
 
@@ -240,30 +240,37 @@ def _template(keys: UseKeys, notes: list[str]) -> list[str]:
 
 
 def _sampling(keys: UseKeys) -> list[str]:
-    words = ["--max-new-tokens", str(keys.max_new_tokens)]
+    arguments = ["--max-new-tokens", str(keys.max_new_tokens)]
     if keys.do_sample and keys.temperature > 0:
-        words += ["--temperature", f"{keys.temperature:g}", "--top-p", f"{keys.top_p:g}", "--top-k", str(keys.top_k)]
+        arguments += [
+            "--temperature",
+            f"{keys.temperature:g}",
+            "--top-p",
+            f"{keys.top_p:g}",
+            "--top-k",
+            str(keys.top_k),
+        ]
     if keys.repetition_penalty != 1.0:
-        words += ["--repetition-penalty", f"{keys.repetition_penalty:g}"]
-    return words
+        arguments += ["--repetition-penalty", f"{keys.repetition_penalty:g}"]
+    return arguments
 
 
 def _chat(keys: UseKeys, folder: Path, problems: list[str], notes: list[str]) -> list[str]:
     del folder
-    words = [*_model(keys, problems), *_template(keys, notes), *_sampling(keys)]
-    return [*words, "--system", keys.default_system] if keys.default_system else words
+    arguments = [*_model(keys, problems), *_template(keys, notes), *_sampling(keys)]
+    return [*arguments, "--system", keys.default_system] if keys.default_system else arguments
 
 
 def _serve(keys: UseKeys, folder: Path, problems: list[str], notes: list[str]) -> list[str]:
     del folder
-    words = [*_model(keys, problems), *_template(keys, notes)]
-    words += ["--engine", "vllm"] if keys.infer_backend == "vllm" else []
+    arguments = [*_model(keys, problems), *_template(keys, notes)]
+    arguments += ["--engine", "vllm"] if keys.infer_backend == "vllm" else []
     for name, option in (("API_HOST", "--host"), ("API_PORT", "--port")):
-        words += [option, os.environ[name]] if os.environ.get(name) else []
+        arguments += [option, os.environ[name]] if os.environ.get(name) else []
     if os.environ.get("API_KEY"):
         notes.append("API_KEY has no effect: set LOWRANK_TOKEN, or a new key is printed")
     notes.append("clients choose temperature, top_p and max_tokens themselves; those of the file are not used")
-    return words
+    return arguments
 
 
 def _export(keys: UseKeys, folder: Path, problems: list[str], notes: list[str]) -> list[str]:
@@ -271,14 +278,14 @@ def _export(keys: UseKeys, folder: Path, problems: list[str], notes: list[str]) 
         problems.append("export_dir: required, but not given")
     if keys.export_legacy_format:
         problems.append("export_legacy_format: .bin files are pickles, which are not written; remove it")
-    words = [*_model(keys, problems, several=True), *_template(keys, notes), "--output", keys.export_dir or "-"]
-    words += ["--push", keys.export_hub_model_id] if keys.export_hub_model_id else []
+    arguments = [*_model(keys, problems, several=True), *_template(keys, notes), "--output", keys.export_dir or "-"]
+    arguments += ["--push", keys.export_hub_model_id] if keys.export_hub_model_id else []
     if keys.export_quantization_bit is None:
-        return [*words, f"max_shard_size={keys.export_size}GB"]
-    words += ["--to", "gptq", f"bits={keys.export_quantization_bit}"]
+        return [*arguments, f"max_shard_size={keys.export_size}GB"]
+    arguments += ["--to", "gptq", f"bits={keys.export_quantization_bit}"]
     if keys.export_quantization_dataset:
-        words.append(f"calibration={_found(keys.export_quantization_dataset, folder)}")
-    return [*words, f"max_shard_size={keys.export_size}GB"]
+        arguments.append(f"calibration={_found(keys.export_quantization_dataset, folder)}")
+    return [*arguments, f"max_shard_size={keys.export_size}GB"]
 
 
 def _predict(keys: UseKeys, folder: Path, problems: list[str], notes: list[str]) -> list[str]:
@@ -290,11 +297,11 @@ def _predict(keys: UseKeys, folder: Path, problems: list[str], notes: list[str])
     if place is None:
         looked = ", ".join(str(each.absolute()) for each in places)
         problems.append(f"dataset_dir: there is no dataset_info.json; looked for it in {looked}")
-    words = [*_model(keys, problems), *_template(keys, notes), *_sampling(keys)]
-    words += ["--data", ",".join(keys.eval_dataset), "--dataset-dir", str(place or keys.dataset_dir)]
-    words += ["--max-samples", str(keys.max_samples)] if keys.max_samples else []
-    words += ["--output", keys.output_dir] if keys.output_dir else []
-    return [*words, "--seed", str(keys.seed), "--llamafactory"]
+    arguments = [*_model(keys, problems), *_template(keys, notes), *_sampling(keys)]
+    arguments += ["--data", ",".join(keys.eval_dataset), "--dataset-dir", str(place or keys.dataset_dir)]
+    arguments += ["--max-samples", str(keys.max_samples)] if keys.max_samples else []
+    arguments += ["--output", keys.output_dir] if keys.output_dir else []
+    return [*arguments, "--seed", str(keys.seed), "--llamafactory"]
 
 
 _TASKS = {"mmlu": "mmlu", "ceval": "ceval-valid", "cmmlu": "cmmlu"}
@@ -310,8 +317,8 @@ def _eval(keys: UseKeys, folder: Path, problems: list[str], notes: list[str]) ->
             f"task: {keys.task!r} is not known; choose {', '.join(_TASKS)}, or `lowrank eval MODEL --tasks`"
         )
     notes.append("the questions and the way they are asked are lm-eval's, so numbers differ from old reports")
-    words = [*_model(keys, problems), *_template(keys, notes), "--tasks", _TASKS.get(name, "mmlu")]
-    return [*words, "--num-fewshot", str(keys.n_shot), *(["--output", keys.save_dir] if keys.save_dir else [])]
+    arguments = [*_model(keys, problems), *_template(keys, notes), "--tasks", _TASKS.get(name, "mmlu")]
+    return [*arguments, "--num-fewshot", str(keys.n_shot), *(["--output", keys.save_dir] if keys.save_dir else [])]
 
 
 def _found(path: str, folder: Path) -> str:
@@ -320,15 +327,15 @@ def _found(path: str, folder: Path) -> str:
     return str(next((base / path for base in bases if (base / path).exists()), path))
 
 
-def _without_given(words: Sequence[str], others: Sequence[str]) -> list[str]:
+def _without_given(arguments: Sequence[str], others: Sequence[str]) -> list[str]:
     """The words without options that the person gives too."""
-    given = {word.partition("=")[0] for word in others if word.startswith("--")}
+    given = {argument.partition("=")[0] for argument in others if argument.startswith("--")}
     kept: list[str] = []
     place = 0
-    while place < len(words):
-        width = 2 if words[place].startswith("--") and words[place] != "--llamafactory" else 1
-        if words[place] not in given:
-            kept += words[place : place + width]
+    while place < len(arguments):
+        width = 2 if arguments[place].startswith("--") and arguments[place] != "--llamafactory" else 1
+        if arguments[place] not in given:
+            kept += arguments[place : place + width]
         place += width
     return kept
 

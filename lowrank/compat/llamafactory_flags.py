@@ -15,29 +15,29 @@ MARK = "model_name_or_path"
 _NUMBER = re.compile(r"-\.?\d")
 
 
-def has_flags(words: Sequence[str]) -> bool:
+def has_flags(arguments: Sequence[str]) -> bool:
     """Whether these words are its flags rather than ours."""
-    return any(_name(word) == MARK for word in words)
+    return any(_name(argument) == MARK for argument in arguments)
 
 
-def split_flags(words: Sequence[str], keys: Collection[str]) -> tuple[list[str], list[str]]:
+def split_flags(arguments: Sequence[str], keys: Collection[str]) -> tuple[list[str], list[str]]:
     """`(key=value words, what is none of its flags)`, for flags whose names are among `keys`."""
     found: list[str] = []
     others: list[str] = []
     place = 0
-    while place < len(words):
-        word, place = words[place], place + 1
-        name = _name(word)
+    while place < len(arguments):
+        argument, place = arguments[place], place + 1
+        name = _name(argument)
         key = name if name in keys else name.removeprefix("no_")
         if not name or key not in keys:
-            others.append(word)
+            others.append(argument)
             continue
-        if "=" in word:
-            found.append(f"{key}={word.partition('=')[2]}")
+        if "=" in argument:
+            found.append(f"{key}={argument.partition('=')[2]}")
             continue
         values = []
-        while place < len(words) and _is_value(words[place]):
-            values.append(words[place])
+        while place < len(arguments) and _is_value(arguments[place]):
+            values.append(arguments[place])
             place += 1
         if key != name:
             values = ["false"]
@@ -45,9 +45,9 @@ def split_flags(words: Sequence[str], keys: Collection[str]) -> tuple[list[str],
     return found, others
 
 
-def _name(word: str) -> str:
-    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+def _name(argument: str) -> str:
+    return argument[2:].partition("=")[0].replace("-", "_") if argument.startswith("--") else ""
 
 
-def _is_value(word: str) -> bool:
-    return not word.startswith("-") or bool(_NUMBER.match(word)) or word == "-"
+def _is_value(argument: str) -> bool:
+    return not argument.startswith("-") or bool(_NUMBER.match(argument)) or argument == "-"

@@ -79,10 +79,10 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
         )
     for key in ("save_epochs", "custom_chat_template"):
         problems += [f"{key}: V0 has no word for it, and neither is it read here; remove it"] if key in given else []
-    asked = [key for key in _PROCESSES if given.get(key) not in (None, 1)]
-    if asked:
+    requested = [key for key in _PROCESSES if given.get(key) not in (None, 1)]
+    if requested:
         found.warnings.append(
-            f"{', '.join(asked)} has no effect: every device holds the whole model; `devices` says how many train"
+            f"{', '.join(requested)} has no effect: every device holds the whole model; `devices` says how many train"
         )
     if "train_dataset" in given:
         v0["do_train"] = True

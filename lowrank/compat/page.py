@@ -110,12 +110,12 @@ def llamafactory_page() -> str:
 def _examples() -> list[str]:
     """Every file of its examples/ folder, and what becomes of it here."""
     known: dict[str, tuple[str, str]] = json.loads(EXAMPLES.read_text(encoding="utf-8"))
-    words = {"none": "nothing to run", "refused": "refused"}
+    labels = {"none": "nothing to run", "refused": "refused"}
     lines = ["| file | here |", "| --- | --- |"]
     for path, (state, why) in known.items():
-        said = words.get(state, f"runs: `lowrank {state}`")
-        lines.append(f"| `{path}` | {f'{said}: {why}' if state in words else f'{said}; {why}' if why else said} |")
-    runs = sum(state not in words for state, _ in known.values())
+        label = labels.get(state, f"runs: `lowrank {state}`")
+        lines.append(f"| `{path}` | {f'{label}: {why}' if state in labels else f'{label}; {why}' if why else label} |")
+    runs = sum(state not in labels for state, _ in known.values())
     refused = sum(state == "refused" for state, _ in known.values())
     return [
         "## Its examples\n",

@@ -187,15 +187,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def read(workplace: Path, text: str, *words: str) -> tuple[RunConfig, list[str]]:
+def read(workplace: Path, text: str, *arguments: str) -> tuple[RunConfig, list[str]]:
     path = workplace / "examples" / "train_lora" / "run.yaml"
     path.write_text(text)
-    return load_any(path, words)
+    return load_any(path, arguments)
 
 
-def problems(workplace: Path, text: str, *words: str) -> list[str]:
+def problems(workplace: Path, text: str, *arguments: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        read(workplace, text, *words)
+        read(workplace, text, *arguments)
     return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
 
 
@@ -448,7 +448,7 @@ def test_datasets_that_cannot_be_used(workplace: Path, dataset: str) -> None:
 
 
 def test_all_problems_at_once(workplace: Path) -> None:
-    words = [
+    arguments = [
         "lora_rank=x",
         "fp8=true",
         "lora_rnk=1",
@@ -456,7 +456,7 @@ def test_all_problems_at_once(workplace: Path) -> None:
         "optim=rmsprop",
         "do_train=false",
     ]
-    found = problems(workplace, MINIMAL, *words)
+    found = problems(workplace, MINIMAL, *arguments)
     assert [problem.split(":")[0] for problem in found] == [
         "fp8",
         "lora_rnk",

@@ -40,15 +40,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def words_of(command: str, text: str, *more: str) -> list[str]:
+def arguments_of(command: str, text: str, *more: str) -> list[str]:
     Path("theirs.yaml").write_text(text.format(out="out"))
     translated = translate([command, "theirs.yaml", *more])
-    assert translated.words is not None
-    return translated.words
+    assert translated.arguments is not None
+    return translated.arguments
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "arguments"),
     [
         ("--stage sft --do_train --lora-rank 8", ["stage=sft", "do_train=true", "lora_rank=8"]),
         ("--max_steps -1 --bf16 --lr_scheduler_type=cosine", ["max_steps=-1", "bf16=true", "lr_scheduler_type=cosine"]),
@@ -56,46 +56,46 @@ def words_of(command: str, text: str, *more: str) -> list[str]:
         ("--label_names a b --json", ["label_names=a,b", "--json"]),
     ],
 )
-def test_flags(flags: str, words: list[str]) -> None:
+def test_flags(flags: str, arguments: list[str]) -> None:
     given, others = split_flags(flags.split(), known())
-    assert given + others == words
+    assert given + others == arguments
 
 
 def test_chat(place: Path) -> None:
-    words = words_of("chat", CHAT + "default_system: Be kind.\n", "temperature=0.5", "--json")
-    assert words[:2] == ["chat", "lowrank/tiny"]
-    assert words[2:] == ["--max-new-tokens", "1024", "--temperature", "0.5", "--top-p", "0.7", "--top-k", "50",
+    arguments = arguments_of("chat", CHAT + "default_system: Be kind.\n", "temperature=0.5", "--json")
+    assert arguments[:2] == ["chat", "lowrank/tiny"]
+    assert arguments[2:] == ["--max-new-tokens", "1024", "--temperature", "0.5", "--top-p", "0.7", "--top-k", "50",
                          "--system", "Be kind.", "--json"]  # fmt: skip
-    adapter = words_of("chat", CHAT + "adapter_name_or_path: saves/a\ndo_sample: false\n", "--max-new-tokens", "7")
+    adapter = arguments_of("chat", CHAT + "adapter_name_or_path: saves/a\ndo_sample: false\n", "--max-new-tokens", "7")
     assert adapter == ["chat", "saves/a", "--base", "lowrank/tiny", "--max-new-tokens", "7"]
 
 
 def test_serve(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_PORT", "8123")
     text = CHAT.replace("huggingface", "vllm") + "template: llama3\n"
-    assert words_of("serve", text) == [
+    assert arguments_of("serve", text) == [
         "serve", "lowrank/tiny", "--chat-template", "llama3", "--engine", "vllm", "--port", "8123"]  # fmt: skip
 
 
 def test_export(place: Path) -> None:
-    assert words_of("export", EXPORT) == ["export", "lowrank/tiny", "--output", "out", "max_shard_size=5GB"]
-    several = words_of("export", EXPORT + "adapter_name_or_path: a,b\nexport_hub_model_id: me/it\n")
+    assert arguments_of("export", EXPORT) == ["export", "lowrank/tiny", "--output", "out", "max_shard_size=5GB"]
+    several = arguments_of("export", EXPORT + "adapter_name_or_path: a,b\nexport_hub_model_id: me/it\n")
     assert several[1:6] == ["lowrank/tiny", "--adapter", "a,b", "--combine", "add"]
     assert several[-3:] == ["--push", "me/it", "max_shard_size=5GB"]
-    gptq = words_of("export", EXPORT + "export_quantization_bit: 4\nexport_quantization_dataset: data/mine.json\n")
+    gptq = arguments_of("export", EXPORT + "export_quantization_bit: 4\nexport_quantization_dataset: data/mine.json\n")
     assert gptq[-5:] == ["--to", "gptq", "bits=4", "calibration=data/mine.json", "max_shard_size=5GB"]
 
 
 def test_predict_also_by_train(place: Path) -> None:
     expected = ["predict", "lowrank/tiny", "--max-new-tokens", "4", *SAMPLING, "--data", "mine", "--dataset-dir",
                 "data", "--max-samples", "3", "--output", "out", "--seed", "42", "--llamafactory"]  # fmt: skip
-    assert words_of("predict", PREDICT) == expected
-    assert words_of("train", PREDICT) == expected
+    assert arguments_of("predict", PREDICT) == expected
+    assert arguments_of("train", PREDICT) == expected
 
 
 def test_eval(place: Path) -> None:
     text = "model_name_or_path: lowrank/tiny\ntask: mmlu_test\nlang: en\nn_shot: 3\nsave_dir: out\nbatch_size: 4\n"
-    assert words_of("eval", text) == [
+    assert arguments_of("eval", text) == [
         "eval", "lowrank/tiny", "--tasks", "mmlu", "--num-fewshot", "3", "--output", "out"]  # fmt: skip
 
 
@@ -136,9 +136,9 @@ def test_flags_train_as_a_file_does(place: Path) -> None:
     for line in text.splitlines():
         key, _, value = line.partition(": ")
         flags += [f"--{key}"] if value == "true" else [f"--{key}", value]
-    words = translate(["train", *flags]).words
-    assert words is not None
-    assert load_any(words[1], words[2:])[0] == load_any("theirs.yaml")[0]
+    arguments = translate(["train", *flags]).arguments
+    assert arguments is not None
+    assert load_any(arguments[1], arguments[2:])[0] == load_any("theirs.yaml")[0]
 
 
 def test_a_chat_file_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

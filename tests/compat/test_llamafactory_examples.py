@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with datasets of the names that the examples use."""
     data = tmp_path / "data"
     data.mkdir()
-    asked = [{"instruction": f"Say {number}.", "input": "", "output": f"{number}!"} for number in range(6)]
+    rows = [{"instruction": f"Say {number}.", "input": "", "output": f"{number}!"} for number in range(6)]
     talk = [{"from": "human", "value": "Which is larger, 1 or 2?"}]
     better, worse = {"from": "gpt", "value": "2"}, {"from": "gpt", "value": "1"}
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -67,9 +67,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pictures = {**chat, "file_name": "rated.json", "columns": {"messages": "messages", "images": "images"}}
     info |= dict.fromkeys(("mllm_demo", "llava_1k_en", "llava_1k_zh"), pictures)
     info["rlhf_v"] = {**info["dpo_en_demo"], "columns": {**info["dpo_en_demo"]["columns"], "images": "images"}}
-    for name, content in {"asked": asked, "pairs": pairs, "rated": rated, "dataset_info": info}.items():
+    for name, content in {"asked": rows, "pairs": pairs, "rated": rated, "dataset_info": info}.items():
         (data / f"{name}.json").write_text(json.dumps(content))
-    notes = "".join(json.dumps({"text": f"Note {n}: the sea is wide."}) + "\n" for n in asked)
+    notes = "".join(json.dumps({"text": f"Note {n}: the sea is wide."}) + "\n" for n in rows)
     for name in ("notes", "c4_demo"):
         (data / f"{name}.jsonl").write_text(notes)
     preferred = [{"chosen": [*turns[:1], turns[1]], "rejected": [*turns[:1], {**turns[1], "content": "5"}]}] * 4
@@ -111,8 +111,8 @@ def written(path: str, settings: Any) -> str:
 
 
 def flags_of(lines: list[str]) -> list[str]:
-    words = " ".join(lines).partition("train ")[2].replace("${MODEL_PATH}", "lowrank/tiny").split()
-    return split_flags(words, known())[0]
+    arguments = " ".join(lines).partition("train ")[2].replace("${MODEL_PATH}", "lowrank/tiny").split()
+    return split_flags(arguments, known())[0]
 
 
 def test_the_table_has_every_file() -> None:
@@ -125,8 +125,8 @@ def test_what_becomes_of_it(path: str, place: Path) -> None:
     settings = on_this_machine(path)
     if isinstance(settings, list):
         if state == "train":
-            words = flags_of(settings)
-            assert load_any(words[0], words[1:])[0].jobs[0].adapter.type == "lora"
+            arguments = flags_of(settings)
+            assert load_any(arguments[0], arguments[1:])[0].jobs[0].adapter.type == "lora"
         return
     file = written(path, settings)
     if state == "none":
@@ -136,15 +136,15 @@ def test_what_becomes_of_it(path: str, place: Path) -> None:
     elif state == "refused":
         with pytest.raises(ConfigError) as caught:
             load_any(file)
-        expected = next(texts for word, texts in REASONS.items() if word in why)
+        expected = next(texts for phrase, texts in REASONS.items() if phrase in why)
         assert any(text in str(caught.value) for text in expected)
     elif state == "train":
-        assert translate(["train", file]).words in (None, ["train", file])
+        assert translate(["train", file]).arguments in (None, ["train", file])
         load_any(file)
     else:
-        words = translate([state, file]).words
-        assert words is not None
-        assert words[0] == state
+        arguments = translate([state, file]).arguments
+        assert arguments is not None
+        assert arguments[0] == state
 
 
 def shortened(path: str, place: Path, base: str) -> Any:
@@ -173,9 +173,9 @@ def adapter(place: Path, base: str) -> str:
     """Trained by one step."""
     folder = place / "trained"
     if not folder.exists():
-        words = [f"model={base}", "data.train=data/asked.json", "max_steps=1", f"output_dir={folder}"]
+        arguments = [f"model={base}", "data.train=data/asked.json", "max_steps=1", f"output_dir={folder}"]
         with pytest.raises(SystemExit) as end:
-            main(["train", *words, "--quiet"])
+            main(["train", *arguments, "--quiet"])
         assert end.value.code == 0
     return str(folder)
 
@@ -186,10 +186,10 @@ def test_it_runs(path: str, place: Path, base: str, capsys: pytest.CaptureFixtur
     state = TABLE[path][0]
     if path.endswith(".sh"):
         more = ["max_steps=1", "max_samples=4", "cutoff_len=64", "output_dir=out"]
-        words = ["train", *flags_of(SETTINGS[path]), *more, "--quiet"]
+        arguments = ["train", *flags_of(SETTINGS[path]), *more, "--quiet"]
     else:
         more = {"train": ["--quiet"], "chat": ["--prompt", "hi"], "export": ["--no-verify"], "predict": []}[state]
-        words = [state, written(path, shortened(path, place, base)), *more]
+        arguments = [state, written(path, shortened(path, place, base)), *more]
     with pytest.raises(SystemExit) as end:
-        main(words)
+        main(arguments)
     assert end.value.code == 0, capsys.readouterr().err

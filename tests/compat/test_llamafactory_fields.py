@@ -67,7 +67,7 @@ def test_a_key_becomes(place: Path, lines: str, path: str, value: object) -> Non
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("hub_private_repo: false\n", "hub_private_repo has no effect: a new repository is private"),
         ("hub_revision: v2\n", "hub_revision has no effect"),
@@ -78,9 +78,9 @@ def test_a_key_becomes(place: Path, lines: str, path: str, value: object) -> Non
         ("hub_private_repo: true\nhub_strategy: every_save\ngroup_by_length: false\noft_rank: 0\n", None),
     ],
 )
-def test_what_an_honored_key_calls_for_is_not_dropped_in_silence(place: Path, line: str, said: str | None) -> None:
+def test_what_an_honored_key_calls_for_is_not_dropped_in_silence(place: Path, line: str, expected: str | None) -> None:
     _, warnings = load_any(written(line))
-    assert warnings == [] if said is None else said in "".join(warnings)
+    assert warnings == [] if expected is None else expected in "".join(warnings)
     assert "hf_abc" not in "".join(warnings)
 
 
@@ -94,10 +94,10 @@ def test_a_new_adapter_is_trained_on_the_old_one_merged(place: Path) -> None:
     assert found.first == [
         ["export", "saves/a", "--base", "m/x", "--to", "merged", "--output", "out-base"],
     ]  # fmt: skip
-    assert found.words == ["train", "run.yaml", "model_name_or_path=out-base", "adapter_name_or_path=null",
+    assert found.arguments == ["train", "run.yaml", "model_name_or_path=out-base", "adapter_name_or_path=null",
                            "create_new_adapter=false"]  # fmt: skip
-    assert found.words is not None
-    config, _ = load_any(found.words[1], found.words[2:])
+    assert found.arguments is not None
+    config, _ = load_any(found.arguments[1], found.arguments[2:])
     assert (config.model.path, config.jobs[0].adapter.path) == ("out-base", None)
 
 

@@ -77,8 +77,16 @@ def test_export(place: Path) -> None:
         "model: lowrank/tiny\npeft_config: {name: lora, adapter_name_or_path: ./outputs/it, export_dir: ./merged,"
         " export_size: 5, infer_dtype: auto}\n"
     )
-    words = translate(["export", "v1.yaml"]).words
-    assert words == ["export", "./outputs/it", "--base", "lowrank/tiny", "--output", "./merged", "max_shard_size=5GB"]
+    arguments = translate(["export", "v1.yaml"]).arguments
+    assert arguments == [
+        "export",
+        "./outputs/it",
+        "--base",
+        "lowrank/tiny",
+        "--output",
+        "./merged",
+        "max_shard_size=5GB",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,6 @@ def test_every_field_of_their_arguments_is_honored_warned_of_or_refused_with_a_s
     """The fields of LLaMA-Factory 0.9.6 (2026-08-18), with the transformers arguments that it inherits."""
     fields = (Path(__file__).parent / "llamafactory_fields.txt").read_text("utf-8").split()
     assert len(fields) == 386
-    said = {name: field.description or "" for name, field in Keys.model_fields.items()}
-    said |= {key: group.why for group in (*NO_EFFECT, *REFUSED) for key in group.keys}
-    assert [name for name in fields if len(said.get(name, "").strip()) < 4] == []
+    descriptions = {name: field.description or "" for name, field in Keys.model_fields.items()}
+    descriptions |= {key: group.why for group in (*NO_EFFECT, *REFUSED) for key in group.keys}
+    assert [name for name in fields if len(descriptions.get(name, "").strip()) < 4] == []

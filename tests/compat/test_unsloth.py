@@ -303,7 +303,7 @@ def test_the_notebook(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples/unsloth_alpaca.py"), "6", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, last = (float(word) for word in done.stdout.partition("loss: ")[2].split()[0:4:3])
+    first, last = (float(number) for number in done.stdout.partition("loss: ")[2].split()[0:4:3])
     assert last < first
     assert "saved: gguf, lora_model, merged, outputs" in done.stdout
     assert list((tmp_path / "gguf").glob("*-Q8_0.gguf"))

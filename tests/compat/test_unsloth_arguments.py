@@ -32,8 +32,8 @@ NO_GPU = not torch.accelerator.is_available()
 
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(translation, "_said", set())
-    monkeypatch.setattr(loader_arguments, "_said", set())
+    monkeypatch.setattr(translation, "_logged", set())
+    monkeypatch.setattr(loader_arguments, "_logged", set())
 
 
 def test_settings_by_their_older_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -79,12 +79,12 @@ def test_an_adapter_is_taken_out() -> None:
 
 def test_what_a_tokenizer_gives_goes_whole_into_generate() -> None:
     model, own = load(), tokenizer()
-    asked = own(["add 2 and 3"], return_tensors="pt")
-    plain = model.generate(**asked, max_new_tokens=4, do_sample=False)
-    assert torch.equal(model.generate(input_ids=asked, max_new_tokens=4, do_sample=False), plain)
-    assert torch.equal(model.generate(asked, max_new_tokens=4, do_sample=False), plain)
+    inputs = own(["add 2 and 3"], return_tensors="pt")
+    plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(input_ids=inputs, max_new_tokens=4, do_sample=False), plain)
+    assert torch.equal(model.generate(inputs, max_new_tokens=4, do_sample=False), plain)
     model.train()
-    assert torch.equal(model.generate(asked, max_new_tokens=4, do_sample=False), plain)
+    assert torch.equal(model.generate(inputs, max_new_tokens=4, do_sample=False), plain)
     assert model.training, "as it was before"
 
 

@@ -323,10 +323,10 @@ def table() -> str:
         )
         bad = {key.partition("=")[0] for key in refused[name]}
         fine = ", ".join(f"`{key}` {number}" for key, number in inner if key not in bad or _also_fine(name, key, bits))
-        words = "; ".join(
+        labels = "; ".join(
             f"`{key or name}` {where.bit_count()}: {_plain(why)}" for key, (where, why) in sorted(refused[name].items())
         )
-        lines.append(f"| `{name}` | {everywhere.bit_count()} | {fine} | {words} |")
+        lines.append(f"| `{name}` | {everywhere.bit_count()} | {fine} | {labels} |")
     done, all_cells = passing(count, bits), passing(count, bits, also_unrun=True)
     head = f"{done} of {count} notebooks pass; {all_cells}, if what stands under `if False` counts too.\n\n"
     return head + "\n".join(lines) + "\n"
@@ -337,8 +337,8 @@ def _also_fine(of: str, name: str, bits: Mapping[Use, int]) -> bool:
     return any(use.of == of and use.name == name and problem(of, name, use.value) is None for use in bits)
 
 
-def _plain(words: str) -> str:
-    return words.replace("|", "\\|").replace("\n", " ")
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def main(arguments: list[str]) -> int:

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from lowrank.errors import ConfigError, raise_all
 
-_SAY = logging.getLogger(__name__)
-_said: set[str] = set()
+_LOG = logging.getLogger(__name__)
+_logged: set[str] = set()
 _OF_VLLM = "vLLM's; answers come from the model's own generate()"
 WITHOUT_EFFECT: Mapping[str, str] = {
     "fast_inference": _OF_VLLM,
@@ -40,7 +40,7 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "max_loftq_iterations": "one iteration is done",
 }
 """Arguments that choose how, and not what, is computed: taken, and said once where they ask for something."""
-_ASKS_FOR_NOTHING: Mapping[str, Any] = {
+_NO_EFFECT: Mapping[str, Any] = {
     "fix_tokenizer": True, "random_state": 3407, "max_lora_rank": 64, "gpu_memory_utilization": 0.5,
     "disable_log_stats": True, "fullgraph": True, "temporary_location": "_unsloth_temporary_saved_buffers",
 }  # fmt: skip
@@ -74,11 +74,11 @@ _ONE_DEVICE = ("auto", "sequential", "balanced", "balanced_low_0", "unsloth", No
 """Values of device_map that come to the same where one device is used."""
 
 
-def say(sentence: str) -> None:
+def warn_once(sentence: str) -> None:
     """A warning, the first time."""
-    if sentence not in _said:
-        _said.add(sentence)
-        _SAY.warning("%s", sentence)
+    if sentence not in _logged:
+        _logged.add(sentence)
+        _LOG.warning("%s", sentence)
 
 
 def refuse(what: str, given: Mapping[str, Any], elsewhere: Mapping[str, tuple[Any, str]]) -> None:
@@ -86,8 +86,8 @@ def refuse(what: str, given: Mapping[str, Any], elsewhere: Mapping[str, tuple[An
     problems = []
     for name, value in given.items():
         if name in WITHOUT_EFFECT:
-            if value not in (None, False, _ASKS_FOR_NOTHING.get(name)):
-                say(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
+            if value not in (None, False, _NO_EFFECT.get(name)):
+                warn_once(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
         elif name not in elsewhere:
             problems.append(f"{name}={value!r}: no such argument here")
         elif value != elsewhere[name][0] and value is not None:
@@ -97,8 +97,8 @@ def refuse(what: str, given: Mapping[str, Any], elsewhere: Mapping[str, tuple[An
 
 def storage_of(in_4bit: bool | None, in_8bit: bool, in_16bit: bool, full: bool) -> str:
     """How weights are kept: nf4 unless something else is asked. ConfigError where two things are asked."""
-    asked = {"load_in_4bit": in_4bit, "load_in_8bit": in_8bit, "load_in_16bit": in_16bit}
-    chosen = [name for name, on in asked.items() if on]
+    requested = {"load_in_4bit": in_4bit, "load_in_8bit": in_8bit, "load_in_16bit": in_16bit}
+    chosen = [name for name, on in requested.items() if on]
     if full:
         chosen = [name for name in chosen if name != "load_in_16bit"]
         if in_4bit is None or not chosen:

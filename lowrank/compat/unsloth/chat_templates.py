@@ -20,7 +20,7 @@ from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError
 
-_SAY = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _SAME = {"role": "role", "content": "content", "user": "user", "assistant": "assistant"}
 _IN_ONE_PIECE = """{%- set pieces = namespace(messages=[]) %}
 {%- for each in messages %}
@@ -121,7 +121,7 @@ def _from_example(example: str, system: str | None, tokenizer: Any) -> str:
     if "{SYSTEM}" not in opening and system is not None:
         raise ConfigError("default_system_message: chat_template has no place for it, {SYSTEM}")
     if tokenizer.eos_token and not end.endswith(tokenizer.eos_token) and tokenizer.eos_token not in end:
-        _SAY.warning("apply_chat_template: EOS is put behind {OUTPUT}, so that answers end")
+        _LOG.warning("apply_chat_template: EOS is put behind {OUTPUT}, so that answers end")
         end += tokenizer.eos_token
     bos = "{{- bos_token }}" if templates.adds_bos(tokenizer) and not once.startswith(tokenizer.bos_token) else ""
     given = "messages[0].content" if "{SYSTEM}" in opening else "''"
@@ -169,7 +169,7 @@ def _give_chatml_tokens(tokenizer: Any, name: str, map_eos_token: bool) -> None:
     if "<start_of_turn>" in vocabulary:
         _rename(tokenizer, {"<start_of_turn>": "<|im_start|>", "<end_of_turn>": "<|im_end|>"})
         return
-    _SAY.warning("get_chat_template: %s is renamed <|im_end|>, which ends a turn; <|im_start|> is no token of this "
+    _LOG.warning("get_chat_template: %s is renamed <|im_end|>, which ends a turn; <|im_start|> is no token of this "
                  "tokenizer and is written in pieces", tokenizer.eos_token)  # fmt: skip
     _rename(tokenizer, {tokenizer.eos_token: "<|im_end|>"})
 

@@ -24,8 +24,8 @@ from lowrank.compat.unsloth.arguments import (
     hub_token,
     is_language_model,
     refuse,
-    say,
     storage_of,
+    warn_once,
 )
 from lowrank.compat.unsloth.model import DEFAULT, TunedModel
 from lowrank.compat.unsloth.tokens import ids_first
@@ -35,7 +35,7 @@ from lowrank.pipelines.artifacts import adapter_folder
 from lowrank.pipelines.resolve import Kind, resolve
 from lowrank.third_party import code_allowed, code_is_allowed
 
-_SAY = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WHOLE = ("embed_tokens", "lm_head")
 """As targets they are trained whole, as copies, as in Unsloth."""
@@ -100,13 +100,13 @@ class FastLanguageModel:
             if storage != "dense" and not _is_quantized(settings):
                 settings["storage"] = {"type": storage}
             config = checked(ModelConfig, settings)
-            base = loading.load(config, notify=_SAY.info, train_all=full_finetuning)
+            base = loading.load(config, notify=_LOG.info, train_all=full_finetuning)
             if attn_implementation is not None and attn_implementation != base.own_attention:
                 base.model.set_attn_implementation(attn_implementation)
                 base.own_attention = attn_implementation
             if trained:
-                for said in learn_tokens(base.tokenizer, {model_name: adapter_folder(model_name, "model_name")}):
-                    say(said)
+                for notice in learn_tokens(base.tokenizer, {model_name: adapter_folder(model_name, "model_name")}):
+                    warn_once(notice)
             _too_long(max_seq_length, base.max_positions)
             if full_finetuning:
                 model: Any = full.prepared(base, config)
@@ -152,12 +152,12 @@ class FastLanguageModel:
         """
         refuse("get_peft_model", others, ADAPTER_ELSEWHERE)
         if full.is_full(model):
-            say("full_finetuning: the weights themselves are trained, get_peft_model adds nothing")
+            warn_once("full_finetuning: the weights themselves are trained, get_peft_model adds nothing")
             return model
         if not finetune_language_layers:
             raise ConfigError("finetune_language_layers=False: only the language model is trained here")
         if finetune_vision_layers:
-            say("finetune_vision_layers has no effect: only the language model is loaded")
+            warn_once("finetune_vision_layers has no effect: only the language model is loaded")
         wanted: Any = target_modules if isinstance(target_modules, str | None) else tuple(target_modules)
         whole: tuple[str, ...] = tuple(modules_to_save or ())
         if isinstance(wanted, tuple):
@@ -217,7 +217,7 @@ def is_bfloat16_supported() -> bool:
 
 def _too_long(length: int | None, reach: int | None) -> None:
     if length and reach and length > reach:
-        _SAY.warning("max_seq_length=%d: this model was made for %d positions: cut texts at %d (SFTConfig: "
+        _LOG.warning("max_seq_length=%d: this model was made for %d positions: cut texts at %d (SFTConfig: "
                      "max_length), or stretch them, rope_scaling={'type': 'yarn', 'factor': %d}",
                      length, reach, reach, -(-length // reach))  # fmt: skip
 
@@ -237,7 +237,7 @@ def _present(model: Any, wanted: tuple[str, ...]) -> tuple[str, ...]:
     there = tuple(each for each in wanted if any(matches(name, (each,)) for name in names))
     if there and len(there) < len(wanted):
         gone = ", ".join(each for each in wanted if each not in there)
-        _SAY.warning("target_modules: this model has no linear layer %s; the others are adapted", gone)
+        _LOG.warning("target_modules: this model has no linear layer %s; the others are adapted", gone)
         return there
     return wanted
 
@@ -259,9 +259,9 @@ def _same(model: TunedModel, wanted: AdapterConfig) -> None:
     own = model.bank.slots[model.slots[DEFAULT]].config
     problems = []
     for name in ("type", "rank", "alpha", "dropout", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        there, asked = (getattr(each, name, None) for each in (own, wanted))
-        if there != asked and not (not there and not asked):
-            problems.append(f"{name}: {there!r} is there, {asked!r} is asked")
+        there, requested = (getattr(each, name, None) for each in (own, wanted))
+        if there != requested and not (not there and not requested):
+            problems.append(f"{name}: {there!r} is there, {requested!r} is asked")
     layers = [set(find_targets(model.base.model, each).linears) for each in (own, wanted)]
     if layers[0] != layers[1]:
         problems.append(f"target_modules: {own.target_modules!r} is there, {wanted.target_modules!r} is asked")
@@ -269,7 +269,7 @@ def _same(model: TunedModel, wanted: AdapterConfig) -> None:
         raise ConfigError("get_peft_model: the model has an adapter already, and it is another one\n  "
                           + "\n  ".join(problems)
                           + "\n  load the base anew, or model.delete_adapter('default') first")  # fmt: skip
-    _SAY.warning("get_peft_model: the model has this adapter already; it is kept, with what it has learned")
+    _LOG.warning("get_peft_model: the model has this adapter already; it is kept, with what it has learned")
 
 
 def _variant(start: bool | str, loftq_config: Mapping[str, Any] | None, rslora: bool, dora: bool) -> str:

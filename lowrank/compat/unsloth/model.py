@@ -35,7 +35,7 @@ from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_config import BaseDescription, describe_base, to_peft
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.compat.unsloth import sampling, saving
-from lowrank.compat.unsloth.arguments import say
+from lowrank.compat.unsloth.arguments import warn_once
 from lowrank.errors import ConfigError, ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.base import Base
@@ -52,7 +52,7 @@ DEFAULT = "default"
 IGNORED = -100
 """The label that carries no loss."""
 _OF_OUR_LOSS = {"position_ids", "use_cache", "num_items_in_batch", "return_dict"}
-_SAY = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 class OneSlot(ForwardContext):
@@ -119,7 +119,7 @@ class TunedModel(peft.PeftModel):
         self.seeds: dict[str, int] = {}
         self._fresh: set[int] = set()
         self._passes = 0
-        self._told_precision = False
+        self._precision_reported = False
         base.backbone.register_forward_pre_hook(self._route, with_kwargs=True)
 
     # --- adapters by name -------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ class TunedModel(peft.PeftModel):
         """Read an adapter's files (PEFT's or ours) into the adapter of that name, or into a new one."""
         del others  # whether it is trainable is what `set_adapter` says
         saved = on_model(load_adapter(Path(model_id)), self.base.model)
-        for said in learn_tokens(self.base.tokenizer, {adapter_name: Path(model_id)}):
-            say(said)
+        for notice in learn_tokens(self.base.tokenizer, {adapter_name: Path(model_id)}):
+            warn_once(notice)
         if adapter_name in self.slots:
             self.bank.load(self.slots[adapter_name], saved.tensors)
         else:
@@ -278,9 +278,9 @@ class TunedModel(peft.PeftModel):
         kind = self.base.device.type
         if torch.is_autocast_enabled(kind):
             requested = torch.get_autocast_dtype(kind)
-            if requested != self.base.dtype and not self._told_precision:
-                self._told_precision = True
-                _SAY.warning("the trainer asks for %s; the model was loaded to compute in %s, and does (dtype=)",
+            if requested != self.base.dtype and not self._precision_reported:
+                self._precision_reported = True
+                _LOG.warning("the trainer asks for %s; the model was loaded to compute in %s, and does (dtype=)",
                              requested, self.base.dtype)  # fmt: skip
         with torch.autocast(kind, enabled=False):
             yield
@@ -349,7 +349,7 @@ class TunedModel(peft.PeftModel):
         """Keep the input of each decoder layer alone; always torch's non-reentrant form."""
         del activation_checkpointing_kwargs
         if every_n_layers != 1 or offload:
-            _SAY.warning("every_n_layers and offload have no effect here: every layer is computed again, in place")
+            _LOG.warning("every_n_layers and offload have no effect here: every layer is computed again, in place")
         set_activation_checkpointing_under(self.base.model, lambda: self.routing.using(self.routing.current))
         self._recomputes = True
 

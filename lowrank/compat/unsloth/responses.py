@@ -10,7 +10,7 @@ from typing import Any
 from lowrank.errors import ConfigError, DataError
 
 IGNORED = -100
-_SAY = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _QUESTIONS, _ANSWERS = ("Zq1aw", "Zq2bw"), ("Ya1cx", "Ya2dx")
 """Texts that no template writes by itself."""
 
@@ -37,12 +37,12 @@ def train_on_responses_only(
         assert trainer is not None, "without a trainer a tokenizer has to be given"
         tokenizer = trainer.processing_class
     if not force_match:
-        _SAY.warning("train_on_responses_only: force_match=False has no effect: parts are found in the text")
+        _LOG.warning("train_on_responses_only: force_match=False has no effect: parts are found in the text")
     if (instruction_part is None) != (response_part is None):
         raise ConfigError("train_on_responses_only: give both instruction_part and response_part, or neither")
     if instruction_part is None or response_part is None:
         instruction_part, response_part = parts_of(tokenizer)
-        _SAY.warning("train_on_responses_only: the chat template says instruction_part=%r, response_part=%r",
+        _LOG.warning("train_on_responses_only: the chat template says instruction_part=%r, response_part=%r",
                      instruction_part, response_part)  # fmt: skip
     parts = instruction_part, response_part
 
@@ -73,18 +73,18 @@ def parts_of(tokenizer: Any) -> tuple[str, str]:
              for role, text in zip(("user", "assistant"), pair)]  # fmt: skip
     try:
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False)
+        question = tokenizer.apply_chat_template(turns[:1], tokenize=False)
     except Exception as error:  # templates are programs, and fail as they like
         raise ConfigError("train_on_responses_only: the chat template writes no plain conversation; give "
                           f"instruction_part and response_part ({error})") from error  # fmt: skip
     places = [whole.find(text) for text in (_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1], _ANSWERS[1])]
-    if -1 in places or _QUESTIONS[0] not in asked:
+    if -1 in places or _QUESTIONS[0] not in question:
         raise ConfigError("train_on_responses_only: the chat template changes what is said; give instruction_part "
                           "and response_part")  # fmt: skip
     width = len(_QUESTIONS[0])
     to_answer = whole[places[0] + width : places[1]]
     to_question = whole[places[1] + width : places[2]]
-    end_of_question = asked[asked.find(_QUESTIONS[0]) + width :]
+    end_of_question = question[question.find(_QUESTIONS[0]) + width :]
     end_of_answer = whole[places[3] + width :]
     response = _without(to_answer, end_of_question)
     instruction = _without(to_question, end_of_answer)
@@ -110,7 +110,7 @@ def _masked(dataset: Any, labels: Callable[..., Any], parts: tuple[str, str], wh
     if not len(kept):
         raise DataError(f"train_on_responses_only: no row of {what} has {parts[1]!r} with an answer behind it")
     if lost:
-        _SAY.warning("train_on_responses_only: %d of %d rows of %s have no answer and are left out", lost, len(marked),
+        _LOG.warning("train_on_responses_only: %d of %d rows of %s have no answer and are left out", lost, len(marked),
                      what)  # fmt: skip
     return kept
 

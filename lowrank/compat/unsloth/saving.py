@@ -15,7 +15,7 @@ import torch
 
 from lowrank.checkpoints.atomic import new_file
 from lowrank.checkpoints.peft_layout import CONFIG_FILE, write_adapter
-from lowrank.compat.unsloth.arguments import hub_token, say
+from lowrank.compat.unsloth.arguments import hub_token, warn_once
 from lowrank.errors import ConfigError, NotTheSameError, OutputError, did_you_mean, raise_all
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.mixes import BASES
@@ -49,7 +49,7 @@ _UNHEARD = ("token", "private", "use_temp_dir", "temporary_location", "maximum_m
 _OF_THE_CARD = ("tags", "datasets")
 """Taken, and said to have no effect."""
 _OF_UPLOADS = ("commit_message", "commit_description", "revision", "create_pr")
-_SAY = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 def save_lora(model: Any, folder: Path, tokenizer: Any = None, **others: Any) -> None:
@@ -151,15 +151,15 @@ def _write(model: Any, folder: Path, tokenizer: Any, target: Any, verify: bool) 
         _write_trained(model, trained, tokenizer)
         partial = Path(beside) / "written" / folder.name
         with code_allowed(model.settings.trust_remote_code):
-            source = open_source(str(trained), notify=_SAY.info)
-            result = export_targets(source, [ExportRequest(target, partial)], verify=verify, notify=_SAY.info)
+            source = open_source(str(trained), notify=_LOG.info)
+            result = export_targets(source, [ExportRequest(target, partial)], verify=verify, notify=_LOG.info)
         _move_into(partial, folder)
     own = result["targets"][target.type]
-    found = [f"{each['name']}: {word}" for each in own["comparisons"] for word in each["problems"]]
+    found = [f"{each['name']}: {problem}" for each in own["comparisons"] for problem in each["problems"]]
     heading = f"{folder} is written and kept, and differs from what was trained more than was to be expected"
     if isinstance(target, (GGUFExportConfig, Merged4bitExportConfig)):  # how much few bits cost depends on the model
         for problem in found:
-            _SAY.warning("%s: %s", heading, problem)
+            _LOG.warning("%s: %s", heading, problem)
     else:
         raise_all(NotTheSameError, heading, found)
 
@@ -197,7 +197,7 @@ def _move_into(written: Path, folder: Path) -> None:
             if path.name not in names:
                 path.unlink()
         if (folder / CONFIG_FILE).is_file():
-            _SAY.warning(
+            _LOG.warning(
                 "%s holds an adapter too: from_pretrained(%r) reads that, on its own base", folder, str(folder)
             )
     for path in sorted(written.iterdir()):
@@ -218,11 +218,11 @@ def _sixteen_bits(model: Any) -> Literal["auto", "bfloat16"]:
 def _refuse(what: str, given: Mapping[str, Any]) -> None:
     for name in _OF_THE_CARD:
         if given.get(name) is not None:
-            say(f"{what}: {name} has no effect: the model card says what was trained and how")
-    asked = {key: value for key, value in given.items() if key not in (*_UNHEARD, *_OF_THE_CARD)}
+            warn_once(f"{what}: {name} has no effect: the model card says what was trained and how")
+    requested = {key: value for key, value in given.items() if key not in (*_UNHEARD, *_OF_THE_CARD)}
     problems = [
         name
-        for name, value in asked.items()
+        for name, value in requested.items()
         if name not in _HARMLESS or (value is not None and value != _HARMLESS[name])
     ]
     if problems:

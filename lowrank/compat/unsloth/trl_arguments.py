@@ -27,7 +27,7 @@ from lowrank.compat.unsloth.sampling import sampling_fields, stop_strings
 from lowrank.compat.unsloth.trl_data import prepare, shorten_prompts
 from lowrank.errors import ConfigError
 
-_SAY = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
@@ -42,7 +42,7 @@ _WITHOUT_EFFECT = ("unsloth_num_chunks", "unsloth_logit_chunk_multiplier", "unsl
 _EXPERIMENTAL = {"ORPOTrainer": "orpo", "ORPOConfig": "orpo", "CPOTrainer": "cpo", "CPOConfig": "cpo"}
 """Where TRL keeps what it had at its top."""
 _MARK = "_takes_older_arguments"
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def install() -> None:
@@ -66,10 +66,12 @@ def _translate_auto_peft() -> None:
 
     @functools.wraps(own)
     def from_pretrained(cls: Any, *args: Any, **given: Any) -> Any:
-        asked = {name: given.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in given}
-        if any(asked.values()) and "quantization_config" not in given:
-            given["quantization_config"] = transformers.BitsAndBytesConfig(**asked)
-            _say(f"{kind.__name__}: {', '.join(asked)}: given to BitsAndBytesConfig, where this release has it")
+        requested = {name: given.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in given}
+        if any(requested.values()) and "quantization_config" not in given:
+            given["quantization_config"] = transformers.BitsAndBytesConfig(**requested)
+            _warn_once(
+                f"{kind.__name__}: {', '.join(requested)}: given to BitsAndBytesConfig, where this release has it"
+            )
         return own(cls, *args, **given)
 
     kind.from_pretrained = classmethod(from_pretrained)
@@ -122,10 +124,10 @@ def _translated(kind: Any, translate: Callable[..., Callable[[], None] | None]) 
     setattr(kind, _MARK, True)
 
 
-def _say(sentence: str) -> None:
-    if sentence not in _said:
-        _said.add(sentence)
-        _SAY.warning("%s", sentence)
+def _warn_once(sentence: str) -> None:
+    if sentence not in _logged:
+        _logged.add(sentence)
+        _LOG.warning("%s", sentence)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -143,13 +145,15 @@ def _settings(own: Any, kind: Any, given: dict[str, Any]) -> Callable[[], None]:
             value = given.pop(old)
             if not (old == "warmup_ratio" and (given.get(new) or not value)):
                 given[new] = value
-            _say(f"{title}: {old} is {new} in this release")
+            _warn_once(f"{title}: {old} is {new} in this release")
     for name in _WITHOUT_EFFECT:
         if name in given and name not in known:
-            _say(f"{title}: {name}={given.pop(name)!r} has no effect here")
+            _warn_once(f"{title}: {name}={given.pop(name)!r} has no effect here")
     if kept.get("vllm_sampling_params") is not None:
         given.update(sampling_fields(kept["vllm_sampling_params"]))
-        _say(f"{title}: vllm_sampling_params: their values are taken; answers are drawn by the model's own generate()")
+        _warn_once(
+            f"{title}: vllm_sampling_params: their values are taken; answers are drawn by the model's own generate()"
+        )
     if "num_generations" in known:
         _fit_batch(given, title)
     if not torch.accelerator.is_available():
@@ -161,10 +165,10 @@ def _for_the_processor(given: dict[str, Any], title: str) -> None:
     """Without a GPU: transformers wants to be told, and mixed precision is for GPUs."""
     if "use_cpu" not in given:
         given["use_cpu"] = True
-        _say(f"{title}: there is no GPU: use_cpu=True")
+        _warn_once(f"{title}: there is no GPU: use_cpu=True")
     if given.get("fp16"):
         given["fp16"] = False
-        _say(f"{title}: fp16=True: there is no GPU, the model's own dtype is used")
+        _warn_once(f"{title}: fp16=True: there is no GPU, the model's own dtype is used")
     if given.get("bf16") is None:
         given["bf16"] = False
 
@@ -178,7 +182,9 @@ def _fit_batch(given: dict[str, Any], title: str) -> None:
     group = given.get("num_generations", 8)
     if group and (size * steps * int(os.environ.get("WORLD_SIZE", "1"))) % group:
         given["per_device_train_batch_size"] = group
-        _say(f"{title}: per_device_train_batch_size={size} is no whole number of groups of num_generations: {group}")
+        _warn_once(
+            f"{title}: per_device_train_batch_size={size} is no whole number of groups of num_generations: {group}"
+        )
 
 
 # --- trainers ---------------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ def _processing_class(own: Any, kind: Any, given: dict[str, Any]) -> None:
     if "tokenizer" in given:
         tokenizer = given.pop("tokenizer")
         given.setdefault("processing_class", tokenizer)
-        _say(f"{kind.__name__}: tokenizer is processing_class in this release")
+        _warn_once(f"{kind.__name__}: tokenizer is processing_class in this release")
 
 
 def _trainer(own: Any, kind: Any, given: dict[str, Any]) -> Callable[[], None] | None:
@@ -203,7 +209,7 @@ def _trainer(own: Any, kind: Any, given: dict[str, Any]) -> Callable[[], None] |
     moved = {name: given.pop(name) for name in older}
     ours = getattr(given.get("model"), "is_front_of_lowrank", False)
     if moved:
-        _say(f"{kind.__name__}: {', '.join(moved)}: given to {config.__name__}, where this release has it")
+        _warn_once(f"{kind.__name__}: {', '.join(moved)}: given to {config.__name__}, where this release has it")
     if moved or ours:
         given["args"] = settings = _own_copy(given.get("args"), config)
         for name, value in moved.items():
@@ -245,7 +251,9 @@ def _as_unsloth(kind: Any, settings: Any, given: dict[str, Any]) -> None:
         )
     if getattr(settings, "use_vllm", False):
         settings.use_vllm = False
-        _say(f"{kind.__name__}: use_vllm=True: answers are drawn by the model's own generate(), no vLLM is started")
+        _warn_once(
+            f"{kind.__name__}: use_vllm=True: answers are drawn by the model's own generate(), no vLLM is started"
+        )
     if kind.__name__ == "SFTTrainer":
         field = settings.dataset_text_field
         formatting = given.get("formatting_func")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_SAY = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _TOKENS = ("input_ids", "labels")
 _PARTS = ("prompt", "completion")
 
@@ -37,7 +37,7 @@ def _texts(dataset: Any, field: str, tokenizer: Any, formatting: Callable[..., A
         dataset = dataset.select_columns([field])
     text = first.get(field)
     if isinstance(text, str) and _adds_bos(tokenizer) and text.startswith(tokenizer.bos_token):
-        _SAY.warning("the texts begin with BOS (%r), and the tokenizer adds one: it is taken out of the texts",
+        _LOG.warning("the texts begin with BOS (%r), and the tokenizer adds one: it is taken out of the texts",
                      tokenizer.bos_token)  # fmt: skip
         bos = tokenizer.bos_token
         dataset = dataset.map(lambda row: {field: row[field].removeprefix(bos)})
@@ -77,7 +77,7 @@ def shorten_prompts(trainer: Any, limit: int) -> None:
         elif dataset is not None and "prompt_input_ids" in columns:
             setattr(trainer, name, dataset.map(lambda row: _without_beginning(row, limit)))
         elif dataset is not None:
-            _SAY.warning("max_prompt_length=%d: %s keeps no prompts apart, so max_length alone cuts", limit, name)
+            _LOG.warning("max_prompt_length=%d: %s keeps no prompts apart, so max_length alone cuts", limit, name)
 
 
 def _without_beginning(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
