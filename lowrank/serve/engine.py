@@ -14,7 +14,7 @@ from lowrank.records import Conversation
 
 
 @dataclass(frozen=True)
-class Asked(Conversation):
+class ChatPrompt(Conversation):
     """A chat that is read with variables of its own for the template (`enable_thinking` and their kind)."""
 
     variables: Mapping[str, Any] = field(default_factory=dict)

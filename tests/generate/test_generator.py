@@ -72,13 +72,13 @@ def test_a_long_question_does_not_stop_an_answer(llama: tuple[Engine, list[int]]
     generator = generator_of(llama[0], max_num_batched_tokens=8)
     answering = generator.submit(Prompt(text(0, 4)), GenerationConfig(max_new_tokens=20))
     generator.step()
-    asking = generator.submit(Prompt(text(1, 50)), GenerationConfig(max_new_tokens=2))
+    question = generator.submit(Prompt(text(1, 50)), GenerationConfig(max_new_tokens=2))
     for described in range(2, 9):
         generator.step()
         assert len(answering.answer.tokens) == described
-        assert asking.answer.tokens == []
+        assert question.answer.tokens == []
     generator.step()
-    assert len(asking.answer.tokens) == 1
+    assert len(question.answer.tokens) == 1
 
 
 def test_a_common_beginning_is_read_once(llama: tuple[Engine, list[int]]) -> None:
@@ -208,21 +208,21 @@ def test_many_threads_and_async_listeners(family: str) -> None:
     generator.start()
     found: dict[int, list[int]] = {}
 
-    def ask(index: int) -> None:
+    def submit(index: int) -> None:
         found[index] = generator.submit(prompts[index], GREEDY).result().tokens
 
-    async def ask_async(index: int) -> None:
+    async def submit_async(index: int) -> None:
         pieces = [piece async for piece in generator.submit(prompts[index], GREEDY)]
         assert [piece.finish is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
         found[index] = [piece.token for piece in pieces if piece.token is not None]
 
-    async def ask_all_async() -> None:
-        await asyncio.gather(*(ask_async(index) for index in range(4, 8)))
+    async def submit_all_async() -> None:
+        await asyncio.gather(*(submit_async(index) for index in range(4, 8)))
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    threads = [threading.Thread(target=submit, args=(index,)) for index in range(4)]
     for thread in threads:
         thread.start()
-    asyncio.run(ask_all_async())
+    asyncio.run(submit_all_async())
     for thread in threads:
         thread.join()
     assert [found[index] for index in range(8)] == expected

@@ -22,9 +22,9 @@ from tests.picture_rows import write_picture_rows
 from tests.tiny_sight import make_sighted
 from tests.train.test_pictures import PADDED, sighted
 
-TELLING = ("qwen3_vl", "llava")
+REPRESENTATIVE = ("qwen3_vl", "llava")
 families = [
-    each if each in TELLING else pytest.param(each, marks=pytest.mark.slow)
+    each if each in REPRESENTATIVE else pytest.param(each, marks=pytest.mark.slow)
     for each in ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma4", "internvl", "idefics3")
 ]
 
@@ -34,7 +34,7 @@ def pictures(folder: Path) -> list[Picture]:
     return [examine(read_file(path, ""), "", str(path)) for path in sorted((folder / "pictures").glob("*.jpg"))]
 
 
-def asked(text: str, *shown: Picture) -> Conversation:
+def chat(text: str, *shown: Picture) -> Conversation:
     return Conversation((Message("user", text, media=tuple((0, picture) for picture in shown)),))
 
 
@@ -65,8 +65,8 @@ def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     assert family not in PADDED
     one, other, third = pictures(tmp_path)
     renderer = Renderer(tokenizer, DataConfig())
-    questions = [asked("Which?", one), asked("Which?", other), asked("Which?", third, one), asked("Which?"),
-                 asked("Which?", one)]  # fmt: skip
+    questions = [chat("Which?", one), chat("Which?", other), chat("Which?", third, one), chat("Which?"),
+                 chat("Which?", one)]  # fmt: skip
     prompts = []
     for question in questions:
         segment = renderer.prompt_segment(question)
@@ -96,7 +96,7 @@ def test_equal_placeholders_share_no_pages_and_adapters_answer_apart(tmp_path: P
     generator = Generator(base, bank)
 
     def answer(picture: Picture, slot: int = -1) -> Any:
-        segment = renderer.prompt_segment(asked("What is to be seen here, in a few words?", picture))
+        segment = renderer.prompt_segment(chat("What is to be seen here, in a few words?", picture))
         generation = generator.submit(Prompt(segment.token_L, slot, segment.media), GenerationConfig(max_new_tokens=20))
         while generator.step():
             pass
@@ -110,7 +110,7 @@ def test_equal_placeholders_share_no_pages_and_adapters_answer_apart(tmp_path: P
 
 def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:
     base, tokenizer, _ = sighted(tmp_path / "model", "gemma3")
-    segment = Renderer(tokenizer, DataConfig()).prompt_segment(asked("Which?", pictures(tmp_path)[0]))
+    segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
     with pytest.raises(RequestError, match="is not asked about pictures here"):
         Generator(base, Bank(base)).submit(Prompt(segment.token_L, media=segment.media), GenerationConfig())
 
@@ -118,7 +118,7 @@ def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:
 def test_the_tokens_of_pictures_written_by_an_answer_are_tokens(tmp_path: Path) -> None:
     """Somebody's prompt of tokens, or an answer, may hold one: it takes no picture from its neighbours."""
     base, tokenizer, _ = sighted(tmp_path / "model", "qwen3_vl")
-    segment = Renderer(tokenizer, DataConfig()).prompt_segment(asked("Which?", pictures(tmp_path)[0]))
+    segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
     generator = Generator(base, Bank(base))
     strange = np.array([5, base.sight.token, 9, base.sight.token], np.int64)
     config = GenerationConfig(max_new_tokens=8, logit_bias={base.sight.token: 5.0})

@@ -110,14 +110,14 @@ def tiny() -> Base:
     return load(ModelConfig(path=TINY, dtype="float32", device="cpu"))
 
 
-def ask(base: Base, text: str, config: GenerationConfig, stop_tokens: frozenset[int] = frozenset()) -> Answer:
+def generate(base: Base, text: str, config: GenerationConfig, stop_tokens: frozenset[int] = frozenset()) -> Answer:
     generator = Generator(base, Bank(base))
     token_L = np.array(base.tokenizer(text)["input_ids"])
     return generator.submit(Prompt(token_L), config, stop_tokens=stop_tokens).result()
 
 
 def test_logprobs_are_the_models_own(tiny: Base) -> None:
-    answer = ask(
+    answer = generate(
         tiny, "The capital of", GenerationConfig(max_new_tokens=6, temperature=1.0, seed=1, top_k=5, logprobs=3)
     )
     question = tiny.tokenizer("The capital of")["input_ids"]
@@ -130,14 +130,14 @@ def test_logprobs_are_the_models_own(tiny: Base) -> None:
 
 
 def test_stop_texts_and_stop_tokens(tiny: Base) -> None:
-    whole = ask(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30))
+    whole = generate(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30))
     assert (whole.finish, len(whole.tokens)) == ("length", 30)
     assert whole.text == tiny.tokenizer.decode(whole.tokens, skip_special_tokens=True)
     stop = whole.text[12:17]
-    stopped = ask(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30, stop=(stop, "never said")))
+    stopped = generate(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30, stop=(stop, "never said")))
     assert (stopped.finish, stopped.text) == ("stop", whole.text[: whole.text.index(stop)])
     token = whole.tokens[4]
-    cut = ask(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30), frozenset({token}))
+    cut = generate(tiny, "Once upon a time", GenerationConfig(max_new_tokens=30), frozenset({token}))
     assert (cut.finish, cut.tokens) == ("stop", whole.tokens[: whole.tokens.index(token)])
 
 
@@ -173,11 +173,11 @@ def test_json_of_a_schema(tiny: Base, temperature: float) -> None:
         "additionalProperties": False,
     }
     config = GenerationConfig(max_new_tokens=120, temperature=temperature, seed=3, json_schema=schema)
-    answer = ask(tiny, "Somebody:", config, frozenset({tiny.tokenizer.eos_token_id}))
+    answer = generate(tiny, "Somebody:", config, frozenset({tiny.tokenizer.eos_token_id}))
     described = json.loads(answer.text)
     assert described.keys() == {"name", "age", "good"}
     assert described["name"] in ("Ada", "北京")
     assert 0 <= described["age"] <= 99
     assert answer.finish == "stop"
     with pytest.raises(RequestError, match="json_schema"):
-        ask(tiny, "x", GenerationConfig(json_schema={"type": "no such type"}))
+        generate(tiny, "x", GenerationConfig(json_schema={"type": "no such type"}))

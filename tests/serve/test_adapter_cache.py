@@ -40,7 +40,7 @@ def server(shelf: tuple[Path, dict[str, str]], tmp_path: Path) -> Iterator[Runni
         yield running
 
 
-def say(server: Running, name: str) -> str:
+def answer_of(server: Running, name: str) -> str:
     reply = server.client().chat.completions.create(
         model=name, messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=12
     )
@@ -52,24 +52,24 @@ def test_publish_replace_and_withdraw_while_it_answers(server: Running, shelf: t
     http = server.http()
     reply = http.post("/v1/adapters", json={"name": "pet", "path": "a0"})
     assert (reply.status_code, reply.json()["version"], reply.json()["parent"]) == (200, 1, "base")
-    assert say(server, "pet") == described["a0"]
+    assert answer_of(server, "pet") == described["a0"]
     wrong: list[str] = []
     stop = threading.Event()
 
-    def keep_asking() -> None:
+    def keep_requesting() -> None:
         while not stop.is_set():
-            answer = say(server, "pet")
+            answer = answer_of(server, "pet")
             if answer not in (described["a0"], described["a1"]):
                 wrong.append(answer)
 
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(keep_asking) for _ in range(4)]
+        requesting = [pool.submit(keep_requesting) for _ in range(4)]
         for version in range(2, 8):
             path = f"a{(version + 1) % 2}"
             assert http.post("/v1/adapters", json={"name": "pet", "path": path}).json()["version"] == version
-            assert say(server, "pet") == described[path], "keys of the version before were read"
+            assert answer_of(server, "pet") == described[path], "keys of the version before were read"
         stop.set()
-        for each in asking:
+        for each in requesting:
             each.result()
     assert wrong == []
     assert http.delete("/v1/adapters/pet").json() == {"id": "pet", "object": "model", "deleted": True}
@@ -85,11 +85,11 @@ def test_a_folder_that_is_trained_on_is_read_anew(server: Running, shelf: tuple[
     shutil.copytree(shelf[0] / "a2", folder / "run" / "job" / "best")
     http = server.http()
     assert http.post("/v1/adapters", json={"name": "job", "path": "run/job"}).status_code == 200
-    assert say(server, "job") == shelf[1]["a2"]
+    assert answer_of(server, "job") == shelf[1]["a2"]
     shutil.rmtree(folder / "run" / "job" / "best")
     shutil.copytree(shelf[0] / "a3", folder / "run" / "job" / ".best.replaced")  # in the middle of a replacement
     assert http.post("/v1/adapters", json={"name": "job", "path": str(folder / "run" / "job")}).status_code == 200
-    assert say(server, "job") == shelf[1]["a3"]
+    assert answer_of(server, "job") == shelf[1]["a3"]
 
 
 def test_a_thousand_registered_and_three_resident(server: Running, shelf: tuple[Path, dict[str, str]]) -> None:
@@ -103,8 +103,8 @@ def test_a_thousand_registered_and_three_resident(server: Running, shelf: tuple[
     assert server.engine.cache.register_all(folder) == []
     names = [*list(described)[::37], *list(described)[:5], "a0", "b500", "a0", "a1"]
     with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(lambda name: say(server, name), names)) == [described[name] for name in names]
-    assert say(server, "b999") == described["b999"]
+        assert list(pool.map(lambda name: answer_of(server, name), names)) == [described[name] for name in names]
+    assert answer_of(server, "b999") == described["b999"]
     assert server.settles()
     models = {model["id"]: model for model in server.http().get("/v1/models").json()["data"]}
     resident = [name for name, model in models.items() if model.get("resident")]
@@ -134,7 +134,7 @@ def test_nothing_outside_the_folders_is_read(server: Running, path: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         ({"name": "base", "path": "a0"}, "cannot be replaced"),
         ({"name": "x", "path": "broken"}, "cannot be read"),
@@ -143,12 +143,12 @@ def test_nothing_outside_the_folders_is_read(server: Running, path: str, tmp_pat
         ({"name": "x", "path": "a0", "trust": True}, "unsupported option: trust"),
     ],
 )
-def test_what_cannot_be_loaded_changes_nothing(server: Running, body: dict[str, Any], says: str) -> None:
+def test_what_cannot_be_loaded_changes_nothing(server: Running, body: dict[str, Any], message: str) -> None:
     folder = server.engine.cache.roots[0]
     shutil.copytree(folder / "a0", folder / "broken")
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
     before = server.engine.cache.names
     reply = server.http().post("/v1/adapters", json=body)
     assert reply.status_code == 400
-    assert says in reply.json()["error"]["message"]
+    assert message in reply.json()["error"]["message"]
     assert server.engine.cache.names == before

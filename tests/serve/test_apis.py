@@ -18,7 +18,7 @@ CHAT, RESPONSES, OLLAMA = "/v1/chat/completions", "/v1/responses", "/api/chat"
 MESSAGES: Any = [{"role": "user", "content": "The weather?"}]
 SCHEMA: Any = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
-ASKED: dict[str, Any] = {
+REQUEST: dict[str, Any] = {
     CHAT: {"model": "base", "messages": MESSAGES, "max_tokens": 6, "temperature": 0},
     RESPONSES: {"model": "base", "input": MESSAGES, "max_output_tokens": 6, "temperature": 0},
     OLLAMA: {"model": "base", "messages": MESSAGES, "stream": False, "options": {"num_predict": 6, "temperature": 0}},
@@ -40,22 +40,22 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-def ask(http: httpx.Client, path: str, **options: Any) -> httpx.Response:
-    return http.post(path, json={**ASKED[path], **options})
+def post(http: httpx.Client, path: str, **options: Any) -> httpx.Response:
+    return http.post(path, json={**REQUEST[path], **options})
 
 
 def test_one_chat_in_three_apis(http: httpx.Client) -> None:
-    chat = ask(http, CHAT).json()["choices"][0]["message"]["content"]
-    reply = ask(http, RESPONSES).json()
+    chat = post(http, CHAT).json()["choices"][0]["message"]["content"]
+    reply = post(http, RESPONSES).json()
     assert reply["output"][0]["content"][0]["text"] == chat
     draws = {"num_predict": 6, "temperature": 0, "repeat_penalty": 1.0, "top_k": 0, "top_p": 1.0}
-    assert ask(http, OLLAMA, options=draws).json()["message"]["content"] == chat
+    assert post(http, OLLAMA, options=draws).json()["message"]["content"] == chat
     counts = reply["usage"]
     assert counts["total_tokens"] == counts["input_tokens"] + counts["output_tokens"]
 
 
 def test_events_build_the_response(http: httpx.Client) -> None:
-    text = ask(http, RESPONSES, stream=True).text
+    text = post(http, RESPONSES, stream=True).text
     events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
     names = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
     assert [event["type"] for event in events] == names
@@ -65,28 +65,28 @@ def test_events_build_the_response(http: httpx.Client) -> None:
     assert (
         deltas
         == last["output"][0]["content"][0]["text"]
-        == ask(http, RESPONSES).json()["output"][0]["content"][0]["text"]
+        == post(http, RESPONSES).json()["output"][0]["content"][0]["text"]
     )
     flat = {"type": "function", **TOOL["function"]}
     options: Any = {"tools": [flat], "tool_choice": "required", "max_output_tokens": 90, "parallel_tool_calls": False}
-    called = ask(http, RESPONSES, **options).json()["output"]
+    called = post(http, RESPONSES, **options).json()["output"]
     assert [item["type"] for item in called] == ["function_call"]
     assert json.loads(called[0]["arguments"])["city"] in ("Oslo", "Rome")
 
 
 def test_ollama_streams_lines(http: httpx.Client) -> None:
-    lines = [json.loads(line) for line in ask(http, OLLAMA, stream=True).text.splitlines()]
+    lines = [json.loads(line) for line in post(http, OLLAMA, stream=True).text.splitlines()]
     assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
-    whole = ask(http, OLLAMA).json()
+    whole = post(http, OLLAMA).json()
     assert "".join(line["message"]["content"] for line in lines) == whole["message"]["content"]
     assert (lines[-1]["eval_count"], lines[-1]["done_reason"]) == (whole["eval_count"], whole["done_reason"])
-    held = ask(http, OLLAMA, format=SCHEMA, options={"num_predict": 60, "temperature": 0}).json()
+    held = post(http, OLLAMA, format=SCHEMA, options={"num_predict": 60, "temperature": 0}).json()
     assert json.loads(held["message"]["content"])["city"] in ("Oslo", "Rome")
     assert http.get("/api/tags").json()["models"][0]["name"] == "base"
     assert http.get("/api/version").json()["version"]
     assert "tools" in http.post("/api/show", json={"model": "base"}).json()["capabilities"]
     raw = http.post("/api/generate", json={"model": "base", "prompt": "The sky", "raw": True, "stream": False})
-    assert raw.json()["prompt_eval_count"] < ask(http, OLLAMA).json()["prompt_eval_count"]
+    assert raw.json()["prompt_eval_count"] < post(http, OLLAMA).json()["prompt_eval_count"]
 
 
 @pytest.mark.parametrize(
@@ -101,28 +101,28 @@ def test_ollama_streams_lines(http: httpx.Client) -> None:
     ],
 )
 def test_what_has_no_effect_is_named(http: httpx.Client, path: str, options: Any, named: str) -> None:
-    reply = ask(http, path, **options)
+    reply = post(http, path, **options)
     assert reply.status_code == 200, reply.text
     assert named in reply.headers["x-lowrank-warning"]
 
 
 def test_what_needs_no_effect_is_not_named(http: httpx.Client) -> None:
     options = {"user": "me", "metadata": {"a": "b"}, "modalities": ["text"], "store": False, "service_tier": "auto"}
-    reply = ask(http, CHAT, **options, prompt_cache_key="k", safety_identifier="s", verbosity="medium")
+    reply = post(http, CHAT, **options, prompt_cache_key="k", safety_identifier="s", verbosity="medium")
     assert (reply.status_code, "x-lowrank-warning" in reply.headers) == (200, False)
 
 
 def test_the_template_hears_of_thinking(http: httpx.Client) -> None:
-    plain = ask(http, CHAT).json()["usage"]["prompt_tokens"]
+    plain = post(http, CHAT).json()["usage"]["prompt_tokens"]
     for options in ({"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}):
-        reply = ask(http, CHAT, **options)
+        reply = post(http, CHAT, **options)
         assert "x-lowrank-warning" not in reply.headers
         assert reply.json()["usage"]["prompt_tokens"] > plain
-    assert ask(http, OLLAMA, think=False).json()["prompt_eval_count"] > plain
+    assert post(http, OLLAMA, think=False).json()["prompt_eval_count"] > plain
 
 
 @pytest.mark.parametrize(
-    ("path", "options", "says"),
+    ("path", "options", "message"),
     [
         (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, {"functions": []}, "unsupported option: functions"),
@@ -138,10 +138,10 @@ def test_the_template_hears_of_thinking(http: httpx.Client) -> None:
         (OLLAMA, {"messages": [{"role": "user", "content": "x", "images": ["eA=="]}]}, "images"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(http: httpx.Client, path: str, options: Any, says: str) -> None:
-    reply = ask(http, path, **options)
+def test_what_cannot_be_is_refused_by_name(http: httpx.Client, path: str, options: Any, message: str) -> None:
+    reply = post(http, path, **options)
     error = reply.json()["error"]
-    assert (reply.status_code, says in (error if path == OLLAMA else error["message"])) == (400, True), reply.text
+    assert (reply.status_code, message in (error if path == OLLAMA else error["message"])) == (400, True), reply.text
 
 
 def test_echo_suffix_and_dimensions(http: httpx.Client) -> None:
@@ -157,11 +157,14 @@ def test_echo_suffix_and_dimensions(http: httpx.Client) -> None:
 
 
 def test_pages_that_were_named_may_ask(http: httpx.Client) -> None:
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
     for origin, allowed in (("https://page.example", True), ("https://other.example", False)):
         with httpx.Client(base_url=http.base_url) as browser:  # a browser sends no token beforehand
-            reply = browser.options(CHAT, headers={"Origin": origin, **asks})
+            reply = browser.options(CHAT, headers={"Origin": origin, **preflight})
         assert (reply.headers.get("access-control-allow-origin") == origin) == allowed
         assert (reply.status_code == 200) == allowed
-    reply = http.post(CHAT, json=ASKED[CHAT], headers={"Origin": "https://page.example"})
+    reply = http.post(CHAT, json=REQUEST[CHAT], headers={"Origin": "https://page.example"})
     assert reply.headers["access-control-allow-origin"] == "https://page.example"

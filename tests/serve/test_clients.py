@@ -53,12 +53,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_client_finds_what_it_knows(url: str, program: str, tmp_path: Path) -> None:
     if program.endswith(".py"):
-        words = [str(_ENVIRONMENT / "bin" / "python"), str(_HERE / program)]
+        arguments = [str(_ENVIRONMENT / "bin" / "python"), str(_HERE / program)]
     else:  # node looks for packages beside the program
         (tmp_path / "node_modules").symlink_to(_ENVIRONMENT / "node" / "node_modules")
         (tmp_path / program).write_text((_HERE / program).read_text("utf-8"), "utf-8")
-        words = ["node", str(tmp_path / program)]
+        arguments = ["node", str(tmp_path / program)]
     if not _ENVIRONMENT.is_dir():
         pytest.fail(f"{_ENVIRONMENT} is not there: make test-clients makes it")
-    ended = subprocess.run([*words, url, TOKEN], capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    ended = subprocess.run([*arguments, url, TOKEN], capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -65,7 +65,7 @@ def test_a_text_is_read_the_same_while_others_are_answered(server: Running) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "says"),
+    ("options", "status", "message"),
     [
         ({"model": "three"}, 404, "base, one, two"),
         ({"input": []}, 400, "input: there is none"),
@@ -77,9 +77,9 @@ def test_a_text_is_read_the_same_while_others_are_answered(server: Running) -> N
         ({"extra_body": {"pooling": "max"}}, 400, "pooling"),
     ],
 )
-def test_what_cannot_be_read_says_why(server: Running, options: dict[str, Any], status: int, says: str) -> None:
+def test_what_cannot_be_read_says_why(server: Running, options: dict[str, Any], status: int, message: str) -> None:
     given: Any = {"model": "base", "input": "x", **options}
-    with pytest.raises(openai.APIStatusError, match=f"(?s){says}") as caught:
+    with pytest.raises(openai.APIStatusError, match=f"(?s){message}") as caught:
         server.client().embeddings.create(**given)
     assert caught.value.status_code == status
     assert server.service.admission.taken == 0

@@ -122,7 +122,7 @@ def http(world: World) -> httpx.Client:
     return world.http
 
 
-def ask(http: httpx.Client, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+def post(http: httpx.Client, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
     requested = {"model": "base", "max_tokens": 24, "temperature": 0, **options}
     if path.endswith("chat/completions"):
         requested.setdefault("messages", MESSAGES)
@@ -134,7 +134,7 @@ def schema(of: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"stop": ""}, "stop: a text of 0 characters"),
         ({"stop": ["a", ""]}, "stop: a text of 0 characters"),
@@ -161,9 +161,9 @@ def schema(of: Any) -> Any:
         ({"mirostat": 2}, "unsupported option: mirostat"),
     ],
 )
-def test_the_same_is_refused_in_the_same_words(http: httpx.Client, options: dict[str, Any], says: str) -> None:
-    reply = ask(http, **options)
-    assert (reply.status_code, says in reply.text) == (404 if "model" in options else 400, True), reply.text[:300]
+def test_the_same_is_refused_in_the_same_words(http: httpx.Client, options: dict[str, Any], message: str) -> None:
+    reply = post(http, **options)
+    assert (reply.status_code, message in reply.text) == (404 if "model" in options else 400, True), reply.text[:300]
     error = reply.json()["error"]
     assert error["type"] in ("invalid_request_error", "not_found_error")
     assert "diverged" not in error["message"]
@@ -177,7 +177,7 @@ def test_extreme_penalties_blame_no_adapter(http: httpx.Client) -> None:
         {"top_p": 0},
     ]
     for options in extremes:
-        reply = ask(http, **options)
+        reply = post(http, **options)
         assert reply.status_code == 200, reply.text
 
 
@@ -188,13 +188,13 @@ def test_a_schema_is_kept(http: httpx.Client) -> None:
         "required": ["x"],
         "additionalProperties": False,
     }
-    reply = ask(http, response_format=schema(wanted), max_tokens=60).json()
+    reply = post(http, response_format=schema(wanted), max_tokens=60).json()
     assert json.loads(reply["choices"][0]["message"]["content"])["x"] in ("a", "b")
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_call_is_made_where_it_must(http: httpx.Client, choice: Any) -> None:
-    reply = ask(http, tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, max_tokens=80).json()
+    reply = post(http, tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, max_tokens=80).json()
     (call,) = reply["choices"][0]["message"]["tool_calls"]
     arguments = json.loads(call["function"]["arguments"])
     assert (call["function"]["name"], set(arguments)) == ("weather", {"city", "days"})
@@ -202,14 +202,14 @@ def test_a_call_is_made_where_it_must(http: httpx.Client, choice: Any) -> None:
 
 
 def test_lengths_stops_and_several_answers(http: httpx.Client) -> None:
-    whole = ask(http).json()["choices"][0]["message"]["content"]
-    assert ask(http, max_tokens=3).json()["usage"]["completion_tokens"] <= 3
+    whole = post(http).json()["choices"][0]["message"]["content"]
+    assert post(http, max_tokens=3).json()["usage"]["completion_tokens"] <= 3
     stop = whole[len(whole) // 2 :][:3]
-    stopped = ask(http, stop=stop).json()["choices"][0]
+    stopped = post(http, stop=stop).json()["choices"][0]
     assert (stopped["message"]["content"], stopped["finish_reason"]) == (whole[: whole.index(stop)], "stop")
-    drawn = ask(http, temperature=1.5, n=3, seed=3).json()["choices"]
+    drawn = post(http, temperature=1.5, n=3, seed=3).json()["choices"]
     assert [choice["index"] for choice in drawn] == [0, 1, 2]
-    texts = ask(http, "/v1/completions", prompt="The sky is", n=2, max_tokens=4).json()["choices"]
+    texts = post(http, "/v1/completions", prompt="The sky is", n=2, max_tokens=4).json()["choices"]
     assert texts[0]["text"] == texts[1]["text"]
 
 
@@ -252,7 +252,7 @@ def test_the_base_comes_first_and_each_adapter_answers_for_itself(world: World) 
     listed = {each["id"]: each.get("parent") for each in world.http.get("/v1/models").json()["data"]}
     assert next(iter(listed)) == "base"
     assert listed["one"] == listed["two"] == "base"
-    answers = {name: ask(world.http, model=name).json()["choices"][0]["message"]["content"] for name in listed}
+    answers = {name: post(world.http, model=name).json()["choices"][0]["message"]["content"] for name in listed}
     assert len({answers[name] for name in ("base", "one", "two")}) == 3
     for name in ("base", "one"):
         assert "".join(streamed(world.http, model=name)) == answers[name]
@@ -264,13 +264,13 @@ def test_all_of_them_at_once_answer_as_alone(world: World) -> None:
     adapters, the base then answers as one of them)."""
     names = [each["id"] for each in world.http.get("/v1/models").json()["data"]]
 
-    def said(name: str) -> str:
-        return ask(world.http, model=name).json()["choices"][0]["message"]["content"]
+    def answer_of(name: str) -> str:
+        return post(world.http, model=name).json()["choices"][0]["message"]["content"]
 
-    alone = [said(name) for name in names]
+    alone = [answer_of(name) for name in names]
     with ThreadPoolExecutor(len(names)) as pool:
         for _ in range(2):
-            assert list(pool.map(said, names)) == alone
+            assert list(pool.map(answer_of, names)) == alone
 
 
 def streamed(http: httpx.Client, **options: Any) -> Iterator[str]:
@@ -293,7 +293,7 @@ def test_who_leaves_holds_nothing(world: World) -> None:
         time.sleep(0.02)
     else:
         raise AssertionError(f"still held: {world.engine.load()}")
-    assert ask(world.http).status_code == 200
+    assert post(world.http).status_code == 200
 
 
 def test_adapters_come_and_go_or_the_engine_says_why_not(world: World, folder: Folder) -> None:
@@ -303,10 +303,10 @@ def test_adapters_come_and_go_or_the_engine_says_why_not(world: World, folder: F
     names = [each["id"] for each in world.http.get("/v1/models").json()["data"]]
     assert (reply.status_code, "four" in names) in [(200, True), (400, False)], reply.text
     if reply.status_code == 200:
-        answers = [ask(world.http, model=name).json()["choices"][0]["message"]["content"] for name in ("one", "four")]
+        answers = [post(world.http, model=name).json()["choices"][0]["message"]["content"] for name in ("one", "four")]
         assert answers[0] == answers[1]
         assert world.http.delete("/v1/adapters/four").status_code in (200, 204)
-        assert ask(world.http, model="four").status_code == 404
+        assert post(world.http, model="four").status_code == 404
     else:
         assert reply.json()["error"]["message"]
     assert world.http.delete("/v1/adapters/base").status_code == 400

@@ -73,7 +73,7 @@ def test_answers_are_those_of_torch(world: World) -> None:
     with world.client() as client, ThreadPoolExecutor(9) as pool:
         assert [model.id for model in client.models.list()] == ["base", "one", "two"]
 
-        def ask(case: tuple[str, str]) -> tuple[str, str]:
+        def submit(case: tuple[str, str]) -> tuple[str, str]:
             options: Any = {"model": case[0], "messages": [{"role": "user", "content": case[1]}]}
             options |= {"temperature": 0, "max_tokens": 12}
             whole = client.chat.completions.create(**options)
@@ -83,7 +83,7 @@ def test_answers_are_those_of_torch(world: World) -> None:
             streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
             return whole.choices[0].message.content or "", streamed
 
-        answers = [answer for _ in range(2) for answer in pool.map(ask, cases)]
+        answers = [answer for _ in range(2) for answer in pool.map(submit, cases)]
     requested = [(served, Conversation((Message("user", question),))) for served, question in cases]
     right = world.trained.answer(requested, GenerationConfig(max_new_tokens=12))
     assert answers == [(text, text) for text in right] * 2
@@ -165,7 +165,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda raw: b"", "an empty file"),
         (lambda raw: raw[: len(raw) // 2], "it was cut off: "),
@@ -179,10 +179,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_named_with_its_fault(
-    tmp_path: Path, whole: bytes, change: Any, says: str
+    tmp_path: Path, whole: bytes, change: Any, message: str
 ) -> None:
     (tmp_path / "broken.gguf").write_bytes(change(whole))
-    with pytest.raises(ModelError, match=f"(?s)broken.gguf.*{says}"):
+    with pytest.raises(ModelError, match=f"(?s)broken.gguf.*{message}"):
         LlamaCppEngine(tmp_path / "broken.gguf", at_once=1, cache_tokens=512, threads=1)
     (tmp_path / "tiny.gguf").write_bytes(whole)
     adapters = {"broken": tmp_path / "broken.gguf"}
@@ -192,16 +192,16 @@ def test_a_file_that_cannot_be_loaded_is_named_with_its_fault(
 
 def test_files_of_version_2_answer_as_those_of_version_3(tmp_path: Path, whole: bytes) -> None:
     """The layout is the same; version 3 added files of the other byte order."""
-    asked = Conversation((Message("user", QUESTIONS[0]),))
-    said = []
+    question = Conversation((Message("user", QUESTIONS[0]),))
+    answers = []
     for version in (3, 2):
         file = tmp_path / f"v{version}.gguf"
         file.write_bytes(whole[:4] + bytes([version]) + whole[5:])
         engine = LlamaCppEngine(file, at_once=1, cache_tokens=512, threads=1)
-        (answer,) = GgufChatBackend(engine).answers([("base", asked)], GenerationConfig(max_new_tokens=8))
-        said.append(answer.text)
+        (answer,) = GgufChatBackend(engine).answers([("base", question)], GenerationConfig(max_new_tokens=8))
+        answers.append(answer.text)
         engine.close()
-    assert said[0] == said[1] != ""
+    assert answers[0] == answers[1] != ""
 
 
 def test_a_model_is_no_adapter(tmp_path: Path, whole: bytes) -> None:

@@ -54,13 +54,15 @@ HUGE: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "says"), HUGE, ids=[f"{index}-{each[2][:20]}" for index, each in enumerate(HUGE)]
+    ("path", "body", "message"), HUGE, ids=[f"{index}-{each[2][:20]}" for index, each in enumerate(HUGE)]
 )
-def test_what_is_too_much_is_refused_before_anything_is_built(server: Running, path: str, body: Any, says: str) -> None:
+def test_what_is_too_much_is_refused_before_anything_is_built(
+    server: Running, path: str, body: Any, message: str
+) -> None:
     content = json.dumps(body).encode()
     started = time.process_time()
     reply = post(server, content, path)
-    assert (reply.status_code, says in reply.text) == (400, True), reply.text[:300]
+    assert (reply.status_code, message in reply.text) == (400, True), reply.text[:300]
     assert time.process_time() - started < 3  # the server runs in this process
     assert server.settles()
 

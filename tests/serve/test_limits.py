@@ -19,7 +19,7 @@ from lowrank.serve.address import check_host
 from lowrank.serve.limits import Limits
 from tests.serve.running import TOKEN, Running, open_world, serving
 
-ASK: Any = {"model": "one", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+REQUEST: Any = {"model": "one", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 ANSWERED = 'lowrank_tokens_total{kind="answer"}'
 
 
@@ -33,7 +33,7 @@ def server() -> Iterator[Running]:
 def long(server: Running, tokens: int = 900) -> dict[str, Any]:
     """A request that takes some seconds."""
     stops = server.engine.renderer.stop_tokens
-    return {**ASK, "max_tokens": tokens, "logit_bias": {str(token): -100 for token in stops}, "stream": True}
+    return {**REQUEST, "max_tokens": tokens, "logit_bias": {str(token): -100 for token in stops}, "stream": True}
 
 
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", "Bearer \u00e9\u00e9"])
@@ -45,7 +45,7 @@ def test_nobody_comes_in_without_the_token(server: Running, given: str) -> None:
             assert reply.status_code == 401
             assert reply.json()["error"]["code"] == "invalid_api_key"
             assert reply.headers["www-authenticate"] == "Bearer"
-        assert http.post("/v1/chat/completions", json=ASK).status_code == 401
+        assert http.post("/v1/chat/completions", json=REQUEST).status_code == 401
         assert http.get("/health").json() == {"status": "ok"}
 
 
@@ -70,7 +70,7 @@ def test_a_page_whose_name_was_pointed_at_us_is_refused(server: Running, host: s
 
 def test_too_large_too_slow_or_no_json(server: Running) -> None:
     http = server.http()
-    large = {**ASK, "messages": [{"role": "user", "content": "x" * 20_000}]}
+    large = {**REQUEST, "messages": [{"role": "user", "content": "x" * 20_000}]}
     assert http.post("/v1/chat/completions", json=large).status_code == 413
     pieces = (b"x" * 1000 for _ in range(30))  # without a length
     reply = http.post("/v1/chat/completions", content=pieces, headers={"Content-Type": "application/json"})
@@ -97,10 +97,10 @@ def test_a_full_queue_says_when_to_come_back_and_who_leaves_makes_room(server: R
             leaving.enter_context(client.chat.completions.create(**long(server)))
         assert _until(lambda: _counter(server, "lowrank_answers_running") == 2)
         with pytest.raises(openai.RateLimitError, match="4 answers are in progress or wait") as caught:
-            client.chat.completions.create(**ASK, max_tokens=2)
+            client.chat.completions.create(**REQUEST, max_tokens=2)
         assert int(caught.value.response.headers["retry-after"]) >= 1
     assert server.settles()
-    assert client.chat.completions.create(**ASK, max_tokens=2).choices
+    assert client.chat.completions.create(**REQUEST, max_tokens=2).choices
     assert 'status="429"} 1' in server.http().get("/metrics").text
 
 
@@ -158,8 +158,8 @@ def test_an_answer_that_fails_says_so_and_others_go_on(server: Running, monkeypa
 
     monkeypatch.setattr(generator, "_forward", broken)
     with pytest.raises(openai.InternalServerError, match="no memory"):
-        server.client().chat.completions.create(**ASK, max_tokens=4)
-    assert server.client().chat.completions.create(**ASK, max_tokens=4).choices
+        server.client().chat.completions.create(**REQUEST, max_tokens=4)
+    assert server.client().chat.completions.create(**REQUEST, max_tokens=4).choices
     assert server.settles()
 
 

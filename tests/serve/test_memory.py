@@ -27,7 +27,7 @@ def server() -> Iterator[Running]:
         yield running
 
 
-def ask(server: Running, number: int, **options: Any) -> None:
+def post(server: Running, number: int, **options: Any) -> None:
     """Whole, streamed, or streamed and left; questions of many lengths."""
     client = server.client()
     messages: Any = [{"role": "user", "content": "word " * (1 + number * 7 % 90)}]
@@ -44,13 +44,13 @@ def ask(server: Running, number: int, **options: Any) -> None:
 
 def test_no_answer_waits_for_the_collector_of_cycles(server: Running) -> None:
     """What only the collector frees piles up beside a model's many objects, where it comes rarely."""
-    ask(server, 1)
+    post(server, 1)
     assert server.settles()
     gc.collect()
     gc.disable()
     try:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda number: ask(server, number), range(24)))
+            list(pool.map(lambda number: post(server, number), range(24)))
         assert server.settles()
         for _ in range(100):  # the engine's thread may still be on its way out of its last step; a cycle never goes
             kept = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in KINDS)
@@ -69,7 +69,7 @@ def test_layers_see_few_numbers_of_rows(server: Running) -> None:
     hook = layer.base.register_forward_pre_hook(lambda _, given: seen.update([given[0].shape[0]]))
     try:
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda number: ask(server, number), range(48)))
+            list(pool.map(lambda number: post(server, number), range(48)))
         assert server.settles()
     finally:
         hook.remove()

@@ -25,7 +25,7 @@ def server() -> Iterator[Running]:
         yield running
 
 
-def asked(question: str) -> list[Any]:
+def messages_of(question: str) -> list[Any]:
     return [{"role": "user", "content": question}]
 
 
@@ -48,7 +48,7 @@ def test_greedy_answers_are_those_of_chat_whole_streamed_and_side_by_side(server
 
     def whole(case: tuple[str, str]) -> str:
         reply = client.chat.completions.create(
-            model=case[0], messages=asked(case[1]), temperature=0, max_completion_tokens=24
+            model=case[0], messages=messages_of(case[1]), temperature=0, max_completion_tokens=24
         )
         assert reply.usage is not None
         assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
@@ -58,7 +58,7 @@ def test_greedy_answers_are_those_of_chat_whole_streamed_and_side_by_side(server
     def streamed(case: tuple[str, str]) -> str:
         stream = client.chat.completions.create(
             model=case[0],
-            messages=asked(case[1]),
+            messages=messages_of(case[1]),
             temperature=0,
             max_tokens=24,
             stream=True,
@@ -104,7 +104,7 @@ def test_completions_take_texts_and_tokens(server: Running) -> None:
 def test_logprobs_of_a_greedy_answer_are_the_highest(server: Running) -> None:
     client = server.client()
     options: Any = {"logprobs": True, "top_logprobs": 3, "temperature": 0, "max_tokens": 6}
-    reply = client.chat.completions.create(model="two", messages=asked(QUESTIONS[0]), **options)
+    reply = client.chat.completions.create(model="two", messages=messages_of(QUESTIONS[0]), **options)
     reported = reply.choices[0].logprobs
     assert reported is not None
     assert reported.content
@@ -113,7 +113,7 @@ def test_logprobs_of_a_greedy_answer_are_the_highest(server: Running) -> None:
         assert token.token in [each.token for each in token.top_logprobs if each.logprob == token.logprob]  # ties
         assert len(token.top_logprobs) == 3
         assert bytes(token.bytes or []).decode() == token.token
-    chunks = client.chat.completions.create(model="two", messages=asked(QUESTIONS[0]), stream=True, **options)
+    chunks = client.chat.completions.create(model="two", messages=messages_of(QUESTIONS[0]), stream=True, **options)
     streamed = [
         token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content or ()
     ]
@@ -127,7 +127,7 @@ def test_seed_n_and_stop(server: Running) -> None:
 
     def draw(**options: Any) -> list[str]:
         reply = client.chat.completions.create(
-            model="base", messages=asked(QUESTIONS[1]), temperature=1.5, max_tokens=10, **options
+            model="base", messages=messages_of(QUESTIONS[1]), temperature=1.5, max_tokens=10, **options
         )
         return [choice.message.content or "" for choice in reply.choices]
 
@@ -138,7 +138,7 @@ def test_seed_n_and_stop(server: Running) -> None:
     text = expected(server, "base", QUESTIONS[0])
     stop = text[len(text) // 2 :][:3]
     reply = client.chat.completions.create(
-        model="base", messages=asked(QUESTIONS[0]), temperature=0, max_tokens=24, stop=stop
+        model="base", messages=messages_of(QUESTIONS[0]), temperature=0, max_tokens=24, stop=stop
     )
     assert reply.choices[0].message.content == text[: text.index(stop)]
     assert reply.choices[0].finish_reason == "stop"
@@ -159,7 +159,7 @@ def test_logit_bias_and_schema(server: Running) -> None:
     }
     answer = client.chat.completions.create(
         model="two",
-        messages=asked(QUESTIONS[0]),
+        messages=messages_of(QUESTIONS[0]),
         max_tokens=100,
         seed=1,
         response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema}},
@@ -197,7 +197,12 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "call", "schema": schema}}
     with serving(trained) as server:
         client = server.client()
-        options: Any = {"model": "base", "messages": asked("Weather in Oslo?"), "tools": [tool], "max_tokens": 120}
+        options: Any = {
+            "model": "base",
+            "messages": messages_of("Weather in Oslo?"),
+            "tools": [tool],
+            "max_tokens": 120,
+        }
         options |= {"response_format": form, "temperature": 0}
         choice = client.chat.completions.create(**options).choices[0]
         assert choice.finish_reason == "tool_calls"
@@ -217,7 +222,7 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "says"),
+    ("options", "status", "message"),
     [
         ({"model": "three"}, 404, "base, one, two"),
         ({"extra_body": {"mirostat": 2}}, 400, "unsupported option: mirostat"),
@@ -242,9 +247,9 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_served_says_why(server: Running, options: dict[str, Any], status: int, says: str) -> None:
-    given: Any = {"model": "base", "messages": asked("hello"), **options}
-    with pytest.raises(openai.APIStatusError, match=f"(?s){says}") as caught:
+def test_what_cannot_be_served_says_why(server: Running, options: dict[str, Any], status: int, message: str) -> None:
+    given: Any = {"model": "base", "messages": messages_of("hello"), **options}
+    with pytest.raises(openai.APIStatusError, match=f"(?s){message}") as caught:
         server.client().chat.completions.create(**given)
     assert caught.value.status_code == status
     assert caught.value.body is not None
@@ -256,7 +261,7 @@ def test_draws_of_unknown_length_and_many_at_once_leave_nothing_behind(server: R
 
     def one(seed: int) -> str:
         reply = client.chat.completions.create(
-            model=("base", "one", "two")[seed % 3], messages=asked(QUESTIONS[seed % 4]), seed=seed, max_tokens=16
+            model=("base", "one", "two")[seed % 3], messages=messages_of(QUESTIONS[seed % 4]), seed=seed, max_tokens=16
         )
         return reply.choices[0].message.content or ""
 

@@ -33,7 +33,7 @@ SCHEMA: Any = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"
 
 
 @pytest.mark.parametrize(
-    ("thoughts", "said", "thought", "answer"),
+    ("thoughts", "text", "thought", "answer"),
     [
         (PLAIN, "<think>\nHm. 1 < 2\n</think>\n\nTwo.", "Hm. 1 < 2", "Two."),
         (PLAIN, "\n<think></think>\nTwo.\n", "", "Two.\n"),
@@ -49,25 +49,25 @@ SCHEMA: Any = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"
     ],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_however_it_comes(thoughts: Thoughts, said: str, thought: str, answer: str, size: int) -> None:
+def test_however_it_comes(thoughts: Thoughts, text: str, thought: str, answer: str, size: int) -> None:
     reader = thoughts.reader()
-    told = [reader.add(said[at : at + size]) for at in range(0, len(said), size)] + [reader.end()]
-    assert ("".join(part for part, _ in told), "".join(part for _, part in told)) == (thought, answer)
+    pieces_read = [reader.add(text[at : at + size]) for at in range(0, len(text), size)] + [reader.end()]
+    assert ("".join(part for part, _ in pieces_read), "".join(part for _, part in pieces_read)) == (thought, answer)
 
 
-@pytest.mark.parametrize(("thoughts", "said"), [(PLAIN, "<think>Two.\n"), (BEGUN, "\nTwo."), (CHANNELS, f"{HM}Two.")])
-def test_a_thought_without_an_end_is_the_answer_of_a_model_that_ended_it(thoughts: Any, said: str) -> None:
+@pytest.mark.parametrize(("thoughts", "text"), [(PLAIN, "<think>Two.\n"), (BEGUN, "\nTwo."), (CHANNELS, f"{HM}Two.")])
+def test_a_thought_without_an_end_is_the_answer_of_a_model_that_ended_it(thoughts: Any, text: str) -> None:
     """A model that was never taught to think answers at once, also where its template opens a thought for it."""
     reader = thoughts.reader()
-    told = [*map(reader.add, said), reader.end(whole=True)]
-    assert ["".join(parts) for parts in zip(*told)] == ["Two.", "Two."]
+    pieces_read = [*map(reader.add, text), reader.end(whole=True)]
+    assert ["".join(parts) for parts in zip(*pieces_read)] == ["Two.", "Two."]
 
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
 @pytest.mark.parametrize(
-    ("said", "thought", "answer"),
+    ("text", "thought", "answer"),
     [
         (f"{HM}Hm. 1 < 2{FINAL}Two.", "Hm. 1 < 2", "Two."),
         ("<|channel|>final<|message|>Two.", "", "Two."),
@@ -85,13 +85,13 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_channels_however_they_come(said: str, thought: str, answer: str, size: int) -> None:
-    pieces = [said[at : at + size] for at in range(0, len(said), size)]
+def test_channels_however_they_come(text: str, thought: str, answer: str, size: int) -> None:
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
     reader, aloud = CHANNELS.reader(), CHANNELS.left_in().reader()
-    told = [*map(reader.add, pieces), reader.end()]
-    assert ("".join(part for part, _ in told), "".join(part for _, part in told)) == (thought, answer)
-    told = [*map(aloud.add, pieces), aloud.end()]
-    assert "".join(part + rest for part, rest in told) == think(thought) + answer
+    pieces_read = [*map(reader.add, pieces), reader.end()]
+    assert ("".join(part for part, _ in pieces_read), "".join(part for _, part in pieces_read)) == (thought, answer)
+    pieces_read = [*map(aloud.add, pieces), aloud.end()]
+    assert "".join(part + rest for part, rest in pieces_read) == think(thought) + answer
 
 
 def test_marks_are_control_tokens_that_the_text_leaves_out_unless_asked() -> None:
@@ -153,11 +153,11 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-ASKED: Any = {"model": "base", "messages": [{"role": "user", "content": "The weather?"}], "temperature": 0}
+REQUEST: Any = {"model": "base", "messages": [{"role": "user", "content": "The weather?"}], "temperature": 0}
 
 
 def test_three_apis_tell_of_it(http: httpx.Client) -> None:
-    chat = {**ASKED, "max_tokens": 8}
+    chat = {**REQUEST, "max_tokens": 8}
     message = http.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]
     assert message["content"] == ""
     assert (thought := message["reasoning_content"])
@@ -170,20 +170,20 @@ def test_three_apis_tell_of_it(http: httpx.Client) -> None:
     calm = http.post("/v1/chat/completions", json={**chat, "enable_thinking": False}).json()["choices"][0]["message"]
     assert "reasoning_content" not in calm
     options = {"num_predict": 8, "temperature": 0}
-    ollama = {"model": "base", "messages": ASKED["messages"], "stream": False, "options": options}
+    ollama = {"model": "base", "messages": REQUEST["messages"], "stream": False, "options": options}
     assert http.post("/api/chat", json=ollama).json()["message"]["thinking"]
-    asked = {"model": "base", "input": "The weather?", "max_output_tokens": 8, "temperature": 0}
-    whole = http.post("/v1/responses", json=asked).json()["output"]
+    body = {"model": "base", "input": "The weather?", "max_output_tokens": 8, "temperature": 0}
+    whole = http.post("/v1/responses", json=body).json()["output"]
     assert [item["type"] for item in whole] == ["reasoning", "message"]
-    events = http.post("/v1/responses", json={**asked, "stream": True}).text.splitlines()
-    told = [json.loads(line[6:]) for line in events if line.startswith("data: {")]
-    deltas = [event["delta"] for event in told if event["type"] == "response.reasoning_text.delta"]
-    assert "".join(deltas) == told[-1]["response"]["output"][0]["content"][0]["text"]
+    events = http.post("/v1/responses", json={**body, "stream": True}).text.splitlines()
+    events_read = [json.loads(line[6:]) for line in events if line.startswith("data: {")]
+    deltas = [event["delta"] for event in events_read if event["type"] == "response.reasoning_text.delta"]
+    assert "".join(deltas) == events_read[-1]["response"]["output"][0]["content"][0]["text"]
 
 
 def test_json_is_not_begun_within_a_thought(http: httpx.Client) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    reply = http.post("/v1/chat/completions", json={**ASKED, "max_tokens": 400, "response_format": form, "seed": 1})
+    reply = http.post("/v1/chat/completions", json={**REQUEST, "max_tokens": 400, "response_format": form, "seed": 1})
     message = reply.json()["choices"][0]["message"]
     assert message["reasoning_content"]
     assert message["content"] == "" or json.loads(message["content"])["city"] in ("Oslo", "Rome")
@@ -193,7 +193,7 @@ def test_ollama_says_what_it_is_and_what_it_is_not(http: httpx.Client) -> None:
     assert http.get("/api/ps").json()["models"][0]["name"] == "base"
     shown = http.post("/api/show", json={"model": "base"}).json()
     assert "thinking" in shown["capabilities"]
-    for path, says in (("/api/embed", "POST /v1/embeddings"), ("/api/pull", "POST /v1/adapters")):
+    for path, message in (("/api/embed", "POST /v1/embeddings"), ("/api/pull", "POST /v1/adapters")):
         reply = http.post(path, json={"model": "base", "input": "x"})
         assert reply.status_code == 501
-        assert says in reply.json()["error"]
+        assert message in reply.json()["error"]

@@ -39,7 +39,7 @@ MISTRAL = "{{ '[TOOL_CALLS]' }}"
 GLM4 = "{{ '<|observation|>' }}"
 
 
-def said(template: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
+def rendered(template: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
     """The answer with `calls` as the template writes it, without special tokens, as a decoder leaves it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -89,7 +89,7 @@ def read(template: str, text: str, size: int | None = None) -> tuple[str, list[t
 )
 def test_calls_as_the_template_writes_them(name: str, calls: list[Any]) -> None:
     template = (_TEMPLATES / f"{name}.jinja").read_text("utf-8")
-    text = said(template, calls)
+    text = rendered(template, calls)
     assert "weather" in text
     for size in (None, 1, 3, 7):
         assert read(template, text, size) == ("", calls)
@@ -98,7 +98,7 @@ def test_calls_as_the_template_writes_them(name: str, calls: list[Any]) -> None:
 def test_calls_as_our_own_template_writes_them() -> None:
     text = (Path(templates.__file__).parent / "qwen.jinja").read_text("utf-8")
     plain = text.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
-    assert read(plain, said(plain, TWO), 2) == ("", TWO)
+    assert read(plain, rendered(plain, TWO), 2) == ("", TWO)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ time.sleep(60)
 def test_children_end_with_their_parent() -> None:
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
-        child, other = (psutil.Process(int(word)) for word in parent.stdout.readline().split())
+        child, other = (psutil.Process(int(number)) for number in parent.stdout.readline().split())
         assert child.is_running()
         parent.send_signal(signal.SIGKILL)
     for _ in range(200):

@@ -103,7 +103,7 @@ class Llm:
     ) -> AsyncIterator[Any]:
         assert isinstance(prompt["prompt_token_ids"][0], int)
         assert lora_request is None or lora_request.lora_int_id in self.loaded, "it was unloaded in mid-answer"
-        name = "base" if lora_request is None else self.loaded[lora_request.lora_int_id].says
+        name = "base" if lora_request is None else self.loaded[lora_request.lora_int_id].text
         try:
             for place in range(sampling_params.max_tokens):
                 letter = name[place % len(name)]
@@ -121,7 +121,7 @@ class Llm:
         path = Path(request.lora_path)
         if not (path / "adapter_config.json").is_file() or (path / "broken").exists():
             raise ValueError("no adapter")
-        request.says = (path / "says").read_text("utf-8")
+        request.text = (path / "says").read_text("utf-8")
         self.loaded[request.lora_int_id] = request
         return True
 
@@ -161,30 +161,30 @@ def world(tmp_path: Path) -> Iterator[World]:
     assert not engine.alive
 
 
-def say(world: World, name: str, tokens: int = 6, **options: Any) -> Any:
+def complete(world: World, name: str, tokens: int = 6, **options: Any) -> Any:
     messages: Any = [{"role": "user", "content": "x"}]
     return world.client.chat.completions.create(model=name, messages=messages, max_tokens=tokens, **options)
 
 
 def test_answers_streams_and_probabilities(world: World) -> None:
     assert [model.id for model in world.client.models.list()] == ["base", "one"]
-    whole = say(world, "one", n=2, logprobs=True)
+    whole = complete(world, "one", n=2, logprobs=True)
     assert [choice.message.content for choice in whole.choices] == ["oneone"] * 2
     assert whole.choices[0].finish_reason == "length"
     assert [token.logprob for token in whole.choices[0].logprobs.content] == [-0.5] * 6
     assert whole.usage.completion_tokens == 12
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in say(world, "base", stream=True)) == "baseba"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in complete(world, "base", stream=True)) == "baseba"
     assert world.client.completions.create(model="base", prompt="x", max_tokens=4).choices[0].text == "base"
 
 
 def test_a_new_version_answers_new_questions_and_the_old_one_ends_its_own(world: World) -> None:
-    stream = iter(say(world, "one", 60, stream=True))
+    stream = iter(complete(world, "one", 60, stream=True))
     next(stream)
     (world.folder / "one" / "says").write_text("new", "utf-8")
     first = next(iter(world.llm.loaded.values()))
     served = world.engine.publish("one", "one")
     assert served.version == 2
-    assert say(world, "one").choices[0].message.content == "newnew"
+    assert complete(world, "one").choices[0].message.content == "newnew"
     names = [request.lora_name for request in world.llm.loaded.values()]
     assert len(set(names)) == 2, "keys are known by name, so each version has one of its own"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
@@ -194,11 +194,11 @@ def test_a_new_version_answers_new_questions_and_the_old_one_ends_its_own(world:
     world.engine.unpublish("one")
     settle(lambda: not world.llm.loaded)
     with pytest.raises(openai.NotFoundError, match="there are base"):
-        say(world, "one")
+        complete(world, "one")
 
 
 def test_who_leaves_is_aborted(world: World) -> None:
-    streams = [say(world, name, 200, stream=True) for name in ("base", "one", "one")]
+    streams = [complete(world, name, 200, stream=True) for name in ("base", "one", "one")]
     next(iter(streams[0]))
     assert world.engine.load().running == 3
     for stream in streams:
@@ -225,7 +225,7 @@ def test_what_cannot_be_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(world.llm, "generate", fail)
     with pytest.raises(openai.InternalServerError, match="the engine is dead"):
-        say(world, "one")
+        complete(world, "one")
     assert world.engine.load().running == 0
 
 
@@ -269,10 +269,10 @@ def settle(done: Any) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_nothing_of_vllm_outlives_a_killed_server(tmp_path: Path) -> None:
-    words = ["serve", "lowrank/tiny", "--engine", "vllm", "--port", "0"]
+    arguments = ["serve", "lowrank/tiny", "--engine", "vllm", "--port", "0"]
     settings = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "lowrank", *words],
+        [sys.executable, "-m", "lowrank", *arguments],
         env=settings,
         cwd=tmp_path,
         stdout=subprocess.PIPE,

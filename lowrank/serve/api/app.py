@@ -130,25 +130,25 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 def _add_errors(app: FastAPI) -> None:
     """Every error in the form of its API. What went wrong inside is for the log, not for the client."""
 
-    def say(request: Request, refusal: ApiError) -> JSONResponse:
+    def respond(request: Request, refusal: ApiError) -> JSONResponse:
         return JSONResponse(refusal.body(request.url.path), refusal.status, headers=refusal.headers)
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, refusal: ApiError) -> JSONResponse:
-        return say(request, refusal)
+        return respond(request, refusal)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return say(request, refused(error.errors()))
+        return respond(request, refused(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return say(request, ApiError(error.status_code, str(error.detail), headers=error.headers))
+        return respond(request, ApiError(error.status_code, str(error.detail), headers=error.headers))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return say(request, ApiError(500, "the server failed; its log says why"))
+        return respond(request, ApiError(500, "the server failed; its log says why"))
 
 
 def _model(served: ServedModel) -> dict[str, Any]:

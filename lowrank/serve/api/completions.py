@@ -13,7 +13,7 @@ from pydantic import Field
 from lowrank.generate.request import TokenChunk
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.orders import Order, refuse_many
-from lowrank.serve.api.replies import Choice, Json, OpenAiStream, tokens_told
+from lowrank.serve.api.replies import Choice, Json, OpenAiStream, logprob_entries
 from lowrank.serve.api.requests import AnswerRequest
 from lowrank.serve.engine import Engine, Question
 from lowrank.serve.limits import Limits
@@ -114,7 +114,7 @@ class CompletionReply(OpenAiStream):
         """The chunk one piece makes."""
         choice = self._choices[index]
         text = choice.add(piece)
-        tokens = tokens_told(piece, self._token_text) if self._logprobs else []
+        tokens = logprob_entries(piece, self._token_text) if self._logprobs else []
         choice.tokens += tokens
         offset, choice.offset = choice.offset, choice.offset + sum(len(token["token"]) for token in tokens)
         if not text and not tokens and choice.finish is None:

@@ -51,26 +51,26 @@ class OllamaRequest(Body):
     def draws(self) -> tuple[Json, list[str]]:
         """The options in our words, and those without effect."""
         given = {name: value for name, value in self.options.items() if value is not None}
-        words = {**_DEFAULTS, **{name: given.pop(name) for name in _SAME if name in given}}
+        fields = {**_DEFAULTS, **{name: given.pop(name) for name in _SAME if name in given}}
         if "repeat_penalty" in given:
-            words["repetition_penalty"] = given.pop("repeat_penalty")
+            fields["repetition_penalty"] = given.pop("repeat_penalty")
         if (most := given.pop("num_predict", -1)) not in (-1, -2):
-            words["max_tokens"] = most
+            fields["max_tokens"] = most
         for name, neutral in _CHANGES.items():
             if given.get(name, neutral) != neutral:
                 raise ApiError(400, f"unsupported option: options.{name}", param=f"options.{name}")
-        words |= {"response_format": _format(self.format), "keep_alive": self.keep_alive}
+        fields |= {"response_format": _format(self.format), "keep_alive": self.keep_alive}
         if isinstance(self.think, str):
-            words["reasoning_effort"] = self.think
+            fields["reasoning_effort"] = self.think
         elif self.think is not None:
-            words["enable_thinking"] = self.think
-        return words, [f"options.{name}" for name in given]
+            fields["enable_thinking"] = self.think
+        return fields, [f"options.{name}" for name in given]
 
     def chat(self, messages: list[Json], tools: list[Json], wrap: str, engine: Engine, limits: Limits) -> Order:
         """The order of a chat."""
-        words, ignored = self.draws()
+        fields, ignored = self.draws()
         try:
-            body = ChatRequest.model_validate({"model": self.name, "messages": messages, "tools": tools, **words})
+            body = ChatRequest.model_validate({"model": self.name, "messages": messages, "tools": tools, **fields})
         except ValidationError as error:
             raise refused(error.errors(include_url=False, include_input=False)) from error
         chat = body.understood(engine, limits)

@@ -13,7 +13,7 @@ from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import LowrankError
 from lowrank.records import Conversation, Media
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.engine import Asked, Question
+from lowrank.serve.engine import ChatPrompt, Question
 
 _PIECE = 8192
 """Characters that are tokenized at once, to see whether a text is too long."""
@@ -127,7 +127,7 @@ def _written(question: Conversation, renderer: Renderer | None) -> Iterable[str]
 
 
 def _renderer_for(question: Conversation, renderer: Renderer) -> Renderer:
-    if not isinstance(question, Asked) or not question.variables:
+    if not isinstance(question, ChatPrompt) or not question.variables:
         return renderer
     return _with_variables(renderer, json.dumps(dict(question.variables), sort_keys=True))
 

@@ -113,7 +113,7 @@ class ChatReply(OpenAiStream):
         """The chunks one piece makes."""
         choice = self._choices[index]
         text = choice.add(piece)
-        tokens = tokens_told(piece, self._token_text) if self._logprobs else []
+        tokens = logprob_entries(piece, self._token_text) if self._logprobs else []
         choice.tokens += tokens
         chunks = []
         if choice.fresh_thought:
@@ -153,7 +153,7 @@ class ChatReply(OpenAiStream):
         return {"object": "chat.completion.chunk", **self._head, "choices": [choice]}
 
 
-def tokens_told(piece: TokenChunk, token_text: Callable[[int], str]) -> list[Json]:
+def logprob_entries(piece: TokenChunk, token_text: Callable[[int], str]) -> list[Json]:
     """What the model thought of a piece's token, in the form of chat replies."""
     if piece.token is None or piece.logprob is None:
         return []

@@ -22,7 +22,7 @@ from lowrank.serve.api.orders import Order, refuse_many
 from lowrank.serve.api.replies import ChatReply
 from lowrank.serve.api.tool_calls import ToolCallReader
 from lowrank.serve.api.tool_choice import read_tool_choice
-from lowrank.serve.engine import Asked, Engine
+from lowrank.serve.engine import ChatPrompt, Engine
 from lowrank.serve.limits import Limits
 
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "chat_template")
@@ -131,7 +131,7 @@ class AnswerRequest(Body):
 class Understood:
     """A chat: what is asked, how answers are drawn, who reads calls and thoughts out of them, what has no effect."""
 
-    question: Asked
+    question: ChatPrompt
     config: GenerationConfig
     reader: Callable[[], ToolCallReader] | None
     thoughts: Thinking | None
@@ -208,7 +208,7 @@ class ChatRequest(AnswerRequest):
             ignored += [] if "tools" in template else ["tools (the chat template does not tell the model of them)"]
         if thoughts is not None and not self.separate_reasoning:
             thoughts = thoughts.left_in()
-        return Understood(Asked(turns, tools, variables), config, reader, thoughts, ignored)
+        return Understood(ChatPrompt(turns, tools, variables), config, reader, thoughts, ignored)
 
     def _variables(self, template: str) -> tuple[Mapping[str, Any], list[str]]:
         """For the chat template, and the names of options that have no effect on it."""

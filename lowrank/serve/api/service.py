@@ -61,7 +61,7 @@ class Service:
         headers = {WARNING: _warning(order.ignored)} if order.ignored else {}
         prompts = len(order.questions)
         try:
-            prompt_tokens = self.lanes.run(size, self._ask, order, exchange)
+            prompt_tokens = self.lanes.run(size, self._submit, order, exchange)
             exchange.answers += await asyncio.shield(asyncio.ensure_future(prompt_tokens))
             exchange.begin(request.receive)
             if order.stream:
@@ -85,7 +85,7 @@ class Service:
         order.check(self.engine, self.limits)
         return order
 
-    def _ask(self, order: Order, exchange: RequestLifecycle) -> list[Any]:
+    def _submit(self, order: Order, exchange: RequestLifecycle) -> list[Any]:
         """In a thread. What was asked when something went wrong, or nobody waits any more, is cancelled."""
         answers: list[Any] = []
         try:

@@ -29,7 +29,7 @@ from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.prompt_tokens import refuse_too_long, too_long
-from lowrank.serve.engine import Asked, Load, PendingAnswer, Question, ServedModel
+from lowrank.serve.engine import ChatPrompt, Load, PendingAnswer, Question, ServedModel
 from lowrank.serve.engines import EngineKind, Notify, ServingOptions, install
 from lowrank.serve.folders import unknown_model
 from lowrank.serve.llama_cpp_engine.answer import LlamaCppAnswer, checked
@@ -157,7 +157,7 @@ class LlamaCppEngine:
         """As the torch engine renders it: the file's template is a program too, and what a client types is text."""
         if not self._template:
             raise ApiError(400, "the file has no chat template; start with --chat-template NAME")
-        variables = dict(question.variables) if isinstance(question, Asked) else {}
+        variables = dict(question.variables) if isinstance(question, ChatPrompt) else {}
         messages = with_call_ids(question.messages, "call{index:05}")  # nine characters, as Mistral's templates want
         try:
             template = ChatTemplate(self._template, self._known, {})

@@ -71,7 +71,7 @@ class VllmEngine(ReadsByRenderer):
         self._at_once = at_once
         self._reach = int(vllm.llm.model_config.max_model_len)
         self._ids = itertools.count(1)
-        self._asked: set[VllmAnswer] = set()
+        self._pending: set[VllmAnswer] = set()
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lowrank-vllm", daemon=True)
@@ -95,7 +95,7 @@ class VllmEngine(ReadsByRenderer):
     def close(self) -> None:
         """Whatever is being answered ends as cancelled."""
         with self._lock:
-            pending = list(self._asked)
+            pending = list(self._pending)
         for answer in pending:
             answer.cancel()
         for answer in pending:
@@ -126,7 +126,7 @@ class VllmEngine(ReadsByRenderer):
     def load(self) -> Load:
         """As many as vLLM answers at once run; others wait."""
         with self._lock:
-            return Load(min(len(self._asked), self._at_once), max(0, len(self._asked) - self._at_once))
+            return Load(min(len(self._pending), self._at_once), max(0, len(self._pending) - self._at_once))
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
@@ -151,7 +151,7 @@ class VllmEngine(ReadsByRenderer):
                 raise self._unknown(name)
             answer = VllmAnswer(self._loop, len(token_L))
             with self._lock:
-                self._asked.add(answer)
+                self._pending.add(answer)
             answers.append(answer)
             work = self._run(answer, prompt, sampling, version, config)
             self._loop.call_soon_threadsafe(answer.begin, work, partial(self._end, answer, version))
@@ -217,12 +217,12 @@ class VllmEngine(ReadsByRenderer):
                 text = piece.text
                 for control in hidden:
                     text = text.replace(control, "")
-                answer.telling.push(replace(piece, text=text))
+                answer.stream.push(replace(piece, text=text))
 
     def _end(self, answer: VllmAnswer, version: AdapterVersion | None) -> None:
         """Its task is over, however it ended."""
         with self._lock:
-            self._asked.discard(answer)
+            self._pending.discard(answer)
         if version is not None:
             self._adapters.leave(version)
 

@@ -54,9 +54,9 @@ def read_tokens(path: Path) -> GgufTokens:
         if kind in (_CONTROL, _USER_DEFINED)
     }
     named = {name: header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in _NAMED}
-    words = {"unknown": "unk", "padding": "pad"}
+    names = {"unknown": "unk", "padding": "pad"}
     special = {
-        f"{words.get(name, name)}_token": texts[index]
+        f"{names.get(name, name)}_token": texts[index]
         for name, index in named.items()
         if isinstance(index, int) and 0 <= index < len(texts)
     }

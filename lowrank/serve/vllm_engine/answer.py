@@ -15,7 +15,7 @@ class VllmAnswer:
     """`PendingAnswer` (engine.py) of one request to vLLM."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, prompt_tokens: int) -> None:
-        self.telling = TokenStream()
+        self.stream = TokenStream()
         self.cached = 0
         self.over = threading.Event()
         self._loop, self._prompt_tokens = loop, prompt_tokens
@@ -24,11 +24,11 @@ class VllmAnswer:
     @property
     def answer(self) -> Answer:
         """What there is so far."""
-        return self.telling.answer(prompt_tokens=self._prompt_tokens, reused_tokens=self.cached)
+        return self.stream.answer(prompt_tokens=self._prompt_tokens, reused_tokens=self.cached)
 
     def listen(self, listener: Listener) -> None:
         """Every piece, those of the past first."""
-        self.telling.listen(listener)
+        self.stream.listen(listener)
 
     def cancel(self) -> None:
         """vLLM aborts a request whose task is cancelled."""
@@ -46,9 +46,9 @@ class VllmAnswer:
     def _finish(self, task: asyncio.Task[None], on_end: Callable[[], None]) -> None:
         error = None if task.cancelled() else task.exception()
         on_end()
-        if not self.telling.finished and task.cancelled():
-            self.telling.push(TokenChunk(None, finish="cancelled"))
-        elif not self.telling.finished:
+        if not self.stream.finished and task.cancelled():
+            self.stream.push(TokenChunk(None, finish="cancelled"))
+        elif not self.stream.finished:
             reason = "it ended in the middle of an answer" if error is None else str(error)
-            self.telling.push(TokenChunk(None, finish="error", error=f"vLLM: {reason}"))
+            self.stream.push(TokenChunk(None, finish="error", error=f"vLLM: {reason}"))
         self.over.set()

@@ -30,15 +30,15 @@ def watch_children(others: Collection[int] = ()) -> subprocess.Popen[bytes] | No
     if not children:
         return None
     named = [f"{child.pid}:{child.create_time()!r}" for child in children]
-    words = [sys.executable, "-m", "lowrank.serve.vllm_engine.child_watch", *named]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    arguments = [sys.executable, "-m", "lowrank.serve.vllm_engine.child_watch", *named]
+    return subprocess.Popen(arguments, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _main() -> None:
     while sys.stdin.buffer.read(1024):  # nothing is ever written: this waits for the end
         continue
-    for word in sys.argv[1:]:
-        pid, _, began = word.partition(":")
+    for argument in sys.argv[1:]:
+        pid, _, began = argument.partition(":")
         try:
             process = psutil.Process(int(pid))
             if process.create_time() == float(began):  # numbers are given again

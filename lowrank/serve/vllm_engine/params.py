@@ -39,7 +39,7 @@ def sampling_options(config: GenerationConfig, stop_tokens: frozenset[int], most
 
 
 def pieces_of(output: Output, num_logprobs: int) -> list[TokenChunk]:
-    """One for each token, and one for what ended the answer; the text comes with the last. `told`: likeliest tokens."""
+    """One for each token, and one for what ended the answer; the text comes with the last."""
     tokens = list(output.token_ids)
     stopped_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
     if stopped_by_token and tokens:  # EOS or another stop token, which is no part of an answer

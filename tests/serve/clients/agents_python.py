@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 set_tracing_disabled(True)
 set_default_openai_client(openai.AsyncOpenAI(base_url=f"{sys.argv[1]}/v1", api_key=sys.argv[2]), use_for_tracing=False)
-asked = []
+questions = []
 
 
 class Weather(BaseModel):
@@ -21,7 +21,7 @@ class Weather(BaseModel):
 @function_tool
 def weather(city: Literal["Oslo", "Rome"]) -> str:
     """The weather of a city."""
-    asked.append(city)
+    questions.append(city)
     return "rain"
 
 
@@ -33,7 +33,7 @@ async def main() -> None:
         name="able", model="base", tools=[weather], model_settings=settings, tool_use_behavior="stop_on_first_tool"
     )
     await Runner.run(able, "The weather?", max_turns=4)
-    assert asked[0] in ("Oslo", "Rome")
+    assert questions[0] in ("Oslo", "Rome")
     streamed = Runner.run_streamed(Agent(name="plain", model="base"), "Hi")
     kinds = [event.type async for event in streamed.stream_events()]
     assert "raw_response_event" in kinds

@@ -27,6 +27,6 @@ for responses in (False, True):
     )
     assert isinstance(model.with_structured_output(Weather).invoke("The weather?"), Weather)
     assert isinstance(model.with_structured_output(Weather, method="function_calling").invoke("The weather?"), Weather)
-    said = model.bind_tools([weather], tool_choice="any").invoke("The weather?")
-    assert said.tool_calls[0]["name"] == "weather"
+    reply = model.bind_tools([weather], tool_choice="any").invoke("The weather?")
+    assert reply.tool_calls[0]["name"] == "weather"
     assert list(model.stream("Name a color."))
