@@ -30,7 +30,7 @@ _PATIENCE_BEFORE = timedelta(days=2)
 """For ranks that read, plan and load; whoever has started them ends all when one dies."""
 _PATIENCE = timedelta(hours=6)
 """For ranks that train: longer than any step, evaluation or save. A rank that dies is noticed at once."""
-_SAID_WITHIN = timedelta(seconds=10)
+_REPORT_TIMEOUT = timedelta(seconds=10)
 _HEARD_WITHIN = timedelta(seconds=3)
 _MOST_AT_ONCE = 1 << 22
 """Numbers of one sum, 16 MB; what is longer is summed in pieces, in the same buffers."""
@@ -41,12 +41,12 @@ class RankLost(LowrankError):
 
 
 class Ranks(Protocol):
-    """What a run knows of the processes that train it. `asked_to_stop` is the same on all of them."""
+    """What a run knows of the processes that train it. `stop_requested` is the same on all of them."""
 
     rank: int
     """0 is the first, which alone writes."""
     world: int
-    asked_to_stop: bool
+    stop_requested: bool
     wants_to_stop: Callable[[], bool]
     """Whether this one was asked to stop; looked at whenever something is told."""
 
@@ -66,7 +66,7 @@ class Ranks(Protocol):
 class Alone:
     """One process."""
 
-    rank, world, asked_to_stop = 0, 1, False
+    rank, world, stop_requested = 0, 1, False
 
     def __init__(self) -> None:
         self.wants_to_stop: Callable[[], bool] = lambda: False
@@ -95,9 +95,9 @@ class Processes:
 
     def __init__(self) -> None:
         """By the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or the process group that is there."""
-        self.asked_to_stop = False
+        self.stop_requested = False
         self.wants_to_stop: Callable[[], bool] = lambda: False
-        self._told = 0
+        self._exchanges = 0
         self._store: Any = None
         self._host: Any = None
         """A group for what is told, beside that for tensors."""
@@ -105,7 +105,7 @@ class Processes:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             self._host = dist.new_group(backend="gloo", timeout=_PATIENCE)
             return
-        with _in_plain_words():
+        with _explain_lost_process():
             store, self.rank, self.world = next(rendezvous("env://", timeout=_PATIENCE_BEFORE))
         store.set_timeout(_PATIENCE_BEFORE)
         self._store = _beside("lowrank", store)
@@ -115,7 +115,7 @@ class Processes:
         if self._host is not None:
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with _in_plain_words():
+        with _explain_lost_process():
             dist.init_process_group(
                 backend,
                 store=_beside("group", self._store),
@@ -135,16 +135,16 @@ class Processes:
     def exchange(self, value: Any) -> list[Any]:
         """See Ranks."""
         text = json.dumps([self.wants_to_stop(), value]).encode()
-        with _in_plain_words():
+        with _explain_lost_process():
             texts = self._by_store(text) if self._host is None else self._by_group(text)
-        told = [json.loads(each) for each in texts]
-        self.asked_to_stop = self.asked_to_stop or any(asked for asked, _ in told)
-        return [each for _, each in told]
+        received = [json.loads(each) for each in texts]
+        self.stop_requested = self.stop_requested or any(requested for requested, _ in received)
+        return [each for _, each in received]
 
     def _by_store(self, text: bytes) -> list[bytes]:
-        self._told += 1
-        self._store.set(f"told/{self._told}/{self.rank}", text.decode())
-        return [self._store.get(f"told/{self._told}/{rank}") for rank in range(self.world)]
+        self._exchanges += 1
+        self._store.set(f"told/{self._exchanges}/{self.rank}", text.decode())
+        return [self._store.get(f"told/{self._exchanges}/{rank}") for rank in range(self.world)]
 
     def _by_group(self, text: bytes) -> list[bytes]:
         length = torch.tensor([len(text)])
@@ -159,7 +159,7 @@ class Processes:
     def add(self, flat_N: torch.Tensor) -> None:
         """See Ranks. Each rank sums one part of all, as a ring would have it: twice the numbers travel, whatever the
         number of ranks."""
-        with _in_plain_words():
+        with _explain_lost_process():
             for part_N in flat_N.split(_MOST_AT_ONCE):
                 self._add(part_N)
 
@@ -176,7 +176,7 @@ class Processes:
         if given is not part_N:
             part_N.copy_(given[: len(part_N)])
 
-    def said_by_first(self, error: LowrankError) -> bool:
+    def reported_by_first(self, error: LowrankError) -> bool:
         """Whether rank 0 says the same, so that it need not be said twice. Called by every rank that ends by an error
         before training."""
         if self._store is None or self._host is not None:
@@ -187,10 +187,10 @@ class Processes:
                 # the store may be this process's own, and ends with it
                 self._store.wait([f"heard/{rank}" for rank in range(1, self.world)], _HEARD_WITHIN)
                 return False
-            self._store.wait(["error"], _SAID_WITHIN)
-            said = self._store.get("error").decode()
+            self._store.wait(["error"], _REPORT_TIMEOUT)
+            first_error = self._store.get("error").decode()
             self._store.set(f"heard/{self.rank}", "")
-            return said == str(error)
+            return first_error == str(error)
         except (RuntimeError, OSError):  # it has ended, or has nothing to say
             return False
 
@@ -227,7 +227,7 @@ def _beside(name: str, store: Any) -> Any:
 
 
 @contextmanager
-def _in_plain_words() -> Generator[None]:
+def _explain_lost_process() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:  # whatever torch's back-ends make of a closed connection

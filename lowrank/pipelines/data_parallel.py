@@ -20,9 +20,9 @@ from lowrank.checkpoints.run_folder import STOP
 from lowrank.config import RunConfig
 from lowrank.config.code import refuse_code
 from lowrank.errors import LowrankError
-from lowrank.pipelines.processes import Child, follow, train_words
+from lowrank.pipelines.processes import Child, follow, train_arguments
 from lowrank.pipelines.shares import device_environment, refuse_unseen, uses_gpus
-from lowrank.pipelines.together import told_once
+from lowrank.pipelines.together import reported_once
 from lowrank.pipelines.train import train
 from lowrank.ranks import Processes, RankLost
 from lowrank.report.events import Event, Notice, Reporter, RunFinished, RunStarted
@@ -50,7 +50,7 @@ def train_together(
     try:
         return train(config, reporters=reporters, strict=strict, allow_code=allow_code, ranks=ranks)
     except LowrankError as error:
-        if not isinstance(error, RankLost) and told_once(ranks, error):
+        if not isinstance(error, RankLost) and reported_once(ranks, error):
             raise SystemExit(error.exit_code) from None
         raise
     finally:
@@ -79,7 +79,7 @@ def train_processes(
         children = [
             Child(
                 f"rank {rank}",
-                train_words(file, strict),
+                train_arguments(file, strict),
                 config.output_dir,
                 Path(place) / f"rank-{rank}.log",
                 {
@@ -100,11 +100,11 @@ def train_processes(
 
         failed = follow(children, hear, stopping, lambda text: report(Notice(text, "warning")), together=True)
         for child in children[1:]:  # a first rank has told its own
-            for line in child.said():
+            for line in child.output_lines():
                 report(Notice(line, "warning"))
         if failed is not None:
-            words_of = failed.words_at_the_end()
-            text = words_of if failed is children[0] and failed.error else f"{failed.name}: {words_of}"
+            tail_of = failed.stderr_tail()
+            text = tail_of if failed is children[0] and failed.error else f"{failed.name}: {tail_of}"
             raise ProcessesFailed(text, failed.code if failed.code is not None and failed.code > 0 else 1)
     summary = children[0].summary
     if summary is None:

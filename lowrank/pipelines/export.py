@@ -159,7 +159,7 @@ def _announce(built: Sequence[_Checked], notify: Callable[[str], None]) -> None:
             notify(f"{each.own.type}: {note}")
     for each in built:
         for install in each.needs.installs:
-            notify(install.said)
+            notify(install.description)
 
 
 def _verdict(passed: bool | None) -> str:

@@ -170,8 +170,8 @@ def _described(
     model = found.model
     tokenizer = loading.load_tokenizer(model)  # its errors say more of a folder that is none
     brought = learn_tokens(tokenizer, found.adapters)
-    for said in brought:
-        notify(said)
+    for notice in brought:
+        notify(notice)
     shape = read_config(model)
     refuse_wrapped(shape, "no other program runs such layers, so there is nothing to export")
     data = found.data.within(positions_of(shape))

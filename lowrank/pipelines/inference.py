@@ -191,8 +191,8 @@ def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> Inferen
     tokenizer = loading.load_tokenizer(found.model)
     for folder in found.adapters.values():
         refuse_before_loading(read_adapter_header(folder), found.model)
-    for said in learn_tokens(tokenizer, found.adapters):
-        notify(said)
+    for notice in learn_tokens(tokenizer, found.adapters):
+        notify(notice)
     base = loading.load(found.model, tokenizer=tokenizer, notify=notify)
     renderers = renderers_of(found, tokenizer, base.max_positions)
     trained = InferenceModel(base, Bank(base), renderers.pop(BARE), renderers=renderers)

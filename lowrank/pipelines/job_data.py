@@ -54,18 +54,20 @@ def prepare_all(
     what was read and tokenized, each with its own feed. `read`: what was read before, to which this is added."""
     shape = read_config(model)
     within = [_within_reach(job, positions_of(shape)) for job in jobs]
-    described = [None if cut is job else _said_of_reach(job, cut, model.path, shape) for job, cut in zip(jobs, within)]
+    described = [
+        None if cut is job else _context_length_notice(job, cut, model.path, shape) for job, cut in zip(jobs, within)
+    ]
 
-    def tell(texts: Iterable[str | None]) -> None:
+    def notify_all(texts: Iterable[str | None]) -> None:
         for text in dict.fromkeys(text for text in texts if text):
             report(Notice(text, level="warning"))
 
     try:
         data = _prepare_jobs(within, tokenizer, report, strict, {} if read is None else read)
     except DataError:  # whatever it says of data.max_length, this is why
-        tell(described)
+        notify_all(described)
         raise
-    tell(text for text, job, cut, own in zip(described, jobs, within, data) if _concerns(job, cut, own))
+    notify_all(text for text, job, cut, own in zip(described, jobs, within, data) if _concerns(job, cut, own))
     return data
 
 
@@ -85,7 +87,7 @@ def _concerns(job: JobConfig, cut: JobConfig, own: Prepared) -> bool:
     return lost or any(len(segment) >= cut.data.max_length for segment in segments)
 
 
-def _said_of_reach(job: JobConfig, cut: JobConfig, name: str, shape: Any) -> str:
+def _context_length_notice(job: JobConfig, cut: JobConfig, name: str, shape: Any) -> str:
     text = (
         f"{name} reads {positions_of(shape):,} tokens (its config.json says so) and data.max_length is "
         f"{job.data.max_length:,}: rows of more than {cut.data.max_length:,} are {_ON_TOO_LONG[job.data.on_too_long]}"

@@ -40,7 +40,7 @@ def _plan(config: RunConfig, data: Sequence[Prepared]) -> tuple[Planner, Plan] |
         return error
 
 
-def _told(
+def _report_plan(
     config: RunConfig, found: tuple[Planner, Plan] | Exception, report: Callable[[Event], None]
 ) -> tuple[RunConfig, Plan | None]:
     if isinstance(found, Exception):
@@ -91,7 +91,7 @@ def with_slots(
         if not halves or number == 1 or isinstance(found, Exception) or found[1].fits:
             break
         number = (number + 1) // 2
-    planned, plan = _told(part, found, report)
+    planned, plan = _report_plan(part, found, report)
     planned = planned.model_copy(update={"jobs": config.jobs})
     if not halves:
         return planned, plan

@@ -119,13 +119,13 @@ def _config(output_dir: Path, parts: Sequence[_Part], names: Sequence[str]) -> d
 def _lines(parts: Sequence[_Part]) -> list[dict[str, Any]]:
     """All metrics in the order of time; what every share says of the whole run stands there once."""
     lines = [line for part in parts for line in read_metrics(part.folder / METRICS)]
-    said: set[str] = set()
+    seen: set[str] = set()
     kept = []
     for line in sorted(lines, key=lambda line: line.get("time", 0.0)):
         if line.get("event") == "notice" and line.get("job") is None:
-            if line["text"] in said:
+            if line["text"] in seen:
                 continue
-            said.add(line["text"])
+            seen.add(line["text"])
         kept.append(line)
     return kept
 

@@ -21,6 +21,6 @@ def see(base: Base, attention: str, notify: Callable[[str], None], *, running: b
     processor = processor_of(base.tokenizer)
     if processor is None or not processor.sees:
         raise ModelError(f"{base.name} has no tower for pictures, or not the files of its processor")
-    said = give_sight(base, processor, attention, settle=not running)
-    if said:
-        notify(said)
+    notice = give_sight(base, processor, attention, settle=not running)
+    if notice:
+        notify(notice)

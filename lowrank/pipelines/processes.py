@@ -30,16 +30,16 @@ from lowrank.train.stopping import Stopping
 LOOKS_EVERY = 0.2
 """Seconds between looks whether somebody asked to stop."""
 _LAST_LINES = 12
-_SAID_WITHIN = 5.0
+_REPORT_SECONDS = 5.0
 """Seconds that processes of one run have, once one of them has failed, to end by themselves."""
 ENDED_IN_ORDER = (0, 7, 130)
 """Exit codes of a run that has ended as it should: done, a job's loss was not finite, interrupted."""
 
 
-def train_words(file: Path, strict: bool) -> list[str]:
+def train_arguments(file: Path, strict: bool) -> list[str]:
     """The command line of a process that trains the settings in `file`, with what this process was allowed."""
-    words = ["train", str(file), "--json", *(["--strict"] if strict else [])]
-    return [*words, "--allow-code"] if code_is_allowed() else words
+    arguments = ["train", str(file), "--json", *(["--strict"] if strict else [])]
+    return [*arguments, "--allow-code"] if code_is_allowed() else arguments
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Child:
     """One process. `name`: what people call it; `folder`: its run folder; `log`: what it says beside its events."""
 
     name: str
-    words: Sequence[str]
+    arguments: Sequence[str]
     folder: Path
     log: Path
     environment: Mapping[str, str]
@@ -64,7 +64,7 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lowrank", *self.words],
+                [sys.executable, "-m", "lowrank", *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -100,20 +100,20 @@ class Child:
         if self.process is not None and self.code is None:
             self.process.kill()
 
-    def said(self) -> list[str]:
+    def output_lines(self) -> list[str]:
         """What it has said beside its events."""
         with contextlib.suppress(OSError):
             return self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return []
 
-    def words_at_the_end(self) -> str:
+    def stderr_tail(self) -> str:
         """What it said was wrong, or the last of what it wrote, or how it ended."""
         if self.error:
             return self.error
         if self.code is not None and self.code < 0:
             with contextlib.suppress(ValueError):
                 return f"it was killed ({signal.Signals(-self.code).name})"
-        if lines := self.said():
+        if lines := self.output_lines():
             return "\n".join(lines[-_LAST_LINES:])
         return f"it ended with exit code {self.code}"
 
@@ -122,7 +122,7 @@ def follow(
     children: Sequence[Child],
     hear: Callable[[Child, Event], None],
     stopping: Stopping,
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
     *,
     together: bool = False,
 ) -> Child | None:
@@ -130,22 +130,22 @@ def follow(
     told; a second Ctrl-C, or any error here, ends them at once. `together`: none can go on without the others. The
     first that failed."""
     lines: queue.Queue[tuple[Child, str | None]] = queue.Queue()
-    asked = False
+    requested = False
     failed: Child | None = None
     ends_at = math.inf
     try:
-        with stopping, stopping.saving(tell):
+        with stopping, stopping.saving(notify):
             for child in children:
                 child.start(lines)
             for child, line in _arriving(lines, len(children)):
-                if stopping.now() and not asked:
-                    asked = True
+                if stopping.now() and not requested:
+                    requested = True
                     for each in children:
                         each.stop()
                 if child is not None and line is not None:
                     _take(child, line, hear)
                 if child is not None and line is None and child.code not in ENDED_IN_ORDER and failed is None:
-                    failed, ends_at = child, time.monotonic() + _SAID_WITHIN
+                    failed, ends_at = child, time.monotonic() + _REPORT_SECONDS
                 if together and time.monotonic() > ends_at:
                     for each in children:
                         each.kill()

@@ -29,7 +29,7 @@ from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.deal_jobs import costs_of, deal
 from lowrank.pipelines.memory_plan import refuse_too_many
 from lowrank.pipelines.merge_shares import merge_shares
-from lowrank.pipelines.processes import ENDED_IN_ORDER, Child, follow, train_words
+from lowrank.pipelines.processes import ENDED_IN_ORDER, Child, follow, train_arguments
 from lowrank.pipelines.train import read_jobs
 from lowrank.report.events import (
     Event,
@@ -149,7 +149,7 @@ def _child(config: RunConfig, share: Share, shares: Mapping[str, int], strict: b
     file = config.output_dir / SHARES / f"{share.folder}.json"
     write_text(file, json.dumps(own.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
     environment = device_environment(config, share.number - 1, share.of)
-    return Child(f"share {share}", train_words(file, strict), own.output_dir, file.with_suffix(".log"), environment)
+    return Child(f"share {share}", train_arguments(file, strict), own.output_dir, file.with_suffix(".log"), environment)
 
 
 def _is_over(child: Child) -> bool:
@@ -157,14 +157,14 @@ def _is_over(child: Child) -> bool:
     summary, before = find_json(child.folder / SUMMARY), find_json(child.folder / CONFIG)
     if summary is None or before is None or summary["interrupted"]:
         return False
-    asked = read_file(Path(child.words[1]))
+    settings = read_file(Path(child.arguments[1]))
     length = ("max_steps", "num_train_epochs", "early_stopping_patience")
     same = [[job[name] for name in length] for job in before["jobs"]] == [
-        [job[name] for name in length] for job in asked["jobs"]
+        [job[name] for name in length] for job in settings["jobs"]
     ]
-    for job in asked["jobs"]:  # the day on which the run began stands in the settings of a run
+    for job in settings["jobs"]:  # the day on which the run began stands in the settings of a run
         job["data"]["chat_template_date"] = before["jobs"][0]["data"]["chat_template_date"]
-    return same and not changed_settings(before, asked)
+    return same and not changed_settings(before, settings)
 
 
 class _Together:
@@ -173,14 +173,14 @@ class _Together:
     def __init__(self, config: RunConfig, report: Listeners) -> None:
         self._config, self._report = config, report
         self._begun = False
-        self._said: set[str] = set()
+        self._noticed: set[str] = set()
 
     def report(self, event: Event) -> None:
         """Notices that several say alike are said once."""
         if isinstance(event, Notice):
-            if event.text in self._said:
+            if event.text in self._noticed:
                 return
-            self._said.add(event.text)
+            self._noticed.add(event.text)
         self._report(event)
 
     def hear(self, child: Child, event: Event) -> None:
@@ -207,12 +207,12 @@ def _end(config: RunConfig, children: Sequence[Child], report: Callable[[Event],
     failed = [child for child in children if child.code not in ENDED_IN_ORDER]
     summary = merge_shares(config.output_dir, lambda text: report(Notice(text, "warning")), locked=True)
     if failed:
-        said: dict[str, list[str]] = {}
+        failures: dict[str, list[str]] = {}
         for child in failed:
-            said.setdefault(child.words_at_the_end(), []).append(child.name)
-        text = "\n".join(f"{', '.join(names)}: {words}" for words, names in said.items())
-        if len(said) == 1 and len(failed) == len(children):
-            text = next(iter(said))
+            failures.setdefault(child.stderr_tail(), []).append(child.name)
+        text = "\n".join(f"{', '.join(names)}: {tail}" for tail, names in failures.items())
+        if len(failures) == 1 and len(failed) == len(children):
+            text = next(iter(failures))
         elif len(failed) < len(children):
             text += "\nThe other shares are whole; the same command with resume=true goes on with what is left"
         raise SharesFailed(text, next((child.code for child in failed if child.code and child.code > 0), 1))

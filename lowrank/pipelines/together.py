@@ -258,8 +258,8 @@ def orders_of(book: OrderBook, ranks: Ranks) -> Callable[[int], list[Order]]:
     """The orders of the run's folder, which the first rank reads, for all of them."""
 
     def due(tick: int) -> list[Order]:
-        told = agree(ranks, lambda: [dataclasses.asdict(order) for order in book.due(tick)])
-        return [Order(**order) for order in told]
+        received = agree(ranks, lambda: [dataclasses.asdict(order) for order in book.due(tick)])
+        return [Order(**order) for order in received]
 
     return due
 
@@ -269,6 +269,6 @@ def heard_by(ranks: Ranks, notify: Callable[[str], None]) -> Callable[[str], Non
     return notify if ranks.rank == 0 else lambda text: log_notice(f"rank {ranks.rank}: {text}")
 
 
-def told_once(ranks: Ranks, error: LowrankError) -> bool:
+def reported_once(ranks: Ranks, error: LowrankError) -> bool:
     """Whether the first rank says this error too."""
-    return isinstance(ranks, Processes) and ranks.said_by_first(error)
+    return isinstance(ranks, Processes) and ranks.reported_by_first(error)

@@ -21,7 +21,7 @@ from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.config.code import refuse_code
 from lowrank.data.chat.rendering import chosen_templates
 from lowrank.data.prepare import Prepared
-from lowrank.errors import disk_full_in_plain_words
+from lowrank.errors import explain_disk_full
 from lowrank.evaluate.metrics import check_installed
 from lowrank.models.base import Base
 from lowrank.models.loading.kind import check_weights
@@ -79,11 +79,11 @@ def train(
     this; only the first writes, and reports (pipelines/together.py).
     """
     stopping = stopping_of(ranks, Path(config.output_dir) / STOP)
-    with ExitStack() as stack, disk_full_in_plain_words(), code_allowed(allow_code), stopping:
-        stopping.end_if_asked()
+    with ExitStack() as stack, explain_disk_full(), code_allowed(allow_code), stopping:
+        stopping.end_if_requested()
         refuse_code(config, "the settings")
         config = with_adapters_found(config)
-        report = _told_to(stack, config, reporters, ranks)
+        report = _listeners(stack, config, reporters, ranks)
         folder = folder_of(stack, config, ranks)
         stopping.forget_old()
         checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
@@ -96,7 +96,7 @@ def train(
             report(Notice(note))
 
         tokenizer, data = read_jobs(config, report, strict)
-        stopping.end_if_asked()
+        stopping.end_if_requested()
         refuse_too_many(config, data)
         refuse_unlike(config, data, ranks)
         report(Stage("planning the memory"))
@@ -105,7 +105,7 @@ def train(
         begun = begun.model_copy(update={"model": config.model})  # as it was decided, for whoever goes on
 
         base = _load(config, tokenizer, data, report)
-        stopping.end_if_asked()
+        stopping.end_if_requested()
         report(Stage("preparing the jobs"))
         engine = Engine(base, Bank(base), tokens_of(config))
         engine.lanes = lanes
@@ -120,7 +120,7 @@ def train(
         queue = JobQueue(JobSeats(engine, config, tokenizer, report), keeper, entries, report, at_once(config))
         sweep = add_search(queue, config, live)
         queue.take_seats(live)
-        stopping.end_if_asked()
+        stopping.end_if_requested()
 
         # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
         # and takes nothing away.
@@ -151,8 +151,8 @@ def train(
 def _finish(summary: SummaryBuilder, report: Listeners, folder: Path, *, interrupted: bool) -> dict[str, Any]:
     """The result first; then pictures and pages of it, which may fail."""
     result = summary.finish(interrupted)
-    if summary.plot_trouble:
-        report(Notice(summary.plot_trouble, level="warning"))
+    if summary.plot_problem:
+        report(Notice(summary.plot_problem, level="warning"))
     try:
         write_report(folder)
     except Exception as error:  # templates, a full disk: the run is whole without
@@ -178,8 +178,8 @@ def read_jobs(config: RunConfig, report: Callable[[Event], None], strict: bool) 
     report(Stage("reading the data"))
     tokenizer = loading.load_tokenizer(config.model)
     starts = {path: Path(path) for job in config.jobs if (path := getattr(job.adapter, "path", None)) is not None}
-    for said in learn_tokens(tokenizer, starts):
-        report(Notice(said))
+    for notice in learn_tokens(tokenizer, starts):
+        report(Notice(notice))
     check_tokens(config.jobs, tokenizer)
     check_references(config.jobs, tokenizer)
     data = prepare_all(config.jobs, config.model, tokenizer, report, strict)
@@ -281,7 +281,7 @@ def _run_started(base: Base, config: RunConfig, jobs: Sequence[JobStarted]) -> R
     return RunStarted(config.output_dir, tuple(jobs), settings, str(base.device), dtype)
 
 
-def _told_to(stack: ExitStack, config: RunConfig, reporters: Sequence[Reporter], ranks: Ranks) -> Listeners:
+def _listeners(stack: ExitStack, config: RunConfig, reporters: Sequence[Reporter], ranks: Ranks) -> Listeners:
     if ranks.rank:
         return Listeners([])
     metrics, *watching = [*recorders_for(config.output_dir, config.report_to), *reporters]

@@ -130,9 +130,9 @@ class ManyLanes:
 
     def metrics(self, lanes: Sequence[dict[int, Metrics]]) -> dict[int, Metrics]:
         """See Lanes. Every rank adds the numbers of all lanes in their order."""
-        told = self.ranks.exchange([_as_json(read_together(lane)) for lane in lanes])
+        received = self.ranks.exchange([_as_json(read_together(lane)) for lane in lanes])
         found: dict[int, Metrics] = {}
-        for lane in (lane for of_rank in told for lane in of_rank):
+        for lane in (lane for of_rank in received for lane in of_rank):
             for slot, numbers in lane.items():
                 own = found.setdefault(int(slot), {})
                 for name, number in numbers.items():
@@ -142,12 +142,12 @@ class ManyLanes:
     def rows(self, work: StepSegments, lanes: Sequence[dict[int, RowLosses]]) -> dict[int, RowLosses]:
         """See Lanes. A unit is a row."""
         given = [{slot: [list(rows.shares), list(rows.counts)] for slot, rows in lane.items()} for lane in lanes]
-        told = [lane for of_rank in self.ranks.exchange([_as_json(lane) for lane in given]) for lane in of_rank]
+        received = [lane for of_rank in self.ranks.exchange([_as_json(lane) for lane in given]) for lane in of_rank]
         lane_of, found = deal(work, self.count), {}
         for slot in work:
-            if str(slot) not in {name for lane in told for name in lane}:
+            if str(slot) not in {name for lane in received for name in lane}:
                 continue
-            waiting = [iter(zip(*lane.get(str(slot), ((), ())))) for lane in told]
+            waiting = [iter(zip(*lane.get(str(slot), ((), ())))) for lane in received]
             pairs = [next(waiting[lane]) for lane in lane_of[slot]]
             shares, counts = zip(*pairs) if pairs else ((), ())
             found[slot] = RowLosses(tuple(shares), tuple(counts))

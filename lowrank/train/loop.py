@@ -104,7 +104,7 @@ class Loop:
         self.queue: JobQueue = FixedJobs(jobs) if isinstance(jobs, Sequence) else jobs
         self.keeper = keeper
         self._report = report
-        self._telling = False
+        self._reporting = False
         self._pending_events: list[Event] = []
         self.save_every = save_every
         self.tick = tick
@@ -118,7 +118,7 @@ class Loop:
 
     def run(self) -> bool:
         """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
-        with self._stopping, self._stopping.saving(self._tell_stop):
+        with self._stopping, self._stopping.saving(self._notify_stop):
             if not self._stopping.now():
                 self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
             while not self._stopping.now() and (active := self._next()) is not None:
@@ -157,11 +157,11 @@ class Loop:
         return active if active or self.queue.waits() else None
 
     def _notify(self, event: Event) -> None:
-        self._telling = True
+        self._reporting = True
         try:
             self._report(event)
         finally:
-            self._telling = False
+            self._reporting = False
         while self._pending_events:
             self._notify(self._pending_events.pop(0))
 
@@ -245,12 +245,12 @@ class Loop:
             metrics = {**result.metrics, **own}
             self._notify(EvalDone(job.name, job.progress.step, result.loss, tokens, best, metrics, job.eval_metric))
 
-    def _score_answers(self, asked: Mapping[int, HeldOutAnswers]) -> dict[int, Scored]:
+    def _score_answers(self, held_out: Mapping[int, HeldOutAnswers]) -> dict[int, Scored]:
         """By one rank, since generated answers decide which adapter is the best for all of them."""
         ranks = self.engine.lanes.ranks
         if ranks.world == 1:
-            return score_answers(self.engine.base, self.engine.bank, asked)
-        found = agree(ranks, lambda: _told(score_answers(self.engine.base, self.engine.bank, asked)))
+            return score_answers(self.engine.base, self.engine.bank, held_out)
+        found = agree(ranks, lambda: _as_json(score_answers(self.engine.base, self.engine.bank, held_out)))
         return {int(slot): Scored(own["metrics"], tuple(own["rows"])) for slot, own in found.items()}
 
     def _finish(self, finished: list[Job]) -> None:
@@ -260,10 +260,10 @@ class Loop:
     def _save(self) -> None:
         self._notify(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))
 
-    def _tell_stop(self, text: str) -> None:
+    def _notify_stop(self, text: str) -> None:
         """Perhaps from a signal's handler, while a reporter is in the middle of a line."""
         notice = Notice(text, "warning")
-        if self._telling:
+        if self._reporting:
             self._pending_events.append(notice)
         else:
             self._notify(notice)
@@ -297,5 +297,5 @@ def _as_rewarded(forwarded: Forwarded, metrics: dict[str, float]) -> Forwarded:
     return replace(forwarded, loss=-metrics["reward"], metrics=shown)
 
 
-def _told(scores: Mapping[int, Scored]) -> dict[str, dict[str, object]]:
+def _as_json(scores: Mapping[int, Scored]) -> dict[str, dict[str, object]]:
     return {str(slot): asdict(own) for slot, own in scores.items()}

@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """torch tells it by a class on a GPU and by words on a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MESSAGES)
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _MESSAGES)
 
 
 def give_back_unused() -> None:

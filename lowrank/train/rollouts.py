@@ -44,7 +44,7 @@ ROWS = 64
 
 
 @dataclass
-class Asked:
+class RolloutRequest:
     """A question, and once `RolloutGenerator.finish` was called, its answer."""
 
     prompt: Prompt
@@ -67,7 +67,7 @@ class RolloutGenerator:
         self._base, self._bank, self._lanes = base, bank, lanes or OneLane()
         self._longest = 1
         self._generator: Generator | None = None
-        self._waiting: list[Asked] = []
+        self._waiting: list[RolloutRequest] = []
 
     def reserve(self, tokens: int) -> None:
         """There will be prompts that have, with their answers, up to so many tokens. Between steps, when nobody is
@@ -75,11 +75,11 @@ class RolloutGenerator:
         if tokens > self._longest:
             self._longest, self._generator = tokens, None
 
-    def submit(self, prompt: Prompt, config: GenerationConfig, stop_tokens: frozenset[int]) -> Asked:
+    def submit(self, prompt: Prompt, config: GenerationConfig, stop_tokens: frozenset[int]) -> RolloutRequest:
         """It is answered when somebody calls `finish`."""
-        asked = Asked(prompt, config, stop_tokens, _NO_ANSWER)
-        self._waiting.append(asked)
-        return asked
+        request = RolloutRequest(prompt, config, stop_tokens, _NO_ANSWER)
+        self._waiting.append(request)
+        return request
 
     def finish(self) -> None:
         """Answer everybody, and give the memory of the cache back: weights change before the next question."""
@@ -92,11 +92,11 @@ class RolloutGenerator:
         if self._lanes.ranks.world > 1:
             own = [dataclasses.asdict(each.answer) if its in self._lanes.own else None
                    for each, its in zip(waiting, lane_of)]  # fmt: skip
-            told = self._lanes.ranks.exchange(own)
+            received = self._lanes.ranks.exchange(own)
             for place, each in enumerate(waiting):
-                each.answer = Answer(**next(of_rank[place] for of_rank in told if of_rank[place] is not None))
+                each.answer = Answer(**next(of_rank[place] for of_rank in received if of_rank[place] is not None))
 
-    def _answer(self, waiting: Sequence[Asked]) -> None:
+    def _answer(self, waiting: Sequence[RolloutRequest]) -> None:
         if not waiting:
             return
         if self._generator is None:
@@ -178,7 +178,7 @@ class Rollouts:
         self._used = 0
         """Steps taken on the present one."""
         self._segments: list[Segment] = []
-        self._submitted: list[tuple[Segment, Asked]] = []
+        self._submitted: list[tuple[Segment, RolloutRequest]] = []
         self._fresh = False
         """The answers are there and no step was taken on them."""
         self._before: dict[str, Any] = {}
@@ -224,9 +224,9 @@ class Rollouts:
     def evaluate(self) -> Forwarded:
         """The likeliest answer to each held-out prompt, judged. The loss is minus the mean reward."""
         likeliest = self._config.model_copy(update={"temperature": 0.0})
-        asked = [(segment, self._submit(segment, likeliest)) for segment in self._prompts.held_out]
+        requests = [(segment, self._submit(segment, likeliest)) for segment in self._prompts.held_out]
         self._answering.finish()
-        drawn, metrics = self._rewarded(asked)
+        drawn, metrics = self._rewarded(requests)
         return Forwarded(
             -metrics["reward"],
             int(sum(map(len, self._prompts.held_out)) + drawn.length_N.sum()),
@@ -254,14 +254,14 @@ class Rollouts:
         self.metrics = dict(state["metrics"])
         self._segments = number_the_step([_from_json(each) for each in state["answers"]])
 
-    def _submit(self, segment: Segment, config: GenerationConfig) -> Asked:
+    def _submit(self, segment: Segment, config: GenerationConfig) -> RolloutRequest:
         prompt = Prompt(segment.token_L.astype(np.int64), self._slot)
         return self._answering.submit(prompt, config, self._prompts.stop_tokens)
 
-    def _judged(self, asked: Sequence[tuple[Segment, Asked]]) -> list[Segment]:
-        drawn, metrics = self._rewarded(asked)
-        answers = [each.answer for _, each in asked]
-        segments = [_with_answer(segment, answer) for (segment, _), answer in zip(asked, answers)]
+    def _judged(self, requests: Sequence[tuple[Segment, RolloutRequest]]) -> list[Segment]:
+        drawn, metrics = self._rewarded(requests)
+        answers = [each.answer for _, each in requests]
+        segments = [_with_answer(segment, answer) for (segment, _), answer in zip(requests, answers)]
         drawn.answer = [segment.weight_L != 0 for segment in segments]
         if needs(self._objective, "token_values"):  # a token's is the one where it is predicted: one place before
             drawn.value = [np.append(np.float32(0), each[:-1]) for each in self._engine.values(self._slot, segments)]
@@ -274,18 +274,18 @@ class Rollouts:
         failed_N = np.array([answer.finish == "error" for answer in answers])
         return number_the_step(_attached(segments, drawn, judged, failed_N))
 
-    def _rewarded(self, asked: Sequence[tuple[Segment, Asked]]) -> tuple[RolloutBatch, dict[str, float]]:
-        answers = [each.answer for _, each in asked]
+    def _rewarded(self, requests: Sequence[tuple[Segment, RolloutRequest]]) -> tuple[RolloutBatch, dict[str, float]]:
+        answers = [each.answer for _, each in requests]
         settings = self._objective.settings
-        arguments = self._arguments([segment for segment, _ in asked], answers)
+        arguments = self._arguments([segment for segment, _ in requests], answers)
         judged = agree(  # by one rank: a judge may be a program that costs money, or that judges otherwise each time
             self._engine.lanes.ranks,
-            lambda: [call_reward_function(name, len(asked), arguments).tolist() for name in settings.reward_funcs],
+            lambda: [call_reward_function(name, len(requests), arguments).tolist() for name in settings.reward_funcs],
         )
         given = [np.array(each, np.float64) for each in judged]
         names, weights = short_names(settings.reward_funcs), list(settings.reward_weights or [1.0] * len(given))
         if self._reward_model is not None:
-            segments = [_with_answer(segment, answer) for (segment, _), answer in zip(asked, answers)]
+            segments = [_with_answer(segment, answer) for (segment, _), answer in zip(requests, answers)]
             values = self._engine.values(self._reward_model.slot, segments, self._reward_model.value_D)
             given.append(np.array([value_L[-1] for value_L in values], np.float64))
             names, weights = [*names, "reward_model"], [*weights, 1.0]
@@ -299,15 +299,15 @@ class Rollouts:
 
     def _arguments(self, segments: Sequence[Segment], answers: Sequence[Answer]) -> dict[str, list[Any]]:
         """What reward functions are called with, as TRL calls them for conversations."""
-        asked = [_as_generated(segment) for segment in segments]
+        prompts = [_as_generated(segment) for segment in segments]
         tokenizer = self._engine.base.tokenizer
         texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
-        names = {name: None for each in asked for name in each.columns}
-        columns: dict[str, list[Any]] = {name: [each.columns.get(name) for each in asked] for name in names}
+        names = {name: None for each in prompts for name in each.columns}
+        columns: dict[str, list[Any]] = {name: [each.columns.get(name) for each in prompts] for name in names}
         return {
-            "label": [each.label for each in asked],
+            "label": [each.label for each in prompts],
             **columns,
-            "prompts": [_messages(each.prompt) for each in asked],
+            "prompts": [_messages(each.prompt) for each in prompts],
             "completions": [[{"role": "assistant", "content": text}] for text in texts],
             "completion_ids": [list(answer.tokens) for answer in answers],
         }
@@ -340,8 +340,8 @@ def worst_case_step(objective: Any, prompts: Sequence[Segment]) -> list[Segment]
 
 
 def _as_generated(segment: Segment) -> Prompted:
-    assert segment.asked is not None, "a segment of the prompts' feed that asks nothing"
-    return segment.asked
+    assert segment.prompted is not None, "a segment of the prompts' feed that asks nothing"
+    return segment.prompted
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:

@@ -32,11 +32,11 @@ class Stopping:
     """Listens while it is entered. Signals are heard in the main thread only; whoever runs elsewhere has the file."""
 
     def __init__(self, file: Path | None = None) -> None:
-        self.asked = False
+        self.requested = False
         self._file = file
-        self._tell: Callable[[str], None] | None = None
+        self._notify: Callable[[str], None] | None = None
         self._by_file = False
-        self._told = False
+        self._notified = False
         self._saved = False
         self._depth = 0
         self._over = threading.Event()
@@ -74,26 +74,26 @@ class Stopping:
 
     @contextmanager
     def saving(self, push: Callable[[str], None]) -> Generator[None, None, None]:
-        """Inside, a request is remembered in `asked` and told; afterwards everything is saved, and only a second Ctrl-C
-        is heard."""
-        self._tell = push
+        """Inside, a request is remembered in `requested` and reported; afterwards everything is saved, and only
+        a second Ctrl-C is heard."""
+        self._notify = push
         try:
             yield
         finally:
-            self._tell, self._saved = None, True
+            self._notify, self._saved = None, True
 
     def now(self) -> bool:
         """Whether it was asked for; to be called between steps, in the thread that trains."""
-        if self._by_file and not self._told:
-            self._told = True
+        if self._by_file and not self._notified:
+            self._notified = True
             self._forget()
-            if self._tell is not None:
-                self._tell(f"the file {self._file} was found: {SAVING}")
-        return self.asked
+            if self._notify is not None:
+                self._notify(f"the file {self._file} was found: {SAVING}")
+        return self.requested
 
-    def end_if_asked(self) -> None:
+    def end_if_requested(self) -> None:
         """KeyboardInterrupt if it was asked for; to be called between what takes long before the first step."""
-        if self.asked:
+        if self.requested:
             self._forget()
             raise KeyboardInterrupt
 
@@ -103,15 +103,15 @@ class Stopping:
             self._forget()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked and number == signal.SIGINT
+        again = self.requested and number == signal.SIGINT
         if self._by_file:
             self._forget()
-        elif not self.asked and self._tell is not None:
-            self._tell(SAVING + (_AGAIN if number == signal.SIGINT else ""))
-        self.asked = True
+        elif not self.requested and self._notify is not None:
+            self._notify(SAVING + (_AGAIN if number == signal.SIGINT else ""))
+        self.requested = True
         if again:
             raise KeyboardInterrupt
-        if self._tell is None and not self._saved:
+        if self._notify is None and not self._saved:
             if _importing(frame):
                 timer = threading.Timer(_IMPORT_SECONDS, _thread.interrupt_main, [signal.SIGTERM])
                 timer.daemon = True
@@ -124,8 +124,8 @@ class Stopping:
             written = self._written()
             if written is None or written == self._old:
                 continue
-            self._by_file = self.asked = True
-            if self._tell is None and not self._saved and signal.SIGINT in self._before:
+            self._by_file = self.requested = True
+            if self._notify is None and not self._saved and signal.SIGINT in self._before:
                 _thread.interrupt_main(signal.SIGTERM)  # SIGINT would be a second Ctrl-C
             return
 

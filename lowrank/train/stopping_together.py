@@ -15,9 +15,9 @@ class StoppingTogether(Stopping):
     def __init__(self, file: Path, ranks: Ranks) -> None:
         super().__init__(file if ranks.rank == 0 else None)
         self._ranks = ranks
-        ranks.wants_to_stop = lambda: self.asked
+        ranks.wants_to_stop = lambda: self.requested
 
     def now(self) -> bool:
         """Whether any rank was asked, as far as all know."""
         super().now()
-        return self._ranks.asked_to_stop
+        return self._ranks.stop_requested

@@ -86,7 +86,7 @@ def test_the_best_job_in_two_forms(run: Path, tmp_path: Path) -> None:
         assert str(run.parent) not in card
         assert (tmp_path / "out" / name / "chat_template.jinja").read_text() == CHATML
     peft = result["targets"]["peft"]["comparisons"][0]
-    assert (peft["mean_kl"], peft["top1_agreement"], peft["greedy_same"]) == (0, 1, peft["greedy_asked"])
+    assert (peft["mean_kl"], peft["top1_agreement"], peft["greedy_same"]) == (0, 1, peft["greedy_prompts"])
     assert 0 < result["targets"]["merged"]["comparisons"][0]["mean_kl"] < 1e-2
     written = [(done, total) for what, done, total in ticks if what == "writing merged"]
     assert written == sorted(written)

@@ -131,12 +131,12 @@ def test_answers_and_comparisons_on_two_ranks(world: Path, tmp_path: Path) -> No
     pairs = tmp_path / "pairs.jsonl"
     row = {"chosen": "1 2 3", "rejected": "no"}
     pairs.write_text("".join(json.dumps({"prompt": f"Count to {n}.", **row}) + "\n" for n in range(12)))
-    asking = {"reward_funcs": ["tests.train.rewards:digits"], "max_completion_length": 6}
+    rollouts = {"reward_funcs": ["tests.train.rewards:digits"], "max_completion_length": 6}
     jobs = [
         {"name": "grpo",
-         "objective": {"type": "grpo", "num_generations": 2, "num_iterations": 2, "beta": 0.1, **asking},
+         "objective": {"type": "grpo", "num_generations": 2, "num_iterations": 2, "beta": 0.1, **rollouts},
          "data": {"train": [str(prompts)], "batch_size": 2}},
-        {"name": "ppo", "objective": {"type": "ppo", **asking}, "data": {"train": [str(prompts)], "batch_size": 2}},
+        {"name": "ppo", "objective": {"type": "ppo", **rollouts}, "data": {"train": [str(prompts)], "batch_size": 2}},
         {"name": "dpo", "objective": "dpo", "data": {"train": [str(pairs)], "batch_size": 4}},
         {"name": "sft", "eval_metric": "exact_match", "data": {"validation_split": 0.2}},
     ]  # fmt: skip
@@ -152,17 +152,17 @@ def test_answers_and_comparisons_on_two_ranks(world: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", ["parent", "rank 1", "file"])
-def test_a_request_to_stop_saves_on_all_ranks(world: Path, tmp_path: Path, asked: str) -> None:
-    def ask() -> None:
-        if asked == "parent":
+@pytest.mark.parametrize("how", ["parent", "rank 1", "file"])
+def test_a_request_to_stop_saves_on_all_ranks(world: Path, tmp_path: Path, how: str) -> None:
+    def request_stop() -> None:
+        if how == "parent":
             os.kill(os.getpid(), signal.SIGTERM)
-        elif asked == "file":
+        elif how == "file":
             (tmp_path / "run" / "stop").touch()
         else:
             process_of(1).send_signal(signal.SIGTERM)
 
-    stopping = At(4, ask)
+    stopping = At(4, request_stop)
     given = settings(world, tmp_path / "run", devices=2, max_steps=3000, save_steps=None)
     summary = train(RunConfig(**given), reporters=[stopping])
     assert summary["interrupted"]
@@ -197,8 +197,8 @@ def test_torchrun_starts_the_same(world: Path, tmp_path: Path) -> None:
         "assert run.summary['jobs']['lora']['steps'] == 6 and dist.is_initialized()\n"
         "dist.destroy_process_group()\n"
     )
-    words = [*torchrun[:5], str(script), str(file), str(tmp_path / "there")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    arguments = [*torchrun[:5], str(script), str(file), str(tmp_path / "there")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(torch.equal(value, one[name]) for name, value in weights(tmp_path / "there").items())
 
@@ -223,32 +223,32 @@ def test_ranks_that_are_not_alike(world: Path, tmp_path: Path) -> None:
                 text=True,
             )
         )
-    said = [process.communicate(timeout=200)[1] for process in processes]
+    outputs = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "learning_rate" in said[0]
-    assert "the training data of job lora are others than those of rank 0" in said[0]
-    assert "rank 1 on" in said[0]
-    assert said[1].count("learning_rate") == 0, "the first one has said it"
+    assert "learning_rate" in outputs[0]
+    assert "the training data of job lora are others than those of rank 0" in outputs[0]
+    assert "rank 1 on" in outputs[0]
+    assert outputs[1].count("learning_rate") == 0, "the first one has said it"
 
 
 def test_numbers_that_do_not_go_together(world: Path, tmp_path: Path) -> None:
     from lowrank.pipelines.together import lanes_of
     from tests.train.rank_threads import on_ranks
 
-    said: list[Any] = []
+    outputs: list[Any] = []
 
     def lanes(world_size: int, before: dict[str, Any] | None = None, **changes: Any) -> list[int]:
         config = RunConfig(**settings(world, tmp_path / "x", **changes))
-        return on_ranks(world_size, lambda ranks: lanes_of(config, before, ranks, said.append).count)
+        return on_ranks(world_size, lambda ranks: lanes_of(config, before, ranks, outputs.append).count)
 
     assert lanes(2) == [2, 2]
     assert lanes(2, lanes=8) == [8, 8]
     assert lanes(1) == [1]
     assert lanes(1, {"lanes": 4}) == [4]
     assert lanes(2, {"lanes": 4}) == [4, 4]
-    assert not said
+    assert not outputs
     assert lanes(2, {"lanes": 1}) == [2, 2]
-    assert "the same to rounding, not to the bit" in said[0].text
+    assert "the same to rounding, not to the bit" in outputs[0].text
     with pytest.raises(ConfigError, match="lanes: 3 is no power of two"):
         lanes(3)
     with pytest.raises(ConfigError, match=r"devices: 4 do not divide the 2 lanes.*train on 1, 2"):
@@ -263,8 +263,8 @@ def test_the_plan_of_a_device_is_of_its_part_of_a_step(world: Path, tmp_path: Pa
     file = tmp_path / "run.json"
     file.write_text(json.dumps(settings(world, tmp_path / "x")))
 
-    def planned(*words: str) -> dict[str, Any]:
-        done = lowrank("plan", str(file), "--json", "--brief", "data.batch_size=8", *words)
+    def planned(*arguments: str) -> dict[str, Any]:
+        done = lowrank("plan", str(file), "--json", "--brief", "data.batch_size=8", *arguments)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

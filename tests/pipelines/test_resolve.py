@@ -80,5 +80,5 @@ def test_it_takes_neither_torch_nor_a_network_library_along() -> None:
     code = (
         "import sys, lowrank.pipelines.resolve; print({'torch', 'transformers', 'pydantic', 'httpx2'} & {*sys.modules})"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said == "set()\n"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "set()\n"

@@ -252,11 +252,11 @@ def test_events_survive_their_lines() -> None:
 
 def test_the_words_of_one_that_ended(tmp_path: Path) -> None:
     child = Child("share 1/2", (), tmp_path, tmp_path / "log", {}, code=1)
-    assert child.words_at_the_end() == "it ended with exit code 1"
+    assert child.stderr_tail() == "it ended with exit code 1"
     child.log.write_text("\n".join(map(str, range(40))))
-    assert child.words_at_the_end().splitlines() == [str(n) for n in range(28, 40)]
+    assert child.stderr_tail().splitlines() == [str(n) for n in range(28, 40)]
     child.error = "what it said"
-    assert child.words_at_the_end() == "what it said"
+    assert child.stderr_tail() == "what it said"
 
 
 def test_a_job_of_a_foreign_share_writes_nowhere_else(tmp_path: Path) -> None:

@@ -249,10 +249,10 @@ def test_generated_answers_decide_and_disturb_nothing(
     _, whole = run(plain)
     draws = 0
 
-    def watched(*words: Any) -> Any:
+    def watched(*arguments: Any) -> Any:
         nonlocal draws
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
-        found = score_answers(*words)
+        found = score_answers(*arguments)
         draws += not torch.equal(before[0], torch.get_rng_state())
         draws += before[1:] != (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index]
         return found

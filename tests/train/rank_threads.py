@@ -35,7 +35,7 @@ class ThreadRank:
 
     def __init__(self, room: _Room, rank: int, world: int) -> None:
         self.rank, self.world, self._room = rank, world, room
-        self.asked_to_stop = False
+        self.stop_requested = False
         self.wants_to_stop: Callable[[], bool] = lambda: False
         self.sums: list[int] = []
         """How many numbers each sum had."""
@@ -44,9 +44,11 @@ class ThreadRank:
         """Nothing to make."""
 
     def exchange(self, value: Any) -> list[Any]:
-        told = [json.loads(each) for each in self._room.together(self.rank, json.dumps([self.wants_to_stop(), value]))]
-        self.asked_to_stop = self.asked_to_stop or any(asked for asked, _ in told)
-        return [each for _, each in told]
+        received = [
+            json.loads(each) for each in self._room.together(self.rank, json.dumps([self.wants_to_stop(), value]))
+        ]
+        self.stop_requested = self.stop_requested or any(requested for requested, _ in received)
+        return [each for _, each in received]
 
     def add(self, flat_N: torch.Tensor) -> None:
         self.sums.append(len(flat_N))

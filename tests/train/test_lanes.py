@@ -128,16 +128,16 @@ def test_answers_do_not_depend_on_the_number_of_ranks() -> None:
 
     def answers(ranks: Ranks) -> list[list[int]]:
         engine = new_engine(4096, torch.float32)
-        asking = RolloutGenerator(engine.base, engine.bank, ManyLanes(ranks, 2))
-        asking.reserve(24)
-        asked = []
+        rollout_generator = RolloutGenerator(engine.base, engine.bank, ManyLanes(ranks, 2))
+        rollout_generator.reserve(24)
+        submitted = []
         for place in range(8):
             config = GenerationConfig(max_new_tokens=4 + place, temperature=1.0, seed=place)
             prompt = Prompt(np.arange(3 + place // 2) + 5)  # two of each
-            asked.append(asking.submit(prompt, config, frozenset()))
-        asking.finish()
-        assert [len(each.answer.tokens) for each in asked] == [4 + place for place in range(8)]
-        return [each.answer.tokens for each in asked]
+            submitted.append(rollout_generator.submit(prompt, config, frozenset()))
+        rollout_generator.finish()
+        assert [len(each.answer.tokens) for each in submitted] == [4 + place for place in range(8)]
+        return [each.answer.tokens for each in submitted]
 
     alone = answers(ALONE)
     assert on_ranks(2, answers) == [alone, alone]
@@ -166,8 +166,8 @@ def test_a_rank_without_memory_cuts_smaller_alone(monkeypatch: pytest.MonkeyPatc
     def steps(ranks: Any, fails: bool) -> tuple[int, dict[str, torch.Tensor]]:
         engine = new_engine(4096)
         engine.lanes = ManyLanes(ranks, 2)
-        said: list[str] = []
-        engine.notify = said.append
+        notices: list[str] = []
+        engine.notify = notices.append
         slot = engine.bank.add(LoraConfig(rank=4), seed=0)
         engine.add(slot, sft.SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
         hidden, failed = engine.base.hidden, []
@@ -181,7 +181,7 @@ def test_a_rank_without_memory_cuts_smaller_alone(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(engine.base, "hidden", short)
         engine.forward_backward({slot: step_for(engine.jobs[slot].objective, 0)})
         engine.optim_step(slot, 1e-2)
-        assert len(said) == (fails and ranks.rank == 1)
+        assert len(notices) == (fails and ranks.rank == 1)
         return engine.micro_batch_tokens, {k: v.detach() for k, v in engine.jobs[slot].parameters.items()}
 
     (whole, expected), _ = on_ranks(2, lambda ranks: steps(ranks, False))

@@ -92,11 +92,11 @@ class Ear:
 def files(tmp_path: Path) -> dict[str, str]:
     rows = [(f"Say {n}", f"{n} {n}", f"{n + 1}") for n in range(20)]
     kinds = {
-        "chats": [{"prompt": ask, "completion": good} for ask, good, _ in rows],
-        "pairs": [{"prompt": ask, "chosen": good, "rejected": bad} for ask, good, bad in rows],
+        "chats": [{"prompt": question, "completion": good} for question, good, _ in rows],
+        "pairs": [{"prompt": question, "chosen": good, "rejected": bad} for question, good, bad in rows],
         "rated": [
-            {"prompt": ask, "completion": good if i % 2 else bad, "label": bool(i % 2)}
-            for i, (ask, good, bad) in enumerate(rows)
+            {"prompt": question, "completion": good if i % 2 else bad, "label": bool(i % 2)}
+            for i, (question, good, bad) in enumerate(rows)
         ],
     }
     for name, made in kinds.items():
@@ -235,10 +235,10 @@ def test_a_saved_reward_model_says_what_it_said_in_training(files: dict[str, str
     given["jobs"] = [{"name": "rm", "objective": "reward", "data": data}]
     metrics = train(RunConfig(**given))["jobs"]["rm"]["eval_metrics"]
     trained = open_inference_model(str(tmp_path / "run"), which="last", notify=lambda text: None)
-    ask = [Message("user", f"Say {n}") for n in range(20)]
+    questions = [Message("user", f"Say {n}") for n in range(20)]
     for side, offset in (("chosen", 0), ("rejected", 1)):
         texts = [f"{n} {n}" if side == "chosen" else f"{n + offset}" for n in range(20)]
-        chats = [Conversation((question, Message("assistant", text))) for question, text in zip(ask, texts)]
+        chats = [Conversation((question, Message("assistant", text))) for question, text in zip(questions, texts)]
         found = trained.rewards([("rm", chat) for chat in chats])
         assert sum(found) / 20 == pytest.approx(metrics[f"rewards/{side}"], abs=1e-5)
     if tuning == "adapter":

@@ -36,11 +36,11 @@ NO_TORCHVISION = {"mistral3"}
 PADDED = {"qwen3_5", "gemma3"}
 """Linear attention; tokens of a picture that see one another both ways."""
 FLOAT32_INSIDE = {"gemma3", "gemma4", "qwen3_5"}
-TELLING = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
+REPRESENTATIVE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
 families = pytest.mark.parametrize(
     "family",
     [
-        family if family in TELLING else pytest.param(family, marks=pytest.mark.slow)
+        family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
         for family in SIGHTED
         if family not in NO_TORCHVISION
     ],
@@ -100,9 +100,9 @@ def alone_loss(twin: Any, base: Any, segments: Sequence[Segment]) -> torch.Tenso
 
 @families
 def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_path: Path, rows: Path) -> None:
-    base, tokenizer, said = sighted(tmp_path, family)
+    base, tokenizer, notice = sighted(tmp_path, family)
     assert base.layout == ("padded" if family in PADDED else "packed")
-    assert (said is not None) == (family == "gemma3")
+    assert (notice is not None) == (family == "gemma3")
     segments = segments_of(rows, tokenizer)
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=4, alpha=8), micro_batch_tokens=700)
     work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[6], segments[5], segments[2]]}

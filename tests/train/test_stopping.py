@@ -102,13 +102,13 @@ def test_a_file_in_the_run_folder_saves_and_is_gone(tmp_path: Path) -> None:
     """Also where the parent has had SIGINT ignored."""
     out = tmp_path / "run"
 
-    def ask() -> None:
+    def request_stop() -> None:
         (out / "stop").touch()
         time.sleep(1.2)
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        doing = Doing(second_step, ask)
+        doing = Doing(second_step, request_stop)
         summary = train(settings(out, max_steps=50), reporters=[doing])
     finally:
         signal.signal(signal.SIGINT, before)
@@ -122,7 +122,7 @@ def test_a_file_in_the_run_folder_saves_and_is_gone(tmp_path: Path) -> None:
 def test_before_the_first_step_it_ends_at_once(how: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
 
-    def ask() -> None:
+    def request_stop() -> None:
         if how == "file":
             (out / "stop").touch()
             time.sleep(3)  # heard in the meantime
@@ -132,7 +132,7 @@ def test_before_the_first_step_it_ends_at_once(how: str, tmp_path: Path) -> None
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(settings(out, max_steps=4), reporters=[Doing(loading, ask)])
+            train(settings(out, max_steps=4), reporters=[Doing(loading, request_stop)])
     finally:
         signal.signal(signal.SIGINT, before)
     assert not (out / "stop").exists()
@@ -143,8 +143,8 @@ def test_before_the_first_step_it_ends_at_once(how: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("how", ["file", "SIGTERM"])
 def test_an_import_is_not_interrupted(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module in C may abort the process when an exception meets it half imported (triton did, exit 134)."""
-    ask = "open('stop', 'w').close()" if how == "file" else "os.kill(os.getpid(), signal.SIGTERM)"
-    source = f"import os, signal, time\n{ask}\nfor _ in range(100): time.sleep(0.01)\nwhole = True\n"
+    request_stop = "open('stop', 'w').close()" if how == "file" else "os.kill(os.getpid(), signal.SIGTERM)"
+    source = f"import os, signal, time\n{request_stop}\nfor _ in range(100): time.sleep(0.01)\nwhole = True\n"
     (tmp_path / f"slow_to_import_{how}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -175,15 +175,15 @@ def test_only_what_has_saved_nothing_ends_at_once(monkeypatch: pytest.MonkeyPatc
     """A LLaMA-Factory file may stand for several commands: those around training are no training that loads."""
     usual, seen = signal.getsignal(signal.SIGTERM), {}
 
-    def run(words: list[str], as_json: bool) -> int:
-        seen[words[0]] = signal.getsignal(signal.SIGTERM)
-        if words[0] == "train":
+    def run(arguments: list[str], as_json: bool) -> int:
+        seen[arguments[0]] = signal.getsignal(signal.SIGTERM)
+        if arguments[0] == "train":
             end_as_usual()  # as the command does when training is over
             seen["summary"] = signal.getsignal(signal.SIGTERM)
         return 0
 
     monkeypatch.setattr(main, "_run", run)
-    monkeypatch.setattr(main, "_as_ours", lambda words: [["data"], ["train"], ["predict"]])
+    monkeypatch.setattr(main, "_as_ours", lambda arguments: [["data"], ["train"], ["predict"]])
     monkeypatch.setattr(sys, "argv", ["lowrank", "train", "run.yaml"])
     monkeypatch.setattr(host_memory, "start_again_without_cache", lambda: None)
     monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: None)
@@ -254,12 +254,12 @@ def test_a_silent_second_is_filled(tmp_path: Path) -> None:
     ],
 )
 def test_json_always_ends_with_one_closing_line(broken: str, code: int, kind: str, tmp_path: Path) -> None:
-    words = ["model=lowrank/tiny", "data.train=[{path: lowrank/demo, format: 'rows:rows'}]", "max_steps=1"]
-    words += ["output_dir=run", "--json", "--allow-code"]
+    arguments = ["model=lowrank/tiny", "data.train=[{path: lowrank/demo, format: 'rows:rows'}]", "max_steps=1"]
+    arguments += ["output_dir=run", "--json", "--allow-code"]
     (tmp_path / "rows.py").write_text(
         f"from lowrank.records import Conversation\ndef rows(row, columns, tags) -> Conversation:\n    {broken}\n"
     )
-    done = lowrank("train", *words, cwd=tmp_path)
+    done = lowrank("train", *arguments, cwd=tmp_path)
     last = json.loads(done.stdout.splitlines()[-1])
     assert (done.returncode, last["error"]["exit_code"], last["error"]["type"]) == (code, code, kind)
 
@@ -310,21 +310,28 @@ def test_decoration_never_kills_the_result(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_kernel_s_backend_does_not_reach_our_pictures(tmp_path: Path) -> None:
     backend = "module://matplotlib_inline.backend_inline"
-    words = [*SHORT, "max_steps=1", f"output_dir={tmp_path / 'run'}", "--quiet"]
+    arguments = [*SHORT, "max_steps=1", f"output_dir={tmp_path / 'run'}", "--quiet"]
     code = (
         "import os, sys; os.environ['MPLBACKEND'] = 'module://no_such_package.backend'; import lowrank.report.plots; "
         "assert os.environ['MPLBACKEND'].startswith('module'); import lowrank.contrib.quantization_report.plot"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    done = lowrank("train", *words, MPLBACKEND=backend)
+    done = lowrank("train", *arguments, MPLBACKEND=backend)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
 def test_a_job_whose_loss_is_not_finite_is_told_by_the_exit_code(tmp_path: Path) -> None:
-    words = [*SHORT, "max_steps=20", "output_dir=run", "optimizer.learning_rate=1e30", "model.dtype=float32", "--json"]
-    words += ["optimizer.max_skipped_steps=0"]
-    done = lowrank("train", *words, cwd=tmp_path)
+    arguments = [
+        *SHORT,
+        "max_steps=20",
+        "output_dir=run",
+        "optimizer.learning_rate=1e30",
+        "model.dtype=float32",
+        "--json",
+    ]
+    arguments += ["optimizer.max_skipped_steps=0"]
+    done = lowrank("train", *arguments, cwd=tmp_path)
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["jobs"]["default"]["finished"] == "not_finite", last["jobs"]
     assert done.returncode == 7

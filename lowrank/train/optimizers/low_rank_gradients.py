@@ -44,7 +44,7 @@ class LowRankSettings(AdamSettings):
         if parameter.ndim != 2 or min(parameter.shape) <= self.rank:
             return False
         if self.targets == "all":
-            return not any(word in name for word in ("embed", "wte", "wpe", "lm_head"))
+            return not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
         return any(target in name for target in ([self.targets] if isinstance(self.targets, str) else self.targets))
 
 

@@ -12,7 +12,7 @@ from lowrank.settings import Fraction
 from lowrank.train.optimizers import Groups, split
 from lowrank.train.optimizers.adamw import AdamSettings
 
-_OF_WORDS = ("embed", "wte", "wpe", "lm_head")
+_OF_VOCABULARY = ("embed", "wte", "wpe", "lm_head")
 """In the names of embeddings and heads, which are tables of vectors rather than maps."""
 
 
@@ -47,7 +47,7 @@ class MuonConfig(AdamSettings):
 
 
 def _is_map(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and not any(word in name for word in _OF_WORDS)
+    return parameter.ndim == 2 and not any(part in name for part in _OF_VOCABULARY)
 
 
 class Together(torch.optim.Optimizer):
