@@ -63,7 +63,7 @@ def pages_while_training(running: Running, requests: int) -> None:
             time.sleep(0.2)
         idle = times(http, requests)
         for path in PAGES:
-            print(f"{path:34} {told(busy[path])}   after the run: {told(idle[path])}")
+            print(f"{path:34} {spread(busy[path])}   after the run: {spread(idle[path])}")
 
 
 def times(http: Any, requests: int) -> dict[str, list[float]]:
@@ -95,7 +95,7 @@ def many_points(running: Running, points: int) -> None:
             page.goto(f"{running.url}/runs/long")
             page.locator(".uplot canvas").wait_for()
             took.append(drawn(page))
-    print(f"{points:,} points, opened:            {told(took)}")
+    print(f"{points:,} points, opened:            {spread(took)}")
 
 
 def drawn(page: Any) -> float:
@@ -107,7 +107,7 @@ def drawn(page: Any) -> float:
         time.sleep(0.02)
 
 
-def told(took: list[float]) -> str:
+def spread(took: list[float]) -> str:
     """In milliseconds."""
     ordered = sorted(took)
     return f"{statistics.median(took):6.0f} {ordered[int(0.95 * (len(took) - 1))]:6.0f} {ordered[-1]:6.0f} ms"

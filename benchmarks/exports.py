@@ -46,14 +46,14 @@ def questions(found: ResolvedSource, count: int) -> list[tuple[Any, str]]:
     ]
 
 
-def exact_match(reader: Reader, found: ResolvedSource, asked: list[tuple[Any, str]]) -> float:
+def exact_match(reader: Reader, found: ResolvedSource, held_out: list[tuple[Any, str]]) -> float:
     """The share of questions that are answered as in the data."""
     source = found.source
     right = 0
-    for prompt, expected in asked:
+    for prompt, expected in held_out:
         tokens = reader.greedy(prompt, _NEW_TOKENS, source.stop_tokens)
         right += source.tokenizer.decode(tokens, skip_special_tokens=True).strip() == expected.strip()
-    return right / len(asked)
+    return right / len(held_out)
 
 
 def main() -> None:
@@ -69,33 +69,33 @@ def main() -> None:
         run = Path(name, "run")
         train(load(_DEMO, [f"output_dir={run}", f"max_steps={arguments.steps}", ONE_JOB]))
         found = open_source(str(run))
-        asked = questions(found, arguments.prompts)
+        held_out = questions(found, arguments.prompts)
         with read_adapter(found.source, found.source.adapter) as reader:
-            trained = exact_match(reader, found, asked)
+            trained = exact_match(reader, found, held_out)
         targets = read_targets(arguments.targets, options, {})
         orders = export_requests(targets, Path(name, "home"))
         result = export_targets(found, orders)
-        print(f"\nbase + adapter: {trained:.1%} of {len(asked)} held-out questions answered exactly\n")
+        print(f"\nbase + adapter: {trained:.1%} of {len(held_out)} held-out questions answered exactly\n")
         print("| | exact match | mean KL | KL from the 16-bit file | gain kept | bytes |\n|---|---|---|---|---|---|")
         for each in orders:
-            told = result["targets"][each.type]
+            reported = result["targets"][each.type]
             for read_back, compared in zip(
-                each.config.build().read_back(found.source, each.folder), told["comparisons"]
+                each.config.build().read_back(found.source, each.folder), reported["comparisons"]
             ):
                 with read_back.open() as reader:
-                    score = exact_match(reader, found, asked)
+                    score = exact_match(reader, found, held_out)
                 row = {
                     "target": each.type, "name": read_back.name, "exact_match": score, "mean_kl": compared["mean_kl"],
                     "kl_from_16_bits": compared["against_mean_kl"], "gain_kept": compared["gain_kept"],
-                    "passed": compared["passed"], "bytes": told["bytes"],
+                    "passed": compared["passed"], "bytes": reported["bytes"],
                 }  # fmt: skip
                 rows.append(row)
                 between = "" if row["kl_from_16_bits"] is None else f"{row['kl_from_16_bits']:.2g}"
                 gain = "" if row["gain_kept"] is None else f"{row['gain_kept']:.1%}"
                 print(f"| {each.type} {read_back.name} | {score:.1%} | {row['mean_kl']:.2g} | {between} | {gain} "
-                      f"| {told['bytes']:,} |", flush=True)  # fmt: skip
+                      f"| {reported['bytes']:,} |", flush=True)  # fmt: skip
     if arguments.out:
-        written = {"machine": describe("cpu"), "steps": arguments.steps, "prompts": len(asked), "trained": trained,
+        written = {"machine": describe("cpu"), "steps": arguments.steps, "prompts": len(held_out), "trained": trained,
                    "targets": rows}  # fmt: skip
         arguments.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 

@@ -136,8 +136,8 @@ def main() -> None:
                     result["points"].append({"storage": storage, "jobs": jobs, "tokens": tokens, "measured": found})
                     result["model"] = checked(result["points"], given.micro_batch_tokens)
                     given.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                    said = "not run" if found is None else f"{found['times_faster']:.2f}"
-                    print(f"{storage}, {jobs} jobs of {tokens} tokens: {said}", flush=True)
+                    shown = "not run" if found is None else f"{found['times_faster']:.2f}"
+                    print(f"{storage}, {jobs} jobs of {tokens} tokens: {shown}", flush=True)
 
 
 if __name__ == "__main__":

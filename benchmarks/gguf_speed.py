@@ -48,7 +48,7 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 
 
-def measure(words: list[str], out: Path) -> dict[str, float]:
+def measure(arguments: list[str], out: Path) -> dict[str, float]:
     """Wall seconds with the file on the disk, processor seconds and peak resident bytes of the largest process."""
     out.unlink(missing_ok=True)
     code = (
@@ -58,13 +58,13 @@ def measure(words: list[str], out: Path) -> dict[str, float]:
         "print(json.dumps([done.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, done.stderr[-2000:]]))"
     )
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     with out.open("rb+") if out.exists() else tempfile.TemporaryFile() as written:
         os.fsync(written)
     wall = time.perf_counter() - started
-    status, cpu, peak, said = json.loads(done.stdout)
+    status, cpu, peak, output = json.loads(done.stdout)
     if status:
-        raise SystemExit(f"{' '.join(words[:4])}:\n{said}")
+        raise SystemExit(f"{' '.join(arguments[:4])}:\n{output}")
     return {"wall": wall, "cpu": cpu, "peak_bytes": 1024 * peak}
 
 
@@ -112,8 +112,8 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {key: [] for key in contenders}
         loads = []
         for _ in range(arguments.rounds):
-            for key, (words, out) in contenders.items():
-                found[key].append(measure(words, out))
+            for key, (arguments, out) in contenders.items():
+                found[key].append(measure(arguments, out))
                 loads.append(load())
         same = {
             "f16": same_tensors(files["ours"], files["theirs"]),

@@ -71,8 +71,8 @@ def write_model(architecture: str, folder: Path) -> None:
 def write_data(path: Path) -> None:
     """Rows of a few thousand words, to be split into documents of one length."""
     rng = random.Random(0)
-    words = ["red", "river", "seven", "the", "of", "stone", "letter", "box", "and", "to", "paper", "fish"]
-    rows = [{"text": " ".join(rng.choices(words, k=4000))} for _ in range(40)]
+    vocabulary = ["red", "river", "seven", "the", "of", "stone", "letter", "box", "and", "to", "paper", "fish"]
+    rows = [{"text": " ".join(rng.choices(vocabulary, k=4000))} for _ in range(40)]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 

@@ -108,8 +108,8 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     """Wall and processor seconds, and the growth of the resident memory."""
     setup, work = CONTENDERS[name]
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        words = [sys.executable, "-c", _MEASURED.format(setup=setup, work=work), str(folder), f"{place}/out"]
-        done = subprocess.run(words, capture_output=True, text=True)
+        command = [sys.executable, "-c", _MEASURED.format(setup=setup, work=work), str(folder), f"{place}/out"]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}:\n{done.stderr[-2000:]}")
     wall, cpu, memory = done.stdout.split("RESULT ")[1].split()

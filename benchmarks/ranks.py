@@ -146,12 +146,12 @@ def run(contender: str, world: int, options: argparse.Namespace, folder: Path) -
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     out = folder / f"{contender}.json"
-    words = [sys.executable, "-m", "benchmarks.ranks", "--contender", contender, "--out", str(out)]
-    words += [f"--{name}={getattr(options, name)}" for name in ("steps", "hidden", "layers")]
+    command = [sys.executable, "-m", "benchmarks.ranks", "--contender", contender, "--out", str(out)]
+    command += [f"--{name}={getattr(options, name)}" for name in ("steps", "hidden", "layers")]
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
     launched = {"LOCAL_WORLD_SIZE": str(world)} if world > 1 else {}
     ranks = [
-        subprocess.Popen(words, env={**os.environ, **own, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(command, env={**os.environ, **own, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]
     for process in ranks:

@@ -43,12 +43,14 @@ from lowrank.serve.limits import Limits
 from lowrank.serve.server import run
 
 TOKEN = "benchmark"
-WORDS = ["sea", "house", "green", "river", "stone", "bird", "light", "winter", "bread", "song"]
+VOCABULARY = ["sea", "house", "green", "river", "stone", "bird", "light", "winter", "bread", "song"]
 
 
 def prompt_of(client: int, number: int) -> str:
     """Of a client's n-th request: 10 to 29 words."""
-    return " ".join(WORDS[(client * 7 + number * 3 + place) % len(WORDS)] for place in range(10 + client % 20))
+    return " ".join(
+        VOCABULARY[(client * 7 + number * 3 + place) % len(VOCABULARY)] for place in range(10 + client % 20)
+    )
 
 
 def serve(options: argparse.Namespace, port: Any) -> None:
@@ -211,8 +213,8 @@ def measure(options: argparse.Namespace) -> None:
     }
     server.terminate()
     server.join(60)
-    told = ("tokens_per_processor_second", "many_adapters_against_one", "server_bytes_by_minute")
-    print(json.dumps({key: result[key] for key in told}))
+    reported = ("tokens_per_processor_second", "many_adapters_against_one", "server_bytes_by_minute")
+    print(json.dumps({key: result[key] for key in reported}))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

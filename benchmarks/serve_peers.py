@@ -72,12 +72,12 @@ def run_peft(options: argparse.Namespace, line: Any) -> None:
             batch.pop("token_type_ids", None)
             length = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
             with torch.no_grad():
-                said = model.generate(**batch, **length, do_sample=False, adapter_names=names)
-            tokens += said.shape[0] * (said.shape[1] - batch["input_ids"].shape[1])
+                generated = model.generate(**batch, **length, do_sample=False, adapter_names=names)
+            tokens += generated.shape[0] * (generated.shape[1] - batch["input_ids"].shape[1])
         line.send(tokens)
 
 
-async def ask_all(url: str, options: argparse.Namespace, body: Callable[[int, int], dict[str, Any]]) -> int:
+async def run_all(url: str, options: argparse.Namespace, body: Callable[[int, int], dict[str, Any]]) -> int:
     """All clients at once, each with its requests one after another; answered tokens."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     connections = httpx.Limits(max_connections=options.clients)
@@ -86,8 +86,8 @@ async def ask_all(url: str, options: argparse.Namespace, body: Callable[[int, in
         async def one(client: int) -> int:
             tokens = 0
             for number in range(options.requests):
-                asked = {"prompt": prompt_of(client, number), "max_tokens": options.new_tokens, "temperature": 0.0}
-                reply = await http.post("/v1/completions", json={**asked, **body(client, number)})
+                content = {"prompt": prompt_of(client, number), "max_tokens": options.new_tokens, "temperature": 0.0}
+                reply = await http.post("/v1/completions", json={**content, **body(client, number)})
                 assert reply.status_code == 200, reply.text
                 tokens += reply.json()["usage"]["completion_tokens"]
             return tokens
@@ -108,11 +108,11 @@ def start_transformers(options: argparse.Namespace, folder: Path) -> tuple[psuti
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     room = options.clients * (80 + options.new_tokens)
-    words = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
-    words += ["--dtype", "bfloat16", "--continuous-batching", "--port", str(port), "--cb-max-batch-tokens", "512"]
-    words += ["--cb-num-blocks", str(-(-room // 32) + 8), "--cb-block-size", "32"]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
+    command += ["--dtype", "bfloat16", "--continuous-batching", "--port", str(port), "--cb-max-batch-tokens", "512"]
+    command += ["--cb-num-blocks", str(-(-room // 32) + 8), "--cb-block-size", "32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = psutil.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://localhost:{port}"
     for _ in range(600):
         try:
@@ -159,32 +159,32 @@ def measure(options: argparse.Namespace, merged: Path) -> None:
     url = f"http://127.0.0.1:{port.get(timeout=300)}"
     bias = {"logit_bias": never_stop(options.model)}
 
-    def ask_ours(spread: bool) -> int:
+    def generate_here(spread: bool) -> int:
         def body(client: int, number: int) -> dict[str, Any]:
             return {"model": f"a{(client + number) % options.adapters if spread else 0}", **bias}
 
-        return asyncio.run(ask_all(url, options, body))
+        return asyncio.run(run_all(url, options, body))
 
-    def ask_peft(spread: bool) -> int:
+    def generate_with_peft(spread: bool) -> int:
         here.send(spread)
         return here.recv()
 
     contenders: dict[str, tuple[psutil.Process, Callable[[], int]]] = {
-        "lowrank_many": (psutil.Process(ours.pid), lambda: ask_ours(True)),
-        "lowrank_one": (psutil.Process(ours.pid), lambda: ask_ours(False)),
-        "peft_many": (psutil.Process(theirs.pid), lambda: ask_peft(True)),
-        "peft_one": (psutil.Process(theirs.pid), lambda: ask_peft(False)),
+        "lowrank_many": (psutil.Process(ours.pid), lambda: generate_here(True)),
+        "lowrank_one": (psutil.Process(ours.pid), lambda: generate_here(False)),
+        "peft_many": (psutil.Process(theirs.pid), lambda: generate_with_peft(True)),
+        "peft_one": (psutil.Process(theirs.pid), lambda: generate_with_peft(False)),
         "transformers": (
             psutil.Process(server.pid),
-            lambda: asyncio.run(ask_all(url_of_transformers, options, lambda client, number: {"model": str(merged)})),
+            lambda: asyncio.run(run_all(url_of_transformers, options, lambda client, number: {"model": str(merged)})),
         ),
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     try:
         for round_ in range(options.rounds + 1):
-            for name, (process, ask) in contenders.items():
+            for name, (process, run) in contenders.items():
                 busy, started = sum(process.cpu_times()[:2]), time.perf_counter()
-                tokens = ask()
+                tokens = run()
                 wall, processor = time.perf_counter() - started, sum(process.cpu_times()[:2]) - busy
                 if round_:
                     runs[name].append({"tokens": tokens, "processor_seconds": processor, "wall_seconds": wall})
@@ -210,8 +210,8 @@ def measure(options: argparse.Namespace, merged: Path) -> None:
         "tokens_per_second": {name: median(name, "wall_seconds") for name in runs},
         "lowrank_many_against": {name: speed["lowrank_many"] / speed[name] for name in runs},
     }
-    told = ("tokens_per_processor_second", "tokens_per_second", "lowrank_many_against")
-    print(json.dumps({key: result[key] for key in told}, indent=2))
+    reported = ("tokens_per_processor_second", "tokens_per_second", "lowrank_many_against")
+    print(json.dumps({key: result[key] for key in reported}, indent=2))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -51,12 +51,12 @@ def pairs(data: Path, max_length: int, rows: int) -> list[list[Segment]]:
 def groups(data: Path, max_length: int, rows: int, size: int, answer: int) -> list[list[Segment]]:
     """`size` made up answers of `answer` tokens to each prompt, as GRPO draws them."""
     generator, found = np.random.default_rng(0), []
-    for (asked,) in _prepared(data, max_length, rows, Prompted):
+    for (prompted,) in _prepared(data, max_length, rows, Prompted):
         group = []
         for _ in range(size):
-            said = generator.integers(300, 4000, answer)
-            token_L = np.concatenate([asked.token_L, said])
-            weight_L = np.concatenate([np.zeros(len(asked)), np.ones(answer)]).astype(np.float32)
+            answer_L = generator.integers(300, 4000, answer)
+            token_L = np.concatenate([prompted.token_L, answer_L])
+            weight_L = np.concatenate([np.zeros(len(prompted)), np.ones(answer)]).astype(np.float32)
             group.append(Segment(token_L, weight_L, signals_L={"advantage": weight_L * generator.normal()}))
         found.append(group)
     return found

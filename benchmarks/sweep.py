@@ -129,8 +129,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if not lines:
         raise SystemExit(done.stdout + done.stderr)
     found = json.loads(lines[-1].removeprefix("RESULT "))
-    said = f"{found['cpu_seconds']:.1f} s of processor time, {found['seconds']:.1f} s"
-    print(f"{spec['way']}, seed {spec['seed']}: {said}, best {found['losses'][found['best']]:.4f} ({found['best']})")
+    cost = f"{found['cpu_seconds']:.1f} s of processor time, {found['seconds']:.1f} s"
+    print(f"{spec['way']}, seed {spec['seed']}: {cost}, best {found['losses'][found['best']]:.4f} ({found['best']})")
     return found
 
 

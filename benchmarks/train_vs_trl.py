@@ -176,7 +176,7 @@ def main() -> None:
                 one = run(spec, folder, options)
                 check(contender, one["steps"])
                 runs[contender].append(one)
-                _say(round_number + 1, contender, summarize([one]))
+                _print_round(round_number + 1, contender, summarize([one]))
             rates.append(limits(work, options))
             _write(result_of(work, runs, rates, options), options)
 
@@ -214,7 +214,7 @@ def result_of(
     return result
 
 
-def _say(round_number: int, contender: str, speed: dict[str, Any]) -> None:
+def _print_round(round_number: int, contender: str, speed: dict[str, Any]) -> None:
     print(
         f"round {round_number} {contender:20s} {speed['tokens_per_second']:8.1f} tokens/s  "
         f"{speed['tokens_per_cpu_second']:8.1f} per CPU second  "

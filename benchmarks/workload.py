@@ -103,10 +103,10 @@ def _texts(data: Path | None, num_rows: int) -> tuple[list[tuple[str, str]], str
         pairs = [("\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in rows]
         return pairs, f"{data.name}, first {len(pairs)} rows"
     draw = random.Random(0)
-    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(3000)]
+    vocabulary = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(3000)]
 
     def sentence(median: float, spread: float) -> str:
-        return " ".join(draw.choices(words, k=min(700, max(3, round(draw.lognormvariate(0.0, spread) * median)))))
+        return " ".join(draw.choices(vocabulary, k=min(700, max(3, round(draw.lognormvariate(0.0, spread) * median)))))
 
     return [(sentence(12, 0.5), sentence(120, 0.8)) for _ in range(num_rows)], f"{num_rows} synthesised rows"
 

@@ -28,6 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
     if find_spec("xllamacpp"):  # pip install 'lowrank-llm[gguf]'
         targets.append(GGUFExportConfig(types=("q8_0",)))
     result = export_targets(found, export_requests(targets, Path(folder) / "home"))
-    for name, told in result["targets"].items():
-        (compared,) = told["comparisons"]
-        print(f"{name}: mean KL {compared['mean_kl']:.1e} on {told['compared_on']}, held out, passed: {told['passed']}")
+    for name, target in result["targets"].items():
+        (compared,) = target["comparisons"]
+        kl, rows = compared["mean_kl"], target["compared_on"]
+        print(f"{name}: mean KL {kl:.1e} on {rows}, held out, passed: {target['passed']}")

@@ -65,14 +65,14 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if not isinstance(error, LowrankError) and any(word in str(error).lower() for word in _NO_SPACE):
+        if not isinstance(error, LowrankError) and any(phrase in str(error).lower() for phrase in _NO_SPACE):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 @contextmanager
-def disk_full_in_plain_words() -> Generator[None, None, None]:
+def explain_disk_full() -> Generator[None, None, None]:
     """A full disk in the block becomes an OutputError; everything else passes."""
     try:
         yield
@@ -88,7 +88,7 @@ def disk_full_in_plain_words() -> Generator[None, None, None]:
 
 
 @contextmanager
-def bad_paths_in_plain_words() -> Generator[None, None, None]:
+def explain_bad_paths() -> Generator[None, None, None]:
     """A path that no file can have becomes a ConfigError; everything else passes."""
     try:
         yield
@@ -107,7 +107,7 @@ _OF_THE_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urll
 
 
 @contextmanager
-def lost_network_in_plain_words() -> Generator[None, None, None]:
+def explain_lost_network() -> Generator[None, None, None]:
     """A download that breaks off becomes a ModelError; everything else passes."""
     try:
         yield
@@ -120,12 +120,12 @@ def lost_network_in_plain_words() -> Generator[None, None, None]:
         ) from error
 
 
-_LONG_WORD = re.compile(r"\S{600,}")
+_LONG_TOKEN = re.compile(r"\S{600,}")
 
 
 def shortened(text: str) -> str:
     """Without the middle of words that are as long as a page: a path, a key or a name that somebody made up."""
-    return _LONG_WORD.sub(lambda word: f"{word[0][:80]}...{word[0][-80:]} ({len(word[0]):,} characters)", text)
+    return _LONG_TOKEN.sub(lambda match: f"{match[0][:80]}...{match[0][-80:]} ({len(match[0]):,} characters)", text)
 
 
 def raise_all(kind: type[LowrankError], heading: str, problems: Sequence[str]) -> None:
@@ -134,23 +134,23 @@ def raise_all(kind: type[LowrankError], heading: str, problems: Sequence[str]) -
         raise kind("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
 
 
-def near(word: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `word` was probably meant to be: the same but for case and blanks, or a slip."""
+def near(given: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `given` was probably meant to be: the same but for case and blanks, or a slip."""
     names = sorted(str(name) for name in known)
-    plain = word.strip().lower()
+    plain = given.strip().lower()
     same = [name for name in names if name.strip().lower() == plain]
     return next(iter(same or difflib.get_close_matches(plain, names, n=1, cutoff=0.75)), None)
 
 
-def did_you_mean(word: str, known: Iterable[str], page: str | None = None) -> str:
+def did_you_mean(given: str, known: Iterable[str], page: str | None = None) -> str:
     """`"; did you mean 'rank'?"`, or the list of what is known, or nothing. With a `page` of the documentation that has
     them all, it is named instead of more than a few."""
     names = sorted(str(name) for name in known)
-    close = difflib.get_close_matches(word[:200], names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(given[:200], names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     if len(names) > (MOST_NAMES if page is None else NEAREST):
-        nearest = difflib.get_close_matches(word[:200], names, n=NEAREST, cutoff=0.0)
+        nearest = difflib.get_close_matches(given[:200], names, n=NEAREST, cutoff=0.0)
         where = "" if page is None else f"; all are in {page}"
         return f"; {len(names)} are known, the nearest are {', '.join(nearest)}{where}"
     return f"; known: {', '.join(names)}" if names else ""

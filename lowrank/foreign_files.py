@@ -134,7 +134,7 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int = 2) -> None:
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def name_trouble(name: Any) -> str | None:
+def name_problem(name: Any) -> str | None:
     """Why a file's name in somebody's file is no name in the same folder; None: it is one."""
     if not isinstance(name, str) or not name:
         return f"{name!r} is no file name"

@@ -190,7 +190,7 @@ class Segment:
     reference_L: np.ndarray | None = None
     """float32: log-probability of `token_L[i]` under the bare base, 0 where `weight_L` is 0. For objectives that
     compare with where they began; attached before the step (train/reference.py)."""
-    asked: Prompted | None = None
+    prompted: Prompted | None = None
     """What the tokens ask, of a segment that waits for an answer."""
     prefix: int = 0
     """Tokens of the last segment without a prefix that come before these: a prompt that both have

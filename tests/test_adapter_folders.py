@@ -19,7 +19,7 @@ from lowrank.pipelines.inference import folder_reader, open_inference_model
 from lowrank.records import Conversation, Message
 from lowrank.serve.engines.torch import BankEngine
 
-ASKED = Conversation((Message("user", "Hello"),))
+QUESTION = Conversation((Message("user", "Hello"),))
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_adapter_within_a_run_reads_as_the_run(run: Path) -> None:
     whole = open_inference_model(str(run))
     alone = open_inference_model(str(run / "default" / "best"))
-    assert alone.render_prompt("best", ASKED) == whole.render_prompt("default", ASKED)
-    assert "USER: Hello" in alone.render_prompt("best", ASKED).prompt
+    assert alone.render_prompt("best", QUESTION) == whole.render_prompt("default", QUESTION)
+    assert "USER: Hello" in alone.render_prompt("best", QUESTION).prompt
     chosen = open_inference_model(str(run / "default" / "best"), chat_template="chatml")
-    assert "<|im_start|>user" in chosen.render_prompt("best", ASKED).prompt
+    assert "<|im_start|>user" in chosen.render_prompt("best", QUESTION).prompt
 
 
 def test_an_adapter_that_was_taken_elsewhere_reads_by_the_template_beside_it(run: Path, tmp_path: Path) -> None:
     text = templates.source_of("zephyr")
     alone = shutil.copytree(run / "default" / "best", tmp_path / "alone")
     moved = open_inference_model(str(alone))
-    assert "USER: Hello" in moved.render_prompt("alone", ASKED).prompt
+    assert "USER: Hello" in moved.render_prompt("alone", QUESTION).prompt
     (alone / "chat_template.jinja").unlink()
     (alone / "tokenizer_config.json").unlink()
     assert data_of_adapter(alone) == DataConfig()
@@ -74,9 +74,9 @@ def test_it_is_exported_with_the_template_it_is_asked_through(run: Path, tmp_pat
     alone = Path(shutil.copytree(run / "default" / "best", tmp_path / "alone"))
     (alone / "chat_template.jinja").unlink()
     (alone / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates.source_of("zephyr")}))
-    asked = open_inference_model(str(alone)).render_prompt("alone", ASKED)
+    rendered = open_inference_model(str(alone)).render_prompt("alone", QUESTION)
     exported = open_source(str(alone))
-    assert exported.source.chat_template == without_marks(asked.chat_template or "")
+    assert exported.source.chat_template == without_marks(rendered.chat_template or "")
     assert exported.source.chat_template != open_source(str(run)).source.chat_template
     assert open_source(str(run / "default" / "best")).source.chat_template == open_source(str(run)).source.chat_template
 
@@ -89,7 +89,7 @@ def test_adapters_that_come_later_bring_their_templates(run: Path) -> None:
     engine.publish("mine", "run/default/best")
     for name in ("default", "mine"):
         assert "USER: " in engine.chat_template(name)
-        assert "USER: Hello" in base.base.tokenizer.decode(engine._renderer_of(name).prompt(ASKED))
+        assert "USER: Hello" in base.base.tokenizer.decode(engine._renderer_of(name).prompt(QUESTION))
     assert "USER: " not in engine.chat_template("base")
     same = folder_reader(base.base.tokenizer, base.renderer, base.renderers, "chatml")
     assert same(run / "default" / "best") is base.renderer

@@ -38,8 +38,8 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def train(*words: str) -> str:
-    done = lowrank("train", *words, "--json", "--allow-code", cwd=ROOT, PYTHONPATH="examples")
+def train(*arguments: str) -> str:
+    done = lowrank("train", *arguments, "--json", "--allow-code", cwd=ROOT, PYTHONPATH="examples")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -88,8 +88,10 @@ def test_those_of_several_machines_are_what_their_programs_read() -> None:
     compile((folder / "ray_train.py").read_text("utf-8"), "ray_train.py", "exec")
     sky = yaml.safe_load((folder / "skypilot_sweep.yaml").read_text("utf-8"))
     texts = [sky["run"], *(path.read_text("utf-8") for path in folder.glob("*.sh"))]
-    words = [word for text in texts for line in text.splitlines() if "lowrank train" in line for word in line.split()]
-    settings = {word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")}
+    lines_of = [
+        part for text in texts for line in text.splitlines() if "lowrank train" in line for part in line.split()
+    ]
+    settings = {part.partition("=")[0] for part in lines_of if "=" in part and not part.startswith("-")}
     assert settings == {"output_dir", "share", "resume"}
     assert settings <= {*RunConfig.model_fields}
     named = (folder / "README.md").read_text("utf-8")

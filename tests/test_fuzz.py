@@ -139,7 +139,7 @@ def test_rows(number: int, name: str, renderer: Renderer) -> None:
 def test_half_a_character_leaves_out_its_row_alone(name: str, renderer: Renderer) -> None:
     """JSON can hold one, and no tokenizer reads it."""
     whole = json.dumps(ROWS[name])
-    halves = [whole.replace(f'"{word}"', '"\\ud83d"') for word in ("Hi", "a", "c", "Hello", "Three.", "no")]
+    halves = [whole.replace(f'"{argument}"', '"\\ud83d"') for argument in ("Hi", "a", "c", "Hello", "Three.", "no")]
     for row in map(json.loads, filter(lambda text: text != whole, halves)):
         survives(lambda given: renderer.render(built_in_formats()[name](given, {}, {})), row)
     assert "half of a character" in str(renderer.render(Text("a\ud83d")).problem)

@@ -12,7 +12,7 @@ import lowrank
 ROOT = Path(lowrank.__file__).parent.parent
 GLOSSARY = (ROOT / "docs/glossary.md").read_text("utf-8")
 ROWS = re.findall(r"^\| \*\*(.+?)\*\* \| (.*?) \| .* \|$", GLOSSARY, re.MULTILINE)
-TERMS = sorted({term.strip(" `") for word, others in ROWS for term in [word, *others.split(",")]} - {""})
+TERMS = sorted({term.strip(" `") for name, others in ROWS for term in [name, *others.split(",")]} - {""})
 
 
 def _text() -> str:

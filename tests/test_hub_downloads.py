@@ -31,20 +31,20 @@ COMMIT = "c" * 40
 
 @dataclass
 class Hub:
-    """Repositories as folders. `asked`: every path that was asked for; `broken`: files that end in the midst."""
+    """Repositories as folders. `requests`: every path that was asked for; `broken`: files that end in the midst."""
 
     root: Path
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
     url: str = ""
 
-    def run(self, home: Path, *words: str) -> tuple[int, str]:
+    def run(self, home: Path, *arguments: str) -> tuple[int, str]:
         """`lowrank` as it is typed by somebody whose hub this is."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "127.0.0.1"}
         ended = subprocess.run(
-            [sys.executable, "-m", "lowrank", *words],
+            [sys.executable, "-m", "lowrank", *arguments],
             env=environment,
             cwd=home,
             capture_output=True,
@@ -66,7 +66,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
-        self.hub.asked.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}")
         parts = path.split("/")
         if parts[:2] == ["api", "models"]:
             return self.about("/".join(parts[2:4]), parts[4:5])
@@ -110,7 +110,7 @@ class Answers(BaseHTTPRequestHandler):
         if cut and self.command == "GET":
             self.close_connection = True
 
-    def log_message(self, format: str, *words: Any) -> None:
+    def log_message(self, format: str, *arguments: Any) -> None:
         """Silent."""
 
 
@@ -137,33 +137,41 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def test_an_adapter_and_its_base_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
-    words = ("chat", "me/tuned", "--prompt", "Hi", "--max-new-tokens", "3", "--chat-template", "alpaca")
-    code, said = hub.run(tmp_path, *words)
-    assert code == 0, said
-    got = [each.removeprefix("GET ") for each in hub.asked if each.startswith("GET ") and "/resolve/" in each]
+    arguments = ("chat", "me/tuned", "--prompt", "Hi", "--max-new-tokens", "3", "--chat-template", "alpaca")
+    code, output = hub.run(tmp_path, *arguments)
+    assert code == 0, output
+    got = [each.removeprefix("GET ") for each in hub.requests if each.startswith("GET ") and "/resolve/" in each]
     assert any(each.startswith("me/tuned") and each.endswith("adapter_model.safetensors") for each in got)
     assert any(each.startswith("me/base") and each.endswith("safetensors") for each in got)
     assert not any(each.endswith((".bin", ".pt", ".pkl")) for each in got)
-    hub.asked.clear()
-    assert hub.run(tmp_path, *words)[0] == 0
-    assert not [each for each in hub.asked if each.startswith("GET ") and each.endswith("safetensors")], "it is there"
+    hub.requests.clear()
+    assert hub.run(tmp_path, *arguments)[0] == 0
+    assert not [each for each in hub.requests if each.startswith("GET ") and each.endswith("safetensors")], (
+        "it is there"
+    )
 
 
 def test_training_on_a_base_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     rows = write_alpaca(tmp_path / "rows.json", 4)
-    words = ["model.path=me/base", f"data.train={rows}", "data.chat_template=alpaca", "max_steps=1", "output_dir=run"]
+    arguments = [
+        "model.path=me/base",
+        f"data.train={rows}",
+        "data.chat_template=alpaca",
+        "max_steps=1",
+        "output_dir=run",
+    ]
     (tmp_path / "run.yaml").write_text("model: {path: none, dtype: float32, device: cpu}\n", "utf-8")
-    code, said = hub.run(tmp_path, "train", "run.yaml", *words)
-    assert code == 0, said
+    code, output = hub.run(tmp_path, "train", "run.yaml", *arguments)
+    assert code == 0, output
     saved = next((tmp_path / "run").rglob("adapter_config.json"))
     assert json.loads(saved.read_text("utf-8"))["base_model_name_or_path"] == "me/base"
 
 
 def test_what_the_hub_has_not_or_breaks_off_is_said(hub: Hub, tmp_path: Path) -> None:
-    code, said = hub.run(tmp_path, "chat", "me/nothing", "--prompt", "Hi")
-    assert (code, "Traceback" in said) == (4, False), said
-    assert "me/nothing" in said
+    code, output = hub.run(tmp_path, "chat", "me/nothing", "--prompt", "Hi")
+    assert (code, "Traceback" in output) == (4, False), output
+    assert "me/nothing" in output
     hub.broken.add("me/base/model.safetensors")
-    code, said = hub.run(tmp_path, "chat", "me/base", "--prompt", "Hi", "--chat-template", "alpaca")
-    assert (code, "Traceback" in said) == (4, False), said
-    assert "the network broke off" in said or "me/base" in said
+    code, output = hub.run(tmp_path, "chat", "me/base", "--prompt", "Hi", "--chat-template", "alpaca")
+    assert (code, "Traceback" in output) == (4, False), output
+    assert "the network broke off" in output or "me/base" in output

@@ -37,18 +37,18 @@ def help_of(command: typing.Any, parameter: str) -> str:
     return typing.get_type_hints(command, include_extras=True)[parameter].__metadata__[0].help
 
 
-def words_in(text: str) -> set[str]:
+def names_in(text: str) -> set[str]:
     return set(re.findall(r"[a-z][a-z0-9_.]*[a-z0-9]", text))
 
 
 def test_helps_name_all_of_their_folder() -> None:
     targets = help_of(export, "to").partition("(")[2].partition(")")[0]
-    assert words_in(targets) == set(configs_in("lowrank.export.targets"))
-    assert set(engine_names()) <= words_in(help_of(serve, "engine"))
+    assert names_in(targets) == set(configs_in("lowrank.export.targets"))
+    assert set(engine_names()) <= names_in(help_of(serve, "engine"))
 
 
 def test_settings_name_all_of_their_folder() -> None:
     storages = str(ModelConfig.model_fields["storage"].description)
-    assert set(configs_in("lowrank.models.storages")) <= words_in(storages)
+    assert set(configs_in("lowrank.models.storages")) <= names_in(storages)
     reporters = str(lowrank.RunConfig.model_fields["report_to"].description).partition(", or a reporter")[0]
-    assert set(known_trackers()) <= words_in(reporters)
+    assert set(known_trackers()) <= names_in(reporters)

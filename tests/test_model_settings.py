@@ -85,14 +85,14 @@ def check(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in IN_DEFAULT else _SLOW) for name in ALONE])
 def test_as_processes(world: Path, name: str) -> None:
-    words = ALONE[name]
-    if "model=mixture" in words and not (world / "mixture").exists():
+    arguments = ALONE[name]
+    if "model=mixture" in arguments and not (world / "mixture").exists():
         mixture(world / "mixture")
-    planned = lowrank("plan", "run.yaml", *words, "--json", cwd=world)
+    planned = lowrank("plan", "run.yaml", *arguments, "--json", cwd=world)
     assert planned.returncode == 0, planned.stdout + planned.stderr
     assert json.loads(planned.stdout)["plan"]["peak"] > 0
     out = name.replace(" ", "-")
-    ran = lowrank("train", "run.yaml", *words, f"output_dir={out}", "ignore_memory_plan=true", cwd=world)
+    ran = lowrank("train", "run.yaml", *arguments, f"output_dir={out}", "ignore_memory_plan=true", cwd=world)
     described = ran.stdout + ran.stderr
     assert ran.returncode == 0, described
     assert "could not be planned" not in described

@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words_of(command: str, world: Path, path: str, out: Path) -> list[str]:
+def arguments_of(command: str, world: Path, path: str, out: Path) -> list[str]:
     """A command on what `path` names, as short as it can be."""
     own = {
         "chat": ["-p", "Hi", "--max-new-tokens", "2"],
@@ -80,9 +80,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """The exit code and all that was printed; a server is opened and asked who it is, not run."""
     monkeypatch.setattr("lowrank.serve.server.run", lambda served, **how: how["on_listening"](8000))
 
-    def run(words: list[str]) -> tuple[int, str]:
+    def run(arguments: list[str]) -> tuple[int, str]:
         with pytest.raises(SystemExit) as left:
-            main(words)
+            main(arguments)
         output = capsys.readouterr()
         return int(left.value.code or 0), output.out + output.err
 
@@ -96,16 +96,16 @@ COMMANDS = ["chat", "export", "serve", "predict", EVAL]
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(("path", "file"), [("run", "config.json"), ("alone", "adapter_config.json")])
 def test_a_moved_base(command: str, path: str, file: str, world: Path, tmp_path: Path, call: Any) -> None:
-    words = words_of(command, world, str(world / path), tmp_path / "out")
-    code, said = call(words)
-    assert code == 4, said
-    (sentence,) = [line for line in said.splitlines() if "there is no such folder" in line]
+    arguments = arguments_of(command, world, str(world / path), tmp_path / "out")
+    code, output = call(arguments)
+    assert code == 4, output
+    (sentence,) = [line for line in output.splitlines() if "there is no such folder" in line]
     assert f"{world / path / file} names the base {world / 'model'}" in sentence
     assert sentence.endswith("say where it is now with --base PATH")
-    code, said = call([*words, "--base", str(world / "now-here")])
-    assert code == 0, said
+    code, output = call([*arguments, "--base", str(world / "now-here")])
+    assert code == 0, output
     if command == "serve":
-        assert ("default" if path == "run" else "alone") in said
+        assert ("default" if path == "run" else "alone") in output
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -116,26 +116,28 @@ def test_a_job_a_checkpoint_and_a_jobs_adapter(
     command: str, path: str, name: str, world: Path, tmp_path: Path, call: Any
 ) -> None:
     (place,) = world.glob(path)
-    words = words_of(command, world, str(place), tmp_path / "out")
-    code, said = call([*words, "--base", str(world / "now-here")])
-    assert code == 0, said
+    arguments = arguments_of(command, world, str(place), tmp_path / "out")
+    code, output = call([*arguments, "--base", str(world / "now-here")])
+    assert code == 0, output
     if command == "serve":
-        assert f"answers as base, {name}" in said
+        assert f"answers as base, {name}" in output
 
 
 def test_an_export_combines_what_other_runs_hold(world: Path, tmp_path: Path, call: Any) -> None:
-    words = words_of("export", world, str(world / "alone"), tmp_path / "out")
-    code, said = call([*words, "--adapter", str(world / "run"), "--base", str(world / "now-here")])
-    assert code == 0, said
-    code, said = call([*words_of("export", world, str(world / "run" / "default"), tmp_path / "out"), "--adapter", "x"])
-    assert (code, "is one job" in said) == (4, True)
+    arguments = arguments_of("export", world, str(world / "alone"), tmp_path / "out")
+    code, output = call([*arguments, "--adapter", str(world / "run"), "--base", str(world / "now-here")])
+    assert code == 0, output
+    code, output = call(
+        [*arguments_of("export", world, str(world / "run" / "default"), tmp_path / "out"), "--adapter", "x"]
+    )
+    assert (code, "is one job" in output) == (4, True)
 
 
 def test_a_model_has_no_other_base(world: Path, call: Any) -> None:
-    code, said = call(["serve", str(world / "now-here"), "--port", "0", "--base", str(world / "alone")])
-    assert (code, "is a model by itself" in said) == (4, True)
-    code, said = call(["serve", str(world / "some.gguf"), "--port", "0", "--base", str(world / "now-here")])
-    assert (code, "is a model by itself" in said) == (2, True)
+    code, output = call(["serve", str(world / "now-here"), "--port", "0", "--base", str(world / "alone")])
+    assert (code, "is a model by itself" in output) == (4, True)
+    code, output = call(["serve", str(world / "some.gguf"), "--port", "0", "--base", str(world / "now-here")])
+    assert (code, "is a model by itself" in output) == (2, True)
 
 
 @pytest.mark.parametrize("place", ["run", "run/default"])
@@ -187,11 +189,11 @@ def hub(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_adapter_on_the_hub(command: str, world: Path, hub: Path, tmp_path: Path, call: Any) -> None:
-    code, said = call(words_of(command, world, "me/tuned", tmp_path / "out"))
-    assert code == 0, said
-    assert "a" * 40 not in said, "it is called by its name"
+    code, output = call(arguments_of(command, world, "me/tuned", tmp_path / "out"))
+    assert code == 0, output
+    assert "a" * 40 not in output, "it is called by its name"
     if command == "serve":
-        assert "base, tuned" in said
+        assert "base, tuned" in output
 
 
 def test_an_adapter_on_the_hub_as_a_start_and_as_a_reward_model(hub: Path) -> None:

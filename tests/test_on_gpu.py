@@ -66,9 +66,9 @@ def test_many_jobs_learn_as_on_a_processor(storage: str, monkeypatch: pytest.Mon
 
     def counted(name: str, function: Any) -> Any:
         @functools.wraps(function)
-        def call(*words: Any, **named: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             calls[name] += 1
-            return function(*words, **named)
+            return function(*arguments, **named)
 
         return call
 

@@ -49,8 +49,8 @@ def test_print_is_safe_within_the_command_line(capsys: pytest.CaptureFixture[str
 def test_poor_terminals_get_numbers_and_no_traceback(tmp_path: Path, encoding: str) -> None:
     rows = [{"q\x1b[2J\x07": "é \U0001f642", "r": "中\x1b[31m\u202e"}] * 3
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for words in (["data", str(tmp_path / "rows.jsonl")], ["data", str(tmp_path / "\U0001f642\x1b[2J.jsonl")]):
-        done = lowrank(*words, PYTHONIOENCODING=encoding)
+    for arguments in (["data", str(tmp_path / "rows.jsonl")], ["data", str(tmp_path / "\U0001f642\x1b[2J.jsonl")]):
+        done = lowrank(*arguments, PYTHONIOENCODING=encoding)
         assert "Traceback" not in done.stderr
         assert done.returncode in (2, 3)
         assert "\x1b" not in done.stdout + done.stderr

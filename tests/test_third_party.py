@@ -121,8 +121,14 @@ def test_the_door() -> None:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    words = ["model=lowrank/tiny", "data.train=lowrank/demo", "data.max_samples=8", "data.batch_size=2", "max_steps=1"]
-    done = lowrank("train", *words, "adapter.rank=2", "output_dir=run", "--quiet", cwd=folder)
+    arguments = [
+        "model=lowrank/tiny",
+        "data.train=lowrank/demo",
+        "data.max_samples=8",
+        "data.batch_size=2",
+        "max_steps=1",
+    ]
+    done = lowrank("train", *arguments, "adapter.rank=2", "output_dir=run", "--quiet", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -201,13 +207,19 @@ def test_a_model_s_own_code_needs_the_person(run_folder: Path, remote: Path, evi
 
 
 def test_a_reporter_of_one_s_own(evil: Path) -> None:
-    words = ["model=lowrank/tiny", "data.train=lowrank/demo", "data.max_samples=8", "data.batch_size=2", "max_steps=1"]
-    words += ["output_dir=run", "report_to=[evil:Reporter]", "--quiet"]
-    done = lowrank("train", *words, cwd=evil.parent)
+    arguments = [
+        "model=lowrank/tiny",
+        "data.train=lowrank/demo",
+        "data.max_samples=8",
+        "data.batch_size=2",
+        "max_steps=1",
+    ]
+    arguments += ["output_dir=run", "report_to=[evil:Reporter]", "--quiet"]
+    done = lowrank("train", *arguments, cwd=evil.parent)
     assert done.returncode == 2
     assert "report_to.0: 'evil:Reporter' is code" in done.stderr
     assert not evil.exists()
-    done = lowrank("train", *words, "--allow-code", cwd=evil.parent)
+    done = lowrank("train", *arguments, "--allow-code", cwd=evil.parent)
     assert done.returncode == 0, done.stderr
     received = (evil.parent / "heard.txt").read_text().split()
     assert {"RunStarted", "StepDone", "RunFinished"} <= {*received}
@@ -217,6 +229,6 @@ def test_the_current_folder_hides_no_optional_package(tmp_path: Path) -> None:
     """A package that is not installed is not taken from the folder a person stands in."""
     for name in ("wandb", "mlflow", "swanlab"):
         (tmp_path / f"{name}.py").write_text("open('PWNED', 'w').write('code ran')")
-    words = ["model=lowrank/tiny", "data.train=lowrank/demo", "output_dir=run", "report_to=[wandb,mlflow,swanlab]"]
-    lowrank("train", *words, "max_steps=1", "data.max_samples=2", cwd=tmp_path)
+    arguments = ["model=lowrank/tiny", "data.train=lowrank/demo", "output_dir=run", "report_to=[wandb,mlflow,swanlab]"]
+    lowrank("train", *arguments, "max_steps=1", "data.max_samples=2", cwd=tmp_path)
     assert not (tmp_path / "PWNED").exists()

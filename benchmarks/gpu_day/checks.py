@@ -40,15 +40,15 @@ def environment(day: Day) -> None:
 
 def tests(day: Day) -> None:
     """Their last lines. In a rehearsal they are only collected: they need a GPU."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
-    words += ["--collect-only"] if not day.device.is_gpu else []
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
+    command += ["--collect-only"] if not day.device.is_gpu else []
     there = [path for path in TESTS if (ROOT / path).exists()]
     if not importlib.util.find_spec("bitsandbytes"):
-        words += ["--ignore=tests/kernels/test_four_bit.py"]
+        command += ["--ignore=tests/kernels/test_four_bit.py"]
     started = time.perf_counter()
     try:
         done = subprocess.run(
-            [*words, *there], cwd=ROOT, capture_output=True, text=True, timeout=min(LIMIT, max(5.0, day.left))
+            [*command, *there], cwd=ROOT, capture_output=True, text=True, timeout=min(LIMIT, max(5.0, day.left))
         )
         found = {"exit": done.returncode, "output": (done.stdout + done.stderr)[-6000:]}
     except subprocess.TimeoutExpired as error:

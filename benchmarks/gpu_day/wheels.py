@@ -82,7 +82,7 @@ def needed(names: set[str], have: set[str], python: str) -> set[str]:
 def download(what: str, folder: Path, python: str) -> None:
     """One wheel for Linux on x86-64."""
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17, 5)]
-    words = [
+    command = [
         sys.executable,
         "-m",
         "pip",
@@ -93,10 +93,10 @@ def download(what: str, folder: Path, python: str) -> None:
         "--python-version",
         python,
     ]
-    words += ["--implementation", "cp", "-d", str(folder), what]
+    command += ["--implementation", "cp", "-d", str(folder), what]
     for platform in [*platforms, "manylinux2014_x86_64", "manylinux1_x86_64"]:
-        words += ["--platform", platform]
-    subprocess.run(words, check=True)
+        command += ["--platform", platform]
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.methods.costs import first_words, link
+from benchmarks.methods.costs import link, summary_of
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.peft_layout import load_adapter
 from tests.adapters.bottleneck.test_bottleneck import FIXTURES, VARIANTS, base_of, logits
@@ -37,7 +37,7 @@ def _row(name: str) -> str:
     apart = max(_relative(gradient, theirs[key]) for key, gradient in gradients.items())
     config = VARIANTS[name]
     return (
-        f"| `{name}` | {first_words(type(config))} | {config.when} | {link(config.paper)} | "
+        f"| `{name}` | {summary_of(type(config))} | {config.when} | {link(config.paper)} | "
         f"{_relative(ours, expected['logits']):.0e} | {apart:.0e} |"
     )
 

@@ -66,7 +66,7 @@ def link(paper: str) -> str:
     return f"<{paper}>" if paper else ""
 
 
-def first_words(config: Any) -> str:
+def summary_of(config: Any) -> str:
     """The summary of a settings class."""
     text = " ".join((config.__doc__ or "").split())
     return text.split(". ")[0].split(";")[0].rstrip(".")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.methods.costs import against, base_of_the_tables, costs, first_words, link
+from benchmarks.methods.costs import against, base_of_the_tables, costs, link, summary_of
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives import grpo, orpo
@@ -83,7 +83,7 @@ def page() -> str:
         peer = _PEERS.get(name, "transformers") + (f" ({len(apart)} forms)" if len(apart) > 1 else "")
         settings: Any = config
         lines.append(
-            f"| `{name}` | {first_words(config)} | {settings.when} | {link(settings.paper)} | "
+            f"| `{name}` | {summary_of(config)} | {settings.when} | {link(settings.paper)} | "
             f"{settings().build().record.__name__} | {against(found, name, 'sft')} | {peer} | {numbers} |"
         )
     return HEAD + "\n".join(lines) + "\n" + losses()
@@ -98,12 +98,12 @@ def losses() -> str:
         engine.add(slot, SFTConfig(**own).build(), engine.jobs[slot].settings, seed=0, neftune_alpha=0.0)
         engines[name] = (engine, slot, _work("sft"))
     found, lines = costs(engines), []
-    for name, (words, when, paper) in _LOSSES.items():
+    for name, (summary, when, paper) in _LOSSES.items():
         loss, gradients = _difference_of_loss(name)
         shown = "`label_smoothing`" if name == "smoothed" else f"`{name}`"
         cost = against(found, name, "sft")
         lines.append(
-            f"| {shown} | {words} | {when} | {link(f'arXiv:{paper}')} | {cost} | {loss:.0e} | {gradients:.0e} |"
+            f"| {shown} | {summary} | {when} | {link(f'arXiv:{paper}')} | {cost} | {loss:.0e} | {gradients:.0e} |"
         )
     return LOSSES + "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.methods.costs import base_of_the_tables, first_words, link
+from benchmarks.methods.costs import base_of_the_tables, link, summary_of
 from lowrank.train.optimizers import bytes_of_state
 from tests.train.test_optimizer_peers import OPTIMIZERS, build, fresh, take_steps, theirs
 
@@ -51,7 +51,7 @@ def page() -> str:
         state, seconds = found[name]
         peer = _PEERS.get(name, "bitsandbytes")
         lines.append(
-            f"| `{name}` | {first_words(config)} | {settings.when} | {link(settings.paper)} | "
+            f"| `{name}` | {summary_of(config)} | {settings.when} | {link(settings.paper)} | "
             f"{'full' if settings.not_for_adapters else 'any'} | {state / size:.2f} | "
             f"{seconds / found['adamw'][1]:.2f} | {peer} | {_difference(name)} |"
         )

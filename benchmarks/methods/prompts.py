@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.methods.costs import first_words, link
+from benchmarks.methods.costs import link, summary_of
 from tests.adapters.peft_twins import ALL
 from tests.adapters.test_prompts import PROMPTS, Peer, peer_of
 from tests.peft_oracle import plain_loss
@@ -38,7 +38,7 @@ def _row(name: str) -> str:
     config = ALL[name]
     form = config().as_saved().peft.type
     return (
-        f"| `{name}` | {first_words(config)} | {config.when} | {link(config.paper)} | {form} | "
+        f"| `{name}` | {summary_of(config)} | {config.when} | {link(config.paper)} | {form} | "
         f"{apart:.0e} | {largest:.0e} |"
     )
 

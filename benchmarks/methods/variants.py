@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import torch
 
-from benchmarks.methods.costs import against, base_of_the_tables, costs, first_words, link
+from benchmarks.methods.costs import against, base_of_the_tables, costs, link, summary_of
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.variants import ABSENT
@@ -102,7 +102,7 @@ def _row(name: str, of_lora: int, found: dict[str, tuple[float, int]]) -> str:
         numbers, share = f"| {difference:.0e} | {gradients:.0e} |", trained / of_lora
     cost = against(found, name if name in found else "lora", "lora")
     return (
-        f"| `{name}` | {first_words(config)} | {config.when} | {link(config.paper)} | {_path(name, config)} | "
+        f"| `{name}` | {summary_of(config)} | {config.when} | {link(config.paper)} | {_path(name, config)} | "
         f"{share:.0%} | {cost} | {form} {numbers}"
     )
 

@@ -81,8 +81,8 @@ def readers() -> Mapping[str, str]:
     found = {}
     for module in pkgutil.iter_modules(prequantized.__path__):
         file = importlib.import_module(f"{prequantized.__name__}.{module.name}")
-        words = " ".join((file.__doc__ or "").split("\n\n")[0].split())
-        found.update(dict.fromkeys(getattr(file, "METHODS", ()), words))
+        summary = " ".join((file.__doc__ or "").split("\n\n")[0].split())
+        found.update(dict.fromkeys(getattr(file, "METHODS", ()), summary))
     return found
 
 

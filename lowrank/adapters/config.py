@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lowrank.adapters.patterns import trouble_in
+from lowrank.adapters.patterns import pattern_problem
 from lowrank.adapters.peft_kind import LORA, PeftKind
 from lowrank.settings import Fraction, Settings
 
@@ -93,7 +93,7 @@ class AdapterSettings(Settings):
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
         }
-        return [f"{name}: {why}" for name, own in written.items() for each in own if (why := trouble_in(each))]
+        return [f"{name}: {why}" for name, own in written.items() for each in own if (why := pattern_problem(each))]
 
     def as_saved(self) -> AdapterSettings:
         """The settings under which files describe it: its own, or those of a variant that PEFT knows."""

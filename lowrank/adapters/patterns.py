@@ -12,7 +12,7 @@ SECONDS = 2.0
 _LONGEST = 10_000
 
 
-def trouble_in(pattern: str) -> str | None:
+def pattern_problem(pattern: str) -> str | None:
     """Why it is no regular expression; None if it is one."""
     if len(pattern) > _LONGEST:
         return f"a regular expression of {len(pattern):,} characters; {_LONGEST:,} is the most"
@@ -25,7 +25,7 @@ def trouble_in(pattern: str) -> str | None:
 
 def whole(pattern: str, name: str) -> bool:
     """Whether it matches all of the name. ModelError if it cannot be compiled, or takes too long."""
-    problem = trouble_in(pattern)
+    problem = pattern_problem(pattern)
     if problem:
         raise ModelError(problem)
     try:

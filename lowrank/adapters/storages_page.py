@@ -46,9 +46,9 @@ def page() -> str:
 def _rows_of_readers() -> list[str]:
     """A row for each format, with all the names it goes by."""
     names: dict[str, list[str]] = {}
-    for method, words in readers().items():
-        names.setdefault(words, []).append(f"`{method}`")
-    return [f"| {', '.join(methods)} | {words} |" for words, methods in names.items()]
+    for method, summary in readers().items():
+        names.setdefault(summary, []).append(f"`{method}`")
+    return [f"| {', '.join(methods)} | {summary} |" for summary, methods in names.items()]
 
 
 def _mark(ability: bool) -> str:

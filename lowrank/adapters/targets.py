@@ -219,8 +219,8 @@ def _weights_in(module: nn.Module) -> int:
 
 def _left_out(model: Any, linears_left: set[str], parameters: set[str]) -> str | None:
     """Experts and towers that get no adapter, in words for the user."""
-    said = [_experts_left_out(model, linears_left, parameters), _towers_left_out(model, linears_left)]
-    return "; ".join(filter(None, said)) or None
+    notices = [_experts_left_out(model, linears_left, parameters), _towers_left_out(model, linears_left)]
+    return "; ".join(filter(None, notices)) or None
 
 
 def _towers_left_out(model: Any, linears_left: set[str]) -> str | None:

@@ -60,11 +60,11 @@ def evaluate(
         loaded = (model if isinstance(model, Model) else load(model, notify=notify)).inference
     chosen = list(adapters) or loaded.names
     slots = {name: loaded.slot(name) for name in chosen}
-    asked = AnsweringModels(loaded.base, loaded.bank, slots, {name: loaded.renderer_of(name) for name in chosen})
+    models = AnsweringModels(loaded.base, loaded.bank, slots, {name: loaded.renderer_of(name) for name in chosen})
     with tempfile.TemporaryDirectory(prefix="lowrank-") as folder:
         sampling = GenerationConfig(max_new_tokens=max_new_tokens, seed=seed)
-        answers = answer_questions(asked, questions, sampling, Path(folder) / "answers.jsonl")
-    likelihood, unscored = score_labels(asked, questions) if perplexity else ({}, [])
+        answers = answer_questions(models, questions, sampling, Path(folder) / "answers.jsonl")
+    likelihood, unscored = score_labels(models, questions) if perplexity else ({}, [])
     for each in unanswered(answers):
         notify(each.describe(len(questions)))
     if unscored:

@@ -59,7 +59,7 @@ def export(
     ...}}}`. Raises ModelError, OutputError, DataError, ConfigError before anything is written wherever that can be
     known.
     """
-    say = notify or log_notice
+    report = notify or log_notice
     targets = [_target(each, settings) for each in ([to] if isinstance(to, (str, Mapping, Settings)) else to)]
     compared = None if prompts is None else one_source(prompts, "export: prompts")
     if settings and len(targets) > 1:
@@ -72,7 +72,7 @@ def export(
             combination=_combination(combine),
             chat_template=chat_template,
             base=base,
-            notify=say,
+            notify=report,
         )
         folder = Path(output) if output is not None else found.default_place([each.type for each in targets])
         requests = export_requests(targets, folder)

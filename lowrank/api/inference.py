@@ -85,8 +85,8 @@ class Model:
         """As `generate`, always of a list, with tokens, why each ended, log-probabilities (`logprobs=0`), and the
         error of one that could not be had."""
         name, config = self._chosen(adapter), _sampling(sampling)
-        asked = [(name, _conversation(each, tools, number)) for number, each in enumerate(questions, start=1)]
-        return self._backend.answers(asked, config, on_text=on_text) if asked else []
+        requests = [(name, _conversation(each, tools, number)) for number, each in enumerate(questions, start=1)]
+        return self._backend.answers(requests, config, on_text=on_text) if requests else []
 
     def compare(self, question: Question, **sampling: Any) -> dict[str, str]:
         """What the base and every adapter answer to one question, by name; all in the same forward passes."""

@@ -145,8 +145,8 @@ def _fields(kind: type) -> Iterator[tuple[str, str]]:
     assert isinstance(body, ast.ClassDef)
     for statement, after in zip(body.body, [*body.body[1:], None]):
         if isinstance(statement, ast.AnnAssign):
-            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
-            text = inspect.cleandoc(said) if isinstance(said, str) else ""
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
+            text = inspect.cleandoc(documented) if isinstance(documented, str) else ""
             yield f"{ast.unparse(statement.target)}: {_plain(statement.annotation)}", text
 
 

@@ -87,21 +87,21 @@ def _config(config: RunConfig | str | Path | None, given: PlainSettings) -> RunC
         return config
     if config is None:
         return resolve(given.values, source="the settings of lowrank.train")
-    resolved, warnings = load_any(config, list(_words(given.values)))
+    resolved, warnings = load_any(config, list(_as_overrides(given.values)))
     for text in warnings:
         log_notice(text)
     return resolved
 
 
-def _words(values: Mapping[str, Any], above: str = "") -> Sequence[str]:
+def _as_overrides(values: Mapping[str, Any], above: str = "") -> Sequence[str]:
     """Settings over a file's: `adapter.rank=8`."""
-    words: list[str] = []
+    overrides: list[str] = []
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            words += _words(value, f"{above}{key}.")
+            overrides += _as_overrides(value, f"{above}{key}.")
         else:
-            words.append(f"{above}{key}={json.dumps(value, default=_as_json)}")
-    return words
+            overrides.append(f"{above}{key}={json.dumps(value, default=_as_json)}")
+    return overrides
 
 
 def _as_json(value: Any) -> Any:

@@ -17,7 +17,7 @@ _CARD = """---
 # Adapter
 
 A `{title}` adapter with {num_parameters:,} parameters {where} {base}, trained with \
-lowrank.{trouble}
+lowrank.{incompatibility}
 
 ```python
 {code}
@@ -43,10 +43,10 @@ def loading_code(config: AdapterConfig, base: str, adapter: str, auto_class: str
 
 
 def model_card(
-    config: AdapterConfig, where: str, num_parameters: int, base: BaseDescription, trouble: str | None = None
+    config: AdapterConfig, where: str, num_parameters: int, base: BaseDescription, incompatibility: str | None = None
 ) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads. `where`: `on 14 modules of`. `trouble`: what to know
-    before loading it."""
+    """Markdown with the metadata that the Hugging Face hub reads. `where`: `on 14 modules of`. `incompatibility`: what
+    to know before loading it."""
     base_name = base.name
     on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
     library = "adapter-transformers" if isinstance(config, BottleneckSettings) else "peft"
@@ -60,6 +60,6 @@ def model_card(
         num_parameters=num_parameters,
         where=where,
         base=f"`{base_name}`" if on_hub else "its base",
-        trouble=f"\n\n{trouble}." if trouble else "",
+        incompatibility=f"\n\n{incompatibility}." if incompatibility else "",
         code=loading_code(config, base_name if on_hub else "path/of/the/base", "path/of/this/folder", base.auto_class),
     )

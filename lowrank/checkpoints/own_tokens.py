@@ -49,7 +49,7 @@ def learn_tokens(tokenizer: Any, adapters: Mapping[str, Path]) -> list[str]:
     `adapters`: their folders by name. ModelError where a token would not get the id whose row was trained: then
     the tokenizer is another one, or another adapter has put another token there.
     """
-    said = []
+    notices = []
     for name, folder in adapters.items():
         own = own_tokens(folder, tokenizer)
         for content, (number, token) in own.items():
@@ -62,8 +62,8 @@ def learn_tokens(tokenizer: Any, adapters: Mapping[str, Path]) -> list[str]:
             tokenizer.add_tokens([token])
         if own:
             shown = ", ".join(own)[:200]
-            said.append(f"{name} brings {len(own)} tokens of its own, which every model here reads as such: {shown}")
-    return said
+            notices.append(f"{name} brings {len(own)} tokens of its own, which every model here reads as such: {shown}")
+    return notices
 
 
 def _is_token(entry: Any) -> bool:

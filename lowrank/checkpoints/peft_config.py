@@ -18,7 +18,7 @@ from lowrank.adapters.peft_kind import LORA, PeftKind
 from lowrank.adapters.prompts import PromptSettings
 from lowrank.adapters.targets import by_pattern, fused_parameters, holds_layers, matches
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.checkpoints.peft_description import telling_fields, whole
+from lowrank.checkpoints.peft_description import distinguishing_fields, whole
 from lowrank.errors import ModelError
 from lowrank.models.loading.model_class import model_class
 
@@ -119,7 +119,7 @@ def to_peft(
         fields["alpha_pattern"] = as_pattern(alphas, whole(_alpha(config)))
     if config.peft.on_conv1d:
         fields["fan_in_fan_out"] = any(name in base.transposed for name in targets)
-    return {**fields, **config.peft.fields, **telling_fields(config.peft.type), **config.peft_fields}
+    return {**fields, **config.peft.fields, **distinguishing_fields(config.peft.type), **config.peft_fields}
 
 
 def _own_fields(config: AdapterConfig, targets: Targets, outside: Sequence[str]) -> dict[str, Any]:

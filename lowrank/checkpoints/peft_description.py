@@ -137,7 +137,7 @@ def _unsupported(fields: Mapping[str, Any], variant: type[Any]) -> list[str]:
     """One line for every field that changes what the adapter computes in a way lowrank does not know."""
     problems = []
     known = READ | FROM_TENSORS | WITHOUT_MEANING | set(variant.peft.names.values()) | variant.peft.ignored
-    known |= set(telling_fields(variant.peft.type))
+    known |= set(distinguishing_fields(variant.peft.type))
     for name in sorted(set(fields) - known):
         value = fields[name]
         if value and (name, value) != ("bias", "none"):
@@ -180,23 +180,23 @@ def as_read(
     return {**fields, "peft_type": variant().as_saved().peft.type}, dict(tensors)
 
 
-def telling_fields(peft_type: str) -> dict[str, Any]:
+def distinguishing_fields(peft_type: str) -> dict[str, Any]:
     """Every field that tells the variants of one PEFT type apart, at PEFT's default, false."""
     same = [config for config in _saved_by_peft() if config.peft.type == peft_type]
     return {name: False for config in same for name in config.peft_fields} if len(same) > 1 else {}
 
 
 def _declared_variant(fields: Mapping[str, Any]) -> dict[str, Any]:
-    telling = telling_fields(fields["peft_type"])
-    return {name: fields.get(name) or default for name, default in telling.items()}
+    distinguishing = distinguishing_fields(fields["peft_type"])
+    return {name: fields.get(name) or default for name, default in distinguishing.items()}
 
 
 def _variant(fields: Mapping[str, Any]) -> type[Any] | None:
     same = [config for config in _saved_by_peft() if config.peft.type == fields["peft_type"]]
     if len(same) == 1:
         return same[0]
-    telling, declared = telling_fields(fields["peft_type"]), _declared_variant(fields)
-    return next((config for config in same if {**telling, **config.peft_fields} == declared), None)
+    distinguishing, declared = distinguishing_fields(fields["peft_type"]), _declared_variant(fields)
+    return next((config for config in same if {**distinguishing, **config.peft_fields} == declared), None)
 
 
 def whole(value: float) -> float:

@@ -122,7 +122,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
         yield from _parts(part)
 
 
-_WORDS = {
+_TYPE_NAMES = {
     int: "whole number",
     float: "number",
     bool: "true, false",
@@ -134,14 +134,14 @@ _WORDS = {
 
 
 def _kind(field: FieldInfo) -> str:
-    words = list(dict.fromkeys(_type_name(field.annotation)))
-    return ", ".join(word for word in words if word)
+    names = list(dict.fromkeys(_type_name(field.annotation)))
+    return ", ".join(name for name in names if name)
 
 
 def _type_name(annotation: Any) -> Iterator[str]:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in _WORDS:
-        yield _WORDS[annotation]
+    if annotation in _TYPE_NAMES:
+        yield _TYPE_NAMES[annotation]
     elif origin is Annotated:
         yield from _type_name(arguments[0])
     elif origin is Literal:
@@ -150,7 +150,7 @@ def _type_name(annotation: Any) -> Iterator[str]:
         for argument in arguments:
             yield from _type_name(argument)
     elif origin is tuple:
-        inner = ", ".join(dict.fromkeys(word for argument in arguments[:1] for word in _type_name(argument)))
+        inner = ", ".join(dict.fromkeys(name for argument in arguments[:1] for name in _type_name(argument)))
         yield f"list of {inner}"
     elif origin is dict:
         yield "group of any keys"

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.sources.places import STANDARD_INPUT, is_pattern, shown, trouble_at
+from lowrank.data.sources.places import STANDARD_INPUT, is_pattern, path_problem, shown
 from lowrank.errors import did_you_mean
 
 FILE_SUFFIXES = (
@@ -70,7 +70,7 @@ def locate(path: str, folder: Path) -> tuple[str, str | None]:
         return path, None
     if _is_there(beside):
         return str(beside), None
-    problem = trouble_at(Path(path)) or trouble_at(beside)
+    problem = path_problem(Path(path)) or path_problem(beside)
     if problem:
         return path, problem
     if not (path.startswith((".", "/")) or Path(path).is_absolute() or path.lower().endswith(FILE_SUFFIXES)):

@@ -88,8 +88,8 @@ def _expected(entry: Any) -> str:
     kind, context = entry["type"], entry.get("ctx", {})
     comparisons = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     if kind in comparisons:
-        words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[comparisons[kind]]
-        return f"a number {words} {context[comparisons[kind]]:g}"
+        relation = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[comparisons[kind]]
+        return f"a number {relation} {context[comparisons[kind]]:g}"
     if kind == "literal_error":
         return str(context["expected"])
     if kind == "multiple_of":
@@ -105,8 +105,8 @@ def _expected(entry: Any) -> str:
     return _EXPECTED.get(kind, str(entry["msg"])[:1].lower() + str(entry["msg"])[1:])
 
 
-def _near(word: str, expected: str) -> str:
-    suggestion = did_you_mean(word, re.findall(r"'([^']*)'", expected))
+def _near(given: str, expected: str) -> str:
+    suggestion = did_you_mean(given, re.findall(r"'([^']*)'", expected))
     return suggestion if "did you mean" in suggestion else ""
 
 

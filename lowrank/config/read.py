@@ -130,22 +130,22 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def override(settings: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def override(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The settings with `a.b=value` words over them; values are read as YAML. The given settings are left alone.
 
     Entries of lists are named by place, those of `jobs` also by name: `jobs.r8.adapter.rank=8`.
     """
-    result: Any = spell_out(settings) if words else dict(settings)
+    result: Any = spell_out(settings) if overrides else dict(settings)
     problems: list[str] = []
-    for word in words:
-        key, equals, text = word.partition("=")
+    for entry in overrides:
+        key, equals, text = entry.partition("=")
         if not equals or not key:
-            problems.append(f"{word!r}: expected key=value, for example optimizer.learning_rate=1e-4")
+            problems.append(f"{entry!r}: expected key=value, for example optimizer.learning_rate=1e-4")
             continue
         try:
             result = _with(result, key.split("."), parse_value(text), ())
         except ConfigError as error:
-            problems.append(f"{word}: {error}")
+            problems.append(f"{entry}: {error}")
     raise_all(ConfigError, "The command line cannot be used:", problems)
     return result
 

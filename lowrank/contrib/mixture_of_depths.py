@@ -163,9 +163,9 @@ class Depths:
         if not (self._pass.learning and torch.is_grad_enabled()):
             return output_1TD
         own = slice(self._pass.num_tokens)
-        said_T = router.predictions(x_TD)
-        chosen_T = torch.zeros_like(said_T).index_fill(0, index_K, 1.0)
-        wrong = F.binary_cross_entropy_with_logits(said_T[own], chosen_T[own], reduction="sum")
+        predicted_T = router.predictions(x_TD)
+        chosen_T = torch.zeros_like(predicted_T).index_fill(0, index_K, 1.0)
+        wrong = F.binary_cross_entropy_with_logits(predicted_T[own], chosen_T[own], reduction="sum")
         return _WithLoss.apply(output_1TD, wrong, 1.0 / self._pass.tokens_of_step)  # pyright: ignore[reportReturnType]
 
 

@@ -76,25 +76,25 @@ class Answers:
         return [self.scored[model_name][key] for key in keys]
 
     def write(
-        self, model_name: str, asked: Mapping[_Key, tuple[np.ndarray, GenerationConfig]], stop: frozenset[int]
+        self, model_name: str, requests: Mapping[_Key, tuple[np.ndarray, GenerationConfig]], stop: frozenset[int]
     ) -> list[str]:
         """The answer to each prompt."""
-        missing = [key for key in asked if key not in self.written.get(model_name, {})]
+        missing = [key for key in requests if key not in self.written.get(model_name, {})]
         if missing:
-            self._write(self._sound(model_name), {key: asked[key] for key in missing}, stop)
+            self._write(self._sound(model_name), {key: requests[key] for key in missing}, stop)
         self.refuse_broken(model_name)
-        return [self.written[model_name][key] for key in asked]
+        return [self.written[model_name][key] for key in requests]
 
     def _write(
-        self, names: Sequence[str], asked: Mapping[_Key, tuple[np.ndarray, GenerationConfig]], stop: frozenset[int]
+        self, names: Sequence[str], requests: Mapping[_Key, tuple[np.ndarray, GenerationConfig]], stop: frozenset[int]
     ) -> None:
-        longest = max(len(token_L) + config.max_new_tokens for token_L, config in asked.values())
-        rows = min(_MAX_ROWS, len(asked) * len(names))
+        longest = max(len(token_L) + config.max_new_tokens for token_L, config in requests.values())
+        rows = min(_MAX_ROWS, len(requests) * len(names))
         settings = GeneratorConfig(max_num_seqs=rows, cache_tokens=(rows + 1) * (longest + 256))
         generator = Generator(self.models.base, self.models.bank, settings)
         running = {
             (key, name): generator.submit(Prompt(token_L, self.models.slots[name]), config, stop_tokens=stop)
-            for key, (token_L, config) in asked.items()
+            for key, (token_L, config) in requests.items()
             for name in names
         }
         while generator.step():
@@ -222,7 +222,7 @@ class BankLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop text."""
-        asked: dict[_Key, tuple[np.ndarray, GenerationConfig]] = {}
+        generations: dict[_Key, tuple[np.ndarray, GenerationConfig]] = {}
         stops: list[list[str]] = []
         seen: Counter[_Key] = Counter()
         for context, arguments in (request.args for request in requests):
@@ -234,8 +234,8 @@ class BankLM(TemplateLM):
             until = arguments.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             config = self._config(arguments, stops[-1], seed=seen[key])
-            asked[(*key, seen[key])] = self._prompt(context, config.max_new_tokens), config
-        texts = self.answers.write(self.model_name, asked, self._stop)
+            generations[(*key, seen[key])] = self._prompt(context, config.max_new_tokens), config
+        texts = self.answers.write(self.model_name, generations, self._stop)
         ending = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         return [postprocess_generated_text(text, [*stop, ending], None) for text, stop in zip(texts, stops)]
 

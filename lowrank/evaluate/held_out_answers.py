@@ -58,7 +58,7 @@ def answers_of(
     data.max_length, and prompts that leave the model (`reach`: its positions) no room. DataError if none is left.
     """
     wanted = [segment for segment in segments if segment.role in (PLAIN, CHOSEN)]
-    asked, cut, too_long = [], 0, 0
+    questions, cut, too_long = [], 0, 0
     for segment in _spread(wanted, samples):
         start, end = _last_answer(segment)
         if int(segment.token_L[end - 1]) not in stop_tokens:
@@ -66,7 +66,7 @@ def answers_of(
         elif reach is not None and start >= reach:
             too_long += 1
         else:
-            asked.append(
+            questions.append(
                 (segment.token_L[:start], tokenizer.decode(segment.token_L[start:end], skip_special_tokens=True))
             )
     notices = []
@@ -76,11 +76,11 @@ def answers_of(
         notices.append(
             f"{metric}: {too_long} held-out questions are not asked, since they are all that the model reads"
         )
-    if not asked:
+    if not questions:
         raise DataError("; ".join([f"eval_metric: no held-out row has an answer to compare with {metric}", *notices]))
-    if len(wanted) > len(asked) + cut + too_long:
-        notices.append(f"{metric} is of {len(asked)} of {len(wanted)} held-out answers (eval_generate_samples)")
-    prompts, labels = zip(*asked)
+    if len(wanted) > len(questions) + cut + too_long:
+        notices.append(f"{metric} is of {len(questions)} of {len(wanted)} held-out answers (eval_generate_samples)")
+    prompts, labels = zip(*questions)
     return HeldOutAnswers(metric, prompts, labels, stop_tokens, max_new_tokens, tuple(notices))
 
 
@@ -93,19 +93,21 @@ class Scored:
     rows: tuple[float, ...] = ()
 
 
-def score_answers(base: Base, bank: Bank, asked: Mapping[int, HeldOutAnswers]) -> dict[int, Scored]:
+def score_answers(base: Base, bank: Bank, held_out: Mapping[int, HeldOutAnswers]) -> dict[int, Scored]:
     """By slot, all slots in the same forward passes. One that gives NaN has NaN: whoever cannot answer is not the
     best."""
-    longest = max((len(prompt) + each.max_new_tokens for each in asked.values() for prompt in each.prompts), default=0)
-    rows = min(_MAX_ROWS, sum(len(each.prompts) for each in asked.values()))
+    longest = max(
+        (len(prompt) + each.max_new_tokens for each in held_out.values() for prompt in each.prompts), default=0
+    )
+    rows = min(_MAX_ROWS, sum(len(each.prompts) for each in held_out.values()))
     generator = Generator(
         base, bank, GeneratorConfig(max_num_seqs=max(1, rows), cache_tokens=(rows + 1) * (longest + 256))
     )
-    generations = {slot: list(_submit(generator, slot, each)) for slot, each in asked.items()}
+    generations = {slot: list(_submit(generator, slot, each)) for slot, each in held_out.items()}
     while generator.step():
         pass
     found = {}
-    for slot, each in asked.items():
+    for slot, each in held_out.items():
         answers = [generation.answer for generation in generations[slot]]
         if any(answer.error is not None for answer in answers):
             found[slot] = Scored({each.metric: math.nan})
@@ -118,10 +120,10 @@ def score_answers(base: Base, bank: Bank, asked: Mapping[int, HeldOutAnswers]) -
     return found
 
 
-def _submit(generator: Generator, slot: int, asked: HeldOutAnswers) -> Iterator[Generation]:
-    config = GenerationConfig(max_new_tokens=asked.max_new_tokens, seed=0)
-    for prompt in asked.prompts:
-        yield generator.submit(Prompt(prompt, slot), config, stop_tokens=asked.stop_tokens)
+def _submit(generator: Generator, slot: int, held_out: HeldOutAnswers) -> Iterator[Generation]:
+    config = GenerationConfig(max_new_tokens=held_out.max_new_tokens, seed=0)
+    for prompt in held_out.prompts:
+        yield generator.submit(Prompt(prompt, slot), config, stop_tokens=held_out.stop_tokens)
 
 
 def _spread(segments: Sequence[Segment], number: int | None) -> list[Segment]:

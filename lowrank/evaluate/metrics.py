@@ -115,7 +115,7 @@ def _rouge(prediction: str, label: str) -> dict[str, float]:
 
 
 def _chinese_rouge(prediction: str, label: str) -> dict[str, float]:
-    predicted, wanted = (" ".join(_words(text)) for text in (prediction, label))
+    predicted, wanted = (" ".join(_rouge_tokens(text)) for text in (prediction, label))
     if not predicted.split() or not wanted.split():
         return dict.fromkeys(("rouge1", "rouge2", "rougeL"), 0.0)
     (scores,) = _needed("rouge_chinese").Rouge().get_scores(predicted, wanted)
@@ -134,7 +134,7 @@ def _llamafactory(prediction: str, label: str) -> dict[str, float]:
     return {"llamafactory_bleu4": float(bleu), **{f"llamafactory_{name}": value for name, value in rouge.items()}}
 
 
-def _words(text: str) -> list[str]:
+def _rouge_tokens(text: str) -> list[str]:
     jieba = _needed("jieba")
     jieba.setLogLevel(logging.WARNING)
     return list(jieba.cut(text))

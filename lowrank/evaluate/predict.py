@@ -97,8 +97,8 @@ def answer_questions(
                 if (index, renderer) not in prompts:
                     prompts = {key: value for key, value in prompts.items() if key[0] == index}
                     prompts[index, renderer] = renderer.prompt_segment(questions[index].prompt)
-                asked = prompts[index, renderer]
-                prompt = Prompt(asked.token_L, answering_models.slots[name], asked.media)
+                rendered = prompts[index, renderer]
+                prompt = Prompt(rendered.token_L, answering_models.slots[name], rendered.media)
                 generation = generator.submit(prompt, config, stop_tokens=renderer.stop_tokens)
             except (RequestError, DataError) as error:
                 note(index, name, ModelAnswer("", str(error)))

@@ -34,8 +34,8 @@ def native(name: str) -> ctypes.CDLL | None:
         return None
     source = Path(__file__).with_name(f"{name}.c")
     machine = torch.backends.cpu.get_cpu_capability() + platform.machine() + platform.processor() + _cpu()
-    words = (source.read_text(), machine, *_FLAGS, *_OPENMP)
-    key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    key_parts = (source.read_text(), machine, *_FLAGS, *_OPENMP)
+    key = hashlib.sha256("\0".join(key_parts).encode()).hexdigest()[:16]
     library = cache_folder() / "native" / f"{name}-{key}.so"
     try:
         if not library.is_file():

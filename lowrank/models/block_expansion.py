@@ -60,6 +60,6 @@ def _that_adds_nothing(layer: Any) -> Any:
     new = copy.deepcopy(layer)
     with torch.no_grad():
         for name, parameter in new.named_parameters():
-            if any(word in name.split(".") for word in _WRITERS):
+            if any(writer in name.split(".") for writer in _WRITERS):
                 parameter.zero_()
     return new

@@ -37,10 +37,10 @@ _PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
     """ModelError with every number of a config.json that no model has. `where`: the file's name."""
-    problems = _troubles(config, "")
+    problems = _problems(config, "")
     for part in _PARTS:
         if isinstance(config.get(part), Mapping):
-            problems += _troubles(config[part], f"{part}.")
+            problems += _problems(config[part], f"{part}.")
     raise_all(ModelError, f"{where}: these numbers make no model", problems)
 
 
@@ -63,7 +63,7 @@ def check_stored(path: str, revision: str | None, config: Any) -> None:
         )
 
 
-def _rope_troubles(config: Mapping[str, Any], prefix: str) -> list[str]:
+def _rope_problems(config: Mapping[str, Any], prefix: str) -> list[str]:
     """What rotary embeddings are computed from: finite and above zero."""
     places = {prefix: config}
     for group in ("rope_parameters", "rope_scaling"):
@@ -80,7 +80,7 @@ def _rope_troubles(config: Mapping[str, Any], prefix: str) -> list[str]:
     return problems
 
 
-def _troubles(config: Mapping[str, Any], prefix: str) -> list[str]:
+def _problems(config: Mapping[str, Any], prefix: str) -> list[str]:
     problems = []
     for name, largest in LARGEST.items():
         value = config.get(name)
@@ -91,7 +91,7 @@ def _troubles(config: Mapping[str, Any], prefix: str) -> list[str]:
             problems.append(f"{prefix}{name}: {str(value)[:60]!r} is no whole number")
         elif not least <= value <= largest:
             problems.append(f"{prefix}{name}: {str(value)[:30]}; expected {least} to {largest}")
-    problems += _rope_troubles(config, prefix)
+    problems += _rope_problems(config, prefix)
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not problems and isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         problems.append(f"{prefix}num_key_value_heads: {groups} do not divide {heads} attention heads")

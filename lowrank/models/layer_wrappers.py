@@ -93,26 +93,26 @@ def refuse_wrapped(config: Any, why: str) -> None:
         )
 
 
-def wrap(model: Any, asked: LayerWrapperConfig) -> LayerWrapper:
+def wrap(model: Any, config: LayerWrapperConfig) -> LayerWrapper:
     """Wrap the layers anew, and have config.json say so."""
-    wrapper = asked.wrap(model)
-    setattr(model.config, str(getattr(asked, "type", "")), asked.saved)
+    wrapper = config.wrap(model)
+    setattr(model.config, str(getattr(config, "type", "")), config.saved)
     return wrapper
 
 
-def wrapped_as_planned(model: Any, asked: LayerWrapperConfig | None) -> LayerWrapper | None:
+def wrapped_as_planned(model: Any, config: LayerWrapperConfig | None) -> LayerWrapper | None:
     """The wrapper that a run with these settings will have, before any weights are there."""
-    asked = asked or saved_wrapper(model.config)
-    return None if asked is None else wrap(model, asked)
+    config = config or saved_wrapper(model.config)
+    return None if config is None else wrap(model, config)
 
 
-def attach(model: Any, asked: LayerWrapperConfig | None, stored: Mapping[str, StoredTensor]) -> LayerWrapper | None:
-    """The wrapper that config.json speaks of, with its parameters from `stored`, or a fresh one as `asked`; None where
+def attach(model: Any, config: LayerWrapperConfig | None, stored: Mapping[str, StoredTensor]) -> LayerWrapper | None:
+    """The wrapper that config.json speaks of, with its parameters from `stored`, or a fresh one as `config`; None where
     neither wants any. ModelError for both, or where parameters are missing."""
     saved = saved_wrapper(model.config)
     if saved is None:
-        return asked and wrap(model, asked)
-    if asked is not None and asked != saved:
+        return config and wrap(model, config)
+    if config is not None and config != saved:
         raise ModelError(f"{SETTING}: this model is converted already ({saved.saved}); leave the setting out")
     wrapper = wrap(model, saved)
     named = {name: value for name, value in model.named_parameters() if f".{saved.parameters}." in name}

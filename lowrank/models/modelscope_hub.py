@@ -37,12 +37,12 @@ def folder_of(name: str, revision: str | None = None, dataset: bool = False) -> 
             f"{name}: names of ModelScope's hub need its package: pip install 'lowrank-llm[modelscope]'; or leave "
             "USE_MODELSCOPE_HUB out, for those of huggingface.co"
         ) from error
-    asked = {"revision": revision or _LATEST, "repo_type": "dataset" if dataset else "model"}
+    query = {"revision": revision or _LATEST, "repo_type": "dataset" if dataset else "model"}
     try:
-        return str(snapshot_download(name, **asked))
+        return str(snapshot_download(name, **query))
     except Exception as error:  # whatever the network or the hub brings
         try:
-            return str(snapshot_download(name, **asked, local_files_only=True))
+            return str(snapshot_download(name, **query, local_files_only=True))
         except Exception:
-            words = " ".join(str(error).split())[:200]
-            raise ModelError(f"{name}: ModelScope's hub does not give it ({type(error).__name__}: {words})") from error
+            detail = " ".join(str(error).split())[:200]
+            raise ModelError(f"{name}: ModelScope's hub does not give it ({type(error).__name__}: {detail})") from error

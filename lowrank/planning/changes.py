@@ -30,10 +30,10 @@ def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) 
         _length(planner, settings),
         _rank(planner),
     ):
-        for words, change in kind:
+        for change_text, change in kind:
             changed = change(planner, plan)
             if changed.fits:
-                found.append(f"{words} would make it fit (about {changed.peak / 1e9:.1f} GB)")
+                found.append(f"{change_text} would make it fit (about {changed.peak / 1e9:.1f} GB)")
                 break
     return found or [
         "no single change makes it fit: take a smaller base, or several of: full recompute, shorter rows, fewer jobs"

@@ -171,7 +171,7 @@ def _names_layers(job: PlannedJob) -> bool:
     adapter: AdapterSettings | None = job.adapter
     if adapter is None:
         return job.freeze is not None
-    words = [*adapter.rank_pattern, *adapter.alpha_pattern, *adapter.modules_to_save]
+    patterns = [*adapter.rank_pattern, *adapter.alpha_pattern, *adapter.modules_to_save]
     for given in (adapter.target_modules, adapter.exclude_modules):
-        words += [given] if isinstance(given, str) else given
-    return any(re.search(r"(^|[.\[(|])\d", word) for word in words)
+        patterns += [given] if isinstance(given, str) else given
+    return any(re.search(r"(^|[.\[(|])\d", pattern) for pattern in patterns)

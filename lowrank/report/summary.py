@@ -67,7 +67,7 @@ class SummaryBuilder:
         self._train_seconds: float = previous.get("train_seconds", 0.0)
         self._peaks: dict[str, int] = dict(previous.get("peaks", {}))
         self._round: set[str] = set()
-        self.plot_trouble: str | None = None
+        self.plot_problem: str | None = None
         self.winner: str | None = None
         """The best job, where something else than its losses decides (a sweep)."""
         self._plan = plan
@@ -226,7 +226,7 @@ class SummaryBuilder:
     def finish(self, interrupted: bool = False) -> dict[str, Any]:
         """Write summary.json (paths in it are relative to the run folder), then loss.png; what the first says.
 
-        A picture that cannot be drawn costs nothing else: `plot_trouble` says why.
+        A picture that cannot be drawn costs nothing else: `plot_problem` says why.
         """
         summary = self.as_dict(interrupted)
         text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
@@ -234,7 +234,7 @@ class SummaryBuilder:
         try:
             self._draw()
         except Exception as error:  # fonts, a full disk
-            self.plot_trouble = f"{PLOT} could not be written ({type(error).__name__}: {error})"
+            self.plot_problem = f"{PLOT} could not be written ({type(error).__name__}: {error})"
         return summary
 
     def _draw(self) -> None:

@@ -75,9 +75,9 @@ def _end(job: dict[str, Any]) -> Text:
 
 
 def _in_short(verdict: dict[str, Any]) -> Text:
-    word = {"flat": "flat since", "overfitting": "overfitting since", "diverged": "diverged since"}
+    phrases = {"flat": "flat since", "overfitting": "overfitting since", "diverged": "diverged since"}
     kind: str = verdict["kind"]
-    text = word.get(kind, kind.replace("_", " "))
+    text = phrases.get(kind, kind.replace("_", " "))
     return Text(f"{text} {verdict['step']}" if verdict["step"] else text, style=KINDS.get(kind, ""))
 
 

@@ -156,9 +156,11 @@ def _scale(values: Sequence[Any]) -> tuple[Any, tuple[tuple[float, str], ...]]:
 
         few = sorted(set(numbers)) if len(set(numbers)) <= 6 else [low, high]
         return of_number, tuple((of_number(value), shown(float(value))) for value in few)
-    words = list(dict.fromkeys(shown(value) for value in values))
-    places = {word: _height(index / (len(words) - 1) if len(words) > 1 else 0.5) for index, word in enumerate(words)}
-    return lambda value: places[shown(value)], tuple((places[word], word) for word in words[:12])
+    labels = list(dict.fromkeys(shown(value) for value in values))
+    places = {
+        label: _height(index / (len(labels) - 1) if len(labels) > 1 else 0.5) for index, label in enumerate(labels)
+    }
+    return lambda value: places[shown(value)], tuple((places[label], label) for label in labels[:12])
 
 
 def _height(share: float) -> float:

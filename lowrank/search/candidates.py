@@ -129,8 +129,8 @@ def _rounded(value: float) -> float:
 def name_of(place: int, total: int, values: Mapping[str, Any]) -> str:
     """`03-rank=8-learning_rate=0.0003`: unlike any other, and a name of a folder."""
     number = str(place).zfill(len(str(max(1, total - 1))))
-    words = [f"{path.rpartition('.')[2]}={value}" for path, value in values.items() if _is_short(value)]
-    text = "-".join([number, *words])
+    parts = [f"{path.rpartition('.')[2]}={value}" for path, value in values.items() if _is_short(value)]
+    text = "-".join([number, *parts])
     return re.sub(r"[^\w.+=-]", "_", text)[:_LONGEST_NAME].rstrip(".")
 
 

@@ -38,7 +38,7 @@ def table(sweep: Sweep) -> dict[str, Any]:
     order = ranked(list(sweep.trials.values()))
     best = order[0] if order and order[0].best is not None and math.isfinite(order[0].best) else None
     rows = [_row(place, trial, best) for place, trial in enumerate(order, start=1)]
-    taken, asked = sum(trial.step for trial in order), sum(trial.num_steps for trial in order)
+    taken, planned = sum(trial.step for trial in order), sum(trial.num_steps for trial in order)
     return {
         "metric": sweep.metric,
         "search": sweep.settings.search,
@@ -46,7 +46,7 @@ def table(sweep: Sweep) -> dict[str, Any]:
         "rungs": [round(share, 6) for share in sweep.shares],
         "best": None if best is None else best.name,
         "steps": taken,
-        "steps_of_all": asked,
+        "steps_of_all": planned,
         "candidates": rows,
     }
 

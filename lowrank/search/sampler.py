@@ -47,8 +47,8 @@ class OptunaSampler:
         study = self._optuna.create_study(sampler=sampler)
         for trial in trials:
             study.add_trial(as_optuna(self._optuna, self._settings, trial))
-        asked = study.ask(distributions(self._optuna, self._settings))
-        values = {name: _plain(self._settings.random[name], asked.params[name]) for name in self._settings.random}
+        suggestion = study.ask(distributions(self._optuna, self._settings))
+        values = {name: _plain(self._settings.random[name], suggestion.params[name]) for name in self._settings.random}
         return Candidate(name_of(number, num_trials(self._settings), values), values)
 
 
@@ -81,12 +81,12 @@ def write_database(settings: SweepConfig, folder: Path, trials: Sequence[Trial])
         if settings.sampler == "optuna":
             study.add_trials([as_optuna(optuna, settings, trial) for trial in trials])
         else:
-            words: dict[str, dict[str, None]] = {}
+            choices: dict[str, dict[str, None]] = {}
             for trial in trials:
                 for name, value in trial.candidate.values.items():
-                    words.setdefault(name, {})[str(value)] = None
-            kinds = {name: optuna.distributions.CategoricalDistribution(tuple(each)) for name, each in words.items()}
-            study.add_trials([_frozen(optuna, trial, _words(trial), kinds) for trial in trials])
+                    choices.setdefault(name, {})[str(value)] = None
+            kinds = {name: optuna.distributions.CategoricalDistribution(tuple(each)) for name, each in choices.items()}
+            study.add_trials([_frozen(optuna, trial, _as_text(trial), kinds) for trial in trials])
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -115,7 +115,7 @@ def _frozen(optuna: Any, trial: Trial, parameters: Mapping[str, Any], kinds: Map
     )
 
 
-def _words(trial: Trial) -> dict[str, str]:
+def _as_text(trial: Trial) -> dict[str, str]:
     return {name: str(value) for name, value in trial.candidate.values.items()}
 
 

@@ -42,7 +42,7 @@ def peers_config(**others: Any) -> Any:
     return peft.AdaLoraConfig(**{**settings, "target_modules": ["q_proj", "up_proj"], **others})
 
 
-def said(bank: Bank, slot: int) -> torch.Tensor:
+def output_of(bank: Bank, slot: int) -> torch.Tensor:
     """Logits, by the model's own attention."""
     with bank.base.using_attention(bank.base.own_attention):
         return logits(bank, slot)
@@ -121,7 +121,7 @@ def test_fifty_steps_with_the_allocator_equal_pefts(tmp_path: Path) -> None:
     }
     with torch.no_grad():
         expected = twin(TOKEN).logits
-    torch.testing.assert_close(said(engine.bank, slots[1]), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output_of(engine.bank, slots[1]), expected, rtol=1e-6, atol=1e-6)
 
     save_adapter(
         tmp_path / "ours", on_disk(engine.bank, slots[1]), describe_base(engine.base.model, "llama"), dtype=None
@@ -140,7 +140,7 @@ def test_fifty_steps_with_the_allocator_equal_pefts(tmp_path: Path) -> None:
         bank = Bank(make_base("llama"))
         slot = bank.add(saved.config, seed=0)
         bank.load(slot, saved.tensors)
-        torch.testing.assert_close(said(bank, slot), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(output_of(bank, slot), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("cut", [pytest.param(3, marks=pytest.mark.slow), 22, pytest.param(40, marks=pytest.mark.slow)])
@@ -174,7 +174,7 @@ def test_files_hold_what_was_evaluated_at_any_step(tmp_path: Path) -> None:
             )
             read = load_adapter(tmp_path / "a")
             bank.load(bank.add(read.config, seed=0), read.tensors)
-            torch.testing.assert_close(said(bank, 0), said(engine.bank, slot), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(output_of(bank, 0), output_of(engine.bank, slot), rtol=1e-9, atol=1e-9)
             assert saved.ranks == read.targets
 
 

@@ -181,11 +181,11 @@ def test_answers_to_one_prompt_share_it_and_its_virtual_tokens(name: str) -> Non
         grads = [p.grad.clone() for p in engine.bank.parameters(slot).values() if p.grad is not None]
         found.append((losses, grads, engine.logprobs(slot, pairs)))
         engine.jobs[slot].optimizer.zero_grad()
-    (losses, grads, described), (shared_losses, shared_grads, shared_said) = found
+    (losses, grads, described), (shared_losses, shared_grads, shared_described) = found
     assert shared_losses == pytest.approx(losses, abs=1e-11)
     for one, other in zip(grads, shared_grads):  # Llama's norms round to float32 on the way
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-8)
-    for one_L, other_L in zip(described, shared_said):
+    for one_L, other_L in zip(described, shared_described):
         np.testing.assert_allclose(one_L, other_L, atol=1e-6)
 
 
@@ -385,10 +385,10 @@ def test_exports_say_what_they_cannot_take_in(tmp_path: Path) -> None:
     token_L = np.arange(3, 9)
     (reading,) = target.read_back(source, tmp_path / "out")
     with reading.open() as reader:
-        said_LV = reader.logprobs(token_L)
-    assert said_LV.shape == (6, 97)
+        exported_LV = reader.logprobs(token_L)
+    assert exported_LV.shape == (6, 97)
     ours_L = engine.logprobs(slot, [Segment(token_L, np.r_[0, np.ones(5)].astype(np.float32))])[0]
-    np.testing.assert_allclose(said_LV[np.arange(5), token_L[1:]], ours_L[1:], atol=1e-4)
+    np.testing.assert_allclose(exported_LV[np.arange(5), token_L[1:]], ours_L[1:], atol=1e-4)
 
 
 def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:

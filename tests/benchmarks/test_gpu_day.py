@@ -20,8 +20,8 @@ MEASURED = {"environment", "kernels", "training", "plans", "decoding", "profiles
 
 def test_every_section_runs_at_the_tiniest_size(tmp_path: Path) -> None:
     sections = [name for name in gpu_day.SECTIONS if name != "tests"]
-    words = ["--rehearse", "--no-peers", "--cells", "1", "--sections", *sections, "--out", str(tmp_path)]
-    assert gpu_day.main(words) == 0
+    arguments = ["--rehearse", "--no-peers", "--cells", "1", "--sections", *sections, "--out", str(tmp_path)]
+    assert gpu_day.main(arguments) == 0
     found = json.loads((tmp_path / "gpu_day.json").read_text())
     assert found.keys() >= MEASURED
     assert "failures" not in found

@@ -123,7 +123,7 @@ def test_unsloth_front(world: Path) -> None:
     torch.testing.assert_close(ours, known["logits"], rtol=0, atol=1e-4)
 
 
-def _never(*words: Any, **how: Any) -> Any:
+def _never(*arguments: Any, **how: Any) -> Any:
     raise AssertionError("the base was loaded")
 
 
@@ -149,10 +149,10 @@ def test_added_tokens_are_refused_before_the_base_loads(
 def test_predict_and_a_folder_of_adapters_read_the_adapter_s_own_rows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["predict", str(world / "own"), "--data", str(world / "train.json"), "--metrics", "none",
+    arguments = ["predict", str(world / "own"), "--data", str(world / "train.json"), "--metrics", "none",
              "--max-samples", "2", "--max-new-tokens", "2", "--output", str(tmp_path)]  # fmt: skip
     with pytest.raises(SystemExit) as left:
-        main(words)
+        main(arguments)
     output = capsys.readouterr()
     assert left.value.code in (0, None), output
     assert "they are the adapter's own" in output.err

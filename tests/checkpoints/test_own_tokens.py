@@ -59,11 +59,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_they_are_read_as_peft_reads_them(world: Path) -> None:
-    told: list[str] = []
-    trained = open_inference_model(str(world / "own"), notify=told.append)
+    notices: list[str] = []
+    trained = open_inference_model(str(world / "own"), notify=notices.append)
     expected = torch.load(world / "own.pt")
     assert trained.base.tokenizer(TEXT)["input_ids"] == expected["ids"]
-    assert any("brings 2 tokens of its own" in each and "<yes>, <no>" in each for each in told)
+    assert any("brings 2 tokens of its own" in each and "<yes>, <no>" in each for each in notices)
     assert trained.base.tokenizer.decode(expected["ids"]) == TEXT
 
 

@@ -41,8 +41,8 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OutputError) as caught:
         open_run_folder(tmp_path, jobs=JOBS)
-    for word in ("checkpoints", "metrics.jsonl", "r8", "resume=true", "overwrite=true"):
-        assert word in str(caught.value)
+    for phrase in ("checkpoints", "metrics.jsonl", "r8", "resume=true", "overwrite=true"):
+        assert phrase in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
     open_run_folder(tmp_path, jobs=JOBS, resume=True).close()  # the refusal let go of the lock
 
@@ -95,14 +95,14 @@ def test_overwrite_refuses_what_others_wrote(stray: str, tmp_path: Path) -> None
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("asked", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_folder_of_someone_else_is_left_alone(asked: dict[str, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_of_someone_else_is_left_alone(flags: dict[str, bool], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(OutputError, match=r"was not written by lowrank \(thesis.tex\)"):
-        open_run_folder(tmp_path, jobs=JOBS, **asked)
+        open_run_folder(tmp_path, jobs=JOBS, **flags)
     assert os.listdir(tmp_path) == ["thesis.tex"]
     with pytest.raises(OutputError, match="is a file"):
-        open_run_folder(tmp_path / "thesis.tex", jobs=JOBS, **asked)
+        open_run_folder(tmp_path / "thesis.tex", jobs=JOBS, **flags)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

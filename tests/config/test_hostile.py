@@ -76,9 +76,9 @@ def test_json(text: str, described: str, tmp_path: Path) -> None:
 
 
 def test_words_of_the_command_line_are_as_bounded() -> None:
-    for word in ("seed=" + "[" * 3000, "seed=&a [*a]", "seed=" + "9" * 5000):
+    for entry in ("seed=" + "[" * 3000, "seed=&a [*a]", "seed=" + "9" * 5000):
         with pytest.raises(ConfigError):
-            load_any("model=lowrank/tiny", ["data.train=lowrank/demo", "output_dir=o", word])
+            load_any("model=lowrank/tiny", ["data.train=lowrank/demo", "output_dir=o", entry])
 
 
 def test_expressions_that_backtrack_end() -> None:

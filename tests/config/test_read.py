@@ -99,9 +99,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
 JOBS = SHORT + "adapter: {rank: 4}\njobs:\n  - {name: a}\n  - {name: b, adapter: {rank: 8}}\n"
 
 
-@pytest.mark.parametrize("word", ["jobs.1.adapter.rank=32", "jobs.b.adapter.rank=32"])
-def test_overrides_reach_jobs_by_place_and_by_name(tmp_path: Path, word: str) -> None:
-    ranks = [job.adapter.rank for job in load(write(tmp_path, JOBS), [word]).jobs]
+@pytest.mark.parametrize("entry", ["jobs.1.adapter.rank=32", "jobs.b.adapter.rank=32"])
+def test_overrides_reach_jobs_by_place_and_by_name(tmp_path: Path, entry: str) -> None:
+    ranks = [job.adapter.rank for job in load(write(tmp_path, JOBS), [entry]).jobs]
     assert ranks == [4, 32]
 
 

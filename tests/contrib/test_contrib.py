@@ -21,10 +21,10 @@ RENAMED = {ROOT / "config" / "renamed.py"}
 
 def test_the_core_mentions_none_of_it() -> None:
     names = [*configs_in("lowrank.contrib.layer_wrappers"), *COMMANDS]
-    word = re.compile("|".join(names))
+    mention = re.compile("|".join(names))
     compat = set(ROOT.glob("compat/**/*.py"))  # settings of other programs, which have their own names
     core = {path for path in ROOT.rglob("*.py") if "contrib" not in path.parts} - RENAMED - compat
-    assert not [str(path) for path in core if word.search(path.read_text("utf-8"))]
+    assert not [str(path) for path in core if mention.search(path.read_text("utf-8"))]
 
 
 def test_settings_are_read_without_loading_a_model() -> None:

@@ -76,9 +76,9 @@ def test_experts_are_matrices_under_one_another_and_the_plot_is_a_png(tmp_path: 
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run(command: str, *words: str) -> int:
+def run(command: str, *arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        main([command, *words])
+        main([command, *arguments])
     return int(caught.value.code or 0)
 
 

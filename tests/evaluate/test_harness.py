@@ -104,9 +104,9 @@ def theirs(world: Path, adapter: str | None, out: Path) -> dict[str, Any]:
     return simple_evaluate(lm, tasks=TASKS, task_manager=manager, bootstrap_iters=0)  # type: ignore[return-value]
 
 
-def evaluate(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
     with pytest.raises(SystemExit) as caught:
-        main(["eval", *words])
+        main(["eval", *arguments])
     output = capsys.readouterr()
     assert caught.value.code == code, output
     return output.out, output.err
@@ -123,8 +123,8 @@ def test_equal_to_lm_eval_on_the_merged_model(
         return score(base, bank, entries, **how)
 
     monkeypatch.setattr(harness, "continuation_logprobs", counted)
-    words = [str(world / "run"), "--tasks", ",".join(TASKS), "--include-path", str(world / "tasks")]
-    out, err = evaluate(capsys, *words, "--json")
+    arguments = [str(world / "run"), "--tasks", ",".join(TASKS), "--include-path", str(world / "tasks")]
+    out, err = evaluate(capsys, *arguments, "--json")
     ours = json.loads(out.splitlines()[-1])
     assert passes == [3, 3], "choices once and rolling texts once, for all models together"
     assert list(ours["results"]) == ["base", "a", "b"]
@@ -168,9 +168,9 @@ def test_a_diverged_adapter_has_no_result_and_the_others_have(
     weights = current(world / "run" / "b" / "best") / "adapter_model.safetensors"
     before = load_file(weights)
     save_file({name: torch.full_like(value, torch.nan) for name, value in before.items()}, weights)
-    words = [str(world / "run"), "--tasks", "tiny_choice", "--include-path", str(world / "tasks"), "--json"]
+    arguments = [str(world / "run"), "--tasks", "tiny_choice", "--include-path", str(world / "tasks"), "--json"]
     try:
-        out, err = evaluate(capsys, *words, "--output", str(tmp_path))
+        out, err = evaluate(capsys, *arguments, "--output", str(tmp_path))
     finally:
         save_file(before, weights)
     result = json.loads(out.splitlines()[-1])
@@ -180,7 +180,7 @@ def test_a_diverged_adapter_has_no_result_and_the_others_have(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "described"),
+    ("arguments", "code", "described"),
     [
         (["--tasks", "tiny_chioce"], 2, "did you mean 'tiny_choice'"),
         (["--tasks", "tiny_choice", "--adapter", "c"], 4, "there is no adapter 'c' here"),
@@ -188,9 +188,9 @@ def test_a_diverged_adapter_has_no_result_and_the_others_have(
     ],
 )
 def test_mistakes_are_named(
-    world: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, described: str
+    world: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, described: str
 ) -> None:
-    _, err = evaluate(capsys, str(world / "run"), "--include-path", str(world / "tasks"), *words, code=code)
+    _, err = evaluate(capsys, str(world / "run"), "--include-path", str(world / "tasks"), *arguments, code=code)
     assert described in err
 
 

@@ -18,13 +18,13 @@ from lowrank.evaluate.bootstrap import difference, interval
 from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, measure
 
 ENGLISH = ["The cat sat on the mat today.", "A quick brown fox jumps over it.", "Nothing in common at all."]
-SAID = ["The cat sat on a mat today.", "A quick brown fox jumped over it", ""]
+PREDICTIONS = ["The cat sat on a mat today.", "A quick brown fox jumped over it", ""]
 CHINESE = ["今天天气很好，我们去公园散步吧。", "北京是中国的首都。", "hello 世界"]
 GESAGT = ["今天天气不错，我们去公园走走。", "中国的首都是北京。", ""]
 
 
 def test_bleu_is_sacrebleus() -> None:
-    for described, labels, tokenize in ((SAID, ENGLISH, "13a"), (GESAGT, CHINESE, "zh")):
+    for described, labels, tokenize in ((PREDICTIONS, ENGLISH, "13a"), (GESAGT, CHINESE, "zh")):
         metric = measure(described, labels)["bleu4"]
         expected = sacrebleu.corpus_bleu(described, [labels], tokenize=tokenize).score
         assert metric.value == pytest.approx(expected, abs=1e-9)
@@ -33,10 +33,10 @@ def test_bleu_is_sacrebleus() -> None:
 
 
 def test_rouge_is_that_of_the_language() -> None:
-    english = measure(SAID, ENGLISH)
+    english = measure(PREDICTIONS, ENGLISH)
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for name in ("rouge1", "rouge2", "rougeL"):
-        expected = [scorer.score(label, described)[name].fmeasure for described, label in zip(SAID, ENGLISH)]
+        expected = [scorer.score(label, described)[name].fmeasure for described, label in zip(PREDICTIONS, ENGLISH)]
         assert english[name].value == pytest.approx(100 * float(np.mean(expected)))
     chinese = measure(GESAGT, CHINESE)
     for name, theirs in (("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougeL", "rouge-l")):
@@ -49,11 +49,11 @@ def test_rouge_is_that_of_the_language() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*0 counts.*")
 def test_llamafactorys_numbers_are_over_characters() -> None:
-    ours = measure(SAID, ENGLISH, LLAMAFACTORY_NAMES)
+    ours = measure(PREDICTIONS, ENGLISH, LLAMAFACTORY_NAMES)
     smooth = SmoothingFunction().method3
-    expected = [sentence_bleu([list(b)], list(a), smoothing_function=smooth) for a, b in zip(SAID[:2], ENGLISH)]
+    expected = [sentence_bleu([list(b)], list(a), smoothing_function=smooth) for a, b in zip(PREDICTIONS[:2], ENGLISH)]
     assert ours["llamafactory_bleu4"].value == pytest.approx(100 * sum(expected) / 3)
-    assert ours["llamafactory_bleu4"].value > measure(SAID, ENGLISH)["bleu4"].value + 1
+    assert ours["llamafactory_bleu4"].value > measure(PREDICTIONS, ENGLISH)["bleu4"].value + 1
 
 
 def test_exact_match_and_unknown_names() -> None:
@@ -97,14 +97,14 @@ def test_pairs_tell_apart_what_lone_intervals_cannot() -> None:
 def test_rows_of_a_metric_have_its_spread() -> None:
     """The jackknife against the bootstrap; of a mean the rows are its own."""
     generator = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "in", "the", "sun"]
-    labels = [" ".join(generator.choice(words, 12)) for _ in range(120)]
-    said = [" ".join(word if generator.random() < 0.8 else "x" for word in label.split()) for label in labels]
-    found = measure(said, labels, ["bleu4", "rouge1"])
+    vocabulary = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "in", "the", "sun"]
+    labels = [" ".join(generator.choice(vocabulary, 12)) for _ in range(120)]
+    predictions = [" ".join(token if generator.random() < 0.8 else "x" for token in label.split()) for label in labels]
+    found = measure(predictions, labels, ["bleu4", "rouge1"])
     rouge_N = found["rouge1"].per_row()
     assert rouge_N == pytest.approx(found["rouge1"].statistics_NK[:, 0])
     for name in ("bleu4", "rouge1"):
         row_N, drawn = found[name].per_row(), interval(found[name])
         assert row_N.mean() == pytest.approx(found[name].value, abs=0.2)
         assert 1.96 * row_N.std(ddof=1) / np.sqrt(120) == pytest.approx((drawn.high - drawn.low) / 2, rel=0.12)
-    assert measure(said[:1], labels[:1], ["bleu4"])["bleu4"].per_row().shape == (1,)
+    assert measure(predictions[:1], labels[:1], ["bleu4"])["bleu4"].per_row().shape == (1,)

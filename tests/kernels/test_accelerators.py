@@ -29,14 +29,14 @@ from tests.tiny_models import random_step
 def there(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Say which accelerators torch finds."""
 
-    def say(*names: str) -> None:
+    def announce(*names: str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in names)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.xpu, "is_available", lambda: "xpu" in names)
         monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in names)
 
-    return say
+    return announce
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_rocm_is_no_nvidia(hip: str | None, monkeypatch: pytest.MonkeyPatch) -> 
     assert packed.has_varlen(gpu) is fast
     assert grouped.has_grouped_kernel(gpu) is fast
     assert four_bit.dequantize_way(gpu, torch.bfloat16) == ("triton" if fast else "torch")
-    word = accelerators.unproven(gpu)
-    assert word is not None
-    assert ("MI300X (ROCm)" in word) is not fast
+    notice = accelerators.unproven(gpu)
+    assert notice is not None
+    assert ("MI300X (ROCm)" in notice) is not fast
 
 
 @pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 6), False), ((9, 0), True), ((12, 0), False)])

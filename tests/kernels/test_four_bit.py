@@ -105,8 +105,8 @@ def test_dequantize_native_as_other_processors_have_it(flags: str, tmp_path: Pat
     if compiler is None or ("x86" in flags and platform.machine() != "x86_64"):
         pytest.skip("nothing to compile it with here")
     source, made = Path(four_bit.__file__).with_name("four_bit.c"), tmp_path / "made.so"
-    words = [compiler, "-O3", flags, "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
-    subprocess.run([*words, "-o", str(made), str(source)], check=True)
+    command = [compiler, "-O3", flags, "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", str(made), str(source)], check=True)
     library = ctypes.CDLL(str(made))
     packed = torch.randint(256, (64 * 32,), dtype=torch.uint8)
     absmax = torch.cat([10 ** torch.randn(59), torch.tensor([0.0, 1e-40, 1e38, float("inf"), float("nan")])])

@@ -31,7 +31,7 @@ def breaks(device: torch.device, dtype: torch.dtype) -> Pairs:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def notices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """On a GPU, as far as the choice knows; what a person hears."""
     heard: list[str] = []
     monkeypatch.setattr(fused, "is_nvidia", lambda device: True)
@@ -42,7 +42,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("check", "runs", "word"),
+    ("check", "runs", "phrase"),
     [
         (right, True, None),
         (wrong, False, "off by 9.2%"),
@@ -50,15 +50,17 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (breaks, False, "another card"),
     ],
 )
-def test_only_what_is_right_runs(check: Callable[..., Pairs], runs: bool, word: str | None, told: list[str]) -> None:
+def test_only_what_is_right_runs(
+    check: Callable[..., Pairs], runs: bool, phrase: str | None, notices: list[str]
+) -> None:
     half = torch.ones(2, dtype=torch.bfloat16)
     for _ in range(2):
         assert fused.runs_fused(half, check) is runs
-    assert len(told) == (word is not None), "said once"
-    assert word is None or word in told[0]
+    assert len(notices) == (phrase is not None), "said once"
+    assert phrase is None or phrase in notices[0]
 
 
-def test_where_it_is_not_asked(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_not_asked(notices: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.ones(2, dtype=torch.float16)
     assert not fused.runs_fused(half.float(), right)
     with fused.plain_only():
@@ -83,7 +85,7 @@ def test_activations_by_what_transformers_calls_them() -> None:
     }
 
 
-def test_a_check_does_not_see_who_asks(told: list[str]) -> None:
+def test_a_check_does_not_see_who_asks(notices: list[str]) -> None:
     """The first call may come from inside a checkpointed layer or an inference mode."""
     seen: list[int] = []
 
@@ -96,25 +98,25 @@ def test_a_check_does_not_see_who_asks(told: list[str]) -> None:
     with torch.inference_mode(), torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(1) or x, lambda x: x):
         assert fused.runs_fused(half, compares)
     assert not seen
-    assert not told
+    assert not notices
 
 
-def test_no_check_within_a_backward_pass(told: list[str]) -> None:
+def test_no_check_within_a_backward_pass(notices: list[str]) -> None:
     """It would wait for the thread that waits for it; what is not known by then is computed plainly."""
-    asked: list[bool] = []
+    enabled: list[bool] = []
 
-    class Asks(torch.autograd.Function):
+    class Query(torch.autograd.Function):
         @staticmethod
         def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
             return x.clone()
 
         @staticmethod
         def backward(ctx: object, *outer: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            asked.append(fused.runs_fused(outer[0].bfloat16(), right))
+            enabled.append(fused.runs_fused(outer[0].bfloat16(), right))
             return outer[0]
 
     leaf = torch.ones(2, requires_grad=True)
-    Asks.apply(leaf).sum().backward()  # type: ignore[union-attr]
+    Query.apply(leaf).sum().backward()  # type: ignore[union-attr]
     assert fused.runs_fused(leaf.detach().bfloat16(), right)
-    Asks.apply(leaf).sum().backward()  # type: ignore[union-attr]
-    assert asked == [False, True]
+    Query.apply(leaf).sum().backward()  # type: ignore[union-attr]
+    assert enabled == [False, True]

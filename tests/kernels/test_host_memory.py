@@ -67,8 +67,8 @@ def test_starting_again_keeps_the_command_and_happens_once(monkeypatch: pytest.M
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
     start_again_without_cache()
-    ((program, words, environment),) = requested
-    assert (program, words[1:]) == (sys.executable, ["-m", "lowrank", "train", "run.yaml"])
+    ((program, arguments, environment),) = requested
+    assert (program, arguments[1:]) == (sys.executable, ["-m", "lowrank", "train", "run.yaml"])
     assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.tcache_count=0"
     monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
     start_again_without_cache()

@@ -33,7 +33,7 @@ from tests.tiny_models import make_engine, random_step
 
 PADDED = {"qwen3_5", "llama4"}
 """Linear attention, and chunks that the mask alone knows: as of their text models."""
-TELLING = ("qwen2_5_vl", "qwen3_5", "llava", "gemma3", "gemma4", "idefics3", "qwen2_audio")
+REPRESENTATIVE = ("qwen2_5_vl", "qwen3_5", "llava", "gemma3", "gemma4", "idefics3", "qwen2_audio")
 FLOAT32_INSIDE = {"gemma3", "gemma4"}
 NO_FLOAT64 = {"llama4"}
 """Its rotations are complex numbers, which a cast to float64 makes real."""
@@ -43,7 +43,7 @@ READ_BOTH_WAYS = {"paligemma"}
 families = pytest.mark.parametrize(
     "family",
     [
-        family if family in TELLING else pytest.param(family, marks=pytest.mark.slow)
+        family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
         for family in COMPOSITES
         if family not in READ_BOTH_WAYS
     ],
@@ -153,15 +153,15 @@ def test_names_mean_the_language_model_where_both_have_them(tmp_path: Path) -> N
 
 
 def test_full_tuning_leaves_the_tower_as_it_is(tmp_path: Path) -> None:
-    said: list[str] = []
+    notices: list[str] = []
     config = ModelConfig(path=str(save_composite_folder(tmp_path / "model", "llava")), dtype="float32", device="cpu")
-    base = load(config, train_all=True, notify=said.append)
+    base = load(config, train_all=True, notify=notices.append)
     trained = {name for name, parameter in base.model.named_parameters() if parameter.requires_grad}
     assert {name.partition(".layers")[0] for name in trained} == {
         "model.language_model", "model.language_model.embed_tokens.weight", "model.language_model.norm.weight",
         "lm_head.weight",
     }  # fmt: skip
-    assert any("what this base has beside its language model: vision_tower (" in sentence for sentence in said)
+    assert any("what this base has beside its language model: vision_tower (" in sentence for sentence in notices)
 
 
 @since("5.21", "its linear attention computes in the dtype of the model")

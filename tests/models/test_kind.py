@@ -99,8 +99,8 @@ def test_every_command_refuses_an_encoder(command: str, tmp_path: Path) -> None:
     transformers.BertForMaskedLM(transformers.BertConfig(**{**_SMALL, "vocab_size": 259})).save_pretrained(folder)
     write_alpaca(tmp_path / "a.json", 4)
     (tmp_path / "run.yaml").write_text(json.dumps({"model": "bert", "data": {"train": "a.json"}, "output_dir": "out"}))
-    words = {"train": ["run.yaml"], "plan": ["run.yaml"], "export": ["bert", "--to", "merged", "-o", "x"]}
-    done = lowrank(command, *words.get(command, ["bert"]), cwd=tmp_path)
+    arguments = {"train": ["run.yaml"], "plan": ["run.yaml"], "export": ["bert", "--to", "merged", "-o", "x"]}
+    done = lowrank(command, *arguments.get(command, ["bert"]), cwd=tmp_path)
     assert done.returncode == 4, done.stdout + done.stderr
     assert "'bert' (BertForMaskedLM), an encoder" in " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in done.stderr

@@ -180,10 +180,10 @@ def test_dtype_is_what_was_asked_for() -> None:
 def test_a_model_that_ignores_boundaries_runs_padded() -> None:
     base = Base(make_mixer(mixing="causal"), None, "mixer")
     check_head(base)
-    word = choose_layout(base, "auto")
+    notice = choose_layout(base, "auto")
     assert base.layout == "padded"
-    assert word is not None
-    assert "one document per padded row" in word
+    assert notice is not None
+    assert "one document per padded row" in notice
     documents = random_step(0, [5, 11, 1])
     together = base.hidden(pack([(-1, document) for document in documents]))
     alone = torch.cat([base.hidden(pack([(-1, document)])) for document in documents])

@@ -28,7 +28,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.said: list[str] = []
+        self.texts: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -43,7 +43,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.said.append(data)
+        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
     assert "url(" not in written
     english, chinese = ([tag for tag, attrs in page.tags if attrs.get("lang") == language] for language in ("en", "zh"))
     assert len(chinese) >= len(english) - 1 > 20
-    text = "".join(page.said)
+    text = "".join(page.texts)
     for expected in ("r4", "中文", "of 9 left out", "planned peak", "exact match", "output_dir", "最佳验证"):
         assert expected in text, expected
     assert "alert(1)</script>" in text, "the sample is shown as text"
@@ -89,8 +89,8 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
     assert len(requested) == 2
     assert all({"base", "r4"} <= each["predictions"].keys() for each in requested)
     page = Page((run / "report.html").read_text("utf-8"))
-    assert "base (" in "".join(page.said), "samples before and after"
-    assert "perplexity" not in "".join(page.said)
+    assert "base (" in "".join(page.texts), "samples before and after"
+    assert "perplexity" not in "".join(page.texts)
     with pytest.raises(SystemExit):
         main(
             ["predict", str(run), "--data", str(run.parent / "rows.json"), "--max-new-tokens", "3", "--metrics", "none"]
@@ -100,8 +100,8 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"report": str(run / "report.html")}
     page = Page((run / "report.html").read_text("utf-8"))
     assert [tag for tag, _ in page.tags].count("script") == 1
-    assert "perplexity" in "".join(page.said)
-    assert "base (" in "".join(page.said), "samples before and after"
+    assert "perplexity" in "".join(page.texts)
+    assert "base (" in "".join(page.texts), "samples before and after"
 
 
 def test_samples_need_held_out_rows_of_the_run(tmp_path: Path) -> None:

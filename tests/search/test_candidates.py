@@ -97,7 +97,7 @@ def test_a_sweep_makes_the_jobs_and_reads_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         ({"grid": {"adapter.rnk": [8]}}, ["sweep.grid.adapter.rnk: jobs have no such setting; did you mean 'adapter."]),
         ({"grid": {"adapter.rank": [8, 0]}}, ["sweep.grid.adapter.rank: expected a number above 0, got 0"]),
@@ -113,10 +113,10 @@ def test_a_sweep_makes_the_jobs_and_reads_back() -> None:
         ({"grid": {"seed": [1]}, "serch": "asha"}, ["sweep.serch: unknown key; did you mean 'search'"]),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said_in_the_words_of_the_file(given: dict[str, Any], words: list[str]) -> None:
+def test_what_cannot_be_is_said_in_the_words_of_the_file(given: dict[str, Any], message: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         resolve({**TOP, "sweep": given})
-    for each in words:
+    for each in message:
         assert each in str(refused.value)
     assert str(refused.value).count("\n") == 1, f"one line for one mistake, not one for each candidate: {refused.value}"
 

@@ -66,7 +66,7 @@ def linear_weights(model: str, revision: str | None) -> dict[str, Any]:
         and tensor.dtype.is_floating_point
         and tensor.dtype.itemsize >= 2
         and name.removesuffix(".weight").rsplit(".", 1)[-1] not in DENSE_MODULES
-        and not any(word in name for word in kept)
+        and not any(part in name for part in kept)
         and not name.endswith(("scales", "weight_scale", "absmax"))
     }
     packed = [name for name, tensor in stored.items() if len(tensor.shape) == 2 and tensor.dtype.itemsize in (1, 4)]

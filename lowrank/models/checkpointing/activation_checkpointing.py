@@ -31,7 +31,7 @@ from lowrank.errors import ModelError
 from lowrank.models.checkpointing.activation_offload import HostMemory
 from lowrank.models.checkpointing.sqrt_checkpointing import Segments
 
-_ASKS_BEFORE_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+_CHECKS_BEFORE_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 """Older releases of transformers ask in the layer's `__call__`, which its own hooks come too late for."""
 
 Run = Callable[..., Any]
@@ -124,7 +124,7 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
 
 def _owners(model: Any) -> list[torch.nn.Module]:
     """The modules that have decoder layers in them and are called before these; none where the layers' hooks do."""
-    if not _ASKS_BEFORE_HOOKS:
+    if not _CHECKS_BEFORE_HOOKS:
         return []
     return [
         module
@@ -143,7 +143,7 @@ def _use(layer: Any, run: Run | None, owners: Sequence[torch.nn.Module]) -> None
     """
     for hook in getattr(layer, "_lowrank_asks", ()):
         hook.remove()
-    layer._lowrank_asks = ()
+    layer._lowrank_hooks = ()
     layer.gradient_checkpointing = run is not None
     if run is None:
         return
@@ -154,7 +154,7 @@ def _use(layer: Any, run: Run | None, owners: Sequence[torch.nn.Module]) -> None
 
     layer._gradient_checkpointing_func = start
     called = owners or (layer,)
-    layer._lowrank_asks = tuple(module.register_forward_pre_hook(partial(_enable, layer)) for module in called)
+    layer._lowrank_hooks = tuple(module.register_forward_pre_hook(partial(_enable, layer)) for module in called)
 
 
 def _enable(layer: torch.nn.Module, module: torch.nn.Module, args: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers.utils.hub import cached_file
 
 from lowrank.errors import ModelError, raise_all
-from lowrank.foreign_files import check_file, name_trouble, parse_json, read_json
+from lowrank.foreign_files import check_file, name_problem, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -152,7 +152,7 @@ def _find(path: str, revision: str | None) -> tuple[list[str], list[str]]:
         names = sorted(set(weight_map.values()))
     except (KeyError, AttributeError, TypeError) as error:
         raise ModelError(_damaged(Path(index), "it does not say which file has which tensor")) from error
-    found_problems = [problem for name in names if (problem := name_trouble(name)) is not None]
+    found_problems = [problem for name in names if (problem := name_problem(name)) is not None]
     raise_all(ModelError, f"{index}: it names files outside the model's folder", found_problems)
     found = {name: _cached(path, name, revision) for name in names}
     problems = [

@@ -54,7 +54,7 @@ def check_path(path: str) -> None:
     if not place.exists():
         return
     if not place.is_dir():
-        raise ModelError(f"{path} is {_said_of_file(place)}")
+        raise ModelError(f"{path} is {_describe_file(place)}")
     if not os.path.lexists(place / "config.json"):
         raise ModelError(f"{path} {_without_config(place)}")
     check_folder(place)
@@ -164,7 +164,7 @@ def _check_type(path: str, config: dict[str, Any]) -> None:
     )
 
 
-def _said_of_file(place: Path) -> str:
+def _describe_file(place: Path) -> str:
     if place.suffix == ".safetensors":
         folder = place.parent
         if (folder / "adapter_config.json").is_file():

@@ -121,12 +121,12 @@ def load(
         use_memory_efficient_modules(model)
     base = Base(model, tokenizer, config.path, config.revision)
     check_head(base)
-    word = choose_layout(base, config.attention)
-    if word:
-        notify(word)
+    notice = choose_layout(base, config.attention)
+    if notice:
+        notify(notice)
     if config.shift_attn is not None:
-        _shift_attention(base, config.shift_attn, word)
-    _wrap_layers(base, config, word, train_all)
+        _shift_attention(base, config.shift_attn, notice)
+    _wrap_layers(base, config, notice, train_all)
     set_activation_checkpointing(model, config.activation_checkpointing)
     return base
 

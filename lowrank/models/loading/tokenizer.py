@@ -100,9 +100,9 @@ def _configuration_of(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(model.get("model_type"), str) or model["model_type"] not in transformers.CONFIG_MAPPING:
         return {}
-    asked = {name: value for name, value in model.items() if "rope" not in name}  # which wants the class' own defaults
+    values = {name: value for name, value in model.items() if "rope" not in name}  # which wants the class' own defaults
     try:
-        return {"config": transformers.PreTrainedConfig.from_dict({**asked, "_name_or_path": str(folder)})}
+        return {"config": transformers.PreTrainedConfig.from_dict({**values, "_name_or_path": str(folder)})}
     except Exception as error:  # whatever transformers makes of somebody's file
         raise ModelError(f"{folder / 'config.json'}: {reason_of(error, model)}") from error
 

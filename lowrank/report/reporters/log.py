@@ -19,11 +19,11 @@ class LogReporter(PlainReporter):
 
     def report(self, event: Event) -> None:
         if isinstance(event, RunFinished):
-            self._say("interrupted; a checkpoint is saved" if event.interrupted else "the run is finished")
+            self._print("interrupted; a checkpoint is saved" if event.interrupted else "the run is finished")
         else:
             super().report(event)
 
-    def _say(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str, style: str | None = None) -> None:
         text = visible(text)  # a handler writes to a file or terminal, and may fail at half a character
         if style is not None:
             LOGGER.warning("%s", text.removeprefix("warning: "))

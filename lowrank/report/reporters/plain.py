@@ -51,15 +51,15 @@ class PlainReporter:
         elif self._quiet:
             return
         elif isinstance(event, Preparing):
-            self._say(preparing(event))
+            self._print(preparing(event))
         elif isinstance(event, RunStarted):
-            self._say(title(event))
+            self._print(title(event))
             for job in event.jobs:
                 resumed = f", from step {job.first_step}" if job.first_step else ""
                 waits = "" if job.state == "running" else f", {STATES[job.state]}"
-                self._say(f"  {job.name}: {job.description}, {job.num_steps} steps{resumed}{waits}")
+                self._print(f"  {job.name}: {job.description}, {job.num_steps} steps{resumed}{waits}")
         elif isinstance(event, JobStarted):
-            self._say(f"{self._at(self._progress.step)}  {event.name} begins: {event.description}")
+            self._print(f"{self._at(self._progress.step)}  {event.name} begins: {event.description}")
         elif isinstance(event, StepDone):
             self._step(event, now)
         elif isinstance(event, EvalDone):
@@ -67,18 +67,18 @@ class PlainReporter:
             right = formatting.accuracy(event.metrics)
             if event.metric != "loss":
                 right += f", {formatting.score(event.metric, event.metrics[event.metric])}"
-            self._say(f"{self._at(event.step)}  {event.job} held-out {formatting.loss(event.loss)}{right}{best}")
+            self._print(f"{self._at(event.step)}  {event.job} held-out {formatting.loss(event.loss)}{right}{best}")
         elif isinstance(event, JobFinished):
-            self._say(f"{self._at(event.step)}  {event.job} is over: {STATES.get(event.reason, event.reason)}")
+            self._print(f"{self._at(event.step)}  {event.job} is over: {STATES.get(event.reason, event.reason)}")
         elif isinstance(event, RunFinished):
             self._console.print()
             self._console.print(render_summary(event.summary))
 
     def _notice(self, event: Notice) -> None:
         if event.level == "warning":
-            self._say(f"warning: {about(event)}", style="yellow")
+            self._print(f"warning: {about(event)}", style="yellow")
         elif not self._quiet:
-            self._say(about(event))
+            self._print(about(event))
 
     def _step(self, event: StepDone, now: float) -> None:
         if event.logged:
@@ -101,13 +101,13 @@ class PlainReporter:
         if len(progress.jobs) == 1:
             entries = [f"{entries[0].partition(' ')[2]}  lr {formatting.learning_rate(event.learning_rate)}"]
         for line in _wrapped(head, entries):
-            self._say(line)
+            self._print(line)
 
     def _at(self, step: int) -> str:
         total = str(self._progress.num_steps)
         return f"step {step:>{len(total)}}/{total}"
 
-    def _say(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str, style: str | None = None) -> None:
         self._console.print(escape(text), style=style, soft_wrap=True, highlight=False)
 
     def close(self) -> None:

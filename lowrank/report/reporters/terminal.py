@@ -82,11 +82,11 @@ class TerminalReporter:
         for task in self._waiting.task_ids:
             if self._waiting.tasks[0].fields["stage"] != event.text:
                 self._waiting.remove_task(task)
-        words = event.text if isinstance(event, Stage) else preparing(event)
+        description = event.text if isinstance(event, Stage) else preparing(event)
         if self._waiting.task_ids:
-            self._waiting.update(self._waiting.task_ids[0], description=words)
+            self._waiting.update(self._waiting.task_ids[0], description=description)
         else:
-            self._waiting.add_task(words, total=None, stage=event.text)
+            self._waiting.add_task(description, total=None, stage=event.text)
 
     def _end_waiting(self) -> None:
         waiting, self._waiting = self._waiting, None

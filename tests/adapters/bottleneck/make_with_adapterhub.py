@@ -57,7 +57,7 @@ def add(model, name, config):
                 parameter += 0.2 * torch.randn_like(parameter)
 
 
-def asked(model, name):
+def wanted_config(model, name):
     """(logits, gradients of the sum of their squares), in float64."""
     model = model.double()
     logits = model(TOKEN).logits
@@ -76,10 +76,10 @@ def write(folder):
             torch.manual_seed(1)
             add(model, name, dataclasses.replace(adapter))
             model.save_adapter(str(place / name), name, with_head=False, use_safetensors=True)
-            save_file(asked(model, name), place / f"{name}.safetensors")
+            save_file(wanted_config(model, name), place / f"{name}.safetensors")
 
 
-def ask(base, adapter, out):
+def record(base, adapter, out):
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     adapters.init(model)
     name = model.load_adapter(adapter, with_head=False, use_safetensors=True, set_active=True)
@@ -89,4 +89,4 @@ def ask(base, adapter, out):
 
 
 if __name__ == "__main__":
-    {"write": write, "ask": ask}[sys.argv[1]](*sys.argv[2:])
+    {"write": write, "ask": record}[sys.argv[1]](*sys.argv[2:])

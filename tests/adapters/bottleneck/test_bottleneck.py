@@ -305,9 +305,9 @@ def test_exports_say_what_they_cannot_take_in(tmp_path: Path) -> None:
     token_L = np.arange(3, 9)
     (reading,) = target.read_back(source, tmp_path / "out")
     with reading.open() as reader:
-        said_LV = reader.logprobs(token_L)
+        exported_LV = reader.logprobs(token_L)
     ours_L = engine.logprobs(slot, [Segment(token_L, np.r_[0, np.ones(5)].astype(np.float32))])[0]
-    np.testing.assert_allclose(said_LV[np.arange(5), token_L[1:]], ours_L[1:], atol=1e-4)
+    np.testing.assert_allclose(exported_LV[np.arange(5), token_L[1:]], ours_L[1:], atol=1e-4)
 
 
 @slow
