@@ -258,7 +258,7 @@ class Generator:
         for sequence, _ in plan:
             if sequence.media is None or sequence.seen is not None:
                 continue
-            same = (other.seen for other in self.schedule.running if other.asks_like(sequence))
+            same = (other.seen for other in self.schedule.running if other.has_prompt_of(sequence))
             sequence.seen = next((seen for seen in same if seen is not None), None)
             if sequence.seen is None:
                 try:

@@ -63,7 +63,7 @@ class Sequence:
         """Tokens that are known and not in the cache yet. 1 when it decodes."""
         return len(self.tokens) - self.cached
 
-    def asks_like(self, other: Sequence) -> bool:
+    def has_prompt_of(self, other: Sequence) -> bool:
         """Whether it has the same question with the same pictures."""
         length = self.num_prompt
         return (

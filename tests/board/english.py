@@ -6,13 +6,13 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-_SAID_BY = ("HTTPException", "OutsideError", "ConfigError", "OutputError", "LowrankError", "ValueError", "_no")
+_RAISED_BY = ("HTTPException", "OutsideError", "ConfigError", "OutputError", "LowrankError", "ValueError", "_no")
 
 
 def raised(path: Path) -> Iterator[str]:
     """The messages of the errors that a module raises, or answers with."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SAID_BY:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _RAISED_BY:
             for argument in node.args:
                 yield from _texts(argument)
 

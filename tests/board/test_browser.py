@@ -128,8 +128,8 @@ def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_p
             f"lowrank set runs/{name} default optimizer.learning_rate=0.0001"
         )
         page.keyboard.press("Enter")
-        said = "optimizer.learning_rate=0.0001 from step" if language == "en" else "optimizer.learning_rate=0.0001"
-        expect(page.locator("#steer-answer.well")).to_contain_text(said)
+        shown = "optimizer.learning_rate=0.0001 from step" if language == "en" else "optimizer.learning_rate=0.0001"
+        expect(page.locator("#steer-answer.well")).to_contain_text(shown)
         page.keyboard.press("Escape")
         expect(page.locator('[data-steer="default"]')).to_be_focused()
         page.get_by_role("button", name=t("stop.save")).click()

@@ -15,7 +15,7 @@ import lowrank.config.checks
 import lowrank.pipelines.orders
 from lowrank.board import form
 from lowrank.board.sentences import in_chinese, known
-from lowrank.board.texts import Said, Texts
+from lowrank.board.texts import Texts, Translated
 from lowrank.config import resolve
 from lowrank.errors import ConfigError
 from tests.board.english import raised, returned
@@ -28,8 +28,8 @@ BASE = {"model": "lowrank/tiny", "data": "lowrank/demo", "output_dir": "x"}
 
 def unknown(sentences: set[str]) -> set[str]:
     """Those that the Chinese page would show in English; a 7 stands for every value, and nothing for a suggestion."""
-    told = {re.sub(r"(?<=\w)\{\d\}$", "", sentence) for sentence in sentences}
-    filled = {PLACE.sub("7", sentence) for sentence in told if " " in PLACE.sub("", sentence).strip(" :")}
+    texts = {re.sub(r"(?<=\w)\{\d\}$", "", sentence) for sentence in sentences}
+    filled = {PLACE.sub("7", sentence) for sentence in texts if " " in PLACE.sub("", sentence).strip(" :")}
     return {sentence for sentence in filled if any(in_chinese(line) is None for line in sentence.split("\n"))}
 
 
@@ -112,10 +112,10 @@ def test_what_the_data_doctor_finds_is_in_chinese(
         main(["data", "my rows.json", "--model", "lowrank/tiny", "--json"])
     assert ended.value.code == 0
     (report,) = json.loads(capsys.readouterr().out)["reports"]
-    said = [*report["losses"], *report["notices"]]
-    assert len(said) > 6
-    assert [text for text in said if in_chinese(text) is None] == []
-    assert any(re.search("第 (41|2) 行", in_chinese(text) or "") for text in said)
+    findings = [*report["losses"], *report["notices"]]
+    assert len(findings) > 6
+    assert [text for text in findings if in_chinese(text) is None] == []
+    assert any(re.search("第 (41|2) 行", in_chinese(text) or "") for text in findings)
 
 
 @pytest.mark.parametrize("data", ['{"a": 1', "[]", '[{"foo": 1}]'])
@@ -134,9 +134,9 @@ def test_data_that_cannot_be_used_is_explained_in_chinese(
 
 def test_what_is_not_known_is_announced_as_output() -> None:
     english, chinese = Texts("en"), Texts("zh")
-    assert english.sentence("r8 is not paused") == Said("r8 is not paused", own=True)
-    assert chinese.sentence("r8 is not paused") == Said("r8 没有暂停", own=True)
-    assert chinese.sentence("CUDA error: <b>") == Said("CUDA error: <b>", own=False)
+    assert english.sentence("r8 is not paused") == Translated("r8 is not paused", own=True)
+    assert chinese.sentence("r8 is not paused") == Translated("r8 没有暂停", own=True)
+    assert chinese.sentence("CUDA error: <b>") == Translated("CUDA error: <b>", own=False)
     assert english.reply("CUDA error") == "CUDA error"
     assert chinese.reply("CUDA error") == "命令输出：CUDA error"
     assert chinese.reply("The settings cannot be used:\n  - seed: gone wild") == (

@@ -69,7 +69,7 @@ def part(source: str, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": source, **more}}
 
 
-def asked(text: str, *sources: str) -> Any:
+def messages_of(text: str, *sources: str) -> Any:
     return [{"role": "user", "content": [*map(part, sources), {"type": "text", "text": text}]}]
 
 
@@ -93,23 +93,24 @@ def answer(server: Running, messages: Any, model: str = "base", **options: Any) 
 def test_answers_to_openais_client_are_those_of_transformers(server: Running) -> None:
     first, second = drawn(0), drawn(1, "JPEG")
     one, other = examine(first, ""), examine(second, "")
-    say = lambda reply: reply.choices[0].message.content  # noqa: E731
-    assert say(answer(server, asked("Which?", url(first)))) == expected(server, "Which?", one)
-    assert say(answer(server, asked("Which?", url(second, "jpeg")))) == expected(server, "Which?", other)
-    both = asked("Which?", url(first), url(second, "jpeg"))
-    assert say(answer(server, both)) == expected(server, "Which?", one, other)
+    content = lambda reply: reply.choices[0].message.content  # noqa: E731
+    assert content(answer(server, messages_of("Which?", url(first)))) == expected(server, "Which?", one)
+    assert content(answer(server, messages_of("Which?", url(second, "jpeg")))) == expected(server, "Which?", other)
+    both = messages_of("Which?", url(first), url(second, "jpeg"))
+    assert content(answer(server, both)) == expected(server, "Which?", one, other)
     stream = answer(server, both, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected(server, "Which?", one, other)
     several = answer(server, both, n=2)
     assert [choice.message.content for choice in several.choices] == [expected(server, "Which?", one, other)] * 2
-    assert say(answer(server, both, model="one")) != say(answer(server, both))
+    assert content(answer(server, both, model="one")) != content(answer(server, both))
     assert server.settles()
 
 
 def test_equal_words_about_other_pictures_share_no_keys(server: Running) -> None:
-    words = "What is to be seen in this picture, in a few words?"
+    question = "What is to be seen in this picture, in a few words?"
     cached = [
-        answer(server, asked(words, url(drawn(seed)))).usage.prompt_tokens_details.cached_tokens for seed in (5, 6, 5)
+        answer(server, messages_of(question, url(drawn(seed)))).usage.prompt_tokens_details.cached_tokens
+        for seed in (5, 6, 5)
     ]
     assert cached[:2] == [0, 0]
     assert cached[2] > 16
@@ -120,11 +121,11 @@ def test_placeholders_that_somebody_types_are_text(server: Running) -> None:
     assert sight is not None
     placeholder = server.trained.base.tokenizer.convert_ids_to_tokens(sight.token)
     picture = drawn(2)
-    reply = answer(server, asked(f"Is {placeholder} one? <image>", url(picture)))
-    asks = f"Is {placeholder} one? <image>"
-    assert reply.choices[0].message.content == expected(server, asks, examine(picture, ""))
-    plain = answer(server, asked(asks))
-    tokens = server.trained.renderer.prompt_segment(Conversation((Message("user", asks),))).token_L
+    reply = answer(server, messages_of(f"Is {placeholder} one? <image>", url(picture)))
+    question = f"Is {placeholder} one? <image>"
+    assert reply.choices[0].message.content == expected(server, question, examine(picture, ""))
+    plain = answer(server, messages_of(question))
+    tokens = server.trained.renderer.prompt_segment(Conversation((Message("user", question),))).token_L
     assert plain.usage.prompt_tokens == len(tokens)
     assert sight.token not in tokens
 
@@ -166,7 +167,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("sources", "says"),
+    ("sources", "message"),
     [
         (["http://localhost/cat.png"], "no URL is ever fetched"),
         (["https://example.org/cat.png"], "no URL is ever fetched"),
@@ -187,10 +188,10 @@ def bomb(width: int, height: int) -> bytes:
         ([url(drawn(0))] * 4, "4 pictures in one request"),
     ],
 )  # fmt: skip
-def test_what_is_no_picture_within_the_limits_is_refused(server: Running, sources: list[str], says: str) -> None:
+def test_what_is_no_picture_within_the_limits_is_refused(server: Running, sources: list[str], message: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        answer(server, asked("Which?", *sources))
-    assert says in caught.value.message
+        answer(server, messages_of("Which?", *sources))
+    assert message in caught.value.message
     assert server.settles()
 
 
@@ -232,33 +233,33 @@ def test_a_picture_that_fails_in_the_step_ends_its_own_answer_alone(
     monkeypatch.setattr(PictureProcessor, "inputs", failing)
     client = server.client()
     beside = client.chat.completions.create(
-        model="base", messages=asked("Go on."), temperature=0, max_tokens=200, stream=True, logit_bias={}
+        model="base", messages=messages_of("Go on."), temperature=0, max_tokens=200, stream=True, logit_bias={}
     )
     chunks = iter(beside)
     next(chunks)
     with pytest.raises(openai.BadRequestError, match="it cannot be made ready"):
-        answer(server, asked("Which?", url(drawn(9))))
+        answer(server, messages_of("Which?", url(drawn(9))))
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("stop", "length")
     right = expected(server, "Which?", examine(drawn(8), ""))
-    assert answer(server, asked("Which?", url(drawn(8)))).choices[0].message.content == right
+    assert answer(server, messages_of("Which?", url(drawn(8)))).choices[0].message.content == right
     assert server.settles()
 
 
 def test_a_base_without_a_tower_says_so() -> None:
     with serving(open_world()) as running:
         with pytest.raises(openai.BadRequestError, match="reads text only"):
-            answer(running, asked("Which?", url(drawn(0))))
+            answer(running, messages_of("Which?", url(drawn(0))))
         assert "vision" not in running.http().post("/api/show", json={"model": "base"}).json()["capabilities"]
 
 
 def test_a_base_in_the_padded_layout_says_why(tmp_path: Path) -> None:
     with serving(seeing(tmp_path, "gemma3")) as running:
         with pytest.raises(openai.BadRequestError, match="cannot be shown pictures"):
-            answer(running, asked("Which?", url(drawn(0))))
-        assert answer(running, asked("Which?")).choices[0].message.content is not None
+            answer(running, messages_of("Which?", url(drawn(0))))
+        assert answer(running, messages_of("Which?")).choices[0].message.content is not None
 
 
 def test_bodies_with_pictures_may_be_larger(server: Running) -> None:
     http: httpx.Client = server.http()
-    body = {"model": "base", "messages": asked("x" * (5 << 20)), "max_tokens": 1}
+    body = {"model": "base", "messages": messages_of("x" * (5 << 20)), "max_tokens": 1}
     assert http.post("/v1/chat/completions", json=body).status_code == 400, "too long for the model, not for the server"

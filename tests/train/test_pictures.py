@@ -294,8 +294,8 @@ def test_the_same_words_about_another_picture_are_another_question(tmp_path: Pat
     first, one, other, *_ = segments_of(rows, tokenizer)
     assert one.media is not None
     assert other.media is not None
-    asked = replace(one, media=replace(one.media, pictures=other.media.pictures))
-    made = list(with_mismatched([(first,), (one,), (asked,)], 4096))
+    question = replace(one, media=replace(one.media, pictures=other.media.pictures))
+    made = list(with_mismatched([(first,), (one,), (question,)], 4096))
     answer_L = one.token_L[int(np.flatnonzero(one.weight_L)[0]) :]
     assert (made[2][1].token_L[-len(answer_L) :] == answer_L).all(), "the nearest row before"
 

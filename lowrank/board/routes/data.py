@@ -104,8 +104,8 @@ def _first(texts: Texts, content: dict[str, Any]) -> dict[str, Any]:
     report = (content.get("reports") or [{}])[0]
     losses = report.get("losses") or []
     others = [text for text in report.get("notices") or [] if text not in losses]
-    said = {
+    translated = {
         name: [vars(texts.sentence(text)) for text in found]
         for name, found in (("losses", losses), ("notices", others))
     }
-    return {**report, **said}
+    return {**report, **translated}

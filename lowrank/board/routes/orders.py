@@ -47,5 +47,5 @@ def answer(request: Request, name: str, number: int) -> Response:
     found = answers(board_of(request).places.run(name)).get(number)
     if found is None:
         return JSONResponse({"answered": False})
-    said = texts_of(request).sentence(found.text)
-    return JSONResponse({"answered": True, "done": found.done, "text": said.text, "own": said.own})
+    translated = texts_of(request).sentence(found.text)
+    return JSONResponse({"answered": True, "done": found.done, "text": translated.text, "own": translated.own})

@@ -40,10 +40,10 @@ def with_mismatched(samples: Iterable[Sample], max_length: int) -> Iterator[Samp
 
 
 def _other(segment: Segment, before: deque[Segment]) -> Segment | None:
-    return next((each for each in reversed(before) if not _asks_the_same(each, segment)), None)
+    return next((each for each in reversed(before) if not _same_prompt(each, segment)), None)
 
 
-def _asks_the_same(one: Segment, other: Segment) -> bool:
+def _same_prompt(one: Segment, other: Segment) -> bool:
     pictures = [each.media and each.media.pictures for each in (one, other)]
     prompts = [each.token_L[: _answer_at(each)] for each in (one, other)]
     return pictures[0] == pictures[1] and np.array_equal(*prompts)

@@ -102,8 +102,8 @@ class OllamaGenerate(OllamaRequest):
         system = [{"role": "system", "content": self.system}] if self.system else []
         if self.raw and self.images:
             raise ApiError(400, "images: a raw prompt has no turn to show them in; leave `raw` out", param="images")
-        asked = _message({"role": "user", "content": self.prompt, "images": self.images})
-        order = self.chat([*system, asked], [], "response", engine, limits)
+        question = _message({"role": "user", "content": self.prompt, "images": self.images})
+        order = self.chat([*system, question], [], "response", engine, limits)
         if not self.raw:
             return order
         return Order(order.model, [self.prompt], order.config, 1, self.stream, order.reply, order.ignored)
