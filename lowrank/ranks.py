@@ -214,6 +214,12 @@ def processes_here(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment["WORLD_SIZE"])
 
 
+def ranks_of_a_machine(world: int, environment: Mapping[str, str] = os.environ) -> int:
+    """How many of `world` ranks share this machine, as torchrun says it; all, where nobody says."""
+    local = environment.get("LOCAL_WORLD_SIZE", "")
+    return int(local) if local.isdecimal() and int(local) and world % int(local) == 0 else world
+
+
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the one that speaks."""
     if dist.is_available() and dist.is_initialized():

@@ -87,11 +87,7 @@ class Bank:
         own = Slot(config, variant, copies=targets.copies, missed=targets.missed)
         routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
         self._begin(variant, config, {name: layer.base for name, layer in routed.items()}, looks)
-        problems = [
-            problem
-            for name, layer in routed.items()
-            if (problem := self._add_linear(number, own, layer, name, _generator(seed, name)))
-        ]
+        problems = self._add_linears(number, own, routed, seed)
         if problems:
             for layer in routed.values():
                 layer.adapters.pop(number, None)
@@ -196,10 +192,13 @@ class Bank:
     def refresh(self, number: int) -> None:
         """Bring what follows from the masters up to date: once per optimizer step, not per forward."""
         copies, masters = [], []
-        for name, layer in self.slots[number].layers.items():
-            if isinstance(layer.variant, TrainingHooks):
-                base = self.base.model.get_submodule(name).base
-                layer.variant.refresh(base, layer.scale, layer.masters)
+        with self.base.placement.reading() as reading:
+            for name, layer in self.slots[number].layers.items():
+                variant = layer.variant
+                if isinstance(variant, TrainingHooks) and type(variant).refresh is not TrainingHooks.refresh:
+                    reading(name)
+                    base = self.base.model.get_submodule(name).base
+                    variant.refresh(base, layer.scale, layer.masters)
         for layer in (*self.slots[number].layers.values(), *self.slots[number].experts.values()):
             if layer.copies is not None:
                 copies += layer.copies
@@ -296,6 +295,10 @@ class Bank:
         if config.trainable_token_indices:
             token_ids(self.base, config.trainable_token_indices)
         problems = misfits(self.base.model, config, targets, copied, adapted)
+        if self.base.placement.shares_head:
+            head = name_of(self.base.model, self.base.model.get_output_embeddings())
+            own = [*targets.copies, *targets.embeddings, *(name for name in targets.linears if name == head)]
+            problems += [f"{name}: no device holds it whole (base: sharded); set base: replicated" for name in own]
         raise_all(ModelError, "this adapter cannot be attached", problems)
 
     def _add_experts(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
@@ -327,6 +330,16 @@ class Bank:
                 looks,
             )
             variant.setup(site, config.rank)
+
+    def _add_linears(self, number: int, slot: Slot, routed: Mapping[str, RoutedLinear], seed: int) -> list[str]:
+        """Attach a slot to these layers; the reasons why that cannot be."""
+        problems: list[str] = []
+        with self.base.placement.reading() as reading:
+            for name, layer in routed.items():
+                reading(name)
+                problem = self._add_linear(number, slot, layer, name, _generator(seed, name))
+                problems += [problem] if problem else []
+        return problems
 
     def _add_linear(
         self, number: int, slot: Slot, routed: RoutedLinear, name: str, generator: torch.Generator

@@ -20,6 +20,7 @@ from lowrank.kernels.counter_random import dropout
 from lowrank.kernels.decode_lora import add_updates, stack
 from lowrank.kernels.rematerialize import rematerialization_of
 from lowrank.models.storages import BaseLinear, bias_of
+from lowrank.models.storages.dense import DenseLinear
 
 
 @dataclass
@@ -86,8 +87,9 @@ class RoutedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The frozen weight, for code that asks a linear layer for it."""
-        return self.base.dense_weight()
+        """The frozen weight, for code that asks a linear layer for it (Mamba); of a packed one in memory of its own."""
+        weight_OD = self.base.dense_weight()
+        return weight_OD if isinstance(self.base, DenseLinear) else weight_OD.clone()
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -129,6 +129,8 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
             "share: sweep.sampler: optuna draws one candidate after another, by what is known of all before; set "
             "sampler: random, or leave share out"
         )
+    if config.base != "replicated":
+        yield from _placement_conflicts(config)
     if config.resume and config.overwrite:
         yield "resume and overwrite: one goes on with the run in output_dir, the other deletes it; set only one"
     if (
@@ -146,6 +148,39 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
     if config.model.storage.type != "dense" and full:
         kind = next(job.tuning for job in config.jobs if job.trains_base)
         yield f"tuning: {kind} needs model.storage.type: dense, not {config.model.storage.type!r}"
+
+
+def _placement_conflicts(config: RunConfig) -> Iterator[str]:
+    """What cannot be done with a base that is not whole on every device."""
+    base = f"base: {config.base}"
+    whole = "set base: replicated"
+    full = next((job for job in config.jobs if job.trains_base), None)
+    if full is not None:
+        yield (
+            f"{base}: tuning: {full.tuning} trains the base's own parameters, which must be whole; {whole}, or tuning: "
+            "adapter"
+        )
+    if config.parallelism == "jobs" or config.share is not None:
+        yield f"{base}: devices that train different jobs share no base; {whole}, or parallelism: data without share"
+    if config.model.activation_checkpointing == "sqrt":
+        yield f"{base}: model.activation_checkpointing: sqrt holds layers together that are let go one by one; set full"
+    for job in config.jobs:
+        name = f"job {job.name}: " if len(config.jobs) > 1 else ""
+        if isinstance(job.objective, RolloutSettings) or job.eval_metric != "loss":
+            what = "eval_metric" if job.eval_metric != "loss" else f"objective {job.objective.type}"
+            yield (
+                f"{base}: {name}{what} generates answers, each device its own for as long as they last, and a shared "
+                f"base needs all devices in step; {whole}"
+            )
+        objective = job.objective.build()
+        if needs(objective, "token_scores") or needs(objective, "reference_logits"):
+            yield f"{base}: {name}this loss computes with the head again in its backward pass; {whole}"
+        adapter = job.adapter
+        if job.tuning == "adapter" and (adapter.modules_to_save or adapter.trainable_token_indices):
+            yield (
+                f"{base}: {name}adapter.modules_to_save and trainable_token_indices train copies of weights that no "
+                f"device holds whole; {whole}, or leave them out"
+            )
 
 
 def wrapper_conflicts(config: RunConfig) -> Iterator[str]:

@@ -28,8 +28,9 @@ from lowrank.models.attention.prefix_sharing import SharedPrompts
 from lowrank.models.attention.prefix_tuning import Prefixed, StandIn
 from lowrank.models.attention.shifted_sparse import ShiftedSparse
 from lowrank.models.layer_wrappers import LayerWrapper
-from lowrank.models.layers import language_model
+from lowrank.models.layers import decoder_layers, language_model
 from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.placement import Placement, Whole
 from lowrank.models.positions import positions_of
 from lowrank.models.sight import PieceSeen, Sight, show_pictures
 from lowrank.records import Batch
@@ -53,7 +54,15 @@ class Base:
     """A loaded model. `layout` is decided at load time (models/loading/pretrained.py); nothing here changes the
     weights."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        revision: str | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        """`placement`: has kept the decoder layers already; left out: all weights stay where they are."""
         self.model = model
         self.writer = model
         """What computes logits of text: the model, or the part of it that can where the whole cannot (Llama 4's
@@ -63,6 +72,12 @@ class Base:
         self.name = name
         self.backbone = _find_backbone(model)
         """The model without its head."""
+        self.placement: Placement = placement or Whole(model.get_input_embeddings().weight.device)
+        """Where its weights are."""
+        if self.placement.moves_layers:
+            layers = decoder_layers(model)
+            assert layers is not None, "checked before it was loaded"
+            self.placement.finish(model, self.backbone, layers)
         self.revision = revision
         self.stand_in: StandIn | None = None
         """What puts keys and values of its own in the place of some rows' (prefix tuning), in the packed layout."""
@@ -89,7 +104,9 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
+        """Where the base computes."""
+        if self.placement.moves_layers:
+            return self.placement.device
         return self.model.get_input_embeddings().weight.device
 
     @property
@@ -276,9 +293,10 @@ class Base:
         return kind != "longrope" or max(lengths) <= limit or min(lengths) > limit
 
     def head(self) -> Head:
-        """The model's own head, as logprobs() wants it."""
+        """The model's own head, as logprobs() wants it. Computed with inside `placement.head`."""
         linear = self.model.get_output_embeddings()
-        return Head(linear.weight, getattr(linear, "bias", None), self.multiplier, self.softcap)
+        weight_VD, bias_V = self.placement.head_tensors() or (linear.weight, getattr(linear, "bias", None))
+        return Head(weight_VD, bias_V, self.multiplier, self.softcap)
 
 
 def _attention_by_part(config: Any, text: Any, name: str) -> Any:

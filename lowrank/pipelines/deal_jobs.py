@@ -52,6 +52,8 @@ def deals_jobs(config: RunConfig, number: int) -> bool:
             f"parallelism: jobs: there are {len(config.jobs)} jobs to deal to {number} devices; give fewer devices, or "
             "parallelism: data"
         )
+    if config.base != "replicated":
+        return False
     if config.parallelism != "auto":
         return config.parallelism == "jobs"
     one_after_another = config.sweep is not None and config.sweep.sampler == "optuna"

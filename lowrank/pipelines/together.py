@@ -25,11 +25,14 @@ from lowrank.config import RunConfig
 from lowrank.data.batching.dataloader import DataLoader
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError, ModelError, OutputError, raise_all
+from lowrank.models.loading.pretrained import choose_device
+from lowrank.models.placement import Placement
+from lowrank.models.sharded import Sharded, packs_integers
 from lowrank.notices import log_notice
 from lowrank.pipelines.job_data import with_date
 from lowrank.pipelines.memory_plan import with_slots
 from lowrank.planning.plan import Plan
-from lowrank.ranks import Processes, Ranks, agree
+from lowrank.ranks import Processes, Ranks, agree, ranks_of_a_machine
 from lowrank.records import Segment
 from lowrank.report.events import Event, Notice
 from lowrank.report.summary import versions
@@ -135,7 +138,34 @@ def lanes_of(
             "train on one device, or leave layerwise out"
         )
     raise_all(ConfigError, "this run cannot be computed on these devices:", problems)
-    return OneLane() if count == 1 else ManyLanes(ranks, count)
+    return OneLane() if count == 1 else ManyLanes(ranks, count, in_step=config.base != "replicated")
+
+
+def placement_of(config: RunConfig, ranks: Ranks, report: Callable[[Event], None]) -> Placement | None:
+    """Where the base's weights are to lie; None: all on every device. With it begins the process group, since every
+    rank keeps its part while the base is read. ConfigError for numbers that do not go together."""
+    if config.base == "replicated":
+        return None
+    if ranks.world == 1:
+        report(Notice(f"base: {config.base}: there is one device, which holds all of the base", level="warning"))
+        return None
+    size = ranks_of_a_machine(ranks.world) if config.shard_size == "auto" else config.shard_size
+    if ranks.world % size:
+        raise ConfigError(f"shard_size: {size} does not divide the {ranks.world} devices of this run")
+    if size == 1:
+        report(Notice("shard_size: 1: each device holds all of the base", level="warning"))
+        return None
+    device = choose_device(config.model)
+    offload = config.base == "sharded_offload"
+    if offload and device.type == "cpu":
+        raise ConfigError("base: sharded_offload: the devices compute in host memory already; set base: sharded")
+    if not packs_integers() and config.model.storage.type != "dense":
+        raise ConfigError(
+            f"base: {config.base} with packed weights needs torch 2.12 or later (this is {torch.__version__}), which "
+            "can cut integers"
+        )
+    ranks.begin(device)
+    return Sharded(device, ranks.world, size, offload)
 
 
 def refuse_unlike(config: RunConfig, data: Sequence[Prepared], ranks: Ranks) -> None:

@@ -25,6 +25,7 @@ from lowrank.errors import explain_disk_full
 from lowrank.evaluate.metrics import check_installed
 from lowrank.models.base import Base
 from lowrank.models.loading.kind import check_weights
+from lowrank.models.placement import Placement
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
 from lowrank.pipelines.job_queue import Entry, JobQueue
@@ -44,6 +45,7 @@ from lowrank.pipelines.together import (
     heard_by,
     lanes_of,
     orders_of,
+    placement_of,
     planned,
     refuse_unlike,
     stopping_of,
@@ -104,7 +106,8 @@ def train(
         config, plan = planned(config, data, before, report, live["capacity"] if live else None, lanes)
         begun = begun.model_copy(update={"model": config.model})  # as it was decided, for whoever goes on
 
-        base = _load(config, tokenizer, data, report)
+        placement = placement_of(config, ranks, report)
+        base = _load(config, tokenizer, data, report, placement)
         stopping.end_if_requested()
         report(Stage("preparing the jobs"))
         engine = Engine(base, Bank(base), tokens_of(config))
@@ -190,7 +193,9 @@ def read_jobs(config: RunConfig, report: Callable[[Event], None], strict: bool) 
     return tokenizer, data
 
 
-def _load(config: RunConfig, tokenizer: Any, data: Sequence[Prepared], report: Listeners) -> Base:
+def _load(
+    config: RunConfig, tokenizer: Any, data: Sequence[Prepared], report: Listeners, placement: Placement | None
+) -> Base:
     report(Notice(f"loading {config.model.path}"))
     report(Stage(f"loading {config.model.path}"))
     first = config.jobs[0]
@@ -200,6 +205,7 @@ def _load(config: RunConfig, tokenizer: Any, data: Sequence[Prepared], report: L
         train_all=first.trains_base,
         freeze=first.freeze if first.tuning == "freeze" else None,
         notify=lambda text: report(Notice(text)),
+        placement=placement,
     )
     if any(each.has_pictures for each in data):
         see(base, config.model.attention, lambda text: report(Notice(text)))

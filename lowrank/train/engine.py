@@ -31,7 +31,7 @@ from lowrank.kernels.value_head import last_token_values, token_values
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.objectives import Metrics, Objective, ObservesMismatched, ScoresTokens, needs, share_of_loss, totals_of
-from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, to_device
+from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack, to_device
 from lowrank.train.lanes import Cut, Lanes, OneLane
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units
@@ -49,6 +49,11 @@ from lowrank.train.update import settled, update
 _Result = TypeVar("_Result")
 _LOSS = ""
 """Among the numbers that are read together, no metric's name."""
+_NOT_ALONE = (
+    "out of memory in a forward pass of up to {tokens} tokens. The devices that share a base compute together, so none "
+    "can do its part again alone, and all stop: go on from the last checkpoint (resume: true) with a smaller "
+    "micro_batch_tokens, or with model.activation_checkpointing: full"
+)
 _LARGE_PASS = 1024
 """Tokens. To give memory back and take it again costs about half a second for each GB: a sixth of a step of passes of
 256 tokens, where it saves a fifteenth of the memory, and a twentieth of one of 4,096, where it saves a third."""
@@ -158,9 +163,10 @@ class Engine:
         totals, of_step = self._totals(work, whole), TokensOfStep.of(whole)
         gradients = self.lanes.gradients([each for slot in work for each in self.jobs[slot].parameters.values()])
         shares_of_lanes, lanes = [], self.lanes.passes(learned, whole, self.cut)
-        for batches in lanes:
-            after = following if batches is lanes[-1] else ()
+        for number, (batches, idle) in enumerate(lanes, start=1):
+            after = following if number == len(lanes) else ()
             shares_of_lanes.append(self._lane(batches, totals, of_step, layerwise, after))
+            self._idle(idle, train=True)
             gradients.take()
         gradients.spread()
         shares = self.lanes.metrics(shares_of_lanes)
@@ -230,6 +236,19 @@ class Engine:
             del hidden_TD
             with updating(), recorder.backward():
                 total.backward()
+
+    def _idle(self, passes: int, *, train: bool = False, head: bool = True) -> None:
+        """So many passes of one token through the bare base, with all that ranks do together in a pass, and nothing
+        that counts. `head`: the others compute with the head."""
+        token = Segment(np.zeros(1, np.int64), np.zeros(1, np.float32))
+        for _ in range(passes):
+            ready = self.ready(pack([(BARE_BASE, token)]), train=False)
+            with self.bank.routing.using(ready.context), torch.set_grad_enabled(train):
+                hidden_TD = self.base.hidden(ready.batch, training=train)
+                with self.base.placement.head() if head else contextlib.nullcontext():
+                    pass
+                if train:
+                    hidden_TD.sum().backward()
 
     def ready(
         self,
@@ -310,6 +329,8 @@ class Engine:
                 try:
                     return run(work)
                 except Exception as error:
+                    if self.base.placement.in_step and is_out_of_memory(error):
+                        raise ModelError(_NOT_ALONE.format(tokens=self.micro_batch_tokens)) from error
                     batches = self.cut(work)
                     smallest = len(batches) == sum(len(units(segments)) for segments in work.values())
                     if undo is None or smallest or not is_out_of_memory(error):
@@ -333,9 +354,10 @@ class Engine:
         learned = _learned(numbered)
         whole = self.cut(learned)
         totals = self._totals(numbered, whole)
-        found = [
-            self._evaluate_lane(batches, totals, by_row) for batches in self.lanes.passes(learned, whole, self.cut)
-        ]
+        found = []
+        for batches, idle in self.lanes.passes(learned, whole, self.cut):
+            found.append(self._evaluate_lane(batches, totals, by_row))
+            self._idle(idle)
         rows = self.lanes.rows(learned, [of_rows for _, of_rows in found]) if by_row else {}
         evaluated = {}
         for slot, own in read_together(self.lanes.metrics([shares for shares, _ in found])).items():
@@ -372,7 +394,9 @@ class Engine:
             found: list[np.ndarray] = []
             for batch in batches:
                 ready = self.ready(batch, train=False)
-                logprob_T = all_logprobs(ready, self._hidden(ready)).float().cpu()
+                hidden_TD = self._hidden(ready)
+                with self.base.placement.head():
+                    logprob_T = all_logprobs(ready, hidden_TD).float().cpu()
                 for piece_L, prefix in zip(logprob_T.split(batch.lengths), batch.prefixes):
                     known_L = piece_L.roll(1).numpy()  # the last prediction of a segment is of nothing, and 0
                     found.append(np.concatenate([np.zeros(prefix, np.float32), known_L])[virtual:])
@@ -381,11 +405,19 @@ class Engine:
         return self._of_segments(slot, segments, self.cut, of_lane)
 
     def _of_segments(
-        self, slot: int, segments: Sequence[Segment], cut: Cut, of_lane: Callable[[list[Batch]], list[np.ndarray]]
+        self,
+        slot: int,
+        segments: Sequence[Segment],
+        cut: Cut,
+        of_lane: Callable[[list[Batch]], list[np.ndarray]],
+        head: bool = True,
     ) -> list[np.ndarray]:
-        """What `of_lane` gives for the segments of each lane, of all of them."""
-        work = {slot: segments}
-        return self.lanes.arrays(work, [of_lane(batches) for batches in self.lanes.passes(work, None, cut)])
+        """What `of_lane` gives for the segments of each lane, of all of them. `head`: see `_idle`."""
+        work, found = {slot: segments}, []
+        for batches, idle in self.lanes.passes(work, None, cut):
+            found.append(of_lane(batches))
+            self._idle(idle, head=head)
+        return self.lanes.arrays(work, found)
 
     @torch.no_grad()
     def values(self, slot: int, segments: Sequence[Segment], value_D: torch.Tensor | None = None) -> list[np.ndarray]:
@@ -402,7 +434,7 @@ class Engine:
                 found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
             return found
 
-        return self._of_segments(slot, segments, partial(self.cut, share=False), of_lane)
+        return self._of_segments(slot, segments, partial(self.cut, share=False), of_lane, head=False)
 
     def cut(self, work: StepSegments, share: bool = True) -> list[Batch]:
         """Micro-batches of at most `micro_batch_tokens` tokens (train/micro_batching.py). Where the base can, answers
@@ -423,7 +455,10 @@ class Engine:
             for slot in work
         }
         if any(observed.values()):
-            lanes = [self._observe(batches) for batches in self.lanes.passes(observed, None, self.cut)]
+            lanes = []
+            for batches, idle in self.lanes.passes(observed, None, self.cut):
+                lanes.append(self._observe(batches))
+                self._idle(idle)
             for slot, own in self.lanes.metrics(lanes).items():
                 add_totals(totals[slot], {name: float(value) for name, value in own.items()})
         return totals
@@ -445,7 +480,8 @@ class Engine:
 
     def _scores(self, ready: PreparedPass, hidden_TD: torch.Tensor) -> list[tuple[int, Batch, Scores]]:
         """Each job's part of a batch, and what the models say about it."""
-        batch, logprob_T, scored = ready.batch, all_logprobs(ready, hidden_TD), []
+        with self.base.placement.head():
+            batch, logprob_T, scored = ready.batch, all_logprobs(ready, hidden_TD), []
         for slot, first, end in batch.slot_ranges():
             part, job = batch.of_slot(slot), self.jobs[slot]
             own_TD, value_S, value_T = hidden_TD[first:end], None, None

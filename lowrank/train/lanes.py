@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,14 @@ from lowrank.train.trained_job import RowLosses
 
 Parameters = Sequence[torch.nn.Parameter]
 Cut = Callable[[StepSegments], list[Batch]]
+
+
+class LanePasses(NamedTuple):
+    """The passes of one lane."""
+
+    batches: list[Batch]
+    idle: int = 0
+    """After these, so many passes without meaning, for ranks that must keep in step: others have as many more."""
 
 
 class Gradients(Protocol):
@@ -50,7 +58,7 @@ class Lanes(Protocol):
     own: range
     """The lanes of this rank."""
 
-    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[list[Batch]]:
+    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[LanePasses]:
         """The passes of each lane of this rank. `whole`: the step as `cut` cuts it, where that is known."""
         ...
 
@@ -88,9 +96,9 @@ class OneLane:
     count = 1
     own = range(1)
 
-    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[list[Batch]]:
+    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[LanePasses]:
         """One lane, with all there is."""
-        return [cut(work) if whole is None else whole]
+        return [LanePasses(cut(work) if whole is None else whole)]
 
     def gradients(self, parameters: Parameters) -> Gradients:
         """Left in place."""
@@ -112,17 +120,27 @@ class OneLane:
 class ManyLanes:
     """`count` lanes, of which each rank has the same number, next to one another."""
 
-    def __init__(self, ranks: Ranks, count: int) -> None:
+    def __init__(self, ranks: Ranks, count: int, in_step: bool = False) -> None:
+        """`in_step`: all ranks make the same number of passes, since they share what computes (a sharded base)."""
         assert count & (count - 1) == 0, "a power of two"
         assert count % ranks.world == 0, "checked with the settings"
-        self.ranks, self.count = ranks, count
+        self.ranks, self.count, self.in_step = ranks, count, in_step
         per_rank = count // ranks.world
         self.own = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
 
-    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[list[Batch]]:
-        """See Lanes."""
+    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[LanePasses]:
+        """See Lanes. Every rank knows the whole step, so it cuts the others' lanes too to know how many passes there
+        are, and asks nobody."""
         lane_of = deal(work, self.count)
-        return [cut(_part(work, lane_of, lane)) for lane in self.own]
+        if not self.in_step:
+            return [LanePasses(cut(_part(work, lane_of, lane))) for lane in self.own]
+        lanes = [cut(_part(work, lane_of, lane)) for lane in range(self.count)]
+        per_rank = len(self.own)
+        found = []
+        for place, lane in enumerate(self.own):
+            most = max(len(each) for each in lanes[place::per_rank])
+            found.append(LanePasses(lanes[lane], most - len(lanes[lane])))
+        return found
 
     def gradients(self, parameters: Parameters) -> Gradients:
         """See Lanes."""

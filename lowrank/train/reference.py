@@ -25,6 +25,7 @@ from lowrank.checkpoints.full_model import unwrapped_state
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.errors import ModelError
 from lowrank.kernels.cache_folder import cache_folder
+from lowrank.models.placement import whole_tensor
 from lowrank.records import BARE_BASE, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.job import LooksAhead, StepSource
@@ -55,7 +56,7 @@ def digest_of_model(model: torch.nn.Module) -> str:
     for name, tensor in sorted(unwrapped_state(model).items()):
         if ".copies." in name:  # of modules that some adapter trains whole; the bare base does not see them
             continue
-        flat = tensor.detach().reshape(-1)
+        flat = whole_tensor(tensor.detach()).reshape(-1)
         sampled = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sampled.view(torch.uint8).numpy().tobytes())

@@ -47,11 +47,12 @@ def check_head(base: Base) -> None:
                 f"{base.name}: hidden states of one document of {token_1T.shape[1]} tokens come as "
                 f"{tuple(hidden_1TD.shape)}, not as (documents, tokens, width); {LIKE_THE_FIRST_CHATGLM}"
             )
-        for multiplier, softcap in logit_transforms(base.model.config):
-            base.multiplier, base.softcap = multiplier, softcap
-            error = min(error, distance(base.head().logits(hidden_1TD[0]), own_TV))
-            if error <= tolerance(base):
-                return
+        with base.placement.head():
+            for multiplier, softcap in logit_transforms(base.model.config):
+                base.multiplier, base.softcap = multiplier, softcap
+                error = min(error, distance(base.head().logits(hidden_1TD[0]), own_TV))
+                if error <= tolerance(base):
+                    return
     raise ModelError(
         f"{base.name}: models of type {kind!r} do more to their logits than one matrix, a factor and a soft cap, which "
         f"is what lowrank's loss computes (relative difference {error:.1e}); it cannot be trained or asked here: take "

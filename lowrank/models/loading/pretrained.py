@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lowrank.kernels.accelerators import accelerators, processor_has_bf16
 from lowrank.models import layer_wrappers, rope_scaling
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
-from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
+from lowrank.models.checkpointing.memory_efficient_modules import same_bits, use_memory_efficient_modules
 from lowrank.models.checks.isolation import LIKE_THE_FIRST_CHATGLM, check_head, choose_layout
 from lowrank.models.checks.kv_cache import kv_cache_mismatch
 from lowrank.models.config import FreezeConfig, ModelConfig
@@ -22,7 +23,7 @@ from lowrank.models.freezing import train_everything, train_only
 from lowrank.models.loading import kind
 from lowrank.models.loading.checkpoint_files import checkpoint_files, stored_tensors
 from lowrank.models.loading.model_class import model_class
-from lowrank.models.loading.quantize_on_load import Packing, kept_dense, load_packed
+from lowrank.models.loading.quantize_on_load import LayersArriving, Packing, kept_dense, load_packed
 from lowrank.models.loading.quantized_copies import find_copy
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import FILE_FAULTS as FILE_FAULTS
@@ -31,6 +32,7 @@ from lowrank.models.loading.tokenizer import check_model as check_model
 from lowrank.models.loading.tokenizer import load_tokenizer as load_tokenizer
 from lowrank.models.packaged import TINY as TINY
 from lowrank.models.packaged import locate
+from lowrank.models.placement import Placement, move_rest
 from lowrank.models.prequantized import reader_for
 from lowrank.models.rope_scaling import stretch
 from lowrank.models.storages.dense import DenseConfig
@@ -85,9 +87,10 @@ def load(
     train_all: bool = False,
     freeze: FreezeConfig | None = None,
     notify: Callable[[str], None] = log_notice,
+    placement: Placement | None = None,
 ) -> Base:
     """Load, freeze, test. `notify` receives what a person should know. `train_all`: the base's own parameters are
-    trained, or those that `freeze` chooses.
+    trained, or those that `freeze` chooses. `placement`: where its weights are kept, if not all on the device.
 
     Raises ModelError: not found, no safetensors, damaged, weights missing from the checkpoint or of another
     shape, or documents would see one another.
@@ -104,13 +107,16 @@ def load(
     if config.random_init is None:
         kind.check_weights(locate(config.path))
     copy = None if config.storage.type == DENSE else _copy_of(config, dtype)
-    model, described = _load_model(copy or config, dtype, device, train_all)
+    moved = placement if placement is not None and placement.moves_layers else None
+    assert moved is None or not train_all, "checked with the settings"
+    arriving = None if moved is None else LayersArriving(partial(_keep_layer, config, device, moved))
+    model, described = _load_model(copy or config, dtype, device, train_all, arriving)
     if copy is not None:
         model.config.name_or_path = locate(config.path)
         described.insert(0, f"reading {copy.path}, which `lowrank quantize` made of {config.path}")
     for sentence in described:
         notify(sentence)
-    model.to(device)
+    model.to(device) if moved is None else move_rest(model, device)
     model.requires_grad_(False)
     if train_all and freeze is not None:
         train_only(model, freeze)
@@ -118,8 +124,8 @@ def load(
         notify(sentence)
     model.eval()  # also in training: dropout of the base would tie jobs together
     if config.memory_efficient_modules:
-        use_memory_efficient_modules(model)
-    base = Base(model, tokenizer, config.path, config.revision)
+        use_memory_efficient_modules(model, None if moved is None else _same_bits_of_whole)
+    base = Base(model, tokenizer, config.path, config.revision, moved)
     check_head(base)
     notice = choose_layout(base, config.attention)
     if notice:
@@ -129,6 +135,20 @@ def load(
     _wrap_layers(base, config, notice, train_all)
     set_activation_checkpointing(model, config.activation_checkpointing)
     return base
+
+
+def _keep_layer(config: ModelConfig, device: torch.device, placement: Placement, layer: torch.nn.Module) -> None:
+    """A decoder layer has its weights: what is done to a loaded model is done to it now, while they can be read."""
+    layer.to(device).requires_grad_(False).eval()
+    if config.memory_efficient_modules:
+        use_memory_efficient_modules(layer)
+    placement.keep(layer)
+
+
+def _same_bits_of_whole(module: torch.nn.Module, replacement: Any) -> bool:
+    """`same_bits` for what lies outside the decoder layers; what is in them was tried when it came."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in tensors) and same_bits(module, replacement)
 
 
 def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
@@ -177,7 +197,11 @@ def _copy_of(config: ModelConfig, dtype: torch.dtype) -> ModelConfig | None:
 
 
 def _load_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, train_all: bool
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    train_all: bool,
+    arriving: LayersArriving | None = None,
 ) -> tuple[Any, list[str]]:
     """The model, and sentences about what in the checkpoint has no place in it and what of it is not packed."""
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.runs_own_code}
@@ -196,6 +220,9 @@ def _load_model(
                 return _random_model(config, shape, dtype, config.random_init), []
             check_stored(path, config.revision, shape)
             packing = _packing(config, shape, dtype, device, train_all)
+            if arriving is not None:
+                packing = packing or Packing(None, None, device, dtype)
+                packing.layers_arriving = arriving
             if packing:
                 model, report = load_packed(path, packing, shape, **options)
             else:
@@ -226,7 +253,8 @@ def _load_model(
     if dtype == torch.float64:  # grouped expert kernels know no float64
         model.config._experts_implementation = "eager"
     spare = [name for name in sorted(report["unexpected_keys"]) if not layer_wrappers.is_added(name)]
-    described = [_not_used(spare), _not_packed(model) if packing else None]
+    packs = packing is not None and (packing.storage or packing.reader)
+    described = [_not_used(spare), _not_packed(model) if packs else None]
     described += [packing.reader.notice] if packing and packing.reader else []
     described += [rope_scaling.describe(shape, config.rope_scaling)] if config.rope_scaling else []
     return model, [sentence for sentence in described if sentence]

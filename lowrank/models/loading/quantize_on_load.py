@@ -8,7 +8,7 @@ kinds of packed base come this way: one we quantize (model.storage), and one tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.errors import LowrankError, ModelError
 from lowrank.models.fused_experts import OF_ONE_EXPERT, Joined
-from lowrank.models.layers import is_outside, language_model
+from lowrank.models.layers import decoder_layers, is_outside, language_model
 from lowrank.models.loading.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
 from lowrank.models.loading.expert_loading import (
     ExpertsToPack,
@@ -53,6 +53,8 @@ class Packing(QuantizationConfigMixin):
     ) -> None:
         self.quant_method: Any = METHOD
         self.storage, self.reader, self.device, self.dtype = storage, reader, device, dtype
+        self.layers_arriving: LayersArriving | None = None
+        """Told of decoder layers as they are complete."""
         self.stored: dict[str, StoredTensor] = {}
         """What the files hold."""
         self.tensors: dict[str, Any] = {}
@@ -146,6 +148,79 @@ class Packing(QuantizationConfigMixin):
         self.problems.append(str(error) if name in str(error) else f"{name}: {error}")
 
 
+class LayersArriving:
+    """Notices when all weights of a decoder layer are there, while the loader goes through the checkpoint in the order
+    of its names, and hands the layer on."""
+
+    def __init__(self, arrived: Callable[[nn.Module], None]) -> None:
+        self._arrived = arrived
+        self._model: Any = None
+        self._waiting: list[tuple[str, nn.Module]] = []
+
+    def begin(self, model: Any) -> None:
+        """The model is on the meta device. ModelError if it has no stack of decoder layers."""
+        layers = decoder_layers(model)
+        if layers is None:
+            raise ModelError(
+                f"{type(model).__name__} has no stack of decoder layers that could be kept in parts; set base: "
+                "replicated"
+            )
+        names = {module: name for name, module in model.named_modules()}
+        self._model, self._waiting = model, [(names[layer], layer) for layer in layers]
+
+    def look(self, packing: Packing, at_the_end: bool = False) -> None:
+        """Hand on what is complete: the next layer, or at the end every one that is left."""
+        while self._waiting and _is_complete(packing, *self._waiting[0]):
+            self._hand_on(packing, self._waiting.pop(0))
+        if at_the_end:
+            for each in self._waiting:
+                if _is_complete(packing, *each):  # what is not, the loader is about to name
+                    self._hand_on(packing, each)
+
+    def _hand_on(self, packing: Packing, named: tuple[str, nn.Module]) -> None:
+        name, layer = named
+        _put_packed(packing, self._model, f"{name}.")
+        self._arrived(layer)
+
+
+def _is_complete(packing: Packing, name: str, layer: nn.Module) -> bool:
+    """Every parameter has its values, or is packed."""
+    for own, parameter in layer.named_parameters():
+        full = f"{name}.{own}"
+        if parameter.is_meta and full.rpartition(".")[0] not in packing.packed:
+            experts = packing.experts.get(full)
+            if experts is None or experts.done is None:
+                return False
+    return True
+
+
+def _put_packed(packing: Packing, model: Any, prefix: str = "") -> None:
+    """Packed layers whose names begin so take their places."""
+    for name in [each for each in packing.packed if each.startswith(prefix)]:
+        model.set_submodule(name, packing.packed.pop(name))
+    modules = {name: each for name, each in packing.modules_of_experts.items() if name.startswith(prefix)}
+    with_packed_experts(model, modules, packing.experts)
+    for name in modules:
+        del packing.modules_of_experts[name]
+
+
+class _Watched:
+    """A lazy tensor that is about to be read: what came before it is there."""
+
+    def __init__(self, tensor: Any, packing: Packing) -> None:
+        self._tensor, self._packing = tensor, packing
+        self.shape, self.dtype = getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
+
+    def __getitem__(self, index: Any) -> Any:
+        assert self._packing.layers_arriving is not None
+        self._packing.layers_arriving.look(self._packing)
+        return self._tensor[index]
+
+    def get_shape(self) -> list[int]:
+        """As safetensors' slices say it."""
+        return self._tensor.get_shape()
+
+
 class _PackedWeight:
     """The tensors of one quantized linear, in the place of its weight. Passes through a loader untouched."""
 
@@ -212,6 +287,11 @@ class _Quantizer(HfQuantizer):
     def preprocess_model(self, model: Any, dtype: Any = None, **options: Any) -> None:
         """The model is on the meta device."""
         packing: Packing = self.quantization_config
+        if packing.layers_arriving is not None:
+            packing.layers_arriving.begin(model)
+        if packing.storage is None and packing.reader is None:
+            packing.tensors.update(_as_weights(packing, packing.stored, model))
+            return
         packing.linears.update(linears_to_pack(model, packing.storage))
         packing.modules_of_experts.update(experts_to_pack(model, packing.storage))
         packing.experts.update(parameters_to_pack(packing.modules_of_experts))
@@ -237,9 +317,9 @@ class _Quantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **options: Any) -> Any:
         """Everything is read: the packed layers take their places, and no trace of us stays with the model."""
         packing: Packing = self.quantization_config
-        for name, module in packing.packed.items():
-            model.set_submodule(name, module)
-        with_packed_experts(model, packing.modules_of_experts, packing.experts)
+        if packing.layers_arriving is not None:
+            packing.layers_arriving.look(packing, at_the_end=True)
+        _put_packed(packing, model)
         self.remove_quantization_config(model)
         return model
 
@@ -307,6 +387,13 @@ def pack_in_place(model: Any, storage: StorageConfig) -> None:
 
 def _as_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -> dict[str, Any]:
     """The checkpoint as if nothing in it were quantized: every packed linear has one `weight`."""
+    if packing.layers_arriving is not None:
+        watched = _lazy_weights(packing, stored, model)
+        return {name: _Watched(each, packing) for name, each in watched.items()}
+    return _lazy_weights(packing, stored, model)
+
+
+def _lazy_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -> dict[str, Any]:
     prefix = f"{model.base_model_prefix}."
     if packing.reader is None:
         fused = {name: _FusedWeight(packing, tensor) for name, tensor in stored.items()
