@@ -63,7 +63,7 @@ def test_never_more_than_one_layer_is_whole(storage: str, tmp_path: Path, eight_
 
 def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
     arriving = LayersArriving(partial(pytest.fail, "nothing arrives"))
-    with pytest.raises(ModelError, match="no stack of decoder layers.*base: replicated"):
+    with pytest.raises(ModelError, match=r"no stack of decoder layers.*base: replicated"):
         arriving.begin(nn.Linear(2, 2))
 
 
@@ -90,8 +90,8 @@ def test_out_of_memory_stops_everybody_in_words(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_storages_and_families_on_two_ranks() -> None:
-    """Two jobs, steps of which ranks have different numbers of passes, an evaluation, log-probabilities: the same bits as
-    on the whole base, for half of its bytes on each. About 3 minutes."""
+    """Two jobs, steps in passes of different number, an evaluation, log-probabilities: the same bits as on the whole
+    base, for half of its bytes on each. About 3 minutes."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29878"}
     words = [sys.executable, "-m", "tests.models.sharded_ranks"]
     ranks = [

@@ -99,8 +99,8 @@ def test_every_way_of_training(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_machines_and_another_number_of_devices(world: Path, tmp_path: Path) -> None:
-    """Four ranks, on two machines as far as they know, each of which holds the base once. A checkpoint of two ranks goes
-    on on four, and one of four on one that holds all of it."""
+    """Four ranks, on two machines as far as they know, each of which holds the base once. A checkpoint of two ranks
+    goes on on four, and one of four on one that holds all of it."""
     given = {
         "lanes": 4,
         "save_steps": 2,
