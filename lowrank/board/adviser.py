@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank.board.children import command
+from lowrank.board import children
 
 _IDLE_SECONDS = 180.0
 _LONGEST_SECONDS = 900.0
@@ -135,16 +134,7 @@ class Adviser:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
-            environment = {**os.environ, "PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "120"}
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "lowrank.cli.warm"],
-                cwd=self._folder,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._child = children.start_adviser(self._folder)
             threading.Thread(target=self._listen, args=(self._child,), name="adviser", daemon=True).start()
         return self._child
 
@@ -171,7 +161,7 @@ class Adviser:
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             try:
                 return subprocess.run(
-                    command(arguments),
+                    children.command(arguments),
                     cwd=self._folder,
                     stdout=stdout,
                     stderr=stderr,

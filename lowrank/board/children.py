@@ -52,11 +52,25 @@ class Identity:
 def start(
     arguments: Sequence[str], *, cwd: Path, out: Path, errors: Path, task: str, more: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """`lowrank words` with its output in files: nothing of it hangs on the board or on a page.
+    """`lowrank arguments` with its output in files: nothing of it hangs on the board or on a page.
 
     `more` are further environment variables.
     """
-    environment = {
+    with open(out, "ab") as stdout, open(errors, "ab") as stderr:
+        return subprocess.Popen(
+            command(arguments),
+            cwd=cwd,
+            env=environment(task, more),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,  # Ctrl-C in the board's terminal is the board's alone
+        )
+
+
+def environment(task: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the child that does a task is given."""
+    return {
         **os.environ,
         **(more or {}),
         TASK: task,
@@ -67,16 +81,19 @@ def start(
         "TTY_COMPATIBLE": "1",  # rich then draws its progress bars, which last_line.py reads
         "TTY_INTERACTIVE": "1",
     }
-    with open(out, "ab") as stdout, open(errors, "ab") as stderr:
-        return subprocess.Popen(
-            command(arguments),
-            cwd=cwd,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,  # Ctrl-C in the board's terminal is the board's alone
-        )
+
+
+def start_adviser(cwd: Path) -> subprocess.Popen[bytes]:
+    """The process that has imported what commands need (cli/warm.py)."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lowrank.cli.warm"],
+        cwd=cwd,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "120"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def command(arguments: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import urllib.parse
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
@@ -31,6 +32,9 @@ _POLICY = (
 )
 _YEAR = 365 * 86400
 SMALL = Limits(body_bytes=4 << 20, body_seconds=30.0)
+_WITH_PICTURES = Limits(body_seconds=120.0).for_pictures()
+"""What the server behind a conversation takes."""
+_SAY_PATH = re.compile(r"/api/chat/[^/]+/say")
 
 
 class BoardGuard:
@@ -53,7 +57,7 @@ class BoardGuard:
                 await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limits = self._large if scope["path"] == UPLOAD_PATH else SMALL
+        limits = self._limits(scope["path"])
         refusal = self._check(scope, headers, limits)
 
         async def send_guarded(message: Any) -> None:
@@ -68,6 +72,11 @@ class BoardGuard:
         if connection is not None and scope["path"] not in OPEN_PATHS:
             connection.trusted = True
         await self.app(scope, BoundedBody(receive, limits), send_guarded)
+
+    def _limits(self, path: str) -> Limits:
+        if path == UPLOAD_PATH:
+            return self._large
+        return _WITH_PICTURES if _SAY_PATH.fullmatch(path) else SMALL
 
     def _check(self, scope: Any, headers: Headers, limits: Limits) -> Response | None:
         host = headers.get("host", "")

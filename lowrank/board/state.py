@@ -56,6 +56,7 @@ class Board:
 
     def open(self) -> None:
         """Start the queue. Chats of an earlier board are closed: nobody holds their pages' conversation."""
+        gpus()
         for task in self.queue.running():
             if task.kind == "serve":
                 self.queue.stop(task.id)
@@ -134,14 +135,25 @@ class Board:
         return False
 
 
-_GPUS: list[Any] = [0.0, []]
+_GPU_SECONDS = 10.0
+_GPUS: list[Any] = [-_GPU_SECONDS, []]
+_UPDATING_GPUS = threading.Lock()
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, free and whole memory (bytes) of each NVIDIA GPU, as its driver's tool says; asked every few seconds."""
-    if time.monotonic() - _GPUS[0] > 10 or not _GPUS[0]:
-        _GPUS[:] = [time.monotonic(), _query_gpus()]
+    """Name, free and whole memory (bytes) of each NVIDIA GPU, as its driver's tool last said. It is run every few
+    seconds, beside: where a driver wakes up for it, that takes a second or more, and no page waits.
+    """
+    if time.monotonic() - _GPUS[0] > _GPU_SECONDS and _UPDATING_GPUS.acquire(blocking=False):
+        threading.Thread(target=_update_gpus, name="gpus", daemon=True).start()
     return _GPUS[1]
+
+
+def _update_gpus() -> None:
+    try:
+        _GPUS[:] = [time.monotonic(), _query_gpus()]
+    finally:
+        _UPDATING_GPUS.release()
 
 
 def _query_gpus() -> list[dict[str, Any]]:

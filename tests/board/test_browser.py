@@ -7,7 +7,6 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from lowrank.search.candidates import first_candidates
 from lowrank.search.config import SweepConfig
 from lowrank.search.ranking import write_table
 from lowrank.search.sweep import Sweep
-from tests.board.browser import axe, opened, page_of
+from tests.board.browser import axe, page_of
 from tests.board.english import raised, returned
-from tests.board.running import Running, board_on
+from tests.board.running import Running
 from tests.board.test_orders import write_live
 from tests.board.test_sentences import HAN, PLACE
 
@@ -33,20 +32,13 @@ EVIL = "<img src=x onerror=document.title='evil'>"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with opened() as found:
-        yield found
+def running(shared: Running) -> Running:
+    return shared
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("board")
-
-
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[Running]:
-    with board_on(folder) as board:
-        yield board
+def folder(shared: Running) -> Path:
+    return shared.board.places.folder
 
 
 def write_rows(folder: Path) -> Path:
@@ -141,6 +133,7 @@ def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_p
         # talk
         page.get_by_role("link", name=t("tab.try")).click()
         page.click("#open")
+        expect(page.locator("#add-picture")).to_be_hidden()  # it reads text only
         page.locator("#question").fill("Say 3 in words")
         page.fill("#max-tokens", "8") if page.locator("#max-tokens").is_visible() else None
         page.keyboard.press("Enter")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lowrank.board import state
 from lowrank.board.last_line import message_lines
 from lowrank.board.places import Places
 from lowrank.board.progress import progress_of
@@ -66,9 +67,28 @@ def test_a_run_from_a_terminal_is_listed_and_holds_the_queue(tmp_path: Path) -> 
     board.queue.look()
     assert board.queue.outcome(task).state == "running"
     while board.queue.running():
+        time.sleep(0.05)
         board.queue.look()
     time.sleep(0.6)
     assert board.fingerprint() != before
+
+
+def test_no_page_waits_for_a_driver_that_wakes_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi takes a second or more where nothing else keeps the driver awake."""
+    tool, gate = tmp_path / "nvidia-smi", tmp_path / "gate"
+    os.mkfifo(gate)
+    tool.write_text(f"#!/bin/sh\nread line < {gate}\necho 'NVIDIA X, 1000, 2000'\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(state, "_GPUS", [-state._GPU_SECONDS, []])
+    assert state.gpus() == []  # and did not wait
+    assert state.gpus() == []
+    gate.write_text("go\n", encoding="utf-8")
+    end = time.monotonic() + 60
+    while not state.gpus():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert state.gpus() == [{"name": "NVIDIA X", "free": 1000 << 20, "total": 2000 << 20}]
 
 
 def test_settings_that_differ() -> None:

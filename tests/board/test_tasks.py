@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_number_that_went_to_another_process_is_not_ours(places: Places) -> No
         identity = Identity.of(process.pid)
         assert identity is not None
         while identity.lives:  # ended, and nobody has waited for it: a zombie
-            pass
+            time.sleep(0.01)
         assert process.returncode is None
     assert Identity.of(2**22 + 1) is None
 
@@ -110,6 +111,7 @@ def test_one_at_a_time_for_each_device(places: Places) -> None:
     states = [queue.outcome(task).state for task in (first, second, other)]
     assert states == ["running", "waiting", "running"]
     while queue.running() or queue.waiting():
+        time.sleep(0.05)
         queue.look()
     for task in (first, second, other):
         outcome = queue.outcome(task)
@@ -128,6 +130,7 @@ def test_nothing_starts_while_a_run_from_a_terminal_works(places: Places) -> Non
     queue.look()
     assert queue.outcome(task).state == "running"
     while queue.running():
+        time.sleep(0.05)
         queue.look()
 
 

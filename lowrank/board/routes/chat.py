@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from lowrank.board.body import Body
@@ -22,6 +23,7 @@ from lowrank.board.tasks import ERRORS, OUTPUT, Task
 
 router = APIRouter()
 _ADDRESS = re.compile(r"http://(?:127\.0\.0\.1|localhost|\[::1\]):(\d{2,5})")
+_PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}\Z")
 _IDLE_SECONDS = 900.0
 _LAST_REQUEST: dict[str, float] = {}
 
@@ -82,18 +84,46 @@ def chat_state(request: Request, task: str) -> Response:
 
 @router.get("/api/chat/{task}/models")
 async def list_models(request: Request, task: str) -> Response:
-    """The names of the base and the adapters."""
+    """The names of the base and the adapters, and whether they are shown pictures."""
     board = board_of(request)
     async with _client(board, _task(board, task)) as client:
         answer = await client.get("/v1/models")
-        return JSONResponse({"models": [each["id"] for each in answer.json().get("data", [])]})
+        names = [each["id"] for each in answer.json().get("data", [])]
+        able = await client.post("/api/show", json={"model": names[0]}) if names else None
+        sees = able is not None and "vision" in (able.json().get("capabilities") or ())
+        return JSONResponse({"models": names, "sees": sees})
+
+
+class _Part(BaseModel):
+    """Of a question: text, or a picture as the page read it. No file is read and nothing is fetched for it."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: dict[Literal["url"], str] | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> _Part:
+        if (self.type == "text") == (self.text is None) or (self.type == "image_url") == (self.image_url is None):
+            raise ValueError("a part of a question is a text or a picture")
+        if self.image_url is not None and not _PICTURE.match(self.image_url.get("url", "")):
+            raise ValueError("a picture comes within the question, as PNG, JPEG, WebP or GIF")
+        return self
+
+
+class _Turn(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "user", "assistant"]
+    content: str | list[_Part]
 
 
 class ChatMessages(Body):
     """One question to one model, as OpenAI's API has it."""
 
     model: str
-    messages: list[dict[str, Any]]
+    messages: list[_Turn]
     temperature: float = Field(0.7, ge=0, le=5)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(512, ge=1, le=8192)
@@ -106,16 +136,20 @@ async def send(request: Request, task: str, body: ChatMessages) -> Response:
     found = _task(board, task)
     _LAST_REQUEST[task] = time.monotonic()
     content = {
-        "model": body.model, "messages": body.messages, "temperature": body.temperature, "top_p": body.top_p,
-        "max_tokens": body.max_tokens, "stream": True,
-    }  # fmt: skip
+        "model": body.model,
+        "messages": [turn.model_dump(exclude_none=True) for turn in body.messages],
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "max_tokens": body.max_tokens,
+        "stream": True,
+    }
     client = _client(board, found)
     outgoing = client.build_request("POST", "/v1/chat/completions", json=content)
     answer = await client.send(outgoing, stream=True)
     if answer.status_code != 200:
         text = (await answer.aread()).decode("utf-8", "replace")
         await client.aclose()
-        raise HTTPException(502, text[:2000])
+        raise HTTPException(502, _refusal(text))
 
     async def pieces() -> AsyncIterator[bytes]:
         try:
@@ -143,6 +177,14 @@ def close_idle_chats(board: Board) -> None:
         requested = _LAST_REQUEST.setdefault(task.id, time.monotonic())
         if time.monotonic() - requested > (_IDLE_SECONDS / 5 if waits else _IDLE_SECONDS):
             board.queue.stop(task.id)
+
+
+def _refusal(text: str) -> str:
+    """What the server said, out of the JSON in which it said it."""
+    try:
+        return str(json.loads(text)["error"]["message"])[:2000]
+    except (ValueError, KeyError, TypeError):
+        return text[:2000]
 
 
 def _chats(board: Board) -> list[Task]:

@@ -1,8 +1,12 @@
 // Talking to the base and to adapters side by side. The history is that of the first model.
 import { $, $$, el, post, get, t, toast } from "./common.js";
+import { pictures, thumbnail } from "./pictures.js";
 
 const run = $("#chat").dataset.run;
-let task = null, models = [], history = [], asking = null;
+const MOST_BYTES = 23 << 20; // of all that goes with a question
+let task = null, models = [], history = [], asking = null, sees = false;
+const shown = () => history.flatMap((turn) => (Array.isArray(turn.content) ? turn.content : [])).filter((part) => part.type === "image_url");
+const album = pictures(() => shown().length, () => sees);
 
 async function open() {
   $("#open").disabled = true;
@@ -26,7 +30,7 @@ async function until() {
   }
   for (let tries = 0; !models.length; tries += 1) {
     try {
-      models = (await get(`/api/chat/${task}/models`)).models;
+      ({ models, sees } = await get(`/api/chat/${task}/models`));
     } catch (error) {
       if (tries > 20) throw error;
       await new Promise((resolve) => setTimeout(resolve, 300));
@@ -37,6 +41,7 @@ async function until() {
   $("#talking").hidden = false;
   const first = models.filter((model) => model !== "base").slice(0, 2);
   $("#models").append(...models.map((model) => el("label", {}, el("input", { type: "checkbox", value: model, checked: first.includes(model) || model === "base" || models.length < 3 }), ` ${model}`)));
+  $("#add-picture").hidden = $("#picture-keys").hidden = !sees;
   $("#question").focus();
 }
 
@@ -47,18 +52,25 @@ const chosen = () => {
 
 async function ask(question) {
   const names = chosen();
-  if (!names.length || !question.trim() || asking) return;
+  if (!names.length || (!question.trim() && !album.any()) || asking) return;
   asking = new AbortController();
+  const looked = await album.take();
+  if ([...shown().map((part) => part.image_url), ...looked].reduce((sum, { url }) => sum + url.length, 0) > MOST_BYTES) {
+    asking = null;
+    return toast(t("picture.full"), true);
+  }
+  $("#question").value = "";
   $("#halt").hidden = false;
   $("#send").disabled = true;
-  history.push({ role: "user", content: question });
+  history.push({ role: "user", content: looked.length ? [...looked.map(({ url }) => ({ type: "image_url", image_url: { url } })), { type: "text", text: question }] : question });
   const answers = names.map((name) => ({ name, text: "", place: el("div", { class: "text" }, "…"), note: el("span", { class: "dim small" }) }));
-  $("#turns").append(el("article", { class: "turn" }, el("p", { class: "asked text" }, question), el("div", { class: "answers-side" }, ...answers.map((one) => el("section", { class: one.name === "base" ? "answer base" : "answer" }, el("h3", {}, one.name, " ", one.note), one.place)))));
+  $("#turns").append(el("article", { class: "turn" }, looked.length ? el("div", { class: "pictures" }, ...looked.map(thumbnail)) : null, el("p", { class: "asked text" }, question), el("div", { class: "answers-side" }, ...answers.map((one) => el("section", { class: one.name === "base" ? "answer base" : "answer" }, el("h3", {}, one.name, " ", one.note), one.place)))));
   $("#turns").lastChild.scrollIntoView({ block: "end" });
   const system = $("#system").value.trim();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...history];
   await Promise.all(answers.map((one) => stream(one, messages)));
-  history.push({ role: "assistant", content: answers[0].text });
+  if (answers.every((one) => one.failed)) history.pop(); // or nothing asked later would be answered
+  else history.push({ role: "assistant", content: answers[0].text });
   asking = null;
   $("#halt").hidden = true;
   $("#send").disabled = false;
@@ -93,18 +105,22 @@ async function stream(one, messages) {
     one.note.textContent = `${(pieces / Math.max(0.001, (performance.now() - begun) / 1000)).toFixed(0)} tok/s`;
   } catch (error) {
     if (error.name === "AbortError") one.note.textContent = t("chat.halted");
-    else one.place.append(el("p", { class: "problem" }, error.message));
+    else {
+      one.failed = true;
+      one.place.append(el("p", { class: "problem" }, error.message));
+    }
   }
 }
 
 $("#open").addEventListener("click", open);
-$("#ask").addEventListener("submit", (event) => { event.preventDefault(); const text = $("#question").value; $("#question").value = ""; ask(text); });
+$("#ask").addEventListener("submit", (event) => { event.preventDefault(); ask($("#question").value); });
 $("#question").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("#ask").requestSubmit(); } });
 $("#halt").addEventListener("click", () => asking?.abort());
-$("#again").addEventListener("click", () => { history = []; $("#turns").replaceChildren(); $("#question").focus(); });
+$("#again").addEventListener("click", () => { history = []; album.clear(); $("#turns").replaceChildren(); $("#question").focus(); });
 $("#close").addEventListener("click", async () => {
   await post(`/api/chat/${task}/close`).catch(() => {});
-  [task, models, history] = [null, [], []];
+  [task, models, history, sees] = [null, [], [], false];
+  album.clear();
   $("#models").querySelectorAll("label").forEach((one) => one.remove());
   $("#turns").replaceChildren();
   $("#talking").hidden = true;

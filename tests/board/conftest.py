@@ -1,0 +1,26 @@
+"""What browser tests share: one browser for all of a worker's, and one board for each file's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.board.browser import opened
+from tests.board.forked import forked_children
+from tests.board.running import Running, board_on
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium; each page has a context of its own."""
+    with opened() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A board for all tests of a file, whose children are forked."""
+    with forked_children(), board_on(tmp_path_factory.mktemp("board")) as board:
+        yield board

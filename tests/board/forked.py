@@ -1,0 +1,65 @@
+"""A board's children as forks of one process that has imported everything: the same commands, without the seconds that
+each takes to import torch and transformers.
+
+test_kill.py, test_cli.py and test_adviser.py have the board start the real programs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from lowrank.board import children
+from tests import command_line
+
+
+@contextmanager
+def forked_children() -> Generator[None]:
+    """Boards start what they start by forking."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children, "start", _start)
+        patch.setattr(children, "start_adviser", _Adviser)
+        yield
+
+
+def _start(
+    words: Sequence[str], *, cwd: Path, out: Path, errors: Path, task: str, more: Mapping[str, str] | None = None
+) -> command_line.Child:
+    return command_line.start(
+        words, cwd=cwd, out=out, err=errors, environment=children.environment(task, more), session=True
+    )
+
+
+class _Adviser:
+    """cli/warm.py in a fork, which is asked and answers through named pipes."""
+
+    def __init__(self, cwd: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            ask, answer = (os.path.join(folder, name) for name in ("ask", "answer"))
+            os.mkfifo(ask)
+            os.mkfifo(answer)
+            self._child = command_line.start(
+                ["warm"], cwd=cwd, stdin=ask, out=Path(answer), err=Path(os.devnull), session=True
+            )
+            self.stdin: IO[bytes] = os.fdopen(os.open(ask, os.O_WRONLY), "wb")
+            self.stdout: IO[bytes] = os.fdopen(os.open(answer, os.O_RDONLY), "rb")
+
+    def poll(self) -> int | None:
+        """Its exit code, once it is over."""
+        return self._child.poll()
+
+    def kill(self) -> None:
+        """At once."""
+        self._child.kill()
+
+    def communicate(self) -> None:
+        """Wait for its end; who listens hears the end of its output by then."""
+        self._child.wait()
+        self.stdin.close()
+        self.stdout.close()
