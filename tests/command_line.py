@@ -71,7 +71,7 @@ while True:
     if readable:
         read = os.read(0, 1 << 16)
         if not read:
-            break
+            os._exit(0)
         *lines, rest = (rest + read).split(bytes([10]))
         for line in lines:
             order = json.loads(line)

@@ -20,7 +20,14 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A board for all tests of a file, whose children are forked."""
-    with forked_children(), board_on(tmp_path_factory.mktemp("board")) as board:
+def forked() -> Iterator[None]:
+    """What the boards of a file start is forked."""
+    with forked_children():
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared(forked: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A board for all tests of a file."""
+    with board_on(tmp_path_factory.mktemp("board")) as board:
         yield board

@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from lowrank.board import children
 from lowrank.board.adviser import Superseded
 from tests.board.running import Running, board_on
 
 BASE = {"model.path": "lowrank/tiny", "data.train": ["lowrank/demo"]}
+REAL = {"start": children.start, "start_adviser": children.start_adviser}
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]\n" for above, name in zip("abcdefgh", "bcdefghi")
 )
@@ -22,9 +25,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with board_on(tmp_path_factory.mktemp("board")) as board:
-        yield board
+def running(shared: Running) -> Running:
+    return shared
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +110,19 @@ def test_the_newest_question_wins(running: Running, http: httpx.Client) -> None:
     assert http.post("/api/draft/check", json={"values": BASE}).json()["problems"] == []
 
 
-def test_it_is_ended_before_a_run_starts(running: Running, http: httpx.Client) -> None:
+def test_it_is_ended_before_a_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one."""
+    for name, real in REAL.items():
+        monkeypatch.setattr(children, name, real)
+
     def warm() -> list[psutil.Process]:
         children = psutil.Process().children()
         return [child for child in children if "lowrank.cli.warm" in " ".join(child.cmdline())]
 
-    http.post("/api/draft/check", json={"values": BASE})
-    assert warm()
-    task = running.board.queue.add("x", ["no-such-command"])
-    running.board.queue.wait(task.id, 30)
-    assert not warm()
-    assert not list((running.board.places.own / "advice").iterdir())
+    with board_on(tmp_path) as running, running.client() as http:
+        http.post("/api/draft/check", json={"values": BASE})
+        assert warm()
+        task = running.board.queue.add("x", ["no-such-command"])
+        running.board.queue.wait(task.id, 240)
+        assert not warm()
+        assert not list((running.board.places.own / "advice").iterdir())

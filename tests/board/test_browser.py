@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-import lowrank.pipelines.orders
 from lowrank.board.texts import Texts
-from lowrank.checkpoints.orders import OrderBook
-from lowrank.search.candidates import first_candidates
-from lowrank.search.config import SweepConfig
-from lowrank.search.ranking import write_table
-from lowrank.search.sweep import Sweep
 from tests.board.browser import axe, page_of
-from tests.board.english import raised, returned
+from tests.board.run_folders import write_run, write_sweep
 from tests.board.running import Running
-from tests.board.test_orders import write_live
-from tests.board.test_sentences import HAN, PLACE
 
 pytestmark = pytest.mark.timeout(600)
 ROWS = [{"instruction": f"Say {number} in words", "input": "", "output": f"number {number}"} for number in range(120)]
@@ -45,32 +35,6 @@ def write_rows(folder: Path) -> Path:
     path = folder / "rows.json"
     path.write_text(json.dumps([*ROWS, {"instruction": "", "output": EVIL}]), encoding="utf-8")
     return path
-
-
-def write_run(running: Running, name: str, points: int = 40, job: str = "default") -> None:
-    """A run folder as a run leaves it."""
-    from tests.board.test_curves import held_out, step
-
-    folder = running.board.places.runs / name
-    folder.mkdir()
-    jobs = {
-        job: {
-            "description": "lora r=16", "steps": points, "num_steps": points, "last_loss": 1.0, "best_eval": None,
-            "verdict": {"kind": "falling", "sentence": "Still falling."},
-        }
-    }  # fmt: skip
-    summary = {
-        "jobs": jobs,
-        "interrupted": False,
-        "peak_memory_bytes": 5e8,
-        "tokens_per_second": 100.0,
-        "train_tokens": 5,
-    }
-    config = {"model": {"path": "lowrank/tiny"}, "adapter": {"rank": points}, "output_dir": f"runs/{name}"}
-    lines = [step(job, number, 2 + 1 / (number + 1)) for number in range(points)] + [held_out(job, points - 1, 2.0)]
-    for file, content in ((".lowrank.json", {"owned": [job]}), ("config.json", config), ("summary.json", summary)):
-        (folder / file).write_text(json.dumps(content), encoding="utf-8")
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.mark.parametrize("language", ["en", pytest.param("zh", marks=pytest.mark.slow)])
@@ -180,155 +144,6 @@ def test_two_people_and_names_that_would_be_markup(browser: Any, running: Runnin
             expect(page.get_by_text("seen by both").first).to_be_visible()
         running.board.queue.tasks.remove(added)
         assert two.locator("h1").inner_text() == Texts("zh")("start.title")
-
-
-def test_many_points_open_fast_and_zoom(browser: Any, running: Running) -> None:
-    from playwright.sync_api import expect
-
-    write_run(running, "long", points=100_000)
-    with page_of(browser, running) as page:
-        page.goto(f"{running.url}/runs/long")
-        expect(page.locator("#plot-words")).to_contain_text("99999")
-        running.board.curves._kept.clear()  # as after a restart: the file is read again
-        page.reload(wait_until="commit")
-        expect(page.locator(".uplot canvas")).to_be_visible()
-        took = page.evaluate("performance.getEntriesByType('mark').find((one) => one.name === 'drawn').startTime")
-        print(f"100,000 points: {took:.0f} ms from the request to the drawn curve")
-        assert took < 1000 * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
-        box = page.locator(".u-over").bounding_box()
-        page.mouse.move(box["x"] + 200, box["y"] + 50)
-        page.mouse.down()
-        page.mouse.move(box["x"] + 300, box["y"] + 60, steps=5)
-        page.mouse.up()
-        expect(page.locator("#unzoom")).to_be_visible()
-        page.locator("#log").check()
-        page.click("#unzoom")
-        expect(page.locator("#unzoom")).to_be_hidden()
-
-
-def write_sweep(folder: Path) -> None:
-    """As a run writes it, with a candidate that was left behind."""
-    values = [{"adapter.rank": rank, "optimizer.learning_rate": rate} for rank in (4, 64) for rate in (1e-4, 1e-3)]
-    settings = SweepConfig(candidates=tuple(values))
-    sweep = Sweep(settings, first_candidates(settings), "loss")
-    for place, trial in enumerate(sweep.trials.values()):
-        trial.step, trial.num_steps, trial.finished = 40 - 10 * place, 40, "pruned" if place else "done"
-        trial.loss = trial.best = 1.5 + place / 5
-        trial.rows = [[trial.loss / 8 + row / 100 for row in range(-4, 5) if row], [1 / 8] * 8]
-    write_table(sweep, folder)
-
-
-def test_a_run_is_steered_by_the_keyboard(browser: Any, running: Running) -> None:
-    """The run is a thread of this test, which answers as runs do (the whole way steers a real one)."""
-    from playwright.sync_api import expect
-
-    live = write_live(running.board.places.runs / "live")
-    over = threading.Event()
-
-    def train() -> None:
-        book = OrderBook(live)
-        while not over.wait(0.05):
-            for order in book.due(3):
-                book.acknowledge(order, 3, f"{order.kind} {order.job}", done=order.kind != "clone")
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    try:
-        with page_of(browser, running) as page:
-            page.goto(f"{running.url}/runs/live")
-            page.focus('[data-key="steer-r8"]')
-            page.keyboard.press("Enter")
-            expect(page.locator('#steer [data-kind="stop"] code')).to_have_text("lowrank stop runs/live r8")
-            expect(page.locator('#steer [data-kind="resume"]')).to_be_hidden()
-            assert axe(page) == []
-            page.focus("#clone-rate")
-            page.keyboard.type("fast")
-            page.keyboard.press("Enter")
-            expect(page.locator("#steer-answer.bad")).to_have_text("clone r8")
-            page.keyboard.press("Escape")
-            expect(page.locator('[data-key="steer-r8"]')).to_be_focused()
-            page.focus("[data-add]")
-            page.keyboard.press("Space")
-            expect(page.locator("#add [data-give]")).to_be_disabled()
-            page.fill("#add-name", "<i>r32</i>")
-            page.locator("#add summary").click()
-            page.fill("#add-more", "data: {train: [/etc/passwd]}")
-            expect(page.locator("#add .problem")).to_contain_text("lies outside")
-            page.fill("#add-more", "adapter: {rank: 32}")
-            page.locator("#add [data-give]").click()
-            expect(page.locator("#add-answer.well")).to_have_text("add <i>r32</i>")
-            assert axe(page) == []
-            page.keyboard.press("Escape")
-            expect(page.locator("#details .given code").first).to_have_text("lowrank add runs/live '<i>r32</i>'")
-    finally:
-        over.set()
-        trainer.join()
-        (live / ".lowrank.json").write_text("{}", encoding="utf-8")  # nobody waits for the device any more
-
-
-ENGLISH = """() => {
-    const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    for (let node = walk.nextNode(); node; node = walk.nextNode()) {
-        const place = node.parentElement;
-        if (!place.checkVisibility() || place.closest("code, pre, textarea, script, [lang=en]")) continue;
-        if (/[A-Za-z]{2,}(?: [a-z]{2,}){2,}/.test(node.data)) found.push(node.data.trim());
-    }
-    return found;
-}"""
-"""Sentences of a page, outside of what is marked as English or as the output of a command."""
-
-
-def test_no_english_is_said_on_the_chinese_page(browser: Any, running: Running) -> None:
-    """Every order through its dialog, with the run's own answers: done, and then refused."""
-    from playwright.sync_api import expect
-
-    desk = Path(str(lowrank.pipelines.orders.__file__))
-    refusals = iter(sorted(set(raised(desk))))
-    live = write_live(running.board.places.runs / "live-zh")
-    over = threading.Event()
-
-    def train() -> None:
-        book = OrderBook(live)
-        while not over.wait(0.05):
-            for order in book.due(3):
-                done = list(returned(desk, "_join" if order.kind in ("add", "clone") else f"_{order.kind}"))
-                text = f"{order.job} trains from now on" if order.kind in ("add", "clone") else done[0]
-                second = order.number % 2 == 0
-                book.acknowledge(order, 3, PLACE.sub("7", next(refusals) if second else text), done=not second)
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    try:
-        with page_of(browser, running, "zh") as page:
-            page.goto(f"{running.url}/runs/live-zh")
-            for kind, fill in (("pause", None), ("stop", None), ("priority", "#steer-priority"), ("set", "#steer-rate"),
-                               ("clone", "#clone-rate"), ("add", "#add-name")):  # fmt: skip
-                page.locator("[data-add]" if kind == "add" else '[data-key="steer-r8"]').click()
-                dialog = page.locator("#add" if kind == "add" else "#steer")
-                for look in ("well", "bad"):
-                    if fill:
-                        page.fill(fill, "3")
-                    button = dialog.locator(f'[data-kind="{kind}"] [data-give]')
-                    expect(button).to_be_enabled()
-                    button.click()
-                    expect(dialog.locator(f"[role=status].{look}")).to_be_visible()
-                    assert HAN.search(dialog.locator("[role=status]").inner_text())
-                    assert page.evaluate(ENGLISH) == []
-                more = dialog.locator(f'[data-kind="{kind}"] textarea')
-                if more.count():  # what cannot be ordered is said at the field
-                    dialog.locator(f'[data-kind="{kind}"] summary').click()
-                    for wrong in ("data: {train: [/etc/passwd]}", "- 1", "adapter: evil:X"):
-                        more.fill(wrong)
-                        expect(dialog.locator(f'[data-kind="{kind}"] .problem')).to_have_text(HAN)
-                        expect(button).to_be_disabled()
-                        assert page.evaluate(ENGLISH) == []
-                page.keyboard.press("Escape")
-            assert len(page.locator("#details .given li").all()) == 12
-            assert page.evaluate(ENGLISH) == []
-    finally:
-        over.set()
-        trainer.join()
-        (live / ".lowrank.json").write_text("{}", encoding="utf-8")
 
 
 def test_a_search_is_set_up(browser: Any, running: Running) -> None:

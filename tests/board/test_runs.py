@@ -21,6 +21,8 @@ from lowrank.board.progress import progress_of
 from lowrank.board.runs import all_runs, differing, read_run
 from lowrank.board.state import Board
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def write(folder: Path, *, pid: int, started: float, **summary: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ from lowrank.board.places import Places
 from lowrank.board.queue import Queue
 from lowrank.board.tasks import TaskFolders, judge
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture
 def places(tmp_path: Path) -> Places:
