@@ -25,7 +25,7 @@ import datasets, matplotlib.pyplot, transformers.models.llama.modeling_llama
 import lowrank.cli.train, lowrank.cli.warm, lowrank.pipelines.train
 from lowrank.cli.main import main
 
-def say(line):
+def report(line):
     os.write(1, (json.dumps(line) + chr(10)).encode())
 
 def obey(order):
@@ -79,11 +79,11 @@ while True:
             if not child:
                 obey(order)
             running[child] = order["id"]
-            say({"id": order["id"], "pid": child})
+            report({"id": order["id"], "pid": child})
     for child in list(running):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            say({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
+            report({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
 """
 _NUMBERS = itertools.count(1)
 
@@ -140,12 +140,12 @@ class _Forks:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            said = json.loads(line)
-            child = self._children[said["id"]]
-            child.pid = said.get("pid", child.pid)
+            news = json.loads(line)
+            child = self._children[news["id"]]
+            child.pid = news.get("pid", child.pid)
             child.began.set()
-            if "code" in said:
-                child.returncode = said["code"]
+            if "code" in news:
+                child.returncode = news["code"]
                 child.ended.set()
         for child in self._children.values():
             child.began.set()

@@ -34,7 +34,7 @@ _YEAR = 365 * 86400
 SMALL = Limits(body_bytes=4 << 20, body_seconds=30.0)
 _WITH_PICTURES = Limits(body_seconds=120.0).for_pictures()
 """What the server behind a conversation takes."""
-_SAY_PATH = re.compile(r"/api/chat/[^/]+/say")
+_MESSAGES_PATH = re.compile(r"/api/chat/[^/]+/say")
 
 
 class BoardGuard:
@@ -76,7 +76,7 @@ class BoardGuard:
     def _limits(self, path: str) -> Limits:
         if path == UPLOAD_PATH:
             return self._large
-        return _WITH_PICTURES if _SAY_PATH.fullmatch(path) else SMALL
+        return _WITH_PICTURES if _MESSAGES_PATH.fullmatch(path) else SMALL
 
     def _check(self, scope: Any, headers: Headers, limits: Limits) -> Response | None:
         host = headers.get("host", "")

@@ -29,10 +29,10 @@ def forked_children() -> Generator[None]:
 
 
 def _start(
-    words: Sequence[str], *, cwd: Path, out: Path, errors: Path, task: str, more: Mapping[str, str] | None = None
+    arguments: Sequence[str], *, cwd: Path, out: Path, errors: Path, task: str, more: Mapping[str, str] | None = None
 ) -> command_line.Child:
     return command_line.start(
-        words, cwd=cwd, out=out, err=errors, environment=children.environment(task, more), session=True
+        arguments, cwd=cwd, out=out, err=errors, environment=children.environment(task, more), session=True
     )
 
 
@@ -41,13 +41,13 @@ class _Adviser:
 
     def __init__(self, cwd: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            ask, answer = (os.path.join(folder, name) for name in ("ask", "answer"))
-            os.mkfifo(ask)
+            question, answer = (os.path.join(folder, name) for name in ("ask", "answer"))
+            os.mkfifo(question)
             os.mkfifo(answer)
             self._child = command_line.start(
-                ["warm"], cwd=cwd, stdin=ask, out=Path(answer), err=Path(os.devnull), session=True
+                ["warm"], cwd=cwd, stdin=question, out=Path(answer), err=Path(os.devnull), session=True
             )
-            self.stdin: IO[bytes] = os.fdopen(os.open(ask, os.O_WRONLY), "wb")
+            self.stdin: IO[bytes] = os.fdopen(os.open(question, os.O_WRONLY), "wb")
             self.stdout: IO[bytes] = os.fdopen(os.open(answer, os.O_RDONLY), "rb")
 
     def poll(self) -> int | None:

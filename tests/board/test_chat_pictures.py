@@ -40,8 +40,15 @@ def seeing(shared: Running) -> Running:
     folder = shared.board.places.folder
     save_sighted_folder(folder / "base", "qwen3_vl")
     write_picture_rows(folder / "data")
-    words = ("train", "model=base", "data=data/mllm.json", "max_steps=1", "output_dir=runs/sees", "model.dtype=float32")
-    ran = command_line.lowrank(*words, cwd=folder)
+    arguments = (
+        "train",
+        "model=base",
+        "data=data/mllm.json",
+        "max_steps=1",
+        "output_dir=runs/sees",
+        "model.dtype=float32",
+    )
+    ran = command_line.lowrank(*arguments, cwd=folder)
     assert ran.returncode == 0, ran.stderr
     return shared
 
@@ -63,8 +70,10 @@ def talking(browser: Any, seeing: Running) -> Iterator[Any]:
     from playwright.sync_api import expect
 
     with page_of(browser, seeing, "zh") as page:
-        page.asked = []
-        page.on("request", lambda sent: page.asked.append(sent.post_data) if sent.url.endswith("/say") else None)
+        page.sent = []
+        page.on(
+            "request", lambda request: page.sent.append(request.post_data) if request.url.endswith("/say") else None
+        )
         page.goto(f"{seeing.url}/runs/sees/try")
         page.click("#open")
         expect(page.locator("#add-picture")).to_be_visible(timeout=120_000)
@@ -95,25 +104,25 @@ def test_a_picture_goes_with_the_question(talking: Any, seeing: Running) -> None
     expect(talking.locator(".answer.base h3 .small")).to_contain_text("tok/s")
     expect(talking.locator("#pictures")).to_be_hidden()
     assert axe(talking) == []
-    sent = [json.loads(each) for each in talking.asked]
-    assert [one["voice"] for one in sent] == ["default", "base"]
+    sent = [json.loads(each) for each in talking.sent]
+    assert [one["model"] for one in sent] == ["default", "base"]
     content = [*({"type": "image_url", "image_url": {"url": url_of(data)}} for data in files[:2]),
                {"type": "text", "text": "图里有什么？"}]  # fmt: skip
     for one in sent:
         assert one["messages"] == [{"role": "user", "content": content}]
-    direct = asked_directly(
+    direct = answer_of_openai(
         seeing, {"model": "base", "messages": sent[1]["messages"], "temperature": 0, "max_tokens": 6}
     )
     shown = talking.locator(".answer.base .text").inner_text()
     assert shown in (direct["choices"][0]["message"]["content"].strip(), Texts("zh")("js.chat.empty"))
-    without = asked_directly(
+    without = answer_of_openai(
         seeing, {"model": "base", "messages": [{"role": "user", "content": "图里有什么？"}], "max_tokens": 1}
     )
     assert direct["usage"]["prompt_tokens"] > without["usage"]["prompt_tokens"]
     assert talking.title() != "evil"
 
 
-def asked_directly(seeing: Running, content: dict[str, Any]) -> Any:
+def answer_of_openai(seeing: Running, content: dict[str, Any]) -> Any:
     """What the server behind the page answers to a client of OpenAI's API."""
     (task,) = (task for task in seeing.board.queue.running() if task.kind == "serve")
     output = (seeing.board.queue.tasks.folder(task.id) / "output.jsonl").read_text("utf-8")
@@ -130,7 +139,7 @@ def test_a_large_picture_is_shrunk_and_what_is_none_is_refused(talking: Any) -> 
     from playwright.sync_api import expect
 
     talking.click("#again")
-    talking.asked.clear()
+    talking.sent.clear()
     large = picture(1, (2600, 1700), "JPEG")
     talking.set_input_files("#picture-file", {"name": "large.jpg", "mimeType": "image/jpeg", "buffer": large})
     expect(talking.locator("#pictures img")).to_have_attribute("title", re.compile("2048 × 1339"))
@@ -141,14 +150,14 @@ def test_a_large_picture_is_shrunk_and_what_is_none_is_refused(talking: Any) -> 
         talking.set_input_files("#picture-file", {"name": name, "mimeType": kind, "buffer": data})
         expect(talking.locator(".toast.bad", has_text=name)).to_be_visible()
     expect(talking.locator("#pictures img")).to_have_count(1)
-    talking.locator("#voices input[value=default]").uncheck()
+    talking.locator("#models input[value=default]").uncheck()
     talking.click("#send")  # a picture alone is a question
     expect(talking.locator(".answer.base h3 .small")).to_contain_text("tok/s")
-    (sent,) = (json.loads(each) for each in talking.asked)
+    (sent,) = (json.loads(each) for each in talking.sent)
     url = sent["messages"][0]["content"][0]["image_url"]["url"]
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
         assert (image.format, image.size) == ("JPEG", (2048, 1339))
-    talking.locator("#voices input[value=default]").check()
+    talking.locator("#models input[value=default]").check()
 
 
 REFUSED: list[Any] = [
@@ -166,7 +175,7 @@ REFUSED: list[Any] = [
 @pytest.mark.parametrize("part", REFUSED, ids=lambda part: json.dumps(part)[:60])
 def test_nothing_but_pictures_of_the_page_goes_through(shared: Running, part: Any) -> None:
     with shared.client() as http:
-        body = {"voice": "base", "messages": [{"role": "user", "content": [part]}]}
+        body = {"model": "base", "messages": [{"role": "user", "content": [part]}]}
         assert http.post("/api/chat/none/say", json=body).status_code == 422
 
 
@@ -179,13 +188,13 @@ def test_bytes_that_only_claim_to_be_a_picture(talking: Any, seeing: Running) ->
         http.headers["Accept-Language"] = "zh-CN"
         for data in (b"GIF89a nothing", picture(1)[:-20], claims.tobytes()):
             content = [{"type": "image_url", "image_url": {"url": url_of(data)}}]
-            body = {"voice": "base", "messages": [{"role": "user", "content": content}]}
+            body = {"model": "base", "messages": [{"role": "user", "content": content}]}
             answer = http.post(f"/api/chat/{task.id}/say", json=body)
             assert answer.status_code == 502
             assert re.search(r"[\u4e00-\u9fff]", answer.json()["error"]["message"])
         many = [{"type": "image_url", "image_url": {"url": url_of(picture(1))}}] * 17
         answer = http.post(
-            f"/api/chat/{task.id}/say", json={"voice": "base", "messages": [{"role": "user", "content": many}]}
+            f"/api/chat/{task.id}/say", json={"model": "base", "messages": [{"role": "user", "content": many}]}
         )
         assert "最多 16 张" in answer.json()["error"]["message"]
         large = http.post(f"/api/chat/{task.id}/say", content=b"x" * (25 << 20))

@@ -49,8 +49,8 @@ def test_many_points_open_fast_and_zoom(browser: Any, running: Running) -> None:
         took = processor_seconds() - before
         print(f"100,000 points: {took:.2f} processor seconds of board and browser until the curve is drawn")
         assert took < 1.0
-        asked = page.evaluate("performance.getEntriesByType('resource').map((one) => one.name)")
-        assert not [url for url in asked if url.endswith("/curves")]  # they came with the page
+        requests = page.evaluate("performance.getEntriesByType('resource').map((one) => one.name)")
+        assert not [url for url in requests if url.endswith("/curves")]  # they came with the page
         box = page.locator(".u-over").bounding_box()
         page.mouse.move(box["x"] + 200, box["y"] + 50)
         page.mouse.down()
