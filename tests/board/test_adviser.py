@@ -117,7 +117,7 @@ def test_it_is_ended_before_a_run_starts(tmp_path: Path, monkeypatch: pytest.Mon
 
     def warm() -> list[psutil.Process]:
         children = psutil.Process().children()
-        return [child for child in children if "lowrank.cli.warm" in " ".join(child.cmdline())]
+        return [child for child in children if child.cmdline()[-2:] == ["-m", "lowrank.cli.warm"]]
 
     with board_on(tmp_path) as running, running.client() as http:
         http.post("/api/draft/check", json={"values": BASE})
