@@ -7,7 +7,8 @@ Tensor names are PEFT's, without the leading `base_model.model.`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,11 +45,10 @@ from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.models.fused_experts import Expert
 from lowrank.models.layer_wrappers import refuse_wrapped
-from lowrank.models.layers import is_outside, language_model
 from lowrank.models.loading.original_weights import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
-from lowrank.records import Batch, Segment, with_virtual_tokens
+from lowrank.records import BARE_BASE, Batch, Segment, with_virtual_tokens
 
 _STATE = "variant "
 """How names of a variant's own state begin."""
@@ -75,7 +75,7 @@ class Bank:
                 f"{self.base.name}: the adapters of another Bank are in its layers already, and this one's would have "
                 "no part in them; add to that bank, or load the base once more"
             )
-        self.base.routed_by = self.routing
+        self.base.routed_by, self.base.tower_pass = self.routing, self.tower_pass
         if isinstance(config, PromptSettings):
             return self._add_prompt(config, seed, self._free(slot))
         if isinstance(config, BottleneckSettings):
@@ -84,7 +84,7 @@ class Bank:
         self._check(config, targets)
         number = self._free(slot)
         variant = config.build()
-        own = Slot(config, variant, copies=targets.copies, missed=targets.missed)
+        own = Slot(config, variant, copies=targets.copies, missed=targets.missed, outside=targets.outside)
         routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
         self._begin(variant, config, {name: layer.base for name, layer in routed.items()}, looks)
         problems = self._add_linears(number, own, routed, seed)
@@ -149,24 +149,18 @@ class Bank:
 
     def context(self, batch: Batch, draws: Mapping[int, Draws] | None = None) -> ForwardContext:
         """What the layers know about the rows of `batch` in a pass of it; arguments as of `hidden`."""
-        if batch.media:
-            self.refuse_towers()
         rows = self.base.rows(batch)
         return ForwardContext(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws or {}, runs_of(batch))
 
-    def refuse_towers(self) -> None:
-        """ModelError where an adapter is on layers beside the language model: the tower sees pictures, whose rows are
-        no tokens of anybody, so it would be given other slots' rows."""
-        model = self.base.model
-        language, head = language_model(model)[0], name_of(model, model.get_output_embeddings())
-        for slot in self.slots.values():
-            names = [name for name in (*slot.ranks, *slot.copies) if is_outside(name, language) and name != head]
-            if names:
-                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                raise ModelError(
-                    f"an adapter has {shown}, which are not the language model's: with pictures adapters are on that "
-                    "alone so far. Leave target_modules at all-linear, or name its layers"
-                )
+    @contextlib.contextmanager
+    def tower_pass(self, slot: int, origin_1: torch.Tensor) -> Generator[None, None, None]:
+        """The pass of the tower over the pictures of one document of a slot: all of its rows are that slot's. With a
+        graph where the slot trains something there. `origin_1`: `Segment.origin` of the document, (1)."""
+        trained = torch.is_grad_enabled() and slot in self.slots and self.slots[slot].outside
+        draws = self.routing.current.draws
+        context = ForwardContext(1, ((slot, 0, 1),), origin_1, draws={} if slot == BARE_BASE else draws)
+        with self.routing.using(context), torch.set_grad_enabled(trained):
+            yield
 
     def saved(self, number: int) -> Saved:
         """An adapter in the form in which PEFT knows it, without copies where the tensors are its own."""

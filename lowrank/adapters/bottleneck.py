@@ -41,6 +41,7 @@ class BottleneckSettings(AdapterSettings):
     unused: ClassVar[tuple[str, ...]] = (
         "rank", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio",
         "loraplus_lr_embedding",
+        "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model",
     )  # fmt: skip
     mh_adapter: bool = True
     """An adapter behind each layer's attention."""

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from lowrank.adapters.patterns import pattern_problem
 from lowrank.adapters.peft_kind import LORA, PeftKind
+from lowrank.models.layers import LANGUAGE, PROJECTOR, TOWER
 from lowrank.settings import Fraction, Settings
 
 Rank = Annotated[int, Field(gt=0, le=1_000_000)]
@@ -51,6 +52,12 @@ class AdapterSettings(Settings):
     where towers beside it have layers called the same; those are reached by full names or an expression."""
     exclude_modules: str | tuple[str, ...] = ()
     """Names, or one regular expression, taken out of `target_modules`."""
+    freeze_vision_tower: bool = True
+    """False: `all-linear` and names in `target_modules` reach the layers of the tower for pictures as well."""
+    freeze_multi_modal_projector: bool = True
+    """False: they reach the layers between tower and language model as well."""
+    freeze_language_model: bool = False
+    """True: they leave the language model's layers out."""
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Another rank for some modules: {name or regular expression: rank}."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
@@ -81,10 +88,32 @@ class AdapterSettings(Settings):
             problems.append(
                 f"trainable_token_indices: PEFT's files for {self.peft.type} have no place for them; use lora"
             )
-        problems += self._wrong_patterns()
+        problems += [*self._wrong_parts(), *self._wrong_patterns()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Of the model, those in which `all-linear` and names mean layers (models/layers.py)."""
+        frozen = {
+            LANGUAGE: self.freeze_language_model,
+            TOWER: self.freeze_vision_tower,
+            PROJECTOR: self.freeze_multi_modal_projector,
+        }
+        return frozenset(part for part, is_frozen in frozen.items() if not is_frozen)
+
+    def _wrong_parts(self) -> list[str]:
+        if not self.parts:
+            return [
+                "freeze_language_model, freeze_vision_tower, freeze_multi_modal_projector: nothing is left to adapt"
+            ]
+        whole = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if whole and self.parts != frozenset({LANGUAGE}):
+            return [
+                "target_modules is an expression, which says itself what it reaches; leave the freeze_ settings out"
+            ]
+        return []
 
     def _wrong_patterns(self) -> list[str]:
         written = {

@@ -107,6 +107,7 @@ class RoutedLinear(nn.Module):
         gains: list[Gain] = []
         excesses: list[torch.Tensor] = []  # of the gains
         others: list[tuple[int, int, int, LayerAdapter]] = []
+        counter_T = self.routing.current.counters(len(x_TD))
         for slot, first, end in self.routing.current.in_rows_of(len(x_TD), self.name):
             adapter = self.adapters.get(slot)
             if adapter is None:
@@ -117,7 +118,7 @@ class RoutedLinear(nn.Module):
                 others.append((slot, first, end, adapter))
                 continue
             A_RD, B_OR = adapter.at_work(x_TD.dtype, low_rank)
-            pieces.append(Piece(first, end, adapter.scale, A_RD, B_OR, rate, key, self.routing.current.counter_N))
+            pieces.append(Piece(first, end, adapter.scale, A_RD, B_OR, rate, key, counter_T))
             masters += low_rank
             excess_O = gain_of(adapter.variant, adapter.masters)
             if excess_O is not None:
@@ -163,8 +164,9 @@ class RoutedLinear(nn.Module):
             rate, key = self._dropout(slot, adapter)
             x_own = x_TD[first:end]
             if rate:
-                assert self.routing.current.counter_N is not None
-                x_own = dropout(x_own, self.routing.current.counter_N[first:end], key, rate)
+                counter_T = self.routing.current.counters(len(x_TD))
+                assert counter_T is not None
+                x_own = dropout(x_own, counter_T[first:end], key, rate)
             y_own = y_TO[first:end].clone()  # what one slot does to it in place is no other's affair
             own = adapter.variant.apply(x_own, y_own, self.base, adapter.scale, adapter.masters)
             parts += [y_TO[done:first], own]

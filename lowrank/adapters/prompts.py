@@ -72,6 +72,7 @@ class PromptSettings(AdapterSettings):
     unused: ClassVar[tuple[str, ...]] = (
         "rank", "alpha", "dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
         "loraplus_lr_ratio", "loraplus_lr_embedding",
+        "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model",
     )  # fmt: skip
     num_virtual_tokens: Positive = 20
     """Trained vectors before every document. They count for the model's reach, and not in any number reported."""

@@ -15,6 +15,9 @@ import torch
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import key_of
 
+_SPREAD = 0x9E3779B1
+"""Rows that a layer sees for one routed one have counters far from those of the next."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -74,6 +77,14 @@ class ForwardContext:
                 "adapter; name it in adapter.exclude_modules"
             )
         return [(slot, first * each, end * each) for slot, first, end in self.ranges]
+
+    def counters(self, total: int) -> torch.Tensor | None:
+        """The draw counter of each row of a layer that sees `total`; None where nothing is drawn."""
+        counter_N = self.counter_N
+        if counter_N is None or len(counter_N) == total:
+            return counter_N
+        place = torch.arange(total // len(counter_N), device=counter_N.device)
+        return (counter_N[:, None] * _SPREAD + place).reshape(-1)
 
     def key(self, slot: int, layer: str) -> int | None:
         """The key of a slot's draws at `layer`; None where nothing is drawn."""

@@ -35,6 +35,8 @@ class Slot:
     copies: tuple[str, ...] = ()
     missed: str | None = None
     """What its `target_modules` could not reach, for the user."""
+    outside: bool = False
+    """It has something on a tower or a projector."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lowrank.adapters import patterns
 from lowrank.adapters.config import AdapterSettings
 from lowrank.errors import ModelError, did_you_mean, raise_all
 from lowrank.models.fused_experts import OF_ONE_EXPERT, PackedExperts, fused_shapes
-from lowrank.models.layers import is_outside, language_model
+from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.plain_linear import is_plain_linear
 from lowrank.models.storages.packed import PackedLinear
 
@@ -32,6 +32,8 @@ class Targets:
     """`target_parameters`: fused weights of experts, by full name."""
     missed: str | None
     """What `all-linear` leaves out, in words for the user: experts, towers."""
+    outside: bool = False
+    """Some of them are in a tower or a projector."""
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -93,19 +95,19 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     wanted = config.target_modules
     fused = tuple(fused_parameters(model))
     parameters = tuple(name for name in fused if any(_is_parameter(name, item) for item in config.target_parameters))
-    language = language_model(model)[0]
+    parts = Parts(model)
     if wanted == "all-linear":
         chosen = {
             name
             for name in linears
             if modules[name] is not head
             and not OF_ONE_EXPERT.search(name)
-            and not is_outside(name, language)
+            and parts.of(name) in config.parts
             and _is_plain(innermost(modules[name]))
         }
     else:
         chosen = {name for name in linears | embeddings if matches(name, wanted)}
-        chosen -= _namesakes(chosen, wanted, language)
+        chosen -= _namesakes(chosen, wanted, parts, config)
     chosen -= {name for name in chosen if config.exclude_modules and matches(name, config.exclude_modules)}
     copies = tuple(name for name in modules if is_copied(name, config.modules_to_save))
     if isinstance(wanted, str):  # PEFT: what is copied is no target; named as both, it is for the bank to refuse
@@ -118,6 +120,7 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
         copies=copies,
         parameters=parameters,
         missed=_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None,
+        outside=any(parts.is_outside(name) for name in (*chosen, *copies)),
     )
 
 
@@ -157,15 +160,16 @@ def _inside_wrapper(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _namesakes(chosen: set[str], wanted: str | Sequence[str], language: str) -> set[str]:
-    """Layers of towers that a list of names reaches only since the language model has layers of the same last names:
-    `q_proj` means its own."""
-    if isinstance(wanted, str) or not language:
+def _namesakes(chosen: set[str], wanted: str | Sequence[str], parts: Parts, config: AdapterSettings) -> set[str]:
+    """Layers of frozen parts that a list of names reaches only since the language model has layers of the same last
+    names: `q_proj` means its own. And those of the language model, where that is frozen."""
+    if isinstance(wanted, str) or not parts.language:
         return set()
-    own = [name for name in chosen if not is_outside(name, language)]
+    own = [name for name in chosen if not parts.is_outside(name)]
     inside = {item for item in wanted if any(matches(name, (item,)) for name in own)}
     others = [item for item in wanted if item not in inside]
-    return {name for name in chosen if is_outside(name, language) and not matches(name, others)}
+    frozen = {name for name in chosen if parts.of(name) not in config.parts}
+    return {name for name in frozen if not parts.is_outside(name) or not matches(name, others)}
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -235,7 +239,8 @@ def _towers_left_out(model: Any, linears_left: set[str]) -> str | None:
     parts = {name.removeprefix(f"{parent}.").partition(".")[0]: None for name in outside}
     return (
         f"beside its language model this base has {', '.join(parts)} ({len(outside)} linear layers) for what is not "
-        "text: all-linear leaves them as they are"
+        "text: all-linear leaves them as they are (adapter.freeze_vision_tower and freeze_multi_modal_projector: false "
+        "reach those for pictures)"
     )
 
 

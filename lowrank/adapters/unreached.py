@@ -1,7 +1,8 @@
 """Targets of adapters that no forward pass of the model comes by: they would stay as they began, without a word.
 
-A model may have layers that text alone never runs (towers for images, heads for tokens further on), or compute with a
-layer's weight without calling the layer. Neither shows in names; one short document through the base shows both.
+A model may have layers that its documents never run (towers for sound, for pictures where there are none, heads for
+tokens further on), or compute with a layer's weight without calling the layer. Neither shows in names; short documents
+through the base show both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.slot import Slot
 from lowrank.adapters.targets import name_of
+from lowrank.models.base import Base
+from lowrank.models.checks.sight import made_up_documents
 from lowrank.records import BARE_BASE, Segment, pack
 
 _TOKENS = 4
@@ -38,7 +41,8 @@ def unreached(bank: Bank, slots: Iterable[int]) -> dict[int, list[str]]:
     try:
         if hooks:
             with torch.no_grad():
-                bank.hidden(pack([(BARE_BASE, _document())]).to(bank.base.device))
+                for document in _documents(bank.base):
+                    bank.hidden(pack([(BARE_BASE, document)]).to(bank.base.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -57,5 +61,7 @@ def num_targets(slot: Slot) -> int:
     return len(_targets(slot))
 
 
-def _document() -> Segment:
-    return Segment(np.arange(_TOKENS, dtype=np.int64), np.zeros(_TOKENS, np.float32))
+def _documents(base: Base) -> list[Segment]:
+    """A text; and one with a picture, where the base is shown some."""
+    text = Segment(np.arange(_TOKENS, dtype=np.int64), np.zeros(_TOKENS, np.float32))
+    return [text] if base.sight is None else [text, made_up_documents(base)[1]]

@@ -29,6 +29,11 @@ def misfits(model: Any, config: AdapterConfig, targets: Targets, copied: set[str
             f"adapter.type {config.type} makes up for what quantization lost, and model.storage.type dense loses "
             "nothing; use lora, or quantize the base"
         )
+    if targets.outside and config.needs_calibration:
+        problems.append(
+            f"adapter.type {config.type} begins from what data does to the layers, and looks at text alone: leave "
+            "tower and projector out, or use lora"
+        )
     of_tokens: set[str] = set()
     if config.trainable_token_indices:
         of_tokens = {head, name_of(model, model.get_input_embeddings())}

@@ -53,7 +53,8 @@ TEXT_COLUMNS: dict[str, dict[str, str]] = {
 RECORDS = {"sft": "conversation", "pt": "text", "dpo": "pair", "rm": "pair", "kto": "rated", "ppo": "conversation"}
 """What a row has to be for each stage."""
 
-MEDIA_COLUMNS = ("images", "videos", "audios")
+UNREAD_MEDIA = ("videos", "audios")
+"""Columns of what no model here is shown."""
 
 
 def find_info(dataset_dir: str, folder: Path) -> tuple[Path | None, list[Path]]:
@@ -100,9 +101,9 @@ def read_info(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def sources(
-    names: Sequence[str], info: Mapping[str, Any], folder: Path, stage: str
+    names: Sequence[str], info: Mapping[str, Any], folder: Path, stage: str, media_dir: Path | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One source per dataset name, and what stands in the way."""
+    """One source per dataset name, and what stands in the way. `media_dir`: of pictures; None: `folder`."""
     found: list[dict[str, Any]] = []
     problems: list[str] = []
     for name in names:
@@ -114,7 +115,10 @@ def sources(
         complaints = _complaints(entry, stage)
         problems.extend(f"dataset {name!r}: {complaint}" for complaint in complaints)
         if not complaints:
-            found.append(_source(entry, folder, stage))
+            source = _source(entry, folder, stage)
+            if (entry.get("columns") or {}).get("images"):
+                source["media_dir"] = str(media_dir or folder)
+            found.append(source)
     return found, problems
 
 
@@ -159,12 +163,11 @@ def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
     complaints = [f"unknown key {key!r}; did you mean {meant!r}?" for key, meant in slips.items() if meant]
     if formatting not in FORMATS:
         complaints.append(f"formatting {formatting!r} is not known{did_you_mean(str(formatting), FORMATS)}")
-    media = [column for column in MEDIA_COLUMNS if columns.get(column)]
+    media = [column for column in UNREAD_MEDIA if columns.get(column)]
     if media:
-        complaints.append(
-            f"it has {', '.join(media)}: LLaMA-Factory's files train on text alone so far; pictures are trained from "
-            "lowrank's own settings (docs/pictures.md)"
-        )
+        complaints.append(f"it has {', '.join(media)}, and models are shown pictures alone so far; leave it out")
+    if columns.get("images") and stage in ("pt", "ppo"):
+        complaints.append(f"it has images, and stage {stage} is on text alone so far; leave it out")
     pairs = RECORDS.get(stage) == "pair"
     if entry.get("ranking") and not pairs:
         complaints.append(f"it holds preference pairs (ranking: true), which stage {stage} cannot use")
@@ -244,7 +247,8 @@ def _columns(columns: Mapping[str, str], formatting: str, stage: str) -> dict[st
         mapped = {part: "" for part, default in defaults.items() if not default}
     else:
         mapped = {part: columns.get(part) or "" for part in defaults}
-    return mapped | _of_answers(columns, formatting, stage)
+    shown = {"images": columns["images"]} if columns.get("images") else {}
+    return mapped | shown | _of_answers(columns, formatting, stage)
 
 
 def _of_answers(columns: Mapping[str, str], formatting: str, stage: str) -> dict[str, str]:

@@ -191,7 +191,7 @@ def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[
         if place is None:
             problems.append(f"dataset_dir: {complaint}")
             return [], []
-        return _named(keys, place, problems)
+        return _named(keys, place, folder, problems)
     if keys.dataset_dir == "ONLINE":
         form = {"pt": "text", "dpo": "preference", "rm": "preference", "kto": "rated"}.get(keys.stage, "alpaca")
         train, evaluation = ([{"path": name, "format": form} for name in d] for d in (keys.dataset, keys.eval_dataset))
@@ -203,19 +203,31 @@ def _datasets(keys: Keys, folder: Path, problems: list[str]) -> tuple[list[dict[
         looked = ", ".join(str(path.absolute()) for path in places)
         problems.append(f"dataset_dir: there is no dataset_info.json; looked for it in {looked}")
         return [], []
-    return _named(keys, place, problems)
+    return _named(keys, place, folder, problems)
 
 
-def _named(keys: Keys, place: Path, problems: list[str]) -> Datasets:
-    """The file's datasets by their names in the dataset_info.json at `place`."""
+def _named(keys: Keys, place: Path, folder: Path, problems: list[str]) -> Datasets:
+    """The file's datasets by their names in the dataset_info.json at `place`. `folder`: where the file lies."""
     info, complaint = read_info(place)
     if complaint:
         problems.append(complaint)
         return [], []
-    train, train_problems = sources(keys.dataset, info, place, keys.stage)
-    evaluation, eval_problems = sources(keys.eval_dataset, info, place, keys.stage)
+    media_dir = _media_dir(keys, folder, problems)
+    train, train_problems = sources(keys.dataset, info, place, keys.stage, media_dir)
+    evaluation, eval_problems = sources(keys.eval_dataset, info, place, keys.stage, media_dir)
     problems += train_problems + [problem for problem in eval_problems if problem not in train_problems]
     return train, evaluation
+
+
+def _media_dir(keys: Keys, folder: Path, problems: list[str]) -> Path | None:
+    """Where pictures are, looked for as `dataset_dir` is; None: there."""
+    if keys.media_dir is None:
+        return None
+    places = [base / Path(keys.media_dir).expanduser() for base in (Path(), folder, *folder.resolve().parents[:3])]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        problems.append(f"media_dir: there is no folder {keys.media_dir}")
+    return found
 
 
 def _data(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
 from lowrank.settings import NonNegative, Positive, Settings
 
 
@@ -118,6 +119,18 @@ class Keys(Settings):
     """`adapter.loraplus_lr_ratio`"""
     loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
     """`adapter.loraplus_lr_embedding`"""
+    freeze_vision_tower: bool = True
+    """`adapter.freeze_vision_tower`"""
+    freeze_multi_modal_projector: bool = True
+    """`adapter.freeze_multi_modal_projector`"""
+    freeze_language_model: bool = False
+    """`adapter.freeze_language_model`"""
+    image_max_pixels: Positive = MAX_PIXELS
+    """`model.image_max_pixels`"""
+    image_min_pixels: Positive = MIN_PIXELS
+    """`model.image_min_pixels`"""
+    media_dir: str | None = None
+    """`data.train[].media_dir`, of datasets with images; left out: `dataset_dir`"""
     oft_block_size: int = Field(default=32, ge=0)
     """`adapter.block_size`"""
     oft_target: Listed = ("all",)

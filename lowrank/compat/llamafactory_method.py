@@ -9,6 +9,7 @@ from typing import Any
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.errors import did_you_mean
 from lowrank.foreign_files import find_json
+from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
 from lowrank.models.packaged import locate
 
 OPTIMIZERS = {
@@ -58,6 +59,7 @@ POLYNOMIAL_END = 1e-7
 STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "reward", "ppo": "ppo"}
 """`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
+FROZEN_PARTS = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 OF_LORA = ("adapter_name_or_path", *VARIANTS, "loraplus_lr_ratio")
 
 
@@ -69,6 +71,12 @@ def contradictions(keys: Keys) -> list[str]:
         found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose {', '.join(kinds)}")
     if keys.finetuning_type in ("freeze", "full"):
         found += [f"{key}: only for finetuning_type: lora; remove it" for key in OF_LORA if getattr(keys, key)]
+        found += [
+            f"{key}: with finetuning_type: {keys.finetuning_type} the language model alone is trained; remove it, or "
+            "set finetuning_type: lora"
+            for key in FROZEN_PARTS
+            if getattr(keys, key) != Keys.model_fields[key].default
+        ]
     for family in (VARIANTS, METHODS):
         chosen = [key for key in family if getattr(keys, key)]
         if len(chosen) > 1 and chosen != ["use_dora", "use_rslora"]:
@@ -122,6 +130,8 @@ def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any
         found["dtype"] = "float16"
     if keys.use_cpu or keys.no_cuda:
         found["device"] = "cpu"
+    if keys.image_max_pixels != MAX_PIXELS or keys.image_min_pixels != MIN_PIXELS:
+        found |= {"image_max_pixels": keys.image_max_pixels, "image_min_pixels": keys.image_min_pixels}
     found["activation_checkpointing"] = "none" if keys.disable_gradient_checkpointing else "full"
     if keys.trust_remote_code:
         found["trust_remote_code"] = True
@@ -188,7 +198,7 @@ def adapter(keys: Keys) -> dict[str, Any]:
         return {}
     if keys.finetuning_type == "oft":
         block = {"block_size": keys.oft_block_size} if keys.oft_block_size else {}
-        return {"type": "oft", "target_modules": _targets(keys.oft_target), **block}
+        return {"type": "oft", "target_modules": _targets(keys.oft_target), **block, **_parts(keys)}
     kind = next((name for key, name in VARIANTS.items() if getattr(keys, key)), "lora")
     kind = "rsdora" if keys.use_dora and keys.use_rslora else kind
     found: dict[str, Any] = {"type": kind, "rank": keys.lora_rank, "target_modules": _targets(keys.lora_target)}
@@ -201,10 +211,16 @@ def adapter(keys: Keys) -> dict[str, Any]:
         "loraplus_lr_ratio": keys.loraplus_lr_ratio,
         "loraplus_lr_embedding": keys.loraplus_lr_embedding if keys.loraplus_lr_ratio else None,
     }
-    found |= {key: value for key, value in optional.items() if value}
+    found |= {key: value for key, value in optional.items() if value} | _parts(keys)
     if kind == "pissa":
         found["niter"] = max(0, keys.pissa_iter)
     return found
+
+
+def _parts(keys: Keys) -> dict[str, bool]:
+    """Which parts of a model that sees pictures are adapted, where that is not the language model alone."""
+    defaults = {name: Keys.model_fields[name].default for name in FROZEN_PARTS}
+    return {name: getattr(keys, name) for name in FROZEN_PARTS if getattr(keys, name) != defaults[name]}
 
 
 def _new_tokens(keys: Keys) -> list[str]:

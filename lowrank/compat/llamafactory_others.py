@@ -163,12 +163,8 @@ NO_EFFECT: Sequence[Group] = (
     Group(_keys("hub_private_repo"), "a new repository is private; its settings on the hub make it public", True, True),
     Group(_keys("hub_revision"), "an upload is a commit on the main branch", None, True),
     Group(
-        _keys(
-            "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
-            "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower "
-            "freeze_multi_modal_projector freeze_language_model"
-        ),
-        "belongs to images, video and audio; datasets of these files that have them are refused",
+        _keys("video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate"),
+        "belongs to videos and audios; datasets that have them are refused",
     ),
     Group(
         _keys("quantization_device_map fp8_backend fp8_enable_fsdp_float8_all_gather"),
@@ -255,6 +251,12 @@ NO_EFFECT: Sequence[Group] = (
 )
 
 REFUSED: Sequence[Group] = (
+    Group(
+        _keys("image_do_pan_and_scan crop_to_patches"),
+        "the model's own processor decides how a picture is cut; remove it, and set it in the model's "
+        "preprocessor_config.json (do_pan_and_scan, crop_to_patches)",
+        False,
+    ),
     Group(
         _keys("oft_rank"), "blocks are given by their width, not by their number; remove it and set oft_block_size", 0
     ),

@@ -258,7 +258,11 @@ class Generator:
         for sequence, _ in plan:
             if sequence.media is None or sequence.seen is not None:
                 continue
-            same = (other.seen for other in self.schedule.running if other.has_prompt_of(sequence))
+            same = (
+                each.seen
+                for each in self.schedule.running
+                if each.has_prompt_of(sequence) and self._see_alike(each, sequence)
+            )
             sequence.seen = next((seen for seen in same if seen is not None), None)
             if sequence.seen is None:
                 try:
@@ -267,13 +271,20 @@ class Generator:
                     sequence.give_up("error", str(error), refused=True)
         return [(sequence, length) for sequence, length in plan if sequence.finish is None]
 
+    def _see_alike(self, one: Sequence, other: Sequence) -> bool:
+        """Whether their slots have the same tower."""
+        return one.slot == other.slot or not (self._adapts_tower(one.slot) or self._adapts_tower(other.slot))
+
+    def _adapts_tower(self, slot: int) -> bool:
+        return slot in self.bank.slots and self.bank.slots[slot].outside
+
     def _show(self, sequence: Sequence) -> None:
         sight = self.base.sight
         assert sight is not None, "checked when it was submitted"
         assert sequence.media is not None
         prompt_L = np.asarray(sequence.tokens[: sequence.num_prompt], np.int64)
         with self.bank.routing.using(ForwardContext()):
-            sequence.seen = sight.look(prompt_L, sequence.media)
+            sequence.seen = sight.look(prompt_L, sequence.media, sequence.slot)
 
     def _pieces(self, plan: list[tuple[Sequence, int]]) -> list[PieceSeen]:
         """Where the tokens of this step are in documents with pictures; empty where nobody has some."""
@@ -285,7 +296,6 @@ class Generator:
         """RequestError where the pictures of a prompt cannot be shown."""
         if prompt.media is None:
             return
-        self.bank.refuse_towers()
         if self.base.sight is None or self.base.layout != "packed" or self.notice is not None or alone:
             reason = self.notice or "its documents with pictures do not go through packed"
             raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")

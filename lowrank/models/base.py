@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +86,8 @@ class Base:
         self.layout = "packed"
         self.routed_by: object | None = None
         """The routing of the bank whose adapters are in its layers; there is one bank for a base."""
+        self.tower_pass: Callable[[int, torch.Tensor], contextlib.AbstractContextManager[None]] | None = None
+        """That bank's: around a pass of the tower over the pictures of a slot's document; None: nobody adapts it."""
         self.shift_attn: int | None = None
         """In training, attention is shifted sparse, in groups of so many tokens; None: whole."""
         self.layer_wrapper: LayerWrapper | None = None

@@ -45,6 +45,42 @@ def is_outside(name: str, language: str) -> bool:
     return language != "" and name != language and not name.startswith(f"{language}.")
 
 
+LANGUAGE, TOWER, PROJECTOR, SOUND = "language_model", "vision_tower", "multi_modal_projector", "sound"
+
+
+class Parts:
+    """Which part of a model its layers are in, by their full names; no list of families.
+
+    The tower is the stack of layers beside the language model and what embeds pictures for it; the projector what else
+    is beside it. A model without a tower is its own language model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers import PreTrainedModel
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.language, head = language_model(model)[0], model.get_output_embeddings()
+        self._head = next((name for name, module in model.named_modules() if module is head), None)
+        outside = [(name, each) for name, each in model.named_modules() if self.is_outside(name)]
+        self._blocks = tuple(f"{name}." for name, each in outside if isinstance(each, GradientCheckpointingLayer))
+        towers = [name for name, each in outside if isinstance(each, PreTrainedModel)]
+        self._towers = tuple(f"{name}." for name in towers if not self.language.startswith(f"{name}."))
+
+    def is_outside(self, name: str) -> bool:
+        """Whether it is in a tower or a projector."""
+        return is_outside(name, self.language) and name != self._head and not self.language.startswith(f"{name}.")
+
+    def of(self, name: str) -> str:
+        """LANGUAGE, TOWER, PROJECTOR, or SOUND for what is none of them by its name."""
+        if not self.is_outside(name):
+            return LANGUAGE
+        if "audio" in name:
+            return SOUND
+        tower = next((each for each in self._towers if name.startswith(each)), None)
+        embeds = tower is not None and "embed" in name.removeprefix(tower)
+        return TOWER if embeds or name.startswith(self._blocks) else PROJECTOR
+
+
 def decoder_layers(model: Any) -> nn.ModuleList | None:
     """The one list of decoder layers of the language model; None where there is none, or several."""
     from transformers.modeling_layers import GradientCheckpointingLayer

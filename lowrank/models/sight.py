@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,22 +73,22 @@ class Sight:
         """What the model's forward call is given beside `token`, the tokens in the shape it is given them."""
         if not batch.pixels:
             return {}
-        options: dict[str, Any] = {"mm_encoder_outputs": {"image": self.features(batch.pixels)}}
+        options: dict[str, Any] = {"mm_encoder_outputs": {"image": self.features(batch)}}
         if self._base.layout == "padded":  # where the model makes its own masks
             options |= {name: (token == self.token).long() for name in self._types}
         return options
 
-    def features(self, pixels: Sequence[Pixels]) -> Any:
-        """What transformers' model calls the image's outputs, of all documents together."""
-        parts = [self._of_document(each) for each in pixels]
+    def features(self, batch: Batch) -> Any:
+        """What transformers' model calls the image's outputs, of all documents of the batch together."""
+        parts = [self._of_document(each, batch) for each in batch.pixels]
         return type(parts[0])(**{name: _joined([part[name] for part in parts]) for name in parts[0]})
 
-    def look(self, token_L: np.ndarray, media: Media) -> Seen:
-        """Let the tower look at the pictures of one document, once for all of its answer."""
+    def look(self, token_L: np.ndarray, media: Media, slot: int = BARE_BASE) -> Seen:
+        """Let the tower, as `slot` has it, look at the pictures of one document, once for all of its answer."""
         segment = Segment(token_L, np.zeros(len(token_L), np.float32), media=media)
-        batch = self.ready(pack([(BARE_BASE, segment)])).to(self._base.device)
+        batch = self.ready(pack([(slot, segment)])).to(self._base.device)
         before = np.concatenate([[0], np.cumsum(token_L == self.token)])
-        return Seen(self.features(batch.pixels), tuple(before.tolist()), batch.place_3T)
+        return Seen(self.features(batch), tuple(before.tolist()), batch.place_3T)
 
     def in_pieces(self, pieces: Sequence[PieceSeen], token_T: torch.Tensor, position_T: torch.Tensor) -> dict[str, Any]:
         """What the forward call of a step of generation is given. Where nobody has pictures, or an answer writes their
@@ -133,10 +133,10 @@ class Sight:
             return embedding(torch.full((rows,), self.token, device=value.device)).to(value.dtype)
         return [self._stranger(name, each, rows) for each in value]
 
-    def _of_document(self, pixels: Pixels) -> Any:
+    def _of_document(self, pixels: Pixels, batch: Batch) -> Any:
         """What the tower says of the pictures that are in the segment, (tokens, D) each, in the family's own form."""
         given = {name: self._cast(value) for name, value in pixels.tensors.items() if name in self._wanted}
-        with self._watching(pixels):
+        with self._tower_pass(pixels.segment, batch):
             output = getattr(self._backbone, _FEATURES)(**given, return_dict=True)
         media = pixels.media
         sizes = [(each.width, each.height) for each in media.pictures]
@@ -155,12 +155,11 @@ class Sight:
     def _cast(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self._base.dtype) if value.is_floating_point() else value
 
-    @contextlib.contextmanager
-    def _watching(self, pixels: Pixels) -> Generator[None]:
-        """The pass of the tower: without a graph, since nothing in it is trained."""
-        del pixels
-        with torch.no_grad():
-            yield
+    def _tower_pass(self, segment: int, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        """Around a pass of the tower: whose adapters are in it, and whether there is a graph."""
+        if self._base.tower_pass is None:
+            return torch.no_grad()
+        return self._base.tower_pass(batch.slots[segment], batch.origin_S[segment : segment + 1])
 
     def _places(self, batch: Batch, pixels: Sequence[Pixels]) -> torch.Tensor | None:
         """(3, T) of models that count time, height and width; None of others."""

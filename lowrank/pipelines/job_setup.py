@@ -165,7 +165,7 @@ def name_unreached(engine: Engine, jobs: Sequence[Job], report: Callable[[Event]
             continue
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         total = num_targets(engine.bank.slots[job.slot])
-        text = f"{len(names)} of its {total} modules never run on text, so nothing is learned there: {shown}"
+        text = f"{len(names)} of its {total} modules never run on such data, so nothing is learned there: {shown}"
         if len(names) == total:
             problems.append(f"{job.name}: {text}; name others in adapter.target_modules")
         else:

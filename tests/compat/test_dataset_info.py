@@ -99,8 +99,8 @@ def test_pairs_and_ratings() -> None:
         ({"hf_hub_url": "a/b", "folder": "python"}, "`folder` of a hub dataset is not read"),
         ({"file_name": "a", "ranking": True}, "it holds preference pairs"),
         (
-            {"file_name": "a", "columns": {"images": "i"}},
-            "it has images: LLaMA-Factory's files train on text alone so far",
+            {"file_name": "a", "columns": {"videos": "v", "audios": "s"}},
+            "it has videos, audios, and models are shown pictures alone so far",
         ),
         ({"file_name": 5}, "file_name: expected text, got a number (5)"),
         ({"file_name": "a", "columns": ["prompt"]}, "columns: expected an object, got a list"),
@@ -112,6 +112,17 @@ def test_entries_that_cannot_be_used(entry: dict[str, Any], problem: str) -> Non
     assert found == []
     assert len(problems) == 1
     assert problems[0].startswith(f"dataset 'x': {problem}")
+
+
+def test_pictures_are_looked_for_in_the_folder_or_media_dir(tmp_path: Path) -> None:
+    entry = {"file_name": "deep/rows.json", "formatting": "sharegpt", "columns": {"messages": "m", "images": "i"}}
+    (found,), problems = sources(["x"], {"x": entry}, FOLDER, "sft")
+    assert not problems
+    assert (found["columns"]["images"], found["media_dir"]) == ("i", str(FOLDER))
+    (found,), _ = sources(["x"], {"x": entry}, FOLDER, "sft", tmp_path)
+    assert found["media_dir"] == str(tmp_path)
+    _, problems = sources(["x"], {"x": {"file_name": "a", "columns": {"prompt": "p", "images": "i"}}}, FOLDER, "pt")
+    assert problems == ["dataset 'x': it has images, and stage pt is on text alone so far; leave it out"]
 
 
 def test_a_broken_file_says_where(tmp_path: Path) -> None:

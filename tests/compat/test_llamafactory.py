@@ -168,6 +168,7 @@ INFO: dict[str, Any] = {
         "columns": {"messages": "messages", "kto_tag": "label"},
     },
     "pictures": {"file_name": "identity.json", "formatting": "sharegpt", "columns": {"messages": "m", "images": "i"}},
+    "films": {"file_name": "identity.json", "formatting": "sharegpt", "columns": {"messages": "m", "videos": "v"}},
 }
 
 
@@ -441,7 +442,27 @@ def test_what_cannot_be_honored_is_an_error_that_names_it(workplace: Path, lines
         assert found[0].startswith(problem)
 
 
-@pytest.mark.parametrize("dataset", ["identty", "pairs", "pictures"])
+def test_keys_of_pictures(workplace: Path) -> None:
+    (workplace / "photos").mkdir()
+    text = "model_name_or_path: lowrank/tiny\nstage: sft\ndo_train: true\nfinetuning_type: lora\ndataset: pictures\n"
+    text += (
+        "template: qwen2_vl\noutput_dir: out\nimage_max_pixels: 262144\nfreeze_vision_tower: false\nmedia_dir: photos\n"
+    )
+    config, _ = read(workplace, text)
+    (job,) = config.jobs
+    assert (config.model.image_max_pixels, config.model.image_min_pixels) == (262144, 32 * 32)
+    assert job.adapter.parts == {"language_model", "vision_tower"}
+    assert Path(str(job.data.train[0].media_dir)) == Path("photos")
+    assert config.model.image_max_pixels == 262144
+    (said,) = problems(workplace, text, "image_do_pan_and_scan=true")
+    assert "image_do_pan_and_scan: True is not supported" in said
+    (said,) = problems(workplace, text, "finetuning_type=full")
+    assert "freeze_vision_tower: with finetuning_type: full the language model alone is trained" in said
+    (said,) = problems(workplace, text, "media_dir=nowhere")
+    assert said == "media_dir: there is no folder nowhere"
+
+
+@pytest.mark.parametrize("dataset", ["identty", "pairs", "films"])
 def test_datasets_that_cannot_be_used(workplace: Path, dataset: str) -> None:
     (problem,) = problems(workplace, MINIMAL, f"dataset={dataset}")
     assert problem.startswith(f"dataset '{dataset}': ")

@@ -24,14 +24,18 @@ from lowrank.errors import ConfigError
 from lowrank.export.merge.resize_vocabulary import add_tokens
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import locate
+from tests.picture_rows import write_picture_rows
+from tests.tiny_sight import save_sighted_folder
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = json.loads((HERE / "llamafactory_examples.json").read_text("utf-8"))
 TABLE: dict[str, tuple[str, str]] = json.loads(EXAMPLES.read_text("utf-8"))
 RUNNING = [path for path, (state, _) in TABLE.items() if state not in ("none", "refused")]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+QUICK = ("train_lora/qwen3vl_lora_sft.yaml", "train_lora/qwen3vl_lora_dpo.yaml")
+"""Run in every suite: those on pictures."""
 REASONS = {
-    "images": ("it has images", "v1_multimodal_demo.yaml"),
+    "pictures of V1": ("v1_multimodal_demo.yaml",),
     "fp8": ("fp8: True is not supported",),
     "use_kt": ("use_kt: True is not supported",),
 }
@@ -64,10 +68,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "kto_en_demo": {**chat, "file_name": "rated.json", "columns": {"messages": "messages", "kto_tag": "label"},
                         "tags": tags},
     }  # fmt: skip
-    pictures = {**chat, "file_name": "rated.json", "columns": {"messages": "messages", "images": "images"}}
-    info |= dict.fromkeys(("mllm_demo", "llava_1k_en", "llava_1k_zh"), pictures)
+    write_picture_rows(data)
+    shown = {**chat, "file_name": "mllm.json", "columns": {"messages": "messages", "images": "images"}, "tags": tags}
+    info |= dict.fromkeys(("mllm_demo", "llava_1k_en", "llava_1k_zh"), shown)
     info["rlhf_v"] = {**info["dpo_en_demo"], "columns": {**info["dpo_en_demo"]["columns"], "images": "images"}}
-    for name, content in {"asked": rows, "pairs": pairs, "rated": rated, "dataset_info": info}.items():
+    info["rlhf_v"] |= {"file_name": "seen.json"}
+    look = [{"from": "human", "value": "<image>What is it?"}]
+    seen = [{**pair, "conversations": look, "images": ["pictures/1.jpg"]} for pair in pairs]
+    for name, content in {"asked": rows, "seen": seen, "pairs": pairs, "rated": rated, "dataset_info": info}.items():
         (data / f"{name}.json").write_text(json.dumps(content))
     notes = "".join(json.dumps({"text": f"Note {n}: the sea is wide."}) + "\n" for n in rows)
     for name in ("notes", "c4_demo"):
@@ -88,6 +96,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     add_tokens(Path(locate("lowrank/tiny")), folder, [], LLAMA3)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sighted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base that sees, with the chat template of its family."""
+    return str(save_sighted_folder(tmp_path_factory.mktemp("bases") / "sighted", "qwen3_vl"))
+
+
+def shows_pictures(path: str) -> bool:
+    settings = SETTINGS[path]
+    named = str(settings.get("dataset", "")) if isinstance(settings, dict) else ""
+    return any(name in named for name in ("mllm_demo", "llava_1k", "rlhf_v"))
 
 
 def on_this_machine(path: str, base: str = "lowrank/tiny") -> Any:
@@ -158,7 +178,7 @@ def shortened(path: str, place: Path, base: str) -> Any:
         return settings
     if settings.get("do_train"):
         settings |= {"max_steps": 1, "max_samples": 4, "output_dir": "out", "per_device_train_batch_size": 1}
-        settings |= {"gradient_accumulation_steps": 2, "cutoff_len": 64}
+        settings |= {"gradient_accumulation_steps": 2, "cutoff_len": 400 if shows_pictures(path) else 64}
         if settings.get("tokenized_path"):
             settings["tokenized_path"] = "kept"
         if settings.get("use_llama_pro"):
@@ -180,10 +200,18 @@ def adapter(place: Path, base: str) -> str:
     return str(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", RUNNING)
-def test_it_runs(path: str, place: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        path if path in QUICK else pytest.param(path, marks=pytest.mark.slow)
+        for path in sorted(RUNNING, key=lambda path: path not in QUICK)
+    ],
+)
+def test_it_runs(
+    path: str, place: Path, base: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = TABLE[path][0]
+    base = request.getfixturevalue("sighted") if shows_pictures(path) else base
     if path.endswith(".sh"):
         more = ["max_steps=1", "max_samples=4", "cutoff_len=64", "output_dir=out"]
         arguments = ["train", *flags_of(SETTINGS[path]), *more, "--quiet"]

@@ -23,7 +23,7 @@ from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.checks.sight import give_sight
 from lowrank.models.config import ModelConfig
-from lowrank.models.layers import is_outside, language_model
+from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Segment
@@ -186,16 +186,79 @@ def test_other_pictures_are_other_references(tmp_path: Path, rows: Path) -> None
     assert (again.num_computed, again.num_found) == (0, 2)
 
 
-def test_adapters_on_the_tower_are_refused_with_pictures(tmp_path: Path, rows: Path) -> None:
-    """Its rows are no tokens, so they would go to whichever slot has such numbers."""
-    base, tokenizer, _ = sighted(tmp_path, "llava")
-    engine, slots = make_engine(
-        base, LoraConfig(rank=2), LoraConfig(rank=2, target_modules=r".*(vision|language).*q_proj")
-    )
+@families
+def test_each_job_has_its_own_tower(family: str, tmp_path: Path, rows: Path) -> None:
+    """Adapters on language model, projector and tower, of two jobs in the same passes: as PEFT's on each alone."""
+    base, tokenizer, _ = sighted(tmp_path, family)
     segments = segments_of(rows, tokenizer)
-    with pytest.raises(ModelError, match=r"an adapter has model\.vision_tower.*not the language model's"):
-        engine.forward_backward({slots[0]: segments[:1]})
-    engine.forward_backward({slots[0]: segments[-1:]})
+    everywhere: Any = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+    engine, slots = make_engine(
+        base, LoraConfig(rank=2, **everywhere), LoraConfig(rank=4, alpha=8, freeze_language_model=True, **everywhere)
+    )
+    parts = Parts(base.model)
+    reached = [{parts.of(name) for name in engine.bank.slots[slot].ranks} for slot in slots]
+    beside = {"vision_tower"} if family == "gemma3" else {"vision_tower", "multi_modal_projector"}
+    assert reached == [{"language_model"} | beside, beside]
+    work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[6], segments[5]]}
+    for slot in slots:
+        for name, parameter in engine.bank.parameters(slot).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(slot))
+        engine.bank.refresh(slot)
+    forwarded = engine.forward_backward(work)
+    for slot, rank, alpha in zip(slots, (2, 4), (4, 8)):
+        ours = engine.bank.parameters(slot)
+        targets = sorted({name.partition(".lora_")[0] for name in ours})
+        twin, theirs = peft_twin(
+            make_sighted(family, torch.float64), ours, r=rank, lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
+            target_modules="|".join(targets).replace(".", r"\."),
+        )  # fmt: skip
+        loss = alone_loss(twin, base, work[slot])
+        loss.backward()
+        tolerance = 1e-5 if family in FLOAT32_INSIDE else 1e-9
+        assert forwarded[slot].loss == pytest.approx(loss.item(), abs=tolerance)
+        unused = 0
+        for name, parameter in ours.items():
+            if theirs[name].grad is None:  # LLaVA's last layer, whose output nobody reads
+                unused += 1
+                assert parameter.grad is None or not parameter.grad.any()
+                continue
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=tolerance)
+        assert unused < len(ours) / 2
+
+
+def test_a_job_without_pictures_leaves_its_tower_as_it_is(tmp_path: Path, rows: Path) -> None:
+    base, tokenizer, _ = sighted(tmp_path, "llava")
+    engine, (slot, other) = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=2, freeze_vision_tower=False))
+    segments = segments_of(rows, tokenizer)
+    engine.forward_backward({slot: segments[:1], other: segments[-1:]})
+    assert all(
+        parameter.grad is None or not parameter.grad.any()
+        for name, parameter in engine.bank.parameters(other).items()
+        if "vision_tower" in name
+    )
+    engine.optim_step(other, 1e-2)
+
+
+def test_dropout_in_the_tower_does_not_depend_on_how_a_step_is_cut(tmp_path: Path, rows: Path) -> None:
+    base, tokenizer, _ = sighted(tmp_path, "qwen3_vl")
+    engine, (slot,) = make_engine(base, LoraConfig(rank=2, dropout=0.5, freeze_vision_tower=False))
+    for name, parameter in engine.bank.parameters(slot).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    engine.bank.refresh(slot)
+    segments = segments_of(rows, tokenizer)[:3]
+    whole = engine.forward_backward({slot: segments})[slot].loss
+    before = {name: each.grad.clone() for name, each in engine.bank.parameters(slot).items() if each.grad is not None}
+    for parameter in engine.bank.parameters(slot).values():
+        parameter.grad = None
+    engine.micro_batch_tokens = 200
+    assert engine.forward_backward({slot: segments})[slot].loss == pytest.approx(whole, abs=1e-12)
+    for name, gradient in before.items():
+        torch.testing.assert_close(engine.bank.parameters(slot)[name].grad, gradient, rtol=0, atol=1e-12)
+    assert any("visual" in name and gradient.any() for name, gradient in before.items())
+    assert engine.evaluate({slot: segments})[slot].loss != pytest.approx(whole, abs=1e-6)
 
 
 def test_preferences_about_pictures(tmp_path: Path, rows: Path) -> None:

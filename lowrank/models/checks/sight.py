@@ -56,7 +56,7 @@ def give_sight(base: Base, processor: PictureProcessor, wanted: str = "auto", *,
 def _what_leaks(base: Base) -> str | None:
     """None if all is well, else what happened, in words."""
     assert base.sight is not None
-    first, other = _documents(base, 0), _documents(base, 1)
+    first, other = made_up_documents(base, 0), made_up_documents(base, 1)
     try:
         with narrow_windows(base.model), one_token_at_a_time(base):
             together = _hidden(base, first)
@@ -81,8 +81,8 @@ def _what_leaks(base: Base) -> str | None:
     return None
 
 
-def _documents(base: Base, seed: int) -> list[Segment]:
-    """A text, and two documents with a picture each."""
+def made_up_documents(base: Base, seed: int = 0) -> list[Segment]:
+    """A text, and two documents with a picture each, for a base that is shown some."""
     processor = base.sight.processor if base.sight else None
     assert processor is not None
     tokenizer = processor.own.tokenizer
