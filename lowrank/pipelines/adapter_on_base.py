@@ -16,6 +16,7 @@ from lowrank.errors import ModelError
 from lowrank.export.merge.tensor_names import Names
 from lowrank.export.merge.weights import Stored, Weights
 from lowrank.models.config import ModelConfig
+from lowrank.models.layers import Parts
 from lowrank.models.loading.model_class import is_composite, model_class
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.planning.simulation import read_config
@@ -46,6 +47,16 @@ def _on_composite(adapter: AdapterOnDisk, model: ModelConfig) -> AdapterOnDisk:
         return adapter
     with quiet_transformers(), torch.device("meta"):
         return on_composite(adapter, model_class(config).from_config(config, trust_remote_code=model.runs_own_code))
+
+
+def targets_beside(adapter: AdapterOnDisk, model: ModelConfig) -> list[str]:
+    """What an adapter is on beside the language model: layers of towers and projectors, by full name."""
+    config = read_config(model)
+    if not is_composite(config):
+        return []
+    with quiet_transformers(), torch.device("meta"):
+        parts = Parts(model_class(config).from_config(config, trust_remote_code=model.runs_own_code))
+    return [name for name in adapter.targets if parts.is_outside(name)]
 
 
 def refuse_before_loading(adapter: AdapterOnDisk, model: ModelConfig) -> None:

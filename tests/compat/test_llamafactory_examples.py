@@ -179,6 +179,8 @@ def shortened(path: str, place: Path, base: str) -> Any:
     if settings.get("do_train"):
         settings |= {"max_steps": 1, "max_samples": 4, "output_dir": "out", "per_device_train_batch_size": 1}
         settings |= {"gradient_accumulation_steps": 2, "cutoff_len": 400 if shows_pictures(path) else 64}
+        if settings.get("oft_block_size") and shows_pictures(path):
+            settings["oft_block_size"] = 8  # which divides the widths of that base
         if settings.get("tokenized_path"):
             settings["tokenized_path"] = "kept"
         if settings.get("use_llama_pro"):

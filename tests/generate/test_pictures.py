@@ -18,6 +18,7 @@ from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.media.decoding import examine, read_file
 from lowrank.records import Conversation, Message, Picture
+from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.tiny_sight import make_sighted
 from tests.train.test_pictures import PADDED, sighted
@@ -106,6 +107,33 @@ def test_equal_placeholders_share_no_pages_and_adapters_answer_apart(tmp_path: P
     assert (first.cached_tokens, second.cached_tokens) == (0, 0)
     assert again.cached_tokens > 16
     assert first.tokens == again.tokens != answer(one, slot).tokens
+
+
+def test_two_adapters_look_with_towers_of_their_own(tmp_path: Path) -> None:
+    base, tokenizer, _ = sighted(tmp_path / "model", "qwen3_vl")
+    bank = Bank(base)
+    everywhere: Any = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+    slots = [bank.add(LoraConfig(rank=2, **everywhere), seed=0), bank.add(LoraConfig(rank=2), seed=0), -1]
+    for slot in slots[:2]:
+        for name, parameter in bank.parameters(slot).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(slot))
+        bank.refresh(slot)
+    segment = Renderer(tokenizer, DataConfig()).prompt_segment(asked("Which?", pictures(tmp_path)[0]))
+    generator = Generator(base, bank)
+    prompts = [Prompt(segment.token_L, slot, segment.media) for slot in slots]
+    going = [generator.submit(prompt, GenerationConfig(max_new_tokens=12)) for prompt in prompts]
+    while generator.step():
+        pass
+    for slot, generation in zip(slots, going):
+        model = make_sighted("qwen3_vl", torch.float64)
+        if slot >= 0:
+            ours = bank.parameters(slot)
+            targets = sorted({name.partition(".lora_")[0] for name in ours})
+            expression = "|".join(targets).replace(".", r"\.")
+            model, _ = peft_twin(model, ours, r=2, lora_alpha=4, target_modules=expression)
+            model = model.base_model.model
+        assert generation.answer.tokens == whole(base, model, prompts[0], 12)
 
 
 def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, save_ad
 from lowrank.errors import ModelError
 from lowrank.models.checks.kv_cache import kv_cache_mismatch
 from lowrank.models.config import ModelConfig
-from lowrank.models.layers import decoder_layers, is_outside, language_model
+from lowrank.models.layers import Parts, decoder_layers, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.pipelines.adapter_on_base import on_base_of
 from lowrank.records import pack
@@ -133,10 +133,33 @@ def test_all_linear_says_what_it_leaves_out_and_a_tower_is_reached_by_name(tmp_p
     slot = bank.slots[bank.add(LoraConfig(rank=2), seed=0)]
     assert slot.missed == (
         "beside its language model this base has vision_tower (12 linear layers) for what is not text: all-linear "
-        "leaves them as they are"
+        "leaves them as they are (adapter.freeze_vision_tower and freeze_multi_modal_projector: false reach those for "
+        "pictures)"
     )
     named = bank.slots[bank.add(LoraConfig(rank=2, target_modules=r".*vision_tower.*q_proj"), seed=0)]
     assert [name.partition(".layers")[0] for name in named.ranks] == ["model.vision_tower.encoder"] * 2
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma4"])
+def test_parts_that_are_not_frozen_are_reached_by_all_linear_and_by_names(family: str, tmp_path: Path) -> None:
+    base = loaded(save_composite_folder(tmp_path / "model", family), "float32")
+    parts = Parts(base.model)
+
+    def reached(**settings: Any) -> set[str]:
+        return {parts.of(name) for name in find_targets(base.model, LoraConfig(**settings)).linears}
+
+    assert reached() == {"language_model"}
+    assert reached(freeze_vision_tower=False) == {"language_model", "vision_tower"}
+    assert reached(freeze_multi_modal_projector=False, freeze_language_model=True) == {"multi_modal_projector"}
+    if family == "llava":  # both have layers of this name
+        named: dict[str, Any] = {"target_modules": ["q_proj"]}
+        assert reached(**named) == {"language_model"}
+        assert reached(**named, freeze_vision_tower=False) == {"language_model", "vision_tower"}
+        assert reached(**named, freeze_vision_tower=False, freeze_language_model=True) == {"vision_tower"}
+    with pytest.raises(ValueError, match="nothing is left to adapt"):
+        LoraConfig(freeze_language_model=True)
+    with pytest.raises(ValueError, match="says itself what it reaches"):
+        LoraConfig(target_modules=".*q_proj", freeze_vision_tower=False)
 
 
 def test_names_mean_the_language_model_where_both_have_them(tmp_path: Path) -> None:
@@ -161,7 +184,7 @@ def test_full_tuning_leaves_the_tower_as_it_is(tmp_path: Path) -> None:
         "model.language_model", "model.language_model.embed_tokens.weight", "model.language_model.norm.weight",
         "lm_head.weight",
     }  # fmt: skip
-    assert any("what this base has beside its language model: vision_tower (" in sentence for sentence in notices)
+    assert any("what this base has beside it for what is not text stays: vision_tower (" in sentence for sentence in notices)
 
 
 @since("5.21", "its linear attention computes in the dtype of the model")

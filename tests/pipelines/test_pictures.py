@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -17,9 +18,10 @@ from lowrank.cli.chat_repl import ChatRepl
 from lowrank.config import RunConfig
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
-from lowrank.errors import DataError
+from lowrank.errors import DataError, ModelError
 from lowrank.generate.request import GenerationConfig
 from lowrank.models.config import ModelConfig
+from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.inference import open_inference_model
@@ -27,6 +29,7 @@ from lowrank.pipelines.predict import PredictRequest, predict
 from lowrank.pipelines.together import digest_of_data
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation
+from lowrank.serve.vllm_engine.adapters import refuse_own_rows
 from tests.export.sources import write_merged
 from tests.picture_rows import write_picture_rows
 from tests.pipelines.test_train import Stopper, run, weights
@@ -143,3 +146,28 @@ def test_a_merged_model_looks_as_closely_as_in_training(world: Path, tmp_path: P
     ]
     rest = [{key: value for key, value in each.to_dict().items() if key != "size"} for each in read]
     assert rest[0] == rest[1]
+
+
+def test_an_adapter_on_the_tower_goes_home_whole(world: Path, tmp_path: Path) -> None:
+    """PEFT loads it, and the merged model looks as it does."""
+    adapter = {"rank": 2, "freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+    given = settings(world, tmp_path / "run", max_steps=2, eval_steps=None, jobs=[{"name": "a", "adapter": adapter}])
+    given["data"].pop("eval")
+    train(RunConfig(**given))
+    source = open_source(str(tmp_path / "run")).source
+    assert source.adapter is not None
+    assert sum("visual" in name for name in source.adapter.targets) == 12
+    out = write_merged(source, tmp_path / "out")
+    merged = load_file(out / "model.safetensors")
+    with quiet_transformers():
+        model = transformers.AutoModelForMultimodalLM.from_pretrained(world / "model")
+        twin = peft.PeftModel.from_pretrained(model, str(tmp_path / "run" / "a" / "last")).merge_and_unload()
+        twin.save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    before = load_file(world / "model" / "model.safetensors")
+    assert merged.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    assert any("visual" in name and not torch.equal(merged[name], before[name]) for name in before)
+    with pytest.raises(ModelError, match=r"adapters on model.visual.*beside the language model, which vLLM leaves out"):
+        refuse_own_rows(tmp_path / "run" / "a" / "last", ModelConfig(path=str(world / "model")))

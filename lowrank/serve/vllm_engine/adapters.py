@@ -22,7 +22,7 @@ from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.errors import ModelError
 from lowrank.models.config import ModelConfig
-from lowrank.pipelines.adapter_on_base import on_base_of
+from lowrank.pipelines.adapter_on_base import on_base_of, targets_beside
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.vllm_engine.start import Vllm
 
@@ -146,6 +146,8 @@ def refuse_own_rows(folder: Path, model: ModelConfig) -> None:
         what = "rows of the embedding that it has trained (trainable_token_indices)"
     elif adapter.copies or on_base_of(adapter, model).copies:
         what = "an embedding, a head or another module of its own"
+    elif beside := targets_beside(on_base_of(adapter, model), model):
+        what = f"adapters on {beside[0]} and others beside the language model"
     if what is not None:
         raise ModelError(
             f"its file holds {what}, which vLLM leaves out: merge it (`lowrank export --to merged`), or serve with "
