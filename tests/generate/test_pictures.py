@@ -119,7 +119,7 @@ def test_two_adapters_look_with_towers_of_their_own(tmp_path: Path) -> None:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(slot))
         bank.refresh(slot)
-    segment = Renderer(tokenizer, DataConfig()).prompt_segment(asked("Which?", pictures(tmp_path)[0]))
+    segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
     generator = Generator(base, bank)
     prompts = [Prompt(segment.token_L, slot, segment.media) for slot in slots]
     going = [generator.submit(prompt, GenerationConfig(max_new_tokens=12)) for prompt in prompts]

@@ -184,7 +184,9 @@ def test_full_tuning_leaves_the_tower_as_it_is(tmp_path: Path) -> None:
         "model.language_model", "model.language_model.embed_tokens.weight", "model.language_model.norm.weight",
         "lm_head.weight",
     }  # fmt: skip
-    assert any("what this base has beside it for what is not text stays: vision_tower (" in sentence for sentence in notices)
+    assert any(
+        "what this base has beside it for what is not text stays: vision_tower (" in sentence for sentence in notices
+    )
 
 
 @since("5.21", "its linear attention computes in the dtype of the model")
