@@ -66,7 +66,7 @@ def _sentence(text: str, depth: int = 0) -> str | None:
         return behind
     for pattern in tails:
         match = pattern.expression.search(text)
-        if match is not None and (head := _sentence(text[: match.start()], depth + 1)) is not None:
+        if match is not None and (head := _head(text[: match.start()], depth)) is not None:
             return head + _filled(pattern.chinese, match.groupdict())
     return None
 
@@ -99,9 +99,14 @@ def _behind_a_colon(text: str, depth: int) -> str | None:
     head, colon, rest = text.partition(": ")
     if not colon:
         return None
-    before = head if _NO_SENTENCE.fullmatch(head) else _sentence(head, depth + 1)
+    before = _head(head, depth)
     behind = _sentence(rest, depth + 1)
     return None if before is None or behind is None else f"{before}：{behind}"
+
+
+def _head(text: str, depth: int) -> str | None:
+    """A name as it is, a sentence in Chinese."""
+    return text if _NO_SENTENCE.fullmatch(text) else _sentence(text, depth + 1)
 
 
 @cache
@@ -110,12 +115,20 @@ def _patterns() -> tuple[list[_Pattern], list[_Pattern]]:
     whole, tails = [], []
     for english in sorted(known(), key=lambda text: -len(_PLACE.sub("", text))):
         parts = _PLACE.split(english)
-        expression = "".join(_group(part) if place % 2 else re.escape(part) for place, part in enumerate(parts))
+        expression = "".join(
+            _group(part, first=place == 1 and not parts[0]) if place % 2 else re.escape(part)
+            for place, part in enumerate(parts)
+        )
         tail = english.startswith(";")
         compiled = re.compile(expression + ("$" if tail else ""))
         (tails if tail else whole).append(_Pattern(compiled, known()[english]))
     return whole, tails
 
 
-def _group(name: str) -> str:
-    return rf"(?P<{name}>[\d.,]+)" if name in _NUMBERS else f"(?P<{name}>.+?)"
+def _group(name: str, *, first: bool) -> str:
+    """At the beginning nothing with a colon: what stands before one is not of the sentence."""
+    if name in _NUMBERS:
+        return rf"(?P<{name}>[\d.,]+)"
+    if name == "job":
+        return r"(?P<job>[^\s:]+)"
+    return rf"(?P<{name}>(?:(?!: ).)+?)" if first else f"(?P<{name}>.+?)"

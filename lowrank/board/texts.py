@@ -116,4 +116,5 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.ChainableUndefined,  # a summary of another version may lack anything
     )
     environment.filters |= FILTERS
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the order of adapters is that of their colors
     return environment

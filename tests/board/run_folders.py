@@ -13,7 +13,7 @@ from tests.board.running import Running
 from tests.board.test_curves import held_out, step
 
 
-def write_run(running: Running, name: str, points: int = 40, job: str = "default") -> None:
+def write_run(running: Running, name: str, points: int = 40, job: str = "default") -> Path:
     """A run folder as a run leaves it."""
     folder = running.board.places.runs / name
     folder.mkdir()
@@ -35,6 +35,7 @@ def write_run(running: Running, name: str, points: int = 40, job: str = "default
     for file, content in ((".lowrank.json", {"owned": [job]}), ("config.json", config), ("summary.json", summary)):
         (folder / file).write_text(json.dumps(content), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
 
 
 def write_sweep(folder: Path) -> None:

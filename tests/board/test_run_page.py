@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -27,6 +28,15 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def running(shared: Running) -> Running:
     return shared
+
+
+COLORS = """() => {
+    const found = (places, name, mark, kind) => Object.fromEntries([...document.querySelectorAll(places)].map((one) => [
+        one.querySelector(name).innerText, getComputedStyle(one.querySelector(mark))[kind]]));
+    return [found("td:has(.swatch)", "strong", ".swatch", "backgroundColor"),
+            found(".u-legend .u-series", ".u-label", ".u-marker", "borderTopColor")];
+}"""
+"""Of the table's adapters and of the plot's curves."""
 
 
 def processor_seconds() -> float:
@@ -64,6 +74,24 @@ def test_many_points_open_fast_and_zoom(browser: Any, running: Running) -> None:
         page.locator("#log").check()
         page.click("#unzoom")
         expect(page.locator("#unzoom")).to_be_hidden()
+
+
+def test_an_adapter_has_one_color_in_the_table_and_in_the_plot(browser: Any, running: Running) -> None:
+    """Also where their names come in another order than they began."""
+    folder = write_run(running, "colors", job="b")
+    lines = (folder / "metrics.jsonl").read_text("utf-8")
+    other = lines.replace('"job": "b"', '"job": "a"')
+    (folder / "metrics.jsonl").write_text(lines + other, encoding="utf-8")
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    summary["jobs"] = {"a": summary["jobs"]["b"], **summary["jobs"]}  # the summary lists them in its own order
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    with page_of(browser, running) as page:
+        page.goto(f"{running.url}/runs/colors")
+        page.locator(".uplot canvas").wait_for()
+        table, plot = page.evaluate(COLORS)
+    assert table.keys() == {"a", "b"}
+    assert table["a"] != table["b"]
+    assert table == {name: plot[name] for name in table}
 
 
 def test_a_run_is_steered_by_the_keyboard(browser: Any, running: Running) -> None:

@@ -62,7 +62,13 @@ def test_settings_that_cannot_be_combined_are_explained_in_chinese() -> None:
     checks = Path(str(lowrank.config.checks.__file__))
     names = re.findall(r"^def (\w*(?:conflicts|unused)\w*)", checks.read_text("utf-8"), re.MULTILINE)
     found = returned(checks, *names)
-    assert unknown({sentence.partition(": ")[2] if PLACE.match(sentence) else sentence for sentence in found}) == set()
+    problems = {sentence.partition(": ")[2] if PLACE.match(sentence) else sentence for sentence in found}
+    problems = {re.sub(r"^\{\d\}(?=\w)", "", problem) for problem in problems}  # of which job, where there are several
+    assert unknown(problems) == set(), "add them to lowrank/board/translations/sentences.zh.json"
+    rollouts = "objective grpo generates answers, each device its own for as long as they last, and a shared base needs"
+    several = in_chinese(f"sharded: job r8: {rollouts} all devices in step; set base: replicated")
+    assert several is not None
+    assert several.startswith("sharded：适配器 r8：objective grpo 要生成回答")
 
 
 WRONG: list[dict[str, Any]] = [
@@ -141,6 +147,15 @@ def test_what_is_not_known_is_announced_as_output() -> None:
     assert chinese.reply("CUDA error") == "命令输出：CUDA error"
     assert chinese.reply("The settings cannot be used:\n  - seed: gone wild") == (
         "命令输出：The settings cannot be used:\n  - seed: gone wild"
+    )
+
+
+def test_names_that_a_command_does_not_know() -> None:
+    unknown_task = (
+        "--tasks: lm-eval has 14683 tasks, these are not among them:\n  - nonsense; did you mean 'commonsense_qa'?"
+    )
+    assert in_chinese(unknown_task) == (
+        "--tasks：lm-eval 有 14683 个任务，下面这些不在其中：\n  - nonsense；是不是 'commonsense_qa'？"
     )
 
 

@@ -167,6 +167,7 @@ def about(request: Request, name: str) -> dict[str, Any]:
     folder = board.queue.tasks.folder(task.id) if task else None
     live = folder is not None and outcome is not None and not outcome.over
     trains = run is not None and state == RUNNING and run.state == RUNNING
+    jobs = job_lines(run, found.last_steps(), found.ends, folder, trains=trains)
     return {
         "name": name,
         "run": run,
@@ -176,7 +177,8 @@ def about(request: Request, name: str) -> dict[str, Any]:
         "position": waiting.index(task.id) + 1 if task and task.id in waiting else 0,
         "stopping": bool(live and folder and (folder / "stop").exists()),
         "progress": progress_of(folder) if live and folder else None,
-        "jobs": job_lines(run, found.last_steps(), found.ends, folder, trains=trains),
+        "jobs": jobs,
+        "colors": _colors(found.last_steps(), jobs),
         "steered": trains and run is not None and hears_orders(run.folder),
         "memory": live_memory(run.folder) if run is not None and trains else {},
         "orders": orders_of(board.places, name) if run is not None else [],
@@ -189,6 +191,12 @@ def about(request: Request, name: str) -> dict[str, Any]:
         "summary": run.summary if run and state in ("done", "stopped") else {},
         "folder": board.places.folder,
     }
+
+
+def _colors(steps: dict[str, float], jobs: list[dict[str, Any]]) -> dict[str, int]:
+    """As the plot numbers its curves: in the order in which they began."""
+    names = dict.fromkeys([*steps, *(job["name"] for job in jobs)])
+    return {name: number for number, name in enumerate(names)}
 
 
 def _state(run: Run | None, task: str | None) -> str:

@@ -75,9 +75,10 @@ export class Curves {
     this.plot = null;
     if (!tables.some(([steps]) => steps.length)) return;
     const axis = { stroke: style("--dim"), grid: { stroke: style("--rule"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
+    const value = (_, number) => (number == null ? "" : Number(number.toPrecision(5)).toString()); // nothing where the pointer is not
     const options = {
       ...this.extent(),
-      series: lines.map((line, place) => (place ? line : { label: t("step") })),
+      series: lines.map((line, place) => ({ ...(place ? line : { label: t("step") }), value })),
       scales: { x: { time: false, ...(this.zoomed ? { min: this.zoomed[0], max: this.zoomed[1] } : {}) }, y: { distr: log.checked ? 3 : 1 } },
       axes: [{ ...axis, grid: { show: false }, incrs: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1e3, 2e3, 2500, 5e3, 1e4, 2e4, 25e3, 5e4, 1e5, 2e5, 5e5, 1e6] }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : Number(tick.toPrecision(4)).toString())) }],
       cursor: { drag: { x: true, y: false, setScale: false } },
