@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lowrank.errors import did_you_mean
+from lowrank.field_docs import field_docs
 from lowrank.third_party import load_code, names_code
 
 
@@ -33,11 +34,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
         allow_inf_nan=False,
+        defer_build=True,  # validators are built once, for the whole, and after the help texts are there
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        texts = field_docs(cls)
+        for name, field in cls.__pydantic_fields__.items():
+            if field.description is None:
+                field.description = texts.get(name)
 
 
 Kind = TypeVar("Kind", bound=Settings)
