@@ -454,12 +454,12 @@ def test_keys_of_pictures(workplace: Path) -> None:
     assert job.adapter.parts == {"language_model", "vision_tower"}
     assert Path(str(job.data.train[0].media_dir)) == Path("photos")
     assert config.model.image_max_pixels == 262144
-    (said,) = problems(workplace, text, "image_do_pan_and_scan=true")
-    assert "image_do_pan_and_scan: True is not supported" in said
-    (said,) = problems(workplace, text, "finetuning_type=full")
-    assert "freeze_vision_tower: with finetuning_type: full the language model alone is trained" in said
-    (said,) = problems(workplace, text, "media_dir=nowhere")
-    assert said == "media_dir: there is no folder nowhere"
+    (problem,) = problems(workplace, text, "image_do_pan_and_scan=true")
+    assert "image_do_pan_and_scan: True is not supported" in problem
+    (problem,) = problems(workplace, text, "finetuning_type=full")
+    assert "freeze_vision_tower: with finetuning_type: full the language model alone is trained" in problem
+    (problem,) = problems(workplace, text, "media_dir=nowhere")
+    assert problem == "media_dir: there is no folder nowhere"
 
 
 @pytest.mark.parametrize("dataset", ["identty", "pairs", "films"])

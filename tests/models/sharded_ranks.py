@@ -110,21 +110,21 @@ def main() -> None:
     dist.init_process_group("gloo")
     ranks = Processes()
 
-    def say(name: str, text: str) -> None:
+    def show(name: str, text: str) -> None:
         if ranks.rank == 0:
             print(f"{name}: {text}", flush=True)
 
     for storage in STORAGES:
         for dtype in (torch.float32, torch.bfloat16):
-            say(f"llama {storage} {dtype}", compare("llama", storage, dtype, ranks))
+            show(f"llama {storage} {dtype}", compare("llama", storage, dtype, ranks))
     for family in FAMILIES:
         try:
             base_of(family, "dense", torch.float32, sharded=False)
         except Exception as error:  # padded ones too; what is refused whole needs no parts
-            say(family, f"refused: {error}")
+            show(family, f"refused: {error}")
             continue
-        say(family, compare(family, "dense", torch.float32, ranks))
-        say(f"{family} nf4", compare(family, "nf4", torch.float32, ranks))
+        show(family, compare(family, "dense", torch.float32, ranks))
+        show(f"{family} nf4", compare(family, "nf4", torch.float32, ranks))
     for name in NAMES:
         plain, holder = build(name, torch.float32), nn.Sequential(build(name, torch.float32))
         placement = Sharded(torch.device("cpu"), 2, 2)
@@ -132,7 +132,7 @@ def main() -> None:
         gathered: Any = holder
         gathered.unshard()
         weight_OD = gathered[0].dense_weight().clone()
-        say(name, "0 differ" if torch.equal(weight_OD, plain.dense_weight()) else "1 differs")
+        show(name, "0 differ" if torch.equal(weight_OD, plain.dense_weight()) else "1 differs")
         gathered.reshard()
     dist.destroy_process_group()
 

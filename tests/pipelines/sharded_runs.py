@@ -45,12 +45,12 @@ def on_ranks(runs: list[dict[str, Any]], place: Path, world: int = 2, local: int
         for rank in range(world)
     ]
     try:
-        said = ranks[0].communicate(timeout=1500)[0]
+        output = ranks[0].communicate(timeout=1500)[0]
         assert [rank.wait(timeout=60) for rank in ranks] == [0] * world
     finally:
         for rank in ranks:
             rank.kill()
-    return [line for line in said.splitlines() if line.startswith(("done", "error"))]
+    return [line for line in output.splitlines() if line.startswith(("done", "error"))]
 
 
 def _rank(file: Path) -> None:
@@ -66,11 +66,11 @@ def _rank(file: Path) -> None:
     for given in json.loads(file.read_text()):
         try:
             train(RunConfig(**given), allow_code=True)
-            said = "done"
+            output = "done"
         except LowrankError as error:
-            said = f"error {' '.join(str(error).split())}"
+            output = f"error {' '.join(str(error).split())}"
         if dist.get_rank() == 0:
-            print(said, flush=True)
+            print(output, flush=True)
     dist.destroy_process_group()
 
 
