@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,12 +14,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
+from lowrank.board import form
 from lowrank.board.guard import BoardGuard
 from lowrank.board.page import answer_page, texts_of
 from lowrank.board.routes import ROUTERS
+from lowrank.board.sentences import in_chinese
 from lowrank.board.state import Board
+from lowrank.board.texts import LANGUAGES, Texts
 from lowrank.errors import LowrankError
 
+PREPARING = "prepare pages"
+"""The thread that does so."""
 _STATIC = Path(__file__).parent / "static"
 
 
@@ -28,6 +34,7 @@ def make_app(board: Board, *, token: str, hosts: Collection[str], port: int) -> 
     @asynccontextmanager
     async def lifetime(app: FastAPI) -> AsyncGenerator[None, None]:
         await run_in_threadpool(board.open)
+        threading.Thread(target=_prepare, name=PREPARING, daemon=True).start()
         yield
         await run_in_threadpool(board.close)
 
@@ -55,6 +62,17 @@ def make_app(board: Board, *, token: str, hosts: Collection[str], port: int) -> 
         upload_seconds=board.options.upload_seconds,
     )
     return app
+
+
+def _prepare() -> None:
+    """What the first page would wait for, a quarter of a second: templates, texts, the schema of the settings."""
+    for language in LANGUAGES:
+        Texts(language)
+    environment = Texts("en").environment
+    for name in environment.list_templates():
+        environment.get_template(name)
+    form.fields()
+    in_chinese("")
 
 
 class _Static(StaticFiles):

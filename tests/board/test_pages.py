@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import pytest
 from jinja2 import meta
 
 import lowrank.board
+from lowrank.board import texts
+from lowrank.board.app import PREPARING
 from lowrank.board.texts import Texts
 from tests.board.run_folders import write_run, write_sweep
-from tests.board.running import Running
+from tests.board.running import Running, board_on
 
 BOARD = Path(lowrank.board.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -47,6 +52,29 @@ def test_pages_use_no_name_that_nobody_gives_them() -> None:
         text = path.read_text("utf-8")
         own = set(re.findall(r"{% (?:set|macro) (\w+)", text))
         assert meta.find_undeclared_variables(environment.parse(text)) <= given | own, path.name
+
+
+def test_the_first_page_waits_for_no_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compiled when the board opens: a page's first request was the slowest by far."""
+    compiled: list[str] = []
+    compile_really = jinja2.Environment.compile
+
+    def compile_and_note(self: Any, source: Any, name: Any = None, *rest: Any, **more: Any) -> Any:
+        compiled.append(str(name))
+        return compile_really(self, source, name, *rest, **more)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", compile_and_note)
+    vars(texts)["_environment"].cache_clear()
+    with board_on(tmp_path) as running, running.client() as http:
+        for thread in threading.enumerate():
+            if thread.name == PREPARING:
+                thread.join()
+        write_run(running, "seen")
+        prepared = len(compiled)
+        assert prepared == len(list((BOARD / "pages").glob("*.html")))
+        for path in ("/", "/new", "/data", "/compare?run=seen", *PLACES):
+            assert http.get(path).status_code == 200
+        assert compiled[prepared:] == []
 
 
 def test_a_search_shows_the_values_of_its_axes(shared: Running) -> None:
