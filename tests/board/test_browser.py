@@ -49,12 +49,14 @@ def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_p
         page.locator('[data-model="lowrank/tiny"]').click()
         page.set_input_files("#file", write_rows(tmp_path))
         expect(page.locator("#look mark").nth(1)).to_contain_text("number 0", timeout=120_000)
-        expect(page.locator("#look .box.bad")).to_contain_text("row 121")
+        expect(page.locator("#look .box.bad")).to_contain_text("row 121" if language == "en" else "第 121 行")
         # set, estimate
         page.locator('[data-preset="quick"]').click()
         page.fill("#name", name)
         page.fill("#f-adapter-rank", "abc")
-        expect(page.locator('[data-problem="adapter.rank"]')).to_contain_text("whole number")
+        expect(page.locator('[data-problem="adapter.rank"]')).to_contain_text(
+            "whole number" if language == "en" else "应为整数"
+        )
         page.fill("#f-adapter-rank", "8")
         page.fill("#search", "logging")
         page.locator("#results button").first.click()
