@@ -122,7 +122,7 @@ def test_it_is_ended_before_a_run_starts(tmp_path: Path, monkeypatch: pytest.Mon
     with board_on(tmp_path) as running, running.client() as http:
         http.post("/api/draft/check", json={"values": BASE})
         assert warm()
-        task = running.board.queue.add("x", ["no-such-command"])
+        task = running.board.queue.add("x", ["--version"])
         running.board.queue.wait(task.id, 240)
         assert not warm()
         assert not list((running.board.places.own / "advice").iterdir())
