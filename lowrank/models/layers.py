@@ -66,6 +66,11 @@ class Parts:
         towers = [name for name, each in outside if isinstance(each, PreTrainedModel)]
         self._towers = tuple(f"{name}." for name in towers if not self.language.startswith(f"{name}."))
 
+    @property
+    def has_tower(self) -> bool:
+        """Whether there are layers beside the language model."""
+        return bool(self._blocks)
+
     def is_outside(self, name: str) -> bool:
         """Whether it is in a tower or a projector."""
         return is_outside(name, self.language) and name != self._head and not self.language.startswith(f"{name}.")

@@ -35,6 +35,8 @@ from lowrank.compat.unsloth.rewards import (
     launch_openenv,
 )
 from lowrank.compat.unsloth.sampling import SamplingParams
+from lowrank.compat.unsloth.vision import FastVisionModel
+from lowrank.compat.unsloth.vision_collator import UnslothVisionDataCollator
 
 is_bf16_supported = is_bfloat16_supported
 FastLlamaModel = FastMistralModel = FastQwen2Model = FastQwen3Model = FastGemmaModel = FastLanguageModel
@@ -42,13 +44,11 @@ FastQwen3MoeModel = FastGraniteModel = FastFalconH1Model = FastLanguageModel
 FastTextModel = FastModel
 
 _ELSEWHERE = {
-    "FastVisionModel": "pictures are trained by `lowrank train`, not by this front yet",
     "FastSentenceTransformer": "embedding models are not trained by this front",
     "FastDiffusionModel": "diffusion models are not trained here",
     "QGaloreConfig": "Q-GaLore is not here; `lowrank train` has GaLore (optimizer: galore)",
     "RawTextDataLoader": "give texts to SFTTrainer in a column `text`, or files to `lowrank train`",
     "TextPreprocessor": "give texts to SFTTrainer in a column `text`, or files to `lowrank train`",
-    "UnslothVisionDataCollator": "pictures are trained by `lowrank train`, not by this front yet",
 }
 """Unsloth's names that this front has not, and what to do."""
 _OF_TRAINERS = ("UnslothTrainer", "UnslothTrainingArguments", "unsloth_train")
@@ -81,9 +81,11 @@ trl_arguments.install()
 __all__ = [
     "FastLanguageModel",
     "FastModel",
+    "FastVisionModel",
     "PatchDPOTrainer",
     "PatchFastRL",
     "SamplingParams",
+    "UnslothVisionDataCollator",
     "apply_chat_template",
     "check_python_modules",
     "create_locked_down_function",

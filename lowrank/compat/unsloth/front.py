@@ -31,6 +31,7 @@ from lowrank.compat.unsloth.model import DEFAULT, TunedModel
 from lowrank.compat.unsloth.tokens import ids_first
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.config import ModelConfig
+from lowrank.models.layers import Parts
 from lowrank.pipelines.artifacts import adapter_folder
 from lowrank.pipelines.resolve import Kind, resolve
 from lowrank.third_party import code_allowed, code_is_allowed
@@ -154,17 +155,23 @@ class FastLanguageModel:
         if full.is_full(model):
             warn_once("full_finetuning: the weights themselves are trained, get_peft_model adds nothing")
             return model
-        if not finetune_language_layers:
-            raise ConfigError("finetune_language_layers=False: only the language model is trained here")
-        if finetune_vision_layers:
-            warn_once("finetune_vision_layers has no effect: only the language model is loaded")
+        parts = {
+            "freeze_vision_tower": not finetune_vision_layers,
+            "freeze_language_model": not finetune_language_layers,
+        }
+        if not Parts(model.base.model).has_tower:
+            if not finetune_language_layers:
+                raise ConfigError("finetune_language_layers=False: this model is nothing but a language model")
+            if finetune_vision_layers:
+                warn_once("finetune_vision_layers has no effect: this model has no tower for pictures")
+            parts = {}
         wanted: Any = target_modules if isinstance(target_modules, str | None) else tuple(target_modules)
         whole: tuple[str, ...] = tuple(modules_to_save or ())
         if isinstance(wanted, tuple):
             whole += tuple(name for name in _WHOLE if name in wanted and name not in whole)
             wanted = _present(model, tuple(name for name in wanted if name not in _WHOLE))
         elif wanted in (None, "all-linear"):
-            wanted = _parts(model, finetune_attention_modules, finetune_mlp_modules)
+            wanted = _parts(model, finetune_attention_modules, finetune_mlp_modules, parts)
         settings: dict[str, Any] = {
             "type": _variant(init_lora_weights, loftq_config, use_rslora, use_dora),
             "rank": r,
@@ -173,6 +180,7 @@ class FastLanguageModel:
             "target_modules": wanted,
             "modules_to_save": whole,
         }
+        settings |= parts if not isinstance(wanted, str) or wanted == "all-linear" else {}
         settings |= {"rank_pattern": dict(rank_pattern)} if rank_pattern else {}
         settings |= {"alpha_pattern": dict(alpha_pattern)} if alpha_pattern else {}
         settings |= {"exclude_modules": exclude_modules} if exclude_modules else {}
@@ -242,12 +250,14 @@ def _present(model: Any, wanted: tuple[str, ...]) -> tuple[str, ...]:
     return wanted
 
 
-def _parts(model: Any, attention: bool, mlp: bool) -> Any:
-    """All linear layers, or those of the attention or of the MLPs alone."""
+def _parts(model: Any, attention: bool, mlp: bool, parts: Mapping[str, bool]) -> Any:
+    """All linear layers of the parts that are not frozen, or those of the attention or of the MLPs alone."""
     if attention and mlp:
         return "all-linear"
     kinds = _OF_ATTENTION if attention else _OF_MLP if mlp else ()
-    everything = find_targets(model.base.model, checked(AdapterConfig, {"target_modules": "all-linear"})).linears
+    everything = find_targets(
+        model.base.model, checked(AdapterConfig, {"target_modules": "all-linear", **parts})
+    ).linears
     chosen = tuple(name for name in everything if any(kind in name.rpartition(".")[0] for kind in kinds))
     if not chosen:
         raise ModelError("finetune_attention_modules, finetune_mlp_modules: no linear layer is left to train")

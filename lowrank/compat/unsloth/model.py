@@ -13,6 +13,7 @@ working copies of the adapter are brought up to date.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,13 @@ class OneSlot(ForwardContext):
         """The whole of a layer's rows."""
         del layer
         return [(slot, 0, total) for slot, _, _ in self.ranges]
+
+    def counters(self, total: int) -> torch.Tensor | None:
+        """Of all rows of a layer: a tower's are not the text's."""
+        counter_N = self.counter_N
+        if counter_N is None or len(counter_N) == total:
+            return counter_N
+        return torch.arange(total, device=counter_N.device)
 
 
 _PEFT_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -121,6 +129,8 @@ class TunedModel(peft.PeftModel):
         self._passes = 0
         self._precision_reported = False
         base.backbone.register_forward_pre_hook(self._route, with_kwargs=True)
+        self._taken = {*inspect.signature(base.backbone.forward).parameters} - {"past_key_values"}
+        """What the backbone reads: tokens, and pictures where it sees some."""
 
     # --- adapters by name -------------------------------------------------------------------------------------
 
@@ -237,14 +247,11 @@ class TunedModel(peft.PeftModel):
         del backbone
         given = next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None)
         num_rows = given.shape[0] * given.shape[1]
-        slot = BARE_BASE if self._adapters_disabled else self.slots.get(getattr(self, "active_adapter", ""), BARE_BASE)
+        slot = self._slot_at_work()
         if slot == BARE_BASE:
             self.routing.current = OneSlot(num_rows)
             return
         learns = self.training and torch.is_grad_enabled()
-        if slot not in self._fresh:
-            self.bank.refresh(slot)
-            self._fresh.add(slot)
         draws = None
         if learns:
             self._fresh.discard(slot)  # an optimizer step may follow
@@ -253,10 +260,18 @@ class TunedModel(peft.PeftModel):
         counter_N = torch.arange(num_rows, device=given.device)
         self.routing.current = OneSlot(num_rows, ((slot, 0, num_rows),), counter_N, draws=draws or {})
 
+    def _slot_at_work(self) -> int:
+        """Its working copies are up to date."""
+        slot = BARE_BASE if self._adapters_disabled else self.slots.get(getattr(self, "active_adapter", ""), BARE_BASE)
+        if slot != BARE_BASE and slot not in self._fresh:
+            self.bank.refresh(slot)
+            self._fresh.add(slot)
+        return slot
+
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' arguments and outputs; `num_items_in_batch`: what the loss is divided by."""
         with self._own_precision():
-            whole = not args and kwargs.keys() - {"input_ids", "attention_mask", "inputs_embeds"} <= _OF_OUR_LOSS
+            whole = not args and kwargs.keys() - self._taken <= _OF_OUR_LOSS
             routers = getattr(self.base.model.config.get_text_config(), "output_router_logits", False)
             if labels is None or not self.training or not whole or routers:
                 return self.base.model(*args, **kwargs if labels is None else {**kwargs, "labels": labels})
@@ -296,7 +311,9 @@ class TunedModel(peft.PeftModel):
         before = self.training
         self.eval()
         try:
+            slot = self._slot_at_work()
             with self._own_precision(), torch.no_grad():
+                self.routing.current = OneSlot(1, ((slot, 0, 1),))  # the tower looks before the backbone's first pass
                 return self.base.model.generate(*args, **kwargs)
         finally:
             self.train(before)

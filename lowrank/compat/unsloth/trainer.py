@@ -6,7 +6,10 @@ from typing import Any
 
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # past `trl` they are not translated
 
+from lowrank.compat.unsloth.vision_collator import UnslothVisionDataCollator
 from lowrank.errors import ConfigError
+
+__all__ = ["UnslothTrainer", "UnslothTrainingArguments", "UnslothVisionDataCollator", "unsloth_train"]
 
 
 class UnslothTrainingArguments(SFTConfig):

@@ -24,7 +24,7 @@ import transformers
 import trl
 
 from lowrank.compat.unsloth.sampling import sampling_fields, stop_strings
-from lowrank.compat.unsloth.trl_data import prepare, shorten_prompts
+from lowrank.compat.unsloth.trl_data import as_dataset, prepare, shorten_prompts
 from lowrank.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -259,6 +259,6 @@ def _as_unsloth(kind: Any, settings: Any, given: dict[str, Any]) -> None:
         formatting = given.get("formatting_func")
         for name in ("train_dataset", "eval_dataset"):
             if given.get(name) is not None:
-                given[name] = prepare(given[name], field, tokenizer, formatting)
+                given[name] = as_dataset(prepare(given[name], field, tokenizer, formatting))
         if formatting is not None and field in (getattr(given.get("train_dataset"), "column_names", None) or ()):
             given["formatting_func"] = None

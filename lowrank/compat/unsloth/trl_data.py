@@ -23,6 +23,21 @@ def prepare(dataset: Any, field: str, tokenizer: Any, formatting: Callable[..., 
     return _texts(dataset, field, tokenizer, formatting) if hasattr(dataset, "map") else dataset
 
 
+def as_dataset(rows: Any) -> Any:
+    """A list of rows, as vision notebooks give it, as the `Dataset` that TRL wants; the objects in it (pictures) stay
+    what they are, and are handed out when they are asked for."""
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], Mapping):
+        return rows
+    from datasets import Dataset
+
+    names = list(rows[0])
+
+    def taken(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        return {name: [rows[place].get(name) for place in batch["place"]] for name in names}
+
+    return Dataset.from_dict({"place": list(range(len(rows)))}).with_transform(taken)
+
+
 def _texts(dataset: Any, field: str, tokenizer: Any, formatting: Callable[..., Any] | None) -> Any:
     first = next(iter(dataset), None)
     if first is None or any(name in first for name in _TOKENS) or all(name in first for name in _PARTS):

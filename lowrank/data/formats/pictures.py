@@ -23,7 +23,7 @@ from lowrank.data.formats.columns import COLUMNS, RowProblem, beginning, describ
 from lowrank.data.formats.given import PLACE, Given
 from lowrank.data.sources.places import shown
 from lowrank.errors import DataError
-from lowrank.media.decoding import decoded, examine, read_file
+from lowrank.media.decoding import decoded, examine, from_pillow, read_file
 from lowrank.records import Conversation, Message, Picture, Preference, Prompted, Rated, Record, Text
 
 _DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
@@ -161,13 +161,22 @@ def _before_first_question(turns: Sequence[Message], places: list[_Places], numb
 
 
 def _picture(given: Given, rest: Iterator[Any], folders: Folders, decode: bool) -> Picture:
-    value = next(rest) if given.value is None else given.value
+    picture = picture_of(next(rest) if given.value is None else given.value, folders)
     try:
-        data, path, name = _bytes_of(value, folders)
-        picture = examine(data, name, path)
         if decode:
             decoded(picture)
         return picture
+    except DataError as error:
+        raise RowProblem(str(error)) from error
+
+
+def picture_of(value: Any, folders: Folders) -> Picture:
+    """What a part or a column holds: a path, bytes, base64, what `datasets` keeps, or a picture of Pillow's. RowProblem
+    for anything else, and for what is none."""
+    value = from_pillow(value) if hasattr(value, "getexif") else value
+    try:
+        data, path, name = _bytes_of(value, folders)
+        return examine(data, name, path)
     except RowProblem:
         raise
     except DataError as error:
