@@ -93,14 +93,13 @@ def test_storages_and_families_on_two_ranks() -> None:
     """Two jobs, steps in passes of different number, an evaluation, log-probabilities: the same bits as on the whole
     base, for half of its bytes on each. About 3 minutes."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29878"}
-    command = [sys.executable, "-m", "tests.models.sharded_ranks"]
+    arguments = [sys.executable, "-m", "tests.models.sharded_ranks"]
     ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+        subprocess.Popen(arguments, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
-    lines = ranks[0].communicate(timeout=1200)[0].splitlines()
+    output = ranks[0].communicate(timeout=1200)[0].splitlines()
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    assert [line for line in lines if ": 0 " not in line and ": refused" not in line] == []
-    assert len(lines) > 90
-    shares = [float(line.rpartition(", ")[2].split()[0]) for line in lines if "of the bytes" in line]
+    assert [line for line in output if ": 0 " not in line and ": refused" not in line] == []
+    assert len(output) > 90
+    shares = [float(line.rpartition(", ")[2].split()[0]) for line in output if "of the bytes" in line]
     assert max(shares) < 0.6

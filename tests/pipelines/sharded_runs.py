@@ -25,7 +25,7 @@ def align(file: Path) -> None:
 
 
 def on_ranks(runs: list[dict[str, Any]], place: Path, world: int = 2, local: int | None = None) -> list[str]:
-    """Train `runs`, one after the other, on `world` processes; what rank 0 says of each: "done", or its error. `local`:
+    """Train `runs`, one after the other, on `world` processes; what rank 0 prints of each: "done", or its error. `local`:
     ranks of a machine."""
     file = place / f"runs-{world}.json"
     file.write_text(json.dumps(runs))
@@ -45,12 +45,12 @@ def on_ranks(runs: list[dict[str, Any]], place: Path, world: int = 2, local: int
         for rank in range(world)
     ]
     try:
-        output = ranks[0].communicate(timeout=1500)[0]
+        printed = ranks[0].communicate(timeout=1500)[0]
         assert [rank.wait(timeout=60) for rank in ranks] == [0] * world
     finally:
         for rank in ranks:
             rank.kill()
-    return [line for line in output.splitlines() if line.startswith(("done", "error"))]
+    return [line for line in printed.splitlines() if line.startswith(("done", "error"))]
 
 
 def _rank(file: Path) -> None:
@@ -66,11 +66,11 @@ def _rank(file: Path) -> None:
     for given in json.loads(file.read_text()):
         try:
             train(RunConfig(**given), allow_code=True)
-            output = "done"
+            outcome = "done"
         except LowrankError as error:
-            output = f"error {' '.join(str(error).split())}"
+            outcome = f"error {' '.join(str(error).split())}"
         if dist.get_rank() == 0:
-            print(output, flush=True)
+            print(outcome, flush=True)
     dist.destroy_process_group()
 
 

@@ -128,8 +128,8 @@ def test_a_job_that_comes_later_and_what_no_device_holds(world: Path, tmp_path: 
         sharded(world, tmp_path / "head", base="sharded", **head),
         sharded(world, tmp_path / "three", base="sharded", shard_size=3),
     ]
-    lines = on_ranks(runs, tmp_path)
-    assert lines[0] == "done"
-    assert "lm_head: no device holds it whole" in lines[1]
-    assert "shard_size: 3 does not divide the 2 devices" in lines[2]
+    outcomes = on_ranks(runs, tmp_path)
+    assert outcomes[0] == "done"
+    assert "lm_head: no device holds it whole" in outcomes[1]
+    assert "shard_size: 3 does not divide the 2 devices" in outcomes[2]
     same(tmp_path / "two", tmp_path / "one")
