@@ -45,6 +45,7 @@ from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.models.fused_experts import Expert
 from lowrank.models.layer_wrappers import refuse_wrapped
+from lowrank.models.layers import decoder_layers
 from lowrank.models.loading.original_weights import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
@@ -289,11 +290,20 @@ class Bank:
         if config.trainable_token_indices:
             token_ids(self.base, config.trainable_token_indices)
         problems = misfits(self.base.model, config, targets, copied, adapted)
-        if self.base.placement.shares_head:
-            head = name_of(self.base.model, self.base.model.get_output_embeddings())
-            own = [*targets.copies, *targets.embeddings, *(name for name in targets.linears if name == head)]
-            problems += [f"{name}: no device holds it whole (base: sharded); set base: replicated" for name in own]
+        problems += self._not_whole(targets)
         raise_all(ModelError, "this adapter cannot be attached", problems)
+
+    def _not_whole(self, targets: Targets) -> list[str]:
+        """What an adapter would copy or read at any time, and what is not there at all times."""
+        placement, model = self.base.placement, self.base.model
+        own: list[str] = []
+        if placement.shares_head:
+            head = name_of(model, model.get_output_embeddings())
+            own = [*targets.copies, *targets.embeddings, *(name for name in targets.linears if name == head)]
+        elif placement.moves_layers:
+            inside = {module for layer in decoder_layers(model) or () for module in layer.modules()}
+            own = [name for name in targets.copies if model.get_submodule(name) in inside]
+        return [f"{name}: the device does not hold it all the time; set base: replicated" for name in own]
 
     def _add_experts(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
         """An adapter for each expert of a fused parameter, as one pair A (R E, D), B (O, R E)."""

@@ -13,6 +13,7 @@ from lowrank.cli.warn import warn
 if TYPE_CHECKING:
     from lowrank.config import RunConfig
     from lowrank.data.prepare import Prepared
+    from lowrank.planning.machine import Machine
     from lowrank.planning.plan import Plan, Planner
 
 _PARTS = {
@@ -37,6 +38,10 @@ def plan(
     brief: Annotated[
         bool, typer.Option("--brief", help="Only what this run needs, not what else would fit; several times faster.")
     ] = False,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Of each GPU, for a run on others than this machine's; dtype auto: bfloat16."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Reads the data and the model's config.json. The memory is that of the heaviest optimizer step.
@@ -58,12 +63,15 @@ def plan(
     devices = 1 if devices == 1 or deals_jobs(settings, devices) else devices
     if settings.lanes == "auto" and devices > 1:
         settings = settings.model_copy(update={"lanes": devices})
+    machine = None
+    if device_memory is not None:
+        settings, machine = _on_other_gpus(settings, device_memory)
     data = prepare_all(settings.jobs, settings.model, load_tokenizer(settings.model), lambda event: None, strict=False)
-    planner = planner_of(settings, data)
+    planner = planner_of(settings, data, machine)
     chosen = choose(planner, settings.micro_batch_tokens, settings.model.activation_checkpointing)
     found: dict[str, Any] = {"plan": chosen.as_dict(), "speed": None}
     if devices > 1:
-        found["devices"] = _of_devices(chosen, devices)
+        found["devices"] = _of_devices(planner, chosen, devices)
     if not brief:
         found |= _what_fits(planner, chosen, settings)
     if calibrate:
@@ -74,11 +82,47 @@ def plan(
         _show(chosen, found)
 
 
-def _of_devices(chosen: Plan, number: int) -> dict[str, Any]:
-    """What the plan of one device means for several that hold the whole base each: gradients are summed once a step, by
-    chunks that travel twice."""
-    sent = int(2 * chosen.step.gradients * (number - 1) / number)
-    return {"number": number, "base": "replicated", "bytes_per_device": chosen.peak, "bytes_sent_per_step": sent}
+def _on_other_gpus(settings: RunConfig, gigabytes: float) -> tuple[RunConfig, Machine]:
+    """The settings as they would be there, and a machine with so much memory on each device."""
+    from lowrank.planning.machine import of_gpus
+
+    if settings.model.dtype == "auto":
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": "bfloat16"})})
+    return settings, of_gpus(int(gigabytes * 1e9))
+
+
+def _of_devices(planner: Planner, chosen: Plan, number: int) -> dict[str, Any]:
+    """What the plan of one device means for several, as the settings keep the base; and each other way to keep it, with
+    the same forward passes: gradients are summed once a step, by chunks that travel twice, a base that is in parts is
+    gathered in every pass."""
+    from dataclasses import replace
+
+    from lowrank.planning.placed import REPLICATED, SHARDED, STREAMED
+
+    placed, parts = planner.memory.placed, planner.memory.parts
+    policy = chosen.activation_checkpointing
+    policy = "full" if policy == "sqrt" else policy  # not with layers that are moved
+    ways = []
+    for base in (REPLICATED, SHARDED, STREAMED):
+        way = replace(placed, base=base)
+        plan = planner.of(planner.memory.model, planner.memory.placed_as(way)).plan(chosen.micro_batch_tokens, policy)
+        ways.append(
+            {
+                "base": base,
+                "bytes_per_device": plan.peak,
+                "bytes_on_host": way.on_host(parts),
+                "fits": plan.fits,
+                "bytes_of_base_per_step": way.sent_for_base(parts, chosen.forward_passes),
+            }
+        )
+    return {
+        "number": number,
+        "base": placed.base,
+        "shard_size": placed.shard_size,
+        "bytes_per_device": chosen.peak,
+        "bytes_sent_per_step": placed.sent_for_gradients(chosen.step.gradients),
+        "ways": ways,
+    }
 
 
 def _what_fits(planner: Planner, chosen: Plan, config: RunConfig) -> dict[str, Any]:
@@ -151,9 +195,17 @@ def _show(chosen: Plan, found: dict[str, Any]) -> None:
     devices = found.get("devices")
     if devices:
         console.print(
-            f"Devices      {devices['number']}, each with the whole base and what the table says; "
+            f"Devices      {devices['number']}, each with what the table says; "
             f"{gigabytes(devices['bytes_sent_per_step'])} of gradients leave each of them a step"
         )
+        for way in devices["ways"]:
+            moved, host = way["bytes_of_base_per_step"], way["bytes_on_host"]
+            console.print(
+                f"             base: {way['base']:<11} {gigabytes(way['bytes_per_device'])} a device, "
+                + ("[green]fits[/]" if way["fits"] else "[red]does not fit[/]")
+                + (f"; {gigabytes(moved)} of the base reach each of them a step" if moved else "")
+                + (f", {gigabytes(host)} of host memory a machine" if host else "")
+            )
     speed = found["speed"]
     if speed:
         console.print(

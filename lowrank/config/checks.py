@@ -160,11 +160,11 @@ def _placement_conflicts(config: RunConfig) -> Iterator[str]:
             f"{base}: tuning: {full.tuning} trains the base's own parameters, which must be whole; {whole}, or tuning: "
             "adapter"
         )
-    if config.parallelism == "jobs" or config.share is not None:
+    if config.base != "streamed" and (config.parallelism == "jobs" or config.share is not None):
         yield f"{base}: devices that train different jobs share no base; {whole}, or parallelism: data without share"
     if config.model.activation_checkpointing == "sqrt":
         yield f"{base}: model.activation_checkpointing: sqrt holds layers together that are let go one by one; set full"
-    for job in config.jobs:
+    for job in config.jobs if config.base != "streamed" else ():
         name = f"job {job.name}: " if len(config.jobs) > 1 else ""
         if isinstance(job.objective, RolloutSettings) or job.eval_metric != "loss":
             what = "eval_metric" if job.eval_metric != "loss" else f"objective {job.objective.type}"

@@ -167,10 +167,11 @@ class RunConfig(JobSettings):
     lanes: Auto | Positive = "auto"
     """Parts, a power of two, in which each optimizer step is computed; devices share them, and the results are the same
     bits on any number of devices with the same lanes. auto: as many as there are devices when the run begins."""
-    base: Literal["replicated", "sharded", "sharded_offload"] = "replicated"
-    """How the devices of one run hold the frozen base. replicated: each the whole of it. sharded: each a part, gathered
-    layer by layer while it computes (FSDP2), twice a pass, so between devices with fast links. sharded_offload: the
-    same, the parts waiting in host memory. The results are the same bits."""
+    base: Literal["replicated", "sharded", "sharded_offload", "streamed"] = "replicated"
+    """How devices hold the frozen base. replicated: each the whole of it. sharded: each a part, gathered layer by layer
+    while it computes (FSDP2), twice a pass, so between devices with fast links. sharded_offload: the same, the parts
+    waiting in host memory. streamed: in host memory, each layer copied to the device while the one before computes. The
+    results are the same bits."""
     shard_size: Auto | Positive = "auto"
     """With a sharded base: devices that hold it once between them; other groups hold copies. auto: those of one machine
     each."""

@@ -65,13 +65,16 @@ def _cpu() -> str:
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """Where a tensor's data begin; null for None. TypeError for a tensor whose data are not its own to read there (a
-    sharded or wrapped one, or one on a device): a C kernel would read whatever lies at that address."""
+    sharded or wrapped one, one on a device, or one whose memory was let go of): a C kernel would read whatever lies at
+    that address."""
     if tensor is None:
         return ctypes.c_void_p(None)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" or tensor.is_sparse:
         raise TypeError(
             f"a C kernel reads plain tensors in host memory, not a {type(tensor).__name__} on {tensor.device}"
         )
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise TypeError("a C kernel reads tensors that are there, and this one's memory has been let go of")
     return ctypes.c_void_p(tensor.data_ptr())
 
 

@@ -88,6 +88,12 @@ class Whole:
         return None
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a model can be read now: it is whole, and here."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    return plain and (not tensor.numel() or tensor.untyped_storage().nbytes() > 0)
+
+
 def whole_tensor(tensor: Any) -> torch.Tensor:
     """A tensor of a model's state dict, gathered if this rank has a part of it: then every rank asks for it."""
     gather = getattr(tensor, "full_tensor", None)

@@ -52,7 +52,7 @@ def deals_jobs(config: RunConfig, number: int) -> bool:
             f"parallelism: jobs: there are {len(config.jobs)} jobs to deal to {number} devices; give fewer devices, or "
             "parallelism: data"
         )
-    if config.base != "replicated":
+    if config.base in ("sharded", "sharded_offload"):
         return False
     if config.parallelism != "auto":
         return config.parallelism == "jobs"

@@ -16,10 +16,13 @@ from lowrank.objectives import needs
 from lowrank.pipelines.adapter_on_base import on_base_of, refuse_before_loading
 from lowrank.planning.changes import changes_that_fit
 from lowrank.planning.choose import TOKENS, choose
+from lowrank.planning.machine import Machine
 from lowrank.planning.memory import StepMemory
+from lowrank.planning.placed import STREAMED, Placed
 from lowrank.planning.plan import MARGIN, Plan, Planner, one_line
 from lowrank.planning.simulation import PlannedJob, read_config
 from lowrank.planning.speed import calibrate
+from lowrank.ranks import processes_here, ranks_of_a_machine
 from lowrank.report.events import Event, Notice
 from lowrank.report.formatting import duration, gigabytes
 from lowrank.search.candidates import num_combinations, too_many, trials_among
@@ -148,7 +151,7 @@ class Room:
             return True
         config = self._config.model_copy(update={"jobs": tuple(jobs)})
         try:
-            memory = StepMemory(config.model, planned_jobs(config, data), lanes_in(config))
+            memory = StepMemory(config.model, planned_jobs(config, data), lanes_in(config), placed_in(config))
             step = memory.step(self._plan.micro_batch_tokens, self._plan.activation_checkpointing)
         except LowrankError:
             raise
@@ -157,12 +160,23 @@ class Room:
         return step.total + self._plan.process <= MARGIN * self._plan.available
 
 
-def planner_of(config: RunConfig, data: Sequence[Prepared]) -> Planner:
-    """What plans this run, for its heaviest optimizer steps. ConfigError for what its base cannot do."""
+def planner_of(config: RunConfig, data: Sequence[Prepared], machine: Machine | None = None) -> Planner:
+    """What plans this run, for its heaviest optimizer steps, on this machine or another. ConfigError for what its base
+    cannot do."""
     saved = saved_wrapper(read_config(config.model))
     if saved is not None:
         raise_all(ConfigError, f"{config.model.path} is {saved.title}", [*wrapper_conflicts(config)])
-    return Planner(config.model, StepMemory(config.model, planned_jobs(config, data), lanes_in(config)))
+    memory = StepMemory(config.model, planned_jobs(config, data), lanes_in(config), placed_in(config))
+    return Planner(config.model, memory, machine)
+
+
+def placed_in(config: RunConfig) -> Placed:
+    """How the base is kept, as far as the settings say; of the ranks that a launcher has started, with their number."""
+    devices = config.devices if isinstance(config.devices, int) and config.devices > 1 else processes_here()
+    if devices == 1 and config.base != STREAMED:
+        return Placed()
+    size = ranks_of_a_machine(devices) if config.shard_size == "auto" else config.shard_size
+    return Placed(config.base, devices, size)
 
 
 def lanes_in(config: RunConfig) -> int:
@@ -241,6 +255,7 @@ def open_settings(config: RunConfig) -> dict[str, Any]:
     """What a change may be about, as it stands in the settings."""
     return {
         "activation_checkpointing": config.model.activation_checkpointing,
+        "base": config.base,
         "micro_batch_tokens": config.micro_batch_tokens,
         "max_length": max(job.data.max_length for job in config.jobs),
     }

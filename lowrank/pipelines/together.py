@@ -28,6 +28,7 @@ from lowrank.errors import ConfigError, LowrankError, ModelError, OutputError, r
 from lowrank.models.loading.pretrained import choose_device
 from lowrank.models.placement import Placement
 from lowrank.models.sharded import Sharded, packs_integers
+from lowrank.models.streamed import Streamed
 from lowrank.notices import log_notice
 from lowrank.pipelines.job_data import with_date
 from lowrank.pipelines.memory_plan import with_slots
@@ -138,7 +139,7 @@ def lanes_of(
             "train on one device, or leave layerwise out"
         )
     raise_all(ConfigError, "this run cannot be computed on these devices:", problems)
-    return OneLane() if count == 1 else ManyLanes(ranks, count, in_step=config.base != "replicated")
+    return OneLane() if count == 1 else ManyLanes(ranks, count, in_step=config.base.startswith("sharded"))
 
 
 def placement_of(config: RunConfig, ranks: Ranks, report: Callable[[Event], None]) -> Placement | None:
@@ -146,6 +147,8 @@ def placement_of(config: RunConfig, ranks: Ranks, report: Callable[[Event], None
     rank keeps its part while the base is read. ConfigError for numbers that do not go together."""
     if config.base == "replicated":
         return None
+    if config.base == "streamed":
+        return Streamed(choose_device(config.model))
     if ranks.world == 1:
         report(Notice(f"base: {config.base}: there is one device, which holds all of the base", level="warning"))
         return None

@@ -9,6 +9,7 @@ from typing import Any
 from lowrank.models.config import ModelConfig
 from lowrank.planning.choose import TOKENS
 from lowrank.planning.memory import StepMemory
+from lowrank.planning.placed import REPLICATED
 from lowrank.planning.plan import Plan, Planner
 from lowrank.planning.simulation import PlannedJob
 from lowrank.settings import configs_in
@@ -42,7 +43,7 @@ def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) 
 
 def _recompute(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
     if settings["activation_checkpointing"] != "auto":
-        for policy in ("selective", "full", "sqrt"):
+        for policy in ("selective", "full", *(["sqrt"] if settings["base"] == REPLICATED else [])):
             yield (
                 f"model.activation_checkpointing: {policy}",
                 lambda p, plan, policy=policy: p.plan(plan.micro_batch_tokens, policy),
@@ -100,7 +101,8 @@ def _of_rank(job: PlannedJob, rank: int) -> PlannedJob:
 
 def _with_jobs(change: Any) -> Any:
     def plan(planner: Planner, plan: Plan) -> Plan:
-        memory = StepMemory(planner.memory.model, [change(job) for job in planner.memory.jobs])
+        now = planner.memory
+        memory = StepMemory(now.model, [change(job) for job in now.jobs], now.lanes, now.placed)
         return planner.of(memory.model, memory).plan(plan.micro_batch_tokens, plan.activation_checkpointing)
 
     return plan
@@ -108,7 +110,7 @@ def _with_jobs(change: Any) -> Any:
 
 def _with_model(model: ModelConfig) -> Any:
     def plan(planner: Planner, plan: Plan) -> Plan:
-        memory = StepMemory(model, planner.memory.jobs)
+        memory = StepMemory(model, planner.memory.jobs, planner.memory.lanes, planner.memory.placed)
         return planner.of(model, memory).plan(plan.micro_batch_tokens, plan.activation_checkpointing)
 
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowrank.planning.placed import REPLICATED
 from lowrank.planning.plan import Plan, Planner
 
 TOKENS = (4096, 2048, 1024)
@@ -40,7 +41,7 @@ def _candidates(
         policy = (
             activation_checkpointing
             if activation_checkpointing != "auto"
-            else "sqrt"
+            else _most(planner)
             if planner.memory.num_layers
             else "none"
         )
@@ -52,7 +53,14 @@ def _recomputing(planner: Planner, tokens: int) -> Iterator[str | int]:
     number = fewest_layers(planner, tokens)
     if number is not None and number <= _WORTH_IT * planner.memory.num_layers:
         yield number
-    yield from ("selective", "full", "sqrt")
+    yield from ("selective", "full")
+    if _most(planner) == "sqrt":
+        yield "sqrt"
+
+
+def _most(planner: Planner) -> str:
+    """What keeps the least; layers that are moved one by one cannot be computed again in groups."""
+    return "sqrt" if planner.memory.placed.base == REPLICATED else "full"
 
 
 def fewest_layers(planner: Planner, tokens: int) -> int | None:

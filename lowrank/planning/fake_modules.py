@@ -91,25 +91,25 @@ def stand_in_for_experts(model: Any) -> None:
             model.set_submodule(name, _OneAfterTheOther(module))
 
 
-def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> int:
-    """Replace the linears that `storage` packs; the bytes they will take. Dense: 0, and nothing is replaced."""
+def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> dict[str, int]:
+    """Replace the linears that `storage` packs; the bytes they will take, by full name. Dense: nothing is replaced."""
+    sizes: dict[str, int] = {}
     if storage.type == "dense":
-        return 0
-    total = 0
+        return sizes
     with unset_fake_temporarily():  # it tries small layers of unknown classes
         linears = linears_to_pack(model, storage)
     for name, module in linears.items():
         out_features, in_features = weight_of(module).shape
-        total += storage.bytes_of((out_features, in_features))
+        sizes[name] = storage.bytes_of((out_features, in_features))
         model.set_submodule(name, _StandIn((out_features, in_features), module.weight, module.bias))
     experts = experts_to_pack(model, storage)
     wanted = parameters_to_pack(experts)
     for name, found in wanted.items():
         weight = model.get_parameter(name)
         found.packed = [_StandIn(found.shape, weight) for _ in range(found.count)]
-        total += found.count * storage.bytes_of(found.shape)
+        sizes[name] = found.count * storage.bytes_of(found.shape)
     with_packed_experts(model, experts, wanted)
-    return total
+    return sizes
 
 
 @torch.library.register_fake(FINITE_PRODUCT)  # pyright: ignore[reportUntypedFunctionDecorator]

@@ -38,6 +38,11 @@ def this_machine(device: torch.device) -> Machine:
     return Machine(free, total, device_free + torchs.memory_reserved(device), device_total)
 
 
+def of_gpus(device: int) -> Machine:
+    """A machine with GPUs of so many bytes, which need not be this one; of its host nothing is known."""
+    return Machine(0, 0, device, device)
+
+
 def _processes() -> int:
     """Those of this run on this machine, as their launcher has put it into the environment; they share the host."""
     given = os.environ.get("LOCAL_WORLD_SIZE", "")

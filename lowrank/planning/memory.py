@@ -6,6 +6,7 @@ and one with a second layer of each kind; the rest is multiplication.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from lowrank.adapters.config import AdapterSettings
 from lowrank.models.checkpointing.activation_checkpointing import segment_length
 from lowrank.models.config import ModelConfig
 from lowrank.models.positions import positions_of
+from lowrank.planning.base_bytes import base_bytes
+from lowrank.planning.placed import Placed
 from lowrank.planning.simulation import (
     Heaviest,
     PlannedJob,
     Simulation,
     StepTrace,
-    kinds_of_model,
     read_config,
     work_of,
 )
@@ -62,12 +64,18 @@ class StepBytes:
 class StepMemory:
     """Simulated steps of one run, remembered."""
 
-    def __init__(self, model: ModelConfig, jobs: Sequence[PlannedJob], lanes: int = 1) -> None:
-        """`lanes`: parts in which a step is computed, of which the heaviest is meant then."""
+    def __init__(
+        self, model: ModelConfig, jobs: Sequence[PlannedJob], lanes: int = 1, placed: Placed | None = None
+    ) -> None:
+        """`lanes`: parts in which a step is computed, of which the heaviest is meant then. `placed`: how the base is
+        kept; left out: whole on the device."""
         self.jobs = tuple(jobs)
         self.model = model
+        self.lanes = lanes
+        self.placed = placed or Placed()
         self.config = read_config(model)
-        self.kinds = kinds_of_model(model, self.config)
+        self.parts = base_bytes(model, self.config)
+        self.kinds = list(self.parts.kinds)
         self.num_layers = len(self.kinds)
         self.max_length: int | None = positions_of(self.config)
         """The longest document the model was made for, where its config.json says."""
@@ -85,7 +93,14 @@ class StepMemory:
         self, micro_batch_tokens: int, activation_checkpointing: str | int, work: StepSegments | None = None
     ) -> StepBytes:
         """The heaviest step of all jobs together (or `work`), cut and recomputed so."""
-        return _parts(self._policy(self.heaviest_batch(micro_batch_tokens, work), activation_checkpointing))
+        trace = self._policy(self.heaviest_batch(micro_batch_tokens, work), activation_checkpointing)
+        return _parts(self.placed.moved(trace, self.parts))
+
+    def placed_as(self, placed: Placed) -> StepMemory:
+        """The same run with the base kept otherwise; what was simulated is known to both."""
+        other = copy.copy(self)
+        other.placed = placed
+        return other
 
     def _policy(self, batch: Heaviest, activation_checkpointing: str | int) -> StepTrace:
         """`sqrt` and a number of layers follow from `full` and `none`."""

@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 
-from lowrank.kernels.accelerators import has_memory_of_its_own
 from lowrank.kernels.shape_bucketing import needs_bucketing
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype, locate
 from lowrank.planning.compiled import growth
 from lowrank.planning.machine import Machine, this_machine
 from lowrank.planning.memory import StepBytes, StepMemory
+from lowrank.planning.placed import REPLICATED
 from lowrank.report.formatting import gigabytes
 
 _LIBRARIES = 65 << 20
@@ -92,6 +92,8 @@ class Planner:
         self.memory = memory
         self.device = choose_device(model)
         self.machine = machine or this_machine(self.device)
+        self.own_memory = self.machine.device is not None
+        """The device has memory beside the host's."""
         self._file_bytes = weight_file_bytes(model)
         self._dtype = choose_dtype(model, self.device)
         self._resident = psutil.Process().memory_info().rss
@@ -99,7 +101,7 @@ class Planner:
     def total(self, step: StepBytes, passes: int = 1, micro_batch_tokens: int | None = None) -> int:
         """What a step needs, with the process around it where that is in the same memory; with `micro_batch_tokens`,
         by the end of the run."""
-        if has_memory_of_its_own(self.device):
+        if self.own_memory:
             return step.total
         grown = 0
         if micro_batch_tokens is not None and needs_bucketing(self.device, self._dtype):
@@ -114,9 +116,11 @@ class Planner:
         """With these two settings."""
         step = self.memory.step(micro_batch_tokens, activation_checkpointing)
         passes = self.memory.heaviest_batch(micro_batch_tokens).passes
-        on_host = not has_memory_of_its_own(self.device)
+        on_host = not self.own_memory
         process = self.total(step, passes, micro_batch_tokens) - step.total
         loading = self._resident + _LIBRARIES // 2 + step.base + self._file_bytes if on_host else step.base
+        if self.memory.placed.base != REPLICATED:  # layer by layer, each whole until it is put in its place
+            loading = step.base + self.memory.parts.largest_layer + (self._resident + _LIBRARIES // 2 if on_host else 0)
         available = self.machine.host if self.machine.device is None else self.machine.device
         return Plan(
             step,

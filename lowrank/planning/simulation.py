@@ -37,7 +37,7 @@ from lowrank.models.rope_scaling import stretch
 from lowrank.objectives import Objective
 from lowrank.planning.fake_copies import fake_copies
 from lowrank.planning.fake_modules import spread_evenly, stand_in_for_experts, stand_in_for_packed_weights
-from lowrank.planning.layers import keep_layers, kinds_of_layers
+from lowrank.planning.layers import keep_layers
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
 from lowrank.records import BARE_BASE, Batch, Segment, pack
@@ -149,7 +149,7 @@ class Simulation:
             keep_layers(model, keep)
         train_what_is_trained(model, jobs)
         model.eval()
-        self._packed = stand_in_for_packed_weights(model, settings.storage)
+        self._packed = sum(stand_in_for_packed_weights(model, settings.storage).values())
         stand_in_for_experts(model)
         spread_evenly(model)  # the test below is a pass already
         base = Base(model, None, settings.path, settings.revision)
@@ -252,15 +252,6 @@ def skeleton(settings: ModelConfig, config: Any, device: torch.device) -> tuple[
         with unset_fake_temporarily():
             use_memory_efficient_stand_ins(model)
     return model, wrapped_as_planned(model, settings.layer_wrapper)
-
-
-def kinds_of_model(settings: ModelConfig, config: Any) -> list[int]:
-    """`kinds_of_layers` of the whole model, as it is before adapters come. Nothing runs through it: a pass through
-    eighty layers is what the simulated few are there to spare."""
-    with FakeTensorMode(allow_non_fake_inputs=True), fake_copies():
-        model, _ = skeleton(settings, config, choose_device(settings))
-        stand_in_for_packed_weights(model, settings.storage)
-        return kinds_of_layers(model)
 
 
 def train_what_is_trained(model: Any, jobs: Sequence[PlannedJob]) -> None:

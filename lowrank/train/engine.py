@@ -287,7 +287,8 @@ class Engine:
         """
 
         def loss_of(hidden_TD: torch.Tensor) -> torch.Tensor:
-            return torch.cat(wanted_logprobs(ready, hidden_TD)).sum()
+            with self.base.placement.head():
+                return torch.cat(wanted_logprobs(ready, hidden_TD)).sum()
 
         self._training_pass(ready, loss_of, recorder=recorder)
 

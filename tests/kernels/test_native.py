@@ -20,3 +20,6 @@ def test_only_plain_tensors_have_a_pointer() -> None:
     for other in (plain.as_subclass(Wrapped), torch.empty(4, device="meta"), torch.eye(3).to_sparse()):
         with pytest.raises(TypeError, match="plain tensors in host memory"):
             pointer(other)
+    plain.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="memory has been let go of"):
+        pointer(plain)

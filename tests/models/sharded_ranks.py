@@ -38,12 +38,11 @@ STORAGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def base_of(family: str, storage: str, dtype: torch.dtype, sharded: bool) -> Base:
+def base_of(family: str, storage: str, dtype: torch.dtype, placement: Any = None) -> Base:
     model = make_model(family, dtype)
     name = storage.split()[0]
     if name != "dense":
         pack_in_place(model, configs_in("lowrank.models.storages")[name](**STORAGES[storage]))  # type: ignore[arg-type]
-    placement = Sharded(torch.device("cpu"), 2, 2) if sharded else None
     if placement is not None:
         layers = decoder_layers(model)
         assert layers is not None
@@ -96,10 +95,10 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def compare(family: str, storage: str, dtype: torch.dtype, ranks: Any) -> str:
-    whole = base_of(family, storage, dtype, sharded=False)
+    whole = base_of(family, storage, dtype)
     size = held(whole.model)
     expected = trained(whole, ranks)
-    base = base_of(family, storage, dtype, sharded=True)
+    base = base_of(family, storage, dtype, Sharded(torch.device("cpu"), 2, 2))
     part = held(base.model)
     different = differing(trained(base, ranks), expected)
     return f"{len(different)} of {len(expected)} differ {different[:3]}, {part / size:.2f} of the bytes"
@@ -119,7 +118,7 @@ def main() -> None:
             show(f"llama {storage} {dtype}", compare("llama", storage, dtype, ranks))
     for family in FAMILIES:
         try:
-            base_of(family, "dense", torch.float32, sharded=False)
+            base_of(family, "dense", torch.float32)
         except Exception as error:  # padded ones too; what is refused whole needs no parts
             show(family, f"refused: {error}")
             continue

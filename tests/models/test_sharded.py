@@ -95,7 +95,8 @@ def test_storages_and_families_on_two_ranks() -> None:
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29878"}
     arguments = [sys.executable, "-m", "tests.models.sharded_ranks"]
     ranks = [
-        subprocess.Popen(arguments, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen(arguments, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
     output = ranks[0].communicate(timeout=1200)[0].splitlines()
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]

@@ -25,8 +25,8 @@ def align(file: Path) -> None:
 
 
 def on_ranks(runs: list[dict[str, Any]], place: Path, world: int = 2, local: int | None = None) -> list[str]:
-    """Train `runs`, one after the other, on `world` processes; what rank 0 prints of each: "done", or its error. `local`:
-    ranks of a machine."""
+    """Train `runs`, one after the other, on `world` processes; what rank 0 prints of each: "done", or its error.
+    `local`: ranks of a machine."""
     file = place / f"runs-{world}.json"
     file.write_text(json.dumps(runs))
     with socket.socket() as one:

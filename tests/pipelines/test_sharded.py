@@ -76,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix tuning": {"jobs": [], "adapter": "prefix_tuning"},
     "houlsby": {"jobs": [], "adapter": "houlsby"},
     "one layer": {"jobs": [], "adapter": {"rank": 4, "target_modules": ["layers.1.mlp.up_proj"]}},
-    "averaged": {"jobs": [], "adapter": "dora", "optimizer": {"type": "schedule_free_adamw", "learning_rate": 0.01}},
+    "averaged": {"jobs": [], "adapter": "dora", "optimizer": {"type": "schedule_free", "learning_rate": 0.01}},
 }
 
 
@@ -105,6 +105,7 @@ def test_two_machines_and_another_number_of_devices(world: Path, tmp_path: Path)
         "lanes": 4,
         "save_steps": 2,
         "base": "sharded",
+        "schedule": {"type": "constant"},
         "data": {**settings(world, tmp_path)["data"], "batch_size": 8},
     }
     straight = tmp_path / "straight"
@@ -122,7 +123,7 @@ def test_a_job_that_comes_later_and_what_no_device_holds(world: Path, tmp_path: 
     jobs = [{"name": "a", "adapter": {"rank": 4}}, {"name": "b", "adapter": {"type": "dora", "rank": 4}}]
     late = {"jobs": jobs, "max_concurrent_jobs": 1}
     train_here(RunConfig(**sharded(world, tmp_path / "one", lanes=2, **late)))
-    head = {"jobs": [], "adapter": {"rank": 4, "target_modules": ["lm_head"]}}
+    head = {"jobs": [], "adapter": {"rank": 4, "target_modules": ["embed_tokens"]}}
     runs = [
         sharded(world, tmp_path / "two", base="sharded", **late),
         sharded(world, tmp_path / "head", base="sharded", **head),
@@ -130,6 +131,6 @@ def test_a_job_that_comes_later_and_what_no_device_holds(world: Path, tmp_path: 
     ]
     outcomes = on_ranks(runs, tmp_path)
     assert outcomes[0] == "done"
-    assert "lm_head: no device holds it whole" in outcomes[1]
+    assert "embed_tokens: the device does not hold it" in outcomes[1]
     assert "shard_size: 3 does not divide the 2 devices" in outcomes[2]
     same(tmp_path / "two", tmp_path / "one")

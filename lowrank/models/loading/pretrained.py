@@ -32,7 +32,7 @@ from lowrank.models.loading.tokenizer import check_model as check_model
 from lowrank.models.loading.tokenizer import load_tokenizer as load_tokenizer
 from lowrank.models.packaged import TINY as TINY
 from lowrank.models.packaged import locate
-from lowrank.models.placement import Placement, move_rest
+from lowrank.models.placement import Placement, has_values, move_rest
 from lowrank.models.prequantized import reader_for
 from lowrank.models.rope_scaling import stretch
 from lowrank.models.storages.dense import DenseConfig
@@ -147,8 +147,7 @@ def _keep_layer(config: ModelConfig, device: torch.device, placement: Placement,
 
 def _same_bits_of_whole(module: torch.nn.Module, replacement: Any) -> bool:
     """`same_bits` for what lies outside the decoder layers; what is in them was tried when it came."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in tensors) and same_bits(module, replacement)
+    return all(map(has_values, (*module.parameters(), *module.buffers()))) and same_bits(module, replacement)
 
 
 def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
