@@ -1,16 +1,18 @@
-"""One and two processes on one run, beside PEFT in accelerate's data parallel; and sums of gradients by themselves.
+"""One and two processes on one run, beside TRL in accelerate's data parallel and FSDP2; and sums of gradients.
 
     python -m benchmarks.ranks [--steps 12] [--rounds 3] [--json FILE]
 
 Each process has one thread. A Llama with random weights (`--hidden`, `--layers`), LoRA of rank 16 on all linears, and
 rows of one length, so that nobody pads: each side takes the same rows in the same steps, in turns, and what is compared
 are medians of steps. `one_lane` is the engine as a run of one process has it; `two_lanes` computes the same step in two
-parts.
+parts. `sharded_2` and `trl_fsdp2` hold the base between two processes; memory is what a process has resident during
+steps, at most, above what it had before it made the model (MB, of the first process).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -18,17 +20,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
 ROWS, LENGTH, VOCABULARY = 8, 128, 2048
-CONTENDERS = {"one_lane": 1, "two_lanes": 1, "lowrank_2": 2, "accelerate_1": 1, "accelerate_2": 2}
+CONTENDERS = {"one_lane": 1, "two_lanes": 1, "lowrank_2": 2, "sharded_2": 2, "streamed_1": 1,
+              "accelerate_1": 1, "accelerate_2": 2, "trl_fsdp2": 2}  # fmt: skip
 """What is measured, and in how many processes."""
 
 
@@ -49,20 +55,49 @@ def rows(step: int) -> np.ndarray:
     return np.random.default_rng(step).integers(0, VOCABULARY, (ROWS, LENGTH))
 
 
-def timed(steps: int, work: Callable[[int], None]) -> list[float]:
+class Resident:
+    """The most that is resident while it is entered, above what was when it was made."""
+
+    def __init__(self) -> None:
+        self._process, self._over = psutil.Process(), threading.Event()
+        self._before = self._process.memory_info().rss
+        self.most = 0
+
+    def __enter__(self) -> Resident:
+        gc.collect()
+        self._over.clear()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.005):
+            self.most = max(self.most, self._process.memory_info().rss - self._before)
+
+
+def timed(steps: int, work: Callable[[int], None], resident: Resident) -> dict[str, Any]:
+    work(0)  # takes memory, and imports
     seconds = []
-    for step in range(steps + 1):
-        began = time.perf_counter()
-        work(step)
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:]  # the first takes memory, and imports
+    with resident:
+        for step in range(1, steps + 1):
+            began = time.perf_counter()
+            work(step)
+            seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds, "resident": resident.most}
 
 
-def lowrank(options: argparse.Namespace) -> list[float]:
+def lowrank(options: argparse.Namespace) -> dict[str, Any]:
     from lowrank.adapters.bank import Bank
     from lowrank.adapters.variants.lora import LoraConfig
     from lowrank.models.base import Base
     from lowrank.models.checks.isolation import choose_layout
+    from lowrank.models.layers import decoder_layers
+    from lowrank.models.sharded import Sharded
+    from lowrank.models.streamed import Streamed
     from lowrank.objectives.sft import SFTConfig
     from lowrank.ranks import ALONE, Processes
     from lowrank.records import Segment, number_the_step
@@ -70,12 +105,21 @@ def lowrank(options: argparse.Namespace) -> list[float]:
     from lowrank.train.lanes import ManyLanes
     from lowrank.train.optimizers.adamw import AdamWConfig
 
-    base = Base(model(options), None, "benchmark")
+    cpu, placement, resident = torch.device("cpu"), None, Resident()
+    made = model(options)
+    if options.contender == "sharded_2":
+        placement = Sharded(cpu, 2, 2)
+    elif options.contender == "streamed_1":
+        placement = Streamed(cpu)
+    for layer in decoder_layers(made) or ():
+        if placement is not None:
+            placement.keep(layer.requires_grad_(False))
+    base = Base(made.requires_grad_(False), None, "benchmark", placement=placement)
     choose_layout(base, "auto")
     engine = Engine(base, Bank(base), 4096)
     ranks: Any = Processes() if dist.is_initialized() else ALONE
-    if options.contender != "one_lane":
-        engine.lanes = ManyLanes(ranks, 2)
+    if options.contender not in ("one_lane", "streamed_1"):
+        engine.lanes = ManyLanes(ranks, 2, in_step=base.placement.in_step)
     slot = engine.bank.add(LoraConfig(rank=16), seed=0)
     engine.add(slot, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
     weight_L = np.ones(LENGTH, np.float32)
@@ -84,14 +128,14 @@ def lowrank(options: argparse.Namespace) -> list[float]:
         engine.forward_backward({slot: number_the_step([Segment(row_L, weight_L) for row_L in rows(number)])})
         engine.optim_step(slot, 1e-4)
 
-    return timed(options.steps, step)
+    return timed(options.steps, step, resident)
 
 
-def accelerate(options: argparse.Namespace) -> list[float]:
+def accelerate(options: argparse.Namespace) -> dict[str, Any]:
     from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
 
-    given = Accelerator(cpu=True)
+    resident, given = Resident(), Accelerator(cpu=True)
     tuned = get_peft_model(model(options), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [each for each in tuned.parameters() if each.requires_grad]
     tuned, optimizer = given.prepare(tuned, torch.optim.AdamW(trained, lr=1e-4))
@@ -104,7 +148,50 @@ def accelerate(options: argparse.Namespace) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return timed(options.steps, step)
+    return timed(options.steps, step, resident)
+
+
+def trl_fsdp2(options: argparse.Namespace) -> dict[str, Any]:
+    """TRL's own training step over a model that accelerate's FSDP2 has cut. Its launcher leaves a CPU out of FSDP, so
+    the plugin is handed to what prepares models; the trainer's loss and step are its own."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.device_mesh import init_device_mesh
+    from trl.trainer.utils import selective_log_softmax
+
+    resident, given = Resident(), Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    prepares = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=init_device_mesh("cpu", (given.num_processes,), mesh_dim_names=("dp",)),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["dp"]),
+        mixed_precision="no",
+        device=given.device,
+        is_main_process=given.is_main_process,
+    )
+    tuned = get_peft_model(model(options), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tuned = fsdp2_prepare_model(prepares, tuned)
+    trained = [each for each in tuned.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    own = ROWS // given.num_processes
+
+    def step(number: int) -> None:
+        token_SL = torch.from_numpy(rows(number)[given.process_index * own :][:own])
+        logits = tuned(input_ids=token_SL).logits
+        (-selective_log_softmax(logits[:, :-1], token_SL[:, 1:]).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(options.steps, step, resident)
 
 
 def sums() -> list[dict[str, Any]]:
@@ -133,6 +220,8 @@ def child(options: argparse.Namespace) -> None:
     measured: Any
     if options.contender == "sums":
         measured = sums()
+    elif options.contender == "trl_fsdp2":
+        measured = trl_fsdp2(options)
     else:
         measured = accelerate(options) if options.contender.startswith("accelerate") else lowrank(options)
     if os.environ.get("RANK", "0") == "0":
@@ -174,10 +263,13 @@ def main() -> None:
         child(options)
         return
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    resident: dict[str, list[int]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as place:
         for _ in range(options.rounds):
             for name, world in CONTENDERS.items():
-                seconds[name] += run(name, world, options, Path(place))
+                found = run(name, world, options, Path(place))
+                seconds[name] += found["seconds"]
+                resident[name].append(found["resident"])
         of_sums = run("sums", 2, options, Path(place))
     rate = {name: round(ROWS * LENGTH / statistics.median(each), 1) for name, each in seconds.items()}
     found = {
@@ -187,6 +279,8 @@ def main() -> None:
         "accelerate_two_over_one": round(rate["accelerate_2"] / rate["accelerate_1"], 3),
         "lowrank_over_accelerate": {n: round(rate[a] / rate[b], 3) for n, a, b in
                                     (("1", "one_lane", "accelerate_1"), ("2", "lowrank_2", "accelerate_2"))},
+        "sharded_over_trl_fsdp2": round(rate["sharded_2"] / rate["trl_fsdp2"], 3),
+        "resident_MB": {name: round(statistics.median(each) / 1e6) for name, each in resident.items()},
         "sums": of_sums,
     }  # fmt: skip
     print(json.dumps(found, indent=1))

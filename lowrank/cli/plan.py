@@ -100,6 +100,7 @@ def _of_devices(planner: Planner, chosen: Plan, number: int) -> dict[str, Any]:
     from lowrank.planning.placed import REPLICATED, SHARDED, STREAMED
 
     placed, parts = planner.memory.placed, planner.memory.parts
+    gradients = planner.memory.gradients(chosen.micro_batch_tokens, chosen.activation_checkpointing)
     policy = chosen.activation_checkpointing
     policy = "full" if policy == "sqrt" else policy  # not with layers that are moved
     ways = []
@@ -120,7 +121,7 @@ def _of_devices(planner: Planner, chosen: Plan, number: int) -> dict[str, Any]:
         "base": placed.base,
         "shard_size": placed.shard_size,
         "bytes_per_device": chosen.peak,
-        "bytes_sent_per_step": placed.sent_for_gradients(chosen.step.gradients),
+        "bytes_sent_per_step": placed.sent_for_gradients(gradients),
         "ways": ways,
     }
 

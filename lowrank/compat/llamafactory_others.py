@@ -78,7 +78,8 @@ NO_EFFECT: Sequence[Group] = (
     Group(
         _keys("deepspeed fsdp fsdp_config parallelism_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"),
         "every device holds the whole model: a frozen base has no gradients and no optimizer state to shard "
-        "(quantization_bit: 4 makes it a quarter), and what is trained whole must fit on one; `devices` says how many",
+        "(quantization_bit: 4 makes it a quarter); where it does not fit, base: sharded cuts it as ZeRO-3 and FSDP do, "
+        "and base: streamed keeps it in host memory; what is trained whole must fit on one; `devices` says how many",
         speaks=True,
     ),
     Group(

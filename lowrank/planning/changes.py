@@ -43,7 +43,7 @@ def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) 
 
 def _recompute(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
     if settings["activation_checkpointing"] != "auto":
-        for policy in ("selective", "full", *(["sqrt"] if settings["base"] == REPLICATED else [])):
+        for policy in ("selective", "full", *(["sqrt"] if settings.get("base", REPLICATED) == REPLICATED else [])):
             yield (
                 f"model.activation_checkpointing: {policy}",
                 lambda p, plan, policy=policy: p.plan(plan.micro_batch_tokens, policy),

@@ -96,6 +96,10 @@ class StepMemory:
         trace = self._policy(self.heaviest_batch(micro_batch_tokens, work), activation_checkpointing)
         return _parts(self.placed.moved(trace, self.parts))
 
+    def gradients(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> int:
+        """Bytes of all gradients at the end of a step, also where its peak is before they are there."""
+        return self._policy(self.heaviest_batch(micro_batch_tokens), activation_checkpointing).gradients
+
     def placed_as(self, placed: Placed) -> StepMemory:
         """The same run with the base kept otherwise; what was simulated is known to both."""
         other = copy.copy(self)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from lowrank.checkpoints.orders import answers, send
 from lowrank.config import RunConfig
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.train import train as train_here
-from tests.pipelines.live_runs import make_world, weights
+from tests.pipelines.live_runs import Orders, make_world, weights
 from tests.pipelines.sharded_runs import align, on_ranks
 from tests.pipelines.test_ranks import losses, settings
 
@@ -134,3 +135,37 @@ def test_a_job_that_comes_later_and_what_no_device_holds(world: Path, tmp_path: 
     assert "embed_tokens: the device does not hold it" in outcomes[1]
     assert "shard_size: 3 does not divide the 2 devices" in outcomes[2]
     same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["replicated", "sharded"])
+def test_orders_are_carried_out_by_all_ranks_at_the_same_step(world: Path, tmp_path: Path, base: str) -> None:
+    """Set, pause, resume, add and stop, sent from outside: the first rank reads them, all do them, and one process that
+    is told the same at the same steps has the same bits."""
+    late = RunConfig(**settings(world, tmp_path, jobs=[{"name": "late", "adapter": {"rank": 2}}])).jobs[0]
+    orders = [
+        ("set", "dora", {"changes": ["optimizer.learning_rate=0.003"]}),
+        ("pause", "dora", None),
+        ("add", None, {"settings": late.model_dump(mode="json")}),
+        ("resume", "dora", None),
+        ("stop", "late", None),
+    ]
+    given = {"max_steps": 60, "schedule": {"type": "constant"}, "eval_steps": None, "data": {"batch_size": 2}}
+    given["data"] |= {"train": settings(world, tmp_path)["data"]["train"]}
+
+    def sends(out: Path, number: int) -> Any:
+        return lambda: send(out, *orders[number])
+
+    two, one = tmp_path / "two", tmp_path / "one"
+    plan = {f"lora{3 + 6 * number}": sends(two, number) for number in range(len(orders))}
+    train(RunConfig(**sharded(world, two, devices=2, base=base, **given)), reporters=[Orders(two, **plan)])
+    carried_out = answers(two)
+    assert [carried_out[number].done for number in range(1, len(orders) + 1)] == [True] * len(orders)
+
+    ticks = [carried_out[number + 1].tick for number in range(len(orders))]
+    assert ticks == sorted(set(ticks))
+    assert ticks[-1] < 60, "a machine that is loaded may need more steps"
+    again = {f"lora{tick}": sends(one, number) for number, tick in enumerate(ticks)}
+    train_here(RunConfig(**sharded(world, one, lanes=2, **given)), reporters=[Orders(one, **again)])
+    assert [answers(one)[number + 1].tick for number in range(len(orders))] == ticks
+    same(two, one)
