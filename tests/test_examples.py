@@ -94,5 +94,6 @@ def test_those_of_several_machines_are_what_their_programs_read() -> None:
     settings = {part.partition("=")[0] for part in lines_of if "=" in part and not part.startswith("-")}
     assert settings == {"output_dir", "share", "resume"}
     assert settings <= {*RunConfig.model_fields}
+    RunConfig(**yaml.safe_load((folder / "sharded.yaml").read_text("utf-8")))
     named = (folder / "README.md").read_text("utf-8")
     assert all(path.name in named for path in folder.iterdir() if path.name != "README.md")
