@@ -29,6 +29,11 @@ from lowrank.train.engine import Engine
 from lowrank.train.job import Job
 from lowrank.train.rollouts import Prompts, RewardModel, RolloutGenerator, Rollouts, steps_on_one_batch
 
+_UNPLANNED = (
+    "its adapter is on layers beside the language model: what their passes keep of pictures until the backward pass "
+    "is not in the memory plan; if memory runs out, lower micro_batch_tokens or model.image_max_pixels"
+)
+
 
 def start_job(
     engine: Engine,
@@ -152,6 +157,8 @@ def _attach(
         bank.load(slot, saved.tensors)
     if bank.slots[slot].missed:
         report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
+    if bank.slots[slot].outside:
+        report(Notice(_UNPLANNED, level="warning", job=config.name))
     return slot
 
 

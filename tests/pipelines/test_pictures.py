@@ -29,6 +29,7 @@ from lowrank.pipelines.predict import PredictRequest, predict
 from lowrank.pipelines.together import digest_of_data
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation
+from lowrank.report.events import Notice
 from lowrank.serve.vllm_engine.adapters import refuse_own_rows
 from tests.export.sources import write_merged
 from tests.picture_rows import write_picture_rows
@@ -153,7 +154,8 @@ def test_an_adapter_on_the_tower_goes_home_whole(world: Path, tmp_path: Path) ->
     adapter = {"rank": 2, "freeze_vision_tower": False, "freeze_multi_modal_projector": False}
     given = settings(world, tmp_path / "run", max_steps=2, eval_steps=None, jobs=[{"name": "a", "adapter": adapter}])
     given["data"].pop("eval")
-    train(RunConfig(**given))
+    _, recorder = run(given)
+    assert any("is not in the memory plan" in each.text for each in recorder.events if isinstance(each, Notice))
     source = open_source(str(tmp_path / "run")).source
     assert source.adapter is not None
     assert sum("visual" in name for name in source.adapter.targets) == 12

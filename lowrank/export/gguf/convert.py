@@ -67,7 +67,10 @@ def left_out(model: Model) -> list[str]:
     if not model.left_out:
         return []
     parts = ", ".join(f"{name} ({count} tensors)" for name, count in model.left_out.items())
-    return [f"the file holds the language model alone and reads text only: without {parts}"]
+    return [
+        f"the file holds the language model alone and reads text only: without {parts}; of families that it knows, "
+        "llama.cpp's convert_hf_to_gguf.py --mmproj makes the tower's file of a merged export (--to merged)"
+    ]
 
 
 def _vocabulary_size(model: Model) -> int:
