@@ -93,6 +93,7 @@ def timed(steps: int, work: Callable[[int], None], resident: Resident) -> dict[s
 def lowrank(options: argparse.Namespace) -> dict[str, Any]:
     from lowrank.adapters.bank import Bank
     from lowrank.adapters.variants.lora import LoraConfig
+    from lowrank.batches import Segment, number_the_step
     from lowrank.models.base import Base
     from lowrank.models.checks.isolation import choose_layout
     from lowrank.models.layers import decoder_layers
@@ -100,7 +101,6 @@ def lowrank(options: argparse.Namespace) -> dict[str, Any]:
     from lowrank.models.streamed import Streamed
     from lowrank.objectives.sft import SFTConfig
     from lowrank.ranks import ALONE, Processes
-    from lowrank.records import Segment, number_the_step
     from lowrank.train.engine import Engine
     from lowrank.train.lanes import ManyLanes
     from lowrank.train.optimizers.adamw import AdamWConfig

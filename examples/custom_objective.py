@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics
-from lowrank.records import Batch, Conversation, Scores, Totals
+from lowrank.records import Conversation
 from lowrank.settings import Settings
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lowrank.api.serving import serve as serve
     from lowrank.api.training import TrainedRun as TrainedRun
     from lowrank.api.training import train as train
+    from lowrank.batches import Batch as Batch
+    from lowrank.batches import Scores as Scores
     from lowrank.config import JobConfig as JobConfig
     from lowrank.config import RunConfig as RunConfig
     from lowrank.data.sources.memory import keep_rows as rows
@@ -44,13 +46,11 @@ if TYPE_CHECKING:
     from lowrank.export import Target as ExportTarget
     from lowrank.generate.request import GenerationConfig as GenerationConfig
     from lowrank.objectives import Objective as Objective
-    from lowrank.records import Batch as Batch
     from lowrank.records import Conversation as Conversation
     from lowrank.records import Message as Message
     from lowrank.records import Preference as Preference
     from lowrank.records import Prompted as Prompted
     from lowrank.records import Rated as Rated
-    from lowrank.records import Scores as Scores
     from lowrank.records import Text as Text
     from lowrank.report.events import EvalDone as EvalDone
     from lowrank.report.events import Reporter as Reporter
@@ -89,8 +89,8 @@ _NAMES = {
     "Preference": "lowrank.records",
     "Rated": "lowrank.records",
     "Prompted": "lowrank.records",
-    "Batch": "lowrank.records",
-    "Scores": "lowrank.records",
+    "Batch": "lowrank.batches",
+    "Scores": "lowrank.batches",
     "Variant": "lowrank.adapters.variants",
     "ExportTarget": "lowrank.export:Target",
     "Reporter": "lowrank.report.events",

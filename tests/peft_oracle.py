@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lowrank.records import Segment
+from lowrank.batches import Segment
 
 
 def trainable(twin: Any) -> dict[str, torch.nn.Parameter]:

@@ -17,6 +17,7 @@ import lowrank.models.attention.packed
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.capabilities import storage_capabilities
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import Segment
 from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
 from lowrank.kernels import grouped
@@ -24,7 +25,6 @@ from lowrank.models.checkpointing.activation_checkpointing import set_activation
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.objectives.sft import SFTConfig
-from lowrank.records import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import random_step

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.records import CHOSEN, PLAIN, REJECTED, Batch, Segment, number_the_step, pack
+from lowrank.batches import CHOSEN, PLAIN, REJECTED, Batch, Segment, number_the_step, pack
 
 
 def segment(*tokens: int, weights: list[float] | None = None, **options: int) -> Segment:

@@ -6,12 +6,12 @@ from typing import Any
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE
 from lowrank.contrib.layer_wrappers.mixture_of_depths import MixtureOfDepthsConfig
 from lowrank.models.config import FreezeConfig
 from lowrank.models.freezing import train_only
 from lowrank.models.layer_wrappers import wrap
 from lowrank.objectives.sft import SFTConfig
-from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers import bytes_of_state
 from lowrank.train.optimizers.adamw import AdamWConfig

@@ -38,6 +38,7 @@ from lowrank.adapters.variants import (
     Variant,
     reads_all_from_files,
 )
+from lowrank.batches import BARE_BASE, Batch, Segment, with_virtual_tokens
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
@@ -49,7 +50,6 @@ from lowrank.models.layers import decoder_layers
 from lowrank.models.loading.original_weights import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
-from lowrank.records import BARE_BASE, Batch, Segment, with_virtual_tokens
 
 _STATE = "variant "
 """How names of a variant's own state begin."""

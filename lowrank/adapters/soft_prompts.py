@@ -12,11 +12,11 @@ from torch import nn
 
 from lowrank.adapters.prompts import KeyShape, PromptSettings, PromptSite
 from lowrank.adapters.routing import ForwardContext, Routing, Run
+from lowrank.batches import BARE_BASE, Batch, Segment, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.models.layers import decoder_layers
-from lowrank.records import BARE_BASE, Batch, Segment, pack, to_device
 
 
 @dataclass(frozen=True)

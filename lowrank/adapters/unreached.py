@@ -17,9 +17,9 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.slot import Slot
 from lowrank.adapters.targets import name_of
+from lowrank.batches import BARE_BASE, Segment, pack
 from lowrank.models.base import Base
 from lowrank.models.checks.sight import made_up_documents
-from lowrank.records import BARE_BASE, Segment, pack
 
 _TOKENS = 4
 

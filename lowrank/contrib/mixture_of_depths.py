@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank.batches import to_device
 from lowrank.contrib.layer_wrappers.mixture_of_depths import ROUTER
 from lowrank.errors import ModelError
 from lowrank.kernels.precision import float32_or_wider
@@ -32,7 +33,6 @@ from lowrank.models.attention.packed import Packed
 from lowrank.models.attention.paged import PagedBatch
 from lowrank.models.layer_wrappers import SETTING
 from lowrank.models.layers import decoder_layers
-from lowrank.records import to_device
 
 _STD = 0.02
 

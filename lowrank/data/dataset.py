@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+from lowrank.batches import Segment
 from lowrank.data.batching.dataloader import Sample
 from lowrank.data.chat.last_answer import as_prompted
 from lowrank.data.chat.rendering import Rendering
@@ -21,7 +22,7 @@ from lowrank.data.formats.unread import Watched, unread
 from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError, raise_all
-from lowrank.records import Prompted, Record, Segment, Text
+from lowrank.records import Prompted, Record, Text
 
 _ROWS_TO_RECOGNIZE = 100
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.batches import CHOSEN, REJECTED, Segment
 from lowrank.data.batching.dataloader import Sample
 from lowrank.data.chat.rendering import Rendering
 from lowrank.data.config import SourceConfig
 from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.sources.rows import read_rows
 from lowrank.errors import DataError
-from lowrank.records import CHOSEN, REJECTED, Preference, Rated, Segment
+from lowrank.records import Preference, Rated
 
 CONTEXT = -100
 """The label of a token that is not learned."""

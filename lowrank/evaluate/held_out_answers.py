@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import CHOSEN, PLAIN, Segment
 from lowrank.errors import DataError
 from lowrank.evaluate.metrics import measure
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.models.base import Base
-from lowrank.records import CHOSEN, PLAIN, Segment
 
 _MAX_ROWS = 32
 """Answers in progress at once: training has filled the memory already."""

@@ -9,11 +9,11 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
+from lowrank.batches import Segment, pack
 from lowrank.evaluate.metrics import Metric
 from lowrank.kernels.logprobs import logprobs
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
-from lowrank.records import Segment, pack
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import Segment
 from lowrank.checkpoints.atomic import new_file
 from lowrank.data.chat.rendering import Renderer, Rendering
 from lowrank.errors import DataError
@@ -23,7 +24,7 @@ from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
 from lowrank.generate.spoken_answer import spoken_text
 from lowrank.models.base import Base
-from lowrank.records import Message, Segment
+from lowrank.records import Message
 
 Done = Callable[[int, int], None]
 """`(done, of how many)`."""

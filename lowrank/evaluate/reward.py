@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import Segment, pack
 from lowrank.kernels.value_head import last_token_values
 from lowrank.models.base import Base
-from lowrank.records import Segment, pack
 
 
 @torch.no_grad()

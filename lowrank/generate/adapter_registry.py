@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.batches import BARE_BASE, Media
 from lowrank.errors import did_you_mean
 from lowrank.generate.embedding import Pooling, embed
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
-from lowrank.records import BARE_BASE, Media
 
 
 class AdapterRegistry:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lowrank.records import Media
+from lowrank.batches import Media
 
 
 class BlockManager:

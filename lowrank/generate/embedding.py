@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import Segment, pack
 from lowrank.generate.request import ContextLengthExceeded, RequestError
 from lowrank.models.base import Base
-from lowrank.records import Segment, pack
 
 Pooling = Literal["mean", "last"]
 

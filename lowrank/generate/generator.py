@@ -24,6 +24,7 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.soft_prompts import runs_of_pieces
+from lowrank.batches import to_device
 from lowrank.errors import LowrankError
 from lowrank.generate import transformers_fallback
 from lowrank.generate.block_manager import BlockManager
@@ -39,7 +40,6 @@ from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
 from lowrank.models.base import Base
 from lowrank.models.checks.kv_cache import kv_cache_mismatch
 from lowrank.models.sight import PieceSeen
-from lowrank.records import to_device
 
 Result = TypeVar("Result")
 _PAGE = 16

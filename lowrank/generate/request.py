@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from lowrank.batches import BARE_BASE, Media
 from lowrank.errors import LowrankError
-from lowrank.records import BARE_BASE, Media
 from lowrank.settings import NonNegative, Positive, Settings
 
 

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from lowrank.batches import to_device
 from lowrank.kernels.accelerators import capability
-from lowrank.records import to_device
 
 _MANY = 4
 _MULTIPLE = 8

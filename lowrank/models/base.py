@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank.batches import Batch
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.kernels.shape_bucketing import bucketed_rows, needs_bucketing
@@ -33,7 +34,6 @@ from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.placement import Placement, Whole
 from lowrank.models.positions import positions_of
 from lowrank.models.sight import PieceSeen, Sight, show_pictures
-from lowrank.records import Batch
 
 
 @dataclass(frozen=True)

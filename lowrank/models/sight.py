@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lowrank.batches import BARE_BASE, Batch, Media, Pixels, Segment, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.media.processor import PictureProcessor
-from lowrank.records import BARE_BASE, Batch, Media, Pixels, Segment, pack, to_device
 
 if TYPE_CHECKING:
     from lowrank.models.base import Base

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 import torch
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.errors import ConfigError
-from lowrank.records import Batch, Scores, Totals
 from lowrank.settings import Settings, choice_of
 
 Metrics = dict[str, float | torch.Tensor]

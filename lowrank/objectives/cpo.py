@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.sequence_loss import (
     chosen_nll,
@@ -17,7 +18,7 @@ from lowrank.objectives.sequence_loss import (
     preference_loss,
     tokens_per_segment,
 )
-from lowrank.records import Batch, Preference, Scores, Totals
+from lowrank.records import Preference
 
 
 class CPOConfig(ObjectiveSettings):

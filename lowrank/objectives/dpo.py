@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Need, Objective, ObjectiveSettings
 from lowrank.objectives.sequence_loss import (
     Pairs,
@@ -25,7 +26,7 @@ from lowrank.objectives.sequence_loss import (
     tokens_per_segment,
     verbose_weights,
 )
-from lowrank.records import Batch, Preference, Scores, Totals
+from lowrank.records import Preference
 
 
 class DPOConfig(ObjectiveSettings):

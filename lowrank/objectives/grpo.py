@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Objective
 from lowrank.objectives.rollout import RolloutBatch, RolloutSettings, RolloutTargets, group_advantages, per_token_kl
 from lowrank.objectives.sequence_loss import per_segment, reference_of, tokens_per_segment
-from lowrank.records import Batch, Prompted, Scores, Totals
+from lowrank.records import Prompted
 from lowrank.settings import Positive
 
 

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from lowrank.batches import CHOSEN, MISMATCHED, REJECTED, Batch, Scores, Totals
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.sequence_loss import per_segment, reference_of
-from lowrank.records import CHOSEN, MISMATCHED, REJECTED, Batch, Rated, Scores, Totals
+from lowrank.records import Rated
 
 
 class KTOConfig(ObjectiveSettings):

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.sequence_loss import (
     chosen_nll,
@@ -17,7 +18,7 @@ from lowrank.objectives.sequence_loss import (
     per_segment,
     tokens_per_segment,
 )
-from lowrank.records import Batch, Preference, Scores, Totals
+from lowrank.records import Preference
 
 
 class ORPOConfig(ObjectiveSettings):

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Objective
 from lowrank.objectives.rollout import RolloutBatch, RolloutSettings, RolloutTargets
-from lowrank.records import Batch, Prompted, Scores, Totals
+from lowrank.records import Prompted
 from lowrank.settings import Positive
 
 

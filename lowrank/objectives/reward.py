@@ -12,9 +12,10 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.sequence_loss import count_pairs, pair_metrics, pairs_of
-from lowrank.records import Batch, Preference, Scores, Totals
+from lowrank.records import Preference
 
 
 class RewardConfig(ObjectiveSettings):

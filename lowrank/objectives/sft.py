@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Need, Objective, ObjectiveSettings
-from lowrank.records import Batch, Conversation, Scores, Totals
+from lowrank.records import Conversation
 
 _LIKELIEST = 20
 """EAFT takes the entropy of so many likeliest tokens, and divides it by about its largest value."""

@@ -12,6 +12,7 @@ import torch
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.own_tokens import learn_tokens, own_tokens
 from lowrank.checkpoints.peft_layout import load_adapter, read_adapter_header
@@ -30,7 +31,7 @@ from lowrank.notices import log_notice
 from lowrank.pipelines.adapter_on_base import refuse_before_loading
 from lowrank.pipelines.artifacts import ModelArtifacts, data_of_adapter, find_artifacts
 from lowrank.pipelines.pictures import see
-from lowrank.records import BARE_BASE, Conversation, Rated
+from lowrank.records import Conversation, Rated
 from lowrank.third_party import code_allowed
 
 BARE = "base"

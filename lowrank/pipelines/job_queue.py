@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.orders import OrderBook
 from lowrank.config import JobConfig
 from lowrank.data.prepare import Prepared
 from lowrank.errors import LowrankError
 from lowrank.pipelines.job_seats import JobSeats, job_started
 from lowrank.pipelines.job_setup import num_steps_of
-from lowrank.records import BARE_BASE
 from lowrank.report.events import Event, JobFinished, JobMoved, JobStarted, Notice
 from lowrank.search.candidates import Candidate
 from lowrank.train.checkpointer import Checkpointer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lowrank.batches import BARE_BASE
 from lowrank.config import JobConfig, RunConfig
 from lowrank.data.prepare import Prepared
 from lowrank.errors import LowrankError
@@ -15,7 +16,6 @@ from lowrank.pipelines.job_setup import (
     start_job,
 )
 from lowrank.pipelines.references import compute_references, load_reference_base
-from lowrank.records import BARE_BASE
 from lowrank.report.events import Event, JobStarted
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.unreached import num_targets, unreached
+from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.checkpoints.value_head import read_value_head
@@ -22,7 +23,7 @@ from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import shares_prompts
 from lowrank.objectives import needs
-from lowrank.records import BARE_BASE, Preference
+from lowrank.records import Preference
 from lowrank.report.events import Event, Notice
 from lowrank.train.calibration_pass import calibration_passes
 from lowrank.train.engine import Engine

@@ -9,6 +9,7 @@ from typing import Any
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.config import JobConfig
@@ -19,7 +20,6 @@ from lowrank.objectives import needs
 from lowrank.objectives.dpo import DPOConfig
 from lowrank.objectives.kto import KTOConfig
 from lowrank.pipelines.artifacts import ModelArtifacts, find_artifacts
-from lowrank.records import BARE_BASE
 from lowrank.report.events import Event, Notice, Preparing
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job

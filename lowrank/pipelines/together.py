@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank.batches import Segment
 from lowrank.checkpoints.orders import Order, OrderBook
 from lowrank.checkpoints.run_folder import RunFolder, open_run_folder
 from lowrank.checkpoints.settings_changes import flattened
@@ -34,7 +35,6 @@ from lowrank.pipelines.job_data import with_date
 from lowrank.pipelines.memory_plan import with_slots
 from lowrank.planning.plan import Plan
 from lowrank.ranks import Processes, Ranks, agree, ranks_of_a_machine
-from lowrank.records import Segment
 from lowrank.report.events import Event, Notice
 from lowrank.report.summary import versions
 from lowrank.train.checkpointer import Checkpointer

@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.batches import BARE_BASE, Batch, Segment, pack
 from lowrank.errors import ModelError
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.base import Base
@@ -40,7 +41,6 @@ from lowrank.planning.fake_modules import spread_evenly, stand_in_for_experts, s
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
-from lowrank.records import BARE_BASE, Batch, Segment, pack
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.optimizers import OptimizerConfig

@@ -10,8 +10,8 @@ import torch
 
 from lowrank.adapters.calibration import CalibrationBatch
 from lowrank.adapters.routing import ForwardContext
+from lowrank.batches import BARE_BASE, Batch
 from lowrank.data.batching.dataloader import DataLoader
-from lowrank.records import BARE_BASE, Batch
 from lowrank.train.engine import Engine
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.full_model import save_full
 from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optimizer
 from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
@@ -19,7 +20,6 @@ from lowrank.checkpoints.run_state import Checkpoint, JobState, save_checkpoint
 from lowrank.checkpoints.value_head import write_value_head
 from lowrank.errors import OutputError, raise_all
 from lowrank.models.loading.pretrained import locate
-from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, Progress
 from lowrank.train.loss_scale import LossScale

@@ -24,6 +24,7 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
+from lowrank.batches import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.host_memory import Heap
 from lowrank.kernels.token_scores import token_scores
@@ -31,7 +32,6 @@ from lowrank.kernels.value_head import last_token_values, token_values
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.objectives import Metrics, Objective, ObservesMismatched, ScoresTokens, needs, share_of_loss, totals_of
-from lowrank.records import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack, to_device
 from lowrank.train.lanes import Cut, Lanes, OneLane
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units

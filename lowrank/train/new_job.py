@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.objectives import Objective, needs
-from lowrank.records import BARE_BASE
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.loss_scale import scale_for
 from lowrank.train.mixed_precision import MasterWeights

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from lowrank.batches import Totals
 from lowrank.kernels.accelerators import wide
 from lowrank.objectives import Metrics
-from lowrank.records import Totals
 
 
 def add_shares(metrics: Metrics, extra: Metrics) -> None:

@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from lowrank.batches import Batch, Media, Segment
 from lowrank.models.base import Base
-from lowrank.records import Batch, Media, Segment
 
 _MOST_THREADS = 8
 _DOCUMENTS_AHEAD = 8

@@ -11,9 +11,9 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
+from lowrank.batches import Batch
 from lowrank.kernels.logprobs import Head, logprobs
 from lowrank.models.base import Base
-from lowrank.records import Batch
 
 
 @dataclass(frozen=True)

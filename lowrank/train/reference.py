@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank.batches import BARE_BASE, Segment
 from lowrank.checkpoints.atomic import new_file
 from lowrank.checkpoints.full_model import unwrapped_state
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.errors import ModelError
 from lowrank.kernels.cache_folder import cache_folder
 from lowrank.models.placement import whole_tensor
-from lowrank.records import BARE_BASE, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.job import LooksAhead, StepSource
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE, Segment, number_the_step
 from lowrank.errors import DataError
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import Answer, GenerationConfig, Prompt
@@ -33,7 +34,7 @@ from lowrank.objectives.rollout import (
     short_names,
 )
 from lowrank.ranks import agree
-from lowrank.records import BARE_BASE, Conversation, Prompted, Segment, number_the_step
+from lowrank.records import Conversation, Prompted
 from lowrank.train.engine import Engine
 from lowrank.train.job import StepSource
 from lowrank.train.lanes import Lanes, OneLane

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from lowrank.batches import Batch
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
-from lowrank.records import Batch
 
 
 def expert_numbers(base: Base) -> tuple[int, int]:

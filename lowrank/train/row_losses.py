@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Objective
-from lowrank.records import Batch, Scores, Totals
 from lowrank.train.trained_job import RowLosses
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lowrank.batches import Totals
 from lowrank.objectives import Objective
-from lowrank.records import Totals
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.loss_scale import LossScale
 from lowrank.train.optimizers import OptimizerConfig

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.records import Segment
+from lowrank.batches import Segment
 from lowrank.train.engine import Engine
 
 

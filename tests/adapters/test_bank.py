@@ -12,10 +12,10 @@ from transformers import Trainer
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import BARE_BASE
 from lowrank.errors import ModelError
 from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
 from lowrank.objectives.sft import SFTConfig
-from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.adapters.variant_cases import GainConfig

@@ -27,7 +27,7 @@ VARIANTS: dict[str, Any] = {**OF_LAYERS, TYPE: GainConfig}
 STORAGES: dict[str, Any] = {**configs_in("lowrank.models.storages"), LOSSY: RoundedConfig}
 BUILT_IN = [name for name in VARIANTS if name != TYPE]
 LIKE_LORA = [name for name in BUILT_IN if VARIANTS[name].peft_fields is not None and VARIANTS[name].peft.type == "LORA"]
-RANK, ALPHA, D, O = 4, 6.0, 64, 48  # noqa: E741 (the letters of records.py)
+RANK, ALPHA, D, O = 4, 6.0, 64, 48  # noqa: E741 (the letters of batches.py)
 
 on_dense = pytest.mark.parametrize("name", [name for name in VARIANTS if not VARIANTS[name].needs_quantized])
 every_variant = pytest.mark.parametrize("name", VARIANTS)

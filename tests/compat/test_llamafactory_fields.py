@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lowrank.batches import Segment
 from lowrank.compat import load_any
 from lowrank.compat.llamafactory_commands import translate
 from lowrank.compat.llamafactory_others import known
 from lowrank.data.tokenized import write_tokenized
 from lowrank.errors import ConfigError
-from lowrank.records import Segment
 from tests.compat.test_llamafactory import INFO, MINIMAL
 
 FIELDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("llamafactory_fields.json").read_text("utf-8"))

@@ -11,6 +11,7 @@ import transformers
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import BARE_BASE, pack
 from lowrank.checkpoints.full_model import save_full
 from lowrank.config import resolve
 from lowrank.contrib import mixture_of_depths
@@ -32,7 +33,6 @@ from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.train import train
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
-from lowrank.records import BARE_BASE, pack
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.checkpoint_folder import save_checkpoint_folder
@@ -122,7 +122,7 @@ def test_in_pieces_and_whole(family: str) -> None:
 
 
 def segment_of(token_L: torch.Tensor) -> Any:
-    from lowrank.records import Segment
+    from lowrank.batches import Segment
 
     return Segment(token_L.numpy(), torch.zeros(len(token_L)).numpy())
 

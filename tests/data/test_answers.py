@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lowrank.batches import CHOSEN, MISMATCHED, REJECTED, Segment
 from lowrank.data.batching.mismatched import with_mismatched
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
@@ -16,7 +17,7 @@ from lowrank.data.formats.recognition import recognize
 from lowrank.data.formats.turns import transcript
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load_tokenizer
-from lowrank.records import CHOSEN, MISMATCHED, REJECTED, Conversation, Message, Preference, Rated, Segment
+from lowrank.records import Conversation, Message, Preference, Rated
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
 GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lowrank.batches import Media, Segment
 from lowrank.data.chat.truncation import split, truncate
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import Prepared, prepare
@@ -24,7 +25,7 @@ from lowrank.media.decoding import decoded, examine
 from lowrank.media.processor import PictureProcessor, processor_of
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.records import Conversation, Media, Preference, Segment, Text
+from lowrank.records import Conversation, Preference, Text
 from tests.tiny_composites import IMAGE
 from tests.tiny_sight import SIGHTED, save_sighted_folder
 

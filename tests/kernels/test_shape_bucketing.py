@@ -12,9 +12,9 @@ from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.routing import Draws, ForwardContext, Routing
 from lowrank.adapters.variants.lora import Lora as Variant
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import BARE_BASE, pack
 from lowrank.kernels.shape_bucketing import bucketed_rows, row_bucket
 from lowrank.models.storages.dense import DenseLinear
-from lowrank.records import BARE_BASE, pack
 from tests.products import Products
 from tests.tiny_models import make_base, make_engine, random_step
 

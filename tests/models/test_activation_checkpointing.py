@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import pack
 from lowrank.errors import ModelError
 from lowrank.models.checkpointing import activation_checkpointing
 from lowrank.models.checkpointing.activation_checkpointing import segment_length, set_activation_checkpointing
 from lowrank.models.checkpointing.activation_offload import HostMemory
-from lowrank.records import pack
 from tests.tiny_models import make_base, make_engine, random_step
 
 POLICIES: list[str | int] = ["selective", "full", "sqrt", 2, "offload"]

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lowrank.batches import pack
 from lowrank.models.attention import packed
 from lowrank.models.attention.packed import BoundariesMissing, Packed, packed_attention
 from lowrank.models.base import Base
-from lowrank.records import pack
 from tests.tiny_models import make_base, make_model, random_step
 
 LENGTHS = (7, 1, 32, 33, 12, 7, 64)

@@ -8,9 +8,9 @@ import transformers
 from packaging.version import Version
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import pack
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.checks.isolation import check_head
-from lowrank.records import pack
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.tiny_models import FAMILIES, make_base, make_engine, make_model, random_step
 

@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import pack
 from lowrank.errors import ModelError
 from lowrank.generate.sampler import GenerationConfig, Prompt, generate
 from lowrank.models.base import Base
@@ -20,7 +21,6 @@ from lowrank.models.checkpointing.activation_checkpointing import set_activation
 from lowrank.models.checks.isolation import check_head, choose_layout
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype, load, load_tokenizer
-from lowrank.records import pack
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.models.leaky_model import make_mixer
 from tests.tiny_models import FAMILIES, SMALL, make_base, make_engine, make_model, random_step

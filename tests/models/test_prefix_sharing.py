@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Segment, number_the_step
 from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base
 from lowrank.models.checks import isolation
@@ -16,7 +17,6 @@ from lowrank.objectives.dpo import DPOConfig
 from lowrank.objectives.grpo import GRPOConfig
 from lowrank.objectives.reward import RewardConfig
 from lowrank.objectives.simpo import SimPOConfig
-from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Segment, number_the_step
 from lowrank.train.engine import Engine
 from tests.tiny_models import FAMILIES, make_base, make_engine
 

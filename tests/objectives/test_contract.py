@@ -11,23 +11,10 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import CHOSEN, MISMATCHED, PLAIN, REJECTED, Batch, Scores, Segment, Totals, number_the_step, pack
 from lowrank.objectives import needs
 from lowrank.objectives.sft import SFTConfig
-from lowrank.records import (
-    CHOSEN,
-    MISMATCHED,
-    PLAIN,
-    REJECTED,
-    Batch,
-    Preference,
-    Rated,
-    Record,
-    Scores,
-    Segment,
-    Totals,
-    number_the_step,
-    pack,
-)
+from lowrank.records import Preference, Rated, Record
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig

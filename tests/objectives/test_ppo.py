@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from lowrank.batches import Scores, Segment, number_the_step, pack
 from lowrank.objectives.ppo import PPOConfig, whitened
 from lowrank.objectives.rollout import RolloutBatch
-from lowrank.records import Scores, Segment, number_the_step, pack
 
 pytestmark = pytest.mark.usefixtures("allowed_code")
 

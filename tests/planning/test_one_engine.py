@@ -12,7 +12,7 @@ import torch
 import lowrank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.records import pack
+from lowrank.batches import pack
 from tests.tiny_models import make_base, make_engine, random_step
 
 SOURCES = {path: path.read_text("utf-8") for path in Path(lowrank.__file__).parent.rglob("*.py")}

@@ -12,11 +12,11 @@ import torch
 import lowrank.generate.generator as generator_module
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import BARE_BASE
 from lowrank.errors import ConfigError
 from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
 from lowrank.objectives.sft import SFTConfig
-from lowrank.records import BARE_BASE
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE
 from lowrank.config import resolve
 from lowrank.errors import ConfigError
 from lowrank.objectives.sft import SFTConfig
 from lowrank.pipelines.train import train
-from lowrank.records import BARE_BASE
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.badam import BAdamConfig
 from tests.tiny_models import make_base, random_step

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Batch, Scores, Segment, Text, Totals, number_the_step
+from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Batch, Scores, Segment, Totals, number_the_step
+from lowrank.records import Text
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import make_base, make_engine, random_step

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Segment
 from lowrank.config import resolve
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.base import Base
@@ -22,7 +23,6 @@ from lowrank.objectives.sft import SFTConfig
 from lowrank.pipelines.train import train
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
-from lowrank.records import BARE_BASE, CHOSEN, REJECTED, Segment
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from tests.tiny_models import make_base, random_step

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.records import Segment
+from lowrank.batches import Segment
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job

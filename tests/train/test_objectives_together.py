@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 import lowrank.train.reference as reference
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import Segment
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.objectives import dpo, kto, reward, sft
 from lowrank.pipelines.inference import open_inference_model
 from lowrank.pipelines.train import train
-from lowrank.records import Conversation, Message, Segment
+from lowrank.records import Conversation, Message
 from lowrank.report.events import EvalDone, Event, Notice, StepDone
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig

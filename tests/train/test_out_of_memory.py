@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import Batch
 from lowrank.errors import ModelError
-from lowrank.records import Batch
 from lowrank.train.engine import Engine
 from lowrank.train.out_of_memory import explain_out_of_memory, is_out_of_memory
 from tests.tiny_models import make_base, make_engine, random_step

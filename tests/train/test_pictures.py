@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import Segment
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ModelError
@@ -26,7 +27,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.records import Conversation, Segment
+from lowrank.records import Conversation
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import real_or_made
 from tests.tiny_models import make_engine
@@ -292,9 +293,10 @@ def test_preferences_about_pictures(tmp_path: Path, rows: Path) -> None:
 def test_rated_answers_about_pictures(tmp_path: Path, rows: Path) -> None:
     """KTO by its definition, of log-probabilities of each document alone by transformers and PEFT: prompts that other
     rows' answers are put behind keep their own pictures."""
+    from lowrank.batches import MISMATCHED, REJECTED
     from lowrank.data.config import SourceConfig
     from lowrank.objectives.kto import KTOConfig
-    from lowrank.records import MISMATCHED, REJECTED, Rated
+    from lowrank.records import Rated
     from lowrank.train.optimizers.adamw import AdamWConfig
     from lowrank.train.reference import References
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import CHOSEN, REJECTED
 from lowrank.objectives.orpo import ORPOConfig
 from lowrank.objectives.sft import SFTConfig
-from lowrank.records import CHOSEN, REJECTED
 from lowrank.train.micro_batching import units
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import make_base, make_engine, random_step

@@ -31,6 +31,7 @@ from lowrank.adapters.embedding import RoutedCopy
 from lowrank.adapters.routing import Draws, ForwardContext
 from lowrank.adapters.targets import is_copied, name_of
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_config import BaseDescription, describe_base, to_peft
@@ -46,7 +47,6 @@ from lowrank.models.checkpointing.activation_checkpointing import (
 )
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import locate
-from lowrank.records import BARE_BASE
 
 DEFAULT = "default"
 """PEFT's name of the first adapter."""

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lowrank.batches import CHOSEN, REJECTED, Segment
 from lowrank.data.chat.rendering import Rendering
 from lowrank.data.formats.turns import pieces
-from lowrank.records import CHOSEN, REJECTED, Preference, Record, Segment
+from lowrank.records import Preference, Record
 
 _CODE = "utf-32-le"
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from lowrank.batches import Media
 from lowrank.data.chat.loss_mask import Sample, Span
 from lowrank.data.chat.template import RowRefused
 from lowrank.errors import ModelError
-from lowrank.records import Conversation, Media, Picture
+from lowrank.records import Conversation, Picture
 
 
 class Sees(Protocol):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.batches import CHOSEN, PLAIN, REJECTED, Segment
 from lowrank.data import templates
 from lowrank.data.chat import truncation
 from lowrank.data.chat.loss_mask import Sample, samples_of
@@ -24,19 +25,7 @@ from lowrank.data.formats.turns import think
 from lowrank.errors import ConfigError, DataError, LowrankError, ModelError
 from lowrank.foreign_files import DEEPEST_JSON, is_deeper
 from lowrank.media.processor import processor_of
-from lowrank.records import (
-    CHOSEN,
-    PLAIN,
-    REJECTED,
-    THOUGHTS,
-    Conversation,
-    Message,
-    Preference,
-    Prompted,
-    Record,
-    Segment,
-    Text,
-)
+from lowrank.records import THOUGHTS, Conversation, Message, Preference, Prompted, Record, Text
 
 _ROWS_AT_ONCE = 1000
 """Rows tokenized in one call, which the tokenizer spreads over the processor's cores."""

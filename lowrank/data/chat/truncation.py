@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from lowrank.records import Segment
+from lowrank.batches import Segment
 
 Policy = Literal["truncate", "drop", "split", "error"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lowrank.batches import Segment
 from lowrank.data.formats.columns import RowProblem
-from lowrank.records import Segment
 
 
 @dataclass

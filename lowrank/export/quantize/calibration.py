@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import lowrank.models.loading.pretrained as loading
+from lowrank.batches import BARE_BASE, Segment, pack
 from lowrank.errors import DataError, ModelError
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
@@ -24,7 +25,6 @@ from lowrank.export.source import Source
 from lowrank.models.base import Base
 from lowrank.models.layers import decoder_layers
 from lowrank.models.storages.dense import DenseConfig
-from lowrank.records import BARE_BASE, Segment, pack
 
 DOCUMENTS = 128
 LENGTH = 512

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.batches import BARE_BASE
 from lowrank.export import ReadBack, Tolerance
 from lowrank.export.verify.held_out import HeldOut
 from lowrank.export.verify.readers import BankReader
-from lowrank.records import BARE_BASE
 
 STORE_BYTES = 512 << 20
 """Memory for the distributions of base + adapter, which all targets are compared with."""

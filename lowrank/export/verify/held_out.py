@@ -8,12 +8,13 @@ from itertools import islice
 
 import numpy as np
 
+from lowrank.batches import Segment
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.dataset import open_datasets, read_samples
 from lowrank.data.prepare import prepare
 from lowrank.errors import DataError
-from lowrank.records import Conversation, Message, Segment
+from lowrank.records import Conversation, Message
 
 _ROWS_LOOKED_AT = 512
 _TOKENS_OF_ONE = 512

@@ -11,13 +11,13 @@ import torch
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
+from lowrank.batches import BARE_BASE, Segment, pack
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.export.source import Source
 from lowrank.generate.sampler import GenerationConfig, Prompt, generate
 from lowrank.models.base import Base
 from lowrank.models.config import ModelConfig
 from lowrank.models.storages.dense import DenseConfig
-from lowrank.records import BARE_BASE, Segment, pack
 
 _LOGITS_AT_ONCE = 1 << 24
 """Elements of the (rows, V) blocks of logits."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lowrank.batches import to_device
 from lowrank.models.attention.packed import (
     Packed,
     Softmax,
@@ -25,7 +26,6 @@ from lowrank.models.attention.packed import (
     knows_groups,
     varlen_attn,
 )
-from lowrank.records import to_device
 
 _KERNEL_PAGE = 256
 """Tokens of a page that CUDA's flash attention reads without copying."""

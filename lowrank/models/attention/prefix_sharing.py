@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank.batches import Segment, to_device
 from lowrank.models.attention.packed import Packed, Softmax, attend_documents
-from lowrank.records import Segment, to_device
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 _WORTH_IT = 0.05

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
+from lowrank.batches import to_device
 from lowrank.models.attention.packed import Packed, Softmax, attend_documents
-from lowrank.records import to_device
 
 
 class ShiftedSparse:

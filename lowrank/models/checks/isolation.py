@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank.batches import Segment, pack
 from lowrank.errors import ModelError
 from lowrank.kernels.accelerators import wide
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base, logit_transforms
 from lowrank.models.layers import writers
-from lowrank.records import Segment, pack
 
 _LENGTHS = (7, 12, 5)
 _NARROW = 4

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank.batches import BARE_BASE, Media, Segment, pack
 from lowrank.errors import LowrankError, ModelError
 from lowrank.kernels.accelerators import wide
 from lowrank.media.decoding import examine, from_pillow
@@ -21,7 +22,7 @@ from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import MODEL_ERRORS, distance, narrow_windows, one_token_at_a_time, tolerance
 from lowrank.models.sight import Sight
-from lowrank.records import BARE_BASE, Media, Picture, Segment, pack
+from lowrank.records import Picture
 
 _SIZES = ((96, 64), (48, 112))
 _BEFORE, _AFTER = "Look at this", "and say what it shows"
