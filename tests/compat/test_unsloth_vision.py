@@ -41,9 +41,9 @@ def samples(number: int = 4) -> list[dict[str, Any]]:
 
 
 def conversation(sample: dict[str, Any]) -> dict[str, Any]:
-    asked = [{"type": "text", "text": INSTRUCTION}, {"type": "image", "image": sample["image"]}]
+    question = [{"type": "text", "text": INSTRUCTION}, {"type": "image", "image": sample["image"]}]
     answer = [{"type": "text", "text": sample["text"]}]
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def loaded(base: str, **settings: Any) -> tuple[Any, Any]:
