@@ -5,8 +5,8 @@
 Each process has one thread. A Llama with random weights (`--hidden`, `--layers`), LoRA of rank 16 on all linears, and
 rows of one length, so that nobody pads: each side takes the same rows in the same steps, in turns, and what is compared
 are medians of steps. `one_lane` is the engine as a run of one process has it; `two_lanes` computes the same step in two
-parts. `sharded_2` and `trl_fsdp2` hold the base between two processes; memory is what a process has resident during
-steps, at most, above what it had before it made the model (MB, of the first process).
+parts. `sharded_2` and `trl_fsdp2` hold the base between two processes. Memory is of the first process at the peak of a
+step, counted as torch makes and frees them, in a run of its own: what is resident says more of the allocator.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 
 ROWS, LENGTH, VOCABULARY = 8, 128, 2048
 CONTENDERS = {"one_lane": 1, "two_lanes": 1, "lowrank_2": 2, "sharded_2": 2, "streamed_1": 1,
@@ -55,42 +55,44 @@ def rows(step: int) -> np.ndarray:
     return np.random.default_rng(step).integers(0, VOCABULARY, (ROWS, LENGTH))
 
 
-class Resident:
-    """The most that is resident while it is entered, above what was when it was made."""
+class Counted:
+    """Bytes of all tensors that are alive, in a process that is run for that alone; elsewhere nothing. FSDP2 resizes
+    storages, which no operator tells: it is told of them, in both its users."""
 
     def __init__(self) -> None:
-        self._process, self._over = psutil.Process(), threading.Event()
-        self._before = self._process.memory_info().rss
-        self.most = 0
+        from lowrank.planning.live_bytes import LiveBytes
 
-    def __enter__(self) -> Resident:
-        gc.collect()
-        self._over.clear()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
+        self.live = LiveBytes()
+        for name in ("alloc_storage", "free_storage"):
+            setattr(fsdp_param, name, partial(self._resized, getattr(fsdp_param, name)))
 
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.005):
-            self.most = max(self.most, self._process.memory_info().rss - self._before)
+    def _resized(self, original: Callable[[torch.Tensor], None], tensor: torch.Tensor) -> None:
+        original(tensor)
+        self.live._see(tensor)
 
 
-def timed(steps: int, work: Callable[[int], None], resident: Resident) -> dict[str, Any]:
+COUNTED: list[Counted] = []
+
+
+def timed(steps: int, work: Callable[[int], None], kept: Iterable[torch.Tensor]) -> list[float]:
+    """Seconds of steps; or, where they are counted, the bytes at a step's peak, with what is `kept`."""
     work(0)  # takes memory, and imports
+    for counted in COUNTED:
+        gc.collect()
+        for each in kept:
+            counted.live._see(getattr(each, "_local_tensor", each))
+        with counted.live, counted.live.phase() as phase:
+            work(1)
+        return [phase.bytes]
     seconds = []
-    with resident:
-        for step in range(1, steps + 1):
-            began = time.perf_counter()
-            work(step)
-            seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "resident": resident.most}
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        work(step)
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
-def lowrank(options: argparse.Namespace) -> dict[str, Any]:
+def lowrank(options: argparse.Namespace) -> list[float]:
     from lowrank.adapters.bank import Bank
     from lowrank.adapters.variants.lora import LoraConfig
     from lowrank.batches import Segment, number_the_step
@@ -105,7 +107,7 @@ def lowrank(options: argparse.Namespace) -> dict[str, Any]:
     from lowrank.train.lanes import ManyLanes
     from lowrank.train.optimizers.adamw import AdamWConfig
 
-    cpu, placement, resident = torch.device("cpu"), None, Resident()
+    cpu, placement = torch.device("cpu"), None
     made = model(options)
     if options.contender == "sharded_2":
         placement = Sharded(cpu, 2, 2)
@@ -128,14 +130,14 @@ def lowrank(options: argparse.Namespace) -> dict[str, Any]:
         engine.forward_backward({slot: number_the_step([Segment(row_L, weight_L) for row_L in rows(number)])})
         engine.optim_step(slot, 1e-4)
 
-    return timed(options.steps, step, resident)
+    return timed(options.steps, step, [*made.parameters(), *made.buffers(), *engine.bank.parameters(slot).values()])
 
 
-def accelerate(options: argparse.Namespace) -> dict[str, Any]:
+def accelerate(options: argparse.Namespace) -> list[float]:
     from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
 
-    resident, given = Resident(), Accelerator(cpu=True)
+    given = Accelerator(cpu=True)
     tuned = get_peft_model(model(options), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [each for each in tuned.parameters() if each.requires_grad]
     tuned, optimizer = given.prepare(tuned, torch.optim.AdamW(trained, lr=1e-4))
@@ -148,10 +150,10 @@ def accelerate(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return timed(options.steps, step, resident)
+    return timed(options.steps, step, [*tuned.parameters(), *tuned.buffers()])
 
 
-def trl_fsdp2(options: argparse.Namespace) -> dict[str, Any]:
+def trl_fsdp2(options: argparse.Namespace) -> list[float]:
     """TRL's own training step over a model that accelerate's FSDP2 has cut. Its launcher leaves a CPU out of FSDP, so
     the plugin is handed to what prepares models; the trainer's loss and step are its own."""
     from accelerate import Accelerator
@@ -161,7 +163,7 @@ def trl_fsdp2(options: argparse.Namespace) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from trl.trainer.utils import selective_log_softmax
 
-    resident, given = Resident(), Accelerator(cpu=True)
+    given = Accelerator(cpu=True)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,
@@ -191,7 +193,7 @@ def trl_fsdp2(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return timed(options.steps, step, resident)
+    return timed(options.steps, step, [*tuned.parameters(), *tuned.buffers()])
 
 
 def sums() -> list[dict[str, Any]]:
@@ -218,6 +220,8 @@ def child(options: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
     measured: Any
+    if options.count:
+        COUNTED.append(Counted())
     if options.contender == "sums":
         measured = sums()
     elif options.contender == "trl_fsdp2":
@@ -230,7 +234,7 @@ def child(options: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def run(contender: str, world: int, options: argparse.Namespace, folder: Path) -> Any:
+def run(contender: str, world: int, options: argparse.Namespace, folder: Path, count: bool = False) -> Any:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -257,19 +261,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
         child(options)
         return
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    resident: dict[str, list[int]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as place:
         for _ in range(options.rounds):
             for name, world in CONTENDERS.items():
-                found = run(name, world, options, Path(place))
-                seconds[name] += found["seconds"]
-                resident[name].append(found["resident"])
+                seconds[name] += run(name, world, options, Path(place))
+        tensors = {
+            name: round(run(name, world, options, Path(place), count=True)[0] / 1e6)
+            for name, world in CONTENDERS.items()
+        }
         of_sums = run("sums", 2, options, Path(place))
     rate = {name: round(ROWS * LENGTH / statistics.median(each), 1) for name, each in seconds.items()}
     found = {
@@ -280,7 +286,7 @@ def main() -> None:
         "lowrank_over_accelerate": {n: round(rate[a] / rate[b], 3) for n, a, b in
                                     (("1", "one_lane", "accelerate_1"), ("2", "lowrank_2", "accelerate_2"))},
         "sharded_over_trl_fsdp2": round(rate["sharded_2"] / rate["trl_fsdp2"], 3),
-        "resident_MB": {name: round(statistics.median(each) / 1e6) for name, each in resident.items()},
+        "tensors_MB_at_the_peak_of_a_step": tensors,
         "sums": of_sums,
     }  # fmt: skip
     print(json.dumps(found, indent=1))
