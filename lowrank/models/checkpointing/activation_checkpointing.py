@@ -141,7 +141,7 @@ def _use(layer: Any, run: Run | None, owners: Sequence[torch.nn.Module]) -> None
     the moment the layer (in older releases: an owner of it) is called with gradients until the layer has asked, and at
     no other time.
     """
-    for hook in getattr(layer, "_lowrank_asks", ()):
+    for hook in getattr(layer, "_lowrank_hooks", ()):
         hook.remove()
     layer._lowrank_hooks = ()
     layer.gradient_checkpointing = run is not None
