@@ -1,0 +1,245 @@
+"""lowrank against TRL + PEFT on conversations with pictures: tokens per second and memory on the same rows.
+
+    python -m benchmarks.pictures --data mllm_demo.json [--steps 6] [--rounds 2] [--json FILE]
+
+A LLaVA with random weights: the text model of Qwen2.5-0.5B with fewer layers, the tower of CLIP-ViT-B/16 with fewer.
+Both sides read the rows and their pictures themselves, in the same order and steps, with LoRA of rank 16 on all linears
+of the text model and the loss on answers alone; each in its own process, in turns. A step is timed from the end of the
+one before, so decoding and preprocessing count. `trl_default` is SFTConfig's own settings (activation checkpointing),
+`trl_plain` the same without it. The first step of each run is not counted; losses of the first step must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe, peak_memory
+
+RANK, LEARNING_RATE = 16, 2e-4
+CONTENDERS = ("lowrank", "trl_default", "trl_plain")
+IMAGE = "<image>"
+TEMPLATE = """\
+{%- macro text(message) -%}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{{ '<image>' if part['type'] == 'image' else part['text'] }}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' %}{% generation %}{{ text(message) }}<|im_end|>{% endgeneration %}
+{% else %}{{ text(message) }}<|im_end|>
+{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def make_model(folder: Path, options: argparse.Namespace) -> None:
+    """The checkpoint that both sides load, with its processor."""
+    import transformers
+    from tokenizers import AddedToken
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained("lowrank/models/tiny")
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=options.tower_layers, num_attention_heads=12,
+        image_size=224, patch_size=16,
+    )  # fmt: skip
+    text = transformers.Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=options.layers, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=tower, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=196, vision_feature_layer=-2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).to(getattr(torch, options.dtype))
+    model.save_pretrained(folder)
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    transformers.LlavaProcessor(
+        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        image_token=IMAGE, chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def read_rows(data: Path, count: int) -> list[dict[str, Any]]:
+    """The file's rows, over and over, with whole paths."""
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    made = [{**row, "images": [str(data.parent / place) for place in row["images"]]} for row in rows]
+    return [made[number % len(made)] for number in range(count)]
+
+
+def lowrank(options: argparse.Namespace) -> dict[str, Any]:
+    import lowrank
+    from lowrank.report.events import StepDone
+
+    ends, losses, tokens = [time.perf_counter()], [], []
+
+    def heard(event: Any) -> None:
+        if isinstance(event, StepDone):
+            ends.append(time.perf_counter())
+            losses.append(event.loss)
+            tokens.append(event.tokens)
+
+    rows = read_rows(options.data, options.steps * options.rows)
+    source = {"rows": rows, "media_dir": str(options.data.parent)}
+    lowrank.train(
+        model={"path": str(options.folder / "model"), "dtype": options.dtype},
+        data={"train": [source], "batch_size": options.rows, "shuffle": False},
+        adapter={"rank": RANK},
+        optimizer={"learning_rate": LEARNING_RATE},
+        schedule={"type": "constant"},
+        max_steps=options.steps,
+        output_dir=str(options.folder / f"run-{time.time_ns()}"),
+        reporters=[heard],
+        save_steps=None,
+        eval_steps=None,
+    )
+    return {"ends": ends, "losses": losses, "tokens": tokens}
+
+
+def trl(options: argparse.Namespace) -> dict[str, Any]:
+    import datasets
+    import transformers
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = read_rows(options.data, options.steps * options.rows)
+    table = datasets.Dataset.from_list([{"messages": in_parts(row), "images": row["images"]} for row in rows])
+    table = table.cast_column("images", datasets.Sequence(datasets.Image()))
+    ends, losses = [], []
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    bf16 = options.dtype == "bfloat16"
+    given = {} if options.contender == "trl_default" else {"gradient_checkpointing": False}
+    arguments = SFTConfig(
+        output_dir=str(options.folder / "trl"), use_cpu=True, max_steps=options.steps, learning_rate=LEARNING_RATE,
+        per_device_train_batch_size=options.rows, lr_scheduler_type="constant", bf16=bf16,
+        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        assistant_only_loss=True, max_length=None, dataloader_pin_memory=False, **given,
+    )  # fmt: skip
+    where = options.folder / "model"
+    trainer = SFTTrainer(
+        model=transformers.LlavaForConditionalGeneration.from_pretrained(where, dtype=getattr(torch, options.dtype)),
+        args=arguments,
+        train_dataset=table,
+        processing_class=transformers.AutoProcessor.from_pretrained(where, use_fast=False),
+        callbacks=[Clock()],
+        peft_config=LoraConfig(
+            r=RANK, lora_alpha=2 * RANK, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+        ),
+    )
+    trainer.train()
+    return {"ends": ends, "losses": losses}
+
+
+def in_parts(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages as TRL takes pictures: parts of a content."""
+    made = []
+    for message in row["messages"]:
+        parts: list[dict[str, Any]] = []
+        for index, text in enumerate(message["content"].split(IMAGE)):
+            parts += [{"type": "image", "text": None}] * (index > 0) + [{"type": "text", "text": text}] * bool(text)
+        made.append({"role": message["role"], "content": parts})
+    return made
+
+
+def run(contender: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One contender in a fresh process."""
+    out = options.folder / "out.json"
+    command = [sys.executable, "-m", "benchmarks.pictures", "--contender", contender, "--out", str(out)]
+    for name in ("data", "steps", "rows", "dtype", "folder"):
+        command += [f"--{name}", str(getattr(options, name))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
+    return json.loads(out.read_text())
+
+
+def summarize(runs: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
+    rates = [
+        count / (end - start)
+        for one in runs
+        for count, start, end in list(zip(tokens, one["ends"], one["ends"][1:]))[1:]
+    ]
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "peak_memory_bytes": statistics.median(one["peak_memory_bytes"] for one in runs),
+        "losses": runs[0]["losses"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="LLaMA-Factory's mllm_demo.json, pictures beside it")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=4, help="rows of a step")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tower-layers", type=int, default=6)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    for name, kind in (("contender", str), ("out", Path), ("folder", Path)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        measured = lowrank(options) if options.contender == "lowrank" else trl(options)
+        options.out.write_text(json.dumps({**measured, "peak_memory_bytes": peak_memory()}))
+        return
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as place:
+        options.folder = Path(place)
+        make_model(options.folder / "model", options)
+        for _ in range(options.rounds):
+            for name in CONTENDERS:
+                runs[name].append(run(name, options))
+    tokens = runs["lowrank"][0]["tokens"]
+    found = {name: summarize(each, tokens) for name, each in runs.items()}
+    first = [each["losses"][0] for each in found.values()]
+    if max(first) - min(first) > 0.01 * min(first):
+        raise SystemExit(f"not the same work: losses of the first step are {first}")
+    ratios = {
+        f"lowrank / {name}: {key}": found["lowrank"][key] / found[name][key]
+        for name in CONTENDERS[1:]
+        for key in ("tokens_per_second", "peak_memory_bytes")
+    }
+    given = {name: getattr(options, name) for name in ("steps", "rounds", "rows", "layers", "tower_layers", "dtype")}
+    report = {"machine": describe("cpu"), "options": given, "tokens": tokens, "found": found, "ratios": ratios}
+    print(json.dumps({"tokens": tokens, "ratios": ratios, "first_losses": first}, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
