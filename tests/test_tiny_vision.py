@@ -17,6 +17,7 @@ import yaml
 
 import lowrank
 from lowrank.config import resolve
+from lowrank.errors import DataError
 from lowrank.models.packaged import locate
 from lowrank.pipelines.train import train
 
@@ -87,3 +88,18 @@ def test_a_skill_is_learned_from_pictures(shapes: ModuleType, tmp_path: Path, mo
     }
     assert share["base"] < 0.2, share
     assert share["default"] > 0.9, share
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image"}, "a picture is missing"),
+        ({"type": "image", "path": "nowhere.png"}, "nowhere.png"),
+        ({"type": "image", "image": b"no picture"}, "no picture"),
+        ({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, "fetches nothing"),
+    ],
+)
+def test_parts_that_show_nothing_are_refused(part: dict[str, Any], words: str) -> None:
+    model = lowrank.load("lowrank/tiny-vision")
+    with pytest.raises(DataError, match=words):
+        model.generate([{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}])

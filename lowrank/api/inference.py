@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, cast, overload
 from pydantic import ValidationError
 
 from lowrank.data.formats.columns import RowProblem
+from lowrank.data.formats.pictures import open_parts
 from lowrank.data.formats.turns import prompt, read_tools, read_turns
 from lowrank.errors import ConfigError, DataError, LowrankError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig
@@ -56,7 +57,9 @@ class Model:
     ) -> Any:
         """The answer to a question, or a list of answers to a list of them, which share the forward passes.
 
-        question   a text; a conversation so far, as OpenAI's messages (a list of dicts); or a list of either
+        question   a text; a conversation so far, as OpenAI's messages (a list of dicts); or a list of either. A content
+                   may have parts: `{"type": "text", "text": ...}`, and for a model that sees `{"type": "image",
+                   "image": ...}` (a path, bytes, base64, one of Pillow's) or OpenAI's `image_url` with base64
         adapter    who answers: one of `adapters`, or `base`. Left out: the only adapter, or, without any, the base
         on_text    hears a single answer as it comes
         tools      functions that may be called, as OpenAI's schemas
@@ -175,7 +178,7 @@ def _conversation(question: Any, tools: Sequence[Mapping[str, Any]], number: int
         return question
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
     try:
-        return prompt(read_turns(messages, {}), read_tools(list(tools)) if tools else ())
+        return open_parts(prompt(read_turns(messages, {}), read_tools(list(tools)) if tools else ()))
     except RowProblem as error:
         raise DataError(f"question {number}: {error}") from error
 

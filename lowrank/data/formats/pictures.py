@@ -94,6 +94,20 @@ def with_pictures(
     return _with_turns(record, iter(shown_turns))
 
 
+def open_parts(conversation: Conversation) -> Conversation:
+    """The pictures that its content parts hold, read; `<image>` in a text stays text. RowProblem for a part without a
+    picture, one that is missing or broken, and one in an answer."""
+    turns = []
+    for message in conversation.messages:
+        if message.media and message.role == "assistant":
+            raise RowProblem("a picture in an answer: the model writes text; pictures belong to questions")
+        if any(given.value is None for _, given in message.media):
+            raise RowProblem("a picture is missing: its part has none of image, image_url, path, base64, url, bytes")
+        media = tuple((at, _picture(given, iter(()), Folders(), decode=False)) for at, given in message.media)
+        turns.append(replace(message, media=media))
+    return replace(conversation, messages=tuple(turns))
+
+
 def _refuse_blind(name: str | None) -> None:
     what = f"it has images: column {name!r} is filled" if name else "it has images: they stand among its turns"
     raise RowProblem(
@@ -195,6 +209,8 @@ def _bytes_of(value: Any, folders: Folders) -> tuple[bytes, str | None, str]:
         return _bytes_of(held, folders)
     if isinstance(value, (bytes, bytearray)):
         return bytes(value), None, "a picture in the row"
+    if hasattr(value, "getexif"):  # Pillow's, from Python
+        return from_pillow(value), None, "a picture in the row"
     if not isinstance(value, str):
         raise RowProblem(f"wrong type for images: expected a path, bytes or base64, got {describe(value)}")
     if match := _DATA_URL.match(value):
