@@ -68,7 +68,7 @@ def test_a_skill_is_learned_from_pictures(shapes: ModuleType, tmp_path: Path, mo
     """Exact answers to held-out questions, in both languages, before and after the example's run."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "build" / "shapes"
-    for part, rows in (("train", 1000), ("heldout", 200)):
+    for part, rows in (("train", 4000), ("heldout", 200)):
         shapes.write_rows(folder, part, rows, random.Random(f"{part} 0"))
     train(resolve(yaml.safe_load((EXAMPLE / "shapes.yaml").read_text("utf-8"))))
     rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text("utf-8").splitlines()]

@@ -1,6 +1,6 @@
 """Pictures of a few coloured shapes, what is to be seen on them, and questions about them in English and Chinese.
 
-    python examples/tiny-vision/shapes.py OUT_FOLDER [--train 1000] [--heldout 200] [--seed 0]
+    python examples/tiny-vision/shapes.py OUT_FOLDER [--train 4000] [--heldout 200] [--seed 0]
 
 writes `train.jsonl`, `heldout.jsonl` and their pictures: the skill that `shapes.yaml` teaches. `pretrain.py` draws the
 pictures that the base learns to see from; it hears them described in words and is never asked in the skill's form.
@@ -113,14 +113,14 @@ def _whether(groups: list[Group], rng: random.Random) -> tuple[str, str]:
 
 
 def asked(groups: list[Group], rng: random.Random) -> tuple[str, str]:
-    """The skill: (question, answer), color and count of one kind, in a form that the base has never seen."""
+    """The skill: (question, answer), color and count of one kind, as the base was never asked and never answered."""
     group = rng.choice(groups)
     _, many, zh = SHAPES[group.shape]
-    color_en, color_zh, _ = COLORS[group.color]
+    color, number = COLORS[group.color], NUMBERS[group.count - 1]
     return rng.choice(
         (
-            (f"Color and count of the {many}?", f"{color_en}, {group.count}"),
-            (f"{zh}的颜色和数量？", f"{color_zh}，{group.count}"),
+            (f"Count and color of the {many}?", f"{number[0]} and {color[0]}"),
+            (f"{zh}的数量和颜色？", f"{number[1]}个和{color[1]}"),
         )
     )
 
@@ -144,7 +144,7 @@ def write_rows(folder: Path, name: str, rows: int, rng: random.Random) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    for part, rows in (("train", 1000), ("heldout", 200), ("seed", 0)):
+    for part, rows in (("train", 4000), ("heldout", 200), ("seed", 0)):
         parser.add_argument(f"--{part}", type=int, default=rows)
     given = parser.parse_args()
     for part in ("train", "heldout"):
