@@ -72,18 +72,19 @@ def test_a_skill_is_learned_from_pictures(shapes: ModuleType, tmp_path: Path, mo
         shapes.write_rows(folder, part, rows, random.Random(f"{part} 0"))
     train(resolve(yaml.safe_load((EXAMPLE / "shapes.yaml").read_text("utf-8"))))
     rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text("utf-8").splitlines()]
-    asked, right = [], []
+    questions, right = [], []
     for row in rows:
         question, answer = (message["content"] for message in row["messages"])
         content = [
             {"type": "image", "path": str(folder / row["images"][0])},
             {"type": "text", "text": question.removeprefix("<image>")},
         ]
-        asked.append([{"role": "user", "content": content}])
+        questions.append([{"role": "user", "content": content}])
         right.append(answer)
     model = lowrank.load("runs/shapes")
     share = {
-        name: sum(map(str.__eq__, model.generate(asked, name, max_new_tokens=12, temperature=0), right)) / len(right)
+        name: sum(map(str.__eq__, model.generate(questions, name, max_new_tokens=12, temperature=0), right))
+        / len(right)
         for name in ("base", *model.adapters)
     }
     assert share["base"] < 0.2, share
@@ -91,7 +92,7 @@ def test_a_skill_is_learned_from_pictures(shapes: ModuleType, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("part", "words"),
+    ("part", "problem"),
     [
         ({"type": "image"}, "a picture is missing"),
         ({"type": "image", "path": "nowhere.png"}, "nowhere.png"),
@@ -99,7 +100,7 @@ def test_a_skill_is_learned_from_pictures(shapes: ModuleType, tmp_path: Path, mo
         ({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, "fetches nothing"),
     ],
 )
-def test_parts_that_show_nothing_are_refused(part: dict[str, Any], words: str) -> None:
+def test_parts_that_show_nothing_are_refused(part: dict[str, Any], problem: str) -> None:
     model = lowrank.load("lowrank/tiny-vision")
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=problem):
         model.generate([{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}])

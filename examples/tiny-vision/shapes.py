@@ -112,7 +112,7 @@ def _whether(groups: list[Group], rng: random.Random) -> tuple[str, str]:
     return f"有{SHAPES[kind][2]}吗？", "有" if there else "没有"
 
 
-def asked(groups: list[Group], rng: random.Random) -> tuple[str, str]:
+def skill_question(groups: list[Group], rng: random.Random) -> tuple[str, str]:
     """The skill: (question, answer), color and count of one kind, as the base was never asked and never answered."""
     group = rng.choice(groups)
     _, many, zh = SHAPES[group.shape]
@@ -133,7 +133,7 @@ def write_rows(folder: Path, name: str, rows: int, rng: random.Random) -> None:
             groups = draw_groups(rng)
             place = f"{name}/{row:05}.png"
             picture(groups, rng).save(folder / place)
-            question, answer = asked(groups, rng)
+            question, answer = skill_question(groups, rng)
             messages = [
                 {"role": "user", "content": f"<image>{question}"},
                 {"role": "assistant", "content": answer},
