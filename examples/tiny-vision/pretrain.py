@@ -141,8 +141,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[dict[str,
             pixels.append(np.asarray(picture(groups, rng), dtype=np.float32))
             question, answer = described(groups, rng)
             prompt = f"{START}user\n{IMAGE * count}{question}{END}\n{START}assistant\n"
-            given, said = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, answer + END))
-            rows.append((given + said, [-100] * len(given) + said))
+            given, answered = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, answer + END))
+            rows.append((given + answered, [-100] * len(given) + answered))
         length = max(len(ids) for ids, _ in rows)
         filler = tokenizer.pad_token_id
         scaled = (np.stack(pixels).transpose(0, 3, 1, 2) / 255 - MEAN[0]) / DEVIATION[0]

@@ -101,9 +101,10 @@ def open_parts(conversation: Conversation) -> Conversation:
     for message in conversation.messages:
         if message.media and message.role == "assistant":
             raise RowProblem("a picture in an answer: the model writes text; pictures belong to questions")
-        if any(given.value is None for _, given in message.media):
+        parts: Any = message.media  # as read_turns leaves them: Given in the places of pictures
+        if any(given.value is None for _, given in parts):
             raise RowProblem("a picture is missing: its part has none of image, image_url, path, base64, url, bytes")
-        media = tuple((at, _picture(given, iter(()), Folders(), decode=False)) for at, given in message.media)
+        media = tuple((at, _picture(given, iter(()), Folders(), decode=False)) for at, given in parts)
         turns.append(replace(message, media=media))
     return replace(conversation, messages=tuple(turns))
 
