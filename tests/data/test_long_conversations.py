@@ -40,7 +40,7 @@ def long_conversation(seed: int) -> Conversation:
         messages.insert(0, Message("system", "ctx0q"))
     for place, message in enumerate(messages):
         if message.role == "assistant" and draw.random() < 0.3:
-            messages[place] = replace(message, fields={"reasoning_content": source.word("say")})
+            messages[place] = replace(message, fields={"reasoning_content": source.unique_text("say")})
         elif message.role == "user" and seed % 3 == 0 and draw.random() < 0.3:
             messages[place] = replace(message, content=message.content + SPELLED)
     return Conversation(tuple(messages), parts[0].tools)
