@@ -77,7 +77,12 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix tuning": {"jobs": [], "adapter": "prefix_tuning"},
     "houlsby": {"jobs": [], "adapter": "houlsby"},
     "one layer": {"jobs": [], "adapter": {"rank": 4, "target_modules": ["layers.1.mlp.up_proj"]}},
-    "averaged": {"jobs": [], "adapter": "dora", "optimizer": {"type": "schedule_free", "learning_rate": 0.01}},
+    "averaged": {
+        "jobs": [],
+        "adapter": "dora",
+        "optimizer": {"type": "schedule_free", "learning_rate": 0.01},
+        "schedule": "constant",
+    },
 }
 
 
