@@ -233,8 +233,9 @@ class SilentCheckpointer(Checkpointer):
     """Of a rank that does not write: it parks and restores jobs as the first does, and leaves files to that one."""
 
     def save_adapter(self, job: Job, which: str) -> Path:
-        """Nothing."""
-        return self.folder / job.name / which
+        """No file. What the first rank reads of a base in parts, all gather: DoRA's norms of averaged weights."""
+        with self.engine.settled([job.slot]):
+            return self.folder / job.name / which
 
     def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
         """Nothing."""
