@@ -146,7 +146,7 @@ def test_command_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert command(capsys, bad)[0] == 0
     code, out, err = command(capsys, bad, "--strict")
     assert code == 3
-    assert "row 2" in out
+    assert "row 2" in " ".join(out.split())  # lines break where the path of the file makes them
     assert "strict: this data would be lost" in err
     code, out, _ = command(capsys, bad, "--json", "--strict")
     assert code == 3
