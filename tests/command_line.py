@@ -20,13 +20,10 @@ from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
 
 _FORKS = """
-import gc, json, os, select, sys, traceback
+import gc, os, sys, traceback
 import datasets, matplotlib.pyplot, transformers.models.llama.modeling_llama
 import lowrank.cli.train, lowrank.cli.warm, lowrank.pipelines.train
 from lowrank.cli.main import main
-
-def report(line):
-    os.write(1, (json.dumps(line) + chr(10)).encode())
 
 def obey(order):
     if order["session"]:
@@ -65,25 +62,8 @@ def obey(order):
     os._exit(code)  # to take the interpreter down would copy every page of it
 
 gc.freeze()
-running, rest = {}, b""
-while True:
-    readable, _, _ = select.select([0], [], [], 0.02 if running else None)
-    if readable:
-        read = os.read(0, 1 << 16)
-        if not read:
-            os._exit(0)
-        *lines, rest = (rest + read).split(bytes([10]))
-        for line in lines:
-            order = json.loads(line)
-            child = os.fork()
-            if not child:
-                obey(order)
-            running[child] = order["id"]
-            report({"id": order["id"], "pid": child})
-    for child in list(running):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            report({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
+lowrank.cli.warm.take_orders(obey)
+os._exit(0)
 """
 _NUMBERS = itertools.count(1)
 

@@ -15,6 +15,7 @@ import os
 import select
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 HEAVY = (
@@ -36,6 +37,11 @@ def serve() -> None:
         importlib.import_module(name)
     gc.freeze()
     _send({"ready": True})
+    take_orders(_obey)
+
+
+def take_orders(obey: Callable[[dict[str, Any]], None]) -> None:
+    """Fork a child for each line of standard input, where `obey` is called and never returns; until the input ends."""
     running: dict[int, int] = {}
     rest = b""
     while True:
@@ -49,7 +55,7 @@ def serve() -> None:
                 order = json.loads(line)
                 child = os.fork()
                 if not child:
-                    _obey(order)
+                    obey(order)
                 running[child] = order["id"]
                 _send({"id": order["id"], "pid": child})
         for child in list(running):

@@ -28,6 +28,7 @@ from lowrank.records import Conversation, Message, Picture, Preference, Prompted
 
 _DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_IN_ANSWER = "a picture in an answer: the model writes text; pictures belong to questions"
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
 
 
@@ -75,7 +76,7 @@ def with_pictures(
         raise RowProblem(f"it has images: column {name!r} is filled, and plain text has no turn to show them in")
     for (_, media), message in zip(places, turns):
         if media and message.role == "assistant":
-            raise RowProblem("a picture in an answer: the model writes text; pictures belong to questions")
+            raise RowProblem(_IN_ANSWER)
     waiting = sum(each.value is None for _, media in places for _, each in media)
     if waiting == 0 and given and number == 0:
         places = _before_first_question(turns, places, len(given))
@@ -100,7 +101,7 @@ def open_parts(conversation: Conversation) -> Conversation:
     turns = []
     for message in conversation.messages:
         if message.media and message.role == "assistant":
-            raise RowProblem("a picture in an answer: the model writes text; pictures belong to questions")
+            raise RowProblem(_IN_ANSWER)
         parts: Any = message.media  # as read_turns leaves them: Given in the places of pictures
         if any(given.value is None for _, given in parts):
             raise RowProblem("a picture is missing: its part has none of image, image_url, path, base64, url, bytes")
