@@ -27,11 +27,11 @@ from lowrank.adapters.routing import Draws
 from lowrank.batches import BARE_BASE, MISMATCHED, Batch, Scores, Segment, Totals, number_the_step, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.host_memory import Heap
-from lowrank.kernels.token_scores import token_scores
-from lowrank.kernels.value_head import last_token_values, token_values
+from lowrank.kernels.value_head import token_values
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
-from lowrank.objectives import Metrics, Objective, ObservesMismatched, ScoresTokens, needs, share_of_loss, totals_of
+from lowrank.objectives import Metrics, Objective, ObservesMismatched, needs, share_of_loss, totals_of
+from lowrank.train.batch_scores import BatchScores
 from lowrank.train.lanes import Cut, Lanes, OneLane
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units
@@ -76,6 +76,7 @@ class Engine:
         """What jobs compare with that is not the base itself, which they may be changing."""
         self.lanes: Lanes = OneLane()
         """How a step is divided among processes."""
+        self._scores = BatchScores(base, bank, self.jobs)
         self._heap = Heap()
         self._ahead = PixelsAhead(base)
 
@@ -196,11 +197,11 @@ class Engine:
                 self._ahead.expect_step(following)
             if number and sum(batch.lengths) >= _LARGE_PASS:
                 self._heap.trim()  # gradients lie between what the last pass left, and this one finds no place in it
-            ready = self.ready(batch, wanted_T=self._targets_of_losses(batch), tokens_of_step=of_step.all)
+            ready = self.ready(batch, wanted_T=self._scores.targets(batch), tokens_of_step=of_step.all)
 
             def loss_of(hidden_TD: torch.Tensor, ready: PreparedPass = ready) -> torch.Tensor:
                 shares, of_routers = [], router_losses(self.base, ready.batch, of_step.by_slot)
-                for slot, part, scores in self._scores(ready, hidden_TD):
+                for slot, part, scores in self._scores.of(ready, hidden_TD, self.reference_base):
                     share, extra = share_of_loss(self.jobs[slot].objective, scores, part, totals[slot])
                     if slot in of_routers:
                         share = share + of_routers[slot]
@@ -476,60 +477,13 @@ class Engine:
 
     def _score(self, batch: Batch) -> list[tuple[int, Batch, Scores]]:
         """Each job's part of the batch, on the device, and what the models say about it, without dropout or noise."""
-        ready = self.ready(batch, train=False, wanted_T=self._targets_of_losses(batch))
-        return self._scores(ready, self._hidden(ready))
-
-    def _scores(self, ready: PreparedPass, hidden_TD: torch.Tensor) -> list[tuple[int, Batch, Scores]]:
-        """Each job's part of a batch, and what the models say about it."""
-        with self.base.placement.head():
-            batch, logprob_T, scored = ready.batch, all_logprobs(ready, hidden_TD), []
-        for slot, first, end in batch.slot_ranges():
-            part, job = batch.of_slot(slot), self.jobs[slot]
-            own_TD, value_S, value_T = hidden_TD[first:end], None, None
-            if job.value_D is not None and needs(job.objective, "token_values"):
-                value_T = token_values(own_TD, job.value_D)
-            elif job.value_D is not None:
-                value_S = last_token_values(own_TD, part.start_S1, job.value_D)
-            score_T = self._token_scores(slot, part, own_TD) if needs(job.objective, "token_scores") else None
-            scored.append((slot, part, Scores(logprob_T[first:end], part.reference_T, value_S, value_T, score_T)))
-        return scored
-
-    def _token_scores(self, slot: int, part: Batch, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """What the job's objective makes of each weighted token's distribution, (T), 0 elsewhere."""
-        objective = self.jobs[slot].objective
-        assert isinstance(objective, ScoresTokens), "it needs token_scores"
-        index_K, reference = (part.weight_T != 0).nonzero()[:, 0], None
-        if needs(objective, "reference_logits"):
-            base = self.reference_base or self.base
-            reference = (self._bare_hidden(base, part)[index_K], base.head())
-        score_K = token_scores(
-            hidden_TD[index_K], part.target_T[index_K], self.bank.head(slot), objective.score, reference
-        )
-        return score_K.new_zeros(part.num_tokens).index_put((index_K,), score_K)
-
-    @torch.no_grad()
-    def _bare_hidden(self, base: Base, part: Batch) -> torch.Tensor:
-        """The last hidden states of a job's segments without its adapter, (T, D)."""
-        bare = replace(part, slot_S=torch.full_like(part.slot_S, BARE_BASE), slots=(BARE_BASE,) * len(part.slots))
-        if base is not self.base:
-            return base.hidden(bare)
-        with self.bank.routing.using(self.bank.context(bare, None)):
-            return base.hidden(bare)
+        ready = self.ready(batch, train=False, wanted_T=self._scores.targets(batch))
+        return self._scores.of(ready, self._hidden(ready), self.reference_base)
 
     def _hidden(self, ready: PreparedPass) -> torch.Tensor:
         """The last hidden states, (T, D), each segment through its own slot, of a pass without backward."""
         with self.bank.routing.using(ready.context):
             return self.base.hidden(ready.batch)
-
-    def _targets_of_losses(self, batch: Batch) -> torch.Tensor:
-        """(T) bool: what carries weight, but for jobs whose loss is of the value head or of their own scores."""
-        wanted_T = batch.weight_T != 0
-        for slot, first, end in batch.slot_ranges():
-            job = self.jobs[slot]
-            of_value_head = job.value_D is not None and not needs(job.objective, "token_values")
-            if of_value_head or needs(job.objective, "token_scores"):
-                wanted_T[first:end] = False
-        return wanted_T
 
 
 def _learned(work: StepSegments) -> dict[int, list[Segment]]:

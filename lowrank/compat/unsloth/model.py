@@ -8,9 +8,6 @@ Nothing of the model's code is replaced: before each pass of the backbone the ro
 working copies of the adapter are brought up to date.
 """
 
-# The module tree of PEFT is written into, of which torch offers only the reading.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import inspect
@@ -22,12 +19,10 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.embedding import RoutedCopy
 from lowrank.adapters.routing import Draws, ForwardContext
 from lowrank.adapters.targets import is_copied, name_of
 from lowrank.adapters.variants import AdapterConfig
@@ -38,6 +33,7 @@ from lowrank.checkpoints.peft_config import BaseDescription, describe_base, to_p
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.compat.unsloth import sampling, saving
 from lowrank.compat.unsloth.arguments import warn_once
+from lowrank.compat.unsloth.peft_tree import TrainedHead, hang, unhang
 from lowrank.errors import ConfigError, ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.base import Base
@@ -70,13 +66,6 @@ class OneSlot(ForwardContext):
         if counter_N is None or len(counter_N) == total:
             return counter_N
         return torch.arange(total, device=counter_N.device)
-
-
-_PEFT_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-
-
-class _Part(nn.Module, BaseTunerLayer):
-    """What holds an adapter's tensors of one name: PEFT's functions on state dicts find them by its kind."""
 
 
 class _Tuner(nn.Module):
@@ -159,7 +148,7 @@ class TunedModel(peft.PeftModel):
         self.slots[name], self.seeds[name] = slot, seed
         own = self.bank.slots[slot]
         for path, parameter in own.parameters.items():
-            _hang(self.base.model, path, parameter, name, own.copies)
+            hang(self.base.model, path, parameter, name, own.copies)
         saved = self.bank.saved(slot)
         fields = to_peft(saved.config, saved.ranks, own.copies, self.description)
         self.base_model.peft_config[name] = peft.get_peft_config({**fields, "inference_mode": False})
@@ -186,7 +175,7 @@ class TunedModel(peft.PeftModel):
         slot = self.slots.pop(adapter_name)
         del self.seeds[adapter_name], self.base_model.peft_config[adapter_name]
         for path in self.bank.parameters(slot):
-            _unhang(self.base.model, path, adapter_name, self.bank.slots[slot].copies)
+            unhang(self.base.model, path, adapter_name, self.bank.slots[slot].copies)
         self.bank.remove(slot)
         self._fresh.discard(slot)
         if self.base_model.active_adapters == [adapter_name]:
@@ -456,59 +445,3 @@ class TunedModel(peft.PeftModel):
         """Refused: the base in memory is shared, and may be packed."""
         del args, kwargs
         raise ModelError("merge_and_unload: merge into files instead, with save_pretrained_merged(folder, tokenizer)")
-
-
-class TrainedHead(RoutedCopy):
-    """The head, whose `weight` is the copy of the slot whose rows come: for those who multiply with it themselves."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """In the dtype of the frozen one."""
-        frozen = self.base.weight
-        assert isinstance(frozen, torch.Tensor)
-        own = self._own_copy()
-        return frozen if own is None else own.weight.to(frozen.dtype)  # type: ignore[operator,return-value]
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """In the dtype of the frozen one."""
-        frozen = getattr(self.base, "bias", None)
-        own = self._own_copy()
-        return frozen if own is None or frozen is None else own.bias.to(frozen.dtype)  # pyright: ignore
-
-    def _own_copy(self) -> nn.Module | None:
-        current = getattr(self.routing, "current", None)
-        slots = [slot for slot, _, _ in current.ranges] if current is not None else []
-        return self.copies.get(slots[0]) if len(slots) == 1 else None
-
-
-def _unhang(model: nn.Module, path: str, adapter: str, copies: Sequence[str]) -> None:
-    """What `_hang` put there goes."""
-    module, leaf = model, ""
-    parts, leaf = _place(path, adapter, copies)
-    for part in parts:
-        module = module.get_submodule(part)
-    del module._parameters[leaf]
-
-
-def _place(path: str, adapter: str, copies: Sequence[str]) -> tuple[list[str], str]:
-    """Modules and the name of a parameter in PEFT's tree, from its name in files."""
-    *parts, leaf = path.split(".")
-    if any(path.startswith(f"{copy}.") for copy in copies):
-        return [*parts, "modules_to_save", adapter], leaf
-    if leaf == "weight":
-        return [*parts, adapter], leaf
-    return [*parts, leaf], adapter
-
-
-def _hang(model: nn.Module, path: str, parameter: nn.Parameter, adapter: str, copies: Sequence[str]) -> None:
-    """Put a master into the module tree, where PEFT would have it."""
-    parts, leaf = _place(path, adapter, copies)
-    module = model
-    for part in parts:
-        if part not in module._modules:
-            module.add_module(part, _Part() if part in _PEFT_PARTS else nn.Module())
-        child = module._modules[part]
-        assert child is not None
-        module = child
-    module.register_parameter(leaf, parameter)
