@@ -13,7 +13,7 @@ from lowrank.adapters import patterns
 from lowrank.adapters.config import AdapterSettings
 from lowrank.errors import ModelError, did_you_mean, raise_all
 from lowrank.models.fused_experts import OF_ONE_EXPERT, PackedExperts, fused_shapes
-from lowrank.models.layers import Parts, is_outside, language_model
+from lowrank.models.layers import PROJECTOR, TOWER, Parts, is_outside, language_model
 from lowrank.models.plain_linear import is_plain_linear
 from lowrank.models.storages.packed import PackedLinear
 
@@ -31,7 +31,7 @@ class Targets:
     parameters: tuple[str, ...]
     """`target_parameters`: fused weights of experts, by full name."""
     missed: str | None
-    """What `all-linear` leaves out, in words for the user: experts, towers."""
+    """What `all-linear` leaves out (experts, towers), and settings that reach nothing, in words for the user."""
     outside: bool = False
     """Some of them are in a tower or a projector."""
 
@@ -114,12 +114,14 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
         chosen -= set(copies)
     problems = _unmatched(config, modules, chosen, parameters, fused)
     raise_all(ModelError, "adapter: some names match no layer of this model", problems)
+    notices = [_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None]
+    notices += _reaching_nothing(config, {parts.of(name) for name in chosen})
     return Targets(
         linears=tuple(name for name in modules if name in chosen & linears),
         embeddings=tuple(name for name in modules if name in chosen & embeddings),
         copies=copies,
         parameters=parameters,
-        missed=_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None,
+        missed="; ".join(filter(None, notices)) or None,
         outside=any(parts.is_outside(name) for name in (*chosen, *copies)),
     )
 
@@ -219,6 +221,19 @@ def _weights_in(module: nn.Module) -> int:
     if isinstance(module, PackedLinear):
         return module.in_features * module.out_features
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _reaching_nothing(config: AdapterSettings, reached: set[str]) -> list[str]:
+    """Parts of the model that settings thaw and no target is in: there is none, or names stand elsewhere."""
+    thawed = {
+        "freeze_vision_tower": (TOWER, "the tower for pictures"),
+        "freeze_multi_modal_projector": (PROJECTOR, "the projector"),
+    }
+    return [
+        f"adapter.{name}: false has no effect: {what} has no layer among this adapter's, if this base has one at all"
+        for name, (part, what) in thawed.items()
+        if part in config.parts and part not in reached
+    ]
 
 
 def _left_out(model: Any, linears_left: set[str], parameters: set[str]) -> str | None:

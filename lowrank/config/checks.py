@@ -131,6 +131,8 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
         )
     if config.base != "replicated":
         yield from _placement_conflicts(config)
+    if config.shard_size != "auto" and not config.base.startswith("sharded"):
+        yield f"shard_size: base: {config.base} is not cut in parts; set base: sharded, or leave shard_size out"
     if config.resume and config.overwrite:
         yield "resume and overwrite: one goes on with the run in output_dir, the other deletes it; set only one"
     if (

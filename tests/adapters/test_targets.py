@@ -131,3 +131,12 @@ def test_nothing_left_after_excluding() -> None:
         find_targets(make_model("llama"), Lora(exclude_modules=r".*"))
     with pytest.raises(ModelError, match="q_proj"):
         find_targets(make_model("llama"), Lora(target_modules=("q_proj",), exclude_modules=("q_proj",)))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_a_thawed_part_that_no_target_is_in_is_named(targets: Any) -> None:
+    model = make_model("llama")
+    missed = find_targets(model, Lora(target_modules=targets, freeze_vision_tower=False)).missed
+    assert missed is not None
+    assert "adapter.freeze_vision_tower: false has no effect" in missed
+    assert find_targets(model, Lora(target_modules=targets)).missed is None

@@ -20,6 +20,8 @@ HELD_OUT = {"train": "lowrank/demo", "validation_split": 0.1}
         ({"tuning": "full", "jobs": TWO}, "tuning: job 'a' trains the base's own parameters"),
         ({"tuning": "full", "adapter": {"path": "runs/old"}}, "adapter.path: with tuning: full"),
         ({"resume": True, "overwrite": True}, "resume and overwrite"),
+        ({"shard_size": 2}, "shard_size: base: replicated is not cut in parts"),
+        ({"shard_size": 2, "base": "streamed"}, "shard_size: base: streamed is not cut in parts"),
         ({"eval_steps": 5}, "eval_steps: there are no held-out rows"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: there are no held-out rows"),
         (
