@@ -22,7 +22,7 @@ from benchmarks.machine import describe, peak_memory
 
 RANKS, RATES = (4, 8, 16, 32), (1e-3, 3e-3, 1e-2, 3e-2)
 WAYS = ("asha", "asha_25", "full", "single", "trl")
-"""asha_25: with `first_rung: 0.25`, after the warmup and where a high learning rate no longer looks best."""
+"""asha: the sweep's own rungs. asha_25: with `first_rung: 0.25`, where a high learning rate no longer looks best."""
 
 
 def settings(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def settings(spec: dict[str, Any], out: Path) -> dict[str, Any]:
             "eval": [{"path": "lowrank/demo-heldout", "max_samples": spec["held_out"]}],
             "batch_size": spec["batch_size"],
         },
-        "schedule": {"type": "cosine", "warmup_ratio": 0.1},
+        "schedule": {"type": "cosine", "warmup_ratio": spec["warmup_ratio"]},
         "max_steps": spec["steps"],
         "eval_steps": None,
         "save_steps": None,
@@ -88,7 +88,7 @@ def trl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
             arguments = SFTConfig(
                 output_dir=str(folder / "trl"), use_cpu=True, max_steps=spec["steps"], learning_rate=rate,
                 per_device_train_batch_size=spec["batch_size"], lr_scheduler_type="cosine",
-                warmup_steps=math.ceil(0.1 * spec["steps"]),
+                warmup_steps=math.ceil(spec["warmup_ratio"] * spec["steps"]),
                 train_sampling_strategy="sequential", save_strategy="no", report_to=[], disable_tqdm=True,
                 logging_steps=1000, bf16=False, gradient_checkpointing=False, max_grad_norm=1.0, weight_decay=0.0,
                 per_device_eval_batch_size=spec["batch_size"], loss_type="nll",
@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--model", default="lowrank/tiny")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--warmup-ratio", type=float, default=0.03)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=5)
@@ -151,15 +153,16 @@ def main() -> None:
     if given.child:
         child(json.loads(given.child))
         return
-    base = {name: getattr(given, name) for name in ("model", "steps", "batch_size", "rows", "held_out")}
+    base = {name: getattr(given, name) for name in ("model", "steps", "batch_size", "rows", "held_out", "warmup_ratio")}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     if given.result and given.result.is_file():
         before = json.loads(given.result.read_text(encoding="utf-8"))
         assert before["spec"] == base, f"{given.result} was measured with {before['spec']}"
         found |= before["runs"]
     for seed in range(given.seeds):
-        for way in WAYS if seed < given.single_seeds else WAYS[:3]:
-            if any(run["seed"] == seed for run in found[way]):
+        for way in given.ways:
+            once = way in ("single", "trl") and seed >= given.single_seeds
+            if once or any(run["seed"] == seed for run in found[way]):
                 continue
             found[way].append({"seed": seed, **measure({**base, "way": way, "seed": seed})})
             result = {"machine": describe("cpu"), "spec": base, **compared(found), "runs": found}

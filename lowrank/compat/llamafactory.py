@@ -22,6 +22,7 @@ from lowrank.compat.llamafactory_devices import spread
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.compat.llamafactory_method import PREFERENCE_LOSSES, STAGES
 from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, find, is_default, known
+from lowrank.compat.llamafactory_sharding import sharding
 from lowrank.config.problems import error_lines
 from lowrank.config.schema import RunConfig
 from lowrank.data.tokenized import is_written
@@ -92,6 +93,9 @@ def convert(settings: Mapping[str, Any], *, folder: Path, datasets: Datasets | N
         "schedule": method.schedule(keys, problems, warnings),
         **_run(keys, problems, warnings),
     }
+    placed, lines = sharding(keys, folder)
+    config |= placed
+    warnings += lines
     raise_all(ConfigError, "This LLaMA-Factory file cannot be used as it is:", problems)
     return Converted({key: value for key, value in config.items() if value != {}}, warnings)
 

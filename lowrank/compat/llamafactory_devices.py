@@ -38,7 +38,7 @@ def spread(samples: int, environment: Mapping[str, str] = os.environ) -> tuple[i
     step = samples * number
     text = (
         f"on the {number} devices that LLaMA-Factory would use here its step holds {samples} x {number} = {step} "
-        f"samples, and so it does here, with devices: {ours}, the whole base on each"
+        f"samples, and so it does here, with devices: {ours}"
     )
     if ours != number:
         text += f" (a power of two; {number - ours} of them are not used)"

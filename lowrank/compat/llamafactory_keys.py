@@ -14,6 +14,10 @@ from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
 from lowrank.settings import NonNegative, Positive, Settings
 
 
+def _by_spaces(value: Any) -> Any:
+    return tuple(value.split()) if isinstance(value, str) else value
+
+
 def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
@@ -298,6 +302,13 @@ class Keys(Settings):
     """`num_train_epochs`"""
     max_steps: int = -1
     """`max_steps`; -1: by epochs"""
+    deepspeed: str | dict[str, Any] | None = None
+    """ZeRO stage 3 on several devices: `base: sharded` (`sharded_offload` with `offload_param`); stages 1 and 2 shard what
+    a frozen base has not"""
+    fsdp: Annotated[bool | tuple[str, ...], BeforeValidator(_by_spaces)] = False
+    """`full_shard`, `hybrid_shard`, true, on several devices: `base: sharded` (`sharded_offload` with `offload`)"""
+    fsdp_config: str | dict[str, Any] | None = None
+    """as `fsdp`: `reshard_after_forward`, `sharding_strategy`, `offload_params`"""
     seed: NonNegative = 42
     """`seed`"""
     neftune_noise_alpha: float | None = None

@@ -76,11 +76,13 @@ NO_EFFECT: Sequence[Group] = (
         "how processes talk to one another is decided here; `devices` says how many there are",
     ),
     Group(
-        _keys("deepspeed fsdp fsdp_config parallelism_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"),
-        "every device holds the whole model: a frozen base has no gradients and no optimizer state to shard "
-        "(quantization_bit: 4 makes it a quarter); where it does not fit, base: sharded cuts it as ZeRO-3 and FSDP do, "
-        "and base: streamed keeps it in host memory; what is trained whole must fit on one; `devices` says how many",
+        _keys("parallelism_config"),
+        "`devices` says how many compute, and base: sharded that they hold the base between them",
         speaks=True,
+    ),
+    Group(
+        _keys("fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"),
+        "a base in parts is cut by decoder layer",
     ),
     Group(
         _keys("ray_num_workers"),

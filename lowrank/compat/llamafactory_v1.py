@@ -32,11 +32,11 @@ _SILENT = {
     "flash_attn", "model_class", "kernel_config", "batching_workers", "sample_backend", "max_new_tokens",
     "dist_timeout", "full_determinism", "cp_mode", "mp_replicate_size", "mp_shard_size", "save_ckpt_as_hf",
 }  # fmt: skip
-_PROCESSES = ("dist_config", "init_config", "dp_size", "cp_size")
+_PROCESSES = ("init_config", "dp_size", "cp_size")
 _READ = {
     "model", "peft_config", "quant_config", "train_dataset", "eval_dataset", "micro_batch_size", "global_batch_size",
     "batching_strategy", "enable_activation_checkpointing", "optim_config", "lr_scheduler_config",
-    "resume_from_checkpoint", "save_epochs", "custom_chat_template",
+    "resume_from_checkpoint", "save_epochs", "custom_chat_template", "dist_config",
 }  # fmt: skip
 _CONVERTERS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "pair": "preference", None: None}
 
@@ -68,6 +68,7 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
     v0 |= _peft(given.get("peft_config"), problems)
     v0 |= _quantization(given.get("quant_config"), problems)
     v0 |= _batches(given, problems)
+    v0 |= _sharding(given.get("dist_config"), problems)
     v0 |= _optimizer(given, problems)
     if not given.get("enable_activation_checkpointing", True):
         v0["disable_gradient_checkpointing"] = True
@@ -82,7 +83,8 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
     requested = [key for key in _PROCESSES if given.get(key) not in (None, 1)]
     if requested:
         found.warnings.append(
-            f"{', '.join(requested)} has no effect: every device holds the whole model; `devices` says how many train"
+            f"{', '.join(requested)} has no effect: `devices` says how many train, and base: sharded that they hold the "
+            "base between them"
         )
     if "train_dataset" in given:
         v0["do_train"] = True
@@ -91,6 +93,19 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
         v0["stage"] = "dpo" if pairs else "sft"
     raise_all(ConfigError, "This file of LLaMA-Factory's V1 cannot be used as it is:", problems)
     return found
+
+
+def _sharding(config: Any, problems: list[str]) -> dict[str, Any]:
+    """What cuts the model over the devices: FSDP2, which always cuts it whole there, or a file of DeepSpeed's."""
+    config = config if isinstance(config, Mapping) else {}
+    name = config.get("name")
+    if name in ("fsdp2", "fsdpturbo"):
+        return {"fsdp": "full_shard"}
+    if name == "deepspeed":
+        return {"deepspeed": config["config_file"]} if config.get("config_file") else {}
+    if name is not None:
+        problems.append(f"dist_config: name: {name!r} is not known; use fsdp2 or deepspeed")
+    return {}
 
 
 def _peft(config: Any, problems: list[str]) -> dict[str, Any]:
