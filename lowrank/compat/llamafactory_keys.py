@@ -303,8 +303,8 @@ class Keys(Settings):
     max_steps: int = -1
     """`max_steps`; -1: by epochs"""
     deepspeed: str | dict[str, Any] | None = None
-    """ZeRO stage 3 on several devices: `base: sharded` (`sharded_offload` with `offload_param`); stages 1 and 2 shard what
-    a frozen base has not"""
+    """ZeRO stage 3 on several devices: `base: sharded` (`sharded_offload` with `offload_param`); stages 1 and 2 shard
+    what a frozen base has not"""
     fsdp: Annotated[bool | tuple[str, ...], BeforeValidator(_by_spaces)] = False
     """`full_shard`, `hybrid_shard`, true, on several devices: `base: sharded` (`sharded_offload` with `offload`)"""
     fsdp_config: str | dict[str, Any] | None = None

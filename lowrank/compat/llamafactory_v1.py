@@ -83,8 +83,8 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
     requested = [key for key in _PROCESSES if given.get(key) not in (None, 1)]
     if requested:
         found.warnings.append(
-            f"{', '.join(requested)} has no effect: `devices` says how many train, and base: sharded that they hold the "
-            "base between them"
+            f"{', '.join(requested)} has no effect: `devices` says how many train, and base: sharded that they hold "
+            "the base between them"
         )
     if "train_dataset" in given:
         v0["do_train"] = True

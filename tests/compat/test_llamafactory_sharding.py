@@ -1,4 +1,4 @@
-"""What cuts a model over devices there, DeepSpeed, FSDP or accelerate, does so here, where there is a frozen base to cut."""
+"""What cuts a model over devices there (DeepSpeed, FSDP, accelerate) cuts a frozen base here."""
 
 from __future__ import annotations
 
