@@ -41,17 +41,56 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         )
 
 
-def test_it_fulfills_the_contract(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(contract.VARIANTS, TYPE, type(config))
+def hold_to_the_contract(*storages: str) -> None:
+    """What tests/adapters/test_variants.py asserts of every variant."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(contract.D, contract.O).double().requires_grad_(False)
-    for storage in ("dense", contract.LOSSY):
+    for storage in storages:
         base = contract.STORAGES[storage]().wrap(linear)
         contract.test_starts_as_the_base(TYPE, base)
         contract.test_merged_applied_and_routed_are_the_same(TYPE, base)
         contract.test_low_rank_if_it_says_so(TYPE, base)
         contract.test_gradients_are_those_of_apply(TYPE, base, 0.3)
         contract.test_alone_or_one_of_three(TYPE, base)
+
+
+def starts_elsewhere(variant: Any) -> Any:
+    init = variant.init
+    return lambda *given: {name: tensor + 0.1 for name, tensor in init(*given).items()}
+
+
+def forgets_its_matrix(variant: Any) -> Any:
+    return lambda tensors: (tensors["xs_A"], tensors["xs_B"])
+
+
+def keeps_the_gradient_to_itself(variant: Any) -> Any:
+    def as_low_rank(tensors: Any) -> Any:
+        return tensors["xs_R"].detach() @ tensors["xs_A"], tensors["xs_B"] + 0 * tensors["xs_R"].sum()
+
+    return as_low_rank
+
+
+def merges_without_its_scale(variant: Any) -> Any:
+    merge = variant.merge
+    return lambda weight_OD, scale, tensors: merge(weight_OD, 1.0, tensors)
+
+
+def test_it_fulfills_the_contract(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contract.VARIANTS, TYPE, type(config))
+    hold_to_the_contract("dense", contract.LOSSY)
+    variant_class = type(config.build())
+    for method, breaks, message in (
+        ("init", starts_elsewhere, "test_starts_as_the_base"),
+        ("as_low_rank", forgets_its_matrix, "test_starts_as_the_base"),
+        ("as_low_rank", keeps_the_gradient_to_itself, "test_gradients_are_those_of_apply"),
+        ("merge", merges_without_its_scale, "test_merged_applied_and_routed_are_the_same"),
+    ):
+        broken = breaks(config.build())
+        with monkeypatch.context() as patch:
+            patch.setattr(variant_class, method, lambda self, *given, broken=broken: broken(*given))
+            with pytest.raises(AssertionError) as caught:
+                hold_to_the_contract("dense")
+        assert message in {entry.name for entry in caught.traceback}, breaks.__name__
 
 
 def test_it_is_trained_saved_and_read_back(config: Any, tmp_path: Path) -> None:

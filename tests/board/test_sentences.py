@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import lowrank.checkpoints.orders
 import lowrank.config.checks
 import lowrank.pipelines.orders
 from lowrank.board import form
-from lowrank.board.sentences import in_chinese, known
+from lowrank.board.sentences import _NUMBERS, in_chinese, known
 from lowrank.board.texts import Texts, Translated
 from lowrank.config import resolve
 from lowrank.errors import ConfigError
@@ -166,9 +167,37 @@ def test_the_table_is_whole() -> None:
         assert not re.search(r"[\u4e00-\u9fff][,;?!](?![a-zA-Z0-9])", chinese), f"Western punctuation: {chinese}"
 
 
-@pytest.mark.parametrize("english", known())
-def test_names_that_look_like_sentences_are_names(english: str) -> None:
-    """Braces and our own wording as values: they come back as they are, and quickly."""
-    values = dict.fromkeys(PLACE.findall(english), "{name} %s \\1 is paused already")
-    in_chinese(PLACE.sub(lambda place: values[place[1]], english))
-    in_chinese(" ".join([PLACE.sub("7", english)] * 30)[:1000])  # every wording again and again: nothing explodes
+ODD = "{name}%s\\1<b>"
+OUR_WORDING = "{name} %s \\1 is paused already"
+
+
+def filled(text: str, value: str, inner: str) -> str:
+    """With a value in every place: numbers where numbers stand, and `inner` where a sentence of ours stands."""
+    values = dict.fromkeys(_NUMBERS, "7")
+    return PLACE.sub(
+        lambda place: inner if place[1].startswith("said") else values.get(place[1], value),
+        f"{{said}}{text}" if text.startswith((";", "；")) else text,  # these stand behind another sentence
+    )
+
+
+def test_values_come_back_as_they_are() -> None:
+    """With braces, a percent sign, a group of a regular expression and a tag of HTML in them."""
+    number = "a whole number"
+    for english, chinese in known().items():
+        assert in_chinese(filled(english, ODD, number)) == filled(chinese, ODD, known()[number])
+
+
+def test_names_that_look_like_sentences_are_not_lost() -> None:
+    """They are there as they are, or in Chinese where a sentence may stand, as often as they were given."""
+    for english, chinese in known().items():
+        answer = in_chinese(filled(english, OUR_WORDING, OUR_WORDING)) or ""
+        wanted = filled(chinese, "{value}", "{value}").count("{value}")
+        assert sum(answer.count(value) for value in (OUR_WORDING, "{name} %s \\1 已经暂停")) >= wanted, english
+
+
+def test_no_wording_takes_long() -> None:
+    """Each again and again in one line: all 260 take half a second, and an expression that explodes takes minutes."""
+    begin = time.process_time()
+    for english in known():
+        in_chinese(" ".join([PLACE.sub("7", english)] * 30)[:1000])
+    assert time.process_time() - begin < 30
