@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from lowrank.models.host_blocks import HostBlocks, OwnBlocks
 from lowrank.models.placement import Reading, with_own_linears
 
 _ALIGNED = 256
@@ -35,9 +36,11 @@ class Streamed:
     moves_layers = True
     shares_head = in_step = False
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, memory: HostBlocks | None = None) -> None:
+        """`memory`: host memory for its layers; None: this process's own."""
         self.device = device
         self._way = _Way(device)
+        self._memory = memory or OwnBlocks(pin=self._way.on_gpu)
         self._blocks: list[_Block] = []
         self._places: dict[str, int] = {}
         """The number of a decoder layer, by its full name and a dot."""
@@ -49,11 +52,12 @@ class Streamed:
         """See Placement: the layer's matrices go to the host, in one block."""
         with_own_linears(layer)
         self._of_layer[layer] = len(self._blocks)
-        self._blocks.append(_Block(layer, self._way))
+        self._blocks.append(_Block(layer, self._way, self._memory))
 
     def finish(self, model: Any, backbone: nn.Module, layers: nn.ModuleList) -> None:
         """See Placement: layers are fetched before they compute, in the order in which they stand."""
         del backbone
+        self._memory.done()
         names = {module: name for name, module in model.named_modules()}
         order = [self._of_layer[layer] for layer in layers]
         self._blocks = [self._blocks[index] for index in order]
@@ -138,7 +142,7 @@ class _Way:
 class _Block:
     """The matrices of one layer."""
 
-    def __init__(self, layer: nn.Module, way: _Way) -> None:
+    def __init__(self, layer: nn.Module, way: _Way, memory: HostBlocks) -> None:
         found = _matrices(layer)
         offsets, size = [], 0
         for _, _, tensor in found:
@@ -146,14 +150,13 @@ class _Block:
             size += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
         self.size = size
         self._way = way
-        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=way.on_gpu)
+        self._host = memory.block(size, partial(_fill, [tensor for _, _, tensor in found], offsets))
         self._device = torch.empty(size, dtype=torch.uint8, device=way.device)
         self.is_there = True
         self._arrived: Any = None
         for (module, name, tensor), offset in zip(found, offsets):
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            self._host[offset : offset + len(flat)].copy_(flat)
-            view = self._device[offset : offset + len(flat)].view(tensor.dtype).view(tensor.shape)
+            nbytes = tensor.numel() * tensor.element_size()
+            view = self._device[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape)
             if isinstance(tensor, nn.Parameter):
                 tensor.data = view
             else:  # `data`: a tensor of its own, as a parameter's are, whose version no copy changes
@@ -184,6 +187,14 @@ class _Block:
         self.is_there = False
         self._way.leave()
         self._device.untyped_storage().resize_(0)
+
+
+def _fill(tensors: list[torch.Tensor], offsets: list[int], block: torch.Tensor) -> None:
+    """The bytes of the tensors, and zeros between them."""
+    block.zero_()
+    for tensor, offset in zip(tensors, offsets):
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        block[offset : offset + len(flat)].copy_(flat)
 
 
 def _matrices(layer: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:

@@ -52,9 +52,9 @@ def deals_jobs(config: RunConfig, number: int) -> bool:
             f"parallelism: jobs: there are {len(config.jobs)} jobs to deal to {number} devices; give fewer devices, or "
             "parallelism: data"
         )
-    if config.base in ("sharded", "sharded_offload"):
-        return False
     if config.parallelism != "auto":
         return config.parallelism == "jobs"
+    if config.base != "replicated":  # which only ranks of one run hold between them
+        return False
     one_after_another = config.sweep is not None and config.sweep.sampler == "optuna"
     return len(config.jobs) >= number and not one_after_another

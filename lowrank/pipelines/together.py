@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lowrank.config import RunConfig
 from lowrank.data.batching.dataloader import DataLoader
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError, ModelError, OutputError, raise_all
+from lowrank.models.host_blocks import MachineBlocks
 from lowrank.models.loading.pretrained import choose_device
 from lowrank.models.placement import Placement
 from lowrank.models.sharded import Sharded, packs_integers
@@ -148,7 +150,11 @@ def placement_of(config: RunConfig, ranks: Ranks, report: Callable[[Event], None
     if config.base == "replicated":
         return None
     if config.base == "streamed":
-        return Streamed(choose_device(config.model))
+        device = choose_device(config.model)
+        if ranks.world == 1:
+            return Streamed(device)
+        warn = partial(_warn, report)
+        return Streamed(device, MachineBlocks(ranks, pin=device.type == "cuda", warn=warn))
     if ranks.world == 1:
         report(Notice(f"base: {config.base}: there is one device, which holds all of the base", level="warning"))
         return None
@@ -169,6 +175,10 @@ def placement_of(config: RunConfig, ranks: Ranks, report: Callable[[Event], None
         )
     ranks.begin(device)
     return Sharded(device, ranks.world, size, offload)
+
+
+def _warn(report: Callable[[Event], None], text: str) -> None:
+    report(Notice(text, level="warning"))
 
 
 def refuse_unlike(config: RunConfig, data: Sequence[Prepared], ranks: Ranks) -> None:

@@ -46,8 +46,8 @@ class Placed:
 
     def on_host(self, parts: BaseBytes) -> int:
         """Bytes of a machine's pinned host memory, for all of its devices."""
-        if self.base == STREAMED:  # each process of a machine has a copy
-            return sum(parts.layers) * self.shard_size
+        if self.base == STREAMED:  # one copy for all processes of a machine
+            return sum(parts.layers)
         return parts.total - parts.rest if self.shards and self.base == OFFLOADED else 0
 
     def moved(self, trace: StepTrace, parts: BaseBytes) -> StepTrace:
