@@ -41,7 +41,7 @@ def in_chinese(english: str) -> str | None:
 
 
 def known() -> dict[str, str]:
-    """`{English: Chinese}`, with `{name}` for what differs. What is named `said...` is a sentence itself, `any...`
+    """`{English: Chinese}`, with `{name}` for what differs. What is named `sentence...` is a sentence itself, `any...`
     may be one, `rows...` names rows, and those in `_NUMBERS` are numbers."""
     return json.loads(_FILE.read_text(encoding="utf-8"))
 
@@ -82,7 +82,7 @@ def _matches(patterns: list[_Pattern], text: str, depth: int) -> Iterator[str]:
 
 
 def _value(name: str, value: str, depth: int) -> str | None:
-    if name.startswith("said"):
+    if name.startswith("sentence"):
         return _sentence(value, depth + 1)
     if name.startswith("any"):
         return _sentence(value, depth + 1) or value

@@ -62,7 +62,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             Text.assemble((name, "bold"), f"  {target_result['path']}  {format_size(target_result['bytes'])}"),
             soft_wrap=True,
         )
-        for line in target_result["said"]:
+        for line in target_result["written"]:
             console.print(Text(f"  {line}", "dim"), soft_wrap=True)
         for each in target_result["comparisons"]:
             for problem in each["problems"]:

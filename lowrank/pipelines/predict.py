@@ -126,7 +126,7 @@ def _settings(request: PredictRequest, trained: InferenceModel, chosen: Sequence
         "last": request.last,
         "sampling": request.sampling.model_dump(mode="json"),
         "chat_template": request.chat_template,
-        "voices": trained.versions(chosen),
+        "models": trained.versions(chosen),
     }
 
 

@@ -161,7 +161,7 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
         (task, metric, [values.get(model_name) for model_name in answering_models])
         for (task, metric), values in tables.items()
     ]
-    return [{"voices": list(answering_models), "rows": rows}]
+    return [{"models": list(answering_models), "rows": rows}]
 
 
 def _lines(path: Path) -> Any:

@@ -71,7 +71,7 @@ def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_p
         page.click("#go")
         page.wait_for_url(re.compile(f"/runs/{name}"))
         expect(page.locator("#plot-words")).to_contain_text(
-            t("js.said", label="default", step="", loss="")[:7], timeout=120_000
+            t("js.curve_summary", label="default", step="", loss="")[:7], timeout=120_000
         )
         before = int(re.findall(r"\d+", page.locator("#plot-words").inner_text())[0])
         page.reload()
@@ -115,10 +115,10 @@ def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_p
         page.get_by_role("button", name=t("measure.go")).first.click()
         expect(page.locator("th", has_text=t("measure.before"))).to_be_visible(timeout=120_000)
         # export
-        page.get_by_role("link", name=t("tab.home")).click()
+        page.get_by_role("link", name=t("tab.export")).click()
         page.select_option("#types-gguf", "f16")  # how far 8 bits are away depends on how far this run came
         page.locator('form[data-target="gguf"] button').click()
-        expect(page.locator(".taken .good")).to_contain_text(t("home.passed"), timeout=120_000)
+        expect(page.locator(".taken .good")).to_contain_text(t("export.passed"), timeout=120_000)
         with page.expect_download() as download:
             page.locator(".files a", has_text=".gguf").click()
         assert Path(download.value.path()).read_bytes()[:4] == b"GGUF"
@@ -176,7 +176,7 @@ def test_a_search_is_set_up(browser: Any, running: Running) -> None:
 
 PAGES = (
     "/", "/new", "/data", "/compare", "/compare?run=seen&run=other", "/runs/seen", "/runs/seen/try",
-    "/runs/seen/measure", "/runs/seen/home",
+    "/runs/seen/measure", "/runs/seen/export",
 )  # fmt: skip
 
 

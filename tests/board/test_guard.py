@@ -287,7 +287,7 @@ def test_names_of_runs_and_jobs_are_text(running: Running) -> None:
     step = {"event": "step", "job": EVIL, "step": 1, "loss": 1.0, "learning_rate": 1.0}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(step) + "\n", encoding="utf-8")
     with running.client() as http:
-        for path in ("", "/try", "/measure", "/home"):
+        for path in ("", "/try", "/measure", "/export"):
             page = http.get(f"/runs/{folder.name}{path}")
             assert page.status_code == 200
             assert EVIL not in page.text

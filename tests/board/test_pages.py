@@ -31,7 +31,7 @@ PLACES = {
     "/runs/seen": ("#smoothing", "#raw", "#held", "#log", "/report", "/new?source=seen", "/compare?run=seen"),
     "/runs/seen/try": ("#which", "#open", "#system", "#temperature", "#top-p", "#max-tokens", "#add-picture"),
     "/runs/seen/measure": ("#p-data", "#p-which", "#p-samples", "#e-tasks"),
-    "/runs/seen/home": ("#types-gguf", 'data-target="gptq"', 'data-target="awq"', 'data-target="merged"'),
+    "/runs/seen/export": ("#types-gguf", 'data-target="gptq"', 'data-target="awq"', 'data-target="merged"'),
 }  # fmt: skip
 """The steps of LlamaBoard's tutorial, as docs/board.md places them: ids, or what stands in the page."""
 

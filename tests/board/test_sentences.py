@@ -175,8 +175,8 @@ def filled(text: str, value: str, inner: str) -> str:
     """With a value in every place: numbers where numbers stand, and `inner` where a sentence of ours stands."""
     values = dict.fromkeys(_NUMBERS, "7")
     return PLACE.sub(
-        lambda place: inner if place[1].startswith("said") else values.get(place[1], value),
-        f"{{said}}{text}" if text.startswith((";", "；")) else text,  # these stand behind another sentence
+        lambda place: inner if place[1].startswith("sentence") else values.get(place[1], value),
+        f"{{sentence}}{text}" if text.startswith((";", "；")) else text,  # these stand behind another sentence
     )
 
 

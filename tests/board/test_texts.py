@@ -27,7 +27,7 @@ TEXTS = {
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SAME = {
     "target.gguf", "target.ollama", "target.compressed_tensors", "field.adapter.alpha", "field.adapter.dropout",
-    "try.top_p", "home.kl", "js.colon", "target.merged_4bit",
+    "try.top_p", "export.kl", "js.colon", "target.merged_4bit",
 }  # fmt: skip
 """Names that are the same in Chinese."""
 

@@ -76,11 +76,11 @@ def test_a_target_that_fails_keeps_no_other_from_being_written(
 ) -> None:
     """One fails before anything is written, one while it is, and the one named last is written and compared."""
     monkeypatch.setattr("lowrank.export.targets.merged.write_shards", _full)
-    for out in ("said", "json"):
+    for out in ("text", "json"):
         (tmp_path / out / "gguf").mkdir(parents=True)
         (tmp_path / out / "gguf" / "mine.txt").touch()
     arguments = ("export", adapter, "--to", "gguf,merged,peft", "-o")
-    assert call(*arguments, tmp_path / "said", "--no-verify") == 5
+    assert call(*arguments, tmp_path / "text", "--no-verify") == 5
     output = capsys.readouterr()
     assert "gguf is not empty" in output.err
     assert "merged failed: " in output.err
@@ -95,7 +95,7 @@ def test_a_target_that_fails_keeps_no_other_from_being_written(
         error = result["targets"][name]["error"]
         assert (error["type"], error["exit_code"]) == ("OutputError", 5)
         assert reason in error["message"]
-    for out in ("said", "json"):
+    for out in ("text", "json"):
         assert sorted(path.name for path in (tmp_path / out).iterdir()) == ["gguf", "peft"]
         assert (tmp_path / out / "peft" / "adapter_model.safetensors").is_file()
         written = json.loads((tmp_path / out / "peft" / "export.json").read_text())
@@ -178,7 +178,7 @@ def test_the_table_shows_its_numbers_at_80_columns(width: int) -> None:
                "reference_perplexity": 12.5, "base_perplexity": 99.0, "tokens": 512, "problems": []}  # fmt: skip
     names = ["Meta-Llama-3.1-8B-Instruct-my-adapter-q4_k_m.gguf", "Meta-Llama-3.1-8B-Instruct-my-adapter-q8_0.gguf"]
     compared = [{**numbers, "name": name, "passed": name == names[0]} for name in names]
-    target = {"comparisons": compared, "compared_on": "rows", "path": "/out", "bytes": 1, "said": []}
+    target = {"comparisons": compared, "compared_on": "rows", "path": "/out", "bytes": 1, "written": []}
     text = io.StringIO()
     show(Console(file=text, width=width), {"targets": {"gguf": target}})
     assert "…" not in text.getvalue()

@@ -1,9 +1,9 @@
 // What every page needs: texts, requests, parts that the server draws anew, and a stream that says when.
 
-const said = JSON.parse(document.getElementById("texts").textContent);
+const texts = JSON.parse(document.getElementById("texts").textContent);
 
 export const t = (key, values = {}) =>
-  (said[key] ?? key).replace(/\{(\w+)\}/g, (whole, name) => (name in values ? values[name] : whole));
+  (texts[key] ?? key).replace(/\{(\w+)\}/g, (whole, name) => (name in values ? values[name] : whole));
 
 export const $ = (selector, within = document) => within.querySelector(selector);
 export const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];

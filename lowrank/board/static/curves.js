@@ -108,11 +108,11 @@ export class Curves {
 
   /** A canvas says nothing to who cannot see it: the last values in words. */
   say(leading) {
-    const parts = leading ? [t("said_many", { number: this.series.size })] : [];
+    const parts = leading ? [t("curve_summary_many", { number: this.series.size })] : [];
     for (const label of leading ? leading.keys() : this.series.keys()) {
       const one = this.series.get(label);
       const last = one.losses.at(-1), held = one.held.at(-1);
-      if (one.steps.length) parts.push(t("said", { label, step: one.steps.at(-1), loss: last == null ? "–" : last.toFixed(4) }) + (held == null ? "" : t("said_held", { loss: held.toFixed(4) })));
+      if (one.steps.length) parts.push(t("curve_summary", { label, step: one.steps.at(-1), loss: last == null ? "–" : last.toFixed(4) }) + (held == null ? "" : t("curve_summary_held", { loss: held.toFixed(4) })));
     }
     if (parts.length) this.words.textContent = parts.join(" · ");
   }

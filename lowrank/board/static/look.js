@@ -13,7 +13,7 @@ export async function look(place, path, model = "") {
     answer = { problem: error.message };
   }
   if (number !== asked || answer.superseded) return;
-  place.replaceChildren(...(answer.report ? report(path, answer.report) : [el("div", { class: "box bad" }, el("p", { class: "said" }, answer.problem))]));
+  place.replaceChildren(...(answer.report ? report(path, answer.report) : [el("div", { class: "box bad" }, el("p", { class: "message" }, answer.problem))]));
 }
 
 function report(path, found) {

@@ -1,4 +1,4 @@
-// Measuring and taking home: the forms send themselves (common.js), the lists follow.
+// Measuring and exporting: the forms send themselves (common.js), the lists follow.
 import { $$, calmly, listen, refresh } from "./common.js";
 
 const draw = calmly(() => Promise.all($$("[data-part]").map(refresh)), 700);

@@ -261,7 +261,7 @@ $("#estimate").addEventListener("click", async () => {
       $("#plan").replaceChildren(...plan(answer.plan), ...(address.endsWith("true") ? [words] : []));
     }
   } catch (error) {
-    $("#plan").replaceChildren(el("div", { class: "box bad" }, el("p", { class: "said" }, error.message)));
+    $("#plan").replaceChildren(el("div", { class: "box bad" }, el("p", { class: "message" }, error.message)));
   } finally {
     clearInterval(timer);
     button.disabled = false;

@@ -394,7 +394,7 @@ class TunedModel(peft.PeftModel):
         )
         return trained, packed + sum(each.numel() for each in self.parameters())
 
-    # --- taking home ------------------------------------------------------------------------------------------
+    # --- export ----------------------------------------------------------------------------------------------
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: str | Path, **others: Any

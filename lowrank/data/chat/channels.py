@@ -80,9 +80,9 @@ class ChannelReader:
         if self._reading is not None:
             parts = [*self._piece(held), *self._called()]
         elif self._last is None:  # nothing but a header: rather that than nothing
-            parts = [("said", held)]
+            parts = [("content", held)]
         thought, content = self._collected(parts)
-        if self._aloud and self._last == "thought":
+        if self._aloud and self._last == "reasoning":
             content += "\n</think>\n\n"
         if whole and not self._spoke:
             content = "".join(self._thoughts)
@@ -109,16 +109,16 @@ class ChannelReader:
         """Whether it is known what kind of message comes. A whole header is taken off."""
         begun = self._held.lstrip()
         if not any(begun.startswith(mark) or mark.startswith(begun) for mark in _BEGINNINGS):
-            self._reading, self._bare = "said", self._last is None
+            self._reading, self._bare = "content", self._last is None
             return True
         head, mark, rest = self._held.partition(_MESSAGE)
         if not mark:
             if len(self._held) > _LONGEST_HEADER:
-                self._reading, self._bare = "said", True
+                self._reading, self._bare = "content", True
             return self._bare
         to = _TO.search(head)
         channel = head.rpartition(SIGN)[2].lstrip() if SIGN in head else ""
-        self._reading = "call" if to else "thought" if channel.startswith("analysis") else "said"
+        self._reading = "call" if to else "reasoning" if channel.startswith("analysis") else "content"
         self._tool, self._held = to[1] if to else "", rest
         return True
 
@@ -137,22 +137,22 @@ class ChannelReader:
         except (ValueError, RecursionError):
             arguments = written
         call = json.dumps({"name": self._tool, "arguments": arguments}, ensure_ascii=False)
-        yield "said", f"<tool_call>\n{call}\n</tool_call>"
+        yield "content", f"<tool_call>\n{call}\n</tool_call>"
 
     def _collected(self, parts: Iterable[tuple[str, str]]) -> tuple[str, str]:
         thought, content = "", ""
         for kind, text in parts:
             if self._aloud:
-                if kind != self._last and kind == "thought":
+                if kind != self._last and kind == "reasoning":
                     content += "<think>\n"
-                elif kind != self._last == "thought":
+                elif kind != self._last == "reasoning":
                     content += "\n</think>\n\n"
                 content += text
-            elif kind == "thought":
+            elif kind == "reasoning":
                 thought += text
                 self._thoughts.append(text)
             else:
                 content += text
-            self._spoke = self._spoke or self._aloud or kind == "said"
+            self._spoke = self._spoke or self._aloud or kind == "content"
             self._last = kind
         return thought, content

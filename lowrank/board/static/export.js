@@ -1,4 +1,4 @@
-// Taking home: which target and whose adapter goes with each card's form; the list follows.
+// Exports: which target and whose adapter goes with each card's form; the list follows.
 import { $, $$ } from "./common.js";
 import "./measure.js";
 

@@ -1,4 +1,4 @@
-"""Take it home: export targets with their proof, single files to download, Ollama."""
+"""Export targets with their proof, single files to download, Ollama."""
 
 from __future__ import annotations
 
@@ -24,19 +24,27 @@ _TYPES = re.compile(r"[a-z0-9_]{2,12}(,[a-z0-9_]{2,12}){0,7}")
 _NAMES = re.compile(r"[A-Za-z0-9][\w.:/-]{0,120}")
 
 
-@router.get("/runs/{name}/home")
-def home(request: Request, name: str) -> Response:
+@router.get("/runs/{name}/export")
+def export_page(request: Request, name: str) -> Response:
     """What can be exported, and what was."""
     board = board_of(request)
     return answer_page(
-        request, "home.html", place="runs", tab="home", targets=EXPORTS, **about(request, name), **_taken(board, name)
+        request,
+        "export.html",
+        place="runs",
+        tab="export",
+        targets=EXPORTS,
+        **about(request, name),
+        **_taken(board, name),
     )
 
 
-@router.get("/part/home/{name}")
-def home_part(request: Request, name: str) -> Response:
+@router.get("/part/export/{name}")
+def export_part(request: Request, name: str) -> Response:
     """What changes on that page."""
-    return answer_page(request, "part_home.html", tab="home", **about(request, name), **_taken(board_of(request), name))
+    return answer_page(
+        request, "part_export.html", tab="export", **about(request, name), **_taken(board_of(request), name)
+    )
 
 
 class Export(Body):
