@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from lowrank.records import Picture, Prompted
+from lowrank.records import Medium, Prompted
 
 BARE_BASE = -1
 """The slot of segments that see the frozen base and no adapter."""
@@ -31,16 +32,21 @@ a prompt with another prompt's answer: nothing is learned from it, it is looked 
 
 @dataclass(frozen=True)
 class Media:
-    """The pictures of a segment.
+    """The pictures and sounds of a segment.
 
-    pictures   all of the document it is from, in order: a processor looks at a document as a whole
-    spans      (first token, the one after the last) of what stands for each picture that is in the segment
-    before     pictures of the document that come before those
+    items     all of the document it is from, in order: a processor looks at a document as a whole
+    spans     (first token, the one after the last) of what stands for each that is in the segment
+    before    items of the document that come before those
     """
 
-    pictures: tuple[Picture, ...]
+    items: tuple[Medium, ...]
     spans: tuple[tuple[int, int], ...]
     before: int = 0
+
+    @property
+    def inside(self) -> tuple[Medium, ...]:
+        """Those that are in the segment."""
+        return self.items[self.before : self.before + len(self.spans)]
 
     def between(self, first: int, end: int, shift: int = 0) -> Media | None:
         """Of the tokens [first, end), of which the first has place `shift` now; none is cut in two."""
@@ -49,7 +55,7 @@ class Media:
             return None
         by = shift - first
         spans = tuple((self.spans[index][0] + by, self.spans[index][1] + by) for index in inside)
-        return Media(self.pictures, spans, self.before + inside[0])
+        return Media(self.items, spans, self.before + inside[0])
 
     def moved(self, number: int) -> Media:
         """Behind `number` more tokens."""
@@ -95,7 +101,7 @@ class Segment:
     virtual: int = 0
     """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
     media: Media | None = None
-    """The pictures in it."""
+    """The pictures and sounds in it."""
 
     def __len__(self) -> int:
         return len(self.token_L)
@@ -139,9 +145,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a model's tower is given for the pictures of one segment's document.
+    """What a model's towers are given for the media of one segment's document.
 
-    tensors   by the names of the model's processor: `pixel_values`, `image_grid_thw` ...
+    tensors   by the names of the model's processor: `pixel_values`, `image_grid_thw`, `input_features` ...
     """
 
     segment: int
@@ -190,7 +196,7 @@ class Batch:
     """Tokens of one more document behind the stream, of nobody's, whose hidden states are thrown away: where the number
     of rows matters (kernels/shape_bucketing.py)."""
     media: tuple[tuple[int, Media], ...] = field(default=())
-    """(index of the segment, its pictures), of those that have some."""
+    """(index of the segment, its media), of those that have some."""
     pixels: tuple[Pixels, ...] = field(default=())
     """Of each in `media`, once they are made (models/sight.py)."""
     place_3T: torch.Tensor | None = None
@@ -203,6 +209,11 @@ class Batch:
     def document_lengths(self) -> tuple[int, ...]:
         """Of the segments with their prefixes."""
         return tuple(length + prefix for length, prefix in zip(self.lengths, self.prefixes))
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each segment starts, and the number of tokens at the end, on the host."""
+        return [0, *accumulate(self.lengths)]
 
     def slot_ranges(self) -> list[tuple[int, int, int]]:
         """`(slot, first token, end token)` of each slot that is present, in order."""

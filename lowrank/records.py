@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Union
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -26,6 +26,7 @@ class Picture:
     path, data      where the bytes are: a file, or here
     """
 
+    kind: ClassVar[str] = "image"
     digest: str
     width: int
     height: int
@@ -38,6 +39,52 @@ class Picture:
     def name(self) -> str:
         """For people."""
         return self.path or f"the picture {self.digest[:8]}"
+
+    @property
+    def shown(self) -> str:
+        """What it is, for people."""
+        return f"picture {self.width} x {self.height}"
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A sound as its file has it; what is heard is decided by `digest` alone.
+
+    digest       of the file's bytes
+    frames       samples of one channel
+    rate         of them in a second
+    path, data   where the bytes are: a file, or here
+    """
+
+    kind: ClassVar[str] = "audio"
+    digest: str
+    frames: int
+    rate: int
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """What of it is not heard as it is stored, in words."""
+    path: str | None = field(default=None, repr=False, compare=False)
+    data: bytes | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.frames / self.rate
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.path or f"the sound {self.digest[:8]}"
+
+    @property
+    def shown(self) -> str:
+        """What it is, for people."""
+        return f"sound of {self.seconds:.1f} s"
+
+
+Medium = Union[Picture, Audio]  # noqa: UP007 (also read at run time, on Python 3.10)
+"""What is shown or played with a text. `kind`: what chat templates call it."""
+KIND_NAMES = {"image": "pictures", "audio": "sounds"}
+"""What people call them."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +100,12 @@ class Message:
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What else the turn holds, handed to the chat template as it is: `tool_call_id` and `name` of a tool's result,
     `reasoning_content`, whatever the template reads."""
-    media: tuple[tuple[int, Picture], ...] = ()
-    """Pictures at places in `content`, in their order: (characters of `content` before it, the picture)."""
+    media: tuple[tuple[int, Medium], ...] = ()
+    """Pictures and sounds at places in `content`, in their order: (characters of `content` before it, what it is)."""
 
     @property
     def texts(self) -> list[str]:
-        """`content` in the pieces that its pictures leave, one more than there are pictures."""
+        """`content` in the pieces that its media leave, one more than there are of them."""
         cuts = [0, *(place for place, _ in self.media), len(self.content)]
         return [self.content[first:end] for first, end in pairwise(cuts)]
 

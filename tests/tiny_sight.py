@@ -20,7 +20,8 @@ _BREAK, _END, _SPARE = 275, 276, 277
 _PARTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'PLACE' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ 'PLACE' }}{% elif part['type'] == 'audio' %}{{ 'SOUND' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _FIRST_PICTURES = (
@@ -44,6 +45,8 @@ class Sight:
     """What the tokenizer's files call some of its tokens."""
     config: dict[str, Any] = field(default_factory=dict)
     template: str = _PARTS
+    sound: str = ""
+    """The place of a sound in its template."""
 
 
 _QWEN_TOKENS = {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", FIRST: "<|vision_start|>", LAST: "<|vision_end|>"}
@@ -62,7 +65,7 @@ def _qwen(name: str, patch: int = 4) -> Callable[[Any], Any]:
 
 
 def _processor(name: str, images: Any, tokenizer: Any, **settings: Any) -> Any:
-    return make_processor(class_named(name), images, tokenizer, **settings)
+    return make_processor(class_named(name), {"image_processor": images}, tokenizer, **settings)
 
 
 def _llava(tokenizer: Any) -> Any:
@@ -171,11 +174,19 @@ SIGHTED: dict[str, Sight] = {
 
 def make_sighted(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model as its composite class, in evaluation mode, frozen."""
+    return make_model(family, SIGHTED[family], dtype)
+
+
+def make_model(family: str, sight: Sight, dtype: torch.dtype = torch.float32) -> Any:
+    """The same, of what is in no table."""
     torch.manual_seed(0)
     config = COMPOSITES[family]()
     config.get_text_config().vocab_size = VOCABULARY
-    for name, value in SIGHTED[family].config.items():
-        setattr(config, name, value)
+    for name, value in sight.config.items():
+        part = getattr(config, name, None) if isinstance(value, dict) else None
+        for target, changes in [(part, value)] if part is not None else [(config, {name: value})]:
+            for key, new in changes.items():
+                setattr(target, key, new)
     model = transformers.AutoModelForMultimodalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projection begins at 0, as if there were no pictures
@@ -185,7 +196,11 @@ def make_sighted(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def save_sighted_folder(path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint as `from_pretrained` reads it, tokenizer, processor and chat template with it."""
-    sight = SIGHTED[family]
+    return save_folder(path, SIGHTED[family], lambda: make_sighted(family, dtype))
+
+
+def save_folder(path: Path, sight: Sight, make: Callable[[], Any]) -> Path:
+    """The same, of a model that `make` makes."""
     save_checkpoint_folder(path)  # its weights are written over
     for file in path.glob("*.safetensors"):
         file.unlink()
@@ -193,7 +208,7 @@ def save_sighted_folder(path: Path, family: str, dtype: torch.dtype = torch.floa
     names = [sight.tokens.get(token, f"<spare{token}>") for token in range(len(fast), max(sight.tokens) + 1)]
     fast.add_tokens(names, special_tokens=True)
     assert all(fast.convert_tokens_to_ids(name) == token for token, name in sight.tokens.items())
-    fast.chat_template = sight.template.replace("PLACE", sight.place)
+    fast.chat_template = sight.template.replace("PLACE", sight.place).replace("SOUND", sight.sound)
     fast.save_pretrained(path)
     settings = json.loads((path / "tokenizer_config.json").read_text())
     settings["extra_special_tokens"] = sight.named
@@ -203,5 +218,5 @@ def save_sighted_folder(path: Path, family: str, dtype: torch.dtype = torch.floa
     processor.chat_template = None
     processor.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    make_sighted(family, dtype).save_pretrained(path)
+    make().save_pretrained(path)
     return path

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lowrank.adapters.patterns import pattern_problem
 from lowrank.adapters.peft_kind import LORA, PeftKind
-from lowrank.models.layers import LANGUAGE, PROJECTOR, TOWER
+from lowrank.models.layers import LANGUAGE, PROJECTOR, SOUND, TOWER
 from lowrank.settings import Fraction, Settings
 
 Rank = Annotated[int, Field(gt=0, le=1_000_000)]
@@ -53,7 +53,7 @@ class AdapterSettings(Settings):
     exclude_modules: str | tuple[str, ...] = ()
     """Names, or one regular expression, taken out of `target_modules`."""
     freeze_vision_tower: bool = True
-    """False: `all-linear` and names in `target_modules` reach the layers of the tower for pictures as well."""
+    """False: `all-linear` and names in `target_modules` reach the layers of towers for pictures and sounds as well."""
     freeze_multi_modal_projector: bool = True
     """False: they reach the layers between tower and language model as well."""
     freeze_language_model: bool = False
@@ -99,6 +99,7 @@ class AdapterSettings(Settings):
         frozen = {
             LANGUAGE: self.freeze_language_model,
             TOWER: self.freeze_vision_tower,
+            SOUND: self.freeze_vision_tower,
             PROJECTOR: self.freeze_multi_modal_projector,
         }
         return frozenset(part for part, is_frozen in frozen.items() if not is_frozen)

@@ -13,7 +13,7 @@ from lowrank.adapters import patterns
 from lowrank.adapters.config import AdapterSettings
 from lowrank.errors import ModelError, did_you_mean, raise_all
 from lowrank.models.fused_experts import OF_ONE_EXPERT, PackedExperts, fused_shapes
-from lowrank.models.layers import PROJECTOR, TOWER, Parts, is_outside, language_model
+from lowrank.models.layers import PROJECTOR, SOUND, TOWER, Parts, is_outside, language_model
 from lowrank.models.plain_linear import is_plain_linear
 from lowrank.models.storages.packed import PackedLinear
 
@@ -226,13 +226,13 @@ def _weights_in(module: nn.Module) -> int:
 def _reaching_nothing(config: AdapterSettings, reached: set[str]) -> list[str]:
     """Parts of the model that settings thaw and no target is in: there is none, or names stand elsewhere."""
     thawed = {
-        "freeze_vision_tower": (TOWER, "the tower for pictures"),
-        "freeze_multi_modal_projector": (PROJECTOR, "the projector"),
+        "freeze_vision_tower": ((TOWER, SOUND), "the towers for pictures and sounds"),
+        "freeze_multi_modal_projector": ((PROJECTOR,), "the projector"),
     }
     return [
         f"adapter.{name}: false has no effect: {what} has no layer among this adapter's, if this base has one at all"
-        for name, (part, what) in thawed.items()
-        if part in config.parts and part not in reached
+        for name, (parts, what) in thawed.items()
+        if parts[0] in config.parts and reached.isdisjoint(parts)
     ]
 
 
@@ -255,7 +255,7 @@ def _towers_left_out(model: Any, linears_left: set[str]) -> str | None:
     return (
         f"beside its language model this base has {', '.join(parts)} ({len(outside)} linear layers) for what is not "
         "text: all-linear leaves them as they are (adapter.freeze_vision_tower and freeze_multi_modal_projector: false "
-        "reach those for pictures)"
+        "reach those for pictures and sounds)"
     )
 
 

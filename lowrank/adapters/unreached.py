@@ -62,6 +62,7 @@ def num_targets(slot: Slot) -> int:
 
 
 def _documents(base: Base) -> list[Segment]:
-    """A text; and one with a picture, where the base is shown some."""
+    """A text; and one with a medium of each kind that the base takes."""
     text = Segment(np.arange(_TOKENS, dtype=np.int64), np.zeros(_TOKENS, np.float32))
-    return [text] if base.sight is None else [text, made_up_documents(base)[1]]
+    kinds = base.sight.kinds if base.sight is not None else ()
+    return [text, *(made_up_documents(base, kind)[1] for kind in kinds)]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, cast, overload
 from pydantic import ValidationError
 
 from lowrank.data.formats.columns import RowProblem
-from lowrank.data.formats.pictures import open_parts
+from lowrank.data.formats.media import open_parts
 from lowrank.data.formats.turns import prompt, read_tools, read_turns
 from lowrank.errors import ConfigError, DataError, LowrankError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig

@@ -53,7 +53,9 @@ TEXT_COLUMNS: dict[str, dict[str, str]] = {
 RECORDS = {"sft": "conversation", "pt": "text", "dpo": "pair", "rm": "pair", "kto": "rated", "ppo": "conversation"}
 """What a row has to be for each stage."""
 
-UNREAD_MEDIA = ("videos", "audios")
+MEDIA = ("images", "audios")
+"""Columns of what models are shown and played."""
+UNREAD_MEDIA = ("videos",)
 """Columns of what no model here is shown."""
 
 
@@ -103,7 +105,7 @@ def read_info(folder: Path) -> tuple[dict[str, Any], str | None]:
 def sources(
     names: Sequence[str], info: Mapping[str, Any], folder: Path, stage: str, media_dir: Path | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One source per dataset name, and what stands in the way. `media_dir`: of pictures; None: `folder`."""
+    """One source per dataset name, and what stands in the way. `media_dir`: of their media; None: `folder`."""
     found: list[dict[str, Any]] = []
     problems: list[str] = []
     for name in names:
@@ -116,7 +118,7 @@ def sources(
         problems.extend(f"dataset {name!r}: {complaint}" for complaint in complaints)
         if not complaints:
             source = _source(entry, folder, stage)
-            if (entry.get("columns") or {}).get("images"):
+            if any((entry.get("columns") or {}).get(column) for column in MEDIA):
                 source["media_dir"] = str(media_dir or folder)
             found.append(source)
     return found, problems
@@ -165,9 +167,12 @@ def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
         complaints.append(f"formatting {formatting!r} is not known{did_you_mean(str(formatting), FORMATS)}")
     media = [column for column in UNREAD_MEDIA if columns.get(column)]
     if media:
-        complaints.append(f"it has {', '.join(media)}, and models are shown pictures alone so far; leave it out")
-    if columns.get("images") and stage in ("pt", "ppo"):
-        complaints.append(f"it has images, and stage {stage} is on text alone so far; leave it out")
+        complaints.append(
+            f"it has {', '.join(media)}, and models are shown pictures and played sounds alone so far; leave it out"
+        )
+    taken = [column for column in MEDIA if columns.get(column)]
+    if taken and stage in ("pt", "ppo"):
+        complaints.append(f"it has {', '.join(taken)}, and stage {stage} is on text alone so far; leave it out")
     pairs = RECORDS.get(stage) == "pair"
     if entry.get("ranking") and not pairs:
         complaints.append(f"it holds preference pairs (ranking: true), which stage {stage} cannot use")
@@ -247,7 +252,7 @@ def _columns(columns: Mapping[str, str], formatting: str, stage: str) -> dict[st
         mapped = {part: "" for part, default in defaults.items() if not default}
     else:
         mapped = {part: columns.get(part) or "" for part in defaults}
-    shown = {"images": columns["images"]} if columns.get("images") else {}
+    shown = {column: columns[column] for column in MEDIA if columns.get(column)}
     return mapped | shown | _of_answers(columns, formatting, stage)
 
 

@@ -224,7 +224,7 @@ def _named(keys: Keys, place: Path, folder: Path, problems: list[str]) -> Datase
 
 
 def _media_dir(keys: Keys, folder: Path, problems: list[str]) -> Path | None:
-    """Where pictures are, looked for as `dataset_dir` is; None: there."""
+    """Where pictures and sounds are, looked for as `dataset_dir` is; None: there."""
     if keys.media_dir is None:
         return None
     places = [base / Path(keys.media_dir).expanduser() for base in (Path(), folder, *folder.resolve().parents[:3])]

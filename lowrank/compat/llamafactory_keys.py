@@ -134,7 +134,7 @@ class Keys(Settings):
     image_min_pixels: Positive = MIN_PIXELS
     """`model.image_min_pixels`"""
     media_dir: str | None = None
-    """`data.train[].media_dir`, of datasets with images; left out: `dataset_dir`"""
+    """`data.train[].media_dir`, of datasets with images or audios; left out: `dataset_dir`"""
     oft_block_size: int = Field(default=32, ge=0)
     """`adapter.block_size`"""
     oft_target: Listed = ("all",)

@@ -166,8 +166,12 @@ NO_EFFECT: Sequence[Group] = (
     Group(_keys("hub_private_repo"), "a new repository is private; its settings on the hub make it public", True, True),
     Group(_keys("hub_revision"), "an upload is a commit on the main branch", None, True),
     Group(
-        _keys("video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate"),
-        "belongs to videos and audios; datasets that have them are refused",
+        _keys("video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video"),
+        "belongs to videos; datasets that have them are refused",
+    ),
+    Group(
+        _keys("audio_sampling_rate"),
+        "the model's own feature extractor says at which rate it hears, and sounds are brought to that",
     ),
     Group(
         _keys("quantization_device_map fp8_backend fp8_enable_fsdp_float8_all_gather"),

@@ -16,7 +16,8 @@ from lowrank.data.chat.rendering import Rendering
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.formats.built_in import FEEDS, Format, built_in_formats, find_format, record_type
 from lowrank.data.formats.columns import RowProblem, check_mapping
-from lowrank.data.formats.pictures import Folders, with_pictures
+from lowrank.data.formats.media import with_media
+from lowrank.data.formats.media_files import Folders
 from lowrank.data.formats.recognition import recognize
 from lowrank.data.formats.unread import Watched, unread
 from lowrank.data.report.row_counts import RowCounts
@@ -33,10 +34,9 @@ class AnyRenderer(Protocol):
     @property
     def notices(self) -> tuple[str, ...]: ...
 
-    @property
-    def sees(self) -> bool: ...
-
     def render_many(self, records: Iterable[Record]) -> Iterator[Rendering]: ...
+
+    def takes(self, kind: str) -> bool: ...
 
     def reads(self, field: str) -> bool: ...
 
@@ -53,7 +53,7 @@ class Dataset:
     function: Format
     record: type
     rows: Callable[[Callable[[str], None]], Iterator[Row]]
-    decodes_pictures: bool = False
+    decodes_media: bool = False
 
     def tally(self, *, learn_digests: bool = True) -> RowCounts:
         """A fresh count."""
@@ -146,7 +146,7 @@ def read_samples(
                 on_row()
             try:
                 values = Watched(row.values)
-                record = read_record(replace(row, values=values), dataset, lambda: renderer.sees)
+                record = read_record(replace(row, values=values), dataset, renderer.takes)
                 key = tally.recognize(place, record)
                 left = [name for name in unread(values) if not _of_turn(name) or not renderer.reads(name)]
                 tally.leave_unread(place, left, dataset.source.ignored_columns)
@@ -172,16 +172,16 @@ def _of_turn(name: str) -> bool:
     return "[]." in name
 
 
-def read_record(row: Row, dataset: Dataset, sees: Callable[[], bool]) -> Record:
-    """The record of a row, with its pictures; RowProblem says why there is none. `sees`: whether the model can be
-    shown some."""
+def read_record(row: Row, dataset: Dataset, takes: Callable[[str], bool]) -> Record:
+    """The record of a row, with its media; RowProblem says why there is none. `takes`: whether the model takes those of
+    a kind."""
     if row.problem is not None:
         raise RowProblem(row.problem)
     columns = dataset.source.columns
     try:
         record = dataset.function(row.values, columns, dataset.source.tags)
-        folders = Folders(row.folder, dataset.source.pictures_folder)
-        return with_pictures(record, row.values, columns, folders, sees=sees, decode=dataset.decodes_pictures)
+        folders = Folders(row.folder, dataset.source.media_folder)
+        return with_media(record, row.values, columns, folders, takes=takes, decode=dataset.decodes_media)
     except RowProblem:
         raise
     except RecursionError as error:

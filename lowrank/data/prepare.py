@@ -20,6 +20,7 @@ from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.report.statistics import Report, build_report
 from lowrank.data.tokenized import check_record, is_written, read_tokenized, write_tokenized
 from lowrank.errors import DataError, raise_all
+from lowrank.records import KIND_NAMES
 
 _ROWS_AHEAD = 1000
 """Rows of a stream that are looked at before training begins."""
@@ -43,9 +44,16 @@ class Prepared:
     report: Report
 
     @property
+    def media_kinds(self) -> tuple[str, ...]:
+        """The kinds of media that its rows have."""
+        return tuple(
+            kind for kind in KIND_NAMES if any(kind in dataset.media_kinds for dataset in self.report.datasets)
+        )
+
+    @property
     def has_pictures(self) -> bool:
         """Whether any of its rows shows some."""
-        return any(dataset.pictures for dataset in self.report.datasets)
+        return "image" in self.media_kinds
 
     def again(self) -> Prepared:
         """The same samples for another job that asked for the same, with a feed of its own."""
@@ -84,8 +92,8 @@ def prepare(
     samples, held_out, report = job.read_all(_Counter(on_progress))
     refuse(report, strict=config.strict)
     if kept is not None:
-        if any(dataset.pictures for dataset in report.datasets):
-            raise DataError("data.tokenized_path: rows with pictures are not kept tokenized; leave it out")
+        if any(dataset.media_kinds for dataset in report.datasets):
+            raise DataError("data.tokenized_path: rows with pictures or sounds are not kept tokenized; leave it out")
         write_tokenized(kept, samples, held_out)
     if mismatched:
         samples = list(with_mismatched(samples, config.max_length))

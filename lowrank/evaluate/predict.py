@@ -212,8 +212,13 @@ def write_predictions(path: Path, questions: Sequence[Question], answers: Sequen
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+_COLUMN = {"image": "images", "audio": "audios"}
+
+
 def _written(message: Message) -> dict[str, Any]:
-    shown = {"images": [picture.name for _, picture in message.media]} if message.media else {}
+    shown: dict[str, list[str]] = {}
+    for _, medium in message.media:
+        shown.setdefault(_COLUMN[medium.kind], []).append(medium.name)
     return {"role": message.role, "content": message.content, **shown}
 
 

@@ -35,19 +35,19 @@ def read_questions(
     seed: int = 42,
     root: Path | None = None,
     notify: Callable[[str], None] = log_notice,
-    sees: Callable[[], bool] | None = None,
+    takes: Callable[[str], bool] | None = None,
 ) -> list[Question]:
     """The last answer of every conversation, as a question; of a preference, the chosen one.
 
-    `notify` hears how many rows cannot be used and why; `sees`: whether who is asked can be shown pictures (None: no).
-    Raises DataError if none can.
+    `notify` hears how many rows cannot be used and why; `takes`: whether who is asked takes media of a kind (None:
+    none). Raises DataError if none can.
     """
     (dataset,) = open_datasets(DataConfig(train=(source,)), None, seed, root)
     questions: list[Question] = []
     problems: list[str] = []
     for row in dataset.rows(notify):
         try:
-            prompt, label = split_last_answer(read_record(row, dataset, sees or _sees_nothing))
+            prompt, label = split_last_answer(read_record(row, dataset, takes or _takes_nothing))
             questions.append(Question(f"{row.place} row {row.number}", prompt, label))
         except RowProblem as problem:
             problems.append(f"row {row.number}: {problem}")
@@ -62,5 +62,5 @@ def read_questions(
     return questions
 
 
-def _sees_nothing() -> bool:
+def _takes_nothing(kind: str) -> bool:
     return False

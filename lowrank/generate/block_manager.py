@@ -75,7 +75,7 @@ class BlockManager:
 def root_digest(slot: int, version: int, media: Media | None = None) -> bytes:
     """Where the texts of one adapter version begin; those with pictures begin with these, since equal placeholders may
     stand for different ones."""
-    seen = "" if media is None else ":".join(picture.digest for picture in media.pictures)
+    seen = "" if media is None else ":".join(picture.digest for picture in media.items)
     return f"{slot}:{version}:{seen}".encode()
 
 

@@ -40,6 +40,7 @@ from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
 from lowrank.models.base import Base
 from lowrank.models.checks.kv_cache import kv_cache_mismatch
 from lowrank.models.sight import PieceSeen
+from lowrank.records import KIND_NAMES, Picture
 
 Result = TypeVar("Result")
 _PAGE = 16
@@ -296,6 +297,9 @@ class Generator:
         """RequestError where the pictures of a prompt cannot be shown."""
         if prompt.media is None:
             return
+        other = next((KIND_NAMES[each.kind] for each in prompt.media.items if not isinstance(each, Picture)), None)
+        if other is not None:
+            raise RequestError(f"{self.base.name} is not asked about {other} here: they are only trained on so far")
         if self.base.sight is None or self.base.layout != "packed" or self.notice is not None or alone:
             reason = self.notice or "its documents with pictures do not go through packed"
             raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")

@@ -42,7 +42,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
-        y_ND = torch.empty_like(x_ND)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # no view is returned: models may add to it in place
+        y_ND = y.view(x_ND.shape)
         inverse_N1 = torch.empty(len(x_ND), 1, dtype=torch.float32, device=x.device)
         if x_ND.shape[1] <= _WIDEST_ROW and runs_fused(x_ND, _check):
             from lowrank.kernels.rms_norm_triton import forward_triton
@@ -50,7 +51,7 @@ class _RmsNorm(torch.autograd.Function):
             forward_triton(x_ND, weight_D, eps, kind, y_ND, inverse_N1)
             ctx.save_for_backward(x_ND, weight_D, inverse_N1)
             ctx.kind = kind
-            return y_ND.view(x.shape)
+            return y
         factor_D = _factor(weight_D, kind)
         for rows in _blocks(x_ND):
             wide = x_ND[rows].float()
@@ -60,7 +61,7 @@ class _RmsNorm(torch.autograd.Function):
             y_ND[rows] = factor_D * (wide.to(x.dtype) if kind == "llama" else wide)
         ctx.save_for_backward(x_ND, weight_D, inverse_N1)
         ctx.kind = kind
-        return y_ND.view(x.shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:

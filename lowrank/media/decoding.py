@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,13 +72,19 @@ def examine(
 
 def read_file(path: Path, name: str) -> bytes:
     """The bytes of a picture's file. BadPicture for what is none."""
+    return read_bytes(path, name, MOST_BYTES, lambda detail: BadPicture("a picture is missing", detail))
+
+
+def read_bytes(path: Path, name: str, most: int, missing: Callable[[str], DataError]) -> bytes:
+    """The bytes of a file, one more than `most` where there are more. `missing` makes the error for one that is not
+    there or not to be read."""
     try:
         if not path.is_file():
-            raise BadPicture("a picture is missing", f"there is no file {name}")
+            raise missing(f"there is no file {name}")
         with path.open("rb") as file:
-            return file.read(MOST_BYTES + 1)
+            return file.read(most + 1)
     except OSError as error:
-        raise BadPicture("a picture is missing", f"{name} cannot be read: {error.strerror}") from error
+        raise missing(f"{name} cannot be read: {error.strerror}") from error
 
 
 def decoded(picture: Picture, size: tuple[int, int] | None = None) -> Image:

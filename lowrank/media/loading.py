@@ -1,7 +1,7 @@
-"""A model's own processor, as transformers has it for that family, with no more of it than pictures need.
+"""A model's own processor, as transformers has it for that family, with no more of it than its media need here.
 
-Most families' processors also want one for films, which wants torchvision, and one for sound. What pictures need of
-them runs on Pillow and numpy alone, so the others are left out: no line here is of one family.
+Most families' processors also want one for films, which wants torchvision. What pictures and sounds need of them runs
+on Pillow and numpy alone, so the others are left out: no line here is of one family.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import transformers
@@ -21,35 +22,40 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import DummyObject
 
 from lowrank.errors import ModelError
+from lowrank.records import KIND_NAMES
 
-NEEDED = ("image_processor", "tokenizer")
+PARTS = {"image": "image_processor", "audio": "feature_extractor"}
+"""What processors call the part that makes a kind of medium ready."""
 
 
-class _PicturesAlone(ProcessorMixin):
+class _SomeParts(ProcessorMixin):
     """Comes between a family's processor and transformers' own, and takes out what is not there."""
+
+    present: Collection[str] = ()
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         """See ProcessorMixin."""
-        return [name for name in super().get_attributes() if name in NEEDED]
+        return [name for name in super().get_attributes() if name in cls.present]
 
     def __init__(self, *given: Any, **named: Any) -> None:
         order = ProcessorMixin.get_attributes.__func__(type(self))  # type: ignore[attr-defined]  # of the whole family
         named.update(zip(order, given))
-        others = [name for name in order if name not in NEEDED]
+        others = [name for name in order if name not in self.present]
         super().__init__(**{name: value for name, value in named.items() if name not in others})
         for name in others:
             setattr(self, name, None)
 
 
-def make_processor(family: Any, images: Any, tokenizer: Any, **settings: Any) -> Any:
-    """A processor of a family's class, made of an image processor and a tokenizer alone. Of `settings` it takes those
-    that it knows."""
+def make_processor(family: Any, parts: Mapping[str, Any], tokenizer: Any, **settings: Any) -> Any:
+    """A processor of a family's class, made of a tokenizer and `parts` by the names in PARTS. Of both and of `settings`
+    it takes those that it knows."""
     taken = inspect.signature(family.__init__).parameters
     own = {key: value for key, value in settings.items() if key in taken and not _is_part(key)}
-    parts = {name: None for name in taken if _is_part(name)}
-    alone = type(family.__name__, (family, _PicturesAlone), {"__module__": family.__module__})
-    return alone(**{**parts, **own, "image_processor": images, "tokenizer": tokenizer})
+    others = {name: None for name in taken if _is_part(name)}
+    given = {name: part for name, part in parts.items() if name in taken} | {"tokenizer": tokenizer}
+    some = type(family.__name__, (family, _SomeParts), {"__module__": family.__module__, "present": tuple(given)})
+    return some(**{**others, **own, **given})
 
 
 def class_named(name: str | None) -> Any:
@@ -67,8 +73,11 @@ def class_named(name: str | None) -> Any:
     return None
 
 
-def load_processor(path: str, revision: str | None, tokenizer: Any, model_type: str | None = None) -> Any:
-    """transformers' processor for the checkpoint at `path`, with this tokenizer and Pillow as its backend.
+def load_processor(
+    path: str, revision: str | None, tokenizer: Any, kinds: Collection[str] = ("image",), model_type: str | None = None
+) -> Any:
+    """transformers' processor for the checkpoint at `path`, with this tokenizer, what `kinds` of media need, and Pillow
+    as its backend.
 
     ModelError where there is none, it brings code of its own, or cannot be made.
     """
@@ -78,24 +87,34 @@ def load_processor(path: str, revision: str | None, tokenizer: Any, model_type: 
     except OSError:
         settings = {}
     try:
-        images = transformers.AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False, **where)
         found = class_named(settings.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model_type or ""))
         if found is None:
             raise ModelError(
-                f"{path}: the processor of pictures of models of type {model_type!r} is not to be had here: the "
+                f"{path}: the processor of {_names(kinds)} of models of type {model_type!r} is not to be had here: the "
                 "installed transformers has none, or only with torchvision, which is not installed (`pip install "
                 "torchvision`, the build that fits your torch)"
             )
-        return make_processor(found, images, tokenizer, **settings)
+        parts = {PARTS[kind]: _load_part(kind, path, where) for kind in kinds}
+        return make_processor(found, parts, tokenizer, **settings)
     except ModelError:
         raise
     except Exception as error:  # whatever transformers makes of somebody's files
         detail = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{path}: its processor of pictures cannot be made: {detail}. Its files are preprocessor_config.json and "
-            "processor_config.json; get them again from where the model is from"
+            f"{path}: its processor of {_names(kinds)} cannot be made: {detail}. Its files are "
+            "preprocessor_config.json and processor_config.json; get them again from where the model is from"
         ) from error
 
 
+def _load_part(kind: str, path: str, where: Mapping[str, Any]) -> Any:
+    if kind == "audio":
+        return transformers.AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False, **where)
+    return transformers.AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False, **where)
+
+
+def _names(kinds: Collection[str]) -> str:
+    return " and ".join(KIND_NAMES[kind] for kind in kinds)
+
+
 def _is_part(name: str) -> bool:
-    return name in NEEDED or name.endswith(("_processor", "_extractor"))
+    return name in ("tokenizer", *PARTS.values()) or name.endswith(("_processor", "_extractor"))

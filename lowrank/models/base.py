@@ -33,7 +33,7 @@ from lowrank.models.layers import decoder_layers, language_model
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.placement import Placement, Whole
 from lowrank.models.positions import positions_of
-from lowrank.models.sight import PieceSeen, Sight, show_pictures
+from lowrank.models.sight import PieceSeen, Sight, show_media
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Base:
         self.stand_in: StandIn | None = None
         """What puts keys and values of its own in the place of some rows' (prefix tuning), in the packed layout."""
         self.sight: Sight | None = None
-        """What shows it pictures, where that has been tried out (models/checks/sight.py)."""
+        """What shows it pictures and plays it sounds, where that has been tried out (models/checks/sight.py)."""
         self.layout = "packed"
         self.routed_by: object | None = None
         """The routing of the bank whose adapters are in its layers; there is one bank for a base."""
@@ -192,7 +192,7 @@ class Base:
                 f"so documents of more than {limit} tokens would change one another: set data.max_length to {limit}"
             )
         if batch.media and not batch.pixels:
-            batch = show_pictures(self, batch)
+            batch = show_media(self, batch)
         if self.layout == "packed":
             return self._stream(batch, training, tokens_of_step or batch.num_tokens)[: batch.num_tokens]
         longest = max(batch.lengths)
@@ -241,9 +241,14 @@ class Base:
         return self.sight.options(batch, token) if self.sight is not None else {}
 
     def call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
-        """(N, T) tokens -> (N, T, D): the last hidden states of the model's own forward pass, with these options."""
+        """(N, T) tokens -> (N, T, D): the last hidden states of the model's own forward pass, with these options;
+        `around`: what has to be around it."""
         if not self._takes_positions:
             options.pop("position_ids")
+        with options.pop("around", contextlib.nullcontext()):
+            return self._call(token, options)
+
+    def _call(self, token: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         if not self._keeps_router_logits:
             return self.backbone(input_ids=token, use_cache=False, **options).last_hidden_state
         output = self.backbone(input_ids=token, use_cache=False, output_router_logits=True, **options)

@@ -1,4 +1,5 @@
-"""How a base is shown pictures: pixels of documents, features by the model's own tower, places for rotation.
+"""How a base is shown pictures and played sounds: pixels of documents, features by the model's own tower, places for
+rotation.
 
     batch --ready()--> batch with pixels --features()--> what transformers' models take as `mm_encoder_outputs`
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ import torch
 
 from lowrank.batches import BARE_BASE, Batch, Media, Pixels, Segment, pack, to_device
 from lowrank.errors import ModelError
-from lowrank.media.processor import PictureProcessor
+from lowrank.media.processor import MediaProcessor
+from lowrank.models.hearing import Hearing
+from lowrank.records import Audio, Medium, Picture
 
 if TYPE_CHECKING:
     from lowrank.models.base import Base
@@ -30,41 +33,51 @@ _INSIDE = ("last_hidden_state", "hidden_states", "attentions")
 """What towers also say and no language model reads."""
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 """What forward methods call (1, L) tensors that are 1 where a token stands for a part of a picture."""
+_SOUND_TYPE = 3
+"""What the first of them is where a token stands for a part of a sound."""
 
 
 class Sight:
-    """The eyes of one base. `processor`: of the same checkpoint."""
+    """The eyes and ears of one base. `processor`: of the same checkpoint; `kinds`: of media that it is to take."""
 
-    def __init__(self, base: Base, processor: PictureProcessor) -> None:
-        """ModelError for a base that cannot be shown pictures."""
-        backbone, config = base.backbone, base.model.config
+    def __init__(self, base: Base, processor: MediaProcessor, kinds: Sequence[str] = ("image",)) -> None:
+        """ModelError for a base that cannot be shown or played these."""
+        self._base, self._backbone, self.processor, self.kinds = base, base.backbone, processor, tuple(kinds)
+        takes = inspect.signature(self._backbone.forward).parameters
+        features = getattr(self._backbone, _FEATURES, None)
+        self._wanted = set(inspect.signature(features).parameters) if features else set[str]()
+        self.token = self._token_of_pictures(base, takes) if "image" in kinds else None
+        self._text = None if self.token is None else processor.own.tokenizer.convert_ids_to_tokens(self.token)
+        places = getattr(self._backbone, _PLACES, None)
+        self._of_places = set(inspect.signature(places).parameters) if places else None
+        self._types = [name for name in _TYPES if name in takes]
+        self._hearing = None
+        if "audio" in kinds:
+            self._hearing = Hearing(base.name, base.model, self._backbone, processor, self._wanted | {*_TYPES})
+
+    def _token_of_pictures(self, base: Base, takes: Collection[str]) -> int:
+        config = base.model.config
         token = getattr(config, "image_token_id", None)
         token = getattr(config, "image_token_index", None) if token is None else token
-        takes = inspect.signature(backbone.forward).parameters
-        if not hasattr(backbone, _FEATURES) or token is None or "mm_encoder_outputs" not in takes:
+        if not self._wanted or token is None or "mm_encoder_outputs" not in takes:
             raise ModelError(
                 f"{base.name}: models of type {config.model_type!r} take no features of pictures in this transformers, "
                 "so they are trained on text alone; leave rows with pictures out"
             )
-        self._base, self._backbone, self.processor = base, backbone, processor
-        self.token = int(token)
-        self._text = processor.own.tokenizer.convert_ids_to_tokens(self.token)
-        self._wanted = set(inspect.signature(getattr(backbone, _FEATURES)).parameters)
-        places = getattr(backbone, _PLACES, None)
-        self._of_places = set(inspect.signature(places).parameters) if places else None
-        self._types = [name for name in _TYPES if name in takes]
+        return int(token)
 
     def pixels(self, media: Media) -> dict[str, torch.Tensor]:
         """What the tower is given for a document, on the host. Any thread may ask."""
-        found = self.processor.inputs(media.pictures)
-        return {name: value for name, value in found.items() if name in self._wanted or name in (self._of_places or ())}
+        found = self.processor.inputs(media.items)
+        wanted = self._wanted | (self._of_places or set()) | (self._hearing.wanted if self._hearing else set())
+        return {name: value for name, value in found.items() if name in wanted}
 
     def ready(self, batch: Batch, known: Mapping[int, Mapping[str, torch.Tensor]] | None = None) -> Batch:
         """The batch with the pixels of its documents, and their places where a model counts these in three dimensions.
         `known`: what `pixels` gave for a segment, by its index."""
         known = known or {}
         made = tuple(
-            Pixels(index, media, {**(known[index] if index in known else self.pixels(media))})
+            Pixels(index, media, self._cast(known[index] if index in known else self.pixels(media)))
             for index, media in batch.media
         )
         return replace(batch, pixels=made, place_3T=self._places(batch, made))
@@ -73,14 +86,25 @@ class Sight:
         """What the model's forward call is given beside `token`, the tokens in the shape it is given them."""
         if not batch.pixels:
             return {}
-        options: dict[str, Any] = {"mm_encoder_outputs": {"image": self.features(batch)}}
-        if self._base.layout == "padded":  # where the model makes its own masks
-            options |= {name: (token == self.token).long() for name in self._types}
+        padded, options = self._base.layout == "padded", dict[str, Any]()
+        if self.token is not None and any(_has_pictures(each.media) for each in batch.pixels):
+            options["mm_encoder_outputs"] = {"image": self.features(batch)}
+        if self._hearing is not None:
+            options |= self._hearing.options(batch, token.shape[1] if padded else None, self._tower_pass)
+        if padded:  # where the model makes its own masks
+            options |= {name: self.types(token, name) for name in self._types}
         return options
+
+    def types(self, token: torch.Tensor, name: str = _TYPES[0]) -> torch.Tensor:
+        """What a token stands for a part of, as transformers' processors number it: 1 a picture, 3 a sound, 0 none."""
+        found = torch.zeros_like(token) if self.token is None else (token == self.token).long()
+        if self._hearing is not None and name == _TYPES[0]:
+            found = found + _SOUND_TYPE * (token == self._hearing.token)
+        return found
 
     def features(self, batch: Batch) -> Any:
         """What transformers' model calls the image's outputs, of all documents of the batch together."""
-        parts = [self._of_document(each, batch) for each in batch.pixels]
+        parts = [self._of_document(each, batch) for each in batch.pixels if _has_pictures(each.media)]
         return type(parts[0])(**{name: _joined([part[name] for part in parts]) for name in parts[0]})
 
     def look(self, token_L: np.ndarray, media: Media, slot: int = BARE_BASE) -> Seen:
@@ -130,30 +154,33 @@ class Sight:
             embedding: Any = self._base.model.get_input_embeddings()
             while getattr(embedding, "is_routed", False):
                 embedding = embedding.base
+            assert self.token is not None, "it is asked about pictures alone"
             return embedding(torch.full((rows,), self.token, device=value.device)).to(value.dtype)
         return [self._stranger(name, each, rows) for each in value]
 
     def _of_document(self, pixels: Pixels, batch: Batch) -> Any:
         """What the tower says of the pictures that are in the segment, (tokens, D) each, in the family's own form."""
-        given = {name: self._cast(value) for name, value in pixels.tensors.items() if name in self._wanted}
+        given = {name: value for name, value in pixels.tensors.items() if name in self._wanted}
         with self._tower_pass(pixels.segment, batch):
             output = getattr(self._backbone, _FEATURES)(**given, return_dict=True)
         media = pixels.media
-        sizes = [(each.width, each.height) for each in media.pictures]
-        counts = [text.count(self._text) for text in self.processor.placeholders(sizes)]
-        first = sum(counts[: media.before])
-        rows = _Rows(first, first + sum(counts[media.before : media.before + len(media.spans)]), sum(counts))
+        pictures = [each for each in media.items if isinstance(each, Picture)]
+        counts = [text.count(self._text or "") for text in self.processor.placeholders(pictures)]
+        before = _pictures_in(media.items[: media.before])
+        first = sum(counts[:before])
+        rows = _Rows(first, first + sum(counts[before : before + _pictures_in(media.inside)]), sum(counts))
         kept = {name: rows.of(value) for name, value in output.items() if name not in _INSIDE}
         if kept.get(_RESULT) is None:
-            names = ", ".join(each.name for each in media.pictures)
+            names = ", ".join(each.name for each in pictures)
             raise ModelError(
                 f"{self._base.name}: its tower does not make as many features of {names} as its processor writes "
                 f"tokens for them ({rows.whole}): its preprocessor_config.json is of another model"
             )
         return type(output)(**{name: value for name, value in kept.items() if value is not None})
 
-    def _cast(self, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self._base.dtype) if value.is_floating_point() else value
+    def _cast(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        dtype = self._base.dtype
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
     def _tower_pass(self, segment: int, batch: Batch) -> contextlib.AbstractContextManager[None]:
         """Around a pass of the tower: whose adapters are in it, and whether there is a graph."""
@@ -166,28 +193,45 @@ class Sight:
         if self._of_places is None or not pixels:
             return None
         place_3T = batch.position_T[None].expand(3, -1).clone()
-        starts = [0]
-        for length in batch.lengths:
-            starts.append(starts[-1] + length)
+        starts = batch.starts
         for each in pixels:
             first, end = starts[each.segment], starts[each.segment + 1]
             token_1L = batch.token_T[first:end][None]
-            begin = each.media.before
+            begin, inside = _pictures_in(each.media.items[: each.media.before]), _pictures_in(each.media.inside)
             grids = {
-                name: value[begin : begin + len(each.media.spans)]
+                name: value[begin : begin + inside]
                 for name, value in each.tensors.items()
-                if name.endswith("grid_thw")
+                if name.endswith("grid_thw") and inside
             }
             known = {
                 "input_ids": token_1L,
                 "attention_mask": torch.ones_like(token_1L),
-                "mm_token_type_ids": (token_1L == self.token).int(),
+                "mm_token_type_ids": self.types(token_1L).int(),
+                "audio_seqlens": _lengths_of_sounds(each),
                 **grids,
             }
             given = {name: value for name, value in known.items() if name in self._of_places}
             found_31L, _ = getattr(self._backbone, _PLACES)(**given)
             place_3T[:, first:end] = found_31L[-3:, 0]
         return place_3T
+
+
+def _has_pictures(media: Media) -> bool:
+    return _pictures_in(media.inside) > 0
+
+
+def _pictures_in(items: Sequence[Medium]) -> int:
+    return sum(isinstance(each, Picture) for each in items)
+
+
+def _lengths_of_sounds(pixels: Pixels) -> torch.Tensor | None:
+    """(sounds in the segment) frames of each, for models that count places by them; None where there are none."""
+    media = pixels.media
+    masks = [value for name, value in pixels.tensors.items() if "mask" in name and value.ndim == 2]
+    begin, inside = (
+        sum(isinstance(each, Audio) for each in part) for part in (media.items[: media.before], media.inside)
+    )
+    return masks[0][begin : begin + inside].sum(-1) if masks and inside else None
 
 
 @dataclass(frozen=True)
@@ -248,10 +292,10 @@ def _joined(values: Sequence[Any]) -> Any:
     return [_joined(each) for each in zip(*values)]
 
 
-def show_pictures(base: Base, batch: Batch) -> Batch:
+def show_media(base: Base, batch: Batch) -> Batch:
     """The batch with its pixels, on its own device. ModelError where nobody has given the base eyes."""
     if base.sight is None:
-        raise ModelError(f"{base.name}: these rows have pictures, and the base was loaded to read text alone")
+        raise ModelError(f"{base.name}: these rows have pictures or sounds, and the base was loaded to read text alone")
     device = batch.token_T.device
     host = base.sight.ready(batch.moved(torch.Tensor.cpu))
     return host.moved(lambda tensor: to_device(tensor, device))

@@ -18,7 +18,7 @@ from lowrank.checkpoints.own_tokens import learn_tokens, own_tokens
 from lowrank.checkpoints.peft_layout import load_adapter, read_adapter_header
 from lowrank.checkpoints.value_head import FILE as VALUE_HEAD_FILE
 from lowrank.checkpoints.value_head import read_value_head
-from lowrank.data.chat.placeholders import pictures_in
+from lowrank.data.chat.placeholders import media_in
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.errors import DataError, ModelError, did_you_mean
@@ -31,7 +31,7 @@ from lowrank.notices import log_notice
 from lowrank.pipelines.adapter_on_base import refuse_before_loading
 from lowrank.pipelines.artifacts import ModelArtifacts, data_of_adapter, find_artifacts
 from lowrank.pipelines.pictures import see
-from lowrank.records import Conversation, Rated
+from lowrank.records import Conversation, Picture, Rated
 from lowrank.third_party import code_allowed
 
 BARE = "base"
@@ -150,7 +150,7 @@ class InferenceModel:
         return [found[index] for index in range(len(conversations))]
 
     def _prompt(self, name: str, conversation: Conversation) -> Prompt:
-        if pictures_in(conversation):
+        if any(isinstance(each, Picture) for each in media_in(conversation)):
             see(self.base, "packed", log_notice, running=True)
         segment = self.renderer_of(name).prompt_segment(conversation)
         return Prompt(segment.token_L, self.slot(name), segment.media)

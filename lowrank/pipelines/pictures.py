@@ -1,26 +1,39 @@
-"""Bases that are shown pictures: told apart from those that read text, and tried out before anything is trained."""
+"""Bases that are shown pictures and played sounds: told apart from those that read text, and tried out before anything
+is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
 from lowrank.models.checks.sight import give_sight
+from lowrank.records import KIND_NAMES
 
 
-def see(base: Base, attention: str, notify: Callable[[str], None], *, running: bool = False) -> None:
-    """Let `base` be shown pictures, if it is not yet. `attention`: the setting; `running`: somebody uses the base
-    already, so that its layout stays.
+def see(
+    base: Base,
+    attention: str,
+    notify: Callable[[str], None],
+    *,
+    kinds: Sequence[str] = ("image",),
+    running: bool = False,
+) -> None:
+    """Let `base` be given media of these kinds, if it is not yet. `attention`: the setting; `running`: somebody uses
+    the base already, so that its layout stays.
 
     ModelError where it cannot, in any layout.
     """
-    if base.sight is not None:
+    known = base.sight.kinds if base.sight is not None else ()
+    if set(kinds) <= set(known):
         return
     processor = processor_of(base.tokenizer)
-    if processor is None or not processor.sees:
-        raise ModelError(f"{base.name} has no tower for pictures, or not the files of its processor")
-    notice = give_sight(base, processor, attention, settle=not running)
+    missing = next((kind for kind in kinds if processor is None or kind not in processor.kinds), None)
+    if processor is None or missing is not None:
+        names = KIND_NAMES[missing or kinds[0]]
+        raise ModelError(f"{base.name} has no tower for {names}, or not the files of its processor")
+    every = [kind for kind in KIND_NAMES if kind in known or kind in kinds]
+    notice = give_sight(base, processor, attention, kinds=every, settle=not running)
     if notice:
         notify(notice)

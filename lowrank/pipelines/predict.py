@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoints.atomic import write_text
-from lowrank.data.chat.placeholders import pictures_in
+from lowrank.data.chat.placeholders import media_in
 from lowrank.data.config import SourceConfig
 from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
 from lowrank.evaluate.predict import (
@@ -28,6 +28,7 @@ from lowrank.evaluate.questions import Question, read_questions
 from lowrank.generate.request import GenerationConfig
 from lowrank.pipelines.inference import BARE, InferenceModel, open_inference_model
 from lowrank.pipelines.pictures import see
+from lowrank.records import Picture
 
 Done = Callable[[int, int], None]
 Progress = Callable[[str], AbstractContextManager[Done]]
@@ -72,7 +73,9 @@ def predict(
     questions = [
         question
         for source in request.sources
-        for question in read_questions(source, seed=request.seed, notify=lambda text: warn([text]), sees=lambda: True)
+        for question in read_questions(
+            source, seed=request.seed, notify=lambda text: warn([text]), takes=lambda kind: True
+        )
     ]
     trained = open_inference_model(
         request.model,
@@ -81,7 +84,7 @@ def predict(
         base=request.base,
         notify=lambda text: warn([text]),
     )
-    if any(pictures_in(question.prompt) for question in questions):
+    if any(isinstance(each, Picture) for question in questions for each in media_in(question.prompt)):
         see(trained.base, "packed", lambda text: warn([text]), running=True)
     chosen = list(request.adapters or trained.slots)
     slots = {name: trained.slot(name) for name in chosen}

@@ -234,7 +234,7 @@ def digest_of_data(prepared: Prepared) -> str:
             digest.update(np.ascontiguousarray(segment.token_L, np.int64).tobytes())
             digest.update(np.ascontiguousarray(segment.weight_L, np.float32).tobytes())
             if segment.media is not None:  # equal placeholders may stand for different pictures
-                shown = [picture.digest for picture in segment.media.pictures]
+                shown = [picture.digest for picture in segment.media.items]
                 digest.update(repr((shown, segment.media.spans, segment.media.before)).encode())
     return digest.hexdigest()
 

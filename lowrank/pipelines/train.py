@@ -51,6 +51,7 @@ from lowrank.pipelines.together import (
     stopping_of,
 )
 from lowrank.ranks import ALONE, Ranks, agree
+from lowrank.records import KIND_NAMES
 from lowrank.report.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted, Stage
 from lowrank.report.page import DATA_REPORT, REPORT, write_report
 from lowrank.report.reporters import recorders_for
@@ -207,8 +208,9 @@ def _load(
         notify=lambda text: report(Notice(text)),
         placement=placement,
     )
-    if any(each.has_pictures for each in data):
-        see(base, config.model.attention, lambda text: report(Notice(text)))
+    kinds = [kind for kind in KIND_NAMES if any(kind in each.media_kinds for each in data)]
+    if kinds:
+        see(base, config.model.attention, lambda text: report(Notice(text)), kinds=kinds)
     base.router_aux_loss_coef = config.model.router_aux_loss_coef
     if base.router_aux_loss_coef is not None:
         expert_numbers(base)  # refused now rather than in the first step
@@ -245,8 +247,9 @@ def _take_orders(
 
     def prepare(job: JobConfig) -> Prepared:
         (own,) = prepare_all([job], config.model, tokenizer, report, strict=False, read=read)
-        if own.has_pictures:
-            see(base, config.model.attention, lambda text: report(Notice(text)), running=True)
+        if own.media_kinds:
+            kinds = own.media_kinds
+            see(base, config.model.attention, lambda text: report(Notice(text)), kinds=kinds, running=True)
         queue.keeper.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
         return own
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowrank.data.chat.placeholders import pictures_in
+from lowrank.data.chat.placeholders import media_in
 from lowrank.errors import ConfigError, ModelError, did_you_mean
 from lowrank.generate.request import Answer, GenerationConfig, TokenChunk
 from lowrank.pipelines.inference import RenderedPrompt, open_inference_model
@@ -66,7 +66,7 @@ class GgufChatBackend:
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
         """One after another: llama.cpp does not mix adapters in a step."""
-        if any(pictures_in(conversation) for _, conversation in conversations):
+        if any(media_in(conversation) for _, conversation in conversations):
             raise ModelError(
                 "a GGUF file is run by llama.cpp's text model, which is shown no pictures; ask the model it was made of"
             )

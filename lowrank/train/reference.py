@@ -196,5 +196,5 @@ def _key(segment: Segment, limits: str) -> bytes:
     """A digest of the tokens, of which of them carry weight, and of the pictures, as `limits` make them."""
     tokens = np.ascontiguousarray(segment.token_L, np.int64).tobytes()
     carried = np.packbits(segment.weight_L != 0).tobytes()
-    seen = "" if segment.media is None else " ".join([*(each.digest for each in segment.media.pictures), limits])
+    seen = "" if segment.media is None else " ".join([*(each.digest for each in segment.media.items), limits])
     return blake2b(tokens + carried + seen.encode(), digest_size=16).digest()

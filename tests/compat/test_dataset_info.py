@@ -100,7 +100,7 @@ def test_pairs_and_ratings() -> None:
         ({"file_name": "a", "ranking": True}, "it holds preference pairs"),
         (
             {"file_name": "a", "columns": {"videos": "v", "audios": "s"}},
-            "it has videos, audios, and models are shown pictures alone so far",
+            "it has videos, and models are shown pictures and played sounds alone so far",
         ),
         ({"file_name": 5}, "file_name: expected text, got a number (5)"),
         ({"file_name": "a", "columns": ["prompt"]}, "columns: expected an object, got a list"),

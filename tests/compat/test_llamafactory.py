@@ -451,7 +451,7 @@ def test_keys_of_pictures(workplace: Path) -> None:
     config, _ = read(workplace, text)
     (job,) = config.jobs
     assert (config.model.image_max_pixels, config.model.image_min_pixels) == (262144, 32 * 32)
-    assert job.adapter.parts == {"language_model", "vision_tower"}
+    assert job.adapter.parts == {"language_model", "vision_tower", "sound"}
     assert Path(str(job.data.train[0].media_dir)) == Path("photos")
     assert config.model.image_max_pixels == 262144
     (problem,) = problems(workplace, text, "image_do_pan_and_scan=true")
@@ -728,3 +728,15 @@ def test_every_key_has_one_fate() -> None:
     names = known()
     assert len(names) == len(set(names))
     assert len(names) > 350
+
+
+def test_sounds_lie_where_their_files_say(workplace: Path) -> None:
+    """`media_dir` as for pictures; the rate is the model's own."""
+    info = {"file_name": "identity.json", "formatting": "sharegpt", "columns": {"messages": "m", "audios": "a"}}
+    place = workplace / "data" / "dataset_info.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"mllm_audio_demo": info}))
+    (workplace / "sounds").mkdir()
+    text = MINIMAL.replace("identity", "mllm_audio_demo") + "media_dir: sounds\naudio_sampling_rate: 16000\n"
+    (job,) = read(workplace, text)[0].jobs
+    (source,) = job.data.train
+    assert (source.columns["audios"], Path(str(source.media_dir))) == ("a", Path("sounds"))

@@ -19,7 +19,8 @@ QUESTION = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "c
 class Blind(CharacterRenderer):
     """As a model is that reads text alone."""
 
-    sees = False
+    def takes(self, kind: str) -> bool:
+        return False
 
 
 def left_out(tmp_path: Path, row: dict[str, Any], **settings: Any) -> list[str]:
@@ -45,7 +46,10 @@ def left_out(tmp_path: Path, row: dict[str, Any], **settings: Any) -> list[str]:
 )
 def test_columns(row: dict[str, Any], column: dict[str, Any], tmp_path: Path) -> None:
     (problem,) = left_out(tmp_path, {**row, **column})
-    assert ("this base reads text only" if "image" in list(column)[-1] else "text and pictures only") in problem
+    kind = list(column)[-1].removesuffix("s")
+    assert {"image": "this base reads text only", "audio": "this base does not hear"}.get(
+        kind, "sounds only"
+    ) in problem
     assert f"column {list(column)[-1]!r} is filled" in problem
 
 
@@ -58,7 +62,8 @@ def test_columns(row: dict[str, Any], column: dict[str, Any], tmp_path: Path) ->
 )  # fmt: skip
 def test_bare_placeholders(mark: str, tmp_path: Path) -> None:
     (problem,) = left_out(tmp_path, {**PLAIN, "instruction": f"{mark}What is it?"})
-    assert ("reads text only" if mark == "<image>" else f"{mark} stands in it") in problem
+    never = {"<image>": "reads text only", "<audio>": "does not hear"}
+    assert never.get(mark, f"{mark} stands in it") in problem
     assert left_out(tmp_path, {**PLAIN, "instruction": f"{mark}What is it?"}, replace={mark: ""}) == []
 
 
@@ -71,7 +76,8 @@ def test_a_placeholder_in_plain_text(tmp_path: Path) -> None:
 def test_parts_of_a_content(part: str, tmp_path: Path) -> None:
     content = [{"type": part, part: "cat"}, {"type": "text", "text": "What is it?"}]
     (problem,) = left_out(tmp_path, {"messages": [{"role": "user", "content": content}, QUESTION[1]]})
-    assert ("reads text only" if "image" in part else f"content part {part}") in problem
+    expected = {"input_audio": "does not hear", "video": "content part video"}.get(part, "reads text only")
+    assert expected in problem
 
 
 @pytest.mark.parametrize(

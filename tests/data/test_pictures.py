@@ -22,7 +22,7 @@ from lowrank.data.prepare import Prepared, prepare
 from lowrank.data.sources.memory import keep_rows
 from lowrank.errors import DataError, ModelError
 from lowrank.media.decoding import decoded, examine
-from lowrank.media.processor import PictureProcessor, processor_of
+from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Preference, Text
@@ -67,7 +67,7 @@ def read(tokenizer: Any, folder: Path, *rows: dict[str, Any], record: type = Con
 
 
 def digests(prepared: Prepared) -> list[list[str]]:
-    return [[each.digest for each in sample[0].media.pictures] for sample in prepared.train.samples if sample[0].media]
+    return [[each.digest for each in sample[0].media.items] for sample in prepared.train.samples if sample[0].media]
 
 
 def of_files(folder: Path, *numbers: int) -> list[str]:
@@ -143,7 +143,7 @@ def test_rows_in_memory_hold_pictures_of_pillow_and_bytes(tokenizer: Any, folder
     ]
     config = DataConfig(train=(keep_rows(rows),), shuffle=False)
     found = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0)
-    shown = [decoded(sample[0].media.pictures[0]) for sample in found.train.samples]  # type: ignore[union-attr]
+    shown = [decoded(sample[0].media.items[0]) for sample in found.train.samples]  # type: ignore[union-attr]
     assert all(np.array_equal(np.asarray(each), np.asarray(image)) for each in shown)
 
 
@@ -286,15 +286,15 @@ def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_pat
     for sizes in ([(40, 24)], [(40, 24), (17, 90)], [(200, 150)], [(9, 9)]):
         pictures = [examine(as_bytes(noise(size)), "") for size in sizes]
         images = [decoded(each, processor.resized(each.width, each.height)) for each in pictures]
-        text = " ".join([processor.placeholder] * len(images))
+        text = " ".join([processor.placeholder("image")] * len(images))
         ids = processor.own(images=[images], text=[text], add_special_tokens=False)["input_ids"][0]
-        counted = processor.placeholders([(each.width, each.height) for each in pictures])
+        counted = processor.placeholders(pictures)
         written = tokenizer(" ".join(counted), add_special_tokens=False)["input_ids"]
         assert written == list(ids)
 
 
 def test_pixels_have_limits_as_llama_factory_sets_them(tokenizer: Any) -> None:
-    processor = PictureProcessor("nowhere", None, tokenizer, max_pixels=768 * 768, min_pixels=32 * 32)
+    processor = MediaProcessor("nowhere", None, tokenizer, max_pixels=768 * 768, min_pixels=32 * 32)
     assert processor.resized(1200, 900) == (886, 665)  # int() of both, as there
     assert processor.resized(10, 20) == (22, 45)
     assert processor.resized(640, 480) == (640, 480)

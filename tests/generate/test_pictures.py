@@ -45,7 +45,7 @@ def whole(base: Any, model: Any, prompt: Prompt, number: int) -> list[int]:
     seen = (token_1L == base.sight.token).long()
     given: dict[str, Any] = {"attention_mask": torch.ones_like(token_1L), "mm_token_type_ids": seen}
     if prompt.media is not None:
-        inputs = base.sight.processor.inputs(prompt.media.pictures)
+        inputs = base.sight.processor.inputs(prompt.media.items)
         given |= {
             name: value.to(base.dtype) if value.is_floating_point() else value
             for name, value in inputs.items()

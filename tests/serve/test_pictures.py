@@ -22,7 +22,7 @@ from lowrank.data.config import DataConfig
 from lowrank.errors import DataError
 from lowrank.generate.request import Prompt
 from lowrank.media.decoding import examine
-from lowrank.media.processor import PictureProcessor
+from lowrank.media.processor import MediaProcessor
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
@@ -223,14 +223,14 @@ def test_a_picture_that_fails_in_the_step_ends_its_own_answer_alone(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = examine(drawn(9), "").digest
-    inputs = PictureProcessor.inputs
+    inputs = MediaProcessor.inputs
 
-    def failing(self: PictureProcessor, pictures: Any) -> Any:
+    def failing(self: MediaProcessor, pictures: Any) -> Any:
         if any(picture.digest == bad for picture in pictures):
             raise DataError("it cannot be made ready")
         return inputs(self, pictures)
 
-    monkeypatch.setattr(PictureProcessor, "inputs", failing)
+    monkeypatch.setattr(MediaProcessor, "inputs", failing)
     client = server.client()
     beside = client.chat.completions.create(
         model="base", messages=messages_of("Go on."), temperature=0, max_tokens=200, stream=True, logit_bias={}

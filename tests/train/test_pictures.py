@@ -3,10 +3,8 @@ TRL's collator, and against itself stopped and resumed."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation
+from tests.media_oracle import alone_loss
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import real_or_made
 from tests.tiny_models import make_engine
@@ -74,29 +73,6 @@ def segments_of(path: Path, tokenizer: Any) -> list[Segment]:
     assert first.media is not None
     end = first.media.spans[-1][1] + 1
     return [*segments, replace(first, token_L=first.token_L[end:], weight_L=first.weight_L[end:], media=None)]
-
-
-def alone_loss(twin: Any, base: Any, segments: Sequence[Segment]) -> torch.Tensor:
-    """One document at a time, pictures and all, through the whole of transformers' model."""
-    total = sum(float(segment.weight_L.sum()) for segment in segments)
-    loss = torch.zeros((), dtype=torch.float64)
-    takes = inspect.signature(type(twin.base_model.model).forward).parameters
-    for segment in segments:
-        token_T = torch.from_numpy(segment.token_L.astype("int64"))
-        seen = (token_T == base.sight.token).long()[None]
-        given = {"attention_mask": torch.ones_like(token_T)[None], "mm_token_type_ids": seen, "token_type_ids": seen}
-        if segment.media is not None:
-            inputs = base.sight.processor.inputs(segment.media.pictures)
-            given |= {
-                name: value.to(base.dtype) if value.is_floating_point() else value
-                for name, value in inputs.items()
-                if name not in ("input_ids", *given)
-            }
-        given = {name: value for name, value in given.items() if name in takes}
-        logprob_TV = twin(input_ids=token_T[None], **given).logits[0].double().log_softmax(-1)
-        logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
-        loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
-    return loss
 
 
 @families
@@ -164,7 +140,7 @@ def test_a_cut_document_sees_the_pictures_that_are_left(tmp_path: Path, rows: Pa
 
 
 def test_a_base_that_mixes_documents_up_is_told_and_never_trained(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be shown pictures in the packed layout: a document with a pict"):
+    with pytest.raises(ModelError, match="cannot be given pictures in the packed layout: a document with a pict"):
         sighted(tmp_path, "gemma3", attention="packed")
 
 
@@ -175,7 +151,7 @@ def test_other_pictures_are_other_references(tmp_path: Path, rows: Path) -> None
     one = segments_of(rows, tokenizer)[1]
     engine, _ = make_engine(base, LoraConfig(rank=2))
     assert one.media is not None
-    other = replace(one, media=replace(one.media, pictures=segments_of(rows, tokenizer)[2].media.pictures))  # type: ignore[union-attr]  # fmt: skip
+    other = replace(one, media=replace(one.media, items=segments_of(rows, tokenizer)[2].media.items))  # type: ignore[union-attr]  # fmt: skip
     assert (one.token_L == other.token_L).all()
     references = References(engine, tmp_path / "kept")
     references.prepare([one, other])
@@ -359,7 +335,7 @@ def test_the_same_words_about_another_picture_are_another_question(tmp_path: Pat
     first, one, other, *_ = segments_of(rows, tokenizer)
     assert one.media is not None
     assert other.media is not None
-    question = replace(one, media=replace(one.media, pictures=other.media.pictures))
+    question = replace(one, media=replace(one.media, items=other.media.items))
     made = list(with_mismatched([(first,), (one,), (question,)], 4096))
     answer_L = one.token_L[int(np.flatnonzero(one.weight_L)[0]) :]
     assert (made[2][1].token_L[-len(answer_L) :] == answer_L).all(), "the nearest row before"

@@ -44,7 +44,7 @@ def _other(segment: Segment, before: deque[Segment]) -> Segment | None:
 
 
 def _same_prompt(one: Segment, other: Segment) -> bool:
-    pictures = [each.media and each.media.pictures for each in (one, other)]
+    pictures = [each.media and each.media.items for each in (one, other)]
     first_L, second_L = (each.token_L[: _answer_at(each)] for each in (one, other))
     return pictures[0] == pictures[1] and np.array_equal(first_L, second_L)
 

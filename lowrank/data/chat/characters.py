@@ -19,12 +19,14 @@ class CharacterRenderer:
     """Stands in for `Renderer`: one character is one token, and no chat template is applied."""
 
     notices: tuple[str, ...] = ()
-    sees = True
-    """What the rows hold is looked at, whoever will read them."""
 
     def render_many(self, records: Iterable[Record]) -> Iterator[Rendering]:
         """One rendering per record, never cut."""
         return map(_rendering, records)
+
+    def takes(self, kind: str) -> bool:
+        """What the rows hold is looked at, whoever will read them."""
+        return True
 
     def reads(self, field: str) -> bool:
         """No chat template, so no field of a turn is read."""

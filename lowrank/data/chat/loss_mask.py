@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lowrank.data.chat.template import ChatTemplate, Rendered, RowRefused
 from lowrank.data.chat.template_shape import Shape, common_prefix
-from lowrank.records import Conversation, Message, Picture
+from lowrank.records import Conversation, Medium, Message
 
 THINKING = {"enable_thinking": True, "thinking": True}
 """What templates call the wish that the model thinks first."""
@@ -33,8 +33,8 @@ class Sample:
     """Where control tokens stand that are to be read as text (foreign.py)."""
     num_messages: int = 0
     """Messages of the conversation that are in it."""
-    places: tuple[tuple[Span, Picture], ...] = ()
-    """What stands for each picture, once that is put in (placeholders.py)."""
+    places: tuple[tuple[Span, Medium], ...] = ()
+    """What stands for each medium, once that is put in (placeholders.py)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What stands for a picture in a rendered conversation: the model's own processor says how many tokens, and which.
+"""What stands for a medium in a rendered conversation: the model's own processor says how many tokens, and which.
 
-A chat template writes one placeholder for each picture. Which characters are learned is known by then; they move
-behind what the placeholders become. A placeholder that somebody typed is text (foreign.py) and stays as it is.
+A chat template writes one placeholder for each picture and sound. Which characters are learned is known by then; they
+move behind what the placeholders become. A placeholder that somebody typed is text (foreign.py) and stays as it is.
 """
 
 from __future__ import annotations
@@ -15,44 +15,49 @@ from typing import Any, Protocol
 from lowrank.batches import Media
 from lowrank.data.chat.loss_mask import Sample, Span
 from lowrank.data.chat.template import RowRefused
-from lowrank.errors import ModelError
-from lowrank.records import Conversation, Picture
+from lowrank.errors import DataError, ModelError
+from lowrank.records import KIND_NAMES, Audio, Conversation, Medium
+
+_CUT = "are longer than the model's processor hears, which leaves their end out"
 
 
-class Sees(Protocol):
+class Processor(Protocol):
     """A model's processor, as far as it is asked here (media/processor.py)."""
 
-    @property
-    def placeholder(self) -> str:
-        """What its chat template writes for a picture."""
+    def placeholder(self, kind: str) -> str:
+        """What its chat template writes for a medium of this kind."""
         ...
 
-    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-        """What stands for each picture of a document, by their (width, height)."""
+    def placeholders(self, media: Sequence[Medium]) -> tuple[str, ...]:
+        """What stands for each medium of a document."""
+        ...
+
+    def hears_all(self, audio: Audio) -> bool:
+        """Whether the end of a sound is among what stands for it."""
         ...
 
 
-def pictures_in(conversation: Conversation, num_messages: int | None = None) -> list[Picture]:
+def media_in(conversation: Conversation, num_messages: int | None = None) -> list[Medium]:
     """Of its first messages, in order."""
-    return [picture for message in conversation.messages[:num_messages] for _, picture in message.media]
+    return [medium for message in conversation.messages[:num_messages] for _, medium in message.media]
 
 
-def put_in(sample: Sample, pictures: Sequence[Picture], processor: Sees | None) -> Sample:
-    """The sample with what stands for its pictures in full. RowRefused where the template shows more or fewer
-    placeholders than there are pictures, or the model's processor takes none of such a size."""
-    if not pictures:
+def put_in(sample: Sample, media: Sequence[Medium], processor: Processor | None) -> Sample:
+    """The sample with what stands for its media in full. RowRefused where the template shows more or fewer placeholders
+    than there are media, or the model's processor takes none of such a size."""
+    if not media:
         return sample
-    assert processor is not None, "rows with pictures are left out where nobody sees them"
-    found = _found(sample, processor.placeholder)
-    if len(found) != len(pictures):
-        raise RowRefused(
-            f"the chat template shows {len(found)} places of pictures ({processor.placeholder}), and it has "
-            f"{len(pictures)}: take the template that comes with the model (leave data.chat_template out)"
-        )
+    assert processor is not None, "rows with media are left out where nobody takes them"
+    found, media = _matched(sample, media, processor)
     try:
-        texts = processor.placeholders([(picture.width, picture.height) for picture in pictures])
-    except ModelError as error:
-        raise RowRefused(f"the model's processor refuses its pictures: {error}") from error
+        texts = processor.placeholders(media)
+        for text, medium in zip(texts, media):
+            if processor.placeholder(medium.kind) not in text and medium.kind == "audio":
+                raise ModelError(f"{medium.name} is too short: no token stands for it")
+    except (ModelError, DataError) as error:
+        kinds = " and ".join(KIND_NAMES[kind] for kind in dict.fromkeys(each.kind for each in media))
+        raise RowRefused(f"the model's processor refuses its {kinds}: {error}") from error
+    media = [_as_heard(each, processor) for each in media]
     moved = _mover(found, [len(text) for text in texts])
     parts, at = [], 0
     for (start, end), text in zip(found, texts):
@@ -64,19 +69,40 @@ def put_in(sample: Sample, pictures: Sequence[Picture], processor: Sees | None) 
         text="".join([*parts, sample.text[at:]]),
         learned=_all(sample.learned, moved),
         spelled=_all(sample.spelled, moved),
-        places=tuple(((start, start + len(text)), each) for start, text, each in zip(starts, texts, pictures)),
+        places=tuple(((start, start + len(text)), each) for start, text, each in zip(starts, texts, media)),
     )
 
 
+def _as_heard(medium: Medium, processor: Processor) -> Medium:
+    """With what of it the processor leaves out among its notes."""
+    if isinstance(medium, Audio) and not processor.hears_all(medium):
+        return replace(medium, notes=(*medium.notes, _CUT))
+    return medium
+
+
 def placeholder_names(media: Media | None) -> dict[Span, str]:
-    """What a person reads in the place of the tokens of each picture, by their span."""
+    """What a person reads in the place of the tokens of each medium, by their span."""
     if media is None:
         return {}
-    shown = media.pictures[media.before : media.before + len(media.spans)]
-    return {
-        span: f"[picture {each.width} x {each.height}: {span[1] - span[0]:,} tokens]"
-        for span, each in zip(media.spans, shown)
-    }
+    return {span: f"[{each.shown}: {span[1] - span[0]:,} tokens]" for span, each in zip(media.spans, media.inside)}
+
+
+def _matched(sample: Sample, media: Sequence[Medium], processor: Processor) -> tuple[list[Span], list[Medium]]:
+    """The placeholders in the text, and the medium of each: those of a kind are in order, and a template may move one
+    kind before another."""
+    found: list[tuple[Span, Medium]] = []
+    for kind in dict.fromkeys(each.kind for each in media):
+        own = [each for each in media if each.kind == kind]
+        placeholder = processor.placeholder(kind)
+        spans = _found(sample, placeholder)
+        if len(spans) != len(own):
+            raise RowRefused(
+                f"the chat template shows {len(spans)} places of {KIND_NAMES[kind]} ({placeholder}), and it has "
+                f"{len(own)}: take the template that comes with the model (leave data.chat_template out)"
+            )
+        found += zip(spans, own)
+    found.sort(key=lambda each: each[0])
+    return [span for span, _ in found], [medium for _, medium in found]
 
 
 def _found(sample: Sample, placeholder: str) -> list[Span]:

@@ -15,7 +15,7 @@ from lowrank.batches import CHOSEN, PLAIN, REJECTED, Segment
 from lowrank.data import templates
 from lowrank.data.chat import truncation
 from lowrank.data.chat.loss_mask import Sample, samples_of
-from lowrank.data.chat.placeholders import pictures_in, placeholder_names, put_in
+from lowrank.data.chat.placeholders import media_in, placeholder_names, put_in
 from lowrank.data.chat.template import ChatTemplate, RowRefused, without_marks
 from lowrank.data.chat.template_shape import Shape, shape_of, with_call_ids
 from lowrank.data.chat.token_weights import frame_of, weigh, without_tail
@@ -25,7 +25,7 @@ from lowrank.data.formats.turns import think
 from lowrank.errors import ConfigError, DataError, LowrankError, ModelError
 from lowrank.foreign_files import DEEPEST_JSON, is_deeper
 from lowrank.media.processor import processor_of
-from lowrank.records import THOUGHTS, Conversation, Message, Preference, Prompted, Record, Text
+from lowrank.records import KIND_NAMES, THOUGHTS, Conversation, Message, Preference, Prompted, Record, Text
 
 _ROWS_AT_ONCE = 1000
 """Rows tokenized in one call, which the tokenizer spreads over the processor's cores."""
@@ -137,16 +137,18 @@ class Renderer:
     def prompt(self, conversation: Conversation) -> np.ndarray:
         """(L) int64 tokens of a conversation that waits for an answer, ending in the generation prompt.
 
-        Raises DataError if the chat template refuses it, and where it has pictures, which tokens alone do not show.
+        Raises DataError if the chat template refuses it, and where it has media, which tokens alone do not show.
         """
-        if pictures_in(conversation):
-            raise DataError("the conversation has pictures, and it is asked of what reads text alone")
+        if media_in(conversation):
+            raise DataError("the conversation has more than text, and it is asked of what reads text alone")
         return self.prompt_segment(conversation).token_L
 
     def prompt_segment(self, conversation: Conversation) -> Segment:
-        """As `prompt`, with the pictures of the conversation."""
-        if pictures_in(conversation) and not self.sees:
-            raise DataError("the conversation has pictures, and this model reads text only")
+        """As `prompt`, with the media of the conversation."""
+        unable = next((each.kind for each in media_in(conversation) if not self.takes(each.kind)), None)
+        if unable is not None:
+            only = "reads text only" if unable == "image" else "does not hear"
+            raise DataError(f"the conversation has {KIND_NAMES[unable]}, and this model {only}")
         (sample,) = _encodable([self._prompt_sample(conversation)])
         segment = weigh(sample, self._encode([sample])[0])
         return replace(segment, token_L=segment.token_L.astype(np.int64))
@@ -223,8 +225,10 @@ class Renderer:
         if isinstance(record, Conversation):
             return self._conversation(record)
         if isinstance(record, Prompted):
-            if pictures_in(record.prompt):
-                raise RowRefused("it has pictures, and answers that the model gives itself are to text alone so far")
+            if media_in(record.prompt):
+                raise RowRefused(
+                    "it has more than text, and answers that the model gives itself are to text alone so far"
+                )
             return [self._prompt_sample(record.prompt)]
         if isinstance(record, Preference):
             answers = (record.chosen, record.rejected)
@@ -266,18 +270,17 @@ class Renderer:
         added = self._as_read(conversation)
         shift = len(added.messages) - len(conversation.messages)
         samples = samples_of(template, shape, added, [place + shift for place in learned], prompt_too=prompt_too)
-        return [put_in(each, pictures_in(added, each.num_messages), self._sees) for each in samples]
+        return [put_in(each, media_in(added, each.num_messages), self._processor) for each in samples]
 
     @property
-    def _sees(self) -> Any:
-        """The model's processor of pictures; None for one without eyes."""
+    def _processor(self) -> Any:
+        """The model's processor of media; None for one of text alone."""
         return processor_of(self.tokenizer)
 
-    @property
-    def sees(self) -> bool:
-        """Whether the model can be shown pictures."""
-        processor = self._sees
-        return processor is not None and processor.sees
+    def takes(self, kind: str) -> bool:
+        """Whether the model takes media of this kind."""
+        processor = self._processor
+        return processor is not None and kind in processor.kinds
 
     def _as_read(self, conversation: Conversation) -> Conversation:
         """With the settings' system prompt, thoughts where this template can write them, and ids if it needs some."""
@@ -318,7 +321,7 @@ class Renderer:
         conversation = self._as_read(conversation)
         requested = template.render(conversation.messages, conversation.tools, generation_prompt=True)
         sample = Sample(requested.text + shape.header, (), requested.spelled)
-        return put_in(sample, pictures_in(conversation), self._sees)
+        return put_in(sample, media_in(conversation), self._processor)
 
     def _finish(self, record: Record, parts: list[Segment]) -> Rendering:
         if isinstance(record, Prompted):

@@ -24,10 +24,10 @@ def in_parts(messages: Sequence[dict[str, Any]]) -> Turns:
 
 
 def parts_of(message: Message) -> list[dict[str, Any]]:
-    """The content of a turn with pictures, as the chat templates of models that see read it."""
+    """The content of a turn with media, as the chat templates of models that take them read it."""
     parts: list[dict[str, Any]] = []
     for number, text in enumerate(message.texts):
-        parts += [{"type": "image"}] if number else []
+        parts += [{"type": message.media[number - 1][1].kind}] if number else []
         parts += [{"type": "text", "text": text}] if text else []
     return parts
 

@@ -34,8 +34,8 @@ def weigh(sample: Sample, encoded: Any) -> Segment:
     if sample.places:
         spans = tuple(_tokens_of(encoded, place) for place, _ in sample.places)
         for first, end in spans:
-            weights[first:end] = 0.0  # what stands for a picture is nothing to say
-        media = Media(tuple(picture for _, picture in sample.places), spans)
+            weights[first:end] = 0.0  # what stands for a medium is nothing to say
+        media = Media(tuple(medium for _, medium in sample.places), spans)
     return Segment(tokens, weights, media=media)
 
 

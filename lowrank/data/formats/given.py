@@ -1,31 +1,38 @@
-"""Pictures as the parts of a turn name them, before anybody has looked for their files (pictures.py does)."""
+"""Pictures and sounds as the parts of a turn name them, before anybody has looked for their files (media.py does)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PLACE = "<image>"
-"""What stands in a text where a picture of the row's column is shown."""
+PLACES = {"<image>": "image", "<audio>": "audio"}
+"""What stands in a text where a medium of the row's column is shown or played, and its kind."""
+PLACE = re.compile(r"<image>|<(audio)>(?!.*?</\1>)", re.DOTALL)
+"""A place, not the beginning of HTML that is closed again."""
 PICTURE_PARTS = ("image", "image_url", "input_image")
 """Types of content parts that are pictures: TRL's and transformers', OpenAI's of both its interfaces."""
-_HELD_BY = ("image", "image_url", "path", "base64", "url", "bytes", "data")
+PARTS = {**dict.fromkeys(PICTURE_PARTS, "image"), **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio")}
+"""Types of content parts that are media, and their kinds."""
+_HELD_BY = ("image", "image_url", "audio", "audio_url", "input_audio", "path", "base64", "url", "bytes", "data")
 
 
 @dataclass(frozen=True)
 class Given:
-    """A part of a turn that is a picture, as the data writes it; None: the next of the row's column."""
+    """A part of a turn that is a medium, as the data writes it; None: the next of the row's column of its kind."""
 
     value: Any = None
+    kind: str = "image"
 
 
-def part_of(part: Mapping[str, Any]) -> Given:
-    """What a content part of type `image` or `image_url` holds."""
+def part_of(part: Mapping[str, Any], kind: str = "image") -> Given:
+    """What a content part of one of the types in PARTS holds."""
     for name in _HELD_BY:
         value = part.get(name)
-        if isinstance(value, Mapping) and "url" in value and len(value) <= 2:  # OpenAI's {"url", "detail"}
-            value = value["url"]
+        for key, beside in (("url", "detail"), ("data", "format")):  # OpenAI's
+            if isinstance(value, Mapping) and key in value and value.keys() <= {key, beside}:
+                value = value[key]
         if value is not None:
-            return Given(value)
-    return Given()
+            return Given(value, kind)
+    return Given(kind=kind)

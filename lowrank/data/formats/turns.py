@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowrank.data.formats.columns import COLUMNS, RowProblem, beginning, describe, list_of, text_of
-from lowrank.data.formats.given import PICTURE_PARTS, Given, part_of
+from lowrank.data.formats.given import PARTS, Given, part_of
 from lowrank.data.formats.turn_flags import LOSS_FLAGS, flags_of_row, is_trained
 from lowrank.records import THOUGHTS, Conversation, Message, Preference, Prompted, Rated, Record, Role, Text
 
@@ -152,8 +152,8 @@ def with_thought_apart(answer: str) -> Message:
 
 
 def _content(value: Any, number: int) -> tuple[str, list[dict[str, Any]], Any]:
-    """A turn's text, the tool calls among its parts, and where pictures stand in the text, as they were given
-    (pictures.py reads them); parts are `{"type", "text" or "value"}`."""
+    """A turn's text, the tool calls among its parts, and where media stand in the text, as they were given
+    (media.py reads them); parts are `{"type", "text" or "value"}`."""
     if not isinstance(value, (list, tuple)):
         return text_of(value, f"the content of turn {number}"), [], ()
     texts: list[str] = []
@@ -161,13 +161,13 @@ def _content(value: Any, number: int) -> tuple[str, list[dict[str, Any]], Any]:
     media: list[tuple[int, Given]] = []
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in PICTURE_PARTS:
-            media.append((sum(map(len, texts)), part_of(part)))
+        if isinstance(kind, str) and kind in PARTS:
+            media.append((sum(map(len, texts)), part_of(part, PARTS[kind])))
             continue
         if kind not in ("text", "reasoning", "tool_call"):
             what = beginning(kind) if kind and not isinstance(kind, str) else kind[:40] if kind else describe(part)
             raise RowProblem(
-                f"content part {what}: turn {number}; lowrank trains on text and pictures, leave such rows out"
+                f"content part {what}: turn {number}; lowrank trains on text, pictures and sounds, leave such rows out"
             )
         body = text_of(part["text"] if part.get("text") is not None else part.get("value"), f"a part of turn {number}")
         if kind == "tool_call":
@@ -297,8 +297,8 @@ def _plain(message: Message) -> list[tuple[str, float]]:
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
     weight = float(message.role == "assistant" and message.trained)
     described = think(message.thought) + message.content
-    pictures = "".join(f"[picture {picture.width} x {picture.height}]" for _, picture in message.media)
-    shown = [(f"{pictures} ", 0.0)] if pictures else []
+    media = "".join(f"[{each.shown}]" for _, each in message.media)
+    shown = [(f"{media} ", 0.0)] if media else []
     return [(f"{message.role}: ", 0.0), *shown, (" ".join([*filter(None, [described]), *calls]), weight)]
 
 

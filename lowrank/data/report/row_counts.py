@@ -11,9 +11,9 @@ from hashlib import blake2b
 
 from lowrank.data.chat.rendering import Rendering
 from lowrank.data.formats.columns import RowProblem, kind_of
-from lowrank.data.report.picture_counts import PictureCounts, refuse_other_marks
+from lowrank.data.report.media_counts import MediaCounts, refuse_other_marks
 from lowrank.data.sources.rows import Row
-from lowrank.records import Record
+from lowrank.records import KIND_NAMES, Record
 
 _PLACES_KEPT = 5
 _MOST_KEYS = 200
@@ -80,7 +80,7 @@ class RowCounts:
         self.unread_of_entry: tuple[str, ...] = ()
         self.unread, self.spelled = Findings(), Findings()
         self.notes: list[str] = []
-        self.pictures = PictureCounts()
+        self.media = {kind: MediaCounts(kind) for kind in KIND_NAMES}
         self.lengths = array("I")
         self.digests: dict[int, str] | None = {} if learn_digests else None
         self._files: set[str] = set()
@@ -112,7 +112,8 @@ class RowCounts:
             self.lengths.append(len(segment))
             self.tokens += len(segment)
             self.learned_tokens += int((segment.weight_L > 0).sum())
-        self.pictures.add(rendering.segments, place)
+        for counts in self.media.values():
+            counts.add(rendering.segments, place)
 
     def leave_unread(self, place: str, names: Iterable[str], ignored: Container[str] = ()) -> None:
         """Nobody read these keys of a usable row; the `ignored` are known."""

@@ -53,7 +53,14 @@ class DatasetReport:
     notes: tuple[str, ...]
     pictures: int = 0
     picture_tokens: int = 0
+    sounds: int = 0
+    sound_tokens: int = 0
     """Of its samples."""
+
+    @property
+    def media_kinds(self) -> tuple[str, ...]:
+        """The kinds of media that it has."""
+        return tuple(kind for kind, number in (("image", self.pictures), ("audio", self.sounds)) if number)
 
     @property
     def losses(self) -> list[str]:
@@ -237,9 +244,11 @@ def _dataset(tally: RowCounts, unit: str) -> DatasetReport:
         unread=tally.unread.list(),
         unread_of_entry=tally.unread_of_entry,
         spelled=tally.spelled.list(),
-        notes=(*tally.notes, *tally.pictures.sentences(tally.tokens, unit)),
-        pictures=tally.pictures.pictures,
-        picture_tokens=tally.pictures.tokens,
+        notes=(*tally.notes, *(line for each in tally.media.values() for line in each.sentences(tally.tokens, unit))),
+        pictures=tally.media["image"].number,
+        sounds=tally.media["audio"].number,
+        sound_tokens=tally.media["audio"].tokens,
+        picture_tokens=tally.media["image"].tokens,
     )
 
 

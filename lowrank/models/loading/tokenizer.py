@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from lowrank.errors import LowrankError, ModelError
 from lowrank.foreign_files import find_json, read_json
-from lowrank.media.processor import PictureProcessor, attach
+from lowrank.media.processor import MediaProcessor, attach
 from lowrank.models.answer_ends import ATTRIBUTE, declared_ends
 from lowrank.models.config import ModelConfig
 from lowrank.models.config_numbers import check_numbers
@@ -72,7 +72,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
             if not tokenizer.chat_template:
                 tokenizer.chat_template = _template_of_processor(locate(config.path), config.revision)
             limits = config.image_max_pixels, config.image_min_pixels
-            attach(tokenizer, PictureProcessor(locate(config.path), config.revision, tokenizer, *limits))
+            attach(tokenizer, MediaProcessor(locate(config.path), config.revision, tokenizer, *limits))
             return tokenizer
         except LowrankError:
             raise

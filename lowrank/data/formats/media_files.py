@@ -1,0 +1,135 @@
+"""The files of media that rows name: a path within their folder, bytes, base64, or what `datasets` keeps. Nothing is
+ever fetched."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank.data.formats.columns import RowProblem, beginning, describe
+from lowrank.data.sources.places import shown
+from lowrank.errors import DataError
+from lowrank.media.audio import examine_audio, read_audio_file
+from lowrank.media.decoding import decoded, examine, from_pillow, read_file
+from lowrank.records import Audio, Medium, Picture
+
+_DATA_URL = re.compile(r"data:(?:image|audio)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-9=.+-]+)?;base64,", re.ASCII)
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
+_ONE = {"image": "a picture", "audio": "a sound"}
+"""What people call one of a kind."""
+_COLUMN = {"image": "images", "audio": "audios"}
+_HOLDERS = ("bytes", "base64", "path", "image", "audio", "url")
+_READ: dict[str, Callable[[Path, str], bytes]] = {"image": read_file, "audio": read_audio_file}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the files of media are: `own`, that of the data's file (None: it has none, and paths are the person's own),
+    or `media`, which the settings name."""
+
+    own: Path | None = None
+    media: Path | None = None
+
+
+def medium_of(value: Any, kind: str, folders: Folders, *, decode: bool = False) -> Medium:
+    """What a part or a column of a kind holds, decoded as well if asked. RowProblem for what is none."""
+    try:
+        return picture_of(value, folders, decode=decode) if kind == "image" else _audio_of(value, folders, decode)
+    except RowProblem:
+        raise
+    except DataError as error:
+        raise RowProblem(str(error)) from error
+
+
+def picture_of(value: Any, folders: Folders, *, decode: bool = False) -> Picture:
+    """A picture of a path, bytes, base64, what `datasets` keeps, or of Pillow's. RowProblem for anything else, and for
+    what is none."""
+    value = from_pillow(value) if hasattr(value, "getexif") else value
+    try:
+        data, path, name = _bytes_of(value, "image", folders)
+        picture = examine(data, name, path)
+        if decode:
+            decoded(picture)
+        return picture
+    except RowProblem:
+        raise
+    except DataError as error:
+        raise RowProblem(str(error)) from error
+
+
+def _audio_of(value: Any, folders: Folders, decode: bool) -> Audio:
+    if isinstance(value, Mapping) and value.get("array") is not None:
+        raise RowProblem(
+            "wrong type for audios: samples without their file; keep the file instead (of `datasets`: "
+            "cast_column(name, Audio(decode=False)))"
+        )
+    data, path, name = _bytes_of(value, "audio", folders)
+    return examine_audio(data, name, path, decode=decode)
+
+
+def _bytes_of(value: Any, kind: str, folders: Folders) -> tuple[bytes, str | None, str]:
+    """(bytes, the file they are from, a name for people)."""
+    one = _ONE[kind]
+    if isinstance(value, Mapping):
+        key = next((key for key in _HOLDERS if value.get(key)), None)
+        if key is None:
+            raise RowProblem(f"{one} is missing: there is nothing in {describe(value)}")
+        held = value[key]
+        if key in ("bytes", "base64") and isinstance(held, str) and not _DATA_URL.match(held):
+            return _of_base64(held, one), None, f"{one} in the row"
+        return _bytes_of(held, kind, folders)
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value), None, f"{one} in the row"
+    if hasattr(value, "getexif"):  # Pillow's, from Python
+        return from_pillow(value), None, f"{one} in the row"
+    if not isinstance(value, str):
+        raise RowProblem(f"wrong type for {_COLUMN[kind]}: expected a path, bytes or base64, got {describe(value)}")
+    if match := _DATA_URL.match(value):
+        return _of_base64(value[match.end() :], one), None, f"{one} in the row"
+    if value.startswith("data:"):
+        raise RowProblem(f"wrong type for {_COLUMN[kind]}: {beginning(value)} is no data:{kind}/...;base64,")
+    if _URL.match(value) and not value.startswith("file://"):
+        raise RowProblem(
+            f"{one} behind a URL: {shown(value)}; lowrank fetches nothing that data names: download it, and name "
+            "the file"
+        )
+    if len(value) > 255 and _BASE64.fullmatch(value):
+        return _of_base64(value, one), None, f"{one} in the row"
+    path = _placed(value.removeprefix("file://"), one, folders)
+    return _READ[kind](path, shown(path)), str(path), shown(path)
+
+
+def _of_base64(text: str, one: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowProblem(f"{one.replace('a ', 'a broken ', 1)}: its base64 cannot be read ({error})") from error
+
+
+def _placed(name: str, one: str, folders: Folders) -> Path:
+    """The file that a row names, within the folder that the person named or the data's own."""
+    if "\0" in name:
+        raise RowProblem(f"{one} is missing: its path has a zero byte in it")
+    root = folders.media or folders.own
+    path = Path(name)
+    if root is None:
+        return path
+    whole = Path(_normal(root.absolute() / path))
+    inside = _normal(root.absolute())
+    if whole != Path(inside) and Path(inside) not in whole.parents:
+        raise RowProblem(
+            f"{one} outside of the data's folder: {shown(name)} is not in {shown(root)}; set `media_dir` of the "
+            f"dataset to the folder that holds its {'pictures' if one == 'a picture' else 'sounds'}"
+        )
+    return whole
+
+
+def _normal(path: Path) -> str:
+    return os.path.normpath(path)
