@@ -113,6 +113,8 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
     if isinstance(wanted, str):  # PEFT: what is copied is no target; named as both, it is for the bank to refuse
         chosen -= set(copies)
     problems = _unmatched(config, modules, chosen, parameters, fused)
+    if config.freeze_language_model and not parts.has_tower:
+        problems = ["freeze_language_model: true: this base is a language model alone, so nothing is left to adapt"]
     raise_all(ModelError, "adapter: some names match no layer of this model", problems)
     notices = [_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None]
     notices += _reaching_nothing(config, {parts.of(name) for name in chosen})

@@ -209,5 +209,5 @@ def _beginning(data: bytes) -> str:
 
 
 def _text(error: Exception) -> str:
-    said = " ".join(str(error).split()).removeprefix("Error opening ")
-    return re.sub(r"<_io\.BytesIO[^>]*>: ", "", said)[:200] or type(error).__name__
+    message = " ".join(str(error).split()).removeprefix("Error opening ")
+    return re.sub(r"<_io\.BytesIO[^>]*>: ", "", message)[:200] or type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from typing import Any
 
@@ -68,7 +68,21 @@ def prepare_all(
         notify_all(described)
         raise
     notify_all(text for text, job, cut, own in zip(described, jobs, within, data) if _concerns(job, cut, own))
+    notify_all(_settings_of_media(jobs, model, data))
     return data
+
+
+def _settings_of_media(jobs: Sequence[JobConfig], model: ModelConfig, data: Sequence[Prepared]) -> Iterator[str]:
+    """Settings of pictures and sounds where no row has any."""
+    if any(job.data.streaming for job in jobs):  # whose rows are not known yet
+        return
+    if not any("image" in own.media_kinds for own in data):
+        for name in ("image_max_pixels", "image_min_pixels"):
+            if getattr(model, name) != type(model).model_fields[name].default:
+                yield f"model.{name} has no effect: no row has pictures"
+    for job, own in zip(jobs, data):
+        if job.data.check_pictures != "header" and not own.media_kinds:
+            yield f"data.check_pictures: {job.data.check_pictures} has no effect: no row has pictures or sounds"
 
 
 def _within_reach(job: JobConfig, reach: int | None) -> JobConfig:

@@ -140,3 +140,10 @@ def test_a_thawed_part_that_no_target_is_in_is_named(targets: Any) -> None:
     assert missed is not None
     assert "adapter.freeze_vision_tower: false has no effect" in missed
     assert find_targets(model, Lora(target_modules=targets)).missed is None
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_a_frozen_language_model_without_a_tower_leaves_nothing(targets: Any) -> None:
+    config = Lora(target_modules=targets, freeze_language_model=True, freeze_vision_tower=False)
+    with pytest.raises(ModelError, match="freeze_language_model: true: this base is a language model alone"):
+        find_targets(make_model("llama"), config)

@@ -139,11 +139,11 @@ def test_channels_and_rates() -> None:
     data = in_format("WAV", np.stack([tone, tone * 0.5], axis=1), 44_100, "FLOAT")
     audio = examine_audio(data, "x")
     assert audio.notes == ("have several channels, and are heard as their mean",)
-    heard = decoded_audio(audio, 16_000)
-    assert heard.dtype == np.float32
-    assert len(heard) == resampled_length(audio, 16_000) == 16_000
+    found = decoded_audio(audio, 16_000)
+    assert found.dtype == np.float32
+    assert len(found) == resampled_length(audio, 16_000) == 16_000
     wanted = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000) * 0.3
-    assert np.abs(heard - wanted)[200:-200].max() < 1e-4
+    assert np.abs(found - wanted)[200:-200].max() < 1e-4
     odd = examine_audio(in_format("WAV", NOISE[:777], 11_025), "x")
     assert len(decoded_audio(odd, 16_000)) == resampled_length(odd, 16_000)
 

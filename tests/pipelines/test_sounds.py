@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowrank.compat import load_any
 
+from lowrank.compat import load_any
 from lowrank.config import RunConfig
 from lowrank.data.config import SourceConfig
 from lowrank.errors import DataError
 from lowrank.generate.request import GenerationConfig
+from lowrank.models.loading.tokenizer import load_tokenizer
+from lowrank.pipelines.job_data import prepare_all
 from lowrank.pipelines.predict import PredictRequest, predict
 from lowrank.pipelines.train import train
 from tests.pipelines.test_train import Stopper, run, weights
@@ -120,7 +122,31 @@ def test_answers_about_sounds_are_refused_in_words(world: Path, tmp_path: Path) 
         str(world / "model"), (SourceConfig(path=str(world / "audio.json"), max_samples=2),), tmp_path / "out",
         metrics=("exact_match",), sampling=GenerationConfig(max_new_tokens=3), perplexity=False,
     )  # fmt: skip
-    said: list[str] = []
-    result, _ = predict(request, lambda _: contextlib.nullcontext(lambda done, total: None), said.extend)
+    notices: list[str] = []
+    result, _ = predict(request, lambda _: contextlib.nullcontext(lambda done, total: None), notices.extend)
     assert result["unanswered"] == {"base": 2}
-    assert any("is not asked about sounds here: they are only trained on so far" in each for each in said), said
+    assert any("is not asked about sounds here: they are only trained on so far" in each for each in notices), notices
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"model": {"image_max_pixels": 1000}}, ["model.image_max_pixels has no effect: no row has pictures"]),
+        ({"model": {"image_min_pixels": 9}}, ["model.image_min_pixels has no effect: no row has pictures"]),
+        (
+            {"data": {"check_pictures": "decode"}},
+            ["data.check_pictures: decode has no effect: no row has pictures or sounds"],
+        ),
+        ({}, []),
+    ],
+)
+def test_settings_of_media_without_media(given: dict[str, Any], expected: list[str]) -> None:
+    """A text base and its rows."""
+    config = RunConfig(
+        model={"path": "lowrank/tiny", **given.get("model", {})},  # type: ignore[arg-type]
+        data={"train": ["lowrank/demo"], "max_samples": 8, **given.get("data", {})},  # type: ignore[arg-type]
+        output_dir="out",
+    )
+    received: list[Any] = []
+    prepare_all(config.jobs, config.model, load_tokenizer(config.model), received.append, strict=False)
+    assert [each.text for each in received if "no effect" in each.text] == expected

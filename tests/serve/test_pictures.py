@@ -254,7 +254,7 @@ def test_a_base_without_a_tower_says_so() -> None:
 
 def test_a_base_in_the_padded_layout_says_why(tmp_path: Path) -> None:
     with serving(seeing(tmp_path, "gemma3")) as running:
-        with pytest.raises(openai.BadRequestError, match="cannot be shown pictures"):
+        with pytest.raises(openai.BadRequestError, match="cannot be given pictures"):
             answer(running, messages_of("Which?", url(drawn(0))))
         assert answer(running, messages_of("Which?")).choices[0].message.content is not None
 
