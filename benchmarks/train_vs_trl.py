@@ -35,6 +35,9 @@ LEARNING_RATE = 2e-4
 WARMUP_STEPS = 1
 """Steps of each run that are not counted: kernels are compiled, memory is taken for the first time."""
 
+INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+"""What holds a processor down to what others have, for both sides."""
+
 TRL_PACKED = {
     "packing": True,
     "per_device_train_batch_size": 1,
@@ -65,6 +68,8 @@ def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str
         "trl_default": {**trl, "steps": batched, "packed": False, "arguments": size},
         "lowrank_plain_heap": {**ours, "steps": packed, "keep_freed_memory": False},
     }
+    if options.dtype == "float32":
+        found["lowrank_bf16_storage"] = {**ours, "steps": packed, "storage": "bf16"}
     if options.device == "cuda" and importlib.util.find_spec("unsloth"):
         without = {key: value for key, value in trl_packed.items() if key != "model_init_kwargs"}
         found["unsloth"] = {"program": "contender_unsloth", "steps": packed, "packed": True, "arguments": without}
@@ -133,7 +138,9 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     """What the issue of this benchmark is, each with its name."""
     made = {}
     pairs = [("lowrank", "trl_packed"), ("lowrank", "trl_default"), ("lowrank_same_rows", "trl_default")]
-    for ours, theirs in [*pairs, ("lowrank", "lowrank_plain_heap"), ("lowrank", "unsloth")]:
+    pairs += [("lowrank", "lowrank_plain_heap"), ("lowrank", "unsloth")]
+    pairs += [("lowrank_bf16_storage", "lowrank"), ("lowrank_bf16_storage", "trl_packed")]
+    for ours, theirs in pairs:
         if ours in found and theirs in found:
             for key in ("tokens_per_second", "tokens_per_cpu_second", "peak_memory_bytes"):
                 made[f"{ours} / {theirs}: {key}"] = found[ours][key] / found[theirs][key]
@@ -200,6 +207,7 @@ def result_of(
             "rank": RANK,
             "dtype": options.dtype,
             "layers": options.layers,
+            "instructions": {name: os.environ[name] for name in INSTRUCTIONS if name in os.environ},
             "tokens_per_step": options.tokens,
             "rows_per_step": options.rows_per_step,
             "steps": options.steps,
@@ -227,6 +235,8 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     device = result["machine"].get("gpu", cpu_name())
     device = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-")
     suffix = f"_{options.threads}-threads" if options.device == "cpu" else ""
+    suffix += f"_{options.layers}-layers" if options.layers else ""
+    suffix += "_".join(["", options.dtype, *(os.environ[name] for name in INSTRUCTIONS[:1] if name in os.environ)])
     stem = options.results / f"train_vs_trl_{device}{suffix}_{result['date'][:10]}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -237,7 +247,8 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everyone = ["lowrank", "trl_packed", "lowrank_same_rows", "trl_default", "lowrank_plain_heap", "unsloth"]
+    everyone = ["lowrank", "trl_packed", "lowrank_same_rows", "trl_default", "lowrank_plain_heap"]
+    everyone += ["lowrank_bf16_storage", "unsloth"]
     parser.add_argument("--data", type=Path, help="an alpaca json file; without it rows are synthesised")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender")

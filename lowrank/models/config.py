@@ -22,8 +22,8 @@ class ModelConfig(Settings):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     storage: StorageConfig = Field(default_factory=dict)  # type: ignore[assignment]  # validated into a Config
-    """How the frozen weights are kept: dense (in the run's dtype), or packed as they load: nf4 (QLoRA), fp4, int8,
-    eetq, hqq. For a checkpoint that is quantized already, leave it out."""
+    """How the frozen weights are kept: dense (in the run's dtype), bf16 (under a run in float32, half its memory), or
+    packed as they load: nf4 (QLoRA), fp4, int8, eetq, hqq. For a checkpoint that is quantized already, leave it out."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     """What the base computes in. auto: bfloat16 where the processor has it in hardware, else float32."""
     device: str = "auto"

@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import choose_device, choose_dtype
 from lowrank.planning.choose import TOKENS
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.placed import REPLICATED
@@ -64,7 +67,8 @@ def _storage(planner: Planner) -> Iterator[Any]:
     model = planner.memory.model
     if model.storage.type != "dense":
         return
-    for name in ("int8", "nf4"):
+    narrower = ("bf16",) if choose_dtype(model, choose_device(model)) == torch.float32 else ()
+    for name in (*narrower, "int8", "nf4"):
         config = configs_in("lowrank.models.storages").get(name)
         if config is not None:
             yield f"model.storage: {name}", _with_model(model.model_copy(update={"storage": config(type=name)}))  # pyright: ignore[reportCallIssue]

@@ -225,6 +225,16 @@ def test_settings_are_checked() -> None:
     assert isinstance(ModelConfig(path="x").storage, DenseConfig)
 
 
+def test_bf16_under_float32_keeps_every_value_of_a_bf16_checkpoint() -> None:
+    linear_OD = linear(48, 64, torch.bfloat16)
+    layer = STORAGES["bf16"]().wrap(copy.deepcopy(linear_OD).float())
+    assert layer.narrow.dtype == torch.bfloat16
+    assert layer.dense_weight().dtype == torch.float32
+    assert torch.equal(layer.dense_weight(), linear_OD.weight.float())
+    x_TD = torch.randn(5, 64)
+    assert torch.equal(layer(x_TD), nn.functional.linear(x_TD, linear_OD.weight.float(), linear_OD.bias.float()))
+
+
 def test_eetq_quantizes_as_eetq_does() -> None:
     """Codes and scales that EETQ's own `symmetric_quantize` gave (tests/models/prequantized/make_fixtures.py)."""
     theirs = load_file(Path(__file__).parent / "eetq_quantized.safetensors")

@@ -205,6 +205,21 @@ def test_changes_are_offered_that_make_it_fit(tmp_path: Path) -> None:
     assert any(text.startswith("model.activation_checkpointing: ") for text in found), found
 
 
+def test_float32_is_offered_weights_of_half_the_size(tmp_path: Path) -> None:
+    """Only where the run computes in float32, and before what rounds weights."""
+    for dtype, first in (("float32", "bf16"), ("bfloat16", "int8")):
+        model = folder_of("llama", tmp_path / dtype, hidden_size=256, num_hidden_layers=24, intermediate_size=2048)
+        memory = StepMemory(model.model_copy(update={"dtype": dtype}), planned(LoraConfig(rank=4)))
+        planner = planner_with(memory, 200 << 20)
+        plan = planner.plan(64, "none")
+        planner.machine = Machine(int(plan.peak / 1.02), 1 << 40)
+        plan = planner.plan(64, "none")
+        assert not plan.fits
+        settings = {"activation_checkpointing": "auto", "micro_batch_tokens": "auto", "max_length": 64}
+        (storage,) = [text for text in changes_that_fit(planner, plan, settings) if text.startswith("model.storage")]
+        assert storage.startswith(f"model.storage: {first} would make it fit")
+
+
 def test_reach(tmp_path: Path) -> None:
     memory = StepMemory(folder_of("llama", tmp_path, max_position_embeddings=32768), planned(LoraConfig(rank=4)))
     planner = planner_with(memory, 200 << 20)
