@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lowrank.pipelines import memory_plan
 from lowrank.third_party import code_allowed
+from tests.plans import EVERY_TIME, once_for_each_kind
+
+_PLANNED = once_for_each_kind()
 
 pytest_plugins = ["tests.processor_time"]
 
@@ -38,6 +42,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from or written to the cache of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plans(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs of one kind share a memory plan (tests/plans.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.startswith(EVERY_TIME):
+            patch.setattr(memory_plan, "_plan", _PLANNED)
         yield
 
 

@@ -81,8 +81,9 @@ class StepMemory:
         """The longest document the model was made for, where its config.json says."""
         self._simulations: dict[tuple[int, ...] | None, Simulation] = {}
         self._traces: dict[Any, StepTrace] = {}
+        self._known_layout: str | None = None
         first = self._simulation(self.cores()[0])  # with one layer of each kind: no other can refuse the boundaries
-        self.layout = first.base.layout
+        self.layout = self._known_layout = first.base.layout
         self.work: StepSegments = heaviest_lane(work_of(first.slots, self.jobs), lanes)
 
     def heaviest_batch(self, micro_batch_tokens: int, work: StepSegments | None = None) -> Heaviest:
@@ -154,7 +155,7 @@ class StepMemory:
 
     def _simulation(self, core: tuple[int, ...] | None) -> Simulation:
         if core not in self._simulations:
-            self._simulations[core] = Simulation(self.model, self.config, self.jobs, core)
+            self._simulations[core] = Simulation(self.model, self.config, self.jobs, core, self._known_layout)
         return self._simulations[core]
 
     def _trace(self, core: tuple[int, ...] | None, heaviest: Heaviest, activation_checkpointing: str) -> StepTrace:

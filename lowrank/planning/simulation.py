@@ -126,13 +126,21 @@ class _Peaks:
 class Simulation:
     """The base, with all or some of its decoder layers, and the jobs of a run, on fake tensors."""
 
-    def __init__(self, model: ModelConfig, config: Any, jobs: Sequence[PlannedJob], keep: Sequence[int] | None) -> None:
-        """`config` is the model's config.json (`read_config`), `keep` the decoder layers to keep; None: all."""
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: Any,
+        jobs: Sequence[PlannedJob],
+        keep: Sequence[int] | None,
+        layout: str | None = None,
+    ) -> None:
+        """`config` is the model's config.json (`read_config`), `keep` the decoder layers to keep; None: all. `layout`
+        of the batches, where another simulation of this model has found it out."""
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
         self._device = choose_device(model)
         with self._mode, self._live, fake_copies():
-            self.base = self._build(model, config, jobs, keep)
+            self.base = self._build(model, config, jobs, keep, layout)
             self._base_bytes = self._live.now + self._packed
             plain = self.base.layout == "packed" and self.base.shift_attn is None and self.base.layer_wrapper is None
             self._engine = Engine(self.base, Bank(self.base), 1, shares_prompts=plain)
@@ -142,7 +150,12 @@ class Simulation:
         self._optimizer_bytes: int | None = None
 
     def _build(
-        self, settings: ModelConfig, config: Any, jobs: Sequence[PlannedJob], keep: Sequence[int] | None
+        self,
+        settings: ModelConfig,
+        config: Any,
+        jobs: Sequence[PlannedJob],
+        keep: Sequence[int] | None,
+        layout: str | None,
     ) -> Base:
         model, wrapper = skeleton(settings, config, self._device)
         if keep is not None:
@@ -154,8 +167,8 @@ class Simulation:
         spread_evenly(model)  # the test below is a pass already
         base = Base(model, None, settings.path, settings.revision)
         base.layer_wrapper = wrapper
-        base.settle("packed")
-        if settings.attention == "padded" or not self._takes_boundaries(base):
+        base.settle(layout or "packed")
+        if layout is None and (settings.attention == "padded" or not self._takes_boundaries(base)):
             base.settle("padded")
         base.shift_attn = settings.shift_attn
         return base

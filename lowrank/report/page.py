@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
+@cache  # to compile the page takes longer than to fill it in
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lowrank.report", ""),
