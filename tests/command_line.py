@@ -24,6 +24,10 @@ import gc, os, sys, traceback
 import datasets, matplotlib.pyplot, transformers.models.llama.modeling_llama
 import lowrank.cli.train, lowrank.cli.warm, lowrank.pipelines.train
 from lowrank.cli.main import main
+from lowrank.pipelines import memory_plan
+from tests.plans import PLANS, once_for_each_kind
+
+memory_plan._plan = once_for_each_kind(os.environ[PLANS])
 
 def obey(order):
     if order["session"]:

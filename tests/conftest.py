@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,7 @@ import pytest
 
 from lowrank.pipelines import memory_plan
 from lowrank.third_party import code_allowed
-from tests.plans import EVERY_TIME, once_for_each_kind
-
-_PLANNED = once_for_each_kind()
+from tests.plans import EVERY_TIME, PLANS, once_for_each_kind
 
 pytest_plugins = ["tests.processor_time"]
 
@@ -45,12 +44,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _plan_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all workers, and for the processes they fork (tests/command_line.py)."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "plans"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLANS, str(folder))
+        yield folder
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _plans(request: pytest.FixtureRequest) -> Iterator[None]:
+def _plans(request: pytest.FixtureRequest, _plan_folder: Path) -> Iterator[None]:
     """Runs of one kind share a memory plan (tests/plans.py)."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.module.__name__.startswith(EVERY_TIME):
-            patch.setattr(memory_plan, "_plan", _PLANNED)
+            patch.setattr(memory_plan, "_plan", once_for_each_kind(_plan_folder))
         yield
 
 

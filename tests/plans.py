@@ -1,38 +1,50 @@
 """Runs in tests are planned once for each kind of run: a memory plan traces steps on fake tensors, which takes longer
 than the few steps of a tiny model.
 
-What a plan may refuse is still asked every time; tests/planning and those named below plan every run.
+What a plan may refuse is still asked every time, and the modules named below plan every run. Plans lie in a folder
+that pytest's workers and the processes they fork share.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank.checkpoints.atomic import write_text
 from lowrank.config import RunConfig
 from lowrank.data.prepare import Prepared
 from lowrank.models.layer_wrappers import saved_wrapper
 from lowrank.pipelines import memory_plan
+from lowrank.planning.memory import StepBytes
+from lowrank.planning.plan import Plan
 from lowrank.planning.simulation import read_config
 
 EVERY_TIME = ("tests.planning", "tests.search", "tests.test_model_settings")
 """Test modules, or packages of them, whose runs are all planned."""
+PLANS = "LOWRANK_TESTS_PLANS"
+"""The environment variable that names the folder of plans."""
 
 
-def once_for_each_kind() -> Callable[[RunConfig, Sequence[Prepared]], Any]:
+def once_for_each_kind(folder: str | Path) -> Callable[[RunConfig, Sequence[Prepared]], Any]:
     """What stands in for `memory_plan._plan`."""
-    plan, known = memory_plan._plan, dict[str, Any]()
+    plan = memory_plan._plan
 
     def planned(config: RunConfig, data: Sequence[Prepared]) -> Any:
         kind = _kind(config, data)
-        if kind in known:
+        if kind is None:
+            return plan(config, data)
+        file = Path(folder, hashlib.sha256(kind.encode()).hexdigest() + ".json")
+        if file.exists():
             memory_plan.planned_jobs(config, data)
-            return None, known[kind]
+            saved = json.loads(file.read_text())
+            return None, Plan(StepBytes(**saved.pop("step")), **saved)
         found = plan(config, data)
-        if kind is not None and not isinstance(found, Exception) and found[1].fits:
-            known[kind] = found[1]
+        if not isinstance(found, Exception) and found[1].fits:
+            saved = found[1].as_dict()
+            write_text(file, json.dumps({key: value for key, value in saved.items() if key not in ("peak", "fits")}))
         return found
 
     return planned
@@ -54,11 +66,12 @@ def _kind(config: RunConfig, data: Sequence[Prepared]) -> str | None:
             job.objective.model_dump(mode="json"),
             job.optimizer.type,
             job.freeze.model_dump(mode="json"),
-            job.neftune_noise_alpha,
-            bool(own.train.heaviest_step()[0].media),
+            job.neftune_noise_alpha is None,
+            any(segment.media for segment in own.train.heaviest_step()),
         ]
         for job, own in zip(config.jobs, data)
     ]
     model = config.model.model_dump(mode="json", exclude={"path"})
     settings = [config.micro_batch_tokens, config.lanes, config.devices, config.base, config.shard_size]
-    return json.dumps([Path(config.model.path).name, base.to_dict(), model, settings, jobs], sort_keys=True, default=str)
+    given = [Path(config.model.path).name, base.to_dict(), model, settings, jobs]
+    return json.dumps(given, sort_keys=True, default=str)
