@@ -42,6 +42,22 @@ def train_arguments(file: Path, strict: bool) -> list[str]:
     return [*arguments, "--allow-code"] if code_is_allowed() else arguments
 
 
+def start_process(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """`lowrank <arguments>`, its output in a pipe, what else it says in a file."""
+    with log.open("w", encoding="utf-8") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lowrank", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            start_new_session=True,  # the terminal's Ctrl-C is the parent's to hand on
+        )
+
+
 @dataclass
 class Child:
     """One process. `name`: what people call it; `folder`: its run folder; `log`: what it says beside its events."""
@@ -62,18 +78,7 @@ class Child:
     def start(self, lines: queue.Queue[tuple[Child, str | None]]) -> None:
         """Run `lowrank <words>`; each line of its events, and None at its end, is put into `lines`."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "lowrank", *self.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                env={**os.environ, **self.environment},
-                start_new_session=True,  # the terminal's Ctrl-C is the parent's to hand on
-            )
+        self.process = start_process(self.arguments, self.log, {**os.environ, **self.environment})
         threading.Thread(target=self._read, args=(lines,), daemon=True, name=f"lowrank-{self.name}").start()
 
     def _read(self, lines: queue.Queue[tuple[Child, str | None]]) -> None:

@@ -24,6 +24,7 @@ from lowrank.report.events import Event, RunFinished, StepDone
 from lowrank.report.reporters.metrics import read_metrics
 from tests.checkpoint_folder import write_alpaca
 from tests.command_line import lowrank
+from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import make_world, weights
 from tests.pipelines.live_runs import settings as live_settings
 
@@ -80,11 +81,13 @@ def losses(out: Path) -> list[Any]:
 
 def test_a_rank_is_killed_and_one_process_goes_on(world: Path, tmp_path: Path) -> None:
     """All end in seconds with its words; what one process makes of the checkpoint is the straight run's, to the bit."""
-    killing = At(8, lambda: process_of(1).kill())
-    with pytest.raises(ProcessesFailed, match=r"^rank 1: it was killed \(SIGKILL\)$"):
-        train(RunConfig(**settings(world, tmp_path / "two", devices=2)), reporters=[killing])
+    with forked_processes() as ranks:
+        killing = At(8, lambda: next(rank for rank in ranks if rank.environment["RANK"] == "1").kill())
+        with pytest.raises(ProcessesFailed, match=r"^rank 1: it was killed \(SIGKILL\)$"):
+            train(RunConfig(**settings(world, tmp_path / "two", devices=2)), reporters=[killing])
     assert time.monotonic() - killing.at < 60, "loaded machines are slow, a time limit is hours"
-    assert not [child for child in psutil.Process().children(recursive=True) if "RANK" in child.environ()]
+    assert len(ranks) == 2
+    assert None not in [rank.returncode for rank in ranks]
     assert sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir()) >= ["step-000006"]
 
     resumed = train(RunConfig(**settings(world, tmp_path / "two", resume=True)))

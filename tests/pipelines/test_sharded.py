@@ -13,6 +13,7 @@ from lowrank.checkpoints.orders import answers, send
 from lowrank.config import RunConfig
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.train import train as train_here
+from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import Orders, make_world, weights
 from tests.pipelines.sharded_runs import align, on_ranks
 from tests.pipelines.test_ranks import losses, settings
@@ -41,7 +42,8 @@ def same(one: Path, other: Path) -> None:
 
 def test_nf4_in_two_parts_gives_the_bits_of_the_whole(world: Path, tmp_path: Path) -> None:
     """LoRA with dropout, and DoRA, whose norm reads the frozen weights after each step."""
-    train(RunConfig(**sharded(world, tmp_path / "two", devices=2, base="sharded")))
+    with forked_processes():
+        train(RunConfig(**sharded(world, tmp_path / "two", devices=2, base="sharded")))
     train_here(RunConfig(**sharded(world, tmp_path / "one", lanes=2)))
     same(tmp_path / "two", tmp_path / "one")
 

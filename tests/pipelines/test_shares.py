@@ -27,6 +27,7 @@ from lowrank.pipelines.shares import SharesFailed, device_environment
 from lowrank.pipelines.train import train as train_here
 from lowrank.report.event_lines import as_event, as_line, decode, encode
 from lowrank.report.events import CheckpointSaved, Event, RunFinished, RunStarted, StepDone
+from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import make_world, weights
 from tests.report.event_stream import run_events
 
@@ -79,7 +80,8 @@ def test_a_share_is_killed_and_started_again(world: Path, tmp_path: Path) -> Non
     config = RunConfig(**given)
     theirs = {job.name for job in config.jobs[1::2]}
     killing = Acts(kill, theirs)
-    with pytest.raises(SharesFailed, match=r"share 2/2: it was killed \(SIGKILL\)\nThe other shares are whole"):
+    killed = r"share 2/2: it was killed \(SIGKILL\)\nThe other shares are whole"
+    with pytest.raises(SharesFailed, match=killed), forked_processes():
         train(config, reporters=[killing])
     assert dealt(out) == (2, {job.name: 1 + (job.name in theirs) for job in config.jobs})
     half = json.loads((out / "summary.json").read_text())
@@ -87,7 +89,8 @@ def test_a_share_is_killed_and_started_again(world: Path, tmp_path: Path) -> Non
     assert half["interrupted"]
 
     heard = Acts(lambda: None, set())
-    summary = train(RunConfig(**given, resume=True), reporters=[heard])
+    with forked_processes():
+        summary = train(RunConfig(**given, resume=True), reporters=[heard])
     assert not summary["interrupted"]
     assert list(summary["jobs"]) == [job.name for job in config.jobs]
     assert {job["finished"] for job in summary["jobs"].values()} == {"done"}
