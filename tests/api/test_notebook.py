@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOK = ROOT / "examples/quickstart.ipynb"
 SHORTER = {"max_steps=15": "max_steps=3", "max_steps=40": "max_steps=4", "eval_steps=20": "eval_steps=2"}
-SHORTER |= {"max_steps=50": "max_steps=6", "max_samples=20": "max_samples=4"}
+SHORTER |= {"max_steps=50": "max_steps=6", "max_samples=20": "max_samples=4", "max_steps=5,": "max_steps=2,"}
+SHORTER |= {'"batch_size": 8}': '"batch_size": 8, "max_samples": 32}'}
 
 
 def code_cells(notebook: Any) -> list[Any]:
@@ -45,6 +46,8 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for cell in code_cells(notebook):
         for was, shorter in SHORTER.items():
             cell.source = cell.source.replace(was, shorter)
+    sources = "\n".join(cell.source for cell in code_cells(notebook))
+    assert [shorter for shorter in SHORTER.values() if shorter not in sources] == [], "the notebook says it otherwise"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     nbclient.NotebookClient(
