@@ -9,7 +9,7 @@ from lowrank import __version__
 from lowrank.pipelines.processes import Child
 
 
-def said(child: Child) -> list[str]:
+def lines_of(child: Child) -> list[str]:
     """The lines that it has written until it ended."""
     lines: queue.Queue[tuple[Child, str | None]] = queue.Queue()
     child.start(lines)
@@ -23,10 +23,10 @@ def said(child: Child) -> list[str]:
 
 def test_what_it_writes_and_how_it_ends(tmp_path: Path) -> None:
     good = Child("rank 0", ["--version"], tmp_path, tmp_path / "logs" / "0.log", {})
-    (line,) = said(good)
+    (line,) = lines_of(good)
     assert __version__ in line
     assert (good.code, good.output_lines()) == (0, [])
     bad = Child("rank 1", ["--versio"], tmp_path, tmp_path / "logs" / "1.log", {})
-    assert said(bad) == []
+    assert lines_of(bad) == []
     assert bad.code == 2
     assert "--versio" in bad.stderr_tail()
