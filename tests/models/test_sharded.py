@@ -20,7 +20,7 @@ from lowrank.errors import ModelError
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import decoder_layers
 from lowrank.models.loading import pretrained
-from lowrank.models.loading.quantize_on_load import LayersArriving
+from lowrank.models.loading.layers_arriving import LayersArriving
 from lowrank.models.placement import Whole
 from lowrank.models.sharded import Sharded
 from tests.checkpoint_folder import save_checkpoint_folder

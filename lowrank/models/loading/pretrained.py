@@ -22,8 +22,9 @@ from lowrank.models.config_numbers import check_stored
 from lowrank.models.freezing import train_everything, train_only
 from lowrank.models.loading import kind
 from lowrank.models.loading.checkpoint_files import checkpoint_files, stored_tensors
+from lowrank.models.loading.layers_arriving import LayersArriving
 from lowrank.models.loading.model_class import model_class
-from lowrank.models.loading.quantize_on_load import LayersArriving, Packing, kept_dense, load_packed
+from lowrank.models.loading.quantize_on_load import Packing, kept_dense, load_packed
 from lowrank.models.loading.quantized_copies import find_copy
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import FILE_FAULTS as FILE_FAULTS

@@ -8,7 +8,6 @@ kinds of packed base come this way: one we quantize (model.storage), and one tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.errors import LowrankError, ModelError
-from lowrank.models.fused_experts import OF_ONE_EXPERT, Joined
-from lowrank.models.layers import decoder_layers, is_outside, language_model
+from lowrank.models.fused_experts import Joined
+from lowrank.models.layers import is_outside, language_model
 from lowrank.models.loading.checkpoint_files import StoredTensor, checkpoint_files, stored_tensors
 from lowrank.models.loading.expert_loading import (
     ExpertsToPack,
@@ -31,9 +30,11 @@ from lowrank.models.loading.expert_loading import (
     parameters_to_pack,
     with_packed_experts,
 )
+from lowrank.models.loading.layers_arriving import LayersArriving, put_packed
+from lowrank.models.loading.lazy_weights import PackedWeight, as_weights
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.plain_linear import is_plain_linear
-from lowrank.models.prequantized import Reader, by_linear
+from lowrank.models.prequantized import Reader
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import QuantizedStorage, is_skipped, weight_of
 
@@ -78,7 +79,7 @@ class Packing(QuantizationConfigMixin):
         """Take the weight of linear `name`: None if it is packed now, the tensor if it stays as it is."""
         linear = self.linears[name]
         try:
-            if isinstance(value, _PackedWeight):
+            if isinstance(value, PackedWeight):
                 bias = getattr(linear, "bias", None)
                 real = isinstance(bias, torch.Tensor) and not bias.is_meta
                 module = value.build(bias if real else None)
@@ -148,137 +149,6 @@ class Packing(QuantizationConfigMixin):
         self.problems.append(str(error) if name in str(error) else f"{name}: {error}")
 
 
-class LayersArriving:
-    """Notices when all weights of a decoder layer are there, while the loader goes through the checkpoint in the order
-    of its names, and hands the layer on."""
-
-    def __init__(self, arrived: Callable[[nn.Module], None]) -> None:
-        self._arrived = arrived
-        self._model: Any = None
-        self._waiting: list[tuple[str, nn.Module]] = []
-
-    def begin(self, model: Any) -> None:
-        """The model is on the meta device. ModelError if it has no stack of decoder layers."""
-        layers = decoder_layers(model)
-        if layers is None:
-            raise ModelError(
-                f"{type(model).__name__} has no stack of decoder layers that could be kept in parts; set base: "
-                "replicated"
-            )
-        names = {module: name for name, module in model.named_modules()}
-        self._model, self._waiting = model, [(names[layer], layer) for layer in layers]
-
-    def look(self, packing: Packing, at_the_end: bool = False) -> None:
-        """Hand on what is complete: the next layer, or at the end every one that is left."""
-        while self._waiting and _is_complete(packing, *self._waiting[0]):
-            self._hand_on(packing, self._waiting.pop(0))
-        if at_the_end:
-            for each in self._waiting:
-                if _is_complete(packing, *each):  # what is not, the loader is about to name
-                    self._hand_on(packing, each)
-
-    def _hand_on(self, packing: Packing, named: tuple[str, nn.Module]) -> None:
-        name, layer = named
-        _put_packed(packing, self._model, f"{name}.")
-        self._arrived(layer)
-
-
-def _is_complete(packing: Packing, name: str, layer: nn.Module) -> bool:
-    """Every parameter has its values, or is packed."""
-    for own, parameter in layer.named_parameters():
-        full = f"{name}.{own}"
-        if parameter.is_meta and full.rpartition(".")[0] not in packing.packed:
-            experts = packing.experts.get(full)
-            if experts is None or experts.done is None:
-                return False
-    return True
-
-
-def _put_packed(packing: Packing, model: Any, prefix: str = "") -> None:
-    """Packed layers whose names begin so take their places."""
-    for name in [each for each in packing.packed if each.startswith(prefix)]:
-        model.set_submodule(name, packing.packed.pop(name))
-    modules = {name: each for name, each in packing.modules_of_experts.items() if name.startswith(prefix)}
-    with_packed_experts(model, modules, packing.experts)
-    for name in modules:
-        del packing.modules_of_experts[name]
-
-
-class _Watched:
-    """A lazy tensor that is about to be read: what came before it is there."""
-
-    def __init__(self, tensor: Any, packing: Packing) -> None:
-        self._tensor, self._packing = tensor, packing
-        self.shape, self.dtype = getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
-
-    def __getitem__(self, index: Any) -> Any:
-        assert self._packing.layers_arriving is not None
-        self._packing.layers_arriving.look(self._packing)
-        return self._tensor[index]
-
-    def get_shape(self) -> list[int]:
-        """As safetensors' slices say it."""
-        return self._tensor.get_shape()
-
-
-class _PackedWeight:
-    """The tensors of one quantized linear, in the place of its weight. Passes through a loader untouched."""
-
-    def __init__(self, packing: Packing, name: str, tensors: Mapping[str, StoredTensor]) -> None:
-        self.packing, self.name, self.tensors = packing, name, tensors
-
-    def __getitem__(self, index: Any) -> _PackedWeight:
-        return self
-
-    def to(self, *where: Any, **options: Any) -> _PackedWeight:
-        """Cast and moved later."""
-        return self
-
-    def build(self, bias: torch.Tensor | None) -> Any:
-        """The layer. Raises ModelError naming the tensor and the file."""
-        reader = self.packing.reader
-        assert reader is not None
-        tensors = {suffix: stored.read() for suffix, stored in self.tensors.items()}
-        try:
-            return reader.build(self.name, tensors, bias, self.packing.dtype)
-        except LowrankError as error:
-            file = next(iter(self.tensors.values())).file
-            raise ModelError(f"{file}: {error}") from error
-
-
-class _UnpackedWeight(_PackedWeight):
-    """The same where no linear layer stands for it (an expert that is fused with others): dense when it is read."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.build(None).dense_weight().clone()[index]
-
-
-class _WeightOfExpert(_PackedWeight):
-    """The same where packed experts may take it as it is (expert_loading.OneByOne)."""
-
-    def dense(self) -> torch.Tensor:
-        """For whoever cannot."""
-        return self.build(None).dense_weight().clone()
-
-
-class _FusedWeight:
-    """All experts of a projection as one stored tensor, read one by one. Passes through a loader untouched."""
-
-    def __init__(self, packing: Packing, stored: StoredTensor) -> None:
-        self.packing, self.stored, self.shape = packing, stored, stored.shape
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.stored.rows(index, index + 1)[0].to(self.packing.dtype) if isinstance(index, int) else self
-
-    def to(self, *where: Any, **options: Any) -> _FusedWeight:
-        """Cast and moved later."""
-        return self
-
-    def dense(self) -> torch.Tensor:
-        """For an operation that wants it whole."""
-        return self.stored.read().to(self.packing.dtype)
-
-
 class _Quantizer(HfQuantizer):
     """transformers' extension point. Always on the fly in its eyes, also where the packing was done long ago."""
 
@@ -290,12 +160,12 @@ class _Quantizer(HfQuantizer):
         if packing.layers_arriving is not None:
             packing.layers_arriving.begin(model)
         if packing.storage is None and packing.reader is None:
-            packing.tensors.update(_as_weights(packing, packing.stored, model))
+            packing.tensors.update(as_weights(packing, packing.stored, model))
             return
         packing.linears.update(linears_to_pack(model, packing.storage))
         packing.modules_of_experts.update(experts_to_pack(model, packing.storage))
         packing.experts.update(parameters_to_pack(packing.modules_of_experts))
-        packing.tensors.update(_as_weights(packing, packing.stored, model))
+        packing.tensors.update(as_weights(packing, packing.stored, model))
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         """Whether `pack` is asked about it."""
@@ -319,7 +189,7 @@ class _Quantizer(HfQuantizer):
         packing: Packing = self.quantization_config
         if packing.layers_arriving is not None:
             packing.layers_arriving.look(packing, at_the_end=True)
-        _put_packed(packing, model)
+        put_packed(packing, model)
         self.remove_quantization_config(model)
         return model
 
@@ -383,31 +253,6 @@ def pack_in_place(model: Any, storage: StorageConfig) -> None:
             for index, weight in enumerate(model.get_parameter(name).detach()):
                 found.packed[index] = pack_matrix(storage, weight.t() if found.transposed else weight)
         with_packed_experts(model, experts, wanted)
-
-
-def _as_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -> dict[str, Any]:
-    """The checkpoint as if nothing in it were quantized: every packed linear has one `weight`."""
-    if packing.layers_arriving is not None:
-        watched = _lazy_weights(packing, stored, model)
-        return {name: _Watched(each, packing) for name, each in watched.items()}
-    return _lazy_weights(packing, stored, model)
-
-
-def _lazy_weights(packing: Packing, stored: dict[str, StoredTensor], model: Any) -> dict[str, Any]:
-    prefix = f"{model.base_model_prefix}."
-    if packing.reader is None:
-        fused = {name: _FusedWeight(packing, tensor) for name, tensor in stored.items()
-                 if {name, prefix + name, name.removeprefix(prefix)} & packing.experts.keys()}  # fmt: skip
-        return {**stored, **fused}
-    plain, linears = by_linear(packing.reader, stored)
-    found: dict[str, Any] = {name: stored[name] for name in plain}
-    for name, own in linears.items():
-        tensors = {suffix: stored[each] for suffix, each in own.items()}
-        there = {name, prefix + name, name.removeprefix(prefix)} & packing.linears.keys()
-        of_expert = bool(packing.experts) and OF_ONE_EXPERT.search(name) is not None
-        kind = _PackedWeight if there else _WeightOfExpert if of_expert else _UnpackedWeight
-        found[f"{name}.weight"] = kind(packing, name, tensors)
-    return found
 
 
 def load_packed(
