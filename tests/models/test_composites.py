@@ -134,7 +134,7 @@ def test_all_linear_says_what_it_leaves_out_and_a_tower_is_reached_by_name(tmp_p
     assert slot.missed == (
         "beside its language model this base has vision_tower (12 linear layers) for what is not text: all-linear "
         "leaves them as they are (adapter.freeze_vision_tower and freeze_multi_modal_projector: false reach those for "
-        "pictures)"
+        "pictures and sounds)"
     )
     named = bank.slots[bank.add(LoraConfig(rank=2, target_modules=r".*vision_tower.*q_proj"), seed=0)]
     assert [name.partition(".layers")[0] for name in named.ranks] == ["model.vision_tower.encoder"] * 2
