@@ -32,7 +32,7 @@ a prompt with another prompt's answer: nothing is learned from it, it is looked 
 
 @dataclass(frozen=True)
 class Media:
-    """The pictures and sounds of a segment.
+    """The pictures, videos and sounds of a segment.
 
     items     all of the document it is from, in order: a processor looks at a document as a whole
     spans     (first token, the one after the last) of what stands for each that is in the segment
@@ -101,7 +101,7 @@ class Segment:
     virtual: int = 0
     """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
     media: Media | None = None
-    """The pictures and sounds in it."""
+    """The pictures, videos and sounds in it."""
 
     def __len__(self) -> int:
         return len(self.token_L)

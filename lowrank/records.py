@@ -81,9 +81,45 @@ class Audio:
         return f"sound of {self.seconds:.1f} s"
 
 
-Medium = Union[Picture, Audio]  # noqa: UP007 (also read at run time, on Python 3.10)
+@dataclass(frozen=True)
+class Video:
+    """A video as its file has it, or as pictures; what it shows is decided by `digest` alone.
+
+    digest            of the file's bytes, or of its pictures
+    width, height     in pixels, as it is looked at
+    frames            how many there are
+    fps               of them in a second; None where data gives them one by one
+    path, data        where the bytes are: a file, or here
+    pictures          or its frames
+    """
+
+    kind: ClassVar[str] = "video"
+    digest: str
+    width: int
+    height: int
+    frames: int
+    fps: float | None = None
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """What of it is not shown as it is stored, in words."""
+    path: str | None = field(default=None, repr=False, compare=False)
+    data: bytes | None = field(default=None, repr=False, compare=False)
+    pictures: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        of_pictures = f"the video from {self.pictures[0].name}" if self.pictures else None
+        return self.path or of_pictures or f"the video {self.digest[:8]}"
+
+    @property
+    def shown(self) -> str:
+        """What it is, for people."""
+        return f"video of {self.frames} frames, {self.width} x {self.height}"
+
+
+Medium = Union[Picture, Video, Audio]  # noqa: UP007 (also read at run time, on Python 3.10)
 """What is shown or played with a text. `kind`: what chat templates call it."""
-KIND_NAMES = {"image": "pictures", "audio": "sounds"}
+KIND_NAMES = {"image": "pictures", "video": "videos", "audio": "sounds"}
 """What people call them."""
 
 
@@ -101,7 +137,7 @@ class Message:
     """What else the turn holds, handed to the chat template as it is: `tool_call_id` and `name` of a tool's result,
     `reasoning_content`, whatever the template reads."""
     media: tuple[tuple[int, Medium], ...] = ()
-    """Pictures and sounds at places in `content`, in their order: (characters of `content` before it, what it is)."""
+    """Pictures, videos and sounds at places in `content`, in order: (characters of `content` before it, what it is)."""
 
     @property
     def texts(self) -> list[str]:

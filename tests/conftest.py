@@ -12,7 +12,7 @@ from lowrank.pipelines import memory_plan
 from lowrank.third_party import code_allowed
 from tests.plans import EVERY_TIME, PLANS, once_for_each_kind
 
-pytest_plugins = ["tests.processor_time"]
+pytest_plugins = ["tests.torchvision_without_cuda", "tests.processor_time"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,7 +23,7 @@ def alone_loss(twin: Any, base: Any, segments: Sequence[Segment]) -> torch.Tenso
         if segment.media is not None:
             inputs = base.sight.processor.inputs(segment.media.items)
             given |= {
-                name: value.to(base.dtype) if value.is_floating_point() else value
+                name: value.to(base.dtype) if value.is_floating_point() and "second" not in name else value
                 for name, value in inputs.items()
                 if name not in ("input_ids", *given)
             }

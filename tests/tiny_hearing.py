@@ -31,8 +31,13 @@ def _qwen2_audio(tokenizer: Any) -> Any:
 
 
 def _omni(tokenizer: Any) -> Any:
+    return omni_with_patches(4, tokenizer)
+
+
+def omni_with_patches(patch: int, tokenizer: Any) -> Any:
+    """Its processor, of pictures in patches of this side."""
     images = transformers.Qwen2VLImageProcessorPil(
-        patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=32 * 32
+        patch_size=patch, temporal_patch_size=2, merge_size=2, min_pixels=(2 * patch) ** 2, max_pixels=(8 * patch) ** 2
     )
     parts = {"image_processor": images, "feature_extractor": _whisper(4)}
     return make_processor(class_named("Qwen2_5OmniProcessor"), parts, tokenizer)

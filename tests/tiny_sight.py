@@ -21,6 +21,7 @@ _PARTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'PLACE' }}{% elif part['type'] == 'audio' %}{{ 'SOUND' }}"
+    "{% elif part['type'] == 'video' %}{{ 'FILM' }}"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -47,6 +48,8 @@ class Sight:
     template: str = _PARTS
     sound: str = ""
     """The place of a sound in its template."""
+    video: str = ""
+    """The place of a video in its template."""
 
 
 _QWEN_TOKENS = {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", FIRST: "<|vision_start|>", LAST: "<|vision_end|>"}
@@ -208,7 +211,9 @@ def save_folder(path: Path, sight: Sight, make: Callable[[], Any]) -> Path:
     names = [sight.tokens.get(token, f"<spare{token}>") for token in range(len(fast), max(sight.tokens) + 1)]
     fast.add_tokens(names, special_tokens=True)
     assert all(fast.convert_tokens_to_ids(name) == token for token, name in sight.tokens.items())
-    fast.chat_template = sight.template.replace("PLACE", sight.place).replace("SOUND", sight.sound)
+    fast.chat_template = (
+        sight.template.replace("PLACE", sight.place).replace("SOUND", sight.sound).replace("FILM", sight.video)
+    )
     fast.save_pretrained(path)
     settings = json.loads((path / "tokenizer_config.json").read_text())
     settings["extra_special_tokens"] = sight.named

@@ -53,10 +53,8 @@ TEXT_COLUMNS: dict[str, dict[str, str]] = {
 RECORDS = {"sft": "conversation", "pt": "text", "dpo": "pair", "rm": "pair", "kto": "rated", "ppo": "conversation"}
 """What a row has to be for each stage."""
 
-MEDIA = ("images", "audios")
+MEDIA = ("images", "videos", "audios")
 """Columns of what models are shown and played."""
-UNREAD_MEDIA = ("videos",)
-"""Columns of what no model here is shown."""
 
 
 def find_info(dataset_dir: str, folder: Path) -> tuple[Path | None, list[Path]]:
@@ -165,11 +163,6 @@ def _complaints(entry: Mapping[str, Any], stage: str) -> list[str]:
     complaints = [f"unknown key {key!r}; did you mean {meant!r}?" for key, meant in slips.items() if meant]
     if formatting not in FORMATS:
         complaints.append(f"formatting {formatting!r} is not known{did_you_mean(str(formatting), FORMATS)}")
-    media = [column for column in UNREAD_MEDIA if columns.get(column)]
-    if media:
-        complaints.append(
-            f"it has {', '.join(media)}, and models are shown pictures and played sounds alone so far; leave it out"
-        )
     taken = [column for column in MEDIA if columns.get(column)]
     if taken and stage in ("pt", "ppo"):
         complaints.append(f"it has {', '.join(taken)}, and stage {stage} is on text alone so far; leave it out")

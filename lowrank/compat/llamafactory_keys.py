@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
+from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS, VIDEO_FPS, VIDEO_MAX_PIXELS, VIDEO_MAXLEN, VIDEO_MIN_PIXELS
 from lowrank.settings import NonNegative, Positive, Settings
 
 
@@ -133,8 +133,16 @@ class Keys(Settings):
     """`model.image_max_pixels`"""
     image_min_pixels: Positive = MIN_PIXELS
     """`model.image_min_pixels`"""
+    video_max_pixels: Positive = VIDEO_MAX_PIXELS
+    """`model.video_max_pixels`"""
+    video_min_pixels: Positive = VIDEO_MIN_PIXELS
+    """`model.video_min_pixels`"""
+    video_fps: float = Field(default=VIDEO_FPS, gt=0)
+    """`model.video_fps`"""
+    video_maxlen: Positive = VIDEO_MAXLEN
+    """`model.video_maxlen`"""
     media_dir: str | None = None
-    """`data.train[].media_dir`, of datasets with images or audios; left out: `dataset_dir`"""
+    """`data.train[].media_dir`, of datasets with images, videos or audios; left out: `dataset_dir`"""
     oft_block_size: int = Field(default=32, ge=0)
     """`adapter.block_size`"""
     oft_target: Listed = ("all",)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.errors import did_you_mean
 from lowrank.foreign_files import find_json
-from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
+from lowrank.media.limits import Limits
 from lowrank.models.packaged import locate
 
 OPTIMIZERS = {
@@ -130,8 +131,11 @@ def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any
         found["dtype"] = "float16"
     if keys.use_cpu or keys.no_cuda:
         found["device"] = "cpu"
-    if keys.image_max_pixels != MAX_PIXELS or keys.image_min_pixels != MIN_PIXELS:
-        found |= {"image_max_pixels": keys.image_max_pixels, "image_min_pixels": keys.image_min_pixels}
+    limits = {each.name: getattr(keys, each.name) for each in fields(Limits)}
+    for kind in ("image", "video"):
+        own = {name: value for name, value in limits.items() if name.startswith(kind)}
+        if own != {name: value for name, value in vars(Limits()).items() if name.startswith(kind)}:
+            found |= own
     found["activation_checkpointing"] = "none" if keys.disable_gradient_checkpointing else "full"
     if keys.trust_remote_code:
         found["trust_remote_code"] = True

@@ -166,8 +166,10 @@ NO_EFFECT: Sequence[Group] = (
     Group(_keys("hub_private_repo"), "a new repository is private; its settings on the hub make it public", True, True),
     Group(_keys("hub_revision"), "an upload is a commit on the main branch", None, True),
     Group(
-        _keys("video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video"),
-        "belongs to videos; datasets that have them are refused",
+        _keys("use_audio_in_video"),
+        "the sound of a video is not played; give it as a sound of its own",
+        False,
+        True,
     ),
     Group(
         _keys("audio_sampling_rate"),

@@ -43,8 +43,8 @@ class SourceConfig(Settings):
     """Keys of its entry in LLaMA-Factory's dataset_info.json that mean nothing here: the doctor names them, and
     `strict` refuses them."""
     media_dir: str | None = None
-    """The folder of the pictures and sounds that its rows name. Left out: the folder of the data's file. Rows reach no
-    file outside of it."""
+    """The folder of the media that its rows name. Left out: the folder of the data's file. Rows reach no file outside
+    of it."""
     max_samples: Positive | None = None
     """Use at most this many rows of this dataset, chosen by the seed."""
     weight: float = Field(default=1.0, gt=0)
@@ -115,7 +115,7 @@ class DataConfig(Settings):
     strict: bool = False
     """Any loss of data is an error: a row dropped or truncated, a column or key of a turn that nobody reads."""
     check_pictures: Literal["header", "decode"] = "header"
-    """How closely pictures and sounds are looked at before a model loads: by the beginning and end of their files, or
+    """How closely media are looked at before a model loads: by the beginning and end of their files, or
     decoded as in training, about 80 ms for each million pixels."""
     num_samples_shown: NonNegative = 2
     """Rendered samples the doctor shows, colored by what carries loss."""

@@ -93,7 +93,9 @@ def prepare(
     refuse(report, strict=config.strict)
     if kept is not None:
         if any(dataset.media_kinds for dataset in report.datasets):
-            raise DataError("data.tokenized_path: rows with pictures or sounds are not kept tokenized; leave it out")
+            raise DataError(
+                "data.tokenized_path: rows with pictures, videos or sounds are not kept tokenized; leave it out"
+            )
         write_tokenized(kept, samples, held_out)
     if mismatched:
         samples = list(with_mismatched(samples, config.max_length))

@@ -212,7 +212,7 @@ def write_predictions(path: Path, questions: Sequence[Question], answers: Sequen
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-_COLUMN = {"image": "images", "audio": "audios"}
+_COLUMN = {"image": "images", "video": "videos", "audio": "audios"}
 
 
 def _written(message: Message) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A model's own processor, as transformers has it for that family, with no more of it than its media need here.
 
-Most families' processors also want one for films, which wants torchvision. What pictures and sounds need of them runs
-on Pillow and numpy alone, so the others are left out: no line here is of one family.
+Most families' processors also want one for videos, which wants torchvision. What pictures and sounds need of them runs
+on Pillow and numpy alone, so that one is left out until there are videos: no line here is of one family.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.utils.import_utils import DummyObject
 from lowrank.errors import ModelError
 from lowrank.records import KIND_NAMES
 
-PARTS = {"image": "image_processor", "audio": "feature_extractor"}
+PARTS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
 """What processors call the part that makes a kind of medium ready."""
 
 
@@ -107,6 +107,8 @@ def load_processor(
 
 
 def _load_part(kind: str, path: str, where: Mapping[str, Any]) -> Any:
+    if kind == "video":
+        return transformers.AutoVideoProcessor.from_pretrained(path, trust_remote_code=False, **where)
     if kind == "audio":
         return transformers.AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False, **where)
     return transformers.AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False, **where)

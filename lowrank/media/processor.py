@@ -1,4 +1,5 @@
-"""Pictures and sounds as a model reads them: what stands for one in its text, and the tensors its towers are given.
+"""Pictures, videos and sounds as a model reads them: what stands for one in its text, and the tensors its towers are
+given.
 
 Both come from the model's own processor, whose unit is the document: some families cut a picture in tiles only where it
 is alone. The counts need no decoding: what stands for media depends on their sizes, so blank ones of the same sizes
@@ -7,9 +8,10 @@ are asked about, and each document's sizes once.
 
 from __future__ import annotations
 
-import math
+import importlib
+import importlib.util
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,26 @@ from lowrank.errors import ModelError
 from lowrank.foreign_files import read_json
 from lowrank.media.audio import check_rate, decoded_audio, resampled_length
 from lowrank.media.decoding import blank, decoded
-from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
-from lowrank.records import KIND_NAMES, Audio, Medium, Picture
+from lowrank.media.limits import Limits
+from lowrank.media.video import decoded_video
+from lowrank.records import KIND_NAMES, Audio, Medium, Picture, Video
 
 _ATTRIBUTE = "media_processor"
 _PLAIN = {"do_rescale": False, "do_normalize": False, "resample": 0}
 """What of an image processor's work does not change how many tokens there are."""
 _SIZES_KEPT = 100_000
-_TOWERS = {"image": "vision_config", "audio": "audio_config"}
+_TOWERS = {"image": "vision_config", "video": "vision_config", "audio": "audio_config"}
 """Where a model's configuration describes what perceives a kind of medium."""
+_TOKENS = {"video": ("video_token_id", "video_token_index")}
+"""And what it names where not every such model takes this kind."""
 _FILES = ("preprocessor_config.json", "processor_config.json")
-_CALLED = {"image": "images", "audio": "audio"}
+_CALLED = {"image": "images", "video": "videos", "audio": "audio"}
 """What processors call the media of a kind."""
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
-Size = tuple[int, ...]
-"""What decides what stands for a medium: (width, height) of a picture, (samples,) of a sound."""
+Size = tuple[float, ...]
+"""What decides what stands for a medium: (width, height) of a picture, (samples,) of a sound; of a video those of its
+frames, how many of them there are and in a second, and which are shown."""
 
 
 class MediaProcessor:
@@ -47,11 +53,10 @@ class MediaProcessor:
         path: str,
         revision: str | None,
         tokenizer: Any,
-        max_pixels: int = MAX_PIXELS,
-        min_pixels: int = MIN_PIXELS,
+        limits: Limits | None = None,
     ) -> None:
         self._path, self._revision, self._tokenizer = path, revision, tokenizer
-        self.max_pixels, self.min_pixels = max_pixels, min_pixels
+        self.limits = limits or Limits()
         self._known: dict[tuple[tuple[str, Size], ...], tuple[str, ...]] = {}
 
     @cached_property
@@ -59,7 +64,9 @@ class MediaProcessor:
         """The kinds of media that the model has towers for, with files that say how to make them ready."""
         if not any(self._file(name) for name in _FILES):
             return ()
-        return tuple(kind for kind, part in _TOWERS.items() if self._config.get(part) is not None)
+        found = [kind for kind, part in _TOWERS.items() if self._config.get(part) is not None]
+        named = {kind for kind, names in _TOKENS.items() if any(self._config.get(name) is not None for name in names)}
+        return tuple(kind for kind in found if kind not in _TOKENS or kind in named)
 
     @property
     def sees(self) -> bool:
@@ -68,14 +75,28 @@ class MediaProcessor:
 
     @cached_property
     def own(self) -> Any:
-        """transformers' processor. ModelError where it cannot be made."""
+        """transformers' processor, but for videos. ModelError where it cannot be made."""
+        return self._load([kind for kind in self.kinds if kind != "video"])
+
+    @cached_property
+    def of_videos(self) -> Any:
+        """transformers' processor with all of its parts. ModelError where it cannot be made, or without torchvision."""
+        problem = torchvision_problem()
+        if problem is not None:
+            raise ModelError(
+                f"{self._path}: transformers makes videos ready by torchvision, and {problem}: pip install "
+                "'lowrank-llm[video]', or leave rows with videos out"
+            )
+        return self._load(self.kinds)
+
+    def _load(self, kinds: Sequence[str]) -> Any:
         from lowrank.media.loading import load_processor  # seconds of imports, for rows with media alone
 
-        return load_processor(self._path, self._revision, self._tokenizer, self.kinds, self._config.get("model_type"))
+        return load_processor(self._path, self._revision, self._tokenizer, kinds, self._config.get("model_type"))
 
     def placeholder(self, kind: str) -> str:
         """What the model's chat template writes for a medium of this kind. ModelError where it has nothing for it."""
-        found = getattr(self.own, f"{kind}_token", None)
+        found = getattr(self.of_videos if kind == "video" else self.own, f"{kind}_token", None)
         if found is None:
             raise ModelError(f"the model's processor has no token that stands for {KIND_NAMES[kind]}")
         return found
@@ -91,7 +112,7 @@ class MediaProcessor:
         if sizes not in self._known:
             if len(self._known) >= _SIZES_KEPT:
                 self._known.clear()
-            processed = self._processed([kind for kind, _ in sizes], list(map(_blank, sizes)), blank=True)
+            processed = self._processed(sizes, list(map(_blank, sizes)), blank=True)
             (found,) = processed["text_replacement_offsets"]
             self._known[sizes] = tuple(each["replacement"] for each in found)
         return self._known[sizes]
@@ -108,33 +129,37 @@ class MediaProcessor:
 
         DataError for a medium that cannot be decoded (any more).
         """
-        processed = self._processed([each.kind for each in media], list(map(self._ready, media)))
+        sizes = [(each.kind, self._size(each)) for each in media]
+        processed = self._processed(sizes, list(map(self._ready, media)))
         return {
             name: value for name, value in processed.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
         }
 
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) within the limits of pixels, as LLaMA-Factory makes them."""
-        for limit, beyond in ((self.max_pixels, width * height > self.max_pixels),
-                              (self.min_pixels, width * height < self.min_pixels)):  # fmt: skip
-            if beyond:
-                factor = math.sqrt(limit / (width * height))
-                width, height = max(1, int(width * factor)), max(1, int(height * factor))
-        return width, height
+    def shown_frames(self, video: Video) -> tuple[int, ...]:
+        """Which frames of a video the model is shown."""
+        return self.limits.frames(video.frames, video.fps)
 
     def _size(self, medium: Medium) -> Size:
         if isinstance(medium, Picture):
-            return self.resized(medium.width, medium.height)
+            return self.limits.of_picture(medium.width, medium.height)
+        if isinstance(medium, Video):
+            fps = medium.fps or self.limits.video_fps
+            size = self.limits.of_frame(medium.width, medium.height)
+            return (*size, medium.frames, fps, *self.shown_frames(medium))
         check_rate(medium, self.rate)
         return (resampled_length(medium, self.rate),)
 
     def _ready(self, medium: Medium) -> Any:
         if isinstance(medium, Picture):
-            return decoded(medium, self.resized(medium.width, medium.height))
+            return decoded(medium, self.limits.of_picture(medium.width, medium.height))
+        if isinstance(medium, Video):
+            size = self.limits.of_frame(medium.width, medium.height)
+            return decoded_video(medium, self.shown_frames(medium), size)
         return decoded_audio(medium, self.rate)
 
-    def _processed(self, kinds: Sequence[str], media: Sequence[Any], blank: bool = False) -> Any:
+    def _processed(self, sizes: Sequence[tuple[str, Size]], media: Sequence[Any], blank: bool = False) -> Any:
         """What the processor makes of one document that is its media alone."""
+        kinds = [kind for kind, _ in sizes]
         given: dict[str, Any] = {}
         for kind in dict.fromkeys(kinds):
             own = [medium for each, medium in zip(kinds, media) if each == kind]
@@ -143,8 +168,14 @@ class MediaProcessor:
             given["audio_kwargs"] = {"sampling_rate": self.rate}
         if "image" in kinds and blank:
             given["images_kwargs"] = _PLAIN
+        if "video" in kinds:
+            given["videos_kwargs"] = {
+                "do_sample_frames": False,  # it is given those that are shown
+                "video_metadata": [_metadata(size) for kind, size in sizes if kind == "video"],
+                **(_PLAIN if blank else {}),
+            }
         try:
-            return self.own(
+            return (self.of_videos if "video" in kinds else self.own)(
                 text=["".join(map(self.placeholder, kinds))],
                 return_text_replacement_offsets=True,
                 return_tensors="pt",
@@ -167,6 +198,18 @@ class MediaProcessor:
         return Path(found) if found else None
 
 
+@cache
+def torchvision_problem() -> str | None:
+    """Why torchvision, which transformers resizes videos by, cannot be imported, in words; None: it can."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "torchvision is not installed"
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"the installed torchvision is made for another torch than the one here ({error})"
+    return None
+
+
 def attach(tokenizer: Any, processor: MediaProcessor) -> None:
     """Let whoever has the tokenizer find the processor of the same checkpoint."""
     setattr(tokenizer, _ATTRIBUTE, processor)
@@ -180,8 +223,28 @@ def processor_of(tokenizer: Any) -> MediaProcessor | None:
 def _blank(sized: tuple[str, Size]) -> Any:
     """A medium of a kind and size that holds nothing."""
     kind, size = sized
-    return np.zeros(size, np.float32) if kind == "audio" else blank((size[0], size[1]))
+    if kind == "audio":
+        return np.zeros(int(size[0]), np.float32)
+    width, height = int(size[0]), int(size[1])
+    return blank((width, height)) if kind == "image" else np.zeros((len(size) - 4, height, width, 3), np.uint8)
+
+
+def _metadata(size: Size) -> dict[str, Any]:
+    """What transformers knows of a video of this size."""
+    width, height, frames, fps, *shown = size
+    return {
+        "total_num_frames": int(frames),
+        "fps": float(fps),
+        "width": int(width),
+        "height": int(height),
+        "duration": frames / fps,
+        "frames_indices": [int(place) for place in shown],
+    }
 
 
 def _described(medium: Any) -> str:
-    return f"{len(medium):,} samples" if isinstance(medium, np.ndarray) else f"{medium.width} x {medium.height} pixels"
+    if not isinstance(medium, np.ndarray):
+        return f"{medium.width} x {medium.height} pixels"
+    if medium.ndim == 1:
+        return f"{len(medium):,} samples"
+    return f"{len(medium)} frames of {medium.shape[2]} x {medium.shape[1]} pixels"

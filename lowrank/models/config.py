@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Literal
 
 from pydantic import Field
 
-from lowrank.media.limits import MAX_PIXELS, MIN_PIXELS
+from lowrank.media.limits import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    VIDEO_FPS,
+    VIDEO_MAX_PIXELS,
+    VIDEO_MAXLEN,
+    VIDEO_MIN_PIXELS,
+    Limits,
+)
 from lowrank.models.layer_wrappers import LayerWrapperChoice
 from lowrank.models.rope_scaling import RopeScaling
 from lowrank.models.storages import StorageConfig
@@ -60,9 +69,23 @@ class ModelConfig(Settings):
     768 x 768 as in LLaMA-Factory. What exports and serves the model should do the same."""
     image_min_pixels: Positive = MIN_PIXELS
     """Pictures of fewer pixels are made larger."""
+    video_max_pixels: Positive = VIDEO_MAX_PIXELS
+    """Frames of videos of more pixels are made smaller: 256 x 256 as in LLaMA-Factory."""
+    video_min_pixels: Positive = VIDEO_MIN_PIXELS
+    """Frames of videos of fewer pixels are made larger."""
+    video_fps: float = Field(default=VIDEO_FPS, gt=0)
+    """So many frames of each second of a video are shown, at even distances; of one that rows give as a list of
+    pictures all, which are taken to be so many in a second."""
+    video_maxlen: Positive = VIDEO_MAXLEN
+    """But never more frames of one video than this."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, where the command says --allow-code too. Only for models you have
     read."""
+
+    @property
+    def limits(self) -> Limits:
+        """Of pictures and videos."""
+        return Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
 
     @property
     def runs_own_code(self) -> bool:

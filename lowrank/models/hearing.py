@@ -3,8 +3,7 @@ that makes of them takes the places of their tokens in the one flat stream (mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,9 +14,8 @@ from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.entrance import Entrance
 from lowrank.models.layers import language_model
+from lowrank.models.tower import TowerPass, span_of, token_of
 from lowrank.records import Audio
-
-TowerPass = Callable[[int, Batch], AbstractContextManager[None]]
 
 
 class Hearing:
@@ -26,14 +24,13 @@ class Hearing:
     def __init__(self, name: str, model: Any, backbone: Any, processor: MediaProcessor, others: set[str]) -> None:
         """ModelError for a base that cannot be played sounds."""
         config, language = model.config, language_model(model)[1]
-        found = [getattr(config, f"audio_token_{ending}", None) for ending in ("id", "index")]
-        token = next((each for each in found if each is not None), None)
+        token = token_of("audio", config)
         if token is None or language in (model, backbone):
             raise ModelError(
                 f"{name}: models of type {config.model_type!r} name no token that stands for sounds, so they are "
                 "trained without them; leave rows with sounds out"
             )
-        self.token = int(token)
+        self.token = token
         self._name, self._processor = name, processor
         self._tokenizer = processor.own.tokenizer
         self._entrance = Entrance(backbone, language)
@@ -73,10 +70,9 @@ class Hearing:
         given = {name: value for name, value in pixels.tensors.items() if name in self.wanted}
         found_LD = self._entrance.embeddings(token_1L, given)
         feature_KD = found_LD[token_1L[0] == self.token]
-        before = sum(isinstance(each, Audio) for each in media.items[: media.before])
-        inside = sum(isinstance(each, Audio) for each in media.inside)
-        first = sum(counts[:before])
-        own_KD = feature_KD[first : first + sum(counts[before : before + inside])]
+        begin, end = span_of("audio", media)
+        first = sum(counts[:begin])
+        own_KD = feature_KD[first : first + sum(counts[begin:end])]
         if len(own_KD) != wanted or len(sounds) != len(counts):
             names = ", ".join(each.name for each in sounds)
             raise ModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from datetime import date
 from typing import Any
 
@@ -11,10 +12,12 @@ from lowrank.adapters.prompts import PromptSettings
 from lowrank.config import JobConfig, RunConfig
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.errors import DataError
+from lowrank.media.limits import Limits
 from lowrank.models.config import ModelConfig
 from lowrank.models.positions import can_be_stretched, positions_of
 from lowrank.objectives import needs
 from lowrank.planning.simulation import read_config
+from lowrank.records import KIND_NAMES
 from lowrank.report.events import Event, Notice
 
 
@@ -76,13 +79,15 @@ def _settings_of_media(jobs: Sequence[JobConfig], model: ModelConfig, data: Sequ
     """Settings of pictures and sounds where no row has any."""
     if any(job.data.streaming for job in jobs):  # whose rows are not known yet
         return
-    if not any("image" in own.media_kinds for own in data):
-        for name in ("image_max_pixels", "image_min_pixels"):
+    for kind in ("image", "video"):
+        if any(kind in own.media_kinds or (own.media_kinds and kind == "video") for own in data):
+            continue  # LLaMA-Factory's files set both for models that see
+        for name in (each.name for each in fields(Limits) if each.name.startswith(kind)):
             if getattr(model, name) != type(model).model_fields[name].default:
-                yield f"model.{name} has no effect: no row has pictures"
+                yield f"model.{name} has no effect: no row has {KIND_NAMES[kind]}"
     for job, own in zip(jobs, data):
         if job.data.check_pictures != "header" and not own.media_kinds:
-            yield f"data.check_pictures: {job.data.check_pictures} has no effect: no row has pictures or sounds"
+            yield f"data.check_pictures: {job.data.check_pictures} has no effect: no row has pictures, videos or sounds"
 
 
 def _within_reach(job: JobConfig, reach: int | None) -> JobConfig:

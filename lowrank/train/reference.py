@@ -72,7 +72,7 @@ class References:
         self._slot = slot
         self._folder = folder / digest_of_model(engine.base.model) if folder else None
         sight = engine.base.sight
-        self._limits = f" {sight.processor.max_pixels} {sight.processor.min_pixels}" if sight else ""
+        self._limits = f" {sight.processor.limits}" if sight else ""
         self._known: dict[bytes, np.ndarray] = {}
         """By a segment's key: float32 log-probabilities of the tokens that carry weight."""
         self.num_computed = self.num_found = 0

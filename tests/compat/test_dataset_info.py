@@ -98,10 +98,6 @@ def test_pairs_and_ratings() -> None:
         ({}, "its rows are nowhere; give file_name or hf_hub_url"),
         ({"hf_hub_url": "a/b", "folder": "python"}, "`folder` of a hub dataset is not read"),
         ({"file_name": "a", "ranking": True}, "it holds preference pairs"),
-        (
-            {"file_name": "a", "columns": {"videos": "v", "audios": "s"}},
-            "it has videos, and models are shown pictures and played sounds alone so far",
-        ),
         ({"file_name": 5}, "file_name: expected text, got a number (5)"),
         ({"file_name": "a", "columns": ["prompt"]}, "columns: expected an object, got a list"),
         ({"file_name": "a", "columns": {"prompt": 1}}, "columns.prompt: expected the name of a column, got a number"),

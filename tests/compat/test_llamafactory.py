@@ -462,7 +462,7 @@ def test_keys_of_pictures(workplace: Path) -> None:
     assert problem == "media_dir: there is no folder nowhere"
 
 
-@pytest.mark.parametrize("dataset", ["identty", "pairs", "films"])
+@pytest.mark.parametrize("dataset", ["identty", "pairs"])
 def test_datasets_that_cannot_be_used(workplace: Path, dataset: str) -> None:
     (problem,) = problems(workplace, MINIMAL, f"dataset={dataset}")
     assert problem.startswith(f"dataset '{dataset}': ")
@@ -740,3 +740,14 @@ def test_sounds_lie_where_their_files_say(workplace: Path) -> None:
     (job,) = read(workplace, text)[0].jobs
     (source,) = job.data.train
     assert (source.columns["audios"], Path(str(source.media_dir))) == ("a", Path("sounds"))
+
+
+def test_keys_of_videos(workplace: Path) -> None:
+    text = MINIMAL.replace("identity", "films") + "video_max_pixels: 16384\nvideo_fps: 1.0\nvideo_maxlen: 64\n"
+    config, _ = read(workplace, text)
+    assert (config.model.video_max_pixels, config.model.video_min_pixels) == (16384, 16 * 16)
+    assert (config.model.video_fps, config.model.video_maxlen) == (1.0, 64)
+    (source,) = config.jobs[0].data.train
+    assert (source.columns["videos"], source.media_dir) == ("v", "data")
+    _, notices = read(workplace, text + "use_audio_in_video: true\n")
+    assert any("use_audio_in_video" in each and "give it as a sound of its own" in each for each in notices)

@@ -285,7 +285,7 @@ def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_pat
     assert processor is not None
     for sizes in ([(40, 24)], [(40, 24), (17, 90)], [(200, 150)], [(9, 9)]):
         pictures = [examine(as_bytes(noise(size)), "") for size in sizes]
-        images = [decoded(each, processor.resized(each.width, each.height)) for each in pictures]
+        images = [decoded(each, processor.limits.of_picture(each.width, each.height)) for each in pictures]
         text = " ".join([processor.placeholder("image")] * len(images))
         ids = processor.own(images=[images], text=[text], add_special_tokens=False)["input_ids"][0]
         counted = processor.placeholders(pictures)
@@ -294,10 +294,11 @@ def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_pat
 
 
 def test_pixels_have_limits_as_llama_factory_sets_them(tokenizer: Any) -> None:
-    processor = MediaProcessor("nowhere", None, tokenizer, max_pixels=768 * 768, min_pixels=32 * 32)
-    assert processor.resized(1200, 900) == (886, 665)  # int() of both, as there
-    assert processor.resized(10, 20) == (22, 45)
-    assert processor.resized(640, 480) == (640, 480)
+    limits = MediaProcessor("nowhere", None, tokenizer).limits
+    assert limits.of_picture(1200, 900) == (886, 665)  # int() of both, as there
+    assert limits.of_picture(10, 20) == (22, 45)
+    assert limits.of_picture(640, 480) == (640, 480)
+    assert limits.of_frame(640, 480) == (295, 221)
 
 
 def test_a_changed_or_missing_file_is_named_when_it_is_needed(folder: Path) -> None:

@@ -133,9 +133,10 @@ def test_answers_about_sounds_are_refused_in_words(world: Path, tmp_path: Path) 
     [
         ({"model": {"image_max_pixels": 1000}}, ["model.image_max_pixels has no effect: no row has pictures"]),
         ({"model": {"image_min_pixels": 9}}, ["model.image_min_pixels has no effect: no row has pictures"]),
+        ({"model": {"video_fps": 1.0}}, ["model.video_fps has no effect: no row has videos"]),
         (
             {"data": {"check_pictures": "decode"}},
-            ["data.check_pictures: decode has no effect: no row has pictures or sounds"],
+            ["data.check_pictures: decode has no effect: no row has pictures, videos or sounds"],
         ),
         ({}, []),
     ],

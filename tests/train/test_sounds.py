@@ -196,3 +196,36 @@ def test_a_base_that_mixes_documents_up_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(ModelError, match="cannot be trained on sounds: packed, it makes the same of different sounds"):
         give_sight(base, processor, kinds=("audio",))
     assert base.sight is None
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_preferences_and_ratings_about_sounds(kind: str, tmp_path: Path) -> None:
+    """An adapter that has learned nothing, and log-probabilities of each document alone."""
+    from lowrank.objectives.dpo import DPOConfig
+    from lowrank.objectives.kto import KTOConfig
+    from lowrank.records import Preference, Rated
+    from lowrank.train.optimizers.adamw import AdamWConfig
+    from lowrank.train.reference import References
+
+    base, tokenizer = hearing(tmp_path / "m", "qwen2_5_omni_thinker")
+    write_sound_rows(tmp_path, RATE)
+    question, answer = {"role": "user", "content": "<audio>Who?"}, {"role": "assistant", "content": "A man."}
+    pair = {"prompt": "<audio>Who?", "chosen": "A man.", "rejected": "Nobody."}
+    rated = {"messages": [question, answer], "label": True}
+    path = tmp_path / "rows.jsonl"
+    lines = [{**(pair if kind == "dpo" else rated), "audios": [f"sounds/{number}.wav"]} for number in range(2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    config = DataConfig(train=(SourceConfig(path=str(path)),), shuffle=False, batch_size=2)
+    record, objective = (Preference, DPOConfig()) if kind == "dpo" else (Rated, KTOConfig())
+    step = prepare(config, tokenizer=tokenizer, record=record, seed=0, mismatched=kind == "kto").train.next_step()
+    assert len(step) == 4
+    assert all(each.media is not None for each in step)
+    engine, _ = make_engine(base)
+    slot = engine.bank.add(LoraConfig(rank=2), seed=0)
+    engine.add(slot, objective.build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
+    references = References(engine, None)
+    references.prepare(step)
+    loss = engine.forward_backward({slot: references.attach(step)})[slot].loss
+    assert loss == pytest.approx(np.log(2) if kind == "dpo" else 0.5, abs=1e-6)
+    for one, other in zip(engine.logprobs(-1, step), [engine.logprobs(-1, [each])[0] for each in step]):
+        assert np.abs(one - other).max() < 1e-5

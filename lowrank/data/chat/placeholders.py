@@ -52,7 +52,7 @@ def put_in(sample: Sample, media: Sequence[Medium], processor: Processor | None)
     try:
         texts = processor.placeholders(media)
         for text, medium in zip(texts, media):
-            if processor.placeholder(medium.kind) not in text and medium.kind == "audio":
+            if medium.kind == "audio" and processor.placeholder(medium.kind) not in text:
                 raise ModelError(f"{medium.name} is too short: no token stands for it")
     except (ModelError, DataError) as error:
         kinds = " and ".join(KIND_NAMES[kind] for kind in dict.fromkeys(each.kind for each in media))

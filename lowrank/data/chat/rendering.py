@@ -147,7 +147,7 @@ class Renderer:
         """As `prompt`, with the media of the conversation."""
         unable = next((each.kind for each in media_in(conversation) if not self.takes(each.kind)), None)
         if unable is not None:
-            only = "reads text only" if unable == "image" else "does not hear"
+            only = {"image": "reads text only", "video": "watches none", "audio": "does not hear"}[unable]
             raise DataError(f"the conversation has {KIND_NAMES[unable]}, and this model {only}")
         (sample,) = _encodable([self._prompt_sample(conversation)])
         segment = weigh(sample, self._encode([sample])[0])

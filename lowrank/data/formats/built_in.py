@@ -22,7 +22,6 @@ from lowrank.data.formats.columns import (
     describe,
     list_of,
     optional,
-    refuse_media,
     required,
     text_at,
     text_of,
@@ -60,7 +59,6 @@ def alpaca(row: Row, columns: Names, tags: Names) -> Conversation:
     2 + 3
     assistant: 5
     """
-    refuse_media(row, columns)
     answer = Message("assistant", text_at("response", row, columns))
     return conversation([*_alpaca_prompt(row, columns), answer], read_tools(optional("tools", row, columns)))
 
@@ -80,7 +78,6 @@ def sharegpt(row: Row, columns: Names, tags: Names) -> Conversation:
     tool: rain
     assistant: It rains.
     """
-    refuse_media(row, columns)
     return conversation(_chat(row, columns, tags), read_tools(optional("tools", row, columns)))
 
 
@@ -110,7 +107,6 @@ def prompt_completion(row: Row, columns: Names, tags: Names) -> Conversation:
     user: Say hi.
     assistant: hi
     """
-    refuse_media(row, columns)
     question = _prompt_turns(row, columns, tags)
     part = "response" if "response" in columns else "completion"
     answer = required(part, row, columns)
@@ -128,7 +124,6 @@ def text(row: Row, columns: Names, tags: Names) -> Text:
     Once upon a time.
     """
     part = "prompt" if "prompt" in columns and "text" not in columns else "text"
-    refuse_media(row, columns)
     body = text_at(part, row, columns)
     if not body.strip():
         raise RowProblem("empty text")
@@ -144,7 +139,6 @@ def preference(row: Row, columns: Names, tags: Names) -> Preference:
     chosen: Paris.
     rejected: London.
     """
-    refuse_media(row, columns)
     tools = read_tools(optional("tools", row, columns))
     chosen, rejected = (_answer(required(part, row, columns), tags, part) for part in ("chosen", "rejected"))
     before = _before(row, columns, tags, chosen)
@@ -185,7 +179,6 @@ def prompted(row: Row, columns: Names, tags: Names) -> Prompted:
     >>> print(transcript(prompted({"prompt": "2 + 3?", "solution": 5}, {}, {})))
     user: 2 + 3?
     """
-    refuse_media(row, columns)
     return Prompted(prompt(_prompt_turns(row, columns, tags), read_tools(optional("tools", row, columns))), whole(row))
 
 

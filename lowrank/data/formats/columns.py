@@ -141,16 +141,3 @@ def beginning(value: Any, most: int = 40) -> str:
     except RecursionError:
         return "nested too deep to be shown"
     return f"{shown[:most]}{'...' if len(shown) > most else ''}"
-
-
-def refuse_media(row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Raise RowProblem for a row that has films with it."""
-    for part in ("videos",):
-        names = [*filter(None, [columns.get(part)]), *COLUMNS[part]]  # one may be there and empty beside another
-        name = next((each for each in names if row.get(each)), None)
-        if name is not None:
-            raise RowProblem(
-                f"it has {part}: column {name!r} is filled, and lowrank trains on text, pictures and sounds only, so "
-                "it would learn to answer about what it never perceives; leave such rows out, or empty the column if "
-                "the rest suffices"
-            )

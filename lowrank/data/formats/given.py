@@ -1,4 +1,5 @@
-"""Pictures and sounds as the parts of a turn name them, before anybody has looked for their files (media.py does)."""
+"""Pictures, videos and sounds as the parts of a turn name them, before anybody has looked for their files (media.py
+does)."""
 
 from __future__ import annotations
 
@@ -7,15 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PLACES = {"<image>": "image", "<audio>": "audio"}
+PLACES = {"<image>": "image", "<video>": "video", "<audio>": "audio"}
 """What stands in a text where a medium of the row's column is shown or played, and its kind."""
-PLACE = re.compile(r"<image>|<(audio)>(?!.*?</\1>)", re.DOTALL)
+PLACE = re.compile(r"<image>|<(audio|video)>(?!.*?</\1>)", re.DOTALL)
 """A place, not the beginning of HTML that is closed again."""
 PICTURE_PARTS = ("image", "image_url", "input_image")
 """Types of content parts that are pictures: TRL's and transformers', OpenAI's of both its interfaces."""
-PARTS = {**dict.fromkeys(PICTURE_PARTS, "image"), **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio")}
+PARTS = {
+    **dict.fromkeys(PICTURE_PARTS, "image"),
+    **dict.fromkeys(("video", "video_url"), "video"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
+}
 """Types of content parts that are media, and their kinds."""
-_HELD_BY = ("image", "image_url", "audio", "audio_url", "input_audio", "path", "base64", "url", "bytes", "data")
+_HELD_BY = (
+    "image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "path", "base64", "url", "bytes",
+    "data",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The pictures and sounds of a row: from its columns and parts to their places in its turns.
+"""The pictures, videos and sounds of a row: from its columns and parts to their places in its turns.
 
-    <image>, <audio> in a text             the next of the column `images`, `audios` (LLaMA-Factory, ms-swift)
+    <image>, <video>, <audio> in a text    the next of the column `images`, `videos`, `audios` (LLaMA-Factory, ms-swift)
     {"type": "image"}, {"type": "audio"}   the same (TRL, transformers), or its own: `image`, `audio`, `path`, `base64`
     {"type": "image_url"}, "input_audio"   OpenAI's, with base64
     no place anywhere                      all before the first question (TRL)
@@ -19,13 +19,14 @@ from lowrank.data.formats.given import PLACE, PLACES, Given
 from lowrank.data.formats.media_files import Folders, medium_of
 from lowrank.records import KIND_NAMES, Conversation, Message, Preference, Prompted, Rated, Record, Text
 
-COLUMN_PARTS = {"image": "images", "audio": "audios"}
+COLUMN_PARTS = {"image": "images", "video": "videos", "audio": "audios"}
 """What a column of a kind is called (columns.py)."""
 _IN_ANSWER = {
     "image": "a picture in an answer: the model writes text; pictures belong to questions",
+    "video": "a video in an answer: the model writes text; videos belong to questions",
     "audio": "a sound in an answer: the model writes text; sounds belong to questions",
 }
-_TOWER = {"image": "tower for pictures", "audio": "tower for sounds"}
+_TOWER = {"image": "tower for pictures", "video": "tower for videos", "audio": "tower for sounds"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ def open_parts(conversation: Conversation) -> Conversation:
         if missing == "image":
             raise RowProblem("a picture is missing: its part has none of image, image_url, path, base64, url, bytes")
         if missing is not None:
-            raise RowProblem("a sound is missing: its part has none of audio, audio_url, path, base64, url, data")
+            one = KIND_NAMES[missing][:-1]
+            raise RowProblem(
+                f"a {one} is missing: its part has none of {missing}, {missing}_url, path, base64, url, data"
+            )
         media = tuple((at, medium_of(given.value, given.kind, Folders())) for at, given in parts)
         turns.append(replace(message, media=media))
     return replace(conversation, messages=tuple(turns))
@@ -113,8 +117,8 @@ def open_parts(conversation: Conversation) -> Conversation:
 def _refuse_unable(kind: str, name: str | None) -> None:
     part = COLUMN_PARTS[kind]
     what = f"it has {part}: column {name!r} is filled" if name else f"it has {part}: they stand among its turns"
-    able = "reads text only" if kind == "image" else "does not hear"
-    never = "sees" if kind == "image" else "hears"
+    able = {"image": "reads text only", "video": "watches no videos", "audio": "does not hear"}[kind]
+    never = "hears" if kind == "audio" else "sees"
     raise RowProblem(
         f"{what}, and this base {able} (it has no {_TOWER[kind]}, or not the files of its processor), so it would "
         f"learn to answer about what it never {never}; leave such rows out, or empty the column if the text suffices"

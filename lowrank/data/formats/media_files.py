@@ -17,16 +17,21 @@ from lowrank.data.sources.places import shown
 from lowrank.errors import DataError
 from lowrank.media.audio import examine_audio, read_audio_file
 from lowrank.media.decoding import decoded, examine, from_pillow, read_file
-from lowrank.records import Audio, Medium, Picture
+from lowrank.media.video import examine_video, read_video_file, video_of
+from lowrank.records import Audio, Medium, Picture, Video
 
-_DATA_URL = re.compile(r"data:(?:image|audio)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-9=.+-]+)?;base64,", re.ASCII)
+_DATA_URL = re.compile(r"data:(?:image|audio|video)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-9=.+-]+)?;base64,", re.ASCII)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
-_ONE = {"image": "a picture", "audio": "a sound"}
+_ONE = {"image": "a picture", "video": "a video", "audio": "a sound"}
 """What people call one of a kind."""
-_COLUMN = {"image": "images", "audio": "audios"}
-_HOLDERS = ("bytes", "base64", "path", "image", "audio", "url")
-_READ: dict[str, Callable[[Path, str], bytes]] = {"image": read_file, "audio": read_audio_file}
+_COLUMN = {"image": "images", "video": "videos", "audio": "audios"}
+_HOLDERS = ("bytes", "base64", "path", "image", "video", "audio", "url")
+_READ: dict[str, Callable[[Path, str], bytes]] = {
+    "image": read_file,
+    "video": read_video_file,
+    "audio": read_audio_file,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Folders:
 def medium_of(value: Any, kind: str, folders: Folders, *, decode: bool = False) -> Medium:
     """What a part or a column of a kind holds, decoded as well if asked. RowProblem for what is none."""
     try:
-        return picture_of(value, folders, decode=decode) if kind == "image" else _audio_of(value, folders, decode)
+        if kind == "image":
+            return picture_of(value, folders, decode=decode)
+        return (_audio_of if kind == "audio" else _video_of)(value, folders, decode)
     except RowProblem:
         raise
     except DataError as error:
@@ -72,6 +79,15 @@ def _audio_of(value: Any, folders: Folders, decode: bool) -> Audio:
         )
     data, path, name = _bytes_of(value, "audio", folders)
     return examine_audio(data, name, path, decode=decode)
+
+
+def _video_of(value: Any, folders: Folders, decode: bool) -> Video:
+    if isinstance(value, Mapping) and isinstance(value.get("video"), (list, tuple)):
+        value = value["video"]
+    if isinstance(value, (list, tuple)):
+        return video_of([picture_of(each, folders, decode=decode) for each in value])
+    data, path, name = _bytes_of(value, "video", folders)
+    return examine_video(data, name, path, decode=decode)
 
 
 def _bytes_of(value: Any, kind: str, folders: Folders) -> tuple[bytes, str | None, str]:
@@ -126,7 +142,7 @@ def _placed(name: str, one: str, folders: Folders) -> Path:
     if whole != Path(inside) and Path(inside) not in whole.parents:
         raise RowProblem(
             f"{one} outside of the data's folder: {shown(name)} is not in {shown(root)}; set `media_dir` of the "
-            f"dataset to the folder that holds its {'pictures' if one == 'a picture' else 'sounds'}"
+            f"dataset to the folder that holds its {one.removeprefix('a ')}s"
         )
     return whole
 

@@ -167,7 +167,8 @@ def _content(value: Any, number: int) -> tuple[str, list[dict[str, Any]], Any]:
         if kind not in ("text", "reasoning", "tool_call"):
             what = beginning(kind) if kind and not isinstance(kind, str) else kind[:40] if kind else describe(part)
             raise RowProblem(
-                f"content part {what}: turn {number}; lowrank trains on text, pictures and sounds, leave such rows out"
+                f"content part {what}: turn {number}; lowrank trains on text, pictures, videos and sounds, leave such "
+                "rows out"
             )
         body = text_of(part["text"] if part.get("text") is not None else part.get("value"), f"a part of turn {number}")
         if kind == "tool_call":

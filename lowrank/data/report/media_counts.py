@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lowrank.batches import Media, Segment
 from lowrank.data.formats.columns import RowProblem
-from lowrank.records import KIND_NAMES, Audio, Medium, Picture
+from lowrank.records import KIND_NAMES, Audio, Medium, Picture, Video
 
 
 @dataclass
@@ -65,14 +65,18 @@ class MediaCounts:
     def _extent(self, largest: Medium) -> str:
         if isinstance(largest, Picture):
             return f"the largest has {largest.width:,} x {largest.height:,} pixels"
+        if isinstance(largest, Video):
+            return f"the longest has {largest.frames:,} frames"
         return f"{self.seconds:,.0f} seconds in all, the longest has {largest.seconds:,.1f}"
 
 
 def _size(medium: Medium) -> float:
-    return medium.width * medium.height if isinstance(medium, Picture) else medium.seconds
+    if isinstance(medium, Picture):
+        return medium.width * medium.height
+    return medium.frames if isinstance(medium, Video) else medium.seconds
 
 
-_WRITTEN = {"an image": ("<image>", "images"), "sound": ("<audio>", "audios")}
+_WRITTEN = {"an image": ("<image>", "images"), "a video": ("<video>", "videos"), "sound": ("<audio>", "audios")}
 """What stands in a text for one of a kind, and the column it is named in."""
 
 

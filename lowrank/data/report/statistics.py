@@ -53,6 +53,8 @@ class DatasetReport:
     notes: tuple[str, ...]
     pictures: int = 0
     picture_tokens: int = 0
+    videos: int = 0
+    video_tokens: int = 0
     sounds: int = 0
     sound_tokens: int = 0
     """Of its samples."""
@@ -60,7 +62,8 @@ class DatasetReport:
     @property
     def media_kinds(self) -> tuple[str, ...]:
         """The kinds of media that it has."""
-        return tuple(kind for kind, number in (("image", self.pictures), ("audio", self.sounds)) if number)
+        numbers = (("image", self.pictures), ("video", self.videos), ("audio", self.sounds))
+        return tuple(kind for kind, number in numbers if number)
 
     @property
     def losses(self) -> list[str]:
@@ -246,6 +249,8 @@ def _dataset(tally: RowCounts, unit: str) -> DatasetReport:
         spelled=tally.spelled.list(),
         notes=(*tally.notes, *(line for each in tally.media.values() for line in each.sentences(tally.tokens, unit))),
         pictures=tally.media["image"].number,
+        videos=tally.media["video"].number,
+        video_tokens=tally.media["video"].tokens,
         sounds=tally.media["audio"].number,
         sound_tokens=tally.media["audio"].tokens,
         picture_tokens=tally.media["image"].tokens,

@@ -21,14 +21,16 @@ from lowrank.kernels.accelerators import wide
 from lowrank.media.audio import examine_audio, made_up_wav
 from lowrank.media.decoding import examine, from_pillow
 from lowrank.media.processor import MediaProcessor
+from lowrank.media.video import video_of
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import MODEL_ERRORS, distance, narrow_windows, one_token_at_a_time, tolerance
 from lowrank.models.sight import Sight
-from lowrank.records import KIND_NAMES, Medium
+from lowrank.records import KIND_NAMES, Medium, Picture
 
 _SIZES = ((96, 64), (48, 112))
 _SECONDS = (0.7, 0.4)
+_FRAMES = (4, 3)
 _BEFORE, _AFTER = "Look at this", "and say what it shows"
 
 
@@ -125,6 +127,9 @@ def _noise(kind: str, number: int, seed: int, processor: MediaProcessor) -> Medi
     from PIL import Image
 
     draws = np.random.default_rng(seed)
+    if kind == "video":
+        frames = [_noise("image", number, 100 * (seed + 1) + place, processor) for place in range(_FRAMES[number])]
+        return video_of([frame for frame in frames if isinstance(frame, Picture)])
     if kind == "audio":
         samples_N = draws.uniform(-0.5, 0.5, int(_SECONDS[number] * processor.rate))
         return examine_audio(made_up_wav(samples_N, processor.rate), "a made-up sound")
@@ -146,12 +151,8 @@ def _alone(base: Base, document: Segment) -> torch.Tensor:
     given: dict[str, Any] = {"input_ids": token_1L, "attention_mask": torch.ones_like(token_1L)}
     if document.media is not None:
         given |= {name: base.sight.types(token_1L, name) for name in ("mm_token_type_ids", "token_type_ids")}
-        inputs = base.sight.processor.inputs(document.media.items)
-        given |= {
-            name: (value.to(base.dtype) if value.is_floating_point() else value).to(base.device)
-            for name, value in inputs.items()
-            if name not in given
-        }
+        inputs = base.sight.cast(base.sight.processor.inputs(document.media.items))
+        given |= {name: value.to(base.device) for name, value in inputs.items() if name not in given}
     takes = inspect.signature(base.backbone.forward).parameters
     given = {name: value for name, value in given.items() if name in takes}
     with base.using_attention(base.own_attention):

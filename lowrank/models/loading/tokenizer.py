@@ -71,8 +71,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
                 )
             if not tokenizer.chat_template:
                 tokenizer.chat_template = _template_of_processor(locate(config.path), config.revision)
-            limits = config.image_max_pixels, config.image_min_pixels
-            attach(tokenizer, MediaProcessor(locate(config.path), config.revision, tokenizer, *limits))
+            attach(tokenizer, MediaProcessor(locate(config.path), config.revision, tokenizer, config.limits))
             return tokenizer
         except LowrankError:
             raise
