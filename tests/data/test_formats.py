@@ -184,7 +184,6 @@ PROBLEMS: list[tuple[str, dict[str, Any], str]] = [
     ("alpaca", {"instruction": "a", "output": 5}, "wrong type for response: expected text, got a number"),
     ("alpaca", {"instruction": "", "output": "b"}, "empty question: turn 1"),
     ("alpaca", {"instruction": "a", "output": "b", "history": [["x"]]}, "wrong type for history"),
-    ("alpaca", {"instruction": "a", "output": "b", "videos": ["1.mp4"]}, "it has videos: .*text and pictures only"),
     ("messages", {"messages": chat(("assistant", "a"))}, "wrong role order: turn 1 is assistant after the beginning"),
     ("messages", {"messages": chat(("user", "a"), ("user", "b"))}, "wrong role order: turn 2 is user after user"),
     ("messages", {"messages": chat(("user", "a"))}, "wrong role order: the last turn is user"),
@@ -198,7 +197,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [{"content": "a"}]}, "missing role: turn 1 has no 'role'"),
     ("messages", {"messages": [{"role": "user", "text": "a"}]}, "missing content: turn 1 has no 'content'"),
     ("messages", {"messages": ["a"]}, "wrong type for messages: turn 1 is text"),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "content part input_audio"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "input_file"}]}]}, "content part input_file"),
     (
         "messages",
         {"messages": [*chat(("user", "a")), {"role": "assistant", "content": "b", "weight": 0}]},

@@ -107,7 +107,13 @@ def test_answers_of_another_type_say_the_column_and_the_way_out(output: Any, mes
         refuse(report(tmp_path, {"instruction": "?", "output": output}), strict=False)
 
 
-LOSSES = ("a picture is missing", "not as many places as pictures", "text and pictures only", "as text only")
+LOSSES = (
+    "a picture is missing",
+    "a video is missing",
+    "not as many places as",
+    "plain text has no turn",
+    "as text only",
+)
 
 
 @pytest.mark.parametrize(
