@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ WAYS = ("asha", "asha_25", "full", "single", "trl")
 def settings(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     """The run of one seed, without its candidates."""
     return {
-        "model": {"path": spec["model"], "dtype": "float32", "device": "cpu"},
+        "model": {"path": spec["path"], "dtype": "float32", "device": "cpu"},
         "data": {
             "train": [{"path": "lowrank/demo", "max_samples": spec["rows"]}],
             "eval": [{"path": "lowrank/demo-heldout", "max_samples": spec["held_out"]}],
@@ -95,7 +96,7 @@ def trl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
             )  # fmt: skip
             adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
             trainer = SFTTrainer(
-                model=str(locate(spec["model"])), args=arguments, peft_config=adapter, processing_class=tokenizer,
+                model=str(locate(spec["path"])), args=arguments, peft_config=adapter, processing_class=tokenizer,
                 train_dataset=datasets.Dataset.from_list([_row(each) for each in learned]),
                 eval_dataset=datasets.Dataset.from_list([_row(each) for each in data.eval]),
             )  # fmt: skip
@@ -110,6 +111,21 @@ def _row(segment: Any) -> dict[str, list[int]]:
         "input_ids": tokens,
         "labels": [token if weight else -100 for token, weight in zip(tokens, segment.weight_L)],
     }
+
+
+def of_widths(folder: Path, layers: int) -> str:
+    """A base of Qwen2.5-0.5B's widths with random weights, the tokenizer of lowrank/tiny, and so many layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from benchmarks.workload import QWEN_05B
+    from lowrank.models.packaged import locate
+
+    shutil.copytree(locate("lowrank/tiny"), folder, ignore=shutil.ignore_patterns("*.safetensors", "*.py", "__*"))
+    config = AutoConfig.from_pretrained(folder)
+    kept = {name: value for name, value in QWEN_05B.items() if not name.endswith("_token_id") and name != "vocab_size"}
+    wide = type(config)(**{**config.to_dict(), **kept, "num_hidden_layers": layers, "head_dim": 64})
+    AutoModelForCausalLM.from_config(wide).save_pretrained(folder)
+    return str(folder)
 
 
 def child(spec: dict[str, Any]) -> None:
@@ -141,6 +157,7 @@ def main() -> None:
     parser.add_argument("result", nargs="?", type=Path)
     parser.add_argument("--child")
     parser.add_argument("--model", default="lowrank/tiny")
+    parser.add_argument("--widths", type=int, metavar="LAYERS", help="instead: Qwen2.5-0.5B's widths, random weights")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--warmup-ratio", type=float, default=0.03)
@@ -153,22 +170,33 @@ def main() -> None:
     if given.child:
         child(json.loads(given.child))
         return
-    base = {name: getattr(given, name) for name in ("model", "steps", "batch_size", "rows", "held_out", "warmup_ratio")}
+    with tempfile.TemporaryDirectory() as folder:
+        label, path = given.model, given.model
+        if given.widths:
+            label = f"Qwen2.5-0.5B's widths, {given.widths} layers, random weights"
+            path = of_widths(Path(folder, "model"), given.widths)
+        found = measure_all(given, {"model": label}, path)
+    print(json.dumps(compared(found), indent=1))
+
+
+def measure_all(given: argparse.Namespace, label: dict[str, str], path: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs of every way, written as they come."""
+    spec = label | {name: getattr(given, name) for name in ("steps", "batch_size", "rows", "held_out", "warmup_ratio")}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     if given.result and given.result.is_file():
         before = json.loads(given.result.read_text(encoding="utf-8"))
-        assert before["spec"] == base, f"{given.result} was measured with {before['spec']}"
+        assert before["spec"] == spec, f"{given.result} was measured with {before['spec']}"
         found |= before["runs"]
     for seed in range(given.seeds):
         for way in given.ways:
             once = way in ("single", "trl") and seed >= given.single_seeds
             if once or any(run["seed"] == seed for run in found[way]):
                 continue
-            found[way].append({"seed": seed, **measure({**base, "way": way, "seed": seed})})
-            result = {"machine": describe("cpu"), "spec": base, **compared(found), "runs": found}
+            found[way].append({"seed": seed, **measure({**spec, "path": path, "way": way, "seed": seed})})
+            result = {"machine": describe("cpu"), "spec": spec, **compared(found), "runs": found}
             if given.result:  # after each: a machine that others use too may not last
                 given.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(compared(found), indent=1))
+    return found
 
 
 def compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
