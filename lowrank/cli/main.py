@@ -6,6 +6,7 @@ A command is one file of this folder with a function of its name; its imports st
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -209,6 +210,8 @@ def _main(arguments: list[str] | None) -> None:
             from lowrank.kernels.host_memory import start_again_without_cache
 
             start_again_without_cache()
+        if arguments[:1] in (["data"], ["plan"]):
+            gc.set_threshold(50_000, 20, 100)  # imports make little garbage; to look for it takes a seventh of the time
     if arguments[:1] and arguments[0] in LOADS_WEIGHTS:
         from lowrank.kernels.host_memory import keep_freed_memory
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from lowrank.cli.main import main
 
 PLAN = Path(__file__).parent.parent.parent / "examples" / "01_sft.yaml"
 CODE = """
@@ -37,6 +40,21 @@ def test_data_imports_no_model_s_code(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: lowrank/tiny\ndata: {train: rows.json}\noutput_dir: run\n")
     (tmp_path / "rows.json").write_text('[{"instruction": "q", "output": "a"}]')
     assert imported("data", str(tmp_path / "run.yaml")) & NOT_OF_DATA == set()
+
+
+def test_a_cold_command_seldom_looks_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own process; somebody else's stays as it is."""
+    given: list[tuple[int, ...]] = []
+    monkeypatch.setattr(gc, "set_threshold", lambda *numbers: given.append(numbers))
+    for arguments, expected in ((["data", "--help"], 1), (["plan", "--help"], 1), (["board", "--help"], 0)):
+        given.clear()
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert given == []
+        monkeypatch.setattr(sys, "argv", ["lowrank", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        assert len(given) == expected
 
 
 @pytest.mark.slow
