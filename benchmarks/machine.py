@@ -122,7 +122,10 @@ def gemm_limit(
         flops += count * 2.0 * work * tokens / height
         seconds += count * (forward + backward) * tokens / height
         cpu_seconds += count * (forward_cpu + backward_cpu) * tokens / height
-    rates = {"flops_per_second": flops / seconds, "flops_per_cpu_second": flops / cpu_seconds}
+    rates = {
+        "flops_per_second": flops / seconds,
+        "flops_per_cpu_second": flops / max(cpu_seconds, 1e-6),
+    }  # a tick of the clock
     return {**rates, "shapes": each, "load": load()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from lowrank.third_party import code_allowed
 from tests.plans import EVERY_TIME, PLANS, once_for_each_kind
 
 pytest_plugins = ["tests.torchvision_without_cuda", "tests.processor_time"]
+gc.set_threshold(50_000, 20, 100)  # as in lowrank/cli/main.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The one test that takes minutes begins first, so that nobody waits for it at the end."""
     items.sort(key=lambda item: "test_demo.py" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """A million objects of libraries and of tests are there by now, and stay: nobody need look through them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries say what they leave behind at the end of a process, and it is to be nothing of ours."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
