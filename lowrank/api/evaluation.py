@@ -13,7 +13,7 @@ from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import RowsLike
 from lowrank.errors import ConfigError
 from lowrank.evaluate.metrics import check_installed
-from lowrank.evaluate.predict import AnsweringModels, answer_questions, compare, score_labels, unanswered
+from lowrank.evaluate.predict import answer_questions, compare, score_labels, unanswered
 from lowrank.evaluate.questions import read_questions
 from lowrank.generate.request import GenerationConfig
 from lowrank.notices import log_notice
@@ -59,8 +59,7 @@ def evaluate(
         questions = read_questions(source, seed=seed, notify=notify)
         loaded = (model if isinstance(model, Model) else load(model, notify=notify)).inference
     chosen = list(adapters) or loaded.names
-    slots = {name: loaded.slot(name) for name in chosen}
-    models = AnsweringModels(loaded.base, loaded.bank, slots, {name: loaded.renderer_of(name) for name in chosen})
+    models = loaded.answering(chosen, [each.prompt for each in questions], notify)
     with tempfile.TemporaryDirectory(prefix="lowrank-") as folder:
         sampling = GenerationConfig(max_new_tokens=max_new_tokens, seed=seed)
         answers = answer_questions(models, questions, sampling, Path(folder) / "answers.jsonl")

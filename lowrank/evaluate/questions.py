@@ -35,19 +35,18 @@ def read_questions(
     seed: int = 42,
     root: Path | None = None,
     notify: Callable[[str], None] = log_notice,
-    takes: Callable[[str], bool] | None = None,
 ) -> list[Question]:
     """The last answer of every conversation, as a question; of a preference, the chosen one.
 
-    `notify` hears how many rows cannot be used and why; `takes`: whether who is asked takes media of a kind (None:
-    none). Raises DataError if none can.
+    `notify` hears how many rows cannot be used and why. Media of every kind are read: who is asked says what it cannot
+    take. Raises DataError if no row can be used.
     """
     (dataset,) = open_datasets(DataConfig(train=(source,)), None, seed, root)
     questions: list[Question] = []
     problems: list[str] = []
     for row in dataset.rows(notify):
         try:
-            prompt, label = split_last_answer(read_record(row, dataset, takes or _takes_nothing))
+            prompt, label = split_last_answer(read_record(row, dataset, _any_kind))
             questions.append(Question(f"{row.place} row {row.number}", prompt, label))
         except RowProblem as problem:
             problems.append(f"row {row.number}: {problem}")
@@ -62,5 +61,6 @@ def read_questions(
     return questions
 
 
-def _takes_nothing(kind: str) -> bool:
-    return False
+def _any_kind(kind: str) -> bool:
+    del kind
+    return True

@@ -22,6 +22,7 @@ from lowrank.data.chat.placeholders import media_in
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.errors import DataError, ModelError, did_you_mean
+from lowrank.evaluate.predict import AnsweringModels
 from lowrank.evaluate.reward import rewards
 from lowrank.generate.request import Answer, TokenChunk
 from lowrank.generate.sampler import GenerationConfig, Prompt, answer_all
@@ -72,6 +73,16 @@ class InferenceModel:
     def renderer_of(self, name: str) -> Renderer:
         """How a model reads a conversation: as in its training."""
         return self.renderers.get(name, self.renderer)
+
+    def answering(
+        self, names: Iterable[str], conversations: Iterable[Conversation], notify: Callable[[str], None] = log_notice
+    ) -> AnsweringModels:
+        """These models, ready for questions like `conversations`. ModelError for a name there is not, and for a base
+        that cannot be shown the pictures in them."""
+        if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
+            see(self.base, "packed", notify, running=True)
+        slots = {name: self.slot(name) for name in names}
+        return AnsweringModels(self.base, self.bank, slots, {name: self.renderer_of(name) for name in slots})
 
     @property
     def names(self) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoints.atomic import write_text
-from lowrank.data.chat.placeholders import media_in
 from lowrank.data.config import SourceConfig
 from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
 from lowrank.evaluate.predict import (
@@ -27,8 +26,7 @@ from lowrank.evaluate.predict import (
 from lowrank.evaluate.questions import Question, read_questions
 from lowrank.generate.request import GenerationConfig
 from lowrank.pipelines.inference import BARE, InferenceModel, open_inference_model
-from lowrank.pipelines.pictures import see
-from lowrank.records import Picture
+from lowrank.report.thumbnails import write_thumbnails
 
 Done = Callable[[int, int], None]
 Progress = Callable[[str], AbstractContextManager[Done]]
@@ -73,9 +71,7 @@ def predict(
     questions = [
         question
         for source in request.sources
-        for question in read_questions(
-            source, seed=request.seed, notify=lambda text: warn([text]), takes=lambda kind: True
-        )
+        for question in read_questions(source, seed=request.seed, notify=lambda text: warn([text]))
     ]
     trained = open_inference_model(
         request.model,
@@ -84,12 +80,8 @@ def predict(
         base=request.base,
         notify=lambda text: warn([text]),
     )
-    if any(isinstance(each, Picture) for question in questions for each in media_in(question.prompt)):
-        see(trained.base, "packed", lambda text: warn([text]), running=True)
     chosen = list(request.adapters or trained.slots)
-    slots = {name: trained.slot(name) for name in chosen}
-    renderers = {name: trained.renderer_of(name) for name in chosen}
-    answering = AnsweringModels(trained.base, trained.bank, slots, renderers)
+    answering = trained.answering(chosen, [each.prompt for each in questions], lambda text: warn([text]))
     request.folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(request, trained, chosen)
     partial = request.folder / f"unfinished-{_key_of_settings(settings)}.jsonl"
@@ -107,6 +99,7 @@ def predict(
     warn([each.describe(len(questions)) for each in missing])
     warn(_left_out(verdicts, len(questions), unscored, list(likelihood)))
     write_predictions(request.folder / "predictions.jsonl", questions, answers)
+    write_thumbnails(request.folder, questions)
     if request.llamafactory:
         _write_as_llamafactory(request.folder / LLAMAFACTORY_FILE, answering, questions, answers, chosen)
     result = {

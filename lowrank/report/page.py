@@ -25,6 +25,7 @@ from lowrank.report.reporters.metrics import FILE as METRICS
 from lowrank.report.reporters.metrics import read_metrics
 from lowrank.report.summary import SUMMARY
 from lowrank.report.sweep_view import TABLE, fields, interval, parallel, result, short, shown
+from lowrank.report.thumbnails import read_thumbnails
 
 REPORT = "report.html"
 DATA_REPORT = "data_report.json"
@@ -142,7 +143,8 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
         rows = list(islice(_lines(path.parent / "predictions.jsonl"), 500))
         rows.sort(key=lambda row: len(set(row["predictions"].values())) == 1)
         names = dict.fromkeys(name for own in result["metrics"].values() for name in own)
-        found.append({"name": path.parent.name, "result": result, "names": list(names), "rows": rows[:_SAMPLES]})
+        shown = {"rows": rows[:_SAMPLES], "thumbnails": read_thumbnails(path.parent)}
+        found.append({"name": path.parent.name, "result": result, "names": list(names), **shown})
     return found
 
 

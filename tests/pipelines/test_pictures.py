@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
+import lowrank
 from lowrank.cli.chat_repl import ChatRepl
 from lowrank.config import RunConfig
 from lowrank.data.config import DataConfig, SourceConfig
@@ -26,10 +29,12 @@ from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.inference import open_inference_model
 from lowrank.pipelines.predict import PredictRequest, predict
+from lowrank.pipelines.samples import answer_samples
 from lowrank.pipelines.together import digest_of_data
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation
 from lowrank.report.events import Notice
+from lowrank.report.page import write_report
 from lowrank.serve.vllm_engine.adapters import refuse_own_rows
 from tests.export.sources import write_merged
 from tests.picture_rows import write_picture_rows
@@ -100,6 +105,11 @@ def test_a_model_is_asked_about_pictures(world: Path, tmp_path: Path, capsys: py
     lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["prompt"][0]["images"][0].endswith(".jpg")
 
+    thumbnails = json.loads((tmp_path / "out" / "thumbnails.json").read_text(encoding="utf-8"))
+    assert set(thumbnails) == {name for line in lines for name in json.loads(line)["prompt"][0]["images"]}
+    picture = Image.open(io.BytesIO(base64.b64decode(next(iter(thumbnails.values())).partition(",")[2])))
+    assert (picture.format, max(picture.size)) == ("JPEG", 160)
+
     repl = ChatRepl(open_inference_model(str(world / "model")), GenerationConfig(max_new_tokens=3))
     repl._line(f"/image {world / 'pictures' / '0.jpg'}")
     assert "300 x 168, with the next question" in " ".join(capsys.readouterr().out.split())
@@ -108,6 +118,19 @@ def test_a_model_is_asked_about_pictures(world: Path, tmp_path: Path, capsys: py
     assert [len(message.media) for message in repl.history] == [1, 0, 0, 0]
     with pytest.raises(DataError, match="a picture is missing"):
         repl._line("/image nowhere.png")
+
+
+def test_a_report_shows_what_was_asked_about(world: Path, tmp_path: Path) -> None:
+    """A few held-out rows with pictures, answered before and after, in one file; Python's evaluate takes them too."""
+    run(settings(world, tmp_path / "run", max_steps=1, eval_steps=None))
+    answer_samples(tmp_path / "run", 2, lambda text: None)
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/jpeg;base64,') >= 2
+    assert "img-src data:;" in page
+    source = [json.loads((world / "mllm.json").read_text(encoding="utf-8"))[0]]
+    source[0]["images"] = [str(world / each) for each in source[0]["images"]]
+    measured = lowrank.evaluate(tmp_path / "run", source, metrics=(), adapters=["a"], max_new_tokens=2)
+    assert measured.loc[("a", "perplexity"), "rows"] == 1
 
 
 def test_other_pictures_are_other_data(world: Path, tmp_path: Path) -> None:
