@@ -24,6 +24,7 @@ _PARTS = {
     "activations": "activations kept for the backward pass",
     "loss": "loss over the vocabulary",
     "workspace": "temporaries of attention, unpacking, the rest",
+    "pixels": "pixels of pictures",
 }
 
 
@@ -167,7 +168,7 @@ def _together(faster: float) -> str:
 def _show(chosen: Plan, found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from lowrank.planning.plan import describe_activation_checkpointing
+    from lowrank.planning.plan import describe_activation_checkpointing, describe_pictures
     from lowrank.report.formatting import gigabytes, rough_duration
     from lowrank.terminal import Console
 
@@ -175,7 +176,8 @@ def _show(chosen: Plan, found: dict[str, Any]) -> None:
     table = Table("memory", "", title=f"the heaviest step, on {chosen.device}", title_justify="left")
     table.columns[1].justify = "right"
     for name, label in _PARTS.items():
-        table.add_row(label, gigabytes(getattr(chosen.step, name)))
+        if name != "pixels" or chosen.pictures is not None:
+            table.add_row(label, gigabytes(getattr(chosen.step, name)))
     if chosen.process:
         table.add_row("Python, libraries, data, the allocator", gigabytes(chosen.process))
     table.add_row("while loading", gigabytes(chosen.loading), style="dim")
@@ -188,6 +190,8 @@ def _show(chosen: Plan, found: dict[str, Any]) -> None:
         f"Runs with    micro_batch_tokens: {chosen.micro_batch_tokens} ({passes}), model.activation_checkpointing: "
         f"{chosen.activation_checkpointing} ({describe_activation_checkpointing(chosen.activation_checkpointing)})"
     )
+    if chosen.pictures is not None:
+        console.print(f"Pictures     {describe_pictures(chosen.pictures)}")
     if "longest_document_tokens" in found:
         console.print(
             f"Would fit    forward passes of {found['largest_micro_batch_tokens']:,} tokens; documents of "

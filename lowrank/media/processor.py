@@ -108,7 +108,7 @@ class MediaProcessor:
 
     def placeholders(self, media: Sequence[Medium]) -> tuple[str, ...]:
         """What stands for each medium of a document. ModelError in the processor's words for sizes that it refuses."""
-        sizes = tuple((each.kind, self._size(each)) for each in media)
+        sizes = self.sizes(media)
         if sizes not in self._known:
             if len(self._known) >= _SIZES_KEPT:
                 self._known.clear()
@@ -129,11 +129,23 @@ class MediaProcessor:
 
         DataError for a medium that cannot be decoded (any more).
         """
-        sizes = [(each.kind, self._size(each)) for each in media]
+        sizes = self.sizes(media)
         processed = self._processed(sizes, list(map(self._ready, media)))
         return {
             name: value for name, value in processed.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
         }
+
+    def blank_inputs(self, media: Sequence[Medium]) -> dict[str, torch.Tensor]:
+        """Tensors as `inputs` gives them, but for what is in them, and for the dtype of pixels."""
+        sizes = self.sizes(media)
+        processed = self._processed(sizes, list(map(_blank, sizes)), blank=True)
+        return {
+            name: value for name, value in processed.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
+        }
+
+    def sizes(self, media: Sequence[Medium]) -> tuple[tuple[str, Size], ...]:
+        """What decides how large the tensors of a document's media are."""
+        return tuple((each.kind, self._size(each)) for each in media)
 
     def shown_frames(self, video: Video) -> tuple[int, ...]:
         """Which frames of a video the model is shown."""

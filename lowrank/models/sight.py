@@ -39,12 +39,14 @@ _SECONDS = "second_per_grid"
 class Sight:
     """The eyes and ears of one base. `processor`: of the same checkpoint; `kinds`: of media that it is to take."""
 
+    tower: type[Tower] = Tower
+
     def __init__(self, base: Base, processor: MediaProcessor, kinds: Sequence[str] = ("image",)) -> None:
         """ModelError for a base that cannot be shown or played these."""
         self._base, self._backbone, self.processor, self.kinds = base, base.backbone, processor, tuple(kinds)
         config, takes = base.model.config, inspect.signature(self._backbone.forward).parameters
         self._towers = {
-            kind: Tower(kind, base.name, config, self._backbone, processor, takes)
+            kind: self.tower(kind, base.name, config, self._backbone, processor, takes)
             for kind in ("image", "video")
             if kind in kinds
         }
@@ -63,11 +65,14 @@ class Sight:
 
     def pixels(self, media: Media) -> dict[str, torch.Tensor]:
         """What the towers are given for a document, on the host. Any thread may ask."""
-        found = self.processor.inputs(media.items)
+        return self.read(self.processor.inputs(media.items))
+
+    def read(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of what the processor makes, what the model reads."""
         wanted = set().union(*(tower.wanted for tower in self._towers.values()), self._of_places or ())
-        wanted |= {name for name in found if _SECONDS in name}
+        wanted |= {name for name in inputs if _SECONDS in name}
         wanted |= self._hearing.wanted if self._hearing else set()
-        return {name: value for name, value in found.items() if name in wanted}
+        return {name: value for name, value in inputs.items() if name in wanted}
 
     def ready(self, batch: Batch, known: Mapping[int, Mapping[str, torch.Tensor]] | None = None) -> Batch:
         """The batch with the pixels of its documents, and their places where a model counts these in three dimensions.

@@ -48,28 +48,35 @@ class Tower:
         """What transformers' model calls the outputs of this kind, of all documents of the batch together; None where
         no segment has any."""
         found = [each for each in batch.pixels if number_of(self.kind, each.media.inside)]
-        parts = [self._of_document(each, batch, tower_pass) for each in found]
-        return of_all(parts) if parts else None
+        return of_all(self.parts(found, batch, tower_pass)) if found else None
 
-    def _of_document(self, pixels: Pixels, batch: Batch, tower_pass: TowerPass) -> Any:
+    def parts(self, documents: Sequence[Pixels], batch: Batch, tower_pass: TowerPass) -> list[Any]:
+        """What the tower says of each document."""
+        return [self.of_document(each, batch, tower_pass) for each in documents]
+
+    def of_document(self, pixels: Pixels, batch: Batch, tower_pass: TowerPass) -> Any:
         """What the tower says of what is in the segment, (tokens, D) each, in the family's own form."""
         given = {name: value for name, value in pixels.tensors.items() if name in self.wanted}
         assert self._features is not None
         with tower_pass(pixels.segment, batch):
             output = self._features(**given, return_dict=True)
-        own = [each for each in pixels.media.items if each.kind == self.kind]
-        counts = [text.count(self._text) for text in self._processor.placeholders(own)]
-        begin, end = span_of(self.kind, pixels.media)
-        first = sum(counts[:begin])
-        rows = Rows(first, first + sum(counts[begin:end]), sum(counts))
+        rows = self.rows(pixels.media)
         kept = {name: rows.of(value) for name, value in output.items() if name not in _INSIDE}
         if kept.get(RESULT) is None:
-            names = ", ".join(each.name for each in own)
+            names = ", ".join(each.name for each in pixels.media.items if each.kind == self.kind)
             raise ModelError(
                 f"{self._name}: its tower does not make as many features of {names} as its processor writes "
                 f"tokens for them ({rows.whole}): its preprocessor_config.json is of another model"
             )
         return type(output)(**{name: value for name, value in kept.items() if value is not None})
+
+    def rows(self, media: Media) -> Rows:
+        """Which of the features of a document are of what is in the segment."""
+        own = [each for each in media.items if each.kind == self.kind]
+        counts = [text.count(self._text) for text in self._processor.placeholders(own)]
+        begin, end = span_of(self.kind, media)
+        first = sum(counts[:begin])
+        return Rows(first, first + sum(counts[begin:end]), sum(counts))
 
 
 def wanted_by(kind: str, backbone: Any) -> set[str]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank.models.config import ModelConfig
-from lowrank.models.layers import decoder_layers
+from lowrank.models.layers import Parts, decoder_layers
 from lowrank.models.loading.pretrained import choose_device
 from lowrank.planning.fake_copies import fake_copies
 from lowrank.planning.fake_modules import stand_in_for_packed_weights
@@ -31,6 +31,8 @@ class BaseBytes:
     """Norms and what is beside the language model."""
     kinds: tuple[int, ...]
     """For each decoder layer the number of the first that is like it."""
+    tower: int = 0
+    """What of the rest is in towers, and between them and the language model."""
 
     @property
     def total(self) -> int:
@@ -56,13 +58,20 @@ def base_bytes(settings: ModelConfig, config: Any) -> BaseBytes:
         tied = head_weight is None or head_weight is embedding.weight
         ends = [_bytes(embedding.weight), 0 if head_weight is None or tied else _bytes(head_weight)]
         rest = _bytes_in(model, "", packed) - sum(layers) - sum(ends)
-        return BaseBytes(tuple(layers), ends[0], ends[1], rest, tuple(kinds_of_layers(model)))
+        where = Parts(model)
+        outside = [each for name, each in _tensors(model) if where.is_outside(name)]
+        tower = sum(map(_bytes, outside)) + sum(size for name, size in packed.items() if where.is_outside(name))
+        return BaseBytes(tuple(layers), ends[0], ends[1], rest, tuple(kinds_of_layers(model)), tower)
 
 
 def _bytes_in(module: nn.Module, name: str, packed: dict[str, int]) -> int:
     prefix = f"{name}." if name else ""
     own = sum(size for each, size in packed.items() if each.startswith(prefix))
-    return own + sum(_bytes(each) for each in (*module.parameters(), *module.buffers()))
+    return own + sum(_bytes(each) for _, each in _tensors(module))
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -19,29 +19,33 @@ _MOST = 10_000_000
 
 def largest_tokens(planner: Planner, plan: Plan) -> int:
     """Tokens of one forward pass that fit, in documents as long as the longest of the run's steps."""
-    length = max(len(segment) for job in planner.memory.jobs for segment in job.step)
+    longest = max((segment for job in planner.memory.jobs for segment in job.step), key=len)
 
-    def documents(tokens: int) -> list[int]:
-        return [length] * (tokens // length) or [length]
+    one = _text(len(longest), _share_of_loss(planner))
+    if longest.media is not None:
+        one = Segment(longest.token_L, longest.weight_L, media=longest.media)
+
+    def documents(tokens: int) -> list[Segment]:
+        return [one] * max(1, tokens // len(one))
 
     return _round_down(_largest(planner, plan, documents, _SIZES[1:]))
 
 
 def longest_document(planner: Planner, plan: Plan) -> int:
-    """Tokens of one document that fit; at most what the model was made for."""
-    limit = planner.memory.max_length or _MOST
-    if limit <= _SIZES[-1] and _peak(planner, plan, [limit]) <= MARGIN * plan.available:
+    """Tokens of one document that fit, of text; at most what the model was made for."""
+    limit, share = planner.memory.max_length or _MOST, _share_of_loss(planner)
+    if limit <= _SIZES[-1] and _peak(planner, plan, [_text(limit, share)]) <= MARGIN * plan.available:
         return limit
-    found = _largest(planner, plan, lambda tokens: [tokens], _SIZES)
+    found = _largest(planner, plan, lambda tokens: [_text(tokens, share)], _SIZES)
     return limit if found >= limit else _round_down(found)
 
 
-def _largest(planner: Planner, plan: Plan, documents: Callable[[int], list[int]], wanted: tuple[int, ...]) -> int:
+def _largest(planner: Planner, plan: Plan, documents: Callable[[int], list[Segment]], wanted: tuple[int, ...]) -> int:
     sizes, peaks = [], []
     for size in wanted:
-        lengths = documents(size)
-        sizes.append(sum(lengths))
-        peaks.append(_peak(planner, plan, lengths))
+        segments = documents(size)
+        sizes.append(sum(map(len, segments)))
+        peaks.append(_peak(planner, plan, segments))
     room = MARGIN * plan.available
     if len(sizes) == 2 or len(set(sizes)) < len(sizes):  # a line, or one document fills several sizes
         slope = (peaks[-1] - peaks[0]) / max(1, sizes[-1] - sizes[0])
@@ -54,11 +58,10 @@ def _largest(planner: Planner, plan: Plan, documents: Callable[[int], list[int]]
     return max(0, min(_MOST, int((-b + inside**0.5) / (2 * a)))) if inside >= 0 else 0
 
 
-def _peak(planner: Planner, plan: Plan, lengths: list[int]) -> int:
+def _peak(planner: Planner, plan: Plan, segments: list[Segment]) -> int:
     slot = next(iter(planner.memory.work))
-    share = _share_of_loss(planner)
-    work = {slot: number_the_step([_segment(length, share) for length in lengths])}
-    step = planner.memory.step(sum(lengths), plan.activation_checkpointing, work)
+    work = {slot: number_the_step(segments)}
+    step = planner.memory.step(sum(map(len, segments)), plan.activation_checkpointing, work)
     return planner.total(step)
 
 
@@ -67,7 +70,7 @@ def _share_of_loss(planner: Planner) -> float:
     return float(np.mean(weights)) if weights else 1.0
 
 
-def _segment(length: int, share: float) -> Segment:
+def _text(length: int, share: float) -> Segment:
     weight_L = np.zeros(length, np.float32)
     weight_L[length - int(share * length) :] = 1.0
     return Segment(np.zeros(length, np.int64), weight_L)

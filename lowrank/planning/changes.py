@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lowrank.batches import Segment
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype
 from lowrank.planning.choose import TOKENS
@@ -91,10 +92,14 @@ def _rank(planner: Planner) -> Iterator[Any]:
 
 def cut_job(job: PlannedJob, length: int) -> PlannedJob:
     """The same with no segment longer than `length`."""
-    cut = [
-        dataclasses.replace(each, token_L=each.token_L[:length], weight_L=each.weight_L[:length]) for each in job.step
-    ]
-    return dataclasses.replace(job, step=cut)
+    return dataclasses.replace(job, step=[_cut(each, length) for each in job.step])
+
+
+def _cut(segment: Segment, length: int) -> Segment:
+    media = segment.media
+    end = length if media is None else media.whole_until(length)
+    shown = media and media.between(0, end)
+    return dataclasses.replace(segment, token_L=segment.token_L[:end], weight_L=segment.weight_L[:end], media=shown)
 
 
 def _of_rank(job: PlannedJob, rank: int) -> PlannedJob:

@@ -49,6 +49,17 @@ class LiveBytes(TorchDispatchMode):
             found.bytes = self.peak
             self.peak = max(before, self.peak)
 
+    @contextmanager
+    def apart(self) -> Generator[_Peak, None, None]:
+        """As `phase`, of work whose peak is not one of the phase around it."""
+        around, self.peak = self.peak, self.now
+        found = _Peak()
+        try:
+            yield found
+        finally:
+            found.bytes = self.peak
+            self.peak = max(around, self.now)
+
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata  # pyright: ignore[reportPrivateUsage]

@@ -14,16 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank.adapters.config import AdapterSettings
+from lowrank.batches import Media
+from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.checkpointing.activation_checkpointing import segment_length
 from lowrank.models.config import ModelConfig
+from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.models.positions import positions_of
 from lowrank.planning.base_bytes import base_bytes
+from lowrank.planning.peaks import StepTrace
+from lowrank.planning.pictures import KnownPictures
 from lowrank.planning.placed import Placed
 from lowrank.planning.simulation import (
     Heaviest,
     PlannedJob,
     Simulation,
-    StepTrace,
     read_config,
     work_of,
 )
@@ -49,6 +53,8 @@ class StepBytes:
     """Log-probabilities, where the peak is there."""
     workspace: int
     """Temporaries of attention, dequantization and everything else at the peak."""
+    pixels: int = 0
+    """Pictures made ready for the tower: on a GPU those of the pass, in host memory those of the next as well."""
 
     @property
     def total(self) -> int:
@@ -59,6 +65,20 @@ class StepBytes:
     def static(self) -> int:
         """What is alive between steps."""
         return self.base + self.adapters + self.optimizer
+
+
+@dataclass(frozen=True)
+class PlannedPictures:
+    """What pictures take of a run's heaviest forward pass."""
+
+    number: int
+    tokens: int
+    """That stand for pictures."""
+    tokens_of_pass: int
+    tower: int
+    """Bytes of the weights of tower and projector; a part of the base."""
+    looking: int
+    """Bytes at the most while the tower looks."""
 
 
 class StepMemory:
@@ -75,6 +95,9 @@ class StepMemory:
         self.placed = placed or Placed()
         self.config = read_config(model)
         self.parts = base_bytes(model, self.config)
+        self.processor = _processor_for(model, self.jobs)
+        """Of the pictures in the jobs' steps; None where there are none."""
+        self._pictures = KnownPictures()
         self.kinds = list(self.parts.kinds)
         self.num_layers = len(self.kinds)
         self.max_length: int | None = positions_of(self.config)
@@ -97,6 +120,16 @@ class StepMemory:
         trace = self._policy(self.heaviest_batch(micro_batch_tokens, work), activation_checkpointing)
         return _parts(self.placed.moved(trace, self.parts))
 
+    def pictures(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> PlannedPictures | None:
+        """What pictures take of the heaviest step; None where there are none."""
+        if self.processor is None:
+            return None
+        heaviest = self.heaviest_batch(micro_batch_tokens)
+        spans = [span for _, media in heaviest.batch.media for span in media.spans]
+        tokens = sum(end - first for first, end in spans)
+        looking = self._policy(heaviest, activation_checkpointing).tower
+        return PlannedPictures(len(spans), tokens, heaviest.batch.num_tokens, self.parts.tower, looking)
+
     def gradients(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> int:
         """Bytes of all gradients at the end of a step, also where its peak is before they are there."""
         return self._policy(self.heaviest_batch(micro_batch_tokens), activation_checkpointing).gradients
@@ -115,7 +148,7 @@ class StepMemory:
             return self._whole(batch, activation_checkpointing)
         full = self._whole(batch, "full")
         length = segment_length(self.num_layers)
-        each = full.kept // max(1, self.num_layers)
+        each = (full.kept - full.tower_kept) // max(1, self.num_layers)
         spared = each * (self.num_layers + -self.num_layers // length)
         phases = {name: getattr(full, name) - spared for name in ("kept", "forward", "loss")}
         segment = each * (length - 1)  # the inputs of the segment that is computed again
@@ -124,9 +157,10 @@ class StepMemory:
 
     def _first_layers(self, batch: Heaviest, number: int) -> StepTrace:
         none, full = self._whole(batch, "none"), self._whole(batch, "full")
-        spared = (none.kept - full.kept) * number // max(1, self.num_layers)
+        tower = none.tower_kept - full.tower_kept  # which stays: its layers are computed again with all others alone
+        spared = (none.kept - full.kept - tower) * number // max(1, self.num_layers)
         phases = {name: getattr(none, name) - spared for name in ("kept", "forward", "loss", "backward")}
-        phases["backward"] = max(phases["backward"], full.backward)
+        phases["backward"] = max(phases["backward"], full.backward + tower)
         return dataclasses.replace(none, **phases)
 
     def _whole(self, batch: Heaviest, activation_checkpointing: str) -> StepTrace:
@@ -155,8 +189,13 @@ class StepMemory:
 
     def _simulation(self, core: tuple[int, ...] | None) -> Simulation:
         if core not in self._simulations:
-            self._simulations[core] = Simulation(self.model, self.config, self.jobs, core, self._known_layout)
+            self._simulations[core] = Simulation(
+                self.model, self.config, self.jobs, core, self._known_layout, self.processor, self._pictures
+            )
         return self._simulations[core]
+
+    def _sizes(self, media: Media) -> Any:
+        return self.processor.sizes(media.items) if self.processor is not None else ()
 
     def _trace(self, core: tuple[int, ...] | None, heaviest: Heaviest, activation_checkpointing: str) -> StepTrace:
         batch = heaviest.batch
@@ -168,6 +207,8 @@ class StepMemory:
             heaviest.others,
             int((batch.weight_T != 0).sum()),
             activation_checkpointing,
+            tuple((index, media.spans, media.before, self._sizes(media)) for index, media in batch.media),
+            tuple(map(self._sizes, heaviest.ahead)),
         )
         if key not in self._traces:
             self._traces[key] = self._simulation(core).step(heaviest, activation_checkpointing)
@@ -176,14 +217,21 @@ class StepMemory:
 
 def _parts(trace: StepTrace) -> StepBytes:
     """The peak of a step, and what it consists of."""
-    phases = {"forward": trace.forward, "loss": trace.loss, "backward": trace.backward}
+    phases = {name: getattr(trace, name) for name in ("forward", "loss", "backward", "tower", "tower_backward")}
     where = max(phases, key=lambda name: phases[name])
-    activations = min(trace.kept, phases[where])
+    activations = min(trace.tower_kept if where.startswith("tower") else trace.kept, phases[where])
     rest = phases[where] - activations
-    gradients = min(trace.gradients if where == "backward" else trace.earlier, rest)
+    gradients = min(trace.gradients if where.endswith("backward") else trace.earlier, rest)
     rest -= gradients
     loss = rest if where == "loss" else 0
-    return StepBytes(trace.base, trace.adapters, trace.optimizer, gradients, activations, loss, rest - loss)
+    static = (trace.base, trace.adapters, trace.optimizer)
+    return StepBytes(*static, gradients, activations, loss, rest - loss, trace.pixels)
+
+
+def _processor_for(model: ModelConfig, jobs: Sequence[PlannedJob]) -> MediaProcessor | None:
+    if all(segment.media is None for job in jobs for segment in job.step):
+        return None
+    return processor_of(load_tokenizer(model))
 
 
 def _names_layers(job: PlannedJob) -> bool:

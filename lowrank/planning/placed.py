@@ -16,7 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from lowrank.planning.base_bytes import BaseBytes
-from lowrank.planning.simulation import StepTrace
+from lowrank.planning.peaks import StepTrace
 
 REPLICATED, SHARDED, OFFLOADED, STREAMED = "replicated", "sharded", "sharded_offload", "streamed"
 _COMPUTING, _GATHERING = 2, 3

@@ -19,7 +19,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype, locate
 from lowrank.planning.compiled import growth
 from lowrank.planning.machine import Machine, this_machine
-from lowrank.planning.memory import StepBytes, StepMemory
+from lowrank.planning.memory import PlannedPictures, StepBytes, StepMemory
 from lowrank.planning.placed import REPLICATED
 from lowrank.report.formatting import gigabytes
 
@@ -65,6 +65,8 @@ class Plan:
     activation_checkpointing: str | int
     forward_passes: int
     """Per optimizer step of all jobs together, in the heaviest."""
+    pictures: PlannedPictures | None = None
+    """Of the heaviest forward pass."""
 
     @property
     def peak(self) -> int:
@@ -133,6 +135,7 @@ class Planner:
             micro_batch_tokens,
             activation_checkpointing,
             passes,
+            self.memory.pictures(micro_batch_tokens, activation_checkpointing),
         )
 
 
@@ -157,6 +160,15 @@ def describe_activation_checkpointing(activation_checkpointing: str | int) -> st
         f"the first {activation_checkpointing} layers are computed again"
         if isinstance(activation_checkpointing, int)
         else _POLICIES[activation_checkpointing]
+    )
+
+
+def describe_pictures(pictures: PlannedPictures) -> str:
+    """What they take, in a sentence."""
+    share = f"{pictures.tokens:,} of the {pictures.tokens_of_pass:,} tokens"
+    return (
+        f"{share} of the heaviest forward pass stand for pictures ({pictures.number:,}); the tower that looks at them "
+        f"takes {gigabytes(pictures.tower)} of the base, and {gigabytes(pictures.looking)} while it looks"
     )
 
 

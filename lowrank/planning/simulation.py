@@ -23,8 +23,9 @@ from transformers.initialization import no_init_weights
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.batches import BARE_BASE, Batch, Segment, pack
+from lowrank.batches import BARE_BASE, Batch, Media, Segment, pack
 from lowrank.errors import ModelError
+from lowrank.media.processor import MediaProcessor
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
@@ -38,12 +39,19 @@ from lowrank.models.rope_scaling import stretch
 from lowrank.objectives import Objective
 from lowrank.planning.fake_copies import fake_copies
 from lowrank.planning.fake_modules import spread_evenly, stand_in_for_experts, stand_in_for_packed_weights
+from lowrank.planning.known_values import KnownValues, with_values
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
+from lowrank.planning.peaks import Peaks, StepTrace
+from lowrank.planning.pictures import KnownPictures, PlannedSight, sees_both_ways
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.optimizers import OptimizerConfig
+from lowrank.train.pixels_ahead import DOCUMENTS_AHEAD
+from lowrank.train.prepared_pass import PreparedPass
+
+_NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -62,27 +70,10 @@ class PlannedJob:
     """Of its steps, as far as they are known."""
 
 
-@dataclass(frozen=True)
-class StepTrace:
-    """Bytes of tensors seen in one simulated step. The phases are peaks above what lives between steps."""
-
-    base: int
-    adapters: int
-    optimizer: int
-    gradients: int
-    """After the last forward pass of the step."""
-    earlier: int
-    """Those of them that the passes before this one have left."""
-    kept: int
-    """What the backbone's graph keeps for the backward pass."""
-    forward: int
-    loss: int
-    backward: int
-
-    def plus(self, other: StepTrace, times: int) -> StepTrace:
-        """Each number plus `times` the other's."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
-        return StepTrace(*(one + times * two for one, two in pairs))
+def kinds_of(jobs: Sequence[PlannedJob]) -> list[str]:
+    """Of the media in the jobs' steps."""
+    found = {each.kind for job in jobs for segment in job.step if segment.media for each in segment.media.items}
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -94,33 +85,8 @@ class Heaviest:
     """Of the step."""
     others: frozenset[int]
     """Slots that have a part in the other passes, so that their gradients may be there already."""
-
-
-class _Peaks:
-    """The peak of each phase of a training pass, and what is alive after the first."""
-
-    def __init__(self, live: LiveBytes) -> None:
-        self._live = live
-        self.bytes: list[int] = []
-        self.after_forward = 0
-
-    @contextlib.contextmanager
-    def forward(self) -> Generator[None, None, None]:
-        with self._phase():
-            yield
-        self.after_forward = self._live.now
-
-    def loss(self) -> contextlib.AbstractContextManager[None]:
-        return self._phase()
-
-    def backward(self) -> contextlib.AbstractContextManager[None]:
-        return self._phase()
-
-    @contextlib.contextmanager
-    def _phase(self) -> Generator[None, None, None]:
-        with self._live.phase() as phase:
-            yield
-        self.bytes.append(phase.bytes)
+    ahead: tuple[Media, ...] = ()
+    """Whose pictures are made ready for the next pass meanwhile."""
 
 
 class Simulation:
@@ -133,19 +99,30 @@ class Simulation:
         jobs: Sequence[PlannedJob],
         keep: Sequence[int] | None,
         layout: str | None = None,
+        processor: MediaProcessor | None = None,
+        pictures: KnownPictures | None = None,
     ) -> None:
         """`config` is the model's config.json (`read_config`), `keep` the decoder layers to keep; None: all. `layout`
-        of the batches, where another simulation of this model has found it out."""
+        of the batches, where another simulation of this model has found it out. `processor`: of the media that the jobs
+        have; None: they have none. `pictures`: what other simulations of the same base, with other layers, have found
+        out about them."""
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
         self._device = choose_device(model)
+        self._sight: PlannedSight | None = None
         with self._mode, self._live, fake_copies():
-            self.base = self._build(model, config, jobs, keep, layout)
+            kinds = kinds_of(jobs) if processor is not None else ()
+            self.base = self._build(model, config, jobs, keep, layout, "image" in kinds)
+            if processor is not None:
+                known = pictures or KnownPictures()
+                self.base.sight = self._sight = PlannedSight(self.base, processor, kinds, self._live, known)
             self._base_bytes = self._live.now + self._packed
             plain = self.base.layout == "packed" and self.base.shift_attn is None and self.base.layer_wrapper is None
             self._engine = Engine(self.base, Bank(self.base), 1, shares_prompts=plain)
             self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
         spread_evenly(self.base.model)  # adapters have come, on experts too
+        if self._sight is not None:
+            self._sight.adapts([slot for slot, each in self._engine.bank.slots.items() if each.outside])
         self._adapter_bytes = self._live.now + self._packed - self._base_bytes
         self._optimizer_bytes: int | None = None
 
@@ -156,10 +133,12 @@ class Simulation:
         jobs: Sequence[PlannedJob],
         keep: Sequence[int] | None,
         layout: str | None,
+        pictures: bool,
     ) -> Base:
         model, wrapper = skeleton(settings, config, self._device)
         if keep is not None:
             keep_layers(model, keep)
+            model.get_input_embeddings().register_forward_hook(_with_gradient)
         train_what_is_trained(model, jobs)
         model.eval()
         self._packed = sum(stand_in_for_packed_weights(model, settings.storage).values())
@@ -168,7 +147,8 @@ class Simulation:
         base = Base(model, None, settings.path, settings.revision)
         base.layer_wrapper = wrapper
         base.settle(layout or "packed")
-        if layout is None and (settings.attention == "padded" or not self._takes_boundaries(base)):
+        pads = settings.attention == "padded" or (pictures and sees_both_ways(model))
+        if layout is None and (pads or not self._takes_boundaries(base)):
             base.settle("padded")
         base.shift_attn = settings.shift_attn
         return base
@@ -207,16 +187,25 @@ class Simulation:
         batches = self._engine.cut(work)
         heaviest = max(batches, key=lambda batch: self.base.padded_tokens(batch.lengths))
         others = frozenset(slot for batch in batches if batch is not heaviest for slot in batch.slots)
-        as_text = dataclasses.replace(heaviest, media=())  # placeholders cost the language model what text does
-        return Heaviest(as_text, len(batches), others)
+        if self._sight is None:
+            return Heaviest(heaviest, len(batches), others)
+        return Heaviest(heaviest, len(batches), others, self._ahead(work, batches, heaviest))
+
+    def _ahead(self, work: StepSegments, batches: Sequence[Batch], heaviest: Batch) -> tuple[Media, ...]:
+        """Whose pictures come next: of the next pass; where the last one is as heavy, or nearly, of the next step."""
+        last, place = batches[-1], next(n for n, batch in enumerate(batches) if batch is heaviest)
+        if last is heaviest or last.num_tokens > _NEARLY * heaviest.num_tokens:
+            coming = [each.media for segments in work.values() for each in segments if each.media is not None]
+            return tuple(dict.fromkeys(coming[:DOCUMENTS_AHEAD]))
+        return tuple(dict.fromkeys(media for _, media in batches[place + 1].media))
 
     def step(self, heaviest: Heaviest, activation_checkpointing: str | int) -> StepTrace:
         """What the engine does with one forward pass, and then the optimizers, with nothing to read."""
         set_activation_checkpointing(self.base.model, activation_checkpointing)
         engine, live = self._engine, self._live
-        ready = engine.prepare(heaviest.batch).moved(self._move)
-        before, peaks = live.now, _Peaks(live)
-        with _torch_keeps_quiet(), self._mode, live:
+        ready, pixels = self._ready(heaviest)
+        before, peaks = live.now, Peaks(live, self._sight)
+        with _torch_keeps_quiet(), self._mode, live, KnownValues() if ready.batch.pixels else contextlib.nullcontext():
             self._leave_gradients(heaviest.others)
             earlier = live.now - before
             engine.trace(ready, peaks)
@@ -226,8 +215,30 @@ class Simulation:
         for job in engine.jobs.values():
             job.optimizer.zero_grad(set_to_none=True)
         kept = peaks.after_forward - before - earlier
-        phases = (peak - before for peak in peaks.bytes)
-        return StepTrace(self._base_bytes, self._adapter_bytes, optimizer, gradients, earlier, kept, *phases)
+        forward, loss, backward = (peak - before for peak in peaks.bytes)
+        kept_by_tower, tower, tower_backward = self._sight.seen(before) if self._sight is not None else (0, 0, 0)
+        static = (self._base_bytes, self._adapter_bytes, optimizer)
+        own = (pixels, kept_by_tower, tower, tower_backward)
+        return StepTrace(*static, gradients, earlier, kept, forward, loss, backward, *own)
+
+    def _ready(self, heaviest: Heaviest) -> tuple[PreparedPass, int]:
+        """The pass on fake tensors, and the bytes of the pixels that are there during it."""
+        batch, sight = heaviest.batch, self._sight
+        if sight is not None:
+            sight.begin()
+        if sight is None or not batch.media:
+            return self._engine.prepare(dataclasses.replace(batch, media=())).moved(self._move), 0
+        shown = [media for _, media in batch.media]
+        pixels = sight.bytes_of(shown, heaviest.ahead if self._device.type == "cpu" else ())
+        known = {index: sight.blank(media) for index, media in batch.media}
+        prepared = self._engine.prepare(sight.ready(batch, known))
+        ready = prepared.moved(lambda tensor: with_values(self._mode, tensor, self._device))
+        with self._mode, self._live, KnownValues(), torch.no_grad(), self._engine.bank.routing.using(ready.context):
+            sight.options(
+                ready.batch, ready.batch.token_T[None]
+            )  # the first time, families make what they keep for good
+        sight.begin()
+        return ready, pixels
 
     def _leave_gradients(self, slots: Collection[int]) -> None:
         """As forward passes of these slots do, where there are none yet."""
@@ -265,6 +276,12 @@ def skeleton(settings: ModelConfig, config: Any, device: torch.device) -> tuple[
         with unset_fake_temporarily():
             use_memory_efficient_stand_ins(model)
     return model, wrapped_as_planned(model, settings.layer_wrapper)
+
+
+def _with_gradient(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """The first layer stands for others here, which have a gradient to hand down."""
+    del module, args
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
 def train_what_is_trained(model: Any, jobs: Sequence[PlannedJob]) -> None:

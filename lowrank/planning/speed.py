@@ -24,11 +24,12 @@ from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.pretrained import choose_device, choose_dtype
 from lowrank.models.loading.quantize_on_load import pack_in_place
 from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.sight import Sight
 from lowrank.planning.fusing import StepTime, fitted
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Plan
-from lowrank.planning.simulation import train_what_is_trained
+from lowrank.planning.simulation import kinds_of, train_what_is_trained
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 
@@ -116,6 +117,8 @@ def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Eng
     base = Base(model, None, memory.model.path, memory.model.revision)
     base.layer_wrapper = wrapper
     base.settle(memory.layout)
+    if memory.processor is not None:
+        base.sight = Sight(base, memory.processor, kinds_of(memory.jobs))
     set_activation_checkpointing(model, plan.activation_checkpointing)
     engine = Engine(base, Bank(base), plan.micro_batch_tokens)
     for seed, job in enumerate(memory.jobs):

@@ -15,7 +15,7 @@ from lowrank.batches import Batch, Media, Segment
 from lowrank.models.base import Base
 
 _MOST_THREADS = 8
-_DOCUMENTS_AHEAD = 8
+DOCUMENTS_AHEAD = 8
 """Of the next step, whose first forward pass is not cut yet."""
 
 
@@ -36,7 +36,7 @@ class PixelsAhead:
 
     def expect_step(self, segments: Iterable[Segment]) -> None:
         """The step after this one begins with these segments."""
-        self._begin([each.media for each in segments if each.media is not None][:_DOCUMENTS_AHEAD])
+        self._begin([each.media for each in segments if each.media is not None][:DOCUMENTS_AHEAD])
 
     def shown(self, batch: Batch) -> Batch:
         """The batch, on the host, with the pixels of its documents."""

@@ -23,8 +23,9 @@ from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.base_bytes import base_bytes
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory import StepMemory
+from lowrank.planning.peaks import Peaks
 from lowrank.planning.placed import Placed
-from lowrank.planning.simulation import PlannedJob, _Peaks, read_config
+from lowrank.planning.simulation import PlannedJob, read_config
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.command_line import lowrank
 from tests.tiny_models import make_engine, random_step
@@ -77,7 +78,7 @@ def test_a_rank_of_eight(tmp_path: Path, live: LiveBytes) -> None:
         base.settle("packed")
         set_activation_checkpointing(model, "full")
         engine, (slot,) = make_engine(base, ADAPTER)
-        before, peaks = live.now, _Peaks(live)
+        before, peaks = live.now, Peaks(live)
         (batch,) = engine.cut({slot: JOB.step})
         engine.trace(engine.prepare(batch), peaks)
     held = sum(getattr(each, "_local_tensor", each).nbytes for each in (*model.parameters(), *model.buffers()))

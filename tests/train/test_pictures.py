@@ -20,6 +20,7 @@ from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.checks.sight import give_sight
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, is_outside, language_model
@@ -203,6 +204,31 @@ def test_each_job_has_its_own_tower(family: str, tmp_path: Path, rows: Path) -> 
             assert parameter.grad is not None, name
             torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=tolerance)
         assert unused < len(ours) / 2
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+def test_a_tower_is_computed_again_to_the_same_bits(family: str, tmp_path: Path, rows: Path) -> None:
+    """Each document's layers with the adapters of its own slot; of the first n layers, those of the language model."""
+    base, tokenizer, _ = sighted(tmp_path, family)
+    everywhere = LoraConfig(rank=2, dropout=0.5, freeze_vision_tower=False, freeze_multi_modal_projector=False)
+    engine, slots = make_engine(base, everywhere, everywhere)
+    for slot in slots:
+        for name, parameter in engine.bank.parameters(slot).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(slot))
+        engine.bank.refresh(slot)
+    segments, seen = segments_of(rows, tokenizer), {}
+    for policy in ("none", "full", "selective", "sqrt", 1):
+        set_activation_checkpointing(base.model, policy)
+        engine.forward_backward({slots[0]: segments[:2], slots[1]: segments[2:4]})
+        own = {(slot, name): each for slot in slots for name, each in engine.bank.parameters(slot).items()}
+        seen[policy] = {name: each.grad.clone() for name, each in own.items() if each.grad is not None}
+        for each in own.values():
+            each.grad = None
+    assert any("visual" in name or "vision" in name for _, name in seen["none"])
+    for policy, gradients in seen.items():
+        assert gradients.keys() == seen["none"].keys(), policy
+        assert all(torch.equal(each, seen["none"][name]) for name, each in gradients.items()), policy
 
 
 def test_a_job_without_pictures_leaves_its_tower_as_it_is(tmp_path: Path, rows: Path) -> None:

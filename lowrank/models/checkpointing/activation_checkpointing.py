@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowrank.errors import ModelError
 from lowrank.models.checkpointing.activation_offload import HostMemory
 from lowrank.models.checkpointing.sqrt_checkpointing import Segments
+from lowrank.models.layers import language_model
 
 _CHECKS_BEFORE_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 """Older releases of transformers ask in the layer's `__call__`, which its own hooks come too late for."""
@@ -39,15 +40,22 @@ Run = Callable[..., Any]
 
 
 def set_activation_checkpointing(model: Any, policy: str | int) -> None:
-    """Put `policy` on the decoder layers: a name from above for all of them, or n: the first n `full`.
+    """Put `policy` on the decoder layers: a name from above for all of them, or n: the first n `full`. Layers
+    of a tower are `full` where all decoder layers keep less than everything.
 
     May be called again with another policy. ModelError where the model has no layers that could, or for `offload` on
     a CPU.
     """
+    inside = set(language_model(model)[1].modules())
     layers = _layers(model, policy)
+    decoder = [layer for layer in layers if layer in inside]
     owners = _owners(model)
-    for layer, run in zip(layers, _runs(model, policy, len(layers))):
+    for layer, run in zip(decoder, _runs(model, policy, len(decoder))):
         _use(layer, run, owners)
+    keeps = isinstance(policy, int) or policy in ("none", "auto")
+    for layer in layers:
+        if layer not in inside:
+            _use(layer, None if keeps else partial(_of_tower, layer), owners)
 
 
 def set_activation_checkpointing_under(model: Any, remembered: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -107,6 +115,17 @@ def segment_length(num_layers: int) -> int:
 def _full(function: Callable[..., Any], *args: Any) -> Any:
     # the base has no random numbers of its own, so there is no state to keep
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _of_tower(layer: torch.nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`full`, of a tower's layer with adapters in it: it computes one document of one slot, and when it is computed
+    again, what its adapters look at is the whole batch."""
+    routing: Any = next((each.routing for each in layer.modules() if hasattr(each, "routing")), None)
+    if routing is None:
+        return _full(function, *args)
+    context = routing.current
+    contexts = lambda: (nullcontext(), routing.using(context))  # noqa: E731  # torch's name for a function of two
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _selective(function: Callable[..., Any], *args: Any) -> Any:
