@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import time
 from pathlib import Path
-from subprocess import TimeoutExpired
 from typing import Any
 
 import pytest
 import torch
 
-from lowrank.checkpoints.atomic import is_leftover
 from tests import command_line
 from tests.command_line import Child
+from tests.pipelines.random_kills import kill_again_and_again, latest_step
 from tests.pipelines.test_train import settings, weights, world  # noqa: F401  (the fixture)
 
 
@@ -38,28 +36,18 @@ def test_killed_at_random_moments(world: Path, tmp_path: Path, kills: int) -> No
     assert run.wait() == 0
     training = time.perf_counter() - started - starting
 
+    last = latest_step(tmp_path / "whole")
     given["output_dir"], given["resume"] = str(tmp_path / "cut"), True
-    generator, during_a_save = random.Random(0), 0
-    for kill in range(kills):
-        run = start()
-        # In all, less than the run takes: what it cannot finish between two kills it must have kept.
-        soon = generator.uniform(0.8, 1.0) * starting + generator.uniform(0, 1.5 * training / kills)
-        with pytest.raises(TimeoutExpired):  # or it is too short for this test
-            run.wait(soon)
-        run.kill()
-        assert run.wait() == -signal.SIGKILL, kill
-        during_a_save += _was_saving(tmp_path / "cut")
+    cut = tmp_path / "cut"
+    struck, during_a_save = kill_again_and_again(start, cut, last, training / last, kills, random.Random(0))
+    assert struck >= min(2, kills), "it was over before it was killed"
     assert start().wait() == 0
     assert kills < 10 or during_a_save, "no kill struck during a save"
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert _steps(tmp_path / "whole") == _steps(tmp_path / "cut")
-    print(f"{kills} kills, {during_a_save} during a save; {starting:.1f} s to start, {training:.1f} s of training")
-
-
-def _was_saving(out: Path) -> bool:
-    return any(is_leftover(path.name) for path in out.rglob("*"))
+    print(f"{struck} kills, {during_a_save} during a save; {starting:.1f} s to start, {training:.1f} s of training")
 
 
 def _steps(out: Path) -> list[tuple[Any, ...]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests import command_line
+from tests.command_line import Child
 from tests.pipelines.live_runs import make_world, settings, weights
-from tests.pipelines.test_killed import forking
+from tests.pipelines.random_kills import kill_again_and_again, latest_step
 
 GRID = {"adapter.rank": [2, 4, 8], "optimizer.learning_rate": [1e-3, 1e-2]}
 KILLS = 6
@@ -31,29 +31,20 @@ def test_killed_at_random_moments(tmp_path: Path, search: str) -> None:
         world, tmp_path / "whole", sweep=sweep, max_steps=16, save_steps=1, max_concurrent_jobs=2
     )
     del given["jobs"]
-    with forking() as runs:
-        runs.start(given)
-        started = time.perf_counter()
-        while not any((tmp_path / "whole" / "checkpoints").glob("*")):
-            time.sleep(0.01)
-        starting = time.perf_counter() - started
-        assert runs.ended() == 0
-        training = time.perf_counter() - started - starting
-        given |= {"output_dir": str(tmp_path / "cut"), "resume": True}
-        generator, struck = random.Random(search), 0
-        for kill in range(KILLS):
-            process = runs.start(given)
-            code = runs.ended(within=starting + generator.uniform(0.2, 1.0) * training / (KILLS - kill))
-            if code is None:
-                os.kill(process, signal.SIGKILL)
-                assert runs.ended() == signal.SIGKILL
-                struck += 1
-            else:
-                assert code == 0
-                break
-        assert struck >= 2, "it was over before it was killed"
-        runs.start(given)
-        assert runs.ended() == 0
+
+    def start() -> Child:
+        file = tmp_path / "run.json"
+        file.write_text(json.dumps(given))
+        return command_line.start(["train", str(file)], out=tmp_path / "out.txt", err=tmp_path / "errors.txt")
+
+    started = time.perf_counter()
+    assert start().wait() == 0
+    last = latest_step(tmp_path / "whole")
+    seconds = (time.perf_counter() - started) / last
+    given |= {"output_dir": str(tmp_path / "cut"), "resume": True}
+    struck, _ = kill_again_and_again(start, tmp_path / "cut", last, seconds, KILLS, random.Random(search))
+    assert struck >= 2, "it was over before it was killed"
+    assert start().wait() == 0
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert json.loads((cut / "sweep.json").read_text()) == json.loads((whole / "sweep.json").read_text())
     one, other = weights(whole), weights(cut)
