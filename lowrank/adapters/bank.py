@@ -145,6 +145,10 @@ class Bank:
     def hidden(self, batch: Batch, draws: Mapping[int, Draws] | None = None) -> torch.Tensor:
         """The last hidden states, (T, D), each segment through its own slot. `batch`: of `prompted` segments, on the
         base's device; `draws`: in training, where random numbers come from."""
+        if self.base.layout_of(batch) != self.base.layout and any(map(self.num_virtual, batch.slots)):
+            raise ModelError(
+                f"{self.base.name}: an adapter of virtual tokens cannot be shown media here: its rows are padded"
+            )
         with self.routing.using(self.context(batch, draws)):
             return self.base.hidden(batch, training=draws is not None)
 

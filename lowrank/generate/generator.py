@@ -92,9 +92,11 @@ class Generator:
         )
         steady = self.base.steady_length
         sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
-        self._refuse_pictures(prompt, sequence.alone)
-        if virtual and (self.notice or sequence.alone):
-            reason = self.notice or f"texts of more than {steady} tokens are answered one by one"
+        self._refuse_media(prompt, sequence.alone)
+        sequence.padded = prompt.media is not None and self.base.sight is not None and self.base.sight.padded
+        if virtual and (self.notice or sequence.in_fixed_batch):
+            long = f"texts of more than {steady} tokens are answered one by one"
+            reason = self.notice or (long if sequence.alone else "pictures are asked about in fixed batches")
             raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
         self.post(lambda: self.schedule.waiting.append(sequence))
         return Generation(self, sequence)
@@ -208,12 +210,13 @@ class Generator:
             self._read_inbox()
             if self.notice is not None:
                 return self._fixed_batch(self.config.max_num_seqs)
-            if self.schedule.next_is_alone:
-                return self._fixed_batch(1)
+            if together := self.schedule.next_fixed_batch:
+                return self._fixed_batch(together)
             plan = self.schedule.plan()
             if not plan:
                 return False
-            plan = self._look(plan)
+            self._look([sequence for sequence, _ in plan])
+            plan = [(sequence, length) for sequence, length in plan if sequence.finish is None]
             logits_BV, rows = self._forward(plan) if plan else (torch.empty(0), [])
             for sequence, choice in zip(rows, choose(logits_BV, rows) if rows else ()):
                 sequence.take(choice)
@@ -253,10 +256,10 @@ class Generator:
         ends += [0] * (self._rows_for(len(ends)) - len(ends))
         return self._logits(hidden_TD[to_device(torch.tensor(ends, dtype=torch.int64), device)], rows), rows
 
-    def _look(self, plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """The plan, once the tower has looked at the pictures of those who have some. Whose cannot be looked at ends
-        here, and nobody else."""
-        for sequence, _ in plan:
+    def _look(self, sequences: list[Sequence]) -> None:
+        """Let the tower look at the pictures of those who have some. Whose cannot be looked at ends here, and nobody
+        else."""
+        for sequence in sequences:
             if sequence.media is None or sequence.seen is not None:
                 continue
             same = (
@@ -270,7 +273,6 @@ class Generator:
                     self._show(sequence)
                 except LowrankError as error:
                     sequence.give_up("error", str(error), refused=True)
-        return [(sequence, length) for sequence, length in plan if sequence.finish is None]
 
     def _see_alike(self, one: Sequence, other: Sequence) -> bool:
         """Whether their slots have the same tower."""
@@ -293,15 +295,25 @@ class Generator:
             return []
         return [PieceSeen(sequence.cached, length, sequence.seen) for sequence, length in plan]
 
-    def _refuse_pictures(self, prompt: Prompt, alone: bool) -> None:
+    @property
+    def picture_problem(self) -> str | None:
+        """Why nobody can be asked about pictures here, in words; None: all is well."""
+        return self._picture_problem(fixed=self.notice is not None)
+
+    def _picture_problem(self, fixed: bool) -> str | None:
+        if self.base.sight is None:
+            return "it was loaded to read text alone"
+        return transformers_fallback.picture_problem(self.base) if fixed or self.base.sight.padded else None
+
+    def _refuse_media(self, prompt: Prompt, alone: bool) -> None:
         """RequestError where the pictures of a prompt cannot be shown."""
         if prompt.media is None:
             return
         other = next((KIND_NAMES[each.kind] for each in prompt.media.items if not isinstance(each, Picture)), None)
         if other is not None:
             raise RequestError(f"{self.base.name} is not asked about {other} here: they are only trained on so far")
-        if self.base.sight is None or self.base.layout != "packed" or self.notice is not None or alone:
-            reason = self.notice or "its documents with pictures do not go through packed"
+        reason = self._picture_problem(fixed=alone or self.notice is not None)
+        if reason is not None:
             raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")
 
     def _logits(self, hidden_BD: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
@@ -319,7 +331,10 @@ class Generator:
         """Where the cache is not ours: whoever waits, as one batch, to its end."""
         rows = self.schedule.pop_waiting(most)
         if rows:
-            transformers_fallback.answer(self.base, self.bank, rows, self._drop_cancelled)
+            self._look(rows)
+            left = [row for row in rows if row.finish is None]
+            if left:
+                transformers_fallback.answer(self.base, self.bank, left, self._drop_cancelled)
             self.schedule.running = []
         return bool(rows)
 
@@ -328,7 +343,7 @@ class Generator:
             if sequence.cancelled:
                 sequence.give_up("cancelled")
         running = self.schedule.running
-        fixed = self.notice is not None or bool(running and running[0].alone)
+        fixed = self.notice is not None or bool(running and running[0].in_fixed_batch)
         self.schedule.drop_finished(running=not fixed)  # a fixed batch goes on without them
 
     def _fail_all(self, error: str) -> None:

@@ -4,6 +4,7 @@ full."""
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from itertools import takewhile
 
 from lowrank.generate.block_manager import BlockManager, root_digest
 from lowrank.generate.sequence import Sequence
@@ -35,9 +36,14 @@ class Scheduler:
         """Of each slot's weights."""
 
     @property
-    def next_is_alone(self) -> bool:
-        """Nobody is answered, and who comes next must be by itself."""
-        return bool(self.waiting) and self.waiting[0].alone and not self.running
+    def next_fixed_batch(self) -> int:
+        """How many of those who come next are answered as one fixed batch; 0: nobody, or others are being answered."""
+        if self.running or not self.waiting:
+            return 0
+        if self.waiting[0].alone:
+            return 1
+        alike = takewhile(lambda sequence: sequence.padded and not sequence.alone, self.waiting)
+        return min(self.config.max_num_seqs, sum(1 for _ in alike))
 
     def plan(self) -> list[tuple[Sequence, int]]:
         """Who gets how many tokens of this step, by slot; pages are taken."""
@@ -55,7 +61,7 @@ class Scheduler:
                     budget -= length
         while budget > 0 and self.waiting and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
-            if sequence.alone or not self._admit(sequence):
+            if sequence.in_fixed_batch or not self._admit(sequence):
                 break
             self.waiting.popleft()
             self.running.append(sequence)

@@ -56,7 +56,14 @@ class Sequence:
         self.cancelled = False
         self.alone = False
         """It is answered by itself: its length would change how positions of others are read."""
+        self.padded = False
+        """Its pictures want padded rows: it is answered in a fixed batch, with others of the kind."""
         self._stream = TokenStream()
+
+    @property
+    def in_fixed_batch(self) -> bool:
+        """It has no place in steps: transformers' own `generate` answers it."""
+        return self.alone or self.padded
 
     @property
     def remaining(self) -> int:

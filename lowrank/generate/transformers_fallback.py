@@ -2,11 +2,13 @@
 
 transformers runs the model and keeps its cache; which token comes next is decided here, by the same
 sampling as everywhere, in the place where transformers lets logits be changed. Rows that are over
-stay in the batch until all are.
+stay in the batch until all are. Pictures were looked at before: a row's own adapter is in the tower only in a pass of
+that row alone, while `generate` would send all pictures through together.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,8 @@ from lowrank.generate.sequence import Sequence
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.models.loading.quiet import quiet_transformers
+
+_FEATURES = "mm_encoder_outputs"
 
 
 class _Chooser(LogitsProcessor):
@@ -51,6 +55,13 @@ class _AllOver(StoppingCriteria):
         return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
 
 
+def picture_problem(base: Base) -> str | None:
+    """Why transformers' `generate` cannot be given what a tower made of pictures, in words; None: it can."""
+    if _FEATURES in inspect.signature(base.writer.forward).parameters:
+        return None
+    return f"transformers' generate takes no features of pictures for models of type {base.model.config.model_type!r}"
+
+
 def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], None]) -> None:
     """Answer all `rows` (sorted by slot), left-padded. `between` is called before each token."""
     longest = max(len(row.tokens) for row in rows)
@@ -64,10 +75,13 @@ def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], N
     config = GenerationConfig(
         max_new_tokens=max(row.most for row in rows), do_sample=False, eos_token_id=None, pad_token_id=0
     )
+    shown = {} if base.sight is None else base.sight.in_rows([row.seen for row in rows], token_BL.to(base.device))
+    takes = inspect.signature(base.writer.forward).parameters
     with torch.no_grad(), routed, base.using_attention(base.own_attention), quiet_transformers():
         base.writer.generate(
             input_ids=token_BL.to(base.device),
             attention_mask=seen_BL.to(base.device),
+            **{name: value for name, value in shown.items() if name in takes},
             generation_config=config,
             logits_processor=LogitsProcessorList([_Chooser(rows, between)]),
             stopping_criteria=StoppingCriteriaList([_AllOver(rows)]),

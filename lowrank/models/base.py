@@ -149,16 +149,20 @@ class Base:
             with quiet_transformers():  # it advises about families that ignore the request; the leak test sees those
                 self.model.set_attn_implementation(wanted)
 
+    def layout_of(self, batch: Batch) -> str:
+        """The layout in which this batch goes through."""
+        return "padded" if batch.media and self.sight is not None and self.sight.padded else self.layout
+
     def filled(self, batch: Batch) -> Batch:
         """The batch, with a filler where numbers of rows should be few."""
-        if self.layout != "packed" or not needs_bucketing(self.device, self.dtype):
+        if self.layout_of(batch) != "packed" or not needs_bucketing(self.device, self.dtype):
             return batch
         return replace(batch, filler=bucketed_rows(batch.num_tokens) - batch.num_tokens)
 
     def rows(self, batch: Batch) -> Rows:
         """How `hidden` will lay out `batch`."""
         length_S = batch.start_S1.diff()
-        if self.layout == "packed":
+        if self.layout_of(batch) == "packed":
             document_S = length_S
             if any(batch.prefixes):
                 document_S = length_S + torch.tensor(batch.prefixes, device=length_S.device)
@@ -193,8 +197,19 @@ class Base:
             )
         if batch.media and not batch.pixels:
             batch = show_media(self, batch)
-        if self.layout == "packed":
+        if self.layout_of(batch) == "packed":
             return self._stream(batch, training, tokens_of_step or batch.num_tokens)[: batch.num_tokens]
+        if self.layout == "padded":
+            return self._padded(batch)
+        if training:
+            raise ModelError(
+                f"{self.name} was loaded to answer: its texts run packed and its documents with media do not"
+            )
+        with self.using_attention(self.own_attention):
+            return self._padded(batch)
+
+    def _padded(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states of the flat stream, whose documents are rows of the padded layout."""
         longest = max(batch.lengths)
         segment_T = torch.arange(len(batch.lengths), device=batch.token_T.device).repeat_interleave(
             batch.start_S1.diff(), dim=0, output_size=batch.num_tokens

@@ -44,6 +44,8 @@ class Sight:
     def __init__(self, base: Base, processor: MediaProcessor, kinds: Sequence[str] = ("image",)) -> None:
         """ModelError for a base that cannot be shown or played these."""
         self._base, self._backbone, self.processor, self.kinds = base, base.backbone, processor, tuple(kinds)
+        self.padded = False
+        """Documents with media go through in padded rows while texts go packed: of bases that only answer."""
         config, takes = base.model.config, inspect.signature(self._backbone.forward).parameters
         self._towers = {
             kind: self.tower(kind, base.name, config, self._backbone, processor, takes)
@@ -88,7 +90,7 @@ class Sight:
         """What the model's forward call is given beside `token`, the tokens in the shape it is given them."""
         if not batch.pixels:
             return {}
-        padded, options = self._base.layout == "padded", dict[str, Any]()
+        padded, options = self._base.layout_of(batch) == "padded", dict[str, Any]()
         found = {kind: tower.features(batch, self._tower_pass) for kind, tower in self._towers.items()}
         outputs = {kind: output for kind, output in found.items() if output is not None}
         if outputs:
@@ -123,7 +125,8 @@ class Sight:
         segment = Segment(token_L, np.zeros(len(token_L), np.float32), media=media)
         batch = self.ready(pack([(slot, segment)])).to(self._base.device)
         before = np.concatenate([[0], np.cumsum(token_L == self.token)])
-        return Seen(self._towers["image"].features(batch, self._tower_pass), tuple(before.tolist()), batch.place_3T)
+        output = self._towers["image"].features(batch, self._tower_pass)
+        return Seen(output, tuple(before.tolist()), batch.place_3T, _grids(batch.pixels[0]))
 
     def in_pieces(self, pieces: Sequence[PieceSeen], token_T: torch.Tensor, position_T: torch.Tensor) -> dict[str, Any]:
         """What the forward call of a step of generation is given. Where nobody has pictures, or an answer writes their
@@ -154,8 +157,29 @@ class Sight:
         position = place_3T[:, None] if self._of_places is not None else position_T[None]
         if all(piece.seen is None or piece.first >= piece.seen.length for piece in pieces) or not found:
             return {"position_ids": position}
-        image = type(some.output)(**{name: joined([each[name] for each in found]) for name in some.output})
+        image = type(some.output)(**_joined_by_name(found))
         return {"position_ids": position, "mm_encoder_outputs": {"image": image}}
+
+    def in_rows(self, rows: Sequence[Seen | None], token_BL: torch.Tensor) -> dict[str, Any]:
+        """What transformers' `generate` is given of documents that are padded rows, read whole; None: one without
+        pictures, whose tokens are ordinary ones."""
+        some = next((seen for seen in rows if seen is not None), None)
+        if some is None:
+            return {}
+        found: list[Mapping[str, Any]] = []
+        for seen, token_L in zip(rows, token_BL):
+            strangers = int((token_L == self.token).sum()) if seen is None else 0
+            if seen is not None:
+                found.append(seen.output)
+            elif strangers:
+                found.append({name: self._stranger(name, value, strangers) for name, value in some.output.items()})
+        shown_B1 = torch.tensor([[seen is not None] for seen in rows], device=token_BL.device)
+        grids = [seen.grids for seen in rows if seen is not None]
+        return {
+            "mm_encoder_outputs": {"image": type(some.output)(**_joined_by_name(found))},
+            **{name: self.types(token_BL, name) * shown_B1 for name in self._types},
+            **(_joined_by_name(grids) if self._of_places is not None else {}),
+        }
 
     def _stranger(self, name: str, value: Any, rows: int) -> Any:
         """The features of the picture's token where it is only a token."""
@@ -209,6 +233,10 @@ def _grids(pixels: Pixels) -> dict[str, torch.Tensor]:
     return found
 
 
+def _joined_by_name(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: joined([each[name] for each in documents]) for name in documents[0]}
+
+
 def _lengths_of_sounds(pixels: Pixels) -> torch.Tensor | None:
     """(sounds in the segment) frames of each, for models that count places by them; None where there are none."""
     masks = [value for name, value in pixels.tensors.items() if "mask" in name and value.ndim == 2]
@@ -223,11 +251,13 @@ class Seen:
     output     what it says of them, in the family's form
     before     of the document's tokens and its end: how many that stand for pictures come before
     place_3L   places in three dimensions, where the model counts so
+    grids      sizes in patches of the pictures, by the processor's names
     """
 
     output: Any
     before: tuple[int, ...]
     place_3L: torch.Tensor | None
+    grids: Mapping[str, torch.Tensor]
 
     @property
     def length(self) -> int:

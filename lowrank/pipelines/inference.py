@@ -80,7 +80,7 @@ class InferenceModel:
         """These models, ready for questions like `conversations`. ModelError for a name there is not, and for a base
         that cannot be shown the pictures in them."""
         if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
-            see(self.base, "packed", notify, running=True)
+            see(self.base, "packed", notify, running=True, answering=True)
         slots = {name: self.slot(name) for name in names}
         return AnsweringModels(self.base, self.bank, slots, {name: self.renderer_of(name) for name in slots})
 
@@ -162,7 +162,7 @@ class InferenceModel:
 
     def _prompt(self, name: str, conversation: Conversation) -> Prompt:
         if any(isinstance(each, Picture) for each in media_in(conversation)):
-            see(self.base, "packed", log_notice, running=True)
+            see(self.base, "packed", log_notice, running=True, answering=True)
         segment = self.renderer_of(name).prompt_segment(conversation)
         return Prompt(segment.token_L, self.slot(name), segment.media)
 

@@ -19,9 +19,11 @@ def see(
     *,
     kinds: Sequence[str] = ("image",),
     running: bool = False,
+    answering: bool = False,
 ) -> None:
     """Let `base` be given media of these kinds, if it is not yet. `attention`: the setting; `running`: somebody uses
-    the base already, so that its layout stays.
+    the base already, so that its layout stays. `answering`: nothing is trained, so that only documents with media need
+    go through in another.
 
     ModelError where it cannot, in any layout.
     """
@@ -34,6 +36,6 @@ def see(
         names = KIND_NAMES[missing or kinds[0]]
         raise ModelError(f"{base.name} has no tower for {names}, or not the files of its processor")
     every = [kind for kind in KIND_NAMES if kind in known or kind in kinds]
-    notice = give_sight(base, processor, attention, kinds=every, settle=not running)
+    notice = give_sight(base, processor, attention, kinds=every, settle=not running, answering=answering)
     if notice:
         notify(notice)

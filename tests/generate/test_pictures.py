@@ -41,23 +41,32 @@ def chat(text: str, *shown: Picture) -> Conversation:
 
 def whole(base: Any, model: Any, prompt: Prompt, number: int) -> list[int]:
     """By transformers' `generate`, greedy, of the model as it is served."""
+    return whole_with_logprobs(base, model, prompt, number)[0]
+
+
+def whole_with_logprobs(base: Any, model: Any, prompt: Prompt, number: int) -> tuple[list[int], list[float]]:
+    """The same, and the log-probability of each token."""
     token_1L = torch.from_numpy(prompt.token_L)[None]
-    seen = (token_1L == base.sight.token).long()
-    given: dict[str, Any] = {"attention_mask": torch.ones_like(token_1L), "mm_token_type_ids": seen}
+    seen = (token_1L == base.sight.token).long() * (prompt.media is not None)
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(token_1L)}
+    given |= {"mm_token_type_ids": seen, "token_type_ids": seen}
     if prompt.media is not None:
         inputs = base.sight.processor.inputs(prompt.media.items)
         given |= {
             name: value.to(base.dtype) if value.is_floating_point() else value
             for name, value in inputs.items()
-            if name not in ("input_ids", "token_type_ids", *given)
+            if name not in ("input_ids", *given)
         }
     takes = inspect.signature(model.forward).parameters
     given = {name: value for name, value in given.items() if name in takes}
     with torch.no_grad():
         made = model.generate(
-            input_ids=token_1L, **given, max_new_tokens=number, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
-    return made[0, token_1L.shape[1] :].tolist()
+            input_ids=token_1L, **given, max_new_tokens=number, do_sample=False, eos_token_id=-1, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    tokens = made.sequences[0, token_1L.shape[1] :].tolist()
+    logprob_LV = torch.cat(made.logits).log_softmax(-1)
+    return tokens, [float(each[token]) for each, token in zip(logprob_LV, tokens)]
 
 
 @pytest.mark.parametrize("family", families)
@@ -137,9 +146,10 @@ def test_two_adapters_look_with_towers_of_their_own(tmp_path: Path) -> None:
 
 
 def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path / "model", "gemma3")
+    base, tokenizer, _ = sighted(tmp_path / "model", "llava")
     segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
-    with pytest.raises(RequestError, match="is not asked about pictures here"):
+    base.sight = None
+    with pytest.raises(RequestError, match="is not asked about pictures here: it was loaded to read text alone"):
         Generator(base, Bank(base)).submit(Prompt(segment.token_L, media=segment.media), GenerationConfig())
 
 

@@ -41,9 +41,11 @@ def give_sight(
     *,
     kinds: Sequence[str] = ("image",),
     settle: bool = True,
+    answering: bool = False,
 ) -> str | None:
     """Let `base` be given media of these kinds, in a layout that keeps documents with them apart; the sentence to tell
-    the user, or None. `wanted` is the setting model.attention; `settle` False: the layout it has must do.
+    the user, or None. `wanted` is the setting model.attention; `settle` False: the layout it has must do. `answering`: nothing is
+    trained; where documents with media cannot be packed, texts are still.
 
     ModelError if none holds.
     """
@@ -53,6 +55,8 @@ def give_sight(
     if reason is None:
         return None
     before = base.layout
+    if answering and before == "packed":
+        return _apart_from_texts(base, names, reason, earlier)
     if before == "padded" or wanted == "packed" or not settle:
         base.sight = earlier
         raise ModelError(f"{base.name} cannot be given {names} in the {before} layout: {reason}")
@@ -66,6 +70,17 @@ def give_sight(
             f"{padded_reason}; leave rows with {names} out"
         )
     return f"with {names} this model runs one document per padded row, which is slower: packed, {reason}"
+
+
+def _apart_from_texts(base: Base, names: str, reason: str, earlier: Sight | None) -> str:
+    """Media in padded rows beside packed texts; the sentence to tell the user. ModelError if that does not hold."""
+    assert base.sight is not None
+    base.sight.padded = True
+    padded_reason = _what_leaks(base)
+    if padded_reason is not None:
+        base.sight = earlier
+        raise ModelError(f"{base.name} is not asked about {names}: packed, {reason}; padded, {padded_reason}")
+    return f"questions with {names} are answered in fixed batches, which is slower: packed, {reason}"
 
 
 def _what_leaks(base: Base) -> str | None:

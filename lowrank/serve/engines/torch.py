@@ -70,13 +70,11 @@ class BankEngine(ReadsByRenderer):
         processor = processor_of(self.base.tokenizer)
         if processor is None or not processor.sees:
             return f"{self.base.name} reads text only"
-        if self.generator.notice is not None:
-            return self.generator.notice
         try:
-            see(self.base, "packed", log_notice, running=True)
+            see(self.base, "packed", log_notice, running=True, answering=True)
         except (LowrankError, ImportError) as error:
             return str(error)
-        return None
+        return self.generator.picture_problem
 
     @property
     def vocabulary(self) -> int:

@@ -1,0 +1,153 @@
+"""Answers about pictures on bases whose documents with pictures do not go through packed: transformers' own `generate`,
+given what each row's own tower made of its pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.batches import Segment, pack
+from lowrank.data.chat.rendering import Renderer
+from lowrank.data.config import DataConfig
+from lowrank.errors import ModelError
+from lowrank.evaluate.likelihood import label_logprobs
+from lowrank.generate.generator import Generator
+from lowrank.generate.request import Answer, GenerationConfig, Prompt
+from lowrank.models.config import ModelConfig
+from lowrank.models.loading.pretrained import load
+from lowrank.models.loading.tokenizer import load_tokenizer
+from lowrank.pipelines.pictures import see
+from tests.generate.test_pictures import chat, pictures, whole, whole_with_logprobs
+from tests.media_oracle import alone_loss
+from tests.peft_oracle import peft_twin
+from tests.tiny_sight import make_sighted, save_sighted_folder
+
+EVERYWHERE: Any = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+families = pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+
+
+def answering(path: Path, family: str, notices: list[str] | None = None) -> Any:
+    """(the base as `predict`, `chat` and `serve` have it, its tokenizer)."""
+    config = ModelConfig(path=str(save_sighted_folder(path, family, torch.float64)), dtype="float64", device="cpu")
+    tokenizer = load_tokenizer(config)
+    base = load(config, tokenizer=tokenizer, notify=lambda _: None)
+    see(base, "packed", (notices if notices is not None else []).append, running=True, answering=True)
+    return base, tokenizer
+
+
+def answers(generator: Generator, prompts: list[Prompt]) -> list[Answer]:
+    config = GenerationConfig(max_new_tokens=10, logprobs=0)
+    going = [generator.submit(prompt, config) for prompt in prompts]
+    while generator.step():
+        pass
+    return [generation.answer for generation in going]
+
+
+def assert_alike(one: Answer, tokens: list[int], logprobs: list[float]) -> None:
+    """Gemma 3 and Qwen3.5 compute in float32 inside."""
+    assert one.tokens == tokens
+    assert one.logprobs == pytest.approx(logprobs, abs=2e-5)
+
+
+def adapted(bank: Bank, **settings: Any) -> int:
+    slot = bank.add(LoraConfig(rank=2, **settings), seed=0)
+    for name, parameter in bank.parameters(slot).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(slot))
+    bank.refresh(slot)
+    return slot
+
+
+def peft_of(family: str, bank: Bank, slot: int) -> Any:
+    model = make_sighted(family, torch.float64)
+    if slot < 0:
+        return model
+    ours = bank.parameters(slot)
+    targets = sorted({name.partition(".lora_")[0] for name in ours})
+    expression = "|".join(targets).replace(".", r"\.")
+    return peft_twin(model, ours, r=2, lora_alpha=4, target_modules=expression)[0]
+
+
+@families
+def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(family: str, tmp_path: Path) -> None:
+    notices: list[str] = []
+    base, tokenizer = answering(tmp_path / "model", family, notices)
+    assert base.layout == ("packed" if family == "gemma3" else "padded")
+    assert bool(notices) == (family == "gemma3")
+    one, other, third = pictures(tmp_path)
+    renderer, bank = Renderer(tokenizer, DataConfig()), Bank(base)
+    slots = [adapted(bank, **EVERYWHERE), adapted(bank), adapted(bank, **EVERYWHERE), -1]
+    questions = [chat("Which?", third, one), chat("And this one, which is longer?", other), chat("Which?")]
+    segments = [renderer.prompt_segment(question) for question in questions]
+    strange = np.array([5, base.sight.token, 9, base.sight.token], np.int64)  # nobody's picture
+    prompts = [Prompt(each.token_L, slot, each.media) for each in segments for slot in slots] + [Prompt(strange)]
+    generator = Generator(base, bank)
+    assert generator.picture_problem is None
+    found = answers(generator, prompts)
+    for slot in slots:
+        model = peft_of(family, bank, slot)
+        model = model if slot < 0 else model.base_model.model
+        for prompt, answer in zip(prompts, found):
+            if prompt.slot == slot:
+                assert_alike(answer, *whole_with_logprobs(base, model, prompt, 10))
+    assert len({tuple(answer.tokens) for answer in found[:4]}) == 4, "each adapter has an answer of its own"
+    for again, answer in zip(answers(generator, prompts[:2]), found):
+        assert_alike(again, answer.tokens, answer.logprobs)
+
+
+def test_a_trained_base_and_texts_beside_it_answer_as_before(tmp_path: Path) -> None:
+    """Settled padded by training, all go in fixed batches; loaded to answer, texts have their places in steps."""
+    base, tokenizer = answering(tmp_path / "model", "gemma3")
+    renderer = Renderer(tokenizer, DataConfig())
+    segments = [renderer.prompt_segment(each) for each in (chat("Which?", pictures(tmp_path)[0]), chat("Which?"))]
+    prompts = [Prompt(each.token_L, media=each.media) for each in (segments * 2)]
+    generator = Generator(base, Bank(base))
+    assert generator.notice is None
+    text = generator.submit(prompts[1], GenerationConfig(max_new_tokens=4))
+    seeing = generator.submit(prompts[0], GenerationConfig(max_new_tokens=4))
+    generator.step()
+    assert (len(text.answer.tokens), len(seeing.answer.tokens)) == (1, 0)
+    found = answers(generator, prompts)
+    base.sight.padded = False
+    base.settle("padded")
+    fixed = Generator(base, Bank(base))
+    assert fixed.notice is not None
+    for one, other in zip(answers(fixed, prompts), found):
+        assert_alike(one, other.tokens, other.logprobs)
+
+
+def test_a_picture_that_is_gone_ends_its_own_answer_alone(tmp_path: Path) -> None:
+    base, tokenizer = answering(tmp_path / "model", "gemma3")
+    shown = pictures(tmp_path)
+    segments = [Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", each)) for each in shown[:2]]
+    generator = Generator(base, Bank(base))
+    prompts = [Prompt(each.token_L, media=each.media) for each in segments]
+    Path(str(shown[0].path)).unlink()
+    going = [generator.submit(prompt, GenerationConfig(max_new_tokens=5)) for prompt in prompts]
+    while generator.step():
+        pass
+    assert going[0].answer.finish == "error"
+    assert going[1].answer.tokens == whole(base, make_sighted("gemma3", torch.float64), prompts[1], 5)
+
+
+def test_labels_about_pictures_are_scored_and_nothing_is_trained(tmp_path: Path) -> None:
+    base, tokenizer = answering(tmp_path / "model", "gemma3")
+    bank = Bank(base)
+    slot = adapted(bank, **EVERYWHERE)
+    prompt = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
+    weight_L = np.zeros(len(prompt.token_L), np.float32)
+    weight_L[-5:] = 1
+    segment = Segment(prompt.token_L, weight_L, media=prompt.media)
+    text = Segment(prompt.token_L[-9:], weight_L[-9:])
+    scored = label_logprobs(base, bank, [(slot, segment), (-1, text), (slot, text)])
+    twin = peft_of("gemma3", bank, slot)
+    for (total, number), each in zip(scored[[0, 2]], (segment, text)):
+        assert -total / number == pytest.approx(alone_loss(twin, base, [each]).item(), abs=1e-5)
+    with pytest.raises(ModelError, match="loaded to answer"):
+        base.hidden(pack([(slot, segment)]), training=True)
