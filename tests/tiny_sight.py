@@ -134,6 +134,9 @@ SIGHTED: dict[str, Sight] = {
         "<start_of_image>",
         _gemma3,
         {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+        config={  # with windows of four alone, answers would see nothing of pictures
+            "text_config": {"layer_types": ["sliding_attention", "full_attention"]}
+        },
     ),
     "gemma4": Sight(
         {
