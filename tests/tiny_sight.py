@@ -158,6 +158,7 @@ SIGHTED: dict[str, Sight] = {
             "boa_token": "<|audio>",
             "eoa_token": "<audio|>",
         },
+        config={"text_config": {"vocab_size_per_layer_input": VOCABULARY}},
     ),
     "internvl": Sight(
         {IMAGE: "<IMG_CONTEXT>", FIRST: "<img>", LAST: "</img>", VIDEO: "<video>"},

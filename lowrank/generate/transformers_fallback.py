@@ -8,8 +8,9 @@ that row alone, while `generate` would send all pictures through together.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def picture_problem(base: Base) -> str | None:
     return f"transformers' generate takes no features of pictures for models of type {base.model.config.model_type!r}"
 
 
+@contextlib.contextmanager
+def _without_settings_of_its_own(model: Any) -> Generator[None, None, None]:
+    """What a request leaves open transformers takes from the checkpoint's generation_config.json: its end tokens would
+    end rows that go on here, its penalties change logits before they are drawn from."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
 def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], None]) -> None:
     """Answer all `rows` (sorted by slot), left-padded. `between` is called before each token."""
     longest = max(len(row.tokens) for row in rows)
@@ -72,12 +84,11 @@ def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], N
         seen_BL[place, longest - len(row.tokens) :] = 1
     ranges = tuple((row.slot, place, place + 1) for place, row in enumerate(rows))
     routed = bank.routing.using(ForwardContext(len(rows), ranges))
-    config = GenerationConfig(
-        max_new_tokens=max(row.most for row in rows), do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    config = GenerationConfig(max_new_tokens=max(row.most for row in rows), do_sample=False, pad_token_id=0)
     shown = {} if base.sight is None else base.sight.in_rows([row.seen for row in rows], token_BL.to(base.device))
     takes = inspect.signature(base.writer.forward).parameters
-    with torch.no_grad(), routed, base.using_attention(base.own_attention), quiet_transformers():
+    own = _without_settings_of_its_own(base.writer)
+    with torch.no_grad(), routed, own, base.using_attention(base.own_attention), quiet_transformers():
         base.writer.generate(
             input_ids=token_BL.to(base.device),
             attention_mask=seen_BL.to(base.device),

@@ -12,13 +12,14 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.adapters.variants.prompt_tuning import PromptTuningConfig
 from lowrank.batches import Segment, pack
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.errors import ModelError
 from lowrank.evaluate.likelihood import label_logprobs
 from lowrank.generate.generator import Generator
-from lowrank.generate.request import Answer, GenerationConfig, Prompt
+from lowrank.generate.request import Answer, GenerationConfig, Prompt, RequestError
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
@@ -29,6 +30,11 @@ from tests.peft_oracle import peft_twin
 from tests.tiny_sight import make_sighted, save_sighted_folder
 
 EVERYWHERE: Any = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+REPRESENTATIVE = ("qwen3_vl",)
+packed = [
+    each if each in REPRESENTATIVE else pytest.param(each, marks=pytest.mark.slow)
+    for each in ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma4", "internvl", "idefics3")
+]
 families = pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
 
 
@@ -65,13 +71,16 @@ def adapted(bank: Bank, **settings: Any) -> int:
 
 
 def peft_of(family: str, bank: Bank, slot: int) -> Any:
-    model = make_sighted(family, torch.float64)
-    if slot < 0:
-        return model
+    """PEFT's model of a slot."""
     ours = bank.parameters(slot)
     targets = sorted({name.partition(".lora_")[0] for name in ours})
     expression = "|".join(targets).replace(".", r"\.")
-    return peft_twin(model, ours, r=2, lora_alpha=4, target_modules=expression)[0]
+    return peft_twin(make_sighted(family, torch.float64), ours, r=2, lora_alpha=4, target_modules=expression)[0]
+
+
+def alone(family: str, bank: Bank, slot: int) -> Any:
+    """What transformers generates by: PEFT's layers in its model, or the bare one."""
+    return make_sighted(family, torch.float64) if slot < 0 else peft_of(family, bank, slot).base_model.model
 
 
 @families
@@ -85,14 +94,13 @@ def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(f
     slots = [adapted(bank, **EVERYWHERE), adapted(bank), adapted(bank, **EVERYWHERE), -1]
     questions = [chat("Which?", third, one), chat("And this one, which is longer?", other), chat("Which?")]
     segments = [renderer.prompt_segment(question) for question in questions]
-    strange = np.array([5, base.sight.token, 9, base.sight.token], np.int64)  # nobody's picture
+    strange = np.array([5, base.sight.token, base.sight.token, 9], np.int64)  # nobody's picture
     prompts = [Prompt(each.token_L, slot, each.media) for each in segments for slot in slots] + [Prompt(strange)]
     generator = Generator(base, bank)
     assert generator.picture_problem is None
     found = answers(generator, prompts)
     for slot in slots:
-        model = peft_of(family, bank, slot)
-        model = model if slot < 0 else model.base_model.model
+        model = alone(family, bank, slot)
         for prompt, answer in zip(prompts, found):
             if prompt.slot == slot:
                 assert_alike(answer, *whole_with_logprobs(base, model, prompt, 10))
@@ -120,6 +128,42 @@ def test_a_trained_base_and_texts_beside_it_answer_as_before(tmp_path: Path) -> 
     assert fixed.notice is not None
     for one, other in zip(answers(fixed, prompts), found):
         assert_alike(one, other.tokens, other.logprobs)
+    theirs = base.model.generation_config  # as a checkpoint's generation_config.json has them
+    theirs.eos_token_id, theirs.repetition_penalty = found[0].tokens[2], 1.5
+    for one, other in zip(answers(fixed, prompts), found):
+        assert_alike(one, other.tokens, other.logprobs)
+    assert base.model.generation_config is theirs
+
+
+@pytest.mark.parametrize("family", packed)
+def test_a_packed_family_is_answered_so_where_its_cache_is_not_ours(family: str, tmp_path: Path) -> None:
+    """As are questions so long that a rotary embedding would stretch."""
+    base, tokenizer = answering(tmp_path / "model", family)
+    one, other, third = pictures(tmp_path)
+    bank = Bank(base)
+    slots = [adapted(bank, **EVERYWHERE), -1]
+    questions = [chat("Which?", third, one), chat("Which is it?", other), chat("Which?")]
+    segments = [Renderer(tokenizer, DataConfig()).prompt_segment(question) for question in questions]
+    prompts = [Prompt(each.token_L, slot, each.media) for each in segments for slot in slots]
+    generator = Generator(base, bank)
+    generator.notice = "for a test"
+    found = answers(generator, prompts)
+    for slot in slots:
+        model = alone(family, bank, slot)
+        for prompt, answer in zip(prompts, found):
+            if prompt.slot == slot:
+                assert_alike(answer, *whole_with_logprobs(base, model, prompt, 10))
+
+
+def test_virtual_tokens_are_not_beside_pictures_in_padded_rows(tmp_path: Path) -> None:
+    base, tokenizer = answering(tmp_path / "model", "gemma3")
+    bank = Bank(base)
+    slot = bank.add(PromptTuningConfig(num_virtual_tokens=2), seed=0)
+    segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
+    with pytest.raises(RequestError, match="virtual tokens cannot answer here: pictures are asked about in fixed"):
+        Generator(base, bank).submit(Prompt(segment.token_L, slot, segment.media), GenerationConfig())
+    with pytest.raises(ModelError, match="virtual tokens cannot be shown media here"):
+        label_logprobs(base, bank, [(slot, segment)])
 
 
 def test_a_picture_that_is_gone_ends_its_own_answer_alone(tmp_path: Path) -> None:

@@ -94,9 +94,13 @@ def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path
         train(RunConfig(**given))
 
 
-def test_a_model_is_asked_about_pictures(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_model_is_asked_about_pictures(
+    family: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(world / "model" if family == "qwen2_5_vl" else save_sighted_folder(tmp_path / "model", family))
     request = PredictRequest(
-        str(world / "model"), (SourceConfig(path=str(world / "mllm.json"), max_samples=2),), tmp_path / "out",
+        model, (SourceConfig(path=str(world / "mllm.json"), max_samples=2),), tmp_path / "out",
         metrics=("exact_match",), sampling=GenerationConfig(max_new_tokens=3),
     )  # fmt: skip
     result, verdicts = predict(request, lambda _: contextlib.nullcontext(lambda done, total: None), lambda _: None)
@@ -110,7 +114,7 @@ def test_a_model_is_asked_about_pictures(world: Path, tmp_path: Path, capsys: py
     picture = Image.open(io.BytesIO(base64.b64decode(next(iter(thumbnails.values())).partition(",")[2])))
     assert (picture.format, max(picture.size)) == ("JPEG", 160)
 
-    repl = ChatRepl(open_inference_model(str(world / "model")), GenerationConfig(max_new_tokens=3))
+    repl = ChatRepl(open_inference_model(model), GenerationConfig(max_new_tokens=3))
     repl._line(f"/image {world / 'pictures' / '0.jpg'}")
     assert "300 x 168, with the next question" in " ".join(capsys.readouterr().out.split())
     repl.send_quietly("What is it?")

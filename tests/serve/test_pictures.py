@@ -23,6 +23,7 @@ from lowrank.errors import DataError
 from lowrank.generate.request import Prompt
 from lowrank.media.decoding import examine
 from lowrank.media.processor import MediaProcessor
+from lowrank.models.checks import sight as sight_check
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
@@ -104,6 +105,19 @@ def test_answers_to_openais_client_are_those_of_transformers(server: Running) ->
     assert [choice.message.content for choice in several.choices] == [expected(server, "Which?", one, other)] * 2
     assert content(answer(server, both, model="one")) != content(answer(server, both))
     assert server.settles()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_bases_in_the_padded_layout_are_asked_too(family: str, tmp_path: Path) -> None:
+    """Beside texts, which keep their places in steps where the family's texts run packed."""
+    picture, content = drawn(0), lambda reply: reply.choices[0].message.content
+    with serving(seeing(tmp_path, family), limits=LIMITS) as running:
+        running.service.family = family
+        seen = messages_of("Which?", url(picture))
+        assert content(answer(running, seen)) == expected(running, "Which?", examine(picture, ""))
+        assert content(answer(running, messages_of("Which?"))) == expected(running, "Which?")
+        assert content(answer(running, seen, model="one")) != content(answer(running, seen))
+        assert running.settles()
 
 
 def test_equal_words_about_other_pictures_share_no_keys(server: Running) -> None:
@@ -252,9 +266,10 @@ def test_a_base_without_a_tower_says_so() -> None:
         assert "vision" not in running.http().post("/api/show", json={"model": "base"}).json()["capabilities"]
 
 
-def test_a_base_in_the_padded_layout_says_why(tmp_path: Path) -> None:
+def test_a_base_that_leaks_in_both_layouts_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sight_check, "_what_leaks", lambda base: f"it leaks with padded={base.sight.padded}")
     with serving(seeing(tmp_path, "gemma3")) as running:
-        with pytest.raises(openai.BadRequestError, match="cannot be given pictures"):
+        with pytest.raises(openai.BadRequestError, match="packed, it leaks with padded=False; padded, it leaks with"):
             answer(running, messages_of("Which?", url(drawn(0))))
         assert answer(running, messages_of("Which?")).choices[0].message.content is not None
 

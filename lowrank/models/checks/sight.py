@@ -44,8 +44,8 @@ def give_sight(
     answering: bool = False,
 ) -> str | None:
     """Let `base` be given media of these kinds, in a layout that keeps documents with them apart; the sentence to tell
-    the user, or None. `wanted` is the setting model.attention; `settle` False: the layout it has must do. `answering`: nothing is
-    trained; where documents with media cannot be packed, texts are still.
+    the user, or None. `wanted` is the setting model.attention; `settle` False: the layout it has must do.
+    `answering`: nothing is trained; where documents with media cannot be packed, texts still are.
 
     ModelError if none holds.
     """
