@@ -60,7 +60,8 @@ def folder_of(family: str, path: Path) -> ModelConfig:
     config = COMPOSITES[family]()
     text, tower = config.get_text_config(), config.vision_config
     kinds = ["sliding_attention", "full_attention"] if family == "gemma3" else ["full_attention"]
-    for part, values in ((text, _TEXT), (tower, _TOWER), (config, SIGHTED[family].config)):
+    own = {name: value for name, value in SIGHTED[family].config.items() if not isinstance(value, dict)}  # of the whole
+    for part, values in ((text, _TEXT), (tower, _TOWER), (config, own)):
         for name, value in values.items():
             if part is not tower or hasattr(tower, name):
                 setattr(part, name, value)
