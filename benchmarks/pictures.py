@@ -7,6 +7,10 @@ Both sides read the rows and their pictures themselves, in the same order and st
 of the text model and the loss on answers alone; each in its own process, in turns. A step is timed from the end of the
 one before, so decoding and preprocessing count. `trl_default` is SFTConfig's own settings (activation checkpointing),
 `trl_plain` the same without it. The first step of each run is not counted; losses of the first step must agree.
+
+`--cache EPOCHS` measures `model.cache_vision_features` instead: lowrank with it (an empty cache each time) and
+without, in turns, over so many epochs of `--steps` steps in which every row has a picture of its own. The first epoch
+writes what the others read. The losses of all steps must be equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -88,6 +92,22 @@ def read_rows(data: Path, count: int) -> list[dict[str, Any]]:
     return [made[number % len(made)] for number in range(count)]
 
 
+def with_own_pictures(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The rows, each with pictures that no other has: a little brighter from row to row."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for number, row in enumerate(rows):
+        places = [str(folder / f"{number}-{index}.png") for index in range(len(row["images"]))]
+        for index, (place, to) in enumerate(zip(row["images"], places)):
+            with Image.open(place) as picture:
+                shift = 2 * number + index
+                picture.convert("RGB").point(lambda value, shift=shift: min(255, value + shift)).save(to)
+        made.append({**row, "images": places})
+    return made
+
+
 def lowrank(options: argparse.Namespace) -> dict[str, Any]:
     import lowrank
     from lowrank.report.events import StepDone
@@ -101,14 +121,18 @@ def lowrank(options: argparse.Namespace) -> dict[str, Any]:
             tokens.append(event.tokens)
 
     rows = read_rows(options.data, options.steps * options.rows)
-    source = {"rows": rows, "media_dir": str(options.data.parent)}
+    media_dir = options.data.parent
+    if options.cache:
+        media_dir = options.folder / "pictures"
+        rows = with_own_pictures(rows, media_dir)
+    cached = options.contender == "cached"
     lowrank.train(
-        model={"path": str(options.folder / "model"), "dtype": options.dtype},
-        data={"train": [source], "batch_size": options.rows, "shuffle": False},
+        model={"path": str(options.folder / "model"), "dtype": options.dtype, "cache_vision_features": cached},
+        data={"train": [{"rows": rows, "media_dir": str(media_dir)}], "batch_size": options.rows, "shuffle": False},
         adapter={"rank": RANK},
         optimizer={"learning_rate": LEARNING_RATE},
         schedule={"type": "constant"},
-        max_steps=options.steps,
+        max_steps=options.steps * (options.cache or 1),
         output_dir=str(options.folder / f"run-{time.time_ns()}"),
         reporters=[heard],
         save_steps=None,
@@ -177,9 +201,11 @@ def run(contender: str, options: argparse.Namespace) -> dict[str, Any]:
     """One contender in a fresh process."""
     out = options.folder / "out.json"
     command = [sys.executable, "-m", "benchmarks.pictures", "--contender", contender, "--out", str(out)]
-    for name in ("data", "steps", "rows", "dtype", "folder"):
+    for name in ("data", "steps", "rows", "dtype", "folder", "cache"):
         command += [f"--{name}", str(getattr(options, name))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    if options.cache:
+        environment["LOWRANK_CACHE"] = str(options.folder / f"cache-{time.time_ns()}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
@@ -199,6 +225,23 @@ def summarize(runs: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
     }
 
 
+def compare_cache(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each epoch with the cache and without, and their ratios; the first step of the run is left out."""
+    losses = [one["losses"] for each in runs.values() for one in each]
+    if any(each != losses[0] for each in losses):
+        raise SystemExit(f"not the same work: losses are {losses}")
+
+    def seconds(name: str, epoch: int) -> float:
+        first, end = max(1, epoch * options.steps), (epoch + 1) * options.steps
+        return statistics.median(one["ends"][end] - one["ends"][first] for one in runs[name])
+
+    epochs = [{name: seconds(name, epoch) for name in runs} for epoch in range(options.cache)]
+    return {
+        "epochs": [{**each, "speedup": each["lowrank"] / each["cached"]} for each in epochs],
+        "losses": losses[0],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="LLaMA-Factory's mllm_demo.json, pictures beside it")
@@ -209,21 +252,28 @@ def main() -> None:
     parser.add_argument("--tower-layers", type=int, default=6)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--cache", type=int, default=0, metavar="EPOCHS", help="model.cache_vision_features, measured")
     parser.add_argument("--json", type=Path)
     for name, kind in (("contender", str), ("out", Path), ("folder", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        measured = lowrank(options) if options.contender == "lowrank" else trl(options)
+        measured = trl(options) if options.contender.startswith("trl") else lowrank(options)
         options.out.write_text(json.dumps({**measured, "peak_memory_bytes": peak_memory()}))
         return
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    contenders = ("lowrank", "cached") if options.cache else CONTENDERS
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as place:
         options.folder = Path(place)
         make_model(options.folder / "model", options)
         for _ in range(options.rounds):
-            for name in CONTENDERS:
+            for name in contenders:
                 runs[name].append(run(name, options))
+    if options.cache:
+        report = {"machine": describe("cpu"), "options": given_options(options), **compare_cache(runs, options)}
+        print(json.dumps(report["epochs"], indent=1))
+        write(report, options)
+        return
     tokens = runs["lowrank"][0]["tokens"]
     found = {name: summarize(each, tokens) for name, each in runs.items()}
     first = [each["losses"][0] for each in found.values()]
@@ -234,9 +284,18 @@ def main() -> None:
         for name in CONTENDERS[1:]
         for key in ("tokens_per_second", "peak_memory_bytes")
     }
-    given = {name: getattr(options, name) for name in ("steps", "rounds", "rows", "layers", "tower_layers", "dtype")}
+    given = given_options(options)
     report = {"machine": describe("cpu"), "options": given, "tokens": tokens, "found": found, "ratios": ratios}
     print(json.dumps({"tokens": tokens, "ratios": ratios, "first_losses": first}, indent=1))
+    write(report, options)
+
+
+def given_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("steps", "rounds", "rows", "layers", "tower_layers", "dtype", "cache")
+    return {name: getattr(options, name) for name in names}
+
+
+def write(report: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -18,7 +18,7 @@ from lowrank.config import RunConfig
 from lowrank.data.prepare import Prepared
 from lowrank.models.layer_wrappers import saved_wrapper
 from lowrank.pipelines import memory_plan
-from lowrank.planning.memory import StepBytes
+from lowrank.planning.memory import PlannedPictures, StepBytes
 from lowrank.planning.plan import Plan
 from lowrank.planning.simulation import read_config
 
@@ -40,7 +40,8 @@ def once_for_each_kind(folder: str | Path) -> Callable[[RunConfig, Sequence[Prep
         if file.exists():
             memory_plan.planned_jobs(config, data)
             saved = json.loads(file.read_text())
-            return None, Plan(StepBytes(**saved.pop("step")), **saved)
+            step, pictures = saved.pop("step"), saved.pop("pictures", None)
+            return None, Plan(StepBytes(**step), pictures=PlannedPictures(**pictures) if pictures else None, **saved)
         found = plan(config, data)
         if not isinstance(found, Exception) and found[1].fits:
             saved = found[1].as_dict()

@@ -8,6 +8,7 @@ through the base show both.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,8 @@ def unreached(bank: Bank, slots: Iterable[int]) -> dict[int, list[str]]:
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(hear, name)) for name in wanted]
     try:
         if hooks:
-            with torch.no_grad():
+            sight = bank.base.sight
+            with torch.no_grad(), sight.uncached() if sight is not None else nullcontext():
                 for document in _documents(bank.base):
                     bank.hidden(pack([(BARE_BASE, document)]).to(bank.base.device))
     finally:

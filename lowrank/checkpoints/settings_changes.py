@@ -12,7 +12,7 @@ MAY_CHANGE = (
     "output_dir", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "report_to", "resume", "overwrite",
     "micro_batch_tokens", "num_train_epochs", "max_steps", "early_stopping_patience", "model.device", "model.attention",
     "model.activation_checkpointing", "model.memory_efficient_modules", "model.trust_remote_code", "ignore_memory_plan",
-    "max_concurrent_jobs", "devices", "share", "parallelism", "lanes",
+    "model.cache_vision_features", "max_concurrent_jobs", "devices", "share", "parallelism", "lanes",
 )  # fmt: skip
 """What decides where a run writes, how often it looks, how long it goes on and what it runs on, but not what a step
 does. (The lengths do move the schedules of learning rates: a person who asks for more steps knows.)"""

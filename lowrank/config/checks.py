@@ -143,6 +143,11 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
         yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
     if config.model.shift_attn is not None and config.model.attention == "padded":
         yield "model.shift_attn: only where attention is packed; set model.attention: auto, or leave shift_attn out"
+    if config.model.cache_vision_features and config.base.startswith("sharded"):
+        yield (
+            f"model.cache_vision_features: with base: {config.base} no device has the whole tower to tell it from "
+            "others; set base: replicated, or leave cache_vision_features out"
+        )
     if config.model.layer_wrapper is not None:
         yield from wrapper_conflicts(config)
     if config.model.random_init is not None and any(job.tuning != "full" for job in config.jobs):
@@ -218,6 +223,8 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
     if job.early_stopping_patience is not None and config.eval_steps is None:
         yield "early_stopping_patience: eval_steps is null, so nothing is evaluated before the end; set eval_steps"
     yield from _metric_conflicts(job)
+    if config.model.cache_vision_features:
+        yield from _cached_tower_conflicts(job)
     if job.tuning == "adapter" and job.adapter.needs_quantized and config.model.storage.type == "dense":
         yield (
             f"adapter.type: {job.adapter.type} makes up for what quantization lost, and model.storage.type dense loses "
@@ -258,6 +265,21 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         )
     if job.trains_base and job.adapter.path is not None:
         yield f"adapter.path: with tuning: {job.tuning} there is no adapter to continue; set tuning: adapter"
+
+
+def _cached_tower_conflicts(job: JobConfig) -> Iterator[str]:
+    if job.trains_base:
+        yield (
+            f"model.cache_vision_features: tuning: {job.tuning} trains the base's own parameters; leave "
+            "model.cache_vision_features out"
+        )
+        return
+    for name in ("freeze_vision_tower", "freeze_multi_modal_projector"):
+        if not getattr(job.adapter, name):
+            yield (
+                f"adapter.{name}: false trains what features are kept of, so they change with every step; leave "
+                "model.cache_vision_features out"
+            )
 
 
 def _prompt_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:

@@ -78,6 +78,9 @@ class ModelConfig(Settings):
     pictures all, which are taken to be so many in a second."""
     video_maxlen: Positive = VIDEO_MAXLEN
     """But never more frames of one video than this."""
+    cache_vision_features: bool = False
+    """Keep on disk, in the cache folder, what the tower makes of pictures and videos, so that it looks at those of a
+    document once, over epochs, jobs and runs. Only where nothing of the tower and the projector is trained."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, where the command says --allow-code too. Only for models you have
     read."""

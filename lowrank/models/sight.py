@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import torch
 from lowrank.batches import BARE_BASE, Batch, Media, Pixels, Segment, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
+from lowrank.models.feature_cache import FeatureCache
 from lowrank.models.hearing import Hearing
 from lowrank.models.tower import RESULT, Rows, Tower, joined, span_of, wanted_by
 
@@ -64,6 +65,25 @@ class Sight:
     def token(self) -> int | None:
         """That stands for a part of a picture, of a base that is shown some."""
         return self._towers["image"].token if "image" in self._towers else None
+
+    @property
+    def feature_cache(self) -> FeatureCache | None:
+        """What the towers have said before, where that is kept."""
+        return next((tower.cache for tower in self._towers.values()), None)
+
+    @feature_cache.setter
+    def feature_cache(self, cache: FeatureCache | None) -> None:
+        for tower in self._towers.values():
+            tower.cache = cache
+
+    @contextlib.contextmanager
+    def uncached(self) -> Generator[None]:
+        """Passes over made-up media, which are to happen, and of which nothing is worth keeping."""
+        before, self.feature_cache = self.feature_cache, None
+        try:
+            yield
+        finally:
+            self.feature_cache = before
 
     def pixels(self, media: Media) -> dict[str, torch.Tensor]:
         """What the towers are given for a document, on the host. Any thread may ask."""

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from lowrank.batches import Batch, Media, Pixels
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
+from lowrank.models.feature_cache import FeatureCache
 from lowrank.records import KIND_NAMES, Medium
 
 RESULT = "pooler_output"
@@ -43,6 +45,8 @@ class Tower:
         self.kind, self.token, self._name, self._processor = kind, token, name, processor
         self._text = processor.own.tokenizer.convert_ids_to_tokens(token)
         self.wanted = wanted_by(kind, backbone)
+        self.cache: FeatureCache | None = None
+        """Where nobody adapts or trains it: what it has said before."""
 
     def features(self, batch: Batch, tower_pass: TowerPass) -> Any:
         """What transformers' model calls the outputs of this kind, of all documents of the batch together; None where
@@ -57,11 +61,10 @@ class Tower:
     def of_document(self, pixels: Pixels, batch: Batch, tower_pass: TowerPass) -> Any:
         """What the tower says of what is in the segment, (tokens, D) each, in the family's own form."""
         given = {name: value for name, value in pixels.tensors.items() if name in self.wanted}
-        assert self._features is not None
-        with tower_pass(pixels.segment, batch):
-            output = self._features(**given, return_dict=True)
+        look = partial(self._look, given, pixels.segment, batch, tower_pass)
+        output = look() if self.cache is None else self.cache.features(self.kind, given, look)
         rows = self.rows(pixels.media)
-        kept = {name: rows.of(value) for name, value in output.items() if name not in _INSIDE}
+        kept = {name: rows.of(value) for name, value in output.items()}
         if kept.get(RESULT) is None:
             names = ", ".join(each.name for each in pixels.media.items if each.kind == self.kind)
             raise ModelError(
@@ -69,6 +72,13 @@ class Tower:
                 f"tokens for them ({rows.whole}): its preprocessor_config.json is of another model"
             )
         return type(output)(**{name: value for name, value in kept.items() if value is not None})
+
+    def _look(self, given: dict[str, Any], segment: int, batch: Batch, tower_pass: TowerPass) -> Any:
+        """A pass of the tower: of what it says, what language models read."""
+        assert self._features is not None
+        with tower_pass(segment, batch):
+            output = self._features(**given, return_dict=True)
+        return type(output)(**{name: value for name, value in output.items() if name not in _INSIDE})
 
     def rows(self, media: Media) -> Rows:
         """Which of the features of a document are of what is in the segment."""

@@ -85,6 +85,8 @@ def _settings_of_media(jobs: Sequence[JobConfig], model: ModelConfig, data: Sequ
         for name in (each.name for each in fields(Limits) if each.name.startswith(kind)):
             if getattr(model, name) != type(model).model_fields[name].default:
                 yield f"model.{name} has no effect: no row has {KIND_NAMES[kind]}"
+    if model.cache_vision_features and not any({"image", "video"} & set(own.media_kinds) for own in data):
+        yield "model.cache_vision_features: true has no effect: no row has pictures or videos"
     for job, own in zip(jobs, data):
         if job.data.check_pictures != "header" and not own.media_kinds:
             yield f"data.check_pictures: {job.data.check_pictures} has no effect: no row has pictures, videos or sounds"

@@ -48,6 +48,7 @@ def start_job(
     had, where a run goes on; None: the first that is free."""
     slot = BARE_BASE if config.trains_base else _attach(engine, config, data, report, slot)
     _check_reach(engine, slot, config, data)
+    _check_cached_tower(engine, slot, config)
     num_steps, noise = num_steps_of(config, data), config.neftune_noise_alpha or 0.0
     engine.add(slot, config.objective.build(), config.optimizer, config.seed, noise, num_steps)
     if engine.jobs[slot].value_D is not None and config.adapter.path is not None:
@@ -71,6 +72,19 @@ def start_job(
         patience=config.early_stopping_patience,
         answers=answers,
     )
+
+
+def _check_cached_tower(engine: Engine, slot: int, config: JobConfig) -> None:
+    """ModelError for an adapter on a tower whose features are kept. What expressions, full names and adapter folders
+    reach shows on the model alone; settings that say so themselves are refused before (config/checks.py)."""
+    sight = engine.base.sight
+    cached = sight is not None and sight.feature_cache is not None
+    if cached and slot != BARE_BASE and engine.bank.slots[slot].outside:
+        raise ModelError(
+            f"model.cache_vision_features: the adapter of job {config.name} reaches the tower or the projector, whose "
+            "features then change with every step; leave cache_vision_features out, or name the language model's "
+            "layers alone"
+        )
 
 
 def may_share_prompts(base: Base, jobs: Sequence[JobConfig]) -> bool:

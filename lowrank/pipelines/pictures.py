@@ -9,6 +9,7 @@ from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
 from lowrank.models.checks.sight import give_sight
+from lowrank.models.feature_cache import open_feature_cache
 from lowrank.records import KIND_NAMES
 
 
@@ -20,10 +21,11 @@ def see(
     kinds: Sequence[str] = ("image",),
     running: bool = False,
     answering: bool = False,
+    cache_features: bool = False,
 ) -> None:
     """Let `base` be given media of these kinds, if it is not yet. `attention`: the setting; `running`: somebody uses
     the base already, so that its layout stays. `answering`: nothing is trained, so that only documents with media need
-    go through in another.
+    go through in another. `cache_features`: the setting model.cache_vision_features.
 
     ModelError where it cannot, in any layout.
     """
@@ -36,6 +38,12 @@ def see(
         names = KIND_NAMES[missing or kinds[0]]
         raise ModelError(f"{base.name} has no tower for {names}, or not the files of its processor")
     every = [kind for kind in KIND_NAMES if kind in known or kind in kinds]
+    cache = base.sight.feature_cache if base.sight is not None else None
     notice = give_sight(base, processor, attention, kinds=every, settle=not running, answering=answering)
     if notice:
         notify(notice)
+    assert base.sight is not None
+    if cache_features and cache is None and {"image", "video"} & set(every):
+        cache = open_feature_cache(base, notify)
+        notify(cache.describe())
+    base.sight.feature_cache = cache  # now: what the base was tried out with is nobody's

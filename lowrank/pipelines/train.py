@@ -24,6 +24,7 @@ from lowrank.data.prepare import Prepared
 from lowrank.errors import explain_disk_full
 from lowrank.evaluate.metrics import check_installed
 from lowrank.models.base import Base
+from lowrank.models.config import ModelConfig
 from lowrank.models.loading.kind import check_weights
 from lowrank.models.placement import Placement
 from lowrank.pipelines.artifacts import with_adapters_found
@@ -145,6 +146,8 @@ def train(
             queue.decided = lambda: record_sweep(sweep, folder.path)
         with explain_out_of_memory("training"):
             done = loop.run()
+        if base.sight is not None and base.sight.feature_cache is not None:
+            report(Notice(base.sight.feature_cache.describe()))
         if sweep is not None:
             summary.winner = finish_sweep(sweep, folder.path, report)
         if ranks.rank:
@@ -210,11 +213,22 @@ def _load(
     )
     kinds = [kind for kind in KIND_NAMES if any(kind in each.media_kinds for each in data)]
     if kinds:
-        see(base, config.model.attention, lambda text: report(Notice(text)), kinds=kinds)
+        _see(base, config.model, kinds, report)
     base.router_aux_loss_coef = config.model.router_aux_loss_coef
     if base.router_aux_loss_coef is not None:
         expert_numbers(base)  # refused now rather than in the first step
     return base
+
+
+def _see(base: Base, model: ModelConfig, kinds: Sequence[str], report: Listeners, *, running: bool = False) -> None:
+    see(
+        base,
+        model.attention,
+        lambda text: report(Notice(text)),
+        kinds=kinds,
+        running=running,
+        cache_features=model.cache_vision_features,
+    )
 
 
 def _write_settings(folder: RunFolder, config: RunConfig, entries: Sequence[Entry]) -> None:
@@ -248,8 +262,7 @@ def _take_orders(
     def prepare(job: JobConfig) -> Prepared:
         (own,) = prepare_all([job], config.model, tokenizer, report, strict=False, read=read)
         if own.media_kinds:
-            kinds = own.media_kinds
-            see(base, config.model.attention, lambda text: report(Notice(text)), kinds=kinds, running=True)
+            _see(base, config.model, own.media_kinds, report, running=True)
         queue.keeper.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
         return own
 
