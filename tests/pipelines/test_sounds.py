@@ -138,6 +138,10 @@ def test_answers_about_sounds_are_refused_in_words(world: Path, tmp_path: Path) 
             {"data": {"check_pictures": "decode"}},
             ["data.check_pictures: decode has no effect: no row has pictures, videos or sounds"],
         ),
+        (
+            {"model": {"cache_vision_features": True}},
+            ["model.cache_vision_features: true has no effect: no row has pictures or videos"],
+        ),
         ({}, []),
     ],
 )
