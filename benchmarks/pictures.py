@@ -110,15 +110,19 @@ def with_own_pictures(rows: list[dict[str, Any]], folder: Path) -> list[dict[str
 
 def lowrank(options: argparse.Namespace) -> dict[str, Any]:
     import lowrank
-    from lowrank.report.events import StepDone
+    from lowrank.report.events import Notice, StepDone
 
     ends, losses, tokens = [time.perf_counter()], [], []
+    processor, entries = [time.process_time()], list[str]()
 
     def heard(event: Any) -> None:
         if isinstance(event, StepDone):
             ends.append(time.perf_counter())
+            processor.append(time.process_time())
             losses.append(event.loss)
             tokens.append(event.tokens)
+        elif isinstance(event, Notice) and event.text.startswith("cached vision features: "):
+            entries.append(event.text)
 
     rows = read_rows(options.data, options.steps * options.rows)
     media_dir = options.data.parent
@@ -138,7 +142,7 @@ def lowrank(options: argparse.Namespace) -> dict[str, Any]:
         save_steps=None,
         eval_steps=None,
     )
-    return {"ends": ends, "losses": losses, "tokens": tokens}
+    return {"ends": ends, "processor": processor, "losses": losses, "tokens": tokens, "entries": entries}
 
 
 def trl(options: argparse.Namespace) -> dict[str, Any]:
@@ -226,19 +230,21 @@ def summarize(runs: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
 
 
 def compare_cache(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each epoch with the cache and without, and their ratios; the first step of the run is left out."""
+    """Processor seconds of each epoch with the cache and without, which other work on the machine stretches less than
+    wall time, and their ratios; the first step of the run is left out."""
     losses = [one["losses"] for each in runs.values() for one in each]
     if any(each != losses[0] for each in losses):
         raise SystemExit(f"not the same work: losses are {losses}")
 
     def seconds(name: str, epoch: int) -> float:
         first, end = max(1, epoch * options.steps), (epoch + 1) * options.steps
-        return statistics.median(one["ends"][end] - one["ends"][first] for one in runs[name])
+        return statistics.median(one["processor"][end] - one["processor"][first] for one in runs[name])
 
     epochs = [{name: seconds(name, epoch) for name in runs} for epoch in range(options.cache)]
     return {
         "epochs": [{**each, "speedup": each["lowrank"] / each["cached"]} for each in epochs],
         "losses": losses[0],
+        "entries": [one["entries"] for one in runs["cached"]],
     }
 
 
@@ -271,7 +277,7 @@ def main() -> None:
                 runs[name].append(run(name, options))
     if options.cache:
         report = {"machine": describe("cpu"), "options": given_options(options), **compare_cache(runs, options)}
-        print(json.dumps(report["epochs"], indent=1))
+        print(json.dumps({name: report[name] for name in ("epochs", "entries")}, indent=1))
         write(report, options)
         return
     tokens = runs["lowrank"][0]["tokens"]
