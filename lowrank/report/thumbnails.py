@@ -10,13 +10,15 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowrank.checkpoints.atomic import write_text
-from lowrank.data.chat.placeholders import media_in
-from lowrank.evaluate.questions import Question
 from lowrank.foreign_files import find_json
 from lowrank.media.decoding import BadPicture, decoded
 from lowrank.records import Picture
+
+if TYPE_CHECKING:
+    from lowrank.evaluate.questions import Question
 
 FILE = "thumbnails.json"
 _MOST = 100
@@ -28,6 +30,8 @@ _BEGINNING = "data:image/jpeg;base64,"
 
 def write_thumbnails(folder: Path, questions: Sequence[Question]) -> None:
     """Of the first questions with pictures; no file where there are none."""
+    from lowrank.data.chat.placeholders import media_in  # with torch, which those who read do without
+
     found: dict[str, str] = {}
     shown = [question for question in questions if media_in(question.prompt)][:_MOST]
     for question in shown:
