@@ -204,7 +204,7 @@ def compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     cpu = {way: {run["seed"]: run["cpu_seconds"] for run in runs} for way, runs in found.items() if runs}
     ratios = {}
     for way in WAYS[1:]:
-        both = [seed for seed in cpu.get(way, ()) if seed in cpu["asha"]]
+        both = [seed for seed in cpu.get(way, ()) if seed in cpu.get("asha", ())]
         if both:
             ratios[way] = sum(cpu[way][seed] for seed in both) / sum(cpu["asha"][seed] for seed in both)
     best = {way: {run["seed"]: run["losses"][run["best"]] for run in runs} for way, runs in found.items()}
