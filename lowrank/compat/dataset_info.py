@@ -57,15 +57,16 @@ MEDIA = ("images", "videos", "audios")
 """Columns of what models are shown and played."""
 
 
-def find_info(dataset_dir: str, folder: Path) -> tuple[Path | None, list[Path]]:
-    """The folder that holds `dataset_info.json`, and everywhere it was looked for.
+def places_of(name: str, folder: Path) -> list[Path]:
+    """Where a file or folder is looked for that a file in `folder` names: from the current directory, as LLaMA-Factory
+    means it; then from `folder` and the folders above it (its examples lie two folders below `data`)."""
+    bases = (Path(), folder, *folder.resolve().parents[:3])
+    return list(dict.fromkeys(base / Path(name).expanduser() for base in bases))
 
-    `dataset_dir` is meant from the current directory, as in LLaMA-Factory; where it is not there, from
-    the folder of the configuration file and the folders above it (its examples lie two folders below `data`).
-    """
-    config_folder = folder.resolve()
-    bases = [Path(), folder, *config_folder.parents[:3]]
-    places = list(dict.fromkeys((base / Path(dataset_dir).expanduser()) for base in bases))
+
+def find_info(dataset_dir: str, folder: Path) -> tuple[Path | None, list[Path]]:
+    """The folder that holds `dataset_info.json`, and everywhere it was looked for."""
+    places = places_of(dataset_dir, folder)
     for place in places:
         if (place / "dataset_info.json").is_file():
             return place, places

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from lowrank.compat import llamafactory_method as method
 from lowrank.compat import llamafactory_templates
-from lowrank.compat.dataset_info import find_info, read_info, remote_info, sources
+from lowrank.compat.dataset_info import find_info, places_of, read_info, remote_info, sources
 from lowrank.compat.llamafactory_devices import spread
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.compat.llamafactory_method import PREFERENCE_LOSSES, STAGES
@@ -227,8 +227,7 @@ def _media_dir(keys: Keys, folder: Path, problems: list[str]) -> Path | None:
     """Where pictures and sounds are, looked for as `dataset_dir` is; None: there."""
     if keys.media_dir is None:
         return None
-    places = [base / Path(keys.media_dir).expanduser() for base in (Path(), folder, *folder.resolve().parents[:3])]
-    found = next((place for place in places if place.is_dir()), None)
+    found = next((place for place in places_of(keys.media_dir, folder) if place.is_dir()), None)
     if found is None:
         problems.append(f"media_dir: there is no folder {keys.media_dir}")
     return found

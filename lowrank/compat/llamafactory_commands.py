@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowrank.compat import llamafactory_templates
-from lowrank.compat.dataset_info import find_info
+from lowrank.compat.dataset_info import find_info, places_of
 from lowrank.compat.llamafactory import is_llamafactory
 from lowrank.compat.llamafactory_flags import has_flags, split_flags
 from lowrank.compat.llamafactory_others import known
@@ -323,8 +323,7 @@ def _eval(keys: UseKeys, folder: Path, problems: list[str], notes: list[str]) ->
 
 def _found(path: str, folder: Path) -> str:
     """From the current directory, else from the file's folder and those above it."""
-    bases = (Path(), folder, *folder.resolve().parents[:3])
-    return str(next((base / path for base in bases if (base / path).exists()), path))
+    return str(next((place for place in places_of(path, folder) if place.exists()), path))
 
 
 def _without_given(arguments: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowrank.compat.dataset_info import places_of
 from lowrank.compat.llamafactory_devices import devices_of
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.foreign_files import find_json
@@ -57,6 +58,8 @@ def _requests(keys: Keys, folder: Path, environment: Mapping[str, str], lines: l
         configuration = _configuration("deepspeed", keys.deepspeed, folder, lines)
         if configuration is not None:
             yield _deepspeed(configuration)
+    if keys.fsdp_config and not keys.fsdp:
+        lines.append("fsdp_config has no effect without fsdp")
     if keys.fsdp:
         yield _fsdp(keys.fsdp, _configuration("fsdp_config", keys.fsdp_config or {}, folder, lines) or {})
     if _yes(environment.get("ACCELERATE_USE_FSDP")):  # `accelerate launch --config_file`
@@ -94,8 +97,7 @@ def _configuration(key: str, given: Any, folder: Path, lines: list[str]) -> Mapp
     """A mapping, or what is in the JSON file of that name, which is looked for as a dataset_dir is."""
     if isinstance(given, Mapping):
         return given
-    places = [place / str(given) for place in (Path(), folder, *folder.resolve().parents[:3])]
-    found = next((configuration for place in places if (configuration := find_json(place)) is not None), None)
+    found = next((each for place in places_of(str(given), folder) if (each := find_json(place)) is not None), None)
     if found is None:
         lines.append(f"{key}: {given} cannot be read here; {_WHOLE}, unless base: sharded is set")
     return found

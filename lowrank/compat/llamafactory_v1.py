@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank.compat.dataset_info import places_of
 from lowrank.config import read_file
 from lowrank.data.sources.places import WHOLE
 from lowrank.errors import ConfigError, did_you_mean, raise_all
@@ -80,7 +81,11 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
         )
     for key in ("save_epochs", "custom_chat_template"):
         problems += [f"{key}: V0 has no word for it, and neither is it read here; remove it"] if key in given else []
-    requested = [key for key in _PROCESSES if given.get(key) not in (None, 1)]
+    processes: dict[str, Any] = {key: given[key] for key in _PROCESSES if key in given}
+    sharded = given.get("dist_config")
+    if isinstance(sharded, Mapping):
+        processes |= {f"dist_config.{key}": sharded[key] for key in sharded if key not in ("name", "config_file")}
+    requested = [key for key, value in processes.items() if value not in (None, 1)]
     if requested:
         found.warnings.append(
             f"{', '.join(requested)} has no effect: `devices` says how many train, and base: sharded that they hold "
@@ -184,9 +189,7 @@ def _optimizer(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 def _datasets(named: Any, folder: Path, problems: list[str]) -> tuple[list[dict[str, Any]], bool]:
     """Sources, and whether they hold pairs. A YAML file names several; anything else is one dataset."""
     path = Path(str(named))
-    place = next(
-        (base / path for base in (Path(), folder, *folder.resolve().parents[:3]) if (base / path).exists()), None
-    )
+    place = next((place for place in places_of(str(named), folder) if place.exists()), None)
     if path.suffix in (".yaml", ".yml"):
         if place is None:
             problems.append(f"train_dataset: there is no {path}")

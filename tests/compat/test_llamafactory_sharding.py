@@ -68,6 +68,8 @@ def test_parameters_in_host_memory_are_so_here(tmp_path: Path, monkeypatch: pyte
 def test_fsdp_as_transformers_reads_it(tmp_path: Path, fsdp: Any, configuration: Any, base: str) -> None:
     assert found(tmp_path, fsdp=fsdp, fsdp_config=configuration)[0] == base
     assert found(tmp_path, fsdp="")[1] == ""
+    assert found(tmp_path, fsdp_config={"reshard_after_forward": True}) == (
+        "replicated", "fsdp_config has no effect without fsdp")  # fmt: skip
 
 
 def test_accelerate_launch(tmp_path: Path) -> None:

@@ -62,6 +62,9 @@ def test_lora(place: Path) -> None:
     assert (mine.path, mine.format, more.path, more.split, more.max_samples) == (
         "data/mine.json", "alpaca", "a/pairs", "train_prefs", 500)  # fmt: skip
     assert any(text.startswith("fsdp: there is one device to cut the base over") for text in warnings)
+    Path("v1.yaml").write_text(LORA.replace("dcp_path: null", "ep_size: 16"))
+    _, warnings = load_any("v1.yaml", [])
+    assert any(text.startswith("dist_config.ep_size has no effect") for text in warnings)
 
 
 def test_pairs_are_for_dpo_and_no_peft_is_full(place: Path) -> None:
