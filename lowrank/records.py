@@ -121,6 +121,8 @@ Medium = Union[Picture, Video, Audio]  # noqa: UP007 (also read at run time, on 
 """What is shown or played with a text. `kind`: what chat templates call it."""
 KIND_NAMES = {"image": "pictures", "video": "videos", "audio": "sounds"}
 """What people call them."""
+COLUMN_NAMES = {"image": "images", "video": "videos", "audio": "audios"}
+"""What columns of rows that hold them are called."""
 
 
 @dataclass(frozen=True)

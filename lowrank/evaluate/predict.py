@@ -24,7 +24,7 @@ from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
 from lowrank.generate.spoken_answer import spoken_text
 from lowrank.models.base import Base
-from lowrank.records import Message
+from lowrank.records import COLUMN_NAMES, Message
 
 Done = Callable[[int, int], None]
 """`(done, of how many)`."""
@@ -212,13 +212,10 @@ def write_predictions(path: Path, questions: Sequence[Question], answers: Sequen
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-_COLUMN = {"image": "images", "video": "videos", "audio": "audios"}
-
-
 def _written(message: Message) -> dict[str, Any]:
     shown: dict[str, list[str]] = {}
     for _, medium in message.media:
-        shown.setdefault(_COLUMN[medium.kind], []).append(medium.name)
+        shown.setdefault(COLUMN_NAMES[medium.kind], []).append(medium.name)
     return {"role": message.role, "content": message.content, **shown}
 
 

@@ -12,14 +12,12 @@ import io
 import re
 import struct
 import wave
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank.errors import DataError
-from lowrank.media.decoding import read_bytes
+from lowrank.media.medium_files import BadMedium, beginning_of, bytes_of, check_size, digest_of, read_medium
 from lowrank.records import Audio
 
 MOST_SECONDS = 1800
@@ -28,24 +26,21 @@ MOST_BYTES = 512 * 2**20
 _EXTRA = "pip install 'lowrank-llm[audio]'"
 
 
-class BadAudio(DataError):
-    """A file that is no sound to learn from, in words. `kind` is what a report counts it as."""
+class BadAudio(BadMedium):
+    """A file that is no sound to learn from."""
 
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
+    one = "a sound"
 
 
 def read_audio_file(path: Path, name: str) -> bytes:
     """The bytes of a sound's file. BadAudio for what is none."""
-    return read_bytes(path, name, MOST_BYTES, lambda detail: BadAudio("a sound is missing", detail))
+    return read_medium(path, name, MOST_BYTES, BadAudio)
 
 
 def examine_audio(data: bytes, name: str, path: str | None = None, *, decode: bool = False) -> Audio:
     """The sound in these bytes. BadAudio for what is none, is cut off, empty or longer than MOST_SECONDS. `path`: of
     the file they are from, which is read again when it is needed; None: they are kept. `decode`: also WAV."""
-    if len(data) > MOST_BYTES:
-        raise BadAudio("a sound too large", f"{name} has more than {MOST_BYTES // 2**20} MB")
+    check_size(data, name, MOST_BYTES, BadAudio)
     if not data:
         raise BadAudio("not a sound", f"{name} is empty")
     _check_whole(data, name)
@@ -59,20 +54,13 @@ def examine_audio(data: bytes, name: str, path: str | None = None, *, decode: bo
     if not frames:
         raise BadAudio("an empty sound", f"{name} has no samples")
     notes = ("have several channels, and are heard as their mean",) if channels > 1 else ()
-    digest = blake2b(data, digest_size=16).hexdigest()
-    return Audio(digest, frames, rate, notes, path=path, data=None if path else data)
+    return Audio(digest_of(data), frames, rate, notes, path=path, data=None if path else data)
 
 
 def decoded_audio(audio: Audio, rate: int) -> np.ndarray:
     """The samples of a sound, float32, one channel, `rate` of them in a second. BadAudio where its file has gone,
     changed, or cannot be decoded."""
-    data = audio.data
-    if data is None:
-        assert audio.path is not None, "a sound has bytes or a path"
-        data = read_audio_file(Path(audio.path), audio.path)
-        if blake2b(data, digest_size=16).hexdigest() != audio.digest:
-            raise BadAudio("a sound has changed", f"{audio.path} is not what it was when the data was read")
-    found_N, own_rate = _samples(data, audio.name)
+    found_N, own_rate = _samples(bytes_of(audio, MOST_BYTES, BadAudio), audio.name)
     if own_rate == rate:
         return found_N
     wanted = resampled_length(audio, rate)
@@ -133,7 +121,7 @@ def _header(data: bytes, name: str) -> tuple[int, int, int]:
     try:
         found = soundfile.info(io.BytesIO(data))
     except Exception as error:
-        raise BadAudio("not a sound", f"{name} cannot be read ({_beginning(data)}): {_text(error)}") from error
+        raise BadAudio("not a sound", f"{name} cannot be read ({beginning_of(data)}): {_text(error)}") from error
     if found.samplerate <= 0 or found.channels <= 0:
         raise BadAudio("a broken sound", f"{name}: {found.channels} channels of {found.samplerate} samples a second")
     return found.frames, found.samplerate, found.channels
@@ -202,10 +190,6 @@ def _soxr(name: str, own_rate: int, rate: int) -> Any:
             f"{name} has {own_rate:,} samples a second, and the model hears {rate:,}: {_EXTRA}, or convert it",
         ) from error
     return soxr
-
-
-def _beginning(data: bytes) -> str:
-    return f"it begins with {data[:16]!r}"
 
 
 def _text(error: Exception) -> str:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from hashlib import blake2b
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowrank.errors import DataError
+from lowrank.media.medium_files import BadMedium, beginning_of, bytes_of, check_size, digest_of, read_medium, text_of
 from lowrank.records import Picture
 
 if TYPE_CHECKING:
@@ -36,12 +35,10 @@ _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 _TAIL = 4096
 
 
-class BadPicture(DataError):
-    """A file that is no picture to learn from, in words. `kind` is what a report counts it as."""
+class BadPicture(BadMedium):
+    """A file that is no picture to learn from."""
 
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
+    one = "a picture"
 
 
 def examine(
@@ -55,8 +52,7 @@ def examine(
     """The picture in these bytes, from its header alone. BadPicture for what is none of `formats`, is cut off, or
     promises more than `most_pixels`. `path`: of the file they are from, which is read again when it is needed; None:
     they are kept."""
-    if len(data) > MOST_BYTES:
-        raise BadPicture("a picture too large", f"{name} has more than {MOST_BYTES // 2**20} MB")
+    check_size(data, name, MOST_BYTES, BadPicture)
     with _opened(data, name, formats) as image:
         width, height = _upright_size(image)
         if width * height > most_pixels:
@@ -66,37 +62,18 @@ def examine(
             )
         _check_whole(data, image.format or "", name)
         notes = _peculiarities(image)
-    digest = blake2b(data, digest_size=16).hexdigest()
-    return Picture(digest, width, height, notes, path=path, data=None if path else data)
+    return Picture(digest_of(data), width, height, notes, path=path, data=None if path else data)
 
 
 def read_file(path: Path, name: str) -> bytes:
     """The bytes of a picture's file. BadPicture for what is none."""
-    return read_bytes(path, name, MOST_BYTES, lambda detail: BadPicture("a picture is missing", detail))
-
-
-def read_bytes(path: Path, name: str, most: int, missing: Callable[[str], DataError]) -> bytes:
-    """The bytes of a file, one more than `most` where there are more. `missing` makes the error for one that is not
-    there or not to be read."""
-    try:
-        if not path.is_file():
-            raise missing(f"there is no file {name}")
-        with path.open("rb") as file:
-            return file.read(most + 1)
-    except OSError as error:
-        raise missing(f"{name} cannot be read: {error.strerror}") from error
+    return read_medium(path, name, MOST_BYTES, BadPicture)
 
 
 def decoded(picture: Picture, size: tuple[int, int] | None = None) -> Image:
     """The picture as it is looked at, RGB, made larger or smaller to `size` (width, height). BadPicture where its file
     has gone, changed, or cannot be decoded."""
-    data = picture.data
-    if data is None:
-        assert picture.path is not None, "a picture has bytes or a path"
-        data = read_file(Path(picture.path), picture.path)
-        if blake2b(data, digest_size=16).hexdigest() != picture.digest:
-            raise BadPicture("a picture has changed", f"{picture.path} is not what it was when the data was read")
-    with _opened(data, picture.name) as image:
+    with _opened(bytes_of(picture, MOST_BYTES, BadPicture), picture.name) as image:
         image = _as_rgb(_decoded(image, picture.name))
     if size is not None and image.size != size:
         image = image.resize(size)
@@ -146,9 +123,9 @@ def _opened(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Generat
         raise BadPicture("a picture too large", f"{name} promises {MOST_PIXELS:,} pixels several times over") from error
     except UnidentifiedImageError as error:
         known = ", ".join(formats)
-        raise BadPicture("not a picture", f"{name} is none of {known} ({_beginning(data)})") from error
+        raise BadPicture("not a picture", f"{name} is none of {known} ({beginning_of(data)})") from error
     except Exception as error:  # Pillow's readers raise what they like at what they were not made for
-        raise BadPicture("a broken picture", f"{name}: {_error_text(error)}") from error
+        raise BadPicture("a broken picture", f"{name}: {text_of(error)}") from error
     with image:
         yield image
 
@@ -161,7 +138,7 @@ def _decoded(image: Image, name: str) -> Image:
         upright: Any = ImageOps.exif_transpose(image) if _turned(image) else image
         return upright
     except Exception as error:
-        raise BadPicture("a broken picture", f"{name} cannot be decoded: {_error_text(error)}") from error
+        raise BadPicture("a broken picture", f"{name} cannot be decoded: {text_of(error)}") from error
 
 
 def _as_rgb(image: Image) -> Image:
@@ -206,11 +183,3 @@ def _check_whole(data: bytes, kind: str, name: str) -> None:
         cut = int.from_bytes(data[4:8], "little") + 8 > len(data) + 1
     if cut:
         raise BadPicture("a broken picture", f"{name} is cut off: {kind} files end otherwise; get it again")
-
-
-def _beginning(data: bytes) -> str:
-    return f"it begins with {data[:16]!r}" if data else "it is empty"
-
-
-def _error_text(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

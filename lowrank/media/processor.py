@@ -112,8 +112,7 @@ class MediaProcessor:
         if sizes not in self._known:
             if len(self._known) >= _SIZES_KEPT:
                 self._known.clear()
-            processed = self._processed(sizes, list(map(_blank, sizes)), blank=True)
-            (found,) = processed["text_replacement_offsets"]
+            (found,) = self._blanks_processed(sizes)["text_replacement_offsets"]
             self._known[sizes] = tuple(each["replacement"] for each in found)
         return self._known[sizes]
 
@@ -129,19 +128,11 @@ class MediaProcessor:
 
         DataError for a medium that cannot be decoded (any more).
         """
-        sizes = self.sizes(media)
-        processed = self._processed(sizes, list(map(self._ready, media)))
-        return {
-            name: value for name, value in processed.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
-        }
+        return _of_media(self._processed(self.sizes(media), list(map(self._ready, media))))
 
     def blank_inputs(self, media: Sequence[Medium]) -> dict[str, torch.Tensor]:
         """Tensors as `inputs` gives them, but for what is in them, and for the dtype of pixels."""
-        sizes = self.sizes(media)
-        processed = self._processed(sizes, list(map(_blank, sizes)), blank=True)
-        return {
-            name: value for name, value in processed.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
-        }
+        return _of_media(self._blanks_processed(self.sizes(media)))
 
     def sizes(self, media: Sequence[Medium]) -> tuple[tuple[str, Size], ...]:
         """What decides how large the tensors of a document's media are."""
@@ -168,6 +159,9 @@ class MediaProcessor:
             size = self.limits.of_frame(medium.width, medium.height)
             return decoded_video(medium, self.shown_frames(medium), size)
         return decoded_audio(medium, self.rate)
+
+    def _blanks_processed(self, sizes: Sequence[tuple[str, Size]]) -> Any:
+        return self._processed(sizes, list(map(_blank, sizes)), blank=True)
 
     def _processed(self, sizes: Sequence[tuple[str, Size]], media: Sequence[Any], blank: bool = False) -> Any:
         """What the processor makes of one document that is its media alone."""
@@ -230,6 +224,12 @@ def attach(tokenizer: Any, processor: MediaProcessor) -> None:
 def processor_of(tokenizer: Any) -> MediaProcessor | None:
     """The processor that was attached; None where there is none."""
     return getattr(tokenizer, _ATTRIBUTE, None)
+
+
+def _of_media(processed: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: value for name, value in processed.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
+    }
 
 
 def _blank(sized: tuple[str, Size]) -> Any:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank.errors import DataError
-from lowrank.media.decoding import MOST_PIXELS, decoded, read_bytes
+from lowrank.media.decoding import MOST_PIXELS, decoded
+from lowrank.media.medium_files import BadMedium, beginning_of, bytes_of, check_size, digest_of, read_medium, text_of
 from lowrank.records import Picture, Video
 
 MOST_BYTES = 512 * 2**20
@@ -27,25 +26,22 @@ _EXTRA = "pip install 'lowrank-llm[video]'"
 _MOVING = ("GIF", "WEBP", "PNG")
 
 
-class BadVideo(DataError):
-    """A file that is no video to learn from, in words. `kind` is what a report counts it as."""
+class BadVideo(BadMedium):
+    """A file that is no video to learn from."""
 
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
+    one = "a video"
 
 
 def read_video_file(path: Path, name: str) -> bytes:
     """The bytes of a video's file. BadVideo for what is none."""
-    return read_bytes(path, name, MOST_BYTES, lambda detail: BadVideo("a video is missing", detail))
+    return read_medium(path, name, MOST_BYTES, BadVideo)
 
 
 def examine_video(data: bytes, name: str, path: str | None = None, *, decode: bool = False) -> Video:
     """The video in these bytes, by its headers and the sizes of its frames. BadVideo for what is none, is cut off, or
     too large. `path`: of the file they are from, which is read again when it is needed; None: they are kept. `decode`:
     also all frames."""
-    if len(data) > MOST_BYTES:
-        raise BadVideo("a video too large", f"{name} has more than {MOST_BYTES // 2**20} MB")
+    check_size(data, name, MOST_BYTES, BadVideo)
     width, height, frames, fps = _header(data, name)
     if width * height > MOST_PIXELS or frames > MOST_FRAMES:
         raise BadVideo(
@@ -55,8 +51,7 @@ def examine_video(data: bytes, name: str, path: str | None = None, *, decode: bo
         )
     if not frames:
         raise BadVideo("an empty video", f"{name} has no frames")
-    digest = blake2b(data, digest_size=16).hexdigest()
-    video = Video(digest, width, height, frames, fps, path=path, data=None if path else data)
+    video = Video(digest_of(data), width, height, frames, fps, path=path, data=None if path else data)
     if decode:
         decoded_video(video, range(frames), (8, 8))
     return video
@@ -66,7 +61,7 @@ def video_of(pictures: Sequence[Picture]) -> Video:
     """The video whose frames data gives one by one. BadVideo where there are none."""
     if not pictures:
         raise BadVideo("an empty video", "its list has no frames")
-    digest = blake2b(" ".join(each.digest for each in pictures).encode(), digest_size=16).hexdigest()
+    digest = digest_of(" ".join(each.digest for each in pictures).encode())
     first = pictures[0]
     sizes = {(each.width, each.height) for each in pictures}
     notes = ("have frames of different sizes, which are brought to the first's",) if len(sizes) > 1 else ()
@@ -79,12 +74,7 @@ def decoded_video(video: Video, places: Sequence[int], size: tuple[int, int]) ->
     if video.pictures:
         frames = [np.asarray(decoded(video.pictures[place], size)) for place in places]
         return np.stack(frames)
-    data = video.data
-    if data is None:
-        assert video.path is not None, "a video has bytes, a path or frames"
-        data = read_video_file(Path(video.path), video.path)
-        if blake2b(data, digest_size=16).hexdigest() != video.digest:
-            raise BadVideo("a video has changed", f"{video.path} is not what it was when the data was read")
+    data = bytes_of(video, MOST_BYTES, BadVideo)
     wanted = set(places)
     found = {
         place: np.asarray(image.resize(size) if image.size != size else image)
@@ -104,7 +94,7 @@ def _header(data: bytes, name: str) -> tuple[int, int, int, float]:
         try:
             frames = sum(bool(packet.size) for packet in container.demux(stream) if packet.pts is not None)
         except Exception as error:
-            raise BadVideo("a broken video", f"{name} is cut off: {_text(error)}") from error
+            raise BadVideo("a broken video", f"{name} is cut off: {text_of(error)}") from error
         if frames < stream.frames:
             raise BadVideo("a broken video", f"{name} is cut off: {stream.frames:,} frames promised, {frames:,} there")
         fps = float(stream.average_rate or 0) or frames / max(1e-3, _seconds(container, stream))
@@ -128,7 +118,7 @@ def _turns(data: bytes, name: str) -> bool:
         except StopIteration:
             return False
         except Exception as error:
-            raise BadVideo("a broken video", f"{name} cannot be decoded: {_text(error)}") from error
+            raise BadVideo("a broken video", f"{name} cannot be decoded: {text_of(error)}") from error
 
 
 def _frames(data: bytes, name: str, most: int) -> Iterator[Any]:
@@ -144,7 +134,7 @@ def _frames(data: bytes, name: str, most: int) -> Iterator[Any]:
                 image = frame.to_image()
                 yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
         except Exception as error:
-            raise BadVideo("a broken video", f"{name} cannot be decoded: {_text(error)}") from error
+            raise BadVideo("a broken video", f"{name} cannot be decoded: {text_of(error)}") from error
 
 
 class _opened:
@@ -159,7 +149,7 @@ class _opened:
         try:
             self._container: Any = av.open(io.BytesIO(data), format=_container(data), options=options)
         except Exception as error:
-            raise BadVideo("a broken video", f"{name} cannot be opened: {_text(error)}") from error
+            raise BadVideo("a broken video", f"{name} cannot be opened: {text_of(error)}") from error
         self._name = name
 
     def __enter__(self) -> tuple[Any, Any]:
@@ -194,7 +184,7 @@ def _moving_header(data: bytes, name: str) -> tuple[int, int, int, float]:
                 image.seek(place)
                 seconds += float(image.info.get("duration") or 100) / 1000
         except Exception as error:
-            raise BadVideo("a broken video", f"{name} cannot be decoded: {_text(error)}") from error
+            raise BadVideo("a broken video", f"{name} cannot be decoded: {text_of(error)}") from error
         return image.width, image.height, frames, frames / max(seconds, 1e-3)
 
 
@@ -205,7 +195,7 @@ def _moving_frames(data: bytes, name: str, most: int) -> Iterator[Any]:
                 image.seek(place)
                 yield image.convert("RGB")
         except Exception as error:
-            raise BadVideo("a broken video", f"{name} cannot be decoded: {_text(error)}") from error
+            raise BadVideo("a broken video", f"{name} cannot be decoded: {text_of(error)}") from error
 
 
 def _moving(data: bytes, name: str) -> Any:
@@ -214,10 +204,5 @@ def _moving(data: bytes, name: str) -> Any:
     try:
         return Image.open(io.BytesIO(data), formats=_MOVING)
     except Exception as error:
-        beginning = f"it begins with {data[:16]!r}" if data else "it is empty"
         known = "MP4, MOV, WebM, Matroska, AVI, GIF, WebP, APNG"
-        raise BadVideo("not a video", f"{name} is none of {known} ({beginning})") from error
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadVideo("not a video", f"{name} is none of {known} ({beginning_of(data)})") from error

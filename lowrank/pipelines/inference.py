@@ -79,10 +79,14 @@ class InferenceModel:
     ) -> AnsweringModels:
         """These models, ready for questions like `conversations`. ModelError for a name there is not, and for a base
         that cannot be shown the pictures in them."""
-        if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
-            see(self.base, "packed", notify, running=True, answering=True)
+        self._look(conversations, notify)
         slots = {name: self.slot(name) for name in names}
         return AnsweringModels(self.base, self.bank, slots, {name: self.renderer_of(name) for name in slots})
+
+    def _look(self, conversations: Iterable[Conversation], notify: Callable[[str], None]) -> None:
+        """See to it that the base can be shown the pictures of these. ModelError where it cannot."""
+        if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
+            see(self.base, "packed", notify, running=True, answering=True)
 
     @property
     def names(self) -> list[str]:
@@ -161,8 +165,7 @@ class InferenceModel:
         return [found[index] for index in range(len(conversations))]
 
     def _prompt(self, name: str, conversation: Conversation) -> Prompt:
-        if any(isinstance(each, Picture) for each in media_in(conversation)):
-            see(self.base, "packed", log_notice, running=True, answering=True)
+        self._look([conversation], log_notice)
         segment = self.renderer_of(name).prompt_segment(conversation)
         return Prompt(segment.token_L, self.slot(name), segment.media)
 

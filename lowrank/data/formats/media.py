@@ -17,10 +17,8 @@ from typing import Any
 from lowrank.data.formats.columns import COLUMNS, RowProblem, list_of
 from lowrank.data.formats.given import PLACE, PLACES, Given
 from lowrank.data.formats.media_files import Folders, medium_of
-from lowrank.records import KIND_NAMES, Conversation, Message, Preference, Prompted, Rated, Record, Text
+from lowrank.records import COLUMN_NAMES, KIND_NAMES, Conversation, Message, Preference, Prompted, Rated, Record, Text
 
-COLUMN_PARTS = {"image": "images", "video": "videos", "audio": "audios"}
-"""What a column of a kind is called (columns.py)."""
 _IN_ANSWER = {
     "image": "a picture in an answer: the model writes text; pictures belong to questions",
     "video": "a video in an answer: the model writes text; videos belong to questions",
@@ -39,7 +37,7 @@ class Column:
 
 def given_in(row: Mapping[str, Any], columns: Mapping[str, str], kind: str) -> Column:
     """The column of a kind of media that is filled, and what it holds."""
-    part = COLUMN_PARTS[kind]
+    part = COLUMN_NAMES[kind]
     names = [*filter(None, [columns.get(part)]), *COLUMNS[part]]
     name = next((each for each in names if row.get(each) is not None and row.get(each) != []), None)
     if name is None:
@@ -61,7 +59,7 @@ def with_media(
 ) -> Record:
     """The record with the row's media in their places. RowProblem for as many places as there are not media, files that
     are missing, broken, elsewhere or too large, and for a kind that the model does not take."""
-    given = {kind: given_in(row, columns, kind) for kind in COLUMN_PARTS}
+    given = {kind: given_in(row, columns, kind) for kind in COLUMN_NAMES}
     turns = list(_turns(record))
     places = [_split(message) for message in turns]
     standing = [each for _, media in places for _, each in media]
@@ -74,7 +72,7 @@ def with_media(
     if isinstance(record, Text):
         kind, name = next((kind, column.name) for kind, column in given.items() if column.name)
         raise RowProblem(
-            f"it has {COLUMN_PARTS[kind]}: column {name!r} is filled, and plain text has no turn to show them in"
+            f"it has {COLUMN_NAMES[kind]}: column {name!r} is filled, and plain text has no turn to show them in"
         )
     for (_, media), message in zip(places, turns):
         if media and message.role == "assistant":
@@ -115,7 +113,7 @@ def open_parts(conversation: Conversation) -> Conversation:
 
 
 def _refuse_unable(kind: str, name: str | None) -> None:
-    part = COLUMN_PARTS[kind]
+    part = COLUMN_NAMES[kind]
     what = f"it has {part}: column {name!r} is filled" if name else f"it has {part}: they stand among its turns"
     able = {"image": "reads text only", "video": "watches no videos", "audio": "does not hear"}[kind]
     never = "hears" if kind == "audio" else "sees"
@@ -133,7 +131,7 @@ def _matched(kind: str, column: Column, turns: Sequence[Message], places: list[_
         return _before_first_question(turns, places, [Given(kind=kind)] * len(column.values))
     if waiting != len(column.values):
         place = next(place for place, each in PLACES.items() if each == kind)
-        beside = f"column {column.name!r}" if column.name else f"no column of {COLUMN_PARTS[kind]}"
+        beside = f"column {column.name!r}" if column.name else f"no column of {COLUMN_NAMES[kind]}"
         raise RowProblem(
             f"not as many places as {KIND_NAMES[kind]}: {waiting} ({place}, or parts of type {kind}) for "
             f"{len(column.values)} in {beside}"

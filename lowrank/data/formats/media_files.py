@@ -18,14 +18,13 @@ from lowrank.errors import DataError
 from lowrank.media.audio import examine_audio, read_audio_file
 from lowrank.media.decoding import decoded, examine, from_pillow, read_file
 from lowrank.media.video import examine_video, read_video_file, video_of
-from lowrank.records import Audio, Medium, Picture, Video
+from lowrank.records import COLUMN_NAMES, Audio, Medium, Picture, Video
 
 _DATA_URL = re.compile(r"data:(?:image|audio|video)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-9=.+-]+)?;base64,", re.ASCII)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
 _ONE = {"image": "a picture", "video": "a video", "audio": "a sound"}
 """What people call one of a kind."""
-_COLUMN = {"image": "images", "video": "videos", "audio": "audios"}
 _HOLDERS = ("bytes", "base64", "path", "image", "video", "audio", "url")
 _READ: dict[str, Callable[[Path, str], bytes]] = {
     "image": read_file,
@@ -58,7 +57,6 @@ def medium_of(value: Any, kind: str, folders: Folders, *, decode: bool = False) 
 def picture_of(value: Any, folders: Folders, *, decode: bool = False) -> Picture:
     """A picture of a path, bytes, base64, what `datasets` keeps, or of Pillow's. RowProblem for anything else, and for
     what is none."""
-    value = from_pillow(value) if hasattr(value, "getexif") else value
     try:
         data, path, name = _bytes_of(value, "image", folders)
         picture = examine(data, name, path)
@@ -106,11 +104,13 @@ def _bytes_of(value: Any, kind: str, folders: Folders) -> tuple[bytes, str | Non
     if hasattr(value, "getexif"):  # Pillow's, from Python
         return from_pillow(value), None, f"{one} in the row"
     if not isinstance(value, str):
-        raise RowProblem(f"wrong type for {_COLUMN[kind]}: expected a path, bytes or base64, got {describe(value)}")
+        raise RowProblem(
+            f"wrong type for {COLUMN_NAMES[kind]}: expected a path, bytes or base64, got {describe(value)}"
+        )
     if match := _DATA_URL.match(value):
         return _of_base64(value[match.end() :], one), None, f"{one} in the row"
     if value.startswith("data:"):
-        raise RowProblem(f"wrong type for {_COLUMN[kind]}: {beginning(value)} is no data:{kind}/...;base64,")
+        raise RowProblem(f"wrong type for {COLUMN_NAMES[kind]}: {beginning(value)} is no data:{kind}/...;base64,")
     if _URL.match(value) and not value.startswith("file://"):
         raise RowProblem(
             f"{one} behind a URL: {shown(value)}; lowrank fetches nothing that data names: download it, and name "
