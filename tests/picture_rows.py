@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.media_rows import write_conversations
 
 _SIZES = ((300, 168), (168, 240), (300, 199))
 _TURNS = (
@@ -26,18 +27,8 @@ def write_picture_rows(folder: Path) -> Path:
     for number, (width, height) in enumerate(_SIZES):
         value = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(value).save(folder / "pictures" / f"{number}.jpg")
-    rows = [
-        {
-            "messages": [
-                {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)
-            ],
-            "images": [f"pictures/{number}.jpg" for number in numbers],
-        }
-        for numbers, turns in _TURNS
-    ]
-    path = folder / "mllm.json"
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    return path
+    talks = [([f"pictures/{number}.jpg" for number in numbers], turns) for numbers, turns in _TURNS]
+    return write_conversations(folder / "mllm.json", "images", talks)
 
 
 def real_or_made(request: pytest.FixtureRequest, folder: Path) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from lowrank.media.audio import made_up_wav
+from tests.media_rows import write_conversations
 
 _SECONDS = (0.6, 1.1, 0.35)
 _TURNS = (
@@ -30,15 +30,5 @@ def write_sound_rows(folder: Path, rate: int) -> Path:
     """The file of four conversations in `folder`, with three sounds beside it."""
     for number, seconds in enumerate(_SECONDS):
         write_sound(folder / "sounds" / f"{number}.wav", seconds, rate, number)
-    rows = [
-        {
-            "messages": [
-                {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)
-            ],
-            "audios": [f"sounds/{number}.wav" for number in numbers],
-        }
-        for numbers, turns in _TURNS
-    ]
-    path = folder / "audio.json"
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    return path
+    talks = [([f"sounds/{number}.wav" for number in numbers], turns) for numbers, turns in _TURNS]
+    return write_conversations(folder / "audio.json", "audios", talks)

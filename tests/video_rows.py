@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests.media_rows import write_conversations
 
 
 def write_gif(path: Path, frames: int, size: tuple[int, int], milliseconds: int = 100, seed: int = 0) -> Path:
@@ -41,21 +42,10 @@ def write_video_rows(folder: Path) -> Path:
     write_gif(folder / "videos" / "0.gif", 20, (40, 24), seed=0)
     write_gif(folder / "videos" / "1.gif", 9, (24, 32), 300, seed=1)
     frames = write_frames(folder / "frames", 3, (36, 28), 2)
-    turns = (
+    talks = (
         (["videos/0.gif"], (("<video>What happens?", "A man walks."),)),
         (["videos/1.gif", "videos/0.gif"], (("<video>Who is it?", "A dog."), ("And here?<video>", "A cat."))),
         ([frames], (("Describe <video> it.", "It is red."), ("Why?", "It rains."))),
         (["videos/1.gif"], (("<video>视频里有什么？", "一只狗。"),)),
     )
-    rows = [
-        {
-            "messages": [
-                {"role": role, "content": text} for turn in talk for role, text in zip(("user", "assistant"), turn)
-            ],
-            "videos": videos,
-        }
-        for videos, talk in turns
-    ]
-    path = folder / "video.json"
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    return path
+    return write_conversations(folder / "video.json", "videos", talks)

@@ -83,6 +83,15 @@ def alone(family: str, bank: Bank, slot: int) -> Any:
     return make_sighted(family, torch.float64) if slot < 0 else peft_of(family, bank, slot).base_model.model
 
 
+def assert_each_as_alone(family: str, base: Any, bank: Bank, prompts: list[Prompt], found: list[Any]) -> None:
+    """Every answer is that of transformers' model with the adapter of its slot, asked by itself."""
+    for slot in dict.fromkeys(prompt.slot for prompt in prompts):
+        model = alone(family, bank, slot)
+        for prompt, answer in zip(prompts, found):
+            if prompt.slot == slot:
+                assert_alike(answer, *whole_with_logprobs(base, model, prompt, 10))
+
+
 @families
 def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(family: str, tmp_path: Path) -> None:
     notices: list[str] = []
@@ -99,11 +108,7 @@ def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(f
     generator = Generator(base, bank)
     assert generator.picture_problem is None
     found = answers(generator, prompts)
-    for slot in slots:
-        model = alone(family, bank, slot)
-        for prompt, answer in zip(prompts, found):
-            if prompt.slot == slot:
-                assert_alike(answer, *whole_with_logprobs(base, model, prompt, 10))
+    assert_each_as_alone(family, base, bank, prompts, found)
     assert len({tuple(answer.tokens) for answer in found[:4]}) == 4, "each adapter has an answer of its own"
     for again, answer in zip(answers(generator, prompts[:2]), found):
         assert_alike(again, answer.tokens, answer.logprobs)
@@ -148,11 +153,7 @@ def test_a_packed_family_is_answered_so_where_its_cache_is_not_ours(family: str,
     generator = Generator(base, bank)
     generator.notice = "for a test"
     found = answers(generator, prompts)
-    for slot in slots:
-        model = alone(family, bank, slot)
-        for prompt, answer in zip(prompts, found):
-            if prompt.slot == slot:
-                assert_alike(answer, *whole_with_logprobs(base, model, prompt, 10))
+    assert_each_as_alone(family, base, bank, prompts, found)
 
 
 def test_virtual_tokens_are_not_beside_pictures_in_padded_rows(tmp_path: Path) -> None:

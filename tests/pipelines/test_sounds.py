@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.pipelines.job_data import prepare_all
 from lowrank.pipelines.predict import PredictRequest, predict
 from lowrank.pipelines.train import train
+from tests.media_rows import write_dataset_info
 from tests.pipelines.test_train import Stopper, run, weights
 from tests.sound_rows import write_sound_rows
 from tests.tiny_hearing import RATE, save_hearing_folder
@@ -91,13 +91,7 @@ bf16: true
 def test_a_file_of_llama_factory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").symlink_to(world / "model")
     write_sound_rows(tmp_path / "data", RATE)
-    entry = {
-        "file_name": "audio.json",
-        "formatting": "sharegpt",
-        "columns": {"messages": "messages", "audios": "audios"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    }
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mllm_audio_demo": entry}))
+    write_dataset_info(tmp_path / "data", "mllm_audio_demo", "audio.json", "audios")
     (tmp_path / "run.yaml").write_text(AUDIO_LORA_SFT)
     monkeypatch.chdir(tmp_path)
     config, _ = load_any(tmp_path / "run.yaml", ["report_to=none"])

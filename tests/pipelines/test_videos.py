@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from lowrank.compat import load_any
 from lowrank.errors import ModelError
 from lowrank.media.processor import torchvision_problem
 from lowrank.pipelines.train import train
+from tests.media_rows import write_dataset_info
 from tests.tiny_watching import save_watching_folder
 from tests.video_rows import write_video_rows
 
@@ -43,13 +43,7 @@ def test_a_file_of_llama_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Where torchvision is missing, that is said before any weights are read."""
     save_watching_folder(tmp_path / "model", "qwen3_vl")
     write_video_rows(tmp_path / "data")
-    entry = {
-        "file_name": "video.json",
-        "formatting": "sharegpt",
-        "columns": {"messages": "messages", "videos": "videos"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    }
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mllm_video_demo": entry}))
+    write_dataset_info(tmp_path / "data", "mllm_video_demo", "video.json", "videos")
     (tmp_path / "run.yaml").write_text(VIDEO_LORA_SFT)
     monkeypatch.chdir(tmp_path)
     config, _ = load_any(tmp_path / "run.yaml")

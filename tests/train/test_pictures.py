@@ -26,8 +26,8 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.records import Conversation
 from tests.media_oracle import alone_loss
+from tests.media_rows import segments_in
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import real_or_made
 from tests.tiny_models import make_engine
@@ -67,9 +67,7 @@ def sighted(path: Path, family: str, dtype: str = "float64", **settings: Any) ->
 
 def segments_of(path: Path, tokenizer: Any) -> list[Segment]:
     """Of LLaMA-Factory's demonstration: six conversations with one or two pictures, and a question without any."""
-    config = DataConfig(train=(str(path),), shuffle=False, max_length=2048)  # type: ignore[arg-type]
-    found = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0)
-    segments = [segment for sample in found.train.samples for segment in sample]
+    segments = segments_in(tokenizer, path)
     first = segments[0]
     assert first.media is not None
     end = first.media.spans[-1][1] + 1

@@ -22,8 +22,8 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.entrance import Entrance
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.records import Conversation
 from tests.media_oracle import alone_loss
+from tests.media_rows import packed_base, segments_in
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.sound_rows import write_sound_rows
@@ -38,22 +38,7 @@ families = pytest.mark.parametrize("family", HEARING)
 def hearing(path: Path, family: str, *kinds: str) -> Any:
     """(the base, its tokenizer)."""
     dtype = "float32" if family in FLOAT32_INSIDE else "float64"
-    folder = save_hearing_folder(path, family, getattr(torch, dtype))
-    config = ModelConfig(path=str(folder), dtype=dtype, device="cpu")
-    tokenizer = load_tokenizer(config)
-    base = load(config, tokenizer=tokenizer, notify=lambda _: None)
-    processor = processor_of(tokenizer)
-    assert processor is not None
-    assert give_sight(base, processor, kinds=kinds or ("audio",)) is None
-    assert base.layout == "packed"
-    return base, tokenizer
-
-
-def segments_of(tokenizer: Any, *paths: Path, **settings: Any) -> list[Segment]:
-    sources = tuple(SourceConfig(path=str(path)) for path in paths)
-    config = DataConfig(train=sources, shuffle=False, **{"max_length": 2048, **settings})
-    found = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0)
-    return [segment for sample in found.train.samples for segment in sample]
+    return packed_base(save_hearing_folder(path, family, getattr(torch, dtype)), dtype, kinds or ("audio",))
 
 
 def text_of(segment: Segment) -> Segment:
@@ -97,7 +82,7 @@ def compare_with_peft(family: str, base: Any, engine: Any, work: dict[int, list[
 @families
 def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_path: Path) -> None:
     base, tokenizer = hearing(tmp_path / "m", family)
-    one, two, three, four = segments_of(tokenizer, write_sound_rows(tmp_path, RATE))
+    one, two, three, four = segments_in(tokenizer, write_sound_rows(tmp_path, RATE))
     assert two.media is not None
     assert len(two.media.spans) == 2
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=4, alpha=8), micro_batch_tokens=250)
@@ -121,7 +106,7 @@ def test_pictures_and_sounds_in_one_document(family: str, tmp_path: Path) -> Non
     }
     both = tmp_path / "both.json"
     both.write_text(json.dumps([row]), encoding="utf-8")
-    mixed, *_ = segments = segments_of(tokenizer, both, tmp_path / "mllm.json", sounds)
+    mixed, *_ = segments = segments_in(tokenizer, both, tmp_path / "mllm.json", sounds)
     assert mixed.media is not None
     assert [each.kind for each in mixed.media.items] == ["audio", "image", "image", "audio"]
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=2))
@@ -134,7 +119,7 @@ def test_pictures_and_sounds_in_one_document(family: str, tmp_path: Path) -> Non
 def test_adapters_on_what_hears(family: str, tmp_path: Path) -> None:
     """Two jobs, one of which has its own tower for sounds: as PEFT's."""
     base, tokenizer = hearing(tmp_path / "m", family)
-    one, two, three, four = segments_of(tokenizer, write_sound_rows(tmp_path, RATE))
+    one, two, three, four = segments_in(tokenizer, write_sound_rows(tmp_path, RATE))
     engine, slots = make_engine(base, LoraConfig(rank=2, freeze_vision_tower=False), LoraConfig(rank=2))
     assert any("audio_tower" in name for name in engine.bank.parameters(slots[0]))
     drawn(engine, slots)
@@ -145,10 +130,10 @@ def test_what_is_cut_off_leaves_whole_sounds(tmp_path: Path) -> None:
     """The second sound of a document falls behind the end: the first alone is heard."""
     base, tokenizer = hearing(tmp_path / "m", "qwen2_audio")
     path = write_sound_rows(tmp_path, RATE)
-    whole = segments_of(tokenizer, path)[1]
+    whole = segments_in(tokenizer, path)[1]
     assert whole.media is not None
     end = whole.media.spans[1][0] + 2
-    _, cut, *_ = segments_of(tokenizer, path, max_length=end)
+    _, cut, *_ = segments_in(tokenizer, path, max_length=end)
     assert cut.media is not None
     assert len(cut) == end - 2
     assert (cut.media.spans, cut.media.before) == (whole.media.spans[:1], 0)
@@ -168,13 +153,13 @@ def test_another_sound_is_another_document(tmp_path: Path) -> None:
 
     base, tokenizer = hearing(tmp_path / "m", "qwen2_audio")
     write_sound_rows(tmp_path / "a", RATE)
-    one = segments_of(tokenizer, tmp_path / "a" / "audio.json")[0]
+    one = segments_in(tokenizer, tmp_path / "a" / "audio.json")[0]
     for number in range(3):
         file = tmp_path / "a" / "sounds" / f"{number}.wav"
         data = bytearray(file.read_bytes())
         data[100:200] = bytes(100)
         file.write_bytes(bytes(data))
-    other = segments_of(tokenizer, tmp_path / "a" / "audio.json")[0]
+    other = segments_in(tokenizer, tmp_path / "a" / "audio.json")[0]
     assert (one.token_L == other.token_L).all()
     engine, _ = make_engine(base, LoraConfig(rank=2))
     references = References(engine, tmp_path / "kept")

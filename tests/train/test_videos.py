@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
-from lowrank.data.config import DataConfig, SourceConfig
-from lowrank.data.prepare import prepare
-from lowrank.media.processor import processor_of, torchvision_problem
-from lowrank.models.checks.sight import give_sight
-from lowrank.models.config import ModelConfig
-from lowrank.models.loading.pretrained import load
-from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.records import Conversation
+from lowrank.media.processor import torchvision_problem
 from tests.media_oracle import alone_loss
+from tests.media_rows import packed_base, segments_in
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.tiny_models import make_engine
@@ -34,22 +27,7 @@ families = pytest.mark.parametrize("family", WATCHING)
 
 def watching(path: Path, family: str, *kinds: str) -> Any:
     """(the base, its tokenizer)."""
-    folder = save_watching_folder(path, family, torch.float64)
-    config = ModelConfig(path=str(folder), dtype="float64", device="cpu")
-    tokenizer = load_tokenizer(config)
-    base = load(config, tokenizer=tokenizer, notify=lambda _: None)
-    processor = processor_of(tokenizer)
-    assert processor is not None
-    assert give_sight(base, processor, kinds=kinds or ("video",)) is None
-    assert base.layout == "packed"
-    return base, tokenizer
-
-
-def segments_of(tokenizer: Any, *paths: Path) -> list[Segment]:
-    sources = tuple(SourceConfig(path=str(path)) for path in paths)
-    config = DataConfig(train=sources, shuffle=False, max_length=2048)
-    found = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0)
-    return [segment for sample in found.train.samples for segment in sample]
+    return packed_base(save_watching_folder(path, family, torch.float64), "float64", kinds or ("video",))
 
 
 def compare_with_peft(family: str, base: Any, work: Any) -> None:
@@ -78,7 +56,7 @@ def compare_with_peft(family: str, base: Any, work: Any) -> None:
 @families
 def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_path: Path) -> None:
     base, tokenizer = watching(tmp_path / "m", family)
-    one, *others, three, four = segments_of(tokenizer, write_video_rows(tmp_path))
+    one, *others, three, four = segments_in(tokenizer, write_video_rows(tmp_path))
     assert len(others) == (family not in EQUAL_LENGTHS)
     compare_with_peft(family, base, [[one, three], [*others, four]])
 
@@ -98,7 +76,7 @@ def test_pictures_and_videos_in_one_document(family: str, tmp_path: Path) -> Non
     }
     both = tmp_path / "both.json"
     both.write_text(json.dumps([row]), encoding="utf-8")
-    mixed, *rest = segments_of(tokenizer, both, tmp_path / "mllm.json", videos)
+    mixed, *rest = segments_in(tokenizer, both, tmp_path / "mllm.json", videos)
     assert mixed.media is not None
     assert [each.kind for each in mixed.media.items] == ["image", "video", "video", "image"]
     compare_with_peft(family, base, [[mixed, rest[1]], [rest[-1], mixed]])
