@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lowrank.pipelines import memory_plan
 from lowrank.third_party import code_allowed
-from tests.plans import EVERY_TIME, PLANS, once_for_each_kind
 
-pytest_plugins = ["tests.torchvision_without_cuda", "tests.processor_time"]
+pytest_plugins = ["tests.torchvision_without_cuda", "tests.processor_time", "tests.plans"]
+"""In this order: the first must be imported before transformers, so nothing here imports that."""
 gc.set_threshold(50_000, 20, 100)  # as in lowrank/cli/main.py
 
 
@@ -54,26 +52,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from or written to the cache of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def _plan_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One for all workers, and for the processes they fork (tests/command_line.py)."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "plans"
-    folder.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLANS, str(folder))
-        yield folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _plans(request: pytest.FixtureRequest, _plan_folder: Path) -> Iterator[None]:
-    """Runs of one kind share a memory plan (tests/plans.py)."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not request.module.__name__.startswith(EVERY_TIME):
-            patch.setattr(memory_plan, "_plan", once_for_each_kind(_plan_folder))
         yield
 
 

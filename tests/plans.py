@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lowrank.checkpoints.atomic import write_text
 from lowrank.config import RunConfig
@@ -76,3 +79,23 @@ def _kind(config: RunConfig, data: Sequence[Prepared]) -> str | None:
     settings = [config.micro_batch_tokens, config.lanes, config.devices, config.base, config.shard_size]
     given = [Path(config.model.path).name, base.to_dict(), model, settings, jobs]
     return json.dumps(given, sort_keys=True, default=str)
+
+
+@pytest.fixture(scope="session")
+def _plan_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all workers, and for the processes they fork (tests/command_line.py)."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "plans"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLANS, str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plans(request: pytest.FixtureRequest, _plan_folder: Path) -> Iterator[None]:
+    """Runs of one kind share a memory plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.startswith(EVERY_TIME):
+            patch.setattr(memory_plan, "_plan", once_for_each_kind(_plan_folder))
+        yield

@@ -49,3 +49,9 @@ def test_the_schema_is_printed_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     assert json.loads(done.stdout) == json.loads(FILE.read_text("utf-8"))
+
+
+def test_conftest_leaves_transformers_to_its_plugins() -> None:
+    """A torchvision made for another torch keeps transformers from being imported; one of them mends that first."""
+    code = "import sys, tests.conftest\nassert 'transformers' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
