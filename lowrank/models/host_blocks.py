@@ -73,20 +73,14 @@ class MachineBlocks:
         """See HostBlocks. ModelError where this rank has packed other bytes than the machine's first."""
         if not size:
             return torch.empty(0, dtype=torch.uint8)
-        leads = self._shares and self._ranks.rank == self._first and hasattr(os, "memfd_create")
-        if leads:
-            token = f"lowrank-{secrets.token_hex(8)}"
-            descriptor = os.memfd_create(token)
-            os.ftruncate(descriptor, size)
-            block = _map(descriptor, size)
-            fill(block)
-            offered: Any = [os.getpid(), descriptor, token]
-        else:
-            descriptor, offered, block = None, None, None
-        found = self._ranks.exchange(offered)[self._first]
+        token = f"lowrank-{secrets.token_hex(8)}"
+        made = _made(token, size) if self._shares and self._ranks.rank == self._first else None
+        if made is not None:
+            fill(made[1])
+        found = self._ranks.exchange(None if made is None else [os.getpid(), made[0], token])[self._first]
         self._close()  # whoever tells of this block has mapped the one before
-        self._open = descriptor
-        if block is not None:
+        if made is not None:
+            self._open, block = made
             return self._pinned(block)
         shared = self._mapped(found, size) if found and self._shares else None
         if shared is None:
@@ -139,6 +133,22 @@ class MachineBlocks:
             runtime: Any = torch.cuda.cudart()
             torch.cuda.check_error(int(runtime.cudaHostRegister(block.data_ptr(), block.numel(), 0)))
         return block
+
+
+def _made(token: str, size: int) -> tuple[int, torch.Tensor] | None:
+    """An anonymous file of this name, and its bytes; None where the system has or allows none."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        descriptor = os.memfd_create(token)
+    except OSError:
+        return None
+    try:
+        os.ftruncate(descriptor, size)
+        return descriptor, _map(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        return None
 
 
 def _map(descriptor: int, size: int) -> torch.Tensor:

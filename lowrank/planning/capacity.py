@@ -20,9 +20,9 @@ _MOST = 10_000_000
 def largest_tokens(planner: Planner, plan: Plan) -> int:
     """Tokens of one forward pass that fit, in documents as long as the longest of the run's steps."""
     longest = max((segment for job in planner.memory.jobs for segment in job.step), key=len)
-
-    one = _text(len(longest), _share_of_loss(planner))
-    if longest.media is not None:
+    if longest.media is None:
+        one = _text(len(longest), _share_of_loss(planner))
+    else:
         one = Segment(longest.token_L, longest.weight_L, media=longest.media)
 
     def documents(tokens: int) -> list[Segment]:

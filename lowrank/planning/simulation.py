@@ -234,9 +234,8 @@ class Simulation:
         prepared = self._engine.prepare(sight.ready(batch, known))
         ready = prepared.moved(lambda tensor: with_values(self._mode, tensor, self._device))
         with self._mode, self._live, KnownValues(), torch.no_grad(), self._engine.bank.routing.using(ready.context):
-            sight.options(
-                ready.batch, ready.batch.token_T[None]
-            )  # the first time, families make what they keep for good
+            # the first time, families make what they keep for good
+            sight.options(ready.batch, ready.batch.token_T[None])
         sight.begin()
         return ready, pixels
 

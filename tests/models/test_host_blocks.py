@@ -60,8 +60,16 @@ def test_machines_have_copies_of_their_own() -> None:
         assert shared == 0, "the first of its machine"
 
 
-def test_where_nothing_can_be_shared_each_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "memfd_create", raising=False)
+def refused(*arguments: object) -> int:
+    raise PermissionError("not in this container")
+
+
+@pytest.mark.parametrize("make", [None, refused])
+def test_where_nothing_can_be_shared_each_keeps_its_own(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    if make is None:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    else:
+        monkeypatch.setattr(os, "memfd_create", make, raising=False)
     (first, _, _), (second, _, shared) = two_blocks(["a", "a"])
     assert torch.equal(first, second)
     assert shared == 0
