@@ -208,7 +208,7 @@ class Simulation:
         with _torch_keeps_quiet(), self._mode, live, KnownValues() if ready.batch.pixels else contextlib.nullcontext():
             self._leave_gradients(heaviest.others)
             earlier = live.now - before
-            engine.trace(ready, peaks)
+            engine.passes.trace(ready, peaks)
             self._leave_gradients(set(engine.jobs) - {BARE_BASE})
         gradients = live.now - before
         optimizer = self._optimizer_state()
@@ -227,11 +227,11 @@ class Simulation:
         if sight is not None:
             sight.begin()
         if sight is None or not batch.media:
-            return self._engine.prepare(dataclasses.replace(batch, media=())).moved(self._move), 0
+            return self._engine.passes.prepare(dataclasses.replace(batch, media=())).moved(self._move), 0
         shown = [media for _, media in batch.media]
         pixels = sight.bytes_of(shown, heaviest.ahead if self._device.type == "cpu" else ())
         known = {index: sight.blank(media) for index, media in batch.media}
-        prepared = self._engine.prepare(sight.ready(batch, known))
+        prepared = self._engine.passes.prepare(sight.ready(batch, known))
         ready = prepared.moved(lambda tensor: with_values(self._mode, tensor, self._device))
         with self._mode, self._live, KnownValues(), torch.no_grad(), self._engine.bank.routing.using(ready.context):
             # the first time, families make what they keep for good

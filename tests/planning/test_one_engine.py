@@ -68,8 +68,8 @@ def test_a_traced_pass_is_a_training_pass() -> None:
             segment.weight_L[segment.weight_L != 0] = 1.0
         if traced:
             phases = Phases(engine)
-            ready = engine.prepare(pack([(slot, segment) for segment in work]))
-            engine.trace(ready, phases)
+            ready = engine.passes.prepare(pack([(slot, segment) for segment in work]))
+            engine.passes.trace(ready, phases)
             assert [name for name, _ in phases.seen] == ["forward", "loss", "backward"]
             assert all(context is ready.context for _, context in phases.seen)
             assert engine.bank.routing.current.ranges == ()

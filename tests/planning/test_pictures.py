@@ -136,7 +136,7 @@ def measured(
     sight.live = live
     with live:
         engine = Engine(base, Bank(base), tokens)
-        sight.ahead = engine._ahead
+        sight.ahead = engine.passes.ahead
         for seed, job in enumerate(jobs):
             assert job.adapter is not None
             engine.add(engine.bank.add(job.adapter, seed=seed), job.objective, job.optimizer, seed, 0.0)

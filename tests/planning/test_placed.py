@@ -80,7 +80,7 @@ def test_a_rank_of_eight(tmp_path: Path, live: LiveBytes) -> None:
         engine, (slot,) = make_engine(base, ADAPTER)
         before, peaks = live.now, Peaks(live)
         (batch,) = engine.cut({slot: JOB.step})
-        engine.trace(engine.prepare(batch), peaks)
+        engine.passes.trace(engine.passes.prepare(batch), peaks)
     held = sum(getattr(each, "_local_tensor", each).nbytes for each in (*model.parameters(), *model.buffers()))
     assert planned.base == pytest.approx(held, rel=0.01)
     for name, peak in zip(("forward", "loss", "backward"), peaks.bytes):

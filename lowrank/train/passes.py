@@ -1,0 +1,109 @@
+"""Forward and backward passes through the base and its adapters, whatever they are for.
+
+What a pass needs is prepared on the host, where numbers can be read without waiting, and then moved to the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.routing import Draws
+from lowrank.batches import BARE_BASE, Batch, Segment, pack, to_device
+from lowrank.models.base import Base
+from lowrank.train.pixels_ahead import PixelsAhead
+from lowrank.train.prepared_pass import PassRecorder, PreparedPass, Unrecorded, heads_of, wanted_logprobs
+from lowrank.train.trained_job import TrainedJob
+
+
+class Passes:
+    """Of the jobs of one engine, whose mapping this reads and never changes."""
+
+    def __init__(self, base: Base, bank: Bank, jobs: Mapping[int, TrainedJob]) -> None:
+        self._base, self._bank, self._jobs = base, bank, jobs
+        self.ahead = PixelsAhead(base)
+
+    def ready(
+        self,
+        batch: Batch,
+        train: bool = True,
+        wanted_T: torch.Tensor | None = None,
+        tokens_of_step: int | None = None,
+    ) -> PreparedPass:
+        """`prepare` on the host, where numbers can be read without waiting, and then on the base's device."""
+        batch = self.ahead.shown(batch)
+        prepared = replace(self.prepare(batch, train, wanted_T), tokens_of_step=tokens_of_step)
+        return prepared.moved(partial(to_device, device=self._base.device))
+
+    def prepare(self, batch: Batch, train: bool = True, wanted_T: torch.Tensor | None = None) -> PreparedPass:
+        """What a forward pass over `batch` needs beside the model: of training, or without dropout and noise.
+
+        `wanted_T`: (T) bool, the targets whose log-probabilities are asked for; None: all that carry weight.
+        """
+        draws = self.draws() if train else None
+        wanted_T = batch.weight_T != 0 if wanted_T is None else wanted_T
+        wanted = tuple(
+            (head, wanted_T[first:end].nonzero()[:, 0] + first)
+            for head, first, end in heads_of(self._base, self._bank, batch)
+        )
+        return PreparedPass(batch, self._bank.context(batch, draws), wanted)
+
+    def draws(self) -> dict[int, Draws]:
+        """Where the random numbers of each job's next training pass come from."""
+        return {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self._jobs.items()}
+
+    def hidden(self, ready: PreparedPass) -> torch.Tensor:
+        """The last hidden states, (T, D), each segment through its own slot, of a pass without backward."""
+        with self._bank.routing.using(ready.context):
+            return self._base.hidden(ready.batch)
+
+    def train(
+        self,
+        ready: PreparedPass,
+        loss_of: Callable[[torch.Tensor], torch.Tensor],
+        updating: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        recorder: PassRecorder | None = None,
+    ) -> None:
+        """One forward and backward pass. `loss_of`: of the last hidden states, (T, D); `updating`: what the backward
+        pass runs inside, made when the loss is known."""
+        recorder = recorder or Unrecorded()
+        with self._bank.routing.using(ready.context):  # until the end: layers that are computed again read it again
+            with recorder.forward():
+                hidden_TD = self._base.hidden(ready.batch, training=True, tokens_of_step=ready.tokens_of_step)
+            with recorder.loss():
+                total = loss_of(hidden_TD)
+            del hidden_TD
+            with updating(), recorder.backward():
+                total.backward()
+
+    def trace(self, ready: PreparedPass, recorder: PassRecorder) -> None:
+        """Leave the gradients of one training pass, as `forward_backward` does, and let `recorder` watch it.
+
+        An objective may read numbers, which tensors without values do not have; the sum of the log-probabilities it
+        would be given takes its place.
+        """
+
+        def loss_of(hidden_TD: torch.Tensor) -> torch.Tensor:
+            with self._base.placement.head():
+                return torch.cat(wanted_logprobs(ready, hidden_TD)).sum()
+
+        self.train(ready, loss_of, recorder=recorder)
+
+    def idle(self, passes: int, *, train: bool = False, head: bool = True) -> None:
+        """So many passes of one token through the bare base, with all that ranks do together in a pass, and nothing
+        that counts. `head`: the others compute with the head."""
+        token = Segment(np.zeros(1, np.int64), np.zeros(1, np.float32))
+        for _ in range(passes):
+            ready = self.ready(pack([(BARE_BASE, token)]), train=False)
+            with self._bank.routing.using(ready.context), torch.set_grad_enabled(train):
+                hidden_TD = self._base.hidden(ready.batch, training=train)
+                with self._base.placement.head() if head else contextlib.nullcontext():
+                    pass
+                if train:
+                    hidden_TD.sum().backward()
