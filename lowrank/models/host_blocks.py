@@ -28,8 +28,9 @@ Fill = Callable[[torch.Tensor], None]
 class HostBlocks(Protocol):
     """Gives out host memory for the blocks of a base, one after the other, in the same order on all ranks."""
 
-    def block(self, size: int, fill: Fill) -> torch.Tensor:
-        """(size) bytes that hold what `fill` writes. They are never written to again."""
+    def block(self, size: int, fill: Fill, compare: bool = True) -> torch.Tensor:
+        """(size) bytes that hold what `fill` writes. They are never written to again. `compare`: ranks that share them
+        make sure that they would have written the same; where all read the same file there is no need."""
         ...
 
     def done(self) -> None:
@@ -43,8 +44,9 @@ class OwnBlocks:
     def __init__(self, pin: bool) -> None:
         self._pin = pin
 
-    def block(self, size: int, fill: Fill) -> torch.Tensor:
+    def block(self, size: int, fill: Fill, compare: bool = True) -> torch.Tensor:
         """See HostBlocks."""
+        del compare
         block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
         fill(block)
         return block
@@ -69,7 +71,7 @@ class MachineBlocks:
         self.shared_bytes = self._own_bytes = 0
         """Of other ranks' memory, and of copies that might have been of theirs."""
 
-    def block(self, size: int, fill: Fill) -> torch.Tensor:
+    def block(self, size: int, fill: Fill, compare: bool = True) -> torch.Tensor:
         """See HostBlocks. ModelError where this rank has packed other bytes than the machine's first."""
         if not size:
             return torch.empty(0, dtype=torch.uint8)
@@ -86,9 +88,7 @@ class MachineBlocks:
         if shared is None:
             self._own_bytes += size * (self._ranks.rank != self._first)
             return self._own.block(size, fill)
-        own = torch.empty(size, dtype=torch.uint8)
-        fill(own)
-        if not torch.equal(own, shared):
+        if compare and not torch.equal(_filled(size, fill), shared):
             raise ModelError(
                 f"rank {self._ranks.rank} has packed other weights than rank {self._first} of the same machine; the "
                 "files of the base have changed while it was read: start again"
@@ -133,6 +133,12 @@ class MachineBlocks:
             runtime: Any = torch.cuda.cudart()
             torch.cuda.check_error(int(runtime.cudaHostRegister(block.data_ptr(), block.numel(), 0)))
         return block
+
+
+def _filled(size: int, fill: Fill) -> torch.Tensor:
+    block = torch.empty(size, dtype=torch.uint8)
+    fill(block)
+    return block
 
 
 def _made(token: str, size: int) -> tuple[int, torch.Tensor] | None:

@@ -5,12 +5,13 @@
     Streamed   once in host memory, on the device for the moment a layer computes (streamed.py)
 
 A placement is told of every decoder layer as soon as its weights are read, so that never more than one layer is whole
-beside what is kept. Whoever reads weights outside a pass does it inside `reading`, and the head's inside `head`.
+beside what is kept; where the checkpoint is packed already, its bytes are still in the files (`unread`), and it reads
+those that it keeps. Whoever reads weights outside a pass does it inside `reading`, and the head's inside `head`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Placement(Protocol):
     """All ranks must make the same passes at the same time."""
 
     def keep(self, layer: nn.Module) -> None:
-        """All weights of a decoder layer are there, frozen: put them where they are kept."""
+        """All weights of a decoder layer are there, frozen, or `unread`: put them where they are kept."""
         ...
 
     def finish(self, model: Any, backbone: nn.Module, layers: nn.ModuleList) -> None:
@@ -88,6 +89,37 @@ class Whole:
         return None
 
 
+class StoredBytes(Protocol):
+    """A tensor in a file."""
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        ...
+
+    def part(self, first: int, size: int) -> torch.Tensor:
+        """`size` bytes from its byte `first`."""
+        ...
+
+
+def leave_unread(module: nn.Module, buffers: Mapping[str, StoredBytes]) -> nn.Module:
+    """The module, whose buffers of these names are on the meta device until somebody reads their bytes."""
+    module._unread = dict(buffers)  # pyright: ignore[reportArgumentType] (a plain attribute, no tensor)
+    return module
+
+
+def unread(module: Any) -> dict[str, StoredBytes]:
+    """What is still in the file, by the name of the module's own tensor."""
+    return getattr(module, "_unread", {})
+
+
+def all_read(module: nn.Module) -> None:
+    """Nothing is unread any more."""
+    for each in module.modules():
+        if unread(each):
+            del each._unread
+
+
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor of a model can be read now: it is whole, and here."""
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
@@ -107,10 +139,23 @@ def move_rest(model: Any, device: torch.device) -> None:
     kept = {module for layer in layers or () for module in layer.modules()}
     for module in model.modules():
         if module not in kept:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(device)
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(device))
+            _move(module, device)
+
+
+@torch.no_grad()
+def move_layer(layer: nn.Module, device: torch.device) -> None:
+    """Move a decoder layer to the device, but for what is unread."""
+    for module in layer.modules():
+        _move(module, device)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    left = unread(module)
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if name not in left:
+            setattr(module, name, buffer.to(device))
 
 
 def with_own_linears(layer: nn.Module) -> None:

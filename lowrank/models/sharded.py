@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lowrank.models.placement import Reading, with_own_linears
+from lowrank.models.placement import Reading, all_read, unread, with_own_linears
 
 
 class Sharded:
@@ -49,6 +50,7 @@ class Sharded:
         with_own_linears(layer)
         _packed_as_parameters(layer)
         self._shard(layer)
+        self._read_parts(layer)
 
     def finish(self, model: Any, backbone: nn.Module, layers: nn.ModuleList) -> None:
         """See Placement: embedding and head are cut too, and what is around them joins the groups, so that one fetches
@@ -73,6 +75,28 @@ class Sharded:
 
     def _shard(self, module: nn.Module) -> None:
         fully_shard(module, mesh=self._mesh, reshard_after_forward=True, offload_policy=self._policy)
+
+    def _read_parts(self, layer: nn.Module) -> None:
+        """What is unread is on the meta device, of which FSDP cuts shapes; it takes its part as from a state dict."""
+        shard = self._mesh["shard"]
+        parts: dict[str, torch.Tensor] = {}
+        for name, module in layer.named_modules():
+            for own, stored in unread(module).items():
+                cut: Any = getattr(module, own)
+                local, rows = cut.to_local(), cut.shape[0]
+                first = min(shard.get_local_rank() * -(-rows // shard.size()), rows)
+                row_bytes = stored.nbytes // rows
+                read = stored.part(first * row_bytes, len(local) * row_bytes).view(local.dtype).view(local.shape)
+                parts[f"{name}.{own}"] = DTensor.from_local(
+                    read.to(self.device),
+                    cut.device_mesh,
+                    cut.placements,
+                    run_check=False,
+                    shape=cut.shape,
+                    stride=cut.stride(),
+                )
+        layer.load_state_dict(parts, strict=False, assign=True)
+        all_read(layer)
 
     @contextmanager
     def reading(self) -> Generator[Reading]:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lowrank.models.host_blocks import HostBlocks, OwnBlocks
-from lowrank.models.placement import Reading, with_own_linears
+from lowrank.models.placement import Reading, StoredBytes, all_read, unread, with_own_linears
 
 _ALIGNED = 256
 """Bytes: what kernels like matrices to begin at, and more than a CPU's do."""
@@ -144,13 +144,16 @@ class _Block:
 
     def __init__(self, layer: nn.Module, way: _Way, memory: HostBlocks) -> None:
         found = _matrices(layer)
+        sources = [unread(module).get(name, tensor) for module, name, tensor in found]
         offsets, size = [], 0
         for _, _, tensor in found:
             offsets.append(size)
             size += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
         self.size = size
         self._way = way
-        self._host = memory.block(size, partial(_fill, [tensor for _, _, tensor in found], offsets))
+        packed_here = all(isinstance(each, torch.Tensor) for each in sources)
+        self._host = memory.block(size, partial(_fill, sources, offsets), compare=packed_here)
+        all_read(layer)
         self._device = torch.empty(size, dtype=torch.uint8, device=way.device)
         self.is_there = True
         self._arrived: Any = None
@@ -189,11 +192,14 @@ class _Block:
         self._device.untyped_storage().resize_(0)
 
 
-def _fill(tensors: list[torch.Tensor], offsets: list[int], block: torch.Tensor) -> None:
-    """The bytes of the tensors, and zeros between them."""
+def _fill(sources: list[torch.Tensor | StoredBytes], offsets: list[int], block: torch.Tensor) -> None:
+    """The bytes of tensors, or of their files, and zeros between them."""
     block.zero_()
-    for tensor, offset in zip(tensors, offsets):
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for source, offset in zip(sources, offsets):
+        if isinstance(source, torch.Tensor):
+            flat = source.detach().contiguous().reshape(-1).view(torch.uint8)
+        else:
+            flat = source.part(0, source.nbytes)
         block[offset : offset + len(flat)].copy_(flat)
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lowrank.checkpoints.orders import answers, send
+from lowrank.checkpoints.packed_model import quantize_model
 from lowrank.config import RunConfig
+from lowrank.models.config import ModelConfig
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.train import train as train_here
 from tests.pipelines.forked import forked_processes
@@ -41,11 +43,19 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_nf4_in_two_parts_gives_the_bits_of_the_whole(world: Path, tmp_path: Path) -> None:
-    """LoRA with dropout, and DoRA, whose norm reads the frozen weights after each step."""
+    """LoRA with dropout, and DoRA, whose norm reads the frozen weights after each step. The two read their halves of
+    what `lowrank quantize` has written; the one packs the weights itself."""
+    copy = str(copied(world / "model", tmp_path / "copy", "nf4"))
     with forked_processes():
-        train(RunConfig(**sharded(world, tmp_path / "two", devices=2, base="sharded")))
+        train(RunConfig(**sharded(world, tmp_path / "two", "dense", {"path": copy}, devices=2, base="sharded")))
     train_here(RunConfig(**sharded(world, tmp_path / "one", lanes=2)))
     same(tmp_path / "two", tmp_path / "one")
+
+
+def copied(model: Path, place: Path, storage: str) -> Path:
+    config: Any = {"path": str(model), "storage": storage, "dtype": "float32", "device": "cpu"}
+    quantize_model(ModelConfig(**config), place)
+    return place
 
 
 def refused(world: Path, **changes: Any) -> str:

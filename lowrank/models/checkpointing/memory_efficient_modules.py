@@ -7,7 +7,9 @@ same gradient on random input. What differs in any way stays as it is. Parameter
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -18,6 +20,8 @@ from lowrank.kernels.gated import gated
 from lowrank.kernels.rms_norm import Kind, rms_norm
 
 _ROWS = 3
+_SMALL = {"gate_proj": (48, 80), "up_proj": (48, 80), "down_proj": (80, 48)}
+"""(D, O) of linear layers that stand in for packed ones."""
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -54,7 +58,8 @@ Same = Callable[[nn.Module, MemoryEfficientNorm | MemoryEfficientMLP], bool]
 
 def use_memory_efficient_modules(model: nn.Module, same: Same | None = None) -> int:
     """Replace what can be replaced, in place; how many modules were. `same` tells whether a replacement is one."""
-    same = same or same_bits
+    device = next((each.device for each in model.parameters() if not each.is_meta), None)
+    same = same or partial(same_bits, device=device)
     candidates = [(name, replacement) for name, module in model.named_modules() for replacement in _candidates(module)]
     replaced = set()
     for name, replacement in candidates:
@@ -84,12 +89,16 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or hasattr(module, "dense_weight")
 
 
-def same_bits(module: nn.Module, replacement: MemoryEfficientNorm | MemoryEfficientMLP) -> bool:
-    """Equal bits forward, and an input gradient equal to rounding. Not tried on the meta device."""
+def same_bits(
+    module: nn.Module, replacement: MemoryEfficientNorm | MemoryEfficientMLP, device: torch.device | None = None
+) -> bool:
+    """Equal bits forward, and an input gradient equal to rounding. Not tried on the meta device. `device`: where it
+    computes, of a module whose own tensors do not say."""
+    if isinstance(replacement, MemoryEfficientMLP) and _is_packed(replacement):
+        module = _with_small_linears(module, device or replacement.gate_proj.dense_weight().device)
+        replacement = MemoryEfficientMLP(module)
     weight = next(module.parameters(), None)
-    if weight is None:  # its linears are packed
-        assert isinstance(replacement, MemoryEfficientMLP)
-        weight = replacement.gate_proj.dense_weight()
+    assert weight is not None
     if weight.device.type == "meta":
         return False
     generator = torch.Generator().manual_seed(0)
@@ -102,6 +111,25 @@ def same_bits(module: nn.Module, replacement: MemoryEfficientNorm | MemoryEffici
         return False  # it wants other inputs than hidden states
     scale = their_dx.abs().max()
     return torch.equal(theirs, own) and bool((their_dx - own_dx).abs().max() <= 4 * torch.finfo(x.dtype).eps * scale)
+
+
+def _is_packed(mlp: MemoryEfficientMLP) -> bool:
+    return any(type(each) is not nn.Linear for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+
+def _with_small_linears(mlp: Any, device: torch.device) -> nn.Module:
+    """The module with other linear layers: what it computes around them is in question. Packed ones need not be
+    unpacked for it, nor be read from their file."""
+    small = copy.copy(mlp)
+    small._modules = dict(mlp._modules)  # a copy has the same dictionary
+    dtype = next((each.dtype for each in mlp.children() if hasattr(each, "dense_weight")), torch.float32)
+    random = torch.Generator().manual_seed(1)
+    for name, (columns, rows) in _SMALL.items():
+        linear = nn.Linear(columns, rows, bias=getattr(mlp, name).bias is not None, device=device, dtype=dtype)
+        for parameter in linear.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=random) / columns**0.5)
+        small.add_module(name, linear.requires_grad_(False))
+    return small
 
 
 def _run(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,6 +57,10 @@ class StoredTensor:
         raw = self._read(first * row_bytes, (end - first) * row_bytes)
         return raw.view(self.dtype).view(end - first, *self.shape[1:])
 
+    def part(self, first: int, size: int) -> torch.Tensor:
+        """`size` bytes from its byte `first`, in memory of their own."""
+        return self._read(first, size)
+
     def blocks(self) -> Iterator[memoryview]:
         """Its bytes, in order; each block is valid until the next."""
         buffer = memoryview(bytearray(min(BLOCK_BYTES, self.nbytes)))

@@ -35,6 +35,10 @@ class LayersArriving:
         names = {module: name for name, module in model.named_modules()}
         self._model, self._waiting = model, [(names[layer], layer) for layer in layers]
 
+    def waits_for(self, name: str) -> bool:
+        """Whether the module of this full name is in a layer that is still to be handed on."""
+        return any(name.startswith(f"{layer}.") for layer, _ in self._waiting)
+
     def look(self, packing: Packing, at_the_end: bool = False) -> None:
         """Hand on what is complete: the next layer, or at the end every one that is left."""
         while self._waiting and _is_complete(packing, *self._waiting[0]):

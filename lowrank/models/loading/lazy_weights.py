@@ -3,6 +3,7 @@ tensors it is stored as, and read the moment the loader wants it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import torch
 from lowrank.errors import LowrankError, ModelError
 from lowrank.models.fused_experts import OF_ONE_EXPERT
 from lowrank.models.loading.checkpoint_files import StoredTensor
-from lowrank.models.prequantized import by_linear
+from lowrank.models.placement import leave_unread
+from lowrank.models.prequantized import KeepsBytes, Reader, by_linear
 
 if TYPE_CHECKING:
     from lowrank.models.loading.quantize_on_load import Packing
@@ -72,11 +74,25 @@ class PackedWeight:
         """Cast and moved later."""
         return self
 
-    def build(self, bias: torch.Tensor | None) -> Any:
-        """The layer. Raises ModelError naming the tensor and the file."""
+    def build(self, bias: torch.Tensor | None, leave: bool = False) -> Any:
+        """The layer. `leave`: bytes that it keeps as they are stored are left in the file, for whoever places it (see
+        placement.unread). Raises ModelError naming the tensor and the file."""
         reader = self.packing.reader
         assert reader is not None
-        tensors = {suffix: stored.read() for suffix, stored in self.tensors.items()}
+        if leave and isinstance(reader, KeepsBytes):
+            left = {suffix: stored for suffix, stored in self.tensors.items()
+                    if suffix in reader.as_stored and math.prod(stored.shape) > 1}  # fmt: skip
+            module = self._build(reader, bias, left)
+            buffers = {reader.as_stored[suffix]: stored for suffix, stored in left.items()}
+            if all(getattr(module, name).nbytes == stored.nbytes for name, stored in buffers.items()):
+                return leave_unread(module, buffers)  # else it is stored in another type than it is kept in
+        return self._build(reader, bias, {})
+
+    def _build(self, reader: Reader, bias: torch.Tensor | None, left: Mapping[str, StoredTensor]) -> Any:
+        tensors = {
+            suffix: torch.empty(stored.shape, dtype=stored.dtype, device="meta") if suffix in left else stored.read()
+            for suffix, stored in self.tensors.items()
+        }
         try:
             return reader.build(self.name, tensors, bias, self.packing.dtype)
         except LowrankError as error:

@@ -33,7 +33,7 @@ from lowrank.models.loading.tokenizer import check_model as check_model
 from lowrank.models.loading.tokenizer import load_tokenizer as load_tokenizer
 from lowrank.models.packaged import TINY as TINY
 from lowrank.models.packaged import locate
-from lowrank.models.placement import Placement, has_values, move_rest
+from lowrank.models.placement import Placement, has_values, move_layer, move_rest
 from lowrank.models.prequantized import reader_for
 from lowrank.models.rope_scaling import stretch
 from lowrank.models.storages.dense import DenseConfig
@@ -140,7 +140,8 @@ def load(
 
 def _keep_layer(config: ModelConfig, device: torch.device, placement: Placement, layer: torch.nn.Module) -> None:
     """A decoder layer has its weights: what is done to a loaded model is done to it now, while they can be read."""
-    layer.to(device).requires_grad_(False).eval()
+    move_layer(layer, device)
+    layer.requires_grad_(False).eval()
     if config.memory_efficient_modules:
         use_memory_efficient_modules(layer)
     placement.keep(layer)

@@ -82,7 +82,7 @@ class Packing(QuantizationConfigMixin):
             if isinstance(value, PackedWeight):
                 bias = getattr(linear, "bias", None)
                 real = isinstance(bias, torch.Tensor) and not bias.is_meta
-                module = value.build(bias if real else None)
+                module = value.build(bias if real else None, leave=self._is_placed(name))
                 got, wanted = (module.out_features, module.in_features), tuple(weight_of(linear).shape)
                 if got != wanted:
                     self.problems.append(f"{name}: {got} (out, in) in the checkpoint, {wanted} in the model")
@@ -111,7 +111,7 @@ class Packing(QuantizationConfigMixin):
             if isinstance(value, list):
                 if any(isinstance(part, torch.Tensor) for part in value):
                     raise ModelError(f"{name}: expert {index} is quantized in part; take the 16-bit checkpoint")
-                parts = [part.build(None) for part in value]
+                parts = [part.build(None, leave=self._is_placed(name)) for part in value]
                 module = parts[0] if len(parts) == 1 else Joined(parts)
             else:
                 assert self.storage is not None
@@ -144,6 +144,10 @@ class Packing(QuantizationConfigMixin):
         """Nothing is to be loaded for this parameter any more."""
         missing_keys.discard(target)
         model.get_parameter(target)._is_hf_initialized = True  # or it would be drawn at random
+
+    def _is_placed(self, name: str) -> bool:
+        """Whether it is in a decoder layer that is handed on, to be put somewhere."""
+        return self.layers_arriving is not None and self.layers_arriving.waits_for(name)
 
     def _remember(self, name: str, error: LowrankError) -> None:
         self.problems.append(str(error) if name in str(error) else f"{name}: {error}")

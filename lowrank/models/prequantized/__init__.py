@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -36,6 +36,17 @@ class Reader(Protocol):
 
         Raises ModelError naming the tensor: one is missing, or its shape or dtype does not fit the format.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsBytes(Protocol):
+    """A reader some of whose tensors are kept as they are stored: who needs a part of one reads that part."""
+
+    @property
+    def as_stored(self) -> Mapping[str, str]:
+        """The buffer of the layer that has the very bytes of a tensor, by suffix. `build` may be given such a tensor on
+        the meta device."""
         ...
 
 

@@ -43,6 +43,11 @@ class BnbReader:
 
     notice = None
 
+    @property
+    def as_stored(self) -> Mapping[str, str]:
+        """See KeepsBytes."""
+        return {"weight": "codes", "weight.absmax": "absmax", "SCB": "absmax"}
+
     def build(
         self, name: str, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype
     ) -> nn.Module:

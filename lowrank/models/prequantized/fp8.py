@@ -44,6 +44,11 @@ class Float8Reader:
     )
     notice: str | None = None
 
+    @property
+    def as_stored(self) -> Mapping[str, str]:
+        """See KeepsBytes."""
+        return {"weight": "codes"}
+
     def build(
         self, name: str, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype
     ) -> Float8Linear:
