@@ -8,6 +8,7 @@ token: everybody answers the same number of tokens. Ratios are of processor time
     transformers        the bare model, left-padded batch: what a merged adapter costs
     peft                one LoRA on all linear layers; PEFT's mixed batch where there are more (`adapter_names`)
     lowrank             the same, on the bank
+    compiled            the same, through compiled layers (`--contenders lowrank,compiled`)
 
 `--uneven` gives every answer another length, from a quarter of `--new-tokens` up: a padded batch goes on until the
 longest is done, a place of ours is taken by the next question. `seconds_after_first_token` is the whole less a run of
@@ -22,6 +23,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ from benchmarks.machine import describe
 from benchmarks.workload import QWEN_05B
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig as Lora
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.models.base import Base
+from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
 from lowrank.models.checks.isolation import choose_layout
 
 RANK = 16
@@ -92,20 +96,27 @@ def _padded(
     return answer
 
 
-def with_lowrank(options: argparse.Namespace, prompts: list[np.ndarray]) -> Callable[[list[int]], None]:
+def with_lowrank(
+    options: argparse.Namespace, prompts: list[np.ndarray], *, compile: bool = False
+) -> Callable[[list[int]], None]:
     """Adapters on the bank."""
-    base = Base(make_model(options), None, "random")
+    model = make_model(options)
+    use_memory_efficient_modules(model)
+    base = Base(model, None, "random")
     choose_layout(base, "auto")
     bank = Bank(base)
     slots = [bank.add(Lora(rank=RANK, alpha=32), seed=index) for index in range(options.adapters)]
 
+    compiled = CompiledDecoding(base, bank) if compile else None
+
     def answer(lengths: list[int]) -> None:
         config = GeneratorConfig(
             max_num_seqs=options.rows,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=options.step_tokens,
             enable_prefix_caching=False,
         )
         generator = Generator(base, bank, config)
+        generator.compiled = compiled
         generations = [
             generator.submit(Prompt(prompt, slots[index % len(slots)]), GenerationConfig(max_new_tokens=lengths[index]))
             for index, prompt in enumerate(prompts)
@@ -113,6 +124,7 @@ def with_lowrank(options: argparse.Namespace, prompts: list[np.ndarray]) -> Call
         while generator.step():
             pass
         assert [len(each.answer.tokens) for each in generations] == lengths
+        assert compiled is None or compiled.problem is None
 
     return answer
 
@@ -137,6 +149,7 @@ def main() -> None:
     shortest = options.new_tokens // 4 if options.uneven else options.new_tokens
     lengths = [int(generator.integers(shortest, options.new_tokens + 1)) for _ in range(total)]
     make = {"transformers": with_transformers, "peft": with_peft, "lowrank": with_lowrank}
+    make["compiled"] = partial(with_lowrank, compile=True)
     warnings.filterwarnings("ignore")
     contenders = {name: make[name](options, prompts) for name in options.contenders.split(",")}
     clock = time.process_time if options.device == "cpu" else _gpu_clock

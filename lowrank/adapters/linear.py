@@ -7,6 +7,7 @@ While a model answers, all low-rank slots go through the kernels of kernels/deco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ from lowrank.adapters.lora_function import Piece, routed_product
 from lowrank.adapters.output_gain import Gain, apply_gains
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import OutputGain, Tensors, Variant, gain_of, low_rank_of
+from lowrank.batches import to_device
 from lowrank.kernels.counter_random import dropout
-from lowrank.kernels.decode_lora import add_updates, stack
+from lowrank.kernels.decode_lora import add_updates, add_updates_by_row, stack
 from lowrank.kernels.rematerialize import rematerialization_of
 from lowrank.models.storages import BaseLinear, bias_of
 from lowrank.models.storages.dense import DenseLinear
@@ -44,20 +46,25 @@ class StackedAdapters:
     change.
     """
 
-    def __init__(self, adapters: list[LayerAdapter], dtype: torch.dtype) -> None:
+    def __init__(self, adapters: Sequence[LayerAdapter | None], base: BaseLinear, x_TD: torch.Tensor) -> None:
+        """None stands for a slot that has nothing at this layer. `x_TD`: an input, or no row of one."""
         self._adapters = adapters  # held, so that none of them makes room for another of its identity
         self._versions = [_versions(adapter) for adapter in adapters]
-        pairs = []
+        pairs, dtype = [], x_TD.dtype
         for adapter in adapters:
+            if adapter is None:
+                pairs.append((x_TD.new_zeros(1, base.in_features), x_TD.new_zeros(base.out_features, 1)))
+                continue
             low_rank = adapter.variant.as_low_rank(adapter.masters)
             if low_rank is None or isinstance(adapter.variant, OutputGain):
                 self.stack = None
                 return
             A_RD, B_OR = adapter.at_work(dtype, low_rank)
             pairs.append((A_RD, B_OR))
-        self.stack = stack(pairs, [adapter.scale for adapter in adapters])
+        self.stack = stack(pairs, [0.0 if adapter is None else adapter.scale for adapter in adapters])
+        self.scale_G = to_device(torch.tensor(self.stack.scales), x_TD.device)
 
-    def is_of(self, adapters: list[LayerAdapter]) -> bool:
+    def is_of(self, adapters: Sequence[LayerAdapter | None]) -> bool:
         """These adapters, with the weights they have now."""
         return (
             len(adapters) == len(self._adapters)
@@ -66,8 +73,10 @@ class StackedAdapters:
         )
 
 
-def _versions(adapter: LayerAdapter) -> list[int]:
+def _versions(adapter: LayerAdapter | None) -> list[int]:
     """Counted by torch with every change in place."""
+    if adapter is None:
+        return []
     return [tensor._version for tensor in adapter.copies or adapter.masters.values()]
 
 
@@ -83,6 +92,7 @@ class RoutedLinear(nn.Module):
         self.routing = routing
         self.adapters: dict[int, LayerAdapter] = {}
         self._stacked: StackedAdapters | None = None
+        self._side_by_side: StackedAdapters | None = None
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
@@ -98,6 +108,8 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, self.in_features)
+        if self.routing.current.group_T is not None and not torch.is_grad_enabled():
+            return self._answer_by_row(x_TD, self.routing.current.group_T).view(*x.shape[:-1], self.out_features)
         if self.routing.current.decoding and not torch.is_grad_enabled() and not x.is_cuda:
             y_TO = self._answer(x_TD)
             if y_TO is not None:
@@ -134,7 +146,18 @@ class RoutedLinear(nn.Module):
     def remove(self, slot: int) -> None:
         """Free what a slot has here."""
         self.adapters.pop(slot, None)
-        self._stacked = None
+        self._stacked = self._side_by_side = None
+
+    def put_side_by_side(self, slots: Sequence[int], x_TD: torch.Tensor) -> bool:
+        """Hold the adapters of these slots ready for passes whose context has a `group_T`, an index into `slots` for
+        each row. `x_TD`: no row of an input. False where one is more than low-rank: such a pass must not be made."""
+        adapters = [self.adapters.get(slot) for slot in slots]
+        if not any(adapters):
+            self._side_by_side = None
+            return True
+        if self._side_by_side is None or not self._side_by_side.is_of(adapters):
+            self._side_by_side = StackedAdapters(adapters, self.base, x_TD)
+        return self._side_by_side.stack is not None
 
     def _answer(self, x_TD: torch.Tensor) -> torch.Tensor | None:
         """All slots' updates by the kernels for answers; None if one of them is more than low-rank."""
@@ -143,11 +166,19 @@ class RoutedLinear(nn.Module):
             return self.base(x_TD)
         adapters = [self.adapters[slot] for slot, _, _ in ranges]
         if self._stacked is None or not self._stacked.is_of(adapters):
-            self._stacked = StackedAdapters(adapters, x_TD.dtype)
+            self._stacked = StackedAdapters(adapters, self.base, x_TD)
         if self._stacked.stack is None:
             return None
         y_TO = self.base(x_TD)
         add_updates(x_TD, y_TO, self._stacked.stack, tuple((first, end) for _, first, end in ranges))
+        return y_TO
+
+    def _answer_by_row(self, x_TD: torch.Tensor, group_T: torch.Tensor) -> torch.Tensor:
+        """All slots' updates, of tensors alone: a compiled layer reads nothing else that changes between steps."""
+        y_TO = self.base(x_TD)
+        held = self._side_by_side
+        if held is not None and held.stack is not None:
+            add_updates_by_row(y_TO, x_TD, held.stack.A_GRD, held.stack.B_GOR, held.scale_G, group_T)
         return y_TO
 
     def _dropout(self, slot: int, adapter: LayerAdapter) -> tuple[float, int]:

@@ -55,6 +55,9 @@ class ForwardContext:
     virtual: tuple[Run, ...] = ()
     decoding: bool = False
     """The rows are tokens of answers in progress: few of each slot, and the same slots in many batches."""
+    group_T: torch.Tensor | None = None
+    """While compiled layers answer: which of the adapters side by side each row has, -1 for none (see
+    `RoutedLinear.put_side_by_side`)."""
 
     def __post_init__(self) -> None:
         # The bare base has no adapter, but its own parameters may be in training, with noise.

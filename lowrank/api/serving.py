@@ -75,6 +75,7 @@ def serve(
     resident: int = 32,
     at_once: int = 64,
     cache_tokens: int = 65536,
+    compile: bool = False,
     notify: Callable[[str], None] = log_notice,
     allow_code: bool = False,
 ) -> RunningServer:
@@ -89,6 +90,7 @@ def serve(
     token      the API key; left out: a new one, `RunningServer.token`. Needed for a host that others can reach
     adapters   folders of adapter folders: each is served, and more may be loaded from there
     resident   adapters kept in memory; `at_once` answers in progress; `cache_tokens` tokens of the KV cache
+    compile    answer through decoder layers compiled by torch: the first steps take up to a minute
 
     Needs `pip install 'lowrank-llm[serve]'`. Raises ConfigError, ModelError, OutputError.
     """
@@ -98,7 +100,7 @@ def serve(
     from lowrank.serve.server import make_server
 
     folders = tuple(Path(each) for each in adapters)
-    options = ServingOptions(engine, folders, resident, at_once, cache_tokens, chat_template, which, base)
+    options = ServingOptions(engine, folders, resident, at_once, cache_tokens, chat_template, which, base, compile)
     check_host(host, token)
     with code_allowed(allow_code):
         served = open_engine(str(path), options, notify)

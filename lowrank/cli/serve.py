@@ -52,6 +52,9 @@ def serve(
         str | None, typer.Option(help="A built-in template (chatml, llama3, ...) or a .jinja file, instead of its own.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Answer through compiled layers: slow first steps, faster ones on a GPU.")
+    ] = False,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Say address, models and a new key as one line of JSON when it listens.")
@@ -69,7 +72,9 @@ def serve(
     from lowrank.serve.server import run
 
     which = "last" if last else "best"
-    options = ServingOptions(engine, tuple(adapters or ()), resident, at_once, cache_tokens, chat_template, which, base)
+    options = ServingOptions(
+        engine, tuple(adapters or ()), resident, at_once, cache_tokens, chat_template, which, base, compile
+    )
     choose_engine(model, options)
     token = token or os.environ.get("LOWRANK_TOKEN") or None
     check_host(host, token)

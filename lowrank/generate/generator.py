@@ -28,6 +28,7 @@ from lowrank.batches import to_device
 from lowrank.errors import LowrankError
 from lowrank.generate import transformers_fallback
 from lowrank.generate.block_manager import BlockManager
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.constraint import Constraint
 from lowrank.generate.generation import Generation
 from lowrank.generate.request import ContextLengthExceeded, GenerationConfig, Prompt, RequestError
@@ -63,6 +64,7 @@ class Generator:
         with bank.routing.using(ForwardContext()):  # of the bare base
             reason = kv_cache_mismatch(base)
         self.notice = None if reason is None else f"requests are answered in fixed batches, which is slower: {reason}"
+        self.compiled = CompiledDecoding(base, bank) if self.config.compile and self.notice is None else None
         size = _KERNEL_PAGE if base.device.type == "cuda" else _PAGE
         num_pages = 1 + -(-self.config.cache_tokens // size)
         self._cache = KVCache(num_pages, size)
@@ -249,8 +251,13 @@ class Generator:
         filler = tokens[-1] if not pieces else 0  # a placeholder would want a picture
         token_T = to_device(torch.tensor([*tokens, *[filler] * added]), device)
         batch = PagedBatch(self._cache, spans, device, added=added)
-        with self.bank.routing.using(ForwardContext(len(token_T), ranges, virtual=runs, decoding=True)):
-            hidden_TD = self.base.forward_with_kv_cache(token_T, batch, pieces)
+        context = ForwardContext(len(token_T), ranges, virtual=runs, decoding=True)
+        hidden_TD = None
+        if self.compiled is not None and not (pieces or runs) and all(length == 1 for _, length in plan):
+            hidden_TD = self.compiled.hidden(token_T, batch, context)
+        if hidden_TD is None:
+            with self.bank.routing.using(context):
+                hidden_TD = self.base.forward_with_kv_cache(token_T, batch, pieces)
         for sequence, length in plan:
             self.schedule.advance(sequence, length)
         ends += [0] * (self._rows_for(len(ends)) - len(ends))

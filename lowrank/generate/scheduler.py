@@ -22,6 +22,10 @@ class GeneratorConfig(Settings):
     """Tokens whose keys and values are kept, of all sequences together."""
     enable_prefix_caching: bool = True
     """Keep the keys of finished sequences while there is room, for others that begin alike."""
+    compile: bool = False
+    """Answer through decoder layers compiled by torch (on NVIDIA's GPUs with CUDA graphs) wherever all sequences of a
+    step are answering. The first step of each number of rows is made both ways and compared; the first of all compiles,
+    up to a minute."""
 
 
 class Scheduler:

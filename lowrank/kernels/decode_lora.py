@@ -48,6 +48,28 @@ def stack(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scales: Sequence[f
     return Stack(A_GRD, B_GOR, (*scales, *[scales[-1]] * added))
 
 
+@torch.library.custom_op("lowrank::add_decode_updates", mutates_args=("y_TO",))
+def add_updates_by_row(
+    y_TO: torch.Tensor,
+    x_TD: torch.Tensor,
+    A_GRD: torch.Tensor,
+    B_GOR: torch.Tensor,
+    scale_G: torch.Tensor,
+    group_T: torch.Tensor,
+) -> None:
+    """Add to each row of `y_TO`, in place, the update of its group (-1: none). Rows of a group are together, groups are
+    in order, and each has a row.
+
+    An operator, and of tensors alone: a compiled layer and a CUDA graph stay right when others answer in the next step.
+    """
+    if x_TD.is_cuda:
+        add_updates_of_rows(x_TD, y_TO, A_GRD, B_GOR, scale_G, group_T)
+        return
+    ranges = _ranges_of(group_T.tolist())
+    if ranges:
+        add_updates(x_TD, y_TO, Stack(A_GRD, B_GOR, tuple(scale_G.tolist())), ranges)
+
+
 def add_updates(x_TD: torch.Tensor, y_TO: torch.Tensor, stacked: Stack, ranges: Ranges) -> None:
     """Add every slot's update to its rows of `y_TO`, in place."""
     lengths = [end - first for first, end in ranges]
@@ -56,6 +78,27 @@ def add_updates(x_TD: torch.Tensor, y_TO: torch.Tensor, stacked: Stack, ranges: 
         _all_at_once(x_TD, y_TO, stacked, ranges, padded)
     else:
         _one_by_one(x_TD, y_TO, stacked, ranges)
+
+
+def add_updates_of_rows(
+    x_TD: torch.Tensor,
+    y_TO: torch.Tensor,
+    A_GRD: torch.Tensor,
+    B_GOR: torch.Tensor,
+    scale_G: torch.Tensor,
+    group_T: torch.Tensor,
+) -> None:
+    """`add_updates_by_row` where nobody may ask which rows those are: every row fetches its own A and B."""
+    own_T = group_T.clamp_min(0)
+    h_TR1 = torch.bmm(A_GRD[own_T], x_TD[:, :, None]) * scale_G.to(x_TD.dtype)[own_T, None, None]
+    update_TO = torch.bmm(B_GOR[own_T], h_TR1)[:, :, 0]
+    y_TO.add_(update_TO.masked_fill_((group_T < 0)[:, None], 0))
+
+
+def _ranges_of(groups: list[int]) -> Ranges:
+    """Of each group."""
+    numbers = range(max(groups, default=-1) + 1)
+    return tuple((first := groups.index(each), first + groups.count(each)) for each in numbers)
 
 
 def _one_by_one(x_TD: torch.Tensor, y_TO: torch.Tensor, stacked: Stack, ranges: Ranges) -> None:

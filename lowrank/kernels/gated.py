@@ -22,6 +22,8 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 def gated(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
     """act(gate) * up, all of one shape. `act` must work element by element and have no parameters."""
+    if torch.compiler.is_compiling():
+        return act(gate) * up
     return rematerialize_with(_Gated.apply(gate, up, act), partial(_product, act=act), gate, up)
 
 

@@ -26,11 +26,20 @@ olmo2 (gpt-oss too): after. gemma: after, and the factor is 1 + weight."""
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, kind: Kind = "llama") -> torch.Tensor:
     """x / rms(x) * weight over the last dimension, computed in float32: (..., D) -> (..., D) in the dtype of `x`."""
+    if torch.compiler.is_compiling():
+        return _written_out(x, weight_D, eps, kind)
     return _RmsNorm.apply(x, weight_D, eps, kind)
 
 
 def _factor(weight_D: torch.Tensor, kind: Kind) -> torch.Tensor:
     return weight_D if kind == "llama" else weight_D.float() + (kind == "gemma")
+
+
+def _written_out(x: torch.Tensor, weight_D: torch.Tensor, eps: float, kind: Kind) -> torch.Tensor:
+    """For a compiler, which makes one pass of it."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (_factor(weight_D, kind) * (wide.to(x.dtype) if kind == "llama" else wide)).to(x.dtype)
 
 
 def _blocks(x_ND: torch.Tensor) -> list[slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank.kernels.decode_lora import Stack, add_updates, stack
+from lowrank.kernels.decode_lora import Stack, add_updates, add_updates_by_row, add_updates_of_rows, stack
 
 IN, OUT = 24, 40
 
@@ -48,9 +48,18 @@ def test_equals_each_slots_own_products(
     expected_TO = y_TO.double()
     for (first, end), product_OD in zip(ranges, products):
         expected_TO[first:end] += x_TD[first:end].double() @ product_OD.t()
+    group_T = torch.full((75,), -1)
+    for group, (first, end) in enumerate(ranges):
+        group_T[first:end] = group
+    scale_G = torch.tensor(stacked.scales)
+    given = stacked.A_GRD, stacked.B_GOR, scale_G, group_T
+    by_row_TO, of_rows_TO = y_TO.clone(), y_TO.clone()
     add_updates(x_TD, y_TO, stacked, ranges)
+    add_updates_by_row(by_row_TO, x_TD, *given)
+    add_updates_of_rows(x_TD, of_rows_TO, *given)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-4, torch.bfloat16: 1.0}[dtype]
-    torch.testing.assert_close(y_TO.double(), expected_TO, atol=tolerance, rtol=tolerance / 10)
+    for ours_TO in (y_TO, by_row_TO, of_rows_TO):
+        torch.testing.assert_close(ours_TO.double(), expected_TO, atol=tolerance, rtol=tolerance / 10)
 
 
 @pytest.mark.parametrize("ranges", [((0, 1), (1, 4), (4, 5), (5, 6), (6, 8)), ((0, 1), (1, 40), (40, 41), (41, 48))])

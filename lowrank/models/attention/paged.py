@@ -8,8 +8,10 @@ asks it. The pages are vLLM's idea (arXiv:2309.06180).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +171,11 @@ class PagedBatch:
                 spans.append(SequenceChunk(past, length, span.pages, span.pages[new]))
         return PagedBatch(self.cache, spans, chosen_T.device) if spans else None
 
+    def written(self) -> list[torch.Tensor]:
+        """What this pass left in the cache: (tokens, G, d) keys and values of each layer."""
+        pairs = self.cache.layers.values()
+        return [pages.view(-1, *pages.shape[2:])[self._place_T] for pair in pairs for pages in pair]
+
     def _split(self, device: torch.device) -> None:
         """Spans without a past are documents as in training; the others go by how much they see."""
         start = 0
@@ -261,6 +268,57 @@ class PagedBatch:
         )
         assert isinstance(output, torch.Tensor)
         return output[None]
+
+
+class InGraph:
+    """The stream that compiled layers see, the same object in every step: attention is an operator to them, and which
+    step it is of, and of which layer, is not in their graph."""
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax
+    ) -> torch.Tensor:
+        """(1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
+        del module
+        return attend_pages(query, key, value, how.scale, how.window, how.softcap, how.sinks)
+
+    @contextlib.contextmanager
+    def running(self, batch: PagedBatch) -> Generator[None, None, None]:
+        """Inside, layers that see this stream are in the pass of `batch`, which no pass before was the first of its
+        cache: layers ask in the order in which they first did."""
+        _running.batch, _running.layers = batch, iter(list(batch.cache.layers))
+        try:
+            yield
+        finally:
+            del _running.batch, _running.layers
+
+
+_running = threading.local()
+"""The pass that this thread's compiled layers are in: operators are given tensors and numbers, nothing else."""
+
+
+_TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
+
+
+@torch.library.custom_op("lowrank::attend_pages", mutates_args=(), tags=_TAGS)
+def attend_pages(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`PagedBatch.attend` of the pass that is running. It writes the cache, which no graph ever sees. No CUDA graph
+    holds it: how long sequences are is a number to its kernels."""
+    layer = next(_running.layers)
+    return _running.batch.attend(layer, query, key, value, Softmax(scale, window, softcap, sinks))
+
+
+@attend_pages.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *how: object) -> torch.Tensor:
+    del key, how
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
 def _kernel_reads_pages() -> bool:

@@ -46,6 +46,8 @@ class ServingOptions:
     """Of a run: its `best` or `last` adapters."""
     base: str | None = None
     """Where the base of the run or adapter is now."""
+    compile: bool = False
+    """Answer through compiled decoder layers (`GeneratorConfig.compile`)."""
 
 
 Notify = Callable[[str], None]
@@ -74,6 +76,8 @@ class EngineKind:
     """The extra of ours that brings these: `pip install 'lowrank-llm[serve,EXTRA]'`."""
     named_only: bool = False
     """`auto` never means it."""
+    compiles: bool = False
+    """It knows `ServingOptions.compile`."""
 
     @property
     def missing(self) -> list[str]:
@@ -115,7 +119,10 @@ def choose_engine(path: str, options: ServingOptions) -> EngineKind:
         takes = "; ".join(f"{name}: {kind.takes}" for name, kind in kinds.items())
         raise ConfigError(f"no engine reads {path} ({takes})")
     kind = kinds[name]
-    raise_all(ConfigError, f"{path} cannot be served so by {name}", kind.check(path, options))
+    problems = list(kind.check(path, options))
+    if options.compile and not kind.compiles:
+        problems.append("--compile is of the engine torch; leave it out")
+    raise_all(ConfigError, f"{path} cannot be served so by {name}", problems)
     if kind.missing:
         raise ModelError(f"--engine {name} needs {', '.join(kind.missing)}: {install(kind)}")
     for folder in options.adapters:

@@ -192,7 +192,9 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> BankEngine:
         renderers=trained.renderers,
         folders=trained.folders,
         roots=[*([Path(path)] if trained.folders else []), *options.adapters],
-        config=GeneratorConfig(max_num_seqs=options.at_once, cache_tokens=options.cache_tokens),
+        config=GeneratorConfig(
+            max_num_seqs=options.at_once, cache_tokens=options.cache_tokens, compile=options.compile
+        ),
         most_resident=options.resident,
         read=folder_reader(trained.base.tokenizer, trained.renderer, trained.renderers, options.chat_template),
     )
@@ -210,4 +212,5 @@ ENGINE = EngineKind(
     open=_open,
     reads=lambda path: not is_gguf(path),
     takes="folders and hub names",
+    compiles=True,
 )
