@@ -243,6 +243,8 @@ ECHO = EngineKind(open=lambda path, options, notify: None, reads=lambda path: Tr
 @pytest.mark.usefixtures("allowed_code")
 def test_a_third_partys_engine_is_found_by_name() -> None:
     assert choose_engine("x", ServingOptions(f"{__name__}:ECHO")) is ECHO
+    with pytest.raises(ConfigError, match="--compile is of the engine torch"):
+        choose_engine("x", ServingOptions(f"{__name__}:ECHO", compile=True))
     with pytest.raises(ConfigError, match=r"ROOT is a PosixPath; expected a lowrank\.serve\.engines\.EngineKind"):
         choose_engine("x", ServingOptions(f"{__name__}:ROOT"))
 

@@ -315,10 +315,13 @@ def attend_pages(
     return _running.batch.attend(layer, query, key, value, Softmax(scale, window, softcap, sinks))
 
 
-@attend_pages.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *how: object) -> torch.Tensor:
+def _like_attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *how: object) -> torch.Tensor:
+    """What the operator gives, as a compiler sees it."""
     del key, how
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+attend_pages.register_fake(_like_attended)
 
 
 def _kernel_reads_pages() -> bool:
