@@ -3,6 +3,7 @@
 # Five minutes before the time is over Slurm asks all to stop: the step ends, the first process saves, and the job that
 # is queued again goes on from there.
 #SBATCH --signal=TERM@300 --requeue --open-mode=append
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280  # torchrun waits so long for that; its own patience is 30 seconds
 FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # `sh -c`: SLURM_NODEID is another on each machine
 srun sh -c "torchrun --nnodes $SLURM_NNODES --node-rank \$SLURM_NODEID --nproc-per-node 8 \

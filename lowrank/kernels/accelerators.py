@@ -26,6 +26,11 @@ def accelerators() -> list[torch.device]:
     return found
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The same with its number; of a GPU without one, that of the current device. A process group wants to know."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def is_nvidia(device: torch.device) -> bool:
     """CUDA itself, not ROCm under its name."""
     return device.type == "cuda" and torch.version.hip is None

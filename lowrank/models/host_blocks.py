@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import socket
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ import torch
 from lowrank.errors import ModelError
 from lowrank.ranks import Ranks
 
+_PORTABLE = 1
+"""cudaHostRegisterPortable."""
 Fill = Callable[[torch.Tensor], None]
 """Writes the bytes of a block into a tensor (bytes)."""
 
@@ -47,9 +50,11 @@ class OwnBlocks:
     def block(self, size: int, fill: Fill, compare: bool = True) -> torch.Tensor:
         """See HostBlocks."""
         del compare
-        block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+        if not self._pin or not size:
+            return _filled(size, fill)
+        block = _map(-1, size)  # torch's own pinned memory comes in powers of two
         fill(block)
-        return block
+        return pinned(block)
 
     def done(self) -> None:
         """Nothing is left."""
@@ -128,11 +133,22 @@ class MachineBlocks:
             os.close(descriptor)
 
     def _pinned(self, block: torch.Tensor) -> torch.Tensor:
-        if self._pin:
-            # each process registers its own mapping of the same pages
-            runtime: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(block.data_ptr(), block.numel(), 0)))
-        return block
+        return pinned(block) if self._pin else block  # each process registers its own mapping of the same pages
+
+
+def pinned(block: torch.Tensor) -> torch.Tensor:
+    """The block, whose pages CUDA may fetch from as long as it lives. ModelError where it cannot pin them."""
+    runtime: Any = torch.cuda.cudart()
+    address = block.data_ptr()
+    error = int(runtime.cudaHostRegister(address, block.numel(), _PORTABLE))
+    if error:
+        raise ModelError(
+            f"base: streamed: CUDA cannot pin {block.numel() / 1e9:.2f} GB of host memory for a layer (error {error}); "
+            "free some, or allow more locked memory (ulimit -l, docker run --ulimit memlock=-1)"
+        )
+    # or the next base, whose pages may lie there, could not be pinned
+    weakref.finalize(block, runtime.cudaHostUnregister, address)
+    return block
 
 
 def _filled(size: int, fill: Fill) -> torch.Tensor:

@@ -132,11 +132,18 @@ class _Way:
                 self._stream.wait_event(self._left)
             yield
 
+    def arrived(self) -> Any:
+        """What has been copied so far, for whoever waits for it; None: it is there."""
+        return self._stream.record_event() if self.on_gpu else None
+
     def leave(self) -> None:
         """A layer is let go of."""
         if self.on_gpu:
-            self._left = torch.cuda.Event()
-            self._left.record()
+            self._left = self.computing().record_event()
+
+    def computing(self) -> Any:
+        """The stream of the base's device in which it computes; another device may be the current one."""
+        return torch.cuda.current_stream(self.device)
 
 
 class _Block:
@@ -174,14 +181,12 @@ class _Block:
         with self._way.copying():
             self._device.untyped_storage().resize_(self.size)
             self._device.copy_(self._host, non_blocking=True)
-            if self._way.on_gpu:
-                self._arrived = torch.cuda.Event()
-                self._arrived.record()
+            self._arrived = self._way.arrived()
 
     def wait(self) -> None:
         """What is computed from now on finds it there."""
         if self._arrived is not None:
-            torch.cuda.current_stream().wait_event(self._arrived)
+            self._way.computing().wait_event(self._arrived)
 
     def leave(self) -> None:
         """Let go of its memory."""

@@ -27,6 +27,7 @@ from lowrank.config import RunConfig
 from lowrank.data.batching.dataloader import DataLoader
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError, ModelError, OutputError, raise_all
+from lowrank.kernels.accelerators import with_index
 from lowrank.models.host_blocks import MachineBlocks
 from lowrank.models.loading.pretrained import choose_device
 from lowrank.models.placement import Placement
@@ -150,7 +151,7 @@ def placement_of(config: RunConfig, ranks: Ranks, report: Callable[[Event], None
     if config.base == "replicated":
         return None
     if config.base == "streamed":
-        device = choose_device(config.model)
+        device = with_index(choose_device(config.model))
         if ranks.world == 1:
             return Streamed(device)
         warn = partial(_warn, report)
@@ -164,7 +165,7 @@ def placement_of(config: RunConfig, ranks: Ranks, report: Callable[[Event], None
     if size == 1:
         report(Notice("shard_size: 1: each device holds all of the base", level="warning"))
         return None
-    device = choose_device(config.model)
+    device = with_index(choose_device(config.model))
     offload = config.base == "sharded_offload"
     if offload and device.type == "cpu":
         raise ConfigError("base: sharded_offload: the devices compute in host memory already; set base: sharded")
