@@ -29,7 +29,7 @@ from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError, ModelError, OutputError, raise_all
 from lowrank.kernels.accelerators import with_index
 from lowrank.models.host_blocks import MachineBlocks
-from lowrank.models.loading.pretrained import choose_device
+from lowrank.models.loading.pretrained import choose_device, choose_dtype
 from lowrank.models.placement import Placement
 from lowrank.models.sharded import Sharded, packs_integers
 from lowrank.models.streamed import Streamed
@@ -182,11 +182,14 @@ def _warn(report: Callable[[Event], None], text: str) -> None:
     report(Notice(text, level="warning"))
 
 
-def refuse_unlike(config: RunConfig, data: Sequence[Prepared], ranks: Ranks) -> None:
-    """ConfigError that names every difference in settings, data and versions between a rank and the first."""
+def refuse_unlike(
+    config: RunConfig, data: Sequence[Prepared], ranks: Ranks, warn: Callable[[str], None] = log_notice
+) -> None:
+    """ConfigError that names every difference in settings, data, device and versions between a rank and the first. GPUs
+    of two kinds are a warning: each step is right on them, and its bits depend on who computes what."""
     if ranks.world == 1:
         return
-    known = versions()
+    known, device = versions(), choose_device(config.model)
     own = {
         "host": socket.gethostname(),
         "settings": {
@@ -197,12 +200,17 @@ def refuse_unlike(config: RunConfig, data: Sequence[Prepared], ranks: Ranks) -> 
         | {"jobs": _without_places(config)},
         "data": {job.name: digest_of_data(prepared) for job, prepared in zip(config.jobs, data)},
         "versions": {name: known[name] for name in ("lowrank", "torch", "transformers")},
+        "devices": {"model.device": device.type, "model.dtype": str(choose_dtype(config.model, device))},
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
     first, *others = ranks.exchange(own)
     problems = []
     for rank, other in enumerate(others, start=1):
         who = f"rank {rank} on {other['host']}"
-        for part in ("versions", "settings", "data"):
+        if first["gpu"] and other["gpu"] and first["gpu"] != other["gpu"]:
+            text = f"{who} computes on {other['gpu']}, rank 0 on {first['gpu']}: a step takes as long as on the slower"
+            warn(f"{text}, and the same bits come again only on the same devices in the same order")
+        for part in ("versions", "devices", "settings", "data"):
             names = [name for name in {**first[part], **other[part]} if first[part].get(name) != other[part].get(name)]
             for name in names:
                 if part == "data":

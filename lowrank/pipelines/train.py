@@ -102,7 +102,7 @@ def train(
         tokenizer, data = read_jobs(config, report, strict)
         stopping.end_if_requested()
         refuse_too_many(config, data)
-        refuse_unlike(config, data, ranks)
+        refuse_unlike(config, data, ranks, lambda text: report(Notice(text, level="warning")))
         report(Stage("planning the memory"))
         before = state["settings"] if state else None
         config, plan = planned(config, data, before, report, live["capacity"] if live else None, lanes)

@@ -39,11 +39,13 @@ class ThreadRank:
         self.wants_to_stop: Callable[[], bool] = lambda: False
         self.sums: list[int] = []
         """How many numbers each sum had."""
+        self.exchanges = 0
 
     def begin(self, device: torch.device) -> None:
         """Nothing to make."""
 
     def exchange(self, value: Any) -> list[Any]:
+        self.exchanges += 1
         received = [
             json.loads(each) for each in self._room.together(self.rank, json.dumps([self.wants_to_stop(), value]))
         ]
