@@ -19,7 +19,14 @@ from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import OutputGain, Tensors, Variant, gain_of, low_rank_of
 from lowrank.batches import to_device
 from lowrank.kernels.counter_random import dropout
-from lowrank.kernels.decode_lora import add_updates, add_updates_by_row, stack
+from lowrank.kernels.decode_lora import (
+    add_updates,
+    add_updates_by_row,
+    add_updates_of_rows,
+    answers_rows,
+    groups_of,
+    stack,
+)
 from lowrank.kernels.rematerialize import rematerialization_of
 from lowrank.models.storages import BaseLinear, bias_of
 from lowrank.models.storages.dense import DenseLinear
@@ -110,7 +117,7 @@ class RoutedLinear(nn.Module):
         x_TD = x.reshape(-1, self.in_features)
         if self.routing.current.group_T is not None and not torch.is_grad_enabled():
             return self._answer_by_row(x_TD, self.routing.current.group_T).view(*x.shape[:-1], self.out_features)
-        if self.routing.current.decoding and not torch.is_grad_enabled() and not x.is_cuda:
+        if self.routing.current.decoding and not torch.is_grad_enabled() and answers_rows(x_TD):
             y_TO = self._answer(x_TD)
             if y_TO is not None:
                 return y_TO.view(*x.shape[:-1], self.out_features)
@@ -170,7 +177,12 @@ class RoutedLinear(nn.Module):
         if self._stacked.stack is None:
             return None
         y_TO = self.base(x_TD)
-        add_updates(x_TD, y_TO, self._stacked.stack, tuple((first, end) for _, first, end in ranges))
+        rows = tuple((first, end) for _, first, end in ranges)
+        if x_TD.device.type == "cpu":
+            add_updates(x_TD, y_TO, self._stacked.stack, rows)
+        else:
+            held, group_T = self._stacked.stack, groups_of(rows, len(x_TD), x_TD.device)
+            add_updates_of_rows(x_TD, y_TO, held.A_GRD, held.B_GOR, self._stacked.scale_G, group_T)
         return y_TO
 
     def _answer_by_row(self, x_TD: torch.Tensor, group_T: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.linear import RoutedLinear
 from lowrank.adapters.routing import ForwardContext
-from lowrank.batches import to_device
 from lowrank.kernels.accelerators import is_nvidia
+from lowrank.kernels.decode_lora import groups_of
 from lowrank.models.attention.paged import InGraph, PagedBatch
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import distance, tolerance
@@ -69,10 +69,8 @@ class CompiledDecoding:
                 self._notify("compiled layers know low-rank updates of linear layers; others are answered plainly")
             self._left_out = True
             return None
-        groups = [-1] * len(token_T)
-        for group, (_, first, end) in enumerate(entry for entry in context.ranges if entry[0] >= 0):
-            groups[first:end] = [group] * (end - first)
-        by_row = replace(context, group_T=to_device(torch.tensor(groups), token_T.device))
+        rows = tuple((first, end) for slot, first, end in context.ranges if slot >= 0)
+        by_row = replace(context, group_T=groups_of(rows, len(token_T), token_T.device))
         try:
             with self._bank.routing.using(by_row), self._compiled_layers(), self._stream.running(batch):
                 position_1T = batch.position_T[None]

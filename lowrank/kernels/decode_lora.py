@@ -1,6 +1,8 @@
-"""LoRA while decoding, on a CPU: few rows of each slot in a step, and the same few shapes.
+"""LoRA while decoding: few rows of each slot in a step, and the same few shapes.
 
-A small product in bf16 costs about 25 us to start on a CPU. So all slots go through two batched products where they
+On NVIDIA's GPUs two kernels serve all rows, each with the A and B of its slot (decode_lora_triton.py).
+
+On a CPU a small product in bf16 costs about 25 us to start. So all slots go through two batched products where they
 have about as many rows, and numbers of rows are rounded up (kernels/shape_bucketing.py). Rows added are rows of
 somebody; what comes of them is thrown away, so no value of one slot meets another's. Nothing is kept for a backward
 pass.
@@ -16,10 +18,13 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
+from lowrank.batches import to_device
+from lowrank.kernels.fused import plain_only, runs_fused
 from lowrank.kernels.shape_bucketing import bucketed_rows
 
 _FEW_ROWS = 32
 """Rows of one slot up to which a product of its own costs more to start than to compute."""
+_ROWS_OF_ANSWERS = 128
 _GROUPS = 4
 """Numbers of slots are rounded up to its multiples."""
 
@@ -62,11 +67,9 @@ def add_updates_by_row(
 
     An operator, and of tensors alone: a compiled layer and a CUDA graph stay right when others answer in the next step.
     """
-    if x_TD.is_cuda:
+    if x_TD.device.type != "cpu" or runs_fused(x_TD, _check):
         add_updates_of_rows(x_TD, y_TO, A_GRD, B_GOR, scale_G, group_T)
-        return
-    ranges = _ranges_of(group_T.tolist())
-    if ranges:
+    elif ranges := _ranges_of(group_T.tolist()):
         add_updates(x_TD, y_TO, Stack(A_GRD, B_GOR, tuple(scale_G.tolist())), ranges)
 
 
@@ -89,10 +92,49 @@ def add_updates_of_rows(
     group_T: torch.Tensor,
 ) -> None:
     """`add_updates_by_row` where nobody may ask which rows those are: every row fetches its own A and B."""
+    if runs_fused(x_TD, _check):
+        from lowrank.kernels.decode_lora_triton import add_updates_triton
+
+        return add_updates_triton(x_TD, y_TO, A_GRD, B_GOR, scale_G, group_T)
     own_T = group_T.clamp_min(0)
     h_TR1 = torch.bmm(A_GRD[own_T], x_TD[:, :, None]) * scale_G.to(x_TD.dtype)[own_T, None, None]
     update_TO = torch.bmm(B_GOR[own_T], h_TR1)[:, :, 0]
     y_TO.add_(update_TO.masked_fill_((group_T < 0)[:, None], 0))
+    return None
+
+
+def answers_rows(x_TD: torch.Tensor) -> bool:
+    """Whether there is something here for these rows, and it beats a product for each slot: not for the questions on a
+    GPU, whose rows of one slot are many."""
+    return x_TD.device.type == "cpu" or (len(x_TD) <= _ROWS_OF_ANSWERS and runs_fused(x_TD, _check))
+
+
+@lru_cache(maxsize=4)
+def groups_of(ranges: Ranges, rows: int, device: torch.device) -> torch.Tensor:
+    """(T) which of the ranges each row is in, -1 for none. All layers of a step ask."""
+    group_T = torch.full((rows,), -1)
+    for group, (first, end) in enumerate(ranges):
+        group_T[first:end] = group
+    return to_device(group_T, device)
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The Triton body beside `add_updates_of_rows`."""
+    from lowrank.kernels.decode_lora_triton import add_updates_triton
+
+    pairs = []
+    for rank, width, height in ((16, 1000, 200), (5, 70, 1000)):
+        A_GRD, B_GOR = (
+            torch.randn(shape, dtype=dtype, device=device) for shape in ((3, rank, width), (3, height, rank))
+        )
+        x_TD, ours_TO = (torch.randn(37, each, dtype=dtype, device=device) for each in (width, height))
+        scale_G, group_T = torch.tensor([0.1, 0.05, 0.2], device=device), torch.arange(37, device=device) % 4 - 1
+        plain_TO = ours_TO.clone()
+        add_updates_triton(x_TD, ours_TO, A_GRD, B_GOR, scale_G, group_T)
+        with plain_only():
+            add_updates_of_rows(x_TD, plain_TO, A_GRD, B_GOR, scale_G, group_T)
+        pairs.append((ours_TO, plain_TO))
+    return pairs
 
 
 def _ranges_of(groups: list[int]) -> Ranges:

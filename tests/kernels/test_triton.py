@@ -57,6 +57,33 @@ BUILDS: dict[str, list[Build]] = {
         )
         for half in HALVES
     ],
+    "decode_lora_triton._shrink": [
+        (
+            {
+                **dict.fromkeys(("x", "A"), f"*{half}"),
+                "scale": "*fp32",
+                "group": "*i64",
+                "h": "*fp32",
+                **dict.fromkeys(("rows", "width", "rank", "part_width"), "i32"),
+            },
+            {"RANK": rank, "BLOCK": 4096 // rank},
+        )
+        for half in HALVES
+        for rank in (1, 16, 256)
+    ],
+    "decode_lora_triton._expand": [
+        (
+            {
+                **dict.fromkeys(("B", "y"), f"*{half}"),
+                "h": "*fp32",
+                "group": "*i64",
+                **dict.fromkeys(("rows", "height", "rank", "parts"), "i32"),
+            },
+            {"RANK": rank, "BLOCK": 4096 // rank},
+        )
+        for half in HALVES
+        for rank in (1, 16, 256)
+    ],
     "rms_norm_triton._forward": [
         (
             {**dict.fromkeys(("x", "weight", "y"), f"*{half}"), "inverse": "*fp32", "width": "i32", "eps": "fp32"},

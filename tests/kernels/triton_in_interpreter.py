@@ -15,6 +15,8 @@ from torch.nn import functional
 from triton.runtime.interpreter import InterpretedFunction
 
 from lowrank.kernels import four_bit, fused, gated_triton, logprobs_triton, rms_norm_triton
+from lowrank.kernels.decode_lora import add_updates_by_row
+from lowrank.kernels.decode_lora_triton import add_updates_triton
 from lowrank.kernels.four_bit_triton import dequantize_triton, product_triton
 from lowrank.kernels.gated import gated
 from lowrank.kernels.logprobs import Head, _score_chunk, logprobs
@@ -152,6 +154,37 @@ def check_logprobs() -> None:
             torch.testing.assert_close(ours, expected if gradient else raw, **tolerance)
 
 
+def check_decode_lora() -> None:
+    """Against the plain product of every row with the A and B of its group; a group that diverged stays by itself."""
+    for rows, width, height, ranks, dtype in (
+        (5, 33, 70, (3, 1, 3), torch.float32), (1, 5000, 16, (16,), torch.float32), (0, 8, 8, (4,), torch.float32),
+        (9, 64, 300, (64, 64), torch.float16), (3, 8, 8, (), torch.float32), (7, 1, 1, (1, 1), torch.float32),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        group_T = torch.arange(2 * rows)[::2] % (len(ranks) + 1) - 1  # not contiguous, as x
+        x_TD = torch.randn(2 * rows, width).to(dtype)[::2]
+        rank = max(ranks, default=1)
+        A_GRD, B_GOR = (torch.zeros(len(ranks), *shape).to(dtype) for shape in ((rank, width), (height, rank)))
+        for group, own in enumerate(ranks):
+            A_GRD[group, :own], B_GOR[group, :, :own] = torch.randn(own, width), torch.randn(height, own)
+        scale_G, y_TO = torch.linspace(0.5, 2, len(ranks)), torch.randn(rows + 1, height).to(dtype)
+        expected_TO = y_TO.float()
+        for row, group in enumerate(group_T.tolist()):
+            if group >= 0:
+                h_R = A_GRD[group].float() @ x_TD[row].float()
+                expected_TO[row] += scale_G[group] * (B_GOR[group].float() @ h_R)
+        add_updates_triton(x_TD, y_TO[:rows], A_GRD, B_GOR, scale_G, group_T.contiguous())
+        tolerance = {"rtol": 2e-3, "atol": 2e-2} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(y_TO.float(), expected_TO, **tolerance)
+    diverged, y_TO = torch.randn(2, 4, 40), torch.zeros(3, 24)
+    diverged[0] = float("nan")
+    group_T = torch.tensor([0, 1, -1])
+    add_updates_triton(torch.randn(3, 40), y_TO, diverged, torch.randn(2, 24, 4), torch.ones(2), group_T)
+    assert y_TO[0].isnan().all()
+    assert y_TO[1].isfinite().all()
+    assert not y_TO[2].any()
+
+
 def check_seams() -> None:
     """What the rest of lowrank calls takes the Triton bodies, after their own check, and agrees with plain torch."""
     fused.is_nvidia = lambda device: True  # type: ignore[assignment]
@@ -172,11 +205,20 @@ def check_seams() -> None:
             straight = packed(leaf)
         return straight + 0 * leaf.sum()
 
+    def with_adapter(leaf: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(6, 64).half()
+        add_updates_by_row(y, leaf.detach(), *adapters)
+        return y + 0 * leaf
+
+    torch.manual_seed(1)
+    A_GRD, B_GOR = torch.randn(2, 8, 64).half(), torch.randn(2, 64, 8).half()
+    adapters = A_GRD, B_GOR, torch.full((2,), 0.02), torch.tensor([0, 0, 1, 1, 1, -1])
     for name, function in {
         "rms_norm_triton._forward rms_norm_triton._backward": lambda leaf: rms_norm(leaf, weight, 1e-6),
         "gated_triton._forward gated_triton._backward": lambda leaf: gated(leaf, up, torch.nn.SiLU()),
         "logprobs_triton._score": lambda leaf: logprobs(leaf, target, head),
         "four_bit_triton._product": answered,
+        "decode_lora_triton._shrink decode_lora_triton._expand": with_adapter,
     }.items():
         before = LAUNCHED.copy()
         LAUNCHED.clear()
@@ -196,5 +238,6 @@ if __name__ == "__main__":
     check_rms_norm()
     check_gated()
     check_logprobs()
+    check_decode_lora()
     check_seams()
     print(*sorted(LAUNCHED), sep="\n")

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import lowrank.generate.generator as generator_module
+from lowrank.adapters import linear
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.batches import BARE_BASE
 from lowrank.errors import ConfigError
 from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
+from lowrank.kernels import decode_lora
 from lowrank.objectives.sft import SFTConfig
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
@@ -93,6 +95,9 @@ def test_every_optimizer(name: str, tuning: str) -> None:
 def test_answers_with_pages(storage: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions and answers of the bare base and of two adapters in the same steps, greedy and drawn."""
     monkeypatch.setattr(generator_module, "kv_cache_mismatch", lambda base: None)  # it compares numbers
+    launched: list[int] = []
+    add = decode_lora.add_updates_of_rows
+    monkeypatch.setattr(linear, "add_updates_of_rows", lambda *given: launched.append(len(given[0])) or add(*given))
     base = base_of(STORAGES[storage](), DTYPES[dtype])
     with on_gpu():
         engine = engine_of(base, [LoraConfig(rank=8), LoraConfig(rank=4)])
@@ -101,3 +106,4 @@ def test_answers_with_pages(storage: str, dtype: str, monkeypatch: pytest.Monkey
             sampling = GenerationConfig(max_new_tokens=4, **given)
             answers = generate(base, engine.bank, prompts, sampling, stop_tokens=frozenset())
             assert [len(answer) for answer in answers] == [4] * 5
+    assert bool(launched) == (DTYPES[dtype] != torch.float32), "Triton's kernel for the adapters of answers"
