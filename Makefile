@@ -1,6 +1,7 @@
 # make demo   train three adapters on the base that ships with lowrank, in about two minutes
 # make test   run the tests, and say which twenty took longest (PYTEST_ARGS=--cpu-durations=60: processor time, by folder)
-# Two workers of one thread each: threads that wait for one another on shared cores cost more than they bring.
+# Workers of one thread each, a core and 3 GB of memory for each (WORKERS=2: so many); threads that wait for one another
+# on shared cores cost more than they bring.
 # make rehearse   the GPU path without a GPU: a CUDA build of torch (about 3 GB) in .venv-rehearsal, and tensors without memory
 # Each makes its own environment in .venv; nothing else on the machine is touched.
 
@@ -11,6 +12,7 @@ REHEARSAL := .venv-rehearsal
 REHEARSAL_TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+WORKERS ?= $(shell $(PYTHON) tests/workers.py)
 SHARED_DATA ?=
 
 .PHONY: demo test test-slow test-gpu test-clients rehearse check clean
@@ -19,7 +21,7 @@ demo: $(VENV)/.core
 	$(BIN)/lowrank demo
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not clients" --durations=20 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not clients" --durations=20 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
