@@ -18,7 +18,7 @@ from lowrank.compat.llamafactory_commands import translate
 from lowrank.compat.llamafactory_others import known
 from lowrank.data.tokenized import write_tokenized
 from lowrank.errors import ConfigError
-from tests.compat.test_llamafactory import INFO, MINIMAL
+from tests.compat.llamafactory_files import INFO, MINIMAL
 
 FIELDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("llamafactory_fields.json").read_text("utf-8"))
 
