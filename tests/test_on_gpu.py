@@ -18,9 +18,11 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.capabilities import storage_capabilities
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.batches import Segment
+from lowrank.generate.compiled_decoding import CompiledDecoding
+from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
-from lowrank.kernels import grouped
+from lowrank.kernels import decode_lora, grouped
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
@@ -126,6 +128,25 @@ def test_answers_are_those_of_a_processor(storage: str) -> None:
         sampling = GenerationConfig(max_new_tokens=20, temperature=0.0)
         answers.append(generate(engine.base, engine.bank, prompts, sampling, stop_tokens=frozenset()))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_answers_through_compiled_layers() -> None:
+    """CUDA graphs, bfloat16, several adapters: held to the plain step by itself, and used to the end."""
+    engine, slots = engine_on(GPU, "bfloat16", [LoraConfig(rank=8), LoraConfig(rank=4)])
+    notes: list[str] = []
+    generator = Generator(engine.base, engine.bank, GeneratorConfig(max_num_seqs=4))
+    generator.compiled = CompiledDecoding(engine.base, engine.bank, notes.append)
+    sampling = GenerationConfig(max_new_tokens=20, temperature=0.0)
+    for _ in range(3):  # torch records a graph in the second pass, and replays it from the third on
+        prompts = [Prompt(np.arange(5 + index, 30 + 9 * index), (-1, *slots)[index % 3]) for index in range(4)]
+        running = [generator.submit(prompt, sampling) for prompt in prompts]
+        assert all(len(each.result().tokens) == 20 for each in running)
+    assert not notes
+
+
+def test_triton_serves_the_adapters_of_answers() -> None:
+    assert decode_lora.answers_rows(torch.zeros(4, 8, dtype=torch.bfloat16, device=GPU)), "it did not give the same"
 
 
 def test_every_storage_trains_rightly() -> None:

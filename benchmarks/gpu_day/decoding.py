@@ -1,4 +1,4 @@
-"""Answering: tokens per second for 1, 16 and 64 adapters in the same steps."""
+"""Answering: tokens per second for 1, 16 and 64 adapters in the same steps, and through compiled layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from benchmarks.gpu_day.day import Day
 from benchmarks.gpu_day.shapes import bank_of, base_of, make_model
 from benchmarks.gpu_day.training import RANK, clock, free
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt
 
@@ -31,19 +32,10 @@ def measure(day: Day) -> None:
         for count in ADAPTERS:
             if day.over():
                 break
-            taken = {}
-            for name, temperature in (("greedy", 0.0), ("drawn", 0.7)):
-                settings = GenerationConfig(max_new_tokens=new, temperature=temperature)
-                for turn in range(2):  # the first warms up
-                    generations = [
-                        answers.submit(Prompt(prompt, slots[index % min(count, len(slots))]), settings)
-                        for index, prompt in enumerate(prompts)
-                    ]
-                    started = clock(day)
-                    while answers.step():
-                        pass
-                    if turn:
-                        taken[name] = sum(len(each.answer.tokens) for each in generations) / (clock(day) - started)
+            taken = {
+                name: speed(day, answers, prompts, [slots[i % min(count, len(slots))] for i in range(rows)], new, heat)
+                for name, heat in (("greedy", 0.0), ("drawn", 0.7))
+            }
             day.add(
                 "decoding",
                 {"shape": shape, "storage": storage, "adapters": count, "rows": rows, "tokens_per_second": taken},
@@ -51,3 +43,38 @@ def measure(day: Day) -> None:
         del base, bank, answers
         free()
     return None
+
+
+def speed(
+    day: Day, answers: Generator, prompts: list[np.ndarray], slots: list[int], new: int, temperature: float
+) -> float:
+    """Tokens per second of the second turn; the first warms up."""
+    taken = 0.0
+    for _ in range(2):
+        settings = GenerationConfig(max_new_tokens=new, temperature=temperature)
+        generations = [answers.submit(Prompt(prompt, slot), settings) for prompt, slot in zip(prompts, slots)]
+        started = clock(day)
+        while answers.step():
+            pass
+        taken = sum(len(each.answer.tokens) for each in generations) / (clock(day) - started)
+    return taken
+
+
+def compiled(day: Day) -> None:
+    """Plain beside compiled layers, one answer at once and many, one adapter and as many as answers."""
+    many, new = (3, 3) if day.tiny else (16, 64)
+    base = base_of(make_model("0.5B", day.device, day.tiny, day.dtype), "0.5B", "dense")
+    generator, bank = np.random.default_rng(0), bank_of(base)
+    slots = [bank.add(LoraConfig(rank=RANK), seed=seed) for seed in range(many)]
+    layers = CompiledDecoding(base, bank, day.note, "eager" if day.tiny else "inductor")
+    prompts = [generator.integers(3, base.model.config.vocab_size, 40) for _ in range(many)]
+    for rows, adapters in ((1, 1), (many, 1), (many, many)):
+        if day.over() or layers.problem is not None:
+            break
+        taken = {}
+        for name in ("plain", "compiled"):
+            answers = Generator(base, bank, GeneratorConfig(max_num_seqs=rows, enable_prefix_caching=False))
+            answers.compiled = layers if name == "compiled" else None
+            own = [slots[index % adapters] for index in range(rows)]
+            taken[name] = speed(day, answers, prompts[:rows], own, new, 0.0)
+        day.add("compiled", {"rows": rows, "adapters": adapters, "tokens_per_second": taken, "problem": layers.problem})

@@ -47,6 +47,10 @@ class Device:
         """Bytes of tensors at their most, since `forget_peak`."""
         return torch.cuda.max_memory_allocated() if self.is_gpu else None
 
+    def allocations(self) -> int:
+        """How often torch has asked the driver for memory, which waits for the device."""
+        return torch.cuda.memory_stats().get("num_device_alloc", 0) if self.is_gpu else 0
+
     @contextlib.contextmanager
     def with_memory(self, limit: int) -> Iterator[bool]:
         """As if the card had so many bytes; False where nothing can be capped, or the card has less."""

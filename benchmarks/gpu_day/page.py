@@ -22,6 +22,7 @@ def page(result: dict[str, Any]) -> str:
     lines += _table("Plan and measured memory", result.get("plans", []), _plan)
     lines += _table("Longest document on a card of 24 GB", result.get("longest", []), _longest)
     lines += _table("Answering", result.get("decoding", []), _decoding)
+    lines += _table("Answering through compiled layers, 0.5B", result.get("compiled", []), _compiled)
     for each in result.get("profiles", []):
         title = f"Profile: {each['shape']}, {each['storage']}, {each['jobs']} jobs of {each['tokens']} tokens"
         summary = f"{each['seconds']:.3f} s, device busy {each['busy_share']:.0%}, {each['launches']} launches, "
@@ -72,6 +73,9 @@ def _training(row: dict[str, Any]) -> dict[str, Any]:
         speed, peak = speeds.get(who, ""), peaks.get(who)
         shown[who] = f"{speed:.0f} tokens/s" if isinstance(speed, float) else speed
         shown[who] += f", {peak / 2**30:.1f} GiB" if peak else ""
+    last = [turn["steps"][-1] for turn in row["turns"].get("lowrank", []) if turn.get("steps")]
+    if last and last[-1].get("device_allocations"):
+        shown["asked the driver for memory in the last step"] = last[-1]["device_allocations"]
     if "share_of_products" in row:
         shown["share of the products"] = f"{row['share_of_products']:.0%}"
     return shown
@@ -96,3 +100,8 @@ def _longest(row: dict[str, Any]) -> dict[str, Any]:
 def _decoding(row: dict[str, Any]) -> dict[str, Any]:
     speeds = {name: f"{speed:.0f} tokens/s" for name, speed in row["tokens_per_second"].items()}
     return {key: row[key] for key in ("shape", "storage", "adapters", "rows")} | speeds
+
+
+def _compiled(row: dict[str, Any]) -> dict[str, Any]:
+    speeds = {name: f"{speed:.0f} tokens/s" for name, speed in row["tokens_per_second"].items()}
+    return {key: row[key] for key in ("rows", "adapters")} | speeds | {"not used": row["problem"] or ""}

@@ -157,7 +157,7 @@ def ours(day: Day, cell: Cell, base: Base, rows: list[list[Row]]) -> dict[str, A
     try:
         for step in range(STEPS):
             work = {slot: segments_of(rows[STEPS * slot + step]) for slot in engine.jobs}
-            started = clock(day)
+            before, started = day.device.allocations(), clock(day)
             forwarded = engine.forward_backward(work)
             norms = [engine.optim_step(slot, LEARNING_RATE).grad_norm for slot in engine.jobs]
             seconds = clock(day) - started
@@ -166,6 +166,7 @@ def ours(day: Day, cell: Cell, base: Base, rows: list[list[Row]]) -> dict[str, A
             if not all(norm > 0 and math.isfinite(norm + loss) for norm, loss in zip(norms, losses)):
                 raise ValueError(f"step {step} learns nothing: losses {losses}, gradient norms {norms}")
             steps.append({"seconds": seconds, "tokens": tokens, "loss": losses, "grad_norm": norms})
+            steps[-1]["device_allocations"] = day.device.allocations() - before
     finally:
         set_activation_checkpointing(base.model, "none")
     return {"steps": steps, "peak_memory_bytes": day.device.peak()}

@@ -213,8 +213,10 @@ def _main(arguments: list[str] | None) -> None:
         if arguments[:1] in (["data"], ["plan"]):
             gc.set_threshold(50_000, 20, 100)  # imports make little garbage; to look for it takes a seventh of the time
     if arguments[:1] and arguments[0] in LOADS_WEIGHTS:
+        from lowrank.kernels.device_memory import use_expandable_segments
         from lowrank.kernels.host_memory import keep_freed_memory
 
+        use_expandable_segments()
         keep_freed_memory()  # here and not where models load: a library leaves its caller's process alone
     as_json = "--json" in arguments
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per attempt; our error says what could not be had

@@ -15,7 +15,7 @@ from benchmarks.gpu_day import __main__ as gpu_day
 from benchmarks.gpu_day import wheels
 
 ROOT = Path(__file__).parents[2]
-MEASURED = {"environment", "kernels", "training", "plans", "decoding", "profiles", "longest"}
+MEASURED = {"environment", "kernels", "training", "plans", "decoding", "profiles", "longest", "compiled"}
 
 
 def test_every_section_runs_at_the_tiniest_size(tmp_path: Path) -> None:
@@ -30,7 +30,14 @@ def test_every_section_runs_at_the_tiniest_size(tmp_path: Path) -> None:
     assert len(steps) == 3
     assert all(0 < step["grad_norm"][0] < 10 for step in steps)
     text = (tmp_path / "gpu_day.md").read_text()
-    for heading in ("Training", "Plan and measured memory", "Answering", "Profile: ", "Longest document"):
+    for heading in (
+        "Training",
+        "Plan and measured memory",
+        "Answering",
+        "Profile: ",
+        "Longest document",
+        "Answering through compiled layers",
+    ):
         assert f"## {heading}" in text
     assert sum(seconds for _, seconds in gpu_day.SECTIONS.values()) <= 540
 
