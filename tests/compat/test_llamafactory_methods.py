@@ -103,7 +103,7 @@ def test_learning_rates_are_those_of_transformers(workplace: Path, name: str, wa
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that both numbers of wsd are there
-        theirs = get_scheduler(name, optimizer, warmup_steps, 57, scheduler_specific_kwargs=kwargs)
+        theirs: Any = get_scheduler(name, optimizer, warmup_steps, 57, scheduler_specific_kwargs=kwargs)
     for step in range(57):
         ours = config.optimizer.learning_rate * config.schedule.factor(step, 57)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15), step
