@@ -103,6 +103,7 @@ def train_processes(
             for line in child.output_lines():
                 report(Notice(line, "warning"))
         if failed is not None:
+            failed = _with_the_message(failed, children)
             tail_of = failed.stderr_tail()
             text = tail_of if failed is children[0] and failed.error else f"{failed.name}: {tail_of}"
             raise ProcessesFailed(text, failed.code if failed.code is not None and failed.code > 0 else 1)
@@ -111,6 +112,13 @@ def train_processes(
         raise KeyboardInterrupt
     report(RunFinished(summary, bool(summary["interrupted"])))
     return summary
+
+
+def _with_the_message(failed: Child, children: Sequence[Child]) -> Child:
+    """Where all have found the same, the first rank alone says it, and may be the last to end."""
+    ended_by_itself = failed.code is not None and failed.code >= 0
+    silent = ended_by_itself and not failed.error and not failed.output_lines()
+    return children[0] if silent and children[0].error else failed
 
 
 def _free_port() -> int:

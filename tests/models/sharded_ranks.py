@@ -1,4 +1,5 @@
-"""One of two ranks that hold a base between them, beside the same base whole: `python -m tests.models.sharded_ranks`.
+"""One of two or four ranks that hold a base between them, beside the same base whole: `python -m
+tests.models.sharded_ranks [storages]`; all families, too, unless only storages are wanted.
 
 Prints a line for each thing that was compared, its name and what differed; nothing else.
 """
@@ -98,7 +99,7 @@ def compare(family: str, storage: str, dtype: torch.dtype, ranks: Any) -> str:
     whole = base_of(family, storage, dtype)
     size = held(whole.model)
     expected = trained(whole, ranks)
-    base = base_of(family, storage, dtype, Sharded(torch.device("cpu"), 2, 2))
+    base = base_of(family, storage, dtype, Sharded(torch.device("cpu"), ranks.world, ranks.world))
     part = held(base.model)
     different = differing(trained(base, ranks), expected)
     return f"{len(different)} of {len(expected)} differ {different[:3]}, {part / size:.2f} of the bytes"
@@ -108,7 +109,7 @@ def gathered_weight(name: str) -> str:
     """A layer of a fixture's storage, cut and gathered again."""
     # with a norm beside it, as in every decoder layer: a group of 8-bit floats alone would travel as such, not as bytes
     plain, holder = build(name, torch.float32), nn.Sequential(build(name, torch.float32), nn.LayerNorm(4))
-    placement = Sharded(torch.device("cpu"), 2, 2)
+    placement = Sharded(torch.device("cpu"), dist.get_world_size(), dist.get_world_size())
     placement.keep(holder)
     gathered: Any = holder
     gathered.unshard()
@@ -129,7 +130,7 @@ def main() -> None:
     for storage in STORAGES:
         for dtype in (torch.float32, torch.bfloat16):
             show(f"llama {storage} {dtype}", compare("llama", storage, dtype, ranks))
-    for family in FAMILIES:
+    for family in () if sys.argv[1:] == ["storages"] else FAMILIES:
         try:
             base_of(family, "dense", torch.float32)
         except Exception as error:  # padded ones too; what is refused whole needs no parts

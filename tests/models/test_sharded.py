@@ -89,18 +89,24 @@ def test_out_of_memory_stops_everybody_in_words(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_storages_and_families_on_two_ranks() -> None:
+@pytest.mark.parametrize(("world", "what", "number", "share"), [(2, (), 90, 0.6), (4, ("storages",), 40, 0.4)])
+def test_storages_and_families_on_ranks(world: int, what: tuple[str, ...], number: int, share: float) -> None:
     """Two jobs, steps in passes of different number, an evaluation, log-probabilities: the same bits as on the whole
-    base, for half of its bytes on each. About 3 minutes."""
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29878"}
-    arguments = [sys.executable, "-m", "tests.models.sharded_ranks"]
+    base, for a half or a quarter of its bytes on each. About 3 minutes, and 1."""
+    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"2987{world}"}
+    arguments = [sys.executable, "-m", "tests.models.sharded_ranks", *what]
     ranks = [
-        subprocess.Popen(arguments, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+        subprocess.Popen(
+            arguments,
+            env={**common, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
     ]
     output = ranks[0].communicate(timeout=1200)[0].splitlines()
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=60) for rank in ranks] == [0] * world
     assert [line for line in output if ": 0 " not in line and ": refused" not in line] == []
-    assert len(output) > 90
+    assert len(output) > number
     shares = [float(line.rpartition(", ")[2].split()[0]) for line in output if "of the bytes" in line]
-    assert max(shares) < 0.6
+    assert max(shares) < share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 import torch
 
 from lowrank.config import RunConfig
-from lowrank.errors import ConfigError
-from lowrank.pipelines.data_parallel import ProcessesFailed
+from lowrank.errors import ConfigError, ModelError
+from lowrank.pipelines.data_parallel import ProcessesFailed, _with_the_message
 from lowrank.pipelines.launch import train
+from lowrank.pipelines.processes import Child
 from lowrank.pipelines.train import train as train_here
 from lowrank.report.events import Event, RunFinished, StepDone
 from lowrank.report.reporters.metrics import read_metrics
@@ -104,6 +106,36 @@ def test_a_rank_is_killed_and_one_process_goes_on(world: Path, tmp_path: Path) -
     assert kept["state"]["settings"]["lanes"] == 2
 
 
+def test_whose_error_is_said(tmp_path: Path) -> None:
+    """A rank that leaves the words to the first one may end before it; one that was killed has none."""
+
+    def child(code: int, error: str | None = None) -> Child:
+        return Child("rank", (), tmp_path, tmp_path / "log", {}, code, error)
+
+    first, silent, killed, other = child(4, "damaged"), child(4), child(-9), child(4, "another")
+    assert _with_the_message(silent, [first, silent]) is first
+    assert _with_the_message(killed, [first, killed]) is killed
+    assert _with_the_message(other, [first, other]) is other
+    assert _with_the_message(silent, [killed, silent]) is silent
+
+
+@pytest.mark.slow
+def test_an_error_that_all_find_is_said_once_and_as_on_one_device(world: Path, tmp_path: Path) -> None:
+    """What only loading finds: a weight is cut short."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    weights_file = tmp_path / "model" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-9])
+    own = settings(world, tmp_path / "run")
+    own["model"]["path"] = str(tmp_path / "model")
+    with pytest.raises(ModelError) as alone:
+        train(RunConfig(**own))
+    with pytest.raises(ProcessesFailed) as together, forked_processes() as ranks:
+        train(RunConfig(**own, devices=2))
+    assert str(together.value) == str(alone.value)
+    assert together.value.exit_code == alone.value.exit_code
+    assert {rank.returncode for rank in ranks} == {alone.value.exit_code}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["dense", "nf4"])
 def test_one_two_and_four_ranks(world: Path, tmp_path: Path, storage: str) -> None:
@@ -127,7 +159,7 @@ def test_one_two_and_four_ranks(world: Path, tmp_path: Path, storage: str) -> No
 
 
 @pytest.mark.slow
-def test_answers_and_comparisons_on_two_ranks(world: Path, tmp_path: Path) -> None:
+def test_answers_and_comparisons_on_two_and_four_ranks(world: Path, tmp_path: Path) -> None:
     """GRPO whose answers are used twice, PPO with values, DPO with references, a metric of generated answers."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Count to {n}."}) + "\n" for n in range(12)))
@@ -143,15 +175,17 @@ def test_answers_and_comparisons_on_two_ranks(world: Path, tmp_path: Path) -> No
         {"name": "dpo", "objective": "dpo", "data": {"train": [str(pairs)], "batch_size": 4}},
         {"name": "sft", "eval_metric": "exact_match", "data": {"validation_split": 0.2}},
     ]  # fmt: skip
-    for devices in (1, 2):
-        given = settings(world, tmp_path / str(devices), devices=devices, lanes=2, max_steps=4, jobs=jobs)
+    for devices in (1, 2, 4):
+        given = settings(world, tmp_path / str(devices), devices=devices, lanes=4, max_steps=4, jobs=jobs)
         given["data"] = {"train": [str(world / "train.json")], "batch_size": 4}
         given |= {"eval_steps": 2}
         train(RunConfig(**given), allow_code=True)
-    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    one = weights(tmp_path / "1")
     assert {name.partition("/")[0] for name in one} == {"grpo", "ppo", "dpo", "sft"}
-    assert all(torch.equal(two[name], value) for name, value in one.items())
-    assert losses(tmp_path / "2") == losses(tmp_path / "1")
+    for devices in ("2", "4"):
+        found = weights(tmp_path / devices)
+        assert all(torch.equal(found[name], value) for name, value in one.items())
+        assert losses(tmp_path / devices) == losses(tmp_path / "1")
 
 
 @pytest.mark.slow
