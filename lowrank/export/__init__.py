@@ -86,6 +86,32 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
+class Look:
+    """A question about a picture, and its answer."""
+
+    before_L: np.ndarray
+    """int64 tokens before what stands for the picture."""
+    pixels_HWC: np.ndarray
+    """(height, width, 3) uint8."""
+    length: int
+    """Tokens that stand for the picture, in training."""
+    after_L: np.ndarray
+    """int64 tokens behind it: the rest of the question, and the answer."""
+    rows: int
+    """How many of the last of these are compared."""
+
+
+@runtime_checkable
+class SeesPictures(Protocol):
+    """A `Reader` that can be shown pictures."""
+
+    def look(self, question: Look) -> tuple[np.ndarray, int]:
+        """Log-probabilities after each of the last `rows` tokens, (rows, V) float32; and how many tokens stand for the
+        picture here."""
+        ...
+
+
+@dataclass(frozen=True)
 class ReadBack:
     """One thing in a target's folder that can be run."""
 
@@ -98,6 +124,8 @@ class ReadBack:
     """What it was rounded from: its distributions may not be further from this one's than `tolerance` says either."""
     temporary: tuple[Path, ...] = ()
     """Files that are there for the comparison only."""
+    sees: bool = False
+    """It is asked about a picture, and nothing else: its reader is one that `SeesPictures`."""
 
 
 class Progress(Protocol):
@@ -125,6 +153,16 @@ class Target(Protocol):
 
     def usage(self, source: Source, path: str) -> str:
         """Markdown for the model card: how what lies at `path` (a folder or a hub name) is run."""
+        ...
+
+
+@runtime_checkable
+class WritesTower(Protocol):
+    """A target that may write what a model sees pictures by in a form of its own."""
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether it does so for this source: known from `needs` on, and sure after `write`."""
         ...
 
 

@@ -24,11 +24,13 @@ from lowrank import __version__
 from lowrank.checkpoints.atomic import new_folder, write_text
 from lowrank.data.config import SourceConfig
 from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
-from lowrank.export import Needs, Target, WritesParts
+from lowrank.export import Needs, Target, WritesParts, WritesTower
+from lowrank.export.gguf.llama_cpp import OtherVersionError
 from lowrank.export.publish.model_card import card
 from lowrank.export.source import Source
 from lowrank.export.targets import TargetConfig
 from lowrank.export.verify.compare import STORE_BYTES, Answers, Comparer, Comparison, reference_answers
+from lowrank.export.verify.pictures import Seen, compare_sight, picture_answer
 from lowrank.export.verify.readers import read_adapter
 from lowrank.export.writing.sizes import format_size
 from lowrank.models.loading.checkpoint_files import Checkpoint
@@ -101,11 +103,14 @@ def export_targets(
                     install.make()
         built = [each for each in built if each.own.type not in failures.errors]
         failures.raise_if_none_is_left()
-        answers = _reference_answers(found, source, prompts, notify, watch) if verify else None
+        pictures = any(isinstance(each.target, WritesTower) and each.target.has_tower for each in built)
+        answers, seen = None, None
+        if verify:
+            answers, seen = _reference_answers(found, source, prompts, notify, watch, pictures=pictures)
         comparer = None if answers is None else Comparer(answers, source.stop_tokens)
         for each in built:
             with failures.of(each.own.type):
-                reported = _export_target(each, source, comparer, watch)
+                reported = _export_target(each, source, comparer, seen, watch)
                 result["targets"][each.own.type] = reported
                 notify(
                     f"{each.own.type}: written in {reported['seconds']:.0f} s, {format_size(reported['bytes'])}; "
@@ -167,7 +172,9 @@ def _verdict(passed: bool | None) -> str:
     return {True: "read back, it is the same model", False: "read back, it differs", None: "not compared"}[passed]
 
 
-def _export_target(checked: _Checked, source: Source, comparer: Comparer | None, watch: Watch) -> dict[str, Any]:
+def _export_target(
+    checked: _Checked, source: Source, comparer: Comparer | None, seen: Seen | str | None, watch: Watch
+) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
     own, target, needs = checked.own, checked.target, checked.needs
     started = time.monotonic()
@@ -176,13 +183,24 @@ def _export_target(checked: _Checked, source: Source, comparer: Comparer | None,
     seconds = time.monotonic() - started
     failed = dict(target.failures) if isinstance(target, WritesParts) else {}
     comparisons: list[Comparison] = []
+    uncompared: list[str] = []
     read_backs = target.read_back(source, own.folder)
     try:
         for read_back in read_backs if comparer else ():
             what = f"comparing {read_back.name}"
             assert comparer is not None
             try:
-                comparisons.append(comparer.compare(read_back, lambda a, b, what=what: watch(what, a, b)))
+                if not read_back.sees:
+                    comparisons.append(comparer.compare(read_back, lambda a, b, what=what: watch(what, a, b)))
+                elif isinstance(seen, Seen):
+                    watch(what, 0, 1)
+                    comparisons.append(compare_sight(read_back, seen))
+                else:
+                    uncompared.append(f"{read_back.name} was not compared with a picture: {seen}")
+            except OtherVersionError as error:
+                if not read_back.sees:
+                    raise
+                uncompared.append(f"{read_back.name} was not compared with a picture: {error}")
             except LowrankError as error:
                 if len(read_backs) == 1:
                     raise
@@ -190,7 +208,7 @@ def _export_target(checked: _Checked, source: Source, comparer: Comparer | None,
     finally:
         for path in {path for read_back in read_backs for path in read_back.temporary}:
             path.unlink(missing_ok=True)
-    notes = [*needs.notes, *written]
+    notes = [*needs.notes, *written, *uncompared]
     if not comparisons:
         notes.append("unverified: what was written was not compared with what was trained")
     answers = None if comparer is None else comparer.answers
@@ -217,17 +235,30 @@ def _export_target(checked: _Checked, source: Source, comparer: Comparer | None,
 
 
 def _reference_answers(
-    found: ResolvedSource, source: Source, prompts: SourceConfig | None, notify: Callable[[str], None], watch: Watch
-) -> Answers:
-    """What base + adapter says, kept for all targets."""
+    found: ResolvedSource,
+    source: Source,
+    prompts: SourceConfig | None,
+    notify: Callable[[str], None],
+    watch: Watch,
+    *,
+    pictures: bool,
+) -> tuple[Answers, Seen | str | None]:
+    """What base + adapter says, kept for all targets; where they write towers what it says to a picture, or why it
+    cannot be asked about one."""
     held_out = found.held_out(prompts)
     notify(f"compared on {held_out.origin}")
     watch("asking base + adapter", 0, 1)
     with read_adapter(source, source.adapter) as reader:
         vocabulary = reader.bank.head(reader.slot).weight_VD.shape[0]
-        return reference_answers(
+        answers = reference_answers(
             reader, held_out, source.stop_tokens, vocabulary, lambda a, b: watch("asking base + adapter", a, b)
         )
+        if not pictures:
+            return answers, None
+        try:
+            return answers, picture_answer(reader, found.renderer, source.stop_tokens)
+        except LowrankError as error:
+            return answers, str(error)
 
 
 def _refuse_place(own: ExportRequest, found: ResolvedSource) -> None:

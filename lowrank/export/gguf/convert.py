@@ -58,19 +58,8 @@ def plan(model: Model) -> Plan:
     vocabulary = read_vocabulary(model.folder, _vocabulary_size(model))
     header = {f"{family.arch}.{key}": value for key, value in family.fields(config).items()}
     fields = {"general.type": "model", "general.name": model.name, **header, **vocabulary.fields}
-    notes = [*family.notes(config), *vocabulary.notes, *left_out(model)]
+    notes = [*family.notes(config), *vocabulary.notes]
     return Plan(model, family, fields, _named_parts(model, family), family.extra(config), notes)
-
-
-def left_out(model: Model) -> list[str]:
-    """What of a composite model is not in its file, in words for the user; nothing for any other."""
-    if not model.left_out:
-        return []
-    parts = ", ".join(f"{name} ({count} tensors)" for name, count in model.left_out.items())
-    return [
-        f"the file holds the language model alone and reads text only: without {parts}; of families that it knows, "
-        "llama.cpp's convert_hf_to_gguf.py --mmproj makes the tower's file of a merged export (--to merged)"
-    ]
 
 
 def _vocabulary_size(model: Model) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 
 from lowrank.errors import ModelError
 from lowrank.export import Install
-from lowrank.export.gguf.convert import left_out, plan, write_plan
+from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.families import families
 from lowrank.export.gguf.importance import measure
 from lowrank.export.gguf.model import Model, read_merged
@@ -26,7 +26,8 @@ _SHARD = 5 * 10**9
 class Converter(Protocol):
     """Writes one model as any of the plain types."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    model: Model
+    """As it is converted; of a composite one the language model, with its towers `beside` it."""
     notes: tuple[str, ...]
     installs: tuple[Install, ...]
     between_bytes: int
@@ -59,7 +60,7 @@ class _Own:
     def __init__(self, source: Source, model: Model) -> None:
         self.source = source
         self.plan = plan(model)
-        self.shapes: Mapping[str, tuple[int, ...]] = model.shapes
+        self.model = model
         self.notes = tuple(self.plan.notes)
 
     def write(self, path: Path, kind: str, progress: Callable[[int, int], None]) -> None:
@@ -75,13 +76,12 @@ class _Theirs:
         self.merged = Merged(source)
         self.layout = lay_out(self.merged, dtype, _SHARD)
         self.side, self.dtype, self.upstream = side, dtype, upstream
-        self.shapes: Mapping[str, tuple[int, ...]] = model.shapes
+        self.model = model
         self.between_bytes = self.layout.total_bytes
         self.installs = upstream.installs(model.architecture)
         self.notes = (
             f"{model.model_type} is converted by {upstream.name}, with no test of lowrank's behind it: "
             "what counts is the comparison",
-            *left_out(model),
         )
 
     def write(self, path: Path, kind: str, progress: Callable[[int, int], None]) -> None:

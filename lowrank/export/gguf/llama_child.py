@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,95 +17,23 @@ from typing import Any
 
 import numpy as np
 
-F32, Q8_0 = 0, 8
-Pointer, Int, Unsigned, Float, Bool = (
-    ctypes.c_void_p,
-    ctypes.c_int32,
-    ctypes.c_uint32,
-    ctypes.c_float,
-    ctypes.c_bool,
+from lowrank.export.gguf.llama_pictures import Tower
+from lowrank.export.gguf.llama_structures import (
+    KNOWN_CONTEXT,
+    KNOWN_MODEL,
+    Batch,
+    Bool,
+    ContextSettings,
+    Float,
+    Int,
+    ModelSettings,
+    Pointer,
+    check_defaults,
+    declare,
 )
 
-
-ROOM = 256
-"""Bytes behind the fields used here, for those that versions differ in: both structures go by value as the last
-argument, larger than any register, so that more than there is does no harm on x86-64 and aarch64."""
-
-
-class ModelSettings(ctypes.Structure):
-    """llama_model_params of llama.h."""
-
-    _fields_ = (
-        ("devices", Pointer),
-        ("tensor_buft_overrides", Pointer),
-        ("n_gpu_layers", Int),
-        ("split_mode", Int),
-        ("load_mode", Int),
-        ("lazy_mode", Int),
-        ("main_gpu", Int),
-        ("tensor_split", Pointer),
-        ("progress_callback", Pointer),
-        ("progress_callback_user_data", Pointer),
-        ("kv_overrides", Pointer),
-        *((name, Bool) for name in ("vocab_only", "check_tensors", "use_extra_bufts")),
-        ("rest", ctypes.c_uint8 * ROOM),
-    )
-
-
-class ContextSettings(ctypes.Structure):
-    """llama_context_params of llama.h."""
-
-    _fields_ = (
-        *(
-            (name, Unsigned)
-            for name in (
-                "n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq", "n_outputs_max", "n_outputs_max_per_seq",
-            )
-        ),
-        ("n_threads", Int),
-        ("n_threads_batch", Int),
-        *(
-            (name, Int)
-            for name in ("ctx_type", "rope_scaling_type", "pooling_type", "attention_type", "flash_attn_type")
-        ),
-        *(
-            (name, Float)
-            for name in (
-                "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast",
-                "yarn_beta_slow",
-            )
-        ),
-        ("yarn_orig_ctx", Unsigned),
-        ("defrag_thold", Float),
-        ("cb_eval", Pointer),
-        ("cb_eval_user_data", Pointer),
-        ("type_k", Int),
-        ("type_v", Int),
-        ("rest", ctypes.c_uint8 * ROOM),
-    )  # fmt: skip
-
-
-class Batch(ctypes.Structure):
-    """llama_batch of llama.h."""
-
-    _fields_ = (
-        ("n_tokens", Int),
-        ("token", ctypes.POINTER(Int)),
-        ("embd", Pointer),
-        ("pos", ctypes.POINTER(Int)),
-        ("n_seq_id", ctypes.POINTER(Int)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(Int))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    )
-
-
-KNOWN_MODEL = {"n_gpu_layers": -1, "split_mode": 1, "main_gpu": 0, "vocab_only": False, "use_extra_bufts": True}
-KNOWN_CONTEXT = {
-    "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_threads": 4, "rope_scaling_type": -1,
-    "pooling_type": -1, "attention_type": -1, "flash_attn_type": -1, "yarn_ext_factor": -1.0, "yarn_beta_slow": -1.0,
-    "yarn_orig_ctx": 0, "defrag_thold": -1.0, "type_k": 1, "type_v": 1,
-}  # fmt: skip
-"""Defaults by which a version of llama.cpp whose structures lie otherwise is recognized."""
+F32 = 0
+"""A type of ggml's."""
 
 
 def open_library() -> Any:
@@ -115,7 +44,8 @@ def open_library() -> Any:
     if not found:
         raise RuntimeError("this platform's xllamacpp does not show llama.cpp's C functions (Windows)")
     library = ctypes.CDLL(str(found[0]))
-    for name, result, arguments in (
+    declare(
+        library,
         ("llama_model_default_params", ModelSettings, []),
         ("llama_context_default_params", ContextSettings, []),
         ("llama_model_load_from_file", Pointer, [ctypes.c_char_p, ModelSettings]),
@@ -134,22 +64,10 @@ def open_library() -> Any:
         ("llama_adapter_lora_init", Pointer, [Pointer, ctypes.c_char_p]),
         ("llama_set_adapters_lora", Int, [Pointer, Pointer, ctypes.c_size_t, Pointer]),
         ("llama_backend_init", None, []),
-    ):
-        function = getattr(library, name, None)
-        if function is None:
-            raise RuntimeError(f"this xllamacpp has no {name}")
-        function.restype, function.argtypes = result, arguments
-    _check(library.llama_model_default_params(), KNOWN_MODEL)
-    _check(library.llama_context_default_params(), KNOWN_CONTEXT)
+    )
+    check_defaults(library.llama_model_default_params(), KNOWN_MODEL)
+    check_defaults(library.llama_context_default_params(), KNOWN_CONTEXT)
     return library
-
-
-def _check(settings: Any, known: dict[str, Any]) -> None:
-    for name, value in known.items():
-        if getattr(settings, name) != value:
-            raise RuntimeError(
-                f"this xllamacpp has other structures than lowrank knows ({name} is {getattr(settings, name)})"
-            )
 
 
 BATCH = 512
@@ -178,6 +96,8 @@ class Session:
             self._adapters[index] = self._library.llama_adapter_lora_init(self._model, path.encode())
             if not self._adapters[index]:
                 raise RuntimeError(f"llama.cpp cannot load the adapter {path}")
+        tower = opening.get("tower")
+        self._tower = Tower(self._library, self._model, tower, self._threads) if tower else None
 
     def _start(self, length: int) -> None:
         """An empty cache for `length` tokens."""
@@ -234,6 +154,29 @@ class Session:
         self._start(len(tokens))
         return np.concatenate([self._decode(tokens[i : i + BATCH], i, True) for i in range(0, len(tokens), BATCH)])
 
+    def look(self, task: dict[str, Any]) -> int:
+        """Logits after each of the last `rows` tokens of `after`, behind `before` and a picture, into `array`; how many
+        tokens the picture is. What its family puts around a picture stands in `before` and `after` already."""
+        assert self._tower is not None
+        chunks = self._tower.chunks(np.load(task["picture"]))
+        before, after, rows = task["before"], task["after"], task["rows"]
+        own = chunks.before, chunks.after
+        length = chunks.length
+        if (own[0] and before[-len(own[0]) :] != own[0]) or after[: len(own[1])] != own[1]:
+            raise RuntimeError(f"llama.cpp puts the tokens {own[0]} and {own[1]} around a picture, training did not")
+        self._start(len(before) + length + len(after))
+        for start in range(0, len(before), BATCH):
+            self._decode(before[start : start + BATCH], start, False)
+        place = chunks.read(self._context, len(before), BATCH)
+        chunks.close()
+        read, learned = after[:-rows], after[-rows:]
+        for start in range(0, len(read), BATCH):
+            self._decode(read[start : start + BATCH], place + start, False)
+        place += len(read)
+        parts = [self._decode(learned[i : i + BATCH], place + i, True) for i in range(0, rows, BATCH)]
+        np.save(task["array"], np.concatenate(parts))
+        return length
+
     def generate(self, task: dict[str, Any]) -> dict[str, Any]:
         """The likeliest continuation, and whether it ended by itself."""
         tokens, answer, stops = task["tokens"], [], set(task["stop_tokens"])
@@ -252,20 +195,23 @@ class Session:
 
 def main() -> None:
     """Answer one line of JSON with another until there is no more; arrays go to the file that the question names."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the part that reads pictures writes to stdout
     session = Session(json.loads(sys.stdin.readline()))
     kinds: dict[str, Callable[[dict[str, Any]], Any]] = {
         "tokenize": session.tokenize,
         "logits": session.logits,
+        "look": session.look,
         "generate": session.generate,
     }
-    print(json.dumps({"answer": session.size}), flush=True)
+    print(json.dumps({"answer": session.size}), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         answer = kinds[task["kind"]](task)
         if isinstance(answer, np.ndarray):
             np.save(task["array"], answer)
             answer = None
-        print(json.dumps({"answer": answer}), flush=True)
+        print(json.dumps({"answer": answer}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,14 @@ from typing import Any
 import numpy as np
 
 from lowrank.errors import ModelError
+from lowrank.export.gguf.llama_structures import OTHER_VERSION
 
 Adapters = Sequence[tuple[Path, float]]
 """Adapter files and how strongly each counts."""
+
+
+class OtherVersionError(ModelError):
+    """The installed llama.cpp has other functions or structures than are known here."""
 
 
 def unreachable() -> str | None:
@@ -38,7 +43,8 @@ def unreachable() -> str | None:
 
 
 class LlamaCpp:
-    """A file (and adapters over it) loaded by llama.cpp, until the end of the `with` block.
+    """A file (with adapters over it, and a tower's file beside it) loaded by llama.cpp, until the end of the `with`
+    block.
 
     Raises ModelError: not installed, cannot load the file, died on an assertion, or took more than `timeout`
     seconds for one answer.
@@ -49,6 +55,7 @@ class LlamaCpp:
         path: Path,
         *,
         adapters: Adapters = (),
+        tower: Path | None = None,
         vocab_only: bool = False,
         threads: int = 1,
         timeout: float = 600.0,
@@ -71,6 +78,7 @@ class LlamaCpp:
         opening = {
             "model": str(path),
             "adapters": [[str(adapter), scale] for adapter, scale in adapters],
+            "tower": None if tower is None else str(tower),
             "vocab_only": vocab_only,
             "threads": threads,
         }
@@ -87,6 +95,26 @@ class LlamaCpp:
         found = np.load(array)
         array.unlink()
         return found
+
+    def look(
+        self, before: Sequence[int], pixels_HWC: np.ndarray, after: Sequence[int], rows: int
+    ) -> tuple[np.ndarray, int]:
+        """Logits after each of the last `rows` tokens of `after`, which stands behind `before` and a picture, (rows, V)
+        float32; and how many tokens the picture is. `pixels_HWC`: (height, width, 3) uint8."""
+        array, picture = Path(self._folder.name, "array.npy"), Path(self._folder.name, "picture.npy")
+        np.save(picture, pixels_HWC)
+        task = {
+            "kind": "look",
+            "before": [int(token) for token in before],
+            "picture": str(picture),
+            "after": [int(token) for token in after],
+            "rows": rows,
+            "array": str(array),
+        }
+        length = self._request(task)
+        found = np.load(array)
+        array.unlink()
+        return found, length
 
     def generate(
         self, tokens: Sequence[int], max_tokens: int, stop_tokens: Iterable[int] = ()
@@ -143,7 +171,8 @@ class LlamaCpp:
         if late:
             raise ModelError(f"{self._what}: no answer within {self._timeout:.0f} seconds")
         stderr = self._stderr_file.read_text(encoding="utf-8", errors="replace")
-        raise ModelError(stderr_tail(self._what, self._process.wait(), stderr))
+        error = OtherVersionError if OTHER_VERSION in stderr else ModelError
+        raise error(stderr_tail(self._what, self._process.wait(), stderr))
 
 
 def run_child(

@@ -41,6 +41,8 @@ class Model:
     """The name here of a parameter of transformers' model; None: it is not here."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Parts of a composite model that are not here, and how many tensors each has: towers for pictures or sound."""
+    beside: Model | None = None
+    """Those parts: their tensors under the names of the checkpoint's files, the configuration of the whole model."""
 
     @property
     def architecture(self) -> str:
@@ -106,6 +108,13 @@ def _language_part(model: Model, names: Names, *, untied: bool = False) -> Model
     above = language.rpartition(".")[0]
     outside = [becomes.get(name, name).removeprefix(f"{above}.") for name, plain in found.items() if plain is None]
     counts = Counter(name.partition(".")[0] for name in outside)
+    towers = [name for name, plain in found.items() if plain is None]
+    beside = replace(
+        model,
+        config=names.model.config.to_dict(),
+        shapes={name: model.shapes[name] for name in towers},
+        dtypes={name: model.dtypes[name] for name in towers},
+    )
     return replace(
         model,
         config={**model.config, "tie_word_embeddings": bool(names.tied) and not untied},
@@ -114,6 +123,7 @@ def _language_part(model: Model, names: Names, *, untied: bool = False) -> Model
         tensor=lambda plain: model.tensor(file_of[plain]),
         named=named,
         left_out=dict(counts),
+        beside=beside if towers else None,
     )
 
 

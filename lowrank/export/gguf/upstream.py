@@ -27,7 +27,9 @@ SENTENCEPIECE = "0.2.3"
 """What the converter reads tokenizers like Llama 2's with."""
 SCRIPT = "convert_hf_to_gguf.py"
 _PACKAGES = "packages"
-_SUPPORTED = "supported.txt"
+_SUPPORTED, _TOWERS = "supported.txt", "towers.txt"
+_HEADING = "MMPROJ models:"
+"""Of the second of the lists that the converter prints."""
 _WANTED = (SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -45,39 +47,60 @@ class Upstream:
         where = "PyPI's llama-cpp-python " + VERSION if self.given is None else str(self.given)
         return f"llama.cpp's own converter ({where})"
 
+    @property
+    def is_here(self) -> bool:
+        """Whether nothing is to be fetched."""
+        return (self.folder / SCRIPT).is_file()
+
     def installs(self, architecture: str) -> tuple[Install, ...]:
         """What is to be fetched; ModelError for what is there already and does not know `architecture`."""
-        if (self.folder / SCRIPT).is_file():
+        if self.is_here:
             self.check(architecture)
             return ()
+
+        def make() -> None:
+            self.fetch()
+            self.check(architecture)
+
+        return (Install(self.announcement(f"lowrank's converter does not know {architecture}"), make),)
+
+    def announcement(self, why: str) -> str:
+        """What is fetched, and why. ModelError where the folder that was named has no converter."""
         if self.given is not None:
             raise ModelError(f"gguf.converter: {self.given} has no {SCRIPT}; name the folder of llama.cpp's source")
-        output = (
-            f"lowrank's converter does not know {architecture}; fetching llama.cpp's own: llama-cpp-python {VERSION} "
+        return (
+            f"{why}; fetching llama.cpp's own: llama-cpp-python {VERSION} "
             f"from PyPI (source, 77 MB, of which 5 MB of Python are kept) and sentencepiece (2 MB) into "
             f"{self.folder}; nothing is compiled, and nothing is added to this environment"
         )
 
-        def make() -> None:
+    def fetch(self) -> None:
+        """Where it is not here yet. ModelError if it cannot be had."""
+        if not self.is_here:
             fetch(self.folder)
-            self.check(architecture)
-
-        return (Install(output, make),)
 
     def check(self, architecture: str) -> None:
         """Raises ModelError if the converter does not know this class of transformers, or does not run here."""
-        listed = self.folder / _SUPPORTED
-        names = listed.read_text(encoding="utf-8") if listed.is_file() else supported(self.folder)
-        if architecture not in names.split():
+        if architecture not in self._listed(_SUPPORTED):
             raise ModelError(
                 f"neither lowrank nor {self.name} can write {architecture} to GGUF; serve it from its merged "
                 "checkpoint (--to merged)"
             )
 
-    def convert(self, model: Path, path: Path, kind: str, name: str) -> None:
-        """Write the checkpoint in `model` to `path`; it will be called `name`. Raises ModelError with the end of what
-        the converter said."""
+    def knows_tower(self, architecture: str) -> bool:
+        """Whether it knows the towers of this class of transformers. Raises ModelError if it does not run here."""
+        return architecture in self._listed(_TOWERS)
+
+    def _listed(self, file: str) -> list[str]:
+        listed = self.folder / file
+        names = listed.read_text(encoding="utf-8") if listed.is_file() else supported(self.folder)[file == _TOWERS]
+        return names.split()
+
+    def convert(self, model: Path, path: Path, kind: str, name: str, *, tower: bool = False) -> None:
+        """Write the checkpoint in `model` to `path`, or its `tower` alone; it will be called `name`. Raises ModelError
+        with the end of what the converter said."""
         arguments = [str(model), "--outfile", str(path), "--outtype", kind, "--model-name", name]
+        arguments += ["--mmproj"] if tower else []
         run(self.folder, arguments, f"{self.name} on {name}")
 
 
@@ -95,7 +118,8 @@ def fetch(folder: Path) -> None:
                 if member.isfile() and name != member.name and name.startswith(_WANTED):
                     member.name = name
                     tar.extract(member, partial, filter="data")
-        (partial / _SUPPORTED).write_text(supported(partial), encoding="utf-8")
+        for file, names in zip((_SUPPORTED, _TOWERS), supported(partial), strict=True):
+            (partial / file).write_text(names, encoding="utf-8")
 
 
 def _download(folder: Path) -> Path:
@@ -118,10 +142,15 @@ def _pip(command: str, *arguments: str) -> None:
         )
 
 
-def supported(folder: Path) -> str:
-    """Classes of transformers that the converter in `folder` knows, separated by blanks."""
-    output = run(folder, ["--print-supported-models"], "llama.cpp's converter")
-    return " ".join(line.strip("- ") for line in output.splitlines() if line.strip().startswith("- "))
+def supported(folder: Path) -> tuple[str, str]:
+    """Classes of transformers that the converter in `folder` knows, separated by blanks: of language models, and of
+    what stands before them."""
+    texts, _, towers = run(folder, ["--print-supported-models"], "llama.cpp's converter").partition(_HEADING)
+    return _names(texts), _names(towers)
+
+
+def _names(printed: str) -> str:
+    return " ".join(line.strip("- ") for line in printed.splitlines() if line.strip().startswith("- "))
 
 
 def run(folder: Path, arguments: list[str], what: str) -> str:

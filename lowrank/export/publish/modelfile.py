@@ -36,10 +36,14 @@ class Modelfile:
     license: str | None = None
     parameters: tuple[tuple[str, str | int | float], ...] = ()
     """In order; `stop` may stand several times."""
+    projector: str | None = None
+    """A second FROM: the file of the model's tower, which Ollama calls its projector."""
 
     def text(self) -> str:
         """The file. Raises ModelError for a value that the format cannot hold."""
         lines = [f"FROM {_quoted('FROM', self.model)}"]
+        if self.projector is not None:
+            lines.append(f"FROM {_quoted('FROM', self.projector)}")
         if self.adapter is not None:
             lines.append(f"ADAPTER {_quoted('ADAPTER', self.adapter)}")
         lines += [f"PARAMETER {name} {_quoted(f'PARAMETER {name}', value)}" for name, value in self.parameters]
@@ -111,7 +115,11 @@ def parse(text: str) -> Modelfile:
         if keyword == "parameter":
             parameters.append((name, _number(name, value, first + 1)))
         else:
-            directives["model" if keyword == "from" else keyword] = value
+            if keyword == "from":
+                keyword = "projector" if "model" in directives else "model"
+                if keyword in directives:
+                    raise ModelError(f"Modelfile, line {first + 1}: a third FROM; lowrank knows a model and its tower")
+            directives[keyword] = value
     if "model" not in directives:
         raise ModelError("Modelfile: no FROM line")
     return Modelfile(**directives, parameters=tuple(parameters))

@@ -49,18 +49,20 @@ class Deployment:
     """None: FROM names a model that the server has."""
     adapter: Blob | None
     quantize: str | None = None
+    projector: Blob | None = None
 
     @property
     def blobs(self) -> list[Blob]:
         """All files, in the order in which they are uploaded."""
-        return [blob for blob in (self.model, self.adapter) if blob is not None]
+        return [blob for blob in (self.model, self.projector, self.adapter) if blob is not None]
 
     def request(self) -> dict[str, Any]:
         """The body of POST /api/create, as the client's `create` takes it."""
         own = self.modelfile
+        files = {blob.path.name: blob.digest for blob in (self.model, self.projector) if blob is not None}
         fields = {
             "from_": own.model if self.model is None else None,
-            "files": {self.model.path.name: self.model.digest} if self.model else None,
+            "files": files or None,
             "adapters": {self.adapter.path.name: self.adapter.digest} if self.adapter else None,
             "template": own.template,
             "system": own.system,
@@ -86,6 +88,12 @@ def plan(name: str, folder: Path, *, quantize: str | None = None) -> Deployment:
     named = modelfile.model.startswith((".", "/", "~")) or modelfile.model.endswith(".gguf")
     if named and not model.is_file():
         raise ModelError(f"{file}: FROM {modelfile.model}: there is no such file")
+    if modelfile.projector is not None and not (folder / modelfile.projector).is_file():
+        raise ModelError(f"{file}: FROM {modelfile.projector}: there is no such file")
+    if modelfile.projector is not None and not model.is_file():
+        raise ModelError(
+            f"{file}: FROM {modelfile.model} is no file, and a second FROM goes with files alone; use ollama create"
+        )
     if modelfile.adapter is not None and not (folder / modelfile.adapter).is_file():
         raise ModelError(f"{file}: ADAPTER {modelfile.adapter}: there is no such file")
     if quantize is not None and not model.is_file():
@@ -96,6 +104,7 @@ def plan(name: str, folder: Path, *, quantize: str | None = None) -> Deployment:
         _blob(model) if model.is_file() else None,
         _blob(folder / modelfile.adapter) if modelfile.adapter is not None else None,
         quantize,
+        _blob(folder / modelfile.projector) if modelfile.projector is not None else None,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BeforeValidator
 
 from lowrank.errors import ModelError, is_disk_full, raise_all
-from lowrank.export import Needs, Progress, ReadBack, Tolerance
+from lowrank.export import Look, Needs, Progress, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.converters import Converter, converter_for
 from lowrank.export.gguf.importance import DATA, documents_for
@@ -23,6 +23,8 @@ from lowrank.export.gguf.mixes import BASES, NEED_IMPORTANCE
 from lowrank.export.gguf.pretokenizers import MOST_DIFFERENT
 from lowrank.export.gguf.quantize import check_recipe, missing_kernels, quantize_file
 from lowrank.export.gguf.tokenizer_check import compare_tokenizers
+from lowrank.export.gguf.tower import TowerFile
+from lowrank.export.gguf.upstream import Upstream
 from lowrank.export.source import Source
 from lowrank.settings import Settings
 
@@ -38,6 +40,10 @@ _KL = {
 }  # fmt: skip
 """Mean KL from base + adapter that a type may cost: several times what is reported for 8 B models (llama.cpp's
 tools/perplexity/README.md), since small models suffer more. For all others 1.0."""
+
+
+_TOWER_KL = 2e-2
+"""And what pictures may cost: llama.cpp computes towers in 16 bits whatever their file holds."""
 
 
 def as_types(value: Any) -> Any:
@@ -60,6 +66,10 @@ class GGUFExportConfig(Settings):
     converter: Path | None = None
     """A folder with llama.cpp's source, whose converter then does families that lowrank does not know. Left out: it is
     fetched from PyPI when it is needed."""
+    mmproj: bool | Literal["auto"] = "auto"
+    """The towers of a model that sees or hears, as a second file for llama.cpp's --mmproj. llama.cpp's own converter
+    writes it, which is fetched from PyPI if it is not there (77 MB). auto: where that converter knows the family, else
+    the language model alone is written, and why; true: refused where it cannot be; false: the language model alone."""
 
     def build(self) -> GgufTarget:
         """The target."""
@@ -77,6 +87,7 @@ class GgufTarget:
                 check_recipe(name)
         self.quantized = [name for name in config.types if name not in PLAIN_TYPES]
         self.failures: dict[str, Exception] = {}
+        self._tower: TowerFile | None = None
 
     def needs(self, source: Source) -> Needs:
         """All files, the 16-bit one that quantized ones are made from, and one tensor in memory."""
@@ -84,14 +95,20 @@ class GgufTarget:
         documents = self._documents(source)
         with tempfile.TemporaryDirectory() as side:
             converter = self._converter(source, Path(side))
-        counts = [int(np.prod(shape)) for shape in converter.shapes.values()]
+            tower = self._tower = self._tower_of(source, converter)
+        counts = [int(np.prod(shape)) for shape in converter.model.shapes.values()]
         kinds = [*self.config.types, *self._between()]
         disk = sum(_bytes(converter, kind) for kind in kinds) + converter.between_bytes
         notes = [*converter.notes, *filter(None, [_unchecked()])]
+        installs = converter.installs
+        if tower is not None:
+            disk += tower.num_bytes(self._tower_type())
+            notes.append(tower.note())
+            installs = installs or tower.installs
         if documents:
             origin = self.config.importance if self.config.importance not in (None, DATA) else "the training rows"
             notes.append(f"importance is measured on {sum(map(len, documents)):,} tokens of {origin}")
-        return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), converter.installs)
+        return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), installs)
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
         """One file for each type; what each really holds. A type that fails is in `failures`, unless all do."""
@@ -131,6 +148,7 @@ class GgufTarget:
                     )
                     described += [str(written), *written.notes]
                 done += size
+            described += self._write_tower(source, folder, Path(side))
         if _unchecked():
             for path in self.temporary(source, folder):
                 path.unlink()
@@ -162,12 +180,66 @@ class GgufTarget:
             else:
                 temporary = self.temporary(source, folder)
                 found.append(replace(_read_back(path, kind), against=rounded_from, temporary=temporary))
+        if self.has_tower:
+            found.append(self._read_tower(source, folder))
         return found
+
+    def _read_tower(self, source: Source, folder: Path) -> ReadBack:
+        """Beside the first of the language model's files."""
+        kind = self._whole()[0]
+        path, tower, allowed = self.path(source, folder, kind), self.tower_path(source, folder), tolerance(kind)
+        kl = max(allowed.mean_kl, _TOWER_KL)
+        allowed = replace(allowed, mean_kl=kl, top1_agreement=max(0.5, 1.0 - kl**0.5), perplexity=kl)
+        return ReadBack(f"{tower.name} beside {path.name}", allowed, lambda: LlamaReader(path, tower=tower), sees=True)
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
         name = self.path(source, Path(path), self._whole()[0])
-        return f"```\nllama-server -m {name}\n```\n\nOr a `Modelfile` with the line `FROM {name}`, and `ollama create`."
+        if not self.has_tower:
+            return (
+                f"```\nllama-server -m {name}\n```\n\n"
+                f"Or a `Modelfile` with the line `FROM {name}`, and `ollama create`."
+            )
+        tower = self.tower_path(source, Path(path))
+        return (
+            f"```\nllama-server -m {name} --mmproj {tower}\n"
+            f"llama-mtmd-cli -m {name} --mmproj {tower} --image picture.jpg -p 'What is this?'\n```\n\n"
+            f"Or a `Modelfile` with the lines `FROM {name}` and `FROM {tower}`, and `ollama create`."
+        )
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether a second file, for what the model sees or hears, is written: known from `needs` on, and sure after
+        `write`."""
+        return self._tower is not None and self._tower.missing is None
+
+    def tower_path(self, source: Source, folder: Path) -> Path:
+        """That file. Programs know it by the beginning of its name."""
+        return folder / f"mmproj-{source.name}-{self._tower_type().upper()}.gguf"
+
+    def _tower_type(self) -> str:
+        """16 bits, whatever the language model is rounded to, as towers are handed around; all of them where that has
+        all as well."""
+        return "f32" if "f32" in self.config.types else "bf16" if self.config.types == ("bf16",) else "f16"
+
+    def _tower_of(self, source: Source, converter: Converter) -> TowerFile | None:
+        """None: a language model without any. ModelError where one is asked for by name and cannot be."""
+        model, wanted = converter.model, self.config.mmproj
+        if model.beside is not None:
+            return TowerFile(source, model, model.beside, wanted, Upstream(self.config.converter))
+        if wanted is True:
+            raise ModelError(
+                f"gguf.mmproj: true, and {source.name} neither sees nor hears: there is no tower to write; leave it out"
+            )
+        return None
+
+    def _write_tower(self, source: Source, folder: Path, side: Path) -> list[str]:
+        """Beside the language model's files; what came of it."""
+        if self._tower is None or self._tower.missing:
+            return []
+        path = self.tower_path(source, folder)
+        self._tower.write(side, path, self._tower_type())
+        return [self._tower.note()] if self._tower.missing else []
 
     def _compare_tokenizers(self, path: Path, side: Path) -> list[str]:
         """Whether llama.cpp reads text as the model was trained to. Raises ModelError if it does not at all."""
@@ -214,14 +286,19 @@ class GgufTarget:
 class LlamaReader:
     """A GGUF file in llama.cpp, as a `Reader`."""
 
-    def __init__(self, path: Path, adapters: Adapters = ()) -> None:
-        self._session = LlamaCpp(path, adapters=adapters)
+    def __init__(self, path: Path, adapters: Adapters = (), tower: Path | None = None) -> None:
+        self._session = LlamaCpp(path, adapters=adapters, tower=tower)
 
     def logprobs(self, token_L: np.ndarray) -> np.ndarray:
         """See `Reader`."""
-        logits_LV = self._session.logits(token_L.tolist())
-        logits_LV -= logits_LV.max(axis=-1, keepdims=True)
-        return logits_LV - np.log(np.exp(logits_LV).sum(axis=-1, keepdims=True))
+        return _log_softmax(self._session.logits(token_L.tolist()))
+
+    def look(self, question: Look) -> tuple[np.ndarray, int]:
+        """See `SeesPictures`."""
+        logits_KV, length = self._session.look(
+            question.before_L.tolist(), question.pixels_HWC, question.after_L.tolist(), question.rows
+        )
+        return _log_softmax(logits_KV), length
 
     def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
         """See `Reader`; ends also where llama.cpp itself would."""
@@ -236,6 +313,12 @@ class LlamaReader:
         self._session.close()
 
 
+def _log_softmax(logits_LV: np.ndarray) -> np.ndarray:
+    """In place."""
+    logits_LV -= logits_LV.max(axis=-1, keepdims=True)
+    return logits_LV - np.log(np.exp(logits_LV).sum(axis=-1, keepdims=True))
+
+
 def tolerance(kind: str) -> Tolerance:
     """What a type may cost."""
     kl = _KL.get(kind, 1.0)
@@ -248,7 +331,7 @@ def _read_back(path: Path, kind: str = "f16") -> ReadBack:
 
 
 def _bytes(converter: Converter, kind: str) -> int:
-    return int(sum(int(np.prod(shape)) for shape in converter.shapes.values()) * BITS.get(kind, 4.5) / 8)
+    return int(sum(int(np.prod(shape)) for shape in converter.model.shapes.values()) * BITS.get(kind, 4.5) / 8)
 
 
 def _unchecked() -> str | None:

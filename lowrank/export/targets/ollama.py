@@ -55,6 +55,9 @@ class OllamaExportConfig(Settings):
     """Context length in tokens; 0: the model's own, 8192 at the most, since memory is reserved for all of it."""
     importance: str | None = None
     """A text file or `data`, for the importance matrix of quantized types; see gguf.importance."""
+    mmproj: bool | Literal["auto"] = "auto"
+    """The towers of a model that sees or hears, as a second file and a second FROM; see gguf.mmproj. With as_adapter
+    the language model alone is written."""
 
     def build(self) -> OllamaTarget:
         """The target."""
@@ -68,7 +71,10 @@ class OllamaTarget:
         if config.base is not None and not config.as_adapter:
             raise ConfigError("ollama.base goes with ollama.as_adapter=true: a merged model needs no base")
         self.config = config
-        self.gguf = GGUFExportConfig(types=config.types, importance=config.importance).build()
+        if config.as_adapter and config.mmproj is True:
+            raise ConfigError("ollama.mmproj: true goes with a merged model; leave ollama.as_adapter out")
+        mmproj = False if config.as_adapter else config.mmproj
+        self.gguf = GGUFExportConfig(types=config.types, importance=config.importance, mmproj=mmproj).build()
         self.lora = LoraGGUFExportConfig().build()
 
     def needs(self, source: Source) -> Needs:
@@ -84,6 +90,8 @@ class OllamaTarget:
             )
             parts.append(self.lora.needs(source))
         notes = [note for part in parts for note in part.notes]
+        if self.has_tower:
+            notes.append("a tower in a file of its own is for Ollama from 0.30 on, which runs llama.cpp")
         if self.config.template:
             notes.append("the TEMPLATE is for Ollama before 0.30; tool calls are not in it")
         if self.config.base is not None:
@@ -105,7 +113,13 @@ class OllamaTarget:
         modelfile = self._modelfile(source)
         (folder / MODELFILE).write_text(modelfile.text(), encoding="utf-8")
         settings = ", ".join(f"{name} {value}" for name, value in modelfile.parameters)
-        return [*described, f"Modelfile: FROM {modelfile.model}, {settings}"]
+        projector = f", FROM {modelfile.projector}" if modelfile.projector else ""
+        return [*described, f"Modelfile: FROM {modelfile.model}{projector}, {settings}"]
+
+    @property
+    def has_tower(self) -> bool:
+        """See `WritesTower`."""
+        return self.gguf.has_tower
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The files that the Modelfile names, in llama.cpp, which is what Ollama runs."""
@@ -140,6 +154,7 @@ class OllamaTarget:
         return Modelfile(
             model=self.config.base or f"./{name}",
             adapter=f"./{self._adapter_name(source)}" if self.config.as_adapter else None,
+            projector=f"./{self.gguf.tower_path(source, Path()).name}" if self.has_tower else None,
             template=go_template(source) if self.config.template else None,
             system=self.config.system,
             license=_license(source),

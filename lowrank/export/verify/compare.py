@@ -162,17 +162,17 @@ def _compare(
         for number, (document, compared) in enumerate(zip(requested.documents, requested.compared)):
             own = reader.logprobs(document)[compared]
             reference = answers.logprobs[number]
-            kls.append(_kl(reference, own))
+            kls.append(kl_of(reference, own))
             agreed.append(reference.argmax(1) == own.argmax(1))
             losses.append(_losses(own, document, compared))
             if between is not None:
-                between_kls.append(_kl(between[number], own))
+                between_kls.append(kl_of(between[number], own))
                 between_agreed.append(between[number].argmax(1) == own.argmax(1))
             tick(len(requested.prompts) + number + 1, len(requested.prompts) + len(requested.documents))
     kl = np.concatenate(kls)
     loss = float(np.concatenate(losses).mean())
     shifts = np.concatenate(losses) - np.concatenate(answers.losses)
-    return _judged(
+    return judged(
         Comparison(
             name=read_back.name,
             tokens=len(kl),
@@ -195,7 +195,8 @@ def _compare(
     )
 
 
-def _judged(found: Comparison) -> Comparison:
+def judged(found: Comparison) -> Comparison:
+    """With the tolerances that it exceeds, in words."""
     allowed = found.tolerance
     relative = abs(found.perplexity / found.reference_perplexity - 1)
     problems = []
@@ -237,7 +238,7 @@ def _answered(held_out: HeldOut, greedy: Sequence[tuple[int, ...]]) -> HeldOut:
     return replace(held_out, documents=tuple(documents), compared=tuple(compared))
 
 
-def _kl(reference_KV: np.ndarray, own_KV: np.ndarray) -> np.ndarray:
+def kl_of(reference_KV: np.ndarray, own_KV: np.ndarray) -> np.ndarray:
     """(K) nats. A head that was padded is compared on the columns that both have."""
     width = min(reference_KV.shape[1], own_KV.shape[1])
     kl_K = np.empty(len(reference_KV))

@@ -9,6 +9,7 @@ from lowrank.errors import ModelError
 from lowrank.export.gguf.header import Header, read_header
 
 _MAGIC = b"GGUF"
+_TOWER = "clip"
 _KNOWN = {
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself (git lfs pull, or the hub's download)",
     b"<html": "a web page, and no model; the download went wrong",
@@ -28,6 +29,11 @@ def check_files(path: Path, adapters: Sequence[Path]) -> None:
             f"{path}: this is an adapter, not a model; give the model's file, and this one's folder as --adapters"
         )
     architecture = base.fields.get("general.architecture")
+    if kind == "mmproj" or architecture == _TOWER:
+        raise ModelError(
+            f"{path}: this is a tower's file, for llama.cpp's --mmproj; give the language model's beside it, which is "
+            "read as text here (pictures: serve the model's folder, or run llama-server with --mmproj)"
+        )
     if not isinstance(architecture, str):
         raise ModelError(f"{path}: its header names no architecture (general.architecture), so nobody can run it")
     if architecture not in _architectures():

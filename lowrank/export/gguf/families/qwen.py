@@ -1,11 +1,11 @@
-"""Qwen 2, 2.5 and 3, and their mixtures of experts."""
+"""Qwen 2, 2.5 and 3, their mixtures of experts, and the language models of Qwen 2 VL and 2.5 VL."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from lowrank.export.gguf.pieces import Family, Fields, Part, moe_fields, refuse_rope, transformer_fields, windows
+from lowrank.export.gguf.pieces import Family, Fields, Part, moe_fields, refuse_rope, rope, transformer_fields, windows
 
 PROJECTIONS = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 
@@ -50,12 +50,27 @@ def refuse_mixture(config: dict[str, Any]) -> list[str]:
     return problems
 
 
+def refuse_sighted(config: dict[str, Any]) -> list[str]:
+    """`mrope` is what old files call the rotation in three dimensions."""
+    return refuse_rope(config, "mrope")
+
+
+def sighted_fields(config: dict[str, Any]) -> Fields:
+    """Pictures have places in time, height and width; each of these turns a section of a head."""
+    sections = [int(size) for size in rope(config)["mrope_section"]]
+    return {**transformer_fields(config), "rope.dimension_sections": [*sections, *[0] * (4 - len(sections))]}
+
+
 DENSE = Family(arch="qwen2", fields=transformer_fields, refuse=refuse, notes=windows)
 MIXTURE = replace(
     DENSE, arch="qwen2moe", fields=mixture_fields, parts=mixture_parts, refuse=refuse_mixture, experts=PROJECTIONS
 )
 
+SIGHTED = replace(DENSE, arch="qwen2vl", fields=sighted_fields, refuse=refuse_sighted)
+
 FAMILIES = {
+    "qwen2_vl_text": SIGHTED,
+    "qwen2_5_vl_text": SIGHTED,
     "qwen2": DENSE,
     "qwen3": replace(DENSE, arch="qwen3"),
     "qwen2_moe": MIXTURE,

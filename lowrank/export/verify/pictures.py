@@ -1,0 +1,165 @@
+"""One question about one picture: does what was written see what base + adapter sees?
+
+The picture is made here, and of the size that the model's processor makes all pictures, so that nobody resizes it:
+programs resize by different means, and what is compared are the tower and the places of its tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowrank.batches import Segment, pack
+from lowrank.data.chat.rendering import Renderer
+from lowrank.errors import DataError, ModelError
+from lowrank.export import Look, ReadBack, SeesPictures
+from lowrank.export.verify.compare import Comparison, judged, kl_of
+from lowrank.export.verify.readers import BankReader
+from lowrank.generate.request import GenerationConfig, Prompt, RequestError
+from lowrank.generate.sampler import generate
+from lowrank.media.decoding import examine
+from lowrank.media.processor import MediaProcessor, processor_of
+from lowrank.models.checks.sight import give_sight
+from lowrank.records import Conversation, Message
+
+_QUESTION = "What is to be seen in this picture?"
+_NEW_TOKENS = 16
+_SIDE = 224
+"""Pixels, of processors that keep the size of a picture; a multiple of the patches of all that are known."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What base + adapter said to a picture."""
+
+    look: Look
+    logprob_KV: np.ndarray
+    """(K, V) float32, at the end of the question and after each token of the answer."""
+    base_logprob_KV: np.ndarray | None
+    """The same of the bare base; None if there is no adapter."""
+
+
+def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozenset[int]) -> Seen:
+    """Raises LowrankError where this model cannot be asked about pictures here."""
+    processor = processor_of(renderer.tokenizer)
+    if processor is None or not processor.sees:
+        raise ModelError("it has no tower for pictures, or not the files of its processor")
+    if reader.base.sight is None:
+        give_sight(reader.base, processor, answering=True)
+    assert reader.base.sight is not None
+    pixels_HWC = made_picture(_side(processor))
+    conversation = Conversation((Message("user", _QUESTION, media=((0, examine(_png(pixels_HWC), "it")),)),))
+    segment = renderer.prompt_segment(conversation)
+    try:
+        prompt = Prompt(segment.token_L, reader.slot, segment.media)
+        config = GenerationConfig(max_new_tokens=_NEW_TOKENS)
+        (answer,) = generate(reader.base, reader.bank, [prompt], config, stop_tokens=stop_tokens)
+    except RequestError as error:
+        raise DataError(str(error)) from error
+    token_L = np.append(segment.token_L, np.asarray(answer, np.int64))
+    document = Segment(token_L, np.zeros(len(token_L), np.float32), media=segment.media)
+    (place_P,) = np.nonzero(segment.token_L == reader.base.sight.token)
+    first, end = int(place_P[0]), int(place_P[-1]) + 1
+    rows = len(answer) + 1
+    look = Look(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
+    own = _logprobs(reader, document, rows)
+    bare = BankReader(reader.base, reader.bank)
+    return Seen(look, own, None if reader.slot == bare.slot else _logprobs(bare, document, rows))
+
+
+def compare_sight(read_back: ReadBack, seen: Seen) -> Comparison:
+    """Load it, show it the picture, and see whether it is within its tolerance."""
+    with read_back.open() as reader:
+        assert isinstance(reader, SeesPictures)
+        own_KV, length = reader.look(seen.look)
+    answer_K = seen.logprob_KV.argmax(1)
+    own_K, reference_K = (_losses(logprob_KV, answer_K) for logprob_KV in (own_KV, seen.logprob_KV))
+    kl_K = kl_of(seen.logprob_KV, own_KV)
+    same_K = own_KV.argmax(1) == answer_K
+    shift_K = own_K - reference_K
+    bare = None if seen.base_logprob_KV is None else _losses(seen.base_logprob_KV, answer_K)
+    found = judged(
+        Comparison(
+            name=read_back.name,
+            tokens=len(kl_K),
+            mean_kl=float(kl_K.mean()),
+            worst_kl=float(kl_K.max()),
+            top1_agreement=float(same_K.mean()),
+            perplexity=float(np.exp(own_K.mean())),
+            reference_perplexity=float(np.exp(reference_K.mean())),
+            perplexity_error=float(shift_K.std(ddof=1) / len(shift_K) ** 0.5) if len(shift_K) > 1 else 0.0,
+            base_perplexity=None if bare is None else float(np.exp(bare.mean())),
+            greedy_same=int(same_K.all()),
+            greedy_prompts=1,
+            gain_kept=None,
+            tolerance=read_back.tolerance,
+            against=None,
+            against_mean_kl=None,
+            against_top1_agreement=None,
+            problems=(),
+        )
+    )
+    if length == seen.look.length:
+        return found
+    height, width, _ = seen.look.pixels_HWC.shape
+    problem = f"{length} tokens stand for a picture of {width} x {height} there, {seen.look.length} in training"
+    return replace(found, problems=(problem, *found.problems))
+
+
+def made_picture(side: int) -> np.ndarray:
+    """(side, side, 3) uint8: areas and a slope, no two quarters alike."""
+    pixels_HWC = np.zeros((side, side, 3), np.uint8)
+    pixels_HWC[:, :, 0] = np.linspace(0, 255, side, dtype=np.uint8)[None]
+    pixels_HWC[side // 6 : side // 2, side // 3 : side * 5 // 6, 1] = 220
+    pixels_HWC[side // 2 :, : side // 3, 2] = 180
+    return pixels_HWC
+
+
+def _side(processor: MediaProcessor) -> int:
+    """Of a square picture that the processor leaves as large as it is."""
+    images = processor.own.image_processor
+    for name in ("crop_size", "size"):
+        height = _number(getattr(images, name, None), "height")
+        if height and height == _number(getattr(images, name, None), "width"):
+            return height
+    step = _number(getattr(images, "patch_size", 1), "height")
+    step *= (getattr(images, "merge_size", None) or 1) * (getattr(images, "pooling_kernel_size", None) or 1)
+    longest, shortest = (_number(getattr(images, "size", None), key) for key in ("longest_edge", "shortest_edge"))
+    if longest and shortest:  # of a processor that has both they are numbers of pixels in all
+        longest = math.isqrt(longest)
+    return max(step, min(_SIDE, longest or _SIDE) // step * step)
+
+
+def _number(size: Any, key: str) -> int:
+    """Of a processor's size, which is a number, a mapping or an object with such fields; 0 where it has none."""
+    if isinstance(size, int):
+        return size
+    return int((size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)) or 0)
+
+
+def _png(pixels_HWC: np.ndarray) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(out, "PNG")
+    return out.getvalue()
+
+
+def _logprobs(reader: BankReader, document: Segment, rows: int) -> np.ndarray:
+    """After each of the last `rows` tokens, (K, V) float32."""
+    assert reader.base.sight is not None
+    segment = reader.bank.prompted(reader.slot, document)
+    batch = reader.base.sight.ready(pack([(reader.slot, segment)])).to(reader.base.device)
+    with torch.no_grad():
+        hidden_KD = reader.bank.hidden(batch)[-rows:]
+        return reader.bank.head(reader.slot).logits(hidden_KD).log_softmax(-1).float().cpu().numpy()
+
+
+def _losses(logprob_KV: np.ndarray, answer_K: np.ndarray) -> np.ndarray:
+    return -logprob_KV[np.arange(len(answer_K)), answer_K].astype(np.float64)
