@@ -11,10 +11,11 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from lowrank import settings
+from lowrank import objectives, settings
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.gradient_check import TOLERANCE, gradient_errors
 from lowrank.adapters.variants import AdapterConfig
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.models.config import named_model
@@ -83,6 +84,24 @@ def test_an_optimizer(module: Any) -> None:
     assert losses[-1] < losses[0]
     moved = [(now - then).abs() for now, then in zip(engine.bank.parameters(slot).values(), before)]
     assert all(bool(((each - 0.01).abs().lt(1e-6) | each.eq(0)).all()) for each in moved)
+
+
+def test_an_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A built-in file of its folder: with gamma 0 it is SFT's loss."""
+    monkeypatch.setattr(objectives, "__path__", [str(tmp_path)])
+    (tmp_path / "focal.py").write_text(example("add-an-objective.md"))
+    monkeypatch.delitem(sys.modules, f"{objectives.__name__}.focal", raising=False)
+    config = settings.configs_in(objectives.__name__)["focal"]
+    optimizer = TypeAdapter(OptimizerConfig).validate_python({})
+    steps = []
+    for objective in (SFTConfig(), config(gamma=0.0), config()):
+        bank = Bank(make_base("llama"))
+        slot = bank.add(LoraConfig(rank=4), seed=0)
+        engine = Engine(bank.base, bank, 4096)
+        engine.add(slot, objective.build(), optimizer, seed=0, neftune_alpha=0.0)
+        steps.append(engine.forward_backward({slot: random_step(0, [12, 20])})[slot].loss)
+    assert steps[1] == pytest.approx(steps[0], rel=1e-6)
+    assert steps[2] < steps[0] * 0.999
 
 
 def test_a_template(tmp_path: Path) -> None:

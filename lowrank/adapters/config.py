@@ -18,7 +18,7 @@ Rank = Annotated[int, Field(gt=0, le=1_000_000)]
 
 
 class AdapterSettings(Settings):
-    """One job's adapter. PEFT's meaning of every field; a variant's `Config` adds `type` and its own."""
+    """One job's adapter. PEFT's meaning of every field; a variant's settings class adds `type` and its own."""
 
     paper: ClassVar[str] = ""
     """Where the method is described."""

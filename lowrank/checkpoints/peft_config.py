@@ -88,7 +88,7 @@ def to_peft(
     if config.peft_fields is None:
         raise ModelError(
             f"adapter.type {config.type!r} has no form in PEFT's layout and cannot be saved; "
-            "its `Config` says it in `peft_fields`"
+            "its settings class says it in `peft_fields`"
         )
     where = {
         "peft_type": config.peft.type,

@@ -40,7 +40,7 @@ _LARGEST_NUMBER = 1 << 20
 
 @dataclass(frozen=True)
 class Description:
-    """What adapter_config.json says, but for the modules. `settings` are fields of the variant's `Config`."""
+    """What adapter_config.json says, but for the modules. `settings` are fields of the variant's settings class."""
 
     variant: type[Any]
     settings: dict[str, Any]

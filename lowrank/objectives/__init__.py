@@ -1,10 +1,9 @@
 """What a job minimizes (its loss function): one file each.
 
-An objective file has a `Config` (settings, told apart by `type`) whose `build()` returns an
-`Objective`. An objective sees log-probabilities of its own job's segments; never logits, model or
-trainer. The engine counts over every micro-batch of the step first and hands the totals to each
-call, so how a step is cut never changes a result. One file more, one objective more; nothing else
-changes. A third party's is `type: my_module:MyObjective`.
+An objective file has a settings class with `type` whose `build()` returns an `Objective`. An objective sees
+log-probabilities of its own job's segments; never logits, model or trainer. The engine counts over every micro-batch
+of the step first and hands the totals to each call, so how a step is cut never changes a result. One file more, one
+objective more; nothing else changes. A third party's is `type: my_module:MyObjective`.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ class ObservesMismatched(Protocol):
 if TYPE_CHECKING:
 
     class ObjectiveConfig(Settings):
-        """What every objective's `Config` offers."""
+        """What every objective's settings class offers."""
 
         type: str
 

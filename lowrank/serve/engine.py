@@ -67,7 +67,8 @@ class Load:
 
 
 class Engine(Protocol):
-    """`ask`, `publish` and `unpublish` may block; they are called from threads of their own. All raise `ApiError`."""
+    """`submit`, `embed`, `publish` and `unpublish` may block; they are called from threads of their own. All raise
+    `ApiError`."""
 
     name: str
     """As `--engine` names it, and what answers and logs say."""

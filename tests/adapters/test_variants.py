@@ -65,7 +65,7 @@ def base(request: pytest.FixtureRequest) -> Any:
 
 
 def settings_for(name: str, **settings: Any) -> Any:
-    """The variant's `Config` for the layers of these tests: OFT's blocks must divide 48, some know no dropout."""
+    """The variant's settings for the layers of these tests: OFT's blocks must divide 48, some know no dropout."""
     own = {
         "rank": RANK,
         "alpha": ALPHA,

@@ -1,11 +1,14 @@
 """What every reporter has to do alike: a new file of lowrank/report/reporters is fed all of this.
 
-A tracker whose package is missing is skipped, but for what it says then.
+A tracker is skipped only where its `connect` raises ImportError for a package that is not there, and then an extra of
+pyproject.toml has to bring it. tests/report/test_reporter_example.py holds these tests to that.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import io
 import pkgutil
@@ -16,6 +19,7 @@ import pytest
 from rich.console import Console
 
 import lowrank.report.reporters as reporters
+import lowrank.report.reporters.trackers as trackers
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError
 from lowrank.report.events import Event, JobFinished, JobStarted, Notice, Reporter, RunFinished, RunStarted
@@ -46,9 +50,27 @@ def connected(name: str, output_dir: Path) -> Reporter:
         there = {"output_dir": output_dir, "console": Console(file=io.StringIO()), "stream": io.StringIO()}
         wanted = inspect.signature(VIEWS[name]).parameters
         return VIEWS[name](**{key: value for key, value in there.items() if key in wanted})
-    pytest.importorskip(name)
-    (tracker,) = connect_trackers(output_dir, [name])
-    return tracker
+    module = importlib.import_module(f"{trackers.__name__}.{name}")
+    try:
+        return module.connect(output_dir)
+    except ImportError as error:
+        missing = error
+    package = (missing.name or "").partition(".")[0]
+    assert package, f"{name}: an ImportError that names no module ({missing}) does not tell what is missing"
+    assert importlib.util.find_spec(package) is None, f"{name} can run here, and does not: {missing}"
+    pytest.skip(f"{package} is not installed")
+
+
+def imported_by_connect(name: str) -> list[str]:
+    """The modules that a tracker's `connect` imports, but for Python's own."""
+    source = inspect.getsource(importlib.import_module(f"{trackers.__name__}.{name}").connect)
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return [each for each in found if each.partition(".")[0] not in (sys.stdlib_module_names | {"lowrank"})]
 
 
 @pytest.fixture(params=[*known_trackers(), *VIEWS])
@@ -93,13 +115,15 @@ def test_hostile_names_and_texts_are_borne(named: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", known_trackers())
-def test_a_tracker_is_an_extra_and_is_in_the_lists(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tracker_s_package_is_an_extra(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And where it is missing, this is said before a run begins. What needs no package needs no extra."""
     extras = (ROOT / "pyproject.toml").read_text("utf-8").partition("[project.optional-dependencies]")[2]
-    assert f"\n{name} = " in extras.partition("\n[")[0]
-    for module in [each for each in sys.modules if each.split(".")[0] == name]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, name, None)  # as if not installed
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    packages = imported_by_connect(name)
+    assert (f"\n{name} = " in extras.partition("\n[")[0]) == bool(packages), packages
+    if not packages:
+        return
+    for package in packages:  # as if not installed
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"pip install 'lowrank-llm\[{name}\]'"):
         connect_trackers(tmp_path, [name])
 

@@ -1,6 +1,6 @@
 """What an adapter adds to a frozen linear layer (the PEFT method): one file each.
 
-A variant file has a `Config` (an `AdapterSettings` with `type`) whose `build()` returns a `Variant`.
+A variant file has a settings class with `type` (an `AdapterSettings`) whose `build()` returns a `Variant`.
 A variant sees the base only as a `BaseLinear`, so every variant works on every storage.
 """
 
@@ -36,7 +36,7 @@ class AdapterSite:
     ranks: Mapping[str, int]
     """Of every layer, by the settings."""
     calibration: CalibrationSteps | None = None
-    """The job's own data, for variants whose `Config.needs_calibration`; None where there is none (a memory plan)."""
+    """The job's own data, for settings with `needs_calibration`; None where there is none (a memory plan)."""
 
 
 class Variant:
@@ -148,7 +148,7 @@ class FileForm:
     `TrainingHooks.state`."""
 
     def saved(self, tensors: Tensors) -> Tensors:
-        """What stands in the file: as PEFT has it, under the settings `Config.as_saved` gives."""
+        """What stands in the file: as PEFT has it, under the settings that `as_saved` gives."""
         raise NotImplementedError
 
     def restored(self, saved: Tensors, tensors: Tensors) -> Tensors:
@@ -213,7 +213,7 @@ ABSENT = {
 if TYPE_CHECKING:
 
     class AdapterConfig(AdapterSettings):
-        """What every variant's `Config` offers."""
+        """What every variant's settings class offers."""
 
         type: str
 

@@ -1,6 +1,6 @@
 """The forms a model can be exported in: one file each, found by its name.
 
-A target file has a `Config` (settings, told apart by `type`) whose `build()` returns a `Target`.
+A target file has a settings class with `type` whose `build()` returns a `Target`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lowrank.settings import Settings, choice_of
 if TYPE_CHECKING:
 
     class TargetConfig(Settings):
-        """What every target's `Config` offers."""
+        """What every target's settings class offers."""
 
         type: str
 

@@ -1,9 +1,8 @@
 """How frozen weights are kept: one file each, all the same to the rest of the system.
 
-A storage file has a `Config` (settings, told apart by `type`) whose `wrap(weight_OD, bias_O)` returns a
-`BaseLinear`, and whose `bytes_of(shape, itemsize)` says, without a weight, what it keeps of one (itemsize: bytes of
-a number in the compute dtype). Adapter variants, the routed linear and merging see only that protocol, so variants and
-storages never multiply.
+A storage file has a settings class with `type` whose `wrap(linear)` returns a `BaseLinear`, and whose
+`bytes_of(shape, itemsize)` says, without a weight, what it keeps of one (itemsize: bytes of a number in the compute
+dtype). Adapter variants, the routed linear and merging see only that protocol, so variants and storages never multiply.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def bias_of(base: BaseLinear) -> torch.Tensor | None:
 if TYPE_CHECKING:
 
     class StorageConfig(Protocol):
-        """What every storage's `Config` offers."""
+        """What every storage's settings class offers."""
 
         @property
         def type(self) -> str: ...
