@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from lowrank.config.jobs import TYPED
+from lowrank.config.refused_parallelism import why_refused
 from lowrank.config.renamed import new_name
 from lowrank.config.schema import JobSettings, RunConfig, SettingsConflict
 from lowrank.config.sweeps import swept_path
@@ -48,6 +49,10 @@ def dotted(path: Path) -> str:
 def _line(path: Path, entries: Sequence[Any], settings: Mapping[str, Any]) -> str:
     first = entries[0]
     place = dotted(path) or "the file"
+    if len(path) == 1 and first["type"] in ("extra_forbidden", "literal_error"):
+        reason = why_refused(str(path[0]), first["input"])
+        if reason is not None:
+            return f"{place}: {reason}"
     if first["type"] == "extra_forbidden":
         if path[:1] == ("sweep",) and len(path) == 3:
             return f"{place}: jobs have no such setting{did_you_mean(path[2], _dotted_names(), SETTINGS_PAGE)}"
@@ -155,13 +160,10 @@ def _suggestion(path: Path, settings: Mapping[str, Any]) -> str:
     known = known_keys(tuple(parents), settings)
     if parents[:1] == ["jobs"] and len(parents) == 2 and key in RunConfig.model_fields:
         return "; it belongs to the whole run: put it at the top level"
-    near = did_you_mean(str(key), known, SETTINGS_PAGE)
-    if "did you mean" in near:
-        return near
     elsewhere = [dotted(place) for place in _places_of(str(key), RunConfig) if place != path]
     if len(elsewhere) == 1 or (elsewhere and not parents):
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
-    return near
+    return did_you_mean(str(key), known, SETTINGS_PAGE)
 
 
 def known_keys(path: Path, settings: Mapping[str, Any]) -> list[str]:
