@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from lowrank.api.live import LiveRun as LiveRun
     from lowrank.api.serving import RunningServer as RunningServer
     from lowrank.api.serving import serve as serve
+    from lowrank.api.settings import rows as rows
     from lowrank.api.training import TrainedRun as TrainedRun
     from lowrank.api.training import train as train
     from lowrank.batches import Batch as Batch
     from lowrank.batches import Scores as Scores
     from lowrank.config import JobConfig as JobConfig
     from lowrank.config import RunConfig as RunConfig
-    from lowrank.data.sources.memory import keep_rows as rows
     from lowrank.errors import ConfigError as ConfigError
     from lowrank.errors import DataError as DataError
     from lowrank.errors import LowrankError as LowrankError
@@ -73,7 +73,7 @@ _VERBS = {
 
 _NAMES = {
     "load": "lowrank.api.inference",
-    "rows": "lowrank.data.sources.memory:keep_rows",
+    "rows": "lowrank.api.settings",
     "Model": "lowrank.api.inference",
     "TrainedRun": "lowrank.api.training",
     "LiveRun": "lowrank.api.live",

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from lowrank.api.settings import one_source
-from lowrank.config.problems import error_lines
+from lowrank.config.problems import settings_of
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import RowsLike
 from lowrank.errors import ConfigError, NotTheSameError, OutputError, raise_all
@@ -105,18 +103,12 @@ def _differences(result: Mapping[str, Any]) -> list[str]:
 def _combination(combine: Mapping[str, Any] | CombineConfig | None) -> CombineConfig | None:
     if not isinstance(combine, Mapping):
         return combine
-    try:
-        return CombineConfig.model_validate(combine)
-    except ValidationError as error:
-        raise ConfigError("\n".join(["export: combine cannot be used:", *error_lines(error, {})])) from error
+    return settings_of(CombineConfig, combine, "export: combine cannot be used:")
 
 
 def _target(target: TargetLike, settings: Mapping[str, Any]) -> TargetConfig:
     if isinstance(target, Settings):
         return target  # type: ignore[return-value]  # a target's
     values = {"type": target, **settings} if isinstance(target, str) else {**target, **settings}
-    try:
-        return TypeAdapter(TargetConfig).validate_python(values)
-    except ValidationError as error:
-        problems = "\n".join(f"  - {'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
-        raise ConfigError(f"the settings of the export to {values.get('type')}\n{problems}") from error
+    heading = f"export: these settings of the target {values.get('type')} cannot be used:"
+    return settings_of(TargetConfig, values, heading)

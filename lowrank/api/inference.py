@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast, overload
 
-from pydantic import ValidationError
-
+from lowrank.config.problems import settings_of
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.media import open_parts
 from lowrank.data.formats.turns import prompt, read_tools, read_turns
-from lowrank.errors import ConfigError, DataError, LowrankError, ModelError, raise_all
+from lowrank.errors import DataError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.notices import log_notice
 from lowrank.pipelines.inference import BARE, InferenceModel
@@ -184,12 +183,4 @@ def _conversation(question: Any, tools: Sequence[Mapping[str, Any]], number: int
 
 
 def _sampling(options: Mapping[str, Any]) -> GenerationConfig:
-    try:
-        return GenerationConfig(**options)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise ConfigError(
-            "\n".join(["generate: these options cannot be used", *(f"  - {each}" for each in problems)])
-        ) from error
-    except LowrankError:
-        raise
+    return settings_of(GenerationConfig, options, "generate: these options cannot be used")

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from pydantic import ValidationError, create_model
+from pydantic import create_model
 
 from lowrank.config.jobs import SHORT_FORMS, TYPED
-from lowrank.config.problems import error_lines
+from lowrank.config.problems import settings_of
 from lowrank.data.config import DataConfig, SourceConfig
-from lowrank.data.sources.memory import keep_rows
+from lowrank.data.sources.memory import RowsLike, keep_rows
 from lowrank.errors import ConfigError, DataError
 from lowrank.objectives import ObjectiveSettings
 from lowrank.settings import Settings
@@ -70,23 +70,20 @@ def _sources(value: Any, objects: dict[str, Any]) -> Any:
         return [_one_source(value, objects)]
     if isinstance(value, (list, tuple)) and (not value or not _is_row(value[0])):
         return [_one_source(each, objects) for each in value]
-    return [keep_rows(value)]
+    return [rows(value)]
 
 
 def _one_source(value: Any, objects: dict[str, Any]) -> Any:
     """A path, a source, or rows, as one of several datasets."""
     if isinstance(value, (str, SourceConfig)):
         return value
-    return _source(value, objects) if isinstance(value, Mapping) else keep_rows(value)
+    return _source(value, objects) if isinstance(value, Mapping) else rows(value)
 
 
 def sources_of(data: Any, objects: dict[str, Any]) -> list[SourceConfig]:
     """One value of `data` as sources: a path, rows, a source, or several. ConfigError for what is none."""
-    found = _sources(data, objects)
-    try:
-        return list(DataConfig.model_validate({"train": found}).train)
-    except ValidationError as error:
-        raise ConfigError("\n".join(["data cannot be used:", *error_lines(error, {})])) from error
+    found = {"train": _sources(data, objects)}
+    return list(settings_of(DataConfig, found, "data cannot be used:").train)
 
 
 def one_source(data: Any, what: str, objects: dict[str, Any] | None = None) -> SourceConfig:
@@ -100,10 +97,18 @@ def one_source(data: Any, what: str, objects: dict[str, Any] | None = None) -> S
 def _source(value: Mapping[str, Any], objects: dict[str, Any]) -> Any:
     """`{"path": ...}`, or `{"rows": ..., "format": ...}`: what a source has, with rows in the place of a path."""
     named = {key: _named(each, objects) for key, each in value.items() if key != "rows"}
-    try:
-        return keep_rows(value["rows"], **named) if "rows" in value else named
-    except ValidationError as error:
-        raise ConfigError("\n".join(["data cannot be used:", *error_lines(error, named)])) from error
+    return rows(value["rows"], **named) if "rows" in value else named
+
+
+def rows(rows: RowsLike, **settings: Any) -> SourceConfig:
+    """Rows as a dataset of the settings; `settings` are the source's others (`format`, `columns`, `max_samples` ...).
+
+    A generator is read to its end, once. DataError if `rows` are not rows, or there are none; ConfigError for settings
+    that a source does not have.
+    """
+    others = {name: each for name, each in settings.items() if name != "path"}
+    settings_of(SourceConfig, {"path": "", **others}, "the settings of the rows cannot be used:")
+    return keep_rows(rows, **others)
 
 
 def _is_row(value: Any) -> bool:

@@ -26,24 +26,18 @@ def quantize(
     """
     if output is None:
         raise typer.BadParameter("say where to write the model: -o DIR", param_hint="-o")
-    from pydantic import ValidationError
-
     from lowrank.checkpoints.packed_model import quantize_model
     from lowrank.cli.warn import warn
-    from lowrank.config.problems import error_lines
+    from lowrank.config.problems import settings_of
     from lowrank.config.read import override
-    from lowrank.errors import ConfigError, raise_all
+    from lowrank.errors import ConfigError
     from lowrank.models.config import ModelConfig
 
     settings = override({"model": {"path": model, "storage": {"type": storage}}}, overrides or [])
     others = settings.keys() - {"model"}
     if others:
         raise ConfigError(f"only settings of model matter here, not {', '.join(sorted(others))}")
-    try:
-        config = ModelConfig.model_validate(settings["model"])
-    except ValidationError as error:
-        raise_all(ConfigError, "these settings cannot be used", error_lines(error, settings["model"]))
-        raise
+    config = settings_of(ModelConfig, settings["model"], "these settings cannot be used")
     result = quantize_model(config, output, notify=lambda sentence: warn([sentence]))
     if json:
         print(json_format.dumps(result, ensure_ascii=False))

@@ -7,14 +7,14 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from lowrank.config.jobs import TYPED
 from lowrank.config.refused_parallelism import why_refused
 from lowrank.config.renamed import new_name
 from lowrank.config.schema import JobSettings, RunConfig, SettingsConflict
 from lowrank.config.sweeps import swept_path
-from lowrank.errors import did_you_mean
+from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.settings import Settings
 from lowrank.terminal import visible
 
@@ -23,10 +23,25 @@ Path = tuple[Any, ...]
 """Keys and list places from the top of the file to a setting."""
 
 
-def error_lines(error: ValidationError, settings: Mapping[str, Any]) -> list[str]:
+def settings_of(kind: Any, values: Mapping[str, Any], heading: str) -> Any:
+    """`values` as the settings `kind`: a class of `Settings`, or one of several told apart by `type`.
+
+    ConfigError under `heading` with a line for each problem, as files get them.
+    """
+    problems: list[str] = []
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        problems = error_lines(error, values, kind)
+    raise_all(ConfigError, heading, problems)
+    raise AssertionError("pydantic refused settings and named no problem")
+
+
+def error_lines(error: ValidationError, settings: Mapping[str, Any], kind: Any = RunConfig) -> list[str]:
     """One line per problem: `jobs.1.adapter.rnk: unknown key; did you mean 'rank'?`.
 
-    `settings` are what was validated, spelled out, with `jobs` as the user wrote them.
+    `settings` are what was validated, spelled out, with `jobs` as the user wrote them; `kind` is what they are
+    settings of: a whole run, or a group of its own (`GenerationConfig`, an export target's).
     """
     conflicts: list[str] = []
     by_path: dict[Path, list[Any]] = {}
@@ -38,7 +53,7 @@ def error_lines(error: ValidationError, settings: Mapping[str, Any]) -> list[str
             # a mistake at the top level is found again in every job: one line for it
             swept = swept_path(entry["loc"], settings)
             by_path.setdefault(swept or _as_written(entry["loc"], entry["type"], settings), []).append(entry)
-    return [_line(path, entries, settings) for path, entries in by_path.items()] + conflicts
+    return [_line(path, entries, settings, kind) for path, entries in by_path.items()] + conflicts
 
 
 def dotted(path: Path) -> str:
@@ -46,21 +61,22 @@ def dotted(path: Path) -> str:
     return visible(".".join(map(str, path)))[:200]
 
 
-def _line(path: Path, entries: Sequence[Any], settings: Mapping[str, Any]) -> str:
+def _line(path: Path, entries: Sequence[Any], settings: Mapping[str, Any], kind: Any) -> str:
     first = entries[0]
-    place = dotted(path) or "the file"
-    if len(path) == 1 and first["type"] in ("extra_forbidden", "literal_error"):
+    place = dotted(path) or ("the file" if kind is RunConfig else "the settings")
+    if kind is RunConfig and len(path) == 1 and first["type"] in ("extra_forbidden", "literal_error"):
         reason = why_refused(str(path[0]), first["input"])
         if reason is not None:
             return f"{place}: {reason}"
     if first["type"] == "extra_forbidden":
         if path[:1] == ("sweep",) and len(path) == 3:
             return f"{place}: jobs have no such setting{did_you_mean(path[2], _dotted_names(), SETTINGS_PAGE)}"
-        return f"{place}: unknown key{_suggestion(path, settings)}"
+        return f"{place}: unknown key{_suggestion(path, settings, kind)}"
     if first["type"] == "missing":
-        return f"{place}: required, but not given{_help(path, settings)}"
+        return f"{place}: required, but not given{_help(path, settings, kind)}"
     if first["type"] == "value_error":
-        return f"{place}: {first['ctx']['error']}"
+        problem = str(first["ctx"]["error"])
+        return f"{place}: {problem}" if path or kind is RunConfig else problem
     expected = list(dict.fromkeys(_expected(entry) for entry in entries))
     if "a number" in expected and "a whole number" in expected:
         expected.remove("a whole number")
@@ -152,8 +168,10 @@ def _existing(loc: Path, kind: str, value: Any) -> Path:
     return tuple(path)
 
 
-def _suggestion(path: Path, settings: Mapping[str, Any]) -> str:
+def _suggestion(path: Path, settings: Mapping[str, Any], kind: Any) -> str:
     *parents, key = path
+    if kind is not RunConfig:
+        return did_you_mean(str(key), known_keys(tuple(parents), settings, kind))
     now = new_name(path)
     if now is not None:
         return f"; it is called {now!r} now"
@@ -166,9 +184,9 @@ def _suggestion(path: Path, settings: Mapping[str, Any]) -> str:
     return did_you_mean(str(key), known, SETTINGS_PAGE)
 
 
-def known_keys(path: Path, settings: Mapping[str, Any]) -> list[str]:
+def known_keys(path: Path, settings: Mapping[str, Any], kind: Any = RunConfig) -> list[str]:
     """Names of the settings of the group at `path`."""
-    group: type[Settings] | None = RunConfig
+    group = _group_of(kind, settings)
     value: Any = settings
     for key in path:
         value = value[key]
@@ -224,7 +242,9 @@ def _places_of(key: str, group: type[Settings], above: Path = ()) -> list[Path]:
     return places
 
 
-def _help(path: Path, settings: Mapping[str, Any]) -> str:
+def _help(path: Path, settings: Mapping[str, Any], kind: Any) -> str:
+    if kind is not RunConfig:
+        return ""
     if path[:1] == ("jobs",) and path[-1:] == ("name",) and len(path) == 3:
         return "; every entry of jobs needs one"
     group: Any = RunConfig if len(path) == 1 else None

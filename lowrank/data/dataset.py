@@ -21,6 +21,7 @@ from lowrank.data.formats.media_files import Folders
 from lowrank.data.formats.recognition import recognize
 from lowrank.data.formats.unread import Watched, unread
 from lowrank.data.report.row_counts import RowCounts
+from lowrank.data.sources.memory import title_of
 from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError, raise_all
 from lowrank.records import Prompted, Record, Text
@@ -45,9 +46,11 @@ class AnyRenderer(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset whose format is known. `rows` begins a new pass over it; `use` is train or eval."""
+    """A dataset whose format is known. `rows` begins a new pass over it; `use` is train or eval, `title` what messages
+    call it."""
 
     source: SourceConfig
+    title: str
     use: str
     name: str
     function: Format
@@ -57,14 +60,17 @@ class Dataset:
 
     def tally(self, *, learn_digests: bool = True) -> RowCounts:
         """A fresh count."""
-        tally = RowCounts(self.source.path, self.use, self.name, self.record, learn_digests=learn_digests)
+        tally = RowCounts(self.source.path, self.title, self.use, self.name, self.record, learn_digests=learn_digests)
         tally.unread_of_entry = tuple(key for key in self.source.unread_keys if key not in self.source.ignored_columns)
         return tally
 
 
-def open_datasets(config: DataConfig, record: type | None, seed: int, root: Path | None) -> list[Dataset]:
+def open_datasets(
+    config: DataConfig, record: type | None, seed: int, root: Path | None, *, given_as: str | None = None
+) -> list[Dataset]:
     """Every dataset of the settings, those for training first. Looks at the first rows of each.
 
+    `given_as`: the argument that rows in memory came by, for messages; left out: `data.train` or `data.eval`.
     Raises one DataError for everything that is wrong: a dataset that cannot be read or recognized, or whose
     records are not of the kind `record` (None: any kind will do).
     """
@@ -72,8 +78,10 @@ def open_datasets(config: DataConfig, record: type | None, seed: int, root: Path
     problems: list[str] = []
     for use, sources in (("train", config.train), ("eval", config.eval)):
         for number, source in enumerate(sources):
+            place = given_as or (f"data.{use}" if len(sources) == 1 else f"data.{use}.{number}")
+            title = title_of(source.path, place)
             try:
-                dataset = _open(config, source, use, seed, root, record)
+                dataset = _open(config, source, title, use, seed, root, record)
                 if record is Prompted and dataset.record is not Text:
                     dataset = replace(dataset, function=as_prompted(dataset.function), record=Prompted)
                 if record is not None:
@@ -86,10 +94,16 @@ def open_datasets(config: DataConfig, record: type | None, seed: int, root: Path
 
 
 def _open(
-    config: DataConfig, source: SourceConfig, use: str, seed: int, root: Path | None, record: type | None
+    config: DataConfig,
+    source: SourceConfig,
+    title: str,
+    use: str,
+    seed: int,
+    root: Path | None,
+    record: type | None,
 ) -> Dataset:
     streaming = config.streaming and use == "train"
-    name = source.format or _recognized(source, streaming, root, record)
+    name = source.format or _recognized(source, title, streaming, root, record)
     if name in built_in_formats():
         check_mapping(source.path, source.columns, source.tags)
     function = find_format(name)
@@ -97,27 +111,27 @@ def _open(
     def rows(note: Callable[[str], None]) -> Iterator[Row]:
         return read_rows(source, seed=seed, max_samples=config.max_samples, streaming=streaming, root=root, note=note)
 
-    return Dataset(source, use, name, function, record_type(function), rows, config.check_pictures == "decode")
+    return Dataset(source, title, use, name, function, record_type(function), rows, config.check_pictures == "decode")
 
 
-def _recognized(source: SourceConfig, streaming: bool, root: Path | None, record: type | None) -> str:
+def _recognized(source: SourceConfig, title: str, streaming: bool, root: Path | None, record: type | None) -> str:
     """The format of the first rows of the file, whatever `max_samples` will choose."""
     everything = source.model_copy(update={"max_samples": None})
     first = list(islice(read_rows(everything, seed=0, streaming=streaming, root=root), _ROWS_TO_RECOGNIZE))
     good = [row.values for row in first if row.problem is None]
     if not good:
         reason = f"its first row: {first[0].problem}" if first else "it has no rows"
-        raise DataError(f"{source.path}: {reason}")
+        raise DataError(f"{title}: {reason}")
     try:
         return recognize(good, source.columns, record)
     except DataError as error:
-        raise DataError(f"{source.path}: {error}") from error
+        raise DataError(f"{title}: {error}") from error
 
 
 def _check_record(dataset: Dataset, record: type) -> None:
     if dataset.record is not record:
         raise DataError(
-            f"{dataset.source.path} (format {dataset.name}) gives {dataset.record.__name__} records, the objective "
+            f"{dataset.title} (format {dataset.name}) gives {dataset.record.__name__} records, the objective "
             f"learns from {record.__name__}\n    such data is for {FEEDS[dataset.record]}; {record.__name__} is for "
             f"{FEEDS[record]}; change `objective`, the data, or `format`"
         )

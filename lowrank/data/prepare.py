@@ -200,7 +200,7 @@ class _Job:
         parts = [
             list(read_samples(each, self.renderer, tally, on_row=on_row)) for each, tally in zip(self.eval, tallies)
         ]
-        places = {key: f"{place} of {tally.path}" for tally in tallies for key, place in (tally.digests or {}).items()}
+        places = {key: f"{place} of {tally.title}" for tally in tallies for key, place in (tally.digests or {}).items()}
         return _as_eval(parts), tallies, places
 
     def report(self, tallies: Sequence[RowCounts], shown: Iterable[Sample], complete: bool = True) -> Report:
@@ -238,7 +238,7 @@ def refuse(report: Report, *, strict: bool) -> None:
         unread = [*report.unread, *([way_out] if report.unread else [])]
         raise_all(DataError, "strict: this data would be lost", [*report.losses, *unread])
     empty = [
-        "\n    ".join(dataset.losses) or f"{dataset.path}: it has no rows"
+        "\n    ".join(dataset.losses) or f"{dataset.title}: it has no rows"
         for dataset in report.datasets
         if not dataset.used
     ]

@@ -45,7 +45,7 @@ def read_tokenized(
     read: dict[str, list[Sample]] = {"train": [], VALIDATION: []}
     tallies = []
     for split in splits:
-        tally = RowCounts(path, "train" if split == "train" else "eval", _FORMAT, record, learn_digests=False)
+        tally = RowCounts(path, path, "train" if split == "train" else "eval", _FORMAT, record, learn_digests=False)
         for row in read_rows(SourceConfig(path=path, split=split), seed=0):
             place = tally.read(row)
             sample = tuple(_segments(row.values, f"{path}, {split}, {place}", record, max_length, vocabulary))

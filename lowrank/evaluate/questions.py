@@ -41,7 +41,7 @@ def read_questions(
     `notify` hears how many rows cannot be used and why. Media of every kind are read: who is asked says what it cannot
     take. Raises DataError if no row can be used.
     """
-    (dataset,) = open_datasets(DataConfig(train=(source,)), None, seed, root)
+    (dataset,) = open_datasets(DataConfig(train=(source,)), None, seed, root, given_as="data")
     questions: list[Question] = []
     problems: list[str] = []
     for row in dataset.rows(notify):
@@ -52,12 +52,14 @@ def read_questions(
             problems.append(f"row {row.number}: {problem}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        text = f"{source.path}: {len(problems)} rows are no questions with an answer ({'; '.join(problems[:3])}{more})"
+        text = (
+            f"{dataset.title}: {len(problems)} rows are no questions with an answer ({'; '.join(problems[:3])}{more})"
+        )
         if not questions:
             raise DataError(text)
         notify(text)
     if not questions:
-        raise DataError(f"{source.path} has no rows")
+        raise DataError(f"{dataset.title} has no rows")
     return questions
 
 

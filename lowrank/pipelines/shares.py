@@ -21,7 +21,7 @@ from lowrank.checkpoints.shared_folder import dealt, take_deal
 from lowrank.config import RunConfig, read_file
 from lowrank.config.code import refuse_code
 from lowrank.config.share import Share, read_share
-from lowrank.data.sources.memory import IN_MEMORY
+from lowrank.data.sources.memory import IN_MEMORY, title_of
 from lowrank.data.sources.places import STANDARD_INPUT
 from lowrank.errors import ConfigError, LowrankError, raise_all
 from lowrank.foreign_files import find_json
@@ -120,9 +120,11 @@ def train_shares(
 def refuse_unseen(config: RunConfig) -> None:
     """ConfigError for rows of this process, which others cannot see."""
     problems = [
-        f"{job.name}: data: {source.path}: rows in the memory, or from the standard input, of this process"
+        f"{job.name}: {title_of(source.path, f'data.{use}')}: rows in the memory, or from the standard input, of this "
+        "process"
         for job in config.jobs
-        for source in (*job.data.train, *job.data.eval)
+        for use in ("train", "eval")
+        for source in getattr(job.data, use)
         if source.path.startswith(IN_MEMORY) or source.path in STANDARD_INPUT
     ]
     raise_all(ConfigError, "devices: other processes cannot see these; write them to a file and name it", problems)

@@ -7,9 +7,11 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import datasets
 import pandas
@@ -21,6 +23,7 @@ from lowrank.config import resolve
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import keep_rows
 from lowrank.data.sources.rows import read_rows
+from lowrank.evaluate.questions import read_questions
 from lowrank.export.targets import merged
 from lowrank.records import Conversation, Message
 from lowrank.report.events import RunFinished, StepDone
@@ -167,7 +170,7 @@ def test_a_merged_model_says_what_the_adapter_says(run: lowrank.TrainedRun, tmp_
         run.export("merged", tmp_path / "merged", prompts={"rows": ROWS[:2], "max_samples": "few"})
     result = run.export("merged", tmp_path / "merged", adapters="r8", dtype="float32", prompts=ROWS[:4])
     assert result["passed"]
-    assert result["targets"]["merged"]["compared_on"].startswith("4 rows of memory:")
+    assert result["targets"]["merged"]["compared_on"].startswith("4 rows of the rows given as prompts")
     loaded = lowrank.load(tmp_path / "merged")
     assert loaded.adapters == []
     assert loaded.generate("Say 3.", max_new_tokens=6) == run.load().generate("Say 3.", "r8", max_new_tokens=6)
@@ -186,6 +189,29 @@ def test_a_merged_model_that_differs_says_by_what_and_the_way_out(
     with pytest.raises(lowrank.NotTheSameError, match=r"merged: .* is expected; merged: write it with dtype=float32"):
         run.export("merged", tmp_path / "merged", adapters="r8", dtype="bfloat16", prompts=ROWS[:2])
     assert (tmp_path / "merged/export.json").is_file()
+
+
+def refused(call: Callable[[], Any]) -> list[str]:
+    with pytest.raises(lowrank.ConfigError) as caught:
+        call()
+    return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
+
+
+def test_settings_given_to_calls_are_refused_as_those_of_files(run: lowrank.TrainedRun) -> None:
+    model = lowrank.Model(cast(Any, SimpleNamespace(names=["base"], slot=lambda name: -1)))
+    assert refused(lambda: model.generate("Say 3.", max_tokens=4, top_p=3)) == [
+        "top_p: expected a number at most 1, got 3",
+        "max_tokens: unknown key; did you mean 'max_new_tokens'?",
+    ]
+    (unknown,) = refused(lambda: run.export("mergd"))
+    assert unknown == "there is no type 'mergd'; did you mean 'merged'?"
+    assert refused(lambda: run.export("merged", dtpye="float32")) == ["dtpye: unknown key; did you mean 'dtype'?"]
+    assert refused(lambda: run.export({"type": "gguf", "types": 3})) == ["types: expected a list, got 3"]
+    (combined,) = refused(lambda: run.export("merged", combine={"wieghts": [1]}))
+    assert combined == "wieghts: unknown key; did you mean 'weights'?"
+    assert refused(lambda: lowrank.rows(ROWS, fromat="alpaca")) == ["fromat: unknown key; did you mean 'format'?"]
+    source = {"rows": ROWS, "max_samples": "few"}
+    assert refused(lambda: lowrank.evaluate(model, source)) == ["max_samples: expected a whole number, got 'few'"]
 
 
 def test_serve_answers_from_a_thread(run: lowrank.TrainedRun) -> None:
@@ -329,6 +355,30 @@ def test_rows_that_are_none_say_so(tmp_path: Path) -> None:
     problems = [row.problem for row in read_rows(kept, seed=0) if row.problem]
     assert problems == ["not an object: the row is a str", problems[1]]
     assert "row 26: a object" in str(problems[1])
+
+
+def test_rows_in_memory_go_by_the_argument_they_were_given_as(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def refused_rows(**given: Any) -> list[str]:
+        with pytest.raises(lowrank.DataError) as caught:
+            lowrank.train(**settings(output_dir=tmp_path / "run", **given))
+        return str(caught.value).splitlines()[1:]
+
+    (text,) = refused_rows(data={"train": ROWS, "eval": [{"a": 1}]})
+    assert text.startswith("  - eval.0: the rows given as data.eval: no column plays")
+    (text,) = refused_rows(data={"train": [{"rows": ROWS}, {"rows": [{"a": 1}]}]})
+    assert text.startswith("  - train.1: the rows given as data.train.1: no column plays")
+    (text,) = refused_rows(data={"train": [{"rows": ROWS}], "max_samples": 4}, objective="dpo")[:1]
+    assert text.startswith("  - train.0: the rows given as data.train (format messages) gives Conversation")
+    with pytest.raises(lowrank.DataError, match=r"the rows given as data.train: 1 row \(row 25\) of 25 left out"):
+        lowrank.train(**settings(output_dir=tmp_path / "run", data=[*ROWS, "no dict"]), strict=True)
+    with pytest.raises(lowrank.DataError, match="the rows in memory: split 'train\\[' cannot be read"):
+        lowrank.train(**settings(output_dir=tmp_path / "run", data={"train": [{"rows": ROWS, "split": "train["}]}))
+    with pytest.raises(lowrank.DataError, match="the rows given as data: format not recognized"):
+        read_questions(keep_rows([{"a": 1}]))
+    with caplog.at_level(logging.WARNING, logger="lowrank"):
+        lowrank.train(**settings(output_dir=tmp_path / "run", max_steps=1, data=[*ROWS, "no dict"]))
+    assert "the rows given as data.train: 1 row (row 25)" in caplog.text
+    assert "memory:" not in caplog.text
 
 
 def test_rows_are_forgotten_with_what_named_them() -> None:

@@ -46,7 +46,7 @@ def _datasets(report: Report) -> Table:
         cut = dataset.truncated.count if dataset.truncated else 0
         repeated = dataset.duplicates.count if dataset.duplicates else 0
         table.add_row(
-            Path(dataset.path).name if Path(dataset.path).suffix else dataset.path,
+            Path(dataset.path).name if Path(dataset.path).suffix else dataset.title,
             dataset.use,
             dataset.format,
             f"{dataset.read:,}",

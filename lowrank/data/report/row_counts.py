@@ -71,8 +71,10 @@ def place_of(row: Row, files: set[str]) -> str:
 class RowCounts:
     """Counts for one dataset. `learn_digests=False` for streams: no memory per row."""
 
-    def __init__(self, path: str, use: str, format_name: str, record: type, *, learn_digests: bool = True) -> None:
-        self.path, self.use, self.format, self.record = path, use, format_name, record
+    def __init__(
+        self, path: str, title: str, use: str, format_name: str, record: type, *, learn_digests: bool = True
+    ) -> None:
+        self.path, self.title, self.use, self.format, self.record = path, title, use, format_name, record
         self.num_read = self.num_used = self.num_samples = self.num_several = self.num_truncated = 0
         self.truncated_tokens = self.tokens = self.learned_tokens = self.num_held_out = self.num_not_drawn = 0
         self.dropped, self.truncated, self.refused, self.leaked = Findings(), Findings(), Findings(), Findings()

@@ -24,6 +24,8 @@ class DatasetReport:
     """One dataset. Rows: `read` = `used` + `dropped` + `refused`; lengths are of its samples."""
 
     path: str
+    title: str
+    """What messages call it; the path, but for rows in memory."""
     use: str
     format: str
     record: str
@@ -74,7 +76,7 @@ class DatasetReport:
         ]
         if self.truncated:
             parts.append(f"{_rows(self.truncated)} cut at data.max_length, {self.truncated_tokens:,} tokens in all")
-        return [f"{self.path}: {part}" for part in parts]
+        return [f"{self.title}: {part}" for part in parts]
 
     @property
     def unread_keys(self) -> list[str]:
@@ -82,7 +84,7 @@ class DatasetReport:
         left to `provenance`."""
         texts = [f"the key {key!r} of its entry in dataset_info.json is not read" for key in self.unread_of_entry]
         texts += [_unread(finding) for finding in self.unread if not is_provenance(finding.what)]
-        return [f"{self.path}: {text}" for text in texts]
+        return [f"{self.title}: {text}" for text in texts]
 
     @property
     def provenance(self) -> list[str]:
@@ -91,7 +93,7 @@ class DatasetReport:
         if not named:
             return []
         names = ", ".join(f"{finding.what!r} ({_rows(finding)})" for finding in named)
-        return [f"{self.path}: not read, and by the name of no use to training: {names}"]
+        return [f"{self.title}: not read, and by the name of no use to training: {names}"]
 
     @property
     def information(self) -> list[str]:
@@ -103,7 +105,7 @@ class DatasetReport:
         parts = list(self.notes)
         if self.duplicates:
             parts.append(f"{_rows(self.duplicates)} repeated: {self.duplicates.example}")
-        return [f"{self.path}: {part}" for part in parts]
+        return [f"{self.title}: {part}" for part in parts]
 
     @property
     def oddities(self) -> list[str]:
@@ -126,7 +128,7 @@ class DatasetReport:
             for finding in self.placeholders
             if finding.count >= max(3, self.read / 20)
         ]
-        return [f"{self.path}: {part}" for part in parts]
+        return [f"{self.title}: {part}" for part in parts]
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ def build_report(
 def _dataset(tally: RowCounts, unit: str) -> DatasetReport:
     return DatasetReport(
         path=tally.path,
+        title=tally.title,
         use=tally.use,
         format=tally.format,
         record=tally.record.__name__,

@@ -69,6 +69,11 @@ def keep_rows(rows: RowsLike, **settings: Any) -> SourceConfig:
     return source
 
 
+def title_of(path: str, given_as: str) -> str:
+    """What messages call a dataset: its path, or, of rows in memory, the argument (`data.train`) they were given as."""
+    return f"the rows given as {given_as}" if path.startswith(IN_MEMORY) else path
+
+
 def rows_in_memory(path: str) -> Iterator[Item]:
     """The rows that go by this name. DataError if nobody holds them any more."""
     kept = _held.get(path)

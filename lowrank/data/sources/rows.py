@@ -66,7 +66,7 @@ def read_rows(
     split, part = _slice_of(source)
     rows = _replaced(_rows(source.model_copy(update={"split": split}), streaming, root, note), source.replace)
     if part:
-        rows = _part_of(rows, part, shown(source.path))
+        rows = _part_of(rows, part, _shown(source))
     if limit is None:
         yield from rows
     elif streaming:
@@ -80,6 +80,10 @@ def read_rows(
         yield from (every[index] for index in sorted(chosen.tolist()))
 
 
+def _shown(source: SourceConfig) -> str:
+    return "the rows in memory" if source.path.startswith(IN_MEMORY) else shown(source.path)
+
+
 _SLICE = re.compile(r"(?P<split>[^\[\]]+)\[(?P<first>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
 
 
@@ -90,7 +94,7 @@ def _slice_of(source: SourceConfig) -> tuple[str, tuple[str | None, str | None] 
     found = _SLICE.fullmatch(source.split)
     if found is None:
         raise DataError(
-            f"{shown(source.path)}: split {source.split!r} cannot be read; as train[:100], train[100:200], train[:10%]"
+            f"{_shown(source)}: split {source.split!r} cannot be read; as train[:100], train[100:200], train[:10%]"
         )
     return found["split"], (found["first"], found["end"])
 
@@ -152,7 +156,7 @@ def _refuse_choice(source: SourceConfig, what: str) -> None:
     requested += [f"split {source.split!r}"] if source.split not in ("train", WHOLE) else []
     if requested:
         raise DataError(
-            f"{shown(source.path)}: {' and '.join(requested)}: this is {what}, which has no splits or subsets; "
+            f"{_shown(source)}: {' and '.join(requested)}: this is {what}, which has no splits or subsets; "
             "name the file that holds them, or their folder"
         )
 

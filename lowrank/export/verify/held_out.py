@@ -13,6 +13,7 @@ from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.dataset import open_datasets, read_samples
 from lowrank.data.prepare import prepare
+from lowrank.data.sources.memory import title_of
 from lowrank.errors import DataError
 from lowrank.records import Conversation, Message
 
@@ -54,12 +55,13 @@ def from_data(data: DataConfig, renderer: Renderer, record: type, seed: int, *, 
     Raises DataError if the data is not there any more.
     """
     if data.eval:
-        segments, what = _first_rows(data.eval, data, renderer, record, seed), "held-out rows"
+        segments, what = _first_rows(data.eval, data, renderer, record, seed, "data.eval"), "held-out rows"
     elif data.validation_split and not data.streaming:
         held = prepare(data, tokenizer=renderer.tokenizer, record=record, seed=seed).eval
         segments, what = held, "held-out rows"
     else:
-        segments, what = _first_rows(data.train, data, renderer, record, seed), "training rows (none were held out)"
+        segments = _first_rows(data.train, data, renderer, record, seed, "data.train")
+        what = "training rows (none were held out)"
     segments = [segment for segment in segments if segment.weight_L[1:].any()]
     if not segments:
         raise DataError("no usable row")
@@ -70,8 +72,10 @@ def from_data(data: DataConfig, renderer: Renderer, record: type, seed: int, *, 
 def from_source(source: SourceConfig, renderer: Renderer, seed: int, *, documents: int) -> HeldOut:
     """Rows of the user's, in any format that training reads."""
     data = renderer.config.model_copy(update={"eval": ()})
-    segments = _first_rows((source,), data, renderer, None, seed)
-    return from_segments(segments[:: max(1, len(segments) // documents)][:documents], f"rows of {source.path}")
+    segments = _first_rows((source,), data, renderer, None, seed, "prompts")
+    return from_segments(
+        segments[:: max(1, len(segments) // documents)][:documents], f"rows of {title_of(source.path, 'prompts')}"
+    )
 
 
 def training_documents(
@@ -79,7 +83,7 @@ def training_documents(
 ) -> tuple[np.ndarray, ...]:
     """Rows that a run was trained on, as tokens; none if the data is not there any more."""
     try:
-        segments = _first_rows(data.train, data, renderer, record, seed)
+        segments = _first_rows(data.train, data, renderer, record, seed, "data.train")
     except DataError:
         return ()
     step = max(1, len(segments) // count)
@@ -113,12 +117,17 @@ def from_segments(segments: Sequence[Segment], what: str) -> HeldOut:
 
 
 def _first_rows(
-    sources: Sequence[SourceConfig], data: DataConfig, renderer: Renderer, record: type | None, seed: int
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    renderer: Renderer,
+    record: type | None,
+    seed: int,
+    given_as: str,
 ) -> list[Segment]:
     """Segments of the first rows of each source."""
     settings = data.model_copy(update={"train": tuple(sources), "eval": (), "streaming": True, "max_samples": None})
     segments: list[Segment] = []
-    for dataset in open_datasets(settings, record, seed, None):
+    for dataset in open_datasets(settings, record, seed, None, given_as=given_as):
         rows = read_samples(dataset, renderer, dataset.tally(), limit=_ROWS_LOOKED_AT)
         segments += [sample[0] for _, samples in islice(rows, _ROWS_LOOKED_AT) for sample in samples]
     return segments
