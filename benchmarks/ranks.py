@@ -4,7 +4,8 @@
 
 Each process has one thread. A Llama with random weights (`--hidden`, `--layers`), LoRA of rank 16 on all linears, and
 rows of one length, so that nobody pads: each side takes the same rows in the same steps, in turns, and what is compared
-are medians of steps. `one_lane` is the engine as a run of one process has it; `two_lanes` computes the same step in two
+are medians of steps, by the clock and by the processor time of all processes together, which other people's work hardly
+stretches. `one_lane` is the engine as a run of one process has it; `two_lanes` computes the same step in two
 parts. `sharded_2` and `trl_fsdp2` hold the base between two processes. Memory is of the first process at the peak of a
 step, counted as torch makes and frees them, in a run of its own: what is resident says more of the allocator.
 """
@@ -32,10 +33,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 
+from benchmarks.machine import load
+
 ROWS, LENGTH, VOCABULARY = 8, 128, 2048
 CONTENDERS = {"one_lane": 1, "two_lanes": 1, "lowrank_2": 2, "sharded_2": 2, "streamed_1": 1,
               "accelerate_1": 1, "accelerate_2": 2, "trl_fsdp2": 2}  # fmt: skip
 """What is measured, and in how many processes."""
+RATIOS = (("lowrank_2", "one_lane"), ("two_lanes", "one_lane"), ("sharded_2", "lowrank_2"), ("streamed_1", "one_lane"),
+          ("accelerate_2", "accelerate_1"), ("one_lane", "accelerate_1"), ("lowrank_2", "accelerate_2"),
+          ("sharded_2", "trl_fsdp2"))  # fmt: skip
 
 
 def model(options: argparse.Namespace) -> Any:
@@ -74,8 +80,9 @@ class Counted:
 COUNTED: list[Counted] = []
 
 
-def timed(steps: int, work: Callable[[int], None], kept: Iterable[torch.Tensor]) -> list[float]:
-    """Seconds of steps; or, where they are counted, the bytes at a step's peak, with what is `kept`."""
+def timed(steps: int, work: Callable[[int], None], kept: Iterable[torch.Tensor]) -> list[list[float]]:
+    """Seconds of steps, by the clock and of the processor; or, where they are counted, the bytes at a step's peak, with
+    what is `kept`."""
     work(0)  # takes memory, and imports
     for counted in COUNTED:
         gc.collect()
@@ -83,16 +90,16 @@ def timed(steps: int, work: Callable[[int], None], kept: Iterable[torch.Tensor])
             counted.live._see(getattr(each, "_local_tensor", each))
         with counted.live, counted.live.phase() as phase:
             work(1)
-        return [phase.bytes]
+        return [[phase.bytes]]
     seconds = []
     for step in range(1, steps + 1):
-        began = time.perf_counter()
+        began, processor = time.perf_counter(), time.process_time()
         work(step)
-        seconds.append(time.perf_counter() - began)
+        seconds.append([time.perf_counter() - began, time.process_time() - processor])
     return seconds
 
 
-def lowrank(options: argparse.Namespace) -> list[float]:
+def lowrank(options: argparse.Namespace) -> list[list[float]]:
     from lowrank.adapters.bank import Bank
     from lowrank.adapters.variants.lora import LoraConfig
     from lowrank.batches import Segment, number_the_step
@@ -133,7 +140,7 @@ def lowrank(options: argparse.Namespace) -> list[float]:
     return timed(options.steps, step, [*made.parameters(), *made.buffers(), *engine.bank.parameters(slot).values()])
 
 
-def accelerate(options: argparse.Namespace) -> list[float]:
+def accelerate(options: argparse.Namespace) -> list[list[float]]:
     from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
 
@@ -153,7 +160,7 @@ def accelerate(options: argparse.Namespace) -> list[float]:
     return timed(options.steps, step, [*tuned.parameters(), *tuned.buffers()])
 
 
-def trl_fsdp2(options: argparse.Namespace) -> list[float]:
+def trl_fsdp2(options: argparse.Namespace) -> list[list[float]]:
     """TRL's own training step over a model that accelerate's FSDP2 has cut. Its launcher leaves a CPU out of FSDP, so
     the plugin is handed to what prepares models; the trainer's loss and step are its own."""
     from accelerate import Accelerator
@@ -228,6 +235,10 @@ def child(options: argparse.Namespace) -> None:
         measured = trl_fsdp2(options)
     else:
         measured = accelerate(options) if options.contender.startswith("accelerate") else lowrank(options)
+    if dist.is_initialized() and options.contender != "sums" and not options.count:
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, measured)
+        measured = [[max(each[0] for each in step), sum(each[1] for each in step)] for step in zip(*of_ranks)]
     if os.environ.get("RANK", "0") == "0":
         options.out.write_text(json.dumps(measured))
     if dist.is_initialized():
@@ -267,25 +278,26 @@ def main() -> None:
     if options.contender:
         child(options)
         return
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in CONTENDERS}
+    loads = [load()]
     with tempfile.TemporaryDirectory() as place:
         for _ in range(options.rounds):
             for name, world in CONTENDERS.items():
                 seconds[name] += run(name, world, options, Path(place))
+                loads.append(load())
         tensors = {
-            name: round(run(name, world, options, Path(place), count=True)[0] / 1e6)
+            name: round(run(name, world, options, Path(place), count=True)[0][0] / 1e6)
             for name, world in CONTENDERS.items()
         }
         of_sums = run("sums", 2, options, Path(place))
-    rate = {name: round(ROWS * LENGTH / statistics.median(each), 1) for name, each in seconds.items()}
-    found = {
-        "tokens_per_second": rate,
-        "two_processes_over_one": round(rate["lowrank_2"] / rate["one_lane"], 3),
-        "two_lanes_over_one": round(rate["two_lanes"] / rate["one_lane"], 3),
-        "accelerate_two_over_one": round(rate["accelerate_2"] / rate["accelerate_1"], 3),
-        "lowrank_over_accelerate": {n: round(rate[a] / rate[b], 3) for n, a, b in
-                                    (("1", "one_lane", "accelerate_1"), ("2", "lowrank_2", "accelerate_2"))},
-        "sharded_over_trl_fsdp2": round(rate["sharded_2"] / rate["trl_fsdp2"], 3),
+    found: dict[str, Any] = {"load": [min(loads), statistics.median(loads), max(loads)]}
+    for number, kind in enumerate(("second", "processor_second")):
+        rate = {
+            name: ROWS * LENGTH / statistics.median(step[number] for step in each) for name, each in seconds.items()
+        }
+        found[f"tokens_per_{kind}"] = {name: round(each, 1) for name, each in rate.items()}
+        found[f"ratios_by_{kind}"] = {f"{one} / {other}": round(rate[one] / rate[other], 3) for one, other in RATIOS}
+    found |= {
         "tensors_MB_at_the_peak_of_a_step": tensors,
         "sums": of_sums,
     }  # fmt: skip
