@@ -17,7 +17,7 @@ import torch
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link, summary_of
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
-from lowrank.adapters.variants import ABSENT
+from lowrank.adapters.variants import ABSENT, Variant
 from tests.adapters.peft_twins import VARIANTS, config_of, moved, twin_of
 from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_engine, random_step
@@ -88,7 +88,7 @@ def _path(name: str, config: Any) -> str:
         return "own x2" if name == "oft" else "own (x2 in feed-forward)"
     if name in ("dora", "rsdora"):
         return "fast (own x2 with dropout)"
-    return "own" if config.peft.type in ("LOHA", "LOKR") else "fast"
+    return "own" if type(config().build()).as_low_rank is Variant.as_low_rank else "fast"
 
 
 def _row(name: str, of_lora: int, found: dict[str, tuple[float, int]]) -> str:

@@ -59,6 +59,12 @@ def starts_elsewhere(variant: Any) -> Any:
     return lambda *given: {name: tensor + 0.1 for name, tensor in init(*given).items()}
 
 
+def starts_nearby(variant: Any) -> Any:
+    """Further off than rounding: parts that cancel may differ by that, and nothing else may."""
+    init = variant.init
+    return lambda *given: {name: tensor + (name == "xs_R") * 1e-9 for name, tensor in init(*given).items()}
+
+
 def forgets_its_matrix(variant: Any) -> Any:
     return lambda tensors: (tensors["xs_A"], tensors["xs_B"])
 
@@ -81,6 +87,7 @@ def test_it_fulfills_the_contract(config: Any, monkeypatch: pytest.MonkeyPatch) 
     variant_class = type(config.build())
     for method, breaks, message in (
         ("init", starts_elsewhere, "test_starts_as_the_base"),
+        ("init", starts_nearby, "test_starts_as_the_base"),
         ("as_low_rank", forgets_its_matrix, "test_starts_as_the_base"),
         ("as_low_rank", keeps_the_gradient_to_itself, "test_gradients_are_those_of_apply"),
         ("merge", merges_without_its_scale, "test_merged_applied_and_routed_are_the_same"),
@@ -139,5 +146,5 @@ def test_its_files_are_held_to_what_it_declares(config: Any, tmp_path: Path, mon
     assert f"{short[0]}: shape (1, 4), expected (4, 4) by adapter_config.json" in str(caught.value)
     assert f"{short[1]}: missing" in str(caught.value)
     monkeypatch.setattr(settings, "_LOADED", {})
-    with pytest.raises(ModelError, match="peft_type is 'LORAXS'; lowrank reads ADALORA, IA3, LOHA"):
+    with pytest.raises(ModelError, match="peft_type is 'LORAXS'; lowrank reads ADALORA, HRA, IA3"):
         load_adapter(tmp_path / "a")

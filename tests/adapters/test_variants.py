@@ -128,8 +128,16 @@ def assert_close(one: torch.Tensor, other: torch.Tensor, base: BaseLinear) -> No
 
 @on_storages()
 def test_starts_as_the_base(name: str, base: Any) -> None:
+    """To the bit where the update is zero at the start; to rounding where parts of it cancel (HRA's reflections)."""
     x_TD = inputs(10)
-    assert torch.equal(routed(base, (0, 10, fresh(name, base)))(x_TD), base(x_TD))
+    variant, scale, masters = fresh(name, base)
+    started, plain = routed(base, (0, 10, (variant, scale, masters)))(x_TD).detach(), base(x_TD)
+    weight_OD = base.dense_weight().clone()
+    if torch.equal(variant.merge(weight_OD, scale, masters), weight_OD.to(x_TD.dtype)):
+        assert torch.equal(started, plain)
+    else:
+        limit = 32 * torch.finfo(weight_OD.dtype).eps * float(plain.abs().max())
+        assert float((started - plain).abs().max()) < limit
 
 
 @on_storages()

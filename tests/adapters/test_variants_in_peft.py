@@ -44,6 +44,7 @@ PEFT_CONFIGS: dict[str, Any] = {
     "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 3}),
     "lokr": peft.LoKrConfig(r=2, alpha=3, target_modules=["q_proj", "up_proj"], decompose_both=True),
     "miss": peft.MissConfig(r=5, target_modules=["q_proj", "down_proj"]),
+    "hra": peft.HRAConfig(r=6, target_modules=["q_proj", "down_proj"]),
     "oft": peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "up_proj"]),
     "oft exact": peft.OFTConfig(oft_block_size=4, target_modules=["v_proj", "down_proj"], use_cayley_neumann=False),
 }
@@ -270,6 +271,7 @@ def test_loftq_says_what_it_needs() -> None:
         ("ia3", {"dropout": 0.1}, "dropout: .*nothing to drop"),
         ("loha", {"dropout": 0.1}, "dropout: "),
         ("lokr", {"decompose_factor": 0}, "-1 or a number above 0"),
+        ("hra", {"rank": 3}, "rank 3: an odd number of reflections"),
         ("oft", {"alpha_pattern": {"q_proj": 2.0}}, "OFT has no alpha"),
     ],
 )

@@ -76,7 +76,6 @@ KINDS: dict[str, Any] = {
     "LN_TUNING": peft.LNTuningConfig(target_modules=["norm"]),
     "BOFT": peft.BOFTConfig(boft_block_size=4),
     "FOURIERFT": peft.FourierFTConfig(n_frequency=10),
-    "HRA": peft.HRAConfig(),
     "RANDLORA": peft.RandLoraConfig(r=8, randlora_alpha=1),
     "SHIRA": peft.ShiraConfig(r=1),
 }
@@ -84,6 +83,7 @@ KINDS: dict[str, Any] = {
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adalora": (peft.AdaLoraConfig, {"total_step": 1}),
     "miss": (peft.MissConfig, {"r": 2}),
+    "hra": (peft.HRAConfig, {}),
     "ia3": (peft.IA3Config, {}),
     "oft": (peft.OFTConfig, {}),
     "prefix tuning": (peft.PrefixTuningConfig, {"num_virtual_tokens": 10}),
@@ -96,7 +96,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """The other methods of PEFT's ALL_CONFIGS (test_decoder_models.py) that are here, with the settings there."""
 READ = {
-    "ADALORA", "IA3", "LOHA", "LOKR", "LORA", "MISS", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "VERA",
+    "ADALORA", "HRA", "IA3", "LOHA", "LOKR", "LORA", "MISS", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
+    "VERA",
 }  # fmt: skip
 TOKEN = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 4, 60, 90]])
 
