@@ -25,7 +25,7 @@ from pydantic import (
 
 from lowrank.errors import did_you_mean
 from lowrank.field_docs import field_docs
-from lowrank.third_party import load_code, names_code
+from lowrank.third_party import HAND_OVER, load_code, names_code
 
 
 class Settings(BaseModel):
@@ -115,7 +115,10 @@ def _third_party(name: str) -> type[Settings]:
     thing = load_code(name)
     config = getattr(thing, "Config", None)
     if config is None:
-        raise ValueError(f"{name} has no attribute `Config` (a lowrank.settings.Settings class)")
+        raise ValueError(
+            f"{name} has no attribute `Config` (a lowrank.settings.Settings class), by which settings alone could make "
+            f"one; {HAND_OVER}"
+        )
     if "type" not in config.model_fields or config.model_fields["type"].default != name:
         raise ValueError(f"{name}.Config needs the field `type: Literal[{name!r}] = {name!r}`, to be read back")
     _LOADED[name] = config

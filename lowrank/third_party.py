@@ -24,6 +24,12 @@ from typing import Any
 from lowrank.errors import ConfigError
 
 WAY_OUT = "read that code, then add --allow-code to the command (in Python: allow_code=True)"
+HAND_OVER = (
+    "an object that a run was given in Python is given again: lowrank.TrainedRun(RUN).resume(objects=[...]), or "
+    "lowrank.train of the same settings with resume=True"
+)
+_IN_A_SCRIPT = "__main__:"
+"""Such names mean something else in every process."""
 
 _allowed: ContextVar[bool] = ContextVar("lowrank_code_allowed", default=False)
 
@@ -73,7 +79,8 @@ def names_code(name: object) -> bool:
 
 def refusal(name: str) -> str:
     """Why `name` is not run, and the way out."""
-    return f"{name!r} is code that does not come with lowrank, and settings alone run none; {WAY_OUT}"
+    way_out = HAND_OVER if name.startswith(_IN_A_SCRIPT) else WAY_OUT
+    return f"{name!r} is code that does not come with lowrank, and settings alone run none; {way_out}"
 
 
 def load_code(name: str) -> Any:

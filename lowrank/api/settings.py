@@ -150,13 +150,13 @@ def _type_of(group: str, value: Any, objects: dict[str, Any]) -> Any:
             f"{group}: {value!r} cannot be used; give a class with the attribute `Config` (docs/add-a-variant.md and "
             "its neighbors), its settings, or a name"
         )
-    name = _name_of(value, objects)
-    objects[name] = SimpleNamespace(Config=_settings_around(name, value))
+    name = name_of(value, objects)
+    objects[name] = with_settings(name, value)
     return name
 
 
-def _settings_around(name: str, objective: Any) -> type[Settings]:
-    """Settings, without any of their own, of an objective that is there already (or of its class)."""
+def with_settings(name: str, objective: Any) -> Any:
+    """An objective that is there already (or its class) as the type `name`, with settings that hold nothing."""
     kind: Any = (Literal[name], name)  # type: ignore[valid-type]  # made here, for pydantic
     plain = create_model("GivenObjective", __base__=ObjectiveSettings, type=kind)
 
@@ -164,7 +164,7 @@ def _settings_around(name: str, objective: Any) -> type[Settings]:
         def build(self) -> Any:
             return objective() if isinstance(objective, type) else objective
 
-    return GivenObjective
+    return SimpleNamespace(Config=GivenObjective)
 
 
 def _named(value: Any, objects: dict[str, Any]) -> Any:
@@ -175,12 +175,12 @@ def _named(value: Any, objects: dict[str, Any]) -> Any:
         return [_named(each, objects) for each in value]
     if isinstance(value, Settings) or not callable(value):
         return value
-    name = _name_of(value, objects)
+    name = name_of(value, objects)
     objects[name] = value
     return name
 
 
-def _name_of(thing: Any, objects: Mapping[str, Any]) -> str:
+def name_of(thing: Any, objects: Mapping[str, Any]) -> str:
     """`my_module:my_function`, unlike those that are taken; of what has no name (a lambda), something like it."""
     kind = thing if hasattr(thing, "__qualname__") else type(thing)
     module = ".".join(part if part.isidentifier() else "_" for part in str(kind.__module__).split("."))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank.api.exporting import export
 from lowrank.api.inference import Model, load
+from lowrank.api.objects import given_again, refuse_missing
 from lowrank.api.settings import PlainSettings, plain_settings
 from lowrank.checkpoints.run_folder import CONFIG
 from lowrank.compat import load_any
@@ -184,25 +184,37 @@ class TrainedRun:
     def resume(
         self,
         *,
+        objects: Sequence[Any] = (),
         reporters: Sequence[Listener] = (),
         progress: bool | None = None,
         allow_code: bool = False,
         **changes: Any,
     ) -> TrainedRun:
-        """Go on from the last checkpoint, bit by bit as if it had never stopped. `changes`: settings that may change
-        on the way, as `max_steps` or `num_train_epochs`. OutputError for any other."""
+        """Go on from the last checkpoint, bit by bit as if it had never stopped.
+
+            lowrank.TrainedRun("runs/own").resume(objects=[Focal(), short, rows], reporters=[report], max_steps=40)
+
+        objects    in a new process, what this run was given and no file holds: objectives, reward functions, formats,
+                   rows. Each is known by its name, rows by their content; the order matters only among those of one
+                   name. Not needed for the run that `train` returned, nor, with `allow_code`, for what can be imported
+        reporters  as of `train`, and so are `progress` and `allow_code`; none is kept with the run
+        changes    settings that may change on the way, as `max_steps` or `num_train_epochs`; OutputError for any other
+
+        ConfigError for an object that is missing, or that the run does not know.
+        """
         config = self._config
         settings = read_file(self.path / CONFIG) if config is None else config.model_dump(exclude_unset=True)
+        again = given_again(objects, settings)
+        known = {**self._objects, **again.objects}
         of_jobs = {key: value for key, value in changes.items() if key in JobSettings.model_fields}
         settings |= {**changes, "resume": True, "overwrite": False, "output_dir": str(self.path)}
         settings["jobs"] = [{**job, **of_jobs} for job in settings.get("jobs", ())]
-        with ExitStack() as stack:
-            stack.enter_context(code_allowed(allow_code))
-            stack.enter_context(objects_given(self._objects))
+        with code_allowed(allow_code), objects_given(known):
+            refuse_missing(settings, str(self.path))
             changed = resolve(settings, source=f"the settings of {self.path} with changes")
             summary = train_run(changed, reporters=_listeners(reporters, progress))
-        resumed = TrainedRun(self.path, summary=summary, config=changed, objects=self._objects)
-        resumed._kept_rows = (config, getattr(self, "_kept_rows", None))
+        resumed = TrainedRun(self.path, summary=summary, config=changed, objects=known)
+        resumed._kept_rows = (config, again.rows, self._kept_rows)
         return resumed
 
     _kept_rows: Any = None

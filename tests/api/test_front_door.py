@@ -161,6 +161,73 @@ def test_resume_keeps_an_objective_of_ones_own(tmp_path: Path) -> None:
         assert longer.summary["jobs"]["top"]["steps"] == 5
 
 
+IN_A_NEW_PROCESS = """
+import sys
+import lowrank
+
+class Mean:  # without `Config`: the object itself is handed over
+    record = lowrank.Conversation
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def count(self, batch):
+        return {"tokens": float(batch.weight_T.sum())}
+
+    def loss(self, scores, batch, totals):
+        return -self.scale * (batch.weight_T * scores.logprob_T).sum() / max(totals["tokens"], 1e-9), {}
+
+def turned(row, columns, tags) -> lowrank.Conversation:
+    return lowrank.Conversation((lowrank.Message("user", row["q"]), lowrank.Message("assistant", row["a"])))
+
+rows = [{"q": f"Say {n}.", "a": f"It is {n}."} for n in range(8)]
+top, steps = sys.argv[1:]
+if steps == "train":
+    lowrank.train(
+        model={"path": "lowrank/tiny", "dtype": "float32"}, adapter={"target_modules": ["q_proj"]}, schedule="constant",
+        jobs=[{"name": "plain"}, {"name": "own", "objective": Mean(2.0)}],
+        data={"train": {"rows": rows, "format": turned}, "batch_size": 4}, output_dir=top, max_steps=2,
+    )
+    sys.exit()
+run = lowrank.TrainedRun(top)
+own = [Mean(2.0), turned]
+for wrong in ({}, {"allow_code": True}, {"objects": [print]}, {"objects": own}, {"objects": [*own, rows[:3]]}):
+    try:
+        run.resume(max_steps=3, **wrong)
+    except lowrank.LowrankError as error:
+        print(error)
+heard = []
+longer = run.resume(objects=[Mean(2.0), turned, rows], reporters=[heard.append], max_steps=3)
+longer = longer.resume(max_steps=4)
+print(sum(isinstance(each, lowrank.StepDone) for each in heard), longer.metrics().step.max(), longer.interrupted)
+"""
+
+
+@pytest.mark.slow  # two processes, half a minute; tests/api/test_objects.py has the names
+def test_resume_in_a_new_process_takes_the_objects(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(IN_A_NEW_PROCESS)
+
+    def process(steps: str) -> str:
+        command = [sys.executable, str(file), str(tmp_path / "run"), steps]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    process("train")
+    printed = process("resume")
+    for part in (
+        "lowrank.TrainedRun(RUN).resume(objects=[...])",
+        "has no attribute `Config`",
+        "builtins:print is none of the objects that the run was given; known: __main__:Mean, __main__:turned",
+        "lowrank.TrainedRun(RUN).resume(objects=[rows])",
+        "these rows are not those that the run was given",
+    ):
+        assert part in printed, printed
+    assert "jobs.1.objective.type: '__main__:Mean'" in printed
+    assert printed.splitlines()[-1] == "2 4 False"
+
+
 def test_a_merged_model_says_what_the_adapter_says(run: lowrank.TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(lowrank.ConfigError, match="combine cannot be used"):
         run.export("merged", tmp_path / "merged", combine={"method": "best"})

@@ -80,7 +80,8 @@ def rows_in_memory(path: str) -> Iterator[Item]:
     if kept is None:
         raise DataError(
             f"{path} were rows in the memory of a Python process, and they are not in this one; give them again "
-            "(lowrank.train(..., data=rows)), or name a file"
+            "(lowrank.train(..., data=rows); to go on with a run, lowrank.TrainedRun(RUN).resume(objects=[rows])), or "
+            "name a file"
         )
     return iter(kept)
 

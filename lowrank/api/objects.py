@@ -1,0 +1,113 @@
+"""Objects that a run was given in Python, given to it again in a later process, where its settings only name them.
+
+settings say objective: {type: "__main__:Focal"}      objects=[Focal()]      -> that name means this object
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from lowrank.api.settings import name_of, rows, with_settings
+from lowrank.data.config import SourceConfig
+from lowrank.data.sources.memory import IN_MEMORY
+from lowrank.errors import ConfigError, did_you_mean, raise_all
+from lowrank.settings import Settings
+from lowrank.third_party import HAND_OVER, WAY_OUT, may_run, names_code
+
+
+@dataclass
+class GivenAgain:
+    """`objects` by the names that the settings have for them; `rows` live as long as somebody holds this."""
+
+    objects: dict[str, Any] = field(default_factory=dict)
+    rows: list[SourceConfig] = field(default_factory=list)
+
+
+def given_again(objects: Sequence[Any], settings: Mapping[str, Any]) -> GivenAgain:
+    """`objects` under the names in `settings`. ConfigError lists those that no name there can mean."""
+    found = GivenAgain()
+    named = dict.fromkeys(name for _, name in _code_in(settings))
+    paths = {text for _, text in _texts_in(settings) if text.startswith(IN_MEMORY)}
+    originals: dict[str, Any] = {}
+    problems: list[str] = []
+    for each in objects:
+        if not _is_named(each):
+            source = each if isinstance(each, SourceConfig) else rows(each)
+            found.rows.append(source)
+            if source.path not in paths:
+                problems.append("these rows are not those that the run was given: their content differs")
+            continue
+        own = _own_name(each, originals)
+        originals[own] = each
+        name = _name_in(own, named)
+        if name is None:
+            known = did_you_mean(own, named) if named else "; its settings name no code"
+            problems.append(f"{own} is none of the objects that the run was given{known}")
+        else:
+            found.objects[name] = _as_type(name, each)
+    raise_all(ConfigError, "resume: objects that cannot be used:", problems)
+    return found
+
+
+def refuse_missing(settings: Mapping[str, Any], run: str) -> None:
+    """ConfigError for code that `settings` name and that neither was given nor may be imported."""
+    problems = [f"{place}: {name!r}" for place, name in _code_in(settings) if not may_run(name)]
+    heading = f"{run} was trained with code that does not come with lowrank; {HAND_OVER}. "
+    raise_all(ConfigError, f"{heading}What can be imported: {WAY_OUT}", problems)
+
+
+_OF_CODE = ("type", "format", "reward_funcs", "report_to")
+"""Settings that may name code."""
+
+
+def _code_in(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for place, text in _texts_in(settings):
+        setting = [part for part in place.split(".") if not part.isdecimal()][-1]
+        if setting in _OF_CODE and names_code(text):
+            yield place, text
+
+
+def _texts_in(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """`(jobs.0.objective.type, "my_module:MyThing")` of every text in the settings."""
+    if isinstance(settings, str):
+        yield above, settings
+    elif isinstance(settings, Mapping):
+        for key, value in settings.items():
+            yield from _texts_in(value, f"{above}.{key}" if above else str(key))
+    elif isinstance(settings, (list, tuple)):
+        for number, value in enumerate(settings):
+            yield from _texts_in(value, f"{above}.{number}")
+
+
+def _is_named(thing: Any) -> bool:
+    """An objective, a function, a class or its settings; everything else holds rows."""
+    if isinstance(thing, SourceConfig):
+        return False
+    return isinstance(thing, (type, Settings)) or callable(thing) or hasattr(thing, "loss")
+
+
+def _own_name(thing: Any, taken: Mapping[str, Any]) -> str:
+    config = type(thing) if isinstance(thing, Settings) else getattr(thing, "Config", None)
+    if config is not None and "type" in config.model_fields and (isinstance(thing, (type, Settings))):
+        return str(config.model_fields["type"].default)
+    return name_of(thing, taken)
+
+
+def _name_in(own: str, named: Mapping[str, None]) -> str | None:
+    """The name in the settings: the same, or, of a script that became a module, the one with the same end."""
+    if own in named:
+        return own
+    same_end = [name for name in named if name.partition(":")[2] == own.partition(":")[2]]
+    return same_end[0] if len(same_end) == 1 else None
+
+
+def _as_type(name: str, thing: Any) -> Any:
+    """What `name` means where settings are read (lowrank/settings.py)."""
+    if isinstance(thing, Settings):
+        return SimpleNamespace(Config=type(thing))
+    if getattr(thing, "Config", None) is not None and isinstance(thing, type):
+        return thing
+    return with_settings(name, thing) if hasattr(thing, "loss") else thing

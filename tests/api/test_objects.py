@@ -1,0 +1,58 @@
+"""Objects given to a run again: which name of its settings means which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import lowrank
+from lowrank.api.objects import given_again, refuse_missing
+from lowrank.third_party import objects_given
+from tests.api.test_front_door import ROWS, Focal, Plain
+
+
+def reward(completions: list[Any], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def test_each_is_known_by_its_name_and_rows_by_their_content() -> None:
+    kept = lowrank.rows(ROWS)
+    settings = {
+        "jobs": [
+            {
+                "objective": {"type": "__main__:Plain"},  # of a script, which is a module now
+                "data": {"train": [{"path": kept.path, "format": "messages"}], "default_system": "Note:short"},
+            },
+            {"objective": {"type": "grpo", "reward_funcs": ["tests.api.test_objects:reward"]}},
+            {"objective": {"type": "tests.api.test_front_door:Focal", "gamma": 3.0}},
+        ]
+    }
+    with pytest.raises(lowrank.ConfigError) as caught:
+        refuse_missing(settings, "runs/own")
+    first, *places = str(caught.value).splitlines()
+    assert "resume(objects=[...])" in first
+    assert places == [
+        "  - jobs.0.objective.type: '__main__:Plain'",
+        "  - jobs.1.objective.reward_funcs.0: 'tests.api.test_objects:reward'",
+        "  - jobs.2.objective.type: 'tests.api.test_front_door:Focal'",
+    ]
+    own = Plain(2.0)
+    found = given_again([ROWS, own, reward, Focal], settings)
+    assert [source.path for source in found.rows] == [kept.path]
+    assert found.objects["__main__:Plain"].Config().build() is own
+    assert found.objects["tests.api.test_objects:reward"] is reward
+    assert found.objects["tests.api.test_front_door:Focal"] is Focal
+    with objects_given(found.objects):
+        refuse_missing(settings, "runs/own")
+
+
+def test_what_the_run_does_not_know_is_refused_all_at_once() -> None:
+    settings = {"jobs": [{"objective": {"type": "own:Focus"}}]}
+    with pytest.raises(lowrank.ConfigError) as caught:
+        given_again([reward, ROWS[:2], Focal.Config()], settings)
+    assert [line.partition("given")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  - tests.api.test_objects:reward is none of the objects that the run was ",
+        "  - these rows are not those that the run was ",
+        "  - tests.api.test_front_door:Focal is none of the objects that the run was ",
+    ]
