@@ -30,7 +30,8 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += ["", "| ratio of medians | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in result["ratios"].items()]
-    lines += ["", "The model's own matrix products by themselves, bf16, forward and backward, between the rounds:"]
+    dtype = result["workload"].get("dtype", "bfloat16")
+    lines += ["", f"The model's own matrix products by themselves, {dtype}, forward and backward, between the rounds:"]
     for unit in ("second", "cpu_second"):
         rates = sorted(each[f"flops_per_{unit}"] / 1e12 for each in result["gemm"])
         lines.append(f"{rates[0]:.2f} to {rates[-1]:.2f} TFLOP per {unit.replace('_', ' ')}.")

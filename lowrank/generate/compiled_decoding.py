@@ -50,6 +50,7 @@ class CompiledDecoding:
         self.problem: str | None = None
         self._stream = InGraph()
         self._left_out = False
+        self._linears: tuple[tuple[int, ...] | None, list[RoutedLinear]] = None, []
         self._compared: set[tuple[int, int]] = set()
         self._calls: dict[Any, Any] = {}
         reason = _why_not(base)
@@ -107,8 +108,10 @@ class CompiledDecoding:
         if self._base.stand_in is not None or self._bank.blocks.found or any(e.experts or e.copies for e in own):
             return False
         x_0D = torch.empty(0, 0, dtype=self._base.dtype, device=self._base.device)
-        linears = [each for each in self._base.backbone.modules() if isinstance(each, RoutedLinear)]
-        return all(each.put_side_by_side(slots, x_0D) for each in linears)
+        if self._linears[0] != tuple(self._bank.slots):  # a new adapter may have wrapped more of them
+            found = [each for each in self._base.backbone.modules() if isinstance(each, RoutedLinear)]
+            self._linears = tuple(self._bank.slots), found
+        return all(each.put_side_by_side(slots, x_0D) for each in self._linears[1])
 
     @contextlib.contextmanager
     def _compiled_layers(self) -> Generator[None, None, None]:

@@ -141,6 +141,7 @@ def test_no_slots_values_meet() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_inductor(family: str) -> None:
@@ -154,6 +155,7 @@ def test_every_family_with_inductor(family: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_packed_storages_with_inductor(storage: str) -> None:
@@ -162,4 +164,4 @@ def test_packed_storages_with_inductor(storage: str) -> None:
     engine, _ = make_engine(base, LoraConfig(rank=4))
     notes: list[str] = []
     assert answers(compiled(engine, "inductor", notes), [0, -1]) == plain(engine, [0, -1])
-    assert bool(notes) == (storage != "dense"), notes
+    assert bool(notes) == (storage == "nf4"), notes  # its codes are unpacked in C

@@ -279,7 +279,7 @@ class InGraph:
     ) -> torch.Tensor:
         """(1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
         del module
-        return attend_pages(query, key, value, how.scale, how.window, how.softcap, how.sinks)
+        return torch.ops.lowrank.attend_pages(query, key, value, how.scale, how.window, how.softcap, how.sinks)
 
     @contextlib.contextmanager
     def running(self, batch: PagedBatch) -> Generator[None, None, None]:
@@ -296,11 +296,7 @@ _running = threading.local()
 """The pass that this thread's compiled layers are in: operators are given tensors and numbers, nothing else."""
 
 
-_TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
-
-
-@torch.library.custom_op("lowrank::attend_pages", mutates_args=(), tags=_TAGS)
-def attend_pages(
+def _attend_pages(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -309,8 +305,7 @@ def attend_pages(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`PagedBatch.attend` of the pass that is running. It writes the cache, which no graph ever sees. No CUDA graph
-    holds it: how long sequences are is a number to its kernels."""
+    """`PagedBatch.attend` of the pass that is running. It writes the cache, which no graph ever sees."""
     layer = next(_running.layers)
     return _running.batch.attend(layer, query, key, value, Softmax(scale, window, softcap, sinks))
 
@@ -321,7 +316,15 @@ def _like_attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
-attend_pages.register_fake(_like_attended)
+_OPERATORS = torch.library.Library("lowrank", "FRAGMENT")
+_OPERATORS.define(
+    "attend_pages(Tensor query, Tensor key, Tensor value, float scale, int? window, float? softcap, Tensor? sinks)"
+    " -> Tensor",
+    # No CUDA graph holds it: how long sequences are is a number to its kernels.
+    tags=[tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None],
+)
+_OPERATORS.impl("attend_pages", _attend_pages, "CompositeExplicitAutograd")
+torch.library.register_fake("lowrank::attend_pages", _like_attended, lib=_OPERATORS)
 
 
 def _kernel_reads_pages() -> bool:
