@@ -55,7 +55,7 @@ class Tolerance:
     top1_agreement: float
     """Least share of tokens at which both have the same likeliest next token."""
     perplexity: float
-    """Relative difference of the perplexities on the held-out tokens."""
+    """Relative difference of the perplexities on the held-out tokens, for each nat of a loss that is above 1."""
     gain_lost: float | None = None
     """Of what training gained in held-out loss over the bare base, the share that may be lost."""
     remedy: str = ""

@@ -62,3 +62,24 @@ def test_chance_over_few_tokens_is_no_difference(shape: str) -> None:
     assert found.mean_kl < 1e-5
     assert abs(found.perplexity / found.reference_perplexity - 1) > tolerance("f16").perplexity
     assert found.passed == (shape == "rounded"), found.problems
+
+
+@pytest.mark.parametrize("surprised", [True, False])
+def test_losses_of_unlikely_tokens_may_move_by_more(surprised: bool) -> None:
+    """A model that has hardly been trained: 7.5 nats a token, of which q8_0 moves the mean by 0.022 with a KL of next to
+    nothing. At a loss of half a nat as much is a worse model."""
+    document = np.arange(41)
+    logit_LV = np.zeros((41, 1808))  # log(1808) is 7.5
+    following = np.append(document[1:], 0)
+    if not surprised:
+        logit_LV[np.arange(41), following] = np.log(1807 / (np.exp(0.5) - 1))
+    moved_LV = logit_LV.copy()
+    moved_LV[np.arange(41), following] -= 0.022 if surprised else 0.022 / (1 - np.exp(-0.5))
+    reference_LV, compared = log_softmax(logit_LV), np.arange(41) < 40
+    losses = (_losses(reference_LV[compared], document, compared),)
+    assert losses[0].mean() == pytest.approx(7.5 if surprised else 0.5, abs=0.01)
+    answers = Answers(HeldOut((document,), (compared,), (), "rows"), (reference_LV[compared],), (), losses, None)
+    read_back = ReadBack("Q8_0", tolerance("q8_0"), lambda: Changed(log_softmax(moved_LV)))
+    found = Comparer(answers, frozenset()).compare(read_back, lambda *_: None)
+    assert found.perplexity / found.reference_perplexity - 1 == pytest.approx(0.022, abs=1e-3)
+    assert found.passed == surprised, found.problems
