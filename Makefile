@@ -1,4 +1,5 @@
 # make demo   train three adapters on the base that ships with lowrank, in about two minutes
+# make board  everything in a browser (the board), for people who do not write code
 # make test   run the tests, and say which twenty took longest (PYTEST_ARGS=--cpu-durations=60: processor time, by folder)
 # Workers of one thread each, a core and 3 GB of memory for each (WORKERS=2: so many); threads that wait for one another
 # on shared cores cost more than they bring.
@@ -15,10 +16,13 @@ PYTEST_ARGS ?=
 WORKERS ?= $(shell $(PYTHON) tests/workers.py)
 SHARED_DATA ?=
 
-.PHONY: demo test test-slow test-gpu test-clients rehearse check clean
+.PHONY: demo board test test-slow test-gpu test-clients rehearse check clean
 
 demo: $(VENV)/.core
 	$(BIN)/lowrank demo
+
+board: $(VENV)/.board
+	$(BIN)/lowrank board
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not clients" --durations=20 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
@@ -48,6 +52,10 @@ $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.board: $(VENV)/.core
+	$(BIN)/pip install --quiet -e '.[board]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core
