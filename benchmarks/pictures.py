@@ -115,7 +115,7 @@ def lowrank(options: argparse.Namespace) -> dict[str, Any]:
     ends, losses, tokens = [time.perf_counter()], [], []
     processor, entries = [time.process_time()], list[str]()
 
-    def heard(event: Any) -> None:
+    def on_event(event: Any) -> None:
         if isinstance(event, StepDone):
             ends.append(time.perf_counter())
             processor.append(time.process_time())
@@ -138,7 +138,7 @@ def lowrank(options: argparse.Namespace) -> dict[str, Any]:
         schedule={"type": "constant"},
         max_steps=options.steps * (options.cache or 1),
         output_dir=str(options.folder / f"run-{time.time_ns()}"),
-        reporters=[heard],
+        reporters=[on_event],
         save_steps=None,
         eval_steps=None,
     )

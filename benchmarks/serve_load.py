@@ -105,12 +105,12 @@ async def one_client(http: httpx.AsyncClient, requests: list[dict[str, Any]], fi
         started = time.perf_counter()
         async with http.stream("POST", "/v1/completions", json=body) as reply:
             assert reply.status_code == 200, await reply.aread()
-            heard = None
+            until_first = None
             async for line in reply.aiter_lines():
                 if line.startswith("data: {"):
-                    if heard is None:
-                        heard = time.perf_counter() - started
-                        first.append(heard)
+                    if until_first is None:
+                        until_first = time.perf_counter() - started
+                        first.append(until_first)
                     content = json.loads(line.removeprefix("data: "))
                     assert "error" not in content, content
                     tokens += (content.get("usage") or {}).get("completion_tokens", 0)

@@ -101,7 +101,7 @@ def measure(engine: Engine, slot: int, units: list[list[Segment]], per_step: int
         work = {slot: number_the_step([segment for unit in step for segment in unit])}
         for shared in (False, True):
             engine.shares_prompts = shared
-            tokens[shared] += sum(batch.num_tokens for batch in engine.cut(work))
+            tokens[shared] += sum(batch.num_tokens for batch in engine.micro_batches(work))
             started, started_cpu = time.perf_counter(), time.process_time()
             losses[shared].append(engine.forward_backward(work)[slot].loss)
             engine.jobs[slot].optimizer.zero_grad()

@@ -31,7 +31,7 @@ _PATIENCE_BEFORE = timedelta(days=2)
 _PATIENCE = timedelta(hours=6)
 """For ranks that train: longer than any step, evaluation or save. A rank that dies is noticed at once."""
 _REPORT_TIMEOUT = timedelta(seconds=10)
-_HEARD_WITHIN = timedelta(seconds=3)
+_ANSWERED_WITHIN = timedelta(seconds=3)
 _MOST_AT_ONCE = 1 << 22
 """Numbers of one sum, 16 MB; what is longer is summed in pieces, in the same buffers."""
 
@@ -185,7 +185,7 @@ class Processes:
             if self.rank == 0:
                 self._store.set("error", str(error))
                 # the store may be this process's own, and ends with it
-                self._store.wait([f"heard/{rank}" for rank in range(1, self.world)], _HEARD_WITHIN)
+                self._store.wait([f"heard/{rank}" for rank in range(1, self.world)], _ANSWERED_WITHIN)
                 return False
             self._store.wait(["error"], _REPORT_TIMEOUT)
             first_error = self._store.get("error").decode()

@@ -19,6 +19,11 @@ TERMS = {
     "message, output": {"said", "say", "says"},
     "problem, error": {"trouble", "troubles"},
     "model": {"voice", "voices"},
+    "on_event, hook": {"hear", "hears", "heard"},
+    "dataloader": {"feed", "feeds"},
+    "checkpointer": {"keeper"},
+    "slot": {"seat", "seats"},
+    "handler": {"desk"},
 }
 """What to say instead, by the parts of names that are refused."""
 BIT_PACKING = ("kernels/bit_packing.py", "models/prequantized/", "tests/kernels/test_bit_packing.py")
@@ -70,7 +75,8 @@ def test_identifiers_are_the_field_s_terms(folder: str) -> None:
 @pytest.mark.parametrize(
     ("name", "refused"),
     [("words", True), ("_said", True), ("AskedQuestion", True), ("take_home", True), ("password", False),
-     ("keywords", False), ("task", False), ("embedding", False), ("assay", False)],
+     ("keywords", False), ("task", False), ("embedding", False), ("assay", False),
+     ("_hear", True), ("feeds", True), ("feedback", False)],
 )  # fmt: skip
 def test_only_whole_parts_of_names_are_refused(name: str, refused: bool) -> None:
     assert (_private(name) is not None) == refused

@@ -42,7 +42,7 @@ _SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **_TOW
 _QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
 _WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1]}
 _GRID = {"num_position_embeddings": 16}
-_HEARS = {
+_AUDIO = {
     "d_model": 16,
     "encoder_layers": 2,
     "encoder_attention_heads": 2,
@@ -167,7 +167,7 @@ COMPOSITES: dict[str, Callable[[], Any]] = {
     "qwen2_audio": _made(
         "Qwen2AudioConfig",
         text_config=_text("qwen2"),
-        audio_config={"model_type": "qwen2_audio_encoder", **_HEARS},
+        audio_config={"model_type": "qwen2_audio_encoder", **_AUDIO},
         audio_token_index=AUDIO,
     ),
     "qwen2_vl": _made(
@@ -180,7 +180,7 @@ COMPOSITES: dict[str, Callable[[], Any]] = {
         "Qwen2_5OmniThinkerConfig",
         text_config=_text("qwen2_5_omni_text", rope_parameters=_SECTIONS),
         vision_config={**_QWEN, **_WINDOWS},
-        audio_config={**_HEARS, "output_dim": 32},
+        audio_config={**_AUDIO, "output_dim": 32},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         audio_token_id=AUDIO,

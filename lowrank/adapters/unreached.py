@@ -33,12 +33,12 @@ def unreached(bank: Bank, slots: Iterable[int]) -> dict[int, list[str]]:
     targets = {slot: _targets(bank.slots[slot]) - {head} for slot in slots if slot != BARE_BASE}
     called: set[str] = set()
 
-    def hear(name: str, module: Any, args: Any) -> None:
+    def note_call(name: str, module: Any, args: Any) -> None:
         del module, args
         called.add(name)
 
     wanted = set().union(*targets.values())
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(hear, name)) for name in wanted]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(note_call, name)) for name in wanted]
     try:
         if hooks:
             sight = bank.base.sight

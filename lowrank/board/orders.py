@@ -202,7 +202,7 @@ def live_memory(run: Path) -> dict[str, Any]:
     return memory if isinstance(memory, dict) else {}
 
 
-def hears_orders(run: Path) -> bool:
+def accepts_orders(run: Path) -> bool:
     """Whether the run, which is known to be training, has begun to look for orders and not ended yet."""
     state = _state(run)
     return bool(state) and not state.get("ended")

@@ -99,7 +99,7 @@ def read_state(run: Path) -> dict[str, Any]:
     return read_json(path, OutputError) if path.is_file() else {}
 
 
-class OrderBook:
+class OrderQueue:
     """The orders of a run, as the run sees them."""
 
     def __init__(self, run: Path, carried_out: Collection[int] = ()) -> None:

@@ -159,12 +159,12 @@ class ChatRepl:
         started = time.perf_counter()
         pieces: list[str] = []
 
-        def hear(text: str) -> None:
+        def show(text: str) -> None:
             pieces.append(text)
             sys.stdout.write(printable(text))
             sys.stdout.flush()
 
-        (found,) = self.backend.answers([(model_name, conversation)], self.config, on_text=hear)
+        (found,) = self.backend.answers([(model_name, conversation)], self.config, on_text=show)
         answer = self._text(model_name, found)
         sys.stdout.write(printable(answer[len("".join(pieces)) :]) + "\n")
         if self.console.is_terminal:

@@ -133,13 +133,13 @@ def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
     """The command with an interruption as an error of ours, so that it is told like any other, in JSON too."""
 
     @functools.wraps(function)
-    def heard(*given: Any, **arguments: Any) -> None:
+    def interruptible(*given: Any, **arguments: Any) -> None:
         try:
             function(*given, **arguments)
         except KeyboardInterrupt as error:
             raise Interrupted(_INTERRUPTED) from error
 
-    return heard
+    return interruptible
 
 
 def _with_door(function: Callable[..., None]) -> Callable[..., None]:
@@ -220,14 +220,14 @@ def _main(arguments: list[str] | None) -> None:
         keep_freed_memory()  # here and not where models load: a library leaves its caller's process alone
     as_json = "--json" in arguments
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per attempt; our error says what could not be had
-    heard = functools.partial(_heard, as_json=as_json) if own_process else lambda _: nullcontext()
+    ends_at_once = functools.partial(_ends_at_once, as_json=as_json) if own_process else lambda _: nullcontext()
     try:
-        with heard(arguments):
+        with ends_at_once(arguments):
             commands = _as_ours(arguments)
     except LowrankError as error:
         sys.exit(_report_error(error, str(error), error.exit_code, as_json))
     for command in commands:
-        with heard(command):
+        with ends_at_once(command):
             code = _run(command, as_json)
         if code:
             sys.exit(code)
@@ -272,7 +272,7 @@ def _as_ours(arguments: list[str]) -> list[list[str]]:
     return [*translated.first, translated.arguments or arguments, *translated.then]
 
 
-def _heard(arguments: list[str], as_json: bool) -> AbstractContextManager[None]:
+def _ends_at_once(arguments: list[str], as_json: bool) -> AbstractContextManager[None]:
     """While `lowrank train` has nothing to save, a signal ends it at once, with its closing line."""
     if arguments[:1] != ["train"]:
         return nullcontext()

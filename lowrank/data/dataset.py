@@ -14,7 +14,7 @@ from lowrank.data.batching.dataloader import Sample
 from lowrank.data.chat.last_answer import as_prompted
 from lowrank.data.chat.rendering import Rendering
 from lowrank.data.config import DataConfig, SourceConfig
-from lowrank.data.formats.built_in import FEEDS, Format, built_in_formats, find_format, record_type
+from lowrank.data.formats.built_in import OBJECTIVES_OF, Format, built_in_formats, find_format, record_type
 from lowrank.data.formats.columns import RowProblem, check_mapping
 from lowrank.data.formats.media import with_media
 from lowrank.data.formats.media_files import Folders
@@ -132,8 +132,8 @@ def _check_record(dataset: Dataset, record: type) -> None:
     if dataset.record is not record:
         raise DataError(
             f"{dataset.title} (format {dataset.name}) gives {dataset.record.__name__} records, the objective "
-            f"learns from {record.__name__}\n    such data is for {FEEDS[dataset.record]}; {record.__name__} is for "
-            f"{FEEDS[record]}; change `objective`, the data, or `format`"
+            f"learns from {record.__name__}\n    such data is for {OBJECTIVES_OF[dataset.record]}; "
+            f"{record.__name__} is for {OBJECTIVES_OF[record]}; change `objective`, the data, or `format`"
         )
 
 

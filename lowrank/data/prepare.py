@@ -1,4 +1,4 @@
-"""From the data settings of a job to what it trains on: rows, records, segments, a feed, and a report on all of it."""
+"""From the data settings of a job to what it trains on: rows, records, segments, a dataloader, and a report on all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Prepared:
         return "image" in self.media_kinds
 
     def again(self) -> Prepared:
-        """The same samples for another job that asked for the same, with a feed of its own."""
+        """The same samples for another job that asked for the same, with a dataloader of its own."""
         assert isinstance(self.train, DataLoader), "a stream is read by one job"
         return replace(self, train=self.train.again())
 
@@ -246,7 +246,7 @@ def refuse(report: Report, *, strict: bool) -> None:
 
 
 def _prepare_stream(job: _Job, mismatched: bool, on_notice: Callable[[str], None] | None) -> Prepared:
-    """A feed that reads as it goes; the report is on the first rows of each dataset."""
+    """A dataloader that reads as it goes; the report is on the first rows of each dataset."""
     held_out, eval_tallies, watched = job.read_eval()
     tallies = [dataset.tally() for dataset in job.train]
     first = [

@@ -105,13 +105,13 @@ def answer_questions(
                 note(index, name, ModelAnswer("", str(error)))
                 continue
 
-            def hear(piece: TokenChunk, index: int = index, name: str = name, generation: Any = generation) -> None:
+            def on_chunk(piece: TokenChunk, index: int = index, name: str = name, generation: Any = generation) -> None:
                 if piece.finish is not None:
                     answer = generation.answer
                     text = spoken_text(answering_models.renderers[name], answer.tokens)
                     note(index, name, ModelAnswer(text, answer.error))
 
-            generation.listen(hear)
+            generation.listen(on_chunk)
             while generator.num_waiting > _AHEAD * max_rows:
                 generator.step()
         while generator.step():

@@ -54,7 +54,7 @@ class AdapterRegistry:
             slot = self._slot_of(name)
             generation = self.generator.submit(Prompt(token_L, slot, media), config, stop_tokens=stop_tokens)
             self._users[slot] += 1
-        generation.listen(lambda piece: self._hear(slot, piece))
+        generation.listen(lambda piece: self._on_chunk(slot, piece))
         return generation
 
     def embed(self, name: str, token_L: np.ndarray, pooling: Pooling) -> np.ndarray:
@@ -103,7 +103,7 @@ class AdapterRegistry:
             self._retired.add(slot)
         self._sweep()
 
-    def _hear(self, slot: int, piece: TokenChunk) -> None:
+    def _on_chunk(self, slot: int, piece: TokenChunk) -> None:
         if piece.finish is not None:
             with self._lock:
                 self._users[slot] -= 1

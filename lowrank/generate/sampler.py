@@ -28,11 +28,13 @@ def generate(
     """
     assert on_token is None or len(prompts) == 1, "one prompt can be streamed at a time"
 
-    def hear(index: int, piece: TokenChunk) -> None:
+    def on_chunk(index: int, piece: TokenChunk) -> None:
         if on_token is not None and piece.token is not None:
             on_token(piece.token)
 
-    answers = answer_all(base, bank, prompts, config, stop_tokens=stop_tokens, rows_at_once=rows_at_once, on_piece=hear)
+    answers = answer_all(
+        base, bank, prompts, config, stop_tokens=stop_tokens, rows_at_once=rows_at_once, on_piece=on_chunk
+    )
     return [answer.tokens for answer in answers]
 
 

@@ -116,7 +116,7 @@ class MediaProcessor:
             self._known[sizes] = tuple(each["replacement"] for each in found)
         return self._known[sizes]
 
-    def hears_all(self, audio: Audio) -> bool:
+    def takes_whole(self, audio: Audio) -> bool:
         """Whether what stands for a sound would be less, were its last second not there: processors cut off what is
         longer than they were made for."""
         shorter = Audio("", max(1, audio.frames - audio.rate), audio.rate)

@@ -93,12 +93,12 @@ def train_processes(
             for rank in range(number)
         ]
 
-        def hear(child: Child, event: Event) -> None:
+        def on_event(child: Child, event: Event) -> None:
             if isinstance(event, RunStarted):
                 event = RunStarted(event.output_dir, event.jobs, own, event.device, event.dtype)
             report(event)
 
-        failed = follow(children, hear, stopping, lambda text: report(Notice(text, "warning")), together=True)
+        failed = follow(children, on_event, stopping, lambda text: report(Notice(text, "warning")), together=True)
         for child in children[1:]:  # a first rank has told its own
             for line in child.output_lines():
                 report(Notice(line, "warning"))

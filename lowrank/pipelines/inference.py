@@ -153,14 +153,14 @@ class InferenceModel:
         found: dict[int, Answer] = {}
         for (stop_tokens, marks), members in alike.items():
 
-            def hear(place: int, piece: TokenChunk, members: Sequence[int] = members) -> None:
+            def on_chunk(place: int, piece: TokenChunk, members: Sequence[int] = members) -> None:
                 text = spoken[members[place]].add(piece)
                 if on_text is not None and text:
                     on_text(text)
 
             group = [prompts[index] for index in members]
             drawn = config.model_copy(update={"preserved_tokens": marks})
-            answers = answer_all(self.base, self.bank, group, drawn, stop_tokens=stop_tokens, on_piece=hear)
+            answers = answer_all(self.base, self.bank, group, drawn, stop_tokens=stop_tokens, on_piece=on_chunk)
             found.update({index: spoken[index].of(answer) for index, answer in zip(members, answers)})
         return [found[index] for index in range(len(conversations))]
 

@@ -54,7 +54,7 @@ def prepare_all(
     read: dict[str, Prepared] | None = None,
 ) -> list[Prepared]:
     """The data of every job, no sample longer than `model` reads (by its config.json); jobs that ask for the same share
-    what was read and tokenized, each with its own feed. `read`: what was read before, to which this is added."""
+    what was read and tokenized, each with its own dataloader. `read`: what was read before, to which this is added."""
     shape = read_config(model)
     within = [_within_reach(job, positions_of(shape)) for job in jobs]
     described = [

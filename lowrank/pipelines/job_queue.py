@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lowrank.batches import BARE_BASE
-from lowrank.checkpoints.orders import OrderBook
+from lowrank.checkpoints.orders import OrderQueue
 from lowrank.config import JobConfig
 from lowrank.data.prepare import Prepared
 from lowrank.errors import LowrankError
-from lowrank.pipelines.job_seats import JobSeats, job_started
 from lowrank.pipelines.job_setup import num_steps_of
+from lowrank.pipelines.slot_allocator import SlotAllocator, job_started
 from lowrank.report.events import Event, JobFinished, JobMoved, JobStarted, Notice
 from lowrank.search.candidates import Candidate
 from lowrank.train.checkpointer import Checkpointer
@@ -85,13 +85,13 @@ class JobQueue:
 
     def __init__(
         self,
-        seats: JobSeats,
-        keeper: Checkpointer,
+        allocator: SlotAllocator,
+        checkpointer: Checkpointer,
         entries: Sequence[Entry],
         report: Callable[[Event], None],
         capacity: int,
     ) -> None:
-        self.seats, self.keeper, self._report = seats, keeper, report
+        self.allocator, self.checkpointer, self._report = allocator, checkpointer, report
         self.entries = {entry.name: entry for entry in entries}
         self.capacity = capacity
         """Jobs that take steps at the same time."""
@@ -101,9 +101,9 @@ class JobQueue:
         """Makes a job of what the search proposes."""
         self.decided: Callable[[], object] = lambda: None
         """Hears that the search has decided something."""
-        self.hear: Callable[[int], None] = lambda tick: None
+        self.before_step: Callable[[int], None] = lambda tick: None
         """Carries orders out (pipelines/orders.py)."""
-        self.book: OrderBook | None = None
+        self.order_queue: OrderQueue | None = None
         self._came: list[Job] = []
         """Given a slot since the last step."""
         for turn, entry in enumerate(entries):
@@ -115,7 +115,7 @@ class JobQueue:
     def between_steps(self, tick: int) -> Sequence[Job]:
         """Those that a search holds back leave; then orders; then free slots go to those that wait."""
         self._hold_back()  # first: what an order ends may decide about them, and what is parked ends in one way
-        self.hear(tick)
+        self.before_step(tick)
         self._make_way()
         came = self._came
         if self.search is not None:
@@ -126,7 +126,7 @@ class JobQueue:
                 break
             self._leave_finished()
             try:
-                came.append(self._seat(entry))
+                came.append(self._allocate(entry))
             except LowrankError as error:  # its adapter does not fit this base: that is its own affair
                 self._lose(entry, error)
         self._came = []
@@ -164,10 +164,10 @@ class JobQueue:
             self._report(self.started(entry.name))
             return
         try:
-            self._came.append(self._seat(entry))
+            self._came.append(self._allocate(entry))
         except LowrankError:
             del self.entries[entry.name]
-            self.keeper.parked.pop(entry.name, None)
+            self.checkpointer.parked.pop(entry.name, None)
             raise
 
     def stop(self, name: str, reason: str) -> None:
@@ -175,17 +175,17 @@ class JobQueue:
         entry, job = self.entries[name], self.job(name)
         if job is not None:
             job.progress.finished = reason
-            self._report(finish_job(self.seats.engine, self.keeper, job))
+            self._report(finish_job(self.allocator.engine, self.checkpointer, job))
             if self.search is not None:
                 self._heed(self.search.over(job))
             return
         if entry.progress.step:  # its weights are in its parked state alone
-            job = self._seat(entry, quietly=True)
+            job = self._allocate(entry, quietly=True)
             self.stop(name, reason)
             self._leave(job)
             return
         entry.progress.finished, entry.state = reason, OVER
-        self.keeper.parked.pop(name, None)
+        self.checkpointer.parked.pop(name, None)
         self._report(JobFinished(name, 0, reason))
         if self.search is not None:
             self._heed(self.search.lost(name, reason))
@@ -258,10 +258,10 @@ class JobQueue:
             for entry in self.entries.values()
         }
         search = None if self.search is None else self.search.state()
-        orders = [] if self.book is None else sorted(self.book.carried_out)
+        orders = [] if self.order_queue is None else sorted(self.order_queue.carried_out)
         return {"jobs": jobs, "orders": orders, "capacity": self.capacity, "turns": self._turns, "search": search}
 
-    def take_seats(self, state: Mapping[str, Any] | None) -> None:
+    def allocate_slots(self, state: Mapping[str, Any] | None) -> None:
         """Give the first jobs their slots, or, where the run goes on (`state`), those that had one the same."""
         if state is None:
             first = list(self.entries.values())[: self.capacity]
@@ -276,10 +276,10 @@ class JobQueue:
             seated = {name: kept["slot"] for name, kept in state["jobs"].items() if kept["slot"] is not None}
             first = sorted((self.entries[name] for name in seated), key=lambda entry: seated[entry.name])
             slots = [seated[entry.name] for entry in first]
-        self.jobs += self.seats.take([each.config for each in first], [each.data for each in first], slots)
+        self.jobs += self.allocator.take([each.config for each in first], [each.data for each in first], slots)
         for entry, job in zip(first, self.jobs):
             entry.state = RUNNING if entry.state == QUEUED else entry.state
-            entry.num_trainable = self.seats.num_trainable(job)
+            entry.num_trainable = self.allocator.num_trainable(job)
             if self.search is not None:
                 self.search.begin(job)
 
@@ -309,7 +309,7 @@ class JobQueue:
 
     def _lose(self, entry: Entry, error: LowrankError) -> None:
         entry.progress.finished, entry.state = "failed", OVER
-        self.keeper.parked.pop(entry.name, None)
+        self.checkpointer.parked.pop(entry.name, None)
         self._report(Notice(f"{entry.name} cannot be trained: {error}", level="warning", job=entry.name))
         self._report(JobFinished(entry.name, entry.progress.step, "failed"))
         if self.search is not None:
@@ -327,22 +327,22 @@ class JobQueue:
                 return
             self._park(lowest, QUEUED)
 
-    def _seat(self, entry: Entry, quietly: bool = False) -> Job:
-        (job,) = self.seats.take([entry.config], [entry.data])
-        if entry.name in self.keeper.parked:
-            self.keeper.unpark(job)
+    def _allocate(self, entry: Entry, quietly: bool = False) -> Job:
+        (job,) = self.allocator.take([entry.config], [entry.data])
+        if entry.name in self.checkpointer.parked:
+            self.checkpointer.unpark(job)
         self._adjust(job, entry)
         if self.search is not None:
             self.search.begin(job)
         self.jobs.append(job)
-        entry.state, entry.num_trainable = RUNNING, self.seats.num_trainable(job)
+        entry.state, entry.num_trainable = RUNNING, self.allocator.num_trainable(job)
         if not quietly:
             self._report(self.started(entry.name))
         return job
 
     def _adjust(self, job: Job, entry: Entry) -> None:
         """What orders may change, as the settings have it now."""
-        config, trained = entry.config, self.seats.engine.jobs[job.slot]
+        config, trained = entry.config, self.allocator.engine.jobs[job.slot]
         job.schedule, job.patience = config.schedule, config.early_stopping_patience
         job.learning_rate, job.max_skipped_steps = config.optimizer.learning_rate, config.optimizer.max_skipped_steps
         job.num_steps = trained.num_steps = num_steps_of(config, entry.data)
@@ -350,7 +350,7 @@ class JobQueue:
 
     def _park(self, job: Job, state: str) -> None:
         entry = self.entries[job.name]
-        self.keeper.park(job)
+        self.checkpointer.park(job)
         entry.state, entry.progress = state, dataclasses.replace(job.progress)
         self._leave(job)
         self._report(JobMoved(job.name, entry.progress.step, QUEUED if state == HELD else state))
@@ -360,7 +360,7 @@ class JobQueue:
         if not job.active:
             entry.state, entry.progress = OVER, dataclasses.replace(job.progress)
         self.jobs.remove(job)
-        self.seats.leave(job)
+        self.allocator.leave(job)
 
     def _leave_finished(self) -> None:
         for job in [job for job in self.jobs if not job.active and job.slot != BARE_BASE]:
@@ -392,5 +392,5 @@ class JobQueue:
 
     def _prune_parked(self, entry: Entry) -> None:
         entry.progress.finished, entry.state = "pruned", OVER
-        self.keeper.parked.pop(entry.name, None)
+        self.checkpointer.parked.pop(entry.name, None)
         self._report(JobFinished(entry.name, entry.progress.step, "pruned"))

@@ -203,7 +203,7 @@ def set_up_rollouts(
     tokenizer: Any,
     answering: RolloutGenerator,
 ) -> None:
-    """Give every job that learns from its own answers a feed of them; all jobs are answered together."""
+    """Give every job that learns from its own answers a dataloader of them; all jobs are answered together."""
     for job, own, settings in zip(jobs, data, configs):
         if needs(engine.jobs[job.slot].objective, "rollouts"):
             known = [*(segment for sample in own.train.samples for segment in sample), *own.eval]

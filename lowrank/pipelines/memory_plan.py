@@ -139,7 +139,7 @@ def _time_of(config: RunConfig, data: Sequence[Prepared], number: int) -> str:
     return f", about {duration(seconds)} on this machine if all are trained to their end"
 
 
-class Room:
+class MemoryBudget:
     """Whether other jobs than those a run was planned for would fit, while it trains."""
 
     def __init__(self, config: RunConfig, plan: Plan | None) -> None:

@@ -167,11 +167,11 @@ def _winner(
         trials |= trials_of(search) if search else {}
     sweep.trials = {name: trials[name] for name in names if name in trials}
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if isinstance(event, Notice) and event.level == "warning":
             notify(event.text)
 
-    return finish_sweep(sweep, output_dir, hear)
+    return finish_sweep(sweep, output_dir, on_event)
 
 
 def _summary(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lowrank.checkpoints.orders import Order, OrderBook
+from lowrank.checkpoints.orders import Order, OrderQueue
 from lowrank.checkpoints.settings_changes import flattened
 from lowrank.config import JobConfig, RunConfig, override, resolve
 from lowrank.config.jobs import complete_jobs
@@ -36,12 +36,12 @@ STATE_EVERY = 1.0
 """Seconds between two writings of state.json."""
 
 
-class OrderDesk:
+class OrderHandler:
     """Carries the orders of one run out, one after another, between two steps."""
 
     def __init__(
         self,
-        book: OrderBook,
+        order_queue: OrderQueue,
         queue: JobQueue,
         run: RunConfig,
         *,
@@ -52,11 +52,11 @@ class OrderDesk:
         report: Callable[[Event], None],
         due: Callable[[int], list[Order]] | None = None,
     ) -> None:
-        """`due`: the orders that have come, before a step; left out, those in the book.
+        """`due`: the orders that have come, before a step; left out, those in the order_queue.
         `fits`: whether these jobs fit into memory together; `changed`: the list of jobs or their settings is
         another; `show`: write down what the jobs do now, so that whoever has an answer sees what came of it."""
-        self.book, self._queue, self._run, self._show = book, queue, run, show
-        self._due = due or book.due
+        self.order_queue, self._queue, self._run, self._show = order_queue, queue, run, show
+        self._due = due or order_queue.due
         self._prepare, self._fits, self._changed, self._report = prepare, fits, changed, report
         self._grows = run.max_concurrent_jobs == "auto" and run.sweep is None
 
@@ -71,7 +71,7 @@ class OrderDesk:
             except (KeyError, TypeError, ValueError) as error:  # a file that no writer of ours has written
                 text, done = f"this order cannot be understood ({type(error).__name__}: {error})", False
             self._show()
-            self.book.acknowledge(order, tick, text, done=done)
+            self.order_queue.acknowledge(order, tick, text, done=done)
             message = f"order {order.number} ({order.kind}{f' {order.job}' if order.job else ''}): {text}"
             self._report(Notice(message, "info" if done else "warning", job=order.job if done else None))
 
@@ -111,9 +111,9 @@ class OrderDesk:
             )
         clone, job = Entry(config, self._prepare(config), added=True), self._queue.job(entry.name)
         if job is not None:
-            self._queue.keeper.copy(job, config.name)
-        elif entry.name in self._queue.keeper.parked:
-            self._queue.keeper.copy_parked(entry.name, config.name)
+            self._queue.checkpointer.copy(job, config.name)
+        elif entry.name in self._queue.checkpointer.parked:
+            self._queue.checkpointer.copy_parked(entry.name, config.name)
         clone.progress.step = self._queue.progress_of(entry.name).step
         return self._join(clone)
 
@@ -186,7 +186,7 @@ class OrderDesk:
             raise ConfigError(f"{entry.name} has taken {step} steps already; stop it, or give it more than those")
         job = self._queue.job(entry.name)
         if job is not None and job.slot >= 0:
-            bank = self._queue.seats.engine.bank
+            bank = self._queue.allocator.engine.bank
             rates = (entry.config.optimizer.learning_rate, config.optimizer.learning_rate)
             if bank.learning_rate_factors(job.slot, rates[0]) != bank.learning_rate_factors(job.slot, rates[1]):
                 raise ConfigError(
@@ -243,9 +243,9 @@ def _is_in(key: str, name: str) -> bool:
 class StateFile:
     """A reporter that keeps orders/state.json up to date: what each job does, how far it is, how long it takes."""
 
-    def __init__(self, book: OrderBook, queue: JobQueue, summary: SummaryBuilder) -> None:
+    def __init__(self, order_queue: OrderQueue, queue: JobQueue, summary: SummaryBuilder) -> None:
         """`summary` hears the run before this does."""
-        self._book, self._queue, self._summary = book, queue, summary
+        self._order_queue, self._queue, self._summary = order_queue, queue, summary
         self._judged: dict[str, tuple[int, str, dict[str, Any]]] = {}
         self._progress = RunProgress()
         self._written = 0.0
@@ -262,7 +262,7 @@ class StateFile:
         now = self._written = time.monotonic()
         progress = self._progress
         jobs = [self._job(view, now) for view in progress.jobs.values()]
-        self._book.write_state(
+        self._order_queue.write_state(
             {
                 "time": round(time.time(), 3),
                 "ended": self._ended,

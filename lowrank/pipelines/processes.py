@@ -125,13 +125,13 @@ class Child:
 
 def follow(
     children: Sequence[Child],
-    hear: Callable[[Child, Event], None],
+    on_event: Callable[[Child, Event], None],
     stopping: Stopping,
     notify: Callable[[str], None],
     *,
     together: bool = False,
 ) -> Child | None:
-    """Start them, and return when all have ended; `hear` is given their events. A request to stop is handed on and
+    """Start them, and return when all have ended; `on_event` is given their events. A request to stop is handed on and
     told; a second Ctrl-C, or any error here, ends them at once. `together`: none can go on without the others. The
     first that failed."""
     lines: queue.Queue[tuple[Child, str | None]] = queue.Queue()
@@ -148,7 +148,7 @@ def follow(
                     for each in children:
                         each.stop()
                 if child is not None and line is not None:
-                    _take(child, line, hear)
+                    _take(child, line, on_event)
                 if child is not None and line is None and child.code not in ENDED_IN_ORDER and failed is None:
                     failed, ends_at = child, time.monotonic() + _REPORT_SECONDS
                 if together and time.monotonic() > ends_at:
@@ -175,7 +175,7 @@ def _arriving(lines: queue.Queue[tuple[Child, str | None]], number: int) -> Iter
         yield child, line
 
 
-def _take(child: Child, text: str, hear: Callable[[Child, Event], None]) -> None:
+def _take(child: Child, text: str, on_event: Callable[[Child, Event], None]) -> None:
     try:
         line: dict[str, Any] = decode(text)
     except (ValueError, RecursionError):
@@ -186,4 +186,4 @@ def _take(child: Child, text: str, hear: Callable[[Child, Event], None]) -> None
         elif "jobs" in line:
             child.summary = line
     elif (event := as_event(line)) is not None:
-        hear(child, event)
+        on_event(child, event)

@@ -113,7 +113,7 @@ def train_shares(
             shares = take_deal(config.output_dir, names, number, lambda: fresh)
             children = [_child(config, Share(each, number), shares, strict) for each in sorted({*shares.values()})]
             children = [child for child in children if not _is_over(child)]
-            follow(children, together.hear, stopping, lambda text: report(Notice(text, "warning")))
+            follow(children, together.on_event, stopping, lambda text: report(Notice(text, "warning")))
             return _end(config, children, report)
 
 
@@ -185,7 +185,7 @@ class _Together:
             self._noticed.add(event.text)
         self._report(event)
 
-    def hear(self, child: Child, event: Event) -> None:
+    def on_event(self, child: Child, event: Event) -> None:
         """The first share that begins begins the run."""
         if isinstance(event, RunStarted):
             self._start(event)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lowrank.batches import Segment
-from lowrank.checkpoints.orders import Order, OrderBook
+from lowrank.checkpoints.orders import Order, OrderQueue
 from lowrank.checkpoints.run_folder import RunFolder, open_run_folder
 from lowrank.checkpoints.settings_changes import flattened
 from lowrank.config import RunConfig
@@ -307,17 +307,17 @@ class Watch:
         self._begun = True
 
 
-def orders_of(book: OrderBook, ranks: Ranks) -> Callable[[int], list[Order]]:
+def orders_of(order_queue: OrderQueue, ranks: Ranks) -> Callable[[int], list[Order]]:
     """The orders of the run's folder, which the first rank reads, for all of them."""
 
     def due(tick: int) -> list[Order]:
-        received = agree(ranks, lambda: [dataclasses.asdict(order) for order in book.due(tick)])
+        received = agree(ranks, lambda: [dataclasses.asdict(order) for order in order_queue.due(tick)])
         return [Order(**order) for order in received]
 
     return due
 
 
-def heard_by(ranks: Ranks, notify: Callable[[str], None]) -> Callable[[str], None]:
+def on_first_rank(ranks: Ranks, notify: Callable[[str], None]) -> Callable[[str], None]:
     """`notify`, or on ranks that say nothing else, a line that says who speaks."""
     return notify if ranks.rank == 0 else lambda text: log_notice(f"rank {ranks.rank}: {text}")
 

@@ -11,7 +11,7 @@ from typing import Any
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import write_text
-from lowrank.checkpoints.orders import OrderBook
+from lowrank.checkpoints.orders import OrderQueue
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.run_folder import STOP, RunFolder
@@ -30,21 +30,21 @@ from lowrank.models.placement import Placement
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
 from lowrank.pipelines.job_queue import Entry, JobQueue
-from lowrank.pipelines.job_seats import JobSeats
 from lowrank.pipelines.job_setup import check_steps, check_tokens
 from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, in_effect, live_state
-from lowrank.pipelines.memory_plan import Room, at_once, refuse_too_many, tokens_of
-from lowrank.pipelines.orders import OrderDesk, StateFile
+from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
+from lowrank.pipelines.orders import OrderHandler, StateFile
 from lowrank.pipelines.pictures import see
 from lowrank.pipelines.references import check_references
+from lowrank.pipelines.slot_allocator import SlotAllocator
 from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, record_sweep
 from lowrank.pipelines.together import (
     Watch,
     checkpointer_of,
     dated,
     folder_of,
-    heard_by,
     lanes_of,
+    on_first_rank,
     orders_of,
     placement_of,
     planned,
@@ -114,17 +114,19 @@ def train(
         report(Stage("preparing the jobs"))
         engine = Engine(base, Bank(base), tokens_of(config))
         engine.lanes = lanes
-        engine.notify = heard_by(ranks, lambda text: report(Notice(text, level="warning")))
+        engine.notify = on_first_rank(ranks, lambda text: report(Notice(text, level="warning")))
         summary = SummaryBuilder(folder.path, state["summary"] if state else None, plan.as_dict() if plan else None)
         chosen = chosen_templates({job.name: job.data for job in config.jobs}, tokenizer)
         ranks.begin(base.device)
-        keeper = checkpointer_of(ranks)(
+        checkpointer = checkpointer_of(ranks)(
             engine, folder.path, config.save_total_limit, lambda: _state(begun, engine, summary, queue), chosen
         )
         entries = [Entry(job, own) for job, own in zip(config.jobs, data)]
-        queue = JobQueue(JobSeats(engine, config, tokenizer, report), keeper, entries, report, at_once(config))
+        queue = JobQueue(
+            SlotAllocator(engine, config, tokenizer, report), checkpointer, entries, report, at_once(config)
+        )
         sweep = add_search(queue, config, live)
-        queue.take_seats(live)
+        queue.allocate_slots(live)
         stopping.end_if_requested()
 
         # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
@@ -132,16 +134,16 @@ def train(
         folder.clear()
         _write_settings(folder, config, entries)
         report.keeping.append(summary)
-        tick = keeper.restore(checkpoint, queue.jobs, queue.parked_names()) if checkpoint else 0
-        for problem in keeper.incompatibilities(queue.jobs):
+        tick = checkpointer.restore(checkpoint, queue.jobs, queue.parked_names()) if checkpoint else 0
+        for problem in checkpointer.incompatibilities(queue.jobs):
             report(Notice(problem, level="warning"))
         known = live["orders"] if live else ()
-        _take_orders(stack, folder, config, queue, Room(config, plan), report, summary, known)
+        _take_orders(stack, folder, config, queue, MemoryBudget(config, plan), report, summary, known)
         started = [queue.started(name) for name in queue.entries]
         report(_run_started(base, config, started))
 
         save_every = steps_of(config.save_steps, max(job.num_steps for job in started))
-        loop = Loop(engine, queue, keeper, report, save_every=save_every, tick=tick, stopping=stopping)
+        loop = Loop(engine, queue, checkpointer, report, save_every=save_every, tick=tick, stopping=stopping)
         if sweep is not None:
             queue.decided = lambda: record_sweep(sweep, folder.path)
         with explain_out_of_memory("training"):
@@ -246,46 +248,48 @@ def _take_orders(
     folder: RunFolder,
     config: RunConfig,
     queue: JobQueue,
-    room: Room,
+    budget: MemoryBudget,
     report: Listeners,
     summary: SummaryBuilder,
     known: Sequence[int],
 ) -> None:
     """From now on the run hears orders, and says what its jobs do. `known`: orders that are in the checkpoint."""
-    ranks = queue.seats.engine.lanes.ranks
-    book = OrderBook(folder.path, known)
-    book.open()
-    queue.book = book
-    base, read = queue.seats.engine.base, {}
+    ranks = queue.allocator.engine.lanes.ranks
+    order_queue = OrderQueue(folder.path, known)
+    order_queue.open()
+    queue.order_queue = order_queue
+    base, read = queue.allocator.engine.base, {}
     tokenizer = base.tokenizer
 
     def prepare(job: JobConfig) -> Prepared:
         (own,) = prepare_all([job], config.model, tokenizer, report, strict=False, read=read)
         if own.media_kinds:
             _see(base, config.model, own.media_kinds, report, running=True)
-        queue.keeper.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
+        queue.checkpointer.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
         return own
 
-    watching = StateFile(book, queue, summary)
-    desk = OrderDesk(
-        book,
+    watching = StateFile(order_queue, queue, summary)
+    handler = OrderHandler(
+        order_queue,
         queue,
         config,
         prepare=prepare,
-        fits=lambda entries: agree(ranks, lambda: room.for_jobs(*zip(*((each.config, each.data) for each in entries)))),
+        fits=lambda entries: agree(
+            ranks, lambda: budget.for_jobs(*zip(*((each.config, each.data) for each in entries)))
+        ),
         changed=lambda: _write_settings(folder, config, list(queue.entries.values())),
         show=watching.write,
         report=report,
-        due=orders_of(book, ranks),
+        due=orders_of(order_queue, ranks),
     )
 
-    watch = Watch(queue.seats.engine)
+    watch = Watch(queue.allocator.engine)
 
-    def hear(tick: int) -> None:
+    def before_step(tick: int) -> None:
         watch.look(tick)
-        desk.carry_out(tick)
+        handler.carry_out(tick)
 
-    queue.hear, queue.enlist = hear, desk.enlist
+    queue.before_step, queue.enlist = before_step, handler.enlist
     report.watching.append(watching)
     stack.callback(_close, watching)
 

@@ -184,7 +184,7 @@ class Simulation:
     def heaviest_batch(self, work: StepSegments, micro_batch_tokens: int) -> Heaviest:
         """The forward pass with the most tokens of a step that is cut so."""
         self._engine.micro_batch_tokens = micro_batch_tokens
-        batches = self._engine.cut(work)
+        batches = self._engine.micro_batches(work)
         heaviest = max(batches, key=lambda batch: self.base.padded_tokens(batch.lengths))
         others = frozenset(slot for batch in batches if batch is not heaviest for slot in batch.slots)
         if self._sight is None:

@@ -15,11 +15,11 @@ from lowrank.data.batching.dataloader import DataLoader
 from lowrank.train.engine import Engine
 
 
-def calibration_passes(engine: Engine, feed: DataLoader) -> Iterator[tuple[CalibrationBatch, ...]]:
-    """The steps of `feed` from its beginning, without end; nothing is taken from it."""
-    own = feed.again()
+def calibration_passes(engine: Engine, dataloader: DataLoader) -> Iterator[tuple[CalibrationBatch, ...]]:
+    """The steps of `dataloader` from its beginning, without end; nothing is taken from it."""
+    own = dataloader.again()
     while True:
-        batches = engine.cut({BARE_BASE: own.next_step()})
+        batches = engine.micro_batches({BARE_BASE: own.next_step()})
         yield tuple(_calibration_batch(engine, replace(batch, filler=0).to(engine.base.device)) for batch in batches)
 
 

@@ -129,10 +129,10 @@ class Engine(ScoringEngine):
         self, work: StepSegments, layerwise: LayerwiseUpdates | None, following: Sequence[Segment]
     ) -> dict[int, Forwarded]:
         counted = segments_with_loss(work)
-        whole = self.cut(counted)  # on the host, where counting waits for nobody
+        whole = self.micro_batches(counted)  # on the host, where counting waits for nobody
         totals, of_step = self._totals(work, whole), TokensOfStep.of(whole)
         gradients = self.lanes.gradients([each for slot in work for each in self.jobs[slot].parameters.values()])
-        shares_of_lanes, lanes = [], self.lanes.passes(counted, whole, self.cut)
+        shares_of_lanes, lanes = [], self.lanes.passes(counted, whole, self.micro_batches)
         for number, (batches, idle) in enumerate(lanes, start=1):
             after = following if number == len(lanes) else ()
             shares_of_lanes.append(self._lane(batches, totals, of_step, layerwise, after))

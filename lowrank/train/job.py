@@ -49,7 +49,7 @@ class RolloutSource(Protocol):
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps of a job, besides tensors and the feed. All of it is plain JSON."""
+    """What a checkpoint keeps of a job, besides tensors and the dataloader. All of it is plain JSON."""
 
     step: int = 0
     """Optimizer steps taken, skipped ones included."""
@@ -92,7 +92,7 @@ class Job:
     answers: HeldOutAnswers | None = None
     """Held-out questions whose generated answers decide what is best; None: the held-out loss does."""
     rollouts: RolloutSource | None = None
-    """Its feed, where it answers its prompts itself. Its losses are then minus the mean reward."""
+    """Its dataloader, where it answers its prompts itself. Its losses are then minus the mean reward."""
     eval_at: frozenset[int] = frozenset()
     """Steps after which it is evaluated besides."""
     compares_rows: bool = False

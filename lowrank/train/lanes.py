@@ -27,7 +27,7 @@ from lowrank.train.numbers_of_step import read_together
 from lowrank.train.trained_job import RowLosses
 
 Parameters = Sequence[torch.nn.Parameter]
-Cut = Callable[[StepSegments], list[Batch]]
+Split = Callable[[StepSegments], list[Batch]]
 
 
 class LanePasses(NamedTuple):
@@ -58,8 +58,8 @@ class Lanes(Protocol):
     own: range
     """The lanes of this rank."""
 
-    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[LanePasses]:
-        """The passes of each lane of this rank. `whole`: the step as `cut` cuts it, where that is known."""
+    def passes(self, work: StepSegments, whole: list[Batch] | None, split: Split) -> list[LanePasses]:
+        """The passes of each lane of this rank. `whole`: the step as `split` cuts it, where that is known."""
         ...
 
     def gradients(self, parameters: Parameters) -> Gradients:
@@ -96,9 +96,9 @@ class OneLane:
     count = 1
     own = range(1)
 
-    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[LanePasses]:
+    def passes(self, work: StepSegments, whole: list[Batch] | None, split: Split) -> list[LanePasses]:
         """One lane, with all there is."""
-        return [LanePasses(cut(work) if whole is None else whole)]
+        return [LanePasses(split(work) if whole is None else whole)]
 
     def gradients(self, parameters: Parameters) -> Gradients:
         """Left in place."""
@@ -128,13 +128,13 @@ class ManyLanes:
         per_rank = count // ranks.world
         self.own = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
 
-    def passes(self, work: StepSegments, whole: list[Batch] | None, cut: Cut) -> list[LanePasses]:
+    def passes(self, work: StepSegments, whole: list[Batch] | None, split: Split) -> list[LanePasses]:
         """See Lanes. Every rank knows the whole step, so it cuts the others' lanes too to know how many passes there
         are, and asks nobody."""
         lane_of = deal(work, self.count)
         if not self.in_step:
-            return [LanePasses(cut(_part(work, lane_of, lane))) for lane in self.own]
-        lanes = [cut(_part(work, lane_of, lane)) for lane in range(self.count)]
+            return [LanePasses(split(_part(work, lane_of, lane))) for lane in self.own]
+        lanes = [split(_part(work, lane_of, lane)) for lane in range(self.count)]
         per_rank = len(self.own)
         found = []
         for place, lane in enumerate(self.own):

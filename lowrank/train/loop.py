@@ -93,7 +93,7 @@ class Loop:
         self,
         engine: Engine,
         jobs: Sequence[Job] | JobQueue,
-        keeper: CheckpointWriter,
+        checkpointer: CheckpointWriter,
         report: Callable[[Event], None],
         *,
         save_every: int | None,
@@ -102,7 +102,7 @@ class Loop:
     ) -> None:
         self.engine = engine
         self.queue: JobQueue = FixedJobs(jobs) if isinstance(jobs, Sequence) else jobs
-        self.keeper = keeper
+        self.checkpointer = checkpointer
         self._report = report
         self._reporting = False
         self._pending_events: list[Event] = []
@@ -146,7 +146,7 @@ class Loop:
             self._save()
             for job in self.jobs:
                 if job.active:  # stopped early: after the checkpoint, what there is can be talked to
-                    self.keeper.save_adapter(job, "last")
+                    self.checkpointer.save_adapter(job, "last")
         return done
 
     def _next(self) -> list[Job] | None:
@@ -240,7 +240,7 @@ class Loop:
             best = job.count_evaluation(result.loss, own.get(job.eval_metric))
             if best:
                 job.progress.best_rows = _rows(result, answered) if job.compares_rows else None
-                self.keeper.save_adapter(job, "best")
+                self.checkpointer.save_adapter(job, "best")
             tokens = result.totals.get("tokens", 0.0)
             metrics = {**result.metrics, **own}
             self._notify(EvalDone(job.name, job.progress.step, result.loss, tokens, best, metrics, job.eval_metric))
@@ -255,10 +255,10 @@ class Loop:
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:
-            self._notify(finish_job(self.engine, self.keeper, job))
+            self._notify(finish_job(self.engine, self.checkpointer, job))
 
     def _save(self) -> None:
-        self._notify(CheckpointSaved(self.tick, self.keeper.checkpoint(self.tick, self.jobs)))
+        self._notify(CheckpointSaved(self.tick, self.checkpointer.checkpoint(self.tick, self.jobs)))
 
     def _notify_stop(self, text: str) -> None:
         """Perhaps from a signal's handler, while a reporter is in the middle of a line."""
@@ -277,11 +277,11 @@ def _rows(result: Forwarded, answered: Scored) -> list[list[float]] | None:
     return result.rows and [list(result.rows.shares), list(result.rows.counts)]
 
 
-def finish_job(engine: Engine, keeper: CheckpointWriter, job: Job) -> JobFinished:
+def finish_job(engine: Engine, checkpointer: CheckpointWriter, job: Job) -> JobFinished:
     """Keep the adapter of a job that is over; what is to be told of it."""
-    keeper.save_adapter(job, "last")
+    checkpointer.save_adapter(job, "last")
     if job.progress.best_step is None:  # nothing was held out: the last is the best there is
-        keeper.save_adapter(job, "best")
+        checkpointer.save_adapter(job, "best")
     kept = bytes_of_state(engine.jobs[job.slot].optimizer)
     return JobFinished(job.name, job.progress.step, job.progress.finished or "done", kept)
 

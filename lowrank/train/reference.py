@@ -164,7 +164,7 @@ class References:
 
 
 class ReferencedSteps:
-    """A feed whose segments have their references with them."""
+    """A dataloader whose segments have their references with them."""
 
     def __init__(self, steps: StepSource, references: References) -> None:
         self._steps = steps
@@ -172,7 +172,7 @@ class ReferencedSteps:
 
     @property
     def epoch(self) -> float:
-        """The feed's own."""
+        """The dataloader's own."""
         return self._steps.epoch
 
     def next_step(self) -> list[Segment]:
@@ -180,15 +180,15 @@ class ReferencedSteps:
         return self._references.attach(self._steps.next_step())
 
     def following(self) -> Sequence[Segment]:
-        """The feed's own, without references."""
+        """The dataloader's own, without references."""
         return self._steps.following() if isinstance(self._steps, LooksAhead) else ()
 
     def state(self) -> dict[str, Any]:
-        """The feed's own."""
+        """The dataloader's own."""
         return self._steps.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The feed's own."""
+        """The dataloader's own."""
         self._steps.load_state(state)
 
 

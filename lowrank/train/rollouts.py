@@ -3,8 +3,8 @@
     prompts --ask--> generator, for all jobs at once --> answers --judge--> segments with what was found out about them
 
 The engine trains on these like on any others. What is drawn is a function of (seed, number of the batch, place in it,
-the weights), so a feed's state is where its prompts stand; in the middle of several steps on the same answers these are
-part of it.
+the weights), so a dataloader's state is where its prompts stand; in the middle of several steps on the same answers
+these are part of it.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class RewardModel:
 
 
 class Rollouts:
-    """A feed whose segments are answers of the job's own slot; see the module.
+    """A dataloader whose segments are answers of the job's own slot; see the module.
 
     `ask` is called for all jobs before the first `next_step`, so that they are answered together.
     """
@@ -315,7 +315,7 @@ class Rollouts:
 
 
 def steps_on_one_batch(objective: Any) -> int:
-    """Optimizer steps on what a feed gives at once: more than one only where an objective uses answers again."""
+    """Optimizer steps on what a dataloader gives at once: more than one only where an objective uses answers again."""
     return objective.steps_per_batch if needs(objective, "rollouts") else 1
 
 
@@ -341,7 +341,7 @@ def worst_case_step(objective: Any, prompts: Sequence[Segment]) -> list[Segment]
 
 
 def _as_generated(segment: Segment) -> Prompted:
-    assert segment.prompted is not None, "a segment of the prompts' feed that asks nothing"
+    assert segment.prompted is not None, "a segment of the prompts' dataloader that asks nothing"
     return segment.prompted
 
 

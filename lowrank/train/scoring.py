@@ -18,7 +18,7 @@ from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.objectives import Metrics, ObservesMismatched, needs, share_of_loss, totals_of
 from lowrank.train.batch_scores import BatchScores
-from lowrank.train.lanes import Cut, Lanes, OneLane
+from lowrank.train.lanes import Lanes, OneLane, Split
 from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units
 from lowrank.train.numbers_of_step import add_shares, add_totals, read_together
 from lowrank.train.out_of_memory import explain_out_of_memory, give_back_unused, is_out_of_memory
@@ -89,7 +89,7 @@ class ScoringEngine:
                     found.append(np.concatenate([np.zeros(prefix, np.float32), known_L])[virtual:])
             return found
 
-        return self._of_segments(slot, segments, self.cut, of_lane)
+        return self._of_segments(slot, segments, self.micro_batches, of_lane)
 
     @torch.no_grad()
     def values(self, slot: int, segments: Sequence[Segment], value_D: torch.Tensor | None = None) -> list[np.ndarray]:
@@ -106,9 +106,9 @@ class ScoringEngine:
                 found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
             return found
 
-        return self._of_segments(slot, segments, partial(self.cut, share=False), of_lane, head=False)
+        return self._of_segments(slot, segments, partial(self.micro_batches, share=False), of_lane, head=False)
 
-    def cut(self, work: StepSegments, share: bool = True) -> list[Batch]:
+    def micro_batches(self, work: StepSegments, share: bool = True) -> list[Batch]:
         """Micro-batches of at most `micro_batch_tokens` tokens (train/micro_batching.py). Where the base can, answers
         to one prompt in one micro-batch `share` its computation."""
         share = share and self.shares_prompts
@@ -117,10 +117,10 @@ class ScoringEngine:
     def _evaluate(self, work: StepSegments, by_row: Collection[int]) -> dict[int, Forwarded]:
         numbered = {slot: number_the_step(segments) for slot, segments in work.items()}
         counted = segments_with_loss(numbered)
-        whole = self.cut(counted)
+        whole = self.micro_batches(counted)
         totals = self._totals(numbered, whole)
         found = []
-        for batches, idle in self.lanes.passes(counted, whole, self.cut):
+        for batches, idle in self.lanes.passes(counted, whole, self.micro_batches):
             found.append(self._evaluate_lane(batches, totals, by_row))
             self.passes.idle(idle)
         rows = self.lanes.rows(counted, [of_rows for _, of_rows in found]) if by_row else {}
@@ -151,13 +151,13 @@ class ScoringEngine:
         self,
         slot: int,
         segments: Sequence[Segment],
-        cut: Cut,
+        split: Split,
         of_lane: Callable[[list[Batch]], list[np.ndarray]],
         head: bool = True,
     ) -> list[np.ndarray]:
-        """What `of_lane` gives for the segments of each lane, of all of them. `head`: see `_idle`."""
+        """What `of_lane` gives for the segments of each lane, of all of them. `head`: see `Passes.idle`."""
         work, found = {slot: segments}, []
-        for batches, idle in self.lanes.passes(work, None, cut):
+        for batches, idle in self.lanes.passes(work, None, split):
             found.append(of_lane(batches))
             self.passes.idle(idle, head=head)
         return self.lanes.arrays(work, found)
@@ -176,7 +176,7 @@ class ScoringEngine:
         }
         if any(observed.values()):
             lanes = []
-            for batches, idle in self.lanes.passes(observed, None, self.cut):
+            for batches, idle in self.lanes.passes(observed, None, self.micro_batches):
                 lanes.append(self._observe(batches))
                 self.passes.idle(idle)
             for slot, own in self.lanes.metrics(lanes).items():
@@ -209,7 +209,7 @@ class ScoringEngine:
                 except Exception as error:
                     if self.base.placement.in_step and is_out_of_memory(error):
                         raise ModelError(_NOT_ALONE.format(tokens=self.micro_batch_tokens)) from error
-                    batches = self.cut(work)
+                    batches = self.micro_batches(work)
                     smallest = len(batches) == sum(len(units(segments)) for segments in work.values())
                     if undo is None or smallest or not is_out_of_memory(error):
                         raise

@@ -54,7 +54,7 @@ class Stopping:
             try:
                 if number == _hang_up() and signal.getsignal(number) is signal.SIG_IGN:
                     continue  # nohup: it is to outlive its terminal
-                self._before[number] = signal.signal(number, self._hear)
+                self._before[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread
                 break
         if self._file is not None:
@@ -102,7 +102,7 @@ class Stopping:
         if self._old is not None and self._written() == self._old:
             self._forget()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.requested and number == signal.SIGINT
         if self._by_file:
             self._forget()

@@ -176,7 +176,7 @@ def test_answers_to_one_prompt_share_it_and_its_virtual_tokens(name: str) -> Non
     found = []
     for shares in (False, True):
         engine.shares_prompts = shares
-        assert any(any(batch.prefixes) for batch in engine.cut(work)) == shares
+        assert any(any(batch.prefixes) for batch in engine.micro_batches(work)) == shares
         losses = {each: forwarded.loss for each, forwarded in engine.forward_backward(work).items()}
         grads = [p.grad.clone() for p in engine.bank.parameters(slot).values() if p.grad is not None]
         found.append((losses, grads, engine.logprobs(slot, pairs)))

@@ -115,8 +115,8 @@ def test_a_model_answers_alone_and_side_by_side(run: lowrank.TrainedRun) -> None
     messages = [{"role": "user", "content": "Say 3."}]
     assert model.generate([messages, "Say 3."], "r8", max_new_tokens=6) == [one, one]
     assert model.generate(messages, "r8", max_new_tokens=6) == one
-    heard: list[str] = []
-    assert model.generate("Say 3.", "r8", max_new_tokens=6, on_text=heard.append) == one == "".join(heard)
+    received: list[str] = []
+    assert model.generate("Say 3.", "r8", max_new_tokens=6, on_text=received.append) == one == "".join(received)
     assert model.compare("Say 3.", max_new_tokens=6)["r8"] == one
     assert lowrank.generate(model, "Say 3.", "r8", max_new_tokens=6) == one
     with pytest.raises(lowrank.ModelError, match="2 adapters; say which"):
@@ -369,7 +369,7 @@ def test_an_objective_that_gives_something_else_is_told_what_is_expected(tmp_pat
 
 
 def test_reward_functions_formats_and_callbacks_are_just_handed_over(tmp_path: Path) -> None:
-    heard: list[Any] = []
+    received: list[Any] = []
     judged: list[str] = []
 
     def short(completions: list[Any], **columns: Any) -> list[float]:
@@ -380,11 +380,11 @@ def test_reward_functions_formats_and_callbacks_are_just_handed_over(tmp_path: P
                  "reward_funcs": [short, lambda completions, **columns: [0.0] * len(completions)]}  # fmt: skip
     lowrank.train(
         **{**QUICK, "max_steps": 1}, data={"train": ROWS, "batch_size": 2}, objective=objective,
-        output_dir=tmp_path / "grpo", reporters=[heard.append],
+        output_dir=tmp_path / "grpo", reporters=[received.append],
     )  # fmt: skip
     assert len(judged) == 4
-    assert isinstance(heard[-1], RunFinished)
-    assert sum(isinstance(each, StepDone) for each in heard) == 1
+    assert isinstance(received[-1], RunFinished)
+    assert sum(isinstance(each, StepDone) for each in received) == 1
 
     def upside_down(row: Any, columns: Any, tags: Any) -> Conversation:
         return Conversation((Message("user", row["a"]), Message("assistant", row["q"])))

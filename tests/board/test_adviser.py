@@ -92,13 +92,13 @@ def test_what_a_run_needs_is_answered_before_what_else_would_fit(http: httpx.Cli
 
 
 def test_the_newest_question_wins(running: Running, http: httpx.Client) -> None:
-    adviser, heard = running.board.adviser, []
+    adviser, received = running.board.adviser, []
 
     def request() -> None:
         try:
             adviser.request(["plan", "lowrank/none.yaml", "--json"], topic="t")
         except Superseded:
-            heard.append("superseded")
+            received.append("superseded")
 
     for _ in range(3):
         threads = [threading.Thread(target=request) for _ in range(4)]

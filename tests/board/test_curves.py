@@ -52,7 +52,7 @@ def test_lines_as_a_run_writes_them(tmp_path: Path) -> None:
 def test_every_point_comes_once_whatever_is_torn(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     text = "".join(step("a", number, number / 10) for number in range(1, 40)).encode()
-    curves, position, heard = Curves(path), "", []
+    curves, position, received = Curves(path), "", []
     for end in range(0, len(text) + 97, 97):  # written in pieces that end anywhere
         path.write_bytes(b"") if not end else None
         with open(path, "r+b") as file:  # the same file, grown
@@ -61,9 +61,9 @@ def test_every_point_comes_once_whatever_is_torn(tmp_path: Path) -> None:
         curves.read()
         after = curves.after(position or curves.position)
         assert not after.anew
-        heard += [point for _, point in after.points]
+        received += [point for _, point in after.points]
         position = after.position
-    assert [point["step"] for point in heard] == list(range(1, 40))
+    assert [point["step"] for point in received] == list(range(1, 40))
     assert curves.thinned()[1]["a"]["steps"] == list(range(1, 40))
 
 
@@ -89,15 +89,15 @@ def test_no_point_comes_twice_or_never_while_others_read(tmp_path: Path) -> None
     while not curves.thinned()[1]:
         curves.read()
     position, drawn = curves.thinned(most=most)
-    heard = list(drawn["a"]["steps"])
-    while len(heard) < most:
+    received = list(drawn["a"]["steps"])
+    while len(received) < most:
         curves.read()
         after = curves.after(position)
         position = after.position
-        heard += [point["step"] for _, point in after.points]
+        received += [point["step"] for _, point in after.points]
     for thread in threads:
         thread.join()
-    assert heard == list(range(1, most + 1))
+    assert received == list(range(1, most + 1))
 
 
 def test_another_file_under_the_name_is_read_from_its_beginning(tmp_path: Path) -> None:

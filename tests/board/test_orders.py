@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lowrank.checkpoints.orders import Order, OrderBook
+from lowrank.checkpoints.orders import Order, OrderQueue
 from lowrank.cli.main import main
 from lowrank.config import resolve
 from tests.board.running import Running, board_on
@@ -76,7 +76,7 @@ def write_live(folder: Path) -> Path:
 
 
 def last(folder: Path) -> Order:
-    return OrderBook(folder).due(0)[-1]
+    return OrderQueue(folder).due(0)[-1]
 
 
 @pytest.mark.parametrize("wanted", ORDERS, ids=lambda wanted: wanted["kind"])
@@ -111,7 +111,7 @@ def test_the_page_shows_what_was_ordered_and_answered(running: Running, live: Pa
         number = http.post("/api/runs/live/orders", json={"kind": "pause", "job": "<b>x</b>"}).json()["number"]
         assert http.get(f"/api/runs/live/orders/{number}").json() == {"answered": False}
         before = http.get("/part/runs/live/details").text
-        OrderBook(live).acknowledge(last(live), 4, "<i>refused</i>", done=False)
+        OrderQueue(live).acknowledge(last(live), 4, "<i>refused</i>", done=False)
         assert http.get(f"/api/runs/live/orders/{number}").json()["text"] == "<i>refused</i>"
         page = http.get("/part/runs/live/details").text
     assert "lowrank pause runs/live &#39;&lt;b&gt;x&lt;/b&gt;&#39;" in page

@@ -14,7 +14,7 @@ import pytest
 
 import lowrank.pipelines.orders
 from lowrank.board.curves import CurvesOfRuns
-from lowrank.checkpoints.orders import OrderBook
+from lowrank.checkpoints.orders import OrderQueue
 from tests.board.browser import axe, page_of
 from tests.board.english import raised, returned
 from tests.board.run_folders import write_run
@@ -102,7 +102,7 @@ def test_a_run_is_steered_by_the_keyboard(browser: Any, running: Running) -> Non
     over = threading.Event()
 
     def train() -> None:
-        book = OrderBook(live)
+        book = OrderQueue(live)
         while not over.wait(0.05):
             for order in book.due(3):
                 book.acknowledge(order, 3, f"{order.kind} {order.job}", done=order.kind != "clone")
@@ -158,16 +158,16 @@ def test_no_english_is_said_on_the_chinese_page(browser: Any, running: Running) 
     """Every order through its dialog, with the run's own answers: done, and then refused."""
     from playwright.sync_api import expect
 
-    desk = Path(str(lowrank.pipelines.orders.__file__))
-    refusals = iter(sorted(set(raised(desk))))
+    handler = Path(str(lowrank.pipelines.orders.__file__))
+    refusals = iter(sorted(set(raised(handler))))
     live = write_live(running.board.places.runs / "live-zh")
     over = threading.Event()
 
     def train() -> None:
-        book = OrderBook(live)
+        book = OrderQueue(live)
         while not over.wait(0.05):
             for order in book.due(3):
-                done = list(returned(desk, "_join" if order.kind in ("add", "clone") else f"_{order.kind}"))
+                done = list(returned(handler, "_join" if order.kind in ("add", "clone") else f"_{order.kind}"))
                 text = f"{order.job} trains from now on" if order.kind in ("add", "clone") else done[0]
                 second = order.number % 2 == 0
                 book.acknowledge(order, 3, PLACE.sub("7", next(refusals) if second else text), done=not second)

@@ -41,12 +41,12 @@ def test_what_the_board_refuses_is_said_in_chinese() -> None:
 
 
 def test_answers_to_orders_are_in_chinese() -> None:
-    """All of them: what was done and what was refused, of the desk that carries them out and of their folder."""
-    desk, folder = (Path(str(module.__file__)) for module in (lowrank.pipelines.orders, lowrank.checkpoints.orders))
+    """All of them: what was done and what was refused, of the handler that carries them out and of their folder."""
+    handler, folder = (Path(str(module.__file__)) for module in (lowrank.pipelines.orders, lowrank.checkpoints.orders))
     answers = {
-        *raised(desk),
+        *raised(handler),
         *raised(folder),
-        *returned(desk, "_join", "_stop", "_pause", "_resume", "_priority", "_set"),
+        *returned(handler, "_join", "_stop", "_pause", "_resume", "_priority", "_set"),
     }
     joined = {f"r8 {where}" for where in ("trains from now on", "waits for a slot: 3 jobs train at the same time")}
     assert len(answers) > 18

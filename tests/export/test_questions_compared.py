@@ -66,8 +66,8 @@ def test_chance_over_few_tokens_is_no_difference(shape: str) -> None:
 
 @pytest.mark.parametrize("surprised", [True, False])
 def test_losses_of_unlikely_tokens_may_move_by_more(surprised: bool) -> None:
-    """A model that has hardly been trained: 7.5 nats a token, of which q8_0 moves the mean by 0.022 with a KL of next to
-    nothing. At a loss of half a nat as much is a worse model."""
+    """A model that has hardly been trained: 7.5 nats a token, of which q8_0 moves the mean by 0.022 with a KL of next
+    to nothing. At a loss of half a nat as much is a worse model."""
     document = np.arange(41)
     logit_LV = np.zeros((41, 1808))  # log(1808) is 7.5
     following = np.append(document[1:], 0)

@@ -33,12 +33,12 @@ def breaks(device: torch.device, dtype: torch.dtype) -> Pairs:
 @pytest.fixture
 def notices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """On a GPU, as far as the choice knows; what a person hears."""
-    heard: list[str] = []
+    received: list[str] = []
     monkeypatch.setattr(fused, "is_nvidia", lambda device: True)
     monkeypatch.setattr(fused, "has_triton", lambda: True)
-    monkeypatch.setattr(fused, "log_notice", heard.append)
+    monkeypatch.setattr(fused, "log_notice", received.append)
     monkeypatch.setattr(fused, "_found", {})
-    return heard
+    return received
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_families(family: str) -> None:
     segments = reference(pairs())
     loss, metrics, gradient = gradients(engine, slot, segments)
     engine.shares_prompts = True
-    tokens = sum(batch.num_tokens for batch in engine.cut({slot: segments}))
+    tokens = sum(batch.num_tokens for batch in engine.micro_batches({slot: segments}))
     assert tokens == sum(map(len, segments)) - 11 - 29
     shared_loss, shared_metrics, shared_gradient = gradients(engine, slot, segments)
     assert shared_loss == pytest.approx(loss, rel=1e-9)
@@ -112,7 +112,7 @@ def test_objectives_and_cuts(objective: RewardConfig | SimPOConfig | GRPOConfig,
     engine.shares_prompts = True
     engine.micro_batch_tokens = micro_batch_tokens
     if micro_batch_tokens == 4096:
-        assert sum(each.num_tokens for each in engine.cut({slot: segments})) < 0.8 * sum(map(len, segments))
+        assert sum(each.num_tokens for each in engine.micro_batches({slot: segments})) < 0.8 * sum(map(len, segments))
     shared_loss, _, shared_gradient = gradients(engine, slot, segments)
     assert shared_loss == pytest.approx(loss, rel=1e-9, abs=1e-12)
     assert (shared_gradient - gradient).norm() <= 1e-6 * gradient.norm()  # their norms are in float32
@@ -134,7 +134,7 @@ def test_two_jobs_with_the_same_pairs_do_not_share() -> None:
     base = make_base("llama")
     engine, slots = make_engine(base, LoraConfig(rank=4), LoraConfig(rank=4))
     engine.shares_prompts = True
-    (batch,) = engine.cut(dict.fromkeys(slots, pairs()))
+    (batch,) = engine.micro_batches(dict.fromkeys(slots, pairs()))
     for slot in slots:
         assert [bool(each) for each in batch.of_slot(slot).prefixes] == [False, True, False, True, False, False]
 
@@ -143,9 +143,9 @@ def test_dropout_counts_where_it_counted() -> None:
     """Draws of a token are those it has when the answer is whole."""
     base = make_base("llama")
     engine, (slot,) = make_engine(base, LoraConfig(rank=4))
-    (whole,) = engine.cut({slot: pairs()})
+    (whole,) = engine.micro_batches({slot: pairs()})
     engine.shares_prompts = True
-    (shared,) = engine.cut({slot: pairs()})
+    (shared,) = engine.micro_batches({slot: pairs()})
     counters, ours = base.rows(whole), base.rows(shared)
     assert len(set(ours.counter_N.tolist())) == ours.num_rows
     places = {int(counter): int(length) for counter, length in zip(counters.counter_N, counters.length_N)}
@@ -172,7 +172,7 @@ def test_one_pair_never_moves_another_not_even_with_nan() -> None:
     base = make_base("llama", torch.float32)
     engine, slot = engine_of(base, SimPOConfig().build())
     engine.shares_prompts = True
-    (batch,) = engine.cut({slot: number_the_step([*answers(0, 12, (5, 9), 0), *answers(1, 20, (3, 4), 1)])})
+    (batch,) = engine.micro_batches({slot: number_the_step([*answers(0, 12, (5, 9), 0), *answers(1, 20, (3, 4), 1)])})
     first = sum(batch.lengths[:2])
     clean_TD = engine.bank.hidden(batch).detach()
 

@@ -153,7 +153,7 @@ def test_cutting_changes_nothing(name: str) -> None:
     for micro_batch_tokens, least in ((4096, 1), (40, 2), (20, 4)):
         engine, (slot, _) = engine_for(name, micro_batch_tokens)
         work = {slot: step_for(engine.jobs[slot].objective, 1)}
-        assert len(engine.cut(work)) >= least
+        assert len(engine.micro_batches(work)) >= least
         forwarded = engine.forward_backward(work)[slot]
         outcomes.append((forwarded, gradients(engine, slot)))
     (whole, expected), *others = outcomes

@@ -74,7 +74,7 @@ def compare(model: Any, ours: dict[str, Any], theirs: dict[str, Any], segments: 
     loss, metrics = trl_peers.grpo(peer, segments, **theirs)
     loss.backward()
     engine = engine_for(model, objective, size)
-    assert len(engine.cut({BARE_BASE: segments})) > 1
+    assert len(engine.micro_batches({BARE_BASE: segments})) > 1
     forwarded = engine.forward_backward({BARE_BASE: segments})[BARE_BASE]
     assert forwarded.loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"] + ["kl"] * ("beta" in ours)

@@ -103,7 +103,7 @@ def test_full_tuning(model: Any, name: str) -> None:
     engine = engine_for(model, objective, 16)
     engine.reference_base = Base(other.requires_grad_(False), None, "other")
     choose_layout(engine.reference_base, "auto")
-    assert len(engine.cut({BARE_BASE: rows()})) > 1
+    assert len(engine.micro_batches({BARE_BASE: rows()})) > 1
     forwarded = engine.forward_backward({BARE_BASE: rows()})[BARE_BASE]
     assert forwarded.loss == pytest.approx(loss.item(), rel=1e-5)
     assert engine.evaluate({BARE_BASE: rows()})[BARE_BASE].loss == pytest.approx(loss.item(), rel=1e-5)
@@ -126,7 +126,7 @@ def test_asft_of_an_adapter_compares_with_the_bare_base() -> None:
     bare, target_T = learned(make_model("llama", torch.float64), rows())
     hidden = []
     for segment in rows():
-        logits_LV = engine.base.head().logits(engine.bank.hidden(engine.cut({slots[0]: [segment]})[0]))
+        logits_LV = engine.base.head().logits(engine.bank.hidden(engine.micro_batches({slots[0]: [segment]})[0]))
         hidden.append(logits_LV[torch.from_numpy(segment.weight_L).nonzero()[:, 0] - 1])
     expected = dft(torch.cat(hidden), target_T, bare) + 0.1 * F.kl_div(
         torch.cat(hidden).log_softmax(-1), bare.softmax(-1), reduction="batchmean"

@@ -99,7 +99,7 @@ def compare(model: Any, objective: Objective, peer: Peer, segments: list[Segment
     loss, metrics = peer(theirs, segments)
     loss.backward()
     engine = engine_for(model, objective, max(map(len, segments)) * 3)
-    assert len(engine.cut({BARE_BASE: segments})) > 1
+    assert len(engine.micro_batches({BARE_BASE: segments})) > 1
     forwarded = engine.forward_backward({BARE_BASE: segments})[BARE_BASE]
     assert forwarded.loss == pytest.approx(loss.item(), rel=tolerance)
     shared = metrics.keys() & forwarded.metrics.keys()

@@ -14,7 +14,7 @@ import torch
 
 import lowrank
 from lowrank.checkpoints.atomic import remove
-from lowrank.checkpoints.orders import Answer, OrderBook, answers, read_state, send
+from lowrank.checkpoints.orders import Answer, OrderQueue, answers, read_state, send
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.pipelines.train import train
@@ -52,7 +52,7 @@ def job(world: Path, name: str, **changes: Any) -> dict[str, Any]:
 def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
     """`a` beside jobs that come, are cloned, paused, go on and are stopped: the same losses to rounding."""
     out = tmp_path / "run"
-    summary, heard = run(
+    summary, received = run(
         settings(world, out),
         a2=lambda: send(out, "add", values={"settings": job(world, "c", adapter={"rank": 2}, seed=7)}),
         a3=lambda: send(out, "pause", "b"),
@@ -60,15 +60,15 @@ def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: Orde
         a6=lambda: send(out, "resume", "b"),
         a8=lambda: (send(out, "stop", "c"), send(out, "stop", "nobody")),
     )
-    assert heard.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
-    assert heard.losses("b") == pytest.approx(undisturbed.losses("b"), abs=1e-6), "paused and put back as it was"
+    assert received.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
+    assert received.losses("b") == pytest.approx(undisturbed.losses("b"), abs=1e-6), "paused and put back as it was"
     assert [answers(out)[number].done for number in range(1, 7)] == [True] * 5 + [False]
     assert "there is no job 'nobody'" in answer(out, 6).text
-    moved = [(event.job, event.step, event.state) for event in heard.events if isinstance(event, JobMoved)]
+    moved = [(event.job, event.step, event.state) for event in received.events if isinstance(event, JobMoved)]
     assert moved == [("b", 3, "paused"), ("b", 3, "queued")]
-    ends = {event.job: (event.step, event.reason) for event in heard.events if isinstance(event, JobFinished)}
+    ends = {event.job: (event.step, event.reason) for event in received.events if isinstance(event, JobFinished)}
     assert ends == {"a": (12, "done"), "b": (12, "done"), "c": (6, "stopped"), "d": (12, "done")}
-    assert len(heard.losses("d")) == 12 - 3, "the clone goes on from the present step"
+    assert len(received.losses("d")) == 12 - 3, "the clone goes on from the present step"
     assert {name: own["finished"] for name, own in summary["jobs"].items()}["c"] == "stopped"
     assert [one["name"] for one in json.loads((out / "config.json").read_text())["jobs"]] == ["a", "b", "c", "d"]
     assert (out / "c" / "last" / "adapter_model.safetensors").is_file()
@@ -114,7 +114,7 @@ def test_killed_between_an_order_and_its_answer(world: Path, tmp_path: Path, mon
     out = tmp_path / "run"
     add = lambda: send(out, "add", values={"settings": job(world, "c", adapter={"rank": 2})})  # noqa: E731
     with monkeypatch.context() as patched:
-        patched.setattr(OrderBook, "acknowledge", lambda *_, **__: kill())
+        patched.setattr(OrderQueue, "acknowledge", lambda *_, **__: kill())
         with pytest.raises(Killed):
             run(settings(world, out, save_steps=2), a3=add)
     assert not answers(out)
@@ -127,12 +127,12 @@ def test_killed_between_an_order_and_its_answer(world: Path, tmp_path: Path, mon
 def test_what_is_set_holds_from_the_next_step_on(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
     out = tmp_path / "run"
     changes = ["optimizer.learning_rate=0.001", "schedule.type=constant", "schedule.warmup_steps=0", "max_steps=8"]
-    _, heard = run(settings(world, out), b5=lambda: send(out, "set", "b", {"changes": changes}))
-    rates = [event.learning_rate for event in heard.events if isinstance(event, StepDone) and event.job == "b"]
+    _, received = run(settings(world, out), b5=lambda: send(out, "set", "b", {"changes": changes}))
+    rates = [event.learning_rate for event in received.events if isinstance(event, StepDone) and event.job == "b"]
     assert rates[5:] == [0.001] * 3, answer(out, 1).text
-    assert heard.losses("b")[:6] == pytest.approx(undisturbed.losses("b")[:6], abs=1e-6)
-    assert heard.losses("b")[6] != pytest.approx(undisturbed.losses("b")[6], abs=1e-6)
-    assert heard.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
+    assert received.losses("b")[:6] == pytest.approx(undisturbed.losses("b")[:6], abs=1e-6)
+    assert received.losses("b")[6] != pytest.approx(undisturbed.losses("b")[6], abs=1e-6)
+    assert received.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
 
 
 def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
         send(out, "add")
         (out / "orders" / "000014.json").write_text("{", encoding="utf-8")
 
-    _, heard = run(settings(world, out), a3=everything, b12=lambda: send(out, "stop", "b"))
+    _, received = run(settings(world, out), a3=everything, b12=lambda: send(out, "stop", "b"))
     refusals = {number: each.text for number, each in answers(out).items() if not each.done}
     for number, message in {
         1: "adapter.rank cannot change while a trains",
@@ -173,18 +173,18 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
     }.items():
         assert message in refusals[number], (number, refusals[number])
     assert answer(out, 8).done
-    assert heard.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
+    assert received.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
 
 
 def test_a_higher_priority_takes_a_slot_and_gives_it_back(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
     """One slot: `a` gives way to `b` after step 4 and goes on where it was when `b` is over."""
     out = tmp_path / "run"
     first = lambda: send(out, "priority", "b", {"priority": 1})  # noqa: E731
-    summary, heard = run(settings(world, out, max_concurrent_jobs=1), a4=first)
-    order = [(event.job, event.step) for event in heard.events if isinstance(event, StepDone)]
+    summary, received = run(settings(world, out, max_concurrent_jobs=1), a4=first)
+    order = [(event.job, event.step) for event in received.events if isinstance(event, StepDone)]
     expected = [("a", step) for step in range(1, 5)] + [("b", step) for step in range(1, 13)]
     assert order == expected + [("a", step) for step in range(5, 13)]
-    assert heard.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
+    assert received.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
     assert [own["finished"] for own in summary["jobs"].values()] == ["done", "done"]
 
 
@@ -192,7 +192,7 @@ def test_two_writers_never_share_a_number(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         sent = list(pool.map(lambda place: send(tmp_path, "stop", f"job-{place}").number, range(100)))
     assert sorted(sent) == list(range(1, 101))
-    assert {each.job for each in OrderBook(tmp_path).due(0)} == {f"job-{place}" for place in range(100)}
+    assert {each.job for each in OrderQueue(tmp_path).due(0)} == {f"job-{place}" for place in range(100)}
 
 
 def test_steered_from_another_thread(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

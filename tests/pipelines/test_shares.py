@@ -88,14 +88,14 @@ def test_a_share_is_killed_and_started_again(world: Path, tmp_path: Path) -> Non
     assert {*half["jobs"]} == {job.name for job in config.jobs} - theirs
     assert half["interrupted"]
 
-    heard = Acts(lambda: None, set())
+    received = Acts(lambda: None, set())
     with forked_processes():
-        summary = train(RunConfig(**given, resume=True), reporters=[heard])
+        summary = train(RunConfig(**given, resume=True), reporters=[received])
     assert not summary["interrupted"]
     assert list(summary["jobs"]) == [job.name for job in config.jobs]
     assert {job["finished"] for job in summary["jobs"].values()} == {"done"}
-    assert isinstance(heard.events[-1], RunFinished)
-    (started,) = [event for event in heard.events if isinstance(event, RunStarted)]
+    assert isinstance(received.events[-1], RunFinished)
+    (started,) = [event for event in received.events if isinstance(event, RunStarted)]
     assert {job.name for job in started.jobs} == theirs, "the share that was whole did not start again"
     assert {job.first_step for job in started.jobs} < {*range(3, 40)}
 

@@ -79,7 +79,7 @@ def test_a_rank_of_eight(tmp_path: Path, live: LiveBytes) -> None:
         set_activation_checkpointing(model, "full")
         engine, (slot,) = make_engine(base, ADAPTER)
         before, peaks = live.now, Peaks(live)
-        (batch,) = engine.cut({slot: JOB.step})
+        (batch,) = engine.micro_batches({slot: JOB.step})
         engine.passes.trace(engine.passes.prepare(batch), peaks)
     held = sum(getattr(each, "_local_tensor", each).nbytes for each in (*model.parameters(), *model.buffers()))
     assert planned.base == pytest.approx(held, rel=0.01)

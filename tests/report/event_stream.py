@@ -62,7 +62,7 @@ def run_events(
                 yield JobFinished(name, step, "done")
 
 
-def feed(events: Iterable[Event], *reporters: Reporter) -> None:
+def report_all(events: Iterable[Event], *reporters: Reporter) -> None:
     for event in events:
         for reporter in reporters:
             reporter.report(event)

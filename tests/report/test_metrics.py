@@ -15,7 +15,7 @@ import pytest
 from lowrank.report.event_lines import decode, encode
 from lowrank.report.events import CheckpointSaved, JobFinished, Notice, StepDone
 from lowrank.report.reporters.metrics import MetricsReporter, read_metrics
-from tests.report.event_stream import TWO, feed, run_events
+from tests.report.event_stream import TWO, report_all, run_events
 
 NOT_FINITE = (("a", 7), ("b", 10))
 
@@ -26,7 +26,7 @@ def without_times(path: Path) -> list[dict[str, Any]]:
 
 
 def test_metrics_hold_everything_logged(tmp_path: Path) -> None:
-    feed(run_events(TWO, not_finite=NOT_FINITE), MetricsReporter(tmp_path))
+    report_all(run_events(TWO, not_finite=NOT_FINITE), MetricsReporter(tmp_path))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     steps = [(line["job"], line["step"]) for line in lines if line["event"] == "step"]
     assert sorted(steps) == sorted(
@@ -50,7 +50,7 @@ def test_metrics_are_strict_json_and_zero_is_kept(tmp_path: Path) -> None:
     reporter = MetricsReporter(tmp_path)
     events = list(run_events({"微调": 3}, not_finite=(("微调", 2),)))
     events = [StepDone(**{**vars(e), "loss": 0.0}) if isinstance(e, StepDone) and e.step == 3 else e for e in events]
-    feed(events, reporter)
+    report_all(events, reporter)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -66,21 +66,21 @@ def test_metrics_are_strict_json_and_zero_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpoint", [1, 4, 7, 10, 12, 15])
 @pytest.mark.parametrize("crash", [0, 2, 5])
 def test_metrics_after_a_resume_equal_an_uninterrupted_runs(tmp_path: Path, checkpoint: int, crash: int) -> None:
-    feed(run_events(TWO, not_finite=NOT_FINITE), MetricsReporter(tmp_path / "whole"))
-    feed(run_events(TWO, until=checkpoint + crash, not_finite=NOT_FINITE), MetricsReporter(tmp_path / "cut"))
+    report_all(run_events(TWO, not_finite=NOT_FINITE), MetricsReporter(tmp_path / "whole"))
+    report_all(run_events(TWO, until=checkpoint + crash, not_finite=NOT_FINITE), MetricsReporter(tmp_path / "cut"))
     if crash:
         with open(tmp_path / "cut/metrics.jsonl", "a") as file:
             file.write('{"event": "step", "job": "a", "st')  # torn
-    feed(run_events(TWO, first=checkpoint, not_finite=NOT_FINITE), MetricsReporter(tmp_path / "cut"))
+    report_all(run_events(TWO, first=checkpoint, not_finite=NOT_FINITE), MetricsReporter(tmp_path / "cut"))
     assert without_times(tmp_path / "cut/metrics.jsonl") == without_times(tmp_path / "whole/metrics.jsonl")
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["metrics.jsonl"]
 
 
 def test_an_interruption_leaves_nothing_but_its_notice(tmp_path: Path) -> None:
     stop = [Notice("stopping", "warning"), JobFinished("a", 6, "interrupted"), CheckpointSaved(6, tmp_path)]
-    feed([*run_events({"a": 9}, until=6), *stop], MetricsReporter(tmp_path / "cut"))
-    feed(run_events({"a": 9}, first=6), MetricsReporter(tmp_path / "cut"))
-    feed(run_events({"a": 9}), MetricsReporter(tmp_path / "whole"))
+    report_all([*run_events({"a": 9}, until=6), *stop], MetricsReporter(tmp_path / "cut"))
+    report_all(run_events({"a": 9}, first=6), MetricsReporter(tmp_path / "cut"))
+    report_all(run_events({"a": 9}), MetricsReporter(tmp_path / "whole"))
     cut = without_times(tmp_path / "cut/metrics.jsonl")
     notice = {"event": "notice", "job": None, "step": 6, "level": "warning", "text": "stopping"}
     assert cut.pop(cut.index(notice)) == notice
@@ -88,14 +88,14 @@ def test_an_interruption_leaves_nothing_but_its_notice(tmp_path: Path) -> None:
 
 
 def test_a_longer_run_drops_the_end_of_the_shorter(tmp_path: Path) -> None:
-    feed(run_events({"a": 10}), MetricsReporter(tmp_path / "cut"))
-    feed(run_events({"a": 20}, first=10), MetricsReporter(tmp_path / "cut"))
+    report_all(run_events({"a": 10}), MetricsReporter(tmp_path / "cut"))
+    report_all(run_events({"a": 20}, first=10), MetricsReporter(tmp_path / "cut"))
     ends = [line["step"] for line in read_metrics(tmp_path / "cut/metrics.jsonl") if line["event"] == "job_finished"]
     assert ends == [20]
 
 
 def test_a_fresh_run_starts_an_empty_file_and_nothing_is_touched_before(tmp_path: Path) -> None:
-    feed(run_events({"old": 5}), MetricsReporter(tmp_path))
+    report_all(run_events({"old": 5}), MetricsReporter(tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     reporter = MetricsReporter(tmp_path)
     events = list(run_events({"new": 5}))
@@ -103,9 +103,9 @@ def test_a_fresh_run_starts_an_empty_file_and_nothing_is_touched_before(tmp_path
     reporter.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert not (tmp_path / "other").exists()
-    feed([Notice("early")], MetricsReporter(tmp_path / "other"))
+    report_all([Notice("early")], MetricsReporter(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
-    feed(events, MetricsReporter(tmp_path))
+    report_all(events, MetricsReporter(tmp_path))
     assert {line["job"] for line in read_metrics(tmp_path / "metrics.jsonl")} == {"new"}
 
 
@@ -145,7 +145,7 @@ def test_lines_survive_odd_texts() -> None:
 
 def test_metrics_with_odd_texts_are_read_back(tmp_path: Path) -> None:
     events = list(run_events({"a": 3}))
-    feed([*events[:2], Notice("a\u2028b", job="a"), *events[2:]], MetricsReporter(tmp_path))
+    report_all([*events[:2], Notice("a\u2028b", job="a"), *events[2:]], MetricsReporter(tmp_path))
     assert [line["text"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["event"] == "notice"][
         1
     ] == "a\u2028b"

@@ -25,7 +25,7 @@ from lowrank.errors import ConfigError
 from lowrank.report.events import Event, JobFinished, JobStarted, Notice, Reporter, RunFinished, RunStarted
 from lowrank.report.reporters.trackers import connect_trackers, known_trackers
 from lowrank.report.summary import SummaryBuilder
-from tests.report.event_stream import TWO, feed, run_events
+from tests.report.event_stream import TWO, report_all, run_events
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,10 +90,10 @@ def test_there_are_reporters() -> None:
 def test_a_whole_run_and_its_resume_are_heard(named: str, tmp_path: Path) -> None:
     """Two jobs, evaluations, a step whose loss is not finite, notices; broken off, and gone on with."""
     run = tmp_path / "run"
-    feed(run_events(TWO, run, until=11, not_finite=(("a", 3),)), connected(named, run))
+    report_all(run_events(TWO, run, until=11, not_finite=(("a", 3),)), connected(named, run))
     reporter, summary = connected(named, run), SummaryBuilder(run)
-    feed(run_events(TWO, run, first=7), summary)
-    feed([*run_events(TWO, run, first=7), RunFinished(summary.as_dict())], reporter)
+    report_all(run_events(TWO, run, first=7), summary)
+    report_all([*run_events(TWO, run, first=7), RunFinished(summary.as_dict())], reporter)
 
 
 def test_nothing_is_there_before_the_run_begins(named: str, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_hostile_names_and_texts_are_borne(named: str, tmp_path: Path) -> None:
     job = JobStarted("a", 2, 0, 1.0, 10, text)
     events: list[Event] = [RunStarted(tmp_path / "run", (job,), {"jobs": [{"name": "a"}]}, "cpu", "float32")]
     events += [Notice(text, "warning", "a"), Notice(text, "info", None), JobFinished("a", 0, text)]
-    feed(events, connected(named, tmp_path / "run"))
+    report_all(events, connected(named, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", known_trackers())

@@ -15,7 +15,7 @@ from lowrank.report.reporters import recorders_for
 from lowrank.report.reporters.metrics import MetricsReporter
 from lowrank.report.reporters.terminal import _Sampled as Sampled
 from lowrank.report.reporters.trackers import known_trackers
-from tests.report.event_stream import TWO, feed, loss_of, run_events
+from tests.report.event_stream import TWO, loss_of, report_all, run_events
 
 
 def test_memory_is_measured_and_its_peak_is_this_programs_own() -> None:
@@ -54,8 +54,8 @@ def test_tensorboard_reads_our_curves_also_after_a_resume(tmp_path: Path) -> Non
     def trackers() -> list[Reporter]:
         return recorders_for(tmp_path, ["tensorboard"])
 
-    feed(run_events(TWO, tmp_path, until=11), *trackers())
-    feed(run_events(TWO, tmp_path, first=7), *trackers())
+    report_all(run_events(TWO, tmp_path, until=11), *trackers())
+    report_all(run_events(TWO, tmp_path, first=7), *trackers())
     assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == ["a", "b"]
     losses = scalars_of(tmp_path / "tensorboard" / "a", "train/loss")
     assert losses == [(step, pytest.approx(loss_of("a", step), rel=1e-6)) for step in (1, 5, 10, 15, 20)]

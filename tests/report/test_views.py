@@ -24,7 +24,7 @@ from lowrank.report.reporters.metrics import MetricsReporter, read_metrics
 from lowrank.report.reporters.plain import PlainReporter
 from lowrank.report.reporters.scalars import scalars
 from lowrank.report.reporters.terminal import LiveView, TerminalReporter
-from tests.report.event_stream import TWO, Clock, feed, loss_of, progress_after, run_events, timed
+from tests.report.event_stream import TWO, Clock, loss_of, progress_after, report_all, run_events, timed
 
 
 def test_view_fits_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_view_fits_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def plain(jobs: dict[str, int], quiet: bool = False, **how: Any) -> list[str]:
     stream, clock = io.StringIO(), Clock()
     reporter = PlainReporter(Console(file=stream, width=40), quiet=quiet, clock=clock)
-    feed(timed(run_events(jobs, **how), clock), reporter)
+    report_all(timed(run_events(jobs, **how), clock), reporter)
     return stream.getvalue().splitlines()
 
 
@@ -74,7 +74,7 @@ def test_metrics_of_an_evaluation_and_the_time_before_the_first_step(tmp_path: P
     whole = [Preparing("reference log-probabilities", 256, 4000, 185.0), *events, evaluated, finished]
     console = Console(file=io.StringIO(), width=200)
     stream = io.StringIO()
-    feed(whole, PlainReporter(console), MetricsReporter(tmp_path), JsonReporter(stream))
+    report_all(whole, PlainReporter(console), MetricsReporter(tmp_path), JsonReporter(stream))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "reference log-probabilities: 256 of 4000, 3:05 left" in shown
     assert "a held-out 0.5000, 87 % of pairs right  best so far" in shown
@@ -95,10 +95,10 @@ def test_quiet_shows_warnings_alone() -> None:
 
 def test_markup_in_names_and_texts_is_shown_as_it_is() -> None:
     stream = io.StringIO()
-    feed([Notice("use [bold] or [/x]", job="a")], PlainReporter(Console(file=stream)))
+    report_all([Notice("use [bold] or [/x]", job="a")], PlainReporter(Console(file=stream)))
     assert stream.getvalue() == "a: use [bold] or [/x]\n"
     stream = io.StringIO()
-    feed(
+    report_all(
         [Notice("use [bold] or [/x]", job="a")],
         TerminalReporter(Console(file=stream, force_terminal=True, color_system=None)),
     )
@@ -175,7 +175,7 @@ def test_an_old_code_page_gets_question_marks_not_an_error(monkeypatch: pytest.M
     for terminal in (True, False):
         binary = io.BytesIO()
         stream = io.TextIOWrapper(binary, encoding="ascii")
-        feed(run_events({"微调": 4}), view_for(console=Console(file=stream, force_terminal=terminal, width=100)))
+        report_all(run_events({"微调": 4}), view_for(console=Console(file=stream, force_terminal=terminal, width=100)))
         stream.flush()
         assert "4/4" in binary.getvalue().decode("ascii")
 
@@ -222,7 +222,7 @@ view.close()
 
 def test_json_lines_are_strict_and_know_the_time_left() -> None:
     stream, clock = io.StringIO(), Clock()
-    feed(timed(run_events(TWO, not_finite=(("a", 7), ("b", 10))), clock), JsonReporter(stream, clock))
+    report_all(timed(run_events(TWO, not_finite=(("a", 7), ("b", 10))), clock), JsonReporter(stream, clock))
     lines = [decode(text) for text in stream.getvalue().splitlines()]
     assert [line["event"] for line in lines][:2] == ["notice", "run_started"]
     last_of_step_5 = [line for line in lines if line["event"] == "step" and line["step"] == 5][-1]

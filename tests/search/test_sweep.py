@@ -43,8 +43,8 @@ def swept(world: Path, out: Path, sweep: dict[str, Any], **changes: Any) -> dict
     return given
 
 
-def ends(heard: Orders) -> dict[str, tuple[int, str]]:
-    return {event.job[:1]: (event.step, event.reason) for event in heard.events if isinstance(event, JobFinished)}
+def ends(received: Orders) -> dict[str, tuple[int, str]]:
+    return {event.job[:1]: (event.step, event.reason) for event in received.events if isinstance(event, JobFinished)}
 
 
 def test_asha_frees_a_slot_in_the_step_in_which_a_candidate_is_pruned(
@@ -55,16 +55,16 @@ def test_asha_frees_a_slot_in_the_step_in_which_a_candidate_is_pruned(
     """Four candidates in two slots: the better of each two goes on, the next takes the other's slot at once."""
     out = tmp_path / "run"
     sweep = {"grid": GRID, "reduction_factor": 2, "first_rung": 0.25}
-    summary, heard = run(swept(world, out, sweep, max_concurrent_jobs=2))
-    assert ends(heard) == {"0": (2, "pruned"), "1": (8, "done"), "2": (2, "pruned"), "3": (8, "done")}
-    seats: list[set[str]] = []
-    for event in heard.events:
+    summary, received = run(swept(world, out, sweep, max_concurrent_jobs=2))
+    assert ends(received) == {"0": (2, "pruned"), "1": (8, "done"), "2": (2, "pruned"), "3": (8, "done")}
+    running: list[set[str]] = []
+    for event in received.events:
         if isinstance(event, StepDone):
-            if not seats or event.job[:1] in seats[-1]:
-                seats.append(set())
-            seats[-1].add(event.job[:1])
-    assert seats[:6] == [{"0", "1"}, {"0", "1"}, {"1", "2"}, {"1", "2"}, {"1", "3"}, {"1", "3"}]
-    assert all(len(each) == 2 for each in seats[:8])
+            if not running or event.job[:1] in running[-1]:
+                running.append(set())
+            running[-1].add(event.job[:1])
+    assert running[:6] == [{"0", "1"}, {"0", "1"}, {"1", "2"}, {"1", "2"}, {"1", "3"}, {"1", "3"}]
+    assert all(len(each) == 2 for each in running[:8])
     table = json.loads((out / "sweep.json").read_text())
     assert table["best"] == summary["best_job"] == "3-rank=4-learning_rate=0.01"
     assert [row["place"] for row in table["candidates"]] == [1, 2, 3, 4]
@@ -83,15 +83,15 @@ def test_successive_halving_parks_those_that_wait(world: Path, tmp_path: Path) -
     """Two slots, four candidates: all come to the rung, one after another; the best two go on where they were."""
     out = tmp_path / "run"
     sweep = {"grid": GRID, "reduction_factor": 2, "first_rung": 0.25, "search": "successive_halving"}
-    _, heard = run(swept(world, out, sweep, max_concurrent_jobs=2))
+    _, received = run(swept(world, out, sweep, max_concurrent_jobs=2))
     alone = run(swept(world, tmp_path / "alone", {**sweep, "search": "none"}, max_concurrent_jobs=4))[1]
-    found = ends(heard)
+    found = ends(received)
     assert sorted(found.values()) == [(2, "pruned"), (2, "pruned"), (4, "pruned"), (8, "done")]
-    parked = {event.job for event in heard.events if isinstance(event, JobMoved)}
-    survivors = {event.job for event in heard.events if isinstance(event, StepDone) and event.step > 2}
+    parked = {event.job for event in received.events if isinstance(event, JobMoved)}
+    survivors = {event.job for event in received.events if isinstance(event, StepDone) and event.step > 2}
     assert parked & survivors, "one of the first two waited for the others"
     for name in survivors:
-        own = heard.losses(name)
+        own = received.losses(name)
         assert own == pytest.approx(alone.losses(name)[: len(own)], abs=1e-6), "put back as it was"
 
 
@@ -118,8 +118,8 @@ def test_optuna_draws_and_its_database_opens(world: Path, tmp_path: Path) -> Non
         "random": {"optimizer.learning_rate": {"log_uniform": [1e-4, 1e-1]}, "adapter.rank": {"choice": [2, 4]}},
         "max_trials": 12, "sampler": "optuna", "reduction_factor": 2, "first_rung": 0.25,
     }  # fmt: skip
-    _, heard = run(swept(world, out, sweep, max_concurrent_jobs=6))
-    come = [event.name[:2] for event in heard.events if isinstance(event, JobStarted)]
+    _, received = run(swept(world, out, sweep, max_concurrent_jobs=6))
+    come = [event.name[:2] for event in received.events if isinstance(event, JobStarted)]
     assert come[-2:] == ["11", "11"] or {"10", "11"} <= {*come}
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{out / 'optuna.db'}")
     assert len(study.trials) == 12
@@ -138,9 +138,9 @@ def test_ten_thousand_combinations_ask_how_many(world: Path, tmp_path: Path) -> 
 
 def test_a_candidate_that_fits_no_layer_ends_alone(world: Path, tmp_path: Path) -> None:
     grid = {"adapter.target_modules": [["q_proj"], ["nothing_proj"], ["v_proj"]]}
-    _, heard = run(swept(world, tmp_path / "run", {"grid": grid, "search": "none"}, max_concurrent_jobs=1))
-    assert ends(heard) == {"0": (8, "done"), "1": (0, "failed"), "2": (8, "done")}
-    assert any(isinstance(event, Notice) and "nothing_proj" in event.text for event in heard.events)
+    _, received = run(swept(world, tmp_path / "run", {"grid": grid, "search": "none"}, max_concurrent_jobs=1))
+    assert ends(received) == {"0": (8, "done"), "1": (0, "failed"), "2": (8, "done")}
+    assert any(isinstance(event, Notice) and "nothing_proj" in event.text for event in received.events)
     rows = json.loads((tmp_path / "run/sweep.json").read_text())["candidates"]
     assert [row["state"] for row in rows] == ["done", "done", "failed"]
 
@@ -148,8 +148,8 @@ def test_a_candidate_that_fits_no_layer_ends_alone(world: Path, tmp_path: Path) 
 def test_those_that_waited_for_a_candidate_that_cannot_begin_are_decided(world: Path, tmp_path: Path) -> None:
     grid = {"adapter.target_modules": [["q_proj"], ["v_proj"], ["nothing_proj"]]}
     sweep = {"grid": grid, "search": "successive_halving", "reduction_factor": 2, "first_rung": 0.25}
-    _, heard = run(swept(world, tmp_path / "run", sweep, max_concurrent_jobs=2))
-    assert sorted(ends(heard).values()) == [(0, "failed"), (2, "pruned"), (8, "done")]
+    _, received = run(swept(world, tmp_path / "run", sweep, max_concurrent_jobs=2))
+    assert sorted(ends(received).values()) == [(0, "failed"), (2, "pruned"), (8, "done")]
     rows = json.loads((tmp_path / "run/sweep.json").read_text())["candidates"]
     assert [row["state"] for row in rows] == ["done", "pruned", "failed"]
 
@@ -165,8 +165,8 @@ def test_stopping_the_one_that_others_wait_for_decides_about_them(world: Path, t
     def stop() -> None:
         send(out, "stop", last)
 
-    _, heard = run(swept(world, out, sweep, max_concurrent_jobs=concurrent), **{"1_max_steps=8_seed=12": stop})
-    found = ends(heard)
+    _, received = run(swept(world, out, sweep, max_concurrent_jobs=concurrent), **{"1_max_steps=8_seed=12": stop})
+    found = ends(received)
     assert found.pop("2") == (0 if concurrent == 2 else 2, "stopped")
     assert sorted(found.values()) == [(2, "pruned"), (8, "done")]
     rows = json.loads((out / "sweep.json").read_text())["candidates"]
@@ -185,10 +185,10 @@ def test_as_many_at_a_time_as_fit_and_each_number_is_planned_once(
         return dataclasses.replace(plan, available=1) if planned[-1] > 2 else plan
 
     monkeypatch.setattr(memory_plan, "choose", choose_on_a_small_machine)
-    summary, heard = run({**swept(world, tmp_path / "run", {"grid": GRID, "search": "none"}), "max_steps": 2})
+    summary, received = run({**swept(world, tmp_path / "run", {"grid": GRID, "search": "none"}), "max_steps": 2})
     assert planned == [4, 2]
-    assert any("2 candidates fit" in event.text for event in heard.events if isinstance(event, Notice))
-    steps = [event.job[:1] for event in heard.events if isinstance(event, StepDone)]
+    assert any("2 candidates fit" in event.text for event in received.events if isinstance(event, Notice))
+    steps = [event.job[:1] for event in received.events if isinstance(event, StepDone)]
     assert steps == ["0", "1"] * 2 + ["2", "3"] * 2
     assert len(summary["jobs"]) == 4
 

@@ -18,12 +18,12 @@ def test_an_answer_waits_for_no_acknowledgment() -> None:
         listening.listen()
         accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-        def hear(reader: Any, writer: asyncio.StreamWriter) -> None:
+        def on_connection(reader: Any, writer: asyncio.StreamWriter) -> None:
             ours: socket.socket = writer.get_extra_info("socket")
             accepted.set_result(not ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        async with await asyncio.start_server(hear, sock=listening):
+        async with await asyncio.start_server(on_connection, sock=listening):
             _, writer = await asyncio.open_connection(*listening.getsockname())
             found = await accepted
             writer.close()

@@ -32,7 +32,7 @@ def segments_of(batches: list[Batch]) -> list[tuple[int, list[int]]]:
 def test_cut_keeps_everything_once_in_order_and_within_the_limit(limit: int) -> None:
     engine, slots = make_engine(make_base("llama"), LoraConfig(rank=2), LoraConfig(rank=2), micro_batch_tokens=limit)
     work = {slots[1]: random_step(1, [9, 30, 4]), slots[0]: random_step(0, [5, 12, 8, 3])}
-    batches = engine.cut(work)
+    batches = engine.micro_batches(work)
     expected = [(slot, segment.token_L.tolist()) for slot in slots for segment in work[slot]]
     assert segments_of(batches) == expected
     for batch in batches:
@@ -47,7 +47,7 @@ def test_cut_never_tears_a_pair(limit: int) -> None:
         replace(segment, pair=index // 2, role=CHOSEN if index % 2 == 0 else REJECTED)
         for index, segment in enumerate(random_step(0, [9, 5, 12, 8, 3, 20]))
     ]
-    batches = engine.cut({slots[0]: random_step(3, [6]), slots[1]: pairs})
+    batches = engine.micro_batches({slots[0]: random_step(3, [6]), slots[1]: pairs})
     assert len(batches) == {1: 4, 15: 4, 30: 3, 1000: 1}[limit]
     for batch in batches:
         members = [pair for pair in batch.pair_S.tolist() if pair >= 0]

@@ -93,7 +93,7 @@ def test_slot_number_does_not_matter() -> None:
 def test_cutting_a_step_changes_nothing(micro_batch_tokens: int) -> None:
     """Dropout included: draws count from the token's place in the step, not in the batch."""
     engine, (slot,) = make_engine(make_base("llama"), A, micro_batch_tokens=micro_batch_tokens)
-    cuts = len(engine.cut({slot: random_step(100, LENGTHS)}))
+    cuts = len(engine.micro_batches({slot: random_step(100, LENGTHS)}))
     assert cuts == {1: 6, 20: 4, 30: 2, 10_000: 1}[micro_batch_tokens]
     assert_same(train(engine, slot), alone())
 
@@ -163,7 +163,7 @@ def test_a_long_document_does_not_turn_the_positions_of_others(monkeypatch: pyte
         others = {b: lambda step: random_step(step, [40, 3, 22])} if with_other else None
         outcomes.append(train(engine, a, others))
     assert_same(*outcomes)
-    batches = engine.cut({b: random_step(0, [40, 3, 22, 16, 17, 30])})
+    batches = engine.micro_batches({b: random_step(0, [40, 3, 22, 16, 17, 30])})
     assert [batch.lengths for batch in batches] == [(40,), (3,), (22,), (16,), (17, 30)]
 
 

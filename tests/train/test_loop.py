@@ -49,7 +49,7 @@ class Endless:
 
 @dataclass
 class Notes:
-    """A keeper that notes what it was asked to write, and the weights at that moment."""
+    """A checkpointer that notes what it was asked to write, and the weights at that moment."""
 
     engine: Engine
     kept: list[tuple[str, str, int]] = field(default_factory=list)
@@ -86,7 +86,7 @@ class World:
 
 
 def world(
-    *jobs: dict[str, Any], save_every: int | None = None, hear: Callable[[Event], None] = lambda event: None
+    *jobs: dict[str, Any], save_every: int | None = None, on_event: Callable[[Event], None] = lambda event: None
 ) -> World:
     engine, slots = make_engine(make_base("llama"), *[LoraConfig(rank=2)] * len(jobs), max_grad_norm=None)
     events: list[Event] = []
@@ -113,7 +113,7 @@ def world(
 
     def report(event: Event) -> None:
         events.append(event)
-        hear(event)
+        on_event(event)
 
     return World(Loop(engine, own, notes, report, save_every=save_every), engine, notes, events)
 
@@ -290,7 +290,7 @@ def test_an_interrupt_while_somebody_reports_is_told_afterwards() -> None:
     """A reporter that is in the middle of a line is not called again from within."""
     depth, deepest = 0, 0
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         nonlocal depth, deepest
         depth += 1
         deepest = max(deepest, depth)
@@ -298,7 +298,7 @@ def test_an_interrupt_while_somebody_reports_is_told_afterwards() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         depth -= 1
 
-    w = world({}, hear=hear)
+    w = world({}, on_event=on_event)
     assert w.loop.run() is False
     assert any("press Ctrl-C again" in event.text for event in w.events if isinstance(event, Notice))
     assert deepest == 1

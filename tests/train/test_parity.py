@@ -98,7 +98,7 @@ def test_fifty_steps_of_a_plain_peft_loop(
 
         assert PEAK * schedule.factor(step, num_steps) == pytest.approx(rate, abs=1e-15)
         work = {slot: step_of(samples, step), other: step_of(samples, 7 * step + 3)[:2]}
-        assert len(engine.cut(work)) > 1
+        assert len(engine.micro_batches(work)) > 1
         forwarded = engine.forward_backward(work)[slot]
         updated = {each: engine.optim_step(each, rate) for each in work}[slot]
         assert forwarded.loss == pytest.approx(loss.item(), abs=tolerance), step

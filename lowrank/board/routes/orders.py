@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from lowrank.board.orders import Wanted, drafted, hears_orders, write_file
+from lowrank.board.orders import Wanted, accepts_orders, drafted, write_file
 from lowrank.board.page import board_of, texts_of
 from lowrank.board.runs import RUNNING
 from lowrank.checkpoints.orders import answers, send
@@ -33,7 +33,7 @@ def give(request: Request, name: str, body: Wanted) -> Response:
     run = board.run(name)
     if run is None:
         raise HTTPException(404, f"there is no run {name[:80]!r}")
-    if run.state != RUNNING or not hears_orders(run.folder):
+    if run.state != RUNNING or not accepts_orders(run.folder):
         raise HTTPException(409, "the run is not training, so nobody would hear this")
     draft = drafted(board.places, name, body, allow_code=board.options.allow_code)
     write_file(draft)

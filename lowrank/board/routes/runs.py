@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from lowrank.board.body import Body
 from lowrank.board.job_lines import job_lines
 from lowrank.board.last_line import message_lines
-from lowrank.board.orders import hears_orders, live_memory, orders_of
+from lowrank.board.orders import accepts_orders, live_memory, orders_of
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.progress import progress_of
 from lowrank.board.runs import BROKEN, RUNNING, Run, checkpoints
@@ -179,7 +179,7 @@ def about(request: Request, name: str) -> dict[str, Any]:
         "progress": progress_of(folder) if live and folder else None,
         "jobs": jobs,
         "colors": _colors(found.last_steps(), jobs),
-        "steered": trains and run is not None and hears_orders(run.folder),
+        "steered": trains and run is not None and accepts_orders(run.folder),
         "memory": live_memory(run.folder) if run is not None and trains else {},
         "orders": orders_of(board.places, name) if run is not None else [],
         "sweep": sweep_table(run.folder) if run is not None else None,

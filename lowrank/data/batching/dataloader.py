@@ -1,6 +1,6 @@
 """The dataloader: optimizer steps out of samples, epoch after epoch.
 
-The order is a function of (seed, epoch) alone, so a feed's whole state is how many steps it has given.
+The order is a function of (seed, epoch) alone, so a dataloader's whole state is how many steps it has given.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DataLoader:
         self._steps = self._plan(0)
 
     def again(self) -> DataLoader:
-        """A feed of its own over the same samples, at its beginning."""
+        """A dataloader of its own over the same samples, at its beginning."""
         return DataLoader(self._samples, self._config, self._seed)
 
     @property
@@ -99,7 +99,7 @@ class DataLoader:
         return [segment for index in self._steps[self._step] for segment in self._samples[index]]
 
     def heaviest_step(self) -> list[Segment]:
-        """The segments of the step with the most tokens, of the running epoch; nothing is taken from the feed."""
+        """The segments of the step with the most tokens, of the running epoch; nothing is taken from the dataloader."""
         chosen = max(self._steps, key=lambda step: sum(self._lengths[index] for index in step))
         return _as_step([self._samples[index] for index in chosen])
 
@@ -190,7 +190,7 @@ class StreamingDataLoader:
         return self._waiting
 
     def heaviest_step(self) -> list[Segment]:
-        """The segments of the next step: the only one that is known. Nothing is taken from the feed."""
+        """The segments of the next step: the only one that is known. Nothing is taken from the dataloader."""
         return self._waiting
 
     def tokens_of_steps(self) -> list[int]:

@@ -32,7 +32,7 @@ class Processor(Protocol):
         """What stands for each medium of a document."""
         ...
 
-    def hears_all(self, audio: Audio) -> bool:
+    def takes_whole(self, audio: Audio) -> bool:
         """Whether the end of a sound is among what stands for it."""
         ...
 
@@ -57,7 +57,7 @@ def put_in(sample: Sample, media: Sequence[Medium], processor: Processor | None)
     except (ModelError, DataError) as error:
         kinds = " and ".join(KIND_NAMES[kind] for kind in dict.fromkeys(each.kind for each in media))
         raise RowRefused(f"the model's processor refuses its {kinds}: {error}") from error
-    media = [_as_heard(each, processor) for each in media]
+    media = [_as_taken(each, processor) for each in media]
     moved = _mover(found, [len(text) for text in texts])
     parts, at = [], 0
     for (start, end), text in zip(found, texts):
@@ -73,9 +73,9 @@ def put_in(sample: Sample, media: Sequence[Medium], processor: Processor | None)
     )
 
 
-def _as_heard(medium: Medium, processor: Processor) -> Medium:
+def _as_taken(medium: Medium, processor: Processor) -> Medium:
     """With what of it the processor leaves out among its notes."""
-    if isinstance(medium, Audio) and not processor.hears_all(medium):
+    if isinstance(medium, Audio) and not processor.takes_whole(medium):
         return replace(medium, notes=(*medium.notes, _CUT))
     return medium
 

@@ -48,7 +48,7 @@ class Rendering:
 
     @property
     def samples(self) -> tuple[tuple[Segment, ...], ...]:
-        """The segments as samples of a feed: a pair is one, and every other segment is one."""
+        """The segments as samples of a dataloader: a pair is one, and every other segment is one."""
         if not self.segments:
             return ()
         return (self.segments,) if self.segments[0].pair >= 0 else tuple((segment,) for segment in self.segments)

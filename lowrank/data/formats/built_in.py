@@ -37,7 +37,7 @@ Row = Mapping[str, Any]
 Names = Mapping[str, str]
 Format = Callable[[Row, Names, Names], Record]
 
-FEEDS: dict[type, str] = {
+OBJECTIVES_OF: dict[type, str] = {
     Conversation: "sft",
     Text: "pretrain",
     Preference: "objectives on preference pairs, such as dpo",

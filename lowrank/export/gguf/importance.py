@@ -61,13 +61,13 @@ def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict
     count = sum(map(len, documents))
 
     def listen(names: list[str]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
-        def hear(module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Any, given: tuple[torch.Tensor, ...]) -> None:
             del module
             square_D = given[0].detach().reshape(-1, given[0].shape[-1]).double().square().sum(0).cpu()
             for name in names:
                 squares[name] = squares.get(name, torch.zeros(())) + square_D
 
-        return hear
+        return hook
 
     with read_adapter(source, source.adapter) as reader:
         handles = []

@@ -124,14 +124,14 @@ def _moments(linears: dict[str, nn.Module]) -> Generator[dict[str, torch.Tensor]
     counts: dict[str, int] = {}
 
     def listen(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
-        def hear(module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Any, given: tuple[torch.Tensor, ...]) -> None:
             del module
             x_TD = given[0].detach().reshape(-1, given[0].shape[-1]).float()
             if len(x_TD):
                 sums[name] = sums.get(name, torch.zeros((), device=x_TD.device)) + x_TD.t() @ x_TD
                 counts[name] = counts.get(name, 0) + len(x_TD)
 
-        return hear
+        return hook
 
     handles = [module.register_forward_pre_hook(listen(name)) for name, module in linears.items()]
     found: dict[str, torch.Tensor] = {}

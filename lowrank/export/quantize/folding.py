@@ -119,11 +119,11 @@ def observe(linears: Mapping[str, nn.Module], run: Run) -> tuple[dict[str, torch
     inputs: dict[str, torch.Tensor] = {}
 
     def listen(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
-        def hear(module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Any, given: tuple[torch.Tensor, ...]) -> None:
             del module
             inputs[name] = given[0].detach().reshape(-1, given[0].shape[-1]).float().clone()
 
-        return hear
+        return hook
 
     handles = [module.register_forward_pre_hook(listen(name)) for name, module in linears.items()]
     try:

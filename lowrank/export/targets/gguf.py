@@ -123,11 +123,11 @@ class GgufTarget:
             for kind in plain:
                 start, size = done, _bytes(converter, kind)
 
-                def heard(written: int, of: int, kind: str = kind, start: int = start, size: int = size) -> None:
+                def on_progress(written: int, of: int, kind: str = kind, start: int = start, size: int = size) -> None:
                     progress(start + size * written // of, total, kind)
 
                 with self._part(source, folder, kind):
-                    converter.write(self.path(source, folder, kind), kind, heard)
+                    converter.write(self.path(source, folder, kind), kind, on_progress)
                 done += size
             documents = self._documents(source)
             if documents:

@@ -199,7 +199,7 @@ def judged(found: Comparison) -> Comparison:
     """With the tolerances that it exceeds, in words."""
     allowed = found.tolerance
     relative = abs(found.perplexity / found.reference_perplexity - 1)
-    # Rounding moves the losses of unlikely tokens by more: what may differ is a share of the loss, once it is above 1 nat.
+    # Rounding moves the losses of unlikely tokens by more: above 1 nat what may differ is a share of the loss.
     most = allowed.perplexity * max(1.0, float(np.log(found.reference_perplexity)))
     problems = []
     if not found.mean_kl <= allowed.mean_kl:  # not <=: NaN is a problem too

@@ -57,7 +57,7 @@ class RequestLifecycle:
         self._admission, self._count = admission, count
         self._limit = limits.request_seconds
         self._loop = asyncio.get_running_loop()
-        self._on_chunk: asyncio.Queue[tuple[int, TokenChunk | None]] = asyncio.Queue()
+        self._chunks: asyncio.Queue[tuple[int, TokenChunk | None]] = asyncio.Queue()
         self._watcher: asyncio.Task[None] | None = None
         self._finished: set[int] = set()
         self.closed = False
@@ -67,14 +67,14 @@ class RequestLifecycle:
         """Listen to the `answers`, and to the client (`receive` is ASGI's, the body read)."""
         self._watcher = self._loop.create_task(self._watch(receive))
         for index, answer in enumerate(self.answers):
-            answer.listen(lambda piece, index=index: self._hear(index, piece))
+            answer.listen(lambda piece, index=index: self._on_chunk(index, piece))
 
     async def pieces(self) -> AsyncIterator[tuple[int, TokenChunk]]:
         """(number of the answer, piece), until all are at their end. Raises Refusal, ClientGone."""
         while not self.complete:
             left = self.started + self._limit - time.monotonic()
             try:
-                index, piece = await asyncio.wait_for(self._on_chunk.get(), max(0.0, left))
+                index, piece = await asyncio.wait_for(self._chunks.get(), max(0.0, left))
             except asyncio.TimeoutError:
                 raise ApiError(504, f"the answer took more than {self._limit:g} seconds", code="timeout") from None
             if piece is None:
@@ -110,13 +110,13 @@ class RequestLifecycle:
         self._admission.give_back(self._count, seconds)
         return seconds
 
-    def _hear(self, index: int, piece: TokenChunk) -> None:
+    def _on_chunk(self, index: int, piece: TokenChunk) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._on_chunk.put_nowait, (index, piece))
+            self._loop.call_soon_threadsafe(self._chunks.put_nowait, (index, piece))
         except RuntimeError:  # the loop was closed: nobody listens any more
             self.answers[index].cancel()
 
     async def _watch(self, receive: Callable[[], Awaitable[Any]]) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._on_chunk.put_nowait((_GONE, None))
+        self._chunks.put_nowait((_GONE, None))

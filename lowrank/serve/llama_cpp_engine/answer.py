@@ -56,7 +56,7 @@ class LlamaCppAnswer:
             chunk = json.loads(line.removeprefix(b"data: "))
             if "error" in chunk:
                 raise ApiError(500, str(chunk["error"].get("message", chunk["error"])))
-            self._hear(chunk, texts)
+            self._on_chunk(chunk, texts)
             if chunk.get("stop"):
                 return
         raise ConnectionAbortedError("llama.cpp ended in the middle of an answer")
@@ -69,7 +69,7 @@ class LlamaCppAnswer:
             else:
                 self._stream.push(TokenChunk(None, finish="error", error=f"llama.cpp: {error}"))
 
-    def _hear(self, chunk: dict[str, Any], texts: dict[int, str]) -> None:
+    def _on_chunk(self, chunk: dict[str, Any], texts: dict[int, str]) -> None:
         """A chunk may have several tokens, where one alone was half a character; the last one carries the text."""
         tokens: list[int] = chunk.get("tokens") or []
         chances = chunk.get("completion_probabilities") or [None] * len(tokens)

@@ -22,7 +22,7 @@ from lowrank.train.job import Job
 from lowrank.train.rollouts import RolloutGenerator
 
 
-class JobSeats:
+class SlotAllocator:
     """The slots of one engine. Data, settings and slot numbers are given in the order of the jobs."""
 
     def __init__(self, engine: Engine, run: RunConfig, tokenizer: Any, report: Callable[[Event], None]) -> None:
