@@ -34,3 +34,12 @@ def test_the_version_is_written_once() -> None:
 def test_the_source_archive_holds_what_one_needs_to_go_on(line: str) -> None:
     assert line in (ROOT / "MANIFEST.in").read_text("utf-8").splitlines()
     assert (ROOT / "lowrank" / "py.typed").exists()
+
+
+def test_the_workflow_installs_what_the_browser_tests_need() -> None:
+    """They fail under CI=true, which GitHub sets, where there is no Chromium; `.ci/run` installs one as well."""
+    text = (ROOT / ".github/workflows/tests.yml").read_text("utf-8")
+    before, _, _ = text.partition("- run: make test")
+    assert "playwright install --with-deps chromium" in before
+    assert "/usr/local/bin/chromium" in before
+    assert "fonts-wqy-microhei" in before

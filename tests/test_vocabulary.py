@@ -26,6 +26,14 @@ TERMS = {
     "handler": {"desk"},
 }
 """What to say instead, by the parts of names that are refused."""
+BRITISH = re.compile(
+    r"(?:quant|optim|initial|serial|token|normal|organ|recogn|summar|general|regular|vector|material|random|minim|maxim"
+    r"|util|parallel|synchron|special|categor|character|final|priorit|emphas|custom|visual|local|memor|author)"
+    r"is(?:e[drs]?|ers|ing|ation|ations)"
+    r"|(?:col|behavi|neighb|fav|hon|lab|flav|harb|rum)our\w*|cent(?:re|red|res)|catalogues?|grey|licence|defence|artefacts?"
+    r"|judgement|modell(?:ed|ing|er)|label(?:led|ling)|analyse[drs]?|programme"
+)
+"""Identifiers and file names are spelled the American way, as torch's and transformers' are."""
 BIT_PACKING = ("kernels/bit_packing.py", "models/prequantized/", "tests/kernels/test_bit_packing.py")
 """Where a word is 32 bits."""
 LANGUAGE_LISTS = ("examples/tiny-base/",)
@@ -54,6 +62,8 @@ def _private(name: str) -> str | None:
     parts = set(_parts(name))
     if "take_home" in name.lower():
         return "export"
+    if british := next(filter(BRITISH.fullmatch, parts), None):
+        return f"the American spelling of {british}"
     return next((instead for instead, refused in TERMS.items() if parts & refused), None)
 
 
@@ -72,11 +82,18 @@ def test_identifiers_are_the_field_s_terms(folder: str) -> None:
     assert not found, "\n".join(found)
 
 
+def test_file_names_of_the_docs_are_spelled_alike() -> None:
+    names = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*")]
+    assert [str(name) for name in names if any(map(BRITISH.fullmatch, _parts(name.stem)))] == []
+
+
 @pytest.mark.parametrize(
     ("name", "refused"),
     [("words", True), ("_said", True), ("AskedQuestion", True), ("take_home", True), ("password", False),
      ("keywords", False), ("task", False), ("embedding", False), ("assay", False),
-     ("_hear", True), ("feeds", True), ("feedback", False)],
+     ("_hear", True), ("feeds", True), ("feedback", False),
+     ("neighbours", True), ("quantised_outputs", True), ("ModellingHead", True), ("raised", False), ("modeling", False),
+     ("noise_layerwise", False), ("hours_of_ours", False), ("centered", False)],
 )  # fmt: skip
 def test_only_whole_parts_of_names_are_refused(name: str, refused: bool) -> None:
     assert (_private(name) is not None) == refused

@@ -19,7 +19,7 @@ from pathlib import Path
 from words import (
     ANIMALS,
     CITIES,
-    COLOURS,
+    COLORS,
     DAYS,
     DEEDS,
     GIVEN_ZH,
@@ -58,7 +58,7 @@ def story_en(draw: Draw) -> str:
                 (
                     f"On {day} {who} went to the {place} and {draw.choice(DEEDS)[0]}.",
                     f"It was {draw.choice(WEATHER)[0]} on {day}, so {who} stayed at the {place}.",
-                    f"At the {place}, {who} saw a {draw.choice(COLOURS)[0]} {draw.choice(ANIMALS)[0]}.",
+                    f"At the {place}, {who} saw a {draw.choice(COLORS)[0]} {draw.choice(ANIMALS)[0]}.",
                     f"{who} bought {draw.randint(2, 20)} {draw.choice(GOODS)[1]} at the {place} on {day}.",
                 )
             )
@@ -79,7 +79,7 @@ def story_zh(draw: Draw) -> str:
                 (
                     f"{day}，{who}去了{place}，{draw.choice(DEEDS)[1]}。",
                     f"{day}天气{draw.choice(WEATHER)[1]}，{who}留在{place}。",
-                    f"在{place}，{who}看见一只{draw.choice(COLOURS)[1]}的{draw.choice(ANIMALS)[1]}。",
+                    f"在{place}，{who}看见一只{draw.choice(COLORS)[1]}的{draw.choice(ANIMALS)[1]}。",
                     f"{day}，{who}在{place}买了{draw.randint(2, 20)}{thing[3]}{thing[2]}。",
                 )
             )
@@ -152,7 +152,7 @@ def copying(draw: Draw) -> str:
 
 def scene(draw: Draw) -> tuple[str, dict[str, object]]:
     """A sentence and what it says as a record, in one of several schemas."""
-    animal, colour, place = draw.choice(ANIMALS), draw.choice(COLOURS), draw.choice(PLACES)
+    animal, color, place = draw.choice(ANIMALS), draw.choice(COLORS), draw.choice(PLACES)
     day, weather, job, city = draw.choice(DAYS), draw.choice(WEATHER), draw.choice(JOBS), draw.choice(CITIES)
     number, thing = draw.randint(1, 20), draw.choice(GOODS)
     if draw.random() < 0.5:
@@ -160,20 +160,20 @@ def scene(draw: Draw) -> tuple[str, dict[str, object]]:
         return draw.choice(
             (
                 (f"{who} is a {job[0]} in {city[0]}.", {"person": who, "job": job[0], "town": city[0]}),
-                (f"The {colour[0]} {animal[0]} is called {who}.", {"animal": animal[0], "colour": colour[0], "called": who}),
+                (f"The {color[0]} {animal[0]} is called {who}.", {"animal": animal[0], "colour": color[0], "called": who}),
                 (f"On {day[0]} it will be {weather[0]} in {city[0]}.", {"town": city[0], "day": day[0], "weather": weather[0]}),
                 (f"There are {NUMBERS_EN[number]} {thing[1]} in the {place[0]}.", {"place": place[0], "thing": thing[1], "how_many": number}),
-                (f"{who} is {number} years old and likes {colour[0]}.", {"person": who, "age": number, "likes": colour[0]}),
+                (f"{who} is {number} years old and likes {color[0]}.", {"person": who, "age": number, "likes": color[0]}),
             )
         )  # fmt: skip
     who = name_zh(draw)
     return draw.choice(
         (
             (f"{who}是{city[1]}的{job[1]}。", {"person": who, "job": job[1], "town": city[1]}),
-            (f"{colour[1]}的{animal[1]}叫{who}。", {"animal": animal[1], "colour": colour[1], "called": who}),
+            (f"{color[1]}的{animal[1]}叫{who}。", {"animal": animal[1], "colour": color[1], "called": who}),
             (f"{day[1]}{city[1]}的天气是{weather[1]}。", {"town": city[1], "day": day[1], "weather": weather[1]}),
             (f"{place[1]}里有{NUMBERS_ZH[number]}{thing[3]}{thing[2]}。", {"place": place[1], "thing": thing[2], "how_many": number}),
-            (f"{who}今年{number}岁，喜欢{colour[1]}。", {"person": who, "age": number, "likes": colour[1]}),
+            (f"{who}今年{number}岁，喜欢{color[1]}。", {"person": who, "age": number, "likes": color[1]}),
         )
     )  # fmt: skip
 
@@ -202,7 +202,7 @@ def _small_talk(draw: Draw) -> tuple[str, str]:
 def _knowledge(draw: Draw) -> tuple[str, str]:
     animal, animal_zh, food, food_zh, home, home_zh = draw.choice(ANIMALS)
     a, b = draw.randint(0, 10), draw.randint(0, 10)
-    en, zh = draw.choice([*COLOURS, *CITIES, *JOBS, *DAYS, *PLACES, *((g[0], g[2]) for g in GOODS)])
+    en, zh = draw.choice([*COLORS, *CITIES, *JOBS, *DAYS, *PLACES, *((g[0], g[2]) for g in GOODS)])
     return draw.choice(
         (
             (f"What does a {animal} eat?", f"A {animal} eats {food}."), (f"{animal_zh}吃什么？", f"{animal_zh}吃{food_zh}。"),

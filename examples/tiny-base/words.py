@@ -104,7 +104,7 @@ ANIMALS = (
     ("mouse", "老鼠", "cheese", "奶酪", "in the wall", "墙里"), ("panda", "熊猫", "bamboo", "竹子", "in the mountains", "山里"),
 )  # fmt: skip
 
-COLOURS = (
+COLORS = (
     ("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("yellow", "黄色"), ("black", "黑色"), ("white", "白色"),
     ("brown", "棕色"), ("grey", "灰色"), ("pink", "粉色"), ("purple", "紫色"),
 )  # fmt: skip

@@ -189,20 +189,20 @@ def _mark_skipped(panel: Axes, jobs: dict[str, _Drawn], colors: Sequence[Any]) -
 
 def _key(jobs: dict[str, _Drawn], alone: bool) -> list[Line2D]:
     """What the marks mean."""
-    grey, held = "#777777", "#d55e00"
-    color = _colors(1)[0] if alone else grey
+    gray, held = "#777777", "#d55e00"
+    color = _colors(1)[0] if alone else gray
     handles = []
     if any(job.train for job in jobs.values()):
         handles.append(Line2D([], [], color=color, alpha=0.35, linewidth=0.9, label="as logged"))
         handles.append(Line2D([], [], color=color, linewidth=1.8, label="smoothed"))
     if any(job.held_out for job in jobs.values()):
-        color, style = (held, "--") if alone else (grey, "-")
+        color, style = (held, "--") if alone else (gray, "-")
         handles.append(Line2D([], [], color=color, linestyle=style, marker="o", markersize=3.5, label="held-out"))
         if not alone:
-            handles.append(_star(grey))
+            handles.append(_star(gray))
     if any(job.skipped for job in jobs.values()):
         label = "skipped or not finite"
-        handles.append(Line2D([], [], color=RED if alone else grey, marker="x", linestyle="", label=label))
+        handles.append(Line2D([], [], color=RED if alone else gray, marker="x", linestyle="", label=label))
     return handles
 
 

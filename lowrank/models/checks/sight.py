@@ -3,7 +3,7 @@ before it trains.
 
 Text alone says nothing here: models whose pictures' tokens see one another both ways (Gemma 3) pass the test of text.
 Documents with media, packed, must give what transformers makes of each alone, with its own attention, masks and
-positions; another picture or sound in one document must move that document and not a bit of its neighbours.
+positions; another picture or sound in one document must move that document and not a bit of its neighbors.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def _what_leaks_of(base: Base, kind: str) -> str | None:
         return f"it does not run so ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
     ends = np.cumsum([len(document) for document in first]).tolist()
     own = slice(ends[0], ends[1])
-    neighbours = torch.cat([moved[: ends[0]], moved[ends[1] :]]), torch.cat([together[: ends[0]], together[ends[1] :]])
-    if not torch.equal(*neighbours):
-        return f"the {one} of one document changes another (by {distance(*neighbours):.1e})"
+    neighbors = torch.cat([moved[: ends[0]], moved[ends[1] :]]), torch.cat([together[: ends[0]], together[ends[1] :]])
+    if not torch.equal(*neighbors):
+        return f"the {one} of one document changes another (by {distance(*neighbors):.1e})"
     if torch.equal(moved[own], together[own]):
         return f"it makes the same of different {one}s"
     apart = max(distance(together[end - len(each) : end], each) for end, each in zip(ends, alone))
