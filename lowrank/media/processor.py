@@ -228,8 +228,15 @@ def processor_of(tokenizer: Any) -> MediaProcessor | None:
 
 def _of_media(processed: Any) -> dict[str, torch.Tensor]:
     return {
-        name: value for name, value in processed.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
+        name: _alone(value)
+        for name, value in processed.items()
+        if isinstance(value, torch.Tensor) and name not in _OF_TEXT
     }
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Without what it is a view of: masks of sounds are every 160th of all samples' mask, and would keep that."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _blank(sized: tuple[str, Size]) -> Any:

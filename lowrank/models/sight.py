@@ -41,6 +41,7 @@ class Sight:
     """The eyes and ears of one base. `processor`: of the same checkpoint; `kinds`: of media that it is to take."""
 
     tower: type[Tower] = Tower
+    hearing: type[Hearing] = Hearing
 
     def __init__(self, base: Base, processor: MediaProcessor, kinds: Sequence[str] = ("image",)) -> None:
         """ModelError for a base that cannot be shown or played these."""
@@ -59,7 +60,7 @@ class Sight:
         self._hearing = None
         if "audio" in kinds:
             others = {name for kind in ("image", "video") for name in wanted_by(kind, self._backbone)}
-            self._hearing = Hearing(base.name, base.model, self._backbone, processor, others | {*_TYPES})
+            self._hearing = self.hearing(base.name, base.model, self._backbone, processor, others | {*_TYPES})
 
     @property
     def token(self) -> int | None:

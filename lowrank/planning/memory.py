@@ -31,6 +31,7 @@ from lowrank.planning.simulation import (
     read_config,
     work_of,
 )
+from lowrank.records import KIND_NAMES
 from lowrank.train.lanes import heaviest_lane
 from lowrank.train.micro_batching import StepSegments
 
@@ -69,16 +70,18 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class PlannedPictures:
-    """What pictures take of a run's heaviest forward pass."""
+    """What pictures, videos and sounds take of a run's heaviest forward pass."""
 
     number: int
     tokens: int
-    """That stand for pictures."""
+    """That stand for them."""
     tokens_of_pass: int
     tower: int
     """Bytes of the weights of tower and projector; a part of the base."""
     looking: int
-    """Bytes at the most while the tower looks."""
+    """Bytes at the most while the tower looks, or listens."""
+    names: str = "pictures"
+    """What they are, for people."""
 
 
 class StepMemory:
@@ -111,14 +114,18 @@ class StepMemory:
 
     def heaviest_batch(self, micro_batch_tokens: int, work: StepSegments | None = None) -> Heaviest:
         """The largest forward pass of a step."""
-        return self._simulation(self.cores()[0]).heaviest_batch(work or self.work, micro_batch_tokens)
+        return self._heaviest(micro_batch_tokens, work)[0]
+
+    def _heaviest(self, micro_batch_tokens: int, work: StepSegments | None) -> list[Heaviest]:
+        return self._simulation(self.cores()[0]).heaviest_batches(work or self.work, micro_batch_tokens)
 
     def step(
         self, micro_batch_tokens: int, activation_checkpointing: str | int, work: StepSegments | None = None
     ) -> StepBytes:
         """The heaviest step of all jobs together (or `work`), cut and recomputed so."""
-        trace = self._policy(self.heaviest_batch(micro_batch_tokens, work), activation_checkpointing)
-        return _parts(self.placed.moved(trace, self.parts))
+        traces = [self._policy(each, activation_checkpointing) for each in self._heaviest(micro_batch_tokens, work)]
+        steps = [_parts(self.placed.moved(trace, self.parts)) for trace in traces]
+        return max(steps, key=lambda step: step.total)
 
     def pictures(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> PlannedPictures | None:
         """What pictures take of the heaviest step; None where there are none."""
@@ -128,7 +135,9 @@ class StepMemory:
         spans = [span for _, media in heaviest.batch.media for span in media.spans]
         tokens = sum(end - first for first, end in spans)
         looking = self._policy(heaviest, activation_checkpointing).tower
-        return PlannedPictures(len(spans), tokens, heaviest.batch.num_tokens, self.parts.tower, looking)
+        kinds = {each.kind: KIND_NAMES[each.kind] for _, media in heaviest.batch.media for each in media.inside}
+        names = " and ".join(kinds[kind] for kind in sorted(kinds)) or "pictures"
+        return PlannedPictures(len(spans), tokens, heaviest.batch.num_tokens, self.parts.tower, looking, names)
 
     def gradients(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> int:
         """Bytes of all gradients at the end of a step, also where its peak is before they are there."""

@@ -1,4 +1,4 @@
-"""Pictures in a planned step: the tower looks at blank ones of the same sizes, on fake tensors.
+"""Pictures and sounds in a planned step: the tower is given blank ones of the same sizes, on fake tensors.
 
 The tower's part of a pass is watched apart from the language model's. It is the same however many decoder layers there
 are, so it must not be hidden in peaks of which the rest grows with the layers.
@@ -7,7 +7,7 @@ are, so it must not be hidden in peaks of which the rest grows with the layers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lowrank.batches import Batch, Media, Pixels
 from lowrank.media.processor import MediaProcessor, Size
 from lowrank.models.base import Base
+from lowrank.models.hearing import Hearing
 from lowrank.models.sight import Sight
 from lowrank.models.tower import Tower, TowerPass
 from lowrank.planning.live_bytes import LiveBytes
 
-_PIXELS = ("pixel_values", "input_features")
+_PIXELS, _SPECTRUM = "pixel_values", "input_features"
 _VALUES = 1024
 """Floats up to so many say something about a document (seconds between frames); more are what it shows."""
 _FLOAT_BYTES = 4
 """Processors make float32."""
-_SEEN = ("image", "video")
 
 Sizes = tuple[tuple[str, Size], ...]
 
@@ -101,27 +101,59 @@ class PlannedTower(Tower):
         return rows.end - rows.first
 
 
+class PlannedHearing(Hearing):
+    """Ears on fake tensors: every document's sounds where somebody adapts their tower, else those of one size once."""
+
+    live: LiveBytes
+    known: KnownPictures
+    near: torch.Tensor
+    adapted: Collection[int] = ()
+    handed_down: Callable[[torch.Tensor], None]
+    """Hears the gradient of what it says."""
+
+    def _features(self, pixels: Pixels, wanted: int, batch: Batch) -> torch.Tensor:
+        if batch.slots[pixels.segment] in self.adapted:
+            features = super()._features(pixels, wanted, batch)
+            if features.requires_grad:
+                features.register_hook(self.handed_down)
+            return features
+        key = "audio", self._processor.sizes(pixels.media.items)
+        if key not in self.known.frozen:
+            before = self.live.now
+            with self.live.apart() as phase:
+                made = super()._features(pixels, wanted, batch)
+            self.known.frozen[key] = (made.shape[1:], made.dtype), phase.bytes - before
+            del made
+        (shape, dtype), peak = self.known.frozen[key]
+        self.live.peak = max(self.live.peak, self.live.now + peak)
+        return self.near.new_empty((wanted, *shape), dtype=dtype)
+
+
 class PlannedSight(Sight):
-    """The eyes of a base on fake tensors, and what its towers take. It has no ears: of sounds their tokens count."""
+    """The eyes and ears of a base on fake tensors, and what its towers take."""
 
     tower = PlannedTower
+    hearing = PlannedHearing
 
     def __init__(
         self, base: Base, processor: MediaProcessor, kinds: Sequence[str], live: LiveBytes, known: KnownPictures
     ) -> None:
         """`known`: what was found out about media of these sizes, by the other simulations of the plan too."""
-        super().__init__(base, processor, [kind for kind in kinds if kind in _SEEN])
+        super().__init__(base, processor, kinds)
         self._live, self._known = live, known
         self._own: list[PlannedTower] = list(self._towers.values())  # type: ignore[arg-type]  # as `tower` says
-        for tower in self._own:
-            tower.live, tower.known = live, known
-            tower.near = base.model.get_input_embeddings().weight.detach()
+        self._ears: PlannedHearing | None = self._hearing  # type: ignore[assignment]  # as `hearing` says
+        for each in (*self._own, *([self._ears] if self._ears else ())):
+            each.live, each.known = live, known
+            each.near = base.model.get_input_embeddings().weight.detach()
+        if self._ears is not None:
+            self._ears.handed_down = self._language_is_done
         self.begin()
 
     def adapts(self, slots: Collection[int]) -> None:
         """These have something on a tower or a projector."""
-        for tower in self._own:
-            tower.adapted = slots
+        for each in (*self._own, *([self._ears] if self._ears else ())):
+            each.adapted = slots
 
     def begin(self) -> None:
         """Forget the last pass."""
@@ -254,4 +286,5 @@ def sees_both_ways(model: Any) -> bool:
 
 
 def _is_pixels(name: str, value: torch.Tensor) -> bool:
-    return name.startswith(_PIXELS) or (value.is_floating_point() and value.numel() > _VALUES)
+    shows = name.startswith(_PIXELS) or name == _SPECTRUM
+    return shows or (value.is_floating_point() and value.numel() > _VALUES)

@@ -167,8 +167,8 @@ def describe_pictures(pictures: PlannedPictures) -> str:
     """What they take, in a sentence."""
     share = f"{pictures.tokens:,} of the {pictures.tokens_of_pass:,} tokens"
     return (
-        f"{share} of the heaviest forward pass stand for pictures ({pictures.number:,}); the tower that looks at them "
-        f"takes {gigabytes(pictures.tower)} of the base, and {gigabytes(pictures.looking)} while it looks"
+        f"{share} of the heaviest forward pass stand for {pictures.names} ({pictures.number:,}); the tower for them "
+        f"takes {gigabytes(pictures.tower)} of the base, and {gigabytes(pictures.looking)} while it is at work"
     )
 
 

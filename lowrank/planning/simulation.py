@@ -51,8 +51,6 @@ from lowrank.train.optimizers import OptimizerConfig
 from lowrank.train.pixels_ahead import DOCUMENTS_AHEAD
 from lowrank.train.prepared_pass import PreparedPass
 
-_NEARLY = 0.9
-
 
 @dataclass(frozen=True)
 class PlannedJob:
@@ -78,13 +76,13 @@ def kinds_of(jobs: Sequence[PlannedJob]) -> list[str]:
 
 @dataclass(frozen=True)
 class Heaviest:
-    """The largest forward pass of an optimizer step."""
+    """A forward pass of an optimizer step that may be its heaviest moment."""
 
     batch: Batch
     passes: int
     """Of the step."""
     others: frozenset[int]
-    """Slots that have a part in the other passes, so that their gradients may be there already."""
+    """Slots that have a part in passes before it, so that their gradients are there already."""
     ahead: tuple[Media, ...] = ()
     """Whose pictures are made ready for the next pass meanwhile."""
 
@@ -181,23 +179,31 @@ class Simulation:
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._mode.from_tensor(tensor).to(self._device)
 
-    def heaviest_batch(self, work: StepSegments, micro_batch_tokens: int) -> Heaviest:
-        """The forward pass with the most tokens of a step that is cut so."""
+    def heaviest_batches(self, work: StepSegments, micro_batch_tokens: int) -> list[Heaviest]:
+        """Of a step that is cut so, the forward pass with the most tokens (of several the last, since gradients of
+        passes before it are there); and the one with the most of those behind it, which find more gradients."""
         self._engine.micro_batch_tokens = micro_batch_tokens
         batches = self._engine.micro_batches(work)
-        heaviest = max(batches, key=lambda batch: self.base.padded_tokens(batch.lengths))
-        others = frozenset(slot for batch in batches if batch is not heaviest for slot in batch.slots)
-        if self._sight is None:
-            return Heaviest(heaviest, len(batches), others)
-        return Heaviest(heaviest, len(batches), others, self._ahead(work, batches, heaviest))
+        tokens = [self.base.padded_tokens(batch.lengths) for batch in batches]
+        places = [_last_largest(tokens)]
+        if places[0] + 1 < len(batches):
+            places.append(places[0] + 1 + _last_largest(tokens[places[0] + 1 :]))
+        found = []
+        for place in places:
+            # gradients behind the second as well: what is behind that one is not looked at by itself
+            earlier = batches[:place] if place == places[0] else [*batches[:place], *batches[place + 1 :]]
+            slots = frozenset(slot for batch in earlier for slot in batch.slots)
+            ahead = self._ahead(work, batches, place) if self._sight is not None else ()
+            found.append(Heaviest(batches[place], len(batches), slots, ahead))
+        return found
 
-    def _ahead(self, work: StepSegments, batches: Sequence[Batch], heaviest: Batch) -> tuple[Media, ...]:
-        """Whose pictures come next: of the next pass; where the last one is as heavy, or nearly, of the next step."""
-        last, place = batches[-1], next(n for n, batch in enumerate(batches) if batch is heaviest)
-        if last is heaviest or last.num_tokens > _NEARLY * heaviest.num_tokens:
-            coming = [each.media for segments in work.values() for each in segments if each.media is not None]
-            return tuple(dict.fromkeys(coming[:DOCUMENTS_AHEAD]))
-        return tuple(dict.fromkeys(media for _, media in batches[place + 1].media))
+    def _ahead(self, work: StepSegments, batches: Sequence[Batch], place: int) -> tuple[Media, ...]:
+        """Whose pictures come after the pass at `place`: those of the pass behind it; of the last one, the next
+        step's."""
+        if place + 1 < len(batches):
+            return tuple(dict.fromkeys(media for _, media in batches[place + 1].media))
+        coming = [each.media for segments in work.values() for each in segments if each.media is not None]
+        return tuple(dict.fromkeys(coming[:DOCUMENTS_AHEAD]))
 
     def step(self, heaviest: Heaviest, activation_checkpointing: str | int) -> StepTrace:
         """What the engine does with one forward pass, and then the optimizers, with nothing to read."""
@@ -261,6 +267,11 @@ class Simulation:
                 for job in watched:
                     job.optimizer.state.clear()
         return self._optimizer_bytes
+
+
+def _last_largest(numbers: Sequence[int]) -> int:
+    """Its place."""
+    return max(range(len(numbers)), key=lambda place: (numbers[place], place))
 
 
 def skeleton(settings: ModelConfig, config: Any, device: torch.device) -> tuple[Any, Any]:

@@ -83,18 +83,18 @@ def folder_of(family: str, path: Path) -> ModelConfig:
 
 def step_with_pictures(processor: MediaProcessor, token: int) -> list[Segment]:
     """Documents with one picture each, and one without."""
-    segments = [_segment([], 24, None)]
+    segments = [segment_of([], 24, None)]
     for number, (width, height) in enumerate(_SIZES):
         value = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = examine(from_pillow(Image.fromarray(value)), "a picture")
         (stands,) = processor.placeholders([picture])
         tokens = processor.own.tokenizer(stands, add_special_tokens=False)["input_ids"]
         assert token in tokens
-        segments.append(_segment(tokens, 16, Media((picture,), ((0, len(tokens)),))))
+        segments.append(segment_of(tokens, 16, Media((picture,), ((0, len(tokens)),))))
     return segments
 
 
-def _segment(first: list[int], more: int, media: Media | None) -> Segment:
+def segment_of(first: list[int], more: int, media: Media | None) -> Segment:
     token_L = np.asarray([*first, *range(10, 10 + more)], np.int64)
     weight_L = (np.arange(len(token_L)) >= len(token_L) - more + 1).astype(np.float32)
     return Segment(token_L, weight_L, media=media)
@@ -119,7 +119,12 @@ class SeenPixels(Sight):
 
 
 def measured(
-    settings: ModelConfig, jobs: list[PlannedJob], layout: str, tokens: int, activation_checkpointing: str
+    settings: ModelConfig,
+    jobs: list[PlannedJob],
+    layout: str,
+    tokens: int,
+    activation_checkpointing: str,
+    kinds: tuple[str, ...] = ("image",),
 ) -> tuple[int, int]:
     """(bytes that live between steps without the optimizer, peak above them) of the real step on real tensors."""
     config = transformers.AutoConfig.from_pretrained(settings.path)
@@ -132,7 +137,7 @@ def measured(
     use_memory_efficient_modules(model)
     base = Base(model, None, "m")
     base.settle(layout)
-    base.sight = sight = SeenPixels(base, processor)
+    base.sight = sight = SeenPixels(base, processor, kinds)
     sight.live = live
     with live:
         engine = Engine(base, Bank(base), tokens)
@@ -177,19 +182,18 @@ def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
     ],
 )
 def test_a_simulated_step_is_a_real_step(family: str, adapter: LoraConfig, policy: str, tmp_path: Path) -> None:
-    """Frozen towers and adapted ones. A step in several passes is planned as if its heaviest met the most pictures
-    ahead, so it may need less."""
+    """Frozen towers and adapted ones, in one pass and in several."""
     settings = folder_of(family, tmp_path)
     memory = planned(settings, adapter)
     assert memory.layout == ("padded" if family == "gemma3" else "packed")
     first, others = memory.cores()
     assert first is not None
     assert others
-    for tokens, over in ((4096, 1.1), (600, 1.13)):
+    for tokens in (4096, 600):
         static, peak = measured(settings, list(memory.jobs), memory.layout, tokens, policy)
         found = memory.step(tokens, policy)
         assert found.base + found.adapters == pytest.approx(static, rel=0.03)
-        assert 0.95 * peak < found.total - found.static < over * peak
+        assert 0.95 * peak < found.total - found.static < 1.1 * peak
 
 
 def test_the_plan_says_what_pictures_take(tmp_path: Path) -> None:
@@ -199,8 +203,9 @@ def test_the_plan_says_what_pictures_take(tmp_path: Path) -> None:
     assert (plan.pictures.number, plan.pictures.tokens, plan.pictures.tokens_of_pass) == (1, 256, 296)
     assert 500_000 < plan.pictures.tower < plan.step.base
     assert 200_000 < plan.pictures.looking < 2_000_000
-    assert "256 of the 296 tokens of the heaviest forward pass stand for pictures (1); the tower" in describe_pictures(
-        plan.pictures
+    assert (
+        "256 of the 296 tokens of the heaviest forward pass stand for pictures (1); the tower for"
+        in describe_pictures(plan.pictures)
     )
     assert plan.as_dict()["pictures"]["tokens"] == 256
     assert largest_tokens(Planner(memory.model, memory), plan) > 300
