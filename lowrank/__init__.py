@@ -52,9 +52,18 @@ if TYPE_CHECKING:
     from lowrank.records import Prompted as Prompted
     from lowrank.records import Rated as Rated
     from lowrank.records import Text as Text
+    from lowrank.report.events import CheckpointSaved as CheckpointSaved
     from lowrank.report.events import EvalDone as EvalDone
+    from lowrank.report.events import Event as Event
+    from lowrank.report.events import JobFinished as JobFinished
+    from lowrank.report.events import JobMoved as JobMoved
+    from lowrank.report.events import JobStarted as JobStarted
+    from lowrank.report.events import Notice as Notice
+    from lowrank.report.events import Preparing as Preparing
     from lowrank.report.events import Reporter as Reporter
     from lowrank.report.events import RunFinished as RunFinished
+    from lowrank.report.events import RunStarted as RunStarted
+    from lowrank.report.events import Stage as Stage
     from lowrank.report.events import StepDone as StepDone
     from lowrank.serve.engine import Engine as ServeEngine
     from lowrank.settings import Settings as Settings
@@ -94,6 +103,15 @@ _NAMES = {
     "Variant": "lowrank.adapters.variants",
     "ExportTarget": "lowrank.export:Target",
     "Reporter": "lowrank.report.events",
+    "Event": "lowrank.report.events",
+    "RunStarted": "lowrank.report.events",
+    "JobStarted": "lowrank.report.events",
+    "Preparing": "lowrank.report.events",
+    "Stage": "lowrank.report.events",
+    "Notice": "lowrank.report.events",
+    "CheckpointSaved": "lowrank.report.events",
+    "JobMoved": "lowrank.report.events",
+    "JobFinished": "lowrank.report.events",
     "StepDone": "lowrank.report.events",
     "EvalDone": "lowrank.report.events",
     "RunFinished": "lowrank.report.events",
@@ -111,31 +129,40 @@ OFFERED = {**_VERBS, **_NAMES}
 
 __all__ = [
     "Batch",
+    "CheckpointSaved",
     "ConfigError",
     "Conversation",
     "DataError",
     "EvalDone",
+    "Event",
     "ExportTarget",
     "GenerationConfig",
     "JobConfig",
+    "JobFinished",
+    "JobMoved",
+    "JobStarted",
     "LiveRun",
     "LowrankError",
     "Message",
     "Model",
     "ModelError",
     "NotTheSameError",
+    "Notice",
     "Objective",
     "OutputError",
     "Preference",
+    "Preparing",
     "Prompted",
     "Rated",
     "Reporter",
     "RunConfig",
     "RunFinished",
+    "RunStarted",
     "RunningServer",
     "Scores",
     "ServeEngine",
     "Settings",
+    "Stage",
     "StepDone",
     "Text",
     "TrainedRun",

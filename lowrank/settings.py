@@ -29,7 +29,11 @@ from lowrank.third_party import HAND_OVER, load_code, names_code
 
 
 class Settings(BaseModel):
-    """A group of settings: frozen, unknown keys refused, every field documented in place."""
+    """A group of settings: frozen, unknown keys refused, every field documented in place.
+
+    Made directly (`RunConfig(...)`), one raises pydantic's ValidationError; the same mistake in the settings of a call
+    is a ConfigError.
+    """
 
     model_config = ConfigDict(
         extra="forbid",

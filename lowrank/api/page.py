@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import inspect
 import re
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import lowrank
+from lowrank.api.signatures import Origin, alias, fields, property_of, signature, types_in
 
 _HEAD = """# In Python
 
 What `import lowrank` offers, generated from its docstrings (`python -m lowrank.api.page > docs/api.md`). Settings are
 those of [settings.md](settings.md). Nothing here prints, or changes the process it is called in: what a person should
-know goes to the logger `lowrank`, and to reporters that you pass.
+know goes to the logger `lowrank`, and to reporters that you pass. A callback, as other trainers call it, is such a
+reporter: it hears every event of the run, and ends the run by `lowrank.LiveRun("runs/first").end()`.
+
+`lowrank.train`, `evaluate`, `generate`, `export` and `serve` are functions beside packages of the same names. What lies
+in a package is imported by `from lowrank.serve.engines import AUTO`: after `import lowrank.serve.engines`, programs run
+as before, but a type checker takes `lowrank.serve` for the package and says that it cannot be called.
 
 ```python
 import lowrank
@@ -28,7 +32,7 @@ run = lowrank.train(model="lowrank/tiny", data=rows, output_dir="runs/first", ma
 run.metrics()  # a DataFrame; in a notebook, train shows a live table and curve
 run.load().generate("Who are you?")
 run.export("merged", "merged-model")
-run.resume(max_steps=40)
+run.resume(max_steps=40)  # on another day: lowrank.TrainedRun("runs/first").resume(objects=[rows], max_steps=40)
 ```
 
 With an objective, a reward function and a reporter of your own ([add-an-objective.md](add-an-objective.md) says more
@@ -70,96 +74,125 @@ lowrank.load("merged-model").generate("What is 3?")
 ```
 """
 
-_ON_THE_SETTINGS_PAGE = "lowrank.config.schema"
+_SEAMS = "Seams: what is your own"
+_GROUPS = {
+    "Functions": ("train", "load", "generate", "evaluate", "export", "serve"),
+    "What they return": ("TrainedRun", "LiveRun", "Model", "RunningServer"),
+    "Data": ("rows", "Conversation", "Message", "Text", "Preference", "Rated", "Prompted"),
+    "Settings": ("RunConfig", "JobConfig", "GenerationConfig", "Settings", "code_allowed"),
+    "Events": (
+        "Reporter", "Event", "RunStarted", "JobStarted", "Preparing", "Stage", "Notice", "StepDone", "EvalDone",
+        "CheckpointSaved", "JobMoved", "JobFinished", "RunFinished",
+    ),
+    _SEAMS: ("Objective", "Batch", "Scores", "Variant", "ExportTarget", "ServeEngine"),
+    "Errors": ("LowrankError", "ConfigError", "DataError", "ModelError", "OutputError", "NotTheSameError"),
+}  # fmt: skip
+_BESIDE_VARIANT = [("lowrank.adapters.variants", name) for name in ("SiteSetup", "OutputGain", "BiasMerge")]
+_IN_TEXTS = [("lowrank.objectives", "Need"), ("lowrank.serve.api.http_errors", "ApiError")]
+"""Named by docstrings only."""
+_WITHOUT_FIELDS = ("lowrank.config.schema", "lowrank.pipelines", "lowrank.models")
+"""Rooms whose classes are shown by what they are alone: the settings page has the first one's fields."""
 
 
 def api_page() -> str:
-    """The page as Markdown: functions first, then classes."""
-    things = [(name, _thing(name)) for name in lowrank.__all__ if name != "__version__"]
-    functions = [_function(name, thing) for name, thing in things if not isinstance(thing, type)]
-    classes = [_class(name, thing) for name, thing in things if isinstance(thing, type)]
-    return "\n".join([_HEAD, "## Functions\n", *functions, "## Classes\n", *classes]).rstrip() + "\n"
+    """The page as Markdown: the functions first, then the rest in groups, then the types that all these name."""
+    listed = [name for names in _GROUPS.values() for name in names]
+    assert sorted([*listed, "__version__"]) == sorted(lowrank.__all__), "each name stands in one group"
+    parts, named = [_HEAD], [*_BESIDE_VARIANT, *_IN_TEXTS]
+    for group, names in _GROUPS.items():
+        parts.append(f"## {group}\n")
+        for name in names:
+            parts.append(_entry(f"lowrank.{name}", _origin_of(name), named, members=group == _SEAMS))
+    parts.append("## Types named above\n")
+    seen = {_origin_of(name) for name in listed}
+    for origin in named:  # which grows as entries name more
+        if origin not in seen:
+            seen.add(origin)
+            parts.append(_entry(origin[1], origin, named))
+    return "\n".join(parts).rstrip() + "\n"
 
 
-def _thing(name: str) -> Any:
+def _origin_of(name: str) -> Origin:
+    """Where what `import lowrank` offers is defined."""
     module, _, there = lowrank.OFFERED[name].partition(":")
-    return getattr(importlib.import_module(module), there or name)
+    thing = getattr(importlib.import_module(module), there or name)
+    is_named = isinstance(thing, type) or inspect.isfunction(thing)
+    return (thing.__module__, thing.__name__) if is_named else (module, there or name)
 
 
-def _function(name: str, function: Any) -> str:
-    return f"### lowrank.{name}({', '.join(_parameters(function))})\n\n{_fenced(function)}\n"
+def _entry(title: str, origin: Origin, named: list[Origin], *, members: bool = False) -> str:
+    """A function, a class or an alias; the types that it names are added to `named`."""
+    thing = getattr(importlib.import_module(origin[0]), origin[1])
+    heading = f"### {title}\n"
+    if not title.startswith("lowrank."):
+        heading += f"\n`from {origin[0]} import {origin[1]}`\n"
+    if inspect.isfunction(thing):
+        _name_types(thing, named)
+        return f"{heading}\n{_fenced(signature(title, thing), '', inspect.getdoc(thing))}\n"
+    if isinstance(thing, type) and thing.__name__ == origin[1]:
+        return f"{heading}\n{_class(title, thing, named, members=members)}"
+    text, meaning = alias(origin)
+    named += types_in(text.partition(" = ")[2], origin[0])
+    return f"{heading}\n{_fenced(text, *([''] if meaning else []), meaning)}\n"
 
 
-def _parameter(each: inspect.Parameter) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(each.kind, "")
-    return f"{stars}{each.name}" if each.default is inspect.Parameter.empty else f"{each.name}=..."
-
-
-def _class(name: str, kind: type) -> str:
+def _class(title: str, kind: type, named: list[Origin], *, members: bool) -> str:
     """Its docstring and fields, and the members that a person calls or writes: of our classes, and of the seams."""
-    parts = [f"### lowrank.{name}\n\n{_fenced(kind, _data_fields(kind))}\n"]
-    if _is_protocol(kind):
-        parts += [f"#### {name}.{field}\n\n```text\n{text}\n```\n" for field, text in _fields(kind)]
-    if _is_protocol(kind) or kind.__module__.startswith("lowrank.api."):
-        for member, value in vars(kind).items():
-            if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
-                parts.append(f"#### {name}.{member}{_call(value)}\n\n{_fenced(value)}\n")
+    own, name = list(fields(kind)), title.rpartition(".")[2]
+    members = members or getattr(kind, "_is_protocol", False) or kind.__module__.startswith("lowrank.api.")
+    members = (members and not _is_data(kind)) or (kind.__module__, kind.__name__) in _BESIDE_VARIANT
+    maker: list[str] = []
+    if members and _is_made(kind):
+        maker = [signature(title, kind.__init__, own=True), *([str(inspect.getdoc(kind.__init__))]), ""]
+        _name_types(kind.__init__, named)
+    parts = [f"{_fenced(*maker, inspect.getdoc(kind), *_data_fields(kind, own))}\n"]
+    if not members and not _is_data(kind):
+        return parts[0]
+    for field, _ in own:
+        named += types_in(field.partition(": ")[2].partition(" = ")[0], kind.__module__)
+    if not members:
+        return parts[0]
+    parts += [f"#### {name}.{field.partition(':')[0]}\n\n{_fenced(field, '', text)}\n" for field, text in own]
+    for member, value in vars(kind).items():
+        if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+            is_property = isinstance(value, property)
+            line = property_of(member, value) if is_property else signature(member, value, own=True)
+            _name_types(value.fget if is_property else value, named)
+            parts.append(f"#### {name}.{member}\n\n{_fenced(line, '', inspect.getdoc(value))}\n")
     return "\n".join(parts)
 
 
-def _call(member: Any) -> str:
-    """`(batch) -> Totals`; of a property, what it gives."""
-    signature = inspect.signature(getattr(member, "fget", member))
-    given = ", ".join(_parameter(each) for each in signature.parameters.values() if each.name != "self")
-    kind = signature.return_annotation
-    gives = f" -> {kind}" if kind not in (inspect.Signature.empty, "None", None) else ""
-    return gives.replace(" ->", ":", 1) if isinstance(member, property) else f"({given}){gives}"
+def _is_made(kind: type) -> bool:
+    """Whether a person makes one: its `__init__` is its own, and documented."""
+    made = vars(kind).get("__init__")
+    return bool(made and made.__doc__) and not getattr(kind, "_is_protocol", False)
 
 
-def _data_fields(kind: type) -> list[str]:
-    """`name: type`, and what the string below it says; none where the class's own text has them."""
-    is_data = dataclasses.is_dataclass(kind) or "model_fields" in dir(kind)
-    if not is_data or kind.__module__ == _ON_THE_SETTINGS_PAGE:
+def _is_data(kind: type) -> bool:
+    """Whether its fields are what there is to show of it."""
+    has_fields = dataclasses.is_dataclass(kind) or "model_fields" in dir(kind)
+    return has_fields and not kind.__module__.startswith(_WITHOUT_FIELDS)
+
+
+def _name_types(function: Any, named: list[Origin]) -> None:
+    found = inspect.signature(function)
+    for annotation in (*(each.annotation for each in found.parameters.values()), found.return_annotation):
+        if isinstance(annotation, str):
+            named += types_in(annotation, function.__module__)
+
+
+def _data_fields(kind: type, own: Iterable[tuple[str, str]]) -> list[str]:
+    """`name: type = default`, and what the string below it says; none where the class's own text has them."""
+    if not _is_data(kind):
         return []
-    fields, text = list(_fields(kind)), inspect.getdoc(kind) or ""
-    if any(re.search(rf"^{field.partition(':')[0]}\b", text, re.MULTILINE) for field, _ in fields):
+    text = inspect.getdoc(kind) or ""
+    if any(re.search(rf"^{field.partition(':')[0]}\b", text, re.MULTILINE) for field, _ in own):
         return []
-    return ["", *(f"{field}    {' '.join(text.split())}".rstrip() for field, text in fields)]
+    return ["", *(f"{field}    {' '.join(meaning.split())}".rstrip() for field, meaning in own)]
 
 
-def _is_protocol(kind: type) -> bool:
-    return getattr(kind, "_is_protocol", False)
-
-
-def _parameters(function: Any) -> list[str]:
-    return (
-        []
-        if isinstance(function, property)
-        else [_parameter(p) for p in inspect.signature(function).parameters.values()]
-    )
-
-
-def _fields(kind: type) -> Iterator[tuple[str, str]]:
-    """Annotated attributes, `name: type`, each with the string that stands below it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for statement, after in zip(body.body, [*body.body[1:], None]):
-        if isinstance(statement, ast.AnnAssign):
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
-            text = inspect.cleandoc(documented) if isinstance(documented, str) else ""
-            yield f"{ast.unparse(statement.target)}: {_plain(statement.annotation)}", text
-
-
-def _plain(annotation: ast.expr) -> str:
-    """Without the limits that `Annotated` adds."""
-    if isinstance(annotation, ast.BinOp):
-        return f"{_plain(annotation.left)} | {_plain(annotation.right)}"
-    limited = isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated"
-    return ast.unparse(annotation.slice.elts[0] if limited else annotation)  # type: ignore[attr-defined, union-attr]
-
-
-def _fenced(thing: Any, more: Iterable[str] = ()) -> str:
-    text = "\n".join([inspect.getdoc(thing) or "", *more])
+def _fenced(*lines: str | None) -> str:
+    text = "\n".join(line for line in lines if line is not None).strip("\n")
     return f"```text\n{text}\n```"
 
 

@@ -152,10 +152,12 @@ Event = Union[  # noqa: UP007 (read at run time on Python 3.10)
     RunStarted, JobStarted, StepDone, EvalDone, CheckpointSaved, JobFinished, JobMoved, Notice, Stage, Preparing,
     RunFinished,
 ]  # fmt: skip
+"""What a reporter hears."""
 
 
 class Reporter(Protocol):
-    """Somebody who listens."""
+    """Somebody who listens: what other trainers call a callback. A run ends early by `lowrank.LiveRun(folder).end()`,
+    from `report` too."""
 
     def report(self, event: Event) -> None:
         """Called in order, from the training thread, for every event; events it does not care for are ignored."""

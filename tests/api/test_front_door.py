@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import datasets
 import pandas
@@ -55,7 +56,7 @@ def test_importing_it_takes_nothing_heavy_along() -> None:
 def test_everything_offered_is_there_and_documented() -> None:
     for name in lowrank.__all__:
         thing = lowrank._verb(f"lowrank.{name}") if name in lowrank._VERBS else getattr(lowrank, name)
-        assert name == "__version__" or inspect.getdoc(thing), name
+        assert name in ("__version__", "Event") or inspect.getdoc(thing), name
     assert set(lowrank.__all__) == {"__version__", *lowrank._VERBS, *lowrank._NAMES}
     assert set(lowrank.__all__) <= set(dir(lowrank))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
@@ -498,6 +499,18 @@ def test_nothing_is_printed_and_the_process_is_left_alone(
                 "def keep_freed_memory()", ""
             ), file
             assert "= print" not in file.read_text(encoding="utf-8"), file
+
+
+def test_a_reporter_ends_the_run_as_its_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/add-a-reporter.md").read_text("utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"lowrank": lowrank}
+    exec(code, names)
+    run = lowrank.train(**settings(output_dir=tmp_path / "run", max_steps=50), reporters=[names["EndAt"](1e9)])
+    assert run.interrupted
+    assert run.summary["jobs"]["default"]["steps"] < 50
+    every = {each.__name__ for each in get_args(lowrank.Event)}
+    assert {name for name in every if f"`{name}`" in page} == every <= set(lowrank.__all__)
 
 
 def test_progress_on_the_terminal_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

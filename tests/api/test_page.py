@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
+import collections.abc
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,51 @@ def test_the_page_is_current_and_names_everything() -> None:
     file = Path(__file__).parents[2] / "docs" / "api.md"
     assert file.read_text(encoding="utf-8") == page, "python -m lowrank.api.page > docs/api.md"
     assert all(f"### lowrank.{name}" in page for name in lowrank.__all__ if name != "__version__")
+
+
+def test_every_type_in_a_signature_has_an_entry() -> None:
+    page = api_page()
+    headings = {line.rpartition(".")[2].rpartition(" ")[2] for line in page.splitlines() if line.startswith("### ")}
+    other_names = {"Target": "ExportTarget", "Engine": "ServeEngine"}
+    standard = {*dir(builtins), *dir(typing), *dir(collections.abc), "Path", "torch", "np", "pandas"}
+    signatures = re.findall(r"^```text\n(.*?)\n(?:\n|```)", page, re.MULTILINE | re.DOTALL)
+    fields = re.findall(r"^\w+: (.+?)(?: = .*|    .*)?$", page, re.MULTILINE)
+    written = [*(f"field(x: {each})" for each in fields), *(each for each in signatures if "(" in each)]
+    annotations = [text for each in written for text in _annotations(each)]
+    assert len(annotations) > 250
+    missing = {
+        name
+        for annotation in annotations
+        for name in re.findall(r"(?<![.\w'])[A-Za-z_]+(?![\w'])", annotation)
+        if name not in standard and other_names.get(name, name) not in headings
+    }
+    assert not missing
+
+
+def _annotations(signature: str) -> list[str]:
+    try:
+        function = ast.parse(f"def {signature.removeprefix('lowrank.')}: ...")
+    except SyntaxError:  # prose
+        return []
+    found = [each.annotation for each in ast.walk(function) if isinstance(each, ast.arg) and each.annotation]
+    found += [each.returns for each in ast.walk(function) if isinstance(each, ast.FunctionDef) and each.returns]
+    return [ast.unparse(each) for each in found]
+
+
+def test_signatures_have_types_and_defaults_and_seams_their_members() -> None:
+    page = api_page()
+    assert "=..." not in page
+    for text in ("strict: bool = True", "to: TargetLike | Sequence[TargetLike] = 'merged'", "temperature: float = 0.0"):
+        assert text in page
+    assert "#### Variant.as_low_rank\n\n```text\nas_low_rank(tensors: Tensors) ->" in page
+    order = [
+        page.index(f"### lowrank.{name}\n") for name in ("train", "load", "generate", "evaluate", "export", "serve")
+    ]
+    assert order == sorted(order)
+    assert max(order) < page.index("### lowrank.TrainedRun") < page.index("### lowrank.ConfigError")
+    for name in ("Answer", "LiveJob", "ApiError", "PendingAnswer", "ServedModel", "Totals", "Metrics", "Need", "Needs"):
+        assert f"### {name}\n" in page
+    assert "callback" in page
 
 
 @pytest.mark.slow  # twelve seconds: two runs, two exports
