@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
+from lowrank.config.renamed import RENAMED
 
 ROOT = Path(lowrank.__file__).parent.parent
 GLOSSARY = (ROOT / "docs/glossary.md").read_text("utf-8")
@@ -47,3 +48,7 @@ def test_the_term_is_found(term: str) -> None:
 def test_the_term_is_found_in_the_code_itself(term: str) -> None:
     code = " ".join(path.read_text("utf-8").lower() for path in ROOT.glob("lowrank/**/*.py"))
     assert re.sub(r"\s+", " ", term.lower()) in code
+
+
+def test_settings_with_other_names_are_all_there() -> None:
+    assert dict(re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", GLOSSARY, re.MULTILINE)) == RENAMED

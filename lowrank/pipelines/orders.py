@@ -1,4 +1,6 @@
-"""Orders carried out: what a person or a program wants of a run's jobs while it trains (checkpoints/orders.py).
+"""Orders (live commands) carried out: what a person or a program wants of a run's jobs while it trains.
+
+They lie in the run's folder (checkpoints/orders.py).
 
 Everything about an order is checked before anything of it is done; one that cannot be carried out is refused with the
 reason, and the run goes on as if it had never come.

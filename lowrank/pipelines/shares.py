@@ -1,5 +1,7 @@
 """Jobs over devices and machines: each share of a run's jobs is an ordinary run, in a folder and a process of its own.
 
+A share is what Slurm calls an array task.
+
 Nothing travels between shares, so a share that dies costs its own jobs' time and nothing else, and starting it again
 (`resume=true`) goes on.
 """

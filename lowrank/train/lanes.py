@@ -1,4 +1,4 @@
-"""An optimizer step dealt into lanes, which are computed one by one, by one process or by several, to the same bits.
+"""Data parallelism: a step dealt into lanes, which are computed by one process or by several, to the same bits.
 
     units of the step --deal--> lanes --own--> passes, gradients --by halves--> ranks add --> every rank has the sum
 
