@@ -1,5 +1,6 @@
 """What a model's own tower (its vision encoder and projector) says of the pictures or videos of documents, in the
-family's own form, of any number of them together. Nothing here is of one family: what `get_image_features` is given, its signature says."""
+family's own form, of any number of them together. Nothing here is of one family: what `get_image_features` is given,
+its signature says."""
 
 from __future__ import annotations
 
