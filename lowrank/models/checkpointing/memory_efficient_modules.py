@@ -122,7 +122,8 @@ def _with_small_linears(mlp: Any, device: torch.device) -> nn.Module:
     unpacked for it, nor be read from their file."""
     small = copy.copy(mlp)
     small._modules = dict(mlp._modules)  # a copy has the same dictionary
-    dtype = next((each.dtype for each in mlp.children() if hasattr(each, "dense_weight")), torch.float32)
+    dtypes = (getattr(each, "dtype", None) for each in mlp.children())
+    dtype = next((each for each in dtypes if each is not None), torch.float32)
     random = torch.Generator().manual_seed(1)
     for name, (columns, rows) in _SMALL.items():
         linear = nn.Linear(columns, rows, bias=getattr(mlp, name).bias is not None, device=device, dtype=dtype)
