@@ -26,7 +26,12 @@ SEAMS = [
     "serve/engine.py", "serve/engines/__init__.py", "settings.py", "train/optimizers/__init__.py",
 ]  # fmt: skip
 PAGES = sorted(DOCS.glob("add-a*.md"))
-ELSEWHERE = {"BnConfig": "AdapterHub's", "create_loraplus_optimizer": "PEFT's", "Module": "torch's"}
+ELSEWHERE = {
+    "BnConfig": "AdapterHub's",
+    "FORMS": "the tests'",
+    "create_loraplus_optimizer": "PEFT's",
+    "Module": "torch's",
+}
 """Names of others that are only spoken of, and whose."""
 PLAIN = (ast.expr_context, ast.operator, ast.Call, ast.Subscript, ast.Tuple, ast.Assign, ast.If, ast.Expr, ast.Return)
 """Most of a tree, and no definitions."""

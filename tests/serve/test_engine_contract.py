@@ -5,7 +5,6 @@ An engine whose packages are missing is skipped: vLLM is asked where its wheel i
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import time
@@ -18,15 +17,12 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
-import lowrank.models.tiny as shipped
-from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ConfigError
-from lowrank.pipelines.inference import InferenceModel
 from lowrank.serve.engine import Engine
 from lowrank.serve.engines import EngineKind, ServingOptions, choose_engine, engine_kind, engine_names, open_engine
-from tests.serve.running import TOKEN, http_serving, open_world, save
+from tests.serve.engine_forms import FORMS, Forms
+from tests.serve.running import TOKEN, http_serving, open_world
 
 ROOT = Path(__file__).parents[2]
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
@@ -43,51 +39,9 @@ TOOL: Any = {
 }
 
 
-@dataclass
-class Folder:
-    """One base with the adapters `one` and `two`, in every form that an engine may read."""
-
-    run: Path
-    """A run folder."""
-    gguf: Path
-    """A GGUF file; none where the package for it is missing."""
-    adapters: Path
-    """Adapters as folders (`three`) and as GGUF files (`one.gguf`, `two.gguf`)."""
-
-    def read_by(self, kind: EngineKind) -> str:
-        """The form for `kind`."""
-        return next(str(path) for path in (self.run, self.gguf) if kind.reads(str(path)))
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    place = tmp_path_factory.mktemp("engines")
-    made = Folder(place / "run", place / "tiny.gguf", place / "adapters")
-    made.adapters.mkdir()
-    trained = open_world()
-    for name in ("one", "two"):
-        save(trained, trained.slots[name], made.run / name / "best")
-    save(trained, trained.slots["one"], made.adapters / "three")
-    settings = {"model": {"path": "lowrank/tiny", "dtype": "float32"}, "output_dir": str(made.run)}
-    settings |= {"data": {"train": ["unread.json"]}, "jobs": [{"name": "one"}, {"name": "two"}]}
-    (made.run / "config.json").write_text(json.dumps(settings), "utf-8")
-    if importlib.util.find_spec("gguf") is not None:
-        _write_gguf(made, trained)
-    return made
-
-
-def _write_gguf(made: Folder, trained: InferenceModel) -> None:
-    from lowrank.export.gguf.adapter import write_adapter_file
-    from lowrank.export.gguf.convert import convert, plan
-    from lowrank.export.gguf.model import read_folder
-
-    source = Path(shipped.__path__[0])
-    convert(source, made.gguf, "f32")
-    for name in ("one", "two"):
-        saved = trained.bank.saved(trained.slots[name])
-        tensors = {key: value.to(torch.float32) for key, value in saved.tensors.items()}
-        adapter = AdapterOnDisk(saved.config, tensors, saved.ranks)
-        write_adapter_file(plan(read_folder(source)), adapter, made.adapters / f"{name}.gguf")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Forms:
+    return Forms(open_world(), tmp_path_factory.mktemp("engines"))
 
 
 @dataclass
@@ -99,7 +53,7 @@ class World:
 
 
 @pytest.fixture(scope="module", params=engine_names())
-def world(request: pytest.FixtureRequest, folder: Folder) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, folder: Forms) -> Iterator[World]:
     kind = engine_kind(request.param)
     if kind.missing:
         pytest.skip(f"{', '.join(kind.missing)} is not installed")
@@ -214,7 +168,7 @@ def test_lengths_stops_and_several_answers(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("name", engine_names())
-def test_a_file_of_the_folder_is_an_engine(name: str, folder: Folder) -> None:
+def test_a_file_of_the_folder_is_an_engine(name: str, folder: Forms) -> None:
     kind = engine_kind(name)
     assert isinstance(kind, EngineKind)
     assert kind.takes
@@ -222,12 +176,13 @@ def test_a_file_of_the_folder_is_an_engine(name: str, folder: Folder) -> None:
     extras = (ROOT / "pyproject.toml").read_text("utf-8").partition("[project.optional-dependencies]")[2]
     assert not kind.extra or f"\n{kind.extra} = " in extras
     assert f"--engine {name}" in (ROOT / "docs/serving.md").read_text("utf-8")
-    other = next(str(path) for path in (folder.run, folder.gguf) if not kind.reads(str(path)))
+    if (other := folder.foreign_to(kind)) is None:
+        return
     with pytest.raises(ConfigError, match=f"--engine {name} reads {kind.takes}"):
         choose_engine(other, ServingOptions(name))
 
 
-def test_a_path_chooses_its_engine(folder: Folder) -> None:
+def test_a_path_chooses_its_engine(folder: Forms) -> None:
     assert choose_engine(str(folder.run), ServingOptions()) is engine_kind("torch")
     if not engine_kind("llama.cpp").missing:
         assert choose_engine(str(folder.gguf), ServingOptions()) is engine_kind("llama.cpp")
@@ -247,6 +202,21 @@ def test_a_third_partys_engine_is_found_by_name() -> None:
         choose_engine("x", ServingOptions(f"{__name__}:ECHO", compile=True))
     with pytest.raises(ConfigError, match=r"ROOT is a PosixPath; expected a lowrank\.serve\.engines\.EngineKind"):
         choose_engine("x", ServingOptions(f"{__name__}:ROOT"))
+
+
+def test_an_engine_of_another_form_brings_its_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One entry of FORMS; without it, the contract says so."""
+    onnx = EngineKind(open=ECHO.open, reads=lambda path: path.endswith(".onnx"), takes="ONNX files")
+    monkeypatch.setitem(FORMS, "gguf", lambda trained, place, adapters: place / "x.gguf")
+    monkeypatch.setitem(FORMS, "run", lambda trained, place, adapters: place / "run")
+    trained: Any = None
+    with pytest.raises(AssertionError, match="no form here is of ONNX files"):
+        Forms(trained, tmp_path / "1").read_by(onnx)
+    monkeypatch.setitem(FORMS, "onnx", lambda trained, place, adapters: place / "tiny.onnx")
+    made = Forms(trained, tmp_path / "2")
+    assert made.read_by(onnx) == str(tmp_path / "2" / "tiny.onnx")
+    assert made.foreign_to(ECHO) is None
+    assert made.foreign_to(onnx) == str(tmp_path / "2" / "run")
 
 
 def test_the_base_comes_first_and_each_adapter_answers_for_itself(world: World) -> None:
@@ -298,7 +268,7 @@ def test_who_leaves_holds_nothing(world: World) -> None:
     assert post(world.http).status_code == 200
 
 
-def test_adapters_come_and_go_or_the_engine_says_why_not(world: World, folder: Folder) -> None:
+def test_adapters_come_and_go_or_the_engine_says_why_not(world: World, folder: Forms) -> None:
     wrong = world.http.post("/v1/adapters", json={"name": "four", "path": str(folder.run.parent)})
     assert wrong.status_code == 400
     reply = world.http.post("/v1/adapters", json={"name": "four", "path": "three"})
