@@ -32,8 +32,3 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
             buffer = torch.empty(size, dtype=dtype, device=device)
         _buffers.by_kind[(device, dtype)] = buffer
     return buffer[:size].view(*shape)
-
-
-def release_scratch() -> None:
-    """Give this thread's buffers back."""
-    _buffers.by_kind.clear()

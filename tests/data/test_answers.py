@@ -14,10 +14,10 @@ from lowrank.data.config import DataConfig
 from lowrank.data.formats.built_in import find_format
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.recognition import recognize
-from lowrank.data.formats.turns import transcript
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.records import Conversation, Message, Preference, Rated
+from tests.data.transcripts import transcript
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
 GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}

@@ -14,13 +14,13 @@ import pytest
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig, SourceConfig, format_names
 from lowrank.data.formats import built_in
-from lowrank.data.formats.built_in import FEEDS, built_in_formats, find_format, record_type
+from lowrank.data.formats.built_in import OBJECTIVES_OF, built_in_formats, find_format, record_type
 from lowrank.data.formats.columns import RowProblem, check_mapping
 from lowrank.data.formats.recognition import recognize
-from lowrank.data.formats.turns import transcript
 from lowrank.errors import DataError
 from lowrank.records import Conversation, Message, Preference, Prompted, Rated, Record, Text
 from tests.data.made_tokenizers import tokenizer_of, trl_template
+from tests.data.transcripts import transcript
 
 pytestmark = pytest.mark.usefixtures("allowed_code")
 
@@ -59,7 +59,7 @@ def test_docstring_example_renders_as_stated(name: str) -> None:
 
 def test_every_kind_of_record_has_a_format_and_the_help_names_them_all() -> None:
     made = {record_type(function) for function in built_in_formats().values()}
-    assert made == {Conversation, Text, Preference, Rated, Prompted} == set(FEEDS)
+    assert made == {Conversation, Text, Preference, Rated, Prompted} == set(OBJECTIVES_OF)
     assert set(format_names()) == set(built_in_formats())
     assert ", ".join(format_names()) in SourceConfig.model_json_schema()["properties"]["format"]["description"]
 

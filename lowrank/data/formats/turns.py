@@ -301,8 +301,3 @@ def _plain(message: Message) -> list[tuple[str, float]]:
     media = "".join(f"[{each.shown}]" for _, each in message.media)
     shown = [(f"{media} ", 0.0)] if media else []
     return [(f"{message.role}: ", 0.0), *shown, (" ".join([*filter(None, [described]), *calls]), weight)]
-
-
-def transcript(record: Record) -> str:
-    """`pieces` as one text."""
-    return "".join(text for text, _ in pieces(record))

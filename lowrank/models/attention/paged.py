@@ -63,11 +63,6 @@ class KVCache:
             self.layers[module] = (pages[0], pages[1])
         return self.layers[module]
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of all layers that have been called."""
-        return sum(t[0, 0].numel() * t.element_size() for pair in self.layers.values() for t in pair)
-
 
 @dataclass(frozen=True)
 class SequenceChunk:

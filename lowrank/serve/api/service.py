@@ -81,7 +81,8 @@ class Service:
         return response
 
     def _understand(self, kind: type[Any], raw: bytes) -> Order:
-        order = parse(kind, raw).order(self.engine, self.limits)
+        requested: Ordering = parse(kind, raw)
+        order = requested.order(self.engine, self.limits)
         order.check(self.engine, self.limits)
         return order
 
