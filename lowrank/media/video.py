@@ -51,7 +51,8 @@ def examine_video(data: bytes, name: str, path: str | None = None, *, decode: bo
         )
     if not frames:
         raise BadVideo("an empty video", f"{name} has no frames")
-    video = Video(digest_of(data), width, height, frames, fps, path=path, data=None if path else data)
+    notes = ("have a sound of their own, which is not heard",) if _has_sound(data, name) else ()
+    video = Video(digest_of(data), width, height, frames, fps, notes, path=path, data=None if path else data)
     if decode:
         decoded_video(video, range(frames), (8, 8))
     return video
@@ -102,6 +103,14 @@ def _header(data: bytes, name: str) -> tuple[int, int, int, float]:
     if frames and _turns(data, name):
         width, height = height, width
     return width, height, frames, fps
+
+
+def _has_sound(data: bytes, name: str) -> bool:
+    """Whether its file has a sound of its own."""
+    if _container(data) is None:
+        return False
+    with _opened(data, name) as (container, _):
+        return bool(container.streams.audio)
 
 
 def _seconds(container: Any, stream: Any) -> float:

@@ -239,3 +239,24 @@ def test_limits_of_frames(tmp_path: Path, folder: Path) -> None:
     assert counts[1] < counts[0]
     assert counts[2] * 4 == counts[0]
     assert counts[3] == counts[0] * 2
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_a_sound_of_its_own_is_said_not_to_be_heard(sound: bool) -> None:
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 64
+        track = container.add_stream("aac", rate=16_000) if sound else None
+        for number in range(5):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), number * 40, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if track is not None:
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), format="fltp", layout="mono")
+            samples.sample_rate = 16_000
+            container.mux(track.encode(samples))
+            container.mux(track.encode())
+    notes = examine_video(file.getvalue(), "it").notes
+    assert notes == (("have a sound of their own, which is not heard",) if sound else ())
