@@ -36,7 +36,7 @@ test-gpu: $(VENV)/.test
 test-clients: $(VENV)/.test $(CLIENTS)/.made
 	$(BIN)/python -m pytest -m clients tests/serve/test_clients.py $(PYTEST_ARGS)
 
-# Half an hour of processor time. `no_device.c` answers what torch asks a driver; no test runs on a card, if there is one.
+# A dozen minutes of processor time. `no_device.c` answers what torch asks a driver; no test runs on a card, if there is one.
 rehearse: $(REHEARSAL)/.made
 	LOWRANK_REHEARSAL=1 LD_PRELOAD=$(CURDIR)/$(REHEARSAL)/libcuda.so.1 OMP_NUM_THREADS=1 \
 	  $(REHEARSAL)/bin/python -m pytest tests/rehearsal --timeout=1200 $(PYTEST_ARGS)
