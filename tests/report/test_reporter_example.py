@@ -13,7 +13,7 @@ import lowrank.report.reporters.trackers as trackers
 from lowrank.errors import ConfigError
 from lowrank.report.reporters.trackers import connect_trackers, known_trackers
 from tests.report import test_reporter_contract as contract
-from tests.report.event_stream import TWO, feed, run_events
+from tests.report.event_stream import TWO, report_all, run_events
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-reporter.md"
 Write = Callable[[str, str], str]
@@ -51,7 +51,7 @@ def test_the_example_fulfills_the_contract(write: Write, tmp_path: Path, monkeyp
     name = write("loss_table", example())
     assert name in known_trackers()
     hold_to_the_contract(name, tmp_path, monkeypatch)
-    feed(run_events(TWO, tmp_path / "run"), *connect_trackers(tmp_path / "run", [name]))
+    report_all(run_events(TWO, tmp_path / "run"), *connect_trackers(tmp_path / "run", [name]))
     lines = [line.split("\t") for line in (tmp_path / "run" / "losses.tsv").read_text().splitlines()]
     assert {(job, step) for job, step, what, _ in lines if what == "eval/loss" and job == "b"} == {
         ("b", "4"), ("b", "8"), ("b", "12"),
