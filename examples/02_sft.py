@@ -4,15 +4,13 @@ Everything `lowrank train` does, minus checkpoints, reports and care. Read this 
 your own loop.
 """
 
-import sys
-
 from lowrank.adapters.bank import Bank
 from lowrank.config import resolve
 from lowrank.models.loading import pretrained
 from lowrank.pipelines.job_data import prepare_all
 from lowrank.train.engine import Engine
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+STEPS = 60
 
 settings = resolve(
     {

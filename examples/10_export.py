@@ -3,31 +3,20 @@
 python examples/10_export.py [steps]
 """
 
-from __future__ import annotations
-
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from lowrank.config import load
-from lowrank.export.targets.awq import AWQExportConfig
-from lowrank.export.targets.gguf import GGUFExportConfig
-from lowrank.export.targets.merged import MergedExportConfig
-from lowrank.export.targets.peft import PeftExportConfig
-from lowrank.pipelines.export import export_requests, export_targets
-from lowrank.pipelines.export_source import open_source
-from lowrank.pipelines.train import train
+import lowrank
 
-with tempfile.TemporaryDirectory() as folder:
-    here = Path(__file__).parent
-    train(load(here / "01_sft.yaml", [f"output_dir={folder}/run", f"max_steps={(sys.argv[1:] or ['30'])[0]}"]))
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 30
 
-    found = open_source(f"{folder}/run")
-    targets = [PeftExportConfig(), MergedExportConfig(dtype="float16"), AWQExportConfig()]
-    if find_spec("xllamacpp"):  # pip install 'lowrank-llm[gguf]'
-        targets.append(GGUFExportConfig(types=("q8_0",)))
-    result = export_targets(found, export_requests(targets, Path(folder) / "home"))
+with TemporaryDirectory() as folder:
+    run = lowrank.train(Path(__file__).with_name("01_sft.yaml"), output_dir=f"{folder}/run", max_steps=STEPS)
+
+    gguf = [{"type": "gguf", "types": ["q8_0"]}] if find_spec("xllamacpp") else []  # pip install 'lowrank-llm[gguf]'
+    result = run.export(["peft", {"type": "merged", "dtype": "float16"}, "awq", *gguf], f"{folder}/home")
     for name, target in result["targets"].items():
         (compared,) = target["comparisons"]
         kl, rows = compared["mean_kl"], target["compared_on"]

@@ -6,25 +6,23 @@ A wrong answer is the right one with one value that another message has in its p
 of the right answer, half of a wrong one. Held-out files come from the demo's held-out messages.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
-from typing import Any
 
-from lowrank.data.config import SourceConfig
-from lowrank.data.sources.rows import read_rows
+import lowrank
 
 FOLDER = Path(__file__).parent / "data"
-SIZES = {"lowrank/demo": ("", 400), "lowrank/demo-heldout": ("_heldout", 100)}
+DEMO = Path(lowrank.__file__).parent / "data" / "demo"
+SIZES = {"train.jsonl": ("", 400), "heldout.jsonl": ("_heldout", 100)}
 
 
 def main() -> None:
     """Write the four files."""
-    for path, (suffix, number) in SIZES.items():
+    for file, (suffix, number) in SIZES.items():
         draw = random.Random(7)
-        rows = [dict(row.values)["messages"] for row in read_rows(SourceConfig(path=path), seed=0)][:number]
+        lines = (DEMO / file).read_text("utf-8").splitlines()
+        rows = [json.loads(line)["messages"] for line in lines[:number]]
         answers = [json.loads(messages[1]["content"]) for messages in rows]
         pairs, ratings = [], []
         for number_of_row, (messages, right) in enumerate(zip(rows, answers)):
@@ -37,19 +35,19 @@ def main() -> None:
         write(FOLDER / f"ratings{suffix}.jsonl", ratings)
 
 
-def corrupted(right: dict[str, Any], answers: list[dict[str, Any]], draw: random.Random) -> dict[str, Any]:
+def corrupted(right: dict[str, object], answers: list[dict[str, object]], draw: random.Random) -> dict[str, object]:
     """`right` with one value of another answer."""
     key = draw.choice(list(right))
     others = [answer[key] for answer in answers if key in answer and answer[key] != right[key]]
     return {**right, key: draw.choice(others)}
 
 
-def written(answer: dict[str, Any]) -> str:
+def written(answer: dict[str, object]) -> str:
     """As the demo writes answers."""
     return json.dumps(answer, ensure_ascii=False)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write(path: Path, rows: list[dict[str, object]]) -> None:
     """One row a line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 

@@ -6,13 +6,10 @@ from typing import Literal
 
 import torch
 
-from lowrank.batches import Batch, Scores, Totals
-from lowrank.objectives import Metrics
-from lowrank.records import Conversation
-from lowrank.settings import Settings
+import lowrank
 
 
-class _Config(Settings):
+class _Config(lowrank.Settings):
     """Focal loss on the assistant's turns."""
 
     type: Literal["custom_objective:Focal"] = "custom_objective:Focal"
@@ -28,16 +25,18 @@ class Focal:
     """- sum w (1 - p)^gamma log p / sum w: tokens the model already knows weigh less."""
 
     Config = _Config
-    record = Conversation
+    record = lowrank.Conversation
 
     def __init__(self, gamma: float) -> None:
         self.gamma = gamma
 
-    def count(self, batch: Batch) -> Totals:
+    def count(self, batch: lowrank.Batch) -> dict[str, float]:
         """Weighted tokens."""
         return {"tokens": float(batch.weight_T.sum())}
 
-    def loss(self, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
+    def loss(
+        self, scores: lowrank.Scores, batch: lowrank.Batch, totals: dict[str, float]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """This micro-batch's share."""
         known_T = scores.logprob_T.exp()
         loss_T = -batch.weight_T * (1 - known_T) ** self.gamma * scores.logprob_T
