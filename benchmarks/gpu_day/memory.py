@@ -58,7 +58,7 @@ def planned(day: Day, shape: str, storage: str, tokens: int, policy: str) -> int
     settings: Any = {"path": shape, "device": day.device.name, "dtype": name, "storage": STORAGES[storage]()}
     job = PlannedJob(LoraConfig(rank=RANK), SFTConfig().build(), AdamWConfig(), step_of(tokens))
     simulation = Simulation(ModelConfig(**settings), config_of(shape, day.tiny), [job], None)
-    heaviest = simulation.heaviest_batch({0: job.step}, tokens)
+    (heaviest,) = simulation.heaviest_batches({0: job.step}, tokens)  # one document is one pass
     trace = simulation.step(heaviest, policy)
     return trace.base + trace.adapters + trace.optimizer + max(trace.forward, trace.loss, trace.backward)
 

@@ -59,8 +59,8 @@ def test_cut_counts_padding_where_there_is_padding() -> None:
     work = {0: random_step(0, [4, 4, 4, 4, 20, 4])}
     packed, _ = make_engine(make_base("llama"), LoraConfig(rank=2), micro_batch_tokens=40)
     padded, _ = make_engine(make_base("bloom"), LoraConfig(rank=2), micro_batch_tokens=40)
-    assert [batch.lengths for batch in packed.cut(work)] == [(4, 4, 4, 4, 20, 4)]
-    assert [batch.lengths for batch in padded.cut(work)] == [(4, 4, 4, 4), (20, 4)]
+    assert [batch.lengths for batch in packed.micro_batches(work)] == [(4, 4, 4, 4, 20, 4)]
+    assert [batch.lengths for batch in padded.micro_batches(work)] == [(4, 4, 4, 4), (20, 4)]
 
 
 @pytest.mark.parametrize("limit", [None, 0.05])
