@@ -303,7 +303,11 @@ class Base:
 
     def padded_tokens(self, lengths: tuple[int, ...]) -> int:
         """What segments of these lengths cost in one forward pass, in tokens."""
-        return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths, default=0)
+        return self.tokens_in_pass(len(lengths), sum(lengths), max(lengths, default=0))
+
+    def tokens_in_pass(self, number: int, total: int, longest: int) -> int:
+        """The same, of so many segments of `total` tokens."""
+        return total if self.layout == "packed" else number * longest
 
     def may_share(self, lengths: tuple[int, ...]) -> bool:
         """Whether segments of these lengths may go through in one pass.

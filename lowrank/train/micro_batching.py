@@ -22,23 +22,44 @@ def split_into_micro_batches(
     Here segments get their slot's virtual tokens. With `share`, answers to one prompt in one micro-batch share its
     computation.
     """
-    batches: list[list[tuple[int, Segment]]] = [[]]
+    filling = _Filling(base, micro_batch_tokens)
+    batches = [filling.entries]
     for slot in sorted(work):
         whole: Segment | None = None
         for unit in units([bank.prompted(slot, segment) for segment in work[slot]]):
-            entries = _entries(slot, unit, whole if share and batches[-1] else None, share)
-            if batches[-1] and not _fits(base, [*batches[-1], *entries], micro_batch_tokens):
-                batches.append([])
+            entries = _entries(slot, unit, whole if share and filling.entries else None, share)
+            if not filling.take(entries):
+                filling = _Filling(base, micro_batch_tokens)
+                batches.append(filling.entries)
                 entries = _entries(slot, unit, None, share)
-            batches[-1] += entries
+                filling.take(entries)
             whole = next((each for _, each in reversed(entries) if not each.prefix), whole)
     return [base.filled(pack(entries)) for entries in batches if entries]
 
 
-def _fits(base: Base, entries: Sequence[tuple[int, Segment]], micro_batch_tokens: int) -> bool:
-    documents = tuple(segment.prefix + len(segment) for _, segment in entries)
-    tokens = base.padded_tokens(tuple(len(segment) for _, segment in entries))
-    return tokens <= micro_batch_tokens and base.may_share(documents)
+class _Filling:
+    """The micro-batch that is being filled. Of its lengths only what decides is kept, so that a step of n segments is
+    split in n looks and not in n^2, in which a GPU has nothing to do."""
+
+    def __init__(self, base: Base, most: int) -> None:
+        self.entries: list[tuple[int, Segment]] = []
+        self._base, self._most = base, most
+        self._total = self._longest = 0
+        self._documents: tuple[int, ...] = ()
+        """The shortest and the longest."""
+
+    def take(self, entries: Sequence[tuple[int, Segment]]) -> bool:
+        """Add them, if they fit beside what is there; the first always do."""
+        lengths = [len(segment) for _, segment in entries]
+        documents = [*self._documents, *(segment.prefix + len(segment) for _, segment in entries)]
+        total, longest = self._total + sum(lengths), max(self._longest, *lengths)
+        extremes = (min(documents), max(documents))
+        tokens = self._base.tokens_in_pass(len(self.entries) + len(entries), total, longest)
+        if self.entries and (tokens > self._most or not self._base.may_share(extremes)):
+            return False
+        self.entries += entries
+        self._total, self._longest, self._documents = total, longest, extremes
+        return True
 
 
 def _entries(slot: int, unit: Sequence[Segment], whole: Segment | None, share: bool) -> list[tuple[int, Segment]]:

@@ -54,6 +54,34 @@ def test_cut_never_tears_a_pair(limit: int) -> None:
         assert all(members.count(pair) == 2 for pair in members)
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_cut_is_the_first_that_fits_whatever_the_lengths(layout: Any) -> None:
+    """Beside the plain rule, which looks at all lengths again for each segment."""
+    base = make_base("bloom" if layout == "padded" else "llama")
+    engine, (slot,) = make_engine(base, LoraConfig(rank=2), micro_batch_tokens=64)
+    lengths = np.random.default_rng(0).integers(2, 40, 120).tolist()
+    expected: list[tuple[int, ...]] = [()]
+    for length in lengths:
+        if base.padded_tokens((*expected[-1], length)) > 64:
+            expected.append(())
+        expected[-1] += (length,)
+    assert [batch.lengths for batch in engine.micro_batches({slot: random_step(0, lengths)})] == expected
+
+
+def test_cut_looks_at_each_segment_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of many short rows: 102 ms for 1,024 of them, when each looked at all before it."""
+    engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=2), micro_batch_tokens=100_000)
+    work, looks, length_of = {slot: random_step(0, [3] * 200)}, [], Segment.__len__
+
+    def look(segment: Segment) -> int:
+        looks.append(1)
+        return length_of(segment)
+
+    monkeypatch.setattr(Segment, "__len__", look)
+    assert len(engine.micro_batches(work)) == 1
+    assert len(looks) < 20 * 200
+
+
 def test_cut_counts_padding_where_there_is_padding() -> None:
     """One long document makes every row of its pass long."""
     work = {0: random_step(0, [4, 4, 4, 4, 20, 4])}
