@@ -198,7 +198,7 @@ class Batch:
     media: tuple[tuple[int, Media], ...] = field(default=())
     """(index of the segment, its media), of those that have some."""
     pixels: tuple[Pixels, ...] = field(default=())
-    """Of each in `media`, once they are made (models/sight.py)."""
+    """Of each in `media`, once they are made (models/media_encoder.py)."""
     place_3T: torch.Tensor | None = None
 
     @property

@@ -18,10 +18,12 @@ def alone_loss(twin: Any, base: Any, segments: Sequence[Segment]) -> torch.Tenso
     takes = inspect.signature(type(twin.base_model.model).forward).parameters
     for segment in segments:
         token_T = torch.from_numpy(segment.token_L.astype("int64"))
-        given = {name: base.sight.types(token_T[None], name) for name in ("mm_token_type_ids", "token_type_ids")}
+        given = {
+            name: base.media_encoder.types(token_T[None], name) for name in ("mm_token_type_ids", "token_type_ids")
+        }
         given |= {"attention_mask": torch.ones_like(token_T)[None]}
         if segment.media is not None:
-            inputs = base.sight.processor.inputs(segment.media.items)
+            inputs = base.media_encoder.processor.inputs(segment.media.items)
             given |= {
                 name: value.to(base.dtype) if value.is_floating_point() and "second" not in name else value
                 for name, value in inputs.items()

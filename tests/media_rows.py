@@ -11,7 +11,7 @@ from lowrank.batches import Segment
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
 from lowrank.media.processor import processor_of
-from lowrank.models.checks.sight import give_sight
+from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def packed_base(folder: Path, dtype: str, kinds: Sequence[str]) -> Any:
     base = load(config, tokenizer=tokenizer, notify=lambda _: None)
     processor = processor_of(tokenizer)
     assert processor is not None
-    assert give_sight(base, processor, kinds=kinds) is None
+    assert give_media_encoder(base, processor, kinds=kinds) is None
     assert base.layout == "packed"
     return base, tokenizer
 

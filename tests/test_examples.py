@@ -15,7 +15,7 @@ import yaml
 from lowrank.config import RunConfig
 from tests.command_line import lowrank
 from tests.picture_rows import write_picture_rows
-from tests.tiny_sight import save_sighted_folder
+from tests.tiny_vision_models import save_vision_folder
 
 ROOT = Path(__file__).parent.parent
 OF_ITS_OWN = ("11_grpo", "12_ppo")
@@ -59,7 +59,7 @@ def test_config_trains(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [OF_PICTURES[0], pytest.param(OF_PICTURES[1], marks=pytest.mark.slow)])
 def test_pictures(name: str, tmp_path: Path) -> None:
-    base, rows = save_sighted_folder(tmp_path / "base", "qwen2_5_vl"), write_picture_rows(tmp_path)
+    base, rows = save_vision_folder(tmp_path / "base", "qwen2_5_vl"), write_picture_rows(tmp_path)
     changes = (f"model.path={base}", f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "max_steps=3")
     out = train(f"examples/{name}.yaml", *changes, "optimizer.learning_rate=1e-2")
     jobs = json.loads(out.splitlines()[-1])["jobs"]

@@ -24,6 +24,7 @@ TERMS = {
     "checkpointer": {"keeper"},
     "slot": {"seat", "seats"},
     "handler": {"desk"},
+    "media_encoder, audio_encoder": {"sight", "sighted", "hearing", "eyes", "ears"},
 }
 """What to say instead, by the parts of names that are refused."""
 BRITISH = re.compile(

@@ -20,7 +20,7 @@ from lowrank.adapters.slot import Slot
 from lowrank.adapters.targets import name_of
 from lowrank.batches import BARE_BASE, Segment, pack
 from lowrank.models.base import Base
-from lowrank.models.checks.sight import made_up_documents
+from lowrank.models.checks.media_isolation import made_up_documents
 
 _TOKENS = 4
 
@@ -41,8 +41,8 @@ def unreached(bank: Bank, slots: Iterable[int]) -> dict[int, list[str]]:
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(note_call, name)) for name in wanted]
     try:
         if hooks:
-            sight = bank.base.sight
-            with torch.no_grad(), sight.uncached() if sight is not None else nullcontext():
+            media_encoder = bank.base.media_encoder
+            with torch.no_grad(), media_encoder.uncached() if media_encoder is not None else nullcontext():
                 for document in _documents(bank.base):
                     bank.hidden(pack([(BARE_BASE, document)]).to(bank.base.device))
     finally:
@@ -66,5 +66,5 @@ def num_targets(slot: Slot) -> int:
 def _documents(base: Base) -> list[Segment]:
     """A text; and one with a medium of each kind that the base takes."""
     text = Segment(np.arange(_TOKENS, dtype=np.int64), np.zeros(_TOKENS, np.float32))
-    kinds = base.sight.kinds if base.sight is not None else ()
+    kinds = base.media_encoder.kinds if base.media_encoder is not None else ()
     return [text, *(made_up_documents(base, kind)[1] for kind in kinds)]

@@ -40,7 +40,7 @@ from lowrank.kernels.shape_bucketing import bucketed_rows
 from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
 from lowrank.models.base import Base
 from lowrank.models.checks.kv_cache import kv_cache_mismatch
-from lowrank.models.sight import PieceSeen
+from lowrank.models.media_encoder import EncodedPiece
 from lowrank.records import KIND_NAMES, Picture
 
 Result = TypeVar("Result")
@@ -95,7 +95,9 @@ class Generator:
         steady = self.base.steady_length
         sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
         self._refuse_media(prompt, sequence.alone)
-        sequence.padded = prompt.media is not None and self.base.sight is not None and self.base.sight.padded
+        sequence.padded = (
+            prompt.media is not None and self.base.media_encoder is not None and self.base.media_encoder.padded
+        )
         if virtual and (self.notice or sequence.in_fixed_batch):
             long = f"texts of more than {steady} tokens are answered one by one"
             reason = self.notice or (long if sequence.alone else "pictures are asked about in fixed batches")
@@ -217,7 +219,7 @@ class Generator:
             plan = self.schedule.plan()
             if not plan:
                 return False
-            self._look([sequence for sequence, _ in plan])
+            self._encode_media([sequence for sequence, _ in plan])
             plan = [(sequence, length) for sequence, length in plan if sequence.finish is None]
             logits_BV, rows = self._forward(plan) if plan else (torch.empty(0), [])
             for sequence, choice in zip(rows, choose(logits_BV, rows) if rows else ()):
@@ -263,19 +265,19 @@ class Generator:
         ends += [0] * (self._rows_for(len(ends)) - len(ends))
         return self._logits(hidden_TD[to_device(torch.tensor(ends, dtype=torch.int64), device)], rows), rows
 
-    def _look(self, sequences: list[Sequence]) -> None:
+    def _encode_media(self, sequences: list[Sequence]) -> None:
         """Let the tower look at the pictures of those who have some. Whose cannot be looked at ends here, and nobody
         else."""
         for sequence in sequences:
-            if sequence.media is None or sequence.seen is not None:
+            if sequence.media is None or sequence.encoded is not None:
                 continue
             same = (
-                each.seen
+                each.encoded
                 for each in self.schedule.running
                 if each.has_prompt_of(sequence) and self._see_alike(each, sequence)
             )
-            sequence.seen = next((seen for seen in same if seen is not None), None)
-            if sequence.seen is None:
+            sequence.encoded = next((seen for seen in same if seen is not None), None)
+            if sequence.encoded is None:
                 try:
                     self._show(sequence)
                 except LowrankError as error:
@@ -289,18 +291,18 @@ class Generator:
         return slot in self.bank.slots and self.bank.slots[slot].outside
 
     def _show(self, sequence: Sequence) -> None:
-        sight = self.base.sight
-        assert sight is not None, "checked when it was submitted"
+        media_encoder = self.base.media_encoder
+        assert media_encoder is not None, "checked when it was submitted"
         assert sequence.media is not None
         prompt_L = np.asarray(sequence.tokens[: sequence.num_prompt], np.int64)
         with self.bank.routing.using(ForwardContext()):
-            sequence.seen = sight.look(prompt_L, sequence.media, sequence.slot)
+            sequence.encoded = media_encoder.encode(prompt_L, sequence.media, sequence.slot)
 
-    def _pieces(self, plan: list[tuple[Sequence, int]]) -> list[PieceSeen]:
+    def _pieces(self, plan: list[tuple[Sequence, int]]) -> list[EncodedPiece]:
         """Where the tokens of this step are in documents with pictures; empty where nobody has some."""
         if all(sequence.media is None for sequence, _ in plan):
             return []
-        return [PieceSeen(sequence.cached, length, sequence.seen) for sequence, length in plan]
+        return [EncodedPiece(sequence.cached, length, sequence.encoded) for sequence, length in plan]
 
     @property
     def picture_problem(self) -> str | None:
@@ -308,9 +310,9 @@ class Generator:
         return self._picture_problem(fixed=self.notice is not None)
 
     def _picture_problem(self, fixed: bool) -> str | None:
-        if self.base.sight is None:
+        if self.base.media_encoder is None:
             return "it was loaded to read text alone"
-        return transformers_fallback.picture_problem(self.base) if fixed or self.base.sight.padded else None
+        return transformers_fallback.picture_problem(self.base) if fixed or self.base.media_encoder.padded else None
 
     def _refuse_media(self, prompt: Prompt, alone: bool) -> None:
         """RequestError where the pictures of a prompt cannot be shown."""
@@ -338,7 +340,7 @@ class Generator:
         """Where the cache is not ours: whoever waits, as one batch, to its end."""
         rows = self.schedule.pop_waiting(most)
         if rows:
-            self._look(rows)
+            self._encode_media(rows)
             left = [row for row in rows if row.finish is None]
             if left:
                 transformers_fallback.answer(self.base, self.bank, left, self._drop_cancelled)

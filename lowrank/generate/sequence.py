@@ -12,7 +12,7 @@ from lowrank.generate.detokenizer import IncrementalDetokenizer
 from lowrank.generate.request import Answer, GenerationConfig, Prompt, TokenChunk
 from lowrank.generate.sampling import Choice
 from lowrank.generate.token_stream import Listener, TokenStream
-from lowrank.models.sight import Seen
+from lowrank.models.media_encoder import EncodedMedia
 
 
 class Sequence:
@@ -37,7 +37,7 @@ class Sequence:
         """Virtual ones included."""
         self.slot = prompt.slot
         self.media = prompt.media and prompt.media.moved(virtual)
-        self.seen: Seen | None = None
+        self.encoded: EncodedMedia | None = None
         """What the tower made of its pictures, once somebody looked."""
         self.config = config
         self.stop_tokens = stop_tokens

@@ -85,7 +85,11 @@ def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], N
     ranges = tuple((row.slot, place, place + 1) for place, row in enumerate(rows))
     routed = bank.routing.using(ForwardContext(len(rows), ranges))
     config = GenerationConfig(max_new_tokens=max(row.most for row in rows), do_sample=False, pad_token_id=0)
-    shown = {} if base.sight is None else base.sight.in_rows([row.seen for row in rows], token_BL.to(base.device))
+    shown = (
+        {}
+        if base.media_encoder is None
+        else base.media_encoder.in_rows([row.encoded for row in rows], token_BL.to(base.device))
+    )
     takes = inspect.signature(base.writer.forward).parameters
     own = _without_settings_of_its_own(base.writer)
     with torch.no_grad(), routed, own, base.using_attention(base.own_attention), quiet_transformers():

@@ -31,9 +31,9 @@ from lowrank.models.attention.shifted_sparse import ShiftedSparse
 from lowrank.models.layer_wrappers import LayerWrapper
 from lowrank.models.layers import decoder_layers, language_model
 from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.media_encoder import EncodedPiece, MediaEncoder, show_media
 from lowrank.models.placement import Placement, Whole
 from lowrank.models.positions import positions_of
-from lowrank.models.sight import PieceSeen, Sight, show_media
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Base:
         self.revision = revision
         self.stand_in: StandIn | None = None
         """What puts keys and values of its own in the place of some rows' (prefix tuning), in the packed layout."""
-        self.sight: Sight | None = None
-        """What shows it pictures and plays it sounds, where that has been tried out (models/checks/sight.py)."""
+        self.media_encoder: MediaEncoder | None = None
+        """What shows it pictures and plays it sounds, where models/checks/media_isolation.py has tried that out."""
         self.layout = "packed"
         self.routed_by: object | None = None
         """The routing of the bank whose adapters are in its layers; there is one bank for a base."""
@@ -151,7 +151,7 @@ class Base:
 
     def layout_of(self, batch: Batch) -> str:
         """The layout in which this batch goes through."""
-        return "padded" if batch.media and self.sight is not None and self.sight.padded else self.layout
+        return "padded" if batch.media and self.media_encoder is not None and self.media_encoder.padded else self.layout
 
     def filled(self, batch: Batch) -> Batch:
         """The batch, with a filler where numbers of rows should be few."""
@@ -253,7 +253,7 @@ class Base:
         return self.call(token_T[None], position_ids=position, packed=packed, **shown)[0]
 
     def _pictures_of(self, batch: Batch, token: torch.Tensor) -> dict[str, Any]:
-        return self.sight.options(batch, token) if self.sight is not None else {}
+        return self.media_encoder.options(batch, token) if self.media_encoder is not None else {}
 
     def call(self, token: torch.Tensor, **options: Any) -> torch.Tensor:
         """(N, T) tokens -> (N, T, D): the last hidden states of the model's own forward pass, with these options;
@@ -276,14 +276,14 @@ class Base:
         return found
 
     def forward_with_kv_cache(
-        self, token_T: torch.Tensor, step: PagedBatch, pieces: Sequence[PieceSeen] = ()
+        self, token_T: torch.Tensor, step: PagedBatch, pieces: Sequence[EncodedPiece] = ()
     ) -> torch.Tensor:
         """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`.
         `pieces`: where they are of documents with pictures, one for each sequence of the step."""
         if self.layer_wrapper is not None:
             self.layer_wrapper.begin(training=False)
-        if self.sight is not None and any(each.seen for each in pieces):
-            shown = self.sight.in_pieces(pieces, token_T, step.position_T)
+        if self.media_encoder is not None and any(each.encoded for each in pieces):
+            shown = self.media_encoder.in_pieces(pieces, token_T, step.position_T)
             return self.call(token_T[None], packed=self._with_prefixes(step), **shown)[0]
         return self.call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
 

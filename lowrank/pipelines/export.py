@@ -30,7 +30,7 @@ from lowrank.export.publish.model_card import card
 from lowrank.export.source import Source
 from lowrank.export.targets import TargetConfig
 from lowrank.export.verify.compare import STORE_BYTES, Answers, Comparer, Comparison, reference_answers
-from lowrank.export.verify.pictures import Seen, compare_sight, picture_answer
+from lowrank.export.verify.pictures import PictureAnswer, compare_pictures, picture_answer
 from lowrank.export.verify.readers import read_adapter
 from lowrank.export.writing.sizes import format_size
 from lowrank.models.loading.checkpoint_files import Checkpoint
@@ -173,7 +173,7 @@ def _verdict(passed: bool | None) -> str:
 
 
 def _export_target(
-    checked: _Checked, source: Source, comparer: Comparer | None, seen: Seen | str | None, watch: Watch
+    checked: _Checked, source: Source, comparer: Comparer | None, seen: PictureAnswer | str | None, watch: Watch
 ) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
     own, target, needs = checked.own, checked.target, checked.needs
@@ -192,9 +192,9 @@ def _export_target(
             try:
                 if not read_back.sees:
                     comparisons.append(comparer.compare(read_back, lambda a, b, what=what: watch(what, a, b)))
-                elif isinstance(seen, Seen):
+                elif isinstance(seen, PictureAnswer):
                     watch(what, 0, 1)
-                    comparisons.append(compare_sight(read_back, seen))
+                    comparisons.append(compare_pictures(read_back, seen))
                 else:
                     uncompared.append(f"{read_back.name} was not compared with a picture: {seen}")
             except OtherVersionError as error:
@@ -242,7 +242,7 @@ def _reference_answers(
     watch: Watch,
     *,
     pictures: bool,
-) -> tuple[Answers, Seen | str | None]:
+) -> tuple[Answers, PictureAnswer | str | None]:
     """What base + adapter says, kept for all targets; where they write towers what it says to a picture, or why it
     cannot be asked about one."""
     held_out = found.held_out(prompts)

@@ -31,7 +31,7 @@ from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.pipelines.adapter_on_base import refuse_before_loading
 from lowrank.pipelines.artifacts import ModelArtifacts, data_of_adapter, find_artifacts
-from lowrank.pipelines.pictures import see
+from lowrank.pipelines.pictures import attach_media_encoder
 from lowrank.records import Conversation, Picture, Rated
 from lowrank.third_party import code_allowed
 
@@ -79,14 +79,14 @@ class InferenceModel:
     ) -> AnsweringModels:
         """These models, ready for questions like `conversations`. ModelError for a name there is not, and for a base
         that cannot be shown the pictures in them."""
-        self._look(conversations, notify)
+        self._attach_media_encoder(conversations, notify)
         slots = {name: self.slot(name) for name in names}
         return AnsweringModels(self.base, self.bank, slots, {name: self.renderer_of(name) for name in slots})
 
-    def _look(self, conversations: Iterable[Conversation], notify: Callable[[str], None]) -> None:
+    def _attach_media_encoder(self, conversations: Iterable[Conversation], notify: Callable[[str], None]) -> None:
         """See to it that the base can be shown the pictures of these. ModelError where it cannot."""
         if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
-            see(self.base, "packed", notify, running=True, answering=True)
+            attach_media_encoder(self.base, "packed", notify, running=True, answering=True)
 
     @property
     def names(self) -> list[str]:
@@ -165,7 +165,7 @@ class InferenceModel:
         return [found[index] for index in range(len(conversations))]
 
     def _prompt(self, name: str, conversation: Conversation) -> Prompt:
-        self._look([conversation], log_notice)
+        self._attach_media_encoder([conversation], log_notice)
         segment = self.renderer_of(name).prompt_segment(conversation)
         return Prompt(segment.token_L, self.slot(name), segment.media)
 

@@ -77,8 +77,8 @@ def start_job(
 def _check_cached_tower(engine: Engine, slot: int, config: JobConfig) -> None:
     """ModelError for an adapter on a tower whose features are kept. What expressions, full names and adapter folders
     reach shows on the model alone; settings that say so themselves are refused before (config/checks.py)."""
-    sight = engine.base.sight
-    cached = sight is not None and sight.feature_cache is not None
+    media_encoder = engine.base.media_encoder
+    cached = media_encoder is not None and media_encoder.feature_cache is not None
     if cached and slot != BARE_BASE and engine.bank.slots[slot].outside:
         raise ModelError(
             f"model.cache_vision_features: the adapter of job {config.name} reaches the tower or the projector, whose "

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
-from lowrank.models.checks.sight import give_sight
+from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.feature_cache import open_feature_cache
 from lowrank.records import KIND_NAMES
 
 
-def see(
+def attach_media_encoder(
     base: Base,
     attention: str,
     notify: Callable[[str], None],
@@ -29,7 +29,7 @@ def see(
 
     ModelError where it cannot, in any layout.
     """
-    known = base.sight.kinds if base.sight is not None else ()
+    known = base.media_encoder.kinds if base.media_encoder is not None else ()
     if set(kinds) <= set(known):
         return
     processor = processor_of(base.tokenizer)
@@ -38,12 +38,12 @@ def see(
         names = KIND_NAMES[missing or kinds[0]]
         raise ModelError(f"{base.name} has no tower for {names}, or not the files of its processor")
     every = [kind for kind in KIND_NAMES if kind in known or kind in kinds]
-    cache = base.sight.feature_cache if base.sight is not None else None
-    notice = give_sight(base, processor, attention, kinds=every, settle=not running, answering=answering)
+    cache = base.media_encoder.feature_cache if base.media_encoder is not None else None
+    notice = give_media_encoder(base, processor, attention, kinds=every, settle=not running, answering=answering)
     if notice:
         notify(notice)
-    assert base.sight is not None
+    assert base.media_encoder is not None
     if cache_features and cache is None and {"image", "video"} & set(every):
         cache = open_feature_cache(base, notify)
         notify(cache.describe())
-    base.sight.feature_cache = cache  # now: what the base was tried out with is nobody's
+    base.media_encoder.feature_cache = cache  # now: what the base was tried out with is nobody's

@@ -34,7 +34,7 @@ from lowrank.pipelines.job_setup import check_steps, check_tokens
 from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, in_effect, live_state
 from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
 from lowrank.pipelines.orders import OrderHandler, StateFile
-from lowrank.pipelines.pictures import see
+from lowrank.pipelines.pictures import attach_media_encoder
 from lowrank.pipelines.references import check_references
 from lowrank.pipelines.slot_allocator import SlotAllocator
 from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, record_sweep
@@ -148,8 +148,8 @@ def train(
             queue.decided = lambda: record_sweep(sweep, folder.path)
         with explain_out_of_memory("training"):
             done = loop.run()
-        if base.sight is not None and base.sight.feature_cache is not None:
-            report(Notice(base.sight.feature_cache.describe()))
+        if base.media_encoder is not None and base.media_encoder.feature_cache is not None:
+            report(Notice(base.media_encoder.feature_cache.describe()))
         if sweep is not None:
             summary.winner = finish_sweep(sweep, folder.path, report)
         if ranks.rank:
@@ -215,15 +215,17 @@ def _load(
     )
     kinds = [kind for kind in KIND_NAMES if any(kind in each.media_kinds for each in data)]
     if kinds:
-        _see(base, config.model, kinds, report)
+        _attach_media_encoder(base, config.model, kinds, report)
     base.router_aux_loss_coef = config.model.router_aux_loss_coef
     if base.router_aux_loss_coef is not None:
         expert_numbers(base)  # refused now rather than in the first step
     return base
 
 
-def _see(base: Base, model: ModelConfig, kinds: Sequence[str], report: Listeners, *, running: bool = False) -> None:
-    see(
+def _attach_media_encoder(
+    base: Base, model: ModelConfig, kinds: Sequence[str], report: Listeners, *, running: bool = False
+) -> None:
+    attach_media_encoder(
         base,
         model.attention,
         lambda text: report(Notice(text)),
@@ -264,7 +266,7 @@ def _take_orders(
     def prepare(job: JobConfig) -> Prepared:
         (own,) = prepare_all([job], config.model, tokenizer, report, strict=False, read=read)
         if own.media_kinds:
-            _see(base, config.model, own.media_kinds, report, running=True)
+            _attach_media_encoder(base, config.model, own.media_kinds, report, running=True)
         queue.checkpointer.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
         return own
 

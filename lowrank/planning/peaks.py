@@ -8,7 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from lowrank.planning.live_bytes import LiveBytes
-from lowrank.planning.pictures import PlannedSight
+from lowrank.planning.pictures import PlannedMediaEncoder
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class StepTrace:
 class Peaks:
     """The peak of each phase of a training pass, and what is alive after the first."""
 
-    def __init__(self, live: LiveBytes, sight: PlannedSight | None = None) -> None:
-        self._live, self._sight = live, sight
+    def __init__(self, live: LiveBytes, media_encoder: PlannedMediaEncoder | None = None) -> None:
+        self._live, self._media_encoder = live, media_encoder
         self.bytes: list[int] = []
         self.after_forward = 0
 
@@ -63,8 +63,8 @@ class Peaks:
     def backward(self) -> Generator[None, None, None]:
         with self._phase():
             yield
-        if self._sight is not None:
-            self.bytes[-1] = self._sight.of_language(self.bytes[-1])
+        if self._media_encoder is not None:
+            self.bytes[-1] = self._media_encoder.of_language(self.bytes[-1])
 
     @contextlib.contextmanager
     def _phase(self) -> Generator[None, None, None]:

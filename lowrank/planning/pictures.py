@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowrank.batches import Batch, Media, Pixels
 from lowrank.media.processor import MediaProcessor, Size
+from lowrank.models.audio_encoder import AudioEncoder
 from lowrank.models.base import Base
-from lowrank.models.hearing import Hearing
-from lowrank.models.sight import Sight
+from lowrank.models.media_encoder import MediaEncoder
 from lowrank.models.tower import Tower, TowerPass
 from lowrank.planning.live_bytes import LiveBytes
 
@@ -101,7 +101,7 @@ class PlannedTower(Tower):
         return rows.end - rows.first
 
 
-class PlannedHearing(Hearing):
+class PlannedAudioEncoder(AudioEncoder):
     """Ears on fake tensors: every document's sounds where somebody adapts their tower, else those of one size once."""
 
     live: LiveBytes
@@ -129,11 +129,11 @@ class PlannedHearing(Hearing):
         return self.near.new_empty((wanted, *shape), dtype=dtype)
 
 
-class PlannedSight(Sight):
+class PlannedMediaEncoder(MediaEncoder):
     """The eyes and ears of a base on fake tensors, and what its towers take."""
 
     tower = PlannedTower
-    hearing = PlannedHearing
+    audio_encoder = PlannedAudioEncoder
 
     def __init__(
         self, base: Base, processor: MediaProcessor, kinds: Sequence[str], live: LiveBytes, known: KnownPictures
@@ -142,17 +142,17 @@ class PlannedSight(Sight):
         super().__init__(base, processor, kinds)
         self._live, self._known = live, known
         self._own: list[PlannedTower] = list(self._towers.values())  # type: ignore[arg-type]  # as `tower` says
-        self._ears: PlannedHearing | None = self._hearing  # type: ignore[assignment]  # as `hearing` says
-        for each in (*self._own, *([self._ears] if self._ears else ())):
+        self._planned_audio: PlannedAudioEncoder | None = self._audio_encoder  # type: ignore[assignment]  # as `audio_encoder` says
+        for each in (*self._own, *([self._planned_audio] if self._planned_audio else ())):
             each.live, each.known = live, known
             each.near = base.model.get_input_embeddings().weight.detach()
-        if self._ears is not None:
-            self._ears.handed_down = self._language_is_done
+        if self._planned_audio is not None:
+            self._planned_audio.handed_down = self._language_is_done
         self.begin()
 
     def adapts(self, slots: Collection[int]) -> None:
         """These have something on a tower or a projector."""
-        for each in (*self._own, *([self._ears] if self._ears else ())):
+        for each in (*self._own, *([self._planned_audio] if self._planned_audio else ())):
             each.adapted = slots
 
     def begin(self) -> None:
@@ -259,7 +259,7 @@ def _pixels_in(document: Pixels) -> int:
     return sum(value.numel() for name, value in document.tensors.items() if _is_pixels(name, value))
 
 
-def sees_both_ways(model: Any) -> bool:
+def attends_both_ways(model: Any) -> bool:
     """Whether the tokens of a picture see one another both ways, by the masks that the model makes for itself."""
     make = getattr(type(model), "create_masks_for_generate", None)
     types = set(inspect.signature(make).parameters) & {"token_type_ids", "mm_token_type_ids"} if make else set()

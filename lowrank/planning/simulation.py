@@ -44,7 +44,7 @@ from lowrank.planning.layers import keep_layers
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
 from lowrank.planning.peaks import Peaks, StepTrace
-from lowrank.planning.pictures import KnownPictures, PlannedSight, sees_both_ways
+from lowrank.planning.pictures import KnownPictures, PlannedMediaEncoder, attends_both_ways
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.optimizers import OptimizerConfig
@@ -107,20 +107,22 @@ class Simulation:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
         self._device = choose_device(model)
-        self._sight: PlannedSight | None = None
+        self._media_encoder: PlannedMediaEncoder | None = None
         with self._mode, self._live, fake_copies():
             kinds = kinds_of(jobs) if processor is not None else ()
             self.base = self._build(model, config, jobs, keep, layout, "image" in kinds)
             if processor is not None:
                 known = pictures or KnownPictures()
-                self.base.sight = self._sight = PlannedSight(self.base, processor, kinds, self._live, known)
+                self.base.media_encoder = self._media_encoder = PlannedMediaEncoder(
+                    self.base, processor, kinds, self._live, known
+                )
             self._base_bytes = self._live.now + self._packed
             plain = self.base.layout == "packed" and self.base.shift_attn is None and self.base.layer_wrapper is None
             self._engine = Engine(self.base, Bank(self.base), 1, shares_prompts=plain)
             self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
         spread_evenly(self.base.model)  # adapters have come, on experts too
-        if self._sight is not None:
-            self._sight.adapts([slot for slot, each in self._engine.bank.slots.items() if each.outside])
+        if self._media_encoder is not None:
+            self._media_encoder.adapts([slot for slot, each in self._engine.bank.slots.items() if each.outside])
         self._adapter_bytes = self._live.now + self._packed - self._base_bytes
         self._optimizer_bytes: int | None = None
 
@@ -145,7 +147,7 @@ class Simulation:
         base = Base(model, None, settings.path, settings.revision)
         base.layer_wrapper = wrapper
         base.settle(layout or "packed")
-        pads = settings.attention == "padded" or (pictures and sees_both_ways(model))
+        pads = settings.attention == "padded" or (pictures and attends_both_ways(model))
         if layout is None and (pads or not self._takes_boundaries(base)):
             base.settle("padded")
         base.shift_attn = settings.shift_attn
@@ -193,7 +195,7 @@ class Simulation:
             # gradients behind the second as well: what is behind that one is not looked at by itself
             earlier = batches[:place] if place == places[0] else [*batches[:place], *batches[place + 1 :]]
             slots = frozenset(slot for batch in earlier for slot in batch.slots)
-            ahead = self._ahead(work, batches, place) if self._sight is not None else ()
+            ahead = self._ahead(work, batches, place) if self._media_encoder is not None else ()
             found.append(Heaviest(batches[place], len(batches), slots, ahead))
         return found
 
@@ -210,7 +212,7 @@ class Simulation:
         set_activation_checkpointing(self.base.model, activation_checkpointing)
         engine, live = self._engine, self._live
         ready, pixels = self._ready(heaviest)
-        before, peaks = live.now, Peaks(live, self._sight)
+        before, peaks = live.now, Peaks(live, self._media_encoder)
         with _torch_keeps_quiet(), self._mode, live, KnownValues() if ready.batch.pixels else contextlib.nullcontext():
             self._leave_gradients(heaviest.others)
             earlier = live.now - before
@@ -222,27 +224,29 @@ class Simulation:
             job.optimizer.zero_grad(set_to_none=True)
         kept = peaks.after_forward - before - earlier
         forward, loss, backward = (peak - before for peak in peaks.bytes)
-        kept_by_tower, tower, tower_backward = self._sight.seen(before) if self._sight is not None else (0, 0, 0)
+        kept_by_tower, tower, tower_backward = (
+            self._media_encoder.seen(before) if self._media_encoder is not None else (0, 0, 0)
+        )
         static = (self._base_bytes, self._adapter_bytes, optimizer)
         own = (pixels, kept_by_tower, tower, tower_backward)
         return StepTrace(*static, gradients, earlier, kept, forward, loss, backward, *own)
 
     def _ready(self, heaviest: Heaviest) -> tuple[PreparedPass, int]:
         """The pass on fake tensors, and the bytes of the pixels that are there during it."""
-        batch, sight = heaviest.batch, self._sight
-        if sight is not None:
-            sight.begin()
-        if sight is None or not batch.media:
+        batch, media_encoder = heaviest.batch, self._media_encoder
+        if media_encoder is not None:
+            media_encoder.begin()
+        if media_encoder is None or not batch.media:
             return self._engine.passes.prepare(dataclasses.replace(batch, media=())).moved(self._move), 0
         shown = [media for _, media in batch.media]
-        pixels = sight.bytes_of(shown, heaviest.ahead if self._device.type == "cpu" else ())
-        known = {index: sight.blank(media) for index, media in batch.media}
-        prepared = self._engine.passes.prepare(sight.ready(batch, known))
+        pixels = media_encoder.bytes_of(shown, heaviest.ahead if self._device.type == "cpu" else ())
+        known = {index: media_encoder.blank(media) for index, media in batch.media}
+        prepared = self._engine.passes.prepare(media_encoder.ready(batch, known))
         ready = prepared.moved(lambda tensor: with_values(self._mode, tensor, self._device))
         with self._mode, self._live, KnownValues(), torch.no_grad(), self._engine.bank.routing.using(ready.context):
             # the first time, families make what they keep for good
-            sight.options(ready.batch, ready.batch.token_T[None])
-        sight.begin()
+            media_encoder.options(ready.batch, ready.batch.token_T[None])
+        media_encoder.begin()
         return ready, pixels
 
     def _leave_gradients(self, slots: Collection[int]) -> None:

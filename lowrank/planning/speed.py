@@ -24,7 +24,7 @@ from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.pretrained import choose_device, choose_dtype
 from lowrank.models.loading.quantize_on_load import pack_in_place
 from lowrank.models.loading.quiet import quiet_transformers
-from lowrank.models.sight import Sight
+from lowrank.models.media_encoder import MediaEncoder
 from lowrank.planning.fusing import StepTime, fitted
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
@@ -118,7 +118,7 @@ def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Eng
     base.layer_wrapper = wrapper
     base.settle(memory.layout)
     if memory.processor is not None:
-        base.sight = Sight(base, memory.processor, kinds_of(memory.jobs))
+        base.media_encoder = MediaEncoder(base, memory.processor, kinds_of(memory.jobs))
     set_activation_checkpointing(model, plan.activation_checkpointing)
     engine = Engine(base, Bank(base), plan.micro_batch_tokens)
     for seed, job in enumerate(memory.jobs):

@@ -40,23 +40,23 @@ class PixelsAhead:
 
     def shown(self, batch: Batch) -> Batch:
         """The batch, on the host, with the pixels of its documents."""
-        sight = self._base.sight
-        if not batch.media or batch.pixels or sight is None:
+        media_encoder = self._base.media_encoder
+        if not batch.media or batch.pixels or media_encoder is None:
             return batch
         known = {
             index: coming.result()
             for index, media in batch.media
             if (coming := self._coming.pop(media, None)) is not None
         }
-        return sight.ready(batch, known)
+        return media_encoder.ready(batch, known)
 
     def _begin(self, wanted: Sequence[Media]) -> None:
-        sight = self._base.sight
-        if sight is None or not wanted:
+        media_encoder = self._base.media_encoder
+        if media_encoder is None or not wanted:
             return
         if self._threads is None:
             number = min(_MOST_THREADS, os.cpu_count() or 1)
             self._threads = ThreadPoolExecutor(number, thread_name_prefix="pictures")
         for media in wanted:
             if media not in self._coming:
-                self._coming[media] = self._threads.submit(sight.pixels, media)
+                self._coming[media] = self._threads.submit(media_encoder.pixels, media)

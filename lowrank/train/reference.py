@@ -71,8 +71,8 @@ class References:
         self._engine: Engine | None = engine
         self._slot = slot
         self._folder = folder / digest_of_model(engine.base.model) if folder else None
-        sight = engine.base.sight
-        self._limits = f" {sight.processor.limits}" if sight else ""
+        media_encoder = engine.base.media_encoder
+        self._limits = f" {media_encoder.processor.limits}" if media_encoder else ""
         self._known: dict[bytes, np.ndarray] = {}
         """By a segment's key: float32 log-probabilities of the tokens that carry weight."""
         self.num_computed = self.num_found = 0

@@ -20,7 +20,7 @@ from tests import command_line
 from tests.board.browser import axe, page_of
 from tests.board.running import Running
 from tests.picture_rows import write_picture_rows
-from tests.tiny_sight import save_sighted_folder
+from tests.tiny_vision_models import save_vision_folder
 
 pytestmark = pytest.mark.timeout(600)
 EVIL = "<img src=x onerror=document.title='evil'>.png"
@@ -38,7 +38,7 @@ PASTE = """([name, bytes, kind, event]) => {
 def seeing(shared: Running) -> Running:
     """The board, with a run on pictures."""
     folder = shared.board.places.folder
-    save_sighted_folder(folder / "base", "qwen3_vl")
+    save_vision_folder(folder / "base", "qwen3_vl")
     write_picture_rows(folder / "data")
     arguments = (
         "train",

@@ -25,7 +25,7 @@ from lowrank.export.merge.resize_vocabulary import add_tokens
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import locate
 from tests.picture_rows import write_picture_rows
-from tests.tiny_sight import save_sighted_folder
+from tests.tiny_vision_models import save_vision_folder
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = json.loads((HERE / "llamafactory_examples.json").read_text("utf-8"))
@@ -99,9 +99,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def sighted(tmp_path_factory: pytest.TempPathFactory) -> str:
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base that sees, with the chat template of its family."""
-    return str(save_sighted_folder(tmp_path_factory.mktemp("bases") / "sighted", "qwen3_vl"))
+    return str(save_vision_folder(tmp_path_factory.mktemp("bases") / "vision_folder", "qwen3_vl"))
 
 
 def shows_pictures(path: str) -> bool:
@@ -213,7 +213,7 @@ def test_it_runs(
     path: str, place: Path, base: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = TABLE[path][0]
-    base = request.getfixturevalue("sighted") if shows_pictures(path) else base
+    base = request.getfixturevalue("vision_folder") if shows_pictures(path) else base
     if path.endswith(".sh"):
         more = ["max_steps=1", "max_samples=4", "cutoff_len=64", "output_dir=out"]
         arguments = ["train", *flags_of(SETTINGS[path]), *more, "--quiet"]

@@ -20,7 +20,7 @@ from lowrank.compat.unsloth import trainer as unsloth_trainer
 from lowrank.errors import ConfigError, DataError
 from lowrank.models.layers import Parts
 from lowrank.models.loading.quiet import quiet_transformers
-from tests.tiny_sight import save_sighted_folder
+from tests.tiny_vision_models import save_vision_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 INSTRUCTION = "Write the formula in this image."
@@ -28,7 +28,7 @@ INSTRUCTION = "Write the formula in this image."
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_sighted_folder(tmp_path_factory.mktemp("bases") / "sighted", "qwen3_vl"))
+    return str(save_vision_folder(tmp_path_factory.mktemp("bases") / "sighted", "qwen3_vl"))
 
 
 def drawn(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:

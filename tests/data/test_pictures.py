@@ -27,7 +27,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Preference, Text
 from tests.tiny_composites import IMAGE
-from tests.tiny_sight import SIGHTED, save_sighted_folder
+from tests.tiny_vision_models import VISION_MODELS, save_vision_folder
 
 NO_TORCHVISION = {"mistral3"}
 """Its processor cannot be had without."""
@@ -35,7 +35,7 @@ NO_TORCHVISION = {"mistral3"}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(ModelConfig(path=str(save_sighted_folder(tmp_path_factory.mktemp("m") / "m", "qwen2_5_vl"))))
+    return load_tokenizer(ModelConfig(path=str(save_vision_folder(tmp_path_factory.mktemp("m") / "m", "qwen2_5_vl"))))
 
 
 def noise(size: tuple[int, int] = (40, 24), mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -278,9 +278,9 @@ def test_the_report_counts_them_and_their_tokens(tokenizer: Any, folder: Path) -
     assert not any("repeated" in text for text in read(tokenizer, folder, *other).report.information)
 
 
-@pytest.mark.parametrize("family", sorted(set(SIGHTED) - NO_TORCHVISION))
+@pytest.mark.parametrize("family", sorted(set(VISION_MODELS) - NO_TORCHVISION))
 def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(ModelConfig(path=str(save_sighted_folder(tmp_path, family)), image_max_pixels=64 * 64))
+    tokenizer = load_tokenizer(ModelConfig(path=str(save_vision_folder(tmp_path, family)), image_max_pixels=64 * 64))
     processor = processor_of(tokenizer)
     assert processor is not None
     for sizes in ([(40, 24)], [(40, 24), (17, 90)], [(200, 150)], [(9, 9)]):
@@ -364,7 +364,7 @@ def test_a_template_that_loses_pictures_is_refused(tokenizer: Any, folder: Path)
 
 
 def test_a_processor_that_cannot_be_made_is_an_error_of_the_model(folder: Path, tmp_path: Path) -> None:
-    path = save_sighted_folder(tmp_path / "m", "llava")
+    path = save_vision_folder(tmp_path / "m", "llava")
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (path / name).exists():
             (path / name).write_text('{"image_processor_type": "Nonesuch", "processor_class": "Nonesuch"}')

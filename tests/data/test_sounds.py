@@ -25,13 +25,13 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Text
 from tests.sound_rows import write_sound
+from tests.tiny_audio_models import AUDIO_MODELS, RATE, save_audio_folder
 from tests.tiny_composites import AUDIO
-from tests.tiny_hearing import HEARING, RATE, save_hearing_folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = save_hearing_folder(tmp_path_factory.mktemp("m") / "m", "qwen2_5_omni_thinker")
+    folder = save_audio_folder(tmp_path_factory.mktemp("m") / "m", "qwen2_5_omni_thinker")
     return load_tokenizer(ModelConfig(path=str(folder)))
 
 
@@ -257,9 +257,9 @@ def test_sounds_that_are_not_heard_to_their_end_are_counted(tokenizer: Any, fold
     assert "1 sounds are longer than the model's processor hears, which leaves their end out (row 1)" in notes
 
 
-@pytest.mark.parametrize("family", HEARING)
+@pytest.mark.parametrize("family", AUDIO_MODELS)
 def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(ModelConfig(path=str(save_hearing_folder(tmp_path, family))))
+    tokenizer = load_tokenizer(ModelConfig(path=str(save_audio_folder(tmp_path, family))))
     processor = processor_of(tokenizer)
     assert processor is not None
     for lengths in ([5000], [16_000, 3333], [31_999, 401, 16_000]):

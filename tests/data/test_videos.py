@@ -27,7 +27,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Video
 from tests.tiny_composites import VIDEO
-from tests.tiny_watching import save_watching_folder
+from tests.tiny_video_models import save_watching_folder
 from tests.video_rows import noise_frames, write_frames, write_gif
 
 resized = pytest.mark.skipif(torchvision_problem() is not None, reason=str(torchvision_problem()))

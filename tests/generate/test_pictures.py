@@ -20,7 +20,7 @@ from lowrank.media.decoding import examine, read_file
 from lowrank.records import Conversation, Message, Picture
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
-from tests.tiny_sight import make_sighted
+from tests.tiny_vision_models import make_vision_model
 from tests.train.test_pictures import PADDED, sighted
 
 REPRESENTATIVE = ("qwen3_vl", "llava")
@@ -47,11 +47,11 @@ def whole(base: Any, model: Any, prompt: Prompt, number: int) -> list[int]:
 def whole_with_logprobs(base: Any, model: Any, prompt: Prompt, number: int) -> tuple[list[int], list[float]]:
     """The same, and the log-probability of each token."""
     token_1L = torch.from_numpy(prompt.token_L)[None]
-    seen = (token_1L == base.sight.token).long() * (prompt.media is not None)
+    seen = (token_1L == base.media_encoder.token).long() * (prompt.media is not None)
     given: dict[str, Any] = {"attention_mask": torch.ones_like(token_1L)}
     given |= {"mm_token_type_ids": seen, "token_type_ids": seen}
     if prompt.media is not None:
-        inputs = base.sight.processor.inputs(prompt.media.items)
+        inputs = base.media_encoder.processor.inputs(prompt.media.items)
         given |= {
             name: value.to(base.dtype) if value.is_floating_point() else value
             for name, value in inputs.items()
@@ -87,7 +87,7 @@ def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
         going = [generator.submit(prompt, GenerationConfig(max_new_tokens=12)) for prompt in prompts]
         while generator.step():
             pass
-        model = make_sighted(family, torch.float64)
+        model = make_vision_model(family, torch.float64)
         for generation, prompt in zip(going, prompts):
             assert generation.answer.tokens == whole(base, model, prompt, 12)
         assert going[-1].answer.tokens == going[0].answer.tokens
@@ -135,7 +135,7 @@ def test_two_adapters_look_with_towers_of_their_own(tmp_path: Path) -> None:
     while generator.step():
         pass
     for slot, generation in zip(slots, going):
-        model = make_sighted("qwen3_vl", torch.float64)
+        model = make_vision_model("qwen3_vl", torch.float64)
         if slot >= 0:
             ours = bank.parameters(slot)
             targets = sorted({name.partition(".lora_")[0] for name in ours})
@@ -148,7 +148,7 @@ def test_two_adapters_look_with_towers_of_their_own(tmp_path: Path) -> None:
 def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:
     base, tokenizer, _ = sighted(tmp_path / "model", "llava")
     segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
-    base.sight = None
+    base.media_encoder = None
     with pytest.raises(RequestError, match="is not asked about pictures here: it was loaded to read text alone"):
         Generator(base, Bank(base)).submit(Prompt(segment.token_L, media=segment.media), GenerationConfig())
 
@@ -158,8 +158,8 @@ def test_the_tokens_of_pictures_written_by_an_answer_are_tokens(tmp_path: Path) 
     base, tokenizer, _ = sighted(tmp_path / "model", "qwen3_vl")
     segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
     generator = Generator(base, Bank(base))
-    strange = np.array([5, base.sight.token, 9, base.sight.token], np.int64)
-    config = GenerationConfig(max_new_tokens=8, logit_bias={base.sight.token: 5.0})
+    strange = np.array([5, base.media_encoder.token, 9, base.media_encoder.token], np.int64)
+    config = GenerationConfig(max_new_tokens=8, logit_bias={base.media_encoder.token: 5.0})
     alone = generator.submit(Prompt(strange), config)
     while generator.step():
         pass

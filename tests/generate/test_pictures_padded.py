@@ -23,11 +23,11 @@ from lowrank.generate.request import Answer, GenerationConfig, Prompt, RequestEr
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.pipelines.pictures import see
+from lowrank.pipelines.pictures import attach_media_encoder
 from tests.generate.test_pictures import chat, pictures, whole, whole_with_logprobs
 from tests.media_oracle import alone_loss
 from tests.peft_oracle import peft_twin
-from tests.tiny_sight import make_sighted, save_sighted_folder
+from tests.tiny_vision_models import make_vision_model, save_vision_folder
 
 EVERYWHERE: Any = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
 REPRESENTATIVE = ("qwen3_vl",)
@@ -40,10 +40,10 @@ families = pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
 
 def answering(path: Path, family: str, notices: list[str] | None = None) -> Any:
     """(the base as `predict`, `chat` and `serve` have it, its tokenizer)."""
-    config = ModelConfig(path=str(save_sighted_folder(path, family, torch.float64)), dtype="float64", device="cpu")
+    config = ModelConfig(path=str(save_vision_folder(path, family, torch.float64)), dtype="float64", device="cpu")
     tokenizer = load_tokenizer(config)
     base = load(config, tokenizer=tokenizer, notify=lambda _: None)
-    see(base, "packed", (notices if notices is not None else []).append, running=True, answering=True)
+    attach_media_encoder(base, "packed", (notices if notices is not None else []).append, running=True, answering=True)
     return base, tokenizer
 
 
@@ -75,12 +75,12 @@ def peft_of(family: str, bank: Bank, slot: int) -> Any:
     ours = bank.parameters(slot)
     targets = sorted({name.partition(".lora_")[0] for name in ours})
     expression = "|".join(targets).replace(".", r"\.")
-    return peft_twin(make_sighted(family, torch.float64), ours, r=2, lora_alpha=4, target_modules=expression)[0]
+    return peft_twin(make_vision_model(family, torch.float64), ours, r=2, lora_alpha=4, target_modules=expression)[0]
 
 
 def alone(family: str, bank: Bank, slot: int) -> Any:
     """What transformers generates by: PEFT's layers in its model, or the bare one."""
-    return make_sighted(family, torch.float64) if slot < 0 else peft_of(family, bank, slot).base_model.model
+    return make_vision_model(family, torch.float64) if slot < 0 else peft_of(family, bank, slot).base_model.model
 
 
 def assert_each_as_alone(family: str, base: Any, bank: Bank, prompts: list[Prompt], found: list[Any]) -> None:
@@ -103,7 +103,7 @@ def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(f
     slots = [adapted(bank, **EVERYWHERE), adapted(bank), adapted(bank, **EVERYWHERE), -1]
     questions = [chat("Which?", third, one), chat("And this one, which is longer?", other), chat("Which?")]
     segments = [renderer.prompt_segment(question) for question in questions]
-    strange = np.array([5, base.sight.token, base.sight.token, 9], np.int64)  # nobody's picture
+    strange = np.array([5, base.media_encoder.token, base.media_encoder.token, 9], np.int64)  # nobody's picture
     prompts = [Prompt(each.token_L, slot, each.media) for each in segments for slot in slots] + [Prompt(strange)]
     generator = Generator(base, bank)
     assert generator.picture_problem is None
@@ -127,7 +127,7 @@ def test_a_trained_base_and_texts_beside_it_answer_as_before(tmp_path: Path) -> 
     generator.step()
     assert (len(text.answer.tokens), len(seeing.answer.tokens)) == (1, 0)
     found = answers(generator, prompts)
-    base.sight.padded = False
+    base.media_encoder.padded = False
     base.settle("padded")
     fixed = Generator(base, Bank(base))
     assert fixed.notice is not None
@@ -178,7 +178,7 @@ def test_a_picture_that_is_gone_ends_its_own_answer_alone(tmp_path: Path) -> Non
     while generator.step():
         pass
     assert going[0].answer.finish == "error"
-    assert going[1].answer.tokens == whole(base, make_sighted("gemma3", torch.float64), prompts[1], 5)
+    assert going[1].answer.tokens == whole(base, make_vision_model("gemma3", torch.float64), prompts[1], 5)
 
 
 def test_labels_about_pictures_are_scored_and_nothing_is_trained(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from lowrank.pipelines.train import train
 from lowrank.report.events import Notice
 from tests.picture_rows import write_picture_rows
 from tests.pipelines.test_train import run
-from tests.tiny_sight import make_sighted, save_sighted_folder
-from tests.train.test_pictures import segments_of, sighted
+from tests.tiny_vision_models import make_vision_model, save_vision_folder
+from tests.train.test_pictures import segments_of, vision_base
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    save_sighted_folder(folder / "model", "qwen3_vl")
+    save_vision_folder(folder / "model", "qwen3_vl")
     write_picture_rows(folder)
     return folder
 
@@ -84,13 +84,13 @@ def test_two_epochs_of_two_jobs_look_once_and_learn_the_same_bits(
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_vl"])
 def test_an_entry_has_the_form_and_the_bits_of_the_pass(family: str, tmp_path: Path, passes: list[int]) -> None:
     """Tensors, pieces of one tensor, and lists of such."""
-    base, tokenizer, _ = sighted(tmp_path / "model", family, dtype="float32")
+    base, tokenizer, _ = vision_base(tmp_path / "model", family, dtype="float32")
     segments = segments_of(write_picture_rows(tmp_path), tokenizer)
-    batch = base.sight.ready(pack([(-1, segment) for segment in segments[:3]]))
+    batch = base.media_encoder.ready(pack([(-1, segment) for segment in segments[:3]]))
     expected = base.hidden(batch)
     found: list[str] = []
     for number in range(2):  # written, then read by another run
-        base.sight.feature_cache = cache = FeatureCache(tmp_path / "cache" / "one", found.append)
+        base.media_encoder.feature_cache = cache = FeatureCache(tmp_path / "cache" / "one", found.append)
         passes.clear()
         assert torch.equal(base.hidden(batch), expected)
         assert (cache.computed, cache.read) == ((3, 0), (0, 3))[number]
@@ -102,7 +102,7 @@ def test_an_entry_has_the_form_and_the_bits_of_the_pass(family: str, tmp_path: P
     entries[0].write_bytes(content)
     entries[1].write_bytes(entries[1].read_bytes()[:-7])
     for number in range(2):  # computed again, reported once, and written again
-        base.sight.feature_cache = cache = FeatureCache(tmp_path / "cache" / "one", found.append)
+        base.media_encoder.feature_cache = cache = FeatureCache(tmp_path / "cache" / "one", found.append)
         assert torch.equal(base.hidden(batch), expected)
         assert (cache.computed, cache.read) == ((2, 1), (0, 3))[number]
     assert len(found) == 1
@@ -110,13 +110,13 @@ def test_an_entry_has_the_form_and_the_bits_of_the_pass(family: str, tmp_path: P
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path / "model", "llava", dtype="float32")
+    base, tokenizer, _ = vision_base(tmp_path / "model", "llava", dtype="float32")
     segments = segments_of(write_picture_rows(tmp_path), tokenizer)
-    batch = base.sight.ready(pack([(-1, segment) for segment in segments[:3]]))
+    batch = base.media_encoder.ready(pack([(-1, segment) for segment in segments[:3]]))
     expected = base.hidden(batch)
     (tmp_path / "file").write_text("")
     found: list[str] = []
-    base.sight.feature_cache = FeatureCache(tmp_path / "file" / "below", found.append)
+    base.media_encoder.feature_cache = FeatureCache(tmp_path / "file" / "below", found.append)
     assert torch.equal(base.hidden(batch), expected)
     assert len(found) == 1
     assert "cannot be written" in found[0]
@@ -124,9 +124,9 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
 
 def test_entries_are_of_one_tower() -> None:
     """Any weight beside the language model makes another one, its own weights do not."""
-    model = make_sighted("llava")
+    model = make_vision_model("llava")
     first = tower_digest(model)
-    assert tower_digest(make_sighted("llava")) == first
+    assert tower_digest(make_vision_model("llava")) == first
     with torch.no_grad():
         model.get_input_embeddings().weight[0, 0] += 1
         assert tower_digest(model) == first

@@ -39,13 +39,13 @@ from lowrank.serve.vllm_engine.adapters import refuse_own_rows
 from tests.export.sources import write_merged
 from tests.picture_rows import write_picture_rows
 from tests.pipelines.test_train import Stopper, run, weights
-from tests.tiny_sight import save_sighted_folder
+from tests.tiny_vision_models import save_vision_folder
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    save_sighted_folder(folder / "model", "qwen2_5_vl")
+    save_vision_folder(folder / "model", "qwen2_5_vl")
     write_picture_rows(folder)
     return folder
 
@@ -88,7 +88,7 @@ def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path
         file.unlink()
     given = settings(world, tmp_path / "run", eval_steps=None, data={"train": [str(tmp_path / "mllm.json")]})
     given["model"]["path"] = str(tmp_path / "sighted")
-    folder = save_sighted_folder(tmp_path / "sighted", "llava")
+    folder = save_vision_folder(tmp_path / "sighted", "llava")
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(DataError, match=r"6 rows .* of 6 left out: a picture is missing; the first: .*pictures/0.jpg"):
         train(RunConfig(**given))
@@ -98,7 +98,7 @@ def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path
 def test_a_model_is_asked_about_pictures(
     family: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = str(world / "model" if family == "qwen2_5_vl" else save_sighted_folder(tmp_path / "model", family))
+    model = str(world / "model" if family == "qwen2_5_vl" else save_vision_folder(tmp_path / "model", family))
     request = PredictRequest(
         model, (SourceConfig(path=str(world / "mllm.json"), max_samples=2),), tmp_path / "out",
         metrics=("exact_match",), sampling=GenerationConfig(max_new_tokens=3),

@@ -20,13 +20,13 @@ from lowrank.pipelines.train import train
 from tests.media_rows import write_dataset_info
 from tests.pipelines.test_train import Stopper, run, weights
 from tests.sound_rows import write_sound_rows
-from tests.tiny_hearing import RATE, save_hearing_folder
+from tests.tiny_audio_models import RATE, save_audio_folder
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    save_hearing_folder(folder / "model", "qwen2_audio")
+    save_audio_folder(folder / "model", "qwen2_audio")
     write_sound_rows(folder, RATE)
     return folder
 
@@ -104,7 +104,7 @@ def test_a_missing_sound_is_named_before_the_model_loads(world: Path, tmp_path: 
     for file in (tmp_path / "sounds").glob("*.wav"):
         file.unlink()
     given = settings(world, tmp_path / "run", data={"train": [str(tmp_path / "audio.json")]})
-    folder = save_hearing_folder(tmp_path / "hearing", "qwen2_audio")
+    folder = save_audio_folder(tmp_path / "hearing", "qwen2_audio")
     (folder / "model.safetensors").write_bytes(b"no weights")
     given["model"]["path"] = str(folder)
     with pytest.raises(DataError, match=r"4 rows .* of 4 left out: a sound is missing; the first: .*sounds/0.wav"):

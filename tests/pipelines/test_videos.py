@@ -11,7 +11,7 @@ from lowrank.errors import ModelError
 from lowrank.media.processor import torchvision_problem
 from lowrank.pipelines.train import train
 from tests.media_rows import write_dataset_info
-from tests.tiny_watching import save_watching_folder
+from tests.tiny_video_models import save_watching_folder
 from tests.video_rows import write_video_rows
 
 VIDEO_LORA_SFT = """\

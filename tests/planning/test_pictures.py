@@ -22,7 +22,7 @@ from lowrank.models.checkpointing.memory_efficient_modules import use_memory_eff
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.models.sight import Sight
+from lowrank.models.media_encoder import MediaEncoder
 from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.capacity import largest_tokens
 from lowrank.planning.changes import cut_job
@@ -35,7 +35,7 @@ from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.pixels_ahead import PixelsAhead
 from tests.tiny_composites import COMPOSITES
-from tests.tiny_sight import SIGHTED, VOCABULARY, save_sighted_folder
+from tests.tiny_vision_models import VISION_MODELS, VOCABULARY, save_vision_folder
 
 _TEXT = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 768, "head_dim": 32, "vocab_size": VOCABULARY}
 _TOWER = {"hidden_size": 96, "intermediate_size": 192, "image_size": 64, "num_hidden_layers": 3, "depth": 3}
@@ -56,11 +56,13 @@ EVERYWHERE = LoraConfig(rank=4, freeze_vision_tower=False, freeze_multi_modal_pr
 
 def folder_of(family: str, path: Path) -> ModelConfig:
     """A checkpoint folder whose weights are of another shape, with pictures so large that they show."""
-    save_sighted_folder(path, family)
+    save_vision_folder(path, family)
     config = COMPOSITES[family]()
     text, tower = config.get_text_config(), config.vision_config
     kinds = ["sliding_attention", "full_attention"] if family == "gemma3" else ["full_attention"]
-    own = {name: value for name, value in SIGHTED[family].config.items() if not isinstance(value, dict)}  # of the whole
+    own = {
+        name: value for name, value in VISION_MODELS[family].config.items() if not isinstance(value, dict)
+    }  # of the whole
     for part, values in ((text, _TEXT), (tower, _TOWER), (config, own)):
         for name, value in values.items():
             if part is not tower or hasattr(tower, name):
@@ -100,7 +102,7 @@ def segment_of(first: list[int], more: int, media: Media | None) -> Segment:
     return Segment(token_L, weight_L, media=media)
 
 
-class SeenPixels(Sight):
+class RecordedMediaEncoder(MediaEncoder):
     """Counts pixels as well, which other threads make; these are as fast as a large model's pass lets them be."""
 
     live: LiveBytes
@@ -137,11 +139,11 @@ def measured(
     use_memory_efficient_modules(model)
     base = Base(model, None, "m")
     base.settle(layout)
-    base.sight = sight = SeenPixels(base, processor, kinds)
-    sight.live = live
+    base.media_encoder = media_encoder = RecordedMediaEncoder(base, processor, kinds)
+    media_encoder.live = live
     with live:
         engine = Engine(base, Bank(base), tokens)
-        sight.ahead = engine.passes.ahead
+        media_encoder.ahead = engine.passes.ahead
         for seed, job in enumerate(jobs):
             assert job.adapter is not None
             engine.add(engine.bank.add(job.adapter, seed=seed), job.objective, job.optimizer, seed, 0.0)

@@ -19,9 +19,9 @@ from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.planning.test_pictures import EVERYWHERE, FROZEN, measured, segment_of
+from tests.tiny_audio_models import AUDIO_MODELS, RATE, save_audio_folder
 from tests.tiny_composites import COMPOSITES
-from tests.tiny_hearing import HEARING, RATE, save_hearing_folder
-from tests.tiny_sight import VOCABULARY
+from tests.tiny_vision_models import VOCABULARY
 
 _TEXT = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 768, "head_dim": 32, "vocab_size": VOCABULARY}
 _TOWER = {"d_model": 96, "encoder_layers": 3, "encoder_ffn_dim": 384, "output_dim": 128}
@@ -31,10 +31,10 @@ _SECONDS = (1.6, 0.9, 1.6)
 
 def folder_of(family: str, path: Path) -> ModelConfig:
     """A checkpoint folder whose weights are of another shape, with sounds so long that they show."""
-    save_hearing_folder(path, family)
+    save_audio_folder(path, family)
     config = COMPOSITES[family]()
     text = config.get_text_config()
-    own = dict(HEARING[family].config)
+    own = dict(AUDIO_MODELS[family].config)
     tower = own.pop("audio_config")
     if not isinstance(tower, dict):
         config.audio_config = tower

@@ -23,7 +23,7 @@ from lowrank.errors import DataError
 from lowrank.generate.request import Prompt
 from lowrank.media.decoding import examine
 from lowrank.media.processor import MediaProcessor
-from lowrank.models.checks import sight as sight_check
+from lowrank.models.checks import media_encoder as media_check
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
@@ -32,7 +32,7 @@ from lowrank.records import Conversation, Message, Picture
 from lowrank.serve.limits import Limits
 from tests.generate.test_pictures import whole
 from tests.serve.running import Running, open_world, random_adapter, serving
-from tests.tiny_sight import make_sighted, save_sighted_folder
+from tests.tiny_vision_models import make_vision_model, save_vision_folder
 
 NUMBER = 10
 LIMITS = Limits(picture_bytes=60_000, picture_pixels=100_000, pictures_per_request=3)
@@ -40,7 +40,7 @@ LIMITS = Limits(picture_bytes=60_000, picture_pixels=100_000, pictures_per_reque
 
 def seeing(folder: Path, family: str) -> InferenceModel:
     """A tiny random base that sees, and the adapter `one`."""
-    model = ModelConfig(path=str(save_sighted_folder(folder, family)), dtype="float32", device="cpu")
+    model = ModelConfig(path=str(save_vision_folder(folder, family)), dtype="float32", device="cpu")
     tokenizer = load_tokenizer(model)
     base = load(model, tokenizer=tokenizer, notify=lambda _: None)
     trained = InferenceModel(base, Bank(base), Renderer(tokenizer, DataConfig()))
@@ -79,7 +79,7 @@ def expected(server: Running, text: str, *pictures: Picture) -> str:
     media = tuple((0, picture) for picture in pictures)
     segment = server.trained.renderer.prompt_segment(Conversation((Message("user", text, media=media),)))
     prompt = Prompt(segment.token_L, media=segment.media)
-    tokens = whole(server.trained.base, make_sighted(server.service.family), prompt, NUMBER)
+    tokens = whole(server.trained.base, make_vision_model(server.service.family), prompt, NUMBER)
     stops = server.trained.renderer.stop_tokens
     end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
     return server.trained.base.tokenizer.decode(tokens[:end], skip_special_tokens=True)
@@ -131,9 +131,9 @@ def test_equal_words_about_other_pictures_share_no_keys(server: Running) -> None
 
 
 def test_placeholders_that_somebody_types_are_text(server: Running) -> None:
-    sight = server.trained.base.sight
-    assert sight is not None
-    placeholder = server.trained.base.tokenizer.convert_ids_to_tokens(sight.token)
+    media_encoder = server.trained.base.media_encoder
+    assert media_encoder is not None
+    placeholder = server.trained.base.tokenizer.convert_ids_to_tokens(media_encoder.token)
     picture = drawn(2)
     reply = answer(server, messages_of(f"Is {placeholder} one? <image>", url(picture)))
     question = f"Is {placeholder} one? <image>"
@@ -141,7 +141,7 @@ def test_placeholders_that_somebody_types_are_text(server: Running) -> None:
     plain = answer(server, messages_of(question))
     tokens = server.trained.renderer.prompt_segment(Conversation((Message("user", question),))).token_L
     assert plain.usage.prompt_tokens == len(tokens)
-    assert sight.token not in tokens
+    assert media_encoder.token not in tokens
 
 
 def test_other_apis_show_pictures_too(server: Running) -> None:
@@ -267,7 +267,7 @@ def test_a_base_without_a_tower_says_so() -> None:
 
 
 def test_a_base_that_leaks_in_both_layouts_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sight_check, "_what_leaks", lambda base: f"it leaks with padded={base.sight.padded}")
+    monkeypatch.setattr(media_check, "_what_leaks", lambda base: f"it leaks with padded={base.media_encoder.padded}")
     with serving(seeing(tmp_path, "gemma3")) as running:
         with pytest.raises(openai.BadRequestError, match="packed, it leaks with padded=False; padded, it leaks with"):
             answer(running, messages_of("Which?", url(drawn(0))))

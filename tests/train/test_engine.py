@@ -82,7 +82,7 @@ def test_cut_looks_at_each_segment_a_few_times(monkeypatch: pytest.MonkeyPatch) 
     assert len(looks) < 20 * 200
 
 
-def test_cut_counts_padding_where_there_is_padding() -> None:
+def test_micro_batches_count_padding_where_there_is_padding() -> None:
     """One long document makes every row of its pass long."""
     work = {0: random_step(0, [4, 4, 4, 4, 20, 4])}
     packed, _ = make_engine(make_base("llama"), LoraConfig(rank=2), micro_batch_tokens=40)

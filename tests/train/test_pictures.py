@@ -21,7 +21,7 @@ from lowrank.data.prepare import prepare
 from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
-from lowrank.models.checks.sight import give_sight
+from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
@@ -31,7 +31,7 @@ from tests.media_rows import segments_in
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import real_or_made
 from tests.tiny_models import make_engine
-from tests.tiny_sight import SIGHTED, make_sighted, save_sighted_folder
+from tests.tiny_vision_models import VISION_MODELS, make_vision_model, save_vision_folder
 
 NO_TORCHVISION = {"mistral3"}
 PADDED = {"qwen3_5", "gemma3"}
@@ -42,7 +42,7 @@ families = pytest.mark.parametrize(
     "family",
     [
         family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
-        for family in SIGHTED
+        for family in VISION_MODELS
         if family not in NO_TORCHVISION
     ],
 )
@@ -53,16 +53,16 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return real_or_made(request, tmp_path_factory.mktemp("rows"))
 
 
-def sighted(path: Path, family: str, dtype: str = "float64", **settings: Any) -> Any:
+def vision_base(path: Path, family: str, dtype: str = "float64", **settings: Any) -> Any:
     """(the base, its tokenizer, what was said)."""
     config = ModelConfig(
-        path=str(save_sighted_folder(path, family, getattr(torch, dtype))), dtype=dtype, device="cpu", **settings
+        path=str(save_vision_folder(path, family, getattr(torch, dtype))), dtype=dtype, device="cpu", **settings
     )
     tokenizer = load_tokenizer(config)
     base = load(config, tokenizer=tokenizer, notify=lambda _: None)
     processor = processor_of(tokenizer)
     assert processor is not None
-    return base, tokenizer, give_sight(base, processor, config.attention)
+    return base, tokenizer, give_media_encoder(base, processor, config.attention)
 
 
 def segments_of(path: Path, tokenizer: Any) -> list[Segment]:
@@ -76,7 +76,7 @@ def segments_of(path: Path, tokenizer: Any) -> list[Segment]:
 
 @families
 def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_path: Path, rows: Path) -> None:
-    base, tokenizer, notice = sighted(tmp_path, family)
+    base, tokenizer, notice = vision_base(tmp_path, family)
     assert base.layout == ("padded" if family in PADDED else "packed")
     assert (notice is not None) == (family == "gemma3")
     segments = segments_of(rows, tokenizer)
@@ -94,7 +94,8 @@ def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_p
         targets = sorted({name.partition(".lora_")[0] for name in ours})
         assert not [name for name in targets if is_outside(name, language)]
         twin, theirs = peft_twin(
-            make_sighted(family, torch.float64), ours, r=rank, lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
+            make_vision_model(family, torch.float64), ours, r=rank,
+            lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
             target_modules="|".join(targets).replace(".", r"\."),
         )  # fmt: skip
         loss = alone_loss(twin, base, work[slot])
@@ -107,7 +108,7 @@ def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_p
 
 
 def test_the_forward_passes_can_be_cut_and_a_job_does_not_see_another(tmp_path: Path, rows: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path, "qwen3_vl")
+    base, tokenizer, _ = vision_base(tmp_path, "qwen3_vl")
     segments = segments_of(rows, tokenizer)
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=2))
     alone = engine.forward_backward({slots[0]: segments[:3]})[slots[0]].loss
@@ -122,7 +123,7 @@ def test_a_cut_document_sees_the_pictures_that_are_left(tmp_path: Path, rows: Pa
     """LLaVA-OneVision cuts a picture in tiles only where it is alone, so the whole document decides."""
     from lowrank.data.chat.truncation import split, truncate
 
-    base, tokenizer, _ = sighted(tmp_path, "llava_onevision")
+    base, tokenizer, _ = vision_base(tmp_path, "llava_onevision")
     (first, *_) = segments_of(rows, tokenizer)
     assert first.media is not None
     engine, (slot,) = make_engine(base, LoraConfig(rank=2))
@@ -140,13 +141,13 @@ def test_a_cut_document_sees_the_pictures_that_are_left(tmp_path: Path, rows: Pa
 
 def test_a_base_that_mixes_documents_up_is_told_and_never_trained(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be given pictures in the packed layout: a document with a pict"):
-        sighted(tmp_path, "gemma3", attention="packed")
+        vision_base(tmp_path, "gemma3", attention="packed")
 
 
 def test_other_pictures_are_other_references(tmp_path: Path, rows: Path) -> None:
     from lowrank.train.reference import References
 
-    base, tokenizer, _ = sighted(tmp_path, "llava")
+    base, tokenizer, _ = vision_base(tmp_path, "llava")
     one = segments_of(rows, tokenizer)[1]
     engine, _ = make_engine(base, LoraConfig(rank=2))
     assert one.media is not None
@@ -165,7 +166,7 @@ def test_other_pictures_are_other_references(tmp_path: Path, rows: Path) -> None
 @families
 def test_each_job_has_its_own_tower(family: str, tmp_path: Path, rows: Path) -> None:
     """Adapters on language model, projector and tower, of two jobs in the same passes: as PEFT's on each alone."""
-    base, tokenizer, _ = sighted(tmp_path, family)
+    base, tokenizer, _ = vision_base(tmp_path, family)
     segments = segments_of(rows, tokenizer)
     everywhere: Any = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
     engine, slots = make_engine(
@@ -186,7 +187,8 @@ def test_each_job_has_its_own_tower(family: str, tmp_path: Path, rows: Path) -> 
         ours = engine.bank.parameters(slot)
         targets = sorted({name.partition(".lora_")[0] for name in ours})
         twin, theirs = peft_twin(
-            make_sighted(family, torch.float64), ours, r=rank, lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
+            make_vision_model(family, torch.float64), ours, r=rank,
+            lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
             target_modules="|".join(targets).replace(".", r"\."),
         )  # fmt: skip
         loss = alone_loss(twin, base, work[slot])
@@ -207,7 +209,7 @@ def test_each_job_has_its_own_tower(family: str, tmp_path: Path, rows: Path) -> 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
 def test_a_tower_is_computed_again_to_the_same_bits(family: str, tmp_path: Path, rows: Path) -> None:
     """Each document's layers with the adapters of its own slot; of the first n layers, those of the language model."""
-    base, tokenizer, _ = sighted(tmp_path, family)
+    base, tokenizer, _ = vision_base(tmp_path, family)
     everywhere = LoraConfig(rank=2, dropout=0.5, freeze_vision_tower=False, freeze_multi_modal_projector=False)
     engine, slots = make_engine(base, everywhere, everywhere)
     for slot in slots:
@@ -230,7 +232,7 @@ def test_a_tower_is_computed_again_to_the_same_bits(family: str, tmp_path: Path,
 
 
 def test_a_job_without_pictures_leaves_its_tower_as_it_is(tmp_path: Path, rows: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path, "llava")
+    base, tokenizer, _ = vision_base(tmp_path, "llava")
     engine, (slot, other) = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=2, freeze_vision_tower=False))
     segments = segments_of(rows, tokenizer)
     engine.forward_backward({slot: segments[:1], other: segments[-1:]})
@@ -243,7 +245,7 @@ def test_a_job_without_pictures_leaves_its_tower_as_it_is(tmp_path: Path, rows: 
 
 
 def test_dropout_in_the_tower_does_not_depend_on_how_a_step_is_cut(tmp_path: Path, rows: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path, "qwen3_vl")
+    base, tokenizer, _ = vision_base(tmp_path, "qwen3_vl")
     engine, (slot,) = make_engine(base, LoraConfig(rank=2, dropout=0.5, freeze_vision_tower=False))
     for name, parameter in engine.bank.parameters(slot).items():
         if "lora_B" in name:
@@ -270,7 +272,7 @@ def test_preferences_about_pictures(tmp_path: Path, rows: Path) -> None:
     from lowrank.train.optimizers.adamw import AdamWConfig
     from lowrank.train.reference import References
 
-    base, tokenizer, _ = sighted(tmp_path / "m", "qwen3_vl")
+    base, tokenizer, _ = vision_base(tmp_path / "m", "qwen3_vl")
     picture = json.loads(rows.read_text())[1]["images"][0]
     pair = {"prompt": "<image>Who?", "chosen": "A player.", "rejected": "Nobody.", "images": [picture]}
     path = tmp_path / "pairs.jsonl"
@@ -300,7 +302,7 @@ def test_rated_answers_about_pictures(tmp_path: Path, rows: Path) -> None:
     from lowrank.train.optimizers.adamw import AdamWConfig
     from lowrank.train.reference import References
 
-    base, tokenizer, _ = sighted(tmp_path / "m", "qwen3_vl")
+    base, tokenizer, _ = vision_base(tmp_path / "m", "qwen3_vl")
     pictures = [row["images"][0] for row in json.loads(rows.read_text("utf-8"))[:3]]
     path = tmp_path / "rated.jsonl"
     lines = [
@@ -328,7 +330,7 @@ def test_rated_answers_about_pictures(tmp_path: Path, rows: Path) -> None:
     ours = engine.bank.parameters(slot)
     targets = sorted({name.partition(".lora_")[0] for name in ours})
     twin, theirs = peft_twin(
-        make_sighted("qwen3_vl", torch.float64), ours, r=2, lora_alpha=engine.bank.slots[slot].config.alpha or 4,
+        make_vision_model("qwen3_vl", torch.float64), ours, r=2, lora_alpha=engine.bank.slots[slot].config.alpha or 4,
         target_modules="|".join(targets).replace(".", r"\."),
     )  # fmt: skip
 
@@ -355,7 +357,7 @@ def test_rated_answers_about_pictures(tmp_path: Path, rows: Path) -> None:
 def test_the_same_words_about_another_picture_are_another_question(tmp_path: Path, rows: Path) -> None:
     from lowrank.data.batching.mismatched import with_mismatched
 
-    _, tokenizer, _ = sighted(tmp_path, "llava")
+    _, tokenizer, _ = vision_base(tmp_path, "llava")
     first, one, other, *_ = segments_of(rows, tokenizer)
     assert one.media is not None
     assert other.media is not None
@@ -370,9 +372,9 @@ def test_ids_and_labels_are_those_of_trls_collator(tmp_path: Path, rows: Path) -
     """But for the placeholders: TRL too learns the answers alone where the template marks them."""
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    base, tokenizer, _ = sighted(tmp_path, "qwen2_5_vl")
+    base, tokenizer, _ = vision_base(tmp_path, "qwen2_5_vl")
     tokenizer.chat_template = MARKED
-    processor = base.sight.processor.own
+    processor = base.media_encoder.processor.own
     processor.chat_template = MARKED
     collator = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
     for segment, row in zip(segments_of(rows, tokenizer), json.loads(rows.read_text("utf-8"))):

@@ -17,7 +17,7 @@ from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
-from lowrank.models.checks.sight import give_sight
+from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.config import ModelConfig
 from lowrank.models.entrance import Entrance
 from lowrank.models.loading.pretrained import load
@@ -27,18 +27,18 @@ from tests.media_rows import packed_base, segments_in
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.sound_rows import write_sound_rows
-from tests.tiny_hearing import HEARING, RATE, make_hearing, save_hearing_folder
+from tests.tiny_audio_models import AUDIO_MODELS, RATE, make_audio_model, save_audio_folder
 from tests.tiny_models import make_engine
 
 FLOAT32_INSIDE = {"gemma4"}
 TOLERANCE = {"gemma4": 2e-5}
-families = pytest.mark.parametrize("family", HEARING)
+families = pytest.mark.parametrize("family", AUDIO_MODELS)
 
 
-def hearing(path: Path, family: str, *kinds: str) -> Any:
+def audio_base(path: Path, family: str, *kinds: str) -> Any:
     """(the base, its tokenizer)."""
     dtype = "float32" if family in FLOAT32_INSIDE else "float64"
-    return packed_base(save_hearing_folder(path, family, getattr(torch, dtype)), dtype, kinds or ("audio",))
+    return packed_base(save_audio_folder(path, family, getattr(torch, dtype)), dtype, kinds or ("audio",))
 
 
 def text_of(segment: Segment) -> Segment:
@@ -64,7 +64,7 @@ def compare_with_peft(family: str, base: Any, engine: Any, work: dict[int, list[
         targets = sorted({name.partition(".lora_")[0] for name in ours})
         dtype = torch.float32 if family in FLOAT32_INSIDE else torch.float64
         twin, theirs = peft_twin(
-            make_hearing(family, dtype), ours, r=rank, lora_alpha=engine.bank.slots[slot].config.alpha or 2 * rank,
+            make_audio_model(family, dtype), ours, r=rank, lora_alpha=engine.bank.slots[slot].config.alpha or 2 * rank,
             target_modules="|".join(targets).replace(".", r"\."),
         )  # fmt: skip
         loss = alone_loss(twin, base, work[slot])
@@ -81,7 +81,7 @@ def compare_with_peft(family: str, base: Any, engine: Any, work: dict[int, list[
 
 @families
 def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_path: Path) -> None:
-    base, tokenizer = hearing(tmp_path / "m", family)
+    base, tokenizer = audio_base(tmp_path / "m", family)
     one, two, three, four = segments_in(tokenizer, write_sound_rows(tmp_path, RATE))
     assert two.media is not None
     assert len(two.media.spans) == 2
@@ -93,7 +93,7 @@ def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_p
 
 @pytest.mark.parametrize("family", ["qwen2_5_omni_thinker", "gemma4"])
 def test_pictures_and_sounds_in_one_document(family: str, tmp_path: Path) -> None:
-    base, tokenizer = hearing(tmp_path / "m", family, "image", "audio")
+    base, tokenizer = audio_base(tmp_path / "m", family, "image", "audio")
     write_picture_rows(tmp_path)
     sounds = write_sound_rows(tmp_path, RATE)
     row = {
@@ -118,7 +118,7 @@ def test_pictures_and_sounds_in_one_document(family: str, tmp_path: Path) -> Non
 @families
 def test_adapters_on_what_hears(family: str, tmp_path: Path) -> None:
     """Two jobs, one of which has its own tower for sounds: as PEFT's."""
-    base, tokenizer = hearing(tmp_path / "m", family)
+    base, tokenizer = audio_base(tmp_path / "m", family)
     one, two, three, four = segments_in(tokenizer, write_sound_rows(tmp_path, RATE))
     engine, slots = make_engine(base, LoraConfig(rank=2, freeze_vision_tower=False), LoraConfig(rank=2))
     assert any("audio_tower" in name for name in engine.bank.parameters(slots[0]))
@@ -128,7 +128,7 @@ def test_adapters_on_what_hears(family: str, tmp_path: Path) -> None:
 
 def test_what_is_cut_off_leaves_whole_sounds(tmp_path: Path) -> None:
     """The second sound of a document falls behind the end: the first alone is heard."""
-    base, tokenizer = hearing(tmp_path / "m", "qwen2_audio")
+    base, tokenizer = audio_base(tmp_path / "m", "qwen2_audio")
     path = write_sound_rows(tmp_path, RATE)
     whole = segments_in(tokenizer, path)[1]
     assert whole.media is not None
@@ -151,7 +151,7 @@ def test_another_sound_is_another_document(tmp_path: Path) -> None:
     """Of equal length, so that the tokens are the same."""
     from lowrank.train.reference import References
 
-    base, tokenizer = hearing(tmp_path / "m", "qwen2_audio")
+    base, tokenizer = audio_base(tmp_path / "m", "qwen2_audio")
     write_sound_rows(tmp_path / "a", RATE)
     one = segments_in(tokenizer, tmp_path / "a" / "audio.json")[0]
     for number in range(3):
@@ -171,7 +171,7 @@ def test_another_sound_is_another_document(tmp_path: Path) -> None:
 
 
 def test_a_base_that_mixes_documents_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save_hearing_folder(tmp_path, "qwen2_audio")
+    folder = save_audio_folder(tmp_path, "qwen2_audio")
     config = ModelConfig(path=str(folder), dtype="float32", device="cpu")
     tokenizer = load_tokenizer(config)
     base = load(config, tokenizer=tokenizer, notify=lambda _: None)
@@ -179,8 +179,8 @@ def test_a_base_that_mixes_documents_up_is_refused(tmp_path: Path, monkeypatch: 
     assert processor is not None
     monkeypatch.setattr(Entrance, "embeddings", lambda self, token_1L, given: torch.ones(token_1L.shape[1], 32))
     with pytest.raises(ModelError, match="cannot be trained on sounds: packed, it makes the same of different sounds"):
-        give_sight(base, processor, kinds=("audio",))
-    assert base.sight is None
+        give_media_encoder(base, processor, kinds=("audio",))
+    assert base.media_encoder is None
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
@@ -192,7 +192,7 @@ def test_preferences_and_ratings_about_sounds(kind: str, tmp_path: Path) -> None
     from lowrank.train.optimizers.adamw import AdamWConfig
     from lowrank.train.reference import References
 
-    base, tokenizer = hearing(tmp_path / "m", "qwen2_5_omni_thinker")
+    base, tokenizer = audio_base(tmp_path / "m", "qwen2_5_omni_thinker")
     write_sound_rows(tmp_path, RATE)
     question, answer = {"role": "user", "content": "<audio>Who?"}, {"role": "assistant", "content": "A man."}
     pair = {"prompt": "<audio>Who?", "chosen": "A man.", "rejected": "Nobody."}

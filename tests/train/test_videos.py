@@ -16,7 +16,7 @@ from tests.media_rows import packed_base, segments_in
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.tiny_models import make_engine
-from tests.tiny_watching import WATCHING, make_watching, save_watching_folder
+from tests.tiny_video_models import WATCHING, make_watching, save_watching_folder
 from tests.video_rows import write_video_rows
 
 pytestmark = pytest.mark.skipif(torchvision_problem() is not None, reason=str(torchvision_problem()))

@@ -25,7 +25,7 @@ from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
 from lowrank.media.decoding import examine
 from lowrank.media.processor import MediaProcessor, processor_of
-from lowrank.models.checks.sight import give_sight
+from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.records import Conversation, Message
 
 _QUESTION = "What is to be seen in this picture?"
@@ -35,7 +35,7 @@ _SIDE = 224
 
 
 @dataclass(frozen=True)
-class Seen:
+class PictureAnswer:
     """What base + adapter said to a picture."""
 
     look: Look
@@ -45,14 +45,14 @@ class Seen:
     """The same of the bare base; None if there is no adapter."""
 
 
-def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozenset[int]) -> Seen:
+def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozenset[int]) -> PictureAnswer:
     """Raises LowrankError where this model cannot be asked about pictures here."""
     processor = processor_of(renderer.tokenizer)
     if processor is None or not processor.sees:
         raise ModelError("it has no tower for pictures, or not the files of its processor")
-    if reader.base.sight is None:
-        give_sight(reader.base, processor, answering=True)
-    assert reader.base.sight is not None
+    if reader.base.media_encoder is None:
+        give_media_encoder(reader.base, processor, answering=True)
+    assert reader.base.media_encoder is not None
     pixels_HWC = made_picture(_side(processor))
     conversation = Conversation((Message("user", _QUESTION, media=((0, examine(_png(pixels_HWC), "it")),)),))
     segment = renderer.prompt_segment(conversation)
@@ -64,16 +64,16 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
         raise DataError(str(error)) from error
     token_L = np.append(segment.token_L, np.asarray(answer, np.int64))
     document = Segment(token_L, np.zeros(len(token_L), np.float32), media=segment.media)
-    (place_P,) = np.nonzero(segment.token_L == reader.base.sight.token)
+    (place_P,) = np.nonzero(segment.token_L == reader.base.media_encoder.token)
     first, end = int(place_P[0]), int(place_P[-1]) + 1
     rows = len(answer) + 1
     look = Look(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
     own = _logprobs(reader, document, rows)
     bare = BankReader(reader.base, reader.bank)
-    return Seen(look, own, None if reader.slot == bare.slot else _logprobs(bare, document, rows))
+    return PictureAnswer(look, own, None if reader.slot == bare.slot else _logprobs(bare, document, rows))
 
 
-def compare_sight(read_back: ReadBack, seen: Seen) -> Comparison:
+def compare_pictures(read_back: ReadBack, seen: PictureAnswer) -> Comparison:
     """Load it, show it the picture, and see whether it is within its tolerance."""
     with read_back.open() as reader:
         assert isinstance(reader, SeesPictures)
@@ -153,9 +153,9 @@ def _png(pixels_HWC: np.ndarray) -> bytes:
 
 def _logprobs(reader: BankReader, document: Segment, rows: int) -> np.ndarray:
     """After each of the last `rows` tokens, (K, V) float32."""
-    assert reader.base.sight is not None
+    assert reader.base.media_encoder is not None
     segment = reader.bank.prompted(reader.slot, document)
-    batch = reader.base.sight.ready(pack([(reader.slot, segment)])).to(reader.base.device)
+    batch = reader.base.media_encoder.ready(pack([(reader.slot, segment)])).to(reader.base.device)
     with torch.no_grad():
         hidden_KD = reader.bank.hidden(batch)[-rows:]
         return reader.bank.head(reader.slot).logits(hidden_KD).log_softmax(-1).float().cpu().numpy()

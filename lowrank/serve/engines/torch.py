@@ -19,7 +19,7 @@ from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.pipelines.inference import folder_reader, open_inference_model
-from lowrank.pipelines.pictures import see
+from lowrank.pipelines.pictures import attach_media_encoder
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
 from lowrank.serve.adapter_cache import AdapterCache
@@ -62,16 +62,16 @@ class BankEngine(ReadsByRenderer):
         self._of_folders: dict[tuple[Path, int], Renderer] = {}
         self.generator = Generator(base, bank, config)
         published = AdapterRegistry(self.generator, slots)
-        self.picture_problem = self._open_eyes()
+        self.picture_problem = self._attach_media_encoder()
         self.cache = AdapterCache(published, folders or {}, roots, most_resident=most_resident)
 
-    def _open_eyes(self) -> str | None:
+    def _attach_media_encoder(self) -> str | None:
         """Let the base be shown pictures, if it can; else why not. Before anybody is answered: it is tried out."""
         processor = processor_of(self.base.tokenizer)
         if processor is None or not processor.sees:
             return f"{self.base.name} reads text only"
         try:
-            see(self.base, "packed", log_notice, running=True, answering=True)
+            attach_media_encoder(self.base, "packed", log_notice, running=True, answering=True)
         except (LowrankError, ImportError) as error:
             return str(error)
         return self.generator.picture_problem

@@ -19,7 +19,7 @@ from lowrank.export.gguf.upstream import SCRIPT, Upstream, fetch
 from lowrank.export.publish.ollama_server import plan as plan_deployment
 from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.ollama import OllamaExportConfig
-from lowrank.export.verify.pictures import compare_sight, made_picture, picture_answer
+from lowrank.export.verify.pictures import compare_pictures, made_picture, picture_answer
 from lowrank.export.verify.readers import read_adapter
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.pipelines.export import ExportRequest, export_targets
@@ -27,7 +27,7 @@ from lowrank.pipelines.export_source import ResolvedSource, open_source
 from lowrank.serve.llama_cpp_engine.file_faults import check_files
 from tests.checkpoints.test_peft_layout import random_adapter
 from tests.tiny_composites import COMPOSITES
-from tests.tiny_sight import SIGHTED, VOCABULARY, save_folder
+from tests.tiny_vision_models import VISION_MODELS, VOCABULARY, save_folder
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -64,7 +64,7 @@ def save_seeing(folder: Path, family: str, seed: int = 0) -> Path:
                 torch.nn.init.normal_(parameter, std=0.2)
         return model
 
-    return save_folder(folder, replace(SIGHTED[family], config={}), make)
+    return save_folder(folder, replace(VISION_MODELS[family], config={}), make)
 
 
 def with_adapter(base: Path, config: LoraConfig | None) -> ResolvedSource:
@@ -121,10 +121,10 @@ def test_the_comparison_notices_a_tower_without_its_adapter(upstream: Upstream, 
     with read_adapter(replace(found.source, model=model), found.source.adapter) as reader:
         seen = picture_answer(reader, found.renderer, found.source.stop_tokens)
     (read_back,) = [each for each in target.read_back(found.source, tmp_path / "trained") if each.sees]
-    right = compare_sight(read_back, seen)
+    right = compare_pictures(read_back, seen)
     name = target.tower_path(found.source, Path()).name
     (tmp_path / "plain" / name).replace(tmp_path / "trained" / name)
-    wrong = compare_sight(read_back, seen)
+    wrong = compare_pictures(read_back, seen)
     assert right.passed
     assert not wrong.passed
     assert wrong.mean_kl > 1e4 * right.mean_kl
@@ -132,7 +132,7 @@ def test_the_comparison_notices_a_tower_without_its_adapter(upstream: Upstream, 
 
 @pytest.mark.slow
 def test_what_the_converter_does_not_know_is_said(upstream: Upstream, tmp_path: Path) -> None:
-    base = save_folder(tmp_path / "base", SIGHTED["internvl"], lambda: _plain("internvl"))
+    base = save_folder(tmp_path / "base", VISION_MODELS["internvl"], lambda: _plain("internvl"))
     found = open_source(str(base), notify=lambda text: None)
     target = GGUFExportConfig(types=("f32",), converter=upstream.folder)
     (note,) = [note for note in target.build().needs(found.source).notes if "language model alone" in note]

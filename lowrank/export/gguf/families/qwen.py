@@ -50,12 +50,12 @@ def refuse_mixture(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def refuse_sighted(config: dict[str, Any]) -> list[str]:
+def refuse_vision(config: dict[str, Any]) -> list[str]:
     """`mrope` is what old files call the rotation in three dimensions."""
     return refuse_rope(config, "mrope")
 
 
-def sighted_fields(config: dict[str, Any]) -> Fields:
+def vision_fields(config: dict[str, Any]) -> Fields:
     """Pictures have places in time, height and width; each of these turns a section of a head."""
     sections = [int(size) for size in rope(config)["mrope_section"]]
     return {**transformer_fields(config), "rope.dimension_sections": [*sections, *[0] * (4 - len(sections))]}
@@ -66,11 +66,11 @@ MIXTURE = replace(
     DENSE, arch="qwen2moe", fields=mixture_fields, parts=mixture_parts, refuse=refuse_mixture, experts=PROJECTIONS
 )
 
-SIGHTED = replace(DENSE, arch="qwen2vl", fields=sighted_fields, refuse=refuse_sighted)
+VISION_MODELS = replace(DENSE, arch="qwen2vl", fields=vision_fields, refuse=refuse_vision)
 
 FAMILIES = {
-    "qwen2_vl_text": SIGHTED,
-    "qwen2_5_vl_text": SIGHTED,
+    "qwen2_vl_text": VISION_MODELS,
+    "qwen2_5_vl_text": VISION_MODELS,
     "qwen2": DENSE,
     "qwen3": replace(DENSE, arch="qwen3"),
     "qwen2_moe": MIXTURE,

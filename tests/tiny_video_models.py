@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tests.tiny_hearing import HEARING, omni_with_patches
-from tests.tiny_sight import SIGHTED, Sight, make_model, save_folder
+from tests.tiny_audio_models import AUDIO_MODELS, omni_with_patches
+from tests.tiny_vision_models import VISION_MODELS, MediaEncoder, make_model, save_folder
 
 _QWEN_PLACE = "<|vision_start|><|video_pad|><|vision_end|>"
 _QWEN = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -32,14 +32,14 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "patch_size": 28,
     },
 }
-WATCHING: dict[str, Sight] = {
-    "qwen2_5_vl": replace(SIGHTED["qwen2_5_vl"], video=_QWEN_PLACE),
-    "qwen3_vl": replace(SIGHTED["qwen3_vl"], video=_QWEN_PLACE),
-    "llava_onevision": replace(SIGHTED["llava_onevision"], video="<video>"),
+WATCHING: dict[str, MediaEncoder] = {
+    "qwen2_5_vl": replace(VISION_MODELS["qwen2_5_vl"], video=_QWEN_PLACE),
+    "qwen3_vl": replace(VISION_MODELS["qwen3_vl"], video=_QWEN_PLACE),
+    "llava_onevision": replace(VISION_MODELS["llava_onevision"], video="<video>"),
     "qwen2_5_omni_thinker": replace(
-        HEARING["qwen2_5_omni_thinker"],
+        AUDIO_MODELS["qwen2_5_omni_thinker"],
         processor=partial(omni_with_patches, 28),  # its processor makes videos of 100,000 pixels at least
-        config={**HEARING["qwen2_5_omni_thinker"].config, "vision_config": {"patch_size": 28, "window_size": 112}},
+        config={**AUDIO_MODELS["qwen2_5_omni_thinker"].config, "vision_config": {"patch_size": 28, "window_size": 112}},
         video="<|vision_bos|><|VIDEO|><|vision_eos|>",
     ),
 }

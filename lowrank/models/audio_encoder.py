@@ -18,7 +18,7 @@ from lowrank.models.tower import TowerPass, span_of, token_of
 from lowrank.records import Audio
 
 
-class Hearing:
+class AudioEncoder:
     """The ears of one base. `others`: tensors of a processor that are read elsewhere."""
 
     def __init__(self, name: str, model: Any, backbone: Any, processor: MediaProcessor, others: set[str]) -> None:

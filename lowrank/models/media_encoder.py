@@ -21,8 +21,8 @@ import torch
 from lowrank.batches import BARE_BASE, Batch, Media, Pixels, Segment, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
+from lowrank.models.audio_encoder import AudioEncoder
 from lowrank.models.feature_cache import FeatureCache
-from lowrank.models.hearing import Hearing
 from lowrank.models.tower import RESULT, Rows, Tower, joined, span_of, wanted_by
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ _SECONDS = "second_per_grid"
 """What names of the seconds that a video's grid of patches is apart have in them."""
 
 
-class Sight:
+class MediaEncoder:
     """The eyes and ears of one base. `processor`: of the same checkpoint; `kinds`: of media that it is to take."""
 
     tower: type[Tower] = Tower
-    hearing: type[Hearing] = Hearing
+    audio_encoder: type[AudioEncoder] = AudioEncoder
 
     def __init__(self, base: Base, processor: MediaProcessor, kinds: Sequence[str] = ("image",)) -> None:
         """ModelError for a base that cannot be shown or played these."""
@@ -57,10 +57,12 @@ class Sight:
         places = getattr(self._backbone, _PLACES, None)
         self._of_places = set(inspect.signature(places).parameters) if places else None
         self._types = [name for name in _TYPES if name in takes]
-        self._hearing = None
+        self._audio_encoder = None
         if "audio" in kinds:
             others = {name for kind in ("image", "video") for name in wanted_by(kind, self._backbone)}
-            self._hearing = self.hearing(base.name, base.model, self._backbone, processor, others | {*_TYPES})
+            self._audio_encoder = self.audio_encoder(
+                base.name, base.model, self._backbone, processor, others | {*_TYPES}
+            )
 
     @property
     def token(self) -> int | None:
@@ -94,7 +96,7 @@ class Sight:
         """Of what the processor makes, what the model reads."""
         wanted = set().union(*(tower.wanted for tower in self._towers.values()), self._of_places or ())
         wanted |= {name for name in inputs if _SECONDS in name}
-        wanted |= self._hearing.wanted if self._hearing else set()
+        wanted |= self._audio_encoder.wanted if self._audio_encoder else set()
         return {name: value for name, value in inputs.items() if name in wanted}
 
     def ready(self, batch: Batch, known: Mapping[int, Mapping[str, torch.Tensor]] | None = None) -> Batch:
@@ -116,8 +118,8 @@ class Sight:
         outputs = {kind: output for kind, output in found.items() if output is not None}
         if outputs:
             options["mm_encoder_outputs"] = outputs
-        if self._hearing is not None:
-            options |= self._hearing.options(batch, token.shape[1] if padded else None, self._tower_pass)
+        if self._audio_encoder is not None:
+            options |= self._audio_encoder.options(batch, token.shape[1] if padded else None, self._tower_pass)
         if padded:  # where the model makes its own masks
             options |= {name: self.types(token, name) for name in self._types}
         return options
@@ -126,8 +128,8 @@ class Sight:
         """What a token stands for a part of, as a number; 0: of nothing."""
         found = torch.zeros_like(token)
         ids = {kind: tower.token for kind, tower in self._towers.items()}
-        if self._hearing is not None:
-            ids["audio"] = self._hearing.token
+        if self._audio_encoder is not None:
+            ids["audio"] = self._audio_encoder.token
         for kind, own in ids.items():
             if name == _TYPES[0] or kind == "image":
                 found = found + _NUMBERS[kind] * (token == own)
@@ -141,24 +143,26 @@ class Sight:
             for name, value in tensors.items()
         }
 
-    def look(self, token_L: np.ndarray, media: Media, slot: int = BARE_BASE) -> Seen:
+    def encode(self, token_L: np.ndarray, media: Media, slot: int = BARE_BASE) -> EncodedMedia:
         """Let the tower, as `slot` has it, look at the pictures of one document, once for all of its answer."""
         segment = Segment(token_L, np.zeros(len(token_L), np.float32), media=media)
         batch = self.ready(pack([(slot, segment)])).to(self._base.device)
         before = np.concatenate([[0], np.cumsum(token_L == self.token)])
         output = self._towers["image"].features(batch, self._tower_pass)
-        return Seen(output, tuple(before.tolist()), batch.place_3T, _grids(batch.pixels[0]))
+        return EncodedMedia(output, tuple(before.tolist()), batch.place_3T, _grids(batch.pixels[0]))
 
-    def in_pieces(self, pieces: Sequence[PieceSeen], token_T: torch.Tensor, position_T: torch.Tensor) -> dict[str, Any]:
+    def in_pieces(
+        self, pieces: Sequence[EncodedPiece], token_T: torch.Tensor, position_T: torch.Tensor
+    ) -> dict[str, Any]:
         """What the forward call of a step of generation is given. Where nobody has pictures, or an answer writes their
         token itself, that token is an ordinary one: its features are its own embedding."""
-        some = next(each.seen for each in pieces if each.seen is not None)
+        some = next(each.encoded for each in pieces if each.encoded is not None)
         ids = token_T.tolist()
         found: list[dict[str, Any]] = []
         place_3T = position_T[None].expand(3, -1).clone()
         at = 0
         for piece in pieces:
-            seen, end = piece.seen, piece.first + piece.length
+            seen, end = piece.encoded, piece.first + piece.length
             own = 0
             if seen is not None:
                 known = min(end, seen.length)
@@ -176,12 +180,12 @@ class Sight:
             )
             at += piece.length
         position = place_3T[:, None] if self._of_places is not None else position_T[None]
-        if all(piece.seen is None or piece.first >= piece.seen.length for piece in pieces) or not found:
+        if all(piece.encoded is None or piece.first >= piece.encoded.length for piece in pieces) or not found:
             return {"position_ids": position}
         image = type(some.output)(**_joined_by_name(found))
         return {"position_ids": position, "mm_encoder_outputs": {"image": image}}
 
-    def in_rows(self, rows: Sequence[Seen | None], token_BL: torch.Tensor) -> dict[str, Any]:
+    def in_rows(self, rows: Sequence[EncodedMedia | None], token_BL: torch.Tensor) -> dict[str, Any]:
         """What transformers' `generate` is given of documents that are padded rows, read whole; None: one without
         pictures, whose tokens are ordinary ones."""
         some = next((seen for seen in rows if seen is not None), None)
@@ -266,7 +270,7 @@ def _lengths_of_sounds(pixels: Pixels) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True)
-class Seen:
+class EncodedMedia:
     """A document whose pictures the tower has looked at.
 
     output     what it says of them, in the family's form
@@ -287,18 +291,18 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class PieceSeen:
+class EncodedPiece:
     """Tokens [first, first + length) of a sequence in one step of generation; None: it has no pictures."""
 
     first: int
     length: int
-    seen: Seen | None
+    encoded: EncodedMedia | None
 
 
 def show_media(base: Base, batch: Batch) -> Batch:
     """The batch with its pixels, on its own device. ModelError where nobody has given the base eyes."""
-    if base.sight is None:
+    if base.media_encoder is None:
         raise ModelError(f"{base.name}: these rows have more than text, and the base was loaded to read text alone")
     device = batch.token_T.device
-    host = base.sight.ready(batch.moved(torch.Tensor.cpu))
+    host = base.media_encoder.ready(batch.moved(torch.Tensor.cpu))
     return host.moved(lambda tensor: to_device(tensor, device))

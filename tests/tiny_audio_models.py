@@ -11,7 +11,7 @@ import transformers
 
 from lowrank.media.loading import class_named, make_processor
 from tests.tiny_composites import AUDIO, FIRST, IMAGE, LAST, VIDEO
-from tests.tiny_sight import SIGHTED, Sight, make_model, save_folder
+from tests.tiny_vision_models import VISION_MODELS, MediaEncoder, make_model, save_folder
 
 RATE = 16_000
 """Samples a second."""
@@ -63,15 +63,15 @@ _GEMMA_AUDIO = {
     "attention_context_right": 0,
 }
 
-HEARING: dict[str, Sight] = {
-    "qwen2_audio": Sight(
+AUDIO_MODELS: dict[str, MediaEncoder] = {
+    "qwen2_audio": MediaEncoder(
         _SOUND_TOKENS,
         "",
         _qwen2_audio,
         config={"audio_config": {"max_source_positions": 100}},
         sound=_SOUND,
     ),
-    "qwen2_5_omni_thinker": Sight(
+    "qwen2_5_omni_thinker": MediaEncoder(
         {IMAGE: "<|IMAGE|>", VIDEO: "<|VIDEO|>", FIRST: "<|vision_bos|>", LAST: "<|vision_eos|>", **_SOUND_TOKENS},
         "<|vision_bos|><|IMAGE|><|vision_eos|>",
         _omni,
@@ -93,7 +93,7 @@ HEARING: dict[str, Sight] = {
         sound=_SOUND,
     ),
     "gemma4": replace(
-        SIGHTED["gemma4"],
+        VISION_MODELS["gemma4"],
         processor=_gemma4,
         config={"audio_token_id": AUDIO, "audio_config": transformers.Gemma4AudioConfig(**_GEMMA_AUDIO)},
         sound="<|audio|>",
@@ -101,11 +101,11 @@ HEARING: dict[str, Sight] = {
 }
 
 
-def make_hearing(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def make_audio_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model as its composite class, in evaluation mode, frozen."""
-    return make_model(family, HEARING[family], dtype)
+    return make_model(family, AUDIO_MODELS[family], dtype)
 
 
-def save_hearing_folder(path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+def save_audio_folder(path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint as `from_pretrained` reads it, tokenizer, processor and chat template with it."""
-    return save_folder(path, HEARING[family], lambda: make_hearing(family, dtype))
+    return save_folder(path, AUDIO_MODELS[family], lambda: make_audio_model(family, dtype))

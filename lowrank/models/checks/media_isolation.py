@@ -25,7 +25,7 @@ from lowrank.media.video import video_of
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import MODEL_ERRORS, distance, narrow_windows, one_token_at_a_time, tolerance
-from lowrank.models.sight import Sight
+from lowrank.models.media_encoder import MediaEncoder
 from lowrank.records import KIND_NAMES, Medium, Picture
 
 _SIZES = ((96, 64), (48, 112))
@@ -34,7 +34,7 @@ _FRAMES = (4, 3)
 _BEFORE, _AFTER = "Look at this", "and say what it shows"
 
 
-def give_sight(
+def give_media_encoder(
     base: Base,
     processor: MediaProcessor,
     wanted: str = "auto",
@@ -49,8 +49,8 @@ def give_sight(
 
     ModelError if none holds.
     """
-    earlier, names = base.sight, " and ".join(KIND_NAMES[kind] for kind in kinds)
-    base.sight = Sight(base, processor, kinds)
+    earlier, names = base.media_encoder, " and ".join(KIND_NAMES[kind] for kind in kinds)
+    base.media_encoder = MediaEncoder(base, processor, kinds)
     reason = _what_leaks(base)
     if reason is None:
         return None
@@ -58,12 +58,12 @@ def give_sight(
     if answering and before == "packed":
         return _apart_from_texts(base, names, reason, earlier)
     if before == "padded" or wanted == "packed" or not settle:
-        base.sight = earlier
+        base.media_encoder = earlier
         raise ModelError(f"{base.name} cannot be given {names} in the {before} layout: {reason}")
     base.settle("padded")
     padded_reason = _what_leaks(base)
     if padded_reason is not None:
-        base.sight = earlier
+        base.media_encoder = earlier
         base.settle(before)
         raise ModelError(
             f"{base.name} ({base.model.config.model_type}) cannot be trained on {names}: packed, {reason}; padded, "
@@ -72,21 +72,21 @@ def give_sight(
     return f"with {names} this model runs one document per padded row, which is slower: packed, {reason}"
 
 
-def _apart_from_texts(base: Base, names: str, reason: str, earlier: Sight | None) -> str:
+def _apart_from_texts(base: Base, names: str, reason: str, earlier: MediaEncoder | None) -> str:
     """Media in padded rows beside packed texts; the sentence to tell the user. ModelError if that does not hold."""
-    assert base.sight is not None
-    base.sight.padded = True
+    assert base.media_encoder is not None
+    base.media_encoder.padded = True
     padded_reason = _what_leaks(base)
     if padded_reason is not None:
-        base.sight = earlier
+        base.media_encoder = earlier
         raise ModelError(f"{base.name} is not asked about {names}: packed, {reason}; padded, {padded_reason}")
     return f"questions with {names} are answered in fixed batches, which is slower: packed, {reason}"
 
 
 def _what_leaks(base: Base) -> str | None:
     """None if all is well with every kind, else what happened, in words."""
-    assert base.sight is not None
-    return next(filter(None, (_what_leaks_of(base, kind) for kind in base.sight.kinds)), None)
+    assert base.media_encoder is not None
+    return next(filter(None, (_what_leaks_of(base, kind) for kind in base.media_encoder.kinds)), None)
 
 
 def _what_leaks_of(base: Base, kind: str) -> str | None:
@@ -117,7 +117,7 @@ def _what_leaks_of(base: Base, kind: str) -> str | None:
 
 def made_up_documents(base: Base, kind: str, seed: int = 0) -> list[Segment]:
     """A text, and two documents with a medium of a kind each, for a base that takes some."""
-    processor = base.sight.processor if base.sight else None
+    processor = base.media_encoder.processor if base.media_encoder else None
     assert processor is not None
     tokenizer = processor.own.tokenizer
 
@@ -161,12 +161,12 @@ def _hidden(base: Base, documents: list[Segment]) -> torch.Tensor:
 @torch.no_grad()
 def _alone(base: Base, document: Segment) -> torch.Tensor:
     """What transformers makes of one document, with nothing of ours but the tokens."""
-    assert base.sight is not None
+    assert base.media_encoder is not None
     token_1L = torch.from_numpy(document.token_L)[None].to(base.device)
     given: dict[str, Any] = {"input_ids": token_1L, "attention_mask": torch.ones_like(token_1L)}
     if document.media is not None:
-        given |= {name: base.sight.types(token_1L, name) for name in ("mm_token_type_ids", "token_type_ids")}
-        inputs = base.sight.cast(base.sight.processor.inputs(document.media.items))
+        given |= {name: base.media_encoder.types(token_1L, name) for name in ("mm_token_type_ids", "token_type_ids")}
+        inputs = base.media_encoder.cast(base.media_encoder.processor.inputs(document.media.items))
         given |= {name: value.to(base.device) for name, value in inputs.items() if name not in given}
     takes = inspect.signature(base.backbone.forward).parameters
     given = {name: value for name, value in given.items() if name in takes}

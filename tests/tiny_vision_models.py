@@ -36,7 +36,7 @@ _FIRST_PICTURES = (
 
 
 @dataclass(frozen=True)
-class Sight:
+class VisionRecipe:
     """What makes a tiny composite see: names of its tokens by id, its processor, the place in its template."""
 
     tokens: dict[int, str]
@@ -110,26 +110,26 @@ def _gemma4(tokenizer: Any) -> Any:
     return _processor("Gemma4Processor", images, tokenizer, image_seq_length=4)
 
 
-SIGHTED: dict[str, Sight] = {
-    "qwen2_5_vl": Sight(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen2_5_VLProcessor")),
-    "qwen2_vl": Sight(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen2VLProcessor")),
-    "qwen3_vl": Sight(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen3VLProcessor")),
-    "qwen3_5": Sight(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen3VLProcessor")),
-    "llava": Sight(
+VISION_MODELS: dict[str, VisionRecipe] = {
+    "qwen2_5_vl": VisionRecipe(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen2_5_VLProcessor")),
+    "qwen2_vl": VisionRecipe(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen2VLProcessor")),
+    "qwen3_vl": VisionRecipe(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen3VLProcessor")),
+    "qwen3_5": VisionRecipe(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen3VLProcessor")),
+    "llava": VisionRecipe(
         {IMAGE: "<image>"},
         "<image>",
         _llava,
         config={"vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
         template=_FIRST_PICTURES,
     ),
-    "llava_onevision": Sight(
+    "llava_onevision": VisionRecipe(
         {IMAGE: "<image>", VIDEO: "<video>"},
         "<image>",
         _onevision,
         config={"image_grid_pinpoints": [[8, 8], [8, 16], [16, 8]]},
     ),
-    "mistral3": Sight({IMAGE: "[IMG]", _BREAK: "[IMG_BREAK]", _END: "[IMG_END]"}, "[IMG]", _pixtral),
-    "gemma3": Sight(
+    "mistral3": VisionRecipe({IMAGE: "[IMG]", _BREAK: "[IMG_BREAK]", _END: "[IMG_END]"}, "[IMG]", _pixtral),
+    "gemma3": VisionRecipe(
         {IMAGE: "<image_soft_token>", FIRST: "<start_of_image>", LAST: "<end_of_image>"},
         "<start_of_image>",
         _gemma3,
@@ -138,7 +138,7 @@ SIGHTED: dict[str, Sight] = {
             "text_config": {"layer_types": ["sliding_attention", "full_attention"]}
         },
     ),
-    "gemma4": Sight(
+    "gemma4": VisionRecipe(
         {
             IMAGE: "<|image|>",
             FIRST: "<|image>",
@@ -160,7 +160,7 @@ SIGHTED: dict[str, Sight] = {
         },
         config={"text_config": {"vocab_size_per_layer_input": VOCABULARY}},
     ),
-    "internvl": Sight(
+    "internvl": VisionRecipe(
         {IMAGE: "<IMG_CONTEXT>", FIRST: "<img>", LAST: "</img>", VIDEO: "<video>"},
         "<IMG_CONTEXT>",
         _internvl,
@@ -171,7 +171,7 @@ SIGHTED: dict[str, Sight] = {
             "video_token": "<video>",
         },
     ),
-    "idefics3": Sight(
+    "idefics3": VisionRecipe(
         {IMAGE: "<image>", FIRST: "<fake_token_around_image>", _SPARE: "<end_of_utterance>", _BREAK: "<global-img>"},
         "<image>",
         _idefics3,
@@ -179,17 +179,17 @@ SIGHTED: dict[str, Sight] = {
 }
 
 
-def make_sighted(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def make_vision_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model as its composite class, in evaluation mode, frozen."""
-    return make_model(family, SIGHTED[family], dtype)
+    return make_model(family, VISION_MODELS[family], dtype)
 
 
-def make_model(family: str, sight: Sight, dtype: torch.dtype = torch.float32) -> Any:
+def make_model(family: str, recipe: VisionRecipe, dtype: torch.dtype = torch.float32) -> Any:
     """The same, of what is in no table."""
     torch.manual_seed(0)
     config = COMPOSITES[family]()
     config.get_text_config().vocab_size = VOCABULARY
-    for name, value in sight.config.items():
+    for name, value in recipe.config.items():
         part = getattr(config, name, None) if isinstance(value, dict) else None
         for target, changes in [(part, value)] if part is not None else [(config, {name: value})]:
             for key, new in changes.items():
@@ -201,29 +201,29 @@ def make_model(family: str, sight: Sight, dtype: torch.dtype = torch.float32) ->
     return model.to(dtype)
 
 
-def save_sighted_folder(path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+def save_vision_folder(path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint as `from_pretrained` reads it, tokenizer, processor and chat template with it."""
-    return save_folder(path, SIGHTED[family], lambda: make_sighted(family, dtype))
+    return save_folder(path, VISION_MODELS[family], lambda: make_vision_model(family, dtype))
 
 
-def save_folder(path: Path, sight: Sight, make: Callable[[], Any]) -> Path:
+def save_folder(path: Path, recipe: VisionRecipe, make: Callable[[], Any]) -> Path:
     """The same, of a model that `make` makes."""
     save_checkpoint_folder(path)  # its weights are written over
     for file in path.glob("*.safetensors"):
         file.unlink()
     fast = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    names = [sight.tokens.get(token, f"<spare{token}>") for token in range(len(fast), max(sight.tokens) + 1)]
+    names = [recipe.tokens.get(token, f"<spare{token}>") for token in range(len(fast), max(recipe.tokens) + 1)]
     fast.add_tokens(names, special_tokens=True)
-    assert all(fast.convert_tokens_to_ids(name) == token for token, name in sight.tokens.items())
+    assert all(fast.convert_tokens_to_ids(name) == token for token, name in recipe.tokens.items())
     fast.chat_template = (
-        sight.template.replace("PLACE", sight.place).replace("SOUND", sight.sound).replace("FILM", sight.video)
+        recipe.template.replace("PLACE", recipe.place).replace("SOUND", recipe.sound).replace("FILM", recipe.video)
     )
     fast.save_pretrained(path)
     settings = json.loads((path / "tokenizer_config.json").read_text())
-    settings["extra_special_tokens"] = sight.named
+    settings["extra_special_tokens"] = recipe.named
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    processor = sight.processor(tokenizer)
+    processor = recipe.processor(tokenizer)
     processor.chat_template = None
     processor.save_pretrained(path)
     tokenizer.save_pretrained(path)
