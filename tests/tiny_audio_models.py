@@ -11,7 +11,7 @@ import transformers
 
 from lowrank.media.loading import class_named, make_processor
 from tests.tiny_composites import AUDIO, FIRST, IMAGE, LAST, VIDEO
-from tests.tiny_vision_models import VISION_MODELS, MediaEncoder, make_model, save_folder
+from tests.tiny_vision_models import VISION_MODELS, VisionRecipe, make_model, save_folder
 
 RATE = 16_000
 """Samples a second."""
@@ -63,15 +63,15 @@ _GEMMA_AUDIO = {
     "attention_context_right": 0,
 }
 
-AUDIO_MODELS: dict[str, MediaEncoder] = {
-    "qwen2_audio": MediaEncoder(
+AUDIO_MODELS: dict[str, VisionRecipe] = {
+    "qwen2_audio": VisionRecipe(
         _SOUND_TOKENS,
         "",
         _qwen2_audio,
         config={"audio_config": {"max_source_positions": 100}},
         sound=_SOUND,
     ),
-    "qwen2_5_omni_thinker": MediaEncoder(
+    "qwen2_5_omni_thinker": VisionRecipe(
         {IMAGE: "<|IMAGE|>", VIDEO: "<|VIDEO|>", FIRST: "<|vision_bos|>", LAST: "<|vision_eos|>", **_SOUND_TOKENS},
         "<|vision_bos|><|IMAGE|><|vision_eos|>",
         _omni,

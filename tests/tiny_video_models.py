@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests.tiny_audio_models import AUDIO_MODELS, omni_with_patches
-from tests.tiny_vision_models import VISION_MODELS, MediaEncoder, make_model, save_folder
+from tests.tiny_vision_models import VISION_MODELS, VisionRecipe, make_model, save_folder
 
 _QWEN_PLACE = "<|vision_start|><|video_pad|><|vision_end|>"
 _QWEN = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -32,7 +32,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "patch_size": 28,
     },
 }
-WATCHING: dict[str, MediaEncoder] = {
+WATCHING: dict[str, VisionRecipe] = {
     "qwen2_5_vl": replace(VISION_MODELS["qwen2_5_vl"], video=_QWEN_PLACE),
     "qwen3_vl": replace(VISION_MODELS["qwen3_vl"], video=_QWEN_PLACE),
     "llava_onevision": replace(VISION_MODELS["llava_onevision"], video="<video>"),

@@ -21,7 +21,7 @@ from lowrank.records import Conversation, Message, Picture
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.tiny_vision_models import make_vision_model
-from tests.train.test_pictures import PADDED, sighted
+from tests.train.test_pictures import PADDED, vision_base
 
 REPRESENTATIVE = ("qwen3_vl", "llava")
 families = [
@@ -71,7 +71,7 @@ def whole_with_logprobs(base: Any, model: Any, prompt: Prompt, number: int) -> t
 
 @pytest.mark.parametrize("family", families)
 def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path / "model", family)
+    base, tokenizer, _ = vision_base(tmp_path / "model", family)
     assert family not in PADDED
     one, other, third = pictures(tmp_path)
     renderer = Renderer(tokenizer, DataConfig())
@@ -94,7 +94,7 @@ def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
 
 
 def test_equal_placeholders_share_no_pages_and_adapters_answer_apart(tmp_path: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path / "model", "llava")
+    base, tokenizer, _ = vision_base(tmp_path / "model", "llava")
     one, other, _ = pictures(tmp_path)
     renderer = Renderer(tokenizer, DataConfig())
     bank = Bank(base)
@@ -119,7 +119,7 @@ def test_equal_placeholders_share_no_pages_and_adapters_answer_apart(tmp_path: P
 
 
 def test_two_adapters_look_with_towers_of_their_own(tmp_path: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path / "model", "qwen3_vl")
+    base, tokenizer, _ = vision_base(tmp_path / "model", "qwen3_vl")
     bank = Bank(base)
     everywhere: Any = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
     slots = [bank.add(LoraConfig(rank=2, **everywhere), seed=0), bank.add(LoraConfig(rank=2), seed=0), -1]
@@ -146,7 +146,7 @@ def test_two_adapters_look_with_towers_of_their_own(tmp_path: Path) -> None:
 
 
 def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:
-    base, tokenizer, _ = sighted(tmp_path / "model", "llava")
+    base, tokenizer, _ = vision_base(tmp_path / "model", "llava")
     segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
     base.media_encoder = None
     with pytest.raises(RequestError, match="is not asked about pictures here: it was loaded to read text alone"):
@@ -155,7 +155,7 @@ def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:
 
 def test_the_tokens_of_pictures_written_by_an_answer_are_tokens(tmp_path: Path) -> None:
     """Somebody's prompt of tokens, or an answer, may hold one: it takes no picture from its neighbours."""
-    base, tokenizer, _ = sighted(tmp_path / "model", "qwen3_vl")
+    base, tokenizer, _ = vision_base(tmp_path / "model", "qwen3_vl")
     segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
     generator = Generator(base, Bank(base))
     strange = np.array([5, base.media_encoder.token, 9, base.media_encoder.token], np.int64)

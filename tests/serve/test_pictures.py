@@ -23,7 +23,7 @@ from lowrank.errors import DataError
 from lowrank.generate.request import Prompt
 from lowrank.media.decoding import examine
 from lowrank.media.processor import MediaProcessor
-from lowrank.models.checks import media_encoder as media_check
+from lowrank.models.checks import media_isolation as media_check
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
