@@ -108,10 +108,10 @@ class LiveRun:
         return self._order("priority", name, {"priority": int(priority)})
 
     def end(self) -> str:
-        """Let the whole run save and end after the running step, as Ctrl-C does; it can be resumed."""
+        """Let the whole run save and end between two steps, within a second or so; it can be resumed."""
         self._refuse_unless_training("stop")
         (self.path / STOP).touch()
-        return "the run saves and ends after this step; with resume=true it goes on"
+        return "the run saves and ends after the step in which it notices; with resume=true it goes on"
 
     def _as_job(self, content: Mapping[str, Any], folder: Path | None, source: str) -> JobConfig:
         unknown = [key for key in content if key not in {"name", *JobSettings.model_fields}]

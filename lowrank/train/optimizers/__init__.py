@@ -1,6 +1,6 @@
 """How a job's parameters are updated: one file each, found by its name.
 
-A file has a `Config` (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimizer. From torch
+A file has a settings class (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimizer. From torch
 and from living libraries where there is one; written here only where there is none.
 """
 
@@ -162,7 +162,7 @@ ABSENT = {
 if TYPE_CHECKING:
 
     class OptimizerConfig(OptimizerSettings):
-        """What every optimizer's `Config` offers."""
+        """What every optimizer's settings offer."""
 
         type: str
 else:
