@@ -1,7 +1,7 @@
 """How a job's parameters are updated: one file each, found by its name.
 
-A file has a settings class (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimizer. From torch
-and from living libraries where there is one; written here only where there is none.
+A file has a settings class (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimizer. From
+torch and from living libraries where there is one; written here only where there is none.
 """
 
 from __future__ import annotations
