@@ -156,6 +156,18 @@ static inline void expand_4(bytes16 codes, const bytes16 *table, void *out) {
     STORE16((uint8_t *)out + 48, ZIP_HIGH_16(high01, high23));
 }
 
+#ifdef __AVX512F__
+/* 16 values by one instruction, which reads four bits of an index: what stands above a code does no harm. */
+static inline void block_4(const uint8_t *from, const uint32_t *bits, int64_t block, uint32_t *to) {
+    __m512i table = _mm512_loadu_si512(bits);
+    for (int64_t i = 0; i < block / 2; i += 16) {
+        bytes16 both = LOAD16(from + i), first = _mm_srli_epi16(both, 4);
+        __m512i low = _mm512_cvtepu8_epi32(ZIP_LOW_8(first, both)), high = _mm512_cvtepu8_epi32(ZIP_HIGH_8(first, both));
+        _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi32(low, table));
+        _mm512_storeu_si512(to + 2 * i + 16, _mm512_permutexvar_epi32(high, table));
+    }
+}
+#else
 static inline void block_4(const uint8_t *from, const uint32_t *bits, int64_t block, uint32_t *to) {
     bytes16 table[4];
     table_4(bits, table);
@@ -165,6 +177,7 @@ static inline void block_4(const uint8_t *from, const uint32_t *bits, int64_t bl
         expand_4(ZIP_HIGH_8(first, second), table, to + 2 * i + 16);
     }
 }
+#endif
 
 #ifdef __AVX512BW__
 /* 32 values by one instruction. It reads five bits of an index, and the table is there twice, so what stands above the
