@@ -117,7 +117,11 @@ def _language_part(model: Model, names: Names, *, untied: bool = False) -> Model
     )
     return replace(
         model,
-        config={**model.config, "tie_word_embeddings": bool(names.tied) and not untied},
+        config={
+            **model.config,
+            "tie_word_embeddings": bool(names.tied) and not untied,
+            "vision_config": names.model.config.to_dict().get("vision_config"),
+        },
         shapes={plain: model.shapes[name] for plain, name in file_of.items()},
         dtypes={plain: model.dtypes[name] for plain, name in file_of.items()},
         tensor=lambda plain: model.tensor(file_of[plain]),

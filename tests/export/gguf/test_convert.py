@@ -36,7 +36,7 @@ def test_llama_cpp_computes_what_transformers_computes(family, tmp_path):
 
 
 def test_every_family_is_tested(tmp_path):
-    composites = {COMPOSITES[name]().get_text_config().model_type for name in ("qwen2_vl", "qwen2_5_vl")}
+    composites = {COMPOSITES[name]().get_text_config().model_type for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
     assert set(families()) <= {config().model_type for config, _ in FAMILIES.values()} | composites
 
 

@@ -40,7 +40,14 @@ _TEXT: dict[str, dict[str, Any]] = {
     "gemma3": {"num_hidden_layers": 7, "layer_types": _KINDS, "head_dim": 16, "query_pre_attn_scalar": 16},
     "qwen2_vl": {"rms_norm_eps": 1e-12},
     "qwen2_5_vl": {"rms_norm_eps": 1e-12},
+    # Frequencies that no section reaches stand still in llama.cpp; of released models they are the two slowest.
+    "qwen3_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}},
+    "idefics3": {},
 }
+_TOKENS = {"idefics3": {278: "\n\n"}}
+"""What llama.cpp puts before a picture and takes for one token."""
+_MOST_KL = {"gemma3": 1e-3, "idefics3": 1e-3}
+"""A GELU from a table; a picture that llama.cpp makes smaller for its overview. Of all others 1e-6."""
 
 
 def save_seeing(folder: Path, family: str, seed: int = 0) -> Path:
@@ -64,7 +71,8 @@ def save_seeing(folder: Path, family: str, seed: int = 0) -> Path:
                 torch.nn.init.normal_(parameter, std=0.2)
         return model
 
-    return save_folder(folder, replace(VISION_MODELS[family], config={}), make)
+    tokens = {**VISION_MODELS[family].tokens, **_TOKENS.get(family, {})}
+    return save_folder(folder, replace(VISION_MODELS[family], tokens=tokens, config={}), make)
 
 
 def with_adapter(base: Path, config: LoraConfig | None) -> ResolvedSource:
@@ -99,7 +107,7 @@ def test_llama_cpp_sees_what_base_and_adapter_see(family: str, upstream: Upstrea
     text, picture = reported["comparisons"]
     assert picture["name"].startswith("mmproj-")
     assert picture["passed"], picture["problems"]
-    assert picture["mean_kl"] < (1e-3 if family == "gemma3" else 1e-6)  # its GELU is a table
+    assert picture["mean_kl"] < _MOST_KL.get(family, 1e-6)
     assert text["passed"] or (family == "gemma3" and text["mean_kl"] < 1e-3)
     written = {path.name for path in (tmp_path / "out").glob("*.gguf")}
     assert len(written) == 2

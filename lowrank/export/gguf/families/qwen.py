@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3, their mixtures of experts, and the language models of Qwen 2 VL and 2.5 VL."""
+"""Qwen 2, 2.5 and 3, their mixtures of experts, and the language models of Qwen 2 VL, 2.5 VL and 3 VL."""
 
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ def vision_fields(config: dict[str, Any]) -> Fields:
     return {**transformer_fields(config), "rope.dimension_sections": [*sections, *[0] * (4 - len(sections))]}
 
 
+def deepstack_fields(config: dict[str, Any]) -> Fields:
+    """And the tower gives features to so many of the first layers."""
+    vision = config.get("vision_config") or {}
+    return {**vision_fields(config), "n_deepstack_layers": len(vision.get("deepstack_visual_indexes") or ())}
+
+
 DENSE = Family(arch="qwen2", fields=transformer_fields, refuse=refuse, notes=windows)
 MIXTURE = replace(
     DENSE, arch="qwen2moe", fields=mixture_fields, parts=mixture_parts, refuse=refuse_mixture, experts=PROJECTIONS
@@ -71,6 +77,7 @@ VISION_MODELS = replace(DENSE, arch="qwen2vl", fields=vision_fields, refuse=refu
 FAMILIES = {
     "qwen2_vl_text": VISION_MODELS,
     "qwen2_5_vl_text": VISION_MODELS,
+    "qwen3_vl_text": replace(VISION_MODELS, arch="qwen3vl", fields=deepstack_fields),
     "qwen2": DENSE,
     "qwen3": replace(DENSE, arch="qwen3"),
     "qwen2_moe": MIXTURE,
