@@ -49,16 +49,18 @@ def demo(
     console.print(f"\nThe best adapter is [bold]{best}[/], in {output_dir / best / 'best'}")
     console.print(f"The curves are in {output_dir / 'loss.png'}\n")
     program = formatting.program()
-    console.print(f"  talk to it          [bold]{program} chat {output_dir} --adapter {best}[/]")
-    console.print(f"  export it        [bold]{program} export {output_dir} --adapter {best} --to merged,awq[/]")
-    console.print(
-        "  for llama.cpp       [bold]pip install 'lowrank-llm\\[gguf]'[/], then [bold]--to gguf --type q8_0,q4_k_m[/]"
-    )
-    console.print(f"  look at your data   [bold]{program} data your.json[/]")
-    console.print(
-        f"  train on it         [bold]{program} train model=MODEL data.train=your.json output_dir=runs/mine[/]"
-    )
-    console.print(f"  in a browser        [bold]{program} board[/] [dim](pip install 'lowrank-llm\\[board]')[/]")
+    for what, command in (
+        ("talk to it", f"[bold]{program} chat {output_dir} --adapter {best}[/]"),
+        ("export it", f"[bold]{program} export {output_dir} --adapter {best} --to merged,awq[/]"),
+        (
+            "for llama.cpp",
+            "[bold]pip install 'lowrank-llm\\[gguf]'[/], then [bold]--to gguf --type q8_0,q4_k_m[/]",
+        ),
+        ("look at your data", f"[bold]{program} data your.json[/]"),
+        ("train on it", f"[bold]{program} train model=MODEL data.train=your.json output_dir=runs/mine[/]"),
+        ("in a browser", f"[bold]{program} board[/] [dim](pip install 'lowrank-llm\\[board]')[/]"),
+    ):
+        console.print(f"  {what:<18}  {command}", soft_wrap=True)  # to be copied whole
 
 
 def _answer_held_out(run: Path) -> list[Answered]:

@@ -106,11 +106,15 @@ def _cut(base: Base, entries: Sequence[tuple[int, Segment]], most: int) -> Itera
     """Indices of batches, sorted by slot within a batch; entries of about one length together."""
     order = sorted(range(len(entries)), key=lambda index: len(entries[index][1]))
     batch: list[int] = []
-    for index in order:
-        lengths = tuple(len(entries[each][1]) for each in [*batch, index])
-        if batch and (base.padded_tokens(lengths) > most or not base.may_share(lengths)):
+    total = shortest = 0
+    for index in order:  # the longest comes last
+        length = len(entries[index][1])
+        tokens = base.tokens_in_pass(len(batch) + 1, total + length, length)
+        if batch and (tokens > most or not base.may_share((shortest, length))):
             yield sorted(batch, key=lambda each: entries[each][0])
-            batch = []
+            batch, total = [], 0
+        shortest = shortest if batch else length
         batch.append(index)
+        total += length
     if batch:
         yield sorted(batch, key=lambda each: entries[each][0])
