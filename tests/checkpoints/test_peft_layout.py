@@ -335,7 +335,7 @@ def test_the_refused_starts_do_alter_the_base(start: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "HRA"}, "peft_type is 'HRA'"),
+        ({"peft_type": "BOFT"}, "peft_type is 'BOFT'"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: .* holds no token_adapter"),
         ({"use_dora": True}, "lora_magnitude_vector: missing, though use_dora is set"),
         ({"peft_type": "LOHA", "lora_alpha": None}, "q_proj.lora_A.weight: no kind of tensor of a LOHA adapter"),

@@ -170,10 +170,10 @@ def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
     ("family", "adapter", "policy"),
     [
         ("llava", FROZEN, "none"),
-        ("qwen2_5_vl", EVERYWHERE, "full"),
+        ("llava", EVERYWHERE, "full"),
         slow("llava", EVERYWHERE, "none"),
         slow("llava", FROZEN, "full"),
-        slow("llava", EVERYWHERE, "full"),
+        slow("qwen2_5_vl", EVERYWHERE, "full"),
         slow("qwen2_5_vl", FROZEN, "none"),
         slow("qwen2_5_vl", EVERYWHERE, "none"),
         slow("qwen2_5_vl", FROZEN, "full"),
