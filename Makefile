@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 WORKERS ?= $(shell $(PYTHON) tests/workers.py)
 SHARED_DATA ?=
 
-.PHONY: demo board test test-slow test-gpu test-clients rehearse check clean
+.PHONY: demo board test suite test-slow test-gpu test-clients rehearse check lint types clean
 
 demo: $(VENV)/.core
 	$(BIN)/lowrank demo
@@ -24,7 +24,11 @@ demo: $(VENV)/.core
 board: $(VENV)/.board
 	$(BIN)/lowrank board
 
-test: check
+# Types are checked beside the tests: a minute of one core, which would wait.
+test: lint
+	$(MAKE) --no-print-directory -j 2 types suite
+
+suite: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not clients" --durations=20 $(if $(SHARED_DATA),--shared-data=$(SHARED_DATA)) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test
@@ -41,12 +45,16 @@ rehearse: $(REHEARSAL)/.made
 	LOWRANK_REHEARSAL=1 LD_PRELOAD=$(CURDIR)/$(REHEARSAL)/libcuda.so.1 OMP_NUM_THREADS=1 \
 	  $(REHEARSAL)/bin/python -m pytest tests/rehearsal --timeout=1200 $(PYTEST_ARGS)
 
-check: $(VENV)/.test
+check: lint types
+
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_dead_code.py
+
+types: $(VENV)/.test
+	$(BIN)/pyright
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
