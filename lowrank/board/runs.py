@@ -118,7 +118,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def _state(folder: Path, marker: dict[str, Any], summary: dict[str, Any]) -> str:
     if summary and _time(folder / "summary.json") >= _started(marker):  # else it is of an earlier start
         return STOPPED if summary.get("interrupted") else DONE
-    return RUNNING if writer_lives(marker) else BROKEN
+    if writer_lives(marker):
+        return RUNNING
+    if summary and _time(folder / "metrics.jsonl") < _started(marker):  # ended before its first step: all is as it was
+        return STOPPED if summary.get("interrupted") else DONE
+    return BROKEN
 
 
 def writer_lives(marker: dict[str, Any]) -> bool:

@@ -54,6 +54,9 @@ def test_the_state_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
         assert read_run("resumed", old).state == "running"
         process.kill()
     assert read_run("running", tmp_path / "running").state == "died"
+    assert read_run("resumed", old).state == "died"  # metrics.jsonl is of this start
+    os.utime(old / "metrics.jsonl", (now - 900, now - 900))
+    assert read_run("resumed", old).state == "stopped", "a start that ended before its first step left all as it was"
 
 
 def test_a_run_from_a_terminal_is_listed_and_holds_the_queue(tmp_path: Path) -> None:
