@@ -252,6 +252,7 @@ def run(contender: str, world: int, options: argparse.Namespace, folder: Path, c
     out = folder / f"{contender}.json"
     command = [sys.executable, "-m", "benchmarks.ranks", "--contender", contender, "--out", str(out)]
     command += [f"--{name}={getattr(options, name)}" for name in ("steps", "hidden", "layers")]
+    command += ["--count"] if count else []
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
     launched = {"LOCAL_WORLD_SIZE": str(world)} if world > 1 else {}
     ranks = [
