@@ -162,6 +162,24 @@ def planned(settings: ModelConfig, adapter: LoraConfig) -> StepMemory:
     return StepMemory(settings, [PlannedJob(adapter, SFTConfig().build(), AdamWConfig(), step) for _ in range(2)])
 
 
+def assert_planned_as_measured(
+    settings: ModelConfig,
+    memory: StepMemory,
+    tokens_of_pass: tuple[int, ...],
+    policy: str,
+    kinds: tuple[str, ...] = ("image",),
+) -> None:
+    """Out of a few layers, for passes of each of these sizes."""
+    first, others = memory.cores()
+    assert first is not None
+    assert others
+    for tokens in tokens_of_pass:
+        static, peak = measured(settings, list(memory.jobs), memory.layout, tokens, policy, kinds)
+        found = memory.step(tokens, policy)
+        assert found.base + found.adapters == pytest.approx(static, rel=0.03)
+        assert 0.95 * peak < found.total - found.static < 1.1 * peak
+
+
 def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
     return pytest.param(family, adapter, policy, marks=pytest.mark.slow)
 
@@ -188,14 +206,7 @@ def test_a_simulated_step_is_a_real_step(family: str, adapter: LoraConfig, polic
     settings = folder_of(family, tmp_path)
     memory = planned(settings, adapter)
     assert memory.layout == ("padded" if family == "gemma3" else "packed")
-    first, others = memory.cores()
-    assert first is not None
-    assert others
-    for tokens in (4096, 600):
-        static, peak = measured(settings, list(memory.jobs), memory.layout, tokens, policy)
-        found = memory.step(tokens, policy)
-        assert found.base + found.adapters == pytest.approx(static, rel=0.03)
-        assert 0.95 * peak < found.total - found.static < 1.1 * peak
+    assert_planned_as_measured(settings, memory, (4096, 600), policy)
 
 
 def test_the_plan_says_what_pictures_take(tmp_path: Path) -> None:

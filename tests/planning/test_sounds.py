@@ -18,7 +18,7 @@ from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
 from lowrank.train.optimizers.adamw import AdamWConfig
-from tests.planning.test_pictures import EVERYWHERE, FROZEN, measured, segment_of
+from tests.planning.test_pictures import EVERYWHERE, FROZEN, assert_planned_as_measured, segment_of, slow
 from tests.tiny_audio_models import AUDIO_MODELS, RATE, save_audio_folder
 from tests.tiny_composites import COMPOSITES
 from tests.tiny_vision_models import VOCABULARY
@@ -76,10 +76,6 @@ def planned(settings: ModelConfig, adapter: Any) -> StepMemory:
     return StepMemory(settings, [PlannedJob(adapter, SFTConfig().build(), optimizer, step) for _ in range(2)])
 
 
-def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
-    return pytest.param(family, adapter, policy, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("family", "adapter", "policy"),
     [
@@ -98,11 +94,4 @@ def test_a_simulated_step_is_a_real_step(family: str, adapter: LoraConfig, polic
     """Frozen towers and adapted ones, in one pass and in several."""
     settings = folder_of(family, tmp_path)
     memory = planned(settings, adapter)
-    first, others = memory.cores()
-    assert first is not None
-    assert others
-    for tokens in (4096, 120):
-        static, peak = measured(settings, list(memory.jobs), memory.layout, tokens, policy, kinds=("audio",))
-        found = memory.step(tokens, policy)
-        assert found.base + found.adapters == pytest.approx(static, rel=0.03)
-        assert 0.95 * peak < found.total - found.static < 1.1 * peak
+    assert_planned_as_measured(settings, memory, (4096, 120), policy, kinds=("audio",))

@@ -15,7 +15,7 @@ import transformers
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
 from lowrank.export.gguf.header import read_header
-from lowrank.export.gguf.upstream import SCRIPT, Upstream, fetch
+from lowrank.export.gguf.upstream import SCRIPT, Upstream
 from lowrank.export.publish.ollama_server import plan as plan_deployment
 from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.ollama import OllamaExportConfig
@@ -82,17 +82,6 @@ def with_adapter(base: Path, config: LoraConfig | None) -> ResolvedSource:
     with quiet_transformers():
         model = transformers.AutoModelForMultimodalLM.from_pretrained(base, dtype=torch.float32)
     return replace(found, source=replace(found.source, adapter=random_adapter(model, config)))
-
-
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
-    """Fetched once for these tests, as a user's is."""
-    folder = tmp_path_factory.mktemp("converter") / "it"
-    try:
-        fetch(folder)
-    except ModelError as error:
-        pytest.skip(str(error))
-    return Upstream(folder)
 
 
 @pytest.mark.slow

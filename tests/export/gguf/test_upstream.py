@@ -13,7 +13,7 @@ import transformers
 from lowrank.errors import ModelError
 from lowrank.export.gguf.convert import convert
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
-from lowrank.export.gguf.upstream import SCRIPT, Upstream, fetch
+from lowrank.export.gguf.upstream import SCRIPT, Upstream
 from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.pipelines.export import ExportRequest, export_targets
 from lowrank.pipelines.export_source import open_source
@@ -36,17 +36,6 @@ def save_unknown(folder: Path, name: str = "SmolLM3Config") -> Any:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
-
-
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
-    """Fetched once for these tests, as a user's is."""
-    folder = tmp_path_factory.mktemp("converter") / "it"
-    try:
-        fetch(folder)
-    except ModelError as error:
-        pytest.skip(str(error))
-    return Upstream(folder)
 
 
 @pytest.mark.slow
