@@ -64,6 +64,8 @@ class Bank:
         self.virtual = VirtualTokens(self.routing)
         self.blocks = Blocks(self.routing)
         self.slots: dict[int, Slot] = {}
+        self.times_added = 0
+        """Adapters that have come so far; another one may have wrapped more layers, in a slot that had one before."""
 
     def add(
         self, config: AdapterConfig, *, seed: int, looks: CalibrationSteps | None = None, slot: int | None = None
@@ -266,6 +268,7 @@ class Bank:
     def _free(self, wanted: int | None = None) -> int:
         """The slot that is wanted, or the first that nobody has."""
         assert wanted not in self.slots, f"slot {wanted} is taken"
+        self.times_added += 1
         if wanted is not None:
             return wanted
         return next(index for index in range(len(self.slots) + 1) if index not in self.slots)

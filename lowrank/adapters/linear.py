@@ -116,7 +116,7 @@ class RoutedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, self.in_features)
         if self.routing.current.group_T is not None and not torch.is_grad_enabled():
-            return self._answer_by_row(x_TD, self.routing.current.group_T).view(*x.shape[:-1], self.out_features)
+            return self._answer_by_row(x_TD).view(*x.shape[:-1], self.out_features)
         if self.routing.current.decoding and not torch.is_grad_enabled() and answers_rows(x_TD):
             y_TO = self._answer(x_TD)
             if y_TO is not None:
@@ -166,6 +166,12 @@ class RoutedLinear(nn.Module):
             self._side_by_side = StackedAdapters(adapters, self.base, x_TD)
         return self._side_by_side.stack is not None
 
+    @property
+    def shape_side_by_side(self) -> torch.Size | None:
+        """(G, R, D) of what `put_side_by_side` holds: other shapes may be compiled anew."""
+        held = self._side_by_side
+        return None if held is None or held.stack is None else held.stack.A_GRD.shape
+
     def _answer(self, x_TD: torch.Tensor) -> torch.Tensor | None:
         """All slots' updates by the kernels for answers; None if one of them is more than low-rank."""
         ranges = [each for each in self.routing.current.in_rows_of(len(x_TD), self.name) if each[0] in self.adapters]
@@ -185,11 +191,12 @@ class RoutedLinear(nn.Module):
             add_updates_of_rows(x_TD, y_TO, held.A_GRD, held.B_GOR, self._stacked.scale_G, group_T)
         return y_TO
 
-    def _answer_by_row(self, x_TD: torch.Tensor, group_T: torch.Tensor) -> torch.Tensor:
+    def _answer_by_row(self, x_TD: torch.Tensor) -> torch.Tensor:
         """All slots' updates, of tensors alone: a compiled layer reads nothing else that changes between steps."""
         y_TO = self.base(x_TD)
         held = self._side_by_side
         if held is not None and held.stack is not None:
+            group_T = self.routing.current.groups_of_rows(len(x_TD), self.name)
             add_updates_by_row(y_TO, x_TD, held.stack.A_GRD, held.stack.B_GOR, held.scale_G, group_T)
         return y_TO
 

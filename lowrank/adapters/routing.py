@@ -73,13 +73,14 @@ class ForwardContext:
         """The ranges in a layer's own rows, of which there are `total`."""
         if not self.ranges:
             return []
-        each, rest = divmod(total, self.num_rows)
-        if rest or not each:
-            raise ModelError(
-                f"{layer} sees {total} of {self.num_rows} tokens (an expert of a mixture?), so it cannot carry an "
-                "adapter; name it in adapter.exclude_modules"
-            )
+        each = _rows_of_a_token(total, self.num_rows, layer)
         return [(slot, first * each, end * each) for slot, first, end in self.ranges]
+
+    def groups_of_rows(self, total: int, layer: str) -> torch.Tensor:
+        """`group_T` of a layer's own rows, of which there are `total`."""
+        assert self.group_T is not None, "a pass of compiled layers"
+        each = _rows_of_a_token(total, len(self.group_T), layer)
+        return self.group_T if each == 1 else self.group_T.repeat_interleave(each)
 
     def counters(self, total: int) -> torch.Tensor | None:
         """The draw counter of each row of a layer that sees `total`; None where nothing is drawn."""
@@ -109,3 +110,14 @@ class Routing:
             yield
         finally:
             self.current = before
+
+
+def _rows_of_a_token(total: int, tokens: int, layer: str) -> int:
+    """How many rows each token has in a layer that sees `total`."""
+    each = total // tokens  # torch.compile knows no divmod of sizes
+    if total % tokens or not each:
+        raise ModelError(
+            f"{layer} sees {total} of {tokens} tokens (an expert of a mixture?), so it cannot carry an adapter; name "
+            "it in adapter.exclude_modules"
+        )
+    return each

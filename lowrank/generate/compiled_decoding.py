@@ -6,14 +6,16 @@ compiled one by one and share what was compiled; the model's own code around the
 the adapters' updates are operators in it (`attend_pages`, `add_updates_by_row`), so that neither longer sequences nor
 other adapters compile anything anew; other numbers of rows do it once, from one row to many.
 
-Nothing is believed: the first step of every number of rows and slots is made plainly as well, and hidden states, keys
-and values are compared. Where they differ, or anything goes wrong, it says so and answers go on plainly.
+Nothing is believed: the first step of every number of rows and slots (with CUDA graphs, until one was replayed) is made
+plainly as well, and hidden states, keys and values are compared. Where they differ, or anything goes wrong, it says so
+and answers go on plainly.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +36,9 @@ _GRAPHS = 64
 """torch compiles a layer anew for one row and for many, without adapters, with one and with several, and for each kind
 of layer; it gives up after eight if nobody says otherwise."""
 
+_UNTIL_REPLAYED = 3
+"""torch runs what a CUDA graph is to hold as it is, then records it, and replays it from the third time on."""
+
 _CALL = "_compiled_call_impl"
 """Where `nn.Module.compile` puts what calls of the module go through from then on. Training, questions and the plain
 step go through the layers as they are, so it is there for one step at a time."""
@@ -50,8 +55,9 @@ class CompiledDecoding:
         self.problem: str | None = None
         self._stream = InGraph()
         self._left_out = False
-        self._linears: tuple[tuple[int, ...] | None, list[RoutedLinear]] = None, []
-        self._compared: set[tuple[int, int]] = set()
+        self._linears: tuple[int, list[RoutedLinear]] = -1, []
+        """With `Bank.times_added` when they were looked for."""
+        self._compared: Counter[Hashable] = Counter()
         self._calls: dict[Any, Any] = {}
         reason = _why_not(base)
         if reason is not None:
@@ -62,9 +68,9 @@ class CompiledDecoding:
 
         What it wrote into the cache before it gave up, the plain step writes again.
         """
-        slots = tuple(slot for slot, _, _ in context.ranges if slot >= 0)
-        if self.problem is not None:
+        if self.problem is not None or not batch.cache.layers:  # the first pass of a cache tells its layers
             return None
+        slots = tuple(slot for slot, _, _ in context.ranges if slot >= 0)
         if not self._put_side_by_side(slots):
             if not self._left_out:
                 self._notify("compiled layers know low-rank updates of linear layers; others are answered plainly")
@@ -76,8 +82,9 @@ class CompiledDecoding:
             with self._bank.routing.using(by_row), self._compiled_layers(), self._stream.running(batch):
                 position_1T = batch.position_T[None]
                 hidden_TD = self._base.call(token_T[None], position_ids=position_1T, packed=self._stream)[0]
-            if (len(token_T), len(slots)) not in self._compared:
-                self._compare(hidden_TD, token_T, batch, context)
+            code = len(token_T), len(slots), tuple(each.shape_side_by_side for each in self._linears[1])
+            if self._compared[code] < (_UNTIL_REPLAYED if self._has_graphs else 1):
+                self._compare(hidden_TD, token_T, batch, context, code)
         except Exception as error:  # compilers and drivers raise what they like, and there is the plain step
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self._give_up(f"{type(error).__name__}: {' '.join(lines[:3])[:400]}")
@@ -85,7 +92,12 @@ class CompiledDecoding:
         return hidden_TD if self.problem is None else None
 
     def _compare(
-        self, hidden_TD: torch.Tensor, token_T: torch.Tensor, batch: PagedBatch, context: ForwardContext
+        self,
+        hidden_TD: torch.Tensor,
+        token_T: torch.Tensor,
+        batch: PagedBatch,
+        context: ForwardContext,
+        code: Hashable,
     ) -> None:
         """Give up if the plain step, made after it, gives other values."""
         own, written = hidden_TD[: batch.num_own].clone(), batch.written()
@@ -99,7 +111,7 @@ class CompiledDecoding:
             apart = max(apart, distance(ours[sound_T], plain[sound_T]))
         if apart > tolerance(self._base):
             self._give_up(f"a step of {len(token_T)} rows gives other values (by {apart:.1e})")
-        self._compared.add((len(token_T), len({slot for slot, _, _ in context.ranges if slot >= 0})))
+        self._compared[code] += 1
 
     def _put_side_by_side(self, slots: tuple[int, ...]) -> bool:
         """Have each layer hold what these slots have there; False if one of them has more than low-rank updates of
@@ -108,9 +120,10 @@ class CompiledDecoding:
         if self._base.stand_in is not None or self._bank.blocks.found or any(e.experts or e.copies for e in own):
             return False
         x_0D = torch.empty(0, 0, dtype=self._base.dtype, device=self._base.device)
-        if self._linears[0] != tuple(self._bank.slots):  # a new adapter may have wrapped more of them
+        if self._linears[0] != self._bank.times_added:  # a new adapter may have wrapped more of them
             found = [each for each in self._base.backbone.modules() if isinstance(each, RoutedLinear)]
-            self._linears = tuple(self._bank.slots), found
+            self._linears = self._bank.times_added, found
+            self._compared.clear()
         return all(each.put_side_by_side(slots, x_0D) for each in self._linears[1])
 
     @contextlib.contextmanager
@@ -119,8 +132,7 @@ class CompiledDecoding:
         layers = decoder_layers(self._base.model)
         assert layers is not None, "checked before"
         if not self._calls:
-            graphs = self._backend == "inductor" and is_nvidia(self._base.device)
-            options = {"triton.cudagraphs": True} if graphs else None
+            options = {"triton.cudagraphs": True} if self._has_graphs else None
             for layer in layers:
                 layer.compile(fullgraph=True, dynamic=True, backend=self._backend, options=options)
                 self._calls[layer] = getattr(layer, _CALL)
@@ -135,6 +147,10 @@ class CompiledDecoding:
             finally:
                 for layer in self._calls:
                     setattr(layer, _CALL, None)
+
+    @property
+    def _has_graphs(self) -> bool:
+        return self._backend == "inductor" and is_nvidia(self._base.device)
 
     def _give_up(self, reason: str) -> None:
         self.problem = reason

@@ -333,8 +333,10 @@ class Generator:
         return self.base.head().finish(logits_BV[: len(rows)])
 
     def _rows_for(self, rows: int) -> int:
-        """On a CPU every new number of rows costs time and memory (kernels/shape_bucketing.py), so there are few."""
-        return bucketed_rows(rows) if rows and self.base.device.type == "cpu" else rows
+        """On a CPU every new number of rows costs time and memory (kernels/shape_bucketing.py), and compiled layers a
+        comparison and a graph of each layer, so there are few."""
+        few = self.base.device.type == "cpu" or self.compiled is not None
+        return bucketed_rows(rows) if rows and few else rows
 
     def _fixed_batch(self, most: int) -> bool:
         """Where the cache is not ours: whoever waits, as one batch, to its end."""

@@ -77,6 +77,7 @@ def add_updates_triton(
     rows, width = x_TD.shape
     rank, height = A_GRD.shape[1], y_TO.shape[1]
     assert y_TO.is_contiguous()
+    assert len(group_T) == rows, "a row without a group would read foreign memory"
     if not rows or not len(A_GRD):
         return
     padded = triton.next_power_of_2(rank)

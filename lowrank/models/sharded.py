@@ -95,7 +95,9 @@ class Sharded:
                     shape=cut.shape,
                     stride=cut.stride(),
                 )
-        layer.load_state_dict(parts, strict=False, assign=True)
+        if parts:
+            found: Any = layer.load_state_dict(parts, strict=False, assign=True)
+            assert not found.unexpected_keys, "each has the name of a parameter"
         all_read(layer)
 
     @contextmanager

@@ -89,6 +89,35 @@ def test_equal_and_compiled_once() -> None:
     assert all(each._compiled_call_impl is None for each in engine.base.model.modules())
 
 
+def test_an_adapter_of_more_layers_in_a_slot_that_was_freed() -> None:
+    """Layers that it has wrapped anew got no update, and no step of so many rows and slots was compared again."""
+    engine, notes = world(LoraConfig(rank=4, target_modules=("q_proj",))), []
+    generator = compiled(engine, Counting(), notes)
+    assert answers(generator, [0, 0]) == plain(engine, [0, 0])
+    engine.remove(0)
+    engine.bank.remove(0)
+    assert engine.bank.add(LoraConfig(rank=4), seed=1) == 0
+    with torch.no_grad():
+        for parameter in engine.bank.parameters(0).values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(parameter))
+    engine.bank.refresh(0)
+    assert answers(generator, [0, 0]) == plain(engine, [0, 0])
+    assert not notes
+
+
+def test_a_first_question_of_one_token() -> None:
+    engine, notes = world(*LORAS), []
+    generator = compiled(engine, Counting(), notes)
+    prompt = Prompt(text(0, 1), 0)
+    assert (
+        generator.submit(prompt, LONG).result().tokens
+        == Generator(engine.base, engine.bank).submit(prompt, LONG).result().tokens
+    )
+    assert generator.compiled is not None
+    assert generator.compiled.problem is None
+    assert not notes
+
+
 def test_one_row_alone() -> None:
     engine, notes = world(*LORAS), []
     backend = Counting()

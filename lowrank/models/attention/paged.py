@@ -316,7 +316,7 @@ _OPERATORS.define(
     "attend_pages(Tensor query, Tensor key, Tensor value, float scale, int? window, float? softcap, Tensor? sinks)"
     " -> Tensor",
     # No CUDA graph holds it: how long sequences are is a number to its kernels.
-    tags=[tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None],
+    tags=[torch.Tag.cudagraph_unsafe],
 )
 _OPERATORS.impl("attend_pages", _attend_pages, "CompositeExplicitAutograd")
 torch.library.register_fake("lowrank::attend_pages", _like_attended, lib=_OPERATORS)
