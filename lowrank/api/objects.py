@@ -84,15 +84,17 @@ def _texts_in(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
 
 def _is_named(thing: Any) -> bool:
     """An objective, a function, a class or its settings; everything else holds rows."""
-    if isinstance(thing, SourceConfig):
-        return False
+    if isinstance(thing, SourceConfig) or hasattr(thing, "iterrows") or hasattr(thing, "column_names"):
+        return False  # rows, whatever their columns are called
     return isinstance(thing, (type, Settings)) or callable(thing) or hasattr(thing, "loss")
 
 
 def _own_name(thing: Any, taken: Mapping[str, Any]) -> str:
     config = type(thing) if isinstance(thing, Settings) else getattr(thing, "Config", None)
-    if config is not None and "type" in config.model_fields and (isinstance(thing, (type, Settings))):
-        return str(config.model_fields["type"].default)
+    if isinstance(thing, (type, Settings)) and isinstance(config, type) and issubclass(config, Settings):
+        kind = config.model_fields.get("type")
+        if kind is not None:
+            return str(kind.default)
     return name_of(thing, taken)
 
 

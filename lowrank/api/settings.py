@@ -106,9 +106,10 @@ def rows(rows: RowsLike, **settings: Any) -> SourceConfig:
     A generator is read to its end, once. DataError if `rows` are not rows, or there are none; ConfigError for settings
     that a source does not have.
     """
-    others = {name: each for name, each in settings.items() if name != "path"}
-    settings_of(SourceConfig, {"path": "", **others}, "the settings of the rows cannot be used:")
-    return keep_rows(rows, **others)
+    if "path" in settings:
+        raise ConfigError(f"rows: they are here, so they have no path (got {settings['path']!r}); give one of both")
+    checked = settings_of(SourceConfig, {"path": "", **settings}, "the settings of the rows cannot be used:")
+    return keep_rows(rows, checked)
 
 
 def _is_row(value: Any) -> bool:

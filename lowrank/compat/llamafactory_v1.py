@@ -84,8 +84,9 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
     processes: dict[str, Any] = {key: given[key] for key in _PROCESSES if key in given}
     sharded = given.get("dist_config")
     if isinstance(sharded, Mapping):
-        processes |= {f"dist_config.{key}": sharded[key] for key in sharded if key not in ("name", "config_file")}
-    requested = [key for key, value in processes.items() if value not in (None, 1)]
+        read = {"name", "config_file", *(_FSDP if sharded.get("name") in _FSDP_NAMES else ())}
+        processes |= {f"dist_config.{key}": sharded[key] for key in sharded if key not in read}
+    requested = [key for key, value in processes.items() if value is True or value not in (None, False, 1)]
     if requested:
         found.warnings.append(
             f"{', '.join(requested)} has no effect: `devices` says how many train, and base: sharded that they hold "
@@ -100,12 +101,21 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
     return found
 
 
+_FSDP_NAMES = ("fsdp2", "fsdpturbo")
+_FSDP = ("reshard_after_forward", "offload_params")
+"""What V0's fsdp_config says by the same names."""
+
+
 def _sharding(config: Any, problems: list[str]) -> dict[str, Any]:
     """What cuts the model over the devices: FSDP2, which always cuts it whole there, or a file of DeepSpeed's."""
-    config = config if isinstance(config, Mapping) else {}
+    if config is not None and not isinstance(config, Mapping):
+        problems.append(f"dist_config: expected a mapping with a name (fsdp2 or deepspeed), got {config!r}")
+        return {}
+    config = config or {}
     name = config.get("name")
-    if name in ("fsdp2", "fsdpturbo"):
-        return {"fsdp": "full_shard"}
+    if name in _FSDP_NAMES:
+        options = {key: config[key] for key in _FSDP if config.get(key) is not None}
+        return {"fsdp": "full_shard", **({"fsdp_config": options} if options else {})}
     if name == "deepspeed":
         return {"deepspeed": config["config_file"]} if config.get("config_file") else {}
     if name is not None:

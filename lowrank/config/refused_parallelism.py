@@ -19,7 +19,10 @@ _NAMES = re.compile(
     r"(?P<tensor>tensor|tp)|(?P<pipeline>pipeline|pp)|(?P<expert>expert|ep|moe)|"
     r"(?P<context>context|cp|sequence|sp|ulysses|ring_attn)"
 )
-_SIZED = re.compile(r"(?P<kind>[a-z_]+?)(_model)?_?(parallel(ism)?(_size|_degree)?|size|degree)")
+_SIZED = re.compile(
+    r"(?P<kind>[a-z_]+?)(_model)?_?parallel(ism)?(_size|_degree)?|(?P<short>tp|pp|ep|cp|sp|ulysses)_?(size|degree)"
+)
+"""`context_size` is others' name for how long a document may be."""
 ENGINES = ("deepspeed", "deepspeed_config", "fsdp", "fsdp_config", "megatron", "accelerate")
 """Programs whose own files say how to spread a model."""
 
@@ -29,7 +32,7 @@ def why_refused(key: str, value: object = None) -> str | None:
     if key in ENGINES:
         return f"it is {key.partition('_')[0]}'s, which lowrank does not need: {_WAY_OUT}"
     sized = _SIZED.fullmatch(key)
-    text = str(value) if key == "parallelism" else sized["kind"] if sized else ""
+    text = str(value) if key == "parallelism" else sized["kind"] or sized["short"] if sized else ""
     found = _NAMES.fullmatch(text)
     if found is None:
         return None

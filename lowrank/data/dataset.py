@@ -105,7 +105,7 @@ def _open(
     streaming = config.streaming and use == "train"
     name = source.format or _recognized(source, title, streaming, root, record)
     if name in built_in_formats():
-        check_mapping(source.path, source.columns, source.tags)
+        check_mapping(title, source.columns, source.tags)
     function = find_format(name)
 
     def rows(note: Callable[[str], None]) -> Iterator[Row]:

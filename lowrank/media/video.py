@@ -42,7 +42,7 @@ def examine_video(data: bytes, name: str, path: str | None = None, *, decode: bo
     too large. `path`: of the file they are from, which is read again when it is needed; None: they are kept. `decode`:
     also all frames."""
     check_size(data, name, MOST_BYTES, BadVideo)
-    width, height, frames, fps = _header(data, name)
+    width, height, frames, fps, sounds = _header(data, name)
     if width * height > MOST_PIXELS or frames > MOST_FRAMES:
         raise BadVideo(
             "a video too large",
@@ -51,7 +51,7 @@ def examine_video(data: bytes, name: str, path: str | None = None, *, decode: bo
         )
     if not frames:
         raise BadVideo("an empty video", f"{name} has no frames")
-    notes = ("have a sound of their own, which is not heard",) if _has_sound(data, name) else ()
+    notes = ("have a sound of their own, which is not heard",) if sounds else ()
     video = Video(digest_of(data), width, height, frames, fps, notes, path=path, data=None if path else data)
     if decode:
         decoded_video(video, range(frames), (8, 8))
@@ -87,10 +87,10 @@ def decoded_video(video: Video, places: Sequence[int], size: tuple[int, int]) ->
     return np.stack([found[place] for place in places])
 
 
-def _header(data: bytes, name: str) -> tuple[int, int, int, float]:
-    """(width, height, frames, frames in a second)."""
+def _header(data: bytes, name: str) -> tuple[int, int, int, float, bool]:
+    """(width, height, frames, frames in a second, whether it has a sound of its own)."""
     if _container(data) is None:
-        return _moving_header(data, name)
+        return *_moving_header(data, name), False
     with _opened(data, name) as (container, stream):
         try:
             frames = sum(bool(packet.size) for packet in container.demux(stream) if packet.pts is not None)
@@ -99,18 +99,10 @@ def _header(data: bytes, name: str) -> tuple[int, int, int, float]:
         if frames < stream.frames:
             raise BadVideo("a broken video", f"{name} is cut off: {stream.frames:,} frames promised, {frames:,} there")
         fps = float(stream.average_rate or 0) or frames / max(1e-3, _seconds(container, stream))
-        width, height = stream.width, stream.height
+        width, height, sounds = stream.width, stream.height, bool(container.streams.audio)
     if frames and _turns(data, name):
         width, height = height, width
-    return width, height, frames, fps
-
-
-def _has_sound(data: bytes, name: str) -> bool:
-    """Whether its file has a sound of its own."""
-    if _container(data) is None:
-        return False
-    with _opened(data, name) as (container, _):
-        return bool(container.streams.audio)
+    return width, height, frames, fps, sounds
 
 
 def _seconds(container: Any, stream: Any) -> float:

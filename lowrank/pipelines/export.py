@@ -197,14 +197,13 @@ def _export_target(
                     comparisons.append(compare_pictures(read_back, seen))
                 else:
                     uncompared.append(f"{read_back.name} was not compared with a picture: {seen}")
-            except OtherVersionError as error:
-                if not read_back.sees:
-                    raise
-                uncompared.append(f"{read_back.name} was not compared with a picture: {error}")
             except LowrankError as error:
-                if len(read_backs) == 1:
+                if read_back.sees and isinstance(error, OtherVersionError):
+                    uncompared.append(f"{read_back.name} was not compared with a picture: {error}")
+                elif len(read_backs) == 1:
                     raise
-                failed[read_back.name] = error
+                else:
+                    failed[read_back.name] = error
     finally:
         for path in {path for read_back in read_backs for path in read_back.temporary}:
             path.unlink(missing_ok=True)

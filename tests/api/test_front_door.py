@@ -408,6 +408,11 @@ def test_all_kinds_of_rows_are_the_same_rows() -> None:
     assert keep_rows(rows).path != sources[0].path
 
 
+def test_rows_have_no_path() -> None:
+    with pytest.raises(lowrank.ConfigError, match="rows: they are here, so they have no path"):
+        lowrank.rows(ROWS, path="other.json")
+
+
 def test_rows_that_are_none_say_so(tmp_path: Path) -> None:
     for wrong, message in (
         ([], "nothing to learn from"),

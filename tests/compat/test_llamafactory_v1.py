@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lowrank.compat import load_any
 from lowrank.compat.llamafactory_commands import translate
+from lowrank.compat.llamafactory_v1 import as_v0
 from lowrank.errors import ConfigError
 
 LORA = """
@@ -108,3 +110,14 @@ def test_what_is_not_read_is_named(place: Path, line: str, problem: str) -> None
     Path("v1.yaml").write_text("\n".join(lines.values()) + "\n")
     with pytest.raises(ConfigError, match=problem):
         load_any("v1.yaml")
+
+
+def test_options_of_fsdp2_are_read_or_named(place: Path) -> None:
+    """True is 1 in Python: `offload_params: true` was lost without a word, and what V0 reads had "no effect"."""
+    options = "offload_params: true\n  reshard_after_forward: false\n  cpu_ram_efficient_loading: true\n  dp_size: 1"
+    v0 = as_v0(yaml.safe_load(LORA.replace("dcp_path: null", options)), place)
+    assert v0.settings["fsdp_config"] == {"offload_params": True, "reshard_after_forward": False}
+    (text,) = [text for text in v0.warnings if "dist_config" in text]
+    assert text.startswith("dist_config.cpu_ram_efficient_loading has no effect")
+    with pytest.raises(ConfigError, match="dist_config: expected a mapping"):
+        as_v0({**yaml.safe_load(LORA), "dist_config": "fsdp2"}, place)

@@ -33,6 +33,8 @@ def test_the_reason_and_the_way_out(given: dict[str, Any], reason: str) -> None:
 
 def test_settings_of_ours_and_typos_are_not_taken_for_them() -> None:
     assert [name for name in RunConfig.model_fields if why_refused(name)] == []
+    assert why_refused("context_size") is None, "of one document, not of devices"
+    assert why_refused("cp_size") is not None
     assert problems({**TOP, "parallelism": "date"}) == [
         "parallelism: expected 'auto', 'jobs' or 'data', got 'date'; did you mean 'data'?"
     ]

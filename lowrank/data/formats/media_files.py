@@ -15,16 +15,16 @@ from typing import Any
 from lowrank.data.formats.columns import RowProblem, beginning, describe
 from lowrank.data.sources.places import shown
 from lowrank.errors import DataError
-from lowrank.media.audio import examine_audio, read_audio_file
-from lowrank.media.decoding import decoded, examine, from_pillow, read_file
-from lowrank.media.video import examine_video, read_video_file, video_of
+from lowrank.media.audio import BadAudio, examine_audio, read_audio_file
+from lowrank.media.decoding import BadPicture, decoded, examine, from_pillow, read_file
+from lowrank.media.medium_files import BadMedium
+from lowrank.media.video import BadVideo, examine_video, read_video_file, video_of
 from lowrank.records import COLUMN_NAMES, Audio, Medium, Picture, Video
 
 _DATA_URL = re.compile(r"data:(?:image|audio|video)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-9=.+-]+)?;base64,", re.ASCII)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
-_ONE = {"image": "a picture", "video": "a video", "audio": "a sound"}
-"""What people call one of a kind."""
+_ERRORS: dict[str, type[BadMedium]] = {"image": BadPicture, "video": BadVideo, "audio": BadAudio}
 _HOLDERS = ("bytes", "base64", "path", "image", "video", "audio", "url")
 _READ: dict[str, Callable[[Path, str], bytes]] = {
     "image": read_file,
@@ -90,7 +90,7 @@ def _video_of(value: Any, folders: Folders, decode: bool) -> Video:
 
 def _bytes_of(value: Any, kind: str, folders: Folders) -> tuple[bytes, str | None, str]:
     """(bytes, the file they are from, a name for people)."""
-    one = _ONE[kind]
+    one = _ERRORS[kind].one
     if isinstance(value, Mapping):
         key = next((key for key in _HOLDERS if value.get(key)), None)
         if key is None:

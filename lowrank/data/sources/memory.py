@@ -55,8 +55,8 @@ _PROBLEM = "\0problem"
 _held: WeakValueDictionary[str, RowsInMemory] = WeakValueDictionary()
 
 
-def keep_rows(rows: RowsLike, **settings: Any) -> SourceConfig:
-    """Rows as a dataset of the settings; `settings` are the source's others (`format`, `columns`, `max_samples` ...).
+def keep_rows(rows: RowsLike, settings: SourceConfig | None = None) -> SourceConfig:
+    """Rows as a dataset of the settings; `settings` has the source's others (`format`, `columns`, `max_samples` ...).
 
     A generator is read to its end, once. DataError if `rows` are not rows, or there are none.
     """
@@ -64,7 +64,8 @@ def keep_rows(rows: RowsLike, **settings: Any) -> SourceConfig:
     if not len(read):
         raise DataError("data: there are no rows in what was given")
     kept = _held.setdefault(read.path, read)
-    source = SourceConfig(path=kept.path, **settings)
+    source = SourceConfig(path="") if settings is None else settings
+    source = source.model_copy(update={"path": kept.path})
     source._held = kept  # pyright: ignore[reportPrivateUsage] (pydantic keeps fields that are no settings so)
     return source
 

@@ -94,6 +94,8 @@ def plan(name: str, folder: Path, *, quantize: str | None = None) -> Deployment:
         raise ModelError(
             f"{file}: FROM {modelfile.model} is no file, and a second FROM goes with files alone; use ollama create"
         )
+    if modelfile.projector is not None and model.name == (folder / modelfile.projector).name:
+        raise ModelError(f"{file}: both files of FROM are called {model.name}, which an upload cannot tell apart")
     if modelfile.adapter is not None and not (folder / modelfile.adapter).is_file():
         raise ModelError(f"{file}: ADAPTER {modelfile.adapter}: there is no such file")
     if quantize is not None and not model.is_file():

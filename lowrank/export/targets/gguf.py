@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BeforeValidator
 
 from lowrank.errors import ModelError, is_disk_full, raise_all
-from lowrank.export import Look, Needs, Progress, ReadBack, Tolerance
+from lowrank.export import Install, Look, Needs, Progress, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.converters import Converter, converter_for
 from lowrank.export.gguf.importance import DATA, documents_for
@@ -104,7 +104,7 @@ class GgufTarget:
         if tower is not None:
             disk += tower.num_bytes(self._tower_type())
             notes.append(tower.note())
-            installs = installs or tower.installs
+            installs = _at_once([*installs, *tower.installs])
         if documents:
             origin = self.config.importance if self.config.importance not in (None, DATA) else "the training rows"
             notes.append(f"importance is measured on {sum(map(len, documents)):,} tokens of {origin}")
@@ -328,6 +328,16 @@ def tolerance(kind: str) -> Tolerance:
 
 def _read_back(path: Path, kind: str = "f16") -> ReadBack:
     return ReadBack(path.name, tolerance(kind), lambda: LlamaReader(path))
+
+
+def _at_once(installs: list[Install]) -> tuple[Install, ...]:
+    """One announcement of what all of them fetch, which is the same converter; each then checks what it is for."""
+
+    def make() -> None:
+        for each in installs:
+            each.make()
+
+    return (Install(installs[0].description, make),) if installs else ()
 
 
 def _bytes(converter: Converter, kind: str) -> int:

@@ -6,7 +6,6 @@ programs resize by different means, and what is compared are the tower and the p
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from lowrank.export.verify.compare import Comparison, judged, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
-from lowrank.media.decoding import examine
+from lowrank.media.decoding import examine, from_pillow
 from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.records import Conversation, Message
@@ -47,6 +46,8 @@ class PictureAnswer:
 
 def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozenset[int]) -> PictureAnswer:
     """Raises LowrankError where this model cannot be asked about pictures here."""
+    from PIL import Image
+
     processor = processor_of(renderer.tokenizer)
     if processor is None or not processor.sees:
         raise ModelError("it has no tower for pictures, or not the files of its processor")
@@ -54,7 +55,8 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
         give_media_encoder(reader.base, processor, answering=True)
     assert reader.base.media_encoder is not None
     pixels_HWC = made_picture(_side(processor))
-    conversation = Conversation((Message("user", _QUESTION, media=((0, examine(_png(pixels_HWC), "it")),)),))
+    picture = examine(from_pillow(Image.fromarray(pixels_HWC)), "it")
+    conversation = Conversation((Message("user", _QUESTION, media=((0, picture),)),))
     segment = renderer.prompt_segment(conversation)
     try:
         prompt = Prompt(segment.token_L, reader.slot, segment.media)
@@ -65,6 +67,8 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
     token_L = np.append(segment.token_L, np.asarray(answer, np.int64))
     document = Segment(token_L, np.zeros(len(token_L), np.float32), media=segment.media)
     (place_P,) = np.nonzero(segment.token_L == reader.base.media_encoder.token)
+    if not len(place_P):
+        raise ModelError("no token of its question stands for the picture")
     first, end = int(place_P[0]), int(place_P[-1]) + 1
     rows = len(answer) + 1
     look = Look(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
@@ -128,7 +132,7 @@ def _side(processor: MediaProcessor) -> int:
         height = _number(getattr(images, name, None), "height")
         if height and height == _number(getattr(images, name, None), "width"):
             return height
-    step = _number(getattr(images, "patch_size", 1), "height")
+    step = _number(getattr(images, "patch_size", None), "height") or 1
     step *= (getattr(images, "merge_size", None) or 1) * (getattr(images, "pooling_kernel_size", None) or 1)
     longest, shortest = (_number(getattr(images, "size", None), key) for key in ("longest_edge", "shortest_edge"))
     if longest and shortest:  # of a processor that has both they are numbers of pixels in all
@@ -141,14 +145,6 @@ def _number(size: Any, key: str) -> int:
     if isinstance(size, int):
         return size
     return int((size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)) or 0)
-
-
-def _png(pixels_HWC: np.ndarray) -> bytes:
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels_HWC).save(out, "PNG")
-    return out.getvalue()
 
 
 def _logprobs(reader: BankReader, document: Segment, rows: int) -> np.ndarray:

@@ -121,7 +121,8 @@ def choose_engine(path: str, options: ServingOptions) -> EngineKind:
     kind = kinds[name]
     problems = list(kind.check(path, options))
     if options.compile and not kind.compiles:
-        problems.append("--compile is of the engine torch; leave it out")
+        able = ", ".join(each for each in engine_names() if engine_kind(each).compiles)
+        problems.append(f"--compile is of the engine {able}; leave it out")
     raise_all(ConfigError, f"{path} cannot be served so by {name}", problems)
     if kind.missing:
         raise ModelError(f"--engine {name} needs {', '.join(kind.missing)}: {install(kind)}")

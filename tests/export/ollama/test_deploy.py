@@ -127,6 +127,12 @@ def test_refusals(folder: Path, tmp_path: Path, server: Server, capsys: pytest.C
     assert "no Ollama server answers there" in capsys.readouterr().err
     (tmp_path / "Modelfile").write_text("FROM ./gone.gguf\n")
     assert call("deploy", "ollama", "mine", tmp_path, *host) == ModelError.exit_code
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "Modelfile").write_text("FROM ./a/m.gguf\nFROM ./b/m.gguf\n")
+    assert call("deploy", "ollama", "mine", tmp_path, *host) == ModelError.exit_code
+    assert "which an upload cannot tell apart" in capsys.readouterr().err
     (tmp_path / "Modelfile").write_text("FROM nobody-has-it\n")
     assert call("deploy", "ollama", "mine", tmp_path, *host) == 5
     assert "not found" in capsys.readouterr().err
