@@ -26,9 +26,13 @@ def page(result: dict[str, Any]) -> str:
     for each in result.get("profiles", []):
         title = f"Profile: {each['shape']}, {each['storage']}, {each['jobs']} jobs of {each['tokens']} tokens"
         summary = f"{each['seconds']:.3f} s, device busy {each['busy_share']:.0%}, {each['launches']} launches, "
-        lines += ["", f"## {title}", "", f"{summary}{each['synchronizations']} synchronizations", ""]
+        summary += f"{each['synchronizations']} synchronizations, {1e3 * each['gap_seconds']:.1f} ms of gaps"
+        lines += ["", f"## {title}", "", summary, ""]
         lines += ["| kernel | times | ms |", "|---|---|---|"]
         lines += [f"| `{top['name']}` | {top['count']} | {1e3 * top['seconds']:.2f} |" for top in each["top"]]
+        if each["gaps"]:
+            lines += ["", "| the device waits after | before | ms |", "|---|---|---|"]
+            lines += [f"| `{gap['after']}` | `{gap['before']}` | {1e3 * gap['seconds']:.3f} |" for gap in each["gaps"]]
     for name in ("notes", "failures"):
         if result.get(name):
             lines += ["", f"## {name.capitalize()}", "", *[f"* {each}" for each in result[name]]]

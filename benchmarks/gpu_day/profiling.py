@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_day.day import Day
@@ -15,6 +19,10 @@ from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 
 CELLS = (("Llama-3.1-8B", "nf4", 1, 2048), ("0.5B", "dense", 8, 512))
+
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
+KEPT = 20
+"""Kernels and gaps that are told."""
 
 
 def measure(day: Day) -> None:
@@ -44,25 +52,49 @@ def measure(day: Day) -> None:
             step()
             day.device.wait()
         seconds = time.perf_counter() - started
-        events = watched.key_averages()
-        busy = (
-            (lambda event: event.self_device_time_total)
-            if day.device.is_gpu
-            else (lambda event: event.self_cpu_time_total)
-        )
-        top = sorted(events, key=busy, reverse=True)[:20]
-        launches = sum(
-            event.count
-            for event in events
-            if event.key in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
-        )
-        waits = sum(event.count for event in events if "Synchronize" in event.key)
+        found = on_device(watched.events()) if day.device.is_gpu else on_processor(watched.key_averages())
+        named = Counter(event.name for event in watched.events())
         day.add(
             "profiles",
             {"shape": shape, "storage": storage, "jobs": jobs, "tokens": tokens, "seconds": seconds,
-             "busy_share": sum(map(busy, events)) / 1e6 / seconds, "launches": launches, "synchronizations": waits,
-             "top": [{"name": event.key[:120], "count": event.count, "seconds": busy(event) / 1e6} for event in top]},
+             "busy_share": found.pop("busy_seconds") / seconds, "launches": sum(named[name] for name in LAUNCHES),
+             "synchronizations": sum(times for name, times in named.items() if "Synchronize" in name), **found},
         )  # fmt: skip
         del base, engine
         free()
     return None
+
+
+def on_device(events: Iterable[Any]) -> dict[str, Any]:
+    """`busy_seconds` in which at least one kernel (or copy) ran, the kernels that took longest, the longest gaps.
+
+    Of what ran on the device itself: an operator on the host carries the time of the kernels it launched once more, and
+    an annotation spans those inside it.
+    """
+    ran = [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+    taken: dict[str, list[float]] = {}
+    gaps = []
+    busy = end = 0.0
+    last = ""
+    for each in sorted(ran, key=lambda each: each.time_range.start):
+        time_range = each.time_range
+        taken.setdefault(each.name, []).append(time_range.end - time_range.start)
+        if last and time_range.start > end:
+            gaps.append({"seconds": (time_range.start - end) / 1e6, "after": last, "before": each.name[:120]})
+        busy += max(0.0, time_range.end - max(end, time_range.start)) if last else time_range.end - time_range.start
+        if not last or time_range.end > end:  # streams overlap: a gap follows the one that ends last
+            end, last = time_range.end, each.name[:120]
+    top = sorted(taken.items(), key=lambda item: -sum(item[1]))[:KEPT]
+    return {
+        "busy_seconds": busy / 1e6,
+        "top": [{"name": name[:120], "count": len(each), "seconds": sum(each) / 1e6} for name, each in top],
+        "gaps": sorted(gaps, key=lambda gap: -gap["seconds"])[:KEPT],
+        "gap_seconds": sum(gap["seconds"] for gap in gaps),
+    }
+
+
+def on_processor(averages: Iterable[Any]) -> dict[str, Any]:
+    """In a rehearsal: operators, which have no gaps between them."""
+    top = sorted(averages, key=lambda event: -event.self_cpu_time_total)
+    shown = [{"name": each.key[:120], "count": each.count, "seconds": each.self_cpu_time_total / 1e6} for each in top]
+    return {"busy_seconds": sum(each["seconds"] for each in shown), "top": shown[:KEPT], "gaps": [], "gap_seconds": 0.0}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import json
 import math
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +109,10 @@ def one_cell(day: Day, cell: Cell, base: Base, twin: Any) -> dict[str, Any]:
             free()
             day.device.forget_peak()
             try:
-                each.append(
-                    ours(day, cell, base, rows) if who == "lowrank" else theirs(day, cell, sharing(twin), rows, who)
-                )
+                with unchanged(base.model):
+                    each.append(
+                        ours(day, cell, base, rows) if who == "lowrank" else theirs(day, cell, sharing(twin), rows, who)
+                    )
             except (RuntimeError, ModelError, ValueError, ImportError) as error:
                 if day.tiny:
                     raise
@@ -125,6 +129,22 @@ def one_cell(day: Day, cell: Cell, base: Base, twin: Any) -> dict[str, Any]:
             per_token *= 1.5
         found["share_of_products"] = best["lowrank"] * per_token / limit["flops_per_second"]
     return found
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Afterwards the modules of transformers that the model's family is made of have the names they had: liger's patch
+    of one model also puts its parts in the place of theirs, for every model made later."""
+    family = type(model).__module__.rpartition(".")[0]
+    spaces = [vars(module) for name, module in list(sys.modules.items()) if name.startswith(f"{family}.")]
+    before = [dict(space) for space in spaces]
+    try:
+        yield
+    finally:
+        for space, names in zip(spaces, before):
+            for name in set(space) - set(names):
+                del space[name]
+            space.update(names)
 
 
 def rows_of(vocabulary: int, steps: int, tokens: int, document: int) -> list[list[Row]]:

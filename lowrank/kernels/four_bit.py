@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from lowrank.kernels.accelerators import is_nvidia
-from lowrank.kernels.fused import has_triton, runs_fused
+from lowrank.kernels.fused import has_proved, runs_fused
 from lowrank.kernels.native import native, pointer, threads_for
 
 NESTED_BLOCK = 256
@@ -150,8 +149,8 @@ def _quantize_native(
 
 
 def dequantize_way(device: torch.device, dtype: torch.dtype) -> str:
-    """`native` (C, compiled here), `triton` on NVIDIA's GPUs, or `torch`."""
-    if is_nvidia(device) and has_triton() and dtype != torch.float64:
+    """`native` (C, compiled here), `triton` on NVIDIA's GPUs where it compiles and gives the same, or `torch`."""
+    if has_proved(_check_dequantize, device, dtype):
         return "triton"
     return "native" if device.type == "cpu" and _native_dequantize(dtype) is not None else "torch"
 
@@ -175,6 +174,20 @@ def dequantize(packed: torch.Tensor, absmax: torch.Tensor, code: str, block_size
     else:
         dequantize_torch(packed, absmax, code, block_size, flat)
     torch.autograd.graph.increment_version(out)  # whoever kept it for a backward pass is told
+
+
+def _check_dequantize(device: torch.device, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The Triton body beside the plain function, on whole blocks and a last one that is not."""
+    from lowrank.kernels.four_bit_triton import dequantize_triton
+
+    pairs = []
+    for code, block_size in (("nf4", 64), ("fp4", 128)):
+        packed, absmax = quantize(torch.randn(5001, dtype=dtype, device=device), code, block_size)
+        ours, plain = torch.empty(2, 5001, dtype=dtype, device=device).unbind()
+        dequantize_triton(packed, absmax, _tables(code, device).values, block_size, ours)
+        dequantize_torch(packed, absmax, code, block_size, plain)
+        pairs.append((ours, plain))
+    return pairs
 
 
 def dequantize_torch(

@@ -1,4 +1,5 @@
-"""Which of the Triton bodies run: on NVIDIA's GPUs, in 16 bits, and only after they gave what the plain function gives.
+"""Which of the Triton bodies run: on NVIDIA's GPUs, most in 16 bits alone, and only after they gave what the plain
+function gives.
 
 Each is compared with its plain function once per process, dtype and device, on random numbers. One that does not
 compile, or differs by more than rounding, is left alone and said so; the plain function computes then.
@@ -17,8 +18,10 @@ import torch
 from lowrank.kernels.accelerators import is_nvidia
 from lowrank.notices import log_notice
 
-_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3}
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Of the norm of the difference. A wrong kernel is wrong by tenths."""
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 Check = Callable[[torch.device, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]]
 """Pairs of what the kernel and what the plain function gave."""
@@ -48,9 +51,13 @@ def plain_only() -> Generator[None, None, None]:
 
 def runs_fused(tensor: torch.Tensor, check: Check) -> bool:
     """Whether the Triton body that `check` tries is taken for operands like this one."""
-    if _plain[0] or tensor.dtype not in _TOLERANCE or not is_nvidia(tensor.device) or not has_triton():
-        return False
-    return _is_right(check, tensor.device, tensor.dtype)
+    return not _plain[0] and tensor.dtype in _HALVES and has_proved(check, tensor.device, tensor.dtype)
+
+
+def has_proved(check: Check, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton body that `check` tries compiles here and is right; for those that give the same bits as plain
+    torch, float32 too, and `plain_only` does not ask them to stand back."""
+    return dtype in _TOLERANCE and is_nvidia(device) and has_triton() and _is_right(check, device, dtype)
 
 
 def _is_right(check: Check, device: torch.device, dtype: torch.dtype) -> bool:

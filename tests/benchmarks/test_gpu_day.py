@@ -8,11 +8,19 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
+from transformers.models.llama import modeling_llama
 
 from benchmarks.gpu_day import __main__ as gpu_day
-from benchmarks.gpu_day import wheels
+from benchmarks.gpu_day import profiling, training, wheels
+from benchmarks.gpu_day.day import Day
+from benchmarks.gpu_day.device import Device
+from benchmarks.gpu_day.shapes import base_of, make_model, sharing
 
 ROOT = Path(__file__).parents[2]
 MEASURED = {"environment", "kernels", "training", "plans", "decoding", "profiles", "longest", "compiled"}
@@ -51,6 +59,57 @@ def test_a_section_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     found = json.loads((tmp_path / "gpu_day.json").read_text())
     assert "the card is on fire" in found["failures"][0]
     assert found["environment"]["versions"]["torch"]
+
+
+def test_a_contender_leaves_no_parts_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As liger's patch of one model does (apply_liger_kernel_to_llama): the turns after it would run on its parts."""
+    day = Day(Device("cpu"), tmp_path, 600.0, tiny=True, dtype=torch.float32)
+    day.begin(600.0)
+    (cell,) = (each for each in training.CELLS if each.shape == "Llama-3.1-8B" and each.peers and each.tokens == 2048)
+    model = make_model(cell.shape, day.device, day.tiny, day.dtype)
+    twin, before, patched = sharing(model), dict(vars(modeling_llama)), []
+
+    def patches(*given: Any) -> dict[str, Any]:
+        for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP", "_of_liger"):
+            setattr(modeling_llama, name, patched.append)
+        patched.append(given)
+        return {"steps": []}
+
+    monkeypatch.setattr(training, "theirs", patches)
+    training.one_cell(day, cell, base_of(model, cell.shape, cell.storage), twin)
+    assert len(patched) == 2
+    assert vars(modeling_llama) == before
+
+
+def test_device_time_is_counted_once() -> None:
+    """By torch's own events: an operator on the host carries the time of the kernel it launched, an annotation on the
+    device that of all inside it; two streams overlap."""
+
+    def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CUDA, **named: Any) -> FunctionEvent:
+        return FunctionEvent(
+            id=0, name=name, thread=1, start_us=start, end_us=end, device_type=device, use_device="cuda", **named
+        )
+
+    launcher = event("aten::mm", 0, 5, DeviceType.CPU)
+    launcher.append_kernel("gemm", 0, 100)
+    events = EventList(
+        [
+            launcher,
+            event("gemm", 10, 110),
+            event("copy", 60, 130),
+            event("norm", 150, 160),
+            event("gemm", 165, 265),
+            event("Optimizer.step", 10, 265, is_user_annotation=True),
+        ],
+        use_device="cuda",
+    )
+    found = profiling.on_device(events)
+    assert found["busy_seconds"] == pytest.approx((120 + 10 + 100) / 1e6)
+    assert [(each["name"], each["count"]) for each in found["top"]] == [("gemm", 2), ("copy", 1), ("norm", 1)]
+    assert [each["seconds"] for each in found["top"]] == pytest.approx([2e-4, 7e-5, 1e-5])
+    assert [(each["after"], each["before"]) for each in found["gaps"]] == [("copy", "norm"), ("norm", "gemm")]
+    assert [each["seconds"] for each in found["gaps"]] == pytest.approx([2e-5, 5e-6])
+    assert found["gap_seconds"] == pytest.approx(2.5e-5)
 
 
 def test_what_travels_is_what_is_missing_there() -> None:

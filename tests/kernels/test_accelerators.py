@@ -15,7 +15,7 @@ from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
 from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
-from lowrank.kernels import accelerators, four_bit, grouped
+from lowrank.kernels import accelerators, four_bit, fused, grouped
 from lowrank.models.attention import packed
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype, load
@@ -72,7 +72,8 @@ def test_rocm_is_no_nvidia(hip: str | None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "MI300X" if hip else "H100")
-    monkeypatch.setattr(four_bit, "has_triton", lambda: True)
+    monkeypatch.setattr(fused, "has_triton", lambda: True)
+    monkeypatch.setattr(fused, "_is_right", lambda check, device, dtype: True)
     fast = hip is None
     assert packed.has_varlen(gpu) is fast
     assert grouped.has_grouped_kernel(gpu) is fast

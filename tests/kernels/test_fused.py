@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from lowrank.kernels import fused
+from lowrank.kernels import four_bit, fused
 from lowrank.kernels.gated import _kind_of
 
 CPU = torch.device("cpu")
@@ -120,3 +121,24 @@ def test_no_check_within_a_backward_pass(notices: list[str]) -> None:
     assert fused.runs_fused(leaf.detach().bfloat16(), right)
     Query.apply(leaf).sum().backward()  # type: ignore[union-attr]
     assert enabled == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_four_bits_without_a_compiler(dtype: torch.dtype, notices: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without a C compiler: Triton cannot start, and the weights are unpacked by plain torch."""
+    triton = pytest.importorskip("triton")
+
+    def fails(*given: Any, **named: Any) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", fails)
+    weight_OD = torch.randn(64, 96, dtype=dtype)
+    packed, absmax = four_bit.quantize(weight_OD, "nf4", 64)
+    given, expected = torch.empty(2, 64, 96, dtype=dtype).unbind()
+    for _ in range(2):
+        four_bit.dequantize(packed, absmax, "nf4", 64, given)
+    four_bit.dequantize_torch(packed, absmax, "nf4", 64, expected.view(-1))
+    assert torch.equal(given, expected)
+    (notice,) = notices
+    assert "kernel of four_bit does not run" in notice
+    assert "C compiler" in notice

@@ -7,6 +7,8 @@ torch.nn.attention.varlen.varlen_attn says it means; with one (`pytest -m gpu`) 
 from __future__ import annotations
 
 import inspect
+import logging
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,12 @@ from lowrank.models.attention.paged import _KERNEL_PAGE, KVCache, PagedBatch, Se
 
 LENGTHS = (7, 1, 32, 33, 300)
 SCALE = 0.3
-WHERE = [pytest.param("cpu", id="documented"), pytest.param("cuda", id="kernel", marks=pytest.mark.gpu)]
+WHERE = [
+    pytest.param("cpu", id="documented"),
+    pytest.param("torch 2.11", id="documented-2.11"),
+    pytest.param("cuda", id="kernel", marks=pytest.mark.gpu),
+]
+SINCE_2_11 = {"enable_gqa", "seqused_k", "block_table", "num_splits"}
 
 
 def documented(
@@ -70,14 +77,24 @@ def documented(
 
 
 @pytest.fixture
-def kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel, or what stands for it."""
-    if device == "cpu":
-        real = inspect.signature(packed.varlen_attn)  # type: ignore[arg-type]
-        assert list(inspect.signature(documented).parameters) == list(real.parameters)
-        for module in (packed, paged):
-            monkeypatch.setattr(module, "varlen_attn", documented)
-    return
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the kernel, or what stands for it: with the options of this torch's, or of the oldest supported one's."""
+    if request.param == "cuda":
+        return "cuda"
+    written = inspect.signature(documented).parameters
+    real = set(inspect.signature(packed.varlen_attn).parameters)  # type: ignore[arg-type]
+    assert real in (set(written), set(written) - SINCE_2_11)
+    known = real - SINCE_2_11 if request.param == "torch 2.11" else real
+    signature = inspect.Signature([each for name, each in written.items() if name in known])
+
+    def kernel(*given: Any, **named: Any) -> torch.Tensor:
+        signature.bind(*given, **named)
+        return documented(*given, **named)
+
+    monkeypatch.setattr(kernel, "__signature__", signature, raising=False)
+    for module in (packed, paged):
+        monkeypatch.setattr(module, "varlen_attn", kernel)
+    return "cpu"
 
 
 def operands(heads: int, total: int, seed: int = 0) -> torch.Tensor:
@@ -85,8 +102,7 @@ def operands(heads: int, total: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(1, heads, total, 64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("device", WHERE, indirect=True)
 @pytest.mark.parametrize("window", [None, 5, 1000])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_whole_documents(key_heads: int, window: int | None, device: str) -> None:
@@ -98,7 +114,6 @@ def test_whole_documents(key_heads: int, window: int | None, device: str) -> Non
     ours = packed._varlen(q, k, v, SCALE, window, Packed(start_S1, LENGTHS))
     exact = [tensor.to(dtype).double().requires_grad_() for tensor in plain]
     expected = attend_documents(*exact, Softmax(SCALE, window), Packed(start_S1.cpu(), LENGTHS))
-    assert ours is not None
     outer = operands(sum(LENGTHS), 4, 9)
     given = torch.autograd.grad(ours, (q, k, v), outer.to(device, dtype))
     tolerance = 1e-10 if device == "cpu" else 2e-2
@@ -106,11 +121,12 @@ def test_whole_documents(key_heads: int, window: int | None, device: str) -> Non
         assert (one.cpu().double() - other).norm() <= tolerance * other.norm()
 
 
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("device", WHERE)
+@pytest.mark.parametrize("device", WHERE, indirect=True)
 @pytest.mark.parametrize("window", [None, 5])
 def test_pages_are_read_where_they_lie(window: int | None, device: str) -> None:
     """A sequence that begins, one that goes on by a chunk, one that goes on by a token; in one call."""
+    if not paged._kernel_reads_pages():
+        pytest.skip("this torch's kernel reads no pages")
     dtype = torch.float64 if device == "cpu" else torch.bfloat16
     where = torch.device(device)
     layer = torch.nn.Module()
@@ -135,3 +151,15 @@ def test_pages_are_read_where_they_lie(window: int | None, device: str) -> None:
     tolerance = 1e-10 if device == "cpu" else 2e-2
     for one, other in zip(first, second):
         assert (one.double() - other.double()).norm() <= tolerance * other.double().norm()
+
+
+@pytest.mark.parametrize("device", WHERE[:2], indirect=True)
+def test_a_kernel_without_pages_is_told(device: str, caplog: Any) -> None:
+    """Once; the answers come from torch's other attention."""
+    paged._say_once.cache_clear()
+    reads = packed.options_of(packed.varlen_attn) >= SINCE_2_11  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING, "lowrank"):
+        assert [paged._kernel_reads_pages() for _ in range(2)] == [reads] * 2
+    told = [each.getMessage() for each in caplog.records]
+    assert len(told) == (not reads)
+    assert reads or "takes no block_table, enable_gqa, seqused_k, so it cannot read the pages" in told[0]

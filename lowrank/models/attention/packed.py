@@ -8,6 +8,7 @@ the function refuses, and the load-time leak test (models/checks/isolation.py) c
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lowrank.kernels.accelerators import AMPERE, capability
 from lowrank.kernels.short_attention import short_attention
 
-try:  # CUDA's variable-length flash attention, in torch since 2.10
+try:  # CUDA's variable-length flash attention, with windows since torch 2.11
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover
     varlen_attn = None
@@ -73,6 +74,13 @@ class Packed:
     lengths: tuple[int, ...]
 
 
+@functools.cache
+def options_of(kernel: Callable[..., Any]) -> frozenset[str]:
+    """What a variable-length kernel can be told; torch 2.11's knows no `enable_gqa` and no pages. Looked up once: it
+    takes a tenth of a millisecond, and every layer asks."""
+    return frozenset(inspect.signature(kernel).parameters)
+
+
 def register() -> None:
     """Make `lowrank_packed` known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(NAME, packed_attention)
@@ -116,9 +124,7 @@ def attend_documents(
     half = query.dtype in (torch.bfloat16, torch.float16)
     plain = how.plain and query.shape[-1] == value.shape[-1] <= 256
     if query.is_cuda and half and plain and varlen_attn is not None and has_varlen(query.device):
-        output = _varlen(query, key, value, how.scale, how.window, packed)
-        if output is not None:
-            return output
+        return _varlen(query, key, value, how.scale, how.window, packed)
     if query.device.type == "cpu" and half and plain and (how.window is None or how.window >= max(packed.lengths)):
         q_THd, k_TGd, v_TGd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return short_attention(q_THd, k_TGd, v_TGd, packed.lengths, how.scale)[None]
@@ -156,28 +162,20 @@ def _by_length(
 
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, packed: Packed
-) -> torch.Tensor | None:
-    """One kernel over all documents; None where this torch's kernel has no window (before 2.12).
-
-    transformers' window of w tokens is flash attention's (w - 1, 0).
-    """
+) -> torch.Tensor:
+    """One kernel over all documents. transformers' window of w tokens is flash attention's (w - 1, 0)."""
     assert varlen_attn is not None
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     longest = max(packed.lengths)
+    window_size = (window - 1 if window else -1, 0)
     options: dict[str, Any] = {}
-    known = inspect.signature(varlen_attn).parameters
-    if "window_size" in known:
-        options["window_size"] = (window - 1 if window else -1, 0)
-    elif window is None or window >= longest:
-        options["is_causal"] = True
-    else:
-        return None
     if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in known:
+        if "enable_gqa" in options_of(varlen_attn):
             options["enable_gqa"] = True
         else:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-    output = varlen_attn(q, k, v, packed.start_S1, packed.start_S1, longest, longest, scale=scale, **options)
+    start_S1 = packed.start_S1
+    output = varlen_attn(q, k, v, start_S1, start_S1, longest, longest, scale=scale, window_size=window_size, **options)
     assert isinstance(output, torch.Tensor)
     return output[None]
 

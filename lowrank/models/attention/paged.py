@@ -9,11 +9,10 @@ asks it. The pages are vLLM's idea (arXiv:2309.06180).
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -26,8 +25,10 @@ from lowrank.models.attention.packed import (
     attend_explicitly,
     has_varlen,
     knows_groups,
+    options_of,
     varlen_attn,
 )
+from lowrank.notices import log_notice
 
 _KERNEL_PAGE = 256
 """Tokens of a page that CUDA's flash attention reads without copying."""
@@ -114,7 +115,7 @@ class PagedBatch:
         self._documents: tuple[torch.Tensor | None, Packed] | None = None
         self._groups: list[_Group] = []
         self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        if device.type == "cuda" and size % _KERNEL_PAGE == 0 and _kernel_reads_pages() and has_varlen(device):
+        if device.type == "cuda" and size % _KERNEL_PAGE == 0 and has_varlen(device) and _kernel_reads_pages():
             self._tables = self._make_tables(device)
         self._split(device)
 
@@ -246,7 +247,6 @@ class PagedBatch:
         assert self._tables is not None
         assert varlen_attn is not None
         start_S1, seen_S, table_SP = self._tables
-        options: dict[str, Any] = {"enable_gqa": keys.shape[2] != query.shape[1]}
         output = varlen_attn(
             query[0].transpose(0, 1),
             keys,
@@ -259,7 +259,7 @@ class PagedBatch:
             window_size=(how.window - 1 if how.window else -1, 0),
             seqused_k=seen_S,
             block_table=table_SP,
-            **options,
+            enable_gqa=keys.shape[2] != query.shape[1],
         )
         assert isinstance(output, torch.Tensor)
         return output[None]
@@ -323,8 +323,22 @@ torch.library.register_fake("lowrank::attend_pages", _like_attended, lib=_OPERAT
 
 
 def _kernel_reads_pages() -> bool:
-    """Not every torch that has the kernel has it with pages."""
-    return varlen_attn is not None and "block_table" in inspect.signature(varlen_attn).parameters
+    """Not every torch that has the kernel has it with pages; a person is told that answers would be faster with one
+    that does."""
+    if varlen_attn is None:
+        return False
+    lacking = {"block_table", "enable_gqa", "seqused_k"} - options_of(varlen_attn)
+    if lacking:
+        _say_once(
+            f"the variable-length attention of torch {torch.__version__} takes no {', '.join(sorted(lacking))}, so it "
+            "cannot read the pages of the KV cache (2.13 can): answers use torch's other attention, which is slower"
+        )
+    return not lacking
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log_notice(text)
 
 
 def _places(pages: Sequence[int], first: int, length: int, size: int) -> torch.Tensor:
