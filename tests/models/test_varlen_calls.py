@@ -156,10 +156,10 @@ def test_pages_are_read_where_they_lie(window: int | None, device: str) -> None:
 @pytest.mark.parametrize("device", WHERE[:2], indirect=True)
 def test_a_kernel_without_pages_is_told(device: str, caplog: Any) -> None:
     """Once; the answers come from torch's other attention."""
-    paged._say_once.cache_clear()
+    paged._notify_once.cache_clear()
     reads = packed.options_of(packed.varlen_attn) >= SINCE_2_11  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, "lowrank"):
         assert [paged._kernel_reads_pages() for _ in range(2)] == [reads] * 2
-    told = [each.getMessage() for each in caplog.records]
-    assert len(told) == (not reads)
-    assert reads or "takes no block_table, enable_gqa, seqused_k, so it cannot read the pages" in told[0]
+    notices = [each.getMessage() for each in caplog.records]
+    assert len(notices) == (not reads)
+    assert reads or "takes no block_table, enable_gqa, seqused_k, so it cannot read the pages" in notices[0]

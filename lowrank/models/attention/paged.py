@@ -329,7 +329,7 @@ def _kernel_reads_pages() -> bool:
         return False
     lacking = {"block_table", "enable_gqa", "seqused_k"} - options_of(varlen_attn)
     if lacking:
-        _say_once(
+        _notify_once(
             f"the variable-length attention of torch {torch.__version__} takes no {', '.join(sorted(lacking))}, so it "
             "cannot read the pages of the KV cache (2.13 can): answers use torch's other attention, which is slower"
         )
@@ -337,7 +337,7 @@ def _kernel_reads_pages() -> bool:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def _notify_once(text: str) -> None:
     log_notice(text)
 
 
