@@ -9,8 +9,9 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
-from lowrank.batches import Segment, pack
+from lowrank.batches import Segment, pack, to_device
 from lowrank.evaluate.metrics import Metric
+from lowrank.kernels.accelerators import wide
 from lowrank.kernels.logprobs import logprobs
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
@@ -33,15 +34,17 @@ def label_logprobs(
     done = 0
     entries = [(slot, bank.prompted(slot, segment)) for slot, segment in entries]
     for members in _cut(base, entries, micro_batch_tokens):
-        batch = base.filled(pack([entries[index] for index in members])).to(base.device)
+        batch = base.filled(pack([entries[index] for index in members]))
+        weights = batch.weight_T
+        batch = batch.to(base.device)
         hidden_TD = bank.hidden(batch)
-        logprob_T = torch.zeros(batch.num_tokens, dtype=torch.float64, device=base.device)
+        logprob_T = wide(torch.zeros(batch.num_tokens, device=base.device))
         for slot, first, end in batch.slot_ranges():
-            index_K = batch.weight_T[first:end].nonzero()[:, 0] + first
-            logprob_T[index_K] = logprobs(hidden_TD[index_K], batch.target_T[index_K], bank.head(slot)).double()
-        counts_T = (batch.weight_T > 0).double()
-        for index, described, counted in zip(members, logprob_T.split(batch.lengths), counts_T.split(batch.lengths)):
-            found_N2[index] = float(described.sum()), float(counted.sum())
+            index_K = to_device(weights[first:end].nonzero()[:, 0] + first, base.device)
+            logprob_T[index_K] = wide(logprobs(hidden_TD[index_K], batch.target_T[index_K], bank.head(slot)))
+        sums = torch.stack([described.sum() for described in logprob_T.split(batch.lengths)]).tolist()
+        for index, total, weight_L in zip(members, sums, weights.split(batch.lengths)):
+            found_N2[index] = total, int((weight_L > 0).sum())
         done += len(members)
         on_done(done)
     return found_N2
@@ -83,7 +86,7 @@ def continuation_logprobs(
             for index in members[place]:
                 target_C = torch.tensor(entries[index][2], device=base.device)
                 own_CV = logprob_CV[len(logprob_CV) - len(target_C) :]
-                described = own_CV.gather(1, target_C[:, None]).double().sum()
+                described = wide(own_CV.gather(1, target_C[:, None])).sum()
                 found[index] = float(described), bool((own_CV.argmax(-1) == target_C).all())
                 done += 1
         on_done(done)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank.batches import to_device
 from lowrank.models.storages.packed import frozen_product
 
 OF_ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+(\.|$)")
@@ -224,7 +225,7 @@ def counted_rows(top_k_index: torch.Tensor, order_P: torch.Tensor, ranges: Range
     slot_of_run = [ranges[place - 1][0] if place else -1 for place in place_T[_starts(run_T)].tolist()]
     width = len(slot_of_run)
     token_P = order_P // num_choices
-    key_P = top_k_index.reshape(-1)[order_P] * width + run_T.to(token_P.device)[token_P]
+    key_P = top_k_index.reshape(-1)[order_P] * width + to_device(run_T, token_P.device)[token_P]
     counts = torch.bincount(key_P, minlength=num_experts * width).view(-1, width).tolist()
     return counts, slot_of_run
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from lowrank.kernels.accelerators import wide
 from lowrank.quantization.groups import Groups
 
 _DAMPING = 0.01
@@ -149,12 +150,14 @@ def _width(group_size: int, columns: int) -> int:
 
 def _factor_of_inverse(moment_DD: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of H^-1; more is added to the diagonal where H is not positive definite."""
-    moment_DD = moment_DD.double().clone()
+    moment_DD = wide(moment_DD).clone()
     diagonal_D = moment_DD.diagonal()
     diagonal_D[diagonal_D == 0] = 1.0  # an input that is always zero: no error of it counts
     step = diagonal_D.mean()
     for damping in (_DAMPING, 0.1, 1.0, 10.0):
-        damped_DD = moment_DD + damping * step * torch.eye(len(moment_DD), dtype=torch.float64, device=moment_DD.device)
+        damped_DD = moment_DD + damping * step * torch.eye(
+            len(moment_DD), dtype=moment_DD.dtype, device=moment_DD.device
+        )
         lower_DD, problem = torch.linalg.cholesky_ex(damped_DD)
         if problem:
             continue

@@ -26,14 +26,15 @@ def add_totals(totals: Totals, more: Totals) -> None:
 def read_together(metrics: Mapping[int, Metrics]) -> dict[int, dict[str, float]]:
     """The numbers of all jobs, by slot, for which the host waits once."""
     tensors = [value.detach() for own in metrics.values() for value in own.values() if isinstance(value, torch.Tensor)]
-    read = iter(_numbers(tensors))
+    read = iter(numbers(tensors))
     return {
         slot: {name: next(read) if isinstance(value, torch.Tensor) else float(value) for name, value in own.items()}
         for slot, own in metrics.items()
     }
 
 
-def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
+def numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
+    """Tensors of one element each, for which the host waits once."""
     if not scalars:
         return []
     return torch.stack([wide(each) for each in scalars]).tolist()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Objective
+from lowrank.train.numbers_of_step import numbers
 from lowrank.train.trained_job import RowLosses
 
 
@@ -19,10 +20,10 @@ def row_losses(objective: Objective, scores: Scores, batch: Batch, totals: Total
             continue
         row = batch.between(first, last)
         share, _ = objective.loss(_between(scores, batch, first, last), row, totals)
-        shares.append(float(share))
+        shares.append(share)
         counts.append(_count(objective, row))
         first = last
-    return RowLosses(tuple(shares), tuple(counts))
+    return RowLosses(tuple(numbers(shares)), tuple(counts))
 
 
 def joined(parts: Sequence[RowLosses]) -> RowLosses:

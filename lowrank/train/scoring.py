@@ -13,6 +13,7 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.batches import MISMATCHED, Batch, Scores, Segment, Totals, number_the_step
 from lowrank.errors import ModelError
+from lowrank.kernels.accelerators import wide
 from lowrank.kernels.value_head import token_values
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
@@ -133,14 +134,14 @@ class ScoringEngine:
     def _evaluate_lane(
         self, batches: Sequence[Batch], totals: Mapping[int, Totals], by_row: Collection[int]
     ) -> tuple[dict[int, Metrics], dict[int, RowLosses]]:
-        losses = dict.fromkeys(totals, 0.0)
+        losses: dict[int, float | torch.Tensor] = dict.fromkeys(totals, 0.0)
         metrics: dict[int, Metrics] = {slot: {} for slot in totals}
         rows: dict[int, list[RowLosses]] = {slot: [] for slot in by_row}
         for batch in batches:
             for slot, part, scores in self._score(batch):
                 objective = self.jobs[slot].objective
                 share, extra = share_of_loss(objective, scores, part, totals[slot])
-                losses[slot] += float(share)
+                losses[slot] = losses[slot] + wide(share)
                 if slot in rows:
                     rows[slot].append(row_losses(objective, scores, part, totals[slot]))
                 add_shares(metrics[slot], extra)

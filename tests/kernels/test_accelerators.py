@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
+from lowrank.evaluate.likelihood import continuation_logprobs, label_logprobs
 from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
 from lowrank.kernels import accelerators, four_bit, fused, grouped
@@ -20,6 +21,7 @@ from lowrank.models.attention import packed
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype, load
 from lowrank.objectives.sft import SFTConfig
+from lowrank.quantization.compensated import Even, quantize_matrix
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import random_step
@@ -103,7 +105,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 def test_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading with its checks, a step and a drawn answer never ask for it where there is none."""
+    """Loading with its checks, a step, a drawn answer and an evaluation never ask for it where there is none."""
     monkeypatch.setattr(accelerators, "widest", lambda device: torch.float32)
     settings = ModelConfig(path="lowrank/tiny", device="cpu", dtype="float32", storage={"type": "nf4"})  # type: ignore[arg-type]
     with NoFloat64():
@@ -115,4 +117,10 @@ def test_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not engine.optim_step(slot, 1e-3).skipped
         sampling = GenerationConfig(max_new_tokens=3, temperature=0.8, top_p=0.9)
         (answer,) = generate(base, engine.bank, [Prompt(np.arange(5, 20), slot)], sampling, stop_tokens=frozenset())
+        ((described, counted),) = label_logprobs(base, engine.bank, [(slot, random_step(1, [12], 3072)[0])])
+        ((continued, _),) = continuation_logprobs(base, engine.bank, [(slot, [5, 6, 7], [8, 9])])
+        _, value_OD = quantize_matrix(torch.randn(4, 32), Even(4), 32, torch.eye(32))
     assert len(answer) == 3
+    assert described < 0 < counted
+    assert continued < 0
+    assert value_OD.isfinite().all()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.batches import CHOSEN, REJECTED
@@ -40,3 +46,28 @@ def test_rows_are_as_each_alone(kind: str, micro_batch_tokens: int) -> None:
         )
     else:
         assert rows.counts == (1.0, 1.0)
+
+
+class Reads(TorchDispatchMode):
+    """Which files of ours read a number from a tensor: on a GPU each waits for all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            files = [
+                frame.filename for frame in traceback.extract_stack() if f"{os.sep}lowrank{os.sep}" in frame.filename
+            ]
+            self.found.add(Path(files[-1]).name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_are_read_together() -> None:
+    """Not in every pass: a GPU would stand still between two."""
+    engine, slots = make_engine(make_base("llama"), *[LoraConfig(rank=2)] * 3, micro_batch_tokens=20)
+    with Reads() as reads:
+        engine.evaluate({slot: random_step(slot, [17, 12]) for slot in slots}, by_row=slots[:1])
+    assert "sft.py" in reads.found, "it counts tokens, on the host"
+    assert not reads.found & {"scoring.py", "row_losses.py"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lowrank.kernels.accelerators import wide
 from lowrank.quantization.codebook import by_codebook, fp4_levels, nf4_levels
 from lowrank.quantization.half_quadratic import half_quadratic
 from lowrank.quantization.linear import asymmetric, symmetric
@@ -108,9 +109,9 @@ class Report:
         self.weights += weight_OD.numel()
         self.looked_at += sample_ND.numel()
         share = weight_OD.numel() / max(1, sample_ND.numel())
-        squared = float(sample_ND.double().square().sum())
+        squared = float(wide(sample_ND).square().sum())
         for method, total in zip(self._methods, self._sums):
-            error = float((method.quantize(sample_ND) - sample_ND).double().square().sum())
+            error = float(wide(method.quantize(sample_ND) - sample_ND).square().sum())
             total.squared_error += error * share
             total.squared += squared * share
             per_row = 32 / weight_OD.shape[1] if method.overhead == 0 else 0.0

@@ -17,6 +17,7 @@ from lowrank.errors import DataError
 from lowrank.export.gguf.convert import Plan, part_shape, tensor_names
 from lowrank.export.source import Source
 from lowrank.export.verify.readers import read_adapter
+from lowrank.kernels.accelerators import wide
 
 CHUNK = 512
 """Tokens read at once."""
@@ -63,7 +64,7 @@ def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict
     def listen(names: list[str]) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def hook(module: Any, given: tuple[torch.Tensor, ...]) -> None:
             del module
-            square_D = given[0].detach().reshape(-1, given[0].shape[-1]).double().square().sum(0).cpu()
+            square_D = wide(given[0].detach().reshape(-1, given[0].shape[-1])).square().sum(0).cpu()
             for name in names:
                 squares[name] = squares.get(name, torch.zeros(())) + square_D
 

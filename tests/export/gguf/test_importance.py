@@ -16,7 +16,9 @@ from lowrank.export.gguf.importance import cut, documents_for, measure
 from lowrank.export.gguf.model import read_folder
 from lowrank.export.gguf.quantize import quantize_file
 from lowrank.export.source import Source
+from lowrank.kernels import accelerators
 from lowrank.models.config import ModelConfig
+from tests.kernels.test_accelerators import NoFloat64
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -45,6 +47,17 @@ def test_mean_squares_of_the_inputs(source, tmp_path):
     assert len(found) == 6 * 7
     convert(TINY, tmp_path / "tiny.gguf")
     assert "IQ2_XXS" in quantize_file(tmp_path / "tiny.gguf", tmp_path / "iq2.gguf", "iq2_xxs", importance=found).kinds
+
+
+def test_without_float64(source, monkeypatch):
+    """As on Apple's GPUs."""
+    tokens = np.random.default_rng(0).integers(3, 3000, 16)
+    expected = measure(source, plan(read_folder(TINY)), [tokens])
+    monkeypatch.setattr(accelerators, "widest", lambda device: torch.float32)
+    with NoFloat64():
+        found = measure(source, plan(read_folder(TINY)), [tokens])
+    for name, square_D in expected.items():
+        np.testing.assert_allclose(found[name], square_D, rtol=1e-5)
 
 
 def test_rows_it_was_trained_on(source):
