@@ -7,12 +7,14 @@ here; their calls one by one in tests/models/test_varlen_calls.py, tests/kernels
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import lowrank
 import lowrank.models.attention.packed
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.capabilities import storage_capabilities
@@ -147,6 +149,46 @@ def test_answers_through_compiled_layers() -> None:
         running = [generator.submit(prompt, sampling) for prompt in prompts]
         assert all(len(each.result().tokens) == 20 for each in running)
     assert not notes
+
+
+def test_steps_ask_the_driver_for_no_memory() -> None:
+    """From the third on: all of them have been seen, and whoever asks the driver waits for the card."""
+    engine, slots = engine_on(GPU, "bfloat16", [LoraConfig(rank=8)] * 3, storage={"type": "nf4"})
+    losses(engine, slots, [*range(3)], steps=2)
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    losses(engine, slots, [*range(3)], steps=3)
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+def test_a_run_from_rows_to_a_merged_model(tmp_path: Path) -> None:
+    """`lowrank.train` with evaluations and checkpoints, resumed, as on a processor; its answers; its merged weights."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
+        for n in range(24)
+    ]
+    curves = []
+    for device in (GPU, "cpu"):
+        run = lowrank.train(
+            model={"path": "lowrank/tiny", "device": device, "dtype": "float32"},
+            data={"train": rows, "validation_split": 0.25, "batch_size": 4},
+            schedule="constant",
+            max_steps=4,
+            logging_steps=1,
+            eval_steps=2,
+            save_steps=2,
+            seed=7,
+            output_dir=tmp_path / device,
+        ).resume(max_steps=6)
+        found = run.metrics()
+        assert {*found.event} == {"step", "eval"}
+        assert found[found.event == "step"].step.tolist() == [1, 2, 3, 4, 5, 6]
+        curves.append(found.loss.to_numpy())
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-3)
+    run = lowrank.TrainedRun(tmp_path / GPU)
+    (job,) = run.jobs
+    model = run.load()
+    assert model.generate("Say 3.", job, max_new_tokens=6, temperature=0.0)
+    assert run.export("merged", tmp_path / "merged", dtype="float32", prompts=rows[:4])["passed"]
 
 
 def test_triton_serves_the_adapters_of_answers() -> None:
