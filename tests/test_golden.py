@@ -146,7 +146,7 @@ def updated(golden: dict[str, Any], came: dict[str, list[float]], here: str, exa
 
 
 def close(came: dict[str, list[float]], expected: dict[str, list[float]]) -> bool:
-    return came.keys() == expected.keys() and all(came[name] == pytest.approx(expected[name], rel=1e-4) for name in came)
+    return came == {name: pytest.approx(each, rel=1e-4) for name, each in expected.items()}
 
 
 def test_the_same_losses_as_ever(straight: Path, storage: str, request: pytest.FixtureRequest) -> None:

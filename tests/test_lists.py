@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 import lowrank
 from lowrank.cli.export import export
 from lowrank.cli.serve import serve
+from lowrank.data.formats.built_in import built_in_formats
 from lowrank.models.config import ModelConfig
+from lowrank.records import Record
 from lowrank.report.reporters.trackers import known_trackers
 from lowrank.serve.engines import engine_names
 from lowrank.settings import configs_in
@@ -31,6 +34,23 @@ PAGES = {
 def test_a_page_names_all_of_a_folder(package: str, page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     assert not [name for name in configs_in(package) if f"`{name}`" not in text and f": {name}`" not in text]
+
+
+LISTS: list[tuple[str, Callable[[], Iterable[str]], str]] = [
+    ("formats", built_in_formats, "docs/add-a-format.md"),
+    ("records", lambda: [each.__name__ for each in typing.get_args(Record)], "docs/add-a-format.md"),
+    ("records", lambda: [each.__name__ for each in typing.get_args(Record)], "docs/glossary.md"),
+    ("storages", lambda: configs_in("lowrank.models.storages"), "docs/glossary.md"),
+    ("engines", engine_names, "docs/serving.md"),
+    ("trackers", known_trackers, "docs/add-a-reporter.md"),
+]
+
+
+@pytest.mark.parametrize(("kind", "names", "page"), LISTS, ids=[f"{kind}-{page}" for kind, _, page in LISTS])
+def test_a_page_lists_what_there_is(kind: str, names: Callable[[], Iterable[str]], page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    missing = [name for name in names() if not re.search(rf"`(--engine )?{re.escape(name)}`", text)]
+    assert not missing, f"{page} lacks {kind}"
 
 
 def help_of(command: typing.Any, parameter: str) -> str:

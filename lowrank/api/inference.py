@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, cast, overload
 
+from lowrank.compat.llamafactory_commands import answering_file
 from lowrank.config.problems import settings_of
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.media import open_parts
@@ -14,7 +16,7 @@ from lowrank.errors import DataError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.notices import log_notice
 from lowrank.pipelines.inference import BARE, InferenceModel
-from lowrank.records import Conversation
+from lowrank.records import Conversation, Message
 from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, open_chat_backend
 from lowrank.third_party import code_allowed
 
@@ -28,8 +30,12 @@ class Model:
     adapters   their names; the base alone goes by `base`
     """
 
-    def __init__(self, backend: ChatBackend) -> None:
+    def __init__(
+        self, backend: ChatBackend, *, system: str | None = None, sampling: Mapping[str, Any] | None = None
+    ) -> None:
         self._backend = backend
+        self._system = system
+        self._sampling = dict(sampling or {})
         self.adapters: list[str] = [name for name in backend.names if name != BARE]
 
     @property
@@ -86,16 +92,23 @@ class Model:
     ) -> list[Answer]:
         """As `generate`, always of a list, with tokens, why each ended, log-probabilities (`logprobs=0`), and the
         error of one that could not be had."""
-        name, config = self._chosen(adapter), _sampling(sampling)
-        requests = [(name, _conversation(each, tools, number)) for number, each in enumerate(questions, start=1)]
+        name, config = self._chosen(adapter), _sampling({**self._sampling, **sampling})
+        requests = [(name, self._read(each, tools, number)) for number, each in enumerate(questions, start=1)]
         return self._backend.answers(requests, config, on_text=on_text) if requests else []
 
     def compare(self, question: Question, **sampling: Any) -> dict[str, str]:
         """What the base and every adapter answer to one question, by name; all in the same forward passes."""
-        names, config = self._backend.names, _sampling(sampling)
-        conversation = _conversation(question, (), 1)
+        names, config = self._backend.names, _sampling({**self._sampling, **sampling})
+        conversation = self._read(question, (), 1)
         answers = self._backend.answers([(name, conversation) for name in names], config)
         return {name: each.text for name, each in zip(names, answers)}
+
+    def _read(self, question: Any, tools: Sequence[Mapping[str, Any]], number: int) -> Conversation:
+        """With the system prompt of the file it was loaded from, unless it has one of its own."""
+        read = _conversation(question, tools, number)
+        if self._system is None or (read.messages[:1] and read.messages[0].role == "system"):
+            return read
+        return replace(read, messages=(Message("system", self._system), *read.messages))
 
     def _chosen(self, adapter: str | None) -> str:
         if adapter is None and len(self.adapters) > 1:
@@ -132,7 +145,8 @@ def load(
     allow_code: bool = False,
 ) -> Model:
     """Load what `path` names, which is what the command line takes: a run folder (all its jobs), one of its
-    checkpoints, an adapter's folder (PEFT's too), a model's, a hub name, or a .gguf file.
+    checkpoints, an adapter's folder (PEFT's too), a model's, a hub name, a .gguf file, or a LLaMA-Factory YAML, whose
+    system prompt and ways to draw (temperature, top_p ...) then stand wherever a question has none of its own.
 
     which           a run's best or last adapters
     adapters        LoRA files (.gguf) beside a .gguf file
@@ -144,10 +158,15 @@ def load(
     """
     with code_allowed(allow_code):
         names = [str(each) for each in adapters]
+        theirs = answering_file(str(path))
+        if theirs is not None:
+            path, base, chat_template = theirs.model, base or theirs.base, chat_template or theirs.chat_template
+            for note in theirs.notes:
+                notify(note)
         backend, _ = open_chat_backend(
             str(path), names, which=which, chat_template=chat_template, base=base, notify=notify
         )
-        return Model(backend)
+        return Model(backend) if theirs is None else Model(backend, system=theirs.system, sampling=theirs.sampling)
 
 
 def generate(

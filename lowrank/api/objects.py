@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from lowrank.api.settings import name_of, rows, with_settings
+from lowrank.api.settings import name_of, rows, settings_class, with_settings
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import IN_MEMORY
 from lowrank.errors import ConfigError, did_you_mean, raise_all
@@ -90,8 +90,8 @@ def _is_named(thing: Any) -> bool:
 
 
 def _own_name(thing: Any, taken: Mapping[str, Any]) -> str:
-    config = type(thing) if isinstance(thing, Settings) else getattr(thing, "Config", None)
-    if isinstance(thing, (type, Settings)) and isinstance(config, type) and issubclass(config, Settings):
+    config = settings_class(thing)
+    if isinstance(thing, (type, Settings)) and config is not None:
         kind = config.model_fields.get("type")
         if kind is not None:
             return str(kind.default)
@@ -108,8 +108,9 @@ def _name_in(own: str, named: Mapping[str, None]) -> str | None:
 
 def _as_type(name: str, thing: Any) -> Any:
     """What `name` means where settings are read (lowrank/settings.py)."""
-    if isinstance(thing, Settings):
-        return SimpleNamespace(Config=type(thing))
+    config = settings_class(thing)
+    if config is not None and (isinstance(thing, Settings) or thing is config):
+        return SimpleNamespace(Config=config)
     if getattr(thing, "Config", None) is not None and isinstance(thing, type):
         return thing
     return with_settings(name, thing) if hasattr(thing, "loss") else thing

@@ -12,6 +12,7 @@ from typing import Any
 
 import lowrank
 from lowrank.api.signatures import Origin, alias, fields, property_of, signature, types_in
+from lowrank.config.page import settings_table
 
 _HEAD = """# In Python
 
@@ -74,6 +75,16 @@ lowrank.load("merged-model").generate("What is 3?")
 ```
 """
 
+_SETTINGS = """## The settings to begin with
+
+As keywords of `lowrank.train`, a dot for a dict: `optimizer.learning_rate` is `optimizer={"learning_rate": 1e-4}`. All
+of them are in [settings.md](settings.md), which says too what may differ from job to job.
+"""
+_FIRST_SETTINGS = (
+    "model.path", "data.batch_size", "data.max_length", "adapter.rank", "adapter.alpha", "adapter.target_modules",
+    "optimizer.learning_rate", "schedule.warmup_ratio", "num_train_epochs", "max_steps", "eval_steps", "save_steps",
+    "logging_steps", "seed",
+)  # fmt: skip
 _SEAMS = "Seams: what is your own"
 _GROUPS = {
     "Functions": ("train", "load", "generate", "evaluate", "export", "serve"),
@@ -98,7 +109,7 @@ def api_page() -> str:
     """The page as Markdown: the functions first, then the rest in groups, then the types that all these name."""
     listed = [name for names in _GROUPS.values() for name in names]
     assert sorted([*listed, "__version__"]) == sorted(lowrank.__all__), "each name stands in one group"
-    parts, named = [_HEAD], [*_BESIDE_VARIANT, *_IN_TEXTS]
+    parts, named = [_HEAD, _settings()], [*_BESIDE_VARIANT, *_IN_TEXTS]
     for group, names in _GROUPS.items():
         parts.append(f"## {group}\n")
         for name in names:
@@ -110,6 +121,10 @@ def api_page() -> str:
             seen.add(origin)
             parts.append(_entry(origin[1], origin, named))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _settings() -> str:
+    return f"{_SETTINGS}\n{settings_table(_FIRST_SETTINGS)}"
 
 
 def _origin_of(name: str) -> Origin:

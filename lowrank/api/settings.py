@@ -21,7 +21,7 @@ from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.sources.memory import RowsLike, keep_rows
 from lowrank.errors import ConfigError, DataError
 from lowrank.objectives import ObjectiveSettings
-from lowrank.settings import Settings
+from lowrank.settings import Settings, configs_in
 from lowrank.third_party import names_code
 
 
@@ -135,25 +135,36 @@ def _typed(group: str, value: Any, objects: dict[str, Any]) -> Any:
 
 
 def _type_of(group: str, value: Any, objects: dict[str, Any]) -> Any:
-    """The name by which an object is the `type` of its group: a class with settings of its own (`Config`), or an
-    objective itself."""
+    """The name by which an object is the `type` of its group: a class with settings of its own (`Config`), the class of
+    such settings, or an objective itself."""
     if value is None or isinstance(value, str):
         return value
-    config = getattr(value, "Config", None)
+    config = settings_class(value)
     if isinstance(value, type) and config is not None:
-        name = config.model_fields["type"].default if "type" in config.model_fields else None
+        name = str(config.model_fields["type"].default) if "type" in config.model_fields else ""
+        if configs_in(TYPED[group][0]).get(name) is config:
+            return name
         if not names_code(name):
-            raise ConfigError(f"{group}: {value.__name__}.Config needs a field `type: Literal['my_module:MyThing']`")
-        objects[str(name)] = value
+            named = value.__name__ if value is config else f"{value.__name__}.Config"
+            raise ConfigError(f"{group}: {named} needs a field `type: Literal['my_module:MyThing']`")
+        objects[name] = SimpleNamespace(Config=config) if value is config else value
         return name
     if group != "objective" or not hasattr(value, "loss"):
         raise ConfigError(
             f"{group}: {value!r} cannot be used; give a class with the attribute `Config` (docs/add-a-variant.md and "
-            "its neighbors), its settings, or a name"
+            "its neighbors), its settings (the class or an object of it), or a name"
         )
     name = name_of(value, objects)
     objects[name] = with_settings(name, value)
     return name
+
+
+def settings_class(thing: Any) -> type[Settings] | None:
+    """That of settings, of their class, or of a class that carries it as `Config`; None for anything else."""
+    config = type(thing) if isinstance(thing, Settings) else thing
+    if not (isinstance(config, type) and issubclass(config, Settings)):
+        config = getattr(thing, "Config", None)
+    return config if isinstance(config, type) and issubclass(config, Settings) else None
 
 
 def with_settings(name: str, objective: Any) -> Any:

@@ -57,11 +57,11 @@ def train(
                   that returns one; a path; or `{"train": ..., "eval": ..., **settings}` of these. A source with
                   settings of its own is `{"rows": rows, "format": "alpaca"}`.
     jobs          several adapters at once: `[{"name": "r8", "adapter": {"rank": 8}}, {"name": "r64", ...}]`.
-    objective     a name, settings, or an objective of your own: the class or the object. `adapter` and `optimizer`
-                  take classes too; `reward_funcs` and a source's `format` take functions. An objective has what
-                  `Objective` says. A reward function is called with keywords, lists of one item for each answer:
-                  `prompts`, `completions` (messages), `completion_ids`, `label` and the data's columns; it returns a
-                  number for each answer.
+    objective     a name, settings (or their class), or an objective of your own: the class or the object. `adapter` and
+                  `optimizer` take names, settings and classes too; `reward_funcs` and a source's `format` take
+                  functions. An objective has what `Objective` says. A reward function is called with keywords, lists of
+                  one item for each answer: `prompts`, `completions` (messages), `completion_ids`, `label` and the
+                  data's columns; it returns a number for each answer.
     reporters     hear every event: objects with `report(event)` and `close()`, or plain functions.
     progress      True shows the run on the terminal, False nowhere. Left out: in a notebook as a live table and curve,
                   elsewhere as records of the logger `lowrank` (warnings are seen, the rest with

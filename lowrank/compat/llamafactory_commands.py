@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from lowrank.compat import llamafactory_templates
@@ -95,6 +96,38 @@ def translate(arguments: Sequence[str]) -> Translated:
         return Translated([*arguments, *changed], first=first, then=then)
     others = [argument for argument in rest[1:] if argument not in overriding]
     return _command(command, settings, file.parent, str(file), others)
+
+
+@dataclass(frozen=True)
+class AnsweringFile:
+    """A LLaMA-Factory file as `lowrank chat` reads it: who answers, and how.
+
+    model           a path or a name of the hub: an adapter's, or the base's
+    base            where the adapter's base is; None without adapter
+    chat_template   what `template` names; None: the model's own
+    system          `default_system`
+    sampling        what it says of `GenerationConfig`, LLaMA-Factory's defaults where it says nothing
+    notes           warnings
+    """
+
+    model: str
+    base: str | None
+    chat_template: str | None
+    system: str | None
+    sampling: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+def answering_file(path: str) -> AnsweringFile | None:
+    """The file at `path`; None where it is no file of LLaMA-Factory's. ConfigError for what cannot be done here."""
+    translated = translate(["chat", path])
+    if translated.arguments is None:
+        return None
+    _, model, *options = translated.arguments
+    given = dict(zip(options[::2], options[1::2]))
+    base, chat_template, system = (given.pop(name, None) for name in ("--base", "--chat-template", "--system"))
+    sampling = {name[2:].replace("-", "_"): yaml.safe_load(value) for name, value in given.items()}
+    return AnsweringFile(model, base, chat_template, system, sampling, translated.notes)
 
 
 def _trains(settings: Mapping[str, Any], command: str) -> bool:

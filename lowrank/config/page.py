@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -58,6 +58,17 @@ SWEEP = """See [sweeps.md](sweeps.md).
 
 """
 
+_HEADER = "| setting | value | default | meaning |\n| --- | --- | --- | --- |"
+_GROUPS: dict[str, type[Settings]] = {
+    "": RunConfig,
+    "model": lowrank.models.config.ModelConfig,
+    "data": lowrank.data.config.DataConfig,
+    "adapter": AdapterSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleConfig,
+}
+"""Groups of settings and what all their types share, by the name that stands before the dot."""
+
 
 def settings_page() -> str:
     """The whole page, as markdown."""
@@ -82,13 +93,24 @@ def settings_page() -> str:
     return "\n".join(parts)
 
 
-def _table(group: type[Settings], names: list[str] | None = None) -> str:
-    lines = ["| setting | value | default | meaning |", "| --- | --- | --- | --- |"]
-    for name in names or list(group.model_fields):
-        field = group.model_fields[name]
-        cells = (f"`{name}`", _kind(field), _default(field), " ".join((field.description or "").split()))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+def settings_table(paths: Sequence[str]) -> str:
+    """Some settings, by their paths (`adapter.rank`), with what stands in the schema. KeyError for one that is not
+    there."""
+    lines = [_HEADER]
+    for path in paths:
+        group, _, name = path.rpartition(".")
+        lines.append(_row(path, _GROUPS[group].model_fields[name]))
     return "\n".join(lines) + "\n"
+
+
+def _table(group: type[Settings], names: list[str] | None = None) -> str:
+    lines = [_HEADER, *(_row(name, group.model_fields[name]) for name in names or list(group.model_fields))]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    cells = (f"`{name}`", _kind(field), _default(field), " ".join((field.description or "").split()))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _choices(place: str, package: str, shared: type[Settings]) -> str:

@@ -20,15 +20,22 @@ import pytest
 import torch
 
 import lowrank
+from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.variants.dora import DoraConfig
+from lowrank.adapters.variants.lora import Lora
+from lowrank.api.settings import plain_settings
 from lowrank.config import resolve
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import keep_rows
 from lowrank.data.sources.rows import read_rows
 from lowrank.evaluate.questions import read_questions
 from lowrank.export.targets import merged
+from lowrank.objectives.pretrain import PretrainConfig
 from lowrank.records import Conversation, Message
 from lowrank.report.events import RunFinished, StepDone
 from lowrank.settings import Settings
+from lowrank.third_party import objects_given
+from lowrank.train.optimizers.adamw import AdamWConfig
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
@@ -334,6 +341,7 @@ def test_an_objective_as_class_as_settings_and_as_object(tmp_path: Path) -> None
     by_class = losses(tmp_path, "class", objective=Focal)
     assert by_class == losses(tmp_path, "settings", objective=Focal.Config(gamma=2.0))
     assert by_class == losses(tmp_path, "group", objective={"type": Focal, "gamma": 2.0})
+    assert by_class == losses(tmp_path, "settings-class", objective=Focal.Config)
     assert by_class == losses(tmp_path, "object", objective=Plain(2.0))
     assert by_class != losses(tmp_path, "other", objective=Plain(0.5))
     written = json.loads((tmp_path / "class/config.json").read_text())
@@ -342,6 +350,41 @@ def test_an_objective_as_class_as_settings_and_as_object(tmp_path: Path) -> None
         resolve({**QUICK, "data": "lowrank/demo", "output_dir": "x", "objective": "tests.api.test_front_door:Focal"})
     with pytest.raises(lowrank.ConfigError, match=r"objective: .* cannot be used"):
         lowrank.train(**settings(output_dir=tmp_path / "none", objective=3))
+
+
+class Scaled(Lora):
+    """A variant as docs/add-a-variant.md has it."""
+
+    class Config(AdapterSettings):
+        type: Literal["tests.api.test_front_door:Scaled"] = "tests.api.test_front_door:Scaled"
+
+        def build(self) -> Scaled:
+            return Scaled()
+
+
+@pytest.mark.parametrize(
+    ("given", "type_name"),
+    [
+        ({"adapter": DoraConfig}, "dora"),
+        ({"adapter": {"type": DoraConfig, "rank": 4}}, "dora"),
+        ({"adapter": Scaled}, "tests.api.test_front_door:Scaled"),
+        ({"adapter": Scaled.Config}, "tests.api.test_front_door:Scaled"),
+        ({"adapter": Scaled.Config(rank=4)}, "tests.api.test_front_door:Scaled"),
+        ({"objective": PretrainConfig}, "pretrain"),
+        ({"optimizer": AdamWConfig}, "adamw"),
+    ],
+)
+def test_classes_and_settings_classes_stand_for_their_type(given: dict[str, Any], type_name: str) -> None:
+    plain = plain_settings(given)
+    with objects_given(plain.objects):
+        config = resolve({**QUICK, "data": "lowrank/demo", "output_dir": "x", **plain.values})
+    group = next(iter(given))
+    assert getattr(config.jobs[0], group).type == type_name
+
+
+def test_a_settings_class_of_another_group_is_refused() -> None:
+    with pytest.raises(lowrank.ConfigError, match=r"objective: DoraConfig needs a field `type: Literal\['my_module"):
+        plain_settings({"objective": DoraConfig})
 
 
 def test_an_objective_that_gives_something_else_is_told_what_is_expected(tmp_path: Path) -> None:

@@ -58,5 +58,7 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(views) == 1, "one view, written anew, not a page of them"
     assert "loading lowrank/tiny" in views[0].data["text/html"]
     assert "<table" in views[0].data["text/html"]
+    assert "<svg" in views[0].data["text/html"]
+    assert views[0].data["text/html"].count("<polyline") == 2, "a curve for each job"
     exported = [shown(cell, "text/plain") for cell in code_cells(notebook) if "run.export" in cell.source]
     assert exported[0].endswith("(True, True)")

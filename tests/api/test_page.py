@@ -67,6 +67,21 @@ def test_signatures_have_types_and_defaults_and_seams_their_members() -> None:
     assert "callback" in page
 
 
+def test_the_settings_a_beginner_needs_stand_on_the_page() -> None:
+    page = api_page()
+    table = page[page.index("## The settings to begin with") : page.index("## Functions")]
+    for name in (
+        "data.batch_size",
+        "optimizer.learning_rate",
+        "adapter.rank",
+        "num_train_epochs",
+        "max_steps",
+        "eval_steps",
+    ):
+        assert f"| `{name}` | " in table
+    assert "| `adapter.rank` | whole number | `16` |" in table
+
+
 @pytest.mark.slow  # twelve seconds: two runs, two exports
 def test_what_the_page_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, own = re.findall(r"^```python\n(.*?)^```", api_page(), re.MULTILINE | re.DOTALL)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lowrank
 from lowrank.cli.main import main
 from lowrank.compat import load_any
 from lowrank.compat.llamafactory_commands import ELSEWHERE, translate
@@ -68,6 +69,21 @@ def test_chat(place: Path) -> None:
                          "--system", "Be kind.", "--json"]  # fmt: skip
     adapter = arguments_of("chat", CHAT + "adapter_name_or_path: saves/a\ndo_sample: false\n", "--max-new-tokens", "7")
     assert adapter == ["chat", "saves/a", "--base", "lowrank/tiny", "--max-new-tokens", "7"]
+
+
+def test_python_loads_what_chat_takes(place: Path) -> None:
+    Path("theirs.yaml").write_text(CHAT + "default_system: Be kind.\ndo_sample: false\nmax_new_tokens: 3\n")
+    notes: list[str] = []
+    theirs, plain = lowrank.load("theirs.yaml", notify=notes.append), lowrank.load("lowrank/tiny")
+    kind = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who are you?"}]
+    assert theirs.answers(["Who are you?"])[0].tokens == plain.answers([kind], max_new_tokens=3)[0].tokens
+    assert theirs.answers([kind])[0].tokens == plain.answers([kind], max_new_tokens=3)[0].tokens
+    longer = theirs.answers(["Who are you?"], max_new_tokens=5)[0]
+    assert longer.prompt_tokens == plain.answers([kind], max_new_tokens=5)[0].prompt_tokens
+    assert longer.tokens == plain.answers([kind], max_new_tokens=5)[0].tokens
+    Path("theirs.yaml").write_text(CHAT + "adapter_name_or_path: saves/a\ntop_p: 3\n")
+    with pytest.raises(ConfigError, match="top_p: expected a number at most 1"):
+        lowrank.load("theirs.yaml")
 
 
 def test_serve(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
