@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lowrank.batches import to_device
 from lowrank.generate.request import GenerationConfig, RequestError
 
 _MOST_BYTES = 256 << 10
@@ -62,7 +63,7 @@ class Constraint:
             keep_V[self._stop_tokens] = accepting
         if not keep_V.any():
             self._give_up()
-        logits_V.masked_fill_(~keep_V.to(logits_V.device), float("-inf"))
+        logits_V.masked_fill_(to_device(~keep_V, logits_V.device), float("-inf"))
 
     def add(self, token: int) -> None:
         """The token that was chosen."""

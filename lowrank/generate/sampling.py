@@ -15,9 +15,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from lowrank.batches import to_device
 from lowrank.generate.constraint import Constraint
 from lowrank.generate.request import GenerationConfig
 from lowrank.kernels.accelerators import wide
+
+
+_IN_CACHE = 1 << 17
+"""Logits that a processor handles at a time, so that what lies between stays in its caches."""
 
 
 class Drawing(Protocol):
@@ -45,32 +50,56 @@ class Choice:
 
 
 def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
-    """One token for each row; overwrites the logits."""
-    reported = {
-        index: _report(logits_BV[index], row) for index, row in enumerate(rows) if row.config.logprobs is not None
-    }
-    sound_B = [_is_adjusted(row) and math.isfinite(float(logits_V.max())) for logits_V, row in zip(logits_BV, rows)]
+    """One token for each row; overwrites the logits.
+
+    A GPU is waited for once, and once more where log-probabilities are reported.
+    """
+    reported = [index for index, row in enumerate(rows) if row.config.logprobs is not None]
+    logprob_RV = torch.log_softmax(_of(logits_BV, reported), dim=-1) if reported else None
+    own_B = logits_BV.amax(-1) if any(map(_is_adjusted, rows)) else None
     for logits_V, row in zip(logits_BV, rows):
         _adjust(logits_V, row)
-    likeliest_B, greedy_B = (each.tolist() for each in logits_BV.max(-1))
+    likeliest_B, token_B = logits_BV.max(-1)
+    on_cpu = logits_BV.device.type == "cpu"
+    for (in_order, top_k), indices in _alike(rows).items():
+        together = max(1, _IN_CACHE // logits_BV.shape[-1]) if on_cpu else len(indices)
+        for first in range(0, len(indices), together):
+            some = indices[first : first + together]
+            drawn = _draw(_of(logits_BV, some), [rows[index] for index in some], in_order, top_k)
+            token_B.index_copy_(0, to_device(torch.tensor(some), drawn.device), drawn)
+    numbers_3B = torch.stack([wide(likeliest_B), wide(likeliest_B if own_B is None else own_B), wide(token_B)])
+    likeliest, own, tokens = numbers_3B.tolist()
+    thoughts = {} if logprob_RV is None else _thoughts(logprob_RV, _of(token_B, reported), rows, reported)
     choices = []
     for index, row in enumerate(rows):
-        if not math.isfinite(likeliest_B[index]):
-            choices.append(Choice(None, fault=_fault_of(row) if sound_B[index] else None))
-            continue
-        token = greedy_B[index] if row.config.temperature == 0 else _draw(logits_BV[index], row)
-        if index in reported:
-            logprob_V, top = reported[index]
-            choices.append(Choice(token, float(logprob_V[token]), top))
+        if math.isfinite(likeliest[index]):
+            choices.append(Choice(int(tokens[index]), *thoughts.get(index, ())))
         else:
-            choices.append(Choice(token))
+            asked_too_much = _is_adjusted(row) and math.isfinite(own[index])
+            choices.append(Choice(None, fault=_fault_of(row) if asked_too_much else None))
     return choices
 
 
-def _report(logits_V: torch.Tensor, row: Drawing) -> tuple[torch.Tensor, tuple[tuple[int, float], ...]]:
-    logprob_V = torch.log_softmax(logits_V, dim=-1)
-    values, tokens = logprob_V.topk(min(row.config.logprobs or 0, len(logprob_V)))
-    return logprob_V, tuple(zip(tokens.tolist(), values.tolist()))
+def _of(value_B: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+    """The rows at these places, in order."""
+    if len(indices) == len(value_B):
+        return value_B
+    return value_B.index_select(0, to_device(torch.tensor(indices), value_B.device))
+
+
+def _thoughts(
+    logprob_RV: torch.Tensor, token_R: torch.Tensor, rows: Sequence[Drawing], reported: Sequence[int]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """Of each row that wants it: the log-probability of its token, and as many of the likeliest as it asked for."""
+    wanted = [rows[index].config.logprobs or 0 for index in reported]
+    value_RK, likely_RK = logprob_RV.topk(min(max(wanted), logprob_RV.shape[-1]))
+    own_R1 = logprob_RV.gather(1, token_R[:, None])
+    read_R = torch.cat([wide(own_R1), wide(value_RK), wide(likely_RK)], dim=1).tolist()
+    found = {}
+    for index, number, (own, *both) in zip(reported, wanted, read_R):
+        values, likely = both[: len(both) // 2], both[len(both) // 2 :]
+        found[index] = own, tuple(zip(map(int, likely[:number]), values[:number]))
+    return found
 
 
 def _is_adjusted(row: Drawing) -> bool:
@@ -87,45 +116,60 @@ def _adjust(logits_V: torch.Tensor, row: Drawing) -> None:
     """Everything that comes before the temperature, in place."""
     config = row.config
     if config.repetition_penalty != 1.0:
-        seen = torch.tensor(row.tokens[row.virtual :], device=logits_V.device)
+        seen = to_device(torch.tensor(row.tokens[row.virtual :]), logits_V.device)
         value = logits_V[seen]
         logits_V[seen] = torch.where(value < 0, value * config.repetition_penalty, value / config.repetition_penalty)
     answered = row.tokens[row.num_prompt :]
     if answered and (config.presence_penalty or config.frequency_penalty):
-        tokens, times = torch.tensor(answered, device=logits_V.device).unique(return_counts=True)
-        logits_V[tokens] -= config.presence_penalty + config.frequency_penalty * times.to(logits_V.dtype)
+        tokens, times = torch.tensor(answered).unique(return_counts=True)
+        penalty = config.presence_penalty + config.frequency_penalty * times.to(logits_V.dtype)
+        logits_V[to_device(tokens, logits_V.device)] -= to_device(penalty, logits_V.device)
     for token, bias in config.logit_bias.items():
         logits_V[token] += bias
     if row.constraint is not None:
         row.constraint.mask(logits_V)
 
 
-def _draw(logits_V: torch.Tensor, row: Drawing) -> int:
-    """One token from what temperature, top-k, top-p and min-p leave."""
-    config = row.config
-    scaled_V = wide(logits_V) / config.temperature
-    if not config.top_k and config.top_p == 1.0:
-        chance_V, token_V = torch.softmax(scaled_V, dim=-1), None
-    else:
-        if config.top_k and config.top_k < len(scaled_V):
-            scaled_V, token_V = scaled_V.topk(config.top_k)  # sorted
-        else:
-            scaled_V, token_V = scaled_V.sort(descending=True)
-        chance_V = torch.softmax(scaled_V, dim=-1)
-        before_V = chance_V.cumsum(-1) - chance_V
-        kept_V = before_V < config.top_p
-        kept_V[0] = True
-        chance_V = torch.where(kept_V, chance_V, 0)
-    if config.min_p:
-        chance_V = torch.where(chance_V >= config.min_p * chance_V.max(), chance_V, 0)
-    reached_V = chance_V.cumsum(-1)
-    place = len(row.tokens) - row.num_prompt
-    level = _uniform(row.seed, place) * float(reached_V[-1])
-    index = int(
-        torch.searchsorted(reached_V, torch.tensor(level, dtype=reached_V.dtype, device=reached_V.device), right=True)
-    )
-    index = min(index, int(chance_V.nonzero()[-1]))
-    return index if token_V is None else int(token_V[index])
+def _alike(rows: Sequence[Drawing]) -> dict[tuple[bool, int], list[int]]:
+    """Places of the rows that draw, by how: (whether from sorted ones, from how many of them; 0: from all)."""
+    found: dict[tuple[bool, int], list[int]] = {}
+    for index, row in enumerate(rows):
+        config = row.config
+        if config.temperature > 0:
+            found.setdefault((bool(config.top_k) or config.top_p != 1.0, config.top_k), []).append(index)
+    return found
+
+
+def _draw(logits_BV: torch.Tensor, rows: Sequence[Drawing], in_order: bool, top_k: int) -> torch.Tensor:
+    """(B) tokens from what temperature, top-k, top-p and min-p leave of each row."""
+    if len(rows) == 1 and logits_BV.device.type != "cpu":
+        # CUDA sums up a single row by another algorithm than several, and not to the same bits twice
+        return _draw(logits_BV.expand(2, -1), [*rows, *rows], in_order, top_k)[:1]
+    scaled_BV, token_BV = wide(logits_BV), None
+    numbers = [
+        (config.temperature, config.top_p, config.min_p, _uniform(row.seed, len(row.tokens) - row.num_prompt))
+        for row, config in ((row, row.config) for row in rows)
+    ]
+    numbers_4B1 = to_device(torch.tensor(numbers, dtype=scaled_BV.dtype).T.contiguous()[..., None], scaled_BV.device)
+    temperature_B1, top_p_B1, min_p_B1, uniform_B1 = numbers_4B1
+    scaled_BV = scaled_BV / temperature_B1
+    if in_order and 0 < top_k < scaled_BV.shape[-1]:
+        scaled_BV, token_BV = scaled_BV.topk(top_k)  # sorted
+    elif in_order:
+        scaled_BV, token_BV = scaled_BV.sort(descending=True)
+    chance_BV = torch.softmax(scaled_BV, dim=-1)
+    if in_order:
+        kept_BV = chance_BV.cumsum(-1) - chance_BV < top_p_B1
+        kept_BV[:, 0] = True
+        chance_BV = torch.where(kept_BV, chance_BV, 0)
+    if any(row.config.min_p for row in rows):
+        chance_BV = torch.where(chance_BV >= min_p_B1 * chance_BV.amax(-1, keepdim=True), chance_BV, 0)
+    reached_BV = chance_BV.cumsum(-1)
+    index_B1 = torch.searchsorted(reached_BV, uniform_B1 * reached_BV[:, -1:], right=True)
+    place_V = torch.arange(chance_BV.shape[-1], device=chance_BV.device)
+    last_B1 = torch.where(chance_BV > 0, place_V, 0).amax(-1, keepdim=True)  # where rounding, or NaN, goes beyond it
+    index_B1 = torch.minimum(index_B1, last_B1)
+    return (index_B1 if token_BV is None else token_BV.gather(1, index_B1))[:, 0]
 
 
 def _uniform(seed: int, place: int) -> float:

@@ -107,7 +107,7 @@ def test_sft_is_that_of_peft(checkpointing: bool, tmp_path: Path) -> None:
     own = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(own[name], parameter, rtol=1e-3, atol=1e-5)
+            assert (own[name] - parameter).norm() <= 1e-4 * parameter.norm(), name  # AdamW magnifies single roundings
 
 
 def as_rows(tokens: Callable[[], Any]) -> Dataset:

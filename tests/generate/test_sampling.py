@@ -77,6 +77,28 @@ def test_draws_follow_transformers_probabilities(settings: dict[str, float]) -> 
     assert set(expected.topk(3).indices.tolist()) <= set(counts) or int((expected > 0).sum()) < 3
 
 
+def test_rows_of_one_step_get_what_each_gets_alone() -> None:
+    """Drawn together where their settings are alike, to the bit; log-probabilities and rows without a token too."""
+    asked: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_k": 50, "min_p": 0.1},
+        {"temperature": 1.0, "min_p": 0.2, "logprobs": 3},
+        {"logprobs": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.3},
+    ]
+    rows = [row(GenerationConfig(**asked[index % len(asked)], seed=index), [index, 7]) for index in range(40)]
+    logits_BV = torch.stack([logits(seed) for seed in range(40)])
+    logits_BV[3, 8], logits_BV[13] = float("nan"), float("-inf")
+    together = choose(logits_BV.clone(), rows)
+    assert together == [choose(logits_BV[index : index + 1].clone(), [each])[0] for index, each in enumerate(rows)]
+    assert [choice.token for choice in together].count(None) == 2
+    assert len(together[5].top) == 3
+    assert together[6].top == ()
+    assert together[6].logprob is not None
+
+
 def test_a_draw_depends_on_its_own_request_only() -> None:
     config = GenerationConfig(temperature=1.0, top_p=0.9, seed=7)
     (one,) = choose(logits()[None], [row(config)])

@@ -47,14 +47,14 @@ def planned(*adapters: Any, lengths: list[int] = LENGTHS) -> list[PlannedJob]:
     return [PlannedJob(adapter, SFTConfig().build(), AdamWConfig(), step) for adapter, step in zip(adapters, steps)]
 
 
-def folder_of(family: str, tmp_path: Path, **changes: Any) -> ModelConfig:
+def folder_of(family: str, tmp_path: Path, dtype: str = "bfloat16", **changes: Any) -> ModelConfig:
     """A checkpoint folder without a single weight."""
     config = FAMILIES[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     config.architectures = None
     config.save_pretrained(tmp_path / family)
-    return ModelConfig(path=str(tmp_path / family), dtype="bfloat16", device="cpu")
+    return ModelConfig(path=str(tmp_path / family), dtype=dtype, device="cpu")  # type: ignore[arg-type]
 
 
 def measured(
@@ -64,7 +64,7 @@ def measured(
     config = transformers.AutoConfig.from_pretrained(settings.path)
     live = LiveBytes()
     with live:
-        model = model_class(config).from_config(config, dtype=torch.bfloat16)
+        model = model_class(config).from_config(config, dtype=getattr(torch, settings.dtype))
         model.eval().requires_grad_(False)
         pack_in_place(model, settings.storage)
     use_memory_efficient_modules(model)
@@ -83,12 +83,20 @@ def measured(
 
 
 @pytest.mark.parametrize(
-    ("family", "activation_checkpointing"),
-    [("llama", "none"), ("llama", "full"), ("gpt2", "none"), ("gemma2", "none"), ("qwen3_moe", "none")],
+    ("family", "activation_checkpointing", "dtype"),
+    [
+        ("llama", "none", "bfloat16"),
+        ("llama", "full", "float32"),
+        ("gpt2", "none", "float32"),
+        ("gemma2", "none", "float32"),
+        ("qwen3_moe", "none", "bfloat16"),
+    ],
 )
-def test_a_simulated_step_is_a_real_step(family: str, activation_checkpointing: str, tmp_path: Path) -> None:
+def test_a_simulated_step_is_a_real_step(
+    family: str, activation_checkpointing: str, dtype: str, tmp_path: Path
+) -> None:
     """To a few per cent: batches and losses themselves are not counted, and a mixture's routing is not known."""
-    settings = folder_of(family, tmp_path)
+    settings = folder_of(family, tmp_path, dtype)
     jobs = planned(LoraConfig(rank=4), LoraConfig(rank=8, dropout=0.1))
     static, peak = measured(settings, jobs, 4096, activation_checkpointing)
     step = StepMemory(settings, jobs).step(4096, activation_checkpointing)

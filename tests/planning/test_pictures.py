@@ -54,7 +54,7 @@ FROZEN = LoraConfig(rank=4)
 EVERYWHERE = LoraConfig(rank=4, freeze_vision_tower=False, freeze_multi_modal_projector=False)
 
 
-def folder_of(family: str, path: Path) -> ModelConfig:
+def folder_of(family: str, path: Path, dtype: str = "float32") -> ModelConfig:
     """A checkpoint folder whose weights are of another shape, with pictures so large that they show."""
     save_vision_folder(path, family)
     config = COMPOSITES[family]()
@@ -72,7 +72,7 @@ def folder_of(family: str, path: Path) -> ModelConfig:
         text.rope_parameters = {**text.rope_parameters, "mrope_section": [4, 4, 8]}
     config.architectures = None
     config.save_pretrained(path)
-    settings = ModelConfig(path=str(path), dtype="bfloat16", device="cpu")
+    settings = ModelConfig(path=str(path), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     processor = processor_of(load_tokenizer(settings))
     assert processor is not None
     for part, values in zip((processor.own.image_processor, processor.own), _PROCESSORS[family]):
@@ -134,7 +134,7 @@ def measured(
     assert processor is not None
     live = LiveBytes()
     with live:
-        model = model_class(config).from_config(config, dtype=torch.bfloat16)
+        model = model_class(config).from_config(config, dtype=getattr(torch, settings.dtype))
         model.eval().requires_grad_(False)
     use_memory_efficient_modules(model)
     base = Base(model, None, "m")
@@ -181,14 +181,15 @@ def assert_planned_as_measured(
 
 
 def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
-    return pytest.param(family, adapter, policy, marks=pytest.mark.slow)
+    """In bfloat16, which processors without it multiply fifty times slower."""
+    return pytest.param(family, adapter, policy, "bfloat16", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    ("family", "adapter", "policy"),
+    ("family", "adapter", "policy", "dtype"),
     [
-        ("llava", FROZEN, "none"),
-        ("llava", EVERYWHERE, "full"),
+        ("llava", FROZEN, "none", "float32"),
+        ("llava", EVERYWHERE, "full", "float32"),
         slow("llava", EVERYWHERE, "none"),
         slow("llava", FROZEN, "full"),
         slow("qwen2_5_vl", EVERYWHERE, "full"),
@@ -201,9 +202,11 @@ def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
         slow("idefics3", EVERYWHERE, "none"),
     ],
 )
-def test_a_simulated_step_is_a_real_step(family: str, adapter: LoraConfig, policy: str, tmp_path: Path) -> None:
+def test_a_simulated_step_is_a_real_step(
+    family: str, adapter: LoraConfig, policy: str, dtype: str, tmp_path: Path
+) -> None:
     """Frozen towers and adapted ones, in one pass and in several."""
-    settings = folder_of(family, tmp_path)
+    settings = folder_of(family, tmp_path, dtype)
     memory = planned(settings, adapter)
     assert memory.layout == ("padded" if family == "gemma3" else "packed")
     assert_planned_as_measured(settings, memory, (4096, 600), policy)

@@ -99,11 +99,14 @@ def test_answers_with_pages(storage: str, dtype: str, monkeypatch: pytest.Monkey
     add = decode_lora.add_updates_of_rows
     monkeypatch.setattr(linear, "add_updates_of_rows", lambda *given: launched.append(len(given[0])) or add(*given))
     base = base_of(STORAGES[storage](), DTYPES[dtype])
-    with on_gpu():
+    with on_gpu() as watch:
         engine = engine_of(base, [LoraConfig(rank=8), LoraConfig(rank=4)])
         prompts = [Prompt(np.arange(5 + index, 30 + 9 * index), index % 3 - 1) for index in range(5)]
         for given in ({}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}):
             sampling = GenerationConfig(max_new_tokens=4, **given)
             answers = generate(base, engine.bank, prompts, sampling, stop_tokens=frozenset())
             assert [len(answer) for answer in answers] == [4] * 5
+    drawing = {place: times for place, times in watch.found.items() if place.startswith("generate/sampling.py")}
+    assert drawing.keys() == {"generate/sampling.py:choose reads a list"}, "once a step, of all rows"
+    assert drawing.popitem()[1] <= 2 * 5, "eight steps of answers, two that read questions"
     assert bool(launched) == (DTYPES[dtype] != torch.float32), "Triton's kernel for the adapters of answers"
