@@ -20,7 +20,6 @@ from lowrank.generate.constraint import Constraint
 from lowrank.generate.request import GenerationConfig
 from lowrank.kernels.accelerators import wide
 
-
 _IN_CACHE = 1 << 17
 """Logits that a processor handles at a time, so that what lies between stays in its caches."""
 
