@@ -74,8 +74,8 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
         if math.isfinite(likeliest[index]):
             choices.append(Choice(int(tokens[index]), *thoughts.get(index, ())))
         else:
-            asked_too_much = _is_adjusted(row) and math.isfinite(own[index])
-            choices.append(Choice(None, fault=_fault_of(row) if asked_too_much else None))
+            too_much = _is_adjusted(row) and math.isfinite(own[index])
+            choices.append(Choice(None, fault=_fault_of(row) if too_much else None))
     return choices
 
 

@@ -79,7 +79,7 @@ def test_draws_follow_transformers_probabilities(settings: dict[str, float]) -> 
 
 def test_rows_of_one_step_get_what_each_gets_alone() -> None:
     """Drawn together where their settings are alike, to the bit; log-probabilities and rows without a token too."""
-    asked: list[dict[str, Any]] = [
+    settings: list[dict[str, Any]] = [
         {},
         {"temperature": 1.0},
         {"temperature": 0.7, "top_p": 0.9},
@@ -88,7 +88,7 @@ def test_rows_of_one_step_get_what_each_gets_alone() -> None:
         {"temperature": 1.0, "min_p": 0.2, "logprobs": 3},
         {"logprobs": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.3},
     ]
-    rows = [row(GenerationConfig(**asked[index % len(asked)], seed=index), [index, 7]) for index in range(40)]
+    rows = [row(GenerationConfig(**settings[index % len(settings)], seed=index), [index, 7]) for index in range(40)]
     logits_BV = torch.stack([logits(seed) for seed in range(40)])
     logits_BV[3, 8], logits_BV[13] = float("nan"), float("-inf")
     together = choose(logits_BV.clone(), rows)
