@@ -23,9 +23,11 @@ _SIZE = 512
 
 @dataclass(frozen=True)
 class Capability:
-    """One storage on one device."""
+    """One storage on one device, in one dtype."""
 
     storage: str
+    dtype: str
+    """What was computed in."""
     train: bool
     """The gradient canary sings: right in training, after an evaluation, recomputed, with and without adapters."""
     merge: bool
@@ -45,7 +47,7 @@ def storage_capabilities(device: torch.device, dtype: torch.dtype = torch.float3
 
 
 def _probe(name: str, config: Settings, device: torch.device, dtype: torch.dtype) -> Capability:
-    generator = torch.Generator().manual_seed(0)
+    generator, computed_in = torch.Generator().manual_seed(0), str(dtype).removeprefix("torch.")
     plain = nn.Linear(_SIZE, _SIZE, bias=False).requires_grad_(False)
     plain.weight.copy_(torch.randn(_SIZE, _SIZE, generator=generator))
     plain = plain.to(device, dtype)
@@ -57,6 +59,7 @@ def _probe(name: str, config: Settings, device: torch.device, dtype: torch.dtype
         wrong = [situation for situation, error in errors.items() if not error < TOLERANCE[dtype]]
         return Capability(
             storage=name,
+            dtype=computed_in,
             train=not wrong,
             merge=dense.shape == plain.weight.shape and bool(dense.isfinite().all()),
             save=name == "dense" or _is_writable(layer),
@@ -65,7 +68,9 @@ def _probe(name: str, config: Settings, device: torch.device, dtype: torch.dtype
             problem=f"wrong gradient: {', '.join(wrong)}" if wrong else None,
         )
     except (LowrankError, RuntimeError, ImportError, NotImplementedError) as error:
-        return Capability(name, False, False, False, float("nan"), float("nan"), str(error).splitlines()[0])
+        return Capability(
+            name, computed_in, False, False, False, float("nan"), float("nan"), str(error).splitlines()[0]
+        )
 
 
 def _is_writable(layer: nn.Module) -> bool:

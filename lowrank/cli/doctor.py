@@ -9,17 +9,28 @@ import typer
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
-    """A storage is tried on every device there is: its gradient, also after an evaluation, its size and its error."""
+    """A storage is tried on every device there is, in float32 and in the dtype that a run takes there by itself: its
+    gradient, also after an evaluation, its size and its error."""
     import torch
     from rich.table import Table
 
     from lowrank.adapters.capabilities import as_json, readers, storage_capabilities
     from lowrank.kernels.accelerators import accelerators, unproven
+    from lowrank.models.config import ModelConfig
+    from lowrank.models.loading.pretrained import TINY, choose_dtype
     from lowrank.terminal import Console
 
     devices = [torch.device("cpu"), *accelerators()]
     facts = environment()
-    tried = {device.type: storage_capabilities(device) for device in devices}
+    run = ModelConfig(path=TINY)
+    tried = {
+        device.type: [
+            each
+            for dtype in dict.fromkeys([torch.float32, choose_dtype(run, device)])
+            for each in storage_capabilities(device, dtype)
+        ]
+        for device in devices
+    }
     if json:
         found = {device: as_json(each) for device, each in tried.items()}
         print(json_format.dumps({"environment": facts, "storages": found, "readers": dict(readers())}))
@@ -28,11 +39,18 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings
         for name, fact in facts.items():
             console.print(f"{name:24s} {fact}")
         for device, capabilities in tried.items():
-            table = Table("storage", "train", "merge", "save", "bits", "error", "", title=f"storages on {device}")
+            table = Table(
+                "storage", "dtype", "train", "merge", "save", "bits", "error", "", title=f"storages on {device}"
+            )
             for each in capabilities:
                 marks = ("yes" if ability else "no" for ability in (each.train, each.merge, each.save))
                 table.add_row(
-                    each.storage, *marks, f"{each.bits:.2f}", f"{each.relative_error:.2%}", each.problem or ""
+                    each.storage,
+                    each.dtype,
+                    *marks,
+                    f"{each.bits:.2f}",
+                    f"{each.relative_error:.2%}",
+                    each.problem or "",
                 )
             console.print(table)
         for device in devices:

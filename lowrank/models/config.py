@@ -34,9 +34,11 @@ class ModelConfig(Settings):
     """How the frozen weights are kept: dense (in the run's dtype), bf16 (under a run in float32, half its memory), or
     packed as they load: nf4 (QLoRA), fp4, int8, eetq, hqq. For a checkpoint that is quantized already, leave it out."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
-    """What the base computes in. auto: bfloat16 where the processor has it in hardware, else float32."""
+    """What the base computes in. auto: bfloat16 where the processor or the GPU has it in hardware, float16 on older
+    NVIDIA GPUs (T4, RTX 20; losses are scaled), else float32; on Apple's GPUs (mps) float32."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ... auto: the GPU if there is one."""
+    """cpu, cuda, cuda:1, xpu (Intel), mps (Apple) ... auto: the GPU if there is one, NVIDIA's or AMD's (both `cuda`)
+    before Intel's before Apple's."""
     attention: Literal["auto", "packed", "padded"] = "auto"
     """packed: one flat stream of documents. padded: one document per padded row, slower. auto: packed if a test at load
     time finds that no document sees another and nothing else changed, else padded, and it says so."""

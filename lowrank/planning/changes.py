@@ -19,6 +19,8 @@ from lowrank.planning.simulation import PlannedJob
 from lowrank.settings import configs_in
 
 _LENGTHS = (4096, 2048, 1024, 512, 256, 128)
+_COSTS = {"model.storage: bf16": "; a step takes a few percent longer, since each weight is widened as it is used"}
+"""What a change takes beside what it saves, where that is not plain from it."""
 _RANKS = (64, 32, 16, 8, 4)
 
 
@@ -38,7 +40,9 @@ def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) 
         for change_text, change in kind:
             changed = change(planner, plan)
             if changed.fits:
-                found.append(f"{change_text} would make it fit (about {changed.peak / 1e9:.1f} GB)")
+                found.append(
+                    f"{change_text} would make it fit (about {changed.peak / 1e9:.1f} GB{_COSTS.get(change_text, '')})"
+                )
                 break
     return found or [
         "no single change makes it fit: take a smaller base, or several of: full recompute, shorter rows, fewer jobs"

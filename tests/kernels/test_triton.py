@@ -152,17 +152,34 @@ def test_every_kernel_is_built_here() -> None:
     assert {name for name, kernel in kernels().items() if not inlined(kernel)} == set(BUILDS)
 
 
+def dtypes_of(build: Build) -> frozenset[str]:
+    """Which floats it computes in."""
+    return frozenset(each.removeprefix("*") for each in build[0].values()) & set(HALVES) or frozenset({"fp32"})
+
+
+def some_of(builds: list[Build], capability: int) -> list[Build]:
+    """In the dtype that `auto` takes on that card, and in float32 where there is such a form; of many forms another for
+    each card."""
+    chosen = []
+    for dtype in ("fp16" if capability < 80 else "bf16", "fp32"):
+        forms = [each for each in builds if dtypes_of(each) == {dtype}]
+        chosen += forms[list(CARDS).index(capability) % max(1, len(forms)) :][:1]
+    assert chosen
+    return chosen
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every-form"])
 @pytest.mark.parametrize("capability", CARDS, ids=lambda capability: f"sm_{capability}")
-def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code, with Triton's compiler and NVIDIA's assembler, which need no driver: each kernel for each card,
-    each of its forms for one."""
+def test_every_kernel_compiles(capability: int, every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code, with Triton's compiler and NVIDIA's assembler, which need no driver: each kernel in the
+    dtype of each card, and in the slow suite each of its forms in each dtype."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing of an earlier version counts
-    found, turn = kernels(), list(CARDS).index(capability)
+    found = kernels()
     for name, builds in BUILDS.items():
-        for types, constants in builds[turn :: len(CARDS)] or [builds[turn % len(builds)]]:
+        for types, constants in builds if every else some_of(builds, capability):
             options = {**OPTIONS, "num_warps": constants.get("num_warps", 4)}
             constants = {name: value for name, value in constants.items() if name != "num_warps"}
             source = ASTSource(found[name], {**types, **dict.fromkeys(constants, "constexpr")}, constants)

@@ -226,6 +226,7 @@ def test_float32_is_offered_weights_of_half_the_size(tmp_path: Path) -> None:
         settings = {"activation_checkpointing": "auto", "micro_batch_tokens": "auto", "max_length": 64}
         (storage,) = [text for text in changes_that_fit(planner, plan, settings) if text.startswith("model.storage")]
         assert storage.startswith(f"model.storage: {first} would make it fit")
+        assert ("a step takes a few percent longer" in storage) == (first == "bf16")
 
 
 def test_reach(tmp_path: Path) -> None:

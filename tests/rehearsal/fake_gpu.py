@@ -29,7 +29,7 @@ import lowrank
 from lowrank.kernels import four_bit, fused
 
 GPU = torch.device("cuda", 0)
-ARCHITECTURES = (80, 89, 90)
+ARCHITECTURES = (75, 80, 86, 89, 90)
 _LOWRANK = str(Path(lowrank.__file__).parent) + os.sep
 _aten = torch.ops.aten
 
