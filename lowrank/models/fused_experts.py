@@ -215,7 +215,7 @@ def choose(top_k_index: torch.Tensor, ranges: Ranges, num_experts: int, count_ro
 
 
 def counted_rows(top_k_index: torch.Tensor, order_P: torch.Tensor, ranges: Ranges, num_experts: int) -> RowCounts:
-    """As the router has chosen. The device is asked once."""
+    """As the router has chosen. The device is waited for once, for all counts together: row ranges are the host's."""
     num_tokens, num_choices = top_k_index.shape
     place_T = torch.zeros(num_tokens, dtype=torch.long)  # 0: the bare base, before or between the slots
     for place, (_, first, end) in enumerate(ranges, start=1):
@@ -226,8 +226,9 @@ def counted_rows(top_k_index: torch.Tensor, order_P: torch.Tensor, ranges: Range
     width = len(slot_of_run)
     token_P = order_P // num_choices
     key_P = top_k_index.reshape(-1)[order_P] * width + to_device(run_T, token_P.device)[token_P]
-    counts = torch.bincount(key_P, minlength=num_experts * width).view(-1, width).tolist()
-    return counts, slot_of_run
+    count_N = key_P.new_zeros(num_experts * width)  # bincount would ask for the least and the greatest key first
+    count_N.scatter_add_(0, key_P, torch.ones_like(key_P))
+    return count_N.view(-1, width).tolist(), slot_of_run
 
 
 def _rows(counts: Sequence[Sequence[int]], slots: Sequence[int]) -> list[tuple[int, list[tuple[int, int, int]]]]:

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.adapters.gradient_check import TOLERANCE, gradient_errors
 from lowrank.adapters.targets import find_targets, fused_parameters
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.checkpoints.packed_model import quantize_model
 from lowrank.errors import ModelError
+from lowrank.models import fused_experts
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.models.config import ModelConfig
-from lowrank.models.fused_experts import OF_ONE_EXPERT, Expert, PackedExperts, projections
+from lowrank.models.fused_experts import OF_ONE_EXPERT, Expert, PackedExperts, counted_rows, projections
 from lowrank.models.loading import expert_loading
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.quantize_on_load import kept_dense, pack_in_place
@@ -247,3 +249,37 @@ def test_experts_that_come_quantized_one_by_one(tmp_path: Path) -> None:
         torch.device("cpu"),  # type: ignore[arg-type]
     )
     assert max(errors.values()) < TOLERANCE[torch.float32]
+
+
+class Operators(TorchDispatchMode):
+    """Which were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_row_counts_wait_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layer of a mixture, forward and recomputed: for the counts themselves, not for what bincount wants to
+    know of its operand, nor for a copy of the runs that is not pinned."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(fused_experts, "to_device", lambda tensor, device: sent.append(tensor) or tensor.to(device))
+    with Operators() as operators:
+        counts, slots = counted_rows(torch.zeros(7, 2, dtype=torch.int64), torch.arange(14), [(0, 1, 4), (2, 4, 6)], 3)
+    assert (counts[0], slots) == ([2, 6, 4, 2], [-1, 0, 2, -1])
+    assert not operators.found & {"bincount", "_local_scalar_dense", "nonzero_numpy"}
+    assert len(sent) == 1
+
+
+def test_row_counts_are_those_of_a_loop() -> None:
+    torch.manual_seed(0)
+    chosen_TK = torch.stack([torch.randperm(5)[:2] for _ in range(9)])
+    order_P = torch.sort(chosen_TK.reshape(-1), stable=True).indices
+    counts, slots = counted_rows(chosen_TK, order_P, [(3, 2, 5), (1, 5, 7)], 5)
+    runs = [(0, 2), (2, 5), (5, 7), (7, 9)]
+    assert slots == [-1, 3, 1, -1]
+    assert counts == [[int((chosen_TK[a:b] == expert).sum()) for a, b in runs] for expert in range(5)]
