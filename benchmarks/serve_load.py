@@ -74,7 +74,7 @@ def serve(options: argparse.Namespace, port: Any) -> None:
         trained.slots,
         roots=[options.shelf] if options.registered else [],
         config=config,
-        most_resident=options.resident,
+        max_loras=options.max_loras,
     )
     if options.registered:
         fill_shelf(options, trained)
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, help="a random base of this many layers instead of --model")
     parser.add_argument("--registered", type=int, default=0, help="also a load on that many adapter folders")
-    parser.add_argument("--resident", type=int, default=32, help="of those, in memory at once")
+    parser.add_argument("--max-loras", type=int, default=32, help="of those, in memory at once")
     parser.add_argument("--minutes", type=float, help="go on with both loads in turns this long, and watch the memory")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="a random base of this many layers instead of --model")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    options.registered, options.resident = 0, 32
+    options.registered, options.max_loras = 0, 32
     options.threads, options.shown = 1, "random" if options.layers else options.model
     with tempfile.TemporaryDirectory() as folder:
         if options.layers:

@@ -33,7 +33,6 @@ CALLED_BY_OTHERS = {
     "data/chat/template_sandbox.py": "jinja's interface of a code generator",
     "data/formats*": "formats, found by their name",
     "evaluate/harness.py": "lm-eval's interface of a model",
-    "models/*streaming.py": "transformers' interface of a quantizer",
     "models/*checkpoint_files.py": "safetensors' interface of a slice",
     "models/*quantize_on_load.py": "transformers' interface of a quantizer",
     "__init__.py": "the interpreter and inspect: hooks of a module",
@@ -67,6 +66,11 @@ def unused() -> dict[str, str]:
         for item in tool.get_unused_code(min_confidence=60)
         if item.typ in ("function", "class", "method", "property")
     }
+
+
+def test_every_exception_is_of_a_file() -> None:
+    places = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
+    assert [file for file in CALLED_BY_OTHERS if not any(fnmatch(place, file) for place in places)] == []
 
 
 def test_nothing_is_unused() -> None:

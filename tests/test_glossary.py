@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
+from lowrank.cli.renamed_options import RENAMED_OPTIONS
 from lowrank.config.renamed import RENAMED
 
 ROOT = Path(lowrank.__file__).parent.parent
@@ -51,4 +52,7 @@ def test_the_term_is_found_in_the_code_itself(term: str) -> None:
 
 
 def test_settings_with_other_names_are_all_there() -> None:
-    assert dict(re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", GLOSSARY, re.MULTILINE)) == RENAMED
+    options = {
+        f"{command} {old}": f"{command} {new}" for command, own in RENAMED_OPTIONS.items() for old, new in own.items()
+    }
+    assert dict(re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", GLOSSARY, re.MULTILINE)) == RENAMED | options

@@ -83,6 +83,21 @@ def test_identifiers_are_the_field_s_terms(folder: str) -> None:
     assert not found, "\n".join(found)
 
 
+EMPTY_DOCSTRING = re.compile(r"(?:The (?:variant|objective|target|engine|optimizer|reason)|All of it|A reason)\.")
+"""Docstrings that only say again what the name says."""
+
+
+def test_docstrings_say_something() -> None:
+    found: list[str] = []
+    for path in sorted((ROOT / "lowrank").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                text = ast.get_docstring(node)
+                if text is not None and EMPTY_DOCSTRING.fullmatch(text):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}: {text}")
+    assert not found, "say what it returns, in which units, and what it raises:\n" + "\n".join(found)
+
+
 def test_file_names_of_the_docs_are_spelled_alike() -> None:
     names = [path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*")]
     assert [str(name) for name in names if any(map(BRITISH.fullmatch, _parts(name.stem)))] == []

@@ -106,7 +106,7 @@ class BottleneckSettings(AdapterSettings):
 
     @property
     def unmergeable(self) -> str | None:
-        """A reason."""
+        """Always: why no export can merge it, as the end of a sentence, and what to do instead."""
         return (
             "it is a network of its own between the layers, with a non-linearity in it, so no weights of the model can "
             "take it in: serve it as it is (lowrank serve), or take it to AdapterHub's library (--to peft writes "

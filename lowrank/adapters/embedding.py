@@ -96,7 +96,7 @@ class RoutedCopy(_Routed):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The frozen bias."""
+        """The base's, which is not trained; None where it has none (an embedding)."""
         return getattr(self.base, "bias", None)
 
     def add(self, slot: int) -> dict[str, nn.Parameter]:

@@ -110,7 +110,7 @@ class RoutedLinear(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The frozen bias."""
+        """(O) of the base, which is not trained; None where it has none."""
         return getattr(self.base, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

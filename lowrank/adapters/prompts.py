@@ -79,7 +79,7 @@ class PromptSettings(AdapterSettings):
 
     @property
     def unmergeable(self) -> str | None:
-        """A reason."""
+        """Always: why no export can merge it, as the end of a sentence, and what to do instead."""
         return (
             "its virtual tokens are no weights of the model, so nothing can be merged: serve it as it is "
             "(lowrank serve), or take it to PEFT (--to peft)"

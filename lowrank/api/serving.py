@@ -72,9 +72,9 @@ def serve(
     which: Literal["best", "last"] = "best",
     chat_template: str | None = None,
     base: str | None = None,
-    resident: int = 32,
-    at_once: int = 64,
-    cache_tokens: int = 65536,
+    max_loras: int = 32,
+    max_num_seqs: int = 64,
+    kv_cache_tokens: int = 65536,
     compile: bool = False,
     notify: Callable[[str], None] = log_notice,
     allow_code: bool = False,
@@ -89,7 +89,7 @@ def serve(
                the one that reads the path
     token      the API key; left out: a new one, `RunningServer.token`. Needed for a host that others can reach
     adapters   folders of adapter folders: each is served, and more may be loaded from there
-    resident   adapters kept in memory; `at_once` answers in progress; `cache_tokens` tokens of the KV cache
+    max_loras  adapters kept in memory; `max_num_seqs` answers in progress; `kv_cache_tokens` tokens of the KV cache
     compile    answer through decoder layers compiled by torch: the first steps take up to a minute
 
     Needs `pip install 'lowrank-llm[serve]'`. Raises ConfigError, ModelError, OutputError.
@@ -100,13 +100,15 @@ def serve(
     from lowrank.serve.server import make_server
 
     folders = tuple(Path(each) for each in adapters)
-    options = ServingOptions(engine, folders, resident, at_once, cache_tokens, chat_template, which, base, compile)
+    options = ServingOptions(
+        engine, folders, max_loras, max_num_seqs, kv_cache_tokens, chat_template, which, base, compile
+    )
     check_host(host, token)
     with code_allowed(allow_code):
         served = open_engine(str(path), options, notify)
     socket, key = listen(host, port), token or new_token()
     names = {host} - {"0.0.0.0", "::"}
-    server = make_server(served, token=key, hosts=names, limits=Limits(answers_at_once=at_once))
+    server = make_server(served, token=key, hosts=names, limits=Limits(answers_at_once=max_num_seqs))
     url = f"{url_of(host, socket.getsockname()[1])}/v1"
     running = RunningServer(server, socket, url, key, [each.name for each in served.served_models()])
     running.await_start()

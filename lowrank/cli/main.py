@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lowrank import __version__
 from lowrank.cli.interrupts import end_at_once
+from lowrank.cli.renamed_options import refuse_renamed
 from lowrank.errors import (
     LowrankError,
     explain_bad_paths,
@@ -120,6 +121,7 @@ class LazyCommand(TyperCommand):
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """The context of the real command, which is imported here."""
+        refuse_renamed(str(self.name), kwargs.get("args") or (args[1] if len(args) > 1 else ()))
         function = getattr(importlib.import_module(_module_of(str(self.name))), str(self.name).replace("-", "_"))
         function = _interruptible(function)
         if self.name in MAY_RUN_CODE:

@@ -43,10 +43,10 @@ def serve(
         list[Path] | None,
         typer.Option("--adapters", help="A folder of adapter folders: each is served, and more may be loaded from it."),
     ] = None,
-    resident: Annotated[int, typer.Option(min=1, help="Adapters kept in memory; others come when asked for.")] = 32,
+    max_loras: Annotated[int, typer.Option(min=1, help="Adapters kept in memory; others come when asked for.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; beyond, clients get 429.")] = 256,
-    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Answers in progress at once.")] = 64,
-    cache_tokens: Annotated[int, typer.Option(min=256, help="Tokens whose keys and values are kept.")] = 65536,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers in progress at once.")] = 64,
+    kv_cache_tokens: Annotated[int, typer.Option(min=256, help="Tokens of the KV cache, of all answers.")] = 65536,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds one request may take, waiting included.")] = 600.0,
     chat_template: Annotated[
         str | None, typer.Option(help="A built-in template (chatml, llama3, ...) or a .jinja file, instead of its own.")
@@ -73,7 +73,7 @@ def serve(
 
     which = "last" if last else "best"
     options = ServingOptions(
-        engine, tuple(adapters or ()), resident, at_once, cache_tokens, chat_template, which, base, compile
+        engine, tuple(adapters or ()), max_loras, max_num_seqs, kv_cache_tokens, chat_template, which, base, compile
     )
     choose_engine(model, options)
     token = token or os.environ.get("LOWRANK_TOKEN") or None
@@ -88,7 +88,7 @@ def serve(
         token=key,
         hosts=allow_host or (),
         origins=allow_origin or (),
-        limits=Limits(answers_at_once=at_once, waiting=max_waiting, request_seconds=timeout),
+        limits=Limits(answers_at_once=max_num_seqs, waiting=max_waiting, request_seconds=timeout),
         on_listening=lambda port: _announce(served, host, port, new_key=None if token else key, json=json),
     )
 

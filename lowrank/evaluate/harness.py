@@ -90,7 +90,7 @@ class Answers:
     ) -> None:
         longest = max(len(token_L) + config.max_new_tokens for token_L, config in requests.values())
         rows = min(_MAX_ROWS, len(requests) * len(names))
-        settings = GeneratorConfig(max_num_seqs=rows, cache_tokens=(rows + 1) * (longest + 256))
+        settings = GeneratorConfig(max_num_seqs=rows, kv_cache_tokens=(rows + 1) * (longest + 256))
         generator = Generator(self.models.base, self.models.bank, settings)
         running = {
             (key, name): generator.submit(Prompt(token_L, self.models.slots[name]), config, stop_tokens=stop)

@@ -101,7 +101,7 @@ def score_answers(base: Base, bank: Bank, held_out: Mapping[int, HeldOutAnswers]
     )
     rows = min(_MAX_ROWS, sum(len(each.prompts) for each in held_out.values()))
     generator = Generator(
-        base, bank, GeneratorConfig(max_num_seqs=max(1, rows), cache_tokens=(rows + 1) * (longest + 256))
+        base, bank, GeneratorConfig(max_num_seqs=max(1, rows), kv_cache_tokens=(rows + 1) * (longest + 256))
     )
     generations = {slot: list(_submit(generator, slot, each)) for slot, each in held_out.items()}
     while generator.step():

@@ -72,7 +72,9 @@ def answer_questions(
     done = total - len(todo)
     on_done(done, total)
     longest = (answering_models.base.max_positions or 4096) if todo else 1
-    settings = GeneratorConfig(max_num_seqs=max_rows, cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest)))
+    settings = GeneratorConfig(
+        max_num_seqs=max_rows, kv_cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest))
+    )
     generator = Generator(answering_models.base, answering_models.bank, settings)
     prompts: dict[tuple[int, Renderer], Segment] = {}
     with open(partial, "a", encoding="utf-8") as file:

@@ -66,7 +66,7 @@ class Generator:
         self.notice = None if reason is None else f"requests are answered in fixed batches, which is slower: {reason}"
         self.compiled = CompiledDecoding(base, bank) if self.config.compile and self.notice is None else None
         size = _KERNEL_PAGE if base.device.type == "cuda" else _PAGE
-        num_pages = 1 + -(-self.config.cache_tokens // size)
+        num_pages = 1 + -(-self.config.kv_cache_tokens // size)
         self._cache = KVCache(num_pages, size)
         self.schedule = Scheduler(BlockManager(num_pages, size), self.config)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

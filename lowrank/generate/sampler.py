@@ -55,7 +55,7 @@ def answer_all(
     lengths = [bank.num_virtual(prompt.slot) + len(prompt.token_L) for prompt in prompts]
     longest = max(lengths, default=0) + config.max_new_tokens
     room = min(rows_at_once, max(1, len(prompts))) * (longest + 256)
-    generator = Generator(base, bank, GeneratorConfig(max_num_seqs=rows_at_once, cache_tokens=max(room, 4096)))
+    generator = Generator(base, bank, GeneratorConfig(max_num_seqs=rows_at_once, kv_cache_tokens=max(room, 4096)))
     generations = []
     for index, prompt in enumerate(prompts):
         generation = generator.submit(prompt, config, stop_tokens=stop_tokens)

@@ -18,7 +18,7 @@ class GeneratorConfig(Settings):
     """Sequences in one step at the most; others wait."""
     max_num_batched_tokens: Positive = 512
     """Tokens of one step at the most: one for each sequence that answers, and the rest for pieces of questions."""
-    cache_tokens: Positive = 65536
+    kv_cache_tokens: Positive = 65536
     """Tokens whose keys and values are kept, of all sequences together."""
     enable_prefix_caching: bool = True
     """Keep the keys of finished sequences while there is room, for others that begin alike."""

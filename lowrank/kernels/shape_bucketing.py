@@ -39,7 +39,7 @@ class RowBucket:
 
     @property
     def rows(self) -> slice:
-        """All of it."""
+        """Rows `start` to `stop` of the stream, the filler around the slot's own rows among them."""
         return slice(self.start, self.stop)
 
     @property

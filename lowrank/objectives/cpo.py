@@ -37,7 +37,7 @@ class CPOConfig(ObjectiveSettings):
     """Weight of the plain SFT loss on the chosen answers."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """A `CPO` of these settings, for one job: the engine calls its `count` and `loss`."""
         return CPO(self)
 
 

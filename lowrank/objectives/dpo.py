@@ -55,7 +55,7 @@ class DPOConfig(ObjectiveSettings):
     """A model that answers are compared with, instead of the bare base: a folder or hub name with the same tokens."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """A `DPO` of these settings, for one job: the engine calls its `count` and `loss`."""
         return DPO(self)
 
 

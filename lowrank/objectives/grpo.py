@@ -59,7 +59,7 @@ class GRPOConfig(RolloutSettings):
         return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
 
     def build(self) -> Objective:
-        """The objective."""
+        """A `GRPO` of these settings, for one job: the engine calls its `count` and `loss`."""
         return GRPO(self)
 
 

@@ -35,7 +35,7 @@ class KTOConfig(ObjectiveSettings):
     """A model that answers are compared with, instead of the bare base: a folder or hub name with the same tokens."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """A `KTO` of these settings, for one job: the engine calls its `count` and `loss`."""
         return KTO(self)
 
 

@@ -31,7 +31,7 @@ class ORPOConfig(ObjectiveSettings):
     """Weight of the odds ratio beside the SFT loss (lambda in the paper)."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """An `ORPO` of these settings, for one job: the engine calls its `count` and `loss`."""
         return ORPO(self.beta)
 
 

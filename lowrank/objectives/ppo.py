@@ -47,7 +47,7 @@ class PPOConfig(RolloutSettings):
     """Divide the rewards of a step's tokens, KL costs included, by their standard deviation."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """A `PPO` of these settings, for one job: the engine calls its `count` and `loss`."""
         return PPO(self)
 
 

@@ -20,5 +20,5 @@ class PretrainConfig(ObjectiveSettings):
     """Share of each target that goes to all tokens alike, as transformers' `label_smoothing_factor`."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """Cross-entropy over all tokens of a text: `SmoothedLoss` with `label_smoothing`, else `TokenLoss`."""
         return SmoothedLoss(Text, self.label_smoothing) if self.label_smoothing else TokenLoss(Text)

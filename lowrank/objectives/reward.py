@@ -28,7 +28,7 @@ class RewardConfig(ObjectiveSettings):
     """Weight of a penalty on (chosen + rejected)^2, which keeps rewards around 0 (arXiv:2312.09244); 0.01 is usual."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """A `Reward` of these settings, for one job: the engine calls its `count` and `loss`."""
         return Reward(self.center_rewards_coefficient)
 
 

@@ -39,7 +39,7 @@ class SFTConfig(ObjectiveSettings):
         return self
 
     def build(self) -> Objective:
-        """The objective."""
+        """Cross-entropy over the answers (`TokenLoss`, `SmoothedLoss`), or what `loss_type` names."""
         if self.loss_type == "nll":
             return SmoothedLoss(Conversation, self.label_smoothing) if self.label_smoothing else TokenLoss(Conversation)
         return {"dft": DFT, "asft": ASFT, "eaft": EAFT}[self.loss_type](self)

@@ -26,7 +26,7 @@ class SimPOConfig(ObjectiveSettings):
     """The margin, in units of rewards; the paper uses 0.3 to 1.6."""
 
     def build(self) -> Objective:
-        """The objective."""
+        """A `SimPO` of these settings, for one job: the engine calls its `count` and `loss`."""
         return SimPO(self.beta, self.gamma)
 
 

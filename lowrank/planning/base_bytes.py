@@ -36,7 +36,7 @@ class BaseBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of the whole base: decoder layers, embedding, head and the rest."""
         return sum(self.layers) + self.embedding + self.head + self.rest
 
     @property

@@ -46,12 +46,12 @@ class AdapterCache:
     """All methods may be called from any thread."""
 
     def __init__(
-        self, published: AdapterRegistry, folders: Mapping[str, Path], roots: Sequence[Path], *, most_resident: int
+        self, published: AdapterRegistry, folders: Mapping[str, Path], roots: Sequence[Path], *, max_loras: int
     ) -> None:
         """`folders`: of the adapters that `published` has already. `roots`: nothing outside them is ever read."""
         self.published = published
         self.roots = tuple(root.resolve() for root in roots)
-        self.max_loras = most_resident
+        self.max_loras = max_loras
         now = int(time.time())
         self.always = tuple(name for name in published.names if name not in folders)
         """The base, and what has no folder to come back from."""

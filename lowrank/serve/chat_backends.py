@@ -121,6 +121,6 @@ def open_chat_backend(
         raise ConfigError(f"--last chooses among the adapters of a run, and {path} is a single model; leave it out")
     files = {Path(name).stem: Path(name) for name in model_names if is_gguf(name)}
     engine = LlamaCppEngine(
-        Path(path), adapters=files, at_once=1, cache_tokens=_CACHE_TOKENS, chat_template=chat_template
+        Path(path), adapters=files, max_num_seqs=1, kv_cache_tokens=_CACHE_TOKENS, chat_template=chat_template
     )
     return GgufChatBackend(engine), [Path(name).stem if is_gguf(name) else name for name in model_names]

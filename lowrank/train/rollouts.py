@@ -102,7 +102,9 @@ class RolloutGenerator:
             return
         if self._generator is None:
             room = ROWS * (self._longest + 32)
-            self._generator = Generator(self._base, self._bank, GeneratorConfig(max_num_seqs=ROWS, cache_tokens=room))
+            self._generator = Generator(
+                self._base, self._bank, GeneratorConfig(max_num_seqs=ROWS, kv_cache_tokens=room)
+            )
         answering = [self._generator.submit(each.prompt, each.config, stop_tokens=each.stop_tokens) for each in waiting]
         while self._generator.step():
             pass

@@ -216,7 +216,7 @@ def test_added_tokens_are_refused_at_every_door(world: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="which vLLM leaves out"):
         refuse_own_rows(world / "own", ModelConfig(path=str(world / "base")))
     base = load(ModelConfig(path=str(world / "base"), dtype="float32"), notify=lambda _: None)
-    shelf = AdapterCache(AdapterRegistry(Generator(base, Bank(base)), {"base": -1}), {}, [world], most_resident=4)
+    shelf = AdapterCache(AdapterRegistry(Generator(base, Bank(base)), {"base": -1}), {}, [world], max_loras=4)
     with pytest.raises(ApiError, match=wanted):
         shelf.publish("new", added)
     given = {

@@ -45,6 +45,9 @@ def test_it_serves_until_it_is_told_to_stop() -> None:
         (["--engine", "vllm"], "needs vllm: pip install", 4),
         (["--engine", "llama.cpp"], "reads GGUF files", 2),
         (["--adapters", "nowhere"], "no such folder", 5),
+        (["--resident", "4"], "--resident is called '--max-loras' now", 2),
+        (["--at-once=4", "--cache-tokens", "512"], "--at-once is called '--max-num-seqs' now", 2),
+        (["--at-once=4", "--cache-tokens", "512"], "--cache-tokens is called '--kv-cache-tokens' now", 2),
     ],
 )
 def test_refusals(

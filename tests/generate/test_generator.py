@@ -154,13 +154,13 @@ def test_too_little_room_costs_time_only(llama: tuple[Engine, list[int]]) -> Non
     config = GenerationConfig(max_new_tokens=25, temperature=0.8, seed=1)
     prompts = [Prompt(text(i, 20), (*slots, -1)[i % 3]) for i in range(6)]
     expected = [alone(engine, prompt, config).tokens for prompt in prompts]
-    generator = generator_of(engine, cache_tokens=100)
+    generator = generator_of(engine, kv_cache_tokens=100)
     room = generator.free_tokens
     generations = [generator.submit(prompt, config) for prompt in prompts]
     assert [generation.result().tokens for generation in generations] == expected
     assert generator.free_tokens == room
     with pytest.raises(RequestError, match="room for 112"):
-        generator_of(world(max_position_embeddings=512)[0], cache_tokens=100).submit(
+        generator_of(world(max_position_embeddings=512)[0], kv_cache_tokens=100).submit(
             Prompt(text(0, 100)), GenerationConfig(max_new_tokens=30)
         )
 
@@ -172,7 +172,7 @@ def test_what_nan_leaves_behind_hurts_nobody() -> None:
     with torch.no_grad():
         for parameter in engine.bank.parameters(one).values():
             parameter.fill_(float("nan"))
-    generator = generator_of(engine, cache_tokens=200)
+    generator = generator_of(engine, kv_cache_tokens=200)
     for _ in range(3):
         sick = [generator.submit(Prompt(text(9, 30), one), GREEDY) for _ in range(2)]
         well = [generator.submit(prompt, GREEDY) for prompt in prompts]

@@ -81,7 +81,7 @@ def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     for question in questions:
         segment = renderer.prompt_segment(question)
         prompts.append(Prompt(segment.token_L, media=segment.media))
-    for settings in ({}, {"max_num_batched_tokens": 7, "cache_tokens": 4096}):
+    for settings in ({}, {"max_num_batched_tokens": 7, "kv_cache_tokens": 4096}):
         generator = Generator(base, Bank(base), GeneratorConfig(**settings))  # type: ignore[arg-type]
         assert generator.notice is None
         going = [generator.submit(prompt, GenerationConfig(max_new_tokens=12)) for prompt in prompts]

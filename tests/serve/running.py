@@ -128,7 +128,7 @@ def serving(
     trained: InferenceModel, *, limits: Limits | None = None, max_rows: int = 64, **options: Any
 ) -> Iterator[Running]:
     """A server on our own engine; clients it handed out are closed after it."""
-    config = GeneratorConfig(max_num_seqs=max_rows, cache_tokens=8192)
+    config = GeneratorConfig(max_num_seqs=max_rows, kv_cache_tokens=8192)
     engine = BankEngine(trained.base, trained.bank, trained.renderer, trained.slots, config=config, **options)
     services: list[Any] = []
     clients: list[Any] = []

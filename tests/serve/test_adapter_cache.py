@@ -36,7 +36,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 @pytest.fixture
 def server(shelf: tuple[Path, dict[str, str]], tmp_path: Path) -> Iterator[Running]:
     shutil.copytree(shelf[0], tmp_path / "allowed")
-    with serving(open_world(), roots=[tmp_path / "allowed"], most_resident=3) as running:
+    with serving(open_world(), roots=[tmp_path / "allowed"], max_loras=3) as running:
         yield running
 
 

@@ -57,7 +57,7 @@ def world(request: pytest.FixtureRequest, folder: Forms) -> Iterator[World]:
     kind = engine_kind(request.param)
     if kind.missing:
         pytest.skip(f"{', '.join(kind.missing)} is not installed")
-    options = ServingOptions(request.param, [folder.adapters], at_once=4, cache_tokens=4096, resident=3)
+    options = ServingOptions(request.param, [folder.adapters], max_num_seqs=4, kv_cache_tokens=4096, max_loras=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vLLM about others, as it is imported
         engine = open_engine(folder.read_by(kind), options)

@@ -30,7 +30,7 @@ def test_the_example_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=f"--engine {NAME} reads folders"):
         choose_engine(str(tmp_path / "x.gguf"), ServingOptions(NAME))
-    engine = open_engine("lowrank/tiny", ServingOptions(NAME, at_once=2))
+    engine = open_engine("lowrank/tiny", ServingOptions(NAME, max_num_seqs=2))
     headers = {"Authorization": f"Bearer {TOKEN}"}
     services: list[Any] = []
     with (

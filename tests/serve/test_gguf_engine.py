@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         tensors = {key: value.to(torch.float32) for key, value in saved.tensors.items()}
         write_adapter_file(made, AdapterOnDisk(saved.config, tensors, saved.ranks), folder / f"{name}.gguf")
     files = {name: folder / f"{name}.gguf" for name in ("one", "two")}
-    engine = LlamaCppEngine(folder / "tiny.gguf", adapters=files, at_once=4, cache_tokens=4096, threads=1)
+    engine = LlamaCppEngine(folder / "tiny.gguf", adapters=files, max_num_seqs=4, kv_cache_tokens=4096, threads=1)
     with http_serving(engine) as url:
         yield World(trained, engine, url)
 
@@ -183,11 +183,11 @@ def test_a_file_that_cannot_be_loaded_is_named_with_its_fault(
 ) -> None:
     (tmp_path / "broken.gguf").write_bytes(change(whole))
     with pytest.raises(ModelError, match=f"(?s)broken.gguf.*{message}"):
-        LlamaCppEngine(tmp_path / "broken.gguf", at_once=1, cache_tokens=512, threads=1)
+        LlamaCppEngine(tmp_path / "broken.gguf", max_num_seqs=1, kv_cache_tokens=512, threads=1)
     (tmp_path / "tiny.gguf").write_bytes(whole)
     adapters = {"broken": tmp_path / "broken.gguf"}
     with pytest.raises(ModelError, match=r"broken\.gguf"):
-        LlamaCppEngine(tmp_path / "tiny.gguf", adapters=adapters, at_once=1, cache_tokens=512, threads=1)
+        LlamaCppEngine(tmp_path / "tiny.gguf", adapters=adapters, max_num_seqs=1, kv_cache_tokens=512, threads=1)
 
 
 def test_files_of_version_2_answer_as_those_of_version_3(tmp_path: Path, whole: bytes) -> None:
@@ -197,7 +197,7 @@ def test_files_of_version_2_answer_as_those_of_version_3(tmp_path: Path, whole: 
     for version in (3, 2):
         file = tmp_path / f"v{version}.gguf"
         file.write_bytes(whole[:4] + bytes([version]) + whole[5:])
-        engine = LlamaCppEngine(file, at_once=1, cache_tokens=512, threads=1)
+        engine = LlamaCppEngine(file, max_num_seqs=1, kv_cache_tokens=512, threads=1)
         (answer,) = GgufChatBackend(engine).answers([("base", question)], GenerationConfig(max_new_tokens=8))
         answers.append(answer.text)
         engine.close()
@@ -208,4 +208,4 @@ def test_a_model_is_no_adapter(tmp_path: Path, whole: bytes) -> None:
     for name in ("tiny", "other"):
         (tmp_path / f"{name}.gguf").write_bytes(whole)
     with pytest.raises(ModelError, match=r"other\.gguf: this is no LoRA adapter"):
-        LlamaCppEngine(tmp_path / "tiny.gguf", adapters={"other": tmp_path / "other.gguf"}, at_once=1)
+        LlamaCppEngine(tmp_path / "tiny.gguf", adapters={"other": tmp_path / "other.gguf"}, max_num_seqs=1)

@@ -254,7 +254,7 @@ def test_without_vllm_it_says_what_is_missing() -> None:
         import vllm  # noqa: F401
     except ImportError:
         with pytest.raises(ModelError, match=r"pip install 'lowrank-llm\[serve,vllm\]'"):
-            open_vllm(ModelConfig(path="lowrank/tiny"), at_once=1, most_loras=1, max_rank=16)
+            open_vllm(ModelConfig(path="lowrank/tiny"), max_num_seqs=1, max_loras=1, max_rank=16)
 
 
 def settle(done: Any) -> None:

@@ -72,7 +72,7 @@ class AdaLoraConfig(AdapterSettings):
         return self
 
     def build(self) -> Variant:
-        """The variant."""
+        """An `AdaLora` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return AdaLora(self)
 
     def as_saved(self) -> AdapterSettings:

@@ -34,7 +34,7 @@ class DoraConfig(AdapterSettings):
     type: Literal["dora"] = "dora"
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Dora` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Dora()
 
 

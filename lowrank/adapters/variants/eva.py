@@ -48,7 +48,7 @@ class EvaConfig(AdapterSettings):
     """Optimizer steps of the job's own data that it looks at, if they do not settle before."""
 
     def build(self) -> Eva:
-        """The variant."""
+        """An `Eva` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Eva(self)
 
     def as_saved(self) -> AdapterSettings:

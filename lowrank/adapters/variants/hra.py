@@ -53,7 +53,7 @@ class HRAConfig(AdapterSettings):
         return self
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Hra` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Hra()
 
 

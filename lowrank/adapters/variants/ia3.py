@@ -46,7 +46,7 @@ class IA3Config(AdapterSettings):
         return {"feedforward_modules": tuple(name for name, own in modules.items() if own["ia3_l"].shape[0] == 1)}
 
     def build(self) -> Variant:
-        """The variant."""
+        """An `Ia3` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Ia3(self.feedforward_modules)
 
 

@@ -30,7 +30,7 @@ class LoftQConfig(AdapterSettings):
     """Power iterations of the fast randomized SVD; 0: the exact SVD, minutes per large layer."""
 
     def build(self) -> LoftQ:
-        """The variant."""
+        """A `LoftQ` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return LoftQ(self.niter)
 
     def as_saved(self) -> AdapterSettings:

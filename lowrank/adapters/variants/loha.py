@@ -43,7 +43,7 @@ class LoHaConfig(AdapterSettings):
     type: Literal["loha"] = "loha"
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Loha` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Loha()
 
 

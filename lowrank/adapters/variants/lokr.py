@@ -60,7 +60,7 @@ class LoKrConfig(AdapterSettings):
         return value
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Lokr` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Lokr(self.decompose_both, self.decompose_factor)
 
 

@@ -23,7 +23,7 @@ class LoraConfig(AdapterSettings):
     type: Literal["lora"] = "lora"
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Lora` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Lora()
 
 

@@ -21,7 +21,7 @@ class LoraFAConfig(AdapterSettings):
     type: Literal["lora_fa"] = "lora_fa"
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `LoraFa` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return LoraFa()
 
     def as_saved(self) -> AdapterSettings:

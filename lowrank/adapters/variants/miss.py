@@ -40,7 +40,7 @@ class MissConfig(AdapterSettings):
     """Groups of inputs, PEFT's `r`."""
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Miss` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Miss()
 
 

@@ -53,7 +53,7 @@ class OFTConfig(AdapterSettings):
     """Terms of that polynomial."""
 
     def build(self) -> Variant:
-        """The variant."""
+        """An `Oft` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Oft(self.block_size, self.num_cayley_neumann_terms if self.use_cayley_neumann else None)
 
 

@@ -22,7 +22,7 @@ class OLoraConfig(AdapterSettings):
     type: Literal["olora"] = "olora"
 
     def build(self) -> Variant:
-        """The variant."""
+        """An `Olora` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Olora()
 
     def as_saved(self) -> AdapterSettings:

@@ -35,7 +35,7 @@ class PissaConfig(AdapterSettings):
     """Power iterations of the fast randomized SVD (PEFT's pissa_niter_16); 0: exact, minutes per large layer."""
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Pissa` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Pissa(self.niter)
 
     def as_saved(self) -> AdapterSettings:

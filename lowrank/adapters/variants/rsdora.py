@@ -18,7 +18,7 @@ class RsDoraConfig(DoraConfig):
     type: Literal["rsdora"] = "rsdora"  # type: ignore[assignment]
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `RsDora` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return RsDora()
 
 

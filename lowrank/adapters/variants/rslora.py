@@ -21,7 +21,7 @@ class RsLoraConfig(AdapterSettings):
     type: Literal["rslora"] = "rslora"
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `RsLora` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return RsLora()
 
 

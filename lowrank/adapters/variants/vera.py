@@ -56,7 +56,7 @@ class VeraConfig(AdapterSettings):
         return {} if self.peft.shared[0] not in names else {"save_projection": True}
 
     def build(self) -> Variant:
-        """The variant."""
+        """A `Vera` as these settings say. It has no tensors of its own: the bank keeps those that `init` makes."""
         return Vera(self.d_initial, self.projection_prng_key)
 
 

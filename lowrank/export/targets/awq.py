@@ -26,7 +26,7 @@ class AWQExportConfig(PackedSettings):
     layer."""
 
     def build(self) -> PackedTarget:
-        """The target."""
+        """A `PackedTarget` that packs by `AwqFormat`, with these settings; nothing is written before `write`."""
         return PackedTarget(AwqFormat(self), self.type)
 
 
@@ -73,7 +73,7 @@ class AwqFormat:
     def describe(
         self, shapes: Mapping[str, tuple[int, int]], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
-        """AwqConfig."""
+        """`quantization_config` of config.json, with the fields of transformers' AwqConfig."""
         del shapes, dtype
         return {
             "quant_method": "awq", "bits": _BITS, "group_size": self._size, "zero_point": True, "version": "gemm",

@@ -28,7 +28,7 @@ class CompressedTensorsExportConfig(PackedSettings):
     """Inputs that share a scale; -1: all of a row. 0: the largest of 128, 64 and 32 that divides every layer."""
 
     def build(self) -> PackedTarget:
-        """The target."""
+        """A `PackedTarget` that packs by `CompressedFormat`, with these settings; nothing is written before `write`."""
         return PackedTarget(CompressedFormat(self), self.type)
 
 

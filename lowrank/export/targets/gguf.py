@@ -72,7 +72,7 @@ class GGUFExportConfig(Settings):
     the language model alone is written, and why; true: refused where it cannot be; false: the language model alone."""
 
     def build(self) -> GgufTarget:
-        """The target."""
+        """A `GgufTarget`, with these settings; nothing is written before `write`."""
         return GgufTarget(self)
 
 

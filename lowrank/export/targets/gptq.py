@@ -30,7 +30,7 @@ class GPTQExportConfig(PackedSettings):
     8 bits, while 2 and 3 bits, which need every level, have zeros of their own."""
 
     def build(self) -> PackedTarget:
-        """The target."""
+        """A `PackedTarget` that packs by `GptqFormat`, with these settings; nothing is written before `write`."""
         return PackedTarget(GptqFormat(self), self.type)
 
 

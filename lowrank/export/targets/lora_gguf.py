@@ -32,7 +32,7 @@ class LoraGGUFExportConfig(Settings):
     trained whole, experts, tied heads)."""
 
     def build(self) -> LoraGgufTarget:
-        """The target."""
+        """A `LoraGgufTarget`, with these settings; nothing is written before `write`."""
         return LoraGgufTarget(self)
 
 

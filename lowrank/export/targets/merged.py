@@ -53,7 +53,7 @@ class MergedExportConfig(Settings):
     """Size of one weight file at the most, e.g. 500MB or 5GB."""
 
     def build(self) -> MergedTarget:
-        """The target."""
+        """A `MergedTarget`, with these settings; nothing is written before `write`."""
         return MergedTarget(self)
 
 

@@ -33,7 +33,7 @@ class Merged4bitExportConfig(PackedSettings):
     """Keep the scales in 8 bits too."""
 
     def build(self) -> PackedTarget:
-        """The target."""
+        """A `PackedTarget` that packs by `BnbFormat`, with these settings; nothing is written before `write`."""
         return PackedTarget(BnbFormat(self), self.type)
 
 

@@ -60,7 +60,7 @@ class OllamaExportConfig(Settings):
     the language model alone is written."""
 
     def build(self) -> OllamaTarget:
-        """The target."""
+        """An `OllamaTarget`, with these settings; nothing is written before `write`."""
         return OllamaTarget(self)
 
 

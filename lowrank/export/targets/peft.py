@@ -44,7 +44,7 @@ class PeftExportConfig(Settings):
     """What the adapter's tensors are written in."""
 
     def build(self) -> PeftTarget:
-        """The target."""
+        """A `PeftTarget`, with these settings; nothing is written before `write`."""
         return PeftTarget(self)
 
 

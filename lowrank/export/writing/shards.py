@@ -161,7 +161,7 @@ class ToDisk:
         self._sync: Future[None] | None = None
 
     def write(self, block: bytes | memoryview) -> None:
-        """All of it."""
+        """Write the whole of `block`, which a single system call may not. OSError where the disk is full."""
         left = memoryview(block)
         while left:
             left = left[self._file.write(left) :]

@@ -34,11 +34,11 @@ class ServingOptions:
     """One of `engine_names()`, a third party's `my_module:MY_ENGINE`, or `auto`."""
     adapters: Sequence[Path] = ()
     """Folders of adapters: each is served, and more may be loaded from there."""
-    resident: int = 32
+    max_loras: int = 32
     """Adapters kept in memory; others come when asked for."""
-    at_once: int = 64
+    max_num_seqs: int = 64
     """Answers in progress at once."""
-    cache_tokens: int = 65536
+    kv_cache_tokens: int = 65536
     """Tokens of the KV cache."""
     chat_template: str | None = None
     """A built-in one or a .jinja file, instead of the model's own."""

@@ -55,13 +55,13 @@ class LlamaCppEngine:
         path: Path,
         *,
         adapters: Mapping[str, Path] | None = None,
-        at_once: int = 8,
-        cache_tokens: int = 65536,
+        max_num_seqs: int = 8,
+        kv_cache_tokens: int = 65536,
         chat_template: str | None = None,
         threads: int | None = None,
         gpu_layers: int = -1,
     ) -> None:
-        """`cache_tokens` are shared by the `at_once` answers that are made at the same time.
+        """`kv_cache_tokens` are shared by the `max_num_seqs` answers that are made at the same time.
 
         `chat_template`: a built-in one or a .jinja file, instead of the file's own.
         """
@@ -73,7 +73,7 @@ class LlamaCppEngine:
         self._key = secrets.token_urlsafe(16)
         self._reuses_prompts = not files
         template = "" if chat_template is None else source_of(chat_template)
-        self._server: Any = _start(path, files, self._key, at_once, cache_tokens, template, threads, gpu_layers)
+        self._server: Any = _start(path, files, self._key, max_num_seqs, kv_cache_tokens, template, threads, gpu_layers)
         host, _, port = self._server.listening_address.removeprefix("http://").rpartition(":")
         self._address = (host, int(port))
         described = self._call("GET", "/props")
@@ -85,10 +85,10 @@ class LlamaCppEngine:
         self._known = read_tokens(path)
         self._frame = frame_of(self._tokenize, lambda text: self._tokenize(text, framed=True))
         self._texts: dict[int, str] = {}
-        self._at_once = at_once
+        self._max_num_seqs = max_num_seqs
         self._answers: set[LlamaCppAnswer] = set()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="lowrank-llama")
+        self._pool = ThreadPoolExecutor(max_num_seqs, thread_name_prefix="lowrank-llama")
 
     def start(self) -> None:
         """It runs since it was made."""
@@ -114,7 +114,7 @@ class LlamaCppEngine:
     def load(self) -> Load:
         """As many as llama.cpp has slots run; others wait."""
         with self._lock:
-            return Load(min(len(self._answers), self._at_once), max(0, len(self._answers) - self._at_once))
+            return Load(min(len(self._answers), self._max_num_seqs), max(0, len(self._answers) - self._max_num_seqs))
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
@@ -241,8 +241,8 @@ def _start(
     path: Path,
     adapters: list[Path],
     key: str,
-    at_once: int,
-    cache_tokens: int,
+    max_num_seqs: int,
+    kv_cache_tokens: int,
     chat_template: str,
     threads: int | None,
     gpu_layers: int,
@@ -254,10 +254,10 @@ def _start(
     settings = xllamacpp.CommonParams()
     settings.model.path = str(path)
     settings.hostnames, settings.port, settings.api_keys = ["127.0.0.1"], 0, [key]
-    settings.n_parallel, settings.n_ctx, settings.n_gpu_layers = at_once, cache_tokens, gpu_layers
+    settings.n_parallel, settings.n_ctx, settings.n_gpu_layers = max_num_seqs, kv_cache_tokens, gpu_layers
     settings.kv_unified = True  # else each slot has its own share of the cache, and reads no further
     settings.chat_template = chat_template
-    settings.n_threads_http = at_once + 4
+    settings.n_threads_http = max_num_seqs + 4
     settings.ui = settings.endpoint_slots = settings.endpoint_metrics = False
     settings.offline, settings.warmup, settings.verbosity = True, False, 0
     if threads is not None:
@@ -275,7 +275,7 @@ def _start(
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelError(
             f"llama.cpp cannot load {path}{' with its adapters' if adapters else ''}: {error}\n"
-            f"  the headers are sound, so look at memory (--cache-tokens {cache_tokens} takes much of it), or at "
+            f"  the headers are sound, so look at memory (--kv-cache-tokens {kv_cache_tokens} takes much of it), or at "
             "whether this llama.cpp is older than the model"
         ) from error
 
@@ -285,8 +285,8 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> LlamaCppEngine:
     return LlamaCppEngine(
         Path(path),
         adapters=found,
-        at_once=options.at_once,
-        cache_tokens=options.cache_tokens,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_tokens=options.kv_cache_tokens,
         chat_template=options.chat_template,
     )
 

@@ -46,7 +46,7 @@ class BankEngine(ReadsByRenderer):
         folders: Mapping[str, Path] | None = None,
         roots: Sequence[Path] = (),
         config: GeneratorConfig | None = None,
-        most_resident: int = 32,
+        max_loras: int = 32,
         read: Callable[[Path], Renderer] | None = None,
     ) -> None:
         """`slots`: what may be asked already, the base among them; `folders`: where its adapters came from.
@@ -63,7 +63,7 @@ class BankEngine(ReadsByRenderer):
         self.generator = Generator(base, bank, config)
         published = AdapterRegistry(self.generator, slots)
         self.picture_problem = self._attach_media_encoder()
-        self.cache = AdapterCache(published, folders or {}, roots, most_resident=most_resident)
+        self.cache = AdapterCache(published, folders or {}, roots, max_loras=max_loras)
 
     def _attach_media_encoder(self) -> str | None:
         """Let the base be shown pictures, if it can; else why not. Before anybody is answered: it is tried out."""
@@ -193,9 +193,9 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> BankEngine:
         folders=trained.folders,
         roots=[*([Path(path)] if trained.folders else []), *options.adapters],
         config=GeneratorConfig(
-            max_num_seqs=options.at_once, cache_tokens=options.cache_tokens, compile=options.compile
+            max_num_seqs=options.max_num_seqs, kv_cache_tokens=options.kv_cache_tokens, compile=options.compile
         ),
-        most_resident=options.resident,
+        max_loras=options.max_loras,
         read=folder_reader(trained.base.tokenizer, trained.renderer, trained.renderers, options.chat_template),
     )
     for folder in options.adapters:

@@ -58,7 +58,7 @@ class VllmEngine(ReadsByRenderer):
         adapters: Mapping[str, Path],
         *,
         roots: Sequence[Path] = (),
-        at_once: int = 64,
+        max_num_seqs: int = 64,
         read: Callable[[Path], Renderer] | None = None,
         check: Callable[[Path], None] = lambda folder: None,
         notify: Callable[[str], None] = log_notice,
@@ -68,7 +68,7 @@ class VllmEngine(ReadsByRenderer):
         would load without part of it. `notify` hears of adapters that are left out."""
         self._vllm, self._tokenizer, self._renderers, self._read = vllm, tokenizer, dict(renderers), read
         self._roots = tuple(root.resolve() for root in roots)
-        self._at_once = at_once
+        self._max_num_seqs = max_num_seqs
         self._reach = int(vllm.llm.model_config.max_model_len)
         self._ids = itertools.count(1)
         self._pending: set[VllmAnswer] = set()
@@ -126,7 +126,7 @@ class VllmEngine(ReadsByRenderer):
     def load(self) -> Load:
         """As many as vLLM answers at once run; others wait."""
         with self._lock:
-            return Load(min(len(self._pending), self._at_once), max(0, len(self._pending) - self._at_once))
+            return Load(min(len(self._pending), self._max_num_seqs), max(0, len(self._pending) - self._max_num_seqs))
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
@@ -236,7 +236,9 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> VllmEngine:
     if found.model.storage.type != "dense":
         notify(f"vLLM answers on the base in 16 bit; the adapters were trained on {found.model.storage.type}")
     folders, ranks = _lora_folders(found, options, notify)
-    vllm = open_vllm(found.model, at_once=options.at_once, most_loras=options.resident, max_rank=rank_for(ranks))
+    vllm = open_vllm(
+        found.model, max_num_seqs=options.max_num_seqs, max_loras=options.max_loras, max_rank=rank_for(ranks)
+    )
     tokenizer = load_tokenizer(found.model)
     renderers = renderers_of(found, tokenizer)
     read = folder_reader(tokenizer, renderers[BARE], renderers, options.chat_template)
@@ -248,7 +250,7 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> VllmEngine:
             renderers,
             folders,
             roots=[*([Path(path)] if found.adapters else []), *options.adapters],
-            at_once=options.at_once,
+            max_num_seqs=options.max_num_seqs,
             read=read,
             notify=notify,
             check=lambda folder: refuse_own_rows(folder, found.model),

@@ -30,7 +30,7 @@ class Vllm:
     """Ends the engine's processes with ours."""
 
 
-def open_vllm(model: ModelConfig, *, at_once: int, most_loras: int, max_rank: int) -> Vllm:
+def open_vllm(model: ModelConfig, *, max_num_seqs: int, max_loras: int, max_rank: int) -> Vllm:
     """Load `model` on the GPU. Raises ModelError where vLLM is not installed."""
     try:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
@@ -46,9 +46,9 @@ def open_vllm(model: ModelConfig, *, at_once: int, most_loras: int, max_rank: in
         revision=model.revision,
         dtype=model.dtype,
         enable_lora=True,
-        max_loras=most_loras + 1,  # with all of them in one batch vLLM has no row left that means "none"
+        max_loras=max_loras + 1,  # with all of them in one batch vLLM has no row left that means "none"
         max_lora_rank=max_rank,
-        max_num_seqs=at_once,
+        max_num_seqs=max_num_seqs,
         disable_log_stats=True,
         structured_outputs_config={"backend": "guidance"},  # llguidance, as everywhere here
     )
