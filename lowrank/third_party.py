@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -75,6 +75,31 @@ def names_code(name: object) -> bool:
     """Whether a setting's value is of the form `my_module:MyThing`."""
     module, colon, attribute = str(name).partition(":")
     return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+NAME_CODE = ("type", "format", "reward_funcs", "report_to")
+"""Settings that may name code."""
+
+
+def code_named(settings: Any, looks_at: Callable[[str], bool] = NAME_CODE.__contains__) -> Iterator[tuple[str, str]]:
+    """`(jobs.0.objective.type, my_module:MyThing)` of every setting that names code, in plain settings whose groups are
+    spelled out. `looks_at`: which settings, by their last name."""
+    for place, text in texts_in(settings):
+        setting = next((part for part in reversed(place.split(".")) if not part.isdecimal()), "")
+        if names_code(text) and looks_at(setting):
+            yield place, text
+
+
+def texts_in(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """`(data.train.0.path, rows.json)` of every text in plain settings."""
+    if isinstance(settings, str):
+        yield above, settings
+    elif isinstance(settings, Mapping):
+        for key, value in settings.items():
+            yield from texts_in(value, f"{above}.{key}" if above else str(key))
+    elif isinstance(settings, (list, tuple)):
+        for number, value in enumerate(settings):
+            yield from texts_in(value, f"{above}.{number}")
 
 
 def refusal(name: str) -> str:

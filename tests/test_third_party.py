@@ -25,7 +25,7 @@ PLACES = {
     "objective": {"objective": "evil:Thing"},
     "optimizer": {"optimizer": {"type": "evil:Thing"}},
     "model.storage": {"model": {"path": TINY, "storage": "evil:Thing"}},
-    "objective.reward_funcs": {"objective": {"type": "grpo", "reward_funcs": ["evil:judge"]}},
+    "objective.reward_funcs.0": {"objective": {"type": "grpo", "reward_funcs": ["evil:judge"]}},
     "data.train.0.format": {"data": {"train": {"path": "lowrank/demo", "format": "evil:rows"}}},
     "data.eval.0.format": {"data": {"train": "lowrank/demo", "eval": {"path": "lowrank/demo", "format": "evil:rows"}}},
     "report_to.0": {"report_to": ["evil:Reporter"]},

@@ -5,7 +5,7 @@ settings say objective: {type: "__main__:Focal"}      objects=[Focal()]      -> 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import IN_MEMORY
 from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.settings import Settings
-from lowrank.third_party import HAND_OVER, WAY_OUT, may_run, names_code
+from lowrank.third_party import HAND_OVER, WAY_OUT, code_named, may_run, texts_in
 
 
 @dataclass
@@ -29,8 +29,8 @@ class GivenAgain:
 def given_again(objects: Sequence[Any], settings: Mapping[str, Any]) -> GivenAgain:
     """`objects` under the names in `settings`. ConfigError lists those that no name there can mean."""
     found = GivenAgain()
-    named = dict.fromkeys(name for _, name in _code_in(settings))
-    paths = {text for _, text in _texts_in(settings) if text.startswith(IN_MEMORY)}
+    named = dict.fromkeys(name for _, name in code_named(settings))
+    paths = {text for _, text in texts_in(settings) if text.startswith(IN_MEMORY)}
     originals: dict[str, Any] = {}
     problems: list[str] = []
     for each in objects:
@@ -54,32 +54,9 @@ def given_again(objects: Sequence[Any], settings: Mapping[str, Any]) -> GivenAga
 
 def refuse_missing(settings: Mapping[str, Any], run: str) -> None:
     """ConfigError for code that `settings` name and that neither was given nor may be imported."""
-    problems = [f"{place}: {name!r}" for place, name in _code_in(settings) if not may_run(name)]
+    problems = [f"{place}: {name!r}" for place, name in code_named(settings) if not may_run(name)]
     heading = f"{run} was trained with code that does not come with lowrank; {HAND_OVER}. "
     raise_all(ConfigError, f"{heading}What can be imported: {WAY_OUT}", problems)
-
-
-_OF_CODE = ("type", "format", "reward_funcs", "report_to")
-"""Settings that may name code."""
-
-
-def _code_in(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for place, text in _texts_in(settings):
-        setting = [part for part in place.split(".") if not part.isdecimal()][-1]
-        if setting in _OF_CODE and names_code(text):
-            yield place, text
-
-
-def _texts_in(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
-    """`(jobs.0.objective.type, "my_module:MyThing")` of every text in the settings."""
-    if isinstance(settings, str):
-        yield above, settings
-    elif isinstance(settings, Mapping):
-        for key, value in settings.items():
-            yield from _texts_in(value, f"{above}.{key}" if above else str(key))
-    elif isinstance(settings, (list, tuple)):
-        for number, value in enumerate(settings):
-            yield from _texts_in(value, f"{above}.{number}")
 
 
 def _is_named(thing: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from lowrank.checkpoints.orders import FOLDER, Answer, answers, read_state
 from lowrank.errors import ConfigError, LowrankError
 from lowrank.foreign_files import find_json
 from lowrank.foreign_yaml import load_yaml
-from lowrank.third_party import names_code
+from lowrank.third_party import code_named
 
 _TEXTS = ("default_system", "prompt_tuning_init_text")
 """Settings whose values are read by nobody but the model."""
@@ -116,24 +116,13 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 def _check(places: Places, settings: Mapping[str, Any], allow_code: bool) -> None:
     confine(places, {"jobs": [settings]})
-    code = [] if allow_code else [f"{path}: {value!r}" for path, value in _code_in(settings, "")]
+    named = code_named(settings, lambda setting: setting not in _TEXTS)  # of any setting: nobody here knows them all
+    code = [] if allow_code else [f"{place}: {name!r}" for place, name in named]
     if code:
         raise ConfigError(
             f"{'; '.join(code)} is code that does not come with lowrank; the board runs it if it was started with "
             "--allow-code"
         )
-
-
-def _code_in(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if key not in _TEXTS:
-                yield from _code_in(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _code_in(item, path)
-    elif isinstance(value, str) and names_code(value):
-        yield path, value
 
 
 def write_file(draft: Drafted) -> None:
