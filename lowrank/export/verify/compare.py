@@ -169,34 +169,65 @@ def _compare(
                 between_kls.append(kl_of(between[number], own))
                 between_agreed.append(between[number].argmax(1) == own.argmax(1))
             tick(len(requested.prompts) + number + 1, len(requested.prompts) + len(requested.documents))
-    kl = np.concatenate(kls)
-    loss = float(np.concatenate(losses).mean())
-    shifts = np.concatenate(losses) - np.concatenate(answers.losses)
+    loss_N, reference_N = np.concatenate(losses), np.concatenate(answers.losses)
     return judged(
-        Comparison(
-            name=read_back.name,
-            tokens=len(kl),
-            mean_kl=float(kl.mean()),
-            worst_kl=float(kl.max()),
-            top1_agreement=float(np.concatenate(agreed).mean()),
-            perplexity=_perplexity(loss),
-            reference_perplexity=_perplexity(answers.loss),
-            perplexity_error=float(shifts.std(ddof=1) / len(shifts) ** 0.5) if len(shifts) > 1 else 0.0,
-            base_perplexity=None if answers.base_loss is None else _perplexity(answers.base_loss),
-            greedy_same=same,
-            greedy_prompts=len(requested.prompts),
-            gain_kept=_gain_kept(answers, loss),
-            tolerance=read_back.tolerance,
-            against=None if read_back.against is None else read_back.against.name,
-            against_mean_kl=float(np.concatenate(between_kls).mean()) if between_kls else None,
-            against_top1_agreement=float(np.concatenate(between_agreed).mean()) if between_agreed else None,
-            problems=(),
-        )
+        read_back,
+        kl_K=np.concatenate(kls),
+        same_K=np.concatenate(agreed),
+        loss_N=loss_N,
+        reference_N=reference_N,
+        base_loss=answers.base_loss,
+        greedy=(same, len(requested.prompts)),
+        gain_kept=_gain_kept(answers, float(loss_N.mean())),
+        between=(np.concatenate(between_kls), np.concatenate(between_agreed)) if between is not None else None,
     )
 
 
-def judged(found: Comparison) -> Comparison:
-    """With the tolerances that it exceeds, in words."""
+def judged(
+    read_back: ReadBack,
+    *,
+    kl_K: np.ndarray,
+    same_K: np.ndarray,
+    loss_N: np.ndarray,
+    reference_N: np.ndarray,
+    base_loss: float | None,
+    greedy: tuple[int, int],
+    gain_kept: float | None = None,
+    between: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Comparison:
+    """What was measured over K compared places, N of which a known token follows, held against the tolerance.
+
+    kl_K, same_K         nats from base + adapter; whether the likeliest next token is the same
+    loss_N, reference_N  nats of the tokens that follow: of what was written, and of base + adapter
+    base_loss            the mean of the bare base
+    greedy               prompts whose greedy answer is the same, and how many there are
+    between              kl_K and same_K from what it was rounded from
+    """
+    shift_N = loss_N - reference_N
+    found = Comparison(
+        name=read_back.name,
+        tokens=len(kl_K),
+        mean_kl=float(kl_K.mean()),
+        worst_kl=float(kl_K.max()),
+        top1_agreement=float(same_K.mean()),
+        perplexity=_perplexity(float(loss_N.mean())),
+        reference_perplexity=_perplexity(float(reference_N.mean())),
+        perplexity_error=float(shift_N.std(ddof=1) / len(shift_N) ** 0.5) if len(shift_N) > 1 else 0.0,
+        base_perplexity=None if base_loss is None else _perplexity(base_loss),
+        greedy_same=greedy[0],
+        greedy_prompts=greedy[1],
+        gain_kept=gain_kept,
+        tolerance=read_back.tolerance,
+        against=None if read_back.against is None else read_back.against.name,
+        against_mean_kl=None if between is None else float(between[0].mean()),
+        against_top1_agreement=None if between is None else float(between[1].mean()),
+        problems=(),
+    )
+    return replace(found, problems=_problems(found))
+
+
+def _problems(found: Comparison) -> tuple[str, ...]:
+    """The tolerances that it exceeds, in words."""
     allowed = found.tolerance
     relative = abs(found.perplexity / found.reference_perplexity - 1)
     # Rounding moves the losses of unlikely tokens by more: above 1 nat what may differ is a share of the loss.
@@ -224,7 +255,7 @@ def judged(found: Comparison) -> Comparison:
         )
     if problems and allowed.remedy:
         problems.append(allowed.remedy)
-    return replace(found, problems=tuple(problems))
+    return tuple(problems)
 
 
 def _answered(held_out: HeldOut, greedy: Sequence[tuple[int, ...]]) -> HeldOut:

@@ -83,31 +83,16 @@ def compare_pictures(read_back: ReadBack, seen: PictureAnswer) -> Comparison:
         assert isinstance(reader, SeesPictures)
         own_KV, length = reader.look(seen.look)
     answer_K = seen.logprob_KV.argmax(1)
-    own_K, reference_K = (_losses(logprob_KV, answer_K) for logprob_KV in (own_KV, seen.logprob_KV))
-    kl_K = kl_of(seen.logprob_KV, own_KV)
-    same_K = own_KV.argmax(1) == answer_K
-    shift_K = own_K - reference_K
     bare = None if seen.base_logprob_KV is None else _losses(seen.base_logprob_KV, answer_K)
+    same_K = own_KV.argmax(1) == answer_K
     found = judged(
-        Comparison(
-            name=read_back.name,
-            tokens=len(kl_K),
-            mean_kl=float(kl_K.mean()),
-            worst_kl=float(kl_K.max()),
-            top1_agreement=float(same_K.mean()),
-            perplexity=float(np.exp(own_K.mean())),
-            reference_perplexity=float(np.exp(reference_K.mean())),
-            perplexity_error=float(shift_K.std(ddof=1) / len(shift_K) ** 0.5) if len(shift_K) > 1 else 0.0,
-            base_perplexity=None if bare is None else float(np.exp(bare.mean())),
-            greedy_same=int(same_K.all()),
-            greedy_prompts=1,
-            gain_kept=None,
-            tolerance=read_back.tolerance,
-            against=None,
-            against_mean_kl=None,
-            against_top1_agreement=None,
-            problems=(),
-        )
+        read_back,
+        kl_K=kl_of(seen.logprob_KV, own_KV),
+        same_K=same_K,
+        loss_N=_losses(own_KV, answer_K),
+        reference_N=_losses(seen.logprob_KV, answer_K),
+        base_loss=None if bare is None else float(bare.mean()),
+        greedy=(int(same_K.all()), 1),
     )
     if length == seen.look.length:
         return found
