@@ -15,7 +15,7 @@ from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.families import families
 from lowrank.export.gguf.importance import measure
 from lowrank.export.gguf.model import Model, read_merged
-from lowrank.export.gguf.upstream import Upstream
+from lowrank.export.gguf.upstream import Upstream, names_for
 from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
 from lowrank.export.writing.shards import lay_out, write_shards
@@ -87,7 +87,12 @@ class _Theirs:
     def write(self, path: Path, kind: str, progress: Callable[[int, int], None]) -> None:
         if not list(self.side.glob("*.safetensors")):
             write_shards(
-                self.merged, self.layout, self.dtype, self.side, lambda done, total, what="": progress(done, 2 * total)
+                self.merged,
+                self.layout,
+                self.dtype,
+                self.side,
+                lambda done, total, what="": progress(done, 2 * total),
+                named=names_for(self.model.vision),
             )
         progress(1, 2)
         self.upstream.convert(self.side, path, kind, self.name)

@@ -51,6 +51,11 @@ class Model:
         return (whole.get("architectures") or self.config.get("architectures") or [self.model_type])[0]
 
     @property
+    def vision(self) -> str | None:
+        """transformers' name of the tower for pictures, of a composite model that has one."""
+        return (self.config.get("vision_config") or {}).get("model_type")
+
+    @property
     def model_type(self) -> str:
         """transformers' name of the family."""
         return self.config["model_type"]

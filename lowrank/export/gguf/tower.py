@@ -8,16 +8,14 @@ model without it then, and a sentence that says why.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from pathlib import Path
 from typing import Literal
 
 from lowrank.errors import ModelError
 from lowrank.export import Install
 from lowrank.export.gguf.model import Model
-from lowrank.export.gguf.upstream import Upstream
+from lowrank.export.gguf.upstream import Upstream, names_for
 from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
 from lowrank.export.writing.shards import Layout, num_bytes, write_shards
@@ -25,11 +23,6 @@ from lowrank.models.loading.checkpoint_files import SINGLE
 
 Wanted = bool | Literal["auto"]
 _CHECK_IT = "gguf.mmproj"
-_RENAMED = re.compile(r"^((?:model\.)?vision_tower\.)(?=embeddings\.|encoder\.|post_layernorm\.|pre_layrnorm\.|head\.)")
-_ON_THE_HUB = r"\g<1>vision_model."
-"""What the converter calls the tensors of CLIP and SigLIP, as checkpoints on the hub do; transformers 5 saves them
-without this."""
-_SHORT_NAMES = ("siglip_vision_model", "clip_vision_model")
 _READ_WRONG = {
     "clip_vision_model": "llama.cpp computes towers of CLIP (LLaVA 1.5) otherwise than they were trained: it puts the "
     "class token last (ggml-org/llama.cpp issue 25814)"
@@ -46,7 +39,7 @@ class TowerFile:
         self._source, self._model, self._beside = source, model, beside
         self._wanted, self._upstream = wanted, upstream
         self._architecture = model.architecture  # the model's folder may be gone when this is asked for
-        self._vision: str | None = (beside.config.get("vision_config") or {}).get("model_type")
+        self._vision = beside.vision
         self.missing: str | None = None
         """Why there is no file, in words."""
         if wanted is False:
@@ -132,24 +125,6 @@ class TowerFile:
         merged = Merged(self._source)
         names = tuple(name for name in merged if name in self._beside.shapes)
         layout = Layout(((path.name, names),), sum(num_bytes(merged[name], None) for name in names))
-        write_shards(merged, layout, None, path.parent, lambda done, total, what="": None)
-        if self._vision in _SHORT_NAMES:
-            _rename(path)
-
-
-def _rename(path: Path) -> None:
-    """Tensors of a safetensors file to their names on the hub; the file is read and written once."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        renamed = {_RENAMED.sub(_ON_THE_HUB, name): entry for name, entry in header.items()}
-        if renamed.keys() == header.keys():
-            return
-        text = json.dumps(renamed, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        copy = path.with_suffix(".renamed")
-        with copy.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            while block := file.read(64 << 20):
-                out.write(block)
-    copy.replace(path)
+        write_shards(
+            merged, layout, None, path.parent, lambda done, total, what="": None, named=names_for(self._vision)
+        )

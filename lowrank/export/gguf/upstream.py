@@ -9,10 +9,13 @@ checks little.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lowrank.checkpoints.atomic import new_folder
@@ -32,6 +35,15 @@ _HEADING = "MMPROJ models:"
 """Of the second of the lists that the converter prints."""
 _WANTED = (SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 TYPES = ("f32", "f16", "bf16", "q8_0")
+_SHORT_NAMES = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+"""Towers, by transformers' `model_type`, of which transformers 5 saves tensors without `vision_model.`."""
+_SHORT_NAME = re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|post_layernorm|pre_layrnorm|head)\.)")
+_ON_THE_HUB = r"\g<1>vision_model."
+
+
+def names_for(vision: str | None) -> Callable[[str], str]:
+    """From a tensor's name in a checkpoint to what the converter calls it, as on the hub. `vision`: Model.vision."""
+    return partial(_SHORT_NAME.sub, _ON_THE_HUB) if vision in _SHORT_NAMES else str
 
 
 class Upstream:

@@ -67,8 +67,16 @@ def num_bytes(plan: Plan, dtype: torch.dtype | None) -> int:
     return torch.Size(plan.shape).numel() * written_dtype(plan, dtype).itemsize
 
 
-def write_shards(merged: Merged, layout: Layout, dtype: torch.dtype | None, folder: Path, progress: Progress) -> None:
-    """Write the files of `layout`, and their index if there are several.
+def write_shards(
+    merged: Merged,
+    layout: Layout,
+    dtype: torch.dtype | None,
+    folder: Path,
+    progress: Progress,
+    *,
+    named: Callable[[str], str] = str,
+) -> None:
+    """Write the files of `layout`, and their index if there are several. `named`: what a tensor is called there.
 
     Blocks are merged by a few threads a little ahead of the one that writes; a tensor that is needed whole is alone in
     memory.
@@ -77,13 +85,13 @@ def write_shards(merged: Merged, layout: Layout, dtype: torch.dtype | None, fold
     with ThreadPoolExecutor(_WORKERS, initializer=partial(torch.set_num_threads, 1)) as pool:
         for file, names in layout.files:
             with _to_disk(folder / file) as out:
-                out.write(_header(merged, names, dtype))
+                out.write(_header({named(name): merged[name] for name in names}, dtype))
                 for name, size in _ahead(pool, _jobs(merged, names, dtype), out):
                     done += size
                     progress(done, layout.total_bytes, name)
     torch.set_num_threads(threads)
     if len(layout.files) > 1:
-        weight_map = {name: file for file, names in layout.files for name in names}
+        weight_map = {named(name): file for file, names in layout.files for name in names}
         index = {"metadata": {"total_size": layout.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -139,13 +147,13 @@ def _bytes(merged: Merged, name: str, first: int, end: int, dtype: torch.dtype) 
     return rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _header(merged: Mapping[str, Plan], names: Sequence[str], dtype: torch.dtype | None) -> bytes:
+def _header(plans: Mapping[str, Plan], dtype: torch.dtype | None) -> bytes:
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name in names:
-        size = num_bytes(merged[name], dtype)
-        kind = DTYPE_NAMES[written_dtype(merged[name], dtype)]
-        fields[name] = {"dtype": kind, "shape": list(merged[name].shape), "data_offsets": [at, at + size]}
+    for name, plan in plans.items():
+        size = num_bytes(plan, dtype)
+        kind = DTYPE_NAMES[written_dtype(plan, dtype)]
+        fields[name] = {"dtype": kind, "shape": list(plan.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -14,7 +14,10 @@ import transformers
 
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
+from lowrank.export.gguf import converters
+from lowrank.export.gguf.converters import converter_for
 from lowrank.export.gguf.header import read_header
+from lowrank.export.gguf.tower import TowerFile
 from lowrank.export.gguf.upstream import SCRIPT, Upstream
 from lowrank.export.publish.ollama_server import plan as plan_deployment
 from lowrank.export.targets.gguf import GGUFExportConfig
@@ -26,7 +29,7 @@ from lowrank.pipelines.export import ExportRequest, export_targets
 from lowrank.pipelines.export_source import ResolvedSource, open_source
 from lowrank.serve.llama_cpp_engine.file_faults import check_files
 from tests.checkpoints.test_peft_layout import random_adapter
-from tests.tiny_composites import COMPOSITES
+from tests.tiny_composites import COMPOSITES, save_composite_folder
 from tests.tiny_vision_models import VISION_MODELS, VOCABULARY, save_folder
 
 pytest.importorskip("gguf")
@@ -156,12 +159,55 @@ def test_a_tower_that_llama_cpp_misreads_is_not_written(tmp_path: Path) -> None:
         GGUFExportConfig(types=("f16",), mmproj=True).build().needs(text.source)
 
 
-def stand_in(folder: Path) -> Path:
-    """A converter that says it knows Gemma's tower, and fails."""
+def stand_in(
+    folder: Path,
+    known: str = "Gemma3ForConditionalGeneration",
+    script: str = "raise SystemExit('error: no such tower')\n",
+) -> Path:
+    """A converter that says it knows a family, and fails, or does what `script` says."""
     folder.mkdir()
-    (folder / SCRIPT).write_text("raise SystemExit('error: no such tower')\n")
-    (folder / "towers.txt").write_text("Gemma3ForConditionalGeneration")
+    (folder / SCRIPT).write_text(script)
+    (folder / "supported.txt").write_text(known)
+    (folder / "towers.txt").write_text(known)
     return folder
+
+
+NOTES_NAMES = """
+import json, pathlib, sys
+folder, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
+names = {}
+for file in folder.glob("*.safetensors"):
+    raw = file.read_bytes()
+    names[file.name] = [name for name in json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]) if name[0] != "_"]
+index = folder / "model.safetensors.index.json"
+known = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+out.write_text(json.dumps([names, known]))
+"""
+"""A converter that writes down what it is given: the tensors of each file, and what the index says."""
+
+
+def test_a_tower_in_the_shards_of_a_whole_model_has_its_names_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a family whose language model is written by llama.cpp's converter as well, from the same folder."""
+    monkeypatch.setattr(converters, "_SHARD", 20_000)
+    base = save_composite_folder(tmp_path / "base", "aya_vision")
+    found = with_adapter(base, LoraConfig(rank=2, freeze_vision_tower=False, freeze_multi_modal_projector=False))
+    own = stand_in(tmp_path / "converter", "AyaVisionForConditionalGeneration", NOTES_NAMES)
+    side = tmp_path / "side"
+    side.mkdir()
+    converter = converter_for(found.source, side, ("f32",), own)
+    assert converter.model.beside is not None
+    tower = TowerFile(found.source, converter.model, converter.model.beside, True, Upstream(own))
+    converter.write(tmp_path / "text.json", "f32", lambda done, total: None)
+    tower.write(side, tmp_path / "tower.json", "f32")
+    for file in ("text.json", "tower.json"):
+        files, index = json.loads((tmp_path / file).read_text())
+        assert len(files) > 2
+        assert index == {name: each for each, names in files.items() for name in names}
+        towers = [name for name in index if "vision_tower." in name]
+        assert len(towers) > 20
+        assert all("vision_tower.vision_model." in name for name in towers)
 
 
 def test_the_language_model_is_written_where_its_tower_cannot_be(tmp_path: Path) -> None:
