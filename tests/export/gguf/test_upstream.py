@@ -15,6 +15,7 @@ from lowrank.export.gguf.convert import convert
 from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
 from lowrank.export.gguf.upstream import SCRIPT, Upstream
 from lowrank.export.targets.gguf import GGUFExportConfig
+from lowrank.export.targets.ollama import OllamaExportConfig
 from lowrank.pipelines.export import ExportRequest, export_targets
 from lowrank.pipelines.export_source import open_source
 from tests.data.made_tokenizers import tokenizer_of
@@ -103,5 +104,6 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert any("77 MB" in line for line in described)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "cache").iterdir())
-    with pytest.raises(ModelError, match=f"has no {SCRIPT}; name the folder of llama"):
-        GGUFExportConfig(types=("f16",), converter=tmp_path).build().needs(found.source)
+    for config in (GGUFExportConfig, OllamaExportConfig):
+        with pytest.raises(ModelError, match=f"converter: .* has no {SCRIPT}; name the folder of llama"):
+            config(types=("f16",), converter=tmp_path).build().needs(found.source)
