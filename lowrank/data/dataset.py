@@ -21,7 +21,7 @@ from lowrank.data.formats.media_files import Folders
 from lowrank.data.formats.recognition import recognize
 from lowrank.data.formats.unread import Watched, unread
 from lowrank.data.report.row_counts import RowCounts
-from lowrank.data.sources.memory import title_of
+from lowrank.data.sources.memory import titled_sources
 from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError, raise_all
 from lowrank.records import Prompted, Record, Text
@@ -76,19 +76,16 @@ def open_datasets(
     """
     opened: list[Dataset] = []
     problems: list[str] = []
-    for use, sources in (("train", config.train), ("eval", config.eval)):
-        for number, source in enumerate(sources):
-            place = given_as or (f"data.{use}" if len(sources) == 1 else f"data.{use}.{number}")
-            title = title_of(source.path, place)
-            try:
-                dataset = _open(config, source, title, use, seed, root, record)
-                if record is Prompted and dataset.record is not Text:
-                    dataset = replace(dataset, function=as_prompted(dataset.function), record=Prompted)
-                if record is not None:
-                    _check_record(dataset, record)
-                opened.append(dataset)
-            except DataError as error:
-                problems.append(f"{use}.{number}: {error}")
+    for use, number, source, title in titled_sources(config, given_as):
+        try:
+            dataset = _open(config, source, title, use, seed, root, record)
+            if record is Prompted and dataset.record is not Text:
+                dataset = replace(dataset, function=as_prompted(dataset.function), record=Prompted)
+            if record is not None:
+                _check_record(dataset, record)
+            opened.append(dataset)
+        except DataError as error:
+            problems.append(f"{use}.{number}: {error}")
     raise_all(DataError, "the data cannot be used", problems)
     return opened
 

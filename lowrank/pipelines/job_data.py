@@ -127,17 +127,28 @@ def _prepare_jobs(
     done: dict[str, Prepared],
 ) -> list[Prepared]:
     prepared = []
-    for job in jobs:
-        objective = job.objective.build()
-        mismatched = needs(objective, "mismatched")
-        key = f"{objective.record.__qualname__} {mismatched} {job.seed} {job.data.model_dump_json()}"
+    keys = [_key_of_data(job) for job in jobs]
+    for job, key in zip(jobs, keys):
         own = done.get(key)
         if own is None or job.data.streaming:
-            own = done[key] = _prepare(job, tokenizer, report, strict)
+            try:
+                own = done[key] = _prepare(job, tokenizer, report, strict)
+            except DataError as error:
+                names = [each.name for each, other in zip(jobs, keys) if other == key]
+                if len(names) == len(jobs):
+                    raise
+                raise DataError(f"{', '.join(names)}: {error}") from error
         else:
             own = own.again()
         prepared.append(own)
     return prepared
+
+
+def _key_of_data(job: JobConfig) -> str:
+    """Equal for jobs that share what was read and tokenized."""
+    objective = job.objective.build()
+    mismatched = needs(objective, "mismatched")
+    return f"{objective.record.__qualname__} {mismatched} {job.seed} {job.data.model_dump_json()}"
 
 
 def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:

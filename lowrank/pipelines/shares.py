@@ -23,7 +23,7 @@ from lowrank.checkpoints.shared_folder import dealt, take_deal
 from lowrank.config import RunConfig, read_file
 from lowrank.config.code import refuse_code
 from lowrank.config.share import Share, read_share
-from lowrank.data.sources.memory import IN_MEMORY, title_of
+from lowrank.data.sources.memory import IN_MEMORY, titled_sources
 from lowrank.data.sources.places import STANDARD_INPUT
 from lowrank.errors import ConfigError, LowrankError, raise_all
 from lowrank.foreign_files import find_json
@@ -122,11 +122,9 @@ def train_shares(
 def refuse_unseen(config: RunConfig) -> None:
     """ConfigError for rows of this process, which others cannot see."""
     problems = [
-        f"{job.name}: {title_of(source.path, f'data.{use}')}: rows in the memory, or from the standard input, of this "
-        "process"
+        f"{job.name}: {title}: rows in the memory, or from the standard input, of this process"
         for job in config.jobs
-        for use in ("train", "eval")
-        for source in getattr(job.data, use)
+        for _, _, source, title in titled_sources(job.data)
         if source.path.startswith(IN_MEMORY) or source.path in STANDARD_INPUT
     ]
     raise_all(ConfigError, "devices: other processes cannot see these; write them to a file and name it", problems)
@@ -178,13 +176,15 @@ class _Together:
         self._config, self._report = config, report
         self._begun = False
         self._noticed: set[str] = set()
+        self._names = {job.name for job in config.jobs}
 
     def report(self, event: Event) -> None:
         """Notices that several say alike are said once."""
         if isinstance(event, Notice):
             if event.text in self._noticed:
                 return
-            self._noticed.add(event.text)
+            names, _, text = event.text.partition(": ")  # a share whose jobs are all concerned says it without names
+            self._noticed |= {event.text, *([text] if {*names.split(", ")} <= self._names else [])}
         self._report(event)
 
     def on_event(self, child: Child, event: Event) -> None:

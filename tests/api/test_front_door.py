@@ -495,6 +495,9 @@ def test_rows_in_memory_go_by_the_argument_they_were_given_as(tmp_path: Path, ca
         lowrank.train(**settings(output_dir=tmp_path / "run", max_steps=1, data=[*ROWS, "no dict"]))
     assert "the rows given as data.train: 1 row (row 25)" in caplog.text
     assert "memory:" not in caplog.text
+    jobs = [{"name": "good", "data": ROWS}, {"name": "bad", "data": [{"a": 1}]}]
+    with pytest.raises(lowrank.DataError, match=r"(?s)^bad: .*- train\.0: the rows given as data\.train:"):
+        lowrank.train(**{**settings(output_dir=tmp_path / "jobs"), "jobs": jobs})
 
 
 def test_rows_are_forgotten_with_what_named_them() -> None:

@@ -16,6 +16,7 @@ from lowrank.checkpoints.run_folder import SHARES
 from lowrank.checkpoints.shared_folder import dealt, take_deal
 from lowrank.config import RunConfig, load
 from lowrank.config.share import Share, read_share
+from lowrank.data.sources.memory import keep_rows
 from lowrank.errors import ConfigError, OutputError
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.pipelines.deal_jobs import costs_of, deal
@@ -23,10 +24,11 @@ from lowrank.pipelines.job_data import prepare_all
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.merge_shares import merge_shares
 from lowrank.pipelines.processes import Child
-from lowrank.pipelines.shares import SharesFailed, device_environment
+from lowrank.pipelines.shares import SharesFailed, _Together, device_environment, refuse_unseen
 from lowrank.pipelines.train import train as train_here
 from lowrank.report.event_lines import as_event, as_line, decode, encode
-from lowrank.report.events import CheckpointSaved, Event, RunFinished, RunStarted, StepDone
+from lowrank.report.events import CheckpointSaved, Event, Notice, RunFinished, RunStarted, StepDone
+from lowrank.train.listeners import Listeners
 from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import make_world, weights
 from tests.report.event_stream import run_events
@@ -278,3 +280,30 @@ def test_a_job_of_a_foreign_share_writes_nowhere_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"jobs\.0\.name"):
         merge_shares(out, lambda text: None)
     assert sorted(path for path in tmp_path.rglob("*") if "lowrank" not in path.name) == before
+
+
+def test_rows_that_other_processes_cannot_see_are_named_by_their_place() -> None:
+    kept = [keep_rows([{"text": text}]) for text in ("one", "two")]
+    first, second = ({"path": each.path} for each in kept)
+    jobs = [{"name": "a", "data": {"train": ["lowrank/demo", first]}}, {"name": "b", "data": {"train": [second]}}]
+    config = RunConfig(model="lowrank/tiny", output_dir="x", jobs=jobs, devices=2)
+    with pytest.raises(ConfigError) as caught:
+        refuse_unseen(config)
+    assert [line.rpartition(": rows in")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  - a: the rows given as data.train.1",
+        "  - b: the rows given as data.train",
+    ]
+
+
+def test_what_a_share_says_again_without_names_is_said_once(world: Path) -> None:
+    received = Acts(lambda: None, set())
+    config = RunConfig(model="lowrank/tiny", data="lowrank/demo", output_dir="x", jobs=[{"name": n} for n in "abc"])
+    together = _Together(config, Listeners([], [received]))
+    for text in ("a, b: 3 rows left out", "3 rows left out", "c: 3 rows left out", "r: 3 rows", "3 rows"):
+        together.report(Notice(text))
+    assert [event.text for event in received.events] == [
+        "a, b: 3 rows left out",
+        "c: 3 rows left out",
+        "r: 3 rows",
+        "3 rows",
+    ]

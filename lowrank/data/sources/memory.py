@@ -15,7 +15,7 @@ from datetime import date, datetime, time
 from typing import Any, Union
 from weakref import WeakValueDictionary
 
-from lowrank.data.config import SourceConfig
+from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.sources.json_files import Item
 from lowrank.data.sources.readers import without_filled
@@ -73,6 +73,15 @@ def keep_rows(rows: RowsLike, settings: SourceConfig | None = None) -> SourceCon
 def title_of(path: str, given_as: str) -> str:
     """What messages call a dataset: its path, or, of rows in memory, the argument (`data.train`) they were given as."""
     return f"the rows given as {given_as}" if path.startswith(IN_MEMORY) else path
+
+
+def titled_sources(config: DataConfig, given_as: str | None = None) -> Iterator[tuple[str, int, SourceConfig, str]]:
+    """`(use, number, source, title)` of every dataset of the settings, those for training first; `title` as of
+    `title_of`. `given_as`: the argument that rows came by, where it is not `data.train` or `data.eval`."""
+    for use, sources in (("train", config.train), ("eval", config.eval)):
+        for number, source in enumerate(sources):
+            place = given_as or (f"data.{use}" if len(sources) == 1 else f"data.{use}.{number}")
+            yield use, number, source, title_of(source.path, place)
 
 
 def rows_in_memory(path: str) -> Iterator[Item]:
