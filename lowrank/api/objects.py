@@ -5,6 +5,7 @@ settings say objective: {type: "__main__:Focal"}      objects=[Focal()]      -> 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -34,15 +35,15 @@ def given_again(objects: Sequence[Any], settings: Mapping[str, Any]) -> GivenAga
     originals: dict[str, Any] = {}
     problems: list[str] = []
     for each in objects:
-        if not _is_named(each):
+        own = _own_name(each, originals) if _is_named(each) else None
+        name = None if own is None else _name_in(own, named)
+        if own is None or (name is None and paths and _returns_rows(each)):
             source = each if isinstance(each, SourceConfig) else rows(each)
             found.rows.append(source)
             if source.path not in paths:
                 problems.append("these rows are not those that the run was given: their content differs")
             continue
-        own = _own_name(each, originals)
         originals[own] = each
-        name = _name_in(own, named)
         if name is None:
             known = did_you_mean(own, named) if named else "; its settings name no code"
             problems.append(f"{own} is none of the objects that the run was given{known}")
@@ -64,6 +65,17 @@ def _is_named(thing: Any) -> bool:
     if isinstance(thing, SourceConfig) or hasattr(thing, "iterrows") or hasattr(thing, "column_names"):
         return False  # rows, whatever their columns are called
     return isinstance(thing, (type, Settings)) or callable(thing) or hasattr(thing, "loss")
+
+
+def _returns_rows(thing: Any) -> bool:
+    """A function that can be called without arguments, as rows may be given."""
+    if isinstance(thing, (type, Settings)) or hasattr(thing, "loss"):
+        return False
+    try:
+        parameters = inspect.signature(thing).parameters.values()
+    except (TypeError, ValueError):  # of what is built in
+        return False
+    return all(each.kind is each.VAR_POSITIONAL or each.default is not each.empty for each in parameters)
 
 
 def _own_name(thing: Any, taken: Mapping[str, Any]) -> str:

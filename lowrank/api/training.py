@@ -72,6 +72,11 @@ def train(
     Raises the errors of lowrank.errors before a weight is loaded wherever that can be known. An interrupt saves a
     checkpoint and returns; the same call with `resume=True` goes on.
     """
+    if "objects" in settings:
+        raise ConfigError(
+            "objects: a run is given its objects where its settings stand: train(data=rows, objective=Focal(), ...); "
+            "to go on with a run in a new process there is lowrank.TrainedRun(RUN).resume(objects=[...])"
+        )
     given = plain_settings(settings)
     with code_allowed(allow_code), objects_given(given.objects):
         resolved = _config(config, given)
@@ -195,8 +200,9 @@ class TrainedRun:
             lowrank.TrainedRun("runs/own").resume(objects=[Focal(), short, rows], reporters=[report], max_steps=40)
 
         objects    in a new process, what this run was given and no file holds: objectives, reward functions, formats,
-                   rows. Each is known by its name, rows by their content; the order matters only among those of one
-                   name. Not needed for the run that `train` returned, nor, with `allow_code`, for what can be imported
+                   rows or the function that returns them. Each is known by its name, rows by their content; the order
+                   matters only among those of one name. Not needed for the run that `train` returned, nor, with
+                   `allow_code`, for what can be imported
         reporters  as of `train`, and so are `progress` and `allow_code`; none is kept with the run
         changes    settings that may change on the way, as `max_steps` or `num_train_epochs`; OutputError for any other
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -56,3 +58,35 @@ def test_what_the_run_does_not_know_is_refused_all_at_once() -> None:
         "  - these rows are not those that the run was ",
         "  - tests.api.test_front_door:Focal is none of the objects that the run was ",
     ]
+
+
+def test_a_function_that_returns_rows_is_rows() -> None:
+    """As for `train`; unless the settings name it, which is known before it is called."""
+
+    def made() -> Any:
+        yield from ROWS
+
+    def always(**columns: Any) -> list[float]:
+        raise AssertionError("a reward function is called with answers alone")
+
+    kept = lowrank.rows(made)
+    assert kept.path == lowrank.rows(ROWS).path
+    data = {"train": [{"path": kept.path, "format": "tests.api.test_objects:format_of_none"}]}
+    settings = {"jobs": [{"data": data}]}
+    found = given_again([made, functools.partial(copy.copy, ROWS), format_of_none], settings)
+    assert [source.path for source in found.rows] == [kept.path] * 2
+    assert list(found.objects) == ["tests.api.test_objects:format_of_none"]
+    with pytest.raises(lowrank.ConfigError, match="always is none of the objects"):
+        given_again([always], settings)
+    with pytest.raises(lowrank.ConfigError, match="these rows are not those"):
+        given_again([lambda: ROWS[:2]], settings)
+
+
+def format_of_none() -> None:
+    """Never called."""
+    raise AssertionError
+
+
+def test_objects_of_a_first_run_stand_in_its_settings() -> None:
+    with pytest.raises(lowrank.ConfigError, match=r"objective=Focal\(\).*TrainedRun\(RUN\)\.resume\(objects"):
+        lowrank.train(model="lowrank/tiny", data=ROWS, output_dir="never", objects=[Focal()])
