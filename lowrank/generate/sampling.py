@@ -24,6 +24,10 @@ _IN_CACHE = 1 << 17
 """Logits that a processor handles at a time, so that what lies between stays in its caches."""
 
 
+Thoughts = dict[int, tuple[float | None, tuple[tuple[int, float], ...]]]
+"""Of a row, by its place: log-probabilities of its token and of the likeliest."""
+
+
 class Drawing(Protocol):
     """What is drawn for (sequence.py)."""
 
@@ -68,11 +72,11 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
             token_B.index_copy_(0, to_device(torch.tensor(some), drawn.device), drawn)
     numbers_3B = torch.stack([wide(likeliest_B), wide(likeliest_B if own_B is None else own_B), wide(token_B)])
     likeliest, own, tokens = numbers_3B.tolist()
-    thoughts = {} if logprob_RV is None else _thoughts(logprob_RV, _of(token_B, reported), rows, reported)
+    thoughts: Thoughts = {} if logprob_RV is None else _thoughts(logprob_RV, _of(token_B, reported), rows, reported)
     choices = []
     for index, row in enumerate(rows):
         if math.isfinite(likeliest[index]):
-            choices.append(Choice(int(tokens[index]), *thoughts.get(index, ())))
+            choices.append(Choice(int(tokens[index]), *thoughts.get(index, (None, ()))))
         else:
             too_much = _is_adjusted(row) and math.isfinite(own[index])
             choices.append(Choice(None, fault=_fault_of(row) if too_much else None))
@@ -88,13 +92,13 @@ def _of(value_B: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
 
 def _thoughts(
     logprob_RV: torch.Tensor, token_R: torch.Tensor, rows: Sequence[Drawing], reported: Sequence[int]
-) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+) -> Thoughts:
     """Of each row that wants it: the log-probability of its token, and as many of the likeliest as it asked for."""
     wanted = [rows[index].config.logprobs or 0 for index in reported]
     value_RK, likely_RK = logprob_RV.topk(min(max(wanted), logprob_RV.shape[-1]))
     own_R1 = logprob_RV.gather(1, token_R[:, None])
     read_R = torch.cat([wide(own_R1), wide(value_RK), wide(likely_RK)], dim=1).tolist()
-    found = {}
+    found: Thoughts = {}
     for index, number, (own, *both) in zip(reported, wanted, read_R):
         values, likely = both[: len(both) // 2], both[len(both) // 2 :]
         found[index] = own, tuple(zip(map(int, likely[:number]), values[:number]))
