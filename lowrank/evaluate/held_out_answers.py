@@ -7,6 +7,7 @@ token for token as in training, and that answer is the label. Answers are greedy
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import CHOSEN, PLAIN, Segment
+from lowrank.batches import CHOSEN, PLAIN, Media, Segment
 from lowrank.errors import DataError
 from lowrank.evaluate.metrics import measure
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.models.base import Base
+from lowrank.records import KIND_NAMES, Picture
 
 _MAX_ROWS = 32
 """Answers in progress at once: training has filled the memory already."""
@@ -30,12 +32,12 @@ _MAX_ROWS = 32
 class HeldOutAnswers:
     """What one job is asked at its evaluations, and by what the answers are judged.
 
-    prompts, labels   the questions' tokens, the answers in the data
+    prompts, labels   the questions, tokens and the pictures in them; the answers in the data
     notices           what of the held-out rows is not asked, in words
     """
 
     metric: str
-    prompts: tuple[np.ndarray, ...]
+    prompts: tuple[tuple[np.ndarray, Media | None], ...]
     labels: tuple[str, ...]
     stop_tokens: frozenset[int]
     max_new_tokens: int
@@ -51,24 +53,28 @@ def answers_of(
     samples: int | None,
     max_new_tokens: int,
     reach: int | None,
+    picture_problem: str | None = None,
 ) -> HeldOutAnswers:
     """Questions from `samples` of the held-out `segments`, evenly spread over them; None: from all.
 
     Of pairs and rated answers those that are wanted. Left out, and counted, are answers that were cut at
-    data.max_length, and prompts that leave the model (`reach`: its positions) no room. DataError if none is left.
+    data.max_length, prompts that leave the model (`reach`: its positions) no room, and those with media that it is not
+    asked about (`picture_problem`: why it is not about pictures). DataError if none is left.
     """
     wanted = [segment for segment in segments if segment.role in (PLAIN, CHOSEN)]
-    questions, cut, too_long = [], 0, 0
+    questions, cut, too_long, unseen = [], 0, 0, Counter[str]()
     for segment in _spread(wanted, samples):
         start, end = _last_answer(segment)
         if int(segment.token_L[end - 1]) not in stop_tokens:
             cut += 1
         elif reach is not None and start >= reach:
             too_long += 1
+        elif reason := _why_unseen(segment.media, picture_problem):
+            unseen[reason] += 1
         else:
-            questions.append(
-                (segment.token_L[:start], tokenizer.decode(segment.token_L[start:end], skip_special_tokens=True))
-            )
+            media = segment.media and segment.media.between(0, start)
+            label = tokenizer.decode(segment.token_L[start:end], skip_special_tokens=True)
+            questions.append(((segment.token_L[:start], media), label))
     notices = []
     if cut:
         notices.append(f"{metric}: {cut} held-out answers are not asked for, since they were cut at data.max_length")
@@ -76,9 +82,10 @@ def answers_of(
         notices.append(
             f"{metric}: {too_long} held-out questions are not asked, since they are all that the model reads"
         )
+    notices += [f"{metric}: {number} held-out questions are not asked: {reason}" for reason, number in unseen.items()]
     if not questions:
         raise DataError("; ".join([f"eval_metric: no held-out row has an answer to compare with {metric}", *notices]))
-    if len(wanted) > len(questions) + cut + too_long:
+    if len(wanted) > len(questions) + cut + too_long + unseen.total():
         notices.append(f"{metric} is of {len(questions)} of {len(wanted)} held-out answers (eval_generate_samples)")
     prompts, labels = zip(*questions)
     return HeldOutAnswers(metric, prompts, labels, stop_tokens, max_new_tokens, tuple(notices))
@@ -97,7 +104,7 @@ def score_answers(base: Base, bank: Bank, held_out: Mapping[int, HeldOutAnswers]
     """By slot, all slots in the same forward passes. One that gives NaN has NaN: whoever cannot answer is not the
     best."""
     longest = max(
-        (len(prompt) + each.max_new_tokens for each in held_out.values() for prompt in each.prompts), default=0
+        (len(token_L) + each.max_new_tokens for each in held_out.values() for token_L, _ in each.prompts), default=0
     )
     rows = min(_MAX_ROWS, sum(len(each.prompts) for each in held_out.values()))
     generator = Generator(
@@ -122,8 +129,16 @@ def score_answers(base: Base, bank: Bank, held_out: Mapping[int, HeldOutAnswers]
 
 def _submit(generator: Generator, slot: int, held_out: HeldOutAnswers) -> Iterator[Generation]:
     config = GenerationConfig(max_new_tokens=held_out.max_new_tokens, seed=0)
-    for prompt in held_out.prompts:
-        yield generator.submit(Prompt(prompt, slot), config, stop_tokens=held_out.stop_tokens)
+    for token_L, media in held_out.prompts:
+        yield generator.submit(Prompt(token_L, slot, media), config, stop_tokens=held_out.stop_tokens)
+
+
+def _why_unseen(media: Media | None, picture_problem: str | None) -> str | None:
+    """Why nobody is asked about these media while training; None: nothing stands against it."""
+    if media is None:
+        return None
+    other = next((KIND_NAMES[each.kind] for each in media.items if not isinstance(each, Picture)), None)
+    return picture_problem if other is None else f"{other} are only trained on so far"
 
 
 def _spread(segments: Sequence[Segment], number: int | None) -> list[Segment]:

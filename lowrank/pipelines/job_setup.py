@@ -20,6 +20,7 @@ from lowrank.data.chat.rendering import Renderer
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, ModelError, raise_all
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
+from lowrank.generate.transformers_fallback import picture_problem
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import shares_prompts
 from lowrank.objectives import needs
@@ -29,11 +30,6 @@ from lowrank.train.calibration_pass import calibration_passes
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job
 from lowrank.train.rollouts import Prompts, RewardModel, RolloutGenerator, Rollouts, steps_on_one_batch
-
-_UNPLANNED = (
-    "its adapter is on layers beside the language model: what their passes keep of pictures until the backward pass "
-    "is not in the memory plan; if memory runs out, lower micro_batch_tokens or model.image_max_pixels"
-)
 
 
 def start_job(
@@ -149,6 +145,7 @@ def _answers(bank: Bank, slot: int, config: JobConfig, data: Prepared) -> HeldOu
         samples=config.eval_generate_samples,
         max_new_tokens=config.eval_max_new_tokens,
         reach=bank.max_positions(slot),
+        picture_problem=picture_problem(bank.base),
     )
 
 
@@ -172,8 +169,6 @@ def _attach(
         bank.load(slot, saved.tensors)
     if bank.slots[slot].missed:
         report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
-    if bank.slots[slot].outside:
-        report(Notice(_UNPLANNED, level="warning", job=config.name))
     return slot
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lowrank.batches import Segment
+from lowrank.errors import DataError
 from lowrank.export import ReadBack
 from lowrank.export.targets.gguf import tolerance
 from lowrank.export.verify.compare import Answers, Comparer, _answered, _losses
-from lowrank.export.verify.held_out import HeldOut
+from lowrank.export.verify.held_out import HeldOut, from_segments
 
 
 class Changed:
@@ -32,6 +34,21 @@ class Changed:
 
 def log_softmax(logit_LV: np.ndarray) -> np.ndarray:
     return (logit_LV - np.log(np.exp(logit_LV).sum(-1, keepdims=True))).astype(np.float32)
+
+
+def test_an_answer_far_behind_its_question_is_compared() -> None:
+    """Behind a picture of a thousand tokens, or a long text: nothing was left of such documents."""
+    weight_L = np.zeros(2000, np.float32)
+    weight_L[1500:1520] = 1
+    near = Segment(np.arange(50), np.r_[np.zeros(30), np.ones(20)].astype(np.float32))
+    held_out = from_segments([Segment(np.arange(2000), weight_L), near], "rows")
+    far, whole = held_out.documents
+    assert far[held_out.compared[0]].tolist() == list(range(1499, 1519))
+    assert len(far) <= 512
+    assert held_out.prompts[0].tolist() == list(range(1500 - 384, 1500))
+    assert whole.tolist() == list(range(50))
+    with pytest.raises(DataError, match="none of the rows has an answer"):
+        from_segments([Segment(np.arange(9), np.zeros(9, np.float32))], "rows")
 
 
 def test_a_question_without_an_answer_is_compared_itself() -> None:

@@ -19,6 +19,8 @@ from lowrank.records import Conversation, Message
 
 _ROWS_LOOKED_AT = 512
 _TOKENS_OF_ONE = 512
+_TOKENS_BEFORE = 384
+"""Of these at most before the answer: questions with pictures, or with long texts, have thousands."""
 _PROMPTS = 8
 QUESTIONS = (
     "Explain in two sentences why the sky is blue.",
@@ -103,16 +105,21 @@ def from_questions(renderer: Renderer, *, chat: bool) -> HeldOut:
 
 
 def from_segments(segments: Sequence[Segment], what: str) -> HeldOut:
-    """Documents with answers; the place before each token that carries loss is compared."""
+    """Documents with answers; the place before each token that carries loss is compared. Of a document whose answer
+    is far behind, the part that ends with it: both sides read the same. DataError where nothing has an answer."""
     documents, compared, prompts = [], [], []
     for segment in segments:
-        token_L, weight_L = segment.token_L[:_TOKENS_OF_ONE], segment.weight_L[:_TOKENS_OF_ONE]
-        first = int(np.argmax(weight_L > 0))
-        if not weight_L[1:].any():
+        if not segment.weight_L[1:].any():
             continue
+        begin = max(0, int(np.argmax(segment.weight_L > 0)) - _TOKENS_BEFORE)
+        token_L = segment.token_L[begin : begin + _TOKENS_OF_ONE]
+        weight_L = segment.weight_L[begin : begin + _TOKENS_OF_ONE]
+        first = int(np.argmax(weight_L > 0))
         documents.append(np.asarray(token_L, np.int64))
         compared.append(np.append(weight_L[1:] > 0, False))
         prompts.append(np.asarray(token_L[: max(1, first)], np.int64))
+    if not documents:
+        raise DataError(f"no usable row: none of the {what} has an answer")
     return HeldOut(tuple(documents), tuple(compared), tuple(prompts[:_PROMPTS]), f"{len(documents)} {what}")
 
 
