@@ -102,9 +102,20 @@ class Segment:
     """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
     media: Media | None = None
     """The pictures, videos and sounds in it."""
+    prompt: int | None = None
+    """How many of its first tokens ask, which a prefix language model reads both ways; None: those before the first
+    that carries weight."""
 
     def __len__(self) -> int:
         return len(self.token_L)
+
+    @property
+    def prompt_length(self) -> int:
+        """`prompt`, found out where it is None."""
+        if self.prompt is not None:
+            return self.prompt
+        learned_L = self.weight_L != 0
+        return int(learned_L.argmax()) if learned_L.any() else len(self)
 
 
 def with_virtual_tokens(segment: Segment, number: int) -> Segment:
@@ -120,6 +131,7 @@ def with_virtual_tokens(segment: Segment, number: int) -> Segment:
         signals_L={name: _behind(number, value_L) for name, value_L in segment.signals_L.items()},
         virtual=segment.virtual + number,
         media=segment.media and segment.media.moved(number),
+        prompt=None if segment.prompt is None else segment.prompt + number,
     )
 
 
@@ -192,6 +204,8 @@ class Batch:
     """`Segment.virtual` of each segment; empty where none has any."""
     prefixes: tuple[int, ...] = field(default=())
     """`Segment.prefix` of each."""
+    prompts: tuple[int, ...] = field(default=())
+    """Of each document, how many of its first tokens ask; see `Segment.prompt`."""
     filler: int = 0
     """Tokens of one more document behind the stream, of nobody's, whose hidden states are thrown away: where the number
     of rows matters (kernels/shape_bucketing.py)."""
@@ -253,6 +267,7 @@ class Batch:
             slots=self.slots[first:last],
             virtual=self.virtual[first:last],
             prefixes=self.prefixes[first:last],
+            prompts=self.prompts[first:last],
             media=tuple((index - first, each) for index, each in self.media if first <= index < last),
             pixels=tuple(
                 replace(each, segment=each.segment - first) for each in self.pixels if first <= each.segment < last
@@ -303,6 +318,7 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
         slots=tuple(slots),
         virtual=tuple(segment.virtual for segment in segments) if any(each.virtual for each in segments) else (),
         prefixes=tuple(segment.prefix for segment in segments),
+        prompts=tuple(segment.prefix + segment.prompt_length for segment in segments),
         media=tuple((index, segment.media) for index, segment in enumerate(segments) if segment.media is not None),
     )
 

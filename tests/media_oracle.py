@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowrank.batches import Segment
+from tests.peft_oracle import types_of
 
 
 def alone_loss(twin: Any, base: Any, segments: Sequence[Segment]) -> torch.Tensor:
@@ -21,6 +22,8 @@ def alone_loss(twin: Any, base: Any, segments: Sequence[Segment]) -> torch.Tenso
         given = {
             name: base.media_encoder.types(token_T[None], name) for name in ("mm_token_type_ids", "token_type_ids")
         }
+        if base.prompt_type is not None:
+            given["token_type_ids"] = types_of(segment)
         given |= {"attention_mask": torch.ones_like(token_T)[None]}
         if segment.media is not None:
             inputs = base.media_encoder.processor.inputs(segment.media.items)

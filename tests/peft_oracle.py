@@ -37,13 +37,20 @@ def peft_twin(
     return twin, theirs
 
 
-def plain_loss(model: Any, segments: Sequence[Segment]) -> torch.Tensor:
-    """One document at a time, full logits."""
+def types_of(segment: Segment, prompt_type: int = 0) -> torch.Tensor:
+    """(1, L) `token_type_ids`: `prompt_type` until the first learned token, then the other. 0 is PaliGemma's."""
+    learned_1L = (torch.from_numpy(segment.weight_L)[None] != 0).long().cummax(dim=1).values
+    return learned_1L if prompt_type == 0 else 1 - learned_1L
+
+
+def plain_loss(model: Any, segments: Sequence[Segment], prompt_type: int | None = None) -> torch.Tensor:
+    """One document at a time, full logits. `prompt_type`: see `types_of`; None: the model is told of no prompts."""
     total = sum(float(segment.weight_L.sum()) for segment in segments)
     loss = torch.zeros((), dtype=torch.float64)
     for segment in segments:
         token_T = torch.from_numpy(segment.token_L)
-        logprob_TV = model(input_ids=token_T[None]).logits[0].double().log_softmax(-1)
+        types = {} if prompt_type is None else {"token_type_ids": types_of(segment, prompt_type)}
+        logprob_TV = model(input_ids=token_T[None], **types).logits[0].double().log_softmax(-1)
         logprob_T = logprob_TV[:-1].gather(1, token_T[1:, None])[:, 0]
         loss = loss - (logprob_T * torch.from_numpy(segment.weight_L[1:])).sum() / total
     return loss

@@ -164,6 +164,20 @@ COMPOSITES: dict[str, Callable[[], Any]] = {
         projection_dim=32,
         hidden_size=32,
     ),
+    "paligemma2": _made(
+        "PaliGemmaConfig",
+        text_config=_text(
+            "gemma2",
+            sliding_window=4,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        vision_config=_SIGLIP,
+        image_token_id=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    ),
     "qwen2_audio": _made(
         "Qwen2AudioConfig",
         text_config=_text("qwen2"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from lowrank.data.templates import source_of
 from lowrank.media.loading import class_named, make_processor
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.tiny_composites import AUDIO, COMPOSITES, FIRST, IMAGE, LAST, VIDEO
@@ -50,6 +51,8 @@ class VisionRecipe:
     """The place of a sound in its template."""
     video: str = ""
     """The place of a video in its template."""
+    bos: str = ""
+    """What its tokenizer's files call the first token of a text."""
 
 
 _QWEN_TOKENS = {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", FIRST: "<|vision_start|>", LAST: "<|vision_end|>"}
@@ -103,6 +106,12 @@ def _idefics3(tokenizer: Any) -> Any:
 def _pixtral(tokenizer: Any) -> Any:
     images = transformers.PixtralImageProcessorPil(patch_size=4, size={"longest_edge": 24})
     return _processor("PixtralProcessor", images, tokenizer, patch_size=4, spatial_merge_size=2)
+
+
+def _paligemma(tokenizer: Any) -> Any:
+    images = transformers.SiglipImageProcessorPil(size=_SMALL)
+    images.image_seq_length = 4
+    return _processor("PaliGemmaProcessor", images, tokenizer)
 
 
 def _gemma4(tokenizer: Any) -> Any:
@@ -160,6 +169,14 @@ VISION_MODELS: dict[str, VisionRecipe] = {
         },
         config={"text_config": {"vocab_size_per_layer_input": VOCABULARY}},
     ),
+    "paligemma": VisionRecipe(
+        {IMAGE: "<image>", _BREAK: "<bos>"},
+        "<image>",
+        _paligemma,
+        config={"text_config": {"vocab_size": 1536}, "tie_word_embeddings": False},  # its processor brings 1,152 tokens
+        template=source_of("paligemma"),
+        bos="<bos>",
+    ),
     "internvl": VisionRecipe(
         {IMAGE: "<IMG_CONTEXT>", FIRST: "<img>", LAST: "</img>", VIDEO: "<video>"},
         "<IMG_CONTEXT>",
@@ -215,6 +232,8 @@ def save_folder(path: Path, recipe: VisionRecipe, make: Callable[[], Any]) -> Pa
     names = [recipe.tokens.get(token, f"<spare{token}>") for token in range(len(fast), max(recipe.tokens) + 1)]
     fast.add_tokens(names, special_tokens=True)
     assert all(fast.convert_tokens_to_ids(name) == token for token, name in recipe.tokens.items())
+    if recipe.bos:
+        fast.bos_token = recipe.bos
     fast.chat_template = (
         recipe.template.replace("PLACE", recipe.place).replace("SOUND", recipe.sound).replace("FILM", recipe.video)
     )

@@ -24,6 +24,7 @@ TEMPLATES = {
     "gemma3": "gemma",
     "llama3": "llama3",
     "mistral": "mistral",
+    "paligemma": "paligemma",
     "phi": "phi3",
     "qwen": "qwen",
 }

@@ -48,6 +48,8 @@ its value asks for something. All of them are listed here.
   device. A file meant for n devices needs n times the accumulation.
 - The loss of a step is a mean over all its tokens, as in transformers since 4.46.
 - Rows are never padded, and packed documents never see each other, also with `packing: true`.
+- PaliGemma reads whole prompts both ways, as it was pretrained, and the answer from left to right. LLaMA-Factory says
+  so of the pictures alone, and has the question read from left to right.
 - `max_samples` and `num_samples` take rows chosen by the seed; LLaMA-Factory takes the first rows for
   `max_samples`. A dataset smaller than `num_samples` is not repeated.
 - A prompt that alone fills `cutoff_len` is cut and kept there, without an answer to learn; here the row is left out,

@@ -64,12 +64,12 @@ def continuation_logprobs(
     What is read is the context and the continuation but for its last token; entries that read the same (answers of one
     token to one question) share a pass. `on_done` hears how many entries are done.
     """
-    readers: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    readers: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for index, (slot, context, continuation) in enumerate(entries):
-        readers.setdefault((slot, (*context, *continuation[:-1])), []).append(index)
+        readers.setdefault((slot, (*context, *continuation[:-1]), len(context)), []).append(index)
     texts = [
-        (slot, bank.prompted(slot, Segment(np.asarray(read, np.int64), np.zeros(len(read), np.float32))))
-        for slot, read in readers
+        (slot, bank.prompted(slot, Segment(np.asarray(read, np.int64), np.zeros(len(read), np.float32), prompt=prompt)))
+        for slot, read, prompt in readers
     ]
     members = list(readers.values())
     found: list[tuple[float, bool]] = [(0.0, False)] * len(entries)

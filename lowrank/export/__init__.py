@@ -65,10 +65,11 @@ class Tolerance:
 class Reader(Protocol):
     """A model as it is run from what was written. Tokens are those of the base's tokenizer."""
 
-    def logprobs(self, token_L: np.ndarray) -> np.ndarray:
+    def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
         """(L) int64 tokens of one document -> (L, V) float32 log-probabilities of the token that follows each.
 
-        V is the width of the model's head; columns past the shorter of two heads are not compared.
+        V is the width of the model's head; columns past the shorter of two heads are not compared. `prompt`: how many
+        of its first tokens ask, which a prefix language model reads both ways; None: all.
         """
         ...
 

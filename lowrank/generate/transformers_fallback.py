@@ -90,6 +90,7 @@ def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], N
         if base.media_encoder is None
         else base.media_encoder.in_rows([row.encoded for row in rows], token_BL.to(base.device))
     )
+    shown |= base.types_of_prompts([longest] * len(rows), token_BL.to(base.device))
     takes = inspect.signature(base.writer.forward).parameters
     own = _without_settings_of_its_own(base.writer)
     with torch.no_grad(), routed, own, base.using_attention(base.own_attention), quiet_transformers():

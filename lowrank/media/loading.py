@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any
 
 import transformers
@@ -55,7 +55,23 @@ def make_processor(family: Any, parts: Mapping[str, Any], tokenizer: Any, **sett
     others = {name: None for name in taken if _is_part(name)}
     given = {name: part for name, part in parts.items() if name in taken} | {"tokenizer": tokenizer}
     some = type(family.__name__, (family, _SomeParts), {"__module__": family.__module__, "present": tuple(given)})
-    return some(**{**others, **own, **given})
+    with _framing_as_before(tokenizer):
+        return some(**{**others, **own, **given})
+
+
+@contextlib.contextmanager
+def _framing_as_before(tokenizer: Any) -> Generator[None]:
+    """Some processors let the tokenizer they are given put no BOS before a text any more (PaliGemma's), which texts
+    without media still want."""
+    names = ("add_bos_token", "add_eos_token")
+    before = {name: getattr(tokenizer, name, None) for name in names}
+    framing = tokenizer.backend_tokenizer.post_processor
+    yield
+    for name, value in before.items():
+        if getattr(tokenizer, name, None) != value:
+            setattr(tokenizer, name, value)
+    if framing is not None:
+        tokenizer.backend_tokenizer.post_processor = framing
 
 
 def class_named(name: str | None) -> Any:

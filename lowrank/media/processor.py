@@ -38,7 +38,7 @@ _TOKENS = {"video": ("video_token_id", "video_token_index")}
 _FILES = ("preprocessor_config.json", "processor_config.json")
 _CALLED = {"image": "images", "video": "videos", "audio": "audio"}
 """What processors call the media of a kind."""
-_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
 Size = tuple[float, ...]
 """What decides what stands for a medium: (width, height) of a picture, (samples,) of a sound; of a video those of its

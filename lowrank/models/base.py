@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank.batches import Batch
+from lowrank.batches import Batch, to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.kernels.shape_bucketing import bucketed_rows, needs_bucketing
@@ -34,6 +34,8 @@ from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.media_encoder import EncodedPiece, MediaEncoder, show_media
 from lowrank.models.placement import Placement, Whole
 from lowrank.models.positions import positions_of
+
+_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Base:
         self.media_encoder: MediaEncoder | None = None
         """What shows it pictures and plays it sounds, where models/checks/media_isolation.py has tried that out."""
         self.layout = "packed"
+        self.prompt_type: int | None = None
+        """Of a prefix language model, which reads prompts both ways and answers from left to right: the
+        `token_type_ids` by which its forward call knows a prompt's tokens; those of others are 1 minus that. None: it
+        reads everything from left to right."""
         self.routed_by: object | None = None
         """The routing of the bank whose adapters are in its layers; there is one bank for a base."""
         self.tower_pass: Callable[[int, torch.Tensor], contextlib.AbstractContextManager[None]] | None = None
@@ -102,6 +108,8 @@ class Base:
         self._stretching = _stretching(self._text_config)
         accepted = inspect.signature(self.backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
+        self.takes_types = _TYPES in accepted
+        """Whether its forward call can be told of what kind each token is: part of a picture, or of a prompt."""
         attention.register()
 
     @property
@@ -223,25 +231,40 @@ class Base:
             position = position.expand(3, *position.shape).clone()
             position[:, segment_T, batch.position_T] = batch.place_3T
         hidden_SLD = self.call(
-            token_SL, position_ids=position, attention_mask=seen_SL, **self._pictures_of(batch, token_SL)
+            token_SL,
+            position_ids=position,
+            attention_mask=seen_SL,
+            **self.types_of_prompts(batch.prompts, token_SL),
+            **self._pictures_of(batch, token_SL),
         )
         return hidden_SLD[segment_T, batch.position_T]
+
+    def types_of_prompts(self, prompts: Sequence[int], token_SL: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the own masks of a prefix language model are told beside `token_SL`, whose rows begin with `prompts`
+        tokens that ask; of other models nothing."""
+        if self.prompt_type is None:
+            return {}
+        prompt_S = to_device(torch.tensor(prompts), token_SL.device)
+        in_prompt_SL = torch.arange(token_SL.shape[1], device=token_SL.device) < prompt_S[:, None]
+        return {_TYPES: torch.where(in_prompt_SL, self.prompt_type, 1 - self.prompt_type)}
 
     def _stream(self, batch: Batch, training: bool, tokens_of_step: int) -> torch.Tensor:
         """The last hidden states of the packed layout, with those of the filler at the end."""
         token_T, position_T, start_S1 = batch.token_T, batch.position_T, batch.start_S1
         lengths, prefixes = batch.lengths, batch.prefixes
+        prompts = batch.prompts if self.prompt_type is not None and max(batch.prompts, default=0) > 1 else ()
         if batch.filler:
             token_T = F.pad(token_T, (0, batch.filler))
             position_T = torch.cat([position_T, torch.arange(batch.filler, device=position_T.device)])
             start_S1 = F.pad(start_S1, (0, 1), value=len(token_T))
             lengths, prefixes = (*lengths, batch.filler), (*prefixes, 0)
-        boundaries: attention.Packed | attention.Attending = attention.Packed(start_S1, lengths)
+            prompts = (*prompts, 0) if prompts else ()
+        boundaries: attention.Packed | attention.Attending = attention.Packed(start_S1, lengths, prompts)
         if training and self.shift_attn is not None:
             assert not any(prefixes), "shared prompts are not in groups"
             boundaries = ShiftedSparse(lengths, self.shift_attn, token_T.device)
         elif any(prefixes):
-            boundaries = SharedPrompts(lengths, prefixes, token_T.device)
+            boundaries = SharedPrompts(lengths, prefixes, token_T.device, prompts)
         packed = self._with_prefixes(boundaries)
         if self.layer_wrapper is not None:
             self.layer_wrapper.begin(training, batch.num_tokens, tokens_of_step)

@@ -56,7 +56,8 @@ class MediaEncoder:
         }
         places = getattr(self._backbone, _PLACES, None)
         self._of_places = set(inspect.signature(places).parameters) if places else None
-        self._types = [name for name in _TYPES if name in takes]
+        of_prompts = {_TYPES[1]} if base.prompt_type is not None else set[str]()
+        self._types = [name for name in _TYPES if name in takes and name not in of_prompts]
         self._audio_encoder = None
         if "audio" in kinds:
             others = {name for kind in ("image", "video") for name in wanted_by(kind, self._backbone)}

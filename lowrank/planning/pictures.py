@@ -6,13 +6,11 @@ are, so it must not be hidden in peaks of which the rest grows with the layers.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -257,32 +255,6 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 def _pixels_in(document: Pixels) -> int:
     return sum(value.numel() for name, value in document.tensors.items() if _is_pixels(name, value))
-
-
-def attends_both_ways(model: Any) -> bool:
-    """Whether the tokens of a picture see one another both ways, by the masks that the model makes for itself."""
-    make = getattr(type(model), "create_masks_for_generate", None)
-    types = set(inspect.signature(make).parameters) & {"token_type_ids", "mm_token_type_ids"} if make else set()
-    if make is None or not types:
-        return False
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, "eager"
-    try:
-        with unset_fake_temporarily(), torch.device("cpu"):
-            kind = torch.tensor([[0, 1, 1, 0]])
-            masks = make(
-                config=model.config,
-                inputs_embeds=torch.zeros(1, 4, 1),
-                attention_mask=torch.ones_like(kind),
-                cache=None,
-                position_ids=torch.arange(4)[None],
-                is_first_iteration=True,
-                **dict.fromkeys(types, kind),
-            )
-            found = masks.values() if isinstance(masks, Mapping) else [masks]
-            return any(isinstance(each, torch.Tensor) and float(each[0, 0, 1, 2]) == 0.0 for each in found)
-    finally:
-        config._attn_implementation = before
 
 
 def _is_pixels(name: str, value: torch.Tensor) -> bool:

@@ -35,6 +35,7 @@ from lowrank.models.layer_wrappers import wrapped_as_planned
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.pretrained import cannot_load, choose_device, choose_dtype, locate
 from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.own_masks import attends_both_ways, prompt_type_of
 from lowrank.models.rope_scaling import stretch
 from lowrank.objectives import Objective
 from lowrank.planning.fake_copies import fake_copies
@@ -44,7 +45,7 @@ from lowrank.planning.layers import keep_layers
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
 from lowrank.planning.peaks import Peaks, StepTrace
-from lowrank.planning.pictures import KnownPictures, PlannedMediaEncoder, attends_both_ways
+from lowrank.planning.pictures import KnownPictures, PlannedMediaEncoder
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.optimizers import OptimizerConfig
@@ -146,6 +147,7 @@ class Simulation:
         spread_evenly(model)  # the test below is a pass already
         base = Base(model, None, settings.path, settings.revision)
         base.layer_wrapper = wrapper
+        base.prompt_type = prompt_type_of(model)
         base.settle(layout or "packed")
         pads = settings.attention == "padded" or (pictures and attends_both_ways(model))
         if layout is None and (pads or not self._takes_boundaries(base)):

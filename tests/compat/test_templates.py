@@ -58,6 +58,7 @@ THEIRS = {
         prefix=BOS,
     ),
     "mistral": Slots("[INST] {}[/INST]", " {}" + EOS, "{}\n\n", BOS, system_in_user=True),
+    "paligemma": Slots("{}\n", "{}" + EOS, "{}", BOS, system_in_user=True),
     "phi": Slots("<|user|>\n{}<|end|>\n<|assistant|>\n", "{}<|end|>\n", "<|system|>\n{}<|end|>\n"),
 }
 

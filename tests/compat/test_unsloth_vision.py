@@ -217,3 +217,8 @@ def test_pictures_are_made_smaller_as_asked_and_never_cut(base: str) -> None:
         UnslothVisionDataCollator(model, tokenizer)([conversation({"image": "https://example.org/a.png", "text": "x"})])
     with pytest.raises(ConfigError, match="has no tower for pictures"):
         FastVisionModel.from_pretrained("lowrank/tiny", load_in_4bit=False)
+
+
+def test_a_prefix_language_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="reads prompts both ways, and trainers do not tell it where they end"):
+        FastVisionModel.from_pretrained(str(save_vision_folder(tmp_path / "m", "paligemma")), load_in_4bit=False)

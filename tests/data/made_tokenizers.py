@@ -61,6 +61,7 @@ FAMILIES: dict[str, tuple[str, str | None, str]] = {
         "<|END_OF_TURN_TOKEN|>",
     ),
     "mistral": ("<s> </s> [INST] [/INST]", "<s>", "</s>"),
+    "paligemma": ("<bos> <eos> <start_of_turn> <end_of_turn> <image>", "<bos>", "<eos>"),
     "plain": ("<|endoftext|>", None, "<|endoftext|>"),
 }
 

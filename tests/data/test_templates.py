@@ -18,7 +18,7 @@ from tests.data.made_tokenizers import tokenizer_of, trl_template
 FAMILY = {
     "alpaca": "plain", "chatml": "qwen2_5", "deepseek": "deepseekv3", "deepseek_r1": "deepseekv3", "gemma": "gemma",
     "glm4": "glm4moe", "llama2": "mistral", "llama3": "llama3", "mistral": "mistral", "phi3": "phi3", "qwen": "qwen2_5",
-    "vicuna": "mistral", "zephyr": "mistral",
+    "paligemma": "paligemma", "vicuna": "mistral", "zephyr": "mistral",
 }  # fmt: skip
 """A tokenizer each template suits."""
 CHAT = [
@@ -43,6 +43,7 @@ WRITTEN = {
     "glm4": "[gMASK]<sop><|user|>\none<|assistant|>\ntwo<|user|>\nthree<|assistant|>\nfour<|user|>",
     "llama2": "<s>[INST] one [/INST] two </s><s>[INST] three [/INST] four </s>",
     "mistral": "<s>[INST] one[/INST] two</s>[INST] three[/INST] four</s>",
+    "paligemma": "<bos>one\ntwo<eos>three\nfour<eos>",
     "vicuna": "<s>" + VICUNA + " USER: one ASSISTANT: two</s>USER: three ASSISTANT: four</s>",
     "zephyr": "<s><|user|>\none</s>\n<|assistant|>\ntwo</s>\n<|user|>\nthree</s>\n<|assistant|>\nfour</s>\n",
 }
@@ -51,6 +52,7 @@ SYSTEM_WRITTEN = {
     "gemma": "<bos><start_of_turn>user\nrules\n\none<end_of_turn>\n",
     "llama2": "<s>[INST] <<SYS>>\nrules\n<</SYS>>\n\none [/INST]",
     "mistral": "<s>[INST] rules\n\none[/INST]",
+    "paligemma": "<bos>rulesone\n",
     "vicuna": "<s>rules USER: one ",
     "zephyr": "<s><|system|>\nrules</s>\n<|user|>\none",
     "glm4": "[gMASK]<sop><|system|>\nrules<|user|>\none",
@@ -180,6 +182,7 @@ def test_a_base_without_a_template_is_told_what_to_choose() -> None:
     assert "chatml is a good choice" in message("qwen2_5")
     assert "llama3 is a good choice" in message("llama3")
     assert "gemma is a good choice" in message("gemma")
+    assert "paligemma is a good choice" in message("paligemma")
     assert "phi3 is a good choice" in message("phi3")
 
 

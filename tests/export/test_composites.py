@@ -24,6 +24,7 @@ from lowrank.export.source import Source
 from lowrank.export.targets.awq import AWQExportConfig
 from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.gptq import GPTQExportConfig
+from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
 from lowrank.export.targets.merged_4bit import Merged4bitExportConfig
 from lowrank.export.verify.readers import read_model
 from lowrank.models.layers import is_outside, language_model
@@ -136,6 +137,14 @@ def test_a_gguf_file_is_the_language_model_and_says_so(family: str, tmp_path: Pa
         write_adapter_file(plan(read_folder(source.base)), source.adapter, tmp_path / "lora.gguf")
         with LlamaCpp(tmp_path / "base.gguf", adapters=[(tmp_path / "lora.gguf", 1.0)]) as llama:
             assert squared_error(llama.logits(TOKENS), wanted) < 1e-6
+
+
+def test_a_prefix_language_model_is_no_gguf_file(tmp_path: Path) -> None:
+    """It would be Gemma's file, which is read from left to right."""
+    source = make_source(tmp_path, "paligemma")
+    for config in (GGUFExportConfig(types=("f32",)), LoraGGUFExportConfig()):
+        with pytest.raises(ModelError, match=r"reads prompts both ways .* serve it from its merged checkpoint"):
+            config.build().needs(source)
 
 
 def test_upstreams_converter_is_asked_for_the_class_of_the_whole_model(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class Changed:
     def __init__(self, logprob_LV: np.ndarray) -> None:
         self.logprob_LV = logprob_LV
 
-    def logprobs(self, token_L: np.ndarray) -> np.ndarray:
+    def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
         return self.logprob_LV[: len(token_L)]
 
     def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:

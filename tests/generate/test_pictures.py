@@ -47,7 +47,8 @@ def whole(base: Any, model: Any, prompt: Prompt, number: int) -> list[int]:
 def whole_with_logprobs(base: Any, model: Any, prompt: Prompt, number: int) -> tuple[list[int], list[float]]:
     """The same, and the log-probability of each token."""
     token_1L = torch.from_numpy(prompt.token_L)[None]
-    seen = (token_1L == base.media_encoder.token).long() * (prompt.media is not None)
+    shown = prompt.media is not None and base.prompt_type is None  # a prompt of PaliGemma's is all 0
+    seen = (token_1L == base.media_encoder.token).long() * shown
     given: dict[str, Any] = {"attention_mask": torch.ones_like(token_1L)}
     given |= {"mm_token_type_ids": seen, "token_type_ids": seen}
     if prompt.media is not None:

@@ -35,7 +35,7 @@ packed = [
     each if each in REPRESENTATIVE else pytest.param(each, marks=pytest.mark.slow)
     for each in ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma4", "internvl", "idefics3")
 ]
-families = pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+families = pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "paligemma"])
 
 
 def answering(path: Path, family: str, notices: list[str] | None = None) -> Any:
@@ -56,7 +56,7 @@ def answers(generator: Generator, prompts: list[Prompt]) -> list[Answer]:
 
 
 def assert_alike(one: Answer, tokens: list[int], logprobs: list[float]) -> None:
-    """Gemma 3 and Qwen3.5 compute in float32 inside."""
+    """These families compute in float32 inside."""
     assert one.tokens == tokens
     assert one.logprobs == pytest.approx(logprobs, abs=2e-5)
 
@@ -96,7 +96,7 @@ def assert_each_as_alone(family: str, base: Any, bank: Bank, prompts: list[Promp
 def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(family: str, tmp_path: Path) -> None:
     notices: list[str] = []
     base, tokenizer = answering(tmp_path / "model", family, notices)
-    assert base.layout == ("packed" if family == "gemma3" else "padded")
+    assert base.layout == ("padded" if family == "qwen3_5" else "packed")
     assert bool(notices) == (family == "gemma3")
     one, other, third = pictures(tmp_path)
     renderer, bank = Renderer(tokenizer, DataConfig()), Bank(base)

@@ -37,18 +37,22 @@ def operands(dtype: torch.dtype, heads: int = 4, key_heads: int = 2) -> list[tor
     ]
 
 
-def boundaries(lengths: tuple[int, ...] = LENGTHS) -> Packed:
-    return Packed(torch.tensor([0, *lengths]).cumsum(0).int(), lengths)
+def boundaries(lengths: tuple[int, ...] = LENGTHS, prompts: tuple[int, ...] = ()) -> Packed:
+    return Packed(torch.tensor([0, *lengths]).cumsum(0).int(), lengths, prompts)
 
 
-def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+def one_by_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, prompts: tuple[int, ...] = ()
+) -> torch.Tensor:
     """transformers' own function on each document alone, with an explicit mask where there is a window."""
     outputs = []
-    for own in zip(*(tensor.split(LENGTHS, dim=2) for tensor in (q, k, v))):
+    documents = zip(*(tensor.split(LENGTHS, dim=2) for tensor in (q, k, v)))
+    for own, prompt in zip(documents, prompts or (0,) * len(LENGTHS)):
         length = own[0].shape[2]
         place = torch.arange(length)
         distance = place[:, None] - place[None, :]
         seen = (distance >= 0) & (distance < (window or length))
+        seen[:prompt, :prompt] = True
         outputs.append(sdpa_attention_forward(Layer(q.shape[1] // k.shape[1]), *own, seen[None, None], scaling=0.3)[0])
     return torch.cat(outputs, dim=1)
 
@@ -72,6 +76,28 @@ def test_each_document_as_if_alone(dtype: torch.dtype, tolerance: float, window:
     for one, other in zip(torch.autograd.grad(ours, inputs, outer), torch.autograd.grad(theirs, inputs, outer)):
         size = max(other.double().norm().item(), 0.3 * outer.double().norm().item())  # a window of 1: nothing to learn
         assert (one - other).double().norm().item() <= tolerance * size
+
+
+PROMPTS = (3, 1, 32, 20, 0, 6, 9)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+def test_prompts_are_read_both_ways_and_answers_causally(
+    dtype: torch.dtype, tolerance: float, window: int | None
+) -> None:
+    """A window is one of answers alone, as in transformers' masks of PaliGemma 2."""
+    inputs = operands(dtype)
+    ours, _ = packed_attention(
+        Layer(2), *inputs, None, scaling=0.3, sliding_window=window, packed=boundaries(prompts=PROMPTS)
+    )
+    theirs = one_by_one(*inputs, window, PROMPTS)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    outer = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for one, other in zip(torch.autograd.grad(ours, inputs, outer), torch.autograd.grad(theirs, inputs, outer)):
+        assert (one - other).double().norm().item() <= tolerance * other.double().norm().item()
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -4,9 +4,11 @@ tensor arrives on the class that is served."""
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -16,15 +18,15 @@ from packaging.version import Version
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import find_targets
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import pack
+from lowrank.batches import Segment, pack
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, save_adapter
-from lowrank.errors import ModelError
 from lowrank.models.checks.kv_cache import kv_cache_mismatch
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, decoder_layers, is_outside, language_model
 from lowrank.models.loading.pretrained import load
+from lowrank.models.own_masks import prompt_type_of
 from lowrank.pipelines.adapter_on_base import on_base_of
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.releases import since
@@ -33,20 +35,17 @@ from tests.tiny_models import make_engine, random_step
 
 PADDED = {"qwen3_5", "llama4"}
 """Linear attention, and chunks that the mask alone knows: as of their text models."""
-REPRESENTATIVE = ("qwen2_5_vl", "qwen3_5", "llava", "gemma3", "gemma4", "idefics3", "qwen2_audio")
-FLOAT32_INSIDE = {"gemma3", "gemma4"}
+REPRESENTATIVE = ("qwen2_5_vl", "qwen3_5", "llava", "gemma3", "gemma4", "idefics3", "qwen2_audio", "paligemma")
+FLOAT32_INSIDE = {"gemma3", "gemma4", "paligemma", "paligemma2"}
 NO_FLOAT64 = {"llama4"}
 """Its rotations are complex numbers, which a cast to float64 makes real."""
 BROKEN_ON_TEXT = {"llama4"} if Version(transformers.__version__) < Version("5.30") else set[str]()
 """transformers' composite class fails without a picture; the language model in it does not."""
-READ_BOTH_WAYS = {"paligemma"}
+PREFIX_LM = {"paligemma", "paligemma2"}
+"""They read prompts both ways, so no questions are read piece by piece."""
 families = pytest.mark.parametrize(
     "family",
-    [
-        family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
-        for family in COMPOSITES
-        if family not in READ_BOTH_WAYS
-    ],
+    [family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow) for family in COMPOSITES],
 )
 
 
@@ -60,7 +59,8 @@ def test_text_trains_like_peft_and_every_tensor_arrives(family: str, tmp_path: P
     base = loaded(save_composite_folder(tmp_path / "model", family), str(dtype).removeprefix("torch."))
     assert type(base.model) is type(make_composite(family))
     assert base.layout == ("padded" if family in PADDED else "packed")
-    assert (kv_cache_mismatch(base) is None) == (base.layout == "packed")
+    assert (kv_cache_mismatch(base) is None) == (base.layout == "packed" and family not in PREFIX_LM)
+    assert base.prompt_type == prompt_type_of(base.model) == (0 if family in PREFIX_LM else None)
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=4, alpha=8), learning_rate=1e-2)
     ours = engine.bank.parameters(slots[1])
     targets = sorted({name.partition(".lora_")[0] for name in ours})
@@ -72,8 +72,8 @@ def test_text_trains_like_peft_and_every_tensor_arrives(family: str, tmp_path: P
     optimizer = torch.optim.AdamW(theirs.values(), lr=1e-2, weight_decay=0.0)
     tolerance = 1e-5 if family in FLOAT32_INSIDE | NO_FLOAT64 else 1e-9
     for step in range(2):
-        work = {slot: random_step(10 * step + slot, [5 + slot, 9, 14]) for slot in slots}
-        loss = plain_loss(_that_writes(twin, family), work[slots[1]])
+        work = {slot: with_prompts(random_step(10 * step + slot, [5 + slot, 9, 14])) for slot in slots}
+        loss = plain_loss(_that_writes(twin, family), work[slots[1]], prompt_type=base.prompt_type)
         loss.backward()
         assert all(parameter.grad is not None for parameter in theirs.values())
         torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
@@ -90,6 +90,14 @@ def test_text_trains_like_peft_and_every_tensor_arrives(family: str, tmp_path: P
     with torch.no_grad():
         one, other = (_that_writes(each, family)(input_ids=token_1T).logits for each in (served, twin))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def with_prompts(segments: list[Segment]) -> list[Segment]:
+    """Of the first nothing is learned before its middle, of the second everything but the first token."""
+    first, second, *others = segments
+    learned = [np.arange(len(each)) >= begin for each, begin in ((first, len(first) // 2), (second, 1))]
+    own = [replace(each, weight_L=np.float32(found)) for each, found in zip((first, second), learned)]
+    return [*own, *others]
 
 
 def _that_writes(twin: Any, family: str) -> Any:
@@ -245,9 +253,3 @@ def test_towers_keep_their_own_attention(tmp_path: Path) -> None:
     with base.using_attention("eager"):
         assert base.model.config.vision_config._attn_implementation == "sdpa"
     assert base.model.config.text_config._attn_implementation == "lowrank_packed"
-
-
-@since("5.21", "PaliGemma sees a prompt both ways without token types too")
-def test_a_model_that_reads_prompts_both_ways_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="its own attention lets a text's tokens see those after them"):
-        loaded(save_composite_folder(tmp_path / "model", "paligemma"))

@@ -50,6 +50,7 @@ def trained(tmp_path: Path, family: str, **text: Any) -> tuple[Path, Path]:
         ("qwen2_5_vl", ["peft", "merged"], {}),
         ("qwen3_5", ["peft", "merged"], {}),
         ("gemma3", ["peft", "merged"], {}),
+        ("paligemma", ["peft", "merged"], {}),
     ],
 )
 def test_from_rows_to_what_others_run(family: str, targets: list[Any], text: dict[str, Any], tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path
         train(RunConfig(**given))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "paligemma"])
 def test_a_model_is_asked_about_pictures(
     family: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

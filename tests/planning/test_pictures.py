@@ -23,6 +23,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.models.media_encoder import MediaEncoder
+from lowrank.models.own_masks import prompt_type_of
 from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.capacity import largest_tokens
 from lowrank.planning.changes import cut_job
@@ -46,6 +47,7 @@ _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": ({"size": _SQUARE}, {"image_seq_length": 64, "full_image_sequence": "\n\n<start_of_image>"
                + "<image_soft_token>" * 64 + "<end_of_image>\n\n"}),
     "idefics3": ({"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}}, {"image_seq_len": 64}),
+    "paligemma": ({"size": _SQUARE, "image_seq_length": 256}, {"image_seq_length": 256}),
     "qwen2_5_vl": ({"size": {"shortest_edge": 64, "longest_edge": 128 * 128}}, {}),
 }  # fmt: skip
 """What of a family's image processor, and of its processor, fits these towers."""
@@ -70,6 +72,8 @@ def folder_of(family: str, path: Path, dtype: str = "float32") -> ModelConfig:
     text.layer_types, config.mm_tokens_per_image = kinds * (6 // len(kinds)), 64
     if "mrope_section" in text.rope_parameters:
         text.rope_parameters = {**text.rope_parameters, "mrope_section": [4, 4, 8]}
+    if hasattr(config, "projection_dim"):  # PaliGemma's
+        config.projection_dim = config.hidden_size = config.vision_config.projection_dim = text.hidden_size
     config.architectures = None
     config.save_pretrained(path)
     settings = ModelConfig(path=str(path), dtype=dtype, device="cpu")  # type: ignore[arg-type]
@@ -138,6 +142,7 @@ def measured(
         model.eval().requires_grad_(False)
     use_memory_efficient_modules(model)
     base = Base(model, None, "m")
+    base.prompt_type = prompt_type_of(model)
     base.settle(layout)
     base.media_encoder = media_encoder = RecordedMediaEncoder(base, processor, kinds)
     media_encoder.live = live
@@ -200,6 +205,8 @@ def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
         slow("gemma3", EVERYWHERE, "full"),
         slow("idefics3", FROZEN, "full"),
         slow("idefics3", EVERYWHERE, "none"),
+        slow("paligemma", FROZEN, "none"),
+        slow("paligemma", EVERYWHERE, "full"),
     ],
 )
 def test_a_simulated_step_is_a_real_step(

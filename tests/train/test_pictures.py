@@ -27,8 +27,8 @@ from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from tests.media_oracle import alone_loss
-from tests.media_rows import segments_in
-from tests.peft_oracle import peft_twin
+from tests.media_rows import segments_in, write_conversations
+from tests.peft_oracle import peft_twin, types_of
 from tests.picture_rows import real_or_made
 from tests.tiny_models import make_engine
 from tests.tiny_vision_models import VISION_MODELS, make_vision_model, save_vision_folder
@@ -36,8 +36,8 @@ from tests.tiny_vision_models import VISION_MODELS, make_vision_model, save_visi
 NO_TORCHVISION = {"mistral3"}
 PADDED = {"qwen3_5", "gemma3"}
 """Linear attention; tokens of a picture that see one another both ways."""
-FLOAT32_INSIDE = {"gemma3", "gemma4", "qwen3_5"}
-REPRESENTATIVE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava")
+FLOAT32_INSIDE = {"gemma3", "gemma4", "qwen3_5", "paligemma"}
+REPRESENTATIVE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "paligemma")
 families = pytest.mark.parametrize(
     "family",
     [
@@ -81,7 +81,7 @@ def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_p
     assert (notice is not None) == (family == "gemma3")
     segments = segments_of(rows, tokenizer)
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=4, alpha=8), micro_batch_tokens=700)
-    work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[6], segments[5], segments[2]]}
+    work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[-1], segments[5], segments[2]]}
     for slot in slots:
         for name, parameter in engine.bank.parameters(slot).items():
             if "lora_B" in name:
@@ -176,7 +176,7 @@ def test_each_job_has_its_own_tower(family: str, tmp_path: Path, rows: Path) -> 
     reached = [{parts.of(name) for name in engine.bank.slots[slot].ranks} for slot in slots]
     beside = {"vision_tower"} if family == "gemma3" else {"vision_tower", "multi_modal_projector"}
     assert reached == [{"language_model"} | beside, beside]
-    work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[6], segments[5]]}
+    work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[-1], segments[5]]}
     for slot in slots:
         for name, parameter in engine.bank.parameters(slot).items():
             if "lora_B" in name:
@@ -264,7 +264,8 @@ def test_dropout_in_the_tower_does_not_depend_on_how_a_step_is_cut(tmp_path: Pat
     assert engine.evaluate({slot: segments})[slot].loss != pytest.approx(whole, abs=1e-6)
 
 
-def test_preferences_about_pictures(tmp_path: Path, rows: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_vl", "paligemma"])
+def test_preferences_about_pictures(family: str, tmp_path: Path, rows: Path) -> None:
     """Both answers see the picture of their question: as log-probabilities of each document alone."""
     from lowrank.data.config import SourceConfig
     from lowrank.objectives.dpo import DPOConfig
@@ -272,7 +273,7 @@ def test_preferences_about_pictures(tmp_path: Path, rows: Path) -> None:
     from lowrank.train.optimizers.adamw import AdamWConfig
     from lowrank.train.reference import References
 
-    base, tokenizer, _ = vision_base(tmp_path / "m", "qwen3_vl")
+    base, tokenizer, _ = vision_base(tmp_path / "m", family)
     picture = json.loads(rows.read_text())[1]["images"][0]
     pair = {"prompt": "<image>Who?", "chosen": "A player.", "rejected": "Nobody.", "images": [picture]}
     path = tmp_path / "pairs.jsonl"
@@ -386,6 +387,33 @@ def test_ids_and_labels_are_those_of_trls_collator(tmp_path: Path, rows: Path) -
         learned = (theirs["labels"][0] != -100).tolist()
         assert learned[:length] == (segment.weight_L > 0).tolist()
         assert not any(learned[length:])
+
+
+def test_a_prompt_is_what_paligemmas_processor_says(tmp_path: Path, rows: Path) -> None:
+    """Ids, types and labels that it makes of prompt and suffix, and the loss that transformers makes of these."""
+    base, tokenizer, _ = vision_base(tmp_path / "m", "paligemma")
+    tokenizer.add_bos_token = True
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    processor = base.media_encoder.processor
+    processor.__dict__.pop("own")  # made anew, it lets the tokenizer go on as it was
+    assert processor.own.tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    with Image.open(rows.parent / json.loads(rows.read_text("utf-8"))[1]["images"][0]) as picture:
+        picture.save(tmp_path / "it.png")
+    turns = [("<image>answer en What is it?", "a cat"), ("What differs <image>here<image>?", "nothing <loc0000>")]
+    talks = [(["it.png"] * prompt.count("<image>"), [(prompt, suffix)]) for prompt, suffix in turns]
+    segments = segments_in(tokenizer, write_conversations(tmp_path / "rows.json", "images", talks))
+    tokenizer.add_bos_token = False  # as its own class does, for good
+    engine, (slot,) = make_engine(base, LoraConfig(rank=2))
+    model = make_vision_model("paligemma", torch.float64)
+    for segment, (prompt, suffix) in zip(segments, turns):
+        images = [Image.open(tmp_path / "it.png")] * prompt.count("<image>")
+        text = "<image>" * len(images) + prompt.replace("<image>", "")
+        theirs = processor.own(text=[text], images=[images], suffix=[suffix], return_tensors="pt")
+        assert theirs["input_ids"][0].tolist() == segment.token_L.tolist()
+        assert theirs["token_type_ids"].tolist() == types_of(segment).tolist()
+        assert (theirs["labels"][0] != -100).tolist() == (segment.weight_L > 0).tolist()
+        theirs["pixel_values"] = theirs["pixel_values"].to(base.dtype)
+        assert engine.evaluate({slot: [segment]})[slot].loss == pytest.approx(model(**theirs).loss.item(), abs=1e-5)
 
 
 def in_parts(text: str) -> list[dict[str, Any]]:

@@ -102,6 +102,11 @@ class FastLanguageModel:
                 settings["storage"] = {"type": storage}
             config = checked(ModelConfig, settings)
             base = loading.load(config, notify=_LOG.info, train_all=full_finetuning)
+            if base.prompt_type is not None:
+                raise ConfigError(
+                    f"{model_name} reads prompts both ways, and trainers do not tell it where they end, so its answers "
+                    "would be seen: train it by lowrank's own settings (docs/pictures.md)"
+                )
             if attn_implementation is not None and attn_implementation != base.own_attention:
                 base.model.set_attn_implementation(attn_implementation)
                 base.own_attention = attn_implementation

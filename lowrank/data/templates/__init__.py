@@ -87,7 +87,7 @@ def _in_tokenizer_config(path: Path) -> str:
 
 def suitable(tokenizer: Any) -> str:
     """The built-in template whose special tokens this tokenizer has, else one that needs none."""
-    for name in ("chatml", "llama3", "gemma", "phi3", "deepseek", "glm4"):
+    for name in ("chatml", "llama3", "paligemma", "gemma", "phi3", "deepseek", "glm4"):
         if not _missing(_text(name), tokenizer):
             return name
     return _FALLBACK

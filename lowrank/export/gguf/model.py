@@ -22,6 +22,7 @@ from lowrank.models.layers import is_outside, language_model
 from lowrank.models.loading.model_class import is_composite
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import FILE_FAULTS
+from lowrank.models.own_masks import prompt_type_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,13 @@ def read_merged(source: Source, folder: Path) -> Model:
 
 
 def _language_part(model: Model, names: Names, *, untied: bool = False) -> Model:
-    """The language model of a composite one, its tensors named as in a checkpoint of its own; see `Model.left_out`."""
+    """The language model of a composite one, its tensors named as in a checkpoint of its own; see `Model.left_out`.
+    Raises ModelError for a prefix language model."""
+    if prompt_type_of(names.model) is not None:
+        raise ModelError(
+            f"{model.name}: a GGUF file of this model would answer otherwise: it reads prompts both ways (a prefix "
+            "language model), and llama.cpp reads from left to right; serve it from its merged checkpoint (--to merged)"
+        )
     text = names.model.config.get_text_config()
     language, _ = language_model(names.model)
     head = names.model.get_output_embeddings()

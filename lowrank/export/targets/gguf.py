@@ -289,8 +289,9 @@ class LlamaReader:
     def __init__(self, path: Path, adapters: Adapters = (), tower: Path | None = None) -> None:
         self._session = LlamaCpp(path, adapters=adapters, tower=tower)
 
-    def logprobs(self, token_L: np.ndarray) -> np.ndarray:
-        """See `Reader`."""
+    def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
+        """See `Reader`; no prefix language model is written."""
+        del prompt
         return _log_softmax(self._session.logits(token_L.tolist()))
 
     def look(self, question: Look) -> tuple[np.ndarray, int]:

@@ -112,10 +112,10 @@ def reference_answers(
     has_adapter = reader.slot != BARE_BASE
     logprobs, losses, base_losses = [], [], []
     for number, (document, compared) in enumerate(zip(held_out.documents, held_out.compared)):
-        logprobs.append(reader.logprobs(document)[compared])
+        logprobs.append(reader.logprobs(document, _prompt(compared))[compared])
         losses.append(_losses(logprobs[-1], document, compared))
         if has_adapter:
-            alone = BankReader(reader.base, reader.bank).logprobs(document)[compared]
+            alone = BankReader(reader.base, reader.bank).logprobs(document, _prompt(compared))[compared]
             base_losses.append(_losses(alone, document, compared))
         tick(len(held_out.prompts) + number + 1, len(held_out.prompts) + len(held_out.documents))
     base_loss = float(np.concatenate(base_losses).mean()) if has_adapter else None
@@ -140,8 +140,13 @@ class Comparer:
         if self._between is None or self._between[0] != read_back.name:
             requested = self.answers.held_out
             with read_back.open() as reader:
-                pairs = zip(requested.documents, requested.compared)
-                self._between = read_back.name, [reader.logprobs(document)[places] for document, places in pairs]
+                self._between = (
+                    read_back.name,
+                    [
+                        reader.logprobs(document, _prompt(places))[places]
+                        for document, places in zip(requested.documents, requested.compared)
+                    ],
+                )
         return self._between[1]
 
 
@@ -160,7 +165,7 @@ def _compare(
             same += tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)) == expected
             tick(number + 1, len(requested.prompts) + len(requested.documents))
         for number, (document, compared) in enumerate(zip(requested.documents, requested.compared)):
-            own = reader.logprobs(document)[compared]
+            own = reader.logprobs(document, _prompt(compared))[compared]
             reference = answers.logprobs[number]
             kls.append(kl_of(reference, own))
             agreed.append(reference.argmax(1) == own.argmax(1))
@@ -285,6 +290,11 @@ def kl_of(reference_KV: np.ndarray, own_KV: np.ndarray) -> np.ndarray:
 def _logsumexp(values: np.ndarray) -> float:
     top = values.max()
     return float(top + np.log(np.exp(values - top).sum()))
+
+
+def _prompt(compared: np.ndarray) -> int:
+    """How many tokens ask in a document that is compared at these places, each before a token of an answer."""
+    return int(compared.argmax()) + 1
 
 
 def _losses(logprob_KV: np.ndarray, document: np.ndarray, compared: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
     except RequestError as error:
         raise DataError(str(error)) from error
     token_L = np.append(segment.token_L, np.asarray(answer, np.int64))
-    document = Segment(token_L, np.zeros(len(token_L), np.float32), media=segment.media)
+    document = Segment(token_L, np.zeros(len(token_L), np.float32), media=segment.media, prompt=len(segment))
     (place_P,) = np.nonzero(segment.token_L == reader.base.media_encoder.token)
     if not len(place_P):
         raise ModelError("no token of its question stands for the picture")

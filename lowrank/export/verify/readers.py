@@ -31,9 +31,10 @@ class BankReader:
         self.bank = bank
         self.slot = slot
 
-    def logprobs(self, token_L: np.ndarray) -> np.ndarray:
+    def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
         """See `Reader`."""
-        segment = self.bank.prompted(self.slot, Segment(token_L, np.zeros(len(token_L), np.float32)))
+        document = Segment(token_L, np.zeros(len(token_L), np.float32), prompt=prompt)
+        segment = self.bank.prompted(self.slot, document)
         batch = pack([(self.slot, segment)]).to(self.base.device)
         with torch.no_grad():
             hidden_LD = self.bank.hidden(batch)[segment.virtual :]

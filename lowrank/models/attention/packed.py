@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from lowrank.batches import to_device
 from lowrank.kernels.accelerators import AMPERE, capability
 from lowrank.kernels.short_attention import short_attention
 
@@ -29,8 +30,8 @@ except ImportError:  # pragma: no cover
 
 NAME = "lowrank_packed"
 _MULTIPLE = 32
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(N, H, L, d), (N, G, L, d), (N, G, L, d) -> (N, H, L, d): causal attention of N documents of one length."""
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
+"""(N, H, L, d), (N, G, L, d), (N, G, L, d), which N documents -> (N, H, L, d): attention of documents of one length."""
 
 
 class Attending(Protocol):
@@ -68,10 +69,15 @@ class BoundariesMissing(RuntimeError):
 
 @dataclass(frozen=True)
 class Packed:
-    """Where documents start in the stream: `start_S1` (int32, cumulative lengths) and the same on the host."""
+    """Where documents start in the stream: `start_S1` (int32, cumulative lengths) and the same on the host.
+
+    `prompts`: of each document, how many of its first tokens see one another both ways (a prefix language model's
+    prompt); empty: none do.
+    """
 
     start_S1: torch.Tensor
     lengths: tuple[int, ...]
+    prompts: tuple[int, ...] = ()
 
 
 @functools.cache
@@ -105,7 +111,7 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: causal attention within each document, (1, H, T, d) -> (1, T, H, d)."""
+    """What transformers calls: attention within each document, (1, H, T, d) -> (1, T, H, d)."""
     del attention_mask, unused
     if packed is None:
         raise BoundariesMissing(f"{type(module).__name__} got no document boundaries")
@@ -120,20 +126,27 @@ def packed_attention(
 def attend_documents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax, packed: Packed
 ) -> torch.Tensor:
-    """Causal attention of whole documents: (1, H, T, d), (1, G, T, d), (1, G, T, d) -> (1, T, H, d)."""
+    """Attention of whole documents, causal but for their prompts: (1, H, T, d), (1, G, T, d), (1, G, T, d) ->
+    (1, T, H, d)."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     plain = how.plain and query.shape[-1] == value.shape[-1] <= 256
-    if query.is_cuda and half and plain and varlen_attn is not None and has_varlen(query.device):
+    causal = not packed.prompts
+    if causal and query.is_cuda and half and plain and varlen_attn is not None and has_varlen(query.device):
         return _varlen(query, key, value, how.scale, how.window, packed)
-    if query.device.type == "cpu" and half and plain and (how.window is None or how.window >= max(packed.lengths)):
+    unseen = how.window is None or how.window >= max(packed.lengths)
+    if causal and query.device.type == "cpu" and half and plain and unseen:
         q_THd, k_TGd, v_TGd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return short_attention(q_THd, k_TGd, v_TGd, packed.lengths, how.scale)[None]
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
         window = how.window if how.window and how.window < q.shape[2] else None
+        mask = None if causal and how.plain and window is None else visible(q.shape[2], window, q.device)
+        if mask is not None and not causal:
+            mask = mask | _within_prompts([packed.prompts[index] for index in members], q.shape[2], q.device)
         if not how.plain:
-            return attend_explicitly(q, k, v, how, visible(q.shape[2], window, q.device))
-        return _sdpa(q, k, v, how.scale, window)
+            assert mask is not None
+            return attend_explicitly(q, k, v, how, mask)
+        return _sdpa(q, k, v, how.scale, mask)
 
     return _by_length(query[0], key[0], value[0], packed.lengths, attend)[None]
 
@@ -151,11 +164,11 @@ def _by_length(
         same.setdefault(-(-length // _MULTIPLE) * _MULTIPLE, []).append(index)
     pieces: list[Any] = [None] * len(lengths)
     for padded, members in same.items():
-        stacked = (
+        own_q, own_k, own_v = (
             torch.stack([F.pad(tensor[index], (0, 0, 0, padded - lengths[index])) for index in members])
             for tensor in (q, k, v)
         )
-        for index, output_HLd in zip(members, attend(*stacked).unbind(0)):
+        for index, output_HLd in zip(members, attend(own_q, own_k, own_v, members).unbind(0)):
             pieces[index] = output_HLd[:, : lengths[index]]
     return torch.cat(pieces, dim=1).transpose(0, 1)
 
@@ -186,8 +199,15 @@ def visible(length: int, window: int | None, device: torch.device) -> torch.Tens
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    mask = visible(q.shape[2], window, q.device) if window else None
+def _within_prompts(prompts: Sequence[int], length: int, device: torch.device) -> torch.Tensor:
+    """(N, 1, L, L) boolean: where query and key are both of the prompt of their document."""
+    prompt_N = to_device(torch.tensor(prompts), device)
+    in_prompt_NL = torch.arange(length, device=device) < prompt_N[:, None]
+    return (in_prompt_NL[:, :, None] & in_prompt_NL[:, None, :])[:, None]
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """Causal where there is no mask."""
     if not knows_groups(q, mask):
         k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     grouped = q.shape[1] != k.shape[1]

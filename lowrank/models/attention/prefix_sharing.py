@@ -28,9 +28,10 @@ def tail_of(segment: Segment, whole: Segment) -> Segment:
     """`segment` without the tokens it shares with `whole`, as far as none of them is learned; else as it is.
 
     The last of the shared tokens stays: the first token of the answer is predicted from it. Documents with pictures
-    stay whole: equal placeholders may stand for different ones.
+    stay whole: equal placeholders may stand for different ones. So do those of which another part asks, which a prefix
+    language model reads otherwise.
     """
-    if segment.media is not None or whole.media is not None:
+    if segment.media is not None or whole.media is not None or segment.prompt_length != whole.prompt_length:
         return segment
     same_pair = segment.pair >= 0 and segment.pair == whole.pair
     if not same_pair and not (segment.signals_L and whole.signals_L):
@@ -55,6 +56,7 @@ def _cut(segment: Segment, prefix: int) -> Segment:
         reference_L=None if segment.reference_L is None else rest(segment.reference_L),
         signals_L={name: rest(value_L) for name, value_L in segment.signals_L.items()},
         prefix=prefix,
+        prompt=None if segment.prompt is None else segment.prompt - prefix,
     )
 
 
@@ -65,7 +67,10 @@ class SharedPrompts:
     kernel can do it.
     """
 
-    def __init__(self, lengths: Sequence[int], prefixes: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], prefixes: Sequence[int], device: torch.device, prompts: tuple[int, ...] = ()
+    ) -> None:
+        """`prompts`: see `Packed`."""
         self._pieces: list[tuple[int, int]] = []
         """(first row of the stream, rows) of what documents are made of, in order."""
         self._own: list[tuple[int, int]] = []
@@ -82,7 +87,7 @@ class SharedPrompts:
             self._own.append((place + prefix, length))
             start, place = start + length, place + prefix + length
         documents = tuple(length + prefix for length, prefix in zip(lengths, prefixes))
-        self._packed = Packed(to_device(torch.tensor([0, *documents]).cumsum(0).int(), device), documents)
+        self._packed = Packed(to_device(torch.tensor([0, *documents]).cumsum(0).int(), device), documents, prompts)
 
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax

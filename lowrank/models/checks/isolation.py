@@ -3,12 +3,16 @@
 It runs the loaded model itself, a few dozen tokens, no gradient. Packed documents must give what each
 gives alone, and changing one document must not move another. A family that fails is run padded; one
 that fails padded too is refused. So a model nobody has tried is right, slower, or refused, never wrong.
+
+A prefix language model (PaliGemma, HRM-Text) reads the prompt of a document both ways and what follows from left to
+right. That a model is one, it is asked too. The prompt of a document are the tokens before the first that is learned
+(`Segment.prompt`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +25,11 @@ from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base, logit_transforms
 from lowrank.models.layers import writers
+from lowrank.models.own_masks import possible_prompt_types
 
 _LENGTHS = (7, 12, 5)
+_PROMPTS = (3, 8, 5)
+"""How many of their first tokens ask, of documents for a prefix language model: one is a question alone."""
 _NARROW = 4
 
 
@@ -31,6 +38,10 @@ MODEL_ERRORS = ValueError, TypeError, LookupError, NotImplementedError, RuntimeE
 LIKE_THE_FIRST_CHATGLM = (
     "so it is with the code of ChatGLM's first generations, which lowrank does not run: take a model in transformers' "
     "own form, as GLM-4's -hf files and all later ones of that family are"
+)
+_TWO_WAYS = (
+    "a prefix language model: what comes before the first token that is learned is the prompt and read both ways, the "
+    "rest from left to right; of a conversation whose answers are all learned, that is what comes before the first"
 )
 
 
@@ -82,6 +93,14 @@ def choose_layout(base: Base, wanted: str) -> str | None:
 
     `wanted` is the setting: auto, packed or padded. Raises ModelError if nothing holds.
     """
+    base.prompt_type = _prompt_type(base)
+    slower = _settle(base, wanted)
+    described = None if base.prompt_type is None else _TWO_WAYS
+    return ". ".join(filter(None, (described, slower))) or None
+
+
+def _settle(base: Base, wanted: str) -> str | None:
+    """`choose_layout`, and the sentence about the layout."""
     reason = None
     if wanted in ("auto", "packed"):
         base.settle("packed")
@@ -94,10 +113,11 @@ def choose_layout(base: Base, wanted: str) -> str | None:
     padded_reason = _what_leaks(base)
     if padded_reason is not None:
         ahead = ""
-        if _sees_ahead(base):
+        if base.prompt_type is None and _sees_ahead(base):
             ahead = (
-                " Alone too its own attention lets a text's tokens see those after them (a prefix language model such "
-                "as PaliGemma, or an encoder); lowrank trains models that read left to right."
+                " Alone too its own attention lets a text's tokens see those after them, and it cannot be told where a "
+                "prompt ends (an encoder, or a prefix language model that takes no token_type_ids); lowrank trains "
+                "models that read left to right, prompts apart."
             )
         raise ModelError(
             f"{base.name} ({base.model.config.model_type}) cannot be trained: "
@@ -114,9 +134,9 @@ def _what_leaks(base: Base) -> str | None:
     try:
         with narrow_windows(base.model):
             with one_token_at_a_time(base):
-                together = _hidden(base, first)
-                moved = _hidden(base, [other[0], first[1], first[2]])
-            alone = [hidden_alone(base, document) for document in first]
+                together = _hidden(base, first, _PROMPTS)
+                moved = _hidden(base, [other[0], first[1], first[2]], _PROMPTS)
+            alone = [hidden_alone(base, document, prompt) for document, prompt in zip(first, _PROMPTS)]
     except BoundariesMissing:
         return "its attention does not receive the document boundaries"
     except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
@@ -129,6 +149,36 @@ def _what_leaks(base: Base) -> str | None:
     if not apart <= tolerance(base):
         return f"a document gives another result than alone (by {apart:.1e})"
     return None
+
+
+def _prompt_type(base: Base) -> int | None:
+    """The `token_type_ids` of a prompt's tokens, where the model's own attention reads prompts both ways and the rest
+    from left to right; None: it is no prefix language model."""
+    if not base.takes_types:
+        return None
+    for kind in possible_prompt_types(base.backbone):
+        base.prompt_type = kind
+        with contextlib.suppress(*MODEL_ERRORS), one_token_at_a_time(base):
+            if _reads_prompts_both_ways(base):
+                return kind
+    return None
+
+
+def _reads_prompts_both_ways(base: Base) -> bool:
+    """Whether in a text with a prompt another last token of the prompt changes what the model makes of all before it,
+    and another token behind it nothing before that one."""
+    document_L = random_documents(base, 0)[1]
+    prompt, last = len(document_L) // 2, len(document_L) - 1
+    before_LD = hidden_alone(base, document_L, prompt)
+
+    def moved(place: int) -> torch.Tensor:
+        """(L) bool: what another token at `place` changes; the same shapes give the same bits."""
+        other_L = document_L.clone()
+        other_L[place] = (other_L[place] + 1) % base.model.get_input_embeddings().weight.shape[0]
+        return (hidden_alone(base, other_L, prompt) != before_LD).any(-1)
+
+    seen_both_ways = bool(moved(prompt - 1)[:prompt].all())
+    return seen_both_ways and not any(moved(place)[:place].any() for place in (prompt, last))
 
 
 def _sees_ahead(base: Base) -> bool:
@@ -212,20 +262,24 @@ def _places(token_1T: torch.Tensor) -> torch.Tensor:
     return torch.arange(token_1T.shape[1], device=token_1T.device)[None]
 
 
-def _hidden(base: Base, documents: list[torch.Tensor]) -> torch.Tensor:
-    segments = [Segment(document.numpy(), torch.zeros(len(document)).numpy()) for document in documents]
+def _hidden(base: Base, documents: Sequence[torch.Tensor], prompts: Sequence[int | None]) -> torch.Tensor:
+    segments = [
+        Segment(document.numpy(), torch.zeros(len(document)).numpy(), prompt=prompt)
+        for document, prompt in zip(documents, prompts)
+    ]
     with torch.no_grad():
         return wide(base.hidden(pack([(-1, segment) for segment in segments]).to(base.device)))
 
 
-def hidden_alone(base: Base, document: torch.Tensor) -> torch.Tensor:
+def hidden_alone(base: Base, document: torch.Tensor, prompt: int | None = None) -> torch.Tensor:
     """What the model makes of one document, with its own attention, (T, D). Where layers are wrapped it is
-    packed as in training: they know nothing else."""
+    packed as in training: they know nothing else. `prompt`: how many of its first tokens ask; None: all."""
     if base.layer_wrapper is not None:
-        return _hidden(base, [document])
+        return _hidden(base, [document], [prompt])
     token_1T = document[None].to(base.device)
+    types = base.types_of_prompts([len(document) if prompt is None else prompt], token_1T)
     with torch.no_grad(), base.using_attention(base.own_attention):
-        return wide(base.call(token_1T, position_ids=_places(token_1T))[0])
+        return wide(base.call(token_1T, position_ids=_places(token_1T), **types)[0])
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -35,6 +35,8 @@ def kv_cache_mismatch(base: Base) -> str | None:
     """None if the model can go on from pages, else what happened, in words."""
     if base.layout != "packed":
         return "its attention does not receive the boundaries of sequences"
+    if base.prompt_type is not None:
+        return "it reads a question both ways, hence as a whole, and not piece by piece"
     documents = random_documents(base, 0)
     try:
         wrapper = base.layer_wrapper

@@ -32,6 +32,8 @@ _SIZES = ((96, 64), (48, 112))
 _SECONDS = (0.7, 0.4)
 _FRAMES = (4, 3)
 _BEFORE, _AFTER = "Look at this", "and say what it shows"
+_ANSWER = 3
+"""How many of a document's last tokens are no prompt, of what is made up for a prefix language model."""
 
 
 def give_media_encoder(
@@ -135,7 +137,8 @@ def made_up_documents(base: Base, kind: str, seed: int = 0) -> list[Segment]:
 
 
 def _segment(tokens: list[int], media: Media | None) -> Segment:
-    return Segment(np.asarray(tokens, np.int64), np.zeros(len(tokens), np.float32), media=media)
+    prompt = max(1, len(tokens) - _ANSWER)
+    return Segment(np.asarray(tokens, np.int64), np.zeros(len(tokens), np.float32), media=media, prompt=prompt)
 
 
 def _noise(kind: str, number: int, seed: int, processor: MediaProcessor) -> Medium:
@@ -166,6 +169,8 @@ def _alone(base: Base, document: Segment) -> torch.Tensor:
     given: dict[str, Any] = {"input_ids": token_1L, "attention_mask": torch.ones_like(token_1L)}
     if document.media is not None:
         given |= {name: base.media_encoder.types(token_1L, name) for name in ("mm_token_type_ids", "token_type_ids")}
+    given |= base.types_of_prompts([document.prompt_length], token_1L)
+    if document.media is not None:
         inputs = base.media_encoder.cast(base.media_encoder.processor.inputs(document.media.items))
         given |= {name: value.to(base.device) for name, value in inputs.items() if name not in given}
     takes = inspect.signature(base.backbone.forward).parameters

@@ -158,6 +158,11 @@ def _shift_attention(base: Base, group: int, why_padded: str | None) -> None:
             "model.shift_attn: groups of tokens are told to the attention as documents are, which this base cannot be "
             f"told ({why_padded or 'model.attention: padded'}); leave shift_attn out"
         )
+    if base.prompt_type is not None:
+        raise ModelError(
+            "model.shift_attn: this base reads prompts both ways, and groups of tokens are read from left to right; "
+            "leave shift_attn out"
+        )
     base.shift_attn = group
 
 

@@ -1,0 +1,71 @@
+"""The masks that a model makes for itself, asked of its class alone: no weights are needed, so plans of memory and
+exports can ask."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lowrank.models.tower import wanted_by
+from lowrank.records import KIND_NAMES
+
+_TYPES = "token_type_ids"
+_KINDS = {_TYPES, "mm_token_type_ids"}
+"""What tells the tokens of pictures, or of prompts, from others."""
+
+
+def attends_both_ways(model: Any) -> bool:
+    """Whether the tokens of a picture see one another both ways."""
+    return any(seen[1][2] for seen in _seen(model, [0, 1, 1, 0]))
+
+
+def prompt_type_of(model: Any) -> int | None:
+    """The `token_type_ids` of a prompt's tokens in a prefix language model, which reads prompts both ways and what
+    follows from left to right; None: it is none. See models/checks/isolation.py, which asks the model itself."""
+    if _TYPES not in _taken(model):
+        return None
+    for kind in possible_prompt_types(model.base_model):
+        found = _seen(model, [kind, kind, 1 - kind, 1 - kind])
+        if found and all(seen[0][1] and not seen[2][3] for seen in found):
+            return kind
+    return None
+
+
+def possible_prompt_types(backbone: Any) -> tuple[int, ...]:
+    """What may stand for a prompt among `token_type_ids`: beside a tower, 1 stands for pictures (Gemma 3)."""
+    return (0,) if any(wanted_by(kind, backbone) for kind in KIND_NAMES) else (0, 1)
+
+
+def _taken(model: Any) -> set[str]:
+    make = getattr(type(model), "create_masks_for_generate", None)
+    return set(inspect.signature(make).parameters) & _KINDS if make else set()
+
+
+def _seen(model: Any, kinds: Sequence[int]) -> list[list[list[bool]]]:
+    """(L, L) for each kind of layer: whether a token sees another, of tokens of these types; none where the model knows
+    no types."""
+    taken = _taken(model)
+    if not taken:
+        return []
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        with unset_fake_temporarily(), torch.device("cpu"):
+            kind_1L = torch.tensor([list(kinds)])
+            masks = type(model).create_masks_for_generate(
+                config=model.config,
+                inputs_embeds=torch.zeros(1, len(kinds), 1),
+                attention_mask=torch.ones_like(kind_1L),
+                cache=None,
+                position_ids=torch.arange(len(kinds))[None],
+                is_first_iteration=True,
+                **dict.fromkeys(taken, kind_1L),
+            )
+            found = masks.values() if isinstance(masks, Mapping) else [masks]
+            return [(each[0, 0] == 0).tolist() for each in found if isinstance(each, torch.Tensor)]
+    finally:
+        config._attn_implementation = before
