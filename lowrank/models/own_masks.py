@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from lowrank.models.tower import wanted_by
 from lowrank.records import KIND_NAMES
@@ -54,7 +54,7 @@ def _seen(model: Any, kinds: Sequence[int]) -> list[list[list[bool]]]:
     config = model.config.get_text_config()
     before, config._attn_implementation = config._attn_implementation, "eager"
     try:
-        with unset_fake_temporarily(), torch.device("cpu"):
+        with _disable_current_modes(), torch.device("cpu"):
             kind_1L = torch.tensor([list(kinds)])
             masks = type(model).create_masks_for_generate(
                 config=model.config,
