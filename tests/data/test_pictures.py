@@ -290,6 +290,9 @@ def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_pat
         ids = processor.own(images=[images], text=[text], add_special_tokens=False)["input_ids"][0]
         counted = processor.placeholders(pictures)
         written = tokenizer(" ".join(counted), add_special_tokens=False)["input_ids"]
+        if family == "paligemma":  # whose processor puts pictures first, and ends what comes behind them
+            (image,) = tokenizer(processor.placeholder("image"), add_special_tokens=False)["input_ids"]
+            written, ids = ([each for each in row if each == image] for row in (written, ids))
         assert written == list(ids)
 
 
