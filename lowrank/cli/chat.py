@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json as json_format
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,12 @@ def chat(
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this one question and leave.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", help="Show this picture with the first question; given twice: both.", show_default=False
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -47,12 +54,13 @@ def chat(
 ) -> None:
     """Type /help for what can be done besides talking.
 
-    Questions may also come through a pipe, one a line; they are one conversation.
+    Questions may also come through a pipe, one a line; they are one conversation. A line `/image PATH` there shows a
+    picture with the next question.
     """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    from lowrank.cli.chat_repl import ChatRepl
+    from lowrank.cli.chat_repl import IMAGE_COMMAND, ChatRepl, read_pictures
     from lowrank.cli.warn import warn
     from lowrank.generate.request import GenerationConfig
     from lowrank.serve.chat_backends import open_chat_backend
@@ -65,17 +73,20 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    pictures = read_pictures(image or ())  # what cannot be shown is said before the model loads
     which = "last" if last else "best"
     wanted = [name for names in adapter or () for name in names.split(",") if name]
     backend, model_names = open_chat_backend(
         model, wanted, which=which, chat_template=chat_template, base=base, notify=lambda text: warn([text])
     )
-    talk = ChatRepl(backend, config, system=system, model_names=model_names)
+    talk = ChatRepl(backend, config, system=system, model_names=model_names, pictures=pictures)
     if prompt is not None:
         _submit(talk, prompt, json)
     elif json or not sys.stdin.isatty():
-        for line in sys.stdin:
-            if line.strip():
+        for line in filter(str.strip, sys.stdin):
+            if line.startswith(IMAGE_COMMAND):
+                talk.show_pictures(read_pictures([line.removeprefix(IMAGE_COMMAND).strip()]))
+            else:
                 _submit(talk, line.rstrip("\n"), json)
     else:
         talk.loop()
@@ -85,5 +96,7 @@ def _submit(talk: ChatRepl, question: str, json: bool) -> None:
     if not json:
         talk.send(question)
         return
+    shown = {"images": [picture.name for picture in talk.pictures]} if talk.pictures else {}
     for model_name, answer in talk.send_quietly(question).items():
-        print(json_format.dumps({"adapter": model_name, "question": question, "answer": answer}, ensure_ascii=False))
+        row = {"adapter": model_name, "question": question, **shown, "answer": answer}
+        print(json_format.dumps(row, ensure_ascii=False))

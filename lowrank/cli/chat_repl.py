@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank.data.formats.turns import with_thought_apart
-from lowrank.errors import LowrankError
+from lowrank.errors import DataError, LowrankError
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.media.decoding import examine, read_file
 from lowrank.pipelines.inference import BARE
@@ -24,6 +24,8 @@ from lowrank.terminal import Console, printable
 
 readline: Any = importlib.import_module("readline") if importlib.util.find_spec("readline") else None
 """Line editing; not on Windows, whose console edits lines itself."""
+
+IMAGE_COMMAND = "/image "
 
 _HELP = """/adapter NAME ...  who answers; several answer side by side, `base` is the untouched model
 /base             ask the untouched base the last question again
@@ -43,6 +45,21 @@ _HELP = """/adapter NAME ...  who answers; several answer side by side, `base` i
 /exit             leave (or Ctrl-D)"""
 
 
+def read_pictures(paths: Iterable[str | Path]) -> list[Picture]:
+    """The pictures in these files. DataError with every one that cannot be shown."""
+    pictures: list[Picture] = []
+    problems: list[str] = []
+    for each in paths:
+        path = Path(each).expanduser()
+        try:
+            pictures.append(examine(read_file(path, str(each)), str(each), str(path)))
+        except DataError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise DataError("\n".join(problems))
+    return pictures
+
+
 class ChatRepl:
     """One conversation. The history is that of the first model."""
 
@@ -53,6 +70,7 @@ class ChatRepl:
         *,
         system: str | None = None,
         model_names: Sequence[str] | None = None,
+        pictures: Iterable[Picture] = (),
     ) -> None:
         self.backend = backend
         self.config = config
@@ -62,13 +80,13 @@ class ChatRepl:
         for model_name in self.model_names:
             backend.slot(model_name)
         self.history: list[Message] = []
-        self._pictures: list[Picture] = []
         self._speed = 0.0
         self.reset()
+        self.show_pictures(pictures)
 
     def reset(self) -> None:
         """Forget what was said."""
-        self._pictures = []
+        self.pictures: list[Picture] = []
         self.history = [Message("system", self.system)] if self.system else []
 
     def loop(self) -> None:
@@ -117,6 +135,10 @@ class ChatRepl:
         readline.set_completer(complete)
         readline.parse_and_bind("tab: complete")
 
+    def show_pictures(self, pictures: Iterable[Picture]) -> None:
+        """With the next question."""
+        self.pictures.extend(pictures)
+
     def send(self, question: str) -> None:
         """Put a question and print the answer, streamed if there is one model."""
         conversation = self._with(question)
@@ -127,20 +149,20 @@ class ChatRepl:
                 self.console.print(f"{len(answers)} models · {self._speed:.0f} tokens/s in all", style="dim")
         else:
             answers = {self.model_names[0]: self._stream(self.model_names[0], conversation)}
-        self._pictures = []
+        self.pictures = []
         self.history = [*conversation.messages, with_thought_apart(answers[self.model_names[0]])]
 
     def send_quietly(self, question: str) -> dict[str, str]:
         """Put a question; each model's answer."""
         conversation = self._with(question)
         answers = self._answers(conversation)
-        self._pictures = []
+        self.pictures = []
         self.history = [*conversation.messages, with_thought_apart(answers[self.model_names[0]])]
         return answers
 
     def _with(self, question: str) -> Conversation:
         question = question.encode("utf-8", "replace").decode()  # half a character from a shell is no text
-        media = tuple((0, picture) for picture in self._pictures)
+        media = tuple((0, picture) for picture in self.pictures)
         return Conversation((*self.history, Message("user", question, media=media)))
 
     def _answers(self, conversation: Conversation) -> dict[str, str]:
@@ -231,9 +253,8 @@ class ChatRepl:
         if not name:
             self.console.print("name a picture's file: /image cat.png")
             return
-        path = Path(name).expanduser()
-        picture = examine(read_file(path, name), name, str(path))
-        self._pictures.append(picture)
+        (picture,) = read_pictures([name])
+        self.show_pictures([picture])
         self.console.print(f"{name}: {picture.width} x {picture.height}, with the next question", markup=False)
 
     def _set_system(self, text: str) -> None:

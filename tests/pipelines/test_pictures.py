@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 import lowrank
 from lowrank.cli.chat_repl import ChatRepl
+from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
@@ -122,6 +124,36 @@ def test_a_model_is_asked_about_pictures(
     assert [len(message.media) for message in repl.history] == [1, 0, 0, 0]
     with pytest.raises(DataError, match="a picture is missing"):
         repl._line("/image nowhere.png")
+
+
+def test_a_script_shows_pictures(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, first, second = (str(world / each) for each in ("model", "pictures/0.jpg", "pictures/1.jpg"))
+
+    def answers(*arguments: str, lines: str = "") -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        with pytest.raises(SystemExit) as ended:
+            main(["chat", model, "--json", "--max-new-tokens", "8", *arguments])
+        assert ended.value.code == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    (both,) = answers("--image", first, "--image", second, "-p", "What is it?")
+    assert both["images"] == [first, second]
+    (one,) = answers("--image", first, "-p", "What is it?")
+    (none,) = answers("-p", "What is it?")
+    assert "images" not in none
+    assert len({each["answer"] for each in (both, one, none)}) > 1
+    piped = answers(lines=f"/image {first}\nWhat is it?\nAnd now?\n")
+    assert piped[0] == one
+    assert "images" not in piped[1]
+    monkeypatch.setattr("lowrank.serve.chat_backends.open_chat_backend", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", model, "--image", "nowhere.png", "--image", "neither.png", "-p", "?"])
+    assert ended.value.code == 3
+    message = capsys.readouterr().err
+    assert "nowhere.png" in message
+    assert "neither.png" in message
 
 
 def test_a_report_shows_what_was_asked_about(world: Path, tmp_path: Path) -> None:
