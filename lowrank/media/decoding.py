@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowrank.media.endings import is_cut_off
+from lowrank.media.limits import MAX_RATIO, is_thin
 from lowrank.media.medium_files import BadMedium, beginning_of, bytes_of, check_size, digest_of, read_medium, text_of
 from lowrank.records import Picture
 
@@ -30,9 +33,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_PIXELS = 89_478_485
 """Pillow's own limit of what it takes without a warning: 256 MB decoded."""
 MOST_BYTES = 64 * 2**20
-_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
-"""What whole files end with, but for what some programs append."""
-_TAIL = 4096
+_FEW_PIXELS = 64
+_MOVING = ("GIF", "WEBP", "PNG")
 
 
 class BadPicture(BadMedium):
@@ -49,18 +51,27 @@ def examine(
     formats: Sequence[str] = FORMATS,
     most_pixels: int = MOST_PIXELS,
 ) -> Picture:
-    """The picture in these bytes, from its header alone. BadPicture for what is none of `formats`, is cut off, or
-    promises more than `most_pixels`. `path`: of the file they are from, which is read again when it is needed; None:
-    they are kept."""
+    """The picture in these bytes, from its header alone. BadPicture for what is none of `formats`, is cut off, promises
+    more than `most_pixels`, or is thinner than any processor takes. `path`: of the file they are from, which is read
+    again when it is needed; None: they are kept."""
     check_size(data, name, MOST_BYTES, BadPicture)
-    with _opened(data, name, formats) as image:
+    with _opened(data, name, formats, most_pixels) as image:
         width, height = _upright_size(image)
         if width * height > most_pixels:
             raise BadPicture(
                 "a picture too large",
                 f"{name} says it has {width:,} x {height:,} pixels, {most_pixels:,} in all at most; make it smaller",
             )
-        _check_whole(data, image.format or "", name)
+        if min(width, height) < 1 or is_thin(width, height):
+            raise BadPicture(
+                "a picture too thin",
+                f"{name} has {width:,} x {height:,} pixels; one side may be {MAX_RATIO} times the other at most; cut "
+                "it in pieces, or leave it out",
+            )
+        if is_cut_off(data, image):
+            raise BadPicture(
+                "a broken picture", f"{name} is cut off: the end of its {image.format} is missing; get it again"
+            )
         notes = _peculiarities(image)
     return Picture(digest_of(data), width, height, notes, path=path, data=None if path else data)
 
@@ -82,14 +93,24 @@ def decoded(picture: Picture, size: tuple[int, int] | None = None) -> Image:
 
 def _peculiarities(image: Image) -> tuple[str, ...]:
     """What of a file is not shown as it is stored, as what is said of pictures in the plural."""
+    several = _frames(image) > 1
     found = {
         "are turned as their EXIF says": _turned(image),
-        "move, and are shown by their first frame": getattr(image, "n_frames", 1) > 1,
+        "move, and are shown by their first frame": several and image.format in _MOVING,
+        "hold several pictures, and are shown by the first": several and image.format not in _MOVING,
+        "have few pixels (a placeholder?), and are made larger": image.width * image.height < _FEW_PIXELS,
         "have 16 bits or more, and are shown in 8": image.mode.startswith(("I", "F")),
         "have transparent parts, which are shown white": image.mode in ("LA", "PA", "RGBA")
         or "transparency" in image.info,
     }
     return tuple(what for what, is_so in found.items() if is_so)
+
+
+def _frames(image: Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # frames behind the first that cannot be read are not shown either
+        return 1
 
 
 def from_pillow(image: Image) -> bytes:
@@ -112,7 +133,9 @@ def blank(size: tuple[int, int]) -> Image:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Generator[Image]:
+def _opened(
+    data: bytes, name: str, formats: Sequence[str] = FORMATS, most_pixels: int = MOST_PIXELS
+) -> Generator[Image]:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -120,7 +143,11 @@ def _opened(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> Generat
             warnings.simplefilter("ignore")  # of large ones, which are told by their size; of strange EXIF
             image = Image.open(io.BytesIO(data), formats=tuple(formats))
     except Image.DecompressionBombError as error:
-        raise BadPicture("a picture too large", f"{name} promises {MOST_PIXELS:,} pixels several times over") from error
+        counted = re.search(r"\d+", str(error))  # how many, by Pillow
+        many = f"{int(counted[0]):,}" if counted else "far more"
+        raise BadPicture(
+            "a picture too large", f"{name} says it has {many} pixels, {most_pixels:,} in all at most; make it smaller"
+        ) from error
     except UnidentifiedImageError as error:
         known = ", ".join(formats)
         raise BadPicture("not a picture", f"{name} is none of {known} ({beginning_of(data)})") from error
@@ -173,13 +200,3 @@ def _upright_size(image: Image) -> tuple[int, int]:
         if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
             return height, width
     return width, height
-
-
-def _check_whole(data: bytes, kind: str, name: str) -> None:
-    """BadPicture for a file whose end is missing; what lies within it only decoding tells."""
-    ending = _ENDINGS.get(kind)
-    cut = ending is not None and ending not in data[-_TAIL:]
-    if kind == "WEBP":
-        cut = int.from_bytes(data[4:8], "little") + 8 > len(data) + 1
-    if cut:
-        raise BadPicture("a broken picture", f"{name} is cut off: {kind} files end otherwise; get it again")

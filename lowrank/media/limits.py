@@ -12,6 +12,9 @@ VIDEO_MAX_PIXELS = 256 * 256
 VIDEO_MIN_PIXELS = 16 * 16
 VIDEO_FPS = 2.0
 VIDEO_MAXLEN = 128
+MAX_RATIO = 200
+"""Of the longer side to the shorter: what Qwen's processors take. Others make the shorter side as long as their tower
+wants it, and the picture larger by as much: of 6000 x 2 pixels one of 336 x 1,008,000, 3.8 GB."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Limits:
         wanted = number if fps is None else math.floor(number / fps * self.video_fps)
         wanted = max(2, min(number, self.video_maxlen, wanted))
         return tuple(int(place * (number - 1) / (wanted - 1)) for place in range(wanted))
+
+
+def is_thin(width: int, height: int) -> bool:
+    """Whether its sides are more than `MAX_RATIO` apart."""
+    return max(width, height) > MAX_RATIO * min(width, height)
 
 
 def _within(width: int, height: int, most: int, least: int) -> tuple[int, int]:

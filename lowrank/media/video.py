@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.media.decoding import MOST_PIXELS, decoded
+from lowrank.media.limits import MAX_RATIO, is_thin
 from lowrank.media.medium_files import BadMedium, beginning_of, bytes_of, check_size, digest_of, read_medium, text_of
 from lowrank.records import Picture, Video
 
@@ -51,6 +52,11 @@ def examine_video(data: bytes, name: str, path: str | None = None, *, decode: bo
         )
     if not frames:
         raise BadVideo("an empty video", f"{name} has no frames")
+    if min(width, height) < 1 or is_thin(width, height):
+        raise BadVideo(
+            "a video too thin",
+            f"{name} has frames of {width:,} x {height:,} pixels; one side may be {MAX_RATIO} times the other at most",
+        )
     notes = ("have a sound of their own, which is not heard",) if sounds else ()
     video = Video(digest_of(data), width, height, frames, fps, notes, path=path, data=None if path else data)
     if decode:

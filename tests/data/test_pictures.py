@@ -168,14 +168,24 @@ def png_of(width: int, height: int) -> bytes:
 
 
 BAD: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, r"a picture is missing: there is no file .*bad\.png"),
+    "missing": (None, r"a picture is missing: there is no file .*bad\.png; set `media_dir` of the dataset"),
     "text": (b"hello", r"not a picture: .*bad\.png is none of JPEG, PNG.* \(it begins with b'hello'\)"),
     "empty": (b"", r"not a picture: .*it is empty"),
     "truncated": (as_bytes(noise((200, 100)), "JPEG")[:-900], r"a broken picture: .*bad\.png is cut off"),
     "truncated png": (as_bytes(noise((200, 100)))[:-900], r"a broken picture: .*bad\.png is cut off"),
-    "bomb": (png_of(60_000, 60_000), r"a picture too large: .*bad\.png"),
+    "truncated behind a thumbnail": (
+        as_bytes(noise((200, 100)), "JPEG", exif=b"Exif\0\0" + as_bytes(noise(), "JPEG"))[:-900],
+        r"a broken picture: .*bad\.png is cut off: the end of its JPEG is missing",
+    ),
+    "truncated gif": (
+        as_bytes(noise((200, 100)).convert("P"), "GIF")[:-900],
+        r"a broken picture: .*bad\.png is cut off",
+    ),
+    "truncated bmp": (as_bytes(noise((200, 100)), "BMP")[:-900], r"a broken picture: .*bad\.png is cut off"),
+    "truncated tiff": (as_bytes(noise((200, 100)), "TIFF")[:60_000], r"a broken picture: .*bad\.png is cut off"),
+    "bomb": (png_of(60_000, 60_000), r"a picture too large: .*bad\.png says it has 3,600,000,000 pixels, 89,478,485"),
     "large": (png_of(12_000, 10_000), r"a picture too large: .*12,000 x 10,000 pixels"),
-    "thin": (as_bytes(noise((4000, 10))), r"the model's processor refuses its pictures: .*aspect ratio"),
+    "thin": (as_bytes(noise((6000, 2))), r"a picture too thin: .*bad\.png has 6,000 x 2 pixels; .*200 times"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
 }
 
@@ -265,6 +275,42 @@ def test_what_is_shown_is_upright_and_opaque_and_eight_bits(tmp_path: Path) -> N
         assert decoded(examine(as_bytes(plain.convert(mode)), mode)).mode == "RGB"
 
 
+def test_what_stands_behind_a_pictures_end_is_no_part_of_it() -> None:
+    """Telephones put a film behind a photograph, others a gain map or the other eye's picture."""
+    behind = bytes(200_000) + b"\xff\xd8"
+    for kind, mode in (("JPEG", "RGB"), ("PNG", "RGB"), ("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB")):
+        image = noise((200, 100)).convert(mode)
+        found = examine(as_bytes(image, kind) + behind, kind)
+        assert np.asarray(decoded(found)).shape == (100, 200, 3)
+    for options in ({"progressive": True}, {"restart_marker_blocks": 4}, {"exif": b"Exif\0\0" + b"\xff\xd9" * 9}):
+        whole = as_bytes(noise((200, 100)), "JPEG", **options)
+        examine(whole + behind, "whole")
+        with pytest.raises(DataError, match="cut off"):
+            examine(whole[:-2], "cut")
+    both = as_bytes(noise(), "MPO", save_all=True, append_images=[noise(seed=1)])
+    assert Image.open(io.BytesIO(both)).format == "MPO"
+    assert examine(both + behind, "both").notes == ("hold several pictures, and are shown by the first",)
+    pages = as_bytes(noise(), "TIFF", save_all=True, append_images=[noise(seed=1)])
+    assert examine(pages, "pages").notes == ("hold several pictures, and are shown by the first",)
+
+
+def test_the_thinnest_and_the_smallest_that_are_taken(tokenizer: Any, folder: Path) -> None:
+    """One pixel is a picture; it is said that there is little to see."""
+    for size, seed in (((1, 1), 0), ((1, 200), 1), ((200, 1), 2)):
+        noise(size, seed=seed).save(folder / f"{seed}.png")
+    rows = [{"messages": chat("<image>?"), "images": [f"{seed}.png"]} for seed in range(3)]
+    found = read(tokenizer, folder, *rows[:1])
+    assert any("1 picture has few pixels" in each or "have few pixels" in each for each in found.report.information)
+    processor = processor_of(tokenizer)
+    assert processor is not None
+    for sample in found.train.samples:
+        assert sample[0].media is not None
+        assert processor.inputs(sample[0].media.items)["pixel_values"].numel()
+    noise((201, 1)).save(folder / "2.png")
+    with pytest.raises(DataError, match="too thin"):
+        read(tokenizer, folder, rows[2])
+
+
 def test_the_report_counts_them_and_their_tokens(tokenizer: Any, folder: Path) -> None:
     rows = [{"messages": chat("<image>?"), "images": [f"pictures/{number}.png"]} for number in (0, 1, 0)]
     report = read(tokenizer, folder, *rows).report
@@ -283,7 +329,7 @@ def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_pat
     tokenizer = load_tokenizer(ModelConfig(path=str(save_vision_folder(tmp_path, family)), image_max_pixels=64 * 64))
     processor = processor_of(tokenizer)
     assert processor is not None
-    for sizes in ([(40, 24)], [(40, 24), (17, 90)], [(200, 150)], [(9, 9)]):
+    for sizes in ([(40, 24)], [(40, 24), (17, 90)], [(200, 150)], [(9, 9)], [(1, 1)]):
         pictures = [examine(as_bytes(noise(size)), "") for size in sizes]
         images = [decoded(each, processor.limits.of_picture(each.width, each.height)) for each in pictures]
         text = " ".join([processor.placeholder("image")] * len(images))

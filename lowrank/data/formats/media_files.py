@@ -119,7 +119,15 @@ def _bytes_of(value: Any, kind: str, folders: Folders) -> tuple[bytes, str | Non
     if len(value) > 255 and _BASE64.fullmatch(value):
         return _of_base64(value, one), None, f"{one} in the row"
     path = _placed(value.removeprefix("file://"), one, folders)
-    return _READ[kind](path, shown(path)), str(path), shown(path)
+    try:
+        return _READ[kind](path, shown(path)), str(path), shown(path)
+    except BadMedium as error:
+        if folders.media is not None or os.path.exists(path):  # not Path.exists, which raises for names too long
+            raise
+        raise RowProblem(
+            f"{error}; set `media_dir` of the dataset (`--media-dir`) to the folder that its {one.removeprefix('a ')}s "
+            "are named from"
+        ) from error
 
 
 def _of_base64(text: str, one: str) -> bytes:
