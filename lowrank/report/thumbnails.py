@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from lowrank.checkpoints.atomic import write_text
 from lowrank.foreign_files import find_json
-from lowrank.media.decoding import BadPicture, decoded
 from lowrank.records import Picture
 
 if TYPE_CHECKING:
@@ -30,7 +29,8 @@ _BEGINNING = "data:image/jpeg;base64,"
 
 def write_thumbnails(folder: Path, questions: Sequence[Question]) -> None:
     """Of the first questions with pictures; no file where there are none."""
-    from lowrank.data.chat.placeholders import media_in  # with torch, which those who read do without
+    from lowrank.data.chat.placeholders import media_in  # with torch and numpy, which those who read do without
+    from lowrank.media.decoding import BadPicture
 
     found: dict[str, str] = {}
     shown = [question for question in questions if media_in(question.prompt)][:_MOST]
@@ -53,6 +53,8 @@ def read_thumbnails(folder: Path) -> Mapping[str, str]:
 
 
 def _thumbnail(picture: Picture) -> str:
+    from lowrank.media.decoding import decoded
+
     image = decoded(picture)
     image.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()

@@ -205,3 +205,26 @@ def test_bytes_that_only_claim_to_be_a_picture(talking: Any, seeing: Running) ->
         "messages[0].content: unsupported content image_url: no images are read here (base reads text only), no URL is"
     )
     assert in_chinese(f"{blind} ever fetched") == "这个模型不能看图片（base 只能读文字）"
+
+
+def test_measured_answers_stand_beside_what_was_shown(browser: Any, seeing: Running) -> None:
+    from playwright.sync_api import expect
+
+    folder = seeing.board.places.folder
+    predicting = ("predict", "runs/sees", "--data", "data/mllm.json", "--max-new-tokens", "2", "--max-samples", "3")
+    ran = command_line.lowrank(*predicting, cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    (saved,) = (folder / "runs/sees/predict").glob("*/predictions.jsonl")
+    rows = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    rows[0]["prompt"][0]["images"].append(EVIL)  # gone since, and no markup
+    saved.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with page_of(browser, seeing, "en") as page:
+        page.goto(f"{seeing.url}/runs/sees/measure")
+        shown = page.locator("details .pictures img")
+        names = [name for row in rows for message in row["prompt"] for name in message.get("images", ())]
+        expect(shown).to_have_count(len(names) - 1)
+        page.locator("details[open] .pictures img").first.scroll_into_view_if_needed()
+        expect(page.locator("details[open] .pictures img").first).to_have_js_property("naturalWidth", 160)
+        assert page.locator(".pictures li", has_text=EVIL).count() == 1
+        assert page.title() != "evil"
+        assert axe(page) == []

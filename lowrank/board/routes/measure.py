@@ -21,6 +21,7 @@ from lowrank.board.progress import progress_of
 from lowrank.board.routes.runs import about
 from lowrank.board.runs import checkpoints, read_json
 from lowrank.board.state import Board
+from lowrank.report.thumbnails import read_thumbnails
 
 router = APIRouter()
 _ROWS = 30
@@ -152,7 +153,13 @@ def _prediction(folder: Path) -> dict[str, Any]:
         pass
     rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("predictions"), dict)]
     rows.sort(key=lambda row: len({str(text) for text in row["predictions"].values()}) == 1)
-    return {"name": folder.name, "rows": content.get("rows"), "metrics": metrics, "names": names, "shown": rows[:_ROWS]}
+    shown, thumbnails = rows[:_ROWS], read_thumbnails(folder)
+    for row in shown:
+        for message in row.get("prompt") or ():
+            message["thumbnails"] = [
+                (str(name), thumbnails.get(str(name))) for name in message.get("images") or ()
+            ]  # a name alone where the picture had gone
+    return {"name": folder.name, "rows": content.get("rows"), "metrics": metrics, "names": names, "shown": shown}
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
