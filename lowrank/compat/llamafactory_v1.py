@@ -37,7 +37,7 @@ _PROCESSES = ("init_config", "dp_size", "cp_size")
 _READ = {
     "model", "peft_config", "quant_config", "train_dataset", "eval_dataset", "micro_batch_size", "global_batch_size",
     "batching_strategy", "enable_activation_checkpointing", "optim_config", "lr_scheduler_config",
-    "resume_from_checkpoint", "save_epochs", "custom_chat_template", "dist_config",
+    "resume_from_checkpoint", "save_epochs", "custom_chat_template", "dist_config", "media_dir",
 }  # fmt: skip
 _CONVERTERS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "pair": "preference", None: None}
 
@@ -94,8 +94,10 @@ def as_v0(settings: Mapping[str, Any], folder: Path) -> V0:
         )
     if "train_dataset" in given:
         v0["do_train"] = True
-        found.train, pairs = _datasets(given["train_dataset"], folder, problems)
-        found.eval, _ = _datasets(given["eval_dataset"], folder, problems) if "eval_dataset" in given else ([], False)
+        media_dir = given.get("media_dir")  # V0's word: V1 has none, and takes paths from where it is started
+        found.train, pairs = _datasets(given["train_dataset"], folder, media_dir, problems)
+        if "eval_dataset" in given:
+            found.eval, _ = _datasets(given["eval_dataset"], folder, media_dir, problems)
         v0["stage"] = "dpo" if pairs else "sft"
     raise_all(ConfigError, "This file of LLaMA-Factory's V1 cannot be used as it is:", problems)
     return found
@@ -196,7 +198,7 @@ def _optimizer(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     return found
 
 
-def _datasets(named: Any, folder: Path, problems: list[str]) -> tuple[list[dict[str, Any]], bool]:
+def _datasets(named: Any, folder: Path, media_dir: Any, problems: list[str]) -> tuple[list[dict[str, Any]], bool]:
     """Sources, and whether they hold pairs. A YAML file names several; anything else is one dataset."""
     path = Path(str(named))
     place = next((place for place in places_of(str(named), folder) if place.exists()), None)
@@ -221,7 +223,7 @@ def _datasets(named: Any, folder: Path, problems: list[str]) -> tuple[list[dict[
             )
             continue
         kinds.add(entry.get("converter") == "pair")
-        found.append(_source(entry, root))
+        found.append(_source(entry, root, media_dir))
     if len(kinds) > 1:
         problems.append(
             "train_dataset: some entries hold pairs (converter: pair) and some do not; give files of one kind"
@@ -229,11 +231,14 @@ def _datasets(named: Any, folder: Path, problems: list[str]) -> tuple[list[dict[
     return found, kinds == {True}
 
 
-def _source(entry: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def _source(entry: Mapping[str, Any], root: Path, media_dir: Any) -> dict[str, Any]:
     source: dict[str, Any] = {"path": str(entry["path"])}
+    if media_dir is not None:
+        source["media_dir"] = str(media_dir)
     if entry.get("source") == "local":
-        near = [base / source["path"] for base in (Path(), root, root.parent)]
-        source["path"] = str(next((each for each in near if each.exists()), source["path"]))
+        near = next((base for base in (Path(), root, root.parent) if (base / source["path"]).exists()), Path())
+        source["path"] = str(near / source["path"])
+        source.setdefault("media_dir", str(near))  # its rows name files from where they themselves are named from
         if Path(source["path"]).is_dir():
             source["split"] = WHOLE
     elif entry.get("split"):

@@ -32,10 +32,11 @@ SETTINGS: dict[str, Any] = json.loads((HERE / "llamafactory_examples.json").read
 TABLE: dict[str, tuple[str, str]] = json.loads(EXAMPLES.read_text("utf-8"))
 RUNNING = [path for path, (state, _) in TABLE.items() if state not in ("none", "refused")]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-QUICK = ("train_lora/qwen3vl_lora_sft.yaml", "train_lora/qwen3vl_lora_dpo.yaml")
+QUICK = (
+    "train_lora/qwen3vl_lora_sft.yaml", "train_lora/qwen3vl_lora_dpo.yaml", "v1/train_full/train_multimodal.yaml"
+)  # fmt: skip
 """Run in every suite: those on pictures."""
 REASONS = {
-    "pictures of V1": ("v1_multimodal_demo.yaml",),
     "fp8": ("fp8: True is not supported",),
     "use_kt": ("use_kt: True is not supported",),
 }
@@ -69,6 +70,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                         "tags": tags},
     }  # fmt: skip
     write_picture_rows(data)
+    looked = {"type": "image_url", "value": "data/pictures/1.jpg"}  # V1 names files from where it is started
+    text = [{"type": "text", "value": value} for value in ("What is it?", "A picture.")]
+    v1_turns = [{"role": "user", "content": [looked, text[0]]}, {"role": "assistant", "content": text[1:]}]
+    (data / "v1_multimodal_demo.jsonl").write_text((json.dumps({"messages": v1_turns}) + "\n") * 4)
+    shown_rows = {"multimodal_demo": {"path": "data/v1_multimodal_demo.jsonl", "source": "local"}}
+    (data / "v1_multimodal_demo.yaml").write_text(yaml.safe_dump(shown_rows))
     shown = {**chat, "file_name": "mllm.json", "columns": {"messages": "messages", "images": "images"}, "tags": tags}
     info |= dict.fromkeys(("mllm_demo", "llava_1k_en", "llava_1k_zh"), shown)
     info["rlhf_v"] = {**info["dpo_en_demo"], "columns": {**info["dpo_en_demo"]["columns"], "images": "images"}}
@@ -106,8 +113,8 @@ def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def shows_pictures(path: str) -> bool:
     settings = SETTINGS[path]
-    named = str(settings.get("dataset", "")) if isinstance(settings, dict) else ""
-    return any(name in named for name in ("mllm_demo", "llava_1k", "rlhf_v"))
+    named = f"{settings.get('dataset')} {settings.get('train_dataset')}" if isinstance(settings, dict) else ""
+    return any(name in named for name in ("mllm_demo", "llava_1k", "rlhf_v", "multimodal"))
 
 
 def on_this_machine(path: str, base: str = "lowrank/tiny") -> Any:
@@ -171,7 +178,9 @@ def shortened(path: str, place: Path, base: str) -> Any:
     """One small step of it."""
     settings = on_this_machine(path, base)
     if "peft_config" in settings or "train_dataset" in settings:
-        settings |= {"max_steps": 1, "cutoff_len": 64, "output_dir": "out", "bf16": False}
+        settings |= {
+            "max_steps": 1, "cutoff_len": 400 if shows_pictures(path) else 64, "output_dir": "out", "bf16": False,
+        }  # fmt: skip
         if "adapter_name_or_path" in settings.get("peft_config", {}):
             settings = {key: value for key, value in settings.items() if key in ("model", "peft_config")}
             settings["peft_config"] = {**settings["peft_config"], "adapter_name_or_path": adapter(place, base)}

@@ -22,8 +22,9 @@ PARTS = {
 """Types of content parts that are media, and their kinds."""
 _HELD_BY = (
     "image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "path", "base64", "url", "bytes",
-    "data",
+    "data", "value",
 )  # fmt: skip
+"""`value`: LLaMA-Factory's V1."""
 
 
 @dataclass(frozen=True)
