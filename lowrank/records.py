@@ -34,6 +34,8 @@ class Picture:
     """What of it is not shown as it is stored, in words."""
     path: str | None = field(default=None, repr=False, compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
+    row: str = field(default="", repr=False, compare=False)
+    """The row of data that names it, in words."""
 
     @property
     def name(self) -> str:
@@ -64,6 +66,8 @@ class Audio:
     """What of it is not heard as it is stored, in words."""
     path: str | None = field(default=None, repr=False, compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
+    row: str = field(default="", repr=False, compare=False)
+    """The row of data that names it, in words."""
 
     @property
     def seconds(self) -> float:
@@ -103,6 +107,8 @@ class Video:
     """What of it is not shown as it is stored, in words."""
     path: str | None = field(default=None, repr=False, compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
+    row: str = field(default="", repr=False, compare=False)
+    """The row of data that names it, in words."""
     pictures: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
 
     @property

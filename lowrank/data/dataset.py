@@ -21,7 +21,7 @@ from lowrank.data.formats.media_files import Folders
 from lowrank.data.formats.recognition import recognize
 from lowrank.data.formats.unread import Watched, unread
 from lowrank.data.report.row_counts import RowCounts
-from lowrank.data.sources.memory import titled_sources
+from lowrank.data.sources.memory import title_of, titled_sources
 from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError, raise_all
 from lowrank.records import Prompted, Record, Text
@@ -192,7 +192,8 @@ def read_record(row: Row, dataset: Dataset, takes: Callable[[str], bool]) -> Rec
     try:
         record = dataset.function(row.values, columns, dataset.source.tags)
         folders = Folders(row.folder, dataset.source.media_folder)
-        return with_media(record, row.values, columns, folders, takes=takes, decode=dataset.decodes_media)
+        place = f"row {row.number} of {title_of(row.place, dataset.title)}"
+        return with_media(record, row.values, columns, folders, takes=takes, decode=dataset.decodes_media, place=place)
     except RowProblem:
         raise
     except RecursionError as error:

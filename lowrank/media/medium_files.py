@@ -18,7 +18,11 @@ class BadMedium(DataError):
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
-        self.kind = kind
+        self.kind, self.detail = kind, detail
+
+    def of(self, medium: Medium) -> BadMedium:
+        """The same, with the row that names this medium."""
+        return type(self)(self.kind, f"{self.detail} ({medium.row})" if medium.row else self.detail)
 
 
 def read_medium(path: Path, name: str, most: int, error: type[BadMedium]) -> bytes:

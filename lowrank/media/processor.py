@@ -24,6 +24,7 @@ from lowrank.foreign_files import read_json
 from lowrank.media.audio import check_rate, decoded_audio, resampled_length
 from lowrank.media.decoding import blank, decoded
 from lowrank.media.limits import Limits
+from lowrank.media.medium_files import BadMedium
 from lowrank.media.video import decoded_video
 from lowrank.records import KIND_NAMES, Audio, Medium, Picture, Video
 
@@ -126,7 +127,7 @@ class MediaProcessor:
         """The tensors of a document's media that its model reads: `pixel_values`, `input_features` and what its family
         has beside.
 
-        DataError for a medium that cannot be decoded (any more).
+        BadMedium for one that cannot be decoded (any more), with its row.
         """
         return _of_media(self._processed(self.sizes(media), list(map(self._ready, media))))
 
@@ -153,6 +154,12 @@ class MediaProcessor:
         return (resampled_length(medium, self.rate),)
 
     def _ready(self, medium: Medium) -> Any:
+        try:
+            return self._decoded(medium)
+        except BadMedium as error:
+            raise error.of(medium) from error
+
+    def _decoded(self, medium: Medium) -> Any:
         if isinstance(medium, Picture):
             return decoded(medium, self.limits.of_picture(medium.width, medium.height))
         if isinstance(medium, Video):

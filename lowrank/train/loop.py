@@ -6,8 +6,9 @@ knows data as steps of segments, the disk as a `CheckpointWriter`, and people as
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +17,10 @@ from lowrank.batches import Segment
 from lowrank.errors import LowrankError
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, Scored, score_answers
 from lowrank.kernels.host_memory import Heap
+from lowrank.media.medium_files import BadMedium
 from lowrank.ranks import agree
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
+from lowrank.train.before_step import as_they_are, stopped_by
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, LooksAhead, RolloutSource, StepSource
 from lowrank.train.optimizers import bytes_of_state
@@ -128,7 +131,7 @@ class Loop:
                 self._answer([job.rollouts for job in active if job.rollouts is not None])
                 self._step(active)
                 evaluated = [job for job in active if job.evaluates_now()]
-                self._evaluate(evaluated)
+                self._evaluate(evaluated, active)
                 self.queue.judge(evaluated)
                 self._finish([job for job in active if not job.active])
                 going_on = any(job.active for job in active) or self.queue.waits()
@@ -178,10 +181,12 @@ class Loop:
 
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
+        before = as_they_are(self.jobs) if self.engine.base.media_encoder is not None else self.jobs
         rates = {job.slot: job.next_learning_rate() for job in active}
         work = {job.slot: job.dataloader.next_step() for job in active}
         following = [segment for job in active for segment in _following(job.dataloader)]
-        forwarded = self.engine.forward_backward(work, rates, following)
+        with self._keeping(before):
+            forwarded = self.engine.forward_backward(work, rates, following)
         updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
         self.tick += 1
         self._heap.after_step()
@@ -225,9 +230,13 @@ class Loop:
                 )
             )
 
-    def _evaluate(self, due: list[Job]) -> None:
-        if not due:
-            return
+    def _evaluate(self, due: list[Job], ending: Sequence[Job] = ()) -> None:
+        """`ending`: those that took the step before it."""
+        if due:
+            with self._keeping(self.jobs, ending):
+                self._evaluate_together(due)
+
+    def _evaluate_together(self, due: list[Job]) -> None:
         plain = {job.slot: job.held_out for job in due if job.rollouts is None}
         by_row = [job.slot for job in due if job.compares_rows and job.rollouts is None and job.answers is None]
         results = self.engine.evaluate(plain, **({"by_row": by_row} if by_row else {})) if plain else {}
@@ -253,12 +262,28 @@ class Loop:
         found = agree(ranks, lambda: _as_json(score_answers(self.engine.base, self.engine.bank, held_out)))
         return {int(slot): Scored(own["metrics"], tuple(own["rows"])) for slot, own in found.items()}
 
+    @contextlib.contextmanager
+    def _keeping(self, jobs: Sequence[Job], ending: Sequence[Job] = ()) -> Generator[None]:
+        """Where a file of a row breaks off the block, `jobs` as they are can go on from here; those of `ending` that
+        are over are kept as such."""
+        try:
+            yield
+        except BadMedium as error:
+            last = "the last checkpoint"
+            if self.engine.lanes.ranks.world == 1:  # others wait for this one's share
+                self._finish([job for job in ending if not job.active])
+                self._save(jobs)
+                last = f"the checkpoint of step {self.tick}, written now"
+            raise stopped_by(error, last) from error
+
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:
             self._notify(finish_job(self.engine, self.checkpointer, job))
 
-    def _save(self) -> None:
-        self._notify(CheckpointSaved(self.tick, self.checkpointer.checkpoint(self.tick, self.jobs)))
+    def _save(self, jobs: Sequence[Job] | None = None) -> None:
+        """`jobs`: all of them as they were, where that is not as they are."""
+        jobs = self.jobs if jobs is None else jobs
+        self._notify(CheckpointSaved(self.tick, self.checkpointer.checkpoint(self.tick, jobs)))
 
     def _notify_stop(self, text: str) -> None:
         """Perhaps from a signal's handler, while a reporter is in the middle of a line."""

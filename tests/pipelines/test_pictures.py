@@ -6,7 +6,9 @@ import base64
 import contextlib
 import io
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from lowrank.pipelines.samples import answer_samples
 from lowrank.pipelines.together import digest_of_data
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation
-from lowrank.report.events import EvalDone
+from lowrank.report.events import EvalDone, Event, StepDone
 from lowrank.report.page import write_report
 from lowrank.serve.vllm_engine.adapters import refuse_own_rows
 from tests.export.sources import write_merged
@@ -94,6 +96,60 @@ def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(DataError, match=r"6 rows .* of 6 left out: a picture is missing; the first: .*pictures/0.jpg"):
         train(RunConfig(**given))
+
+
+class Breaks:
+    """A reporter during whose run a file breaks or goes: after step `at` of job a, what `harm` does."""
+
+    def __init__(self, at: int, harm: Callable[[], None]) -> None:
+        self.at, self.harm, self.losses = at, harm, list[float]()
+
+    def report(self, event: Event) -> None:
+        if isinstance(event, StepDone) and event.job == "a":
+            self.losses.append(event.loss)
+            if event.step == self.at:
+                self.harm()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("harm", ["vanishes", "broken within", "held out"])
+def test_a_run_that_meets_a_broken_file_names_its_row_and_goes_on_from_there(
+    harm: str, world: Path, tmp_path: Path
+) -> None:
+    """To the same bits as if nothing had been, once the file is whole again."""
+    write_picture_rows(tmp_path)
+    path = tmp_path / ("held.jpg" if harm == "held out" else "pictures/1.jpg")
+    held = [
+        {"messages": json.loads((tmp_path / "mllm.json").read_text("utf-8"))[1]["messages"], "images": ["held.jpg"]}
+    ]
+    (tmp_path / "held.json").write_text(json.dumps(held), encoding="utf-8")
+    (tmp_path / "held.jpg").write_bytes((tmp_path / "pictures" / "1.jpg").read_bytes())
+    if harm == "broken within":
+        Image.open(path).save(path, "PNG")
+    whole = path.read_bytes()
+    data = {"train": [str(tmp_path / "mllm.json")], "eval": [str(tmp_path / "held.json")], "batch_size": 1}
+    given = settings(world, tmp_path / "run", data=data, eval_steps=5, max_steps=8)
+    given["jobs"] = [{"name": "a", "adapter": {"rank": 4, "dropout": 0.1}}]
+    _, plain = run({**given, "output_dir": str(tmp_path / "plain")})
+
+    if harm == "broken within":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes(400) + whole[middle + 400 :])
+    breaks = Breaks(1, path.unlink if harm != "broken within" else lambda: None)
+    with pytest.raises(DataError) as caught:
+        train(RunConfig(**given), reporters=[breaks])
+    kind = "a broken picture" if harm == "broken within" else "a picture is missing"
+    row = "row 1 of held.json" if harm == "held out" else r"row [25] of mllm.json"
+    assert re.search(rf"{kind}: .*{path.name} .*\({row}\)", str(caught.value))
+    assert re.search(r"step \d, written now \(resume=true\).*check_pictures: decode", str(caught.value), re.DOTALL)
+    path.write_bytes(whole)
+    assert len(breaks.losses) < 8
+    _, rest = run({**given, "resume": True})
+    assert breaks.losses + rest.losses("a") == plain.losses("a")
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one if "/last" in name)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "paligemma"])

@@ -37,6 +37,7 @@ class DataLoader:
             raise DataError("there is not a single sample to train on")
         self._samples = samples
         self._lengths = [_length(sample) for sample in samples]
+        self._tokens = sum(self._lengths)
         self._config = config
         self._seed = seed
         self._epoch = 0
@@ -109,7 +110,7 @@ class DataLoader:
 
     def state(self) -> dict[str, Any]:
         """Plain JSON for `load_state`."""
-        return {"epoch": self._epoch, "step": self._step, "samples": self.num_samples, "tokens": sum(self._lengths)}
+        return {"epoch": self._epoch, "step": self._step, "samples": self.num_samples, "tokens": self._tokens}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises DataError if these are not the same samples."""

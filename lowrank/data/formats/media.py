@@ -56,9 +56,13 @@ def with_media(
     *,
     takes: Callable[[str], bool],
     decode: bool = False,
+    place: str = "",
 ) -> Record:
-    """The record with the row's media in their places. RowProblem for as many places as there are not media, files that
-    are missing, broken, elsewhere or too large, and for a kind that the model does not take."""
+    """The record with the row's media in their places; `place` is that of the row, in words.
+
+    RowProblem for as many places as there are not media, files that are missing, broken, elsewhere or too large, and
+    for a kind that the model does not take.
+    """
     given = {kind: given_in(row, columns, kind) for kind in COLUMN_NAMES}
     turns = list(_turns(record))
     places = [_split(message) for message in turns]
@@ -82,7 +86,8 @@ def with_media(
     rest = {kind: iter(column.values) for kind, column in given.items()}
 
     def read(each: Given) -> Any:
-        return medium_of(next(rest[each.kind]) if each.value is None else each.value, each.kind, folders, decode=decode)
+        value = next(rest[each.kind]) if each.value is None else each.value
+        return replace(medium_of(value, each.kind, folders, decode=decode), row=place)
 
     shown_turns = [
         replace(message, content=text, media=tuple((at, read(each)) for at, each in media)) if media else message
