@@ -283,9 +283,9 @@ class Batch:
         """The same batch with other tensors: `move` of each."""
         moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         signals_T = {name: move(value) for name, value in self.signals_T.items()}
-        pixels = tuple(
-            replace(each, tensors={name: move(value) for name, value in each.tensors.items()}) for each in self.pixels
-        )
+        shown = {id(each.tensors): each.tensors for each in self.pixels}  # segments with the same media share theirs
+        there = {key: {name: move(value) for name, value in own.items()} for key, own in shown.items()}
+        pixels = tuple(replace(each, tensors=there[id(each.tensors)]) for each in self.pixels)
         return replace(self, **moved, signals_T=signals_T, pixels=pixels)
 
 

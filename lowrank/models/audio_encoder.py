@@ -14,6 +14,7 @@ from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.entrance import Entrance
 from lowrank.models.layers import language_model
+from lowrank.models.shared_features import SharedFeatures
 from lowrank.models.tower import TowerPass, span_of, token_of
 from lowrank.records import Audio
 
@@ -21,7 +22,15 @@ from lowrank.records import Audio
 class AudioEncoder:
     """The ears of one base. `others`: tensors of a processor that are read elsewhere."""
 
-    def __init__(self, name: str, model: Any, backbone: Any, processor: MediaProcessor, others: set[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        backbone: Any,
+        processor: MediaProcessor,
+        others: set[str],
+        shared: SharedFeatures,
+    ) -> None:
         """ModelError for a base that cannot be played sounds."""
         config, language = model.config, language_model(model)[1]
         token = token_of("audio", config)
@@ -31,7 +40,7 @@ class AudioEncoder:
                 "trained without them; leave rows with sounds out"
             )
         self.token = token
-        self._name, self._processor = name, processor
+        self._name, self._processor, self._shared = name, processor, shared
         self._tokenizer = processor.own.tokenizer
         self._entrance = Entrance(backbone, language)
         self.wanted = set(self._entrance.takes) - others
@@ -68,8 +77,11 @@ class AudioEncoder:
         counts = [each.count(self.token) for each in ids]
         token_1L = torch.tensor([list(chain.from_iterable(ids))], device=batch.token_T.device)
         given = {name: value for name, value in pixels.tensors.items() if name in self.wanted}
-        found_LD = self._entrance.embeddings(token_1L, given)
-        feature_KD = found_LD[token_1L[0] == self.token]
+
+        def listen() -> torch.Tensor:
+            return self._entrance.embeddings(token_1L, given)[token_1L[0] == self.token]
+
+        feature_KD = self._shared.of("audio", batch.slots[pixels.segment], media, listen)
         begin, end = span_of("audio", media)
         first = sum(counts[:begin])
         own_KD = feature_KD[first : first + sum(counts[begin:end])]

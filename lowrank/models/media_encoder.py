@@ -23,7 +23,9 @@ from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.audio_encoder import AudioEncoder
 from lowrank.models.feature_cache import FeatureCache
+from lowrank.models.shared_features import SharedFeatures
 from lowrank.models.tower import RESULT, Rows, Tower, joined, span_of, wanted_by
+from lowrank.records import Medium
 
 if TYPE_CHECKING:
     from lowrank.models.base import Base
@@ -48,9 +50,11 @@ class MediaEncoder:
         self._base, self._backbone, self.processor, self.kinds = base, base.backbone, processor, tuple(kinds)
         self.padded = False
         """Documents with media go through in padded rows while texts go packed: of bases that only answer."""
+        self.shared = SharedFeatures()
+        """What of a step's features is computed once for several documents."""
         config, takes = base.model.config, inspect.signature(self._backbone.forward).parameters
         self._towers = {
-            kind: self.tower(kind, base.name, config, self._backbone, processor, takes)
+            kind: self.tower(kind, base.name, config, self._backbone, processor, takes, self.shared)
             for kind in ("image", "video")
             if kind in kinds
         }
@@ -62,7 +66,7 @@ class MediaEncoder:
         if "audio" in kinds:
             others = {name for kind in ("image", "video") for name in wanted_by(kind, self._backbone)}
             self._audio_encoder = self.audio_encoder(
-                base.name, base.model, self._backbone, processor, others | {*_TYPES}
+                base.name, base.model, self._backbone, processor, others | {*_TYPES}, self.shared
             )
 
     @property
@@ -89,9 +93,9 @@ class MediaEncoder:
         finally:
             self.feature_cache = before
 
-    def pixels(self, media: Media) -> dict[str, torch.Tensor]:
-        """What the towers are given for a document, on the host. Any thread may ask."""
-        return self.read(self.processor.inputs(media.items))
+    def pixels(self, items: tuple[Medium, ...]) -> dict[str, torch.Tensor]:
+        """What the towers are given for a document of these media, on the host. Any thread may ask."""
+        return self.read(self.processor.inputs(items))
 
     def read(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of what the processor makes, what the model reads."""
@@ -100,14 +104,17 @@ class MediaEncoder:
         wanted |= self._audio_encoder.wanted if self._audio_encoder else set()
         return {name: value for name, value in inputs.items() if name in wanted}
 
-    def ready(self, batch: Batch, known: Mapping[int, Mapping[str, torch.Tensor]] | None = None) -> Batch:
+    def ready(
+        self, batch: Batch, known: Mapping[tuple[Medium, ...], Mapping[str, torch.Tensor]] | None = None
+    ) -> Batch:
         """The batch with the pixels of its documents, and their places where a model counts these in three dimensions.
-        `known`: what `pixels` gave for a segment, by its index."""
-        known = known or {}
-        made = tuple(
-            Pixels(index, media, self.cast(known[index] if index in known else self.pixels(media)))
-            for index, media in batch.media
-        )
+        Segments with the same media share them. `known`: what `pixels` gave for these media."""
+        known, cast = known or {}, dict[tuple[Medium, ...], dict[str, torch.Tensor]]()
+        for _, media in batch.media:
+            if media.items not in cast:
+                found = known.get(media.items)
+                cast[media.items] = self.cast(self.pixels(media.items) if found is None else found)
+        made = tuple(Pixels(index, media, cast[media.items]) for index, media in batch.media)
         return replace(batch, pixels=made, place_3T=self._places(batch, made))
 
     def options(self, batch: Batch, token: torch.Tensor) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lowrank.batches import Batch, Media, Pixels
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.feature_cache import FeatureCache
+from lowrank.models.shared_features import SharedFeatures
 from lowrank.records import KIND_NAMES, Medium
 
 RESULT = "pooler_output"
@@ -32,7 +33,14 @@ class Tower:
     call may be given."""
 
     def __init__(
-        self, kind: str, name: str, config: Any, backbone: Any, processor: MediaProcessor, takes: Collection[str]
+        self,
+        kind: str,
+        name: str,
+        config: Any,
+        backbone: Any,
+        processor: MediaProcessor,
+        takes: Collection[str],
+        shared: SharedFeatures,
     ) -> None:
         """ModelError for a base that takes no features of this kind."""
         self._features = getattr(backbone, _method(kind), None)
@@ -43,7 +51,7 @@ class Tower:
                 f"{name}: models of type {config.model_type!r} take no features of {names} in this transformers, "
                 f"so they are trained without them; leave rows with {names} out"
             )
-        self.kind, self.token, self._name, self._processor = kind, token, name, processor
+        self.kind, self.token, self._name, self._processor, self._shared = kind, token, name, processor, shared
         self._text = processor.own.tokenizer.convert_ids_to_tokens(token)
         self.wanted = wanted_by(kind, backbone)
         self.cache: FeatureCache | None = None
@@ -63,7 +71,9 @@ class Tower:
         """What the tower says of what is in the segment, (tokens, D) each, in the family's own form."""
         given = {name: value for name, value in pixels.tensors.items() if name in self.wanted}
         look = partial(self._look, given, pixels.segment, batch, tower_pass)
-        output = look() if self.cache is None else self.cache.features(self.kind, given, look)
+        if self.cache is not None:
+            look = partial(self.cache.features, self.kind, given, look)
+        output = self._shared.of(self.kind, batch.slots[pixels.segment], pixels.media, look)
         rows = self.rows(pixels.media)
         kept = {name: rows.of(value) for name, value in output.items()}
         if kept.get(RESULT) is None:

@@ -55,7 +55,8 @@ class StepBytes:
     workspace: int
     """Temporaries of attention, dequantization and everything else at the peak."""
     pixels: int = 0
-    """Pictures made ready for the tower: on a GPU those of the pass, in host memory those of the next as well."""
+    """Pictures made ready for the tower: on a GPU those of the pass, in host memory those of the next as well; and what
+    the tower has said of some that later passes of the step show again."""
 
     @property
     def total(self) -> int:
@@ -218,6 +219,7 @@ class StepMemory:
             activation_checkpointing,
             tuple((index, media.spans, media.before, self._sizes(media)) for index, media in batch.media),
             tuple(map(self._sizes, heaviest.ahead)),
+            tuple(map(self._sizes, heaviest.shared)),
         )
         if key not in self._traces:
             self._traces[key] = self._simulation(core).step(heaviest, activation_checkpointing)

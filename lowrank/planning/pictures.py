@@ -6,6 +6,7 @@ are, so it must not be hidden in peaks of which the rest grows with the layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +99,13 @@ class PlannedTower(Tower):
         rows = self.rows(document.media)
         return rows.end - rows.first
 
+    def bytes_of_token(self) -> int:
+        """Of what a tower that nobody adapts says of a token, as far as it has been asked."""
+        for (kind, _), (shapes, _) in self.known.frozen.items():
+            if kind == self.kind:
+                return sum(value[:1].numel() * value.element_size() for value in _tensors(shapes))
+        return 0
+
 
 class PlannedAudioEncoder(AudioEncoder):
     """Ears on fake tensors: every document's sounds where somebody adapts their tower, else those of one size once."""
@@ -125,6 +133,11 @@ class PlannedAudioEncoder(AudioEncoder):
         (shape, dtype), peak = self.known.frozen[key]
         self.live.peak = max(self.live.peak, self.live.now + peak)
         return self.near.new_empty((wanted, *shape), dtype=dtype)
+
+    def bytes_of_token(self) -> int:
+        """As of a tower."""
+        found = (each for (kind, _), (each, _) in self.known.frozen.items() if kind == "audio")
+        return next((math.prod(shape) * dtype.itemsize for shape, dtype in found), 0)
 
 
 class PlannedMediaEncoder(MediaEncoder):
@@ -180,6 +193,17 @@ class PlannedMediaEncoder(MediaEncoder):
             value.numel() * (width if _is_pixels(name, value) else value.element_size())
             for media, width in with_width
             for name, value in self.blank(media).items()
+        )
+
+    def bytes_of_features(self, documents: Sequence[Media]) -> int:
+        """Bytes of the features of these documents, whose tower nobody adapts."""
+        each = {tower.kind: tower.bytes_of_token() for tower in self._own}
+        if self._planned_audio is not None:
+            each["audio"] = self._planned_audio.bytes_of_token()
+        return sum(
+            (end - first) * each.get(medium.kind, 0)
+            for media in documents
+            for (first, end), medium in zip(media.spans, media.inside)
         )
 
     def options(self, batch: Batch, token: torch.Tensor) -> dict[str, Any]:

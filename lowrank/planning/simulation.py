@@ -85,7 +85,9 @@ class Heaviest:
     others: frozenset[int]
     """Slots that have a part in passes before it, so that their gradients are there already."""
     ahead: tuple[Media, ...] = ()
-    """Whose pictures are made ready for the next pass meanwhile."""
+    """Whose pictures are made ready for the next pass meanwhile, or are kept for a later one."""
+    shared: tuple[Media, ...] = ()
+    """Of whose pictures what the tower has said is kept for later passes."""
 
 
 class Simulation:
@@ -197,17 +199,28 @@ class Simulation:
             # gradients behind the second as well: what is behind that one is not looked at by itself
             earlier = batches[:place] if place == places[0] else [*batches[:place], *batches[place + 1 :]]
             slots = frozenset(slot for batch in earlier for slot in batch.slots)
-            ahead = self._ahead(work, batches, place) if self._media_encoder is not None else ()
-            found.append(Heaviest(batches[place], len(batches), slots, ahead))
+            ahead, shared = (
+                (self._ahead(work, batches, place), self._shared(batches, place)) if self._media_encoder else ((), ())
+            )
+            found.append(Heaviest(batches[place], len(batches), slots, ahead, shared))
         return found
 
     def _ahead(self, work: StepSegments, batches: Sequence[Batch], place: int) -> tuple[Media, ...]:
-        """Whose pictures come after the pass at `place`: those of the pass behind it; of the last one, the next
-        step's."""
+        """Whose pictures come after the pass at `place`: those of the pass behind it, and those of later ones that were
+        there already; of the last one, the next step's."""
         if place + 1 < len(batches):
-            return tuple(dict.fromkeys(media for _, media in batches[place + 1].media))
+            there = {media.items for batch in batches[: place + 1] for _, media in batch.media}
+            again = [media for batch in batches[place + 2 :] for _, media in batch.media if media.items in there]
+            return _each_once([*(media for _, media in batches[place + 1].media), *again])
         coming = [each.media for segments in work.values() for each in segments if each.media is not None]
-        return tuple(dict.fromkeys(coming[:DOCUMENTS_AHEAD]))
+        return _each_once(coming)[:DOCUMENTS_AHEAD]
+
+    def _shared(self, batches: Sequence[Batch], place: int) -> tuple[Media, ...]:
+        """Of whose pictures the bare tower has spoken when the pass at `place` runs, and later passes want it."""
+        bare = {slot for slot, each in self._engine.bank.slots.items() if not each.outside} | {BARE_BASE}
+        own = [[media for index, media in batch.media if batch.slots[index] in bare] for batch in batches]
+        later = {media.items for each in own[place + 1 :] for media in each}
+        return _each_once([media for each in own[: place + 1] for media in each if media.items in later])
 
     def step(self, heaviest: Heaviest, activation_checkpointing: str | int) -> StepTrace:
         """What the engine does with one forward pass, and then the optimizers, with nothing to read."""
@@ -240,14 +253,15 @@ class Simulation:
             media_encoder.begin()
         if media_encoder is None or not batch.media:
             return self._engine.passes.prepare(dataclasses.replace(batch, media=())).moved(self._move), 0
-        shown = [media for _, media in batch.media]
+        shown = _each_once([media for _, media in batch.media])
         pixels = media_encoder.bytes_of(shown, heaviest.ahead if self._device.type == "cpu" else ())
-        known = {index: media_encoder.blank(media) for index, media in batch.media}
+        known = {media.items: media_encoder.blank(media) for media in shown}
         prepared = self._engine.passes.prepare(media_encoder.ready(batch, known))
         ready = prepared.moved(lambda tensor: with_values(self._mode, tensor, self._device))
         with self._mode, self._live, KnownValues(), torch.no_grad(), self._engine.bank.routing.using(ready.context):
             # the first time, families make what they keep for good
             media_encoder.options(ready.batch, ready.batch.token_T[None])
+            pixels += media_encoder.bytes_of_features(heaviest.shared)
         media_encoder.begin()
         return ready, pixels
 
@@ -278,6 +292,11 @@ class Simulation:
 def _last_largest(numbers: Sequence[int]) -> int:
     """Its place."""
     return max(range(len(numbers)), key=lambda place: (numbers[place], place))
+
+
+def _each_once(documents: Sequence[Media]) -> tuple[Media, ...]:
+    """Documents, those with the same media once."""
+    return tuple({media.items: media for media in documents}.values())
 
 
 def skeleton(settings: ModelConfig, config: Any, device: torch.device) -> tuple[Any, Any]:

@@ -133,9 +133,9 @@ class Engine(ScoringEngine):
         totals, of_step = self._totals(work, whole), TokensOfStep.of(whole)
         gradients = self.lanes.gradients([each for slot in work for each in self.jobs[slot].parameters.values()])
         shares_of_lanes, lanes = [], self.lanes.passes(counted, whole, self.micro_batches)
-        for number, (batches, idle) in enumerate(lanes, start=1):
-            after = following if number == len(lanes) else ()
-            shares_of_lanes.append(self._lane(batches, totals, of_step, layerwise, after))
+        self.passes.expect([batch for own in lanes for batch in own.batches], following)
+        for batches, idle in lanes:
+            shares_of_lanes.append(self._lane(batches, totals, of_step, layerwise))
             self.passes.idle(idle, train=True)
             gradients.take()
         gradients.spread()
@@ -155,15 +155,11 @@ class Engine(ScoringEngine):
         totals: Mapping[int, Totals],
         of_step: TokensOfStep,
         layerwise: LayerwiseUpdates | None,
-        following: Sequence[Segment],
     ) -> dict[int, Metrics]:
         """Forward and backward passes of one lane: its shares of losses and metrics, not read yet."""
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in totals}
         metrics: dict[int, Metrics] = {slot: {} for slot in totals}
         for number, batch in enumerate(batches):
-            self.passes.ahead.expect(batches[number : number + 2])
-            if number == len(batches) - 1:
-                self.passes.ahead.expect_step(following)
             if number and sum(batch.lengths) >= _LARGE_PASS:
                 self._heap.trim()  # gradients lie between what the last pass left, and this one finds no place in it
             ready = self.passes.ready(batch, wanted_T=self._scores.targets(batch), tokens_of_step=of_step.all)

@@ -6,7 +6,7 @@ What a pass needs is prepared on the host, where numbers can be read without wai
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +28,15 @@ class Passes:
     def __init__(self, base: Base, bank: Bank, jobs: Mapping[int, TrainedJob]) -> None:
         self._base, self._bank, self._jobs = base, bank, jobs
         self.ahead = PixelsAhead(base)
+
+    def expect(self, batches: Sequence[Batch], following: Sequence[Segment] | None = None) -> None:
+        """These batches come next, in this order: what their media need is computed once for all of them, ahead.
+        `following`: what the step after these begins with, as far as it is known; None: as was said last."""
+        self.ahead.expect(batches, following)
+        if self._base.media_encoder is not None:
+            slots = {slot for batch in batches for slot in batch.slots}
+            bare = {slot for slot in slots if slot == BARE_BASE or not self._bank.slots[slot].outside}
+            self._base.media_encoder.shared.expect(batches, bare)
 
     def ready(
         self,

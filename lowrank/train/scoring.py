@@ -102,7 +102,7 @@ class ScoringEngine:
         def of_lane(batches: list[Batch]) -> list[np.ndarray]:
             found: list[np.ndarray] = []
             for batch in batches:
-                batch = batch.to(self.base.device)
+                batch = self.passes.ahead.shown(batch).to(self.base.device)
                 value_T = token_values(self.bank.hidden(batch), head_D).float().cpu()
                 found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
             return found
@@ -120,8 +120,9 @@ class ScoringEngine:
         counted = segments_with_loss(numbered)
         whole = self.micro_batches(counted)
         totals = self._totals(numbered, whole)
-        found = []
-        for batches, idle in self.lanes.passes(counted, whole, self.micro_batches):
+        found, lanes = [], self.lanes.passes(counted, whole, self.micro_batches)
+        self.passes.expect([batch for own in lanes for batch in own.batches])
+        for batches, idle in lanes:
             found.append(self._evaluate_lane(batches, totals, by_row))
             self.passes.idle(idle)
         rows = self.lanes.rows(counted, [of_rows for _, of_rows in found]) if by_row else {}
@@ -158,7 +159,9 @@ class ScoringEngine:
     ) -> list[np.ndarray]:
         """What `of_lane` gives for the segments of each lane, of all of them. `head`: see `Passes.idle`."""
         work, found = {slot: segments}, []
-        for batches, idle in self.lanes.passes(work, None, split):
+        lanes = self.lanes.passes(work, None, split)
+        self.passes.expect([batch for own in lanes for batch in own.batches])
+        for batches, idle in lanes:
             found.append(of_lane(batches))
             self.passes.idle(idle, head=head)
         return self.lanes.arrays(work, found)
@@ -176,11 +179,12 @@ class ScoringEngine:
             for slot in work
         }
         if any(observed.values()):
-            lanes = []
-            for batches, idle in self.lanes.passes(observed, None, self.micro_batches):
-                lanes.append(self._observe(batches))
+            found, lanes = [], self.lanes.passes(observed, None, self.micro_batches)
+            self.passes.expect([batch for own in lanes for batch in own.batches])
+            for batches, idle in lanes:
+                found.append(self._observe(batches))
                 self.passes.idle(idle)
-            for slot, own in self.lanes.metrics(lanes).items():
+            for slot, own in self.lanes.metrics(found).items():
                 add_totals(totals[slot], {name: float(value) for name, value in own.items()})
         return totals
 

@@ -32,6 +32,7 @@ from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import Planner, describe_pictures
 from lowrank.planning.simulation import PlannedJob
 from lowrank.planning.speed import calibrate
+from lowrank.records import Medium
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.pixels_ahead import PixelsAhead
@@ -117,8 +118,8 @@ class RecordedMediaEncoder(MediaEncoder):
             each.result()
         return super().ready(batch, known)
 
-    def pixels(self, media: Media) -> dict[str, torch.Tensor]:
-        found = super().pixels(media)
+    def pixels(self, items: tuple[Medium, ...]) -> dict[str, torch.Tensor]:
+        found = super().pixels(items)
         for each in found.values():
             self.live._see(each)
         return found
