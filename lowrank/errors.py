@@ -24,6 +24,8 @@ class LowrankError(ValueError):
     """Something the user can mend. `exit_code` is what the command line returns for it."""
 
     exit_code = 1
+    problems: tuple[str, ...] = ()
+    """Where a check found several: a line for each, as they stand below the first line of the message."""
 
 
 class ConfigError(LowrankError):
@@ -131,7 +133,9 @@ def shortened(text: str) -> str:
 def raise_all(kind: type[LowrankError], heading: str, problems: Sequence[str]) -> None:
     """Raise one `kind` that lists every problem; do nothing if there is none."""
     if problems:
-        raise kind("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
+        error = kind("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
+        error.problems = tuple(problems)
+        raise error
 
 
 def near(given: str, known: Iterable[str]) -> str | None:

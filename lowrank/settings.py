@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,20 +19,42 @@ from pydantic import (
     Field,
     FieldSerializationInfo,
     PlainSerializer,
+    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
 
-from lowrank.errors import did_you_mean
+from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.field_docs import field_docs
+from lowrank.setting_problems import error_lines
 from lowrank.third_party import HAND_OVER, load_code, names_code
 
+if TYPE_CHECKING:
+    _Class = type(BaseModel)
+else:
 
-class Settings(BaseModel):
+    class _Class(type(BaseModel)):
+        """What a call of the class does; pydantic makes the groups inside of a group without one."""
+
+        def __call__(cls, *unnamed: Any, **values: Any) -> Any:
+            heading = f"{cls.__name__}: these settings cannot be used:"
+            if unnamed:
+                names = ", ".join(f"{name}=..." for name in list(cls.model_fields)[: len(unnamed)])
+                raise ConfigError(f"{heading} they are given by name, {cls.__name__}({names})")
+            problems: list[str] = []
+            made: Any = None
+            try:
+                made = super().__call__(**values)
+            except ValidationError as error:
+                problems = cls.problems_of(error, values)
+            raise_all(ConfigError, heading, problems)
+            return made
+
+
+class Settings(BaseModel, metaclass=_Class):
     """A group of settings: frozen, unknown keys refused, every field documented in place.
 
-    Made directly (`RunConfig(...)`), one raises pydantic's ValidationError; the same mistake in the settings of a call
-    is a ConfigError.
+    Made directly (`RunConfig(...)`), it raises a ConfigError that lists every problem, as files do.
     """
 
     model_config = ConfigDict(
@@ -43,6 +65,11 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         defer_build=True,  # validators are built once, for the whole, and after the help texts are there
     )
+
+    @classmethod
+    def problems_of(cls, error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+        """What pydantic refused in the `values` of one, a line for each problem."""
+        return error_lines(error, values, cls)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -98,7 +125,7 @@ def choice_of(package: str, default: str, absent: Mapping[str, str] | None = Non
             return built_in(value)
         name = value.get("type", default)
         if names_code(name):
-            return _third_party(name)(**{key: item for key, item in value.items() if key != "type"})
+            return _third_party(name).model_validate({key: item for key, item in value.items() if key != "type"})
         if absent and isinstance(name, str) and name in absent:
             raise ValueError(f"there is no type {name!r} here: {absent[name]}")
         if not isinstance(name, str) or name not in configs:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
-from lowrank.cli.renamed_options import RENAMED_OPTIONS
-from lowrank.config.renamed import RENAMED
+from lowrank.renamed import RENAMED, RENAMED_OPTIONS
 
 ROOT = Path(lowrank.__file__).parent.parent
 GLOSSARY = (ROOT / "docs/glossary.md").read_text("utf-8")
@@ -53,6 +52,8 @@ def test_the_term_is_found_in_the_code_itself(term: str) -> None:
 
 def test_settings_with_other_names_are_all_there() -> None:
     options = {
-        f"{command} {old}": f"{command} {new}" for command, own in RENAMED_OPTIONS.items() for old, new in own.items()
+        f"{command} --{old.replace('_', '-')}": f"{command} --{new.replace('_', '-')}"
+        for command, own in RENAMED_OPTIONS.items()
+        for old, new in own.items()
     }
     assert dict(re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", GLOSSARY, re.MULTILINE)) == RENAMED | options

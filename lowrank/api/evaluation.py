@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lowrank.api.inference import Model, load
+from lowrank.api.keywords import known_keywords
 from lowrank.api.settings import one_source
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import RowsLike
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
 
 
+@known_keywords
 def evaluate(
     model: Model | str | Path,
     data: RowsLike | str | SourceConfig,

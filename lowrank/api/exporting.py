@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank.api.settings import one_source
-from lowrank.config.problems import settings_of
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import RowsLike
 from lowrank.errors import ConfigError, NotTheSameError, OutputError, raise_all
@@ -16,6 +15,7 @@ from lowrank.export.targets import TargetConfig
 from lowrank.notices import LOGGER, log_notice
 from lowrank.pipelines.export import export_requests, export_targets
 from lowrank.pipelines.export_source import open_source
+from lowrank.setting_problems import settings_of
 from lowrank.settings import Settings
 from lowrank.third_party import code_allowed
 

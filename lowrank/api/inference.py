@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, cast, overload
 
+from lowrank.api.keywords import known_keywords
 from lowrank.compat.llamafactory_commands import answering_file
-from lowrank.config.problems import settings_of
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.media import open_parts
 from lowrank.data.formats.turns import prompt, read_tools, read_turns
@@ -18,6 +18,7 @@ from lowrank.notices import log_notice
 from lowrank.pipelines.inference import BARE, InferenceModel
 from lowrank.records import Conversation, Message
 from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, open_chat_backend
+from lowrank.setting_problems import settings_of
 from lowrank.third_party import code_allowed
 
 Question = Union[str, Sequence[Mapping[str, Any]], Conversation]  # noqa: UP007 (read at run time on Python 3.10)
@@ -134,6 +135,7 @@ class Model:
         return f"Model(adapters={self.adapters})"
 
 
+@known_keywords
 def load(
     path: str | Path,
     *,

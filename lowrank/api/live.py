@@ -9,12 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lowrank.api.keywords import known_keywords
 from lowrank.api.settings import plain_settings
 from lowrank.checkpoints.orders import Answer, answers, read_state, send
 from lowrank.checkpoints.run_folder import CONFIG, STOP
-from lowrank.config import JobConfig, read_file, resolve
-from lowrank.config.schema import JobSettings
-from lowrank.errors import ConfigError, OutputError, did_you_mean
+from lowrank.config import JobConfig, RunConfig, read_file, resolve
+from lowrank.errors import ConfigError, OutputError, did_you_mean, raise_all
 from lowrank.pipelines.resolve import is_run
 from lowrank.report.live import LiveJob, is_training, jobs_of
 from lowrank.third_party import code_allowed, objects_given
@@ -38,9 +38,16 @@ class LiveRun:
     What is ordered is carried out once, also where the run is killed and goes on from a checkpoint.
     """
 
+    @known_keywords
     def __init__(self, path: str | Path, *, timeout: float | None = None, wait: float = 0.0) -> None:
-        """`wait`: seconds that a run which was only just started may take until it trains. OutputError if `path` is no
-        run folder."""
+        """`wait`: seconds that a run which was only just started may take until it trains. ConfigError for times that
+        are none, OutputError if `path` is no run folder."""
+        problems = [
+            f"{name}: expected a number of seconds, got {value!r}"
+            for name, value in {"timeout": 0.0 if timeout is None else timeout, "wait": wait}.items()
+            if not _is_number(value, float, int) or not value >= 0
+        ]
+        raise_all(ConfigError, "LiveRun cannot be made so:", problems)
         self.path, self.timeout = Path(path), timeout
         began = time.monotonic()
         while time.monotonic() - began < wait and not (is_run(self.path) and self.training):
@@ -105,7 +112,9 @@ class LiveRun:
 
     def priority(self, name: str, priority: int) -> str:
         """Who is given a slot first: the highest of those that wait, before a lower one that runs. 0 at first."""
-        return self._order("priority", name, {"priority": int(priority)})
+        if not _is_number(priority, int):
+            raise ConfigError(f"priority: expected a whole number, got {priority!r}")
+        return self._order("priority", name, {"priority": priority})
 
     def end(self) -> str:
         """Let the whole run save and end between two steps, within a second or so; it can be resumed."""
@@ -114,17 +123,19 @@ class LiveRun:
         return "the run saves and ends after the step in which it notices; with resume=true it goes on"
 
     def _as_job(self, content: Mapping[str, Any], folder: Path | None, source: str) -> JobConfig:
-        unknown = [key for key in content if key not in {"name", *JobSettings.model_fields}]
-        if unknown:
-            known = ["name", *JobSettings.model_fields]
-            problem = "; ".join(f"{key}: unknown, or not of a job{did_you_mean(key, known)}" for key in unknown)
-            raise ConfigError(f"{source}: {problem}")
         run = read_file(self.path / CONFIG)
-        taken = [job["name"] for job in run.get("jobs", ())]
-        if content.get("name") in taken:
-            raise ConfigError(f"name: {content['name']!r} is a job of this run already; choose another")
         top = {key: value for key, value in run.items() if key not in ("jobs", "sweep", "resume", "overwrite")}
-        return resolve({**top, "jobs": [dict(content)]}, folder=folder, source=source).jobs[0]
+        problems: list[str] = []
+        if content.get("name") in [job["name"] for job in run.get("jobs", ())]:
+            problems.append(f"name: {content['name']!r} is a job of this run already; choose another")
+        found: RunConfig | None = None
+        try:
+            found = resolve({**top, "jobs": [dict(content)]}, folder=folder, source=source)
+        except ConfigError as error:  # a job's own settings have no place among others' here
+            problems += [line.removeprefix("jobs.0.") for line in error.problems or (str(error),)]
+        raise_all(ConfigError, f"{source} cannot be used:", problems)
+        assert found is not None
+        return found.jobs[0]
 
     def _order(self, kind: str, job: str, values: Mapping[str, Any] | None = None) -> str:
         self._refuse_unless_training(kind)
@@ -159,6 +170,10 @@ class LiveRun:
                     f"order {number} was not answered before the run ended; it is carried out if the run is resumed"
                 )
             time.sleep(LOOKS_EVERY)
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _as_overrides(changes: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lowrank.api.keywords import known_keywords
 from lowrank.errors import ModelError
 from lowrank.notices import log_notice
 from lowrank.serve.address import check_host, check_installed, listen, url_of
@@ -61,6 +62,7 @@ class RunningServer:
         return f"RunningServer({self.url!r}, models={self.models})"
 
 
+@known_keywords
 def serve(
     path: str | Path,
     *,

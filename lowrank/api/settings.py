@@ -16,11 +16,11 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from lowrank.config.jobs import SHORT_FORMS, TYPED
-from lowrank.config.problems import settings_of
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.sources.memory import RowsLike, keep_rows
 from lowrank.errors import ConfigError, DataError
 from lowrank.objectives import ObjectiveSettings
+from lowrank.setting_problems import settings_of
 from lowrank.settings import Settings, configs_in
 from lowrank.third_party import names_code
 

@@ -25,6 +25,7 @@ from lowrank.adapters import variants
 from lowrank.adapters.bottleneck import BottleneckSettings
 from lowrank.checkpoints.tensor_file import write_tensors
 from lowrank.errors import ModelError, raise_all
+from lowrank.setting_problems import error_lines
 from lowrank.settings import configs_in
 
 TENSOR_FILE = "adapter.safetensors"
@@ -130,13 +131,11 @@ def _settings(described: Mapping[str, Any], problems: list[str]) -> Any:
     variant = _VARIANTS["parallel" if parallel else "houlsby" if behind_attention else "pfeiffer"]
     hub_defaults = {"mh_adapter": False, "output_adapter": False, "original_ln_before": False, "is_parallel": False,
                     "scaling": 1.0, "init_weights": "bert"}  # fmt: skip
+    settings = {**hub_defaults, **given}
     try:
-        return variant(**{**hub_defaults, **given})
+        return variant.model_validate(settings)
     except ValidationError as error:
-        problems += [
-            f"config.{'.'.join(map(str, each['loc'][:1])) or 'settings'}: {each['msg']}, got {str(each['input'])[:80]}"
-            for each in error.errors()
-        ]
+        problems += [f"config.{line}" for line in error_lines(error, settings, variant)]
     return None
 
 

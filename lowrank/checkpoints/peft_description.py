@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from lowrank.adapters import variants
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.targets import by_pattern
+from lowrank.setting_problems import error_lines
 from lowrank.settings import configs_in, loaded_third_parties
 
 VARIANTS = configs_in(variants.__name__)
@@ -86,14 +87,11 @@ def from_peft(fields: Mapping[str, Any], problems: list[str]) -> Description | N
         if fields.get(peft_name) is not None:
             settings[name] = fields[peft_name]
     try:
-        variant(**settings)
+        variant.model_validate(settings)
     except ValidationError as error:
-        names = variant.peft.names
-        problems += [
-            f"{names.get(str(each['loc'][0]), each['loc'][0]) if each['loc'] else 'settings'}: {each['msg']}, "
-            f"got {each['input']!r}"
-            for each in error.errors()
-        ]
+        for line in error_lines(error, settings, variant):
+            name, colon, problem = line.partition(":")
+            problems.append(f"{variant.peft.names.get(name, name)}{colon}{problem}")
     patterns = []
     for key in ("rank_pattern", "alpha_pattern"):
         patterns.append(fields.get(key) or {})

@@ -12,6 +12,7 @@ from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.export import targets
 from lowrank.export.merge.combine import CombineConfig
 from lowrank.export.targets import TargetConfig
+from lowrank.setting_problems import error_lines
 from lowrank.settings import Settings, configs_in
 
 
@@ -40,7 +41,7 @@ def read_targets(names: str, options: Sequence[str], short: Mapping[str, str | N
         try:
             found.append(TypeAdapter(TargetConfig).validate_python(own))
         except ValidationError as error:
-            problems += [f"{name}.{_place(entry, name)}: {_as_key_values(entry)}" for entry in error.errors()]
+            problems += [f"{name}.{line}" for line in error_lines(error, own, TargetConfig)]
     raise_all(ConfigError, "the settings of the export", problems)
     return found
 
@@ -53,13 +54,12 @@ def read_combination(method: str | None, weights: str | None, density: float) ->
         numbers = tuple(float(number) for number in weights.split(",")) if weights else ()
     except ValueError as error:
         raise ConfigError(f"--weights {weights}: expected numbers with commas between them, like 0.7,0.3") from error
+    given = {"method": method or "add", "weights": numbers, "density": density}
     try:
-        return CombineConfig.model_validate({"method": method or "add", "weights": numbers, "density": density})
+        return CombineConfig.model_validate(given)
     except ValidationError as error:
-        places = [
-            f"--{_place(entry, '').replace('method', 'combine')}: {_as_key_values(entry)}" for entry in error.errors()
-        ]
-        raise ConfigError("\n".join(places)) from error
+        lines = error_lines(error, given, CombineConfig)
+        raise ConfigError("\n".join(f"--{line.replace('method', 'combine', 1)}" for line in lines)) from error
 
 
 def _take(option: str, settings: dict[str, dict[str, Any]], known: Mapping[str, type[Settings]]) -> list[str]:
@@ -88,14 +88,3 @@ def _value(text: str, config: type[Settings] | None, key: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}={text}: cannot be read as YAML") from error
-
-
-def _place(entry: Any, name: str) -> str:
-    return ".".join(str(part) for part in entry["loc"] if part != name and not str(part).startswith("function"))
-
-
-def _as_key_values(entry: Any) -> str:
-    if entry["type"] == "extra_forbidden":
-        return "there is no such setting"
-    error = entry.get("ctx", {}).get("error")
-    return f"{error or entry['msg']}" + ("" if error else f", got {entry['input']!r}")

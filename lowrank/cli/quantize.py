@@ -28,10 +28,10 @@ def quantize(
         raise typer.BadParameter("say where to write the model: -o DIR", param_hint="-o")
     from lowrank.checkpoints.packed_model import quantize_model
     from lowrank.cli.warn import warn
-    from lowrank.config.problems import settings_of
     from lowrank.config.read import override
     from lowrank.errors import ConfigError
     from lowrank.models.config import ModelConfig
+    from lowrank.setting_problems import settings_of
 
     settings = override({"model": {"path": model, "storage": {"type": storage}}}, overrides or [])
     others = settings.keys() - {"model"}

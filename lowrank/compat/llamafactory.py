@@ -106,7 +106,7 @@ def _readable(settings: Mapping[str, Any], problems: list[str]) -> Keys:
     try:
         return Keys.model_validate(given)
     except ValidationError as error:
-        problems += error_lines(error, settings)
+        problems += error_lines(error, settings, RunConfig)
         malformed = {entry["loc"][0] for entry in error.errors()}
     required = {name: "-" for name, field in Keys.model_fields.items() if field.is_required()}
     return Keys.model_validate(required | {key: value for key, value in given.items() if key not in malformed})

@@ -27,10 +27,10 @@ from lowrank.compat.llamafactory_others import known
 from lowrank.compat.llamafactory_use_keys import UseKeys
 from lowrank.compat.llamafactory_v1 import as_v0, is_v1
 from lowrank.config import override, read_file
-from lowrank.config.problems import error_lines
 from lowrank.config.schema import DEFAULT_JOB
 from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.export.publish.hub import check_push
+from lowrank.setting_problems import error_lines
 
 ELSEWHERE = {
     "api": "`lowrank serve FILE` answers OpenAI clients, as `llamafactory-cli api FILE` does; FILE may be the same",
@@ -214,7 +214,10 @@ def _read(settings: Mapping[str, Any]) -> tuple[UseKeys, list[str]]:
     except ValidationError as error:
         wrong = {entry["loc"][0] for entry in error.errors()}
         kept = {key: value for key, value in given.items() if key not in wrong}
-        return UseKeys.model_validate({"model_name_or_path": "-"} | kept), [*problems, *error_lines(error, settings)]
+        return UseKeys.model_validate({"model_name_or_path": "-"} | kept), [
+            *problems,
+            *error_lines(error, settings, UseKeys),
+        ]
 
 
 def _unheard(command: str, keys: UseKeys) -> list[str]:

@@ -18,11 +18,12 @@ from pydantic import ValidationError
 from lowrank.config.code import refuse_code
 from lowrank.config.jobs import SHORT_FORMS, spell_out
 from lowrank.config.paths import locate_paths
-from lowrank.config.problems import dotted, error_lines
+from lowrank.config.problems import error_lines
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.foreign_files import DEEPEST_JSON, is_deeper, read_at_most
 from lowrank.foreign_yaml import load_yaml
+from lowrank.setting_problems import dotted
 from lowrank.third_party import code_allowed, may_run, names_code
 
 
@@ -92,7 +93,7 @@ def _validated(settings: Mapping[str, Any], folder: Path | None, source: str) ->
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
-        problems += error_lines(error, settings)
+        problems += error_lines(error, settings, RunConfig)
     raise_all(ConfigError, f"{source} cannot be used:", problems)
     assert config is not None
     return config

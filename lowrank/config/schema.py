@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 import lowrank.data.config
 import lowrank.models.config
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.config.checks import conflicts
 from lowrank.config.jobs import complete_jobs, spell_out
+from lowrank.config.problems import SettingsConflict, error_lines
 from lowrank.config.share import PATTERN as SHARE_PATTERN
 from lowrank.config.sweeps import with_candidates
 from lowrank.errors import did_you_mean
@@ -68,14 +69,6 @@ def _at_home(path: Path) -> Path:
 ReporterName = Annotated[str, AfterValidator(_known_reporter)]
 
 
-class SettingsConflict(ValueError):
-    """Settings that are right one by one but not together. `problems` has one line for each."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
-
-
 class JobSettings(Settings):
     """What may stand at the top level for every job, or in an entry of `jobs` for one."""
 
@@ -115,9 +108,19 @@ class JobSettings(Settings):
     """Strength of NEFTune noise on the input embeddings while training (arXiv:2310.05914); 5 is usual. Left out: no
     noise."""
 
+    @classmethod
+    def problems_of(cls, error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+        """What pydantic refused in the `values` of one, a line for each problem."""
+        return error_lines(error, spell_out(values), cls)
+
 
 class JobConfig(JobSettings):
     """One job, complete: the settings of docs/settings.md."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any) -> Any:
+        return spell_out(value) if isinstance(value, dict) else value
 
     @property
     def trains_base(self) -> bool:

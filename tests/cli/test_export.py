@@ -217,13 +217,13 @@ def test_settings_of_targets() -> None:
     assert "'nothing': expected KEY=VALUE" in text
     assert "--type q8_0: peft, mergd, peft has no such setting" in text
     with pytest.raises(
-        ConfigError, match=r"merged\.dtype: Input should be .*got 'int3'(.|\n)*merged\.max_shard_size: expected a size"
+        ConfigError, match=r"merged\.dtype: expected .*got 'int3'(.|\n)*merged\.max_shard_size: expected a size"
     ):
         read_targets("merged", ["dtype=int3", "max_shard_size=much"], {})
     assert read_combination(None, None, 0.5) is None
     with pytest.raises(ConfigError, match="--weights a,b: expected numbers"):
         read_combination("add", "a,b", 0.5)
-    with pytest.raises(ConfigError, match="--combine: Input should be"):
+    with pytest.raises(ConfigError, match="--combine: expected"):
         read_combination("mix", None, 0.5)
 
 

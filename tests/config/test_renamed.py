@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lowrank.config import resolve
-from lowrank.config.renamed import RENAMED
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError
+from lowrank.renamed import RENAMED
 from lowrank.settings import Settings
 
 

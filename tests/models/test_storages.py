@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.gradient_check import TOLERANCE, gradient_errors
 from lowrank.adapters.variants.lora import LoraConfig
+from lowrank.errors import ConfigError
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.quantize_on_load import pack_in_place
 from lowrank.models.prequantized import reader_for
@@ -218,9 +218,9 @@ def test_equals_training_on_the_dequantized_base() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValidationError, match="block_size"):
+    with pytest.raises(ConfigError, match="block_size"):
         ModelConfig(path="x", storage={"type": "nf4", "block_size": 60})  # type: ignore[arg-type]
-    with pytest.raises(ValidationError, match="there is no type 'nf5'; did you mean 'nf4'"):
+    with pytest.raises(ConfigError, match="there is no type 'nf5'; did you mean 'nf4'"):
         ModelConfig(path="x", storage={"type": "nf5"})  # type: ignore[arg-type]
     assert isinstance(ModelConfig(path="x").storage, DenseConfig)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import TrainingArguments, get_scheduler
 
+from lowrank.errors import ConfigError
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.optimizers.sgd import SGDConfig
 from lowrank.train.schedule import ScheduleConfig
@@ -84,7 +84,7 @@ def test_warmup_ratio_counts_steps_like_transformers(ratio: float, num_steps: in
 
 
 def test_one_kind_of_warmup() -> None:
-    with pytest.raises(ValidationError, match="give warmup_steps or warmup_ratio, not both"):
+    with pytest.raises(ConfigError, match="give warmup_steps or warmup_ratio, not both"):
         ScheduleConfig(warmup_steps=3, warmup_ratio=0.1)
 
 
@@ -118,5 +118,5 @@ def test_sgd_is_torchs() -> None:
     "wrong", [{"learning_rate": 0.0}, {"max_grad_norm": -1.0}, {"weight_decay": -0.1}, {"type": "adamx"}, {"lr": 1e-3}]
 )
 def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         AdamWConfig(**wrong)

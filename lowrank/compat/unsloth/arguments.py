@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from lowrank.errors import ConfigError, raise_all
+from lowrank.setting_problems import settings_of
 
 _LOG = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -135,12 +135,7 @@ def is_language_model(auto_model: Any) -> bool:
 
 def checked(kind: Any, settings: dict[str, Any]) -> Any:
     """The settings as `kind`. ConfigError lists all that is wrong with them."""
-    try:
-        return TypeAdapter(kind).validate_python(settings)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise_all(ConfigError, "these arguments cannot be used", problems)
-        raise
+    return settings_of(kind, settings, "these arguments cannot be used")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from lowrank.adapters.bank import Bank
@@ -26,7 +25,7 @@ from lowrank.adapters.variants.pfeiffer import PfeifferConfig
 from lowrank.batches import Segment
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
-from lowrank.errors import ModelError
+from lowrank.errors import ConfigError, ModelError
 from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
 from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.peft import PeftExportConfig
@@ -238,7 +237,7 @@ def test_a_freed_slot_is_free() -> None:
     ],
 )
 def test_settings_that_make_no_sense(config: Any, given: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValidationError, match=f"(?s){expected}"):
+    with pytest.raises(ConfigError, match=f"(?s){expected}"):
         config(**given)
 
 
@@ -259,7 +258,7 @@ def test_models_of_another_make_are_refused() -> None:
         ({"phm_layer": True}, r"config\.phm_layer: Compacter's hypercomplex layers are not there"),
         ({"use_gating": True}, "would let the future speak into the past"),
         ({"architecture": "lora"}, "config.architecture is 'lora'"),
-        ({"reduction_factor": "many"}, r"config\.reduction_factor: .*got many"),
+        ({"reduction_factor": "many"}, r"config\.reduction_factor: .*got 'many'"),
         ({"reduction_factor": -1}, "a number above 0"),
         ({"residual_before_ln": "post_add"}, r"config\.residual_before_ln"),
         ({"frobnicate": 1}, r"config\.frobnicate: 1 is not known"),

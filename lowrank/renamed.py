@@ -1,4 +1,4 @@
-"""Settings that had other names: a file that says the old one is refused with the new one in the message."""
+"""Settings and options that had other names: who says the old one is refused with the new one in the message."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ RENAMED: dict[str, str] = {
     "model.mixture_of_depths": "model.layer_wrapper",
 }
 """Old -> new, each from the top of the file or of an entry of `jobs`."""
+
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+    "serve": {
+        "resident": "max_loras",
+        "at_once": "max_num_seqs",
+        "cache_tokens": "kv_cache_tokens",
+    },
+}
+"""By command: old -> new, as keywords of its function in Python; `--max-loras` on its command line."""
 
 
 def new_name(path: tuple[Any, ...]) -> str | None:
