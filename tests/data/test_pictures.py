@@ -147,6 +147,39 @@ def test_rows_in_memory_hold_pictures_of_pillow_and_bytes(tokenizer: Any, folder
     assert all(np.array_equal(np.asarray(each), np.asarray(image)) for each in shown)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_datasets_of_datasets_give_the_files_they_hold(streamed: bool, tokenizer: Any, folder: Path) -> None:
+    """And not what they would decode them to: the same bytes, in the memory they take."""
+    import datasets
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph = as_bytes(noise((300, 200)), "JPEG", exif=exif)
+    path = folder / "photograph.jpg"
+    path.write_bytes(photograph)
+    one, several = datasets.Features({"image": datasets.Image()}), {"images": datasets.List(datasets.Image())}
+    turns = {"messages": chat("<image>?")}
+    held = {"path": None, "bytes": photograph}
+    rows: list[tuple[Any, dict[str, Any]]] = [
+        (one, {"image": held}),
+        (one, {"image": str(path)}),
+        (several, {"images": [held]}),
+    ]
+    both: Any = None
+    for features, row in rows:
+        text = datasets.Dataset.from_list([turns])
+        given = datasets.Dataset.from_list([row], features=datasets.Features(features))
+        both = datasets.concatenate_datasets([text, given], axis=1)
+        kept = keep_rows(both.to_iterable_dataset() if streamed else both)
+        config = DataConfig(train=(kept,), shuffle=False)
+        found = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0)
+        (media,) = digests(found)
+        assert media == [examine(photograph, "").digest]
+        assert isinstance(both[0][next(iter(row))], (Image.Image, list))  # the person's own is as it was
+    shown = both.with_transform(lambda batch: batch)
+    assert len(keep_rows(shown)._held) == 1  # pyright: ignore[reportPrivateUsage]
+
+
 def test_a_typed_placeholder_is_text(tokenizer: Any, folder: Path) -> None:
     row = {"messages": chat("<image>What is <|image_pad|>?"), "images": ["pictures/0.png"]}
     with pytest.raises(DataError, match=r"<\|image_pad\|> stands in it.*write <image> there"):

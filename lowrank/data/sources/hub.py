@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lowrank.data.sources.places import shown
+from lowrank.data.sources.undecoded import undecoded_rows
 from lowrank.errors import DataError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -30,8 +31,7 @@ def rows_of(path: str, split: str, subset: str | None, streaming: bool) -> Itera
         raise DataError(
             f"there is no file or folder {shown(path)}, and {path!r} cannot be loaded from the hub {what}: {detail}"
         ) from error
-    for values in dataset:
-        yield dict(values)  # type: ignore[arg-type]  # its stubs say list
+    yield from undecoded_rows(dataset)
 
 
 def _away(path: str) -> str | None:

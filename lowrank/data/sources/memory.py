@@ -19,6 +19,7 @@ from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.sources.json_files import Item
 from lowrank.data.sources.readers import without_filled
+from lowrank.data.sources.undecoded import undecoded_rows
 from lowrank.errors import DataError
 from lowrank.media.decoding import from_pillow
 
@@ -112,7 +113,7 @@ def _each(rows: Any) -> Iterator[Any]:
                     rows.to_dict("records"))  # fmt: skip
         return
     if hasattr(rows, "features") and hasattr(rows, "column_names"):  # of datasets, which fills nested gaps with None
-        yield from ({key: without_filled(value) for key, value in row.items()} for row in rows)
+        yield from ({key: without_filled(value) for key, value in row.items()} for row in undecoded_rows(rows))
         return
     if callable(rows) and not isinstance(rows, Iterable):
         rows = rows()
