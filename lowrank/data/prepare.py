@@ -45,10 +45,10 @@ class Prepared:
 
     @property
     def media_kinds(self) -> tuple[str, ...]:
-        """The kinds of media that its rows have."""
-        return tuple(
-            kind for kind in KIND_NAMES if any(kind in dataset.media_kinds for dataset in self.report.datasets)
-        )
+        """The kinds of media that its rows have, of a stream those that were read."""
+        found = {kind for dataset in self.report.datasets for kind in dataset.media_kinds}
+        found |= self.train.media_kinds if isinstance(self.train, StreamingDataLoader) else set()
+        return tuple(kind for kind in KIND_NAMES if kind in found)
 
     @property
     def has_pictures(self) -> bool:

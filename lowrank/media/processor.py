@@ -69,6 +69,10 @@ class MediaProcessor:
         named = {kind for kind, names in _TOKENS.items() if any(self._config.get(name) is not None for name in names)}
         return tuple(kind for kind in found if kind not in _TOKENS or kind in named)
 
+    def leave_out(self, kind: str) -> None:
+        """From now on the model is not given media of this kind, as if it had no tower for them."""
+        self.kinds = tuple(each for each in self.kinds if each != kind)
+
     @property
     def sees(self) -> bool:
         """Whether the model can be shown pictures."""

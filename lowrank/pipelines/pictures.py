@@ -4,7 +4,9 @@ is trained."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from lowrank.data.batching.dataloader import StreamingDataLoader
 from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
@@ -47,3 +49,32 @@ def attach_media_encoder(
         cache = open_feature_cache(base, notify)
         notify(cache.describe())
     base.media_encoder.feature_cache = cache  # now: what the base was tried out with is nobody's
+
+
+class Attach(Protocol):
+    """`attach_media_encoder` of a base with the settings of its run."""
+
+    def __call__(self, *, kinds: Sequence[str], running: bool) -> None: ...
+
+
+def expect_media(
+    base: Base, streams: Sequence[StreamingDataLoader], attach: Attach, notify: Callable[[str], None]
+) -> None:
+    """Let `base` be given what a stream may have further on, though none of the rows that were read so far has it.
+
+    Where that would change its layout, or is not possible here, such rows are left out of the streams, which is said.
+    """
+    processor = processor_of(base.tokenizer)
+    for kind in processor.kinds if processor is not None else ():
+        try:
+            attach(kinds=(kind,), running=True)
+        except ModelError as error:
+            assert processor is not None
+            names = KIND_NAMES[kind]
+            notify(
+                f"no row that was read of the stream so far has {names}; those with some further on are left out, "
+                f"since {error}. Should they be learned, put a row with {names} among the first"
+            )
+            processor.leave_out(kind)
+            for stream in streams:
+                stream.load_state(stream.state())  # what it has read already may hold some

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lowrank.checkpoints.run_state import load_checkpoint
 from lowrank.checkpoints.settings_changes import refuse_changed_settings
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.config.code import refuse_code
+from lowrank.data.batching.dataloader import StreamingDataLoader
 from lowrank.data.chat.rendering import chosen_templates
 from lowrank.data.prepare import Prepared
 from lowrank.errors import explain_disk_full
@@ -34,7 +36,7 @@ from lowrank.pipelines.job_setup import check_steps, check_tokens
 from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, in_effect, live_state
 from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
 from lowrank.pipelines.orders import OrderHandler, StateFile
-from lowrank.pipelines.pictures import attach_media_encoder
+from lowrank.pipelines.pictures import attach_media_encoder, expect_media
 from lowrank.pipelines.references import check_references
 from lowrank.pipelines.slot_allocator import SlotAllocator
 from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, record_sweep
@@ -213,9 +215,7 @@ def _load(
         notify=lambda text: report(Notice(text)),
         placement=placement,
     )
-    kinds = [kind for kind in KIND_NAMES if any(kind in each.media_kinds for each in data)]
-    if kinds:
-        _attach_media_encoder(base, config.model, kinds, report)
+    _attach_media_encoder(base, config.model, data, report)
     base.router_aux_loss_coef = config.model.router_aux_loss_coef
     if base.router_aux_loss_coef is not None:
         expert_numbers(base)  # refused now rather than in the first step
@@ -223,16 +223,21 @@ def _load(
 
 
 def _attach_media_encoder(
-    base: Base, model: ModelConfig, kinds: Sequence[str], report: Listeners, *, running: bool = False
+    base: Base, model: ModelConfig, data: Sequence[Prepared], report: Listeners, *, running: bool = False
 ) -> None:
-    attach_media_encoder(
+    attach = partial(
+        attach_media_encoder,
         base,
         model.attention,
         lambda text: report(Notice(text)),
-        kinds=kinds,
-        running=running,
         cache_features=model.cache_vision_features,
     )
+    kinds = [kind for kind in KIND_NAMES if any(kind in each.media_kinds for each in data)]
+    if kinds:
+        attach(kinds=kinds, running=running)
+    streams = [each.train for each in data if isinstance(each.train, StreamingDataLoader)]
+    if streams:
+        expect_media(base, streams, attach, lambda text: report(Notice(text, level="warning")))
 
 
 def _write_settings(folder: RunFolder, config: RunConfig, entries: Sequence[Entry]) -> None:
@@ -265,8 +270,7 @@ def _take_orders(
 
     def prepare(job: JobConfig) -> Prepared:
         (own,) = prepare_all([job], config.model, tokenizer, report, strict=False, read=read)
-        if own.media_kinds:
-            _attach_media_encoder(base, config.model, own.media_kinds, report, running=True)
+        _attach_media_encoder(base, config.model, [own], report, running=True)
         queue.checkpointer.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
         return own
 

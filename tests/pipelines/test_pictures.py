@@ -37,7 +37,7 @@ from lowrank.pipelines.samples import answer_samples
 from lowrank.pipelines.together import digest_of_data
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation
-from lowrank.report.events import EvalDone, Event, StepDone
+from lowrank.report.events import EvalDone, Event, Notice, StepDone
 from lowrank.report.page import write_report
 from lowrank.serve.vllm_engine.adapters import refuse_own_rows
 from tests.export.sources import write_merged
@@ -96,6 +96,37 @@ def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(DataError, match=r"6 rows .* of 6 left out: a picture is missing; the first: .*pictures/0.jpg"):
         train(RunConfig(**given))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_stream_may_show_its_first_picture_late(
+    family: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the rows that are looked at beforehand. Where that would change the layout, they are left out, and it is
+    said."""
+    monkeypatch.setattr("lowrank.data.prepare._ROWS_AHEAD", 2)
+    monkeypatch.setattr("lowrank.data.batching.dataloader._WINDOW", 2)
+    write_picture_rows(tmp_path)
+    rows = json.loads((tmp_path / "mllm.json").read_text("utf-8"))[:2]
+    text = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "He."}]}
+    lines = [json.dumps(each) + "\n" for each in (text, text, text, *rows, text)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    data = {"train": [str(tmp_path / "rows.jsonl")], "streaming": True, "batch_size": 1, "shuffle": False}
+    given = settings(world, tmp_path / "run", data=data, eval_steps=None, max_steps=7)
+    given["jobs"] = given["jobs"][:1]
+    if family == "gemma3":
+        given["model"]["path"] = str(save_vision_folder(tmp_path / "model", family))
+    _, ear = run(given)
+    tokens = [event.tokens for event in ear.events if isinstance(event, StepDone)]
+    notices = [event.text for event in ear.events if isinstance(event, Notice)]
+    found = [each for each in notices if "no row that was read of the stream so far has pictures" in each]
+    if family == "gemma3":
+        assert len(set(tokens)) == 1
+        assert re.search("are left out, since .* in the packed layout: .*put a row with pictures", found[0])
+        assert any("2 rows" in each and "loaded without" in each for each in notices)
+    else:
+        assert [each > tokens[0] for each in tokens] == [False, False, False, True, True, False, False]
+        assert not found
 
 
 class Breaks:

@@ -141,6 +141,8 @@ class StreamingDataLoader:
         self._epoch = 0
         self._step = 0
         self._steps_seen: int | None = None
+        self.media_kinds: frozenset[str] = frozenset()
+        """The kinds of media of the samples read so far."""
         self._running = self._begin()
         self._waiting = self._first()
 
@@ -228,6 +230,9 @@ class StreamingDataLoader:
         while True:
             fresh = list(islice(source, _WINDOW))
             window += fresh
+            self.media_kinds |= {
+                each.kind for sample in fresh for one in sample if one.media for each in one.media.items
+            }
             if not window:
                 return
             plan = _plan([_length(sample) for sample in window], self._config, rng)

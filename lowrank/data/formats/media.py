@@ -123,8 +123,9 @@ def _refuse_unable(kind: str, name: str | None) -> None:
     able = {"image": "reads text only", "video": "watches no videos", "audio": "does not hear"}[kind]
     never = "hears" if kind == "audio" else "sees"
     raise RowProblem(
-        f"{what}, and this base {able} (it has no {_TOWER[kind]}, or not the files of its processor), so it would "
-        f"learn to answer about what it never {never}; leave such rows out, or empty the column if the text suffices"
+        f"{what}, and this base {able} (it has no {_TOWER[kind]}, or not the files of its processor, or is loaded "
+        f"without), so it would learn to answer about what it never {never}; leave such rows out, or empty the column "
+        "if the text suffices"
     )
 
 

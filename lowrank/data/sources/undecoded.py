@@ -19,7 +19,7 @@ def undecoded_rows(dataset: Any) -> Iterator[dict[str, Any]]:
     which expects them decoded."""
     features: Any = dataset.features
     transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
-    own = {} if features is None or transformed else {key: _as_files(feature) for key, feature in features.items()}
+    own = {} if not features or transformed else {key: _as_files(feature) for key, feature in features.items()}
     own = {key: feature for key, feature in own.items() if feature is not features[key]}
     if not own:
         yield from dataset

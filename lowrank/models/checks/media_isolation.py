@@ -53,7 +53,11 @@ def give_media_encoder(
     """
     earlier, names = base.media_encoder, " and ".join(KIND_NAMES[kind] for kind in kinds)
     base.media_encoder = MediaEncoder(base, processor, kinds)
-    reason = _what_leaks(base)
+    try:
+        reason = _what_leaks(base)
+    except LowrankError:  # as where torchvision is missing
+        base.media_encoder = earlier
+        raise
     if reason is None:
         return None
     before = base.layout
