@@ -143,6 +143,7 @@ def load(
     adapters: Sequence[str | Path] = (),
     chat_template: str | None = None,
     base: str | None = None,
+    compile: bool = False,
     notify: Callable[[str], None] = log_notice,
     allow_code: bool = False,
 ) -> Model:
@@ -154,6 +155,7 @@ def load(
     adapters        LoRA files (.gguf) beside a .gguf file
     chat_template   a built-in one or a .jinja file, instead of the run's or the tokenizer's
     base            where the base of the run or adapter is now
+    compile         answer through decoder layers compiled by torch: the first steps take up to a minute
     allow_code      the model's own code, or an adapter's, may run
 
     Raises ModelError, ConfigError.
@@ -166,7 +168,7 @@ def load(
             for note in theirs.notes:
                 notify(note)
         backend, _ = open_chat_backend(
-            str(path), names, which=which, chat_template=chat_template, base=base, notify=notify
+            str(path), names, which=which, chat_template=chat_template, base=base, compile=compile, notify=notify
         )
         return Model(backend) if theirs is None else Model(backend, system=theirs.system, sampling=theirs.sampling)
 

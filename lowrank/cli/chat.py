@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank.cli.sampling import MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
+from lowrank.cli.sampling import Compile, MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from lowrank.cli.chat_repl import ChatRepl
@@ -50,6 +50,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    compile: Compile = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
 ) -> None:
     """Type /help for what can be done besides talking.
@@ -77,7 +78,13 @@ def chat(
     which = "last" if last else "best"
     wanted = [name for names in adapter or () for name in names.split(",") if name]
     backend, model_names = open_chat_backend(
-        model, wanted, which=which, chat_template=chat_template, base=base, notify=lambda text: warn([text])
+        model,
+        wanted,
+        which=which,
+        chat_template=chat_template,
+        base=base,
+        compile=compile,
+        notify=lambda text: warn([text]),
     )
     talk = ChatRepl(backend, config, system=system, model_names=model_names, pictures=pictures)
     if prompt is not None:

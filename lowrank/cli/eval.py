@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank.cli.sampling import Compile
 from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def eval(
     chat_template: Annotated[str | None, typer.Option(help="Instead of the run's own.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    compile: Compile = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; left out: in the run folder.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -48,18 +50,14 @@ def eval(
         from lowrank.evaluate.harness_tasks import find_tasks, names_of, run_tasks, write_results
     except ImportError as error:
         raise ConfigError(f"lowrank eval needs {error.name}: pip install 'lowrank-llm[eval]'") from error
-    from lowrank.evaluate.predict import AnsweringModels
-
     wanted = names_of(tasks)
     manager = find_tasks(wanted, include_path)
     which = "last" if last else "best"
     trained = open_inference_model(
-        model, which=which, chat_template=chat_template, base=base, notify=lambda text: warn([text])
+        model, which=which, chat_template=chat_template, base=base, compile=compile, notify=lambda text: warn([text])
     )
     chosen = [name for each in adapter or () for name in each.split(",") if name] or list(trained.slots)
-    slots = {name: trained.slot(name) for name in chosen}
-    renderers = {name: trained.renderer_of(name) for name in chosen}
-    answers = Answers(AnsweringModels(trained.base, trained.bank, slots, renderers))
+    answers = Answers(trained.answering(chosen, ()))
     folder = output or (Path(model) / "eval" if is_run(Path(model)) else Path("eval"))
     console = Console(stderr=True, highlight=False)
     results: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank.cli.sampling import MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
+from lowrank.cli.sampling import Compile, MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
 from lowrank.cli.warn import warn
 from lowrank.pipelines.resolve import is_run
 
@@ -54,6 +54,7 @@ def predict(
     chat_template: Annotated[str | None, typer.Option(help="Instead of the run's own.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    compile: Compile = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; left out: in the run folder.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -92,6 +93,7 @@ def predict(
         chat_template=chat_template,
         base=base,
         last=last,
+        compile=compile,
     )
     result, verdicts = run_predict(request, progress_on(console), warn)
     if json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowrank.cli.sampling import Compile
 from lowrank.serve.address import check_host, check_installed, url_of
 from lowrank.serve.engines import AUTO, ServingOptions, choose_engine, engine_names, open_engine
 
@@ -52,9 +53,7 @@ def serve(
         str | None, typer.Option(help="A built-in template (chatml, llama3, ...) or a .jinja file, instead of its own.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Answer through compiled layers: slow first steps, faster ones on a GPU.")
-    ] = False,
+    compile: Compile = False,
     last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Say address, models and a new key as one line of JSON when it listens.")

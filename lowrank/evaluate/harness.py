@@ -91,7 +91,7 @@ class Answers:
         longest = max(len(token_L) + config.max_new_tokens for token_L, config in requests.values())
         rows = min(_MAX_ROWS, len(requests) * len(names))
         settings = GeneratorConfig(max_num_seqs=rows, kv_cache_tokens=(rows + 1) * (longest + 256))
-        generator = Generator(self.models.base, self.models.bank, settings)
+        generator = Generator(self.models.base, self.models.bank, settings, self.models.compiled)
         running = {
             (key, name): generator.submit(Prompt(token_L, self.models.slots[name]), config, stop_tokens=stop)
             for key, (token_L, config) in requests.items()

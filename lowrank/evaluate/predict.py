@@ -20,6 +20,7 @@ from lowrank.evaluate.bootstrap import Interval, difference, interval
 from lowrank.evaluate.likelihood import label_logprobs, perplexity
 from lowrank.evaluate.metrics import Metric, measure
 from lowrank.evaluate.questions import Question
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
 from lowrank.generate.spoken_answer import spoken_text
@@ -48,6 +49,8 @@ class AnsweringModels:
     bank: Bank
     slots: Mapping[str, int]
     renderers: Mapping[str, Renderer]
+    compiled: CompiledDecoding | None = None
+    """The base's compiled layers, where they answer through them."""
 
 
 def answer_questions(
@@ -75,7 +78,7 @@ def answer_questions(
     settings = GeneratorConfig(
         max_num_seqs=max_rows, kv_cache_tokens=max(16384, min(max_rows * 2048, max_rows * longest))
     )
-    generator = Generator(answering_models.base, answering_models.bank, settings)
+    generator = Generator(answering_models.base, answering_models.bank, settings, answering_models.compiled)
     prompts: dict[tuple[int, Renderer], Segment] = {}
     with open(partial, "a", encoding="utf-8") as file:
         file.write("\n")  # the last line of an attempt that was killed may have no end

@@ -1,4 +1,4 @@
-"""Answering through compiled decoder layers: `GeneratorConfig.compile`.
+"""Answering through compiled decoder layers: `--compile`, `lowrank.load(..., compile=True)`, `objective.compile`.
 
 torch.compile makes one kernel of what lies between two products (norms, rotary embedding, gates, residuals), and on
 NVIDIA's GPUs CUDA graphs, so that a step is not waiting for Python to launch a thousand small kernels. Layers are
@@ -45,7 +45,8 @@ step go through the layers as they are, so it is there for one step at a time.""
 
 
 class CompiledDecoding:
-    """The compiled layers of one base. `problem`: why none are used (any more), in words."""
+    """The compiled layers of one base, for any number of generators, one after another. `problem`: why none are used
+    (any more), in words."""
 
     def __init__(
         self, base: Base, bank: Bank, notify: Callable[[str], None] = log_notice, backend: Any = "inductor"
@@ -61,7 +62,7 @@ class CompiledDecoding:
         self._calls: dict[Any, Any] = {}
         reason = _why_not(base)
         if reason is not None:
-            self._give_up(reason)
+            self.give_up(reason)
 
     def hidden(self, token_T: torch.Tensor, batch: PagedBatch, context: ForwardContext) -> torch.Tensor | None:
         """(T, D) last hidden states of a step of one new token for each sequence, in `context`; None: make it plainly.
@@ -87,7 +88,7 @@ class CompiledDecoding:
                 self._compare(hidden_TD, token_T, batch, context, code)
         except Exception as error:  # compilers and drivers raise what they like, and there is the plain step
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._give_up(f"{type(error).__name__}: {' '.join(lines[:3])[:400]}")
+            self.give_up(f"{type(error).__name__}: {' '.join(lines[:3])[:400]}")
             return None
         return hidden_TD if self.problem is None else None
 
@@ -110,7 +111,7 @@ class CompiledDecoding:
                 return
             apart = max(apart, distance(ours[sound_T], plain[sound_T]))
         if apart > tolerance(self._base):
-            self._give_up(f"a step of {len(token_T)} rows gives other values (by {apart:.1e})")
+            self.give_up(f"a step of {len(token_T)} rows gives other values (by {apart:.1e})")
         self._compared[code] += 1
 
     def _put_side_by_side(self, slots: tuple[int, ...]) -> bool:
@@ -152,7 +153,10 @@ class CompiledDecoding:
     def _has_graphs(self) -> bool:
         return self._backend == "inductor" and is_nvidia(self._base.device)
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """Answer plainly from now on, and say why, once."""
+        if self.problem is not None:
+            return
         self.problem = reason
         self._notify(f"answers are not computed by compiled layers: {reason}")
 

@@ -55,7 +55,15 @@ class Generator:
     `notice` says why a family cannot be served so and is answered in fixed batches; None where all is well.
     """
 
-    def __init__(self, base: Base, bank: Bank, config: GeneratorConfig | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        bank: Bank,
+        config: GeneratorConfig | None = None,
+        compiled: CompiledDecoding | None = None,
+    ) -> None:
+        """`compiled`: the compiled layers of `base`, which outlive a generator; left out, of its own where
+        `config.compile` says so."""
         self.base = base
         self.bank = bank
         self.config = config or GeneratorConfig()
@@ -64,7 +72,9 @@ class Generator:
         with bank.routing.using(ForwardContext()):  # of the bare base
             reason = kv_cache_mismatch(base)
         self.notice = None if reason is None else f"requests are answered in fixed batches, which is slower: {reason}"
-        self.compiled = CompiledDecoding(base, bank) if self.config.compile and self.notice is None else None
+        self.compiled = compiled or (CompiledDecoding(base, bank) if self.config.compile else None)
+        if self.compiled is not None and self.notice is not None:
+            self.compiled.give_up(self.notice)
         size = _KERNEL_PAGE if base.device.type == "cuda" else _PAGE
         num_pages = 1 + -(-self.config.kv_cache_tokens // size)
         self._cache = KVCache(num_pages, size)

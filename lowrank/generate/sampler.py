@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lowrank.adapters.bank import Bank
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import Answer, GenerationConfig, Prompt, TokenChunk
 from lowrank.models.base import Base
@@ -47,15 +48,18 @@ def answer_all(
     stop_tokens: frozenset[int],
     rows_at_once: int = 64,
     on_piece: Callable[[int, TokenChunk], None] | None = None,
+    compiled: CompiledDecoding | None = None,
 ) -> list[Answer]:
     """An answer for each prompt, in the order given. `on_piece` hears (index of the prompt, piece) as they come.
+    `compiled`: the base's compiled layers, to answer through them.
 
     An adapter that gives NaN has answers with `error`, and disturbs nobody. Raises RequestError.
     """
     lengths = [bank.num_virtual(prompt.slot) + len(prompt.token_L) for prompt in prompts]
     longest = max(lengths, default=0) + config.max_new_tokens
     room = min(rows_at_once, max(1, len(prompts))) * (longest + 256)
-    generator = Generator(base, bank, GeneratorConfig(max_num_seqs=rows_at_once, kv_cache_tokens=max(room, 4096)))
+    settings = GeneratorConfig(max_num_seqs=rows_at_once, kv_cache_tokens=max(room, 4096))
+    generator = Generator(base, bank, settings, compiled)
     generations = []
     for index, prompt in enumerate(prompts):
         generation = generator.submit(prompt, config, stop_tokens=stop_tokens)

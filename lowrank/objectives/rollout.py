@@ -40,6 +40,9 @@ class RolloutSettings(ObjectiveSettings):
     """Draw from the likeliest tokens that together have this probability."""
     top_k: NonNegative = 0
     """Draw from this many likeliest tokens; 0: all."""
+    compile: bool = False
+    """Draw answers through decoder layers compiled by torch (on NVIDIA's GPUs with CUDA graphs); those of all jobs, as
+    soon as one asks for it. The first steps take up to a minute and are held to plain ones (docs/generation.md)."""
 
     @field_validator("reward_funcs", mode="before")
     @classmethod

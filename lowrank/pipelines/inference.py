@@ -24,6 +24,7 @@ from lowrank.data.config import DataConfig
 from lowrank.errors import DataError, ModelError, did_you_mean
 from lowrank.evaluate.predict import AnsweringModels
 from lowrank.evaluate.reward import rewards
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.request import Answer, TokenChunk
 from lowrank.generate.sampler import GenerationConfig, Prompt, answer_all
 from lowrank.generate.spoken_answer import SpokenAnswer
@@ -63,6 +64,8 @@ class InferenceModel:
     """Where the adapters were loaded from."""
     renderers: dict[str, Renderer] = field(default_factory=dict)
     """Of models that were trained with chat templates of their own; those with the same settings share one."""
+    compiled: CompiledDecoding | None = None
+    """The base's compiled decoder layers, through which all answers are computed where there are some."""
 
     def slot(self, name: str) -> int:
         """The slot of a model; ModelError with what there is."""
@@ -81,7 +84,8 @@ class InferenceModel:
         that cannot be shown the pictures in them."""
         self._attach_media_encoder(conversations, notify)
         slots = {name: self.slot(name) for name in names}
-        return AnsweringModels(self.base, self.bank, slots, {name: self.renderer_of(name) for name in slots})
+        renderers = {name: self.renderer_of(name) for name in slots}
+        return AnsweringModels(self.base, self.bank, slots, renderers, self.compiled)
 
     def _attach_media_encoder(self, conversations: Iterable[Conversation], notify: Callable[[str], None]) -> None:
         """See to it that the base can be shown the pictures of these. ModelError where it cannot."""
@@ -160,7 +164,15 @@ class InferenceModel:
 
             group = [prompts[index] for index in members]
             drawn = config.model_copy(update={"preserved_tokens": marks})
-            answers = answer_all(self.base, self.bank, group, drawn, stop_tokens=stop_tokens, on_piece=on_chunk)
+            answers = answer_all(
+                self.base,
+                self.bank,
+                group,
+                drawn,
+                stop_tokens=stop_tokens,
+                on_piece=on_chunk,
+                compiled=self.compiled,
+            )
             found.update({index: spoken[index].of(answer) for index, answer in zip(members, answers)})
         return [found[index] for index in range(len(conversations))]
 
@@ -188,18 +200,22 @@ def open_inference_model(
     which: str = "best",
     chat_template: str | None = None,
     base: str | None = None,
+    compile: bool = False,
     notify: Callable[[str], None] = log_notice,
     allow_code: bool = False,
 ) -> InferenceModel:
     """Load what `path` names: a run folder (all its jobs), one of its checkpoints, an adapter folder, or a model.
 
     `which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
-    the tokenizer's. `base`: where the adapters' base is now. `allow_code`: the model's own
-    code, or an adapter's, may run. Raises ModelError, ConfigError.
+    the tokenizer's. `base`: where the adapters' base is now. `compile`: answer through compiled decoder layers.
+    `allow_code`: the model's own code, or an adapter's, may run. Raises ModelError, ConfigError.
     """
     with code_allowed(allow_code):
         found = find_artifacts(path, which=which, chat_template=chat_template, base=base, notify=notify)
-        return _load_found(found, notify)
+        loaded = _load_found(found, notify)
+    if compile:
+        loaded.compiled = CompiledDecoding(loaded.base, loaded.bank, notify)
+    return loaded
 
 
 def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> InferenceModel:

@@ -60,6 +60,8 @@ class PredictRequest:
     chat_template: str | None = None
     base: str | None = None
     last: bool = False
+    compile: bool = False
+    """Answer through decoder layers compiled by torch."""
 
 
 def predict(
@@ -78,6 +80,7 @@ def predict(
         which="last" if request.last else "best",
         chat_template=request.chat_template,
         base=request.base,
+        compile=request.compile,
         notify=lambda text: warn([text]),
     )
     chosen = list(request.adapters or trained.slots)

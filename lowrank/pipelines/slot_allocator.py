@@ -16,7 +16,7 @@ from lowrank.pipelines.job_setup import (
     start_job,
 )
 from lowrank.pipelines.references import compute_references, load_reference_base
-from lowrank.report.events import Event, JobStarted
+from lowrank.report.events import Event, JobStarted, Notice
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job
 from lowrank.train.rollouts import RolloutGenerator
@@ -27,7 +27,9 @@ class SlotAllocator:
 
     def __init__(self, engine: Engine, run: RunConfig, tokenizer: Any, report: Callable[[Event], None]) -> None:
         self.engine, self._run, self._tokenizer, self._report = engine, run, tokenizer, report
-        self._answering = RolloutGenerator(engine.base, engine.bank, engine.lanes)
+        self._answering = RolloutGenerator(
+            engine.base, engine.bank, engine.lanes, notify=lambda text: report(Notice(text, level="warning"))
+        )
 
     def take(
         self, configs: Sequence[JobConfig], data: Sequence[Prepared], slots: Sequence[int | None] | None = None

@@ -112,11 +112,17 @@ def open_chat_backend(
     chat_template: str | None,
     notify: Callable[[str], None],
     base: str | None = None,
+    compile: bool = False,
 ) -> tuple[ChatBackend, list[str]]:
-    """Whoever `path` names, and the names of those of them that `models` chooses."""
+    """Whoever `path` names, and the names of those of them that `models` chooses. ConfigError for options that a .gguf
+    file does not have."""
     if not is_gguf(path):
-        trained = open_inference_model(path, which=which, chat_template=chat_template, base=base, notify=notify)
+        trained = open_inference_model(
+            path, which=which, chat_template=chat_template, base=base, compile=compile, notify=notify
+        )
         return trained, list(model_names)
+    if compile:
+        raise ConfigError(f"compile: {path} is run by llama.cpp, which has no layers to compile; leave it out")
     if which == "last":
         raise ConfigError(f"--last chooses among the adapters of a run, and {path} is a single model; leave it out")
     files = {Path(name).stem: Path(name) for name in model_names if is_gguf(name)}

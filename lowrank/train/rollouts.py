@@ -10,7 +10,7 @@ these are part of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.batches import BARE_BASE, Segment, number_the_step
 from lowrank.errors import DataError
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import Answer, GenerationConfig, Prompt
 from lowrank.kernels.counter_random import key_of
 from lowrank.models.base import Base
+from lowrank.notices import log_notice
 from lowrank.objectives import needs
 from lowrank.objectives.rollout import (
     RolloutBatch,
@@ -64,17 +66,23 @@ class RolloutGenerator:
     is answered by itself: what is drawn does not depend on the number of ranks.
     """
 
-    def __init__(self, base: Base, bank: Bank, lanes: Lanes | None = None) -> None:
-        self._base, self._bank, self._lanes = base, bank, lanes or OneLane()
+    def __init__(
+        self, base: Base, bank: Bank, lanes: Lanes | None = None, notify: Callable[[str], None] = log_notice
+    ) -> None:
+        """`notify` hears why answers are not computed as was asked."""
+        self._base, self._bank, self._lanes, self._notify = base, bank, lanes or OneLane(), notify
+        self._compiled: CompiledDecoding | None = None
         self._longest = 1
         self._generator: Generator | None = None
         self._waiting: list[RolloutRequest] = []
 
-    def reserve(self, tokens: int) -> None:
-        """There will be prompts that have, with their answers, up to so many tokens. Between steps, when nobody is
-        being answered."""
+    def reserve(self, tokens: int, *, compile: bool = False) -> None:
+        """There will be prompts that have, with their answers, up to so many tokens. `compile`: answer through compiled
+        decoder layers from now on. Between steps, when nobody is being answered."""
         if tokens > self._longest:
             self._longest, self._generator = tokens, None
+        if compile and self._compiled is None:
+            self._compiled, self._generator = CompiledDecoding(self._base, self._bank, self._notify), None
 
     def submit(self, prompt: Prompt, config: GenerationConfig, stop_tokens: frozenset[int]) -> RolloutRequest:
         """It is answered when somebody calls `finish`."""
@@ -103,7 +111,7 @@ class RolloutGenerator:
         if self._generator is None:
             room = ROWS * (self._longest + 32)
             self._generator = Generator(
-                self._base, self._bank, GeneratorConfig(max_num_seqs=ROWS, kv_cache_tokens=room)
+                self._base, self._bank, GeneratorConfig(max_num_seqs=ROWS, kv_cache_tokens=room), self._compiled
             )
         answering = [self._generator.submit(each.prompt, each.config, stop_tokens=each.stop_tokens) for each in waiting]
         while self._generator.step():
@@ -169,7 +177,8 @@ class Rollouts:
                 f"a prompt has {prompts.longest} tokens and the model's maximum context length is {reach}; set "
                 f"data.max_length below {reach}"
             )
-        answering.reserve(engine.bank.num_virtual(slot) + prompts.longest + settings.max_completion_length)
+        tokens = engine.bank.num_virtual(slot) + prompts.longest + settings.max_completion_length
+        answering.reserve(tokens, compile=settings.compile)
         self._config = GenerationConfig(
             max_new_tokens=settings.max_completion_length,
             temperature=settings.temperature,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,10 @@ from lowrank.data.chat import template_budget
 from lowrank.errors import ModelError
 from lowrank.evaluate import harness, harness_tasks
 from lowrank.evaluate.harness_tasks import find_tasks, names_of
+from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.pipelines.train import train
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
+from tests.generate.test_compiled_decoding import Counting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
 
@@ -165,6 +168,22 @@ def test_equal_to_lm_eval_on_the_merged_model(
     with pytest.raises(SystemExit):
         main(["report", str(world / "run")])
     assert "tiny_choice" in (world / "run" / "report.html").read_text("utf-8")
+
+
+def test_answers_through_compiled_layers(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Counting()
+    monkeypatch.setattr(
+        "lowrank.pipelines.inference.CompiledDecoding", functools.partial(CompiledDecoding, backend=compiler)
+    )
+    arguments = [str(world / "run"), "--tasks", "tiny_written", "--include-path", str(world / "tasks"), "--json"]
+    plain, _ = evaluate(capsys, *arguments, "--output", str(tmp_path / "plain"))
+    assert compiler.graphs == 0
+    ours, _ = evaluate(capsys, *arguments, "--output", str(tmp_path / "compiled"), "--compile")
+    assert compiler.graphs >= 1
+    results = [json.loads(out.splitlines()[-1])["results"] for out in (plain, ours)]
+    assert results[0] == results[1]
 
 
 def test_names_are_those_people_use() -> None:
