@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank.cli.media_dir import MediaDir
 from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def data(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="A column of a file that is known to be of no use; repeatable.")
     ] = None,
+    media_dir: MediaDir = None,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Any loss of data or column that nobody reads is an error (exit 3)."),
@@ -47,14 +49,14 @@ def data(
     No weights are loaded.
     """
     if _is_config(target):
-        if format or ignore:
-            key = "format" if format else "ignored_columns"
+        if format or ignore or media_dir:
+            key = "format" if format else "ignored_columns" if ignore else "media_dir"
             raise typer.BadParameter(f"goes with a data file; in a configuration it is data.train.0.{key}")
         reports = _of_config(Path(target), overrides or [], model)
     else:
         if overrides:
             raise typer.BadParameter(f"KEY=VALUE goes with a configuration file, and {target} is data")
-        reports = [_of_file(target, model, format, tuple(ignore or ()))]
+        reports = [_of_file(target, model, format, tuple(ignore or ()), media_dir)]
     _show(reports, strict, json)
 
 
@@ -103,17 +105,22 @@ def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tupl
     return reports
 
 
-def _of_file(target: str, model: str | None, format: str | None, ignore: tuple[str, ...]) -> tuple[str, Report]:
+def _of_file(
+    target: str, model: str | None, format: str | None, ignore: tuple[str, ...], media_dir: str | None
+) -> tuple[str, Report]:
     from lowrank.data.chat.characters import CharacterRenderer
+    from lowrank.data.chat.modelless import ModellessRenderer
     from lowrank.data.chat.rendering import Renderer
     from lowrank.data.config import DataConfig, SourceConfig
     from lowrank.data.prepare import examine
 
     path = Path(target)
     large = _size(path) > _LARGE_FILE
-    config = DataConfig(train=(SourceConfig(path=target, format=format, ignored_columns=ignore),), streaming=large)
+    source = SourceConfig(path=target, format=format, ignored_columns=ignore, media_dir=media_dir)
+    config = DataConfig(train=(source,), streaming=large)
     tokenizer, counted = _tokenizer(model, None)
-    renderer = CharacterRenderer() if tokenizer is None else Renderer(tokenizer, config)
+    with_tokenizer = ModellessRenderer if model is None else Renderer
+    renderer = CharacterRenderer() if tokenizer is None else with_tokenizer(tokenizer, config)
     return f"{target}, {counted}", examine(config, renderer=renderer)
 
 

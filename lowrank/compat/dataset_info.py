@@ -123,13 +123,17 @@ def sources(
     return found, problems
 
 
-def named_sources(names: Sequence[str], folder: Path, max_samples: int | None = None) -> tuple[SourceConfig, ...]:
+def named_sources(
+    names: Sequence[str], folder: Path, max_samples: int | None = None, media_dir: str | None = None
+) -> tuple[SourceConfig, ...]:
     """Datasets of the `dataset_info.json` in `folder`, as conversations with an answer; `max_samples` of each.
+    `media_dir`: of their media; None: `folder`.
 
     Raises ConfigError with everything that stands in the way.
     """
     info, complaint = read_info(folder)
-    found, problems = sources(names, info, folder, "sft") if complaint is None else ([], [complaint])
+    media = None if media_dir is None else Path(media_dir)
+    found, problems = sources(names, info, folder, "sft", media) if complaint is None else ([], [complaint])
     raise_all(ConfigError, f"{folder}:", problems)
     if max_samples is not None:
         found = [{**each, "max_samples": min(each.get("max_samples", max_samples), max_samples)} for each in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from lowrank.data.formats.recognition import recognize
 from lowrank.data.formats.unread import Watched, unread
 from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.sources.memory import title_of, titled_sources
+from lowrank.data.sources.places import shown
 from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError, raise_all
 from lowrank.records import Prompted, Record, Text
@@ -99,6 +101,9 @@ def _open(
     root: Path | None,
     record: type | None,
 ) -> Dataset:
+    folder = source.media_folder
+    if folder is not None and not os.path.isdir(folder):
+        raise DataError(f"{title}: media_dir: there is no folder {shown(folder)}")
     streaming = config.streaming and use == "train"
     name = source.format or _recognized(source, title, streaming, root, record)
     if name in built_in_formats():

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from lowrank.batches import Media, Segment
+from lowrank.cli.main import main
 from lowrank.data.chat.truncation import split, truncate
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import Prepared, prepare
@@ -342,6 +343,40 @@ def test_the_thinnest_and_the_smallest_that_are_taken(tokenizer: Any, folder: Pa
     noise((201, 1)).save(folder / "2.png")
     with pytest.raises(DataError, match="too thin"):
         read(tokenizer, folder, rows[2])
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_without_a_model_they_are_looked_at_and_counted(
+    tokens: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line, where --media-dir is what `media_dir` is in settings."""
+    if not tokens:
+        monkeypatch.setattr("lowrank.cli.data._tokenizer", lambda model, config: (None, "in characters"))
+    (tmp_path / "far").mkdir()
+    rows = [{"messages": chat("<image>What?"), "images": [name]} for name in ("0.png", "1.png", "0.png")]
+    rows += [{"messages": chat("<image>"), "images": ["2.png"]}, {"messages": chat("<image>?"), "images": ["bad.png"]}]
+    path = tmp_path / "far" / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "pictures" / "bad.png").write_bytes(as_bytes(noise())[:-9])
+    found = command(capsys, "data", str(path), "--json", "--media-dir", str(folder / "pictures"))
+    (dataset,) = json.loads(found)["reports"][0]["datasets"]
+    assert (dataset["used"], dataset["pictures"], dataset["picture_tokens"]) == (4, 4, 0)
+    assert dataset["dropped"][0]["rows"] == ["row 5"]
+    assert "bad.png is cut off" in dataset["dropped"][0]["example"]
+    (note,) = [each for each in dataset["notes"] if "4 pictures in 4 rows, 3 of them different" in each]
+    assert "how many tokens stand for them, a model with a tower tells (--model)" in note
+    nowhere = command(capsys, "data", str(path), "--media-dir", str(tmp_path / "none"), code=3)
+    assert "media_dir: there is no folder" in nowhere
+    missing = command(capsys, "data", str(path), code=3)
+    assert "--media-dir" in missing
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    output = capsys.readouterr()
+    assert caught.value.code == code, output
+    return " ".join((output.out + output.err).split())
 
 
 def test_the_report_counts_them_and_their_tokens(tokenizer: Any, folder: Path) -> None:

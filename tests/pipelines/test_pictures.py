@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import lowrank
 from lowrank.cli.chat_repl import ChatRepl
 from lowrank.cli.main import main
+from lowrank.compat.dataset_info import named_sources
 from lowrank.config import RunConfig
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
@@ -84,6 +85,40 @@ def test_jobs_learn_and_resume_to_the_same_bits(world: Path, tmp_path: Path) -> 
     assert one.keys() == other.keys()
     assert one
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_commands_say_where_the_pictures_of_their_rows_are(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((world / "mllm.json").read_text("utf-8"))[:1]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    requested = ["--data", str(tmp_path / "rows.json"), "--media-dir", str(world), "--output", str(tmp_path / "out")]
+    more = ["--metrics", "exact_match", "--max-new-tokens", "1", "--json"]
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", str(world / "model"), *requested, *more])
+    output = capsys.readouterr()
+    assert caught.value.code == 0, output
+    assert json.loads(output.out)["rows"] == 1
+    info = {
+        "mine": {
+            "file_name": "rows.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages", "images": "images"},
+        }
+    }
+    info["mine"]["tags"] = {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    (source,) = named_sources(["mine"], tmp_path, media_dir=str(world))
+    assert source.media_folder == world
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(world / "model"), "--to", "merged", "--media-dir", str(world)])
+    assert caught.value.code == 2
+    assert "--prompts" in capsys.readouterr().err
 
 
 def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from lowrank.batches import CHOSEN, REJECTED, Segment
+from lowrank.data.chat.modelless import beside
 from lowrank.data.chat.rendering import Rendering
+from lowrank.data.formats.media import without_media
 from lowrank.data.formats.turns import pieces
 from lowrank.records import Preference, Record
 
@@ -22,7 +24,9 @@ class CharacterRenderer:
 
     def render_many(self, records: Iterable[Record]) -> Iterator[Rendering]:
         """One rendering per record, never cut."""
-        return map(_rendering, records)
+        for record in records:
+            text, media = without_media(record)
+            yield beside(_rendering(text), media)
 
     def takes(self, kind: str) -> bool:
         """What the rows hold is looked at, whoever will read them."""

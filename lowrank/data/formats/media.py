@@ -17,7 +17,18 @@ from typing import Any
 from lowrank.data.formats.columns import COLUMNS, RowProblem, list_of
 from lowrank.data.formats.given import PLACE, PLACES, Given
 from lowrank.data.formats.media_files import Folders, medium_of
-from lowrank.records import COLUMN_NAMES, KIND_NAMES, Conversation, Message, Preference, Prompted, Rated, Record, Text
+from lowrank.records import (
+    COLUMN_NAMES,
+    KIND_NAMES,
+    Conversation,
+    Medium,
+    Message,
+    Preference,
+    Prompted,
+    Rated,
+    Record,
+    Text,
+)
 
 _IN_ANSWER = {
     "image": "a picture in an answer: the model writes text; pictures belong to questions",
@@ -94,6 +105,18 @@ def with_media(
         for message, (text, media) in zip(turns, places)
     ]
     return _with_turns(record, iter(shown_turns))
+
+
+def without_media(record: Record) -> tuple[Record, tuple[Medium, ...]]:
+    """The record as text alone, and its media in order; a turn that has nothing beside them says what they are."""
+    media = tuple(medium for message in _turns(record) for _, medium in message.media)
+    if not media:
+        return record, ()
+    texts = [
+        replace(message, content=message.content or " ".join(f"[{each.shown}]" for _, each in message.media), media=())
+        for message in _turns(record)
+    ]
+    return _with_turns(record, iter(texts)), media
 
 
 def open_parts(conversation: Conversation) -> Conversation:

@@ -53,7 +53,8 @@ class MediaCounts:
         many = f"{self.number:,} {names} in {self.rows:,} rows, {len(self.different):,} of them different"
         share = f"{self.tokens:,} of all {tokens:,} {unit} ({self.tokens / max(1, tokens):.0%}) stand for them"
         most = f"{self.most_tokens:,} for one at the most; {self._extent(self.largest)}"
-        parts = [f"{many}; {share}, {most}" if self.tokens else f"{many}; {self._extent(self.largest)}"]
+        unknown = f"{self._extent(self.largest)}; how many tokens stand for them, a model with a tower tells (--model)"
+        parts = [f"{many}; {share}, {most}" if self.tokens else f"{many}; {unknown}"]
         for what, places in self.peculiar.items():
             more = ", ..." if len(places) > 3 else ""
             parts.append(f"{len(places):,} {names} {what} ({', '.join(places[:3])}{more})")

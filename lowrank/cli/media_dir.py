@@ -1,0 +1,15 @@
+"""The option `--media-dir`, of every command that reads a data file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+MediaDir = Annotated[
+    str | None,
+    typer.Option(
+        "--media-dir",
+        help="The folder of the pictures, videos and sounds that its rows name, instead of the file's own.",
+    ),
+]
