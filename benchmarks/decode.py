@@ -10,9 +10,10 @@ token: everybody answers the same number of tokens. Ratios are of processor time
     lowrank             the same, on the bank
     compiled            the same, through compiled layers (`--contenders lowrank,compiled`)
 
-`--uneven` gives every answer another length, from a quarter of `--new-tokens` up: a padded batch goes on until the
-longest is done, a place of ours is taken by the next question. `seconds_after_first_token` is the whole less a run of
-one token each: on a CPU, torch copies the head's weight once per row for transformers' first token (a `bmm`).
+`--storage nf4` packs the base of `lowrank` and `compiled`. `--uneven` gives every answer another length, from a
+quarter of `--new-tokens` up: a padded batch goes on until the longest is done, a place of ours is taken by the next
+question. `seconds_after_first_token` is the whole less a run of one token each: on a CPU, torch copies the head's
+weight once per row for transformers' first token (a `bmm`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.gpu_day.shapes import base_of
 from benchmarks.machine import describe
 from benchmarks.workload import QWEN_05B
 from lowrank.adapters.bank import Bank
@@ -39,9 +41,6 @@ from lowrank.adapters.variants.lora import LoraConfig as Lora
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt
-from lowrank.models.base import Base
-from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
-from lowrank.models.checks.isolation import choose_layout
 
 RANK = 16
 
@@ -101,9 +100,7 @@ def with_lowrank(
 ) -> Callable[[list[int]], None]:
     """Adapters on the bank."""
     model = make_model(options)
-    use_memory_efficient_modules(model)
-    base = Base(model, None, "random")
-    choose_layout(base, "auto")
+    base = base_of(model, "random", options.storage)
     bank = Bank(base)
     slots = [bank.add(Lora(rank=RANK, alpha=32), seed=index) for index in range(options.adapters)]
 
@@ -138,6 +135,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=512)
     parser.add_argument("--uneven", action="store_true")
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--storage", default="dense", help="of lowrank's base: dense, nf4, int8 ...")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--contenders", default="transformers,peft,lowrank")

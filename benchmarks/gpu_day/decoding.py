@@ -61,9 +61,16 @@ def speed(
 
 
 def compiled(day: Day) -> None:
-    """Plain beside compiled layers, one answer at once and many, one adapter and as many as answers."""
+    """Plain beside compiled layers, of a base in 16 and in 4 bits."""
+    for storage in ("dense", "nf4"):
+        _compiled(day, storage)
+        free()
+
+
+def _compiled(day: Day, storage: str) -> None:
+    """One answer at once and many, one adapter and as many as answers."""
     many, new = (3, 3) if day.tiny else (16, 64)
-    base = base_of(make_model("0.5B", day.device, day.tiny, day.dtype), "0.5B", "dense")
+    base = base_of(make_model("0.5B", day.device, day.tiny, day.dtype), "0.5B", storage)
     generator, bank = np.random.default_rng(0), bank_of(base)
     slots = [bank.add(LoraConfig(rank=RANK), seed=seed) for seed in range(many)]
     layers = CompiledDecoding(base, bank, day.note, "eager" if day.tiny else "inductor")
@@ -77,4 +84,5 @@ def compiled(day: Day) -> None:
             answers.compiled = layers if name == "compiled" else None
             own = [slots[index % adapters] for index in range(rows)]
             taken[name] = speed(day, answers, prompts[:rows], own, new, 0.0)
-        day.add("compiled", {"rows": rows, "adapters": adapters, "tokens_per_second": taken, "problem": layers.problem})
+        row = {"storage": storage, "rows": rows, "adapters": adapters, "tokens_per_second": taken}
+        day.add("compiled", {**row, "problem": layers.problem})

@@ -108,4 +108,4 @@ def _decoding(row: dict[str, Any]) -> dict[str, Any]:
 
 def _compiled(row: dict[str, Any]) -> dict[str, Any]:
     speeds = {name: f"{speed:.0f} tokens/s" for name, speed in row["tokens_per_second"].items()}
-    return {key: row[key] for key in ("rows", "adapters")} | speeds | {"not used": row["problem"] or ""}
+    return {key: row[key] for key in ("storage", "rows", "adapters")} | speeds | {"not used": row["problem"] or ""}

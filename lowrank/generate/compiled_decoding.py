@@ -2,9 +2,10 @@
 
 torch.compile makes one kernel of what lies between two products (norms, rotary embedding, gates, residuals), and on
 NVIDIA's GPUs CUDA graphs, so that a step is not waiting for Python to launch a thousand small kernels. Layers are
-compiled one by one and share what was compiled; the model's own code around them runs as ever. Attention over pages and
-the adapters' updates are operators in it (`attend_pages`, `add_updates_by_row`), so that neither longer sequences nor
-other adapters compile anything anew; other numbers of rows do it once, from one row to many.
+compiled one by one and share what was compiled; the model's own code around them runs as ever. Attention over pages,
+the adapters' updates and products with packed weights are operators in it (`attend_pages`, `add_updates_by_row`,
+`packed_product`), so that neither longer sequences nor other adapters compile anything anew; other numbers of rows do
+it once, from one row to many.
 
 Nothing is believed: the first step of every number of rows and slots (with CUDA graphs, until one was replayed) is made
 plainly as well, and hidden states, keys and values are compared. Where they differ, or anything goes wrong, it says so
@@ -30,6 +31,7 @@ from lowrank.models.attention.paged import InGraph, PagedBatch
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import distance, tolerance
 from lowrank.models.layers import decoder_layers
+from lowrank.models.storages.in_graph import put_in_graphs
 from lowrank.notices import log_notice
 
 _GRAPHS = 64
@@ -133,6 +135,7 @@ class CompiledDecoding:
         layers = decoder_layers(self._base.model)
         assert layers is not None, "checked before"
         if not self._calls:
+            put_in_graphs(self._base.model)
             options = {"triton.cudagraphs": True} if self._has_graphs else None
             for layer in layers:
                 layer.compile(fullgraph=True, dynamic=True, backend=self._backend, options=options)

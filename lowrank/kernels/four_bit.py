@@ -283,9 +283,13 @@ def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, f
 
 
 def dequantize_scales(
-    codes: torch.Tensor, absmax: torch.Tensor, offset: float, values: torch.Tensor, block_size: int = NESTED_BLOCK
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    offset: torch.Tensor,
+    values: torch.Tensor,
+    block_size: int = NESTED_BLOCK,
 ) -> torch.Tensor:
-    """float32 scales again; `values` are the 256 that `codes` point to."""
+    """float32 scales again; `values` are the 256 that `codes` point to. `offset`: one float32."""
     library = native("four_bit") if codes.device.type == "cpu" else None
     if library is not None:
         assert codes.is_contiguous()
@@ -293,7 +297,7 @@ def dequantize_scales(
         assert absmax.is_contiguous()
         out = torch.empty(len(codes), dtype=torch.float32)
         library.dequantize_scales(
-            pointer(codes), pointer(values), pointer(absmax), ctypes.c_float(offset), ctypes.c_int64(block_size),
+            pointer(codes), pointer(values), pointer(absmax), ctypes.c_float(offset.item()), ctypes.c_int64(block_size),
             ctypes.c_int64(len(codes)), pointer(out), threads_for(len(codes), _CHUNK),
         )  # fmt: skip
         return out
@@ -301,7 +305,11 @@ def dequantize_scales(
 
 
 def dequantize_scales_torch(
-    codes: torch.Tensor, absmax: torch.Tensor, offset: float, values: torch.Tensor, block_size: int = NESTED_BLOCK
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    offset: torch.Tensor,
+    values: torch.Tensor,
+    block_size: int = NESTED_BLOCK,
 ) -> torch.Tensor:
     """The meaning of `dequantize_scales`, in torch."""
     found = values.index_select(0, codes.int())

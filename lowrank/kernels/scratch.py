@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +17,7 @@ import torch
 class _Buffers(threading.local):
     def __init__(self) -> None:
         self.by_kind: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self.fresh = False
 
 
 _buffers = _Buffers()
@@ -23,6 +25,8 @@ _buffers = _Buffers()
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialized contiguous tensor over the thread's buffer: the next call hands out the same memory."""
+    if _buffers.fresh:
+        return torch.empty(*shape, dtype=dtype, device=device)
     size = math.prod(shape)
     buffer = _buffers.by_kind.get((device, dtype))
     if buffer is None or buffer.numel() < size:
@@ -32,3 +36,14 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
             buffer = torch.empty(size, dtype=dtype, device=device)
         _buffers.by_kind[(device, dtype)] = buffer
     return buffer[:size].view(*shape)
+
+
+@contextmanager
+def fresh_memory() -> Generator[None]:
+    """`scratch` gives memory of its own to each call inside: a CUDA graph owns what is allocated while it is recorded,
+    and a buffer kept from there would lie in memory that the graph uses again."""
+    _buffers.fresh = True
+    try:
+        yield
+    finally:
+        _buffers.fresh = False

@@ -29,10 +29,12 @@ class Counting:
 
     def __init__(self, then: Callable[[Any], Any] = lambda run: run) -> None:
         self.graphs = 0
+        self.seen: list[Any] = []
         self.then = then
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.graphs += 1
+        self.seen.append(graph)
         return self.then(graph.forward)
 
 
@@ -182,14 +184,36 @@ def test_every_family_with_inductor(family: str) -> None:
     assert bool(notes) == (family in LEFT_PLAIN), notes
 
 
+STORAGES = ("nf4", {"type": "nf4", "double_quant": False}, "fp4", "int8", "eetq", {"type": "hqq", "bits": 3}, "bf16")
+
+
+def packed_world(storage: Any) -> Engine:
+    settings = {"path": "lowrank/tiny", "dtype": "float32", "device": "cpu", "storage": storage}
+    base = load(ModelConfig.model_validate(settings), tokenizer=None, notify=lambda text: None)
+    return make_engine(base, LoraConfig(rank=4))[0]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_packed_layers_are_operators(storage: Any) -> None:
+    """Of one graph for all layers, whose scales and offsets are tensors."""
+    engine, backend, notes = packed_world(storage), Counting(), []
+    assert answers(compiled(engine, backend, notes), [0, -1]) == plain(engine, [0, -1])
+    assert not notes
+    assert 1 <= backend.graphs <= 2, "one row is not many"
+    calls = [
+        node.target
+        for graph in backend.seen
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.target == torch.ops.lowrank.packed_product
+    ]
+    assert len(calls) == 7 * backend.graphs
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_packed_storages_with_inductor(storage: str) -> None:
-    settings = {"path": "lowrank/tiny", "dtype": "float32", "device": "cpu", "storage": storage}
-    base = load(ModelConfig.model_validate(settings), tokenizer=None, notify=lambda text: None)
-    engine, _ = make_engine(base, LoraConfig(rank=4))
-    notes: list[str] = []
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_packed_storages_with_inductor(storage: Any) -> None:
+    engine, notes = packed_world(storage), []
     assert answers(compiled(engine, "inductor", notes), [0, -1]) == plain(engine, [0, -1])
-    assert bool(notes) == (storage == "nf4"), notes  # its codes are unpacked in C
+    assert not notes

@@ -148,9 +148,10 @@ def test_double_quantization(count: int) -> None:
     difference = (codes.int() - theirs.int()).abs()
     assert difference.max() <= 1 or count == 1  # a lone scale is its mean: zero, for which they have another code
     assert (difference > 0).float().mean() < 0.02 or count == 1
-    ours = dequantize_scales(codes, nested, offset, dynamic_map())
-    assert torch.equal(ours, dequantize_scales_torch(codes, nested, offset, dynamic_map()))
-    other = dequantize_scales(theirs, nested, offset, dynamic_map())
+    mean = torch.tensor(offset)
+    ours = dequantize_scales(codes, nested, mean, dynamic_map())
+    assert torch.equal(ours, dequantize_scales_torch(codes, nested, mean, dynamic_map()))
+    other = dequantize_scales(theirs, nested, mean, dynamic_map())
     assert (ours - absmax).norm() <= (other - absmax).norm() + 1e-6
     assert torch.equal(bnb.dequantize_blockwise(codes, state) + offset, ours)  # and what the codes mean is the same
 

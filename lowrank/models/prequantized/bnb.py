@@ -141,12 +141,13 @@ def as_tensors(linear: nn.Module) -> dict[str, torch.Tensor]:
         "weight.quant_map": torch.tensor(CODES[linear.code]),
     }
     if linear.nested_absmax is not None:
+        assert linear.offset is not None
         values = linear.nested_map if linear.nested_map is not None else dynamic_map()
         tensors |= {"weight.nested_absmax": linear.nested_absmax, "weight.nested_quant_map": values.clone()}
         state |= {
             "nested_blocksize": linear.nested_block_size,
             "nested_dtype": _NESTED_DTYPE,
-            "nested_offset": linear.offset,
+            "nested_offset": float(linear.offset),
         }
     tensors[_STATE + linear.code] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors

@@ -26,6 +26,7 @@ class FourBitLinear(PackedLinear):
     codes: torch.Tensor
     absmax: torch.Tensor
     nested_absmax: torch.Tensor | None
+    offset: torch.Tensor | None
     nested_map: torch.Tensor | None
 
     def __init__(
@@ -46,19 +47,21 @@ class FourBitLinear(PackedLinear):
         """`shape` is (O, D). `nested_map`: what 8-bit scales point to, where it is not `dynamic_map`."""
         super().__init__(shape[1], shape[0], bias_O, dtype)
         self.code, self.block_size = code, block_size
-        self.offset, self.nested_block_size = offset, nested_block_size
+        self.nested_block_size = nested_block_size
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.register_buffer("nested_absmax", nested_absmax)
+        nested = nested_absmax is not None  # its offset is a tensor for what differs between layers compiled as one
+        self.register_buffer("offset", torch.tensor(offset, device=nested_absmax.device) if nested else None)
         own_map = nested_map is not None and not torch.equal(nested_map, dynamic_map(nested_map.device))
         self.register_buffer("nested_map", nested_map if own_map else None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., O), in the dtype of `x`; a few rows without gradient (decoding) straight from the codes."""
         trains = torch.is_grad_enabled() and x.requires_grad
         x_ND = x if trains else x.reshape(-1, self.in_features)
         if trains or x.dtype != self.dtype or not reads_codes(x_ND):
-            return super().forward(x)
+            return super().product(x)
         out_NO = product(x_ND, self.codes, self.scales(), self.code, self.block_size, self.out_features)
         if self.bias is not None:
             out_NO += self.bias
@@ -73,6 +76,7 @@ class FourBitLinear(PackedLinear):
         """The float32 scale of each block."""
         if self.nested_absmax is None:
             return self.absmax
+        assert self.offset is not None
         values = self.nested_map if self.nested_map is not None else dynamic_map(self.absmax.device)
         return dequantize_scales(self.absmax, self.nested_absmax, self.offset, values, self.nested_block_size)
 
@@ -82,9 +86,9 @@ class FourBitLinear(PackedLinear):
 
 
 def four_bit_bytes(numel: int, block_size: int, double_quant: bool) -> int:
-    """Codes and scales of `numel` weights."""
+    """Codes and scales of `numel` weights, and the offset of double quantization."""
     blocks = -(-numel // block_size)
-    return packed_bytes(numel) + (blocks + 4 * -(-blocks // NESTED_BLOCK) if double_quant else 4 * blocks)
+    return packed_bytes(numel) + (blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double_quant else 4 * blocks)
 
 
 def four_bit_of(linear: nn.Module, code: str, block_size: int, double_quant: bool) -> FourBitLinear:

@@ -7,6 +7,7 @@ libraries repack in eval and lose the gradient).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.register_buffer("bias", None if bias_O is None else bias_O.detach().to(dtype))
+        self.in_graph: tuple[str, Callable[[torch.Tensor, PackedLinear, str], torch.Tensor]] | None = None
+        """How a compiled layer calls it (in_graph.py)."""
 
     def dense_weight(self) -> torch.Tensor:
         """W as (O, D) in `self.dtype`, in scratch memory: good until the next call."""
@@ -73,6 +76,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., O), in the dtype of `x`."""
+        if self.in_graph is not None and torch.compiler.is_compiling():
+            kind, product = self.in_graph
+            return product(x, self, kind)
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, as it is computed; a storage may have a faster way."""
         return frozen_product(x, self)
 
     def extra_repr(self) -> str:
