@@ -126,7 +126,9 @@ class ReadBack:
     temporary: tuple[Path, ...] = ()
     """Files that are there for the comparison only."""
     sees: bool = False
-    """It is asked about a picture, and nothing else: its reader is one that `SeesPictures`."""
+    """It is asked about a picture: its reader is one that `SeesPictures`."""
+    reads: bool = True
+    """It is asked the documents. False: it is there for pictures alone."""
 
 
 class Progress(Protocol):
@@ -154,16 +156,6 @@ class Target(Protocol):
 
     def usage(self, source: Source, path: str) -> str:
         """Markdown for the model card: how what lies at `path` (a folder or a hub name) is run."""
-        ...
-
-
-@runtime_checkable
-class WritesTower(Protocol):
-    """A target that may write what a model sees pictures by in a form of its own."""
-
-    @property
-    def has_tower(self) -> bool:
-        """Whether it does so for this source: known from `needs` on, and sure after `write`."""
         ...
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.media.processor import processor_of
 from lowrank.models.config import ModelConfig
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,6 +41,12 @@ class Source:
     """The tokenizer has tokens that the base's files lack: the adapter's own."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether the base can be shown pictures, so that what is written is asked about one too."""
+        processor = processor_of(self.tokenizer)
+        return processor is not None and processor.sees
 
     @property
     def hub_base(self) -> str | None:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +24,14 @@ from lowrank import __version__
 from lowrank.checkpoints.atomic import new_folder, write_text
 from lowrank.data.config import SourceConfig
 from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
-from lowrank.export import Needs, Target, WritesParts, WritesTower
+from lowrank.export import Needs, ReadBack, Target, WritesParts
 from lowrank.export.gguf.llama_cpp import OtherVersionError
 from lowrank.export.publish.model_card import card
 from lowrank.export.source import Source
 from lowrank.export.targets import TargetConfig
 from lowrank.export.verify.compare import STORE_BYTES, Answers, Comparer, Comparison, reference_answers
 from lowrank.export.verify.pictures import PictureAnswer, compare_pictures, picture_answer
-from lowrank.export.verify.readers import read_adapter
+from lowrank.export.verify.readers import NO_TOWER, read_adapter
 from lowrank.export.writing.sizes import format_size
 from lowrank.models.loading.checkpoint_files import Checkpoint
 from lowrank.notices import log_notice
@@ -103,10 +103,9 @@ def export_targets(
                     install.make()
         built = [each for each in built if each.own.type not in failures.errors]
         failures.raise_if_none_is_left()
-        pictures = any(isinstance(each.target, WritesTower) and each.target.has_tower for each in built)
         answers, seen = None, None
         if verify:
-            answers, seen = _reference_answers(found, source, prompts, notify, watch, pictures=pictures)
+            answers, seen = _reference_answers(found, source, prompts, notify, watch)
         comparer = None if answers is None else Comparer(answers, source.stop_tokens)
         for each in built:
             with failures.of(each.own.type):
@@ -187,20 +186,17 @@ def _export_target(
     read_backs = target.read_back(source, own.folder)
     try:
         for read_back in read_backs if comparer else ():
-            what = f"comparing {read_back.name}"
             assert comparer is not None
             try:
-                if not read_back.sees:
-                    comparisons.append(comparer.compare(read_back, lambda a, b, what=what: watch(what, a, b)))
-                elif isinstance(seen, PictureAnswer):
-                    watch(what, 0, 1)
-                    comparisons.append(compare_pictures(read_back, seen))
-                else:
-                    uncompared.append(f"{read_back.name} was not compared with a picture: {seen}")
+                for found in _compared(read_back, comparer, seen, watch):
+                    if isinstance(found, str):
+                        uncompared.append(found)
+                    else:
+                        comparisons.append(found)
             except LowrankError as error:
-                if read_back.sees and isinstance(error, OtherVersionError):
+                if not read_back.reads and isinstance(error, OtherVersionError):
                     uncompared.append(f"{read_back.name} was not compared with a picture: {error}")
-                elif len(read_backs) == 1:
+                elif len(read_backs) == 1 and not comparisons:
                     raise
                 else:
                     failed[read_back.name] = error
@@ -233,17 +229,35 @@ def _export_target(
     return report
 
 
+def _compared(
+    read_back: ReadBack, comparer: Comparer, seen: PictureAnswer | str | None, watch: Watch
+) -> Iterator[Comparison | str]:
+    """What was written, opened once and asked all there is to ask; in words what it could not be asked."""
+    what = f"comparing {read_back.name}"
+    blind = f"{read_back.name} was not compared with a picture: {seen}"
+    if not read_back.reads and not isinstance(seen, PictureAnswer):
+        yield blind
+        return
+    comparer.prepare(read_back)
+    with read_back.open() as reader:
+        if read_back.reads:
+            yield comparer.compare(read_back, reader, lambda a, b: watch(what, a, b))
+        if read_back.sees and isinstance(seen, PictureAnswer):
+            watch(what, 0, 1)
+            yield compare_pictures(read_back, reader, seen)
+        elif read_back.sees:
+            yield blind
+
+
 def _reference_answers(
     found: ResolvedSource,
     source: Source,
     prompts: SourceConfig | None,
     notify: Callable[[str], None],
     watch: Watch,
-    *,
-    pictures: bool,
-) -> tuple[Answers, PictureAnswer | str | None]:
-    """What base + adapter says, kept for all targets; where they write towers what it says to a picture, or why it
-    cannot be asked about one."""
+) -> tuple[Answers, PictureAnswer | str]:
+    """What base + adapter says, kept for all targets; of a base that sees also to a picture, or why it cannot be asked
+    about one."""
     held_out = found.held_out(prompts)
     notify(f"compared on {held_out.origin}")
     watch("asking base + adapter", 0, 1)
@@ -252,8 +266,8 @@ def _reference_answers(
         answers = reference_answers(
             reader, held_out, source.stop_tokens, vocabulary, lambda a, b: watch("asking base + adapter", a, b)
         )
-        if not pictures:
-            return answers, None
+        if not source.sees:
+            return answers, NO_TOWER
         try:
             return answers, picture_answer(reader, found.renderer, source.stop_tokens)
         except LowrankError as error:

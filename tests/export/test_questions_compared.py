@@ -75,7 +75,7 @@ def test_chance_over_few_tokens_is_no_difference(shape: str) -> None:
     losses = (_losses(reference_LV[compared], document, compared),)
     answers = Answers(held_out, (reference_LV[compared],), (), losses, None)
     read_back = ReadBack("F16", tolerance("f16"), lambda: Changed(log_softmax(logit_LV + noise_LV)))
-    found = Comparer(answers, frozenset()).compare(read_back, lambda *_: None)
+    found = Comparer(answers, frozenset()).compare(read_back, read_back.open(), lambda *_: None)
     assert found.mean_kl < 1e-5
     assert abs(found.perplexity / found.reference_perplexity - 1) > tolerance("f16").perplexity
     assert found.passed == (shape == "rounded"), found.problems
@@ -97,6 +97,6 @@ def test_losses_of_unlikely_tokens_may_move_by_more(surprised: bool) -> None:
     assert losses[0].mean() == pytest.approx(7.5 if surprised else 0.5, abs=0.01)
     answers = Answers(HeldOut((document,), (compared,), (), "rows"), (reference_LV[compared],), (), losses, None)
     read_back = ReadBack("Q8_0", tolerance("q8_0"), lambda: Changed(log_softmax(moved_LV)))
-    found = Comparer(answers, frozenset()).compare(read_back, lambda *_: None)
+    found = Comparer(answers, frozenset()).compare(read_back, read_back.open(), lambda *_: None)
     assert found.perplexity / found.reference_perplexity - 1 == pytest.approx(0.022, abs=1e-3)
     assert found.passed == surprised, found.problems

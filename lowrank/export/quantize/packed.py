@@ -173,7 +173,7 @@ class PackedTarget:
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as lowrank's own reader of the format loads it."""
-        return (ReadBack(self.name, self.form.tolerance, lambda: read_model(source, folder)),)
+        return (ReadBack(self.name, self.form.tolerance, lambda: read_model(source, folder), sees=source.sees),)
 
     def usage(self, source: Source, path: str) -> str:
         """By the format."""

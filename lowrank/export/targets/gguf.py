@@ -190,7 +190,8 @@ class GgufTarget:
         path, tower, allowed = self.path(source, folder, kind), self.tower_path(source, folder), tolerance(kind)
         kl = max(allowed.mean_kl, _TOWER_KL)
         allowed = replace(allowed, mean_kl=kl, top1_agreement=max(0.5, 1.0 - kl**0.5), perplexity=kl)
-        return ReadBack(f"{tower.name} beside {path.name}", allowed, lambda: LlamaReader(path, tower=tower), sees=True)
+        name = f"{tower.name} beside {path.name}"
+        return ReadBack(name, allowed, lambda: LlamaReader(path, tower=tower), sees=True, reads=False)
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""

@@ -85,7 +85,7 @@ class MergedTarget:
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as transformers loads it."""
         written = self.dtype or _base_dtype(self._merged(source))
-        return (ReadBack("merged", TOLERANCES[written], lambda: read_model(source, folder)),)
+        return (ReadBack("merged", TOLERANCES[written], lambda: read_model(source, folder), sees=source.sees),)
 
     def usage(self, source: Source, path: str) -> str:
         """With transformers and with vLLM."""

@@ -129,7 +129,7 @@ class OllamaTarget:
 
     @property
     def has_tower(self) -> bool:
-        """See `WritesTower`."""
+        """Whether a second file, for what the model sees or hears, is written."""
         return self.gguf.has_tower
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:

@@ -77,7 +77,7 @@ class PeftTarget:
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The adapter as a user loads it again, on the base."""
         tolerance = TOLERANCES[self.config.dtype]
-        return (ReadBack("peft", tolerance, lambda: read_adapter(source, load_adapter(folder))),)
+        return (ReadBack("peft", tolerance, lambda: read_adapter(source, load_adapter(folder)), sees=source.sees),)
 
     def usage(self, source: Source, path: str) -> str:
         """With PEFT, or with AdapterHub's library, on the base."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.batches import BARE_BASE
-from lowrank.export import ReadBack, Tolerance
+from lowrank.export import ReadBack, Reader, Tolerance
 from lowrank.export.verify.held_out import HeldOut
 from lowrank.export.verify.readers import BankReader
 
@@ -130,10 +130,15 @@ class Comparer:
         self.stop_tokens = stop_tokens
         self._between: tuple[str, list[np.ndarray]] | None = None
 
-    def compare(self, read_back: ReadBack, tick: Tick) -> Comparison:
-        """Load it, ask it the same, and see whether it is within its tolerance."""
+    def prepare(self, read_back: ReadBack) -> None:
+        """Before it is opened: ask what it was rounded from, so that the two are never in memory together."""
+        if read_back.against is not None:
+            self._logprobs(read_back.against)
+
+    def compare(self, read_back: ReadBack, reader: Reader, tick: Tick) -> Comparison:
+        """Ask what was opened the same, and see whether it is within its tolerance."""
         between = None if read_back.against is None else self._logprobs(read_back.against)
-        return _compare(read_back, self.answers, between, self.stop_tokens, tick)
+        return _compare(read_back, reader, self.answers, between, self.stop_tokens, tick)
 
     def _logprobs(self, read_back: ReadBack) -> list[np.ndarray]:
         """At the compared places of each document, kept for what else was rounded from it."""
@@ -152,6 +157,7 @@ class Comparer:
 
 def _compare(
     read_back: ReadBack,
+    reader: Reader,
     answers: Answers,
     between: Sequence[np.ndarray] | None,
     stop_tokens: frozenset[int],
@@ -160,20 +166,19 @@ def _compare(
     requested = answers.held_out
     kls, agreed, losses, same = [], [], [], 0
     between_kls, between_agreed = [], []
-    with read_back.open() as reader:
-        for number, (prompt, expected) in enumerate(zip(requested.prompts, answers.greedy)):
-            same += tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)) == expected
-            tick(number + 1, len(requested.prompts) + len(requested.documents))
-        for number, (document, compared) in enumerate(zip(requested.documents, requested.compared)):
-            own = reader.logprobs(document, _prompt(compared))[compared]
-            reference = answers.logprobs[number]
-            kls.append(kl_of(reference, own))
-            agreed.append(reference.argmax(1) == own.argmax(1))
-            losses.append(_losses(own, document, compared))
-            if between is not None:
-                between_kls.append(kl_of(between[number], own))
-                between_agreed.append(between[number].argmax(1) == own.argmax(1))
-            tick(len(requested.prompts) + number + 1, len(requested.prompts) + len(requested.documents))
+    for number, (prompt, expected) in enumerate(zip(requested.prompts, answers.greedy)):
+        same += tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)) == expected
+        tick(number + 1, len(requested.prompts) + len(requested.documents))
+    for number, (document, compared) in enumerate(zip(requested.documents, requested.compared)):
+        own = reader.logprobs(document, _prompt(compared))[compared]
+        reference = answers.logprobs[number]
+        kls.append(kl_of(reference, own))
+        agreed.append(reference.argmax(1) == own.argmax(1))
+        losses.append(_losses(own, document, compared))
+        if between is not None:
+            between_kls.append(kl_of(between[number], own))
+            between_agreed.append(between[number].argmax(1) == own.argmax(1))
+        tick(len(requested.prompts) + number + 1, len(requested.prompts) + len(requested.documents))
     loss_N, reference_N = np.concatenate(losses), np.concatenate(answers.losses)
     return judged(
         read_back,

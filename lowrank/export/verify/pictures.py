@@ -12,23 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from lowrank.batches import Segment, pack
+from lowrank.batches import Segment
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
-from lowrank.export import Look, ReadBack, SeesPictures
+from lowrank.export import Look, ReadBack, Reader, SeesPictures, Tolerance
 from lowrank.export.verify.compare import Comparison, judged, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
 from lowrank.media.decoding import examine, from_pillow
-from lowrank.media.processor import MediaProcessor, processor_of
-from lowrank.models.checks.media_isolation import give_media_encoder
+from lowrank.media.processor import MediaProcessor
 from lowrank.records import Conversation, Message
 
 _QUESTION = "What is to be seen in this picture?"
 _NEW_TOKENS = 16
+_ERRORS_BY_CHANCE = 3
 _SIDE = 224
 """Pixels, of processors that keep the size of a picture; a multiple of the patches of all that are known."""
 
@@ -48,13 +47,7 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
     """Raises LowrankError where this model cannot be asked about pictures here."""
     from PIL import Image
 
-    processor = processor_of(renderer.tokenizer)
-    if processor is None or not processor.sees:
-        raise ModelError("it has no tower for pictures, or not the files of its processor")
-    if reader.base.media_encoder is None:
-        give_media_encoder(reader.base, processor, answering=True)
-    assert reader.base.media_encoder is not None
-    pixels_HWC = made_picture(_side(processor))
+    pixels_HWC = made_picture(_side(reader.media_encoder.processor))
     picture = examine(from_pillow(Image.fromarray(pixels_HWC)), "it")
     conversation = Conversation((Message("user", _QUESTION, media=((0, picture),)),))
     segment = renderer.prompt_segment(conversation)
@@ -66,22 +59,23 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
         raise DataError(str(error)) from error
     token_L = np.append(segment.token_L, np.asarray(answer, np.int64))
     document = Segment(token_L, np.zeros(len(token_L), np.float32), media=segment.media, prompt=len(segment))
-    (place_P,) = np.nonzero(segment.token_L == reader.base.media_encoder.token)
+    (place_P,) = np.nonzero(segment.token_L == reader.media_encoder.token)
     if not len(place_P):
         raise ModelError("no token of its question stands for the picture")
     first, end = int(place_P[0]), int(place_P[-1]) + 1
     rows = len(answer) + 1
     look = Look(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
-    own = _logprobs(reader, document, rows)
+    own = reader.logprobs_shown(document, rows)
     bare = BankReader(reader.base, reader.bank)
-    return PictureAnswer(look, own, None if reader.slot == bare.slot else _logprobs(bare, document, rows))
+    return PictureAnswer(look, own, None if reader.slot == bare.slot else bare.logprobs_shown(document, rows))
 
 
-def compare_pictures(read_back: ReadBack, seen: PictureAnswer) -> Comparison:
-    """Load it, show it the picture, and see whether it is within its tolerance."""
-    with read_back.open() as reader:
-        assert isinstance(reader, SeesPictures)
-        own_KV, length = reader.look(seen.look)
+def compare_pictures(read_back: ReadBack, reader: Reader, seen: PictureAnswer) -> Comparison:
+    """Show what was opened the picture, and see whether it is within its tolerance."""
+    assert isinstance(reader, SeesPictures)
+    own_KV, length = reader.look(seen.look)
+    name = f"{read_back.name}, asked about a picture" if read_back.reads else read_back.name
+    read_back = replace(read_back, name=name, against=None, tolerance=_of_few(read_back.tolerance, len(own_KV)))
     answer_K = seen.logprob_KV.argmax(1)
     bare = None if seen.base_logprob_KV is None else _losses(seen.base_logprob_KV, answer_K)
     same_K = own_KV.argmax(1) == answer_K
@@ -101,6 +95,13 @@ def compare_pictures(read_back: ReadBack, seen: PictureAnswer) -> Comparison:
     return replace(found, problems=(problem, *found.problems))
 
 
+def _of_few(tolerance: Tolerance, places: int) -> Tolerance:
+    """As it is held over so few places: how many of them have another likeliest token is a matter of chance."""
+    wanted = tolerance.top1_agreement
+    error = math.sqrt(wanted * (1 - wanted) / places)
+    return replace(tolerance, top1_agreement=wanted - _ERRORS_BY_CHANCE * error)
+
+
 def made_picture(side: int) -> np.ndarray:
     """(side, side, 3) uint8: areas and a slope, no two quarters alike."""
     pixels_HWC = np.zeros((side, side, 3), np.uint8)
@@ -111,18 +112,24 @@ def made_picture(side: int) -> np.ndarray:
 
 
 def _side(processor: MediaProcessor) -> int:
-    """Of a square picture that the processor leaves as large as it is."""
-    images = processor.own.image_processor
+    """Of a square picture that the processor leaves as large as it is, as far as training's limits let it come."""
+    side, step = _own_side(processor.own.image_processor)
+    within, _ = processor.limits.of_picture(side, side)
+    return -(-within // step) * step if within > side else max(step, within // step * step)
+
+
+def _own_side(images: Any) -> tuple[int, int]:
+    """The side for an image processor, and what sides are multiples of."""
     for name in ("crop_size", "size"):
         height = _number(getattr(images, name, None), "height")
         if height and height == _number(getattr(images, name, None), "width"):
-            return height
+            return height, 1
     step = _number(getattr(images, "patch_size", None), "height") or 1
     step *= (getattr(images, "merge_size", None) or 1) * (getattr(images, "pooling_kernel_size", None) or 1)
     longest, shortest = (_number(getattr(images, "size", None), key) for key in ("longest_edge", "shortest_edge"))
     if longest and shortest:  # of a processor that has both they are numbers of pixels in all
         longest = math.isqrt(longest)
-    return max(step, min(_SIDE, longest or _SIDE) // step * step)
+    return max(step, min(_SIDE, longest or _SIDE) // step * step), step
 
 
 def _number(size: Any, key: str) -> int:
@@ -130,16 +137,6 @@ def _number(size: Any, key: str) -> int:
     if isinstance(size, int):
         return size
     return int((size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)) or 0)
-
-
-def _logprobs(reader: BankReader, document: Segment, rows: int) -> np.ndarray:
-    """After each of the last `rows` tokens, (K, V) float32."""
-    assert reader.base.media_encoder is not None
-    segment = reader.bank.prompted(reader.slot, document)
-    batch = reader.base.media_encoder.ready(pack([(reader.slot, segment)])).to(reader.base.device)
-    with torch.no_grad():
-        hidden_KD = reader.bank.hidden(batch)[-rows:]
-        return reader.bank.head(reader.slot).logits(hidden_KD).log_softmax(-1).float().cpu().numpy()
 
 
 def _losses(logprob_KV: np.ndarray, answer_K: np.ndarray) -> np.ndarray:

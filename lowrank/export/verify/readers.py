@@ -11,25 +11,33 @@ import torch
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE, Segment, pack
+from lowrank.batches import BARE_BASE, Media, Segment, pack
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.errors import ModelError
+from lowrank.export import Look
 from lowrank.export.source import Source
 from lowrank.generate.sampler import GenerationConfig, Prompt, generate
+from lowrank.media.decoding import examine, from_pillow
+from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.base import Base
+from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.config import ModelConfig
+from lowrank.models.media_encoder import MediaEncoder
 from lowrank.models.storages.dense import DenseConfig
 
+NO_TOWER = "it has no tower for pictures, or not the files of its processor"
 _LOGITS_AT_ONCE = 1 << 24
 """Elements of the (rows, V) blocks of logits."""
 
 
 class BankReader:
-    """A base and one slot of its bank (-1: the base alone)."""
+    """A base and one slot of its bank (-1: the base alone). `processor`: of the media that the base may be shown."""
 
-    def __init__(self, base: Base, bank: Bank, slot: int = BARE_BASE) -> None:
+    def __init__(self, base: Base, bank: Bank, slot: int = BARE_BASE, processor: MediaProcessor | None = None) -> None:
         self.base = base
         self.bank = bank
         self.slot = slot
+        self._processor = processor
 
     def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
         """See `Reader`."""
@@ -42,6 +50,41 @@ class BankReader:
             step = max(1, _LOGITS_AT_ONCE // head.weight_VD.shape[0])
             blocks = [head.logits(part).log_softmax(-1).float().cpu() for part in hidden_LD.split(step)]
         return torch.cat(blocks).numpy()
+
+    @property
+    def media_encoder(self) -> MediaEncoder:
+        """By which it is shown pictures, tried out the first time. ModelError where it cannot be shown any."""
+        if self.base.media_encoder is None:
+            if self._processor is None or not self._processor.sees:
+                raise ModelError(NO_TOWER)
+            give_media_encoder(self.base, self._processor, answering=True)
+        assert self.base.media_encoder is not None
+        return self.base.media_encoder
+
+    def look(self, question: Look) -> tuple[np.ndarray, int]:
+        """See `SeesPictures`."""
+        from PIL import Image
+
+        processor, token = self.media_encoder.processor, self.media_encoder.token
+        picture = examine(from_pillow(Image.fromarray(question.pixels_HWC)), "it")
+        (stands,) = processor.placeholders([picture])
+        token_P = np.asarray(processor.own.tokenizer(stands, add_special_tokens=False)["input_ids"], np.int64)
+        places = np.flatnonzero(token_P == token)
+        token_P = token_P[places[0] : places[-1] + 1]
+        token_L = np.concatenate([question.before_L, token_P, question.after_L])
+        first = len(question.before_L)
+        media = Media((picture,), ((first, first + len(token_P)),))
+        prompt = len(token_L) - (question.rows - 1)
+        document = Segment(token_L, np.zeros(len(token_L), np.float32), media=media, prompt=prompt)
+        return self.logprobs_shown(document, question.rows), len(token_P)
+
+    def logprobs_shown(self, document: Segment, rows: int) -> np.ndarray:
+        """Of a document with pictures, after each of its last `rows` tokens: (rows, V) float32."""
+        segment = self.bank.prompted(self.slot, document)
+        batch = self.media_encoder.ready(pack([(self.slot, segment)])).to(self.base.device)
+        with torch.no_grad():
+            hidden_KD = self.bank.hidden(batch)[-rows:]
+            return self.bank.head(self.slot).logits(hidden_KD).log_softmax(-1).float().cpu().numpy()
 
     def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
         """See `Reader`."""
@@ -61,7 +104,7 @@ class BankReader:
 def read_adapter(source: Source, adapter: AdapterOnDisk | None) -> BankReader:
     """The source's base, loaded with an adapter (None: alone) in `source.model`'s dtype and on its device."""
     model = source.model.model_copy(update={"path": str(source.base), "revision": None})
-    reader = _load(model, source)
+    reader = _load(model, source, processor_of(source.tokenizer))
     if adapter is not None:
         reader.slot = reader.bank.add(adapter.config, seed=0)
         reader.bank.load(reader.slot, adapter.tensors)
@@ -70,11 +113,12 @@ def read_adapter(source: Source, adapter: AdapterOnDisk | None) -> BankReader:
 
 def read_model(source: Source, folder: Path) -> BankReader:
     """A model in transformers' layout, on the source's device and in its dtype."""
-    return _load(source.model.model_copy(update={"path": str(folder), "revision": None}), source)
+    own = source.model.model_copy(update={"path": str(folder), "revision": None})
+    return _load(own, source, MediaProcessor(str(folder), None, source.tokenizer))
 
 
-def _load(model: ModelConfig, source: Source) -> BankReader:
+def _load(model: ModelConfig, source: Source, processor: MediaProcessor | None) -> BankReader:
     # Dense: the weights that are exported are those on disk, whatever training kept them in.
     model = model.model_copy(update={"storage": DenseConfig(), "activation_checkpointing": "none"})
     base = loading.load(model, tokenizer=source.tokenizer, notify=lambda text: None)
-    return BankReader(base, Bank(base))
+    return BankReader(base, Bank(base), processor=processor)

@@ -121,10 +121,12 @@ def test_the_comparison_notices_a_tower_without_its_adapter(upstream: Upstream, 
     with read_adapter(replace(found.source, model=model), found.source.adapter) as reader:
         seen = picture_answer(reader, found.renderer, found.source.stop_tokens)
     (read_back,) = [each for each in target.read_back(found.source, tmp_path / "trained") if each.sees]
-    right = compare_pictures(read_back, seen)
+    with read_back.open() as reader:
+        right = compare_pictures(read_back, reader, seen)
     name = target.tower_path(found.source, Path()).name
     (tmp_path / "plain" / name).replace(tmp_path / "trained" / name)
-    wrong = compare_pictures(read_back, seen)
+    with read_back.open() as reader:
+        wrong = compare_pictures(read_back, reader, seen)
     assert right.passed
     assert not wrong.passed
     assert wrong.mean_kl > 1e4 * right.mean_kl
