@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from lowrank.data.templates import source_of
 from lowrank.media.loading import class_named, make_processor
+from lowrank.media.processor import torchvision_problem
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.tiny_composites import AUDIO, COMPOSITES, FIRST, IMAGE, LAST, VIDEO
 
@@ -119,6 +121,8 @@ def _gemma4(tokenizer: Any) -> Any:
     return _processor("Gemma4Processor", images, tokenizer, image_seq_length=4)
 
 
+WANT_TORCHVISION = ("mistral3",)
+"""Families whose processor imports it, also for pictures."""
 VISION_MODELS: dict[str, VisionRecipe] = {
     "qwen2_5_vl": VisionRecipe(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen2_5_VLProcessor")),
     "qwen2_vl": VisionRecipe(_QWEN_TOKENS, _QWEN_PLACE, _qwen("Qwen2VLProcessor")),
@@ -194,6 +198,19 @@ VISION_MODELS: dict[str, VisionRecipe] = {
         _idefics3,
     ),
 }
+
+
+def as_parameters(families: Iterable[str], representative: Collection[str] | None = None) -> list[Any]:
+    """For `parametrize`: skipped where a family's processor cannot be had, slow but for the `representative` (None: all
+    of them)."""
+    problem = torchvision_problem()
+    found = []
+    for family in families:
+        marks = [pytest.mark.slow] if representative is not None and family not in representative else []
+        if family in WANT_TORCHVISION and problem is not None:
+            marks.append(pytest.mark.skip(reason=problem))
+        found.append(pytest.param(family, marks=marks))
+    return found
 
 
 def make_vision_model(family: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -28,10 +28,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Preference, Text
 from tests.tiny_composites import IMAGE
-from tests.tiny_vision_models import VISION_MODELS, save_vision_folder
-
-NO_TORCHVISION = {"mistral3"}
-"""Its processor cannot be had without."""
+from tests.tiny_vision_models import VISION_MODELS, as_parameters, save_vision_folder
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +389,7 @@ def test_the_report_counts_them_and_their_tokens(tokenizer: Any, folder: Path) -
     assert not any("repeated" in text for text in read(tokenizer, folder, *other).report.information)
 
 
-@pytest.mark.parametrize("family", sorted(set(VISION_MODELS) - NO_TORCHVISION))
+@pytest.mark.parametrize("family", as_parameters(sorted(VISION_MODELS)))
 def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelConfig(path=str(save_vision_folder(tmp_path, family)), image_max_pixels=64 * 64))
     processor = processor_of(tokenizer)

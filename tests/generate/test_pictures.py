@@ -20,14 +20,12 @@ from lowrank.media.decoding import examine, read_file
 from lowrank.records import Conversation, Message, Picture
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
-from tests.tiny_vision_models import make_vision_model
+from tests.tiny_vision_models import as_parameters, make_vision_model
 from tests.train.test_pictures import PADDED, vision_base
 
 REPRESENTATIVE = ("qwen3_vl", "llava")
-families = [
-    each if each in REPRESENTATIVE else pytest.param(each, marks=pytest.mark.slow)
-    for each in ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma4", "internvl", "idefics3")
-]
+PACKED = ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma4", "internvl", "idefics3", "mistral3")
+families = as_parameters(PACKED, REPRESENTATIVE)
 
 
 def pictures(folder: Path) -> list[Picture]:

@@ -31,21 +31,13 @@ from tests.media_rows import segments_in, write_conversations
 from tests.peft_oracle import peft_twin, types_of
 from tests.picture_rows import real_or_made
 from tests.tiny_models import make_engine
-from tests.tiny_vision_models import VISION_MODELS, make_vision_model, save_vision_folder
+from tests.tiny_vision_models import VISION_MODELS, as_parameters, make_vision_model, save_vision_folder
 
-NO_TORCHVISION = {"mistral3"}
 PADDED = {"qwen3_5", "gemma3"}
 """Linear attention; tokens of a picture that see one another both ways."""
 FLOAT32_INSIDE = {"gemma3", "gemma4", "qwen3_5", "paligemma"}
 REPRESENTATIVE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "paligemma")
-families = pytest.mark.parametrize(
-    "family",
-    [
-        family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
-        for family in VISION_MODELS
-        if family not in NO_TORCHVISION
-    ],
-)
+families = pytest.mark.parametrize("family", as_parameters(VISION_MODELS, REPRESENTATIVE))
 
 
 @pytest.fixture(scope="module")
