@@ -118,6 +118,11 @@ class Segment:
         return int(learned_L.argmax()) if learned_L.any() else len(self)
 
 
+def unweighted(token_L: np.ndarray) -> Segment:
+    """Text to be read, of which nothing is learned."""
+    return Segment(token_L, np.zeros(len(token_L), np.float32))
+
+
 def with_virtual_tokens(segment: Segment, number: int) -> Segment:
     """The segment behind `number` more tokens that carry no weight."""
     if not number:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lowrank.batches import Segment
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.media.processor import processor_of
 from lowrank.models.config import ModelConfig
@@ -35,8 +34,8 @@ class Source:
     """The Jinja source that training used; None where there is none (plain text)."""
     stop_tokens: frozenset[int] = frozenset()
     """Ids that end an answer: EOS and the template's end of turn."""
-    documents: Callable[[int], Sequence[np.ndarray]] | None = None
-    """At most so many documents that it was trained on, (L) int64 tokens each; None: its data is not at hand."""
+    documents: Callable[[int], Sequence[Segment]] | None = None
+    """At most so many documents that it was trained on, with their pictures; None: its data is not at hand."""
     own_tokens: bool = False
     """The tokenizer has tokens that the base's files lack: the adapter's own."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -54,3 +53,9 @@ class Source:
         name = str(self.facts.get("base") or self.model.path)
         on_hub = _HUB_NAME.fullmatch(name) and not name.startswith("lowrank/") and not Path(name).exists()
         return name if on_hub else None
+
+
+def with_pictures(documents: Sequence[Segment]) -> str:
+    """How many of them have pictures, videos or sounds, which are shown, for people; empty: none."""
+    number = sum(each.media is not None for each in documents)
+    return f", {number} of the documents with their pictures, videos or sounds" if number else ""

@@ -6,6 +6,7 @@ They stay on the device as long as documents of the step still want them, and no
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
@@ -35,6 +36,11 @@ class SharedFeatures:
             if batch.slots[index] in slots
             for kind in {each.kind for each in media.inside}
         )
+
+    def keep(self, batches: Iterable[Batch], slots: Collection[int]) -> None:
+        """These batches come again and again."""
+        self.expect(batches, slots)
+        self._left = Counter(dict.fromkeys(self._left, sys.maxsize))
 
     def of(self, kind: str, slot: int, media: Media, compute: Callable[[], _Features]) -> _Features:
         """What `compute` gives for media of this kind of a slot's document, or gave for another one with the same."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank.batches import unweighted
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
 from lowrank.export.quantize.activation_aware import Scaled
@@ -21,7 +22,7 @@ from lowrank.quantization.activation_aware import channel_scales
 from lowrank.quantization.linear import asymmetric
 from tests.export.sources import make_source
 
-DOCUMENTS = [np.random.default_rng(seed).integers(3, 90, 40) for seed in range(4)]
+DOCUMENTS = [unweighted(np.random.default_rng(seed).integers(3, 90, 40)) for seed in range(4)]
 
 FOLDED = {
     "llama": 7, "qwen2": 7, "gemma2": 7, "gemma3": 7, "olmo2": 2, "phi3": 2, "cohere2": 7, "stablelm": 7, "opt": 6,

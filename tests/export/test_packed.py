@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import lowrank.data.demo as demo
 from lowrank.adapters.variants import lora
+from lowrank.batches import unweighted
 from lowrank.errors import ModelError
 from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
@@ -39,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     base = save_checkpoint_folder(tmp_path_factory.mktemp("world") / "base", hidden_size=64, intermediate_size=128)
     adapter = random_adapter(load(base, torch.float32), lora.LoraConfig(rank=4))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    found = source_of(base, adapter, documents=lambda count: documents())
+    found = source_of(base, adapter, documents=lambda count: list(map(unweighted, documents())))
     return Source(
         **{**vars(found), "tokenizer": tokenizer, "model": found.model.model_copy(update={"dtype": "float32"})}
     )
@@ -108,7 +109,7 @@ def test_calibrated_is_nearer(config: Any, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     rows = [json.loads(line) for line in (Path(demo.__file__).parent / "train.jsonl").read_text().splitlines()[:40]]
     texts = [np.asarray(tokenizer(json.dumps(row, ensure_ascii=False)).input_ids[:120], np.int64) for row in rows]
-    found = source_of(Path(base), None, documents=lambda count: texts[:32])
+    found = source_of(Path(base), None, documents=lambda count: list(map(unweighted, texts[:32])))
     model = found.model.model_copy(update={"dtype": "float32"})
     own = Source(**{**vars(found), "tokenizer": tokenizer, "model": model})
     rounded = write(config.model_copy(update={"calibrate": False}), own, tmp_path / "rounded")
@@ -214,7 +215,7 @@ def test_layers_are_calibrated_in_order(source: Source) -> None:
         seen[name] = moment_DD
         return torch.zeros_like(weight_OD)
 
-    quantize_in_order(source, merged, linears, documents()[:2], zeroed, lambda done, total: None)
+    quantize_in_order(source, merged, linears, list(map(unweighted, documents()[:2])), zeroed, lambda done, total: None)
     model = load(source.base, torch.float32)
     model.load_state_dict({name: merged.tensor(name) for name in merged}, strict=False)
     with torch.no_grad():

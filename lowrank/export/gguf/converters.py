@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from lowrank.batches import Segment
 from lowrank.errors import ModelError
 from lowrank.export import Install
 from lowrank.export.gguf.convert import plan, write_plan
@@ -37,7 +38,7 @@ class Converter(Protocol):
         """The file; `kind` is one of convert.PLAIN_TYPES."""
         ...
 
-    def importance(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    def importance(self, documents: Sequence[Segment]) -> dict[str, np.ndarray]:
         """Of every matrix, by its name in the file."""
         ...
 
@@ -66,7 +67,7 @@ class _Own:
     def write(self, path: Path, kind: str, progress: Callable[[int, int], None]) -> None:
         write_plan(self.plan, path, kind, progress)
 
-    def importance(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    def importance(self, documents: Sequence[Segment]) -> dict[str, np.ndarray]:
         return measure(self.source, self.plan, documents)
 
 
@@ -98,7 +99,7 @@ class _Theirs:
         self.upstream.convert(self.side, path, kind, self.name)
         progress(2, 2)
 
-    def importance(self, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    def importance(self, documents: Sequence[Segment]) -> dict[str, np.ndarray]:
         del documents
         raise ModelError(
             "gguf.importance: lowrank does not know which tensors of this family see which inputs; take a type that "

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowrank.batches import Segment, unweighted
 from lowrank.errors import DataError
 from lowrank.export.gguf.convert import Plan, part_shape, tensor_names
 from lowrank.export.source import Source
@@ -29,7 +30,7 @@ DATA = "data"
 """Instead of a file: rows that the model was trained on."""
 
 
-def documents_for(source: Source, requested: str | None, *, needed: bool) -> list[np.ndarray]:
+def documents_for(source: Source, requested: str | None, *, needed: bool) -> list[Segment]:
     """What to measure on: a text file (`requested`), rows the model was trained on (DATA, or where a type needs it and
     nothing was asked), else nothing. Raises DataError.
     """
@@ -47,17 +48,17 @@ def documents_for(source: Source, requested: str | None, *, needed: bool) -> lis
     return rows[: int(np.searchsorted(lengths, MOST)) + 1] if rows else []
 
 
-def cut(source: Source, text: str) -> list[np.ndarray]:
+def cut(source: Source, text: str) -> list[Segment]:
     """A text, or its first MOST tokens, as documents of CHUNK tokens. Raises DataError for one that is too short."""
     encoded = source.tokenizer(text[: 8 * MOST], add_special_tokens=False, verbose=False).input_ids
     tokens = np.asarray(encoded[:MOST], dtype=np.int64)
     if len(tokens) < CHUNK:
         raise DataError(f"the text for the importance matrix has {len(tokens)} tokens; at least {CHUNK} are needed")
-    return [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
+    return [unweighted(tokens[start : start + CHUNK]) for start in range(0, len(tokens), CHUNK)]
 
 
-def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean squares by the names in the GGUF file, (D) float32 each."""
+def measure(source: Source, made: Plan, documents: Sequence[Segment]) -> dict[str, np.ndarray]:
+    """Mean squares by the names in the GGUF file, (D) float32 each; of documents with their pictures."""
     squares: dict[str, torch.Tensor] = {}
     count = sum(map(len, documents))
 
@@ -71,13 +72,14 @@ def measure(source: Source, made: Plan, documents: Sequence[np.ndarray]) -> dict
         return hook
 
     with read_adapter(source, source.adapter) as reader:
+        reader.take_media_of(documents)  # before anybody listens
         handles = []
         for name, module in reader.base.model.named_modules():
             names = _names(made, f"{name}.weight", getattr(module, "in_features", None))
             if names:
                 handles.append(module.register_forward_pre_hook(listen(names)))
         for document in documents:
-            reader.logprobs(document)
+            reader.logprobs_shown(document, rows=1)
         for handle in handles:
             handle.remove()
     return {name: (square_D / count).float().numpy() for name, square_D in squares.items()}

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 import lowrank.models.loading.pretrained as loading
-from lowrank.batches import BARE_BASE, Segment, pack
+from lowrank.batches import BARE_BASE, Batch, Segment, pack, unweighted
 from lowrank.errors import DataError, ModelError
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
 from lowrank.export.source import Source
+from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
+from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.layers import decoder_layers
 from lowrank.models.storages.dense import DenseConfig
 
@@ -40,7 +43,7 @@ Prepare = Callable[[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], Cal
 """`(modules of a layer by name, its linears, their moments, one document through it)`: before it is quantized."""
 
 
-def texts_of(source: Source, path: Path | None) -> Sequence[np.ndarray]:
+def texts_of(source: Source, path: Path | None) -> Sequence[Segment]:
     """Documents to calibrate on: those of a text file (UTF-8), else rows the model was trained on; none if it has none.
 
     Raises DataError for a file that cannot be read or is too short.
@@ -55,19 +58,20 @@ def texts_of(source: Source, path: Path | None) -> Sequence[np.ndarray]:
     if len(tokens) < _FEWEST_TOKENS:
         raise DataError(f"calibration: {path} has {len(tokens)} tokens; at least {_FEWEST_TOKENS} are needed")
     tokens = np.asarray(tokens[: DOCUMENTS * LENGTH], np.int64)
-    return [tokens[start : start + LENGTH] for start in range(0, len(tokens), LENGTH)]
+    return [unweighted(tokens[start : start + LENGTH]) for start in range(0, len(tokens), LENGTH)]
 
 
 def quantize_in_order(
     source: Source,
     merged: Merged,
     linears: Collection[str],
-    documents: Sequence[np.ndarray],
+    documents: Sequence[Segment],
     quantize: Quantize,
     tick: Callable[[int, int], None],
     prepare: Prepare | None = None,
 ) -> None:
     """Call `quantize` once for each of `linears`, those outside of the decoder layers last and without moments.
+    Documents are read with their pictures: the tower looks at each once.
 
     `prepare` may change a layer, and the moments with it, as long as it computes the same.
     """
@@ -80,28 +84,51 @@ def quantize_in_order(
     all_names: dict[Any, str] = {module: name for name, module in base.model.named_modules()}
     names = {module: name for module, name in all_names.items() if name in linears}
     shortest = min(range(len(documents)), key=lambda number: max(_ENOUGH, len(documents[number])))
+    batches = _ready(base, documents)
     states: list[torch.Tensor | None] = [None] * len(documents)
     done = 0
     with torch.no_grad():
         for index, layer in enumerate(stack):
             own: dict[str, Any] = {names[module]: module for module in layer.modules() if module in names}
             with _only(stack, index) as reach, _moments(own) as moments:
-                for number, document in enumerate(documents):
-                    reach(base, document, states[number])
+                for number, batch in enumerate(batches):
+                    reach(base, batch, states[number])
             if prepare is not None:
                 parts = {all_names[module]: module for module in layer.modules()}
                 with _only(stack, index) as reach:
-                    prepare(parts, own, moments, partial(reach, base, documents[shortest], states[shortest]))
+                    prepare(parts, own, moments, partial(reach, base, batches[shortest], states[shortest]))
             for name, module in own.items():
                 module.weight.copy_(quantize(name, module.weight, moments.get(name)))
                 done += 1
                 tick(done, len(linears))
             with _only(stack, index) as reach:
-                states = [reach(base, document, state) for document, state in zip(documents, states)]
+                states = [reach(base, batch, state, through=True) for batch, state in zip(batches, states)]
         inside = {module for layer in stack for module in layer.modules()}
         for module, name in names.items():
             if module not in inside:
                 quantize(name, module.weight, None)
+
+
+def _ready(base: Base, documents: Sequence[Segment]) -> list[Batch]:
+    """Each as a batch, with what the towers say of its media at hand and the pixels put away."""
+    batches = [pack([(BARE_BASE, document)]) for document in documents]
+    kinds = sorted({each.kind for document in documents if document.media for each in document.media.inside})
+    if not kinds:
+        return [batch.to(base.device) for batch in batches]
+    processor = processor_of(base.tokenizer)
+    assert processor is not None, "it has rendered their media"
+    give_media_encoder(base, processor, kinds=kinds, answering=True)
+    encoder = base.media_encoder
+    assert encoder is not None
+    encoder.shared.keep(batches, {BARE_BASE})
+    ready = []
+    for batch in batches:
+        if batch.media:
+            batch = encoder.ready(batch).to(base.device)
+            encoder.options(batch, batch.token_T[None])
+            batch = replace(batch, pixels=tuple(replace(each, tensors={}) for each in batch.pixels))
+        ready.append(batch.to(base.device))
+    return ready
 
 
 def _loaded(source: Source, merged: Merged) -> Base:
@@ -143,13 +170,21 @@ def _moments(linears: dict[str, nn.Module]) -> Generator[dict[str, torch.Tensor]
         found.update({name: total / counts[name] for name, total in sums.items()})
 
 
+class _Reach(Protocol):
+    """Runs a document through one decoder layer, beginning with its input (None for the first: embeddings do it)."""
+
+    def __call__(self, base: Base, batch: Batch, state: torch.Tensor | None, *, through: bool = False) -> torch.Tensor:
+        """What the layer makes of it. `through`: what the next layer is given, where there is one: models add to what
+        a layer makes (Qwen3-VL, what its tower has said)."""
+        ...
+
+
 @contextmanager
-def _only(
-    stack: nn.ModuleList, index: int
-) -> Generator[Callable[[Base, np.ndarray, torch.Tensor | None], torch.Tensor], None, None]:
-    """Run a document through one decoder layer, beginning with its input (None for the first: embeddings do it)."""
+def _only(stack: nn.ModuleList, index: int) -> Generator[_Reach, None, None]:
+    """The layer at `index` alone."""
     entering: list[torch.Tensor | None] = [None]
     leaving: list[torch.Tensor] = []
+    goes_on = [False]
 
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         del module
@@ -161,12 +196,17 @@ def _only(
 
     def leave(module: Any, args: Any, output: Any) -> None:
         del module, args
-        leaving.append(output[0] if isinstance(output, tuple) else output)
+        if not goes_on[0]:
+            leaving.append(output[0] if isinstance(output, tuple) else output)
+            raise _Enough
+
+    def enter_next(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        leaving.append(args[0] if args else kwargs["hidden_states"])
         raise _Enough
 
-    def reach(base: Base, document: np.ndarray, state: torch.Tensor | None) -> torch.Tensor:
-        entering[0] = state
-        batch = pack([(BARE_BASE, Segment(document, np.zeros(len(document), np.float32)))]).to(base.device)
+    def reach(base: Base, batch: Batch, state: torch.Tensor | None, *, through: bool = False) -> torch.Tensor:
+        entering[0], goes_on[0] = state, through and index + 1 < len(stack)
         try:
             base.hidden(batch)
         except _Enough:
@@ -175,6 +215,7 @@ def _only(
 
     own = stack[index]
     handles = [own.register_forward_pre_hook(enter, with_kwargs=True), own.register_forward_hook(leave)]
+    handles += [each.register_forward_pre_hook(enter_next, with_kwargs=True) for each in stack[index + 1 : index + 2]]
     before = list(stack)[:index]
     try:
         for place, layer in enumerate(before):

@@ -24,7 +24,7 @@ from lowrank.export.merge.tensor_names import Names
 from lowrank.export.publish.usage_example import usage_code
 from lowrank.export.quantize.activation_aware import Scaled
 from lowrank.export.quantize.calibration import LENGTH, quantize_in_order, texts_of
-from lowrank.export.source import Source
+from lowrank.export.source import Source, with_pictures
 from lowrank.export.verify.readers import read_model
 from lowrank.export.writing.side_files import write_side_files
 from lowrank.export.writing.sizes import format_size, parse_size
@@ -127,7 +127,8 @@ class PackedTarget:
         if len(texts):
             memory += 4 * sum(torch.Size(plan.shape).numel() for plan in planned.merged.values())
             memory += int(packed * self.form.bits / 8) + 4 * 8 * widest**2
-            how = f"calibrated on {len(texts)} documents ({self._where()}) with GPTQ's compensation"
+            where = self._where() + with_pictures(texts)
+            how = f"calibrated on {len(texts)} documents ({where}) with GPTQ's compensation"
         elif not self.form.settings.calibrate:
             how = "rounded to the nearest, as asked (calibrate=false)"
         else:

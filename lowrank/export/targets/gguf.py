@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator
 
+from lowrank.batches import Segment
 from lowrank.errors import ModelError, is_disk_full, raise_all
 from lowrank.export import Install, Look, Needs, Progress, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
@@ -25,7 +26,7 @@ from lowrank.export.gguf.quantize import check_recipe, missing_kernels, quantize
 from lowrank.export.gguf.tokenizer_check import compare_tokenizers
 from lowrank.export.gguf.tower import TowerFile
 from lowrank.export.gguf.upstream import Upstream
-from lowrank.export.source import Source
+from lowrank.export.source import Source, with_pictures
 from lowrank.settings import Settings
 
 BITS = {
@@ -107,7 +108,8 @@ class GgufTarget:
             installs = _at_once([*installs, *tower.installs])
         if documents:
             origin = self.config.importance if self.config.importance not in (None, DATA) else "the training rows"
-            notes.append(f"importance is measured on {sum(map(len, documents)):,} tokens of {origin}")
+            shown = with_pictures(documents)
+            notes.append(f"importance is measured on {sum(map(len, documents)):,} tokens of {origin}{shown}")
         return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), installs)
 
     def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
@@ -253,7 +255,7 @@ class GgufTarget:
             )
         return [str(comparison)]
 
-    def _documents(self, source: Source) -> list[np.ndarray]:
+    def _documents(self, source: Source) -> list[Segment]:
         """To measure importance on."""
         needed = any(BASES[name.upper()] in NEED_IMPORTANCE for name in self.quantized)
         return documents_for(source, self.config.importance, needed=needed) if self.quantized else []

@@ -19,6 +19,7 @@ from lowrank.records import Conversation, Message
 
 _ROWS_LOOKED_AT = 512
 _TOKENS_OF_ONE = 512
+_MOST_TOKENS_OF_ONE = 2048
 _TOKENS_BEFORE = 384
 """Of these at most before the answer: questions with pictures, or with long texts, have thousands."""
 _PROMPTS = 8
@@ -82,14 +83,33 @@ def from_source(source: SourceConfig, renderer: Renderer, seed: int, *, document
 
 def training_documents(
     data: DataConfig, renderer: Renderer, record: type, seed: int, count: int
-) -> tuple[np.ndarray, ...]:
-    """Rows that a run was trained on, as tokens; none if the data is not there any more."""
+) -> tuple[Segment, ...]:
+    """The beginnings of rows that a run was trained on, with their pictures; none if the data is not there any more.
+    They have no more than `count` times 512 tokens together."""
     try:
         segments = _first_rows(data.train, data, renderer, record, seed, "data.train")
     except DataError:
         return ()
     step = max(1, len(segments) // count)
-    return tuple(np.asarray(segment.token_L[:_TOKENS_OF_ONE], np.int64) for segment in segments[::step][:count])
+    beginnings = [beginning(segment) for segment in segments[::step][:count]]
+    ends = np.cumsum([len(each) for each in beginnings])
+    return tuple(each for each, end in zip(beginnings, ends) if len(each) and end <= count * _TOKENS_OF_ONE)
+
+
+def beginning(segment: Segment) -> Segment:
+    """Its first 512 tokens; those that stand for pictures come on top, up to 2048 in all. No picture is cut in two."""
+    text_L = np.ones(len(segment), bool)
+    for first, end in segment.media.spans if segment.media is not None else ():
+        text_L[first:end] = False
+    end = min(int(np.searchsorted(np.cumsum(text_L), _TOKENS_OF_ONE + 1)), _MOST_TOKENS_OF_ONE, len(segment))
+    if segment.media is not None:
+        end = segment.media.whole_until(end)
+    return Segment(
+        np.asarray(segment.token_L[:end], np.int64),
+        segment.weight_L[:end],
+        media=None if segment.media is None else segment.media.between(0, end),
+        prompt=None if segment.prompt is None else min(segment.prompt, end),
+    )
 
 
 def from_questions(renderer: Renderer, *, chat: bool) -> HeldOut:

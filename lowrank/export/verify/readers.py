@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -54,10 +55,21 @@ class BankReader:
     @property
     def media_encoder(self) -> MediaEncoder:
         """By which it is shown pictures, tried out the first time. ModelError where it cannot be shown any."""
-        if self.base.media_encoder is None:
-            if self._processor is None or not self._processor.sees:
-                raise ModelError(NO_TOWER)
-            give_media_encoder(self.base, self._processor, answering=True)
+        if self._processor is None or not self._processor.sees:
+            raise ModelError(NO_TOWER)
+        return self._taking(["image"])
+
+    def take_media_of(self, documents: Sequence[Segment]) -> None:
+        """Be given what these documents show and play, which is tried out now. ModelError where that cannot be."""
+        kinds = {each.kind for document in documents if document.media for each in document.media.inside}
+        if kinds:
+            self._taking(sorted(kinds))
+
+    def _taking(self, kinds: Sequence[str]) -> MediaEncoder:
+        known = () if self.base.media_encoder is None else self.base.media_encoder.kinds
+        if not set(kinds) <= set(known):
+            assert self._processor is not None, "it has made the documents"
+            give_media_encoder(self.base, self._processor, kinds=sorted({*kinds, *known}), answering=True)
         assert self.base.media_encoder is not None
         return self.base.media_encoder
 
@@ -79,9 +91,12 @@ class BankReader:
         return self.logprobs_shown(document, question.rows), len(token_P)
 
     def logprobs_shown(self, document: Segment, rows: int) -> np.ndarray:
-        """Of a document with pictures, after each of its last `rows` tokens: (rows, V) float32."""
-        segment = self.bank.prompted(self.slot, document)
-        batch = self.media_encoder.ready(pack([(self.slot, segment)])).to(self.base.device)
+        """Of a document with its pictures, after each of its last `rows` tokens: (rows, V) float32."""
+        self.take_media_of([document])
+        batch = pack([(self.slot, self.bank.prompted(self.slot, document))])
+        if self.base.media_encoder is not None:
+            batch = self.base.media_encoder.ready(batch)
+        batch = batch.to(self.base.device)
         with torch.no_grad():
             hidden_KD = self.bank.hidden(batch)[-rows:]
             return self.bank.head(self.slot).logits(hidden_KD).log_softmax(-1).float().cpu().numpy()

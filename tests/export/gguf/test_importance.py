@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import lowrank.models.tiny
+from lowrank.batches import unweighted
 from lowrank.errors import DataError
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.export.gguf.importance import cut, documents_for, measure
@@ -35,7 +36,7 @@ def source():
 
 def test_mean_squares_of_the_inputs(source, tmp_path):
     tokens = np.random.default_rng(0).integers(3, 3000, 64)
-    found = measure(source, plan(read_folder(TINY)), [tokens[:40], tokens[40:]])
+    found = measure(source, plan(read_folder(TINY)), [unweighted(tokens[:40]), unweighted(tokens[40:])])
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     received = []
     model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda module, given: received.append(given[0][0]))
@@ -52,16 +53,16 @@ def test_mean_squares_of_the_inputs(source, tmp_path):
 def test_without_float64(source, monkeypatch):
     """As on Apple's GPUs."""
     tokens = np.random.default_rng(0).integers(3, 3000, 16)
-    expected = measure(source, plan(read_folder(TINY)), [tokens])
+    expected = measure(source, plan(read_folder(TINY)), [unweighted(tokens)])
     monkeypatch.setattr(accelerators, "widest", lambda device: torch.float32)
     with NoFloat64():
-        found = measure(source, plan(read_folder(TINY)), [tokens])
+        found = measure(source, plan(read_folder(TINY)), [unweighted(tokens)])
     for name, square_D in expected.items():
         np.testing.assert_allclose(found[name], square_D, rtol=1e-5)
 
 
 def test_rows_it_was_trained_on(source):
-    rows = [np.arange(3, 403)] * 60
+    rows = [unweighted(np.arange(3, 403))] * 60
     trained = Source(**{**vars(source), "documents": lambda count: rows[:count]})
     assert documents_for(trained, None, needed=False) == []
     assert sum(map(len, documents_for(trained, "data", needed=False))) == 41 * 400  # the first past MOST
