@@ -22,7 +22,7 @@ from lowrank.config import load
 from lowrank.data.config import SourceConfig
 from lowrank.data.formats.built_in import messages
 from lowrank.data.sources.rows import read_rows
-from lowrank.export import Reader
+from lowrank.export import ExportReader
 from lowrank.export.verify.readers import read_adapter
 from lowrank.pipelines.export import export_requests, export_targets
 from lowrank.pipelines.export_source import ResolvedSource, open_source
@@ -46,7 +46,7 @@ def questions(found: ResolvedSource, count: int) -> list[tuple[Any, str]]:
     ]
 
 
-def exact_match(reader: Reader, found: ResolvedSource, held_out: list[tuple[Any, str]]) -> float:
+def exact_match(reader: ExportReader, found: ResolvedSource, held_out: list[tuple[Any, str]]) -> float:
     """The share of questions that are answered as in the data."""
     source = found.source
     right = 0

@@ -39,7 +39,7 @@ from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.generate.generator import GeneratorConfig
 from lowrank.pipelines.inference import InferenceModel, open_inference_model
 from lowrank.serve.engines.torch import BankEngine
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 from lowrank.serve.server import run
 
 TOKEN = "benchmark"
@@ -79,7 +79,7 @@ def serve(options: argparse.Namespace, port: Any) -> None:
     if options.registered:
         fill_shelf(options, trained)
         engine.cache.register_all(options.shelf)
-    limits = Limits(answers_at_once=options.clients)
+    limits = RequestLimits(answers_at_once=options.clients)
     run(engine, host="127.0.0.1", port=0, token=TOKEN, limits=limits, on_listening=lambda number: port.put(number))
 
 

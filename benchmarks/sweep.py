@@ -46,7 +46,7 @@ def settings(spec: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def ours(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """asha, asha_25 and full: one run; single: sixteen."""
-    from lowrank.config import resolve
+    from lowrank.config import validate_settings
     from lowrank.pipelines.train import train
 
     grid = {"adapter.rank": list(RANKS), "optimizer.learning_rate": list(RATES)}
@@ -54,7 +54,7 @@ def ours(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         sweep: dict[str, Any] = {"grid": grid, "search": "none" if spec["way"] == "full" else "asha"}
         if spec["way"] == "asha_25":
             sweep["first_rung"] = 0.25
-        summary = train(resolve({**settings(spec, folder / "run"), "sweep": sweep}))
+        summary = train(validate_settings({**settings(spec, folder / "run"), "sweep": sweep}))
         table = json.loads((folder / "run" / "sweep.json").read_text(encoding="utf-8"))
         losses = {row["name"]: row["loss"] for row in table["candidates"] if row["state"] == "done"}
         return {"losses": losses, "best": table["best"], "steps": table["steps"], "tokens": summary["train_tokens"]}
@@ -63,7 +63,7 @@ def ours(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         for rate in RATES:
             given = settings(spec, folder / f"{rank}-{rate}")
             job = {"adapter": {"rank": rank}, "optimizer": {"learning_rate": rate}}
-            summary = train(resolve({**given, **job}))
+            summary = train(validate_settings({**given, **job}))
             tokens += summary["train_tokens"]
             losses[f"{rank}-{rate}"] = summary["jobs"]["default"]["last_eval"]["loss"]
     return {"losses": losses, "best": min(losses, key=losses.__getitem__), "tokens": tokens}
@@ -75,11 +75,11 @@ def trl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from lowrank.config import resolve
+    from lowrank.config import validate_settings
     from lowrank.models.loading.pretrained import load_tokenizer, locate
     from lowrank.pipelines.job_data import prepare_all
 
-    config = resolve(settings(spec, folder / "unused"))
+    config = validate_settings(settings(spec, folder / "unused"))
     tokenizer = load_tokenizer(config.model)
     (data,) = prepare_all(config.jobs, config.model, tokenizer, lambda event: None, strict=False)
     learned = [segment for _ in range(spec["steps"]) for segment in data.train.next_step()]

@@ -5,14 +5,14 @@ your own loop.
 """
 
 from lowrank.adapters.bank import Bank
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.models.loading import pretrained
 from lowrank.pipelines.job_data import prepare_all
 from lowrank.train.engine import Engine
 
 STEPS = 60
 
-settings = resolve(
+settings = validate_settings(
     {
         "model": "lowrank/tiny",
         "data": {"train": "lowrank/demo", "eval": "lowrank/demo-heldout", "batch_size": 16},

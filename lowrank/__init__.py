@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lowrank.errors import ModelError as ModelError
     from lowrank.errors import NotTheSameError as NotTheSameError
     from lowrank.errors import OutputError as OutputError
-    from lowrank.export import Target as ExportTarget
+    from lowrank.export import ExportTarget as ExportTarget
     from lowrank.generate.request import GenerationConfig as GenerationConfig
     from lowrank.objectives import Objective as Objective
     from lowrank.records import Conversation as Conversation
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from lowrank.report.events import RunStarted as RunStarted
     from lowrank.report.events import Stage as Stage
     from lowrank.report.events import StepDone as StepDone
-    from lowrank.serve.engine import Engine as ServeEngine
+    from lowrank.serve.engine import ServeEngine as ServeEngine
     from lowrank.settings import Settings as Settings
     from lowrank.third_party import code_allowed as code_allowed
 
@@ -101,7 +101,7 @@ _NAMES = {
     "Batch": "lowrank.batches",
     "Scores": "lowrank.batches",
     "Variant": "lowrank.adapters.variants",
-    "ExportTarget": "lowrank.export:Target",
+    "ExportTarget": "lowrank.export",
     "Reporter": "lowrank.report.events",
     "Event": "lowrank.report.events",
     "RunStarted": "lowrank.report.events",
@@ -115,7 +115,7 @@ _NAMES = {
     "StepDone": "lowrank.report.events",
     "EvalDone": "lowrank.report.events",
     "RunFinished": "lowrank.report.events",
-    "ServeEngine": "lowrank.serve.engine:Engine",
+    "ServeEngine": "lowrank.serve.engine",
     "code_allowed": "lowrank.third_party",
     "LowrankError": "lowrank.errors",
     "ConfigError": "lowrank.errors",
@@ -124,7 +124,7 @@ _NAMES = {
     "OutputError": "lowrank.errors",
     "NotTheSameError": "lowrank.errors",
 }
-"""Everything else that is offered: `module`, or `module:name` where it is called otherwise there."""
+"""Everything else that is offered, and where it is."""
 OFFERED = {**_VERBS, **_NAMES}
 
 __all__ = [
@@ -184,8 +184,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"lowrank.{name}")  # which is callable: see _Package
     if name not in _NAMES:
         raise AttributeError(f"module 'lowrank' has no attribute {name!r}")
-    module, _, there = _NAMES[name].partition(":")
-    found = getattr(importlib.import_module(module), there or name)
+    found = getattr(importlib.import_module(_NAMES[name]), name)
     globals()[name] = found
     return found
 

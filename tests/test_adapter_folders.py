@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lowrank.pipelines.train
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.data import templates
 from lowrank.data.chat.template import without_marks
 from lowrank.data.config import DataConfig
@@ -26,7 +26,7 @@ QUESTION = Conversation((Message("user", "Hello"),))
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vicuna") / "run"
     lowrank.pipelines.train.train(
-        resolve(
+        validate_settings(
             {
                 "model": "lowrank/tiny",
                 "data": {"train": "lowrank/demo", "chat_template": "vicuna"},

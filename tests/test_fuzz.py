@@ -16,7 +16,7 @@ import torch
 from lowrank.adapters.variants import lora
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
-from lowrank.config.read import read_file, resolve
+from lowrank.config.read import read_file, validate_settings
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.data.formats.built_in import built_in_formats
@@ -30,7 +30,7 @@ from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.ollama_api import OllamaChat, OllamaGenerate
 from lowrank.serve.api.requests import ChatRequest, PublishRequest, parse
 from lowrank.serve.api.responses import ResponsesRequest
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.checkpoints.test_peft_layout import random_adapter
 from tests.data.made_tokenizers import tokenizer_of, trl_template
@@ -71,7 +71,7 @@ SETTINGS: Any = {
 def test_settings(number: int) -> None:
     draw = random.Random(1)
     for _ in range(number):
-        survives(lambda value: resolve(value, folder=Path("/nowhere")), mutated(SETTINGS, draw, 3))
+        survives(lambda value: validate_settings(value, folder=Path("/nowhere")), mutated(SETTINGS, draw, 3))
 
 
 @pytest.mark.parametrize("number", [150, MANY])
@@ -258,7 +258,7 @@ BODIES: list[tuple[Any, Any]] = [
 )
 def test_bodies(number: int, kind: Any, body: Any) -> None:
     """As the server reads them, up to where a model is asked."""
-    limits = Limits()
+    limits = RequestLimits()
 
     def read(raw: bytes) -> None:
         request = parse(kind, raw)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.pipelines.train import train
 from lowrank.report.reporters.metrics import read_metrics
 from lowrank.settings import configs_in
@@ -23,7 +23,7 @@ def run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: A
     """`{job: metrics of its last evaluation}`. `changes`: keys in the place of the example's."""
     monkeypatch.chdir(ROOT)
     given = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text("utf-8"))
-    summary = train(resolve({**given, "output_dir": str(tmp_path / "run"), **changes}))
+    summary = train(validate_settings({**given, "output_dir": str(tmp_path / "run"), **changes}))
     jobs = {job: {**own["eval_metrics"], "loss": own["last_eval"]["loss"]} for job, own in summary["jobs"].items()}
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["event"] == "eval"]
     assert {line["job"] for line in lines} == set(jobs)
@@ -37,7 +37,7 @@ UNTOUCHED = {"name": "untouched", "optimizer": {"learning_rate": 1e-12}}
 
 def held_out_losses(config: dict[str, Any]) -> dict[str, float]:
     """Of each job at its end."""
-    return {name: job["last_eval"]["loss"] for name, job in train(resolve(config))["jobs"].items()}
+    return {name: job["last_eval"]["loss"] for name, job in train(validate_settings(config))["jobs"].items()}
 
 
 def test_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

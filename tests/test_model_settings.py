@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.pipelines.train import train
 from lowrank.report.events import Event, Notice
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
@@ -115,7 +115,7 @@ def test_every_adapter_on_one_base(world: Path) -> None:
     ]
     data = {"train": str(world / "train.json"), "batch_size": 4}
     given = {"model": str(world / "untied"), "data": data, "jobs": jobs, "max_steps": 2, "save_steps": None}
-    train(resolve({**given, "output_dir": str(world / "all"), "ignore_memory_plan": True}), reporters=[Ear()])
+    train(validate_settings({**given, "output_dir": str(world / "all"), "ignore_memory_plan": True}), reporters=[Ear()])
     described = [event.text for event in received if isinstance(event, Notice)]
     assert not any("could not be planned" in text for text in described), described
     check(world / "all")

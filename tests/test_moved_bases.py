@@ -18,7 +18,7 @@ from lowrank.adapters.variants import lora
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import save_adapter
 from lowrank.cli.main import main
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import ModelError
 from lowrank.pipelines.artifacts import adapter_folder
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     save_checkpoint_folder(folder / "model")
     lowrank.pipelines.train.train(
-        resolve(
+        validate_settings(
             {
                 "model": {"path": str(folder / "model"), "device": "cpu", "dtype": "float32"},
                 "data": {"train": str(write_alpaca(folder / "rows.json", 8)), "batch_size": 4},
@@ -148,7 +148,7 @@ def test_training_goes_on_from_a_run_folder(place: str, world: Path, tmp_path: P
         "optimizer": {"learning_rate": 1e-9, "weight_decay": 0.0}, "max_steps": 1, "save_steps": None,
         "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
-    lowrank.pipelines.train.train(resolve(given))
+    lowrank.pipelines.train.train(validate_settings(given))
     begun = load_file(world / "alone" / "adapter_model.safetensors")
     ended = load_file(tmp_path / "run" / "default" / "last" / "adapter_model.safetensors")
     assert begun.keys() == ended.keys()

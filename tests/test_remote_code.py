@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import LowrankError, ModelError
 from lowrank.generate.sampler import GenerationConfig
 from lowrank.pipelines.inference import open_inference_model
@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_remote_code_folder(folder / "model")
     write_alpaca(folder / "train.json", 16)
     with code_allowed():
-        train(resolve(settings(folder, folder / "run")), allow_code=True)
+        train(validate_settings(settings(folder, folder / "run")), allow_code=True)
     return folder
 
 
@@ -51,7 +51,7 @@ def test_it_learns(world: Path) -> None:
 
 def test_without_the_permission_nothing_of_it_runs(world: Path, tmp_path: Path) -> None:
     with pytest.raises(LowrankError, match="--allow-code"):
-        train(resolve(settings(world, tmp_path / "run")))
+        train(validate_settings(settings(world, tmp_path / "run")))
     with pytest.raises(LowrankError, match="--allow-code"):
         open_inference_model(str(world / "run"), notify=lambda _: None)
 
@@ -94,5 +94,5 @@ def test_a_family_like_the_first_chatglm_is_refused_with_the_reason(
     with pytest.raises(ModelError, match=reason):
         open_inference_model(str(folder), notify=lambda _: None, allow_code=True)
     with code_allowed(), pytest.raises(ModelError, match=reason):
-        train(resolve({**settings(tmp_path, tmp_path / "run"), "model": own}), allow_code=True)
+        train(validate_settings({**settings(tmp_path, tmp_path / "run"), "model": own}), allow_code=True)
     assert not (tmp_path / "run" / "default").exists()

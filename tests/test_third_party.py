@@ -13,7 +13,7 @@ import pytest
 
 import lowrank as lowrank_package
 from lowrank.compat import load_any
-from lowrank.config import resolve, settings_of_run
+from lowrank.config import settings_of_run, validate_settings
 from lowrank.errors import ConfigError
 from lowrank.models.loading.pretrained import TINY, locate
 from lowrank.third_party import CodeRefused, code_allowed, code_is_allowed, load_code, names_code
@@ -78,7 +78,7 @@ def test_transformers_is_always_told_whether_a_files_code_may_run() -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_settings_are_refused_where_they_name_code(place: str, evil: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{place}: 'evil:\w+' is code.*--allow-code") as caught:
-        resolve({**SETTINGS, **PLACES[place]})
+        validate_settings({**SETTINGS, **PLACES[place]})
     assert str(caught.value).count("\n") == 1
     assert not evil.exists()
     assert "evil" not in sys.modules

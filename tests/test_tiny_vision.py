@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import lowrank
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import DataError
 from lowrank.models.packaged import locate
 from lowrank.pipelines.train import train
@@ -70,7 +70,7 @@ def test_a_skill_is_learned_from_pictures(shapes: ModuleType, tmp_path: Path, mo
     folder = tmp_path / "build" / "shapes"
     for part, rows in (("train", 4000), ("heldout", 200)):
         shapes.write_rows(folder, part, rows, random.Random(f"{part} 0"))
-    train(resolve(yaml.safe_load((EXAMPLE / "shapes.yaml").read_text("utf-8"))))
+    train(validate_settings(yaml.safe_load((EXAMPLE / "shapes.yaml").read_text("utf-8"))))
     rows = [json.loads(line) for line in (folder / "heldout.jsonl").read_text("utf-8").splitlines()]
     questions, right = [], []
     for row in rows:

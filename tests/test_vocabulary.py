@@ -113,3 +113,13 @@ def test_file_names_of_the_docs_are_spelled_alike() -> None:
 )  # fmt: skip
 def test_only_whole_parts_of_names_are_refused(name: str, refused: bool) -> None:
     assert (_private(name) is not None) == refused
+
+
+def test_no_two_public_classes_are_called_alike() -> None:
+    """Whoever searches for a class finds one."""
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "lowrank").rglob("*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

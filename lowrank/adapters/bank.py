@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.adapters.blocks import Blocks
+from lowrank.adapters.blocks import AdaptedBlocks
 from lowrank.adapters.bottleneck import BottleneckSettings
 from lowrank.adapters.calibration import CalibrationSteps
 from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
@@ -23,7 +23,7 @@ from lowrank.adapters.expert_lora import RoutedExperts
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.prompts import TABLE, PromptSettings
 from lowrank.adapters.routing import Draws, ForwardContext, Routing
-from lowrank.adapters.slot import Saved, Slot, layer_rank, load_tensors, rank_by, saved_form, shared_tensors
+from lowrank.adapters.slot import SavedAdapter, Slot, layer_rank, load_tensors, rank_by, saved_form, shared_tensors
 from lowrank.adapters.soft_prompts import VirtualTokens, runs_of
 from lowrank.adapters.targets import Targets, find_targets, innermost, name_of
 from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
@@ -62,7 +62,7 @@ class Bank:
         self.base = base
         self.routing = Routing()
         self.virtual = VirtualTokens(self.routing)
-        self.blocks = Blocks(self.routing)
+        self.blocks = AdaptedBlocks(self.routing)
         self.slots: dict[int, Slot] = {}
         self.times_added = 0
         """Adapters that have come so far; another one may have wrapped more layers, in a slot that had one before."""
@@ -169,13 +169,13 @@ class Bank:
         with self.routing.using(context), torch.set_grad_enabled(trained):
             yield
 
-    def saved(self, number: int) -> Saved:
+    def saved(self, number: int) -> SavedAdapter:
         """An adapter in the form in which PEFT knows it, without copies where the tensors are its own."""
         slot = self.slots[number]
         if number in self.virtual.by_slot:
             with torch.no_grad():
                 table = self.virtual.by_slot[number].encoder()
-            return Saved(slot.config.as_saved(), {TABLE: table.detach()}, {})  # type: ignore[arg-type]
+            return SavedAdapter(slot.config.as_saved(), {TABLE: table.detach()}, {})  # type: ignore[arg-type]
         return saved_form(slot, self.base)
 
     def load(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -86,7 +86,7 @@ class Block:
         return partial(dropout, counter_T=self.routing.current.counter_N[first:end], key=key, probability=rate)
 
 
-class Blocks:
+class AdaptedBlocks:
     """All blocks of a bank's base, looked for when the first slot asks."""
 
     def __init__(self, routing: Routing) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from lowrank.adapters.linear import LayerAdapter
-from lowrank.adapters.lora_function import Piece, routed_product
+from lowrank.adapters.lora_function import SlotUpdate, routed_product
 from lowrank.adapters.routing import Routing
-from lowrank.models.fused_experts import AroundExperts, Chosen, Expert, choose, mix, projections, why_unknown
+from lowrank.models.fused_experts import AroundExperts, Expert, ExpertAssignments, choose, mix, projections, why_unknown
 
 
 def why_not(module: nn.Module, parameter: str) -> str | None:
@@ -63,7 +63,7 @@ class RoutedExperts(AroundExperts):
         chosen = choose(top_k_index, ranges, self.num_experts, self.count_rows)
         return mix(self.base, hidden_states, top_k_weights, chosen, self._project)
 
-    def _project(self, projection: str, x_PD: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+    def _project(self, projection: str, x_PD: torch.Tensor, chosen: ExpertAssignments) -> torch.Tensor:
         parts = {
             slot: _by_expert(own[projection], x_PD.dtype, self.num_experts)
             for slot, own in self.adapters.items()
@@ -75,7 +75,7 @@ class RoutedExperts(AroundExperts):
             for slot, first, end in ranges:
                 if slot in parts:
                     own = parts[slot]
-                    pieces.append(Piece(first - done, end - done, own.scale, own.A[expert], own.B[expert]))
+                    pieces.append(SlotUpdate(first - done, end - done, own.scale, own.A[expert], own.B[expert]))
                     masters += [own.master_A[expert], own.master_B[expert]]
             end = ranges[-1][2]
             outputs.append(routed_product(x_PD[done:end], Expert(self.base, projection, expert), pieces, masters))

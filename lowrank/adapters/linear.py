@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowrank.adapters.lora_function import Piece, routed_product
+from lowrank.adapters.lora_function import SlotUpdate, routed_product
 from lowrank.adapters.output_gain import Gain, apply_gains
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.variants import OutputGain, Tensors, Variant, gain_of, low_rank_of
@@ -121,7 +121,7 @@ class RoutedLinear(nn.Module):
             y_TO = self._answer(x_TD)
             if y_TO is not None:
                 return y_TO.view(*x.shape[:-1], self.out_features)
-        pieces: list[Piece] = []
+        pieces: list[SlotUpdate] = []
         masters: list[torch.Tensor] = []  # of the pieces: A_0, B_0, A_1, B_1, ...
         gains: list[Gain] = []
         excesses: list[torch.Tensor] = []  # of the gains
@@ -137,7 +137,7 @@ class RoutedLinear(nn.Module):
                 others.append((slot, first, end, adapter))
                 continue
             A_RD, B_OR = adapter.at_work(x_TD.dtype, low_rank)
-            pieces.append(Piece(first, end, adapter.scale, A_RD, B_OR, rate, key, counter_T))
+            pieces.append(SlotUpdate(first, end, adapter.scale, A_RD, B_OR, rate, key, counter_T))
             masters += low_rank
             excess_O = gain_of(adapter.variant, adapter.masters)
             if excess_O is not None:

@@ -11,8 +11,8 @@ For each slot, on its own rows (P of the T rows of the call), with s = scale, W 
                 dx = dy W + drop(g A)           (P, D)     one GEMM over all T rows, then the small ones; dropout is
                                                            its own transpose, so the mask is drawn again, not kept
 
-Kept between the two, see `Saved`: x and h; never a copy of x, a mask, or a dense weight. A gain on the outputs (DoRA)
-is an operation of its own behind this one: output_gain.py. A NaN in one slot's rows stays in them.
+Kept between the two, see `SavedForBackward`: x and h; never a copy of x, a mask, or a dense weight. A gain on the
+outputs (DoRA) is an operation of its own behind this one: output_gain.py. A NaN in one slot's rows stays in them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lowrank.models.storages import BaseLinear
 
 
 @dataclass(frozen=True)
-class Piece:
+class SlotUpdate:
     """The low-rank update of one slot on its rows of this call."""
 
     first: int
@@ -51,7 +51,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedForBackward:
     """What the forward pass leaves to the backward pass. Tensors go through `save_for_backward`, so that activation
     checkpointing and offloading see them."""
 
@@ -67,7 +67,7 @@ class Saved:
         ctx.save_for_backward(*self.x_parts, *self.h)
 
     @classmethod
-    def of(cls, ctx: Any) -> Saved:
+    def of(cls, ctx: Any) -> SavedForBackward:
         """Take it from the context: once, since a checkpoint gives each tensor once."""
         tensors = ctx.saved_tensors
         return cls(tensors[: ctx.num_x_parts], tensors[ctx.num_x_parts :])
@@ -80,7 +80,7 @@ class Saved:
 def routed_product(
     x_TD: torch.Tensor,
     base: BaseLinear,
-    pieces: Sequence[Piece],
+    pieces: Sequence[SlotUpdate],
     masters: Sequence[torch.Tensor],
     recipe: Rematerialization | None = None,
 ) -> torch.Tensor:
@@ -106,7 +106,7 @@ class LoraFunction(torch.autograd.Function):
         ctx: Any,
         x_TD: torch.Tensor,
         base: BaseLinear,
-        pieces: tuple[Piece, ...],
+        pieces: tuple[SlotUpdate, ...],
         recipe: Rematerialization,
         *masters: torch.Tensor,
     ) -> torch.Tensor:
@@ -122,18 +122,18 @@ class LoraFunction(torch.autograd.Function):
         ctx.base, ctx.pieces = base, pieces
         if pieces:
             trains_A = any(ctx.needs_input_grad[_FIRST_MASTER::2])
-            Saved(recipe.parts if trains_A else (), tuple(h)).keep(ctx, recipe.make)
+            SavedForBackward(recipe.parts if trains_A else (), tuple(h)).keep(ctx, recipe.make)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
         (dy_TO,) = outer
-        pieces: tuple[Piece, ...] = ctx.pieces
+        pieces: tuple[SlotUpdate, ...] = ctx.pieces
         # The base's share of dx. Below, each piece adds its own to its rows in place.
         dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
         if not pieces:
             return dx_TD, None, None, None
-        saved = Saved.of(ctx)
+        saved = SavedForBackward.of(ctx)
         x_TD = saved.x(ctx)
         gradients: list[torch.Tensor | None] = []
         for piece, h_PR in zip(pieces, saved.h):
@@ -165,7 +165,7 @@ class GroupedLoraFunction(torch.autograd.Function):
         ctx: Any,
         x_TD: torch.Tensor,
         base: BaseLinear,
-        pieces: tuple[Piece, ...],
+        pieces: tuple[SlotUpdate, ...],
         recipe: Rematerialization,
         *masters: torch.Tensor,
     ) -> torch.Tensor:
@@ -173,13 +173,13 @@ class GroupedLoraFunction(torch.autograd.Function):
         y_TO = base(x_TD)
         h = grouped_forward(x_TD, y_TO, pieces)  # y += s h B^T, in place
         ctx.base, ctx.pieces = base, pieces
-        Saved(recipe.parts, tuple(h)).keep(ctx, recipe.make)
+        SavedForBackward(recipe.parts, tuple(h)).keep(ctx, recipe.make)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
         (dy_TO,) = outer
-        saved = Saved.of(ctx)
+        saved = SavedForBackward.of(ctx)
         x_TD = saved.x(ctx)
         assert x_TD is not None, "kept whole: the kernel computes dA of all slots or of none"
         dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None

@@ -29,7 +29,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Run:
+class VirtualTokenRows:
     """Rows [row, row + number) of a packed batch are virtual tokens [place, place + number) of a slot."""
 
     slot: int
@@ -52,7 +52,7 @@ class ForwardContext:
     counter_N: torch.Tensor | None = None
     length_N: torch.Tensor | None = None
     draws: Mapping[int, Draws] = field(default_factory=dict)
-    virtual: tuple[Run, ...] = ()
+    virtual: tuple[VirtualTokenRows, ...] = ()
     decoding: bool = False
     """The rows are tokens of answers in progress: few of each slot, and the same slots in many batches."""
     group_T: torch.Tensor | None = None

@@ -40,7 +40,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedAdapter:
     """An adapter as files have it: settings, tensors by PEFT's names, rank and alpha of each module."""
 
     config: AdapterConfig
@@ -48,7 +48,7 @@ class Saved:
     ranks: dict[str, tuple[int, float]]
 
 
-def saved_form(slot: Slot, base: Base) -> Saved:
+def saved_form(slot: Slot, base: Base) -> SavedAdapter:
     """An adapter in the form in which PEFT knows it, without copies where the tensors are its own."""
     config: Any = slot.config.as_saved()
     tensors: dict[str, torch.Tensor] = {}
@@ -65,7 +65,7 @@ def saved_form(slot: Slot, base: Base) -> Saved:
     by_full_name: dict[str, Any] = {"modules_to_save": slot.copies, "target_parameters": tuple(slot.experts)}
     if config.trainable_token_indices:
         by_full_name["trainable_token_indices"] = token_ids(base, slot.config.trainable_token_indices)
-    return Saved(config.model_copy(update=by_full_name), tensors, ranks)
+    return SavedAdapter(config.model_copy(update=by_full_name), tensors, ranks)
 
 
 def load_tensors(slot: Slot, saved: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters.prompts import KeyShape, PromptSettings, PromptSite
-from lowrank.adapters.routing import ForwardContext, Routing, Run
+from lowrank.adapters.routing import ForwardContext, Routing, VirtualTokenRows
 from lowrank.batches import BARE_BASE, Batch, Segment, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.precision import float32_or_wider
@@ -20,7 +20,7 @@ from lowrank.models.layers import decoder_layers
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SoftPrompt:
     """One slot's virtual tokens. `keys`: None where its table stands in for embeddings."""
 
     encoder: nn.Module
@@ -33,11 +33,11 @@ class VirtualTokens:
 
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
-        self.by_slot: dict[int, Prompt] = {}
+        self.by_slot: dict[int, SoftPrompt] = {}
         self._keys: KeyShape | None = None
         self._layers: dict[nn.Module, int] = {}
         """The place of each layer that attends."""
-        self._runs: tuple[Run, ...] | None = None
+        self._runs: tuple[VirtualTokenRows, ...] | None = None
         self._tables: dict[int, torch.Tensor] = {}
         self._rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -59,7 +59,7 @@ class VirtualTokens:
                 setattr(module, name, nn.Parameter(parameter.detach().to(base.device, float32_or_wider(base.dtype))))
         if config.of_attention:
             base.stand_in = self.stand_in
-        self.by_slot[number] = Prompt(encoder, config.num_virtual_tokens, keys)
+        self.by_slot[number] = SoftPrompt(encoder, config.num_virtual_tokens, keys)
         return encoder
 
     def _site(self, base: Base) -> PromptSite:
@@ -148,16 +148,16 @@ class VirtualTokens:
         return self._keys
 
 
-def runs_of(batch: Batch) -> tuple[Run, ...]:
+def runs_of(batch: Batch) -> tuple[VirtualTokenRows, ...]:
     """Where a packed batch has virtual tokens."""
     return runs_of_pieces(list(zip(batch.slots, batch.virtual, batch.prefixes, batch.lengths)))
 
 
-def runs_of_pieces(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[Run, ...]:
+def runs_of_pieces(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[VirtualTokenRows, ...]:
     """The same for `(slot, virtual tokens of its sequence, tokens read before, tokens read now)` in a row."""
     runs, row = [], 0
     for slot, number, past, length in pieces:
         if past < number:
-            runs.append(Run(slot, row, past, min(number - past, length)))
+            runs.append(VirtualTokenRows(slot, row, past, min(number - past, length)))
         row += length
     return tuple(runs)

@@ -11,9 +11,9 @@ from typing import Any
 
 from lowrank.api.keywords import known_keywords
 from lowrank.api.settings import plain_settings
-from lowrank.checkpoints.orders import Answer, answers, read_state, send
+from lowrank.checkpoints.orders import OrderReply, answers, read_state, send
 from lowrank.checkpoints.run_folder import CONFIG, STOP
-from lowrank.config import JobConfig, RunConfig, read_file, resolve
+from lowrank.config import JobConfig, RunConfig, read_file, validate_settings
 from lowrank.errors import ConfigError, OutputError, did_you_mean, raise_all
 from lowrank.pipelines.resolve import is_run
 from lowrank.report.live import LiveJob, is_training, jobs_of
@@ -130,7 +130,7 @@ class LiveRun:
             problems.append(f"name: {content['name']!r} is a job of this run already; choose another")
         found: RunConfig | None = None
         try:
-            found = resolve({**top, "jobs": [dict(content)]}, folder=folder, source=source)
+            found = validate_settings({**top, "jobs": [dict(content)]}, folder=folder, source=source)
         except ConfigError as error:  # a job's own settings have no place among others' here
             problems += [line.removeprefix("jobs.0.") for line in error.problems or (str(error),)]
         raise_all(ConfigError, f"{source} cannot be used:", problems)
@@ -154,7 +154,7 @@ class LiveRun:
             also = f"; `lowrank train {self.path / CONFIG} resume=true` goes on with it" if kind == "resume" else ""
             raise OutputError(f"{self.path} is not training, so nobody would hear this{also}")
 
-    def _answer(self, number: int) -> Answer:
+    def _answer(self, number: int) -> OrderReply:
         began = time.monotonic()
         while True:
             found = answers(self.path).get(number)

@@ -129,10 +129,9 @@ def _settings() -> str:
 
 def _origin_of(name: str) -> Origin:
     """Where what `import lowrank` offers is defined."""
-    module, _, there = lowrank.OFFERED[name].partition(":")
-    thing = getattr(importlib.import_module(module), there or name)
+    thing = getattr(importlib.import_module(lowrank.OFFERED[name]), name)
     is_named = isinstance(thing, type) or inspect.isfunction(thing)
-    return (thing.__module__, thing.__name__) if is_named else (module, there or name)
+    return (thing.__module__, thing.__name__) if is_named else (lowrank.OFFERED[name], name)
 
 
 def _entry(title: str, origin: Origin, named: list[Origin], *, members: bool = False) -> str:

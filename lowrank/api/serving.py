@@ -98,7 +98,7 @@ def serve(
     """
     check_installed("serving", "serve")
     from lowrank.serve.api.app import new_token
-    from lowrank.serve.limits import Limits
+    from lowrank.serve.limits import RequestLimits
     from lowrank.serve.server import make_server
 
     folders = tuple(Path(each) for each in adapters)
@@ -110,7 +110,7 @@ def serve(
         served = open_engine(str(path), options, notify)
     socket, key = listen(host, port), token or new_token()
     names = {host} - {"0.0.0.0", "::"}
-    server = make_server(served, token=key, hosts=names, limits=Limits(answers_at_once=max_num_seqs))
+    server = make_server(served, token=key, hosts=names, limits=RequestLimits(answers_at_once=max_num_seqs))
     url = f"{url_of(host, socket.getsockname()[1])}/v1"
     running = RunningServer(server, socket, url, key, [each.name for each in served.served_models()])
     running.await_start()

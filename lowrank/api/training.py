@@ -13,7 +13,7 @@ from lowrank.api.objects import given_again, refuse_missing
 from lowrank.api.settings import PlainSettings, plain_settings
 from lowrank.checkpoints.run_folder import CONFIG
 from lowrank.compat import load_any
-from lowrank.config import RunConfig, read_file, resolve
+from lowrank.config import RunConfig, read_file, validate_settings
 from lowrank.config.jobs import as_dict
 from lowrank.config.schema import JobSettings
 from lowrank.errors import ConfigError, OutputError
@@ -91,7 +91,7 @@ def _config(config: RunConfig | str | Path | None, given: PlainSettings) -> RunC
             raise ConfigError(f"train: a RunConfig has its settings already; put these into it: {names}")
         return config
     if config is None:
-        return resolve(given.values, source="the settings of lowrank.train")
+        return validate_settings(given.values, source="the settings of lowrank.train")
     resolved, warnings = load_any(config, list(_as_overrides(given.values)))
     for text in warnings:
         log_notice(text)
@@ -217,7 +217,7 @@ class TrainedRun:
         settings["jobs"] = [{**job, **of_jobs} for job in settings.get("jobs", ())]
         with code_allowed(allow_code), objects_given(known):
             refuse_missing(settings, str(self.path))
-            changed = resolve(settings, source=f"the settings of {self.path} with changes")
+            changed = validate_settings(settings, source=f"the settings of {self.path} with changes")
             summary = train_run(changed, reporters=_listeners(reporters, progress))
         resumed = TrainedRun(self.path, summary=summary, config=changed, objects=known)
         resumed._kept_rows = (config, again.rows, self._kept_rows)

@@ -11,7 +11,7 @@ _DEEPEST = 32
 """No settings are nested as deeply."""
 
 
-class Body(BaseModel):
+class BoardRequest(BaseModel):
     """JSON with exactly these keys; any other is refused, and so is text that no file could hold."""
 
     model_config = ConfigDict(extra="forbid")

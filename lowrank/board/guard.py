@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from lowrank.board.page import texts_for
 from lowrank.serve.api.middleware import BoundedBody, is_our_host
 from lowrank.serve.connections import SCOPE_KEY
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 
 OPEN_PATHS = frozenset({"/health"})
 """What needs no token: it says nothing but that the board is there."""
@@ -31,8 +31,8 @@ _POLICY = (
     "img-src 'self' blob: data:"
 )
 _YEAR = 365 * 86400
-SMALL = Limits(body_bytes=4 << 20, body_seconds=30.0)
-_WITH_PICTURES = Limits(body_seconds=120.0).for_pictures()
+SMALL = RequestLimits(body_bytes=4 << 20, body_seconds=30.0)
+_WITH_PICTURES = RequestLimits(body_seconds=120.0).for_pictures()
 """What the server behind a conversation takes."""
 _MESSAGES_PATH = re.compile(r"/api/chat/[^/]+/say")
 
@@ -48,7 +48,7 @@ class BoardGuard:
         self._token = token.encode()
         self._cookie = hmac.new(self._token, b"lowrank board", hashlib.sha256).hexdigest()
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
-        self._large = Limits(body_bytes=upload_bytes, body_seconds=upload_seconds)
+        self._large = RequestLimits(body_bytes=upload_bytes, body_seconds=upload_seconds)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request; whatever is no HTTP passes (start and end of the server) or is closed."""
@@ -73,12 +73,12 @@ class BoardGuard:
             connection.trusted = True
         await self.app(scope, BoundedBody(receive, limits), send_guarded)
 
-    def _limits(self, path: str) -> Limits:
+    def _limits(self, path: str) -> RequestLimits:
         if path == UPLOAD_PATH:
             return self._large
         return _WITH_PICTURES if _MESSAGES_PATH.fullmatch(path) else SMALL
 
-    def _check(self, scope: Any, headers: Headers, limits: Limits) -> Response | None:
+    def _check(self, scope: Any, headers: Headers, limits: RequestLimits) -> Response | None:
         host = headers.get("host", "")
         if not is_our_host(host, self._hosts):
             return _no(

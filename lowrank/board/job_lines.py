@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.board.orders import live_jobs
-from lowrank.board.runs import Run
+from lowrank.board.runs import RunEntry
 from lowrank.board.tasks import OUTPUT
 
 STATES = (
@@ -19,7 +19,7 @@ OVER = STATES[5:]
 
 
 def job_lines(
-    run: Run | None, steps: dict[str, float], ends: dict[str, str], task: Path | None, *, trains: bool
+    run: RunEntry | None, steps: dict[str, float], ends: dict[str, str], task: Path | None, *, trains: bool
 ) -> list[dict[str, Any]]:
     """`steps` and `ends`: how far each is and why it ended, from metrics.jsonl; `task`: the folder of the task that
     trains it."""

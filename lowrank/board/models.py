@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank.board.places import Places
 from lowrank.board.runs import read_json
-from lowrank.pipelines.resolve import Kind, resolve
+from lowrank.pipelines.resolve import ArtifactKind, resolve
 
 TINY = {"path": "lowrank/tiny", "kind": "llama", "bytes": 5_900_000, "chat": True}
 """The base that ships with lowrank."""
@@ -33,7 +33,7 @@ def models_in(places: Places) -> list[dict[str, Any]]:
 def described(folder: Path) -> dict[str, Any] | None:
     """What a folder with a model is; None for any other."""
     weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
-    if not weights or resolve(str(folder)).kind is not Kind.MODEL:
+    if not weights or resolve(str(folder)).kind is not ArtifactKind.MODEL:
         return None
     content = read_json(folder / "config.json")
     kind = content.get("model_type")

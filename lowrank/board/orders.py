@@ -11,11 +11,11 @@ import yaml
 from pydantic import Field
 
 from lowrank.board import form
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.places import Places, safe_name
 from lowrank.board.settings_file import as_overrides, confine
 from lowrank.board.tasks import Task
-from lowrank.checkpoints.orders import FOLDER, Answer, answers, read_state
+from lowrank.checkpoints.orders import FOLDER, OrderReply, answers, read_state
 from lowrank.errors import ConfigError, LowrankError
 from lowrank.foreign_files import find_json
 from lowrank.foreign_yaml import load_yaml
@@ -26,7 +26,7 @@ _TEXTS = ("default_system", "prompt_tuning_init_text")
 _SHOWN = 30
 
 
-class Wanted(Body):
+class Wanted(BoardRequest):
     """One order. `changes`: texts or values by dotted setting; they stand over `text`, settings of a job as YAML."""
 
     kind: Literal["add", "clone", "pause", "priority", "resume", "set", "stop"]
@@ -136,16 +136,16 @@ def write_file(draft: Drafted) -> None:
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenOrder:
     """An order that lies in a run folder, whoever gave it."""
 
     number: int
     command: str
     time: float | None
-    answer: Answer | None
+    answer: OrderReply | None
 
 
-def orders_of(places: Places, run: str) -> list[Given]:
+def orders_of(places: Places, run: str) -> list[GivenOrder]:
     """The last orders of a run, the latest first."""
     folder = places.run(run) / FOLDER
     try:
@@ -156,12 +156,12 @@ def orders_of(places: Places, run: str) -> list[Given]:
     return [_given(places, run, folder, number, known.get(number)) for number in numbers[:_SHOWN]]
 
 
-def _given(places: Places, run: str, folder: Path, number: int, answer: Answer | None) -> Given:
+def _given(places: Places, run: str, folder: Path, number: int, answer: OrderReply | None) -> GivenOrder:
     content = find_json(folder / f"{number:06d}.json") or {}
     time = content.get("time")
     values = content.get("values")
     command = _command(places.shown(places.run(run)), content, values if isinstance(values, dict) else {})
-    return Given(number, command, time if isinstance(time, (int, float)) else None, answer)
+    return GivenOrder(number, command, time if isinstance(time, (int, float)) else None, answer)
 
 
 def _command(run: str, content: Mapping[str, Any], values: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ _STARTED_BEFORE = 30.0
 
 
 @dataclass(frozen=True)
-class Run:
+class RunEntry:
     """One run folder."""
 
     name: str
@@ -47,7 +47,7 @@ class Run:
         return min(held or last, default=None)
 
 
-def all_runs(places: Places) -> list[Run]:
+def all_runs(places: Places) -> list[RunEntry]:
     """Every run below `runs`, the latest first."""
     found = []
     with os.scandir(places.runs) as entries:
@@ -62,12 +62,12 @@ def all_runs(places: Places) -> list[Run]:
     return sorted(found, key=lambda run: -run.changed)
 
 
-def read_run(name: str, folder: Path) -> Run:
+def read_run(name: str, folder: Path) -> RunEntry:
     """A run folder's state, settings and summary; what is missing or unreadable is empty."""
     marker, config, summary = (read_json(folder / file) for file in (".lowrank.json", "config.json", "summary.json"))
     changed = max((_time(folder / file) for file in (".lowrank.json", "metrics.jsonl", "summary.json")), default=0.0)
     jobs = tuple(str(job) for job in (summary.get("jobs") or marker.get("owned") or ()))
-    return Run(name, folder, _state(folder, marker, summary), changed, config, summary, jobs)
+    return RunEntry(name, folder, _state(folder, marker, summary), changed, config, summary, jobs)
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from lowrank.board.adviser import Adviser
 from lowrank.board.curves import CurvesOfRuns
 from lowrank.board.places import OutsideError, Places
 from lowrank.board.queue import Queue
-from lowrank.board.runs import RUNNING, Run, all_runs, read_json, read_run, writer_lives
+from lowrank.board.runs import RUNNING, RunEntry, all_runs, read_json, read_run, writer_lives
 from lowrank.board.tasks import Outcome, Task
 
 _LOOK_SECONDS = 0.5
@@ -74,11 +74,11 @@ class Board:
         """The words of a command that reads settings or a model, with the permission the board was given."""
         return [*arguments, *(["--allow-code"] if self.options.allow_code else [])]
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunEntry]:
         """All runs, the latest first."""
         return all_runs(self.places)
 
-    def run(self, name: str) -> Run | None:
+    def run(self, name: str) -> RunEntry | None:
         """A run by name; None if there is none."""
         folder = self.places.run(name)
         return read_run(name, folder) if (folder / ".lowrank.json").is_file() else None

@@ -19,7 +19,7 @@ _TRANSLATIONS = _FOLDER / "translations"
 
 
 @dataclass(frozen=True)
-class Translated:
+class TranslatedText:
     """A text, and whether it is in the language of the page."""
 
     text: str
@@ -49,20 +49,20 @@ class Texts:
         """The help text of a setting; `description` is the English one of the schema."""
         return description if self.language == "en" else settings_in_chinese().get(description, description)
 
-    def sentence(self, english: object) -> Translated:
+    def sentence(self, english: object) -> TranslatedText:
         """What a command, a run or the board itself said, in the page's language where it is known (sentences.py)."""
         text = str(english)
         chinese = in_chinese(text) if self.language == "zh" else None
-        return Translated(text, own=self.language == "en") if chinese is None else Translated(chinese, own=True)
+        return TranslatedText(text, own=self.language == "en") if chinese is None else TranslatedText(chinese, own=True)
 
     def reply(self, english: object) -> str:
         """The same as one text: what is not in the page's language is announced as the output of a command."""
         translated = self.sentence(english)
         return translated.text if translated.own else self("output.of", text=translated.text)
 
-    def verdict(self, verdict: dict[str, Any]) -> Translated:
+    def verdict(self, verdict: dict[str, Any]) -> TranslatedText:
         """What a curve says (report/verdict.py), from a summary that may be of another version or of anybody's."""
-        english = Translated(str(verdict.get("sentence", "")), own=self.language == "en")
+        english = TranslatedText(str(verdict.get("sentence", "")), own=self.language == "en")
         if english.own:
             return english
         sentences = []
@@ -72,7 +72,7 @@ class Texts:
                 sentences.append(verdicts_in_chinese()[part["part"]].format(**known))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return english
-        return Translated("".join(sentences), own=True) if sentences else english
+        return TranslatedText("".join(sentences), own=True) if sentences else english
 
     @property
     def environment(self) -> jinja2.Environment:

@@ -50,7 +50,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Answer:
+class OrderReply:
     """What came of an order. `tick`: optimizer steps the run had taken when it was carried out, or refused."""
 
     number: int
@@ -76,9 +76,9 @@ def send(run: Path, kind: str, job: str | None = None, values: Mapping[str, Any]
     return order
 
 
-def answers(run: Path) -> dict[int, Answer]:
+def answers(run: Path) -> dict[int, OrderReply]:
     """The last answer to each order that has one, by its number."""
-    found: dict[int, Answer] = {}
+    found: dict[int, OrderReply] = {}
     try:
         lines = (run / FOLDER / LOG).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def answers(run: Path) -> dict[int, Answer]:
     for line in lines:
         with suppress(LowrankError, KeyError, TypeError, ValueError):  # torn by a crash of the machine
             one = parse_json(line, LOG, OutputError)
-            answer = Answer(
+            answer = OrderReply(
                 int(one["number"]), int(one["tick"]), bool(one["done"]), str(one["text"]), float(one["time"])
             )
             found[answer.number] = answer
@@ -131,7 +131,7 @@ class OrderQueue:
         before = self._answered.pop(order.number, None)
         if before is not None and (before.done, before.text) == (done, text):
             return
-        answer = Answer(order.number, tick, done, text, round(time.time(), 3))
+        answer = OrderReply(order.number, tick, done, text, round(time.time(), 3))
         line = {**asdict(answer), "kind": order.kind, "job": order.job}
         descriptor = os.open(self._folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:

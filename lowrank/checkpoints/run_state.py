@@ -61,7 +61,7 @@ class JobState:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RunCheckpoint:
     """A run at one instant."""
 
     path: Path
@@ -97,11 +97,11 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path) -> RunCheckpoint:
     """Read a checkpoint. Raises OutputError with every file that is missing or damaged."""
     top = read_top(path)
     jobs = tuple(_read_job(path / name, name) for name in top["jobs"])
-    return Checkpoint(path, top["step"], top["state"], jobs)
+    return RunCheckpoint(path, top["step"], top["state"], jobs)
 
 
 def _write_job(folder: Path, job: JobState, base: BaseDescription) -> None:

@@ -13,7 +13,7 @@ from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
     from lowrank.config import RunConfig
-    from lowrank.data.report.statistics import Report
+    from lowrank.data.report.statistics import DataReport
 
 _LARGE_FILE = 256 << 20
 """Bytes from which a file is read as a stream."""
@@ -82,7 +82,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tuple[str, Report]]:
+def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tuple[str, DataReport]]:
     """A heading and a report for every job, equal jobs together."""
     from lowrank.compat import load_any
     from lowrank.data.chat.rendering import Renderer
@@ -107,7 +107,7 @@ def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tupl
 
 def _of_file(
     target: str, model: str | None, format: str | None, ignore: tuple[str, ...], media_dir: str | None
-) -> tuple[str, Report]:
+) -> tuple[str, DataReport]:
     from lowrank.data.chat.characters import CharacterRenderer
     from lowrank.data.chat.modelless import ModellessRenderer
     from lowrank.data.chat.rendering import Renderer
@@ -139,7 +139,7 @@ def _tokenizer(model: str | None, config: RunConfig | None) -> tuple[Any, str]:
     return None, "in characters (name your model with --model to count tokens)"
 
 
-def _show(reports: list[tuple[str, Report]], strict: bool, as_json: bool) -> None:
+def _show(reports: list[tuple[str, DataReport]], strict: bool, as_json: bool) -> None:
     """Print the reports, then raise DataError for what cannot be trained on."""
     from lowrank.data.prepare import refuse
     from lowrank.data.report.doctor import render_report

@@ -46,7 +46,7 @@ def eval(
     from lowrank.terminal import Console
 
     try:
-        from lowrank.evaluate.harness import Answers, BankLM
+        from lowrank.evaluate.harness import BankLM, HarnessAnswers
         from lowrank.evaluate.harness_tasks import find_tasks, names_of, run_tasks, write_results
     except ImportError as error:
         raise ConfigError(f"lowrank eval needs {error.name}: pip install 'lowrank-llm[eval]'") from error
@@ -57,7 +57,7 @@ def eval(
         model, which=which, chat_template=chat_template, base=base, compile=compile, notify=lambda text: warn([text])
     )
     chosen = [name for each in adapter or () for name in each.split(",") if name] or list(trained.slots)
-    answers = Answers(trained.answering(chosen, ()))
+    answers = HarnessAnswers(trained.answering(chosen, ()))
     folder = output or (Path(model) / "eval" if is_run(Path(model)) else Path("eval"))
     console = Console(stderr=True, highlight=False)
     results: dict[str, Any] = {}

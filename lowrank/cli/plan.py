@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lowrank.config import RunConfig
     from lowrank.data.prepare import Prepared
     from lowrank.planning.machine import Machine
-    from lowrank.planning.plan import Plan, Planner
+    from lowrank.planning.plan import MemoryPlan, Planner
 
 _PARTS = {
     "base": "base, frozen",
@@ -92,7 +92,7 @@ def _on_other_gpus(settings: RunConfig, gigabytes: float) -> tuple[RunConfig, Ma
     return settings, of_gpus(int(gigabytes * 1e9))
 
 
-def _of_devices(planner: Planner, chosen: Plan, number: int) -> dict[str, Any]:
+def _of_devices(planner: Planner, chosen: MemoryPlan, number: int) -> dict[str, Any]:
     """What the plan of one device means for several, as the settings keep the base; and each other way to keep it, with
     the same forward passes: gradients are summed once a step, by chunks that travel twice, a base that is in parts is
     gathered in every pass."""
@@ -127,7 +127,7 @@ def _of_devices(planner: Planner, chosen: Plan, number: int) -> dict[str, Any]:
     }
 
 
-def _what_fits(planner: Planner, chosen: Plan, config: RunConfig) -> dict[str, Any]:
+def _what_fits(planner: Planner, chosen: MemoryPlan, config: RunConfig) -> dict[str, Any]:
     """The limits of this machine for this run, and, where it does not fit, the changes that would help."""
     from lowrank.pipelines.memory_plan import open_settings
     from lowrank.planning.capacity import largest_tokens, longest_document
@@ -140,7 +140,7 @@ def _what_fits(planner: Planner, chosen: Plan, config: RunConfig) -> dict[str, A
     }
 
 
-def _speed(planner: Planner, chosen: Plan, config: RunConfig, data: list[Prepared]) -> dict[str, Any]:
+def _speed(planner: Planner, chosen: MemoryPlan, config: RunConfig, data: list[Prepared]) -> dict[str, Any]:
     from lowrank.pipelines.memory_plan import tokens_to_train
     from lowrank.planning.speed import calibrate
 
@@ -165,7 +165,7 @@ def _together(faster: float) -> str:
     return f"{faster:g} times faster than one job after another"
 
 
-def _show(chosen: Plan, found: dict[str, Any]) -> None:
+def _show(chosen: MemoryPlan, found: dict[str, Any]) -> None:
     from rich.table import Table
 
     from lowrank.planning.plan import describe_activation_checkpointing, describe_pictures

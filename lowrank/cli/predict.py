@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lowrank.data.config import SourceConfig
-    from lowrank.evaluate.predict import Verdict
+    from lowrank.evaluate.predict import MetricVerdict
     from lowrank.pipelines.predict import Progress
     from lowrank.terminal import Console
 
@@ -137,7 +137,7 @@ def progress_on(console: Console) -> Progress:
     return part
 
 
-def show_verdicts(console: Console, verdicts: Mapping[str, Mapping[str, Verdict]], rows: int) -> None:
+def show_verdicts(console: Console, verdicts: Mapping[str, Mapping[str, MetricVerdict]], rows: int) -> None:
     """A line per model; bold where it differs from the base for sure."""
     from rich.table import Table
     from rich.text import Text

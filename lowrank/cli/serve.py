@@ -15,7 +15,7 @@ from lowrank.serve.address import check_host, check_installed, url_of
 from lowrank.serve.engines import AUTO, ServingOptions, choose_engine, engine_names, open_engine
 
 if TYPE_CHECKING:
-    from lowrank.serve.engine import Engine
+    from lowrank.serve.engine import ServeEngine
 
 
 def serve(
@@ -67,7 +67,7 @@ def serve(
     check_installed("serving", "serve")
     from lowrank.cli.warn import warn
     from lowrank.serve.api.app import new_token
-    from lowrank.serve.limits import Limits
+    from lowrank.serve.limits import RequestLimits
     from lowrank.serve.server import run
 
     which = "last" if last else "best"
@@ -87,12 +87,12 @@ def serve(
         token=key,
         hosts=allow_host or (),
         origins=allow_origin or (),
-        limits=Limits(answers_at_once=max_num_seqs, waiting=max_waiting, request_seconds=timeout),
+        limits=RequestLimits(answers_at_once=max_num_seqs, waiting=max_waiting, request_seconds=timeout),
         on_listening=lambda port: _announce(served, host, port, new_key=None if token else key, json=json),
     )
 
 
-def _announce(served: Engine, host: str, port: int, *, new_key: str | None, json: bool) -> None:
+def _announce(served: ServeEngine, host: str, port: int, *, new_key: str | None, json: bool) -> None:
     """Say that it listens, and as whom it answers. A key that the person chose is not printed."""
     names, url = [each.name for each in served.served_models()], f"{url_of(host, port)}/v1"
     if json:

@@ -10,7 +10,7 @@ from lowrank.compat.llamafactory import convert, is_llamafactory
 from lowrank.compat.llamafactory_flags import MARK
 from lowrank.compat.llamafactory_others import known
 from lowrank.compat.llamafactory_v1 import as_v0, is_v1
-from lowrank.config import RunConfig, override, read_file, resolve, unused
+from lowrank.config import RunConfig, override, read_file, unused, validate_settings
 from lowrank.errors import ConfigError
 from lowrank.third_party import code_allowed
 
@@ -33,14 +33,14 @@ def _load_any(path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, li
         arguments = [str(path), *overrides]
         if any(argument.startswith(f"{MARK}=") for argument in arguments):
             return _load_llamafactory({}, arguments, Path(), "the command line")
-        config = resolve(override({}, arguments), Path(), "the command line")
+        config = validate_settings(override({}, arguments), Path(), "the command line")
         return config, unused(config)
     path = Path(path)
     settings = read_file(path)
     _refuse_others(path, settings)
     if is_v1(settings) or is_llamafactory(settings):
         return _load_llamafactory(settings, overrides, path.parent, str(path))
-    config = resolve(override(settings, overrides), path.parent, str(path))
+    config = validate_settings(override(settings, overrides), path.parent, str(path))
     return config, unused(config)
 
 
@@ -57,7 +57,7 @@ def _load_llamafactory(
     converted = convert(override(settings, theirs), folder=folder, datasets=datasets)
     if any(argument.startswith("overwrite=") for argument in native):
         converted.config.pop("resume", None)  # set only because their file left the choice open
-    config = resolve(override(converted.config, native), folder, f"{source}, converted,")
+    config = validate_settings(override(converted.config, native), folder, f"{source}, converted,")
     return config, [*notes, *converted.warnings, *unused(config)]
 
 

@@ -46,7 +46,7 @@ SETTINGS_COMMANDS = ("train", "plan", "show", "data")
 
 
 @dataclass(frozen=True)
-class Translated:
+class TranslatedCommand:
     """What to run in place of the words that were given (None: those).
 
     notes     warnings
@@ -62,38 +62,38 @@ class Translated:
     then: list[list[str]] = field(default_factory=list)
 
 
-def translate(arguments: Sequence[str]) -> Translated:
+def translate(arguments: Sequence[str]) -> TranslatedCommand:
     """Words of a command line, if they are LLaMA-Factory's. Raises ConfigError for what cannot be done here."""
     command, rest = (arguments[0], list(arguments[1:])) if arguments else ("", [])
     if command in ELSEWHERE:
         raise ConfigError(f"`{command}` is a command of llamafactory-cli; here {ELSEWHERE[command]}")
     if command not in (*SETTINGS_COMMANDS, *_COMMANDS):
-        return Translated(None)
+        return TranslatedCommand(None)
     if has_flags(rest):
         given, others = split_flags(rest, known())
         settings = override({}, given)
         if command in SETTINGS_COMMANDS and _trains(settings, command):
             first, changed = _merged_first(command, settings)
             then = _afterwards(command, settings, Path(), others)
-            return Translated([command, *given, *changed, *others], first=first, then=then)
+            return TranslatedCommand([command, *given, *changed, *others], first=first, then=then)
         return _command(command, override({}, given), Path(), "these flags", others)
     if not rest or not rest[0].lower().endswith((".yaml", ".yml", ".json")) or not Path(rest[0]).is_file():
-        return Translated(None)
+        return TranslatedCommand(None)
     file = Path(rest[0])
     if command == "data" and file.suffix == ".json":
-        return Translated(None)  # rows
+        return TranslatedCommand(None)  # rows
     settings = read_file(file)
     if is_v1(settings):
         settings = as_v0(settings, file.parent).settings
     if not is_llamafactory(settings):
-        return Translated(None)
+        return TranslatedCommand(None)
     keys = known()
     overriding = [argument for argument in rest[1:] if argument.partition("=")[0] in keys and "=" in argument]
     settings = override(settings, overriding)
     if command in SETTINGS_COMMANDS and _trains(settings, command):
         first, changed = _merged_first(command, settings)
         then = _afterwards(command, settings, file.parent, rest[1:])
-        return Translated([*arguments, *changed], first=first, then=then)
+        return TranslatedCommand([*arguments, *changed], first=first, then=then)
     others = [argument for argument in rest[1:] if argument not in overriding]
     return _command(command, settings, file.parent, str(file), others)
 
@@ -186,7 +186,9 @@ def _purpose(settings: Mapping[str, Any]) -> str:
     return "" if settings.get("dataset") or settings.get("stage") or settings.get("do_eval") else "chat"
 
 
-def _command(command: str, settings: Mapping[str, Any], folder: Path, source: str, others: Sequence[str]) -> Translated:
+def _command(
+    command: str, settings: Mapping[str, Any], folder: Path, source: str, others: Sequence[str]
+) -> TranslatedCommand:
     purpose = _purpose(settings)
     if command == "train" and purpose == "predict":
         command = "predict"  # as there, where `train` predicts too
@@ -201,7 +203,7 @@ def _command(command: str, settings: Mapping[str, Any], folder: Path, source: st
     raise_all(ConfigError, f"{source} cannot be used by `lowrank {command}`:", problems)
     own = _without_given(arguments, others)
     read_as = f"{source} is read as: {shlex.join(['lowrank', command, *own, *others])}"
-    return Translated([command, *own, *others], notes, read_as)
+    return TranslatedCommand([command, *own, *others], notes, read_as)
 
 
 def _read(settings: Mapping[str, Any]) -> tuple[UseKeys, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from lowrank.compat.llamafactory_keys import Keys
 from lowrank.errors import did_you_mean
 from lowrank.foreign_files import find_json
-from lowrank.media.limits import Limits
+from lowrank.media.limits import MediaLimits
 from lowrank.models.packaged import locate
 
 OPTIMIZERS = {
@@ -131,10 +131,10 @@ def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any
         found["dtype"] = "float16"
     if keys.use_cpu or keys.no_cuda:
         found["device"] = "cpu"
-    limits = {each.name: getattr(keys, each.name) for each in fields(Limits)}
+    limits = {each.name: getattr(keys, each.name) for each in fields(MediaLimits)}
     for kind in ("image", "video"):
         own = {name: value for name, value in limits.items() if name.startswith(kind)}
-        if own != {name: value for name, value in vars(Limits()).items() if name.startswith(kind)}:
+        if own != {name: value for name, value in vars(MediaLimits()).items() if name.startswith(kind)}:
             found |= own
     found["activation_checkpointing"] = "none" if keys.disable_gradient_checkpointing else "full"
     if keys.trust_remote_code:

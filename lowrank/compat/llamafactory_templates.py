@@ -36,18 +36,18 @@ _NO_THOUGHT = ("<think>\n\n</think>\n\n", "<think></think>\n", "</think>\n")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TemplateChoice:
     """`setting`: for `data.chat_template`, None: the tokenizer's own. `note`: what the person should know."""
 
     setting: str | None
     note: str | None = None
 
 
-def choose(name: str, model: str) -> Chosen:
+def choose(name: str, model: str) -> TemplateChoice:
     """What stands for their template `name` on the tokenizer of `model` (a folder or hub name). ConfigError for a name
     that is not in their registry."""
     if name in TEMPLATES:
-        return Chosen(TEMPLATES[name])
+        return TemplateChoice(TEMPLATES[name])
     if name not in slots.registry():
         raise ConfigError(
             f"template: {name!r} is none of LLaMA-Factory's{did_you_mean(name, slots.registry())}; left out, the "
@@ -55,19 +55,19 @@ def choose(name: str, model: str) -> Chosen:
         )
     written = slots.PREFIX + name if slots.can_be_written(name) else None
     if written and slots.registry()[name].get("replaces"):
-        return Chosen(written)
+        return TemplateChoice(written)
     tokenizer = _find_tokenizer(model)
     if tokenizer is None:
         text = f"template: {model} is not on this machine yet, so {name!r} was not compared with its own chat template"
-        return Chosen(None, f"{text}, which is used")
+        return TemplateChoice(None, f"{text}, which is used")
     if tokenizer.template is None:
         missing = f"template: {name!r} is not built in, and the tokenizer of {model} has no chat template"
-        return Chosen(written, None if written else missing)
+        return TemplateChoice(written, None if written else missing)
     if differing := _difference(name, tokenizer):
         way = f"; data.chat_template={written} writes it as there" if written else ""
         text = f"template: {name!r} is not built in, and {model}'s own chat template, which is used, differs"
-        return Chosen(None, f"{text} ({differing}){way}")
-    return Chosen(None)
+        return TemplateChoice(None, f"{text} ({differing}){way}")
+    return TemplateChoice(None)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = 
     """
     path = Path(path)
     content = override(read_file(path), overrides)
-    return resolve(content, folder=path.parent, source=str(path), allow_code=allow_code)
+    return validate_settings(content, folder=path.parent, source=str(path), allow_code=allow_code)
 
 
-def resolve(
+def validate_settings(
     settings: Mapping[str, Any],
     folder: Path | None = None,
     source: str = "the settings",
@@ -60,7 +60,7 @@ def settings_of_run(file: Path) -> RunConfig:
     """The settings in a run folder's config.json, for using what was trained, not for training.
 
     What only training needs (optimizer, schedule, reporters) is left out, and so is an objective that names code,
-    unless code may run; reward functions and formats stay names. ConfigError as from `resolve`.
+    unless code may run; reward functions and formats stay names. ConfigError as from `validate_settings`.
     """
     settings = _for_use(spell_out(read_file(file)))
     jobs = settings.get("jobs")

@@ -17,7 +17,7 @@ from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.data.dataset import AnyRenderer, Dataset, open_datasets, read_samples
 from lowrank.data.report.row_counts import RowCounts
-from lowrank.data.report.statistics import Report, build_report
+from lowrank.data.report.statistics import DataReport, build_report
 from lowrank.data.tokenized import check_record, is_written, read_tokenized, write_tokenized
 from lowrank.errors import DataError, raise_all
 from lowrank.records import KIND_NAMES
@@ -41,7 +41,7 @@ class Prepared:
 
     train: DataLoader | StreamingDataLoader
     eval: list[Segment]
-    report: Report
+    report: DataReport
 
     @property
     def media_kinds(self) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def examine(
     record: type | None = None,
     seed: int = 0,
     source_root: Path | None = None,
-) -> Report:
+) -> DataReport:
     """The report alone, on every row, without refusing what `prepare` would refuse; a stream is not kept in memory.
 
     `record=None`: any kind of record will do.
@@ -177,7 +177,7 @@ class _Job:
         for dataset in datasets:
             (self.train if dataset.use == "train" else self.eval).append(dataset)
 
-    def read_all(self, count: _Counter) -> tuple[list[Sample], list[Segment], Report]:
+    def read_all(self, count: _Counter) -> tuple[list[Sample], list[Segment], DataReport]:
         """Training samples, held-out segments and the report, in memory."""
         held_out, eval_tallies, watched = self.read_eval(count)
         tallies = [dataset.tally() for dataset in self.train]
@@ -203,7 +203,7 @@ class _Job:
         places = {key: f"{place} of {tally.title}" for tally in tallies for key, place in (tally.digests or {}).items()}
         return _as_eval(parts), tallies, places
 
-    def report(self, tallies: Sequence[RowCounts], shown: Iterable[Sample], complete: bool = True) -> Report:
+    def report(self, tallies: Sequence[RowCounts], shown: Iterable[Sample], complete: bool = True) -> DataReport:
         """On what the tallies counted; `shown` samples are rendered."""
         return build_report(
             tallies,
@@ -229,7 +229,7 @@ def _mismatched(held_out: Sequence[Segment], max_length: int) -> list[Segment]:
     return list(chain.from_iterable(with_mismatched(((segment,) for segment in held_out), max_length)))
 
 
-def refuse(report: Report, *, strict: bool) -> None:
+def refuse(report: DataReport, *, strict: bool) -> None:
     """Raise DataError for samples that must not be too long, datasets without a usable row, with `strict` any loss."""
     too_long = [loss for dataset in report.datasets if dataset.refused for loss in dataset.losses]
     raise_all(DataError, "data.on_too_long is error, and there are samples longer than data.max_length", too_long)

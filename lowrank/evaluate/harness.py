@@ -41,7 +41,7 @@ _Key = tuple[Any, ...]
 
 
 @dataclass
-class Answers:
+class HarnessAnswers:
     """What all models said, found by what was asked.
 
     broken      models whose numbers are not finite, which have no result
@@ -121,7 +121,7 @@ class Answers:
 class BankLM(TemplateLM):
     """One model, as lm-eval sees a model."""
 
-    def __init__(self, answers: Answers, model_name: str) -> None:
+    def __init__(self, answers: HarnessAnswers, model_name: str) -> None:
         super().__init__()
         self.answers = answers
         self.model_name = model_name

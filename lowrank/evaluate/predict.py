@@ -225,7 +225,7 @@ def _written(message: Message) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MetricVerdict:
     """One model's metric, and how far it is from the bare base's (None for the base itself)."""
 
     value: Interval
@@ -242,7 +242,7 @@ def compare(
     names: Sequence[str],
     likelihood: Mapping[str, np.ndarray],
     reference: str | None,
-) -> dict[str, dict[str, Verdict]]:
+) -> dict[str, dict[str, MetricVerdict]]:
     """`{model: {metric: verdict}}`; `reference` is the model that the others are compared with.
 
     A row that a model has no answer to counts in none of its metrics; nor in its perplexity a row whose log-probability
@@ -256,7 +256,7 @@ def compare(
         if model_name in likelihood:
             scored_N = np.isfinite(likelihood[model_name]).all(1) & (likelihood[model_name][:, 1] > 0)
             measured[model_name]["perplexity"] = perplexity(likelihood[model_name]), scored_N
-    verdicts: dict[str, dict[str, Verdict]] = {}
+    verdicts: dict[str, dict[str, MetricVerdict]] = {}
     for model_name, own in measured.items():
         other = measured.get(reference or "", {}) if model_name != reference else {}
         verdicts[model_name] = {
@@ -265,11 +265,11 @@ def compare(
     return verdicts
 
 
-def _verdict(metric: Metric, known_N: np.ndarray, other: tuple[Metric, np.ndarray] | None) -> Verdict:
+def _verdict(metric: Metric, known_N: np.ndarray, other: tuple[Metric, np.ndarray] | None) -> MetricVerdict:
     gain = None
     if other is not None and (both_N := known_N & other[1]).any():
         gain = difference(metric.of(both_N), other[0].of(both_N))
-    return Verdict(interval(metric.of(known_N)), gain, int(known_N.sum()), metric.signature)
+    return MetricVerdict(interval(metric.of(known_N)), gain, int(known_N.sum()), metric.signature)
 
 
 def _key_of_question(question: Question) -> str:

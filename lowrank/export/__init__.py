@@ -1,11 +1,11 @@
 """Exporting a model: a base on disk and the adapters trained on it, in the form that the user runs.
 
-    Source --target.write--> a folder --target.read_back--> Reader --verify--> is it the model that was trained?
+    Source --target.write--> a folder --target.read_back--> ExportReader --verify--> is it the model that was trained?
 
 A *target* (targets/, one file each) writes one form. It gets a `Source` and an empty folder, which the caller renames
 into its place when everything in it is written, and says for each file that can be run how it is read back. What is
-read back answers as a `Reader`, so that one function (export/verify/compare.py) compares every target with base +
-adapter.
+read back answers as an `ExportReader`, so that one function (export/verify/compare.py) compares every target with
+base + adapter.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Tolerance:
     """What to do where a target is further away than this."""
 
 
-class Reader(Protocol):
+class ExportReader(Protocol):
     """A model as it is run from what was written. Tokens are those of the base's tokenizer."""
 
     def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
@@ -77,7 +77,7 @@ class Reader(Protocol):
         """The likeliest continuation of a prompt, without the stop token."""
         ...
 
-    def __enter__(self) -> Reader: ...
+    def __enter__(self) -> ExportReader: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -87,7 +87,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Look:
+class PictureQuestion:
     """A question about a picture, and its answer."""
 
     before_L: np.ndarray
@@ -104,9 +104,9 @@ class Look:
 
 @runtime_checkable
 class SeesPictures(Protocol):
-    """A `Reader` that can be shown pictures."""
+    """A `ExportReader` that can be shown pictures."""
 
-    def look(self, question: Look) -> tuple[np.ndarray, int]:
+    def look(self, question: PictureQuestion) -> tuple[np.ndarray, int]:
         """Log-probabilities after each of the last `rows` tokens, (rows, V) float32; and how many tokens stand for the
         picture here."""
         ...
@@ -119,7 +119,7 @@ class ReadBack:
     name: str
     """For people and export.json: `merged`, or a file name where a target writes several."""
     tolerance: Tolerance
-    open: Callable[[], Reader]
+    open: Callable[[], ExportReader]
     """Loads it; used as a context."""
     against: ReadBack | None = None
     """What it was rounded from: its distributions may not be further from this one's than `tolerance` says either."""
@@ -131,7 +131,7 @@ class ReadBack:
     """It is asked the documents. False: it is there for pictures alone."""
 
 
-class Progress(Protocol):
+class ExportProgress(Protocol):
     """Hears how far writing is, so that the time left can be shown."""
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
@@ -139,14 +139,14 @@ class Progress(Protocol):
         ...
 
 
-class Target(Protocol):
+class ExportTarget(Protocol):
     """One form of a model. Raises ModelError or OutputError for what cannot be written, in `needs`, before any work."""
 
     def needs(self, source: Source) -> Needs:
         """Check that this source can take this form, and say what it takes."""
         ...
 
-    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+    def write(self, source: Source, folder: Path, progress: ExportProgress) -> Sequence[str]:
         """Write into the empty `folder`; sentences about what was written, for the user."""
         ...
 

@@ -40,7 +40,7 @@ class Drawing(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """The token of a row, and what the model thought of it. None: its probabilities are not finite.
 
     `fault`: there is no token although the model's own probabilities were finite, because of what was asked.
@@ -52,7 +52,7 @@ class Choice:
     fault: str | None = None
 
 
-def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
+def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[SampledToken]:
     """One token for each row; overwrites the logits.
 
     A GPU is waited for once, and once more where log-probabilities are reported.
@@ -76,10 +76,10 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[Choice]:
     choices = []
     for index, row in enumerate(rows):
         if math.isfinite(likeliest[index]):
-            choices.append(Choice(int(tokens[index]), *thoughts.get(index, (None, ()))))
+            choices.append(SampledToken(int(tokens[index]), *thoughts.get(index, (None, ()))))
         else:
             too_much = _is_adjusted(row) and math.isfinite(own[index])
-            choices.append(Choice(None, fault=_fault_of(row) if too_much else None))
+            choices.append(SampledToken(None, fault=_fault_of(row) if too_much else None))
     return choices
 
 

@@ -10,7 +10,7 @@ from lowrank.generate.block_manager import next_digest
 from lowrank.generate.constraint import Constraint
 from lowrank.generate.detokenizer import IncrementalDetokenizer
 from lowrank.generate.request import Answer, GenerationConfig, Prompt, TokenChunk
-from lowrank.generate.sampling import Choice
+from lowrank.generate.sampling import SampledToken
 from lowrank.generate.token_stream import Listener, TokenStream
 from lowrank.models.media_encoder import EncodedMedia
 
@@ -84,7 +84,7 @@ class Sequence:
             self.digests.append(next_digest(self.digests[-1], self.tokens[first : first + page_size]))
         return self.digests[1 : pages + 1]
 
-    def take(self, choice: Choice) -> None:
+    def take(self, choice: SampledToken) -> None:
         """The next token; tells the listeners, and knows afterwards whether it was the last."""
         if choice.token is None:
             diverged = "the probabilities are not finite: this adapter, or the base, has diverged"

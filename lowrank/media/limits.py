@@ -18,7 +18,7 @@ wants it, and the picture larger by as much: of 6000 x 2 pixels one of 336 x 1,0
 
 
 @dataclass(frozen=True)
-class Limits:
+class MediaLimits:
     """The settings of the same names (models/config.py)."""
 
     image_max_pixels: int = MAX_PIXELS

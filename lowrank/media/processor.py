@@ -23,7 +23,7 @@ from lowrank.errors import ModelError
 from lowrank.foreign_files import read_json
 from lowrank.media.audio import check_rate, decoded_audio, resampled_length
 from lowrank.media.decoding import blank, decoded
-from lowrank.media.limits import Limits
+from lowrank.media.limits import MediaLimits
 from lowrank.media.medium_files import BadMedium
 from lowrank.media.video import decoded_video
 from lowrank.records import KIND_NAMES, Audio, Medium, Picture, Video
@@ -54,10 +54,10 @@ class MediaProcessor:
         path: str,
         revision: str | None,
         tokenizer: Any,
-        limits: Limits | None = None,
+        limits: MediaLimits | None = None,
     ) -> None:
         self._path, self._revision, self._tokenizer = path, revision, tokenizer
-        self.limits = limits or Limits()
+        self.limits = limits or MediaLimits()
         self._known: dict[tuple[tuple[str, Size], ...], tuple[str, ...]] = {}
 
     @cached_property

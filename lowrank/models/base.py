@@ -39,7 +39,7 @@ _TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """How the tokens of a batch lie in the rows that a linear layer sees (N of them).
 
     `ranges`: `(slot, first row, end row)`; `counter_N`: the draw counter of each row (see `Segment.origin`);
@@ -167,7 +167,7 @@ class Base:
             return batch
         return replace(batch, filler=bucketed_rows(batch.num_tokens) - batch.num_tokens)
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, batch: Batch) -> BatchRows:
         """How `hidden` will lay out `batch`."""
         length_S = batch.start_S1.diff()
         if self.layout_of(batch) == "packed":
@@ -180,7 +180,7 @@ class Base:
             )
             counter_N = F.pad(batch.position_T + origin_T, (0, batch.filler))
             length_N = F.pad(length_T, (0, batch.filler), value=1)
-            return Rows(len(counter_N), tuple(batch.slot_ranges()), counter_N, length_N)
+            return BatchRows(len(counter_N), tuple(batch.slot_ranges()), counter_N, length_N)
         longest = max(batch.lengths)
         place = torch.arange(longest, device=batch.token_T.device)
         counter_N = (batch.origin_S[:, None] + place[None, :]).reshape(-1)
@@ -189,7 +189,7 @@ class Base:
             same = bool(ranges) and ranges[-1][0] == slot
             first = ranges.pop()[1] if same else index * longest
             ranges.append((slot, first, (index + 1) * longest))
-        return Rows(len(counter_N), tuple(ranges), counter_N, length_S.repeat_interleave(longest))
+        return BatchRows(len(counter_N), tuple(ranges), counter_N, length_S.repeat_interleave(longest))
 
     def hidden(self, batch: Batch, training: bool = False, tokens_of_step: int | None = None) -> torch.Tensor:
         """The last hidden states of the flat stream, (T, D), after the final norm.

@@ -14,7 +14,7 @@ from lowrank.media.limits import (
     VIDEO_MAX_PIXELS,
     VIDEO_MAXLEN,
     VIDEO_MIN_PIXELS,
-    Limits,
+    MediaLimits,
 )
 from lowrank.models.layer_wrappers import LayerWrapperChoice
 from lowrank.models.rope_scaling import RopeScaling
@@ -88,9 +88,9 @@ class ModelConfig(Settings):
     read."""
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> MediaLimits:
         """Of pictures and videos."""
-        return Limits(**{each.name: getattr(self, each.name) for each in fields(Limits)})
+        return MediaLimits(**{each.name: getattr(self, each.name) for each in fields(MediaLimits)})
 
     @property
     def runs_own_code(self) -> bool:

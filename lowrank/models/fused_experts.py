@@ -156,7 +156,7 @@ class PackedExperts(nn.Module):
             getattr(self.config, "_experts_implementation", None) == "batched_mm"
         )  # each token by itself (models/checks/isolation.py)
 
-        def multiply(projection: str, x_PD: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+        def multiply(projection: str, x_PD: torch.Tensor, chosen: ExpertAssignments) -> torch.Tensor:
             outputs = [x_PD.new_zeros(0, Expert(self, projection, 0).out_features)]
             for expert, ranges in chosen.rows:
                 rows = x_PD[ranges[0][1] : ranges[-1][2]]
@@ -169,7 +169,7 @@ class PackedExperts(nn.Module):
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ExpertAssignments:
     """The P = T K (token, expert) pairs of a call, sorted by expert, then token."""
 
     token_P: torch.Tensor
@@ -179,12 +179,12 @@ class Chosen:
     """(expert, [(slot, first, end)]) of every expert that was chosen; a range covers all its rows, bare ones as -1."""
 
 
-Multiply = Callable[[str, torch.Tensor, Chosen], torch.Tensor]
+Multiply = Callable[[str, torch.Tensor, ExpertAssignments], torch.Tensor]
 """(projection, x (P, D), the pairs) -> (P, O)."""
 
 
 def mix(
-    module: Any, hidden_TD: torch.Tensor, weight_TK: torch.Tensor, chosen: Chosen, multiply: Multiply
+    module: Any, hidden_TD: torch.Tensor, weight_TK: torch.Tensor, chosen: ExpertAssignments, multiply: Multiply
 ) -> torch.Tensor:
     """What transformers' experts compute, (T, D), with `multiply` in the place of their products."""
     first, last = projections(module)
@@ -207,11 +207,11 @@ CountRows = Callable[[torch.Tensor, torch.Tensor, Ranges, int], RowCounts]
 """(chosen experts (T, K), the pairs sorted by expert (P), ranges, number of experts) -> row counts."""
 
 
-def choose(top_k_index: torch.Tensor, ranges: Ranges, num_experts: int, count_rows: CountRows) -> Chosen:
+def choose(top_k_index: torch.Tensor, ranges: Ranges, num_experts: int, count_rows: CountRows) -> ExpertAssignments:
     """The pairs in order. `ranges`: of the T rows; `count_rows`: the module's own (`counted_rows`)."""
     order_P = torch.sort(top_k_index.reshape(-1), stable=True).indices
     token_P = order_P // top_k_index.shape[1]
-    return Chosen(token_P, order_P, _rows(*count_rows(top_k_index, order_P, ranges, num_experts)))
+    return ExpertAssignments(token_P, order_P, _rows(*count_rows(top_k_index, order_P, ranges, num_experts)))
 
 
 def counted_rows(top_k_index: torch.Tensor, order_P: torch.Tensor, ranges: Ranges, num_experts: int) -> RowCounts:

@@ -24,7 +24,7 @@ from lowrank.media.processor import MediaProcessor
 from lowrank.models.audio_encoder import AudioEncoder
 from lowrank.models.feature_cache import FeatureCache
 from lowrank.models.shared_features import SharedFeatures
-from lowrank.models.tower import RESULT, Rows, Tower, joined, span_of, wanted_by
+from lowrank.models.tower import RESULT, MediaRows, Tower, joined, span_of, wanted_by
 from lowrank.records import Medium
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class MediaEncoder:
             if seen is not None:
                 known = min(end, seen.length)
                 if piece.first < known:
-                    rows = Rows(seen.before[piece.first], seen.before[known], seen.before[-1])
+                    rows = MediaRows(seen.before[piece.first], seen.before[known], seen.before[-1])
                     own = rows.end - rows.first
                     found += [{name: rows.of(value) for name, value in seen.output.items()}] if own else []
                 if seen.place_3L is not None:

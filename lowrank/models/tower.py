@@ -91,13 +91,13 @@ class Tower:
             output = self._features(**given, return_dict=True)
         return type(output)(**{name: value for name, value in output.items() if name not in _INSIDE})
 
-    def rows(self, media: Media) -> Rows:
+    def rows(self, media: Media) -> MediaRows:
         """Which of the features of a document are of what is in the segment."""
         own = [each for each in media.items if each.kind == self.kind]
         counts = [text.count(self._text) for text in self._processor.placeholders(own)]
         begin, end = span_of(self.kind, media)
         first = sum(counts[:begin])
-        return Rows(first, first + sum(counts[begin:end]), sum(counts))
+        return MediaRows(first, first + sum(counts[begin:end]), sum(counts))
 
 
 def wanted_by(kind: str, backbone: Any) -> set[str]:
@@ -128,7 +128,7 @@ def span_of(kind: str, media: Media) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class MediaRows:
     """Rows [first, end) of the `whole` that stand for a document's media of a kind."""
 
     first: int

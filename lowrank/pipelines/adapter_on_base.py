@@ -14,7 +14,7 @@ from lowrank.checkpoints.language_names import on_composite
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
 from lowrank.export.merge.tensor_names import Names
-from lowrank.export.merge.weights import Stored, Weights
+from lowrank.export.merge.weights import TensorSource, Weights
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts
 from lowrank.models.loading.model_class import is_composite, model_class
@@ -73,14 +73,14 @@ def refuse_before_loading(adapter: AdapterOnDisk, model: ModelConfig) -> None:
     refuse_other_shapes(adapter, shape_of)
 
 
-def _stored_by_name(model: ModelConfig) -> tuple[Callable[[str], Stored | None], Collection[str]]:
+def _stored_by_name(model: ModelConfig) -> tuple[Callable[[str], TensorSource | None], Collection[str]]:
     """The base's tensors in its files by the model's names for them, and the names of those that are one."""
     loading.check_model(model)
     folder = on_disk(model)
     weights = Weights(folder)
     names = Names(folder, weights, trust_remote_code=model.runs_own_code)
 
-    def stored(name: str) -> Stored | None:
+    def stored(name: str) -> TensorSource | None:
         try:
             return weights[names.origin(name)]
         except (StopIteration, KeyError):

@@ -19,7 +19,7 @@ from lowrank.data.config import DataConfig
 from lowrank.errors import LowrankError, ModelError, did_you_mean
 from lowrank.models.config import ModelConfig, named_model
 from lowrank.notices import log_notice
-from lowrank.pipelines.resolve import Kind, Resolved, is_run, resolve
+from lowrank.pipelines.resolve import ArtifactKind, Resolved, is_run, resolve
 
 _RUN_ABOVE = 4
 """Folders between an adapter and its run's, at the most: `<run>/checkpoints/<step>/<job>`."""
@@ -69,7 +69,7 @@ def artifacts_of_folder(
 ) -> ModelArtifacts:
     """A model, or an adapter and its base. ModelError where that is not named, or is gone."""
     data = DataConfig(chat_template=chat_template)
-    if named.kind is not Kind.ADAPTER:
+    if named.kind is not ArtifactKind.ADAPTER:
         if base is not None:
             raise ModelError(f"--base: {named.path} is a model by itself, not adapters on one")
         return ModelArtifacts(named_model(named.path), data)

@@ -24,16 +24,16 @@ from lowrank import __version__
 from lowrank.checkpoints.atomic import new_folder, write_text
 from lowrank.data.config import SourceConfig
 from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
-from lowrank.export import Needs, ReadBack, Target, WritesParts
+from lowrank.export import ExportTarget, Needs, ReadBack, WritesParts
 from lowrank.export.gguf.llama_cpp import OtherVersionError
 from lowrank.export.publish.model_card import card
 from lowrank.export.source import Source
 from lowrank.export.targets import TargetConfig
-from lowrank.export.verify.compare import STORE_BYTES, Answers, Comparer, Comparison, reference_answers
+from lowrank.export.verify.compare import STORE_BYTES, Comparer, Comparison, ReferenceLogprobs, reference_answers
 from lowrank.export.verify.pictures import PictureAnswer, compare_pictures, picture_answer
 from lowrank.export.verify.readers import NO_TOWER, read_adapter
 from lowrank.export.writing.sizes import format_size
-from lowrank.models.loading.checkpoint_files import Checkpoint
+from lowrank.models.loading.checkpoint_files import CheckpointFiles
 from lowrank.notices import log_notice
 from lowrank.pipelines.export_source import ResolvedSource
 from lowrank.pipelines.target_failures import TargetFailures, error_as_json
@@ -138,7 +138,7 @@ class _Checked:
     """A target that can be written, as far as is known beforehand."""
 
     own: ExportRequest
-    target: Target
+    target: ExportTarget
     needs: Needs
 
 
@@ -255,7 +255,7 @@ def _reference_answers(
     prompts: SourceConfig | None,
     notify: Callable[[str], None],
     watch: Watch,
-) -> tuple[Answers, PictureAnswer | str]:
+) -> tuple[ReferenceLogprobs, PictureAnswer | str]:
     """What base + adapter says, kept for all targets; of a base that sees also to a picture, or why it cannot be asked
     about one."""
     held_out = found.held_out(prompts)
@@ -309,7 +309,7 @@ def _check_room(built: Sequence[_Checked], failures: TargetFailures) -> None:
 
 def _where_to_verify(source: Source) -> tuple[Source, str]:
     """Float32 where it fits, else 16 bits; the GPU if it fits there, else the processor."""
-    size = sum(torch.Size(entry.shape).numel() for entry in Checkpoint(source.base).values())
+    size = sum(torch.Size(entry.shape).numel() for entry in CheckpointFiles(source.base).values())
     rooms = []
     if source.model.device != "cpu" and torch.cuda.is_available():
         rooms.append(("cuda", torch.cuda.mem_get_info()[0], 0))

@@ -34,7 +34,7 @@ from lowrank.pipelines.artifacts import (
     artifacts_of_run,
     job_of,
 )
-from lowrank.pipelines.resolve import Kind, Resolved, resolve
+from lowrank.pipelines.resolve import ArtifactKind, Resolved, resolve
 from lowrank.planning.simulation import read_config
 from lowrank.report.summary import SUMMARY
 
@@ -89,7 +89,7 @@ def open_source(
     if named.of_run:
         return _of_run(named, adapters, which, combination, chat_template, notify, base)
     more = [replace(resolve(name), folder=adapter_folder(name, "--adapter")) for name in adapters]
-    if named.kind is Kind.ADAPTER:
+    if named.kind is ArtifactKind.ADAPTER:
         return _of_adapters([named, *more], combination, chat_template, notify, base)
     if more:
         if base is not None:
@@ -135,7 +135,7 @@ def _of_adapters(
     base: str | None,
 ) -> ResolvedSource:
     first = named[0]
-    found = artifacts_of_folder(replace(first, kind=Kind.ADAPTER), chat_template=chat_template, base=base)
+    found = artifacts_of_folder(replace(first, kind=ArtifactKind.ADAPTER), chat_template=chat_template, base=base)
     folders = {each.name: each.folder for each in named}
     found = replace(found, data=found.data_of.get(first.name, found.data), adapters=folders)
     adapter = _combined([(each.name, each.folder) for each in named], found.model, combination, notify)

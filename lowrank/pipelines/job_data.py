@@ -12,7 +12,7 @@ from lowrank.adapters.prompts import PromptSettings
 from lowrank.config import JobConfig, RunConfig
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.errors import DataError
-from lowrank.media.limits import Limits
+from lowrank.media.limits import MediaLimits
 from lowrank.models.config import ModelConfig
 from lowrank.models.positions import can_be_stretched, positions_of
 from lowrank.objectives import needs
@@ -82,7 +82,7 @@ def _settings_of_media(jobs: Sequence[JobConfig], model: ModelConfig, data: Sequ
     for kind in ("image", "video"):
         if any(kind in own.media_kinds or (own.media_kinds and kind == "video") for own in data):
             continue  # LLaMA-Factory's files set both for models that see
-        for name in (each.name for each in fields(Limits) if each.name.startswith(kind)):
+        for name in (each.name for each in fields(MediaLimits) if each.name.startswith(kind)):
             if getattr(model, name) != type(model).model_fields[name].default:
                 yield f"model.{name} has no effect: no row has {KIND_NAMES[kind]}"
     if model.cache_vision_features and not any({"image", "video"} & set(own.media_kinds) for own in data):

@@ -21,7 +21,7 @@ from lowrank.pipelines.slot_allocator import SlotAllocator, job_started
 from lowrank.report.events import Event, JobFinished, JobMoved, JobStarted, Notice
 from lowrank.search.candidates import Candidate
 from lowrank.train.checkpointer import Checkpointer
-from lowrank.train.job import Job, Progress
+from lowrank.train.job import Job, JobProgress
 from lowrank.train.loop import finish_job
 
 RUNNING, QUEUED, PAUSED, HELD, OVER = "running", "queued", "paused", "held", "over"
@@ -29,7 +29,7 @@ RUNNING, QUEUED, PAUSED, HELD, OVER = "running", "queued", "paused", "held", "ov
 
 
 @dataclass
-class Entry:
+class QueuedJob:
     """One job of the run."""
 
     config: JobConfig
@@ -39,7 +39,7 @@ class Entry:
     """Of those that wait the highest is given a slot first, and a lower one that runs gives way to it."""
     turn: int = 0
     """Of equal priority the lowest is first."""
-    progress: Progress = field(default_factory=Progress)
+    progress: JobProgress = field(default_factory=JobProgress)
     """While it has no slot; one that has one is asked itself."""
     num_trainable: int = 0
     added: bool = False
@@ -87,7 +87,7 @@ class JobQueue:
         self,
         allocator: SlotAllocator,
         checkpointer: Checkpointer,
-        entries: Sequence[Entry],
+        entries: Sequence[QueuedJob],
         report: Callable[[Event], None],
         capacity: int,
     ) -> None:
@@ -97,7 +97,7 @@ class JobQueue:
         """Jobs that take steps at the same time."""
         self.jobs: list[Job] = []
         self.search: Search | None = None
-        self.enlist: Callable[[Candidate], Entry] | None = None
+        self.enlist: Callable[[Candidate], QueuedJob] | None = None
         """Makes a job of what the search proposes."""
         self.decided: Callable[[], object] = lambda: None
         """Hears that the search has decided something."""
@@ -155,7 +155,7 @@ class JobQueue:
 
     # What orders and a search do
 
-    def add(self, entry: Entry, *, now: bool = False) -> None:
+    def add(self, entry: QueuedJob, *, now: bool = False) -> None:
         """One job more, which waits for its slot, or is given one `now`. LowrankError for one that cannot begin: then
         it never came."""
         entry.turn, self._turns = self._turns, self._turns + 1
@@ -220,7 +220,7 @@ class JobQueue:
         """The job, if it has a slot and takes steps."""
         return next((job for job in self.jobs if job.name == name and job.active), None)
 
-    def progress_of(self, name: str) -> Progress:
+    def progress_of(self, name: str) -> JobProgress:
         """How far a job is, wherever it is."""
         seated = next((job for job in self.jobs if job.name == name), None)
         return self.entries[name].progress if seated is None else seated.progress
@@ -271,7 +271,7 @@ class JobQueue:
             for name, kept in state["jobs"].items():
                 entry = self.entries[name]
                 entry.state, entry.priority, entry.turn = kept["state"], kept["priority"], kept["turn"]
-                entry.progress, entry.num_trainable = Progress(**kept["progress"]), kept["num_trainable"]
+                entry.progress, entry.num_trainable = JobProgress(**kept["progress"]), kept["num_trainable"]
                 entry.added, entry.changed = kept["added"], not kept["added"] and kept["settings"] is not None
             seated = {name: kept["slot"] for name, kept in state["jobs"].items() if kept["slot"] is not None}
             first = sorted((self.entries[name] for name in seated), key=lambda entry: seated[entry.name])
@@ -293,7 +293,7 @@ class JobQueue:
     def _active(self) -> list[Job]:
         return [job for job in self.jobs if job.active]
 
-    def _proposed(self) -> Entry | None:
+    def _proposed(self) -> QueuedJob | None:
         """A candidate more, if the search has one that can be trained."""
         while self.search is not None and (candidate := self.search.propose()) is not None:
             assert self.enlist is not None
@@ -307,7 +307,7 @@ class JobQueue:
             return entry
         return None
 
-    def _lose(self, entry: Entry, error: LowrankError) -> None:
+    def _lose(self, entry: QueuedJob, error: LowrankError) -> None:
         entry.progress.finished, entry.state = "failed", OVER
         self.checkpointer.parked.pop(entry.name, None)
         self._report(Notice(f"{entry.name} cannot be trained: {error}", level="warning", job=entry.name))
@@ -315,7 +315,7 @@ class JobQueue:
         if self.search is not None:
             self._heed(self.search.lost(entry.name, "failed"))
 
-    def _next_waiting(self) -> Entry | None:
+    def _next_waiting(self) -> QueuedJob | None:
         waiting = [entry for entry in self.entries.values() if entry.state == QUEUED]
         return min(waiting, key=lambda entry: (-entry.priority, entry.turn), default=None)
 
@@ -327,7 +327,7 @@ class JobQueue:
                 return
             self._park(lowest, QUEUED)
 
-    def _allocate(self, entry: Entry, quietly: bool = False) -> Job:
+    def _allocate(self, entry: QueuedJob, quietly: bool = False) -> Job:
         (job,) = self.allocator.take([entry.config], [entry.data])
         if entry.name in self.checkpointer.parked:
             self.checkpointer.unpark(job)
@@ -340,7 +340,7 @@ class JobQueue:
             self._report(self.started(entry.name))
         return job
 
-    def _adjust(self, job: Job, entry: Entry) -> None:
+    def _adjust(self, job: Job, entry: QueuedJob) -> None:
         """What orders may change, as the settings have it now."""
         config, trained = entry.config, self.allocator.engine.jobs[job.slot]
         job.schedule, job.patience = config.schedule, config.early_stopping_patience
@@ -390,7 +390,7 @@ class JobQueue:
             elif state == RUNNING:
                 entry.state = QUEUED
 
-    def _prune_parked(self, entry: Entry) -> None:
+    def _prune_parked(self, entry: QueuedJob) -> None:
         entry.progress.finished, entry.state = "pruned", OVER
         self.checkpointer.parked.pop(entry.name, None)
         self._report(JobFinished(entry.name, entry.progress.step, "pruned"))

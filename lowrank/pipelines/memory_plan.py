@@ -19,7 +19,7 @@ from lowrank.planning.choose import TOKENS, choose
 from lowrank.planning.machine import Machine
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.placed import STREAMED, Placed
-from lowrank.planning.plan import MARGIN, Plan, Planner, describe_pictures, one_line
+from lowrank.planning.plan import MARGIN, MemoryPlan, Planner, describe_pictures, one_line
 from lowrank.planning.simulation import PlannedJob, read_config
 from lowrank.planning.speed import calibrate
 from lowrank.ranks import processes_here, ranks_of_a_machine
@@ -32,7 +32,7 @@ _SURELY = 1.1
 """Times the free memory: what needs more is refused, since a kernel that runs out of memory kills without a word."""
 
 
-def _plan(config: RunConfig, data: Sequence[Prepared]) -> tuple[Planner, Plan] | Exception:
+def _plan(config: RunConfig, data: Sequence[Prepared]) -> tuple[Planner, MemoryPlan] | Exception:
     """The plan and its planner; or why there is none."""
     try:
         planner = planner_of(config, data)
@@ -44,8 +44,8 @@ def _plan(config: RunConfig, data: Sequence[Prepared]) -> tuple[Planner, Plan] |
 
 
 def _report_plan(
-    config: RunConfig, found: tuple[Planner, Plan] | Exception, report: Callable[[Event], None]
-) -> tuple[RunConfig, Plan | None]:
+    config: RunConfig, found: tuple[Planner, MemoryPlan] | Exception, report: Callable[[Event], None]
+) -> tuple[RunConfig, MemoryPlan | None]:
     if isinstance(found, Exception):
         reason = str(found).strip().splitlines()[0][:200] if str(found).strip() else type(found).__name__
         report(Notice(f"the memory of this model could not be planned ({type(found).__name__}: {reason})"))
@@ -78,7 +78,7 @@ def with_slots(
     checkpoint: Mapping[str, Any] | None,
     report: Callable[[Event], None],
     capacity: int | None = None,
-) -> tuple[RunConfig, Plan | None]:
+) -> tuple[RunConfig, MemoryPlan | None]:
     """The settings with every `auto` about memory decided, and the plan; said in one line.
 
     It is of as many jobs as train at the same time: of a sweep's candidates as many as fit, the heaviest counted, and
@@ -142,7 +142,7 @@ def _time_of(config: RunConfig, data: Sequence[Prepared], number: int) -> str:
 class MemoryBudget:
     """Whether other jobs than those a run was planned for would fit, while it trains."""
 
-    def __init__(self, config: RunConfig, plan: Plan | None) -> None:
+    def __init__(self, config: RunConfig, plan: MemoryPlan | None) -> None:
         """`config`: with what the plan decided; without a plan everything is said to fit."""
         self._config, self._plan = config, plan
 
@@ -243,7 +243,7 @@ def _decided(config: RunConfig, tokens: int | str, activation_checkpointing: str
     return config.model_copy(update={"micro_batch_tokens": tokens, "model": model})
 
 
-def _warn_or_refuse(config: RunConfig, planner: Planner, plan: Plan, report: Callable[[Event], None]) -> None:
+def _warn_or_refuse(config: RunConfig, planner: Planner, plan: MemoryPlan, report: Callable[[Event], None]) -> None:
     text = f"this run needs about {gigabytes(plan.peak)}, and {gigabytes(plan.available)} are free on {plan.device}"
     for change in changes_that_fit(planner, plan, open_settings(config)):
         text += f"\n  - {change}"

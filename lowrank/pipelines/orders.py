@@ -15,12 +15,12 @@ from typing import Any
 
 from lowrank.checkpoints.orders import Order, OrderQueue
 from lowrank.checkpoints.settings_changes import flattened
-from lowrank.config import JobConfig, RunConfig, override, resolve
+from lowrank.config import JobConfig, RunConfig, override, validate_settings
 from lowrank.config.jobs import complete_jobs
 from lowrank.config.schema import JobSettings
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError, OutputError, did_you_mean
-from lowrank.pipelines.job_queue import HELD, OVER, PAUSED, QUEUED, Entry, JobQueue
+from lowrank.pipelines.job_queue import HELD, OVER, PAUSED, QUEUED, JobQueue, QueuedJob
 from lowrank.report.events import Event, Notice, RunStarted
 from lowrank.report.progress import JobView, RunProgress
 from lowrank.report.summary import SummaryBuilder
@@ -48,7 +48,7 @@ class OrderHandler:
         run: RunConfig,
         *,
         prepare: Callable[[JobConfig], Prepared],
-        fits: Callable[[list[Entry]], bool],
+        fits: Callable[[list[QueuedJob]], bool],
         changed: Callable[[], None],
         show: Callable[[], None],
         report: Callable[[Event], None],
@@ -91,7 +91,7 @@ class OrderHandler:
 
     def _add(self, order: Order) -> str:
         (config,) = self._validated([order.values["settings"]])
-        return self._join(Entry(config, self._prepare(config), added=True))
+        return self._join(QueuedJob(config, self._prepare(config), added=True))
 
     def _clone(self, order: Order) -> str:
         entry, values = self._entry(order), order.values
@@ -99,7 +99,7 @@ class OrderHandler:
         settings["name"] = values.get("name") or self._free_name(entry.name)
         (config,) = self._validated([settings])
         if values.get("from_start"):
-            return self._join(Entry(config, self._prepare(config), added=True))
+            return self._join(QueuedJob(config, self._prepare(config), added=True))
         if entry.state == OVER or self._queue.progress_of(entry.name).finished:
             raise OutputError(
                 f"{entry.name} is over, so its present state is gone; clone it from its start, or add a job with "
@@ -111,7 +111,7 @@ class OrderHandler:
                 f"a clone of {entry.name}'s present weights cannot change {', '.join(differing)}; clone it from its "
                 "start"
             )
-        clone, job = Entry(config, self._prepare(config), added=True), self._queue.job(entry.name)
+        clone, job = QueuedJob(config, self._prepare(config), added=True), self._queue.job(entry.name)
         if job is not None:
             self._queue.checkpointer.copy(job, config.name)
         elif entry.name in self._queue.checkpointer.parked:
@@ -119,14 +119,14 @@ class OrderHandler:
         clone.progress.step = self._queue.progress_of(entry.name).step
         return self._join(clone)
 
-    def enlist(self, candidate: Candidate) -> Entry:
+    def enlist(self, candidate: Candidate) -> QueuedJob:
         """A job of what a search proposes, over the run's own settings."""
         top = self._run.model_dump(mode="json", include={*JobSettings.model_fields}, exclude_unset=True)
         (config,) = complete_jobs({**top, "jobs": [candidate.as_entry()]}, tuple(JobSettings.model_fields), "")
         (config,) = self._validated([config])
-        return Entry(config, self._prepare(config), added=True)
+        return QueuedJob(config, self._prepare(config), added=True)
 
-    def _join(self, entry: Entry) -> str:
+    def _join(self, entry: QueuedJob) -> str:
         queue = self._queue
         running = [queue.entries[job.name] for job in queue.jobs if job.active]
         if self._grows and len(running) >= queue.capacity and self._fits([*running, entry]):
@@ -180,7 +180,7 @@ class OrderHandler:
         self._changed()
         return f"{entry.name} has {', '.join(overrides)} from step {self._queue.progress_of(entry.name).step + 1} on"
 
-    def _check_change(self, entry: Entry, config: JobConfig) -> None:
+    def _check_change(self, entry: QueuedJob, config: JobConfig) -> None:
         from lowrank.pipelines.job_setup import num_steps_of
 
         step = self._queue.progress_of(entry.name).step
@@ -196,7 +196,7 @@ class OrderHandler:
                     "bound to the rate it began with; clone it"
                 )
 
-    def _entry(self, order: Order) -> Entry:
+    def _entry(self, order: Order) -> QueuedJob:
         """The job that an order is to. OutputError if there is none, or it is over."""
         entries = self._queue.entries
         entry = entries.get(order.job or "")
@@ -216,7 +216,9 @@ class OrderHandler:
             entry.config.model_dump(mode="json") for entry in self._queue.entries.values() if entry.name != instead_of
         ]
         settings = self._run.model_dump(mode="json", exclude={"jobs", "sweep"})
-        checked = resolve({**settings, "jobs": [*others, *jobs]}, source="the order", allow_code=code_is_allowed())
+        checked = validate_settings(
+            {**settings, "jobs": [*others, *jobs]}, source="the order", allow_code=code_is_allowed()
+        )
         return list(checked.jobs[len(others) :])
 
 

@@ -15,8 +15,8 @@ from lowrank.data.config import SourceConfig
 from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
 from lowrank.evaluate.predict import (
     AnsweringModels,
+    MetricVerdict,
     ModelAnswer,
-    Verdict,
     answer_questions,
     compare,
     score_labels,
@@ -66,7 +66,7 @@ class PredictRequest:
 
 def predict(
     request: PredictRequest, progress: Progress, warn: Callable[[Sequence[str]], None]
-) -> tuple[dict[str, Any], Mapping[str, Mapping[str, Verdict]]]:
+) -> tuple[dict[str, Any], Mapping[str, Mapping[str, MetricVerdict]]]:
     """What metrics.json holds, and the verdicts themselves. Interrupted, the same request goes on where it stopped."""
     names = (*request.metrics, *(LLAMAFACTORY_NAMES if request.llamafactory else ()))
     check_installed(names)
@@ -149,7 +149,10 @@ def _write_as_llamafactory(
 
 
 def _left_out(
-    verdicts: Mapping[str, Mapping[str, Verdict]], rows: int, unscored: Sequence[str], answering_models: Sequence[str]
+    verdicts: Mapping[str, Mapping[str, MetricVerdict]],
+    rows: int,
+    unscored: Sequence[str],
+    answering_models: Sequence[str],
 ) -> list[str]:
     """What perplexity is not of: questions that could not be scored, and numbers that are none."""
     reported = []
@@ -170,7 +173,7 @@ def _key_of_settings(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def _plain(verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, dict[str, Any]]:
+def _plain(verdicts: Mapping[str, Mapping[str, MetricVerdict]]) -> dict[str, dict[str, Any]]:
     return {
         model_name: {
             name: {

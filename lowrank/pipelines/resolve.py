@@ -28,7 +28,7 @@ _ADAPTER_FILES = [
 ]  # fmt: skip
 
 
-class Kind(Enum):
+class ArtifactKind(Enum):
     """What there is at a path."""
 
     RUN = "a run"
@@ -45,7 +45,7 @@ class Resolved:
 
     path: str
     """As it was given."""
-    kind: Kind
+    kind: ArtifactKind
     folder: Path
     """The run's for a run, its checkpoints and its jobs. An adapter's: on the hub, where it is in the cache. For a
     model of the hub, its name. For a GGUF file, the file."""
@@ -55,7 +55,7 @@ class Resolved:
     @property
     def of_run(self) -> bool:
         """Whether `folder` is a run's."""
-        return self.kind in (Kind.RUN, Kind.CHECKPOINT, Kind.JOB)
+        return self.kind in (ArtifactKind.RUN, ArtifactKind.CHECKPOINT, ArtifactKind.JOB)
 
     @property
     def name(self) -> str:
@@ -69,18 +69,22 @@ def resolve(path: str, *, revision: str | None = None) -> Resolved:
     folder = Path(path)
     _refuse_no_path(path)
     if is_gguf(path):
-        return Resolved(path, Kind.GGUF, folder)
+        return Resolved(path, ArtifactKind.GGUF, folder)
     if is_run(folder):
-        return Resolved(path, Kind.RUN, folder)
+        return Resolved(path, ArtifactKind.RUN, folder)
     if is_adapter(folder):
-        return Resolved(path, Kind.ADAPTER, folder)
+        return Resolved(path, ArtifactKind.ADAPTER, folder)
     whole = folder.resolve()
     if (folder / STATE_FILE).is_file() and is_run(whole.parent.parent):
-        return Resolved(path, Kind.CHECKPOINT, whole.parent.parent, checkpoint=folder)
+        return Resolved(path, ArtifactKind.CHECKPOINT, whole.parent.parent, checkpoint=folder)
     if not (folder / RUN_CONFIG).exists() and whole.name in _job_names(whole.parent):
-        return Resolved(path, Kind.JOB, folder.parent if folder.name == whole.name else whole.parent, job=whole.name)
+        return Resolved(
+            path, ArtifactKind.JOB, folder.parent if folder.name == whole.name else whole.parent, job=whole.name
+        )
     cached = on_hub(path, revision)
-    return Resolved(path, Kind.MODEL, folder) if cached is None else Resolved(path, Kind.ADAPTER, cached)
+    return (
+        Resolved(path, ArtifactKind.MODEL, folder) if cached is None else Resolved(path, ArtifactKind.ADAPTER, cached)
+    )
 
 
 def is_gguf(path: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from lowrank.checkpoints.atomic import new_folder
 from lowrank.config import RunConfig
 from lowrank.config.checks import sweep_metric
-from lowrank.pipelines.job_queue import Entry, JobQueue
+from lowrank.pipelines.job_queue import JobQueue, QueuedJob
 from lowrank.pipelines.job_setup import num_steps_of
 from lowrank.report.events import Event, Notice
 from lowrank.search.candidates import candidates_among
@@ -40,7 +40,7 @@ def add_search(queue: JobQueue, config: RunConfig, live: Mapping[str, Any] | Non
     return sweep
 
 
-def _warmup(entry: Entry) -> float:
+def _warmup(entry: QueuedJob) -> float:
     """Its share of a job's steps."""
     number = num_steps_of(entry.config, entry.data)
     return entry.config.schedule.warmup(number) / max(1, number)

@@ -36,7 +36,7 @@ from lowrank.models.streamed import Streamed
 from lowrank.notices import log_notice
 from lowrank.pipelines.job_data import with_date
 from lowrank.pipelines.memory_plan import with_slots
-from lowrank.planning.plan import Plan
+from lowrank.planning.plan import MemoryPlan
 from lowrank.ranks import Processes, Ranks, agree, ranks_of_a_machine
 from lowrank.report.events import Event, Notice
 from lowrank.report.summary import versions
@@ -96,12 +96,12 @@ def planned(
     report: Callable[[Event], None],
     capacity: int | None,
     lanes: Lanes,
-) -> tuple[RunConfig, Plan | None]:
+) -> tuple[RunConfig, MemoryPlan | None]:
     """`with_slots` by the memory of the first rank: how a step is cut is a matter for all of them alike."""
     ranks, count = lanes.ranks, lanes.count
     if ranks.world == 1:
         return with_slots(config, data, before, report, capacity)
-    plan: Plan | None = None
+    plan: MemoryPlan | None = None
 
     def decide() -> list[Any]:
         nonlocal plan

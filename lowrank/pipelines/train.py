@@ -31,7 +31,7 @@ from lowrank.models.loading.kind import check_weights
 from lowrank.models.placement import Placement
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
-from lowrank.pipelines.job_queue import Entry, JobQueue
+from lowrank.pipelines.job_queue import JobQueue, QueuedJob
 from lowrank.pipelines.job_setup import check_steps, check_tokens
 from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, in_effect, live_state
 from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
@@ -123,7 +123,7 @@ def train(
         checkpointer = checkpointer_of(ranks)(
             engine, folder.path, config.save_total_limit, lambda: _state(begun, engine, summary, queue), chosen
         )
-        entries = [Entry(job, own) for job, own in zip(config.jobs, data)]
+        entries = [QueuedJob(job, own) for job, own in zip(config.jobs, data)]
         queue = JobQueue(
             SlotAllocator(engine, config, tokenizer, report), checkpointer, entries, report, at_once(config)
         )
@@ -240,7 +240,7 @@ def _attach_media_encoder(
         expect_media(base, streams, attach, lambda text: report(Notice(text, level="warning")))
 
 
-def _write_settings(folder: RunFolder, config: RunConfig, entries: Sequence[Entry]) -> None:
+def _write_settings(folder: RunFolder, config: RunConfig, entries: Sequence[QueuedJob]) -> None:
     """What the run was asked, with the jobs that it has now, and what the doctor found."""
     folder.own(entry.name for entry in entries)
     config = config.model_copy(update={"jobs": tuple(entry.config for entry in entries)})

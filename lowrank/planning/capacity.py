@@ -11,13 +11,13 @@ from collections.abc import Callable
 import numpy as np
 
 from lowrank.batches import Segment, number_the_step
-from lowrank.planning.plan import MARGIN, Plan, Planner
+from lowrank.planning.plan import MARGIN, MemoryPlan, Planner
 
 _SIZES = (1024, 2048, 4096)
 _MOST = 10_000_000
 
 
-def largest_tokens(planner: Planner, plan: Plan) -> int:
+def largest_tokens(planner: Planner, plan: MemoryPlan) -> int:
     """Tokens of one forward pass that fit, in documents as long as the longest of the run's steps."""
     longest = max((segment for job in planner.memory.jobs for segment in job.step), key=len)
     if longest.media is None:
@@ -31,7 +31,7 @@ def largest_tokens(planner: Planner, plan: Plan) -> int:
     return _round_down(_largest(planner, plan, documents, _SIZES[1:]))
 
 
-def longest_document(planner: Planner, plan: Plan) -> int:
+def longest_document(planner: Planner, plan: MemoryPlan) -> int:
     """Tokens of one document that fit, of text; at most what the model was made for."""
     limit, share = planner.memory.max_length or _MOST, _share_of_loss(planner)
     if limit <= _SIZES[-1] and _peak(planner, plan, [_text(limit, share)]) <= MARGIN * plan.available:
@@ -40,7 +40,9 @@ def longest_document(planner: Planner, plan: Plan) -> int:
     return limit if found >= limit else _round_down(found)
 
 
-def _largest(planner: Planner, plan: Plan, documents: Callable[[int], list[Segment]], wanted: tuple[int, ...]) -> int:
+def _largest(
+    planner: Planner, plan: MemoryPlan, documents: Callable[[int], list[Segment]], wanted: tuple[int, ...]
+) -> int:
     sizes, peaks = [], []
     for size in wanted:
         segments = documents(size)
@@ -58,7 +60,7 @@ def _largest(planner: Planner, plan: Plan, documents: Callable[[int], list[Segme
     return max(0, min(_MOST, int((-b + inside**0.5) / (2 * a)))) if inside >= 0 else 0
 
 
-def _peak(planner: Planner, plan: Plan, segments: list[Segment]) -> int:
+def _peak(planner: Planner, plan: MemoryPlan, segments: list[Segment]) -> int:
     slot = next(iter(planner.memory.work))
     work = {slot: number_the_step(segments)}
     step = planner.memory.step(sum(map(len, segments)), plan.activation_checkpointing, work)

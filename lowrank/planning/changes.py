@@ -14,7 +14,7 @@ from lowrank.models.loading.pretrained import choose_device, choose_dtype
 from lowrank.planning.choose import TOKENS
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.placed import REPLICATED
-from lowrank.planning.plan import Plan, Planner
+from lowrank.planning.plan import MemoryPlan, Planner
 from lowrank.planning.simulation import PlannedJob
 from lowrank.settings import configs_in
 
@@ -24,7 +24,7 @@ _COSTS = {"model.storage: bf16": "; a step takes a few percent longer, since eac
 _RANKS = (64, 32, 16, 8, 4)
 
 
-def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) -> list[str]:
+def changes_that_fit(planner: Planner, plan: MemoryPlan, settings: Mapping[str, Any]) -> list[str]:
     """Each change by itself, as `setting: value (needs ...)`, the mildest of its kind.
 
     `settings`: recompute, micro_batch_tokens and max_length as they stand.
@@ -49,7 +49,7 @@ def changes_that_fit(planner: Planner, plan: Plan, settings: Mapping[str, Any]) 
     ]
 
 
-def _recompute(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
+def _recompute(plan: MemoryPlan, settings: Mapping[str, Any]) -> Iterator[Any]:
     if settings["activation_checkpointing"] != "auto":
         for policy in ("selective", "full", *(["sqrt"] if settings.get("base", REPLICATED) == REPLICATED else [])):
             yield (
@@ -58,7 +58,7 @@ def _recompute(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
             )
 
 
-def _tokens(plan: Plan, settings: Mapping[str, Any]) -> Iterator[Any]:
+def _tokens(plan: MemoryPlan, settings: Mapping[str, Any]) -> Iterator[Any]:
     if settings["micro_batch_tokens"] != "auto":
         for tokens in (*TOKENS, 512, 256, 128, 64):
             if tokens < plan.micro_batch_tokens:
@@ -113,7 +113,7 @@ def _of_rank(job: PlannedJob, rank: int) -> PlannedJob:
 
 
 def _with_jobs(change: Any) -> Any:
-    def plan(planner: Planner, plan: Plan) -> Plan:
+    def plan(planner: Planner, plan: MemoryPlan) -> MemoryPlan:
         now = planner.memory
         memory = StepMemory(now.model, [change(job) for job in now.jobs], now.lanes, now.placed)
         return planner.of(memory.model, memory).plan(plan.micro_batch_tokens, plan.activation_checkpointing)
@@ -122,7 +122,7 @@ def _with_jobs(change: Any) -> Any:
 
 
 def _with_model(model: ModelConfig) -> Any:
-    def plan(planner: Planner, plan: Plan) -> Plan:
+    def plan(planner: Planner, plan: MemoryPlan) -> MemoryPlan:
         memory = StepMemory(model, planner.memory.jobs, planner.memory.lanes, planner.memory.placed)
         return planner.of(model, memory).plan(plan.micro_batch_tokens, plan.activation_checkpointing)
 

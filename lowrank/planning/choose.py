@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowrank.planning.placed import REPLICATED
-from lowrank.planning.plan import Plan, Planner
+from lowrank.planning.plan import MemoryPlan, Planner
 
 TOKENS = (4096, 2048, 1024)
 """Forward passes of these sizes use the hardware equally well, or nearly; so they are tried before recomputation."""
@@ -13,9 +13,9 @@ _WORTH_IT = 0.8
 """Recomputing more than this share of the layers costs more time than `selective` on all of them."""
 
 
-def choose(planner: Planner, micro_batch_tokens: int | str, activation_checkpointing: str | int) -> Plan:
+def choose(planner: Planner, micro_batch_tokens: int | str, activation_checkpointing: str | int) -> MemoryPlan:
     """The cheapest plan that fits, of those the settings allow (`auto`: free); if none does, the smallest."""
-    smallest: Plan | None = None
+    smallest: MemoryPlan | None = None
     for tokens, policy in _candidates(planner, micro_batch_tokens, activation_checkpointing):
         plan = planner.plan(tokens, policy)
         if plan.fits:

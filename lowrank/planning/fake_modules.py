@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from lowrank.kernels.shape_bucketing import FINITE_PRODUCT
 from lowrank.models.fused_experts import (
     AroundExperts,
-    Chosen,
     Expert,
+    ExpertAssignments,
     PackedExperts,
     Ranges,
     RowCounts,
@@ -53,7 +53,7 @@ class _OneAfterTheOther(AroundExperts):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        def multiply(projection: str, x_PD: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+        def multiply(projection: str, x_PD: torch.Tensor, chosen: ExpertAssignments) -> torch.Tensor:
             return torch.cat(
                 [
                     Expert(self.base, projection, expert)(x_PD[ranges[0][1] : ranges[-1][2]])

@@ -48,7 +48,7 @@ _POLICIES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes, on the device that computes. `available` counts what this process holds already."""
 
     step: StepBytes
@@ -114,7 +114,7 @@ class Planner:
         """The same for another base or other jobs."""
         return Planner(model, memory, self.machine)
 
-    def plan(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> Plan:
+    def plan(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> MemoryPlan:
         """With these two settings."""
         step = self.memory.step(micro_batch_tokens, activation_checkpointing)
         passes = self.memory.heaviest_batch(micro_batch_tokens).passes
@@ -124,7 +124,7 @@ class Planner:
         if self.memory.placed.base != REPLICATED:  # layer by layer, each whole until it is put in its place
             loading = step.base + self.memory.parts.largest_layer + (self._resident + _LIBRARIES // 2 if on_host else 0)
         available = self.machine.host if self.machine.device is None else self.machine.device
-        return Plan(
+        return MemoryPlan(
             step,
             process,
             self._resident,
@@ -172,7 +172,7 @@ def describe_pictures(pictures: PlannedPictures) -> str:
     )
 
 
-def one_line(plan: Plan) -> str:
+def one_line(plan: MemoryPlan) -> str:
     """What a run says before it loads."""
     where = "memory" if plan.device == "cpu" else f"memory of {plan.device}"
     return (

@@ -28,7 +28,7 @@ from lowrank.models.media_encoder import MediaEncoder
 from lowrank.planning.fusing import StepTime, fitted
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
-from lowrank.planning.plan import Plan
+from lowrank.planning.plan import MemoryPlan
 from lowrank.planning.simulation import kinds_of, train_what_is_trained
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
@@ -49,7 +49,7 @@ class Speed:
     """Of several jobs: how long steps take, by tokens and jobs (planning/fusing.py)."""
 
 
-def calibrate(memory: StepMemory, plan: Plan) -> Speed:
+def calibrate(memory: StepMemory, plan: MemoryPlan) -> Speed:
     """Time optimizer steps on the device that computes. Takes seconds, and the memory of a few layers."""
     work = _some(memory.work)
     tokens = _tokens(work)
@@ -95,7 +95,9 @@ def _some(work: StepSegments) -> StepSegments:
     return chosen
 
 
-def _times(memory: StepMemory, plan: Plan, works: list[StepSegments], core: tuple[int, ...] | None) -> list[float]:
+def _times(
+    memory: StepMemory, plan: MemoryPlan, works: list[StepSegments], core: tuple[int, ...] | None
+) -> list[float]:
     """Seconds of one optimizer step of each of these works; the fastest of some, taken in turns."""
     engine = _engine(memory, plan, core)
     best = [float("inf")] * len(works)
@@ -110,7 +112,7 @@ def _times(memory: StepMemory, plan: Plan, works: list[StepSegments], core: tupl
     return best
 
 
-def _engine(memory: StepMemory, plan: Plan, core: tuple[int, ...] | None) -> Engine:
+def _engine(memory: StepMemory, plan: MemoryPlan, core: tuple[int, ...] | None) -> Engine:
     model, wrapper = _random_model(memory.model, memory.config, core)
     train_what_is_trained(model, memory.jobs)
     pack_in_place(model, memory.model.storage)

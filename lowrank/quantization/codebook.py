@@ -34,7 +34,7 @@ def _normal_quantiles(probability: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class QuantizedBlocks:
     """w = levels[code] * absmax of the block. Blocks run over the flattened matrix, across rows."""
 
     code_N: torch.Tensor
@@ -51,7 +51,7 @@ class Blocks:
 
 def by_codebook(
     weight: torch.Tensor, levels: torch.Tensor, block_size: int = 64, *, double_quantized: bool = False
-) -> Blocks:
+) -> QuantizedBlocks:
     """The nearest level of every weight; halfway goes to the smaller level, zero to the first code that is zero."""
     flat_N = weight.detach().float().reshape(-1)
     padded_BS = torch.nn.functional.pad(flat_N, (0, -flat_N.numel() % block_size)).view(-1, block_size)
@@ -64,7 +64,7 @@ def by_codebook(
     code_N = order[torch.bucketize(share_BS, between)].reshape(-1)[: flat_N.numel()]
     if double_quantized:
         absmax_B = _double_quantized(absmax_B)
-    return Blocks(code_N.to(torch.uint8), absmax_B, levels, block_size, tuple(weight.shape))
+    return QuantizedBlocks(code_N.to(torch.uint8), absmax_B, levels, block_size, tuple(weight.shape))
 
 
 def _double_quantized(absmax_B: torch.Tensor, block_size: int = 256) -> torch.Tensor:

@@ -17,7 +17,7 @@ from lowrank.report.curve import Curve
 from lowrank.report.events import EvalDone, Event, JobFinished, JobStarted, RunStarted, StepDone
 from lowrank.report.process_memory import memory_use
 from lowrank.report.reporters.metrics import FILE as METRICS
-from lowrank.report.verdict import Verdict, verdict
+from lowrank.report.verdict import CurveVerdict, verdict
 
 SUMMARY = "summary.json"
 PLOT = "loss.png"
@@ -218,7 +218,7 @@ class SummaryBuilder:
         """`best` and `last`, those that are there."""
         return {which: f"{name}/{which}" for which in JOB_FOLDERS if (self.output_dir / name / which).is_dir()}
 
-    def judge(self, name: str) -> Verdict:
+    def judge(self, name: str) -> CurveVerdict:
         """What the curve of a job says so far."""
         steps, losses = self._curves[name].points()
         return verdict(steps, losses, [(int(step), loss) for step, loss in self._jobs[name].evals])

@@ -50,7 +50,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CurveVerdict:
     """`step`: since when it is flat or diverged, or, where it overfits, the best one. `parts`: what it says, as
     `{"part": key of PARTS, name: value}`, for those who say it in another language."""
 
@@ -60,14 +60,16 @@ class Verdict:
     parts: list[dict[str, str]] = field(default_factory=list)
 
 
-def _judged(kind: Kind, step: int | None, part: str, **values: object) -> Verdict:
+def _judged(kind: Kind, step: int | None, part: str, **values: object) -> CurveVerdict:
     own = {name: f"{value}" for name, value in values.items()}
     if step is not None:
         own["step"] = str(step)
-    return Verdict(kind, PARTS[part].format(**own), step, [{"part": part, **own}])
+    return CurveVerdict(kind, PARTS[part].format(**own), step, [{"part": part, **own}])
 
 
-def verdict(steps: Sequence[int], losses: Sequence[float], eval_points: Sequence[tuple[int, float]] = ()) -> Verdict:
+def verdict(
+    steps: Sequence[int], losses: Sequence[float], eval_points: Sequence[tuple[int, float]] = ()
+) -> CurveVerdict:
     """Judge a training curve (nats per token at ascending steps) and held-out `(step, loss)` points.
 
     The rules, in order; levels are of the smoothed curve (`curve.smooth`), noise is `curve.noise_of`:
@@ -108,7 +110,7 @@ def verdict(steps: Sequence[int], losses: Sequence[float], eval_points: Sequence
     return still or _with_held_out(judged, held_out)
 
 
-def _not_finite(x_N: np.ndarray, y_N: np.ndarray) -> Verdict | None:
+def _not_finite(x_N: np.ndarray, y_N: np.ndarray) -> CurveVerdict | None:
     bad_N = ~np.isfinite(y_N)
     if len(y_N) == 0 or bad_N[-3:].sum() < min(2, len(y_N)):
         return None
@@ -117,7 +119,7 @@ def _not_finite(x_N: np.ndarray, y_N: np.ndarray) -> Verdict | None:
     return _judged("diverged", since, "not_finite")
 
 
-def _risen(x_N: np.ndarray, y_N: np.ndarray) -> Verdict | None:
+def _risen(x_N: np.ndarray, y_N: np.ndarray) -> CurveVerdict | None:
     known_N = np.isfinite(y_N)
     x_N, y_N = x_N[known_N], y_N[known_N]
     level_N, noise = smooth(y_N), noise_of(y_N)
@@ -132,7 +134,7 @@ def _risen(x_N: np.ndarray, y_N: np.ndarray) -> Verdict | None:
     return _judged("diverged", since, "risen", low=formatting.loss(low), end=formatting.loss(end))
 
 
-def _overfitting(held_out: Sequence[tuple[int, float]]) -> Verdict | None:
+def _overfitting(held_out: Sequence[tuple[int, float]]) -> CurveVerdict | None:
     if len(held_out) < 3:
         return None
     loss_E = np.array([loss for _, loss in held_out])
@@ -155,7 +157,7 @@ def _material(loss: float) -> float:
     return max(MATERIAL * abs(loss), SMALLEST)
 
 
-def _last_evaluations(held_out: Sequence[tuple[int, float]]) -> Verdict | None:
+def _last_evaluations(held_out: Sequence[tuple[int, float]]) -> CurveVerdict | None:
     """Falling, if the last evaluation is the best and better than the one before by more than its noise; there are too
     few of them for a line."""
     if len(held_out) < 2:
@@ -167,14 +169,14 @@ def _last_evaluations(held_out: Sequence[tuple[int, float]]) -> Verdict | None:
     return _falling("held_out", before, last, before_step, step)
 
 
-def _falling(curve: Curve, before: float, after: float, first: float, last: float) -> Verdict:
+def _falling(curve: Curve, before: float, after: float, first: float, last: float) -> CurveVerdict:
     return _judged(
         "falling", None, f"falling_{curve}", before=formatting.loss(before), after=formatting.loss(after),
         first=f"{first:.0f}", last=f"{last:.0f}",
     )  # fmt: skip
 
 
-def _course(x_N: np.ndarray, y_N: np.ndarray, curve: Curve) -> Verdict:
+def _course(x_N: np.ndarray, y_N: np.ndarray, curve: Curve) -> CurveVerdict:
     """Falling or flat, for a curve of finite values. A fall is told by the line through it, or, of held-out losses, by
     what was measured at its ends: evaluations are few and a reader compares them with what the run printed."""
     level_N, noise = smooth(y_N), noise_of(y_N)
@@ -199,7 +201,7 @@ def _course(x_N: np.ndarray, y_N: np.ndarray, curve: Curve) -> Verdict:
     return _judged("flat", since, f"flat_{curve}", end=formatting.loss(end))
 
 
-def _with_held_out(judged: Verdict, held_out: Sequence[tuple[int, float]]) -> Verdict:
+def _with_held_out(judged: CurveVerdict, held_out: Sequence[tuple[int, float]]) -> CurveVerdict:
     """Where the best evaluation is, added to a verdict that does not say so."""
     if len(held_out) < 2:
         return judged

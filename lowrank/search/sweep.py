@@ -10,7 +10,7 @@ from lowrank.search.candidates import Candidate, num_trials
 from lowrank.search.config import SweepConfig
 from lowrank.search.halving import PRUNE, Halving, rung_shares, rung_steps
 from lowrank.search.sampler import OptunaSampler
-from lowrank.train.job import Job, Progress
+from lowrank.train.job import Job, JobProgress
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ class Trial:
     """The held-out loss at its best evaluation, nats per token."""
     score: float | None = None
     rows: list[list[float]] | None = None
-    """See `Progress.best_rows`."""
+    """See `JobProgress.best_rows`."""
 
     @property
     def name(self) -> str:
@@ -106,7 +106,7 @@ class Sweep:
         self._halving.alive.append(candidate.name)
         return candidate
 
-    def _note(self, trial: Trial, progress: Progress) -> None:
+    def _note(self, trial: Trial, progress: JobProgress) -> None:
         trial.step, trial.rows = progress.step, progress.best_rows
         trial.loss, trial.score = progress.best_loss, progress.best_score
         trial.best = None if progress.best_loss is None else _value(progress.best_loss, progress.best_score)

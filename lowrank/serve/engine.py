@@ -66,7 +66,7 @@ class Load:
     """Room in the KV cache."""
 
 
-class Engine(Protocol):
+class ServeEngine(Protocol):
     """`submit`, `embed`, `publish` and `unpublish` may block; they are called from threads of their own. All raise
     `ApiError`."""
 

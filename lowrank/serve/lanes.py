@@ -17,7 +17,7 @@ _SMALL_AT_ONCE = 16
 """Some of them wait, for an adapter that is loaded or for the engine."""
 
 
-class Lanes:
+class ThreadPools:
     """Two pools of threads."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from lowrank.settings import NonNegative, Positive, Settings
 
 
-class Limits(Settings):
+class RequestLimits(Settings):
     """What one client, and all of them together, may ask for."""
 
     body_bytes: Positive = 4 << 20
@@ -49,6 +49,6 @@ class Limits(Settings):
     shutdown_seconds: NonNegative = 30
     """Seconds that answers in progress have when the server is told to stop."""
 
-    def for_pictures(self) -> Limits:
+    def for_pictures(self) -> RequestLimits:
         """Those of a server whose model may be shown some."""
         return self.model_copy(update={"body_bytes": max(self.body_bytes, self.body_bytes_with_pictures)})

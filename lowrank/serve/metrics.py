@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import Counter
 from typing import Any
 
-from lowrank.serve.engine import Engine
+from lowrank.serve.engine import ServeEngine
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -61,7 +61,7 @@ class Metrics:
             if first_token is not None:
                 self._first_token.add(first_token)
 
-    def text(self, engine: Engine) -> str:
+    def text(self, engine: ServeEngine) -> str:
         """All of it, with what the engine does now."""
         load, served_models = engine.load(), engine.served_models()
         gauges = {

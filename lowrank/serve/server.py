@@ -10,29 +10,29 @@ import uvicorn
 from lowrank.serve.address import listen
 from lowrank.serve.api.app import make_app
 from lowrank.serve.connections import Connections
-from lowrank.serve.engine import Engine
-from lowrank.serve.limits import Limits
+from lowrank.serve.engine import ServeEngine
+from lowrank.serve.limits import RequestLimits
 
 _IDLE_SECONDS = 30
 """A connection without a request stays this long. With uvicorn's 5 a busy client's next request met a closed one."""
 
 
 def run(
-    engine: Engine,
+    engine: ServeEngine,
     *,
     host: str,
     port: int,
     token: str,
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     on_listening: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answers in progress have `limits.shutdown_seconds` to end.
 
     `port` 0 takes a free one; `on_listening` hears which. Raises ConfigError if it is taken.
     """
-    limits = limits or Limits()
+    limits = limits or RequestLimits()
     listening = listen(host, port)
     names = {*hosts, host} - {"0.0.0.0", "::"}
     server = make_server(engine, token=token, hosts=names, origins=origins, limits=limits)
@@ -45,7 +45,7 @@ def run(
 
 
 def make_server(
-    engine: Engine, *, token: str, hosts: Collection[str], limits: Limits, origins: Collection[str] = ()
+    engine: ServeEngine, *, token: str, hosts: Collection[str], limits: RequestLimits, origins: Collection[str] = ()
 ) -> uvicorn.Server:
     """uvicorn with our application. It trusts no proxy's word about who is asking."""
     connections = Connections(min(limits.connections, _files() // 2), limits.header_seconds)

@@ -16,12 +16,12 @@ from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optim
 from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, save_adapter
 from lowrank.checkpoints.run_folder import CHECKPOINTS
-from lowrank.checkpoints.run_state import Checkpoint, JobState, save_checkpoint
+from lowrank.checkpoints.run_state import JobState, RunCheckpoint, save_checkpoint
 from lowrank.checkpoints.value_head import write_value_head
 from lowrank.errors import OutputError, raise_all
 from lowrank.models.loading.pretrained import locate
 from lowrank.train.engine import Engine
-from lowrank.train.job import Job, Progress
+from lowrank.train.job import Job, JobProgress
 from lowrank.train.loss_scale import LossScale
 from lowrank.train.new_job import VALUE_HEAD
 
@@ -88,7 +88,7 @@ class Checkpointer:
             save_total_limit=self.save_total_limit,
         )
 
-    def restore(self, checkpoint: Checkpoint, jobs: Sequence[Job], parked: Collection[str] = ()) -> int:
+    def restore(self, checkpoint: RunCheckpoint, jobs: Sequence[Job], parked: Collection[str] = ()) -> int:
         """Put every job back to where it was; the tick to go on from. `parked`: names of those without a slot.
         OutputError if the jobs are others."""
         saved = {state.name: state for state in checkpoint.jobs}
@@ -149,7 +149,7 @@ class Checkpointer:
             self.engine.load_value_head(job.slot, saved.value_D)
         if trained.scale is not None and "loss_scale" in saved.state:
             trained.scale = LossScale(**saved.state["loss_scale"])
-        job.progress = Progress(**saved.state["progress"])
+        job.progress = JobProgress(**saved.state["progress"])
         trained.step = job.progress.step
         job.dataloader.load_state(saved.state["feed"])
         if job.progress.finished == "done" and job.progress.step < job.num_steps:
@@ -173,8 +173,8 @@ def _apart(state: JobState) -> JobState:
 
 def _as_fork(state: JobState, name: str) -> JobState:
     """A state under another name, with no evaluation yet that another could be better than."""
-    kept = Progress(**state.state["progress"])
-    progress = Progress(step=kept.step, skipped=kept.skipped)
+    kept = JobProgress(**state.state["progress"])
+    progress = JobProgress(step=kept.step, skipped=kept.skipped)
     return dataclasses.replace(state, name=name, state={**state.state, "progress": dataclasses.asdict(progress)})
 
 

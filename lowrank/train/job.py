@@ -48,7 +48,7 @@ class RolloutSource(Protocol):
 
 
 @dataclass
-class Progress:
+class JobProgress:
     """What a checkpoint keeps of a job, besides tensors and the dataloader. All of it is plain JSON."""
 
     step: int = 0
@@ -88,7 +88,7 @@ class Job:
     log_every: int
     max_skipped_steps: int
     patience: int | None
-    progress: Progress = field(default_factory=Progress)
+    progress: JobProgress = field(default_factory=JobProgress)
     answers: HeldOutAnswers | None = None
     """Held-out questions whose generated answers decide what is best; None: the held-out loss does."""
     rollouts: RolloutSource | None = None
@@ -96,7 +96,7 @@ class Job:
     eval_at: frozenset[int] = frozenset()
     """Steps after which it is evaluated besides."""
     compares_rows: bool = False
-    """Its evaluations keep what each held-out row says (`Progress.best_rows`)."""
+    """Its evaluations keep what each held-out row says (`JobProgress.best_rows`)."""
 
     @property
     def eval_metric(self) -> str:

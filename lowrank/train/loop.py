@@ -40,7 +40,7 @@ class CheckpointWriter(Protocol):
         ...
 
 
-class JobQueue(Protocol):
+class JobScheduler(Protocol):
     """Who gives jobs their slots and takes them back (pipelines/job_queue.py)."""
 
     jobs: list[Job]
@@ -95,7 +95,7 @@ class Loop:
     def __init__(
         self,
         engine: Engine,
-        jobs: Sequence[Job] | JobQueue,
+        jobs: Sequence[Job] | JobScheduler,
         checkpointer: CheckpointWriter,
         report: Callable[[Event], None],
         *,
@@ -104,7 +104,7 @@ class Loop:
         stopping: Stopping | None = None,
     ) -> None:
         self.engine = engine
-        self.queue: JobQueue = FixedJobs(jobs) if isinstance(jobs, Sequence) else jobs
+        self.queue: JobScheduler = FixedJobs(jobs) if isinstance(jobs, Sequence) else jobs
         self.checkpointer = checkpointer
         self._report = report
         self._reporting = False

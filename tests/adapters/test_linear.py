@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
-from lowrank.adapters.lora_function import Piece, routed_product
+from lowrank.adapters.lora_function import SlotUpdate, routed_product
 from lowrank.adapters.output_gain import Gain, apply_gains
 from lowrank.adapters.routing import Draws, ForwardContext, Routing
 from lowrank.adapters.variants.lora import Lora
@@ -54,7 +54,7 @@ def test_equals_the_formula_with_the_mask_written_out() -> None:
         adapter = layer.adapters[slot]
         key = layer.routing.current.key(slot, "layer")
         assert key is not None
-        piece = Piece(first, end, 1.0, x_TD, x_TD, 0.4, key, torch.arange(14))
+        piece = SlotUpdate(first, end, 1.0, x_TD, x_TD, 0.4, key, torch.arange(14))
         mask_TD = piece.drop(torch.ones(end - first, 5, dtype=torch.float64), slice(first, end))
         assert 0 < (mask_TD == 0).float().mean() < 1
         A_RD, B_OR = adapter.masters["lora_A"], adapter.masters["lora_B"]
@@ -78,7 +78,7 @@ def test_grouped_equals_the_loop() -> None:
     torch.manual_seed(0)
     x_TD = torch.randn(60, 16).bfloat16()
     pieces = tuple(
-        Piece(5 + 11 * i, 5 + 11 * (i + 1), 0.5 + i, torch.randn(r, 16).bfloat16(), torch.randn(24, r).bfloat16())
+        SlotUpdate(5 + 11 * i, 5 + 11 * (i + 1), 0.5 + i, torch.randn(r, 16).bfloat16(), torch.randn(24, r).bfloat16())
         for i, r in enumerate((4, 8, 3, 16, 1))
     )
     assert can_group(x_TD, pieces)
@@ -105,7 +105,7 @@ def test_groups_have_no_rows_of_others_between_them() -> None:
     the next slot's."""
     x_TD = torch.randn(60, 16).bfloat16()
     A_RD, B_OR = torch.randn(8, 16).bfloat16(), torch.randn(24, 8).bfloat16()
-    pieces = [Piece(10 * i, 10 * (i + 1), 1.0, A_RD, B_OR) for i in range(6)]
+    pieces = [SlotUpdate(10 * i, 10 * (i + 1), 1.0, A_RD, B_OR) for i in range(6)]
     assert can_group(x_TD, pieces)
     assert not can_group(x_TD, [*pieces[:2], *pieces[3:]])
 
@@ -148,6 +148,6 @@ def test_the_input_is_kept_only_where_some_A_is_trained() -> None:
             adapter.masters["lora_A"].requires_grad_(trains_A)
         x_TD = torch.randn(14, 5, dtype=torch.float64, requires_grad=True)
         masters = list(layer.adapters[0].masters.values())
-        piece = Piece(2, 7, 1.0, masters[0].detach(), masters[1].detach())
+        piece = SlotUpdate(2, 7, 1.0, masters[0].detach(), masters[1].detach())
         function: Any = routed_product(x_TD, layer.base, [piece], masters)
         assert any(kept is x_TD for kept in function.grad_fn.saved_tensors) == trains_A

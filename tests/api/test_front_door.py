@@ -24,7 +24,7 @@ from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.variants.dora import DoraConfig
 from lowrank.adapters.variants.lora import Lora
 from lowrank.api.settings import plain_settings
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import keep_rows
 from lowrank.data.sources.rows import read_rows
@@ -347,7 +347,9 @@ def test_an_objective_as_class_as_settings_and_as_object(tmp_path: Path) -> None
     written = json.loads((tmp_path / "class/config.json").read_text())
     assert written["jobs"][0]["objective"]["type"] == "tests.api.test_front_door:Focal"
     with pytest.raises(lowrank.ConfigError, match="--allow-code"):  # what a file says later is as closed as ever
-        resolve({**QUICK, "data": "lowrank/demo", "output_dir": "x", "objective": "tests.api.test_front_door:Focal"})
+        validate_settings(
+            {**QUICK, "data": "lowrank/demo", "output_dir": "x", "objective": "tests.api.test_front_door:Focal"}
+        )
     with pytest.raises(lowrank.ConfigError, match=r"objective: .* cannot be used"):
         lowrank.train(**settings(output_dir=tmp_path / "none", objective=3))
 
@@ -377,7 +379,7 @@ class Scaled(Lora):
 def test_classes_and_settings_classes_stand_for_their_type(given: dict[str, Any], type_name: str) -> None:
     plain = plain_settings(given)
     with objects_given(plain.objects):
-        config = resolve({**QUICK, "data": "lowrank/demo", "output_dir": "x", **plain.values})
+        config = validate_settings({**QUICK, "data": "lowrank/demo", "output_dir": "x", **plain.values})
     group = next(iter(given))
     assert getattr(config.jobs[0], group).type == type_name
 

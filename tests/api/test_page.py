@@ -25,7 +25,6 @@ def test_the_page_is_current_and_names_everything() -> None:
 def test_every_type_in_a_signature_has_an_entry() -> None:
     page = api_page()
     headings = {line.rpartition(".")[2].rpartition(" ")[2] for line in page.splitlines() if line.startswith("### ")}
-    other_names = {"Target": "ExportTarget", "Engine": "ServeEngine"}
     standard = {*dir(builtins), *dir(typing), *dir(collections.abc), "Path", "torch", "np", "pandas"}
     signatures = re.findall(r"^```text\n(.*?)\n(?:\n|```)", page, re.MULTILINE | re.DOTALL)
     fields = re.findall(r"^\w+: (.+?)(?: = .*|    .*)?$", page, re.MULTILINE)
@@ -36,7 +35,7 @@ def test_every_type_in_a_signature_has_an_entry() -> None:
         name
         for annotation in annotations
         for name in re.findall(r"(?<![.\w'])[A-Za-z_]+(?![\w'])", annotation)
-        if name not in standard and other_names.get(name, name) not in headings
+        if name not in standard and name not in headings
     }
     assert not missing
 

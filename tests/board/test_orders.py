@@ -15,7 +15,7 @@ import pytest
 
 from lowrank.checkpoints.orders import Order, OrderQueue
 from lowrank.cli.main import main
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from tests.board.running import Running, board_on
 
 CONFIG = {
@@ -99,7 +99,9 @@ def test_the_command_that_is_shown_gives_the_same_order(
     theirs = last(live)
     assert (theirs.number, theirs.kind, theirs.job) == (2, ours.kind, ours.job)
     if wanted["kind"] == "add":
-        one, other = (resolve({**CONFIG, "jobs": [each.values["settings"]]}).jobs[0] for each in (ours, theirs))
+        one, other = (
+            validate_settings({**CONFIG, "jobs": [each.values["settings"]]}).jobs[0] for each in (ours, theirs)
+        )
         assert one == other
         assert (one.name, one.adapter.type, one.adapter.rank, one.seed) == ("r32", "dora", 32, 3)
     else:

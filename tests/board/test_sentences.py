@@ -16,8 +16,8 @@ import lowrank.config.checks
 import lowrank.pipelines.orders
 from lowrank.board import form
 from lowrank.board.sentences import _NUMBERS, in_chinese, known
-from lowrank.board.texts import Texts, Translated
-from lowrank.config import resolve
+from lowrank.board.texts import Texts, TranslatedText
+from lowrank.config import validate_settings
 from lowrank.errors import ConfigError
 from tests.board.english import raised, returned
 
@@ -88,7 +88,7 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("wrong", WRONG, ids=json.dumps)
 def test_usual_mistakes_are_explained_in_chinese(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as refused:
-        resolve({**BASE, **wrong})
+        validate_settings({**BASE, **wrong})
     for problem in form.problems(str(refused.value)):
         assert in_chinese(problem.text) is not None, problem.text
 
@@ -141,9 +141,9 @@ def test_data_that_cannot_be_used_is_explained_in_chinese(
 
 def test_what_is_not_known_is_announced_as_output() -> None:
     english, chinese = Texts("en"), Texts("zh")
-    assert english.sentence("r8 is not paused") == Translated("r8 is not paused", own=True)
-    assert chinese.sentence("r8 is not paused") == Translated("r8 没有暂停", own=True)
-    assert chinese.sentence("CUDA error: <b>") == Translated("CUDA error: <b>", own=False)
+    assert english.sentence("r8 is not paused") == TranslatedText("r8 is not paused", own=True)
+    assert chinese.sentence("r8 is not paused") == TranslatedText("r8 没有暂停", own=True)
+    assert chinese.sentence("CUDA error: <b>") == TranslatedText("CUDA error: <b>", own=False)
     assert english.reply("CUDA error") == "CUDA error"
     assert chinese.reply("CUDA error") == "命令输出：CUDA error"
     assert chinese.reply("The settings cannot be used:\n  - seed: gone wild") == (

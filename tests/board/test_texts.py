@@ -16,7 +16,7 @@ from lowrank.board.job_lines import STATES as JOB_STATES
 from lowrank.board.main_settings import EXPORTS, GROUPS, PRESETS, SEARCH
 from lowrank.board.sweep_form import WAYS
 from lowrank.board.tasks import STATES
-from lowrank.board.texts import LANGUAGES, Texts, Translated, settings_in_chinese, verdicts_in_chinese
+from lowrank.board.texts import LANGUAGES, Texts, TranslatedText, settings_in_chinese, verdicts_in_chinese
 from lowrank.cli.main import EXIT_CODES
 from lowrank.report.verdict import PARTS, verdict
 
@@ -126,7 +126,7 @@ def test_verdicts_are_said_in_both_languages() -> None:
     for losses, evals in curves:
         found = verdict(steps[: len(losses)], losses, evals)
         kept = json.loads(json.dumps(asdict(found)))  # as it comes out of summary.json
-        assert Texts("en").verdict(kept) == Translated(found.sentence, own=True)
+        assert Texts("en").verdict(kept) == TranslatedText(found.sentence, own=True)
         translated = Texts("zh").verdict(kept)
         assert translated.own
         assert HAN.search(translated.text)
@@ -139,7 +139,7 @@ def test_verdicts_are_said_in_both_languages() -> None:
     "parts", [None, 3, [3], [{"part": "flat_train"}], [{"part": "x"}], [{"part": []}], "abc", [{}]]
 )
 def test_a_summary_of_anybody_breaks_no_page(parts: Any) -> None:
-    assert Texts("zh").verdict({"sentence": "Flat.", "parts": parts}) == Translated("Flat.", own=False)
+    assert Texts("zh").verdict({"sentence": "Flat.", "parts": parts}) == TranslatedText("Flat.", own=False)
 
 
 def test_every_exit_code_is_explained() -> None:

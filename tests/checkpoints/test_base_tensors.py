@@ -20,7 +20,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.batches import Segment, pack
 from lowrank.cli.main import main
 from lowrank.compat.unsloth import FastLanguageModel
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import LowrankError, ModelError
 from lowrank.generate.adapter_registry import AdapterRegistry
 from lowrank.generate.generator import Generator
@@ -108,7 +108,7 @@ def test_training_goes_on_from_them(world: Path, tmp_path: Path) -> None:
         "data": {"train": str(world / "train.json")}, "max_steps": 1, "output_dir": str(tmp_path / "run"),
         "optimizer": {"learning_rate": 1e-9, "weight_decay": 0.0}, "ignore_memory_plan": True, "save_steps": None,
     }  # fmt: skip
-    train(resolve(given))
+    train(validate_settings(given))
     saved = load_file(tmp_path / "run" / "default" / "last" / "adapter_model.safetensors")
     theirs = load_file(world / "own" / "adapter_model.safetensors")
     row = next(value for name, value in theirs.items() if "embed_tokens" in name)[SPARE]
@@ -184,7 +184,7 @@ def test_a_plan_counts_what_an_adapter_brings_of_the_base(world: Path, tmp_path:
             tensors = load_file(place / "adapter_model.safetensors")
             kept = {key: value for key, value in tensors.items() if "embed_tokens" not in key and "lm_head" not in key}
             save_file(kept, place / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = resolve({"model": {"path": str(world / "base"), "dtype": "float32", "device": "cpu"},
+        config = validate_settings({"model": {"path": str(world / "base"), "dtype": "float32", "device": "cpu"},
                           "adapter": {"path": str(place)}, "data": {"train": str(world / "train.json")},
                           "max_steps": 1, "output_dir": str(tmp_path / "run")})  # fmt: skip
         data = [SimpleNamespace(train=Steps())]
@@ -224,4 +224,4 @@ def test_added_tokens_are_refused_at_every_door(world: Path, tmp_path: Path) -> 
         "max_steps": 1, "output_dir": str(tmp_path / "run"), "ignore_memory_plan": True,
     }  # fmt: skip
     with pytest.raises(ModelError, match=wanted):
-        train(resolve(given))
+        train(validate_settings(given))

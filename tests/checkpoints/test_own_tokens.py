@@ -15,7 +15,7 @@ import transformers
 
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.compat.unsloth import FastLanguageModel
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.data.config import DataConfig
 from lowrank.errors import ModelError
 from lowrank.models.config import ModelConfig
@@ -87,7 +87,7 @@ def test_further_training_keeps_them(world: Path, tmp_path: Path) -> None:
         "model": str(world / "base"), "adapter": {"path": str(world / "own")}, "max_steps": 1,
         "data": {"train": str(write_alpaca(tmp_path / "rows.json", 4))}, "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
-    train(resolve(given))
+    train(validate_settings(given))
     saved = tmp_path / "run" / "default" / "last"
     assert "<yes>" in transformers.AutoTokenizer.from_pretrained(saved).get_vocab()
     assert "<yes>" in open_inference_model(str(tmp_path / "run"), notify=lambda _: None).base.tokenizer.get_vocab()

@@ -11,7 +11,7 @@ import yaml
 from lowrank.cli.main import main
 from lowrank.cli.show import resolved
 from lowrank.compat import load_any
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 
 SHORT = "model: lowrank/tiny\ndata: lowrank/demo\noutput_dir: runs/first\nadapter: {rank: 4}\n"
 JOBS = (
@@ -86,4 +86,4 @@ def test_a_llamafactory_file_is_shown_in_native_form(
     assert content["adapter"]["rank"] == 4
     assert content["data"]["train"][0]["path"] == "data/mine.json"
     assert "warning: template: a/b is not on this machine yet, so 'yi' was not compared" in err
-    assert resolve(content) == load_any(file, ["lora_rank=4"])[0]
+    assert validate_settings(content) == load_any(file, ["lora_rank=4"])[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lowrank.config import resolve, unused
+from lowrank.config import unused, validate_settings
 from lowrank.errors import ConfigError
 
 TOP: dict[str, Any] = {"model": "lowrank/tiny", "data": {"train": "lowrank/demo"}, "output_dir": "runs/x"}
@@ -52,7 +52,7 @@ HELD_OUT = {"train": "lowrank/demo", "validation_split": 0.1}
 )
 def test_conflicts(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve({**TOP, **settings})
+        validate_settings({**TOP, **settings})
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == 1
     assert lines[0].startswith(f"  - {problem}")
@@ -69,7 +69,7 @@ def test_conflicts(settings: dict[str, Any], problem: str) -> None:
     ],
 )
 def test_no_conflicts(settings: dict[str, Any]) -> None:
-    assert unused(resolve({**TOP, **settings})) == []
+    assert unused(validate_settings({**TOP, **settings})) == []
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def test_no_conflicts(settings: dict[str, Any]) -> None:
     ],
 )
 def test_settings_without_effect_speak(settings: dict[str, Any], warning: str) -> None:
-    (found,) = unused(resolve({**TOP, **settings}))
+    (found,) = unused(validate_settings({**TOP, **settings}))
     assert found.startswith(warning)
 
 
 def test_a_resolved_configuration_does_not_complain_about_defaults_it_spells_out() -> None:
-    config = resolve({**TOP, "jobs": TWO, "max_steps": 3})
-    assert unused(resolve(config.model_dump(mode="json"))) == []
+    config = validate_settings({**TOP, "jobs": TWO, "max_steps": 3})
+    assert unused(validate_settings(config.model_dump(mode="json"))) == []

@@ -12,7 +12,7 @@ import pytest
 
 from lowrank.adapters.patterns import at_the_end, whole
 from lowrank.compat import load_any
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, LowrankError, ModelError, did_you_mean
 
 PLAIN = "model: lowrank/tiny\noutput_dir: out\n"
@@ -97,20 +97,20 @@ def test_expressions_that_backtrack_end() -> None:
 
 def test_escape_codes_stay_text() -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve({"model": "m", "output_dir": "o", "\x1b[31mred\x07\x1b]0;title\x07": 1})
+        validate_settings({"model": "m", "output_dir": "o", "\x1b[31mred\x07\x1b]0;title\x07": 1})
     assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["~/runs/x", "$HOME/runs/x", "${HOME}/runs/x"])
 def test_home_is_home(path: str) -> None:
-    found = resolve({"model": "lowrank/tiny", "data": "lowrank/demo", "output_dir": path})
+    found = validate_settings({"model": "lowrank/tiny", "data": "lowrank/demo", "output_dir": path})
     assert found.output_dir == Path.home() / "runs" / "x"
 
 
 @pytest.mark.parametrize("jobs", [[], ()])
 def test_no_jobs_and_a_mistake(jobs: Any) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.rnk: unknown key") as caught:
-        resolve(
+        validate_settings(
             {"model": "m", "data": "lowrank/demo", "output_dir": "o", "jobs": jobs, "adapter": {"rnk": 1}, "sed": 1}
         )
     assert "sed: unknown key; did you mean 'seed'?" in str(caught.value)
@@ -122,7 +122,7 @@ def test_no_jobs_and_a_mistake(jobs: Any) -> None:
 )  # fmt: skip
 def test_names_that_are_no_folders_of_a_run(name: str) -> None:
     with pytest.raises(ConfigError, match=r"jobs\.0\.name"):
-        resolve({"model": "m", "data": "lowrank/demo", "output_dir": "o", "jobs": [{"name": name}]})
+        validate_settings({"model": "m", "data": "lowrank/demo", "output_dir": "o", "jobs": [{"name": name}]})
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_unknown_settings_name_a_few_and_where_all_are(place: tuple[str, ...]) -
     group = settings[place[0]] if place else settings
     group["zzzz"] = 1
     with pytest.raises(ConfigError, match="zzzz: unknown key; ") as caught:
-        resolve(settings)
+        validate_settings(settings)
     (line,) = [line for line in str(caught.value).splitlines() if "zzzz" in line]
     assert line.endswith("; all are in docs/settings.md")
     assert len(line) < 200

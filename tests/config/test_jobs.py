@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from lowrank.adapters.variants.rslora import RsLoraConfig
-from lowrank.config import JobConfig, RunConfig, resolve
+from lowrank.config import JobConfig, RunConfig, validate_settings
 from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError
 from lowrank.settings import Settings
@@ -16,7 +16,7 @@ TOP: dict[str, Any] = {"model": "lowrank/tiny", "data": "lowrank/demo", "output_
 
 
 def jobs(*entries: Any, **top: Any) -> tuple[JobConfig, ...]:
-    return resolve({**TOP, **top, "jobs": list(entries)}).jobs
+    return validate_settings({**TOP, **top, "jobs": list(entries)}).jobs
 
 
 def test_an_entry_overrides_setting_by_setting() -> None:
@@ -77,7 +77,7 @@ def test_complete_jobs_may_be_given_as_objects() -> None:
 
 
 def test_an_empty_list_of_jobs_is_one_job() -> None:
-    assert [job.name for job in resolve({**TOP, "jobs": []}).jobs] == ["default"]
+    assert [job.name for job in validate_settings({**TOP, "jobs": []}).jobs] == ["default"]
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "x" * 101, "-a", "a\n"])
@@ -118,15 +118,15 @@ class Nameless:
 @pytest.mark.usefixtures("allowed_code")
 def test_a_third_party_s_type_goes_through_jobs_and_json() -> None:
     name = "tests.config.test_jobs:MyLoss"
-    config = resolve(
+    config = validate_settings(
         {**TOP, "objective": {"type": name, "beta": 2}, "jobs": [{"name": "a"}, {"name": "b", "objective": "sft"}]}
     )
     a, b = config.jobs
     assert (a.objective, b.objective.type) == (MyLoss.Config(beta=2), "sft")
-    assert resolve(config.model_dump(mode="json")) == config
+    assert validate_settings(config.model_dump(mode="json")) == config
     with pytest.raises(ConfigError, match=r"objective\.bta: unknown key"):
-        resolve({**TOP, "objective": {"type": name, "bta": 2}})
+        validate_settings({**TOP, "objective": {"type": name, "bta": 2}})
     with pytest.raises(ConfigError, match=r"Nameless\.Config needs the field `type"):
-        resolve({**TOP, "objective": "tests.config.test_jobs:Nameless"})
+        validate_settings({**TOP, "objective": "tests.config.test_jobs:Nameless"})
     with pytest.raises(ConfigError, match="objective: cannot import 'nowhere:X'"):
-        resolve({**TOP, "objective": "nowhere:X"})
+        validate_settings({**TOP, "objective": "nowhere:X"})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import ConfigError
 from lowrank.settings import configs_in
 
@@ -15,7 +15,7 @@ TOP: dict[str, Any] = {"model": "lowrank/tiny", "data": "lowrank/demo", "output_
 
 def problems(settings: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        resolve(settings)
+        validate_settings(settings)
     return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
 
 

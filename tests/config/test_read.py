@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.config import RunConfig, load, override, read_file, resolve, steps_of
+from lowrank.config import RunConfig, load, override, read_file, steps_of, validate_settings
 from lowrank.config.paths import locate
 from lowrank.errors import ConfigError
 
@@ -187,7 +187,7 @@ def test_a_run_goes_through_json_and_back(tmp_path: Path) -> None:
     )
     config = load(write(tmp_path, text), ["jobs.b.adapter.type=rslora", "jobs.a.adapter.rank_pattern={q_proj: 2}"])
     content = json.loads(json.dumps(config.model_dump(mode="json")))
-    assert resolve(content) == config
+    assert validate_settings(content) == config
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
     assert load(write(tmp_path, json.dumps(content), "run.json")) == config
 

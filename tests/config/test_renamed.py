@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError
 from lowrank.renamed import RENAMED
@@ -17,7 +17,7 @@ def test_the_message_has_the_new_name(old: str, new: str) -> None:
     given = {"model": {"path": "lowrank/tiny"}, "data": {"train": "lowrank/demo"}, "output_dir": "out"}
     given[group] = {**given.get(group, {}), key: "none"}
     with pytest.raises(ConfigError, match=f"{old}: .*'{new}' now"):
-        resolve(given)
+        validate_settings(given)
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())

@@ -13,7 +13,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.batches import BARE_BASE, pack
 from lowrank.checkpoints.full_model import save_full
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.contrib import mixture_of_depths
 from lowrank.contrib.layer_wrappers.mixture_of_depths import MixtureOfDepthsConfig
 from lowrank.contrib.mixture_of_depths import Depths
@@ -295,9 +295,9 @@ def test_what_it_cannot_be_combined_with(changes: dict[str, Any], problem: str) 
         "data": "d",
         "output_dir": "o",
     }
-    resolve(config)
+    validate_settings(config)
     with pytest.raises(ConfigError, match=problem):
-        resolve(config | changes)
+        validate_settings(config | changes)
 
 
 def test_the_plan_knows_that_less_is_kept(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_run_stops_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
             "output_dir": str(tmp_path / name),
             **more,
         }
-        train(resolve(config))
+        train(validate_settings(config))
         return (tmp_path / name / "default" / "last" / "model.safetensors").read_bytes()
 
     whole = run("whole", 4)

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from lowrank.cli.main import main
-from lowrank.contrib.quantization_report.measures import Report
+from lowrank.contrib.quantization_report.measures import QuantizationReport
 from lowrank.contrib.quantization_report.plot import plot
 from lowrank.models.storages.hqq import HQQConfig
 from lowrank.quantization.linear import asymmetric
 from tests.checkpoint_folder import save_checkpoint_folder
 
 
-def measured(**settings: int) -> tuple[Report, dict[str, torch.Tensor]]:
+def measured(**settings: int) -> tuple[QuantizationReport, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     weights = {"a": torch.randn(64, 256) * 0.02, "b": torch.distributions.StudentT(3.0).sample((128, 128))}
-    report = Report(**settings)
+    report = QuantizationReport(**settings)
     for name, weight in weights.items():
         report.add(name, weight)
     return report, weights
@@ -62,14 +62,14 @@ def test_a_sample_of_rows_comes_near_and_is_said() -> None:
 
 
 def test_the_order_at_four_bits_on_normal_weights() -> None:
-    report = Report()
+    report = QuantizationReport()
     report.add("w", torch.randn(128, 512, generator=torch.Generator().manual_seed(0)))
     error = {row["method"]: row["relative_error"] for row in report.rows()}
     assert error["hqq4"] < error["int4 asymmetric"] < error["nf4"] < error["int4 symmetric"] < error["fp4 double"]
 
 
 def test_experts_are_matrices_under_one_another_and_the_plot_is_a_png(tmp_path: Path) -> None:
-    report = Report()
+    report = QuantizationReport()
     report.add("experts", torch.randn(4, 32, 64))
     assert report.weights == 4 * 32 * 64
     plot(report.rows(), tmp_path / "report.png", "experts")

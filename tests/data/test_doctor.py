@@ -17,7 +17,7 @@ from lowrank.data.chat.characters import CharacterRenderer
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import examine
-from lowrank.data.report.doctor import Report, render_report
+from lowrank.data.report.doctor import DataReport, render_report
 from lowrank.records import Conversation, Message, Preference
 from tests.data.made_tokenizers import tokenizer_of, trl_template
 
@@ -31,11 +31,11 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     return str(path)
 
 
-def in_characters(**settings: Any) -> Report:
+def in_characters(**settings: Any) -> DataReport:
     return examine(DataConfig(**settings), renderer=CharacterRenderer())
 
 
-def shown(report: Report, width: int = 100, color: bool = False, marks: bool = False) -> str:
+def shown(report: DataReport, width: int = 100, color: bool = False, marks: bool = False) -> str:
     out = io.StringIO()
     console = Console(
         file=out, width=width, force_terminal=color, color_system="standard" if color else None, legacy_windows=False

@@ -12,14 +12,14 @@ from lowrank.data.chat.characters import CharacterRenderer
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.formats.recognition import recognize
 from lowrank.data.prepare import examine, refuse
-from lowrank.data.report.statistics import Report
+from lowrank.data.report.statistics import DataReport
 from lowrank.errors import DataError
 from lowrank.records import Conversation, Preference, Prompted, Rated, Text
 
 TURNS = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 
 
-def report(tmp_path: Path, *rows: dict[str, Any], record: type | None = None, **settings: Any) -> Report:
+def report(tmp_path: Path, *rows: dict[str, Any], record: type | None = None, **settings: Any) -> DataReport:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = DataConfig(train=(SourceConfig(path=str(path), **settings),))

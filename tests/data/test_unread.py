@@ -12,18 +12,18 @@ from lowrank.data.chat.characters import CharacterRenderer
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.formats.unread import Watched, unread, whole
 from lowrank.data.prepare import examine, refuse
-from lowrank.data.report.statistics import Report
+from lowrank.data.report.statistics import DataReport
 from lowrank.errors import DataError
 
 
-def of(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> Report:
+def of(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> DataReport:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = SourceConfig(path=str(path), **settings)
     return examine(DataConfig(train=(source,)), renderer=CharacterRenderer())
 
 
-def found(report: Report) -> dict[str, tuple[int, tuple[str, ...]]]:
+def found(report: DataReport) -> dict[str, tuple[int, tuple[str, ...]]]:
     return {finding.what: (finding.count, finding.rows) for finding in report.datasets[0].unread}
 
 

@@ -20,7 +20,7 @@ from lowrank.data.formats.media_files import Folders, medium_of
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.errors import DataError, ModelError
 from lowrank.media.decoding import examine
-from lowrank.media.limits import Limits
+from lowrank.media.limits import MediaLimits
 from lowrank.media.processor import processor_of, torchvision_problem
 from lowrank.media.video import decoded_video, examine_video
 from lowrank.models.config import ModelConfig
@@ -115,11 +115,11 @@ def test_frames_are_chosen_as_llama_factory_does() -> None:
     for total, fps in ((300, 30.0), (50, 25.0), (9, 3.3), (3, 30.0), (4000, 24.0)):
         wanted = min(total, 128, max(2, int(total / fps * 2.0)))  # they repeat the last frame of an odd number
         theirs = np.linspace(0, total - 1, wanted).astype(np.int32)
-        assert np.abs(np.array(Limits().frames(total, fps)) - theirs).max() <= 1
-        assert len(Limits().frames(total, fps)) == wanted
-    assert Limits(video_maxlen=4).frames(10, None) == (0, 3, 6, 9)
-    assert Limits().frames(5, None) == (0, 1, 2, 3, 4)
-    assert Limits().frames(1, 10.0) == (0, 0)
+        assert np.abs(np.array(MediaLimits().frames(total, fps)) - theirs).max() <= 1
+        assert len(MediaLimits().frames(total, fps)) == wanted
+    assert MediaLimits(video_maxlen=4).frames(10, None) == (0, 3, 6, 9)
+    assert MediaLimits().frames(5, None) == (0, 1, 2, 3, 4)
+    assert MediaLimits().frames(1, 10.0) == (0, 0)
 
 
 def test_a_gif_has_the_frames_of_its_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lowrank.data.formats.built_in import messages
 from lowrank.data.formats.columns import RowProblem
 from lowrank.records import Conversation
 from lowrank.serve.api.requests import ChatRequest
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 from tests.data.made_tokenizers import tokenizer_of, tokenizer_with, trl_template
 from tests.data.test_any_template import TOKENS
 
@@ -80,7 +80,7 @@ def test_ids_and_names_of_calls_and_results_reach_the_template(template: str, id
     assert text_of(renderer, row) == expected.strip()
     requested = {**row, "model": "m", "messages": row["messages"][:-1]}
     engine: Any = SimpleNamespace(chat_template=lambda name: template, chat_variables=lambda name: {})
-    question = ChatRequest(**requested).understood(engine, Limits()).question
+    question = ChatRequest(**requested).understood(engine, RequestLimits()).question
     assert isinstance(question, Conversation)
     prompt = renderer.tokenizer.decode(renderer.prompt(question))
     assert prompt == renderer.tokenizer.apply_chat_template(

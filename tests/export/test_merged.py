@@ -24,7 +24,7 @@ from lowrank.errors import ModelError
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import model_without_memory
 from lowrank.export.writing.sizes import parse_size
-from lowrank.models.loading.checkpoint_files import Checkpoint
+from lowrank.models.loading.checkpoint_files import CheckpointFiles
 from tests.adapters.peft_twins import TOKEN as TWIN_TOKEN
 from tests.adapters.peft_twins import VARIANTS, config_of, logits, moved, new_bank, on_disk
 from tests.checkpoints.test_peft_layout import CONFIGS, TOKEN, merged_logits
@@ -253,7 +253,7 @@ def test_missing_and_damaged_files_are_all_named(tmp_path: Path) -> None:
     files[1].write_bytes(files[1].read_bytes()[:-100])
     files[2].write_bytes(b"rubbish" * 9)
     with pytest.raises(ModelError) as refused:
-        Checkpoint(base)
+        CheckpointFiles(base)
     text = str(refused.value)
     assert re.search(rf"{files[0].name}: \d+ tensors lie in it", text)
     assert f"{files[1]}: it ends at byte" in text
@@ -268,7 +268,7 @@ def test_pickles_and_unknown_quantizations_are_refused(tmp_path: Path) -> None:
         Merged(source)
     (source.base / "model.safetensors").rename(source.base / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pytorch_model\.bin, pickles"):
-        Checkpoint(source.base)
+        CheckpointFiles(source.base)
 
 
 def test_sizes() -> None:

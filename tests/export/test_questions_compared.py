@@ -9,7 +9,7 @@ from lowrank.batches import Segment
 from lowrank.errors import DataError
 from lowrank.export import ReadBack
 from lowrank.export.targets.gguf import tolerance
-from lowrank.export.verify.compare import Answers, Comparer, _answered, _losses
+from lowrank.export.verify.compare import Comparer, ReferenceLogprobs, _answered, _losses
 from lowrank.export.verify.held_out import HeldOut, from_segments
 
 
@@ -73,7 +73,7 @@ def test_chance_over_few_tokens_is_no_difference(shape: str) -> None:
     compared = np.arange(17) < 16
     held_out = HeldOut((document,), (compared,), (), "questions")
     losses = (_losses(reference_LV[compared], document, compared),)
-    answers = Answers(held_out, (reference_LV[compared],), (), losses, None)
+    answers = ReferenceLogprobs(held_out, (reference_LV[compared],), (), losses, None)
     read_back = ReadBack("F16", tolerance("f16"), lambda: Changed(log_softmax(logit_LV + noise_LV)))
     found = Comparer(answers, frozenset()).compare(read_back, read_back.open(), lambda *_: None)
     assert found.mean_kl < 1e-5
@@ -95,7 +95,9 @@ def test_losses_of_unlikely_tokens_may_move_by_more(surprised: bool) -> None:
     reference_LV, compared = log_softmax(logit_LV), np.arange(41) < 40
     losses = (_losses(reference_LV[compared], document, compared),)
     assert losses[0].mean() == pytest.approx(7.5 if surprised else 0.5, abs=0.01)
-    answers = Answers(HeldOut((document,), (compared,), (), "rows"), (reference_LV[compared],), (), losses, None)
+    answers = ReferenceLogprobs(
+        HeldOut((document,), (compared,), (), "rows"), (reference_LV[compared],), (), losses, None
+    )
     read_back = ReadBack("Q8_0", tolerance("q8_0"), lambda: Changed(log_softmax(moved_LV)))
     found = Comparer(answers, frozenset()).compare(read_back, read_back.open(), lambda *_: None)
     assert found.perplexity / found.reference_perplexity - 1 == pytest.approx(0.022, abs=1e-3)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import DataError
 from lowrank.models.positions import can_be_stretched, positions_of
 from lowrank.pipelines.job_data import prepare_all
@@ -63,7 +63,7 @@ def read(world: Path, model: Any, **data: Any) -> tuple[list[int], list[str]]:
     """(lengths of the segments, warnings)."""
     received: list[Event] = []
     given = {"model": model, "data": {"train": str(world / "a.json"), **data}, "output_dir": str(world / "o")}
-    config = resolve(given)
+    config = validate_settings(given)
     from lowrank.models.loading.pretrained import load_tokenizer
 
     (own,) = prepare_all(config.jobs, config.model, load_tokenizer(config.model), received.append, False)
@@ -105,6 +105,6 @@ def test_it_trains(world: Path, name: str, tmp_path: Path) -> None:
         "model": str(world / name), "data": {"train": str(world / "a.json")}, "max_steps": 1, "save_steps": None,
         "output_dir": str(tmp_path / "run"), "ignore_memory_plan": True,
     }  # fmt: skip
-    summary = train(resolve(given))
+    summary = train(validate_settings(given))
     assert math.isfinite(summary["jobs"]["default"]["last_loss"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["jobs"][0]["data"]["max_length"] == 2048

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowrank.batches import Segment, pack
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.attention.packed import Softmax, attend_explicitly
 from lowrank.models.attention.shifted_sparse import ShiftedSparse, groups_of
@@ -109,7 +109,7 @@ def test_trains_sparse_and_evaluates_whole(tmp_path: Path) -> None:
             "max_steps": 1,
             "output_dir": str(tmp_path / str(shift)),
         }
-        (job,) = train(resolve(config))["jobs"].values()
+        (job,) = train(validate_settings(config))["jobs"].values()
         losses.append((job["first_loss"], job["last_eval"]["loss"]))
     (whole, held_out), (sparse, held_out_sparse) = losses
     assert held_out_sparse == pytest.approx(held_out, rel=1e-5)
@@ -118,11 +118,13 @@ def test_trains_sparse_and_evaluates_whole(tmp_path: Path) -> None:
 
 def test_refused_where_groups_cannot_be_told() -> None:
     with pytest.raises(ConfigError, match="shift_attn: only where attention is packed"):
-        resolve({"model": {"path": "m", "attention": "padded", "shift_attn": 8}, "data": "d", "output_dir": "o"})
+        validate_settings(
+            {"model": {"path": "m", "attention": "padded", "shift_attn": 8}, "data": "d", "output_dir": "o"}
+        )
     with pytest.raises(ConfigError, match=r"objective dpo compares .* leave shift_attn out"):
-        resolve({"model": {"path": "m", "shift_attn": 8}, "objective": "dpo", "data": "d", "output_dir": "o"})
+        validate_settings({"model": {"path": "m", "shift_attn": 8}, "objective": "dpo", "data": "d", "output_dir": "o"})
     with pytest.raises(ConfigError, match="shift_attn: expected a multiple of 2"):
-        resolve({"model": {"path": "m", "shift_attn": 7}, "data": "d", "output_dir": "o"})
+        validate_settings({"model": {"path": "m", "shift_attn": 7}, "data": "d", "output_dir": "o"})
 
 
 def test_refused_where_the_model_turns_out_padded(tmp_path: Path) -> None:

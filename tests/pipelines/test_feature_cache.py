@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowrank.batches import pack
-from lowrank.config import RunConfig, resolve
+from lowrank.config import RunConfig, validate_settings
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.feature_cache import FeatureCache, tower_digest
 from lowrank.models.tower import Tower
@@ -153,7 +153,7 @@ def test_entries_are_of_one_tower() -> None:
 def test_a_tower_that_changes_is_refused_before_it_loads(changes: dict[str, Any], problem: str) -> None:
     given = {"model": {"path": "nowhere", "cache_vision_features": True}, "data": {"train": "x.json"}}
     with pytest.raises(ConfigError) as caught:
-        resolve({**given, "output_dir": "out", **changes})
+        validate_settings({**given, "output_dir": "out", **changes})
     assert f"  - {problem}" in str(caught.value)
 
 

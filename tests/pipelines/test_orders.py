@@ -14,7 +14,7 @@ import torch
 
 import lowrank
 from lowrank.checkpoints.atomic import remove
-from lowrank.checkpoints.orders import Answer, OrderQueue, answers, read_state, send
+from lowrank.checkpoints.orders import OrderQueue, OrderReply, answers, read_state, send
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.pipelines.train import train
@@ -34,7 +34,7 @@ def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SummaryBuilder, "_draw", lambda _: None)
 
 
-def answer(out: Path, number: int) -> Answer:
+def answer(out: Path, number: int) -> OrderReply:
     return answers(out)[number]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowrank.errors import ModelError
-from lowrank.pipelines.resolve import Kind, Resolved, resolve
+from lowrank.pipelines.resolve import ArtifactKind, Resolved, resolve
 
 
 @pytest.fixture
@@ -31,16 +31,16 @@ def run(tmp_path: Path) -> Path:
 
 def test_every_kind(run: Path) -> None:
     kinds = {
-        "run": Kind.RUN,
-        "run/checkpoints/step-000002": Kind.CHECKPOINT,
-        "run/checkpoints/step-000002/a": Kind.ADAPTER,
-        "run/a": Kind.JOB,
-        "run/b": Kind.JOB,
-        "run/a/best": Kind.ADAPTER,
-        "run/predict": Kind.MODEL,  # neither a job nor anything else; whoever loads it says so
-        "model": Kind.MODEL,
-        "nowhere": Kind.MODEL,
-        "model/f16.gguf": Kind.GGUF,
+        "run": ArtifactKind.RUN,
+        "run/checkpoints/step-000002": ArtifactKind.CHECKPOINT,
+        "run/checkpoints/step-000002/a": ArtifactKind.ADAPTER,
+        "run/a": ArtifactKind.JOB,
+        "run/b": ArtifactKind.JOB,
+        "run/a/best": ArtifactKind.ADAPTER,
+        "run/predict": ArtifactKind.MODEL,  # neither a job nor anything else; whoever loads it says so
+        "model": ArtifactKind.MODEL,
+        "nowhere": ArtifactKind.MODEL,
+        "model/f16.gguf": ArtifactKind.GGUF,
     }
     found = {name: resolve(str(run.parent / name)) for name in kinds}
     assert {name: each.kind for name, each in found.items()} == kinds
@@ -54,20 +54,20 @@ def test_every_kind(run: Path) -> None:
 
 def test_inside_of_what_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run / "a")
-    assert resolve(".") == Resolved(".", Kind.JOB, run, job="a")
+    assert resolve(".") == Resolved(".", ArtifactKind.JOB, run, job="a")
     monkeypatch.chdir(run / "a" / "best")
-    assert (resolve(".").kind, resolve(".").name) == (Kind.ADAPTER, "best")
+    assert (resolve(".").kind, resolve(".").name) == (ArtifactKind.ADAPTER, "best")
     monkeypatch.chdir(run / "checkpoints" / "step-000002")
-    assert (resolve(".").kind, resolve(".").folder) == (Kind.CHECKPOINT, run)
+    assert (resolve(".").kind, resolve(".").folder) == (ArtifactKind.CHECKPOINT, run)
 
 
 def test_a_damaged_config_is_no_run(run: Path) -> None:
     for text in ("{", "[]", '{"model": 1}'):
         (run / "config.json").write_text(text)
-        assert resolve(str(run)).kind is Kind.MODEL
-        assert resolve(str(run / "a")).kind is Kind.MODEL
+        assert resolve(str(run)).kind is ArtifactKind.MODEL
+        assert resolve(str(run / "a")).kind is ArtifactKind.MODEL
     (run / "config.json").write_text('{"model": 1, "output_dir": "x", "jobs": [3, {"name": 4}, {}]}')
-    assert resolve(str(run / "a")).kind is Kind.MODEL
+    assert resolve(str(run / "a")).kind is ArtifactKind.MODEL
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "nul\0"])

@@ -17,7 +17,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lowrank.config import RunConfig, resolve
+from lowrank.config import RunConfig, validate_settings
 from lowrank.data.prepare import prepare
 from lowrank.errors import ConfigError, DataError, OutputError
 from lowrank.evaluate.held_out_answers import score_answers
@@ -298,4 +298,4 @@ def test_a_metric_that_cannot_be_had_is_refused(
 ) -> None:
     given = {**settings(world, tmp_path), "eval_metric": "exact_match", **changes}
     with pytest.raises(ConfigError, match=described):
-        resolve(given)
+        validate_settings(given)

@@ -32,7 +32,7 @@ from lowrank.planning.fake_copies import fake_copies
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.machine import Machine
 from lowrank.planning.memory import StepMemory
-from lowrank.planning.plan import MARGIN, Plan, Planner, one_line
+from lowrank.planning.plan import MARGIN, MemoryPlan, Planner, one_line
 from lowrank.planning.simulation import PlannedJob
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
@@ -240,7 +240,7 @@ def test_reach(tmp_path: Path) -> None:
     assert largest_tokens(planner_with(memory, 400 << 20), plan_on(plan, planner, 200 << 20)) > tokens
 
 
-def plan_on(plan: Plan, planner: Planner, more: int) -> Plan:
+def plan_on(plan: MemoryPlan, planner: Planner, more: int) -> MemoryPlan:
     return dataclasses.replace(plan, available=planner.machine.host + more)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lowrank.report.curve import Curve, noise_of, smooth
-from lowrank.report.verdict import Kind, Verdict, verdict
+from lowrank.report.verdict import CurveVerdict, Kind, verdict
 
 Shape = Callable[[np.ndarray], np.ndarray]
 
@@ -205,7 +205,7 @@ def test_order_of_points_does_not_matter() -> None:
     steps = list(range(1, 101))
     losses = [3 - step / 50 for step in steps]
     assert verdict(steps[::-1], losses[::-1], [(9, 1.0), (3, 2.0)]) == verdict(steps, losses, [(3, 2.0), (9, 1.0)])
-    assert isinstance(verdict(steps, losses), Verdict)
+    assert isinstance(verdict(steps, losses), CurveVerdict)
 
 
 def test_smooth_follows_a_line_and_steps_over_gaps() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.config import RunConfig, resolve
+from lowrank.config import RunConfig, validate_settings
 from lowrank.errors import ConfigError
 from lowrank.search.candidates import draw, first_candidates, num_combinations, too_many
 from lowrank.search.config import Draw, SweepConfig
@@ -88,12 +88,14 @@ TOP = {"model": "lowrank/tiny", "data": {"train": ["lowrank/demo-train"], "valid
 
 
 def test_a_sweep_makes_the_jobs_and_reads_back() -> None:
-    config = resolve({**TOP, "adapter": {"rank": 4}, "sweep": {"grid": {"optimizer.learning_rate": [1e-4, 1e-3]}}})
+    config = validate_settings(
+        {**TOP, "adapter": {"rank": 4}, "sweep": {"grid": {"optimizer.learning_rate": [1e-4, 1e-3]}}}
+    )
     assert [job.name for job in config.jobs] == ["0-learning_rate=0.0001", "1-learning_rate=0.001"]
     assert [job.optimizer.learning_rate for job in config.jobs] == [1e-4, 1e-3]
     assert {job.adapter.rank for job in config.jobs} == {4}
     assert len({job.seed for job in config.jobs}) == 1
-    assert resolve(config.model_dump(mode="json")) == config
+    assert validate_settings(config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_sweep_makes_the_jobs_and_reads_back() -> None:
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_the_words_of_the_file(given: dict[str, Any], message: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        resolve({**TOP, "sweep": given})
+        validate_settings({**TOP, "sweep": given})
     for each in message:
         assert each in str(refused.value)
     assert str(refused.value).count("\n") == 1, f"one line for one mistake, not one for each candidate: {refused.value}"
@@ -124,10 +126,10 @@ def test_what_cannot_be_is_said_in_the_words_of_the_file(given: dict[str, Any], 
 def test_held_out_rows_are_needed_to_compare() -> None:
     top = {**TOP, "data": {"train": ["lowrank/demo-train"]}}
     with pytest.raises(ConfigError, match="compares candidates on held-out rows"):
-        resolve({**top, "sweep": {"grid": {"seed": [1, 2]}}})
-    resolve({**top, "sweep": {"grid": {"seed": [1, 2]}, "search": "none"}})
+        validate_settings({**top, "sweep": {"grid": {"seed": [1, 2]}}})
+    validate_settings({**top, "sweep": {"grid": {"seed": [1, 2]}, "search": "none"}})
 
 
 def test_jobs_beside_a_sweep_are_refused() -> None:
     with pytest.raises(ConfigError, match="its candidates are the jobs"):
-        resolve({**TOP, "jobs": [{"name": "a"}], "sweep": {"grid": {"seed": [1, 2]}}})
+        validate_settings({**TOP, "jobs": [{"name": "a"}], "sweep": {"grid": {"seed": [1, 2]}}})

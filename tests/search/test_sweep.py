@@ -18,7 +18,7 @@ from lowrank.errors import ConfigError
 from lowrank.pipelines import memory_plan
 from lowrank.pipelines.train import train
 from lowrank.planning.choose import choose
-from lowrank.planning.plan import Plan, Planner
+from lowrank.planning.plan import MemoryPlan, Planner
 from lowrank.report.events import JobFinished, JobMoved, JobStarted, Notice, StepDone
 from lowrank.report.summary import SummaryBuilder
 from tests.pipelines.live_runs import Killed, Orders, kill, make_world, run, settings, weights
@@ -179,7 +179,7 @@ def test_as_many_at_a_time_as_fit_and_each_number_is_planned_once(
     """Beside two adapters there is no room, as far as the plan knows."""
     planned: list[int] = []
 
-    def choose_on_a_small_machine(planner: Planner, *given: Any) -> Plan:
+    def choose_on_a_small_machine(planner: Planner, *given: Any) -> MemoryPlan:
         plan = choose(planner, *given)
         planned.append(len(planner.memory.jobs))
         return dataclasses.replace(plan, available=1) if planned[-1] > 2 else plan

@@ -24,9 +24,9 @@ from lowrank.generate.generator import GeneratorConfig
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load, load_tokenizer
 from lowrank.pipelines.inference import InferenceModel
-from lowrank.serve.engine import Engine
+from lowrank.serve.engine import ServeEngine
 from lowrank.serve.engines.torch import BankEngine
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 from lowrank.serve.server import make_server
 
 TOKEN = "a-token-of-the-tests"
@@ -101,10 +101,13 @@ class Running:
 
 @contextmanager
 def http_serving(
-    engine: Engine, limits: Limits | None = None, services: list[Any] | None = None, origins: Sequence[str] = ()
+    engine: ServeEngine,
+    limits: RequestLimits | None = None,
+    services: list[Any] | None = None,
+    origins: Sequence[str] = (),
 ) -> Iterator[str]:
     """The address of a server around any engine; its `Service` is put into `services`."""
-    server = make_server(engine, token=TOKEN, hosts=(), limits=limits or Limits(), origins=origins)
+    server = make_server(engine, token=TOKEN, hosts=(), limits=limits or RequestLimits(), origins=origins)
     server.config.port = 0
     app: Any = server.config.app
     if services is not None:
@@ -125,7 +128,7 @@ def http_serving(
 
 @contextmanager
 def serving(
-    trained: InferenceModel, *, limits: Limits | None = None, max_rows: int = 64, **options: Any
+    trained: InferenceModel, *, limits: RequestLimits | None = None, max_rows: int = 64, **options: Any
 ) -> Iterator[Running]:
     """A server on our own engine; clients it handed out are closed after it."""
     config = GeneratorConfig(max_num_seqs=max_rows, kv_cache_tokens=8192)

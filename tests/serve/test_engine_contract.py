@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from lowrank.errors import ConfigError
-from lowrank.serve.engine import Engine
+from lowrank.serve.engine import ServeEngine
 from lowrank.serve.engines import EngineKind, ServingOptions, choose_engine, engine_kind, engine_names, open_engine
 from tests.serve.engine_forms import FORMS, Forms
 from tests.serve.running import TOKEN, http_serving, open_world
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Forms:
 @dataclass
 class World:
     name: str
-    engine: Engine
+    engine: ServeEngine
     http: httpx.Client
     service: Any
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from lowrank.errors import ConfigError
-from lowrank.serve.engine import Engine
+from lowrank.serve.engine import ServeEngine
 from lowrank.serve.engines import ServingOptions, choose_engine, open_engine
 from tests.serve.running import TOKEN, http_serving
 from tests.serve.test_engine_contract import post, streamed
@@ -64,6 +64,6 @@ def test_the_example_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_page_names_every_member() -> None:
     text = PAGE.read_text("utf-8")
-    own = [name for name in (*vars(Engine), *Engine.__annotations__) if not name.startswith("_")]
+    own = [name for name in (*vars(ServeEngine), *ServeEngine.__annotations__) if not name.startswith("_")]
     assert len(own) >= 14
     assert [name for name in own if not re.search(rf"`{name}\b", text)] == []

@@ -17,7 +17,7 @@ import pytest
 
 from lowrank.generate.detokenizer import IncrementalDetokenizer
 from lowrank.serve.api.tool_calls import ToolCallReader
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 from tests.serve.running import TOKEN, Running, open_world, serving
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
@@ -26,7 +26,7 @@ SMALL: Any = {"model": "base", "messages": MESSAGES, "max_tokens": 2, "temperatu
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with serving(open_world(), limits=Limits(connections=40, header_seconds=1.0)) as running:
+    with serving(open_world(), limits=RequestLimits(connections=40, header_seconds=1.0)) as running:
         yield running
 
 
@@ -228,7 +228,7 @@ def test_long_stop_texts_cost_nobody_time() -> None:
 
 
 def test_a_client_that_reads_nothing_loses_its_place() -> None:
-    limits = Limits(request_seconds=1.0)
+    limits = RequestLimits(request_seconds=1.0)
     with serving(open_world(), limits=limits) as server:
         stops = server.engine.renderer.stop_tokens
         body = {**SMALL, "max_tokens": 900, "stream": True, "logit_bias": {str(token): -100 for token in stops}}

@@ -16,7 +16,7 @@ import pytest
 
 from lowrank.errors import ConfigError
 from lowrank.serve.address import check_host
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 from tests.serve.running import TOKEN, Running, open_world, serving
 
 REQUEST: Any = {"model": "one", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -25,7 +25,7 @@ ANSWERED = 'lowrank_tokens_total{kind="answer"}'
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    limits = Limits(body_bytes=20_000, body_seconds=1.0, waiting=2, answers_at_once=2)
+    limits = RequestLimits(body_bytes=20_000, body_seconds=1.0, waiting=2, answers_at_once=2)
     with serving(open_world(), limits=limits, max_rows=2) as running:
         yield running
 
@@ -120,7 +120,7 @@ def test_a_client_that_leaves_while_it_waits_for_a_whole_answer_frees_its_slot(s
 
 
 def test_an_answer_that_takes_too_long_is_stopped() -> None:
-    with serving(open_world(), limits=Limits(request_seconds=0.3)) as server:
+    with serving(open_world(), limits=RequestLimits(request_seconds=0.3)) as server:
         client = server.client()
         with pytest.raises(openai.APIStatusError, match=r"more than 0\.3 seconds") as caught:
             client.chat.completions.create(**{**long(server), "stream": False})

@@ -29,13 +29,13 @@ from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.pipelines.inference import InferenceModel
 from lowrank.records import Conversation, Message, Picture
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 from tests.generate.test_pictures import whole
 from tests.serve.running import Running, open_world, random_adapter, serving
 from tests.tiny_vision_models import make_vision_model, save_vision_folder
 
 NUMBER = 10
-LIMITS = Limits(picture_bytes=60_000, picture_pixels=100_000, pictures_per_request=3)
+LIMITS = RequestLimits(picture_bytes=60_000, picture_pixels=100_000, pictures_per_request=3)
 
 
 def seeing(folder: Path, family: str) -> InferenceModel:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
 from lowrank.batches import BARE_BASE
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import ConfigError
 from lowrank.objectives.sft import SFTConfig
 from lowrank.pipelines.train import train
@@ -65,7 +65,7 @@ def test_goes_on_to_the_same_bits(dtype: str, tmp_path: Path) -> None:
             "output_dir": str(tmp_path / name),
             **more,
         }
-        train(resolve(config))
+        train(validate_settings(config))
         return load_file(tmp_path / name / "default" / "last" / "model.safetensors")
 
     whole = run("whole", 7)
@@ -78,9 +78,9 @@ def test_goes_on_to_the_same_bits(dtype: str, tmp_path: Path) -> None:
 def test_what_it_cannot_do_is_said() -> None:
     settings = {"model": "m", "data": "d", "output_dir": "o", "optimizer": "badam"}
     with pytest.raises(ConfigError, match=r"optimizer.type: badam is for tuning: full"):
-        resolve(settings)
+        validate_settings(settings)
     with pytest.raises(ConfigError, match=r"trains layer by layer, and the value head .* is in none"):
-        resolve(settings | {"tuning": "full", "objective": "reward"})
+        validate_settings(settings | {"tuning": "full", "objective": "reward"})
     base = make_base("llama", torch.float32)
     parameters = dict(base.model.named_parameters())
     with pytest.raises(ConfigError, match=r"optimizer.start_block: 7, and there are 2 blocks"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
 from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Segment
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
@@ -190,13 +190,13 @@ def test_what_it_cannot_be_combined_with_is_said() -> None:
         "optimizer": {"type": "adamw", "layerwise": True, "max_grad_norm": None},
     }
     with pytest.raises(ConfigError, match=r"optimizer\.layerwise is for tuning: full and freeze"):
-        resolve(config)
+        validate_settings(config)
 
 
 def test_the_plan_counts_no_whole_gradient(tmp_path: Path) -> None:
     base = make_base("llama", torch.bfloat16, num_hidden_layers=6, hidden_size=128, intermediate_size=256)
     base.model.save_pretrained(tmp_path / "model")
-    model = resolve(
+    model = validate_settings(
         {"model": {"path": str(tmp_path / "model"), "device": "cpu"}, "data": {"train": "x"}, "output_dir": "runs/x"}
     ).model
     planned = []
@@ -222,7 +222,7 @@ def test_a_run_stops_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
             "output_dir": str(tmp_path / name),
             **more,
         }
-        train(resolve(config))
+        train(validate_settings(config))
         return load_file(tmp_path / name / "default" / "last" / "model.safetensors")
 
     rows = [f'{{"instruction": "say {number}", "output": "{number} it is"}}' for number in range(20)]

@@ -19,7 +19,7 @@ import pytest
 
 from lowrank.cli import main
 from lowrank.cli.interrupts import end_as_usual
-from lowrank.config import resolve
+from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, OutputError
 from lowrank.kernels import host_memory
 from lowrank.pipelines.artifacts import adapter_folder, find_artifacts
@@ -35,7 +35,9 @@ SHORT = ["model=lowrank/tiny", "data.train=lowrank/demo", "data.max_samples=16",
 
 def settings(out: Path, **changes: Any) -> Any:
     data = {"train": "lowrank/demo", "max_samples": 16, "batch_size": 2}
-    return resolve({"model": "lowrank/tiny", "data": data, "adapter": {"rank": 2}, "output_dir": str(out), **changes})
+    return validate_settings(
+        {"model": "lowrank/tiny", "data": data, "adapter": {"rank": 2}, "output_dir": str(out), **changes}
+    )
 
 
 class Doing:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.last_line import last_lines, message_lines
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.routes.runs import about
@@ -34,7 +34,7 @@ def try_page(request: Request, name: str) -> Response:
     return answer_page(request, "try.html", place="runs", tab="try", **about(request, name))
 
 
-class Open(Body):
+class Open(BoardRequest):
     """What is loaded: the run's adapters (the best or the last), or those of a checkpoint."""
 
     which: str = "best"
@@ -119,7 +119,7 @@ class _Turn(BaseModel):
     content: str | list[_Part]
 
 
-class ChatMessages(Body):
+class ChatMessages(BoardRequest):
     """One question to one model, as OpenAI's API has it."""
 
     model: str

@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.places import OutsideError
-from lowrank.board.runs import Run, differing
+from lowrank.board.runs import RunEntry, differing
 
 router = APIRouter()
 _MOST = 8
@@ -17,7 +17,7 @@ _MOST = 8
 def compare(request: Request, run: list[str] = Query(default=[])) -> Response:  # noqa: B008 (FastAPI's way)
     """The chosen runs side by side."""
     board = board_of(request)
-    chosen: list[Run] = []
+    chosen: list[RunEntry] = []
     for name in run[:_MOST]:
         try:
             found = board.run(name)

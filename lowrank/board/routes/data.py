@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from lowrank.board.adviser import Superseded
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.data_files import BUILT_IN, data_files, named_sets
 from lowrank.board.page import answer_page, board_of, texts_of
 from lowrank.board.places import DATA_SUFFIXES, OutsideError, child_of, free_name, safe_name
@@ -66,7 +66,7 @@ async def upload(request: Request, name: str) -> Response:
     return JSONResponse({"path": f"data/{final}", "bytes": written})
 
 
-class Look(Body):
+class DataRequest(BoardRequest):
     """A file, or a name of the built-in data, and the model whose tokens are counted."""
 
     path: str
@@ -75,7 +75,7 @@ class Look(Body):
 
 
 @router.post("/api/data/look")
-def look(request: Request, body: Look) -> Response:
+def look(request: Request, body: DataRequest) -> Response:
     """`lowrank data FILE`: rows, problems with their numbers, what carries loss."""
     board = board_of(request)
     arguments = ["data"]

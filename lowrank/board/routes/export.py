@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.main_settings import EXPORTS
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.places import child_of, confined, free_name, safe_name
@@ -47,7 +47,7 @@ def export_part(request: Request, name: str) -> Response:
     )
 
 
-class Export(Body):
+class Export(BoardRequest):
     """A target, whose adapter, and for GGUF which types."""
 
     target: str
@@ -81,7 +81,7 @@ def export(request: Request, name: str, body: Export) -> Response:
     return JSONResponse({"task": task.id})
 
 
-class Deploy(Body):
+class Deploy(BoardRequest):
     """A name for the model in Ollama."""
 
     name: str

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.data_files import BUILT_IN, data_files
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.places import child_of
@@ -45,7 +45,7 @@ def measure_part(request: Request, name: str) -> Response:
     return answer_page(request, "part_measure.html", tab="measure", **about(request, name), **_measured(board, name))
 
 
-class Predict(Body):
+class Predict(BoardRequest):
     """As `lowrank predict` has it; `which`: best, last, or the name of a checkpoint."""
 
     data: str
@@ -73,7 +73,7 @@ def predict(request: Request, name: str, body: Predict) -> Response:
     return JSONResponse({"task": task.id})
 
 
-class Eval(Body):
+class Eval(BoardRequest):
     """As `lowrank eval` has it."""
 
     tasks: str

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from lowrank.board import form
 from lowrank.board.adviser import Superseded
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.hub import NAME, about_hub_model
 from lowrank.board.main_settings import GROUPS, PRESETS, SEARCH
 from lowrank.board.models import TINY, described, models_in
@@ -29,7 +29,7 @@ router = APIRouter()
 _LONGEST_FILE = 256 << 10
 
 
-class Draft(Body):
+class Draft(BoardRequest):
     """What stands on the page: `values` by setting, `jobs` as rows, `extra` groups that are no fields, `sweep`
     rows of a search."""
 
@@ -146,7 +146,7 @@ def start(request: Request, draft: Draft) -> Response:
     return JSONResponse({"task": task.id, "name": name})
 
 
-class SettingsText(Body):
+class SettingsText(BoardRequest):
     """A settings file, native or LLaMA-Factory's, as text."""
 
     text: str

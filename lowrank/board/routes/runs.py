@@ -11,13 +11,13 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.job_lines import job_lines
 from lowrank.board.last_line import message_lines
 from lowrank.board.orders import accepts_orders, live_memory, orders_of
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.progress import progress_of
-from lowrank.board.runs import BROKEN, RUNNING, Run, checkpoints
+from lowrank.board.runs import BROKEN, RUNNING, RunEntry, checkpoints
 from lowrank.board.stream import event, events
 from lowrank.board.sweep_table import sweep_table
 from lowrank.board.tasks import ERRORS, OUTPUT
@@ -98,7 +98,7 @@ def stop(request: Request, name: str) -> Response:
     return JSONResponse({})
 
 
-class Resume(Body):
+class Resume(BoardRequest):
     """`changes`: `KEY=VALUE` words over the run's settings, as num_train_epochs=5."""
 
     changes: list[str] = Field(default_factory=list)
@@ -199,7 +199,7 @@ def _colors(steps: dict[str, float], jobs: list[dict[str, Any]]) -> dict[str, in
     return {name: number for number, name in enumerate(names)}
 
 
-def _state(run: Run | None, task: str | None) -> str:
+def _state(run: RunEntry | None, task: str | None) -> str:
     if task in ("waiting", "running"):
         return task
     if run is not None and run.state == RUNNING:
@@ -242,6 +242,6 @@ def _point(end: int, entry: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _device(run: Run | None) -> str:
+def _device(run: RunEntry | None) -> str:
     model = run.config.get("model") if run else None
     return str(model.get("device", "auto")) if isinstance(model, dict) else "auto"

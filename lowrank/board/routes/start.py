@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
-from lowrank.board.body import Body
+from lowrank.board.body import BoardRequest
 from lowrank.board.last_line import last_lines, message_lines
 from lowrank.board.page import LANGUAGE_COOKIE, answer_page, board_of
 from lowrank.board.progress import progress_of
@@ -65,7 +65,7 @@ def language(request: Request, language: str, back: str = "/") -> Response:
     return response
 
 
-class Move(Body):
+class Move(BoardRequest):
     """Where a waiting task goes: -1 earlier, 1 later, -999 to the front."""
 
     by: int

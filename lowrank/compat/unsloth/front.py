@@ -33,7 +33,7 @@ from lowrank.errors import ConfigError, ModelError
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts
 from lowrank.pipelines.artifacts import adapter_folder
-from lowrank.pipelines.resolve import Kind, resolve
+from lowrank.pipelines.resolve import ArtifactKind, resolve
 from lowrank.third_party import code_allowed, code_is_allowed
 
 _LOG = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class FastLanguageModel:
         dtype = dtype if dtype is not None else torch_dtype
         with code_allowed(trust_remote_code), hub_token(token):  # in Python, the argument is the person's word
             named = resolve(model_name, revision=revision)
-            trained = named.of_run or named.kind is Kind.ADAPTER
+            trained = named.of_run or named.kind is ArtifactKind.ADAPTER
             adapter = load_adapter(adapter_folder(model_name, "model_name")) if trained else None
             if adapter is not None and full_finetuning:
                 raise ConfigError(f"{model_name} is an adapter: merge it first, or leave full_finetuning out")

@@ -13,30 +13,32 @@ _FOLDER = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class Kind:
+class TemplateKind:
     """A template: the tokenizer's own where it has the mark `own`, else `built_in` (None: nothing else will do)."""
 
     built_in: str | None = None
     own: str | None = None
 
 
-_CHATML, _GEMMA, _LLAMA3 = Kind("chatml"), Kind("gemma"), Kind("llama3")
-_LLAMA31, _GEMMA3 = Kind("llama3", "<|start_header_id|>"), Kind("gemma", "<start_of_turn>")
-_QWEN3, _LFM2 = Kind("qwen", "<|im_start|>"), Kind("chatml", "<|im_start|>")
-_GEMMA4, _GPT_OSS = Kind(None, "<|turn>"), Kind(None, "<|channel|>")
-_PHI3 = Kind("phi3")
+_CHATML, _GEMMA, _LLAMA3 = TemplateKind("chatml"), TemplateKind("gemma"), TemplateKind("llama3")
+_LLAMA31, _GEMMA3 = TemplateKind("llama3", "<|start_header_id|>"), TemplateKind("gemma", "<start_of_turn>")
+_QWEN3, _LFM2 = TemplateKind("qwen", "<|im_start|>"), TemplateKind("chatml", "<|im_start|>")
+_GEMMA4, _GPT_OSS = TemplateKind(None, "<|turn>"), TemplateKind(None, "<|channel|>")
+_PHI3 = TemplateKind("phi3")
 KINDS = {
-    "unsloth": Kind("unsloth"), "zephyr": Kind("zephyr"), "chatml": _CHATML, "mistral": Kind("mistral"),
-    "llama": Kind("llama2"), "llama-2": Kind("llama2"), "vicuna": Kind("vicuna"), "vicuna_old": Kind("vicuna_old"),
-    "vicuna old": Kind("vicuna_old"), "alpaca": Kind("alpaca"), "gemma": _GEMMA, "gemma_chatml": _CHATML,
-    "gemma2": _GEMMA, "gemma-2": _GEMMA, "gemma2_chatml": _CHATML, "llama-3": _LLAMA3, "llama3": _LLAMA3,
-    "llama-3.1": _LLAMA31, "llama-31": _LLAMA31, "llama-3.2": _LLAMA31, "llama-3.3": _LLAMA31, "llama-32": _LLAMA31,
-    "llama-33": _LLAMA31, "phi-3": _PHI3, "phi-35": _PHI3, "phi-3.5": _PHI3, "phi-4": Kind("phi4", "<|im_sep|>"),
-    "qwen-2.5": Kind("qwen"), "qwen-25": Kind("qwen"), "qwen25": Kind("qwen"), "qwen2.5": Kind("qwen"),
-    "gemma-3": _GEMMA3, "gemma3": _GEMMA3, "gemma-3n": _GEMMA3, "gemma3n": _GEMMA3, "gemma-4": _GEMMA4,
-    "gemma4": _GEMMA4, "gemma-4-thinking": _GEMMA4, "gemma4-thinking": _GEMMA4, "gpt-oss": _GPT_OSS,
-    "gptoss": _GPT_OSS, "qwen-3": _QWEN3, "qwen3": _QWEN3, "qwen3-instruct": _QWEN3, "qwen3-thinking": _QWEN3,
-    "lfm-2": _LFM2, "lfm-2.5": _LFM2, "starling": Kind("starling"), "yi-chat": _CHATML,
+    "unsloth": TemplateKind("unsloth"), "zephyr": TemplateKind("zephyr"), "chatml": _CHATML,
+    "mistral": TemplateKind("mistral"), "llama": TemplateKind("llama2"), "llama-2": TemplateKind("llama2"),
+    "vicuna": TemplateKind("vicuna"), "vicuna_old": TemplateKind("vicuna_old"),
+    "vicuna old": TemplateKind("vicuna_old"), "alpaca": TemplateKind("alpaca"), "gemma": _GEMMA,
+    "gemma_chatml": _CHATML, "gemma2": _GEMMA, "gemma-2": _GEMMA, "gemma2_chatml": _CHATML, "llama-3": _LLAMA3,
+    "llama3": _LLAMA3, "llama-3.1": _LLAMA31, "llama-31": _LLAMA31, "llama-3.2": _LLAMA31, "llama-3.3": _LLAMA31,
+    "llama-32": _LLAMA31, "llama-33": _LLAMA31, "phi-3": _PHI3, "phi-35": _PHI3, "phi-3.5": _PHI3,
+    "phi-4": TemplateKind("phi4", "<|im_sep|>"), "qwen-2.5": TemplateKind("qwen"), "qwen-25": TemplateKind("qwen"),
+    "qwen25": TemplateKind("qwen"), "qwen2.5": TemplateKind("qwen"), "gemma-3": _GEMMA3, "gemma3": _GEMMA3,
+    "gemma-3n": _GEMMA3, "gemma3n": _GEMMA3, "gemma-4": _GEMMA4, "gemma4": _GEMMA4, "gemma-4-thinking": _GEMMA4,
+    "gemma4-thinking": _GEMMA4, "gpt-oss": _GPT_OSS, "gptoss": _GPT_OSS, "qwen-3": _QWEN3, "qwen3": _QWEN3,
+    "qwen3-instruct": _QWEN3, "qwen3-thinking": _QWEN3, "lfm-2": _LFM2, "lfm-2.5": _LFM2,
+    "starling": TemplateKind("starling"), "yi-chat": _CHATML,
 }  # fmt: skip
 """Every name that Unsloth knows."""
 

@@ -19,12 +19,12 @@ def quantization_report(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lowrank.checkpoints.atomic import new_file
-    from lowrank.contrib.quantization_report.measures import Report
+    from lowrank.contrib.quantization_report.measures import QuantizationReport
     from lowrank.contrib.quantization_report.plot import plot as draw
     from lowrank.terminal import Console
 
     weights = linear_weights(model, revision)
-    found = Report()
+    found = QuantizationReport()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=sum(stored.nbytes for stored in weights.values()))

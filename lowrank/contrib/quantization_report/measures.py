@@ -85,7 +85,7 @@ class _Sum:
 
 
 @dataclass
-class Report:
+class QuantizationReport:
     """Fed one weight at a time; `rows()` at any moment."""
 
     group_size: int = GROUP

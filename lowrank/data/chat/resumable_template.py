@@ -32,7 +32,7 @@ from lowrank.data.chat.template_recording import (
     MessagesView,
     NotResumable,
     Recording,
-    Run,
+    TemplateRun,
     What,
     attributes,
 )
@@ -216,13 +216,13 @@ class ConversationBeginnings:
             recording.whole = True
         recording.text, recording.blocks = "".join(run.parts), tuple(run.counts.blocks)
 
-    def _run_of(self, recording: Recording, length: int, variables: Mapping[str, Any], records: bool) -> Run:
+    def _run_of(self, recording: Recording, length: int, variables: Mapping[str, Any], records: bool) -> TemplateRun:
         size = Size(self._sizes[length])
         plain(variables, size)
         counts = Budget(size.characters, length)
-        return Run(self._messages, length, counts, recording, records)
+        return TemplateRun(self._messages, length, counts, recording, records)
 
-    def _run(self, run: Run, generation_prompt: bool, variables: Mapping[str, Any]) -> None:
+    def _run(self, run: TemplateRun, generation_prompt: bool, variables: Mapping[str, Any]) -> None:
         variables = {name: plain(value, Size()) for name, value in variables.items()}
         tokens = BUDGET.set(run.counts), RUN.set(run)
         given = {**variables, **self._given, "messages": MessagesView(run)}

@@ -42,7 +42,7 @@ class MessagesView(Sequence[Any]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, run: Run, first: int = 0) -> None:
+    def __init__(self, run: TemplateRun, first: int = 0) -> None:
         self._run, self._first = run, first
 
     def _length(self) -> int:
@@ -143,7 +143,7 @@ class Recording:
 
 
 @dataclass
-class Run:
+class TemplateRun:
     """One rendering that goes on. `need`: see `_Turns`, since the present loop began."""
 
     messages: list[Any]
@@ -255,7 +255,7 @@ def _looked_up(name: str, names: Mapping[str, Any]) -> Any:
     return attributes(value).get(attribute) if attribute and type(value) is TemplateNamespace else value
 
 
-RUN: ContextVar[Run] = ContextVar("resumable_template")
+RUN: ContextVar[TemplateRun] = ContextVar("resumable_template")
 """The rendering that goes on in this thread, for the filters of the compiled template."""
 
 
@@ -266,7 +266,7 @@ class Items:
         self,
         view: MessagesView,
         first: int,
-        run: Run | None = None,
+        run: TemplateRun | None = None,
         turns: _Turns | None = None,
         spaces: _Spaces | None = None,
     ) -> None:

@@ -28,14 +28,14 @@ _HELD_BY = (
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenMedium:
     """A part of a turn that is a medium, as the data writes it; None: the next of the row's column of its kind."""
 
     value: Any = None
     kind: str = "image"
 
 
-def part_of(part: Mapping[str, Any], kind: str = "image") -> Given:
+def part_of(part: Mapping[str, Any], kind: str = "image") -> GivenMedium:
     """What a content part of one of the types in PARTS holds."""
     for name in _HELD_BY:
         value = part.get(name)
@@ -43,5 +43,5 @@ def part_of(part: Mapping[str, Any], kind: str = "image") -> Given:
             if isinstance(value, Mapping) and key in value and value.keys() <= {key, beside}:
                 value = value[key]
         if value is not None:
-            return Given(value, kind)
-    return Given(kind=kind)
+            return GivenMedium(value, kind)
+    return GivenMedium(kind=kind)

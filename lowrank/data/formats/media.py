@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank.data.formats.columns import COLUMNS, RowProblem, list_of
-from lowrank.data.formats.given import PLACE, PLACES, Given
+from lowrank.data.formats.given import PLACE, PLACES, GivenMedium
 from lowrank.data.formats.media_files import Folders, medium_of
 from lowrank.records import (
     COLUMN_NAMES,
@@ -96,7 +96,7 @@ def with_media(
         places = _matched(kind, column, turns, places)
     rest = {kind: iter(column.values) for kind, column in given.items()}
 
-    def read(each: Given) -> Any:
+    def read(each: GivenMedium) -> Any:
         value = next(rest[each.kind]) if each.value is None else each.value
         return replace(medium_of(value, each.kind, folders, decode=decode), row=place)
 
@@ -157,7 +157,7 @@ def _matched(kind: str, column: Column, turns: Sequence[Message], places: list[_
     standing = [each for _, media in places for _, each in media if each.kind == kind]
     waiting = sum(each.value is None for each in standing)
     if not standing and column.values:
-        return _before_first_question(turns, places, [Given(kind=kind)] * len(column.values))
+        return _before_first_question(turns, places, [GivenMedium(kind=kind)] * len(column.values))
     if waiting != len(column.values):
         place = next(place for place, each in PLACES.items() if each == kind)
         beside = f"column {column.name!r}" if column.name else f"no column of {COLUMN_NAMES[kind]}"
@@ -194,7 +194,7 @@ def _with_turns(record: Record, turns: Iterator[Message]) -> Record:
     return replace(record, prompt=conversation(record.prompt), chosen=next(turns), rejected=next(turns))
 
 
-_Places = tuple[str, list[tuple[int, Given]]]
+_Places = tuple[str, list[tuple[int, GivenMedium]]]
 
 
 def _split(message: Message) -> _Places:
@@ -207,13 +207,13 @@ def _split(message: Message) -> _Places:
         at = 0
         for found in PLACE.finditer(text):
             content += text[at : found.start()]
-            media.append((len(content), Given(kind=PLACES[found[0]])))
+            media.append((len(content), GivenMedium(kind=PLACES[found[0]])))
             at = found.end()
         content += text[at:]
     return content, media
 
 
-def _before_first_question(turns: Sequence[Message], places: list[_Places], more: list[Given]) -> list[_Places]:
+def _before_first_question(turns: Sequence[Message], places: list[_Places], more: list[GivenMedium]) -> list[_Places]:
     first = next((index for index, message in enumerate(turns) if message.role == "user"), None)
     if first is None:
         names = KIND_NAMES[more[0].kind]

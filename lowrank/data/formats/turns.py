@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowrank.data.formats.columns import COLUMNS, RowProblem, beginning, describe, list_of, text_of
-from lowrank.data.formats.given import PARTS, Given, part_of
+from lowrank.data.formats.given import PARTS, GivenMedium, part_of
 from lowrank.data.formats.turn_flags import LOSS_FLAGS, flags_of_row, is_trained
 from lowrank.records import THOUGHTS, Conversation, Message, Preference, Prompted, Rated, Record, Role, Text
 
@@ -158,7 +158,7 @@ def _content(value: Any, number: int) -> tuple[str, list[dict[str, Any]], Any]:
         return text_of(value, f"the content of turn {number}"), [], ()
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
-    media: list[tuple[int, Given]] = []
+    media: list[tuple[int, GivenMedium]] = []
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind in PARTS:

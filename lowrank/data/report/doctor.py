@@ -10,16 +10,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lowrank.data.report.statistics import Lengths, Report
+from lowrank.data.report.statistics import DataReport, Lengths
 
-__all__ = ["Report", "render_report"]
+__all__ = ["DataReport", "render_report"]
 
 _BAR_WIDTH = 40
 _LONGEST_SHOWN = 2000
 LEARNED, CONTEXT = "bold green", "dim"
 
 
-def render_report(report: Report, *, marks: bool = False) -> RenderableType:
+def render_report(report: DataReport, *, marks: bool = False) -> RenderableType:
     """Counts, what is lost, what is odd, lengths, and samples colored by what carries loss.
 
     `marks` puts what carries loss between ⟦ and ⟧ as well, for terminals without colors.
@@ -30,12 +30,12 @@ def render_report(report: Report, *, marks: bool = False) -> RenderableType:
     return Group(*parts, *_samples(report, marks))
 
 
-def _headline(report: Report) -> Text:
+def _headline(report: DataReport) -> Text:
     held_out = f", {report.eval_samples:,} held out" if report.eval_samples else ""
     return Text(f"{report.train_samples:,} samples to train on{held_out}", style="bold")
 
 
-def _datasets(report: Report) -> Table:
+def _datasets(report: DataReport) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("dataset", "used for", "format"):
         table.add_column(heading, overflow="fold")
@@ -58,7 +58,7 @@ def _datasets(report: Report) -> Table:
     return table
 
 
-def _remarks(report: Report) -> list[RenderableType]:
+def _remarks(report: DataReport) -> list[RenderableType]:
     losses = report.losses
     lines = [Text(f"  lost  {loss}", style="red") for loss in losses]
     lines += [Text(f"  odd   {text}", style="yellow") for text in report.warnings[len(losses) :]]
@@ -66,7 +66,7 @@ def _remarks(report: Report) -> list[RenderableType]:
     return [Text(), *(lines or [Text("  nothing is lost, nothing is odd", style="green")])]
 
 
-def _describe_lengths(report: Report, lengths: Lengths) -> Text:
+def _describe_lengths(report: DataReport, lengths: Lengths) -> Text:
     half, most = lengths.percentiles[50], lengths.percentiles[95]
     return Text(
         f"Half of the samples have up to {half:,} {report.unit}, 95 of 100 up to {most:,}, the longest "
@@ -86,7 +86,7 @@ def _bars(lengths: Lengths) -> Table:
     return table
 
 
-def _samples(report: Report, marks: bool) -> list[RenderableType]:
+def _samples(report: DataReport, marks: bool) -> list[RenderableType]:
     if not report.shown:
         return []
     legend = Text.assemble("Samples as the model sees them: ", ("learned", LEARNED), ", ", ("context", CONTEXT), ".")

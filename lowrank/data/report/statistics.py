@@ -144,7 +144,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Report:
+class DataReport:
     """What the doctor found. `to_json` is plain data; `render_report` is for people."""
 
     unit: str
@@ -205,14 +205,14 @@ def build_report(
     template_notices: Iterable[str] = (),
     shown: Sequence[Sequence[tuple[str, float]]] = (),
     complete: bool = True,
-) -> Report:
+) -> DataReport:
     """The report on what was counted. Lengths and shares are those of the training data."""
     train = [tally for tally in tallies if tally.use == "train"]
     tokens, learned = sum(tally.tokens for tally in train), sum(tally.learned_tokens for tally in train)
     held_out = sum(tally.num_held_out for tally in train)
     evaluated = sum(tally.num_samples for tally in tallies if tally.use == "eval")
     trained = sum(tally.num_samples - tally.num_held_out - tally.num_not_drawn for tally in train)
-    return Report(
+    return DataReport(
         unit=unit,
         complete=complete,
         datasets=tuple(_dataset(tally, unit) for tally in tallies),

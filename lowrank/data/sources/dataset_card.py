@@ -17,7 +17,7 @@ _MARK = "---"
 
 
 @dataclass(frozen=True)
-class Choice:
+class DatasetSubset:
     """One entry of `configs`: a subset. `patterns` are those of each split's files; empty: names decide."""
 
     name: str
@@ -35,7 +35,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def choices_of(folder: Path) -> list[Choice]:
+def choices_of(folder: Path) -> list[DatasetSubset]:
     """The subsets that the card in `folder` names; none without `configs` in it. DataError if it is broken."""
     path = folder / "README.md"
     if not path.is_file():
@@ -67,7 +67,7 @@ def choices_of(folder: Path) -> list[Choice]:
     return [_choice(entry, path) for entry in entries]
 
 
-def _choice(entry: Mapping[str, Any], path: Path) -> Choice:
+def _choice(entry: Mapping[str, Any], path: Path) -> DatasetSubset:
     name = str(entry.get("config_name", "default"))
     files = entry.get("data_files")
     if isinstance(files, (str, dict)):
@@ -90,4 +90,4 @@ def _choice(entry: Mapping[str, Any], path: Path) -> Choice:
         patterns[str(split)] = (*patterns.get(str(split), ()), *paths)
     folder = entry.get("data_dir")
     default = entry.get("default") is True or name == "default"
-    return Choice(name, default, folder if isinstance(folder, str) else None, patterns)
+    return DatasetSubset(name, default, folder if isinstance(folder, str) else None, patterns)

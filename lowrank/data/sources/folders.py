@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.sources.dataset_card import Choice, choices_of
+from lowrank.data.sources.dataset_card import DatasetSubset, choices_of
 from lowrank.data.sources.encodings import Note
 from lowrank.data.sources.places import WHOLE, shown
 from lowrank.data.sources.readers import is_data
@@ -95,7 +95,7 @@ def _of_state(folder: Path) -> list[Path]:
     return files
 
 
-def _of_card(wanted: _Wanted, choices: Sequence[Choice]) -> list[Path]:
+def _of_card(wanted: _Wanted, choices: Sequence[DatasetSubset]) -> list[Path]:
     """The files that the card names for the subset and the split."""
     names = [choice.name for choice in choices]
     default = next((choice for choice in choices if choice.default), choices[0] if len(choices) == 1 else None)

@@ -16,14 +16,14 @@ import torch
 from lowrank.checkpoints.atomic import new_file
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
-from lowrank.export.gguf.convert import Plan, tensor_names
-from lowrank.export.gguf.writer import Entry, fields_of, library, write_file
+from lowrank.export.gguf.convert import ConversionPlan, tensor_names
+from lowrank.export.gguf.writer import TensorEntry, fields_of, library, write_file
 
 MERGE = "take the merged model instead: lowrank export --to gguf"
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
-def adapter_incompatibility(base: Plan, adapter: AdapterOnDisk) -> list[str]:
+def adapter_incompatibility(base: ConversionPlan, adapter: AdapterOnDisk) -> list[str]:
     """Why llama.cpp could not apply this adapter at run time, one sentence each; empty: it can."""
     problems = []
     kind = adapter.config.type
@@ -42,7 +42,7 @@ def adapter_incompatibility(base: Plan, adapter: AdapterOnDisk) -> list[str]:
     return problems
 
 
-def _module_incompatibility(base: Plan, module: str) -> str | None:
+def _module_incompatibility(base: ConversionPlan, module: str) -> str | None:
     tied = base.model.config.get("tie_word_embeddings")
     if tied and module.endswith(("lm_head", "embed_tokens", "wte", "word_embeddings")):
         return "embedding and head are one tensor in the file, and llama.cpp ends at an assertion"
@@ -60,7 +60,7 @@ def _module_incompatibility(base: Plan, module: str) -> str | None:
     return None if name else "this layer has no place in the file"
 
 
-def write_adapter_file(base: Plan, adapter: AdapterOnDisk, path: Path) -> None:
+def write_adapter_file(base: ConversionPlan, adapter: AdapterOnDisk, path: Path) -> None:
     """Write the adapter to `path`, in float32. Raises ModelError with every reason why it cannot be."""
     problems = adapter_incompatibility(base, adapter)
     raise_all(ModelError, f"this adapter cannot be a GGUF file of its own; {MERGE}", problems)
@@ -83,7 +83,7 @@ def write_adapter_file(base: Plan, adapter: AdapterOnDisk, path: Path) -> None:
         arrays[f"{name}.lora_a"] = left.float().contiguous().numpy()
         arrays[f"{name}.lora_b"] = right.float().contiguous().numpy()
     kind = library().GGMLQuantizationType.F32
-    entries = [Entry(name, array.shape, kind) for name, array in arrays.items()]
+    entries = [TensorEntry(name, array.shape, kind) for name, array in arrays.items()]
     fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0}
     with new_file(path) as partial:
         write_file(partial, fields_of(base.family.arch, fields), entries, (iter([each]) for each in arrays.values()))

@@ -14,10 +14,10 @@ import torch
 from lowrank.checkpoints.atomic import new_file
 from lowrank.errors import ModelError, did_you_mean, raise_all
 from lowrank.export.gguf.families import families
-from lowrank.export.gguf.model import Model, read_folder
+from lowrank.export.gguf.model import SourceModel, read_folder
 from lowrank.export.gguf.pieces import Family, Part, all_parts
 from lowrank.export.gguf.vocabulary import read_vocabulary
-from lowrank.export.gguf.writer import CHUNK, Entry, fields_of, library, write_file
+from lowrank.export.gguf.writer import CHUNK, TensorEntry, fields_of, library, write_file
 
 PLAIN_TYPES = ("f32", "f16", "bf16", "q8_0")
 """What the converter writes by itself; all others are made from one of these (quantize.py)."""
@@ -27,10 +27,10 @@ FLOAT32_NAMES = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_e
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """All that is decided before any weight is read."""
 
-    model: Model
+    model: SourceModel
     family: Family
     fields: dict[str, Any]
     parts: list[tuple[str, Part]]
@@ -39,7 +39,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan(model: Model) -> Plan:
+def plan(model: SourceModel) -> ConversionPlan:
     """Decide everything. Raises ModelError for what cannot be converted, with every reason."""
     known = families()
     folder, kind, config = model.name, model.model_type, model.config
@@ -59,10 +59,10 @@ def plan(model: Model) -> Plan:
     header = {f"{family.arch}.{key}": value for key, value in family.fields(config).items()}
     fields = {"general.type": "model", "general.name": model.name, **header, **vocabulary.fields}
     notes = [*family.notes(config), *vocabulary.notes]
-    return Plan(model, family, fields, _named_parts(model, family), family.extra(config), notes)
+    return ConversionPlan(model, family, fields, _named_parts(model, family), family.extra(config), notes)
 
 
-def _vocabulary_size(model: Model) -> int:
+def _vocabulary_size(model: SourceModel) -> int:
     """Rows of the embedding."""
     for name, shape in model.shapes.items():
         if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")):
@@ -70,7 +70,7 @@ def _vocabulary_size(model: Model) -> int:
     raise ModelError(f"{model.name}: no embedding among the tensors; is it a whole model?")
 
 
-def _named_parts(model: Model, family: Family) -> list[tuple[str, Part]]:
+def _named_parts(model: SourceModel, family: Family) -> list[tuple[str, Part]]:
     names = tensor_names(family.arch, model.config)
     tied = model.config.get("tie_word_embeddings")
     wanted = [name for name in model.shapes if not _is_dropped(name) and not (tied and "lm_head." in name)]
@@ -103,13 +103,15 @@ def tensor_names(arch: str, config: dict[str, Any]) -> Callable[[str], str | Non
     return name_of
 
 
-def natural_type(model: Model) -> str:
+def natural_type(model: SourceModel) -> str:
     """The smallest type that keeps every weight as it is."""
     kinds = {model.dtypes[name] for name, shape in model.shapes.items() if len(shape) > 1}
     return {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(kinds), "f32")
 
 
-def convert(folder: Path, path: Path, kind: str = "auto", progress: Callable[[int, int], None] | None = None) -> Plan:
+def convert(
+    folder: Path, path: Path, kind: str = "auto", progress: Callable[[int, int], None] | None = None
+) -> ConversionPlan:
     """Write the model in `folder` to `path` as `kind` (one of PLAIN_TYPES; `auto`: no weight changes).
 
     Memory: the largest tensor as saved, and 64 MB. `progress(bytes written, bytes in all)`. Raises ModelError.
@@ -119,15 +121,17 @@ def convert(folder: Path, path: Path, kind: str = "auto", progress: Callable[[in
     return made
 
 
-def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int], None] | None = None) -> None:
+def write_plan(made: ConversionPlan, path: Path, kind: str, progress: Callable[[int, int], None] | None = None) -> None:
     """Write what was planned."""
     if kind not in PLAIN_TYPES:
         raise ModelError(f"the converter writes {', '.join(PLAIN_TYPES)}, not {kind!r}")
     gguf = library()
-    entries = [Entry(name, tuple(tensor.shape), gguf.GGMLQuantizationType.F32) for name, tensor in made.extra.items()]
+    entries = [
+        TensorEntry(name, tuple(tensor.shape), gguf.GGMLQuantizationType.F32) for name, tensor in made.extra.items()
+    ]
     for name, part in made.parts:
         shape = part_shape(made.model, part)
-        entries.append(Entry(name, shape, stored_type(name, shape, kind)))
+        entries.append(TensorEntry(name, shape, stored_type(name, shape, kind)))
     total = sum(entry.bytes for entry in entries)
     file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[kind]
     fields = {
@@ -154,12 +158,12 @@ def write_plan(made: Plan, path: Path, kind: str, progress: Callable[[int, int],
         write_file(partial, fields_of(made.family.arch, fields), entries, data)
 
 
-def _tensors(model: Model, part: Part) -> Iterator[torch.Tensor]:
+def _tensors(model: SourceModel, part: Part) -> Iterator[torch.Tensor]:
     for source in part.sources:
         yield part.make(model.tensor(source))
 
 
-def part_shape(model: Model, part: Part) -> tuple[int, ...]:
+def part_shape(model: SourceModel, part: Part) -> tuple[int, ...]:
     """Of the tensor to be, in torch's order."""
     shape = tuple(part.make(torch.empty(model.shapes[part.sources[0]], device="meta")).shape)
     return shape if len(part.sources) == 1 else (len(part.sources), *shape)

@@ -15,7 +15,7 @@ from lowrank.export import Install
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.families import families
 from lowrank.export.gguf.importance import measure
-from lowrank.export.gguf.model import Model, read_merged
+from lowrank.export.gguf.model import SourceModel, read_merged
 from lowrank.export.gguf.upstream import Upstream, names_for
 from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
@@ -27,7 +27,7 @@ _SHARD = 5 * 10**9
 class Converter(Protocol):
     """Writes one model as any of the plain types."""
 
-    model: Model
+    model: SourceModel
     """As it is converted; of a composite one the language model, with its towers `beside` it."""
     notes: tuple[str, ...]
     installs: tuple[Install, ...]
@@ -58,7 +58,7 @@ class _Own:
     installs: tuple[Install, ...] = ()
     between_bytes = 0
 
-    def __init__(self, source: Source, model: Model) -> None:
+    def __init__(self, source: Source, model: SourceModel) -> None:
         self.source = source
         self.plan = plan(model)
         self.model = model
@@ -72,7 +72,9 @@ class _Own:
 
 
 class _Theirs:
-    def __init__(self, source: Source, model: Model, side: Path, dtype: torch.dtype | None, upstream: Upstream) -> None:
+    def __init__(
+        self, source: Source, model: SourceModel, side: Path, dtype: torch.dtype | None, upstream: Upstream
+    ) -> None:
         self.name = source.name
         self.merged = Merged(source)
         self.layout = lay_out(self.merged, dtype, _SHARD)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.errors import ModelError
-from lowrank.export.gguf.writer import ARRAY, MAGIC, STRING, VERSION, Entry, field, library
+from lowrank.export.gguf.writer import ARRAY, MAGIC, STRING, VERSION, TensorEntry, field, library
 from lowrank.foreign_files import check_file
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -31,10 +31,10 @@ _READ = (2, VERSION)
 
 
 @dataclass(frozen=True)
-class Stored:
+class GgufTensor:
     """A tensor of a file; `start`: its first byte."""
 
-    entry: Entry
+    entry: TensorEntry
     start: int
 
 
@@ -46,7 +46,7 @@ class Header:
     path: Path
     fields: dict[str, Any]
     raw: dict[str, bytes]
-    tensors: dict[str, Stored]
+    tensors: dict[str, GgufTensor]
 
     def with_numbers(self, changed: Mapping[str, int]) -> list[bytes]:
         """`raw` with some unsigned numbers in the place of what was there, or behind it."""
@@ -94,12 +94,12 @@ def _read(path: Path, data: mmap.mmap) -> Header:
             raise ValueError(f"{name[:80]!r} has {dimensions:,} dimensions")
         *lengths, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, at + 4)
         at += 4 + 8 * dimensions + 12
-        found.append((Entry(name, tuple(reversed(lengths)), types(kind)), offset))
+        found.append((TensorEntry(name, tuple(reversed(lengths)), types(kind)), offset))
     alignment = fields.get(_ALIGNMENT, 32)
     if not isinstance(alignment, int) or not 0 < alignment <= len(data):
         raise ValueError(f"{_ALIGNMENT} is {alignment!r}")
     first = -(-at // alignment) * alignment
-    return Header(path, fields, raw, {entry.name: Stored(entry, first + offset) for entry, offset in found})
+    return Header(path, fields, raw, {entry.name: GgufTensor(entry, first + offset) for entry, offset in found})
 
 
 def _string(data: mmap.mmap, at: int) -> tuple[str, int]:

@@ -15,7 +15,7 @@ import torch
 
 from lowrank.batches import Segment, unweighted
 from lowrank.errors import DataError
-from lowrank.export.gguf.convert import Plan, part_shape, tensor_names
+from lowrank.export.gguf.convert import ConversionPlan, part_shape, tensor_names
 from lowrank.export.source import Source
 from lowrank.export.verify.readers import read_adapter
 from lowrank.kernels.accelerators import wide
@@ -57,7 +57,7 @@ def cut(source: Source, text: str) -> list[Segment]:
     return [unweighted(tokens[start : start + CHUNK]) for start in range(0, len(tokens), CHUNK)]
 
 
-def measure(source: Source, made: Plan, documents: Sequence[Segment]) -> dict[str, np.ndarray]:
+def measure(source: Source, made: ConversionPlan, documents: Sequence[Segment]) -> dict[str, np.ndarray]:
     """Mean squares by the names in the GGUF file, (D) float32 each; of documents with their pictures."""
     squares: dict[str, torch.Tensor] = {}
     count = sum(map(len, documents))
@@ -85,7 +85,7 @@ def measure(source: Source, made: Plan, documents: Sequence[Segment]) -> dict[st
     return {name: (square_D / count).float().numpy() for name, square_D in squares.items()}
 
 
-def _names(made: Plan, weight: str, width: int | None) -> list[str]:
+def _names(made: ConversionPlan, weight: str, width: int | None) -> list[str]:
     """The tensors of the file whose rows this layer's input meets."""
     model = made.model
     own = model.named(weight)

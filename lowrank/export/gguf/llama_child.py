@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.export.gguf.llama_pictures import Tower
+from lowrank.export.gguf.llama_pictures import LlamaTower
 from lowrank.export.gguf.llama_structures import (
     KNOWN_CONTEXT,
     KNOWN_MODEL,
-    Batch,
     Bool,
     ContextSettings,
     Float,
     Int,
+    LlamaBatch,
     ModelSettings,
     Pointer,
     check_defaults,
@@ -54,10 +54,10 @@ def open_library() -> Any:
         ("llama_vocab_n_tokens", Int, [Pointer]),
         ("llama_vocab_is_eog", Bool, [Pointer, Int]),
         ("llama_tokenize", Int, [Pointer, ctypes.c_char_p, Int, Pointer, Int, Bool, Bool]),
-        ("llama_batch_init", Batch, [Int, Int, Int]),
-        ("llama_decode", Int, [Pointer, Batch]),
+        ("llama_batch_init", LlamaBatch, [Int, Int, Int]),
+        ("llama_decode", Int, [Pointer, LlamaBatch]),
         ("llama_get_logits_ith", ctypes.POINTER(Float), [Pointer, Int]),
-        ("llama_batch_free", None, [Batch]),
+        ("llama_batch_free", None, [LlamaBatch]),
         ("llama_free", None, [Pointer]),
         ("llama_get_memory", Pointer, [Pointer]),
         ("llama_memory_clear", None, [Pointer, Bool]),
@@ -97,7 +97,7 @@ class Session:
             if not self._adapters[index]:
                 raise RuntimeError(f"llama.cpp cannot load the adapter {path}")
         tower = opening.get("tower")
-        self._tower = Tower(self._library, self._model, tower, self._threads) if tower else None
+        self._tower = LlamaTower(self._library, self._model, tower, self._threads) if tower else None
 
     def _start(self, length: int) -> None:
         """An empty cache for `length` tokens."""

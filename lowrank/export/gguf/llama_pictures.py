@@ -45,7 +45,7 @@ class InputPart(ctypes.Structure):
     _fields_ = (("text", Pointer), ("bitmap", Pointer))
 
 
-class Tower:
+class LlamaTower:
     """The file of a tower, beside the language model that it belongs to."""
 
     def __init__(self, library: Any, model: Any, path: str, threads: int) -> None:

@@ -78,7 +78,7 @@ class ContextSettings(ctypes.Structure):
     )  # fmt: skip
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
     """llama_batch of llama.h."""
 
     _fields_ = (

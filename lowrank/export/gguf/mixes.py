@@ -51,7 +51,7 @@ _KEPT = (
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelShape:
     """What the recipes look at."""
 
     arch: str
@@ -74,7 +74,7 @@ class _Seen:
     up: int = 0
 
 
-def describe(arch: str, fields: Mapping[str, Any], names: Collection[str]) -> Model:
+def describe(arch: str, fields: Mapping[str, Any], names: Collection[str]) -> ModelShape:
     """`fields`: the file's header; `names`: its tensors."""
 
     def number(key: str) -> int:
@@ -85,7 +85,7 @@ def describe(arch: str, fields: Mapping[str, Any], names: Collection[str]) -> Mo
     kv_heads = number("attention.head_count_kv") or heads
     layers, experts = number("block_count"), number("expert_count")
     grouped = heads != kv_heads and experts != 8
-    return Model(
+    return ModelShape(
         arch=arch,
         num_layers=layers,
         heads_per_kv_head=heads // kv_heads,
@@ -97,7 +97,7 @@ def describe(arch: str, fields: Mapping[str, Any], names: Collection[str]) -> Mo
 
 
 def choose_types(
-    recipe: str, model: Model, shapes: Mapping[str, tuple[int, ...]], has_importance: bool
+    recipe: str, model: ModelShape, shapes: Mapping[str, tuple[int, ...]], has_importance: bool
 ) -> dict[str, str | None]:
     """The type of every tensor; None: it stays as it is. `shapes` in torch's order."""
     seen = _Seen()
@@ -156,7 +156,7 @@ def _more_bits(layer: int, count: int) -> bool:
     return layer < count // 8 or layer >= 7 * count // 8 or (layer - count // 8) % 3 == 2
 
 
-def _wanted(recipe: str, model: Model, name: str, width: int, seen: _Seen, has_importance: bool) -> str:
+def _wanted(recipe: str, model: ModelShape, name: str, width: int, seen: _Seen, has_importance: bool) -> str:
     """The recipe's wish for the next tensor; counts it."""
     kind, base = _kind(name), BASES[recipe]
     layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
@@ -200,7 +200,7 @@ def _embedding(recipe: str, base: str) -> str:
     return "IQ3_S" if recipe in ("IQ2_S", "IQ2_M", "IQ3_XXS") else base
 
 
-def _tiny(recipe: str, base: str, kind: str, model: Model, seen: _Seen) -> str:
+def _tiny(recipe: str, base: str, kind: str, model: ModelShape, seen: _Seen) -> str:
     """Recipes of about two bits and less."""
     larger = "IQ3_S" if recipe in ("IQ2_S", "IQ2_M") else "Q2_K"
     if kind in ("values", "qkv"):
@@ -220,7 +220,7 @@ def _tiny(recipe: str, base: str, kind: str, model: Model, seen: _Seen) -> str:
     return base
 
 
-def _values(recipe: str, base: str, model: Model, place: int, has_importance: bool) -> str:
+def _values(recipe: str, base: str, model: ModelShape, place: int, has_importance: bool) -> str:
     grouped = model.heads_per_kv_head >= 4
     wish = base
     if recipe == "Q2_K":
@@ -244,7 +244,7 @@ def _values(recipe: str, base: str, model: Model, place: int, has_importance: bo
     return "Q8_0" if model.num_experts == 8 else wish
 
 
-def _output(recipe: str, base: str, model: Model) -> str:
+def _output(recipe: str, base: str, model: ModelShape) -> str:
     if model.arch == "falcon":
         return "Q4_K" if recipe == "Q3_K_L" else base
     if model.num_experts == 8:
@@ -252,7 +252,7 @@ def _output(recipe: str, base: str, model: Model) -> str:
     return {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}.get(recipe, base)
 
 
-def _down(recipe: str, base: str, model: Model, place: int, has_importance: bool) -> str:
+def _down(recipe: str, base: str, model: ModelShape, place: int, has_importance: bool) -> str:
     count, falcon = model.num_layers, model.arch == "falcon"
     early, more = place < count // 8, _more_bits(place, count)
     if recipe == "Q2_K":

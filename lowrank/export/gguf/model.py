@@ -26,7 +26,7 @@ from lowrank.models.own_masks import prompt_type_of
 
 
 @dataclass(frozen=True)
-class Model:
+class SourceModel:
     """`shapes` and `dtypes` by the names in the checkpoint's files; `tensor(name)`: its values. Of a composite model it
     is the language model, under the names of a checkpoint that holds nothing else."""
 
@@ -42,7 +42,7 @@ class Model:
     """The name here of a parameter of transformers' model; None: it is not here."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Parts of a composite model that are not here, and how many tensors each has: towers for pictures or sound."""
-    beside: Model | None = None
+    beside: SourceModel | None = None
     """Those parts: their tensors under the names of the checkpoint's files, the configuration of the whole model."""
 
     @property
@@ -62,18 +62,18 @@ class Model:
         return self.config["model_type"]
 
 
-def read_folder(folder: Path) -> Model:
+def read_folder(folder: Path) -> SourceModel:
     """A model folder; its weights are not read yet. Raises ModelError: files missing or damaged."""
     files = Weights(folder)
     shapes = {name: entry.shape for name, entry in files.items()}
     dtypes = {name: entry.dtype for name, entry in files.items()}
     config = read_config(folder)
     config.pop("quantization_config", None)  # they come unpacked
-    model = Model(folder, folder.resolve().name, config, shapes, dtypes, lambda name: files[name].read())
+    model = SourceModel(folder, folder.resolve().name, config, shapes, dtypes, lambda name: files[name].read())
     return _language_part(model, Names(folder, files)) if _is_composite(folder) else model
 
 
-def read_merged(source: Source, folder: Path) -> Model:
+def read_merged(source: Source, folder: Path) -> SourceModel:
     """Base and adapter as one model, merged in float32 as its tensors are asked for.
 
     Its configuration, tokenizer and chat template are written to `folder`, which must last as long.
@@ -86,15 +86,15 @@ def read_merged(source: Source, folder: Path) -> Model:
 
     shapes = {name: plan.shape for name, plan in merged.items()}
     dtypes = {name: plan.dtype if plan.change is None else torch.float32 for name, plan in merged.items()}
-    model = Model(folder, source.name, read_config(folder), shapes, dtypes, tensor)
+    model = SourceModel(folder, source.name, read_config(folder), shapes, dtypes, tensor)
     if not _is_composite(folder):
         return model
     return _language_part(model, Names(source.base, merged.checkpoint), untied=merged.untied)
 
 
-def _language_part(model: Model, names: Names, *, untied: bool = False) -> Model:
-    """The language model of a composite one, its tensors named as in a checkpoint of its own; see `Model.left_out`.
-    Raises ModelError for a prefix language model."""
+def _language_part(model: SourceModel, names: Names, *, untied: bool = False) -> SourceModel:
+    """The language model of a composite one, its tensors named as in a checkpoint of its own; see
+    `SourceModel.left_out`. Raises ModelError for a prefix language model."""
     if prompt_type_of(names.model) is not None:
         raise ModelError(
             f"{model.name}: a GGUF file of this model would answer otherwise: it reads prompts both ways (a prefix "

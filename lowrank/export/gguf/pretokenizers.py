@@ -70,20 +70,20 @@ MOST_DIFFERENT = 0.02
 
 
 @dataclass(frozen=True)
-class Choice:
+class Pretokenizer:
     """The name for the file, and what the user should know about it."""
 
     name: str
     note: str | None = None
 
 
-def choose(described: dict[str, Any], corpus: Sequence[str]) -> Choice:
+def choose(described: dict[str, Any], corpus: Sequence[str]) -> Pretokenizer:
     """The preset of a tokenizer.json (parsed). Raises ModelError where none comes near it on `corpus`."""
     ignores = bool(described["model"].get("ignore_merges"))
     steps = _as_steps(described.get("pre_tokenizer"))
     for preset in PRESETS:
         if steps == preset.steps and ignores == preset.ignores_merges:
-            return Choice(preset.name)
+            return Pretokenizer(preset.name)
     return _nearest(described, corpus)
 
 
@@ -106,7 +106,7 @@ def _as_steps(described: dict[str, Any] | None) -> tuple[str, ...] | None:
     return None
 
 
-def _nearest(described: dict[str, Any], corpus: Sequence[str]) -> Choice:
+def _nearest(described: dict[str, Any], corpus: Sequence[str]) -> Pretokenizer:
     original = Tokenizer.from_str(json.dumps(described))
     wanted = [original.encode(text, add_special_tokens=False).ids for text in corpus]
     total = sum(len(ids) for ids in wanted)
@@ -120,7 +120,7 @@ def _nearest(described: dict[str, Any], corpus: Sequence[str]) -> Choice:
         results.append((different, cuts, preset.name, wrong))
     different, _, name, wrong = min(results, key=lambda result: result[:2])
     if not different:
-        return Choice(name, f"unknown pre-tokenizer; using {name}, which tokenizes the test texts identically")
+        return Pretokenizer(name, f"unknown pre-tokenizer; using {name}, which tokenizes the test texts identically")
     share = different / total
     warning = (
         f"unknown pre-tokenizer; the nearest of llama.cpp's, {name}, gives other tokens for "
@@ -129,7 +129,7 @@ def _nearest(described: dict[str, Any], corpus: Sequence[str]) -> Choice:
     )
     if share > MOST_DIFFERENT:
         raise ModelError(f"{warning}. That is too much for a GGUF file: serve this model from its merged checkpoint")
-    return Choice(name, warning)
+    return Pretokenizer(name, warning)
 
 
 def _cuts(tokenizer: Tokenizer, text: str) -> set[int]:

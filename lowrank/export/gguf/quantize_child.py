@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.export.gguf.header import Header, read_header
-from lowrank.export.gguf.writer import Entry, library, write_file
+from lowrank.export.gguf.writer import TensorEntry, library, write_file
 
 WEIGHTS_AT_ONCE = 1 << 20
 """Given to one thread at a time: what it makes of them, in float32 and packed, stays in the processor's cache."""
@@ -78,7 +78,7 @@ def main() -> None:
     jobs = [_slabs(header, kernels, *pair, importance.get(pair[0].name)) for pair in zip(stored, kinds)]
     total, done = sum(math.prod(entry.shape) for entry in stored), 0
 
-    def counted(slabs: Iterator[np.ndarray], entry: Entry) -> Iterator[np.ndarray]:
+    def counted(slabs: Iterator[np.ndarray], entry: TensorEntry) -> Iterator[np.ndarray]:
         nonlocal done
         yield from slabs
         done += math.prod(entry.shape)
@@ -104,7 +104,7 @@ def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], np.ndarray]]
 
 
 def _slabs(
-    header: Header, kernels: Kernels, origin: Entry, kind: Any, importance: np.ndarray | None
+    header: Header, kernels: Kernels, origin: TensorEntry, kind: Any, importance: np.ndarray | None
 ) -> list[Callable[[], np.ndarray]]:
     """A tensor's bytes as `kind`, some rows to a job. Importance is per matrix: (D) or (experts x D)."""
     stored = header.rows(origin.name)

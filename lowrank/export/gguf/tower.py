@@ -14,7 +14,7 @@ from typing import Literal
 
 from lowrank.errors import ModelError
 from lowrank.export import Install
-from lowrank.export.gguf.model import Model
+from lowrank.export.gguf.model import SourceModel
 from lowrank.export.gguf.upstream import Upstream, names_for
 from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
@@ -34,7 +34,9 @@ _BITS = {"f32": 32, "f16": 16, "bf16": 16}
 class TowerFile:
     """What becomes of the towers of one model. `beside`: them (Model.beside); `wanted`: the setting gguf.mmproj."""
 
-    def __init__(self, source: Source, model: Model, beside: Model, wanted: Wanted, upstream: Upstream) -> None:
+    def __init__(
+        self, source: Source, model: SourceModel, beside: SourceModel, wanted: Wanted, upstream: Upstream
+    ) -> None:
         """Raises ModelError for a tower that is asked for by name and cannot be."""
         self._source, self._model, self._beside = source, model, beside
         self._wanted, self._upstream = wanted, upstream

@@ -38,7 +38,7 @@ def library() -> Any:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor of the file. `shape` in torch's order, rows last but one; `kind`: gguf's GGMLQuantizationType."""
 
     name: str
@@ -83,7 +83,9 @@ def _list(values: list[Any]) -> bytes:
     return struct.pack(f"<IQ{len(values)}{letter}", number, len(values), *values)
 
 
-def write_file(path: Path, fields: Sequence[bytes], entries: list[Entry], data: Iterable[Iterator[np.ndarray]]) -> None:
+def write_file(
+    path: Path, fields: Sequence[bytes], entries: list[TensorEntry], data: Iterable[Iterator[np.ndarray]]
+) -> None:
     """Write the file. `fields`: as `field` makes them. `data`: for each entry its bytes in order, in as many arrays as
     the giver likes."""
     offset = 0

@@ -21,7 +21,7 @@ _PROBE_WIDTH = 2
 
 
 @dataclass(frozen=True)
-class Piece:
+class ExpertSlice:
     """A tensor in the files: rows `row_N` of expert `expert`, as (N, D), or (D, N) if `transposed`."""
 
     name: str
@@ -78,7 +78,7 @@ def is_transposed(model: Any, parameter: str) -> bool:
     return bool(getattr(model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False))
 
 
-def pieces_of(model: Any, parameter: str, in_files: Sequence[str]) -> list[Piece]:
+def pieces_of(model: Any, parameter: str, in_files: Sequence[str]) -> list[ExpertSlice]:
     """The tensors in the files that a fused parameter of `model` (on `meta`) is made of. ModelError if unclear."""
     shape = model.get_parameter(parameter).shape
     transposed = is_transposed(model, parameter)
@@ -97,5 +97,5 @@ def pieces_of(model: Any, parameter: str, in_files: Sequence[str]) -> list[Piece
         row_N = code_N - expert * rows
         if not bool(((row_N >= 0) & (row_N < rows)).all()):
             raise ModelError(f"{parameter}: {name} holds rows of several experts")
-        found.append(Piece(name, expert, row_N, turned))
+        found.append(ExpertSlice(name, expert, row_N, turned))
     return found

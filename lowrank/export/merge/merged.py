@@ -105,7 +105,7 @@ _Change = _Instead | _Rows | _LinearUpdate | _BiasUpdate | _EmbeddingUpdate | Ex
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergedTensor:
     """A tensor as it will be written: read from `origin` of the base's files, changed or not."""
 
     origin: str
@@ -115,7 +115,7 @@ class Plan:
     change: _Change | None = None
 
 
-class Merged(Mapping[str, Plan]):
+class Merged(Mapping[str, MergedTensor]):
     """Base + adapter as a checkpoint: names, shapes and dtypes at once, values when asked for.
 
     checkpoint  the base's own files; weights that are quantized there are unpacked
@@ -127,11 +127,11 @@ class Merged(Mapping[str, Plan]):
         """Raises ModelError for files that are missing, an adapter of another base, and what cannot be merged."""
         self.checkpoint = Weights(source.base)
         self.untied = False
-        self._plans = {name: Plan(name, entry.shape, entry.dtype) for name, entry in self.checkpoint.items()}
+        self._plans = {name: MergedTensor(name, entry.shape, entry.dtype) for name, entry in self.checkpoint.items()}
         if source.adapter is not None:
             self._merge(source, source.adapter)
 
-    def __getitem__(self, name: str) -> Plan:
+    def __getitem__(self, name: str) -> MergedTensor:
         return self._plans[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -189,7 +189,7 @@ class Merged(Mapping[str, Plan]):
             change = changes.get(parameter)
             kept_tied = parameter in names.tied and not self.untied
             name = names.origin(parameter) if kept_tied else names.file_name(parameter)
-            self._plans[name] = Plan(names.origin(parameter), entry.shape, entry.dtype, change)
+            self._plans[name] = MergedTensor(names.origin(parameter), entry.shape, entry.dtype, change)
 
     def _merge_experts(self, adapter: AdapterOnDisk, names: Names) -> None:
         """Of every tensor in the files that is a part of fused experts with an adapter."""
@@ -243,7 +243,7 @@ def _changes(adapter: AdapterOnDisk, names: Names) -> dict[str, _Change]:
     return changes
 
 
-def row_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
+def row_ranges(plan: MergedTensor) -> Iterator[tuple[int, int]]:
     """Blocks of rows of about _BLOCK_BYTES; one block where a change needs the whole tensor."""
     if not plan.shape or (plan.change is not None and not plan.change.by_rows):
         yield 0, plan.shape[0] if plan.shape else 1

@@ -24,7 +24,7 @@ from lowrank.checkpoints.model_config import rewrite_config, write_config
 from lowrank.errors import ConfigError, ModelError, OutputError, raise_all
 from lowrank.export.merge.tensor_names import Names
 from lowrank.foreign_files import leads_out, read_json, write_json
-from lowrank.models.loading.checkpoint_files import INDEX, Checkpoint
+from lowrank.models.loading.checkpoint_files import INDEX, CheckpointFiles
 from lowrank.models.loading.quiet import quiet_transformers
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -63,7 +63,7 @@ def add_tokens(
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens], True)
     ids = tuple(tokenizer.convert_tokens_to_ids(given))
 
-    checkpoint = Checkpoint(base)
+    checkpoint = CheckpointFiles(base)
     growing = _growing(Names(base, checkpoint, trust_remote_code=trust_remote_code), checkpoint, max(ids) + 1)
     with new_folder(folder) as partial:
         changed = {checkpoint[name].file.name for name in growing}
@@ -81,7 +81,7 @@ def add_tokens(
     return ResizedModel(ids, max(growing.values(), default=0))
 
 
-def _growing(names: Names, checkpoint: Checkpoint, needed: int) -> dict[str, int]:
+def _growing(names: Names, checkpoint: CheckpointFiles, needed: int) -> dict[str, int]:
     """How many rows each tensor of the files gets more: of the embedding, and of the head where it is another."""
     model = names.model
     wanted: list[str] = []
@@ -104,7 +104,7 @@ def _growing(names: Names, checkpoint: Checkpoint, needed: int) -> dict[str, int
     return growing
 
 
-def _mean(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _mean(checkpoint: CheckpointFiles, name: str) -> torch.Tensor:
     """Of all rows, (D) or a scalar, in the tensor's dtype."""
     entry = checkpoint[name]
     total = torch.zeros(entry.shape[1:], dtype=torch.float64)
@@ -113,7 +113,7 @@ def _mean(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return (total / entry.shape[0]).to(entry.dtype)
 
 
-def _write_grown(checkpoint: Checkpoint, source: Path, target: Path, growing: dict[str, int]) -> None:
+def _write_grown(checkpoint: CheckpointFiles, source: Path, target: Path, growing: dict[str, int]) -> None:
     """One weight file, with the tensors that grow in it."""
     tensors = {}
     for name, entry in checkpoint.items():
@@ -125,7 +125,7 @@ def _write_grown(checkpoint: Checkpoint, source: Path, target: Path, growing: di
     save_file(tensors, target, metadata={"format": "pt"})
 
 
-def _write_configs(checkpoint: Checkpoint, folder: Path, growing: dict[str, int]) -> None:
+def _write_configs(checkpoint: CheckpointFiles, folder: Path, growing: dict[str, int]) -> None:
     """config.json and the index of the weight files, as they are now."""
     if not growing:
         rewrite_config(folder)

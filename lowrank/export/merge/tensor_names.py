@@ -20,8 +20,8 @@ from lowrank.adapters.targets import is_embedding, is_linear
 from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
-from lowrank.export.merge.expert_merge import Piece, is_transposed, pieces_of
-from lowrank.export.merge.weights import Stored
+from lowrank.export.merge.expert_merge import ExpertSlice, is_transposed, pieces_of
+from lowrank.export.merge.weights import TensorSource
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import FILE_FAULTS
@@ -32,7 +32,9 @@ _SHOWN = 12
 class Names:
     """Of every parameter of the model: the tensor in the files that it is loaded from."""
 
-    def __init__(self, folder: Path, checkpoint: Mapping[str, Stored], *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, checkpoint: Mapping[str, TensorSource], *, trust_remote_code: bool = False
+    ) -> None:
         self.model = model_without_memory(folder, trust_remote_code=trust_remote_code)
         self.checkpoint = checkpoint
         state = self.model.state_dict(keep_vars=True)
@@ -138,7 +140,7 @@ class Names:
         described = f"{experts} experts of ({rows}, {columns}) in the base"
         return [f"{parameter}: A {_shape(A)} and B {_shape(B)} in the adapter, {described}"]
 
-    def pieces(self, parameter: str) -> list[Piece] | None:
+    def pieces(self, parameter: str) -> list[ExpertSlice] | None:
         """The tensors in the files that fused experts are made of; None where they are one there too."""
         if parameter in self._file_name:
             return None
@@ -152,7 +154,7 @@ class Names:
             return None
         return f"{parameter}: the base has no such tensor"
 
-    def _entry(self, parameter: str) -> Stored:
+    def _entry(self, parameter: str) -> TensorSource:
         return self.checkpoint[self.origin(parameter)]
 
     def _describe(self, parameter: str) -> str:
@@ -167,7 +169,7 @@ def refuse_unmergeable(name: str, adapter: AdapterOnDisk) -> None:
 
 
 def _loaded_from(
-    model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Stored]
+    model: Any, state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, TensorSource]
 ) -> Iterator[tuple[str, str, bool]]:
     """(name in the files, parameter, whether anything but its name changes on the way)."""
     mapping = get_model_conversion_mapping(model)

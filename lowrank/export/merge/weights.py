@@ -10,11 +10,11 @@ import torch
 
 from lowrank.errors import ModelError
 from lowrank.kernels.precision import float32_or_wider
-from lowrank.models.loading.checkpoint_files import BLOCK_BYTES, Checkpoint, StoredTensor
-from lowrank.models.prequantized import Reader, by_linear, reader_for
+from lowrank.models.loading.checkpoint_files import BLOCK_BYTES, CheckpointFiles, StoredTensor
+from lowrank.models.prequantized import PrequantizedReader, by_linear, reader_for
 
 
-class Stored(Protocol):
+class TensorSource(Protocol):
     """A tensor of a checkpoint: values when asked for. `dtype`: what it counts as; `rows` may give more precision."""
 
     @property
@@ -41,7 +41,7 @@ def widened(weight: torch.Tensor) -> torch.Tensor:
     return weight.to(float32_or_wider(weight.dtype))
 
 
-class Weights(Mapping[str, Stored]):
+class Weights(Mapping[str, TensorSource]):
     """The tensors of a model's folder by their names in its files; the weight of a quantized linear is `NAME.weight`.
 
     config   config.json, as it is
@@ -50,13 +50,13 @@ class Weights(Mapping[str, Stored]):
 
     def __init__(self, folder: Path) -> None:
         """Raises ModelError: files missing or damaged, or quantized in a way that lowrank does not read."""
-        files = Checkpoint(folder)
+        files = CheckpointFiles(folder)
         self.config = files.config
         given = files.config.get("quantization_config")
         self.method: str | None = str(given.get("quant_method")) if given else None
         reader = reader_for(given)
         if reader is None:
-            self._tensors: dict[str, Stored] = dict(files)
+            self._tensors: dict[str, TensorSource] = dict(files)
             return
         plain, linears = by_linear(reader, files)
         dtype = getattr(torch, str(files.config.get("dtype") or files.config.get("torch_dtype") or "float16"))
@@ -66,7 +66,7 @@ class Weights(Mapping[str, Stored]):
             tensors = {suffix: files[name] for suffix, name in names.items()}
             self._tensors[f"{linear}.weight"] = _Unpacked(unpacker, linear, tensors, dtype)
 
-    def __getitem__(self, name: str) -> Stored:
+    def __getitem__(self, name: str) -> TensorSource:
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -79,7 +79,7 @@ class Weights(Mapping[str, Stored]):
 class _Unpacker:
     """Keeps the weight that was asked for last: it is read in blocks of rows."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: PrequantizedReader) -> None:
         self.reader = reader
         self._last: tuple[str, torch.Tensor] | None = None
 
@@ -114,7 +114,7 @@ class _Unpacked:
         return self.unpacker.weight(self.linear, self.tensors)[first:end]
 
     def blocks(self) -> Iterator[memoryview]:
-        """See `Stored`."""
+        """See `TensorSource`."""
         step = max(1, BLOCK_BYTES // (self.shape[1] * self.dtype.itemsize))
         for first in range(0, self.shape[0], step):
             rows = self.rows(first, first + step).to(self.dtype)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lowrank.errors import ModelError, raise_all
-from lowrank.export import Needs, Progress, ReadBack, Tolerance
+from lowrank.export import ExportProgress, Needs, ReadBack, Tolerance
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
 from lowrank.export.publish.usage_example import usage_code
@@ -138,7 +138,7 @@ class PackedTarget:
             disk, memory, (f"{len(planned.shapes)} layers packed from original + update in float32, {how}{kept}",)
         )
 
-    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+    def write(self, source: Source, folder: Path, progress: ExportProgress) -> Sequence[str]:
         """Weights, configuration, tokenizer, template."""
         planned = self._plan(source)
         texts = self._texts(source)

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator
 
 from lowrank.batches import Segment
 from lowrank.errors import ModelError, is_disk_full, raise_all
-from lowrank.export import Install, Look, Needs, Progress, ReadBack, Tolerance
+from lowrank.export import ExportProgress, Install, Needs, PictureQuestion, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.converters import Converter, converter_for
 from lowrank.export.gguf.importance import DATA, documents_for
@@ -112,7 +112,7 @@ class GgufTarget:
             notes.append(f"importance is measured on {sum(map(len, documents)):,} tokens of {origin}{shown}")
         return Needs(disk + (64 << 20), 4 * max(counts) + (256 << 20), tuple(notes), installs)
 
-    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+    def write(self, source: Source, folder: Path, progress: ExportProgress) -> Sequence[str]:
         """One file for each type; what each really holds. A type that fails is in `failures`, unless all do."""
         described: list[str] = []
         self.failures = {}
@@ -297,7 +297,7 @@ class LlamaReader:
         del prompt
         return _log_softmax(self._session.logits(token_L.tolist()))
 
-    def look(self, question: Look) -> tuple[np.ndarray, int]:
+    def look(self, question: PictureQuestion) -> tuple[np.ndarray, int]:
         """See `SeesPictures`."""
         logits_KV, length = self._session.look(
             question.before_L.tolist(), question.pixels_HWC, question.after_L.tolist(), question.rows

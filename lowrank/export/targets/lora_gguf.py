@@ -11,7 +11,7 @@ from typing import Literal
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
-from lowrank.export import Needs, Progress, ReadBack
+from lowrank.export import ExportProgress, Needs, ReadBack
 from lowrank.export.gguf.adapter import adapter_incompatibility, write_adapter_file
 from lowrank.export.gguf.convert import plan, write_plan
 from lowrank.export.gguf.llama_cpp import unreachable
@@ -57,7 +57,7 @@ class LoraGgufTarget:
         size = sum(4 * tensor.numel() for tensor in adapter.tensors.values())
         return Needs(size + (64 << 20), 2 * size + (64 << 20))
 
-    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+    def write(self, source: Source, folder: Path, progress: ExportProgress) -> Sequence[str]:
         """One file."""
         if runtime_incompatibility(source):
             return self.merged.write(source, folder, progress)

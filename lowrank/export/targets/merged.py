@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import AfterValidator
 
-from lowrank.export import Needs, Progress, ReadBack, Tolerance
+from lowrank.export import ExportProgress, Needs, ReadBack, Tolerance
 from lowrank.export.merge.merged import Merged
 from lowrank.export.publish.usage_example import usage_code
 from lowrank.export.source import Source
@@ -74,7 +74,7 @@ class MergedTarget:
             layout.total_bytes + (64 << 20), max(_COPIES * largest, 8 * BLOCK_BYTES), (_describe(source, merged),)
         )
 
-    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+    def write(self, source: Source, folder: Path, progress: ExportProgress) -> Sequence[str]:
         """Weights, configuration, tokenizer, template."""
         merged, layout = self._plan(source)
         write_shards(merged, layout, self.dtype, folder, progress)

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from lowrank.data.chat.template_sandbox import render_text
 from lowrank.errors import ConfigError, DataError, ModelError, raise_all
-from lowrank.export import Needs, Progress, ReadBack
+from lowrank.export import ExportProgress, Needs, ReadBack
 from lowrank.export.gguf.llama_cpp import unreachable
 from lowrank.export.publish.go_template import Turns, turn_texts
 from lowrank.export.publish.modelfile import Modelfile, printable
@@ -114,7 +114,7 @@ class OllamaTarget:
             tuple(install for part in parts for install in part.installs),
         )
 
-    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+    def write(self, source: Source, folder: Path, progress: ExportProgress) -> Sequence[str]:
         """The GGUF files, then the Modelfile beside them."""
         described: list[str] = []
         if self.config.as_adapter:

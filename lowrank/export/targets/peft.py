@@ -15,7 +15,7 @@ from lowrank.checkpoints.model_card import loading_code
 from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
 from lowrank.errors import ModelError, raise_all
-from lowrank.export import Needs, Progress, ReadBack, Tolerance
+from lowrank.export import ExportProgress, Needs, ReadBack, Tolerance
 from lowrank.export.merge.tensor_names import Names
 from lowrank.export.merge.weights import Weights
 from lowrank.export.source import Source
@@ -63,7 +63,7 @@ class PeftTarget:
         size = sum(tensor.numel() for tensor in adapter.tensors.values()) * self.dtype.itemsize
         return Needs(size + (64 << 20), 2 * size)
 
-    def write(self, source: Source, folder: Path, progress: Progress) -> Sequence[str]:
+    def write(self, source: Source, folder: Path, progress: ExportProgress) -> Sequence[str]:
         """adapter_config.json, adapter_model.safetensors, a card, the tokenizer with the template training used."""
         adapter = _adapter(source)
         base = describe_base(_names(source).model, source.model.path, source.model.revision)

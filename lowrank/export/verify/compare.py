@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.batches import BARE_BASE
-from lowrank.export import ReadBack, Reader, Tolerance
+from lowrank.export import ExportReader, ReadBack, Tolerance
 from lowrank.export.verify.held_out import HeldOut
 from lowrank.export.verify.readers import BankReader
 
@@ -27,7 +27,7 @@ Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Answers:
+class ReferenceLogprobs:
     """What base + adapter says: the side that every target is compared with."""
 
     held_out: HeldOut
@@ -100,7 +100,7 @@ def places_for(held_out: HeldOut, vocabulary: int) -> HeldOut:
 
 def reference_answers(
     reader: BankReader, held_out: HeldOut, stop_tokens: frozenset[int], vocabulary: int, tick: Tick
-) -> Answers:
+) -> ReferenceLogprobs:
     """Ask base + adapter, and the bare base for its loss. Questions without an answer are compared on its own."""
     greedy = []
     for number, prompt in enumerate(held_out.prompts):
@@ -119,13 +119,13 @@ def reference_answers(
             base_losses.append(_losses(alone, document, compared))
         tick(len(held_out.prompts) + number + 1, len(held_out.prompts) + len(held_out.documents))
     base_loss = float(np.concatenate(base_losses).mean()) if has_adapter else None
-    return Answers(held_out, tuple(logprobs), tuple(greedy), tuple(losses), base_loss)
+    return ReferenceLogprobs(held_out, tuple(logprobs), tuple(greedy), tuple(losses), base_loss)
 
 
 class Comparer:
     """Holds what was written against what base + adapter said."""
 
-    def __init__(self, answers: Answers, stop_tokens: frozenset[int]) -> None:
+    def __init__(self, answers: ReferenceLogprobs, stop_tokens: frozenset[int]) -> None:
         self.answers = answers
         self.stop_tokens = stop_tokens
         self._between: tuple[str, list[np.ndarray]] | None = None
@@ -135,7 +135,7 @@ class Comparer:
         if read_back.against is not None:
             self._logprobs(read_back.against)
 
-    def compare(self, read_back: ReadBack, reader: Reader, tick: Tick) -> Comparison:
+    def compare(self, read_back: ReadBack, reader: ExportReader, tick: Tick) -> Comparison:
         """Ask what was opened the same, and see whether it is within its tolerance."""
         between = None if read_back.against is None else self._logprobs(read_back.against)
         return _compare(read_back, reader, self.answers, between, self.stop_tokens, tick)
@@ -157,8 +157,8 @@ class Comparer:
 
 def _compare(
     read_back: ReadBack,
-    reader: Reader,
-    answers: Answers,
+    reader: ExportReader,
+    answers: ReferenceLogprobs,
     between: Sequence[np.ndarray] | None,
     stop_tokens: frozenset[int],
     tick: Tick,
@@ -314,7 +314,7 @@ def _perplexity(loss: float) -> float:
     return float(np.exp(min(loss, 700.0)))
 
 
-def _gain_kept(answers: Answers, loss: float) -> float | None:
+def _gain_kept(answers: ReferenceLogprobs, loss: float) -> float | None:
     if answers.base_loss is None or answers.base_loss - answers.loss < 1e-3:
         return None
     return (answers.base_loss - loss) / (answers.base_loss - answers.loss)

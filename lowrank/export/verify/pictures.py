@@ -16,7 +16,7 @@ import numpy as np
 from lowrank.batches import Segment
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
-from lowrank.export import Look, ReadBack, Reader, SeesPictures, Tolerance
+from lowrank.export import ExportReader, PictureQuestion, ReadBack, SeesPictures, Tolerance
 from lowrank.export.verify.compare import Comparison, judged, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
@@ -36,7 +36,7 @@ _SIDE = 224
 class PictureAnswer:
     """What base + adapter said to a picture."""
 
-    look: Look
+    look: PictureQuestion
     logprob_KV: np.ndarray
     """(K, V) float32, at the end of the question and after each token of the answer."""
     base_logprob_KV: np.ndarray | None
@@ -64,13 +64,13 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
         raise ModelError("no token of its question stands for the picture")
     first, end = int(place_P[0]), int(place_P[-1]) + 1
     rows = len(answer) + 1
-    look = Look(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
+    look = PictureQuestion(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
     own = reader.logprobs_shown(document, rows)
     bare = BankReader(reader.base, reader.bank)
     return PictureAnswer(look, own, None if reader.slot == bare.slot else bare.logprobs_shown(document, rows))
 
 
-def compare_pictures(read_back: ReadBack, reader: Reader, seen: PictureAnswer) -> Comparison:
+def compare_pictures(read_back: ReadBack, reader: ExportReader, seen: PictureAnswer) -> Comparison:
     """Show what was opened the picture, and see whether it is within its tolerance."""
     assert isinstance(reader, SeesPictures)
     own_KV, length = reader.look(seen.look)

@@ -15,7 +15,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.batches import BARE_BASE, Media, Segment, pack
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
-from lowrank.export import Look
+from lowrank.export import PictureQuestion
 from lowrank.export.source import Source
 from lowrank.generate.sampler import GenerationConfig, Prompt, generate
 from lowrank.media.decoding import examine, from_pillow
@@ -73,7 +73,7 @@ class BankReader:
         assert self.base.media_encoder is not None
         return self.base.media_encoder
 
-    def look(self, question: Look) -> tuple[np.ndarray, int]:
+    def look(self, question: PictureQuestion) -> tuple[np.ndarray, int]:
         """See `SeesPictures`."""
         from PIL import Image
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from lowrank.export import Progress
-from lowrank.export.merge.merged import Merged, Plan, row_ranges
+from lowrank.export import ExportProgress
+from lowrank.export.merge.merged import Merged, MergedTensor, row_ranges
 from lowrank.models.loading.checkpoint_files import DTYPE_NAMES, INDEX, SINGLE
 
 _WORKERS = min(4, os.cpu_count() or 1)
@@ -57,12 +57,12 @@ def lay_out(merged: Merged, dtype: torch.dtype | None, max_shard_size: int) -> L
     return Layout(tuple((file, tuple(names)) for file, names in zip(files, shards)), total)
 
 
-def written_dtype(plan: Plan, dtype: torch.dtype | None) -> torch.dtype:
+def written_dtype(plan: MergedTensor, dtype: torch.dtype | None) -> torch.dtype:
     """`dtype` for floats of 16 bits and more; None, and all else, keeps what the base has."""
     return dtype if dtype is not None and plan.dtype.is_floating_point and plan.dtype.itemsize > 1 else plan.dtype
 
 
-def num_bytes(plan: Plan, dtype: torch.dtype | None) -> int:
+def num_bytes(plan: MergedTensor, dtype: torch.dtype | None) -> int:
     """What a tensor takes in a file."""
     return torch.Size(plan.shape).numel() * written_dtype(plan, dtype).itemsize
 
@@ -72,7 +72,7 @@ def write_shards(
     layout: Layout,
     dtype: torch.dtype | None,
     folder: Path,
-    progress: Progress,
+    progress: ExportProgress,
     *,
     named: Callable[[str], str] = str,
 ) -> None:
@@ -147,7 +147,7 @@ def _bytes(merged: Merged, name: str, first: int, end: int, dtype: torch.dtype) 
     return rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _header(plans: Mapping[str, Plan], dtype: torch.dtype | None) -> bytes:
+def _header(plans: Mapping[str, MergedTensor], dtype: torch.dtype | None) -> bytes:
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, plan in plans.items():

@@ -97,7 +97,7 @@ class StoredTensor:
         return raw
 
 
-class Checkpoint(Mapping[str, StoredTensor]):
+class CheckpointFiles(Mapping[str, StoredTensor]):
     """The tensors of a model's folder by the names in its files, in the files' order. Nothing is loaded."""
 
     def __init__(self, folder: Path) -> None:

@@ -82,7 +82,7 @@ def with_packed_experts(model: Any, experts: Mapping[str, Any], found: Mapping[s
             model.set_submodule(name, PackedExperts(module, packed))
 
 
-class OneByOne(WeightConverter):
+class ExpertConverter(WeightConverter):
     """A converter that has experts packed as they come, by `streaming.Packing`; other tensors it converts as ever."""
 
     def convert(
@@ -141,7 +141,7 @@ def one_by_one(converters: Sequence[Any], projections: Sequence[str]) -> list[An
             sources, targets = each._original_source_patterns, each._original_target_patterns  # pyright: ignore[reportPrivateUsage]
             patterns = list(sources), list(targets)
             others = {name: getattr(each, name) for name in ("force_cpu",) if hasattr(each, name)}  # by release
-            copied = OneByOne(*patterns, operations=each.operations, **others)
+            copied = ExpertConverter(*patterns, operations=each.operations, **others)
             for name in ("scope_prefix", "base_model_prefix"):
                 if hasattr(each, name):
                     setattr(copied, name, getattr(each, name))
@@ -151,7 +151,7 @@ def one_by_one(converters: Sequence[Any], projections: Sequence[str]) -> list[An
     for projection in projections:
         source = f"experts.*.{projection}.weight"
         if not any(pattern.endswith(source) for pattern in known):
-            found.append(OneByOne([source], [f"experts.{projection}"], operations=[MergeModulelist(dim=0)]))
+            found.append(ExpertConverter([source], [f"experts.{projection}"], operations=[MergeModulelist(dim=0)]))
     return found
 
 

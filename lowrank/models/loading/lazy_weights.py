@@ -13,7 +13,7 @@ from lowrank.errors import LowrankError, ModelError
 from lowrank.models.fused_experts import OF_ONE_EXPERT
 from lowrank.models.loading.checkpoint_files import StoredTensor
 from lowrank.models.placement import leave_unread
-from lowrank.models.prequantized import KeepsBytes, Reader, by_linear
+from lowrank.models.prequantized import KeepsBytes, PrequantizedReader, by_linear
 
 if TYPE_CHECKING:
     from lowrank.models.loading.quantize_on_load import Packing
@@ -88,7 +88,7 @@ class PackedWeight:
                 return leave_unread(module, buffers)  # else it is stored in another type than it is kept in
         return self._build(reader, bias, {})
 
-    def _build(self, reader: Reader, bias: torch.Tensor | None, left: Mapping[str, StoredTensor]) -> Any:
+    def _build(self, reader: PrequantizedReader, bias: torch.Tensor | None, left: Mapping[str, StoredTensor]) -> Any:
         tensors = {
             suffix: torch.empty(stored.shape, dtype=stored.dtype, device="meta") if suffix in left else stored.read()
             for suffix, stored in self.tensors.items()

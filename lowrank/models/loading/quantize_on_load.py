@@ -34,7 +34,7 @@ from lowrank.models.loading.layers_arriving import LayersArriving, put_packed
 from lowrank.models.loading.lazy_weights import PackedWeight, as_weights
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.plain_linear import is_plain_linear
-from lowrank.models.prequantized import Reader
+from lowrank.models.prequantized import PrequantizedReader
 from lowrank.models.storages import StorageConfig
 from lowrank.models.storages.packed import QuantizedStorage, is_skipped, weight_of
 
@@ -48,7 +48,7 @@ class Packing(QuantizationConfigMixin):
     def __init__(
         self,
         storage: StorageConfig | None,
-        reader: Reader | None,
+        reader: PrequantizedReader | None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:

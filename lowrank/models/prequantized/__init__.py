@@ -20,7 +20,7 @@ from torch import nn
 from lowrank.errors import ModelError
 
 
-class Reader(Protocol):
+class PrequantizedReader(Protocol):
     """Builds the linears of one checkpoint."""
 
     suffixes: tuple[str, ...]
@@ -50,7 +50,7 @@ class KeepsBytes(Protocol):
         ...
 
 
-def reader_for(quantization_config: Mapping[str, Any] | None) -> Reader | None:
+def reader_for(quantization_config: Mapping[str, Any] | None) -> PrequantizedReader | None:
     """The reader that `config.json`'s `quantization_config` asks for; None if the checkpoint is not quantized.
 
     Raises ModelError where nothing here can read it.
@@ -68,7 +68,7 @@ def reader_for(quantization_config: Mapping[str, Any] | None) -> Reader | None:
     return importlib.import_module(files[method]).reader(quantization_config)
 
 
-def by_linear(reader: Reader, names: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+def by_linear(reader: PrequantizedReader, names: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
     """Names of tensors that stand for themselves, and of every quantized linear its tensors' names by suffix."""
     suffixes = sorted(reader.suffixes, key=len, reverse=True)
     plain: list[str] = []

@@ -23,8 +23,8 @@ from lowrank.serve.api.ollama_api import add_ollama
 from lowrank.serve.api.requests import ChatRequest, PublishRequest, refused
 from lowrank.serve.api.responses import ResponsesRequest
 from lowrank.serve.api.service import WARNING, Service
-from lowrank.serve.engine import Engine, PictureEngine, ServedModel
-from lowrank.serve.limits import Limits
+from lowrank.serve.engine import PictureEngine, ServedModel, ServeEngine
+from lowrank.serve.limits import RequestLimits
 from lowrank.serve.metrics import CountRequests
 
 _log = logging.getLogger(__name__)
@@ -36,16 +36,16 @@ def new_token() -> str:
 
 
 def make_app(
-    engine: Engine,
+    engine: ServeEngine,
     *,
     token: str,
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
 ) -> FastAPI:
     """The whole server as an ASGI application. `hosts`: names it may be called by, besides localhost and numbers;
     `origins`: whose pages may ask from their visitors' browsers (CORS)."""
-    limits = limits or Limits()
+    limits = limits or RequestLimits()
     if isinstance(engine, PictureEngine) and engine.picture_problem is None:
         limits = limits.for_pictures()
     service = Service(engine, limits)

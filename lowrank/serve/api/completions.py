@@ -12,11 +12,11 @@ from pydantic import Field
 
 from lowrank.generate.request import TokenChunk
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.api.orders import Order, refuse_many
+from lowrank.serve.api.orders import GenerationRequest, refuse_many
 from lowrank.serve.api.replies import Choice, Json, OpenAiStream, logprob_entries
 from lowrank.serve.api.requests import AnswerRequest
-from lowrank.serve.engine import Engine, Question
-from lowrank.serve.limits import Limits
+from lowrank.serve.engine import Question, ServeEngine
+from lowrank.serve.limits import RequestLimits
 
 _DEFAULT_TOKENS = 16
 """OpenAI's."""
@@ -35,7 +35,7 @@ class CompletionRequest(AnswerRequest):
     best_of: int | None = None
     suffix: str | None = None
 
-    def order(self, engine: Engine, limits: Limits) -> Order:
+    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """Its prompts, and how each of the `n` answers to each is drawn."""
         if self.best_of not in (None, self.n):
             raise ApiError(400, "unsupported option: best_of other than n: all answers are given", param="best_of")
@@ -57,7 +57,7 @@ class CompletionRequest(AnswerRequest):
         count, with_logprobs = len(questions) * self.n, self.logprobs is not None
         reply = CompletionReply(self.model, count, engine.token_text, logprobs=with_logprobs, prompts=echoed)
         config = self.draw(limits, tokens, logprobs=self.logprobs)
-        return Order(
+        return GenerationRequest(
             self.model,
             questions,
             config,
@@ -68,7 +68,7 @@ class CompletionRequest(AnswerRequest):
             usage=self.stream_options.include_usage,
         )
 
-    def _shown(self, question: Question, engine: Engine) -> str:
+    def _shown(self, question: Question, engine: ServeEngine) -> str:
         if isinstance(question, np.ndarray):
             return "".join(engine.token_text(int(token)) for token in question if 0 <= token < engine.vocabulary)
         return str(question)

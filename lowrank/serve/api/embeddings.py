@@ -16,12 +16,12 @@ from lowrank.generate.embedding import Pooling
 from lowrank.serve.api.completions import Token, listed
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.replies import Json
-from lowrank.serve.api.requests import Body
+from lowrank.serve.api.requests import RequestBody
 from lowrank.serve.api.service import CLIENT_GONE, Service
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(RequestBody):
     """What OpenAI defines, and a choice of its own."""
 
     model: str
@@ -33,7 +33,7 @@ class EmbeddingRequest(Body):
     """Not OpenAI's: the mean over a text's tokens, or the last one's state."""
     user: str | None = None
 
-    def texts(self, limits: Limits) -> list[str | np.ndarray]:
+    def texts(self, limits: RequestLimits) -> list[str | np.ndarray]:
         """One or more. Refusal if there is none, or too many."""
         several = listed(self.input, "input")
         if len(several) > limits.texts_per_request:

@@ -20,8 +20,8 @@ from lowrank.errors import DataError
 from lowrank.media.decoding import decoded, examine
 from lowrank.records import Message, Picture
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.engine import Engine, PictureEngine
-from lowrank.serve.limits import Limits
+from lowrank.serve.engine import PictureEngine, ServeEngine
+from lowrank.serve.limits import RequestLimits
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -29,7 +29,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], engine: Engine, limits: Limits) -> tuple[Message, ...]:
+def read_messages(
+    messages: Sequence[Mapping[str, Any]], engine: ServeEngine, limits: RequestLimits
+) -> tuple[Message, ...]:
     """Turns with their pictures. Refusal for roles that OpenAI does not know, for content that is neither text nor, in
     a user's turn, a picture, and for pictures that this server, or its model, is not shown."""
     if len(messages) > limits.messages_per_request:
@@ -87,14 +89,14 @@ def _sources(message: Mapping[str, Any]) -> list[Any]:
     return [each.get("url") if isinstance(each, Mapping) else each for each in found]
 
 
-def _check_may_see(engine: Engine, where: str) -> None:
+def _check_may_see(engine: ServeEngine, where: str) -> None:
     problem = engine.picture_problem if isinstance(engine, PictureEngine) else f"the {engine.name} engine reads text"
     if problem is not None:
         message = f"{where}: unsupported content image_url: no images are read here ({problem}), no URL is ever fetched"
         raise ApiError(400, message, param=where)
 
 
-def _picture(source: Any, where: str, limits: Limits) -> Picture:
+def _picture(source: Any, where: str, limits: RequestLimits) -> Picture:
     """One that can be decoded."""
     match = _DATA_URL.match(source) if isinstance(source, str) else None
     if match is None:

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.connections import SCOPE_KEY
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 
 OPEN_PATHS = frozenset({"/health"})
 """What needs no token: it says nothing but that the server is there."""
@@ -28,7 +28,7 @@ class AccessMiddleware:
     header has that name. So only numbers, `localhost` and the names given are let in; a number cannot be rebound.
     """
 
-    def __init__(self, app: Any, *, token: str, hosts: Collection[str], limits: Limits) -> None:
+    def __init__(self, app: Any, *, token: str, hosts: Collection[str], limits: RequestLimits) -> None:
         self.app = app
         self.limits = limits
         self._token = token.encode()
@@ -86,7 +86,7 @@ class BoundedBody:
     The framework passes HTTPException on from reading a body, and nothing else.
     """
 
-    def __init__(self, receive: Any, limits: Limits) -> None:
+    def __init__(self, receive: Any, limits: RequestLimits) -> None:
         self._receive, self._limits = receive, limits
         self._deadline = time.monotonic() + limits.body_seconds
         self._bytes = 0
@@ -107,5 +107,5 @@ class BoundedBody:
         return message
 
 
-def _too_large(limits: Limits) -> str:
+def _too_large(limits: RequestLimits) -> str:
     return f"the request is larger than {limits.body_bytes} bytes, the most this server reads"

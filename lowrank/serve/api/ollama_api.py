@@ -18,12 +18,12 @@ import lowrank
 from lowrank.data.chat.thoughts import thoughts_of
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.ollama_reply import OllamaReply
-from lowrank.serve.api.orders import Json, Order
-from lowrank.serve.api.requests import Body, ChatRequest, refused
+from lowrank.serve.api.orders import GenerationRequest, Json
+from lowrank.serve.api.requests import ChatRequest, RequestBody, refused
 from lowrank.serve.api.service import Service
-from lowrank.serve.engine import Engine, PictureEngine, ServedModel
+from lowrank.serve.engine import PictureEngine, ServedModel, ServeEngine
 from lowrank.serve.folders import unknown_model
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 
 _SAME = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 _DEFAULTS: Json = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -33,7 +33,7 @@ _CHANGES = {"mirostat": 0, "typical_p": 1.0, "tfs_z": 1.0}
 """Options that would change answers and are not to be had; the values at which they do not."""
 
 
-class OllamaRequest(Body):
+class OllamaRequest(RequestBody):
     """What both kinds of question share."""
 
     model: str
@@ -66,7 +66,9 @@ class OllamaRequest(Body):
             fields["enable_thinking"] = self.think
         return fields, [f"options.{name}" for name in given]
 
-    def chat(self, messages: list[Json], tools: list[Json], wrap: str, engine: Engine, limits: Limits) -> Order:
+    def chat(
+        self, messages: list[Json], tools: list[Json], wrap: str, engine: ServeEngine, limits: RequestLimits
+    ) -> GenerationRequest:
         """The order of a chat."""
         fields, ignored = self.draws()
         try:
@@ -75,7 +77,9 @@ class OllamaRequest(Body):
             raise refused(error.errors(include_url=False, include_input=False)) from error
         chat = body.understood(engine, limits)
         reply = OllamaReply(self.model, wrap, chat.reader() if chat.reader else None, chat.thoughts)
-        return Order(self.name, [chat.question], chat.config, 1, self.stream, reply, (*chat.ignored, *ignored))
+        return GenerationRequest(
+            self.name, [chat.question], chat.config, 1, self.stream, reply, (*chat.ignored, *ignored)
+        )
 
 
 class OllamaChat(OllamaRequest):
@@ -84,7 +88,7 @@ class OllamaChat(OllamaRequest):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = Field(default_factory=list)
 
-    def order(self, engine: Engine, limits: Limits) -> Order:
+    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """As our own chat."""
         return self.chat([_message(each) for each in self.messages], self.tools, "message", engine, limits)
 
@@ -97,7 +101,7 @@ class OllamaGenerate(OllamaRequest):
     raw: bool = False
     images: list[str] | None = None
 
-    def order(self, engine: Engine, limits: Limits) -> Order:
+    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """As a chat of one turn, or as a text to go on with."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         if self.raw and self.images:
@@ -106,10 +110,10 @@ class OllamaGenerate(OllamaRequest):
         order = self.chat([*system, question], [], "response", engine, limits)
         if not self.raw:
             return order
-        return Order(order.model, [self.prompt], order.config, 1, self.stream, order.reply, order.ignored)
+        return GenerationRequest(order.model, [self.prompt], order.config, 1, self.stream, order.reply, order.ignored)
 
 
-class ShowRequest(Body):
+class ShowRequest(RequestBody):
     """`POST /api/show`."""
 
     model: str = ""
@@ -172,7 +176,7 @@ async def _unserved(request: Request) -> Response:
     )
 
 
-def _described(served: ServedModel, engine: Engine) -> Json:
+def _described(served: ServedModel, engine: ServeEngine) -> Json:
     when = datetime.fromtimestamp(served.created, timezone.utc).isoformat()
     details = {"format": engine.name, "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
     details["parent_model"] = served.parent or ""

@@ -10,8 +10,8 @@ from lowrank.errors import LowrankError
 from lowrank.generate.constraint import check_form
 from lowrank.generate.request import GenerationConfig, TokenChunk
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.engine import Engine, Question
-from lowrank.serve.limits import Limits
+from lowrank.serve.engine import Question, ServeEngine
+from lowrank.serve.limits import RequestLimits
 
 Json = dict[str, Any]
 
@@ -49,7 +49,7 @@ class Reply(Protocol):
         ...
 
 
-def refuse_many(count: int, limits: Limits) -> None:
+def refuse_many(count: int, limits: RequestLimits) -> None:
     """Refusal for more answers than one request may have, before anything is made for them."""
     if count > limits.answers_per_request:
         raise ApiError(
@@ -58,7 +58,7 @@ def refuse_many(count: int, limits: Limits) -> None:
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationRequest:
     """One request. `count` answers are due, `n` to each of its questions."""
 
     model: str
@@ -84,7 +84,7 @@ class Order:
         seeds = [None if seed is None else seed + index for index in range(self.n)]
         return [self.config.model_copy(update={"seed": each}) for each in seeds]
 
-    def check(self, engine: Engine, limits: Limits) -> None:
+    def check(self, engine: ServeEngine, limits: RequestLimits) -> None:
         """Refusal for what no engine should be asked, so that all engines refuse the same."""
         refuse_many(self.count, limits)
         wrong = [token for token in self.config.logit_bias if not 0 <= token < engine.vocabulary]

@@ -11,7 +11,7 @@ from typing import Any
 from lowrank.generate.request import TokenChunk
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.engine import PendingAnswer
-from lowrank.serve.limits import Limits
+from lowrank.serve.limits import RequestLimits
 
 _GONE = -1
 
@@ -23,7 +23,7 @@ class ClientGone(Exception):
 class Admission:
     """How many answers are in progress or wait. Used from the event loop's thread only."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: RequestLimits) -> None:
         self.limits = limits
         self.taken = 0
         self._usual = 1.0
@@ -47,7 +47,7 @@ class Admission:
 class RequestLifecycle:
     """The answers to one request. `close` it whatever happens: what is not finished is cancelled."""
 
-    def __init__(self, limits: Limits, admission: Admission, count: int) -> None:
+    def __init__(self, limits: RequestLimits, admission: Admission, count: int) -> None:
         """Refusal 429 if `count` answers more are too many."""
         admission.take(count)
         self.answers: list[PendingAnswer] = []

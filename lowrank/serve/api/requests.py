@@ -1,5 +1,5 @@
 """What clients send, as OpenAI defines it, and what it means to us. Nothing that would change an answer is ignored
-in silence: it is refused by name, or named in a header of the reply (`Order.ignored`)."""
+in silence: it is refused by name, or named in a header of the reply (`GenerationRequest.ignored`)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lowrank.generate.request import GenerationConfig
 from lowrank.serve.api.forced_calls import grammar_of
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.messages import details_of, read_messages
-from lowrank.serve.api.orders import Order, refuse_many
+from lowrank.serve.api.orders import GenerationRequest, refuse_many
 from lowrank.serve.api.replies import ChatReply
 from lowrank.serve.api.tool_calls import ToolCallReader
 from lowrank.serve.api.tool_choice import read_tool_choice
-from lowrank.serve.engine import ChatPrompt, Engine
-from lowrank.serve.limits import Limits
+from lowrank.serve.engine import ChatPrompt, ServeEngine
+from lowrank.serve.limits import RequestLimits
 
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "chat_template")
 """Variables of a chat template that are not the client's to set."""
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """A request of any route; an option that is null counts as left out."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -40,7 +40,7 @@ class Body(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-Kind = TypeVar("Kind", bound=Body)
+Kind = TypeVar("Kind", bound=RequestBody)
 
 
 def parse(kind: type[Kind], raw: bytes) -> Kind:
@@ -56,7 +56,7 @@ def parse(kind: type[Kind], raw: bytes) -> Kind:
         raise refused(error.errors(include_url=False, include_input=False)) from error
 
 
-class StreamOptions(Body):
+class StreamOptions(RequestBody):
     """What a stream holds besides text."""
 
     include_usage: bool = False
@@ -64,7 +64,7 @@ class StreamOptions(Body):
     """Padding against guessing by length; we send none."""
 
 
-class AnswerRequest(Body):
+class AnswerRequest(RequestBody):
     """What both kinds of request share. The fields after `stream_options` change no answer."""
 
     model: str
@@ -98,7 +98,7 @@ class AnswerRequest(Body):
         found += ["service_tier"] if self.service_tier not in (None, "auto", "default") else []
         return found + (["keep_alive"] if self.keep_alive is not None else [])
 
-    def stops(self, limits: Limits) -> tuple[str, ...]:
+    def stops(self, limits: RequestLimits) -> tuple[str, ...]:
         """Texts that end the answer. Refusal for an empty one, which would end every answer, and for very long ones."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         for text in stops:
@@ -107,7 +107,7 @@ class AnswerRequest(Body):
                 raise ApiError(400, message, param="stop")
         return stops
 
-    def draw(self, limits: Limits, tokens: int, **more: Any) -> GenerationConfig:
+    def draw(self, limits: RequestLimits, tokens: int, **more: Any) -> GenerationConfig:
         """How each answer is drawn."""
         if tokens > limits.answer_tokens:
             message = f"max_tokens: {tokens} is more than the {limits.answer_tokens} this server gives"
@@ -164,14 +164,14 @@ class ChatRequest(AnswerRequest):
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def order(self, engine: Engine, limits: Limits) -> Order:
+    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """The conversation, how its answers are drawn, and their reply in OpenAI's form."""
         refuse_many(self.n, limits)
         chat = self.understood(engine, limits)
         reply = ChatReply(
             self.model, self.n, engine.token_text, logprobs=self.logprobs, reader=chat.reader, thoughts=chat.thoughts
         )
-        return Order(
+        return GenerationRequest(
             self.model,
             [chat.question],
             chat.config,
@@ -182,7 +182,7 @@ class ChatRequest(AnswerRequest):
             usage=self.stream_options.include_usage,
         )
 
-    def understood(self, engine: Engine, limits: Limits) -> Understood:
+    def understood(self, engine: ServeEngine, limits: RequestLimits) -> Understood:
         """What it means to us, whatever form its reply has."""
         template = engine.chat_template(self.model)
         choice = read_tool_choice(self.tools, self.tool_choice)
@@ -225,7 +225,7 @@ class ChatRequest(AnswerRequest):
         return {name: value for name, value in given.items() if name in read}, ignored
 
 
-class PublishRequest(Body):
+class PublishRequest(RequestBody):
     """`POST /v1/adapters`."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.:/@+-]{0,127}$")]

@@ -8,23 +8,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.api.orders import Json, Order
-from lowrank.serve.api.requests import Body, ChatRequest, refused
+from lowrank.serve.api.orders import GenerationRequest, Json
+from lowrank.serve.api.requests import ChatRequest, RequestBody, refused
 from lowrank.serve.api.responses_reply import ResponsesReply
-from lowrank.serve.engine import Engine
-from lowrank.serve.limits import Limits
+from lowrank.serve.engine import ServeEngine
+from lowrank.serve.limits import RequestLimits
 
 _NOT_KEPT = "nothing is kept here between requests; send the whole conversation as input"
 
 
-class TextOptions(Body):
+class TextOptions(RequestBody):
     """The form of the answer."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
 
-class ReasoningOptions(Body):
+class ReasoningOptions(RequestBody):
     """How much a model may think."""
 
     effort: str | None = None
@@ -32,7 +32,7 @@ class ReasoningOptions(Body):
     generate_summary: str | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(RequestBody):
     """What OpenAI defines, without what needs a server that keeps things or has tools of its own."""
 
     model: str
@@ -64,7 +64,7 @@ class ResponsesRequest(Body):
     previous_response_id: str | None = None
     conversation: Any = None
 
-    def order(self, engine: Engine, limits: Limits) -> Order:
+    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """As a chat."""
         for name in ("previous_response_id", "conversation"):
             if getattr(self, name) is not None:
@@ -75,7 +75,7 @@ class ResponsesRequest(Body):
         chat = self._chat().understood(engine, limits)
         reply = ResponsesReply(self.model, self._echo(), chat.reader() if chat.reader else None, chat.thoughts)
         ignored = (*chat.ignored, *self._ignored())
-        return Order(self.model, [chat.question], chat.config, 1, self.stream, reply, ignored)
+        return GenerationRequest(self.model, [chat.question], chat.config, 1, self.stream, reply, ignored)
 
     def _ignored(self) -> list[str]:
         found = [f"include {name}" for name in self.include]

@@ -10,13 +10,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.api.orders import Order, Reply
+from lowrank.serve.api.orders import GenerationRequest, Reply
 from lowrank.serve.api.replies import usage
 from lowrank.serve.api.request_lifecycle import Admission, ClientGone, RequestLifecycle
-from lowrank.serve.api.requests import Body, parse
-from lowrank.serve.engine import Engine
-from lowrank.serve.lanes import Lanes
-from lowrank.serve.limits import Limits
+from lowrank.serve.api.requests import RequestBody, parse
+from lowrank.serve.engine import ServeEngine
+from lowrank.serve.lanes import ThreadPools
+from lowrank.serve.limits import RequestLimits
 from lowrank.serve.metrics import Metrics
 
 CLIENT_GONE = 499
@@ -25,24 +25,24 @@ WARNING = "X-Lowrank-Warning"
 """The header that names options without effect."""
 _UNREAD_SECONDS = 60.0
 """Beyond the time of the request, for a client that does not read what it is sent."""
-Kind = TypeVar("Kind", bound=Body)
+Kind = TypeVar("Kind", bound=RequestBody)
 
 
 class Ordering(Protocol):
     """A request that is to be answered."""
 
-    def order(self, engine: Engine, limits: Limits) -> Order: ...
+    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest: ...
 
 
 class Service:
     """One engine behind all routes."""
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: ServeEngine, limits: RequestLimits) -> None:
         self.engine = engine
         self.limits = limits
         self.metrics = Metrics()
         self.admission = Admission(limits)
-        self.lanes = Lanes()
+        self.lanes = ThreadPools()
 
     async def read(self, kind: type[Kind], request: Request) -> Kind:
         """The body of a request, read beside the event loop. Refusal for what is wrong with it."""
@@ -55,7 +55,7 @@ class Service:
         order = await self.lanes.run(len(raw), self._understand, kind, raw)
         return await self.answer(order, request, len(raw))
 
-    async def answer(self, order: Order, request: Request, size: int) -> Response:
+    async def answer(self, order: GenerationRequest, request: Request, size: int) -> Response:
         """A reply or a stream; whatever happens, what is not finished is cancelled and its place is free."""
         exchange = RequestLifecycle(self.limits, self.admission, order.count)
         headers = {WARNING: _warning(order.ignored)} if order.ignored else {}
@@ -80,13 +80,13 @@ class Service:
         self._end(exchange)
         return response
 
-    def _understand(self, kind: type[Any], raw: bytes) -> Order:
+    def _understand(self, kind: type[Any], raw: bytes) -> GenerationRequest:
         requested: Ordering = parse(kind, raw)
         order = requested.order(self.engine, self.limits)
         order.check(self.engine, self.limits)
         return order
 
-    def _submit(self, order: Order, exchange: RequestLifecycle) -> list[Any]:
+    def _submit(self, order: GenerationRequest, exchange: RequestLifecycle) -> list[Any]:
         """In a thread. What was asked when something went wrong, or nobody waits any more, is cancelled."""
         answers: list[Any] = []
         try:

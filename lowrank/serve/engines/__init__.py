@@ -1,8 +1,8 @@
 """What makes the answers of a server: one file for each engine, found by its name.
 
 A file of this folder has the name `ENGINE`, an `EngineKind`: what the engine reads, what stands against it, and how it
-opens a path as an `Engine` (serve/engine.py). `--engine` calls it by the file's name, with a dot for an underscore.
-A third party's is `my_module:MY_ENGINE`. docs/add-an-engine.md
+opens a path as a `ServeEngine` (serve/engine.py). `--engine` calls it by the file's name, with a dot for an
+underscore. A third party's is `my_module:MY_ENGINE`. docs/add-an-engine.md
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lowrank.notices import log_notice
 from lowrank.third_party import load_code, names_code
 
 if TYPE_CHECKING:
-    from lowrank.serve.engine import Engine
+    from lowrank.serve.engine import ServeEngine
 
 AUTO = "auto"
 """The first engine, in the order of their names, that reads the path and may be chosen without being named."""
@@ -62,7 +62,7 @@ def _no_objections(path: str, options: ServingOptions) -> Sequence[str]:
 class EngineKind:
     """What a file says of its engine."""
 
-    open: Callable[[str, ServingOptions, Notify], Engine]
+    open: Callable[[str, ServingOptions, Notify], ServeEngine]
     """Load what the path names. Raises ConfigError, ModelError."""
     reads: Callable[[str], bool]
     """Whether a path is of a kind that it answers for; nothing is loaded or downloaded for that."""
@@ -132,7 +132,7 @@ def choose_engine(path: str, options: ServingOptions) -> EngineKind:
     return kind
 
 
-def open_engine(path: str, options: ServingOptions | None = None, notify: Notify = log_notice) -> Engine:
+def open_engine(path: str, options: ServingOptions | None = None, notify: Notify = log_notice) -> ServeEngine:
     """Load what `path` names as an engine. Raises ConfigError, ModelError, OutputError."""
     options = options or ServingOptions()
     return choose_engine(path, options).open(path, options, notify)
