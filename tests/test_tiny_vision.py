@@ -97,7 +97,7 @@ def test_a_skill_is_learned_from_pictures(shapes: ModuleType, tmp_path: Path, mo
         ({"type": "image"}, "a picture is missing"),
         ({"type": "image", "path": "nowhere.png"}, "nowhere.png"),
         ({"type": "image", "image": b"no picture"}, "no picture"),
-        ({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, "fetches nothing"),
+        ({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, "nothing is fetched"),
     ],
 )
 def test_parts_that_show_nothing_are_refused(part: dict[str, Any], problem: str) -> None:

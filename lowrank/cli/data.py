@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowrank.cli.media_dir import MediaDir
+from lowrank.cli.media_dir import FetchMedia, MediaDir
 from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def data(
         list[str] | None, typer.Option("--ignore", help="A column of a file that is known to be of no use; repeatable.")
     ] = None,
     media_dir: MediaDir = None,
+    fetch_media: FetchMedia = False,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Any loss of data or column that nobody reads is an error (exit 3)."),
@@ -48,15 +49,15 @@ def data(
 
     No weights are loaded.
     """
+    given = {"format": format, "ignored_columns": ignore or (), "media_dir": media_dir, "fetch_media": fetch_media}
     if _is_config(target):
-        if format or ignore or media_dir:
-            key = "format" if format else "ignored_columns" if ignore else "media_dir"
+        if key := next((key for key, value in given.items() if value), None):
             raise typer.BadParameter(f"goes with a data file; in a configuration it is data.train.0.{key}")
         reports = _of_config(Path(target), overrides or [], model)
     else:
         if overrides:
             raise typer.BadParameter(f"KEY=VALUE goes with a configuration file, and {target} is data")
-        reports = [_of_file(target, model, format, tuple(ignore or ()), media_dir)]
+        reports = [_of_file(target, model, given)]
     _show(reports, strict, json)
 
 
@@ -105,9 +106,8 @@ def _of_config(path: Path, overrides: list[str], model: str | None) -> list[tupl
     return reports
 
 
-def _of_file(
-    target: str, model: str | None, format: str | None, ignore: tuple[str, ...], media_dir: str | None
-) -> tuple[str, DataReport]:
+def _of_file(target: str, model: str | None, given: dict[str, Any]) -> tuple[str, DataReport]:
+    """`given`: settings of the dataset."""
     from lowrank.data.chat.characters import CharacterRenderer
     from lowrank.data.chat.modelless import ModellessRenderer
     from lowrank.data.chat.rendering import Renderer
@@ -116,7 +116,7 @@ def _of_file(
 
     path = Path(target)
     large = _size(path) > _LARGE_FILE
-    source = SourceConfig(path=target, format=format, ignored_columns=ignore, media_dir=media_dir)
+    source = SourceConfig(path=target, **given)
     config = DataConfig(train=(source,), streaming=large)
     tokenizer, counted = _tokenizer(model, None)
     with_tokenizer = ModellessRenderer if model is None else Renderer

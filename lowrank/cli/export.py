@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowrank.cli.media_dir import MediaDir
+from lowrank.cli.media_dir import FetchMedia, MediaDir
 from lowrank.errors import LowrankError, NotTheSameError
 from lowrank.terminal import visible
 
@@ -57,6 +57,7 @@ def export(
         str | None, typer.Option(help="A data file to compare on, instead of the run's held-out rows.")
     ] = None,
     media_dir: MediaDir = None,
+    fetch_media: FetchMedia = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read back what was written, compare.")] = True,
     push: Annotated[
         str | None, typer.Option(help="Upload it to this hub repository, owner/name; the token is HF_TOKEN's.")
@@ -80,8 +81,10 @@ def export(
     from lowrank.pipelines.export_source import open_source
     from lowrank.terminal import Console
 
-    if media_dir and not prompts:
-        raise typer.BadParameter("--media-dir is that of the rows of --prompts; the run's own rows have theirs")
+    if (media_dir or fetch_media) and not prompts:
+        raise typer.BadParameter(
+            "--media-dir and --fetch-media are about the rows of --prompts; a run's own have theirs"
+        )
     console = Console(highlight=False, quiet=json)
     targets = read_targets(to, options or [], {"types": types, "dtype": dtype})
     names = [target.type for target in targets]
@@ -97,7 +100,7 @@ def export(
     )
     orders = export_requests(targets, output or found.default_place(names))
     with Watcher(console) as watch:
-        compared = SourceConfig(path=prompts, media_dir=media_dir) if prompts else None
+        compared = SourceConfig(path=prompts, media_dir=media_dir, fetch_media=fetch_media) if prompts else None
         result = export_targets(
             found, orders, verify=verify, prompts=compared, dry_run=dry_run, watch=watch,
             notify=lambda text: console.print(text, soft_wrap=True),

@@ -1,4 +1,4 @@
-"""The option `--media-dir`, of every command that reads a data file."""
+"""The options about media of every command that reads a data file."""
 
 from __future__ import annotations
 
@@ -13,3 +13,4 @@ MediaDir = Annotated[
         help="The folder of the pictures, videos and sounds that its rows name, instead of the file's own.",
     ),
 ]
+FetchMedia = Annotated[bool, typer.Option("--fetch-media", help="Fetch those that its rows name by URL (fetch_media).")]

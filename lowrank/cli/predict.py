@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank.cli.media_dir import MediaDir
+from lowrank.cli.media_dir import FetchMedia, MediaDir
 from lowrank.cli.sampling import Compile, MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
 from lowrank.cli.warn import warn
 from lowrank.pipelines.resolve import is_run
@@ -39,6 +39,7 @@ def predict(
         Path | None, typer.Option(help="Of a dataset_info.json (LLaMA-Factory's), in which --data names datasets: a,b.")
     ] = None,
     media_dir: MediaDir = None,
+    fetch_media: FetchMedia = False,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Use this many rows, chosen by the seed.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="alpaca, sharegpt, ...; left out: recognized.")] = None,
     metrics: Annotated[str, typer.Option(help="exact_match,bleu4,rouge1,rouge2,rougeL; or none.")] = "",
@@ -83,7 +84,7 @@ def predict(
     folder = output or _folder_for(model, data)
     request = PredictRequest(
         model,
-        _sources(data, dataset_dir, format, max_samples, media_dir),
+        _sources(data, dataset_dir, format, max_samples, media_dir, fetch_media),
         folder,
         adapters=tuple(name for each in adapter or () for name in each.split(",") if name),
         metrics=wanted,
@@ -106,15 +107,22 @@ def predict(
 
 
 def _sources(
-    data: str, dataset_dir: Path | None, format: str | None, max_samples: int | None, media_dir: str | None
+    data: str,
+    dataset_dir: Path | None,
+    format: str | None,
+    max_samples: int | None,
+    media_dir: str | None,
+    fetch_media: bool,
 ) -> tuple[SourceConfig, ...]:
     """A file, or names in a `dataset_info.json`."""
     from lowrank.compat.dataset_info import named_sources
     from lowrank.data.config import SourceConfig
 
     if dataset_dir is None:
-        return (SourceConfig(path=data, format=format, max_samples=max_samples, media_dir=media_dir),)
-    return named_sources([name.strip() for name in data.split(",")], dataset_dir, max_samples, media_dir)
+        found = (SourceConfig(path=data, format=format, max_samples=max_samples, media_dir=media_dir),)
+    else:
+        found = named_sources([name.strip() for name in data.split(",")], dataset_dir, max_samples, media_dir)
+    return tuple(each.model_copy(update={"fetch_media": fetch_media}) for each in found)
 
 
 def _folder_for(model: str, data: str) -> Path:

@@ -45,6 +45,9 @@ class SourceConfig(Settings):
     media_dir: str | None = None
     """The folder of the media that its rows name. Left out: the folder of the data's file. Rows reach no file outside
     of it."""
+    fetch_media: bool = False
+    """Fetch media that its rows name by URL: by http and https, from public addresses alone, each once, into the cache
+    folder (LOWRANK_CACHE). Left out: such rows are left out."""
     max_samples: Positive | None = None
     """Use at most this many rows of this dataset, chosen by the seed."""
     weight: float = Field(default=1.0, gt=0)

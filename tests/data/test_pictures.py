@@ -238,7 +238,10 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"messages": chat("<image>?"), "images": ["pictures/0.png"] * 2}, "1 .* for 2 in column 'images'"),
     ({"messages": chat("<image>?")}, "1 .* for 0 in no column of images"),
     ({"messages": chat("?", "<image>"), "images": ["pictures/0.png"]}, "a picture in an answer"),
-    ({"messages": chat("<image>?"), "images": ["http://a.b/c.png"]}, "a picture behind a URL.*lowrank fetches nothing"),
+    (
+        {"messages": chat("<image>?"), "images": ["http://a.b/c.png"]},
+        "a picture behind a URL.*nothing is fetched unless you say so",
+    ),
     ({"messages": chat("<image>?"), "images": ["../secret.png"]}, "outside of the data's folder.*media_dir"),
     ({"messages": chat("<image>?"), "images": ["/etc/passwd"]}, "outside of the data's folder"),
     ({"messages": chat("<image>?"), "images": ["file:///etc/passwd"]}, "outside of the data's folder"),

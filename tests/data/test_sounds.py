@@ -222,7 +222,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"messages": chat("<audio>?"), "audios": ["sounds/0.wav"] * 2}, "1 .* for 2 in column 'audios'"),
     ({"messages": chat("<audio>?")}, "1 .* for 0 in no column of audios"),
     ({"messages": chat("?", "<audio>"), "audios": ["sounds/0.wav"]}, "a sound in an answer"),
-    ({"messages": chat("<audio>?"), "audios": ["http://a.b/c.wav"]}, "a sound behind a URL.*lowrank fetches nothing"),
+    ({"messages": chat("<audio>?"), "audios": ["http://a.b/c.wav"]}, "a sound behind a URL.*nothing is fetched"),
     ({"messages": chat("<audio>?"), "audios": ["../secret.wav"]}, "outside of the data's folder.*media_dir.*sounds"),
     ({"messages": chat("<audio>?"), "audios": ["/etc/passwd"]}, "outside of the data's folder"),
     ({"messages": chat("<audio>?"), "audios": ["a\0b"]}, "zero byte"),

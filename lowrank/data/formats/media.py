@@ -5,7 +5,7 @@
     {"type": "image_url"}, "input_audio"   OpenAI's, with base64
     no place anywhere                      all before the first question (TRL)
 
-A medium is a file (beside the data, or in `media_dir`), bytes, or base64; nothing is ever fetched.
+A medium is a file (beside the data, or in `media_dir`), bytes, or base64; a URL with `fetch_media` alone.
 """
 
 from __future__ import annotations

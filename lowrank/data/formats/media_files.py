@@ -1,5 +1,5 @@
-"""The files of media that rows name: a path within their folder, bytes, base64, or what `datasets` keeps. Nothing is
-ever fetched."""
+"""The files of media that rows name: a path within their folder, bytes, base64, or what `datasets` keeps. A URL is
+fetched where the person said so for the dataset."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from typing import Any
 from lowrank.data.formats.columns import RowProblem, beginning, describe
 from lowrank.data.sources.places import shown
 from lowrank.errors import DataError
+from lowrank.media import audio, decoding, video
 from lowrank.media.audio import BadAudio, examine_audio, read_audio_file
 from lowrank.media.decoding import BadPicture, decoded, examine, from_pillow, read_file
+from lowrank.media.fetching import fetched
 from lowrank.media.medium_files import BadMedium
 from lowrank.media.video import BadVideo, examine_video, read_video_file, video_of
 from lowrank.records import COLUMN_NAMES, Audio, Medium, Picture, Video
@@ -25,6 +27,7 @@ _DATA_URL = re.compile(r"data:(?:image|audio|video)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
 _ERRORS: dict[str, type[BadMedium]] = {"image": BadPicture, "video": BadVideo, "audio": BadAudio}
+_MOST_BYTES = {"image": decoding.MOST_BYTES, "video": video.MOST_BYTES, "audio": audio.MOST_BYTES}
 _HOLDERS = ("bytes", "base64", "path", "image", "video", "audio", "url")
 _READ: dict[str, Callable[[Path, str], bytes]] = {
     "image": read_file,
@@ -36,10 +39,11 @@ _READ: dict[str, Callable[[Path, str], bytes]] = {
 @dataclass(frozen=True)
 class Folders:
     """Where the files of media are: `own`, that of the data's file (None: it has none, and paths are the person's own),
-    or `media`, which the settings name."""
+    or `media`, which the settings name. `fetches`: a URL is fetched."""
 
     own: Path | None = None
     media: Path | None = None
+    fetches: bool = False
 
 
 def medium_of(value: Any, kind: str, folders: Folders, *, decode: bool = False) -> Medium:
@@ -112,10 +116,13 @@ def _bytes_of(value: Any, kind: str, folders: Folders) -> tuple[bytes, str | Non
     if value.startswith("data:"):
         raise RowProblem(f"wrong type for {COLUMN_NAMES[kind]}: {beginning(value)} is no data:{kind}/...;base64,")
     if _URL.match(value) and not value.startswith("file://"):
-        raise RowProblem(
-            f"{one} behind a URL: {shown(value)}; lowrank fetches nothing that data names: download it, and name "
-            "the file"
-        )
+        if not folders.fetches:
+            raise RowProblem(
+                f"{one} behind a URL: {shown(value)}; nothing is fetched unless you say so: download it, and name the "
+                "file, or set `fetch_media: true` of the dataset (`--fetch-media`)"
+            )
+        path = fetched(value, shown(value), _MOST_BYTES[kind], _ERRORS[kind])
+        return _READ[kind](path, shown(value)), str(path), shown(value)
     if len(value) > 255 and _BASE64.fullmatch(value):
         return _of_base64(value, one), None, f"{one} in the row"
     path = _placed(value.removeprefix("file://"), one, folders)
