@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 from torch import nn
+from torch._meta_registrations import meta_conv
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
@@ -215,6 +216,12 @@ class Waits(TorchDispatchMode):
             room = func(*args, **kwargs)
             room.is_pinned_here = True
             return room
+        if func is _aten.convolution.default and args[0].is_cuda:  # whose fake form asks the card for a kernel
+            assert all_on_gpu(args)
+            return meta_conv(*args, **kwargs)
+        if func is _aten.convolution_backward.default and args[0].is_cuda:
+            assert all_on_gpu(args)
+            return (*(torch.empty_like(each) if want else None for each, want in zip(args[1:3], args[-1])), None)
         if func is _aten._fused_sgd_.default:  # torch has no fake form of it
             assert all_on_gpu(args, kwargs)
             return None
