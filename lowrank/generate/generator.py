@@ -106,7 +106,9 @@ class Generator:
         sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
         self._refuse_media(prompt, sequence.alone)
         sequence.padded = (
-            prompt.media is not None and self.base.media_encoder is not None and self.base.media_encoder.padded
+            prompt.media is not None
+            and self.base.media_encoder is not None
+            and self.base.media_encoder.in_fixed_batches
         )
         if virtual and (self.notice or sequence.in_fixed_batch):
             long = f"texts of more than {steady} tokens are answered one by one"
@@ -322,7 +324,8 @@ class Generator:
     def _picture_problem(self, fixed: bool) -> str | None:
         if self.base.media_encoder is None:
             return "it was loaded to read text alone"
-        return transformers_fallback.picture_problem(self.base) if fixed or self.base.media_encoder.padded else None
+        fixed = fixed or self.base.media_encoder.in_fixed_batches
+        return transformers_fallback.picture_problem(self.base) if fixed else None
 
     def _refuse_media(self, prompt: Prompt, alone: bool) -> None:
         """RequestError where the pictures of a prompt cannot be shown."""

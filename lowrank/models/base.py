@@ -259,12 +259,14 @@ class Base:
             start_S1 = F.pad(start_S1, (0, 1), value=len(token_T))
             lengths, prefixes = (*lengths, batch.filler), (*prefixes, 0)
             prompts = (*prompts, 0) if prompts else ()
-        boundaries: attention.Packed | attention.Attending = attention.Packed(start_S1, lengths, prompts)
+        blocks = self.media_encoder.blocks(token_T) if self.media_encoder is not None and batch.pixels else None
+        boundaries: attention.Packed | attention.Attending = attention.Packed(start_S1, lengths, prompts, blocks)
         if training and self.shift_attn is not None:
             assert not any(prefixes), "shared prompts are not in groups"
+            assert blocks is None, "refused when the base was given its media encoder"
             boundaries = ShiftedSparse(lengths, self.shift_attn, token_T.device)
         elif any(prefixes):
-            boundaries = SharedPrompts(lengths, prefixes, token_T.device, prompts)
+            boundaries = SharedPrompts(lengths, prefixes, token_T.device, prompts, blocks)
         packed = self._with_prefixes(boundaries)
         if self.layer_wrapper is not None:
             self.layer_wrapper.begin(training, batch.num_tokens, tokens_of_step)

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from lowrank.batches import BARE_BASE, Batch, Media, Pixels, Segment, pack, to_device
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
+from lowrank.models.attention.packed import Blocks
 from lowrank.models.audio_encoder import AudioEncoder
 from lowrank.models.feature_cache import FeatureCache
+from lowrank.models.own_masks import layers_both_ways
 from lowrank.models.shared_features import SharedFeatures
 from lowrank.models.tower import RESULT, MediaRows, Tower, joined, span_of, wanted_by
 from lowrank.records import Medium
@@ -58,6 +61,10 @@ class MediaEncoder:
             for kind in ("image", "video")
             if kind in kinds
         }
+        in_blocks = {kind: layers_both_ways(base.model, _NUMBERS[kind]) for kind in kinds}
+        self._in_blocks = [kind for kind, layers in in_blocks.items() if layers]
+        self.both_ways: frozenset[str] = frozenset[str]().union(*in_blocks.values())
+        """In which kinds of layers the tokens of a picture see one another both ways."""
         places = getattr(self._backbone, _PLACES, None)
         self._of_places = set(inspect.signature(places).parameters) if places else None
         of_prompts = {_TYPES[1]} if base.prompt_type is not None else set[str]()
@@ -131,6 +138,21 @@ class MediaEncoder:
         if padded:  # where the model makes its own masks
             options |= {name: self.types(token, name) for name in self._types}
         return options
+
+    def blocks(self, token_T: torch.Tensor) -> Blocks | None:
+        """The pictures of a stream whose tokens see one another both ways: neighbors, as transformers finds them."""
+        if not self.both_ways:
+            return None
+        type_T = self.types(token_T)
+        inside_T = torch.stack([type_T == _NUMBERS[kind] for kind in self._in_blocks]).any(0)
+        begins_T = inside_T & ~F.pad(inside_T, (1, 0))[:-1]
+        return Blocks(begins_T.cumsum(0) * inside_T, self.both_ways)
+
+    @property
+    def in_fixed_batches(self) -> bool:
+        """Whether questions with media are answered by transformers' `generate`: where such documents are padded rows,
+        and where a picture has to be read in one piece."""
+        return self.padded or bool(self.both_ways)
 
     def types(self, token: torch.Tensor, name: str = _TYPES[0]) -> torch.Tensor:
         """What a token stands for a part of, as a number; 0: of nothing."""

@@ -18,9 +18,17 @@ _KINDS = {_TYPES, "mm_token_type_ids"}
 """What tells the tokens of pictures, or of prompts, from others."""
 
 
-def attends_both_ways(model: Any) -> bool:
-    """Whether the tokens of a picture see one another both ways."""
-    return any(seen[1][2] for seen in _seen(model, [0, 1, 1, 0]))
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers calls them: that see everything before a token, and only what is near."""
+
+
+def layers_both_ways(model: Any, kind: int) -> frozenset[str]:
+    """In which kinds of layers neighboring tokens of a type see one another both ways: those of a picture in Gemma 3
+    and 4. None: nowhere. Of prefix language models, whose types say something else, none."""
+    if prompt_type_of(model) is not None:
+        return frozenset()
+    seen = _seen(model, [0, kind, kind, 0])
+    return frozenset(layers for layers, seen_LL in seen.items() if seen_LL[1][2] and not seen_LL[0][1])
 
 
 def prompt_type_of(model: Any) -> int | None:
@@ -30,7 +38,7 @@ def prompt_type_of(model: Any) -> int | None:
         return None
     for kind in possible_prompt_types(model.base_model):
         found = _seen(model, [kind, kind, 1 - kind, 1 - kind])
-        if found and all(seen[0][1] and not seen[2][3] for seen in found):
+        if found and all(seen[0][1] and not seen[2][3] for seen in found.values()):
             return kind
     return None
 
@@ -45,12 +53,12 @@ def _taken(model: Any) -> set[str]:
     return set(inspect.signature(make).parameters) & _KINDS if make else set()
 
 
-def _seen(model: Any, kinds: Sequence[int]) -> list[list[list[bool]]]:
+def _seen(model: Any, kinds: Sequence[int]) -> dict[str, list[list[bool]]]:
     """(L, L) for each kind of layer: whether a token sees another, of tokens of these types; none where the model knows
     no types."""
     taken = _taken(model)
     if not taken:
-        return []
+        return {}
     config = model.config.get_text_config()
     before, config._attn_implementation = config._attn_implementation, "eager"
     try:
@@ -65,7 +73,9 @@ def _seen(model: Any, kinds: Sequence[int]) -> list[list[list[bool]]]:
                 is_first_iteration=True,
                 **dict.fromkeys(taken, kind_1L),
             )
-            found = masks.values() if isinstance(masks, Mapping) else [masks]
-            return [(each[0, 0] == 0).tolist() for each in found if isinstance(each, torch.Tensor)]
+            found = dict(masks) if isinstance(masks, Mapping) else {FULL: masks}
+            return {
+                layers: (mask[0, 0] == 0).tolist() for layers, mask in found.items() if isinstance(mask, torch.Tensor)
+            }
     finally:
         config._attn_implementation = before

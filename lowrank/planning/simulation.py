@@ -35,7 +35,7 @@ from lowrank.models.layer_wrappers import wrapped_as_planned
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.pretrained import cannot_load, choose_device, choose_dtype, locate
 from lowrank.models.loading.quiet import quiet_transformers
-from lowrank.models.own_masks import attends_both_ways, prompt_type_of
+from lowrank.models.own_masks import prompt_type_of
 from lowrank.models.rope_scaling import stretch
 from lowrank.objectives import Objective
 from lowrank.planning.fake_copies import fake_copies
@@ -113,7 +113,7 @@ class Simulation:
         self._media_encoder: PlannedMediaEncoder | None = None
         with self._mode, self._live, fake_copies():
             kinds = kinds_of(jobs) if processor is not None else ()
-            self.base = self._build(model, config, jobs, keep, layout, "image" in kinds)
+            self.base = self._build(model, config, jobs, keep, layout)
             if processor is not None:
                 known = pictures or KnownPictures()
                 self.base.media_encoder = self._media_encoder = PlannedMediaEncoder(
@@ -136,7 +136,6 @@ class Simulation:
         jobs: Sequence[PlannedJob],
         keep: Sequence[int] | None,
         layout: str | None,
-        pictures: bool,
     ) -> Base:
         model, wrapper = skeleton(settings, config, self._device)
         if keep is not None:
@@ -151,8 +150,7 @@ class Simulation:
         base.layer_wrapper = wrapper
         base.prompt_type = prompt_type_of(model)
         base.settle(layout or "packed")
-        pads = settings.attention == "padded" or (pictures and attends_both_ways(model))
-        if layout is None and (pads or not self._takes_boundaries(base)):
+        if layout is None and (settings.attention == "padded" or not self._takes_boundaries(base)):
             base.settle("padded")
         base.shift_attn = settings.shift_attn
         return base

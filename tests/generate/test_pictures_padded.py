@@ -3,6 +3,7 @@ given what each row's own tower made of its pictures."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,13 @@ def test_a_packed_family_is_answered_so_where_its_cache_is_not_ours(family: str,
     assert_each_as_alone(family, base, bank, prompts, found)
 
 
-def test_virtual_tokens_are_not_beside_pictures_in_padded_rows(tmp_path: Path) -> None:
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody know that a picture's tokens see one another both ways, so that documents with one do not pack."""
+    monkeypatch.setattr("lowrank.models.media_encoder.layers_both_ways", lambda model, kind: frozenset())
+
+
+def test_virtual_tokens_are_not_beside_pictures_in_padded_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown(monkeypatch)
     base, tokenizer = answering(tmp_path / "model", "gemma3")
     bank = Bank(base)
     slot = bank.add(PromptTuningConfig(num_virtual_tokens=2), seed=0)
@@ -181,7 +188,11 @@ def test_a_picture_that_is_gone_ends_its_own_answer_alone(tmp_path: Path) -> Non
     assert going[1].answer.tokens == whole(base, make_vision_model("gemma3", torch.float64), prompts[1], 5)
 
 
-def test_labels_about_pictures_are_scored_and_nothing_is_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_labels_about_pictures_are_scored(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows of their own where they do not pack, and nothing is trained then."""
+    if not known:
+        unknown(monkeypatch)
     base, tokenizer = answering(tmp_path / "model", "gemma3")
     bank = Bank(base)
     slot = adapted(bank, **EVERYWHERE)
@@ -194,5 +205,5 @@ def test_labels_about_pictures_are_scored_and_nothing_is_trained(tmp_path: Path)
     twin = peft_of("gemma3", bank, slot)
     for (total, number), each in zip(scored[[0, 2]], (segment, text)):
         assert -total / number == pytest.approx(alone_loss(twin, base, [each]).item(), abs=1e-5)
-    with pytest.raises(ModelError, match="loaded to answer"):
-        base.hidden(pack([(slot, segment)]), training=True)
+    with nullcontext() if known else pytest.raises(ModelError, match="loaded to answer"):
+        bank.hidden(pack([(slot, segment)]), {})

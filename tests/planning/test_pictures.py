@@ -216,7 +216,7 @@ def test_a_simulated_step_is_a_real_step(
     """Frozen towers and adapted ones, in one pass and in several."""
     settings = folder_of(family, tmp_path, dtype)
     memory = planned(settings, adapter)
-    assert memory.layout == ("padded" if family == "gemma3" else "packed")
+    assert memory.layout == "packed"
     assert_planned_as_measured(settings, memory, (4096, 600), policy)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,24 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
+from lowrank.models.own_masks import FULL, SLIDING
 from tests.media_oracle import alone_loss
 from tests.media_rows import segments_in, write_conversations
 from tests.peft_oracle import peft_twin, types_of
 from tests.picture_rows import real_or_made
 from tests.tiny_models import make_engine
-from tests.tiny_vision_models import VISION_MODELS, as_parameters, make_vision_model, save_vision_folder
+from tests.tiny_vision_models import (
+    VISION_MODELS,
+    VOCABULARY,
+    as_parameters,
+    make_model,
+    make_vision_model,
+    save_folder,
+    save_vision_folder,
+)
 
-PADDED = {"qwen3_5", "gemma3"}
-"""Linear attention; tokens of a picture that see one another both ways."""
+PADDED = {"qwen3_5"}
+"""Linear attention."""
 FLOAT32_INSIDE = {"gemma3", "gemma4", "qwen3_5", "paligemma"}
 REPRESENTATIVE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "paligemma")
 families = pytest.mark.parametrize("family", as_parameters(VISION_MODELS, REPRESENTATIVE))
@@ -47,9 +57,13 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def vision_base(path: Path, family: str, dtype: str = "float64", **settings: Any) -> Any:
     """(the base, its tokenizer, what was said)."""
-    config = ModelConfig(
-        path=str(save_vision_folder(path, family, getattr(torch, dtype))), dtype=dtype, device="cpu", **settings
-    )
+    save_vision_folder(path, family, getattr(torch, dtype))
+    return base_of(path, dtype, **settings)
+
+
+def base_of(path: Path, dtype: Any, **settings: Any) -> Any:
+    """The same, of a checkpoint that is there."""
+    config = ModelConfig(path=str(path), dtype=dtype, device="cpu", **settings)
     tokenizer = load_tokenizer(config)
     base = load(config, tokenizer=tokenizer, notify=lambda _: None)
     processor = processor_of(tokenizer)
@@ -70,8 +84,26 @@ def segments_of(path: Path, tokenizer: Any) -> list[Segment]:
 def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_path: Path, rows: Path) -> None:
     base, tokenizer, notice = vision_base(tmp_path, family)
     assert base.layout == ("padded" if family in PADDED else "packed")
-    assert (notice is not None) == (family == "gemma3")
-    segments = segments_of(rows, tokenizer)
+    assert notice is None
+    assert base.media_encoder.both_ways == ({FULL, SLIDING} if family == "gemma3" else set())
+    assert_as_peft(base, segments_of(rows, tokenizer), lambda: make_vision_model(family, torch.float64))
+
+
+def test_gemma_4_may_read_pictures_both_ways(tmp_path: Path, rows: Path) -> None:
+    """The larger ones do, in the layers with windows alone."""
+    recipe = replace(
+        VISION_MODELS["gemma4"],
+        config={"text_config": {"vocab_size_per_layer_input": VOCABULARY, "use_bidirectional_attention": "vision"}},
+    )
+    save_folder(tmp_path, recipe, lambda: make_model("gemma4", recipe, torch.float64))
+    base, tokenizer, notice = base_of(tmp_path, "float64")
+    assert (base.layout, notice) == ("packed", None)
+    assert base.media_encoder.both_ways == {SLIDING}
+    assert_as_peft(base, segments_of(rows, tokenizer), lambda: make_model("gemma4", recipe, torch.float64))
+
+
+def assert_as_peft(base: Any, segments: list[Segment], make: Callable[[], Any]) -> None:
+    """Two jobs together, each as PEFT on each of its documents alone."""
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=4, alpha=8), micro_batch_tokens=700)
     work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[-1], segments[5], segments[2]]}
     for slot in slots:
@@ -86,13 +118,12 @@ def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_p
         targets = sorted({name.partition(".lora_")[0] for name in ours})
         assert not [name for name in targets if is_outside(name, language)]
         twin, theirs = peft_twin(
-            make_vision_model(family, torch.float64), ours, r=rank,
-            lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
+            make(), ours, r=rank, lora_alpha=engine.bank.slots[slot].config.alpha or alpha,
             target_modules="|".join(targets).replace(".", r"\."),
         )  # fmt: skip
         loss = alone_loss(twin, base, work[slot])
         loss.backward()
-        tolerance = 1e-5 if family in FLOAT32_INSIDE else 1e-9
+        tolerance = 1e-5 if base.model.config.model_type in FLOAT32_INSIDE else 1e-9
         assert forwarded[slot].loss == pytest.approx(loss.item(), abs=tolerance)
         for name, parameter in ours.items():
             assert parameter.grad is not None
@@ -131,9 +162,22 @@ def test_a_cut_document_sees_the_pictures_that_are_left(tmp_path: Path, rows: Pa
     engine.forward_backward({slot: pieces})
 
 
-def test_a_base_that_mixes_documents_up_is_told_and_never_trained(tmp_path: Path) -> None:
+def test_a_base_that_mixes_documents_up_is_told_and_never_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose pictures are read both ways, where nobody knows it."""
+    monkeypatch.setattr("lowrank.models.media_encoder.layers_both_ways", lambda model, kind: frozenset())
     with pytest.raises(ModelError, match="cannot be given pictures in the packed layout: a document with a pict"):
         vision_base(tmp_path, "gemma3", attention="packed")
+    base, _, notice = vision_base(tmp_path, "gemma3")
+    assert base.layout == "padded"
+    assert "one document per padded row" in notice
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_groups_of_tokens_are_not_made_of_such_pictures(family: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="shift_attn"):
+        vision_base(tmp_path, family, shift_attn=8)
 
 
 def test_other_pictures_are_other_references(tmp_path: Path, rows: Path) -> None:

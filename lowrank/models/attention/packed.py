@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lowrank.batches import to_device
 from lowrank.kernels.accelerators import AMPERE, capability
 from lowrank.kernels.short_attention import short_attention
+from lowrank.models.own_masks import FULL, SLIDING
 
 try:  # CUDA's variable-length flash attention, with windows since torch 2.11
     from torch.nn.attention.varlen import varlen_attn
@@ -72,12 +73,29 @@ class Packed:
     """Where documents start in the stream: `start_S1` (int32, cumulative lengths) and the same on the host.
 
     `prompts`: of each document, how many of its first tokens see one another both ways (a prefix language model's
-    prompt); empty: none do.
+    prompt); empty: none do. `blocks`: the tokens of pictures that do.
     """
 
     start_S1: torch.Tensor
     lengths: tuple[int, ...]
     prompts: tuple[int, ...] = ()
+    blocks: Blocks | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Pictures whose tokens see one another both ways.
+
+    block_T   (T) int64: which picture of its document a token is a part of, from 1 on; 0: of none
+    layers    in which kinds of layers they do (models/own_masks.py)
+    """
+
+    block_T: torch.Tensor
+    layers: frozenset[str]
+
+    def of(self, how: Softmax) -> torch.Tensor | None:
+        """`block_T` for a layer; None: it does not see so."""
+        return self.block_T if (SLIDING if how.window else FULL) in self.layers else None
 
 
 @functools.cache
@@ -126,11 +144,13 @@ def packed_attention(
 def attend_documents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax, packed: Packed
 ) -> torch.Tensor:
-    """Attention of whole documents, causal but for their prompts: (1, H, T, d), (1, G, T, d), (1, G, T, d) ->
-    (1, T, H, d)."""
+    """Attention of whole documents, causal but for their prompts and pictures: (1, H, T, d), (1, G, T, d),
+    (1, G, T, d) -> (1, T, H, d)."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     plain = how.plain and query.shape[-1] == value.shape[-1] <= 256
-    causal = not packed.prompts
+    block_T = packed.blocks.of(how) if packed.blocks is not None else None
+    blocks = None if block_T is None else block_T.split(packed.lengths)
+    causal = not packed.prompts and blocks is None
     if causal and query.is_cuda and half and plain and varlen_attn is not None and has_varlen(query.device):
         return _varlen(query, key, value, how.scale, how.window, packed)
     unseen = how.window is None or how.window >= max(packed.lengths)
@@ -141,8 +161,10 @@ def attend_documents(
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
         window = how.window if how.window and how.window < q.shape[2] else None
         mask = None if causal and how.plain and window is None else visible(q.shape[2], window, q.device)
-        if mask is not None and not causal:
+        if mask is not None and packed.prompts:
             mask = mask | _within_prompts([packed.prompts[index] for index in members], q.shape[2], q.device)
+        if mask is not None and blocks is not None:
+            mask = mask | _within_blocks([blocks[index] for index in members], q.shape[2], window)
         if not how.plain:
             assert mask is not None
             return attend_explicitly(q, k, v, how, mask)
@@ -204,6 +226,16 @@ def _within_prompts(prompts: Sequence[int], length: int, device: torch.device) -
     prompt_N = to_device(torch.tensor(prompts), device)
     in_prompt_NL = torch.arange(length, device=device) < prompt_N[:, None]
     return (in_prompt_NL[:, :, None] & in_prompt_NL[:, None, :])[:, None]
+
+
+def _within_blocks(blocks: Sequence[torch.Tensor], length: int, window: int | None) -> torch.Tensor:
+    """(N, 1, L, L) boolean: where query and key are of the same picture, and the key not too far behind."""
+    block_NL = torch.stack([F.pad(block_L, (0, length - len(block_L))) for block_L in blocks])
+    same_NLL = (block_NL[:, :, None] == block_NL[:, None, :]) & (block_NL > 0)[:, None, :]
+    if window:
+        place_L = torch.arange(length, device=block_NL.device)
+        same_NLL = same_NLL & (place_L[:, None] - place_L[None, :] < window)
+    return same_NLL[:, None]
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:

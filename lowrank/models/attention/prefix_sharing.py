@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lowrank.batches import Segment, to_device
-from lowrank.models.attention.packed import Packed, Softmax, attend_documents
+from lowrank.models.attention.packed import Blocks, Packed, Softmax, attend_documents
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 _WORTH_IT = 0.05
@@ -68,9 +68,14 @@ class SharedPrompts:
     """
 
     def __init__(
-        self, lengths: Sequence[int], prefixes: Sequence[int], device: torch.device, prompts: tuple[int, ...] = ()
+        self,
+        lengths: Sequence[int],
+        prefixes: Sequence[int],
+        device: torch.device,
+        prompts: tuple[int, ...] = (),
+        blocks: Blocks | None = None,
     ) -> None:
-        """`prompts`: see `Packed`."""
+        """`prompts`, `blocks`: see `Packed`; the latter of the stream."""
         self._pieces: list[tuple[int, int]] = []
         """(first row of the stream, rows) of what documents are made of, in order."""
         self._own: list[tuple[int, int]] = []
@@ -87,7 +92,10 @@ class SharedPrompts:
             self._own.append((place + prefix, length))
             start, place = start + length, place + prefix + length
         documents = tuple(length + prefix for length, prefix in zip(lengths, prefixes))
-        self._packed = Packed(to_device(torch.tensor([0, *documents]).cumsum(0).int(), device), documents, prompts)
+        if blocks is not None:
+            blocks = Blocks(torch.cat([blocks.block_T.narrow(0, *piece) for piece in self._pieces]), blocks.layers)
+        start_S1 = to_device(torch.tensor([0, *documents]).cumsum(0).int(), device)
+        self._packed = Packed(start_S1, documents, prompts, blocks)
 
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax

@@ -1,7 +1,8 @@
 """The isolation check of media: a base that is to be shown pictures or played sounds is tried out with made-up ones
 before it trains.
 
-Text alone says nothing here: models whose pictures' tokens see one another both ways (Gemma 3) pass the test of text.
+Text alone says nothing here: models whose pictures' tokens see one another both ways (Gemma 3) pass the test of text,
+whether attention is told of the pictures or not.
 Documents with media, packed, must give what transformers makes of each alone, with its own attention, masks and
 positions; another picture or sound in one document must move that document and not a bit of its neighbors.
 """
@@ -28,6 +29,7 @@ from lowrank.models.checks.isolation import MODEL_ERRORS, distance, narrow_windo
 from lowrank.models.media_encoder import MediaEncoder
 from lowrank.records import KIND_NAMES, Medium, Picture
 
+_FIXED = "questions with {names} are answered in fixed batches, which is slower: {reason}"
 _SIZES = ((96, 64), (48, 112))
 _SECONDS = (0.7, 0.4)
 _FRAMES = (4, 3)
@@ -53,13 +55,20 @@ def give_media_encoder(
     """
     earlier, names = base.media_encoder, " and ".join(KIND_NAMES[kind] for kind in kinds)
     base.media_encoder = MediaEncoder(base, processor, kinds)
+    both_ways = "their tokens see one another both ways" if base.media_encoder.both_ways else None
     try:
         reason = _what_leaks(base)
     except LowrankError:  # as where torchvision is missing
         base.media_encoder = earlier
         raise
+    if base.shift_attn is not None and (reason or both_ways):
+        base.media_encoder = earlier
+        raise ModelError(
+            f"model.shift_attn: {base.name} cannot be given {names} in groups of tokens, which are read from left to "
+            f"right in one stream ({reason or both_ways}); leave shift_attn out"
+        )
     if reason is None:
-        return None
+        return _FIXED.format(names=names, reason=both_ways) if answering and both_ways else None
     before = base.layout
     if answering and before == "packed":
         return _apart_from_texts(base, names, reason, earlier)
@@ -86,7 +95,7 @@ def _apart_from_texts(base: Base, names: str, reason: str, earlier: MediaEncoder
     if padded_reason is not None:
         base.media_encoder = earlier
         raise ModelError(f"{base.name} is not asked about {names}: packed, {reason}; padded, {padded_reason}")
-    return f"questions with {names} are answered in fixed batches, which is slower: packed, {reason}"
+    return _FIXED.format(names=names, reason=f"packed, {reason}")
 
 
 def _what_leaks(base: Base) -> str | None:
