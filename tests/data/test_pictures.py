@@ -178,6 +178,35 @@ def test_datasets_of_datasets_give_the_files_they_hold(streamed: bool, tokenizer
     assert len(keep_rows(shown)._held) == 1  # pyright: ignore[reportPrivateUsage]
 
 
+def test_rows_of_the_hub_reach_no_file_of_this_machine(
+    tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what `datasets` has put into its own folder."""
+    import datasets
+
+    monkeypatch.setattr("lowrank.data.sources.hub._away", lambda path: None)
+    monkeypatch.setattr("lowrank.data.sources.rows.folder_of_files", lambda: folder / "pictures")
+    outside = folder / "outside.png"
+    noise(seed=7).save(outside)
+    data = outside.read_bytes()
+    inside = folder / "pictures" / "0.png"
+    values = [
+        {"path": None, "bytes": data},
+        {"path": str(inside), "bytes": None},
+        {"path": str(outside), "bytes": None},
+    ]
+    rows = [{"messages": chat("<image>?"), "image": each} for each in values]
+    turns = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+    features = datasets.Features({"messages": turns, "image": datasets.Image()})
+    given = datasets.Dataset.from_list(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **named: given)
+    config = DataConfig(train=(SourceConfig(path="somebody/pictures"),), shuffle=False)
+    found = prepare(config, tokenizer=tokenizer, record=Conversation, seed=0)
+    assert digests(found) == [[examine(data, "").digest], *([each] for each in of_files(folder, 0))]
+    (loss,) = found.report.losses
+    assert "a picture outside of the data's folder" in loss
+
+
 def test_a_typed_placeholder_is_text(tokenizer: Any, folder: Path) -> None:
     row = {"messages": chat("<image>What is <|image_pad|>?"), "images": ["pictures/0.png"]}
     with pytest.raises(DataError, match=r"<\|image_pad\|> stands in it.*write <image> there"):

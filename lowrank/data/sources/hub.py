@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lowrank.data.sources.places import shown
@@ -32,6 +33,15 @@ def rows_of(path: str, split: str, subset: str | None, streaming: bool) -> Itera
             f"there is no file or folder {shown(path)}, and {path!r} cannot be loaded from the hub {what}: {detail}"
         ) from error
     yield from undecoded_rows(dataset)
+
+
+def folder_of_files() -> Path:
+    """The folder that holds the files of media in rows of the hub, which reach none elsewhere on this machine."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    home, own = Path(constants.HF_HOME), Path(datasets.config.HF_DATASETS_CACHE)
+    return home if home in own.parents and home in Path(constants.HF_HUB_CACHE).parents else own
 
 
 def _away(path: str) -> str | None:

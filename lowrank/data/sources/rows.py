@@ -16,7 +16,7 @@ from lowrank.data.config import SourceConfig
 from lowrank.data.formats.columns import RowProblem, describe
 from lowrank.data.sources.encodings import Note
 from lowrank.data.sources.folders import files_of
-from lowrank.data.sources.hub import HUB_NAME, rows_of
+from lowrank.data.sources.hub import HUB_NAME, folder_of_files, rows_of
 from lowrank.data.sources.json_files import Item
 from lowrank.data.sources.memory import IN_MEMORY, rows_in_memory
 from lowrank.data.sources.places import STANDARD_INPUT, WHOLE, is_pattern, kind_at, shown
@@ -216,8 +216,10 @@ def _check_hub_name(source: SourceConfig, path: Path) -> None:
 
 
 def _hub(source: SourceConfig, streaming: bool) -> Iterator[Row]:
+    folder = folder_of_files()
     for number, values in enumerate(rows_of(source.path, source.split, source.subset, streaming), start=1):
-        yield Row(source.path, number, {key: without_filled(value) for key, value in values.items()})
+        values = {key: without_filled(value) for key, value in values.items()}
+        yield Row(source.path, number, values, folder=folder)
 
 
 def _replaced(rows: Iterator[Row], replace: Mapping[str, str]) -> Iterator[Row]:
