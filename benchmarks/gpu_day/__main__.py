@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_day import checks, decoding, kernels, memory, profiling, training
+from benchmarks.gpu_day import checks, decoding, kernels, memory, peers, profiling, training
 from benchmarks.gpu_day.day import Day
 from benchmarks.gpu_day.device import Device
 
@@ -32,8 +32,9 @@ SECTIONS: dict[str, tuple[Callable[[Day], None], float]] = {
     "profiles": (profiling.measure, 35.0),
     "longest": (memory.longest, 60.0),
     "compiled": (decoding.compiled, 0.0),
+    "unsloth": (peers.unsloth, 0.0),
 }
-"""What is run, and the seconds each may begin something new in; together nine minutes. The last has what is left."""
+"""What is run, and the seconds each may begin something new in; together nine minutes. 0: what is left."""
 
 
 def run(day: Day, names: Sequence[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from benchmarks.gpu_day.cells import RANK
 from benchmarks.gpu_day.day import Day
 from benchmarks.gpu_day.shapes import bank_of, base_of, make_model
-from benchmarks.gpu_day.training import RANK, clock, free
+from benchmarks.gpu_day.training import clock, free
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig

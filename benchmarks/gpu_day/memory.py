@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_day.cells import LEARNING_RATE, RANK
 from benchmarks.gpu_day.day import Day
 from benchmarks.gpu_day.device import ran_out
 from benchmarks.gpu_day.shapes import STORAGES, bank_of, base_of, config_of, make_model
-from benchmarks.gpu_day.training import LEARNING_RATE, RANK, free
+from benchmarks.gpu_day.training import free
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.batches import Segment, number_the_step
 from lowrank.errors import ModelError

@@ -23,6 +23,7 @@ def page(result: dict[str, Any]) -> str:
     lines += _table("Longest document on a card of 24 GB", result.get("longest", []), _longest)
     lines += _table("Answering", result.get("decoding", []), _decoding)
     lines += _table("Answering through compiled layers, 0.5B", result.get("compiled", []), _compiled)
+    lines += _table("In processes of their own, 0.5B", result.get("processes", []), _processes)
     for each in result.get("profiles", []):
         title = f"Profile: {each['shape']}, {each['storage']}, {each['jobs']} jobs of {each['tokens']} tokens"
         summary = f"{each['seconds']:.3f} s, device busy {each['busy_share']:.0%}, {each['launches']} launches, "
@@ -37,6 +38,13 @@ def page(result: dict[str, Any]) -> str:
         if result.get(name):
             lines += ["", f"## {name.capitalize()}", "", *[f"* {each}" for each in result[name]]]
     return "\n".join(lines)
+
+
+def _processes(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        who: f"{each['tokens_per_second']:.0f} tokens/s, {each['peak_memory_bytes'] / 2**30:.1f} GiB"
+        for who, each in row.items()
+    }
 
 
 def _table(title: str, rows: list[dict[str, Any]], show: Any) -> list[str]:

@@ -10,9 +10,10 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_day.cells import LEARNING_RATE, RANK
 from benchmarks.gpu_day.day import Day
 from benchmarks.gpu_day.shapes import bank_of, base_of, make_model
-from benchmarks.gpu_day.training import LEARNING_RATE, RANK, free, rows_of, segments_of
+from benchmarks.gpu_day.training import free, rows_of, segments_of
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.objectives.sft import SFTConfig
 from lowrank.train.engine import Engine

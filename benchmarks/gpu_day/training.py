@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
-import json
 import math
-import shutil
 import statistics
-import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.gpu_day.cells import CELLS, LEARNING_RATE, RANK, STEPS, Cell
 from benchmarks.gpu_day.day import Day
 from benchmarks.gpu_day.device import ran_out
-from benchmarks.gpu_day.shapes import bank_of, base_of, make_model, sharing
+from benchmarks.gpu_day.peers import again, theirs, twin_of, unchanged
+from benchmarks.gpu_day.shapes import bank_of, base_of, make_model
 from benchmarks.machine import gemm_limit
 from benchmarks.workload import Row
 from lowrank.adapters.variants.lora import LoraConfig
@@ -31,46 +24,9 @@ from lowrank.batches import Segment, number_the_step
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
-from lowrank.models.loading.pretrained import TINY, locate
 from lowrank.objectives.sft import SFTConfig
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
-
-RANK = 16
-LEARNING_RATE = 2e-4
-STEPS = 3
-"""Optimizer steps of one turn; the first is not counted."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the table: `jobs` of `tokens` each in a step, in documents of at most `document` tokens."""
-
-    shape: str
-    storage: str
-    jobs: int
-    tokens: int
-    document: int
-    recompute: str = "none"
-    peers: bool = False
-
-
-CELLS = (
-    Cell("0.5B", "dense", 1, 2048, 512, peers=True),
-    Cell("Llama-3.1-8B", "dense", 1, 2048, 512, peers=True),
-    Cell("Llama-3.1-8B", "nf4", 1, 2048, 512),
-    Cell("Llama-3.1-8B", "nf4", 8, 512, 512),
-    Cell("Llama-3.1-8B", "nf4", 8, 2048, 512),
-    Cell("Llama-3.1-8B", "dense", 8, 2048, 512),
-    Cell("Llama-3.1-8B", "dense", 1, 8192, 8192, "selective", peers=True),
-    Cell("Llama-3.1-8B", "nf4", 1, 32_768, 32_768, "full"),
-    Cell("Llama-3.1-8B", "dense", 1, 512, 512),
-    Cell("Qwen3-30B-A3B, 4 layers", "dense", 1, 4096, 512, peers=True),
-    Cell("Qwen2.5-7B", "dense", 1, 2048, 512, peers=True),
-    Cell("Qwen2.5-7B", "nf4", 8, 512, 512),
-    Cell("0.5B", "dense", 8, 1024, 512),
-)
-"""The most telling first: what the time does not reach is left out."""
 
 
 def measure(day: Day) -> None:
@@ -85,7 +41,7 @@ def measure(day: Day) -> None:
             made.clear()
             free()
             made = {"of": (cell.shape, cell.storage), "model": make_model(cell.shape, day.device, day.tiny, day.dtype)}
-            made["twin"] = sharing(made["model"]) if cell.storage == "dense" else None
+            made["twin"] = twin_of(made["model"], cell.storage)
             made["base"] = base_of(made.pop("model"), cell.shape, cell.storage)
         day.add("training", one_cell(day, cell, made["base"], made["twin"]))
     made.clear()
@@ -100,7 +56,7 @@ def one_cell(day: Day, cell: Cell, base: Base, twin: Any) -> dict[str, Any]:
     turns: dict[str, list[dict[str, Any]]] = {"lowrank": []}
     if cell.peers and day.peers and twin is not None:
         turns["trl"] = []
-    if "trl" in turns and day.device.is_gpu and importlib.util.find_spec("liger_kernel"):
+    if "trl" in turns and cell.storage == "dense" and day.device.is_gpu and importlib.util.find_spec("liger_kernel"):
         turns["trl_liger"] = []
     for _ in range(2 if len(turns) > 1 else 1):
         for who, each in turns.items():
@@ -111,7 +67,7 @@ def one_cell(day: Day, cell: Cell, base: Base, twin: Any) -> dict[str, Any]:
             try:
                 with unchanged(base.model):
                     each.append(
-                        ours(day, cell, base, rows) if who == "lowrank" else theirs(day, cell, sharing(twin), rows, who)
+                        ours(day, cell, base, rows) if who == "lowrank" else theirs(day, cell, again(twin), rows, who)
                     )
             except (RuntimeError, ModelError, ValueError, ImportError) as error:
                 if day.tiny:
@@ -129,22 +85,6 @@ def one_cell(day: Day, cell: Cell, base: Base, twin: Any) -> dict[str, Any]:
             per_token *= 1.5
         found["share_of_products"] = best["lowrank"] * per_token / limit["flops_per_second"]
     return found
-
-
-@contextlib.contextmanager
-def unchanged(model: Any) -> Iterator[None]:
-    """Afterwards the modules of transformers that the model's family is made of have the names they had: liger's patch
-    of one model also puts its parts in the place of theirs, for every model made later."""
-    family = type(model).__module__.rpartition(".")[0]
-    spaces = [vars(module) for name, module in list(sys.modules.items()) if name.startswith(f"{family}.")]
-    before = [dict(space) for space in spaces]
-    try:
-        yield
-    finally:
-        for space, names in zip(spaces, before):
-            for name in set(space) - set(names):
-                del space[name]
-            space.update(names)
 
 
 def rows_of(vocabulary: int, steps: int, tokens: int, document: int) -> list[list[Row]]:
@@ -190,43 +130,6 @@ def ours(day: Day, cell: Cell, base: Base, rows: list[list[Row]]) -> dict[str, A
     finally:
         set_activation_checkpointing(base.model, "none")
     return {"steps": steps, "peak_memory_bytes": day.device.peak()}
-
-
-def theirs(day: Day, cell: Cell, twin: Any, rows: list[list[Row]], who: str) -> dict[str, Any]:
-    """TRL's SFTTrainer with PEFT, packed, on the same steps (benchmarks/contender_trl.py)."""
-    from benchmarks import contender_trl
-
-    if cell.jobs > 1:
-        raise ValueError("TRL trains one adapter at a time")
-    flat = [row for step in rows[:STEPS] for row in step]
-    numbers, first = [], 0
-    for step in rows[:STEPS]:
-        numbers.append(list(range(first, first + len(step))))
-        first += len(step)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "model").mkdir()
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(Path(locate(TINY)) / file, folder / "model" / file)
-        rows_json = {"source": "random", "rows": [vars(row) for row in flat]}
-        (folder / "rows.json").write_text(json.dumps(rows_json))
-        arguments = {
-            "packing": True,
-            "per_device_train_batch_size": 1,
-            "gradient_checkpointing": cell.recompute != "none",
-            "bf16": day.dtype == torch.bfloat16,
-            "max_length": max(sum(len(row.tokens) for row in step) for step in rows),
-        }
-        if who == "trl_liger":
-            arguments["use_liger_kernel"] = True
-        spec = {
-            "folder": name, "device": "cuda" if day.device.is_gpu else "cpu", "rank": RANK,
-            "learning_rate": LEARNING_RATE, "steps": numbers, "packed": True, "arguments": arguments,
-        }  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = contender_trl.main(spec, lambda path, given: {**contender_trl.with_peft(path, given), "model": twin})
-    return {"steps": made["steps"], "peak_memory_bytes": day.device.peak(), "config": made["config"]}
 
 
 def median_speed(turns: list[dict[str, Any]]) -> float | None:

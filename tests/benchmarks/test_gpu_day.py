@@ -18,8 +18,10 @@ from transformers.models.llama import modeling_llama
 
 from benchmarks.gpu_day import __main__ as gpu_day
 from benchmarks.gpu_day import profiling, training, wheels
+from benchmarks.gpu_day.cells import CELLS, Cell
 from benchmarks.gpu_day.day import Day
 from benchmarks.gpu_day.device import Device
+from benchmarks.gpu_day.peers import in_processes, twin_of
 from benchmarks.gpu_day.shapes import base_of, make_model, sharing
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +67,11 @@ def test_a_contender_leaves_no_parts_behind(tmp_path: Path, monkeypatch: pytest.
     """As liger's patch of one model does (apply_liger_kernel_to_llama): the turns after it would run on its parts."""
     day = Day(Device("cpu"), tmp_path, 600.0, tiny=True, dtype=torch.float32)
     day.begin(600.0)
-    (cell,) = (each for each in training.CELLS if each.shape == "Llama-3.1-8B" and each.peers and each.tokens == 2048)
+    (cell,) = (
+        each
+        for each in CELLS
+        if (each.shape, each.storage) == ("Llama-3.1-8B", "dense") and each.peers and each.tokens == 2048
+    )
     model = make_model(cell.shape, day.device, day.tiny, day.dtype)
     twin, before, patched = sharing(model), dict(vars(modeling_llama)), []
 
@@ -79,6 +85,33 @@ def test_a_contender_leaves_no_parts_behind(tmp_path: Path, monkeypatch: pytest.
     training.one_cell(day, cell, base_of(model, cell.shape, cell.storage), twin)
     assert len(patched) == 2
     assert vars(modeling_llama) == before
+
+
+@pytest.mark.parametrize("storage", ["dense", "nf4"])
+def test_trl_has_its_turns_on_the_same_weights(storage: str, tmp_path: Path) -> None:
+    """With bitsandbytes' layers under it where ours are packed; and no turn meets another's adapters."""
+    day = Day(Device("cpu"), tmp_path, 600.0, tiny=True, dtype=torch.float32)
+    day.begin(600.0)
+    cell = Cell("Llama-3.1-8B", storage, 1, 2048, 512, peers=True)
+    model = make_model(cell.shape, day.device, day.tiny, day.dtype)
+    twin = twin_of(model, storage)
+    found = training.one_cell(day, cell, base_of(model, cell.shape, storage), twin)
+    steps = {who: [turn["steps"] for turn in turns] for who, turns in found["turns"].items()}
+    assert {who: len(turns) for who, turns in steps.items()} == {"lowrank": 2, "trl": 2}
+    for ours, theirs in zip(*(turn for turns in steps.values() for turn in turns[:1])):
+        assert theirs["loss"] == pytest.approx(ours["loss"][0], rel=2e-3)
+    assert steps["trl"][0][0]["loss"] == steps["trl"][1][0]["loss"]
+    assert not [name for name, _ in twin.named_parameters() if "lora" in name]
+
+
+@pytest.mark.slow
+def test_contenders_in_processes_of_their_own(tmp_path: Path) -> None:
+    """As Unsloth would be, which needs a GPU."""
+    day = Day(Device("cpu"), tmp_path, 600.0, tiny=True, dtype=torch.float32)
+    found = in_processes(day, ["lowrank", "trl_packed"], ["--layers", "1", "--tokens", "256", "--dtype", "float32"])
+    day.add("processes", found)
+    assert all(each["tokens_per_second"] > 0 for each in found.values())
+    assert "| lowrank | trl_packed |" in (tmp_path / "gpu_day.md").read_text()
 
 
 def test_device_time_is_counted_once() -> None:
