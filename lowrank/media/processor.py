@@ -59,6 +59,7 @@ class MediaProcessor:
         self._path, self._revision, self._tokenizer = path, revision, tokenizer
         self.limits = limits or MediaLimits()
         self._known: dict[tuple[tuple[str, Size], ...], tuple[str, ...]] = {}
+        self._served: dict[tuple[int, int], bool] = {}
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -126,6 +127,21 @@ class MediaProcessor:
         longer than they were made for."""
         shorter = Audio("", max(1, audio.frames - audio.rate), audio.rate)
         return audio.seconds < 2 or self.placeholders([shorter]) != self.placeholders([audio])
+
+    def counts_as_served(self, picture: Picture) -> bool:
+        """Whether as many tokens stand for a picture as where the model's own processor is shown it as it is, without
+        the limits of pixels here. True too where a processor does not tell the numbers that servers ask it for."""
+        given, limited = (picture.width, picture.height), self.limits.of_picture(picture.width, picture.height)
+        counts_of = getattr(self.own, "_get_num_multimodal_tokens", None)
+        if given == limited or counts_of is None:
+            return True
+        if given not in self._served:
+            try:
+                here, there = counts_of(image_sizes=[limited[::-1], given[::-1]]).num_image_tokens
+            except Exception:  # of a size that it was not made for
+                here = there = 0
+            self._served[given] = here == there
+        return self._served[given]
 
     def inputs(self, media: Sequence[Medium]) -> dict[str, torch.Tensor]:
         """The tensors of a document's media that its model reads: `pixel_values`, `input_features` and what its family

@@ -439,6 +439,37 @@ def test_counts_without_decoding_are_those_of_the_processor(family: str, tmp_pat
         assert written == list(ids)
 
 
+@pytest.mark.parametrize("family", as_parameters(sorted(VISION_MODELS)))
+def test_a_processor_tells_whether_limits_of_pixels_change_its_counts(family: str, tmp_path: Path) -> None:
+    """As what it makes of pictures that are made smaller first, and of such that are not."""
+    path = str(save_vision_folder(tmp_path, family))
+    few = processor_of(load_tokenizer(ModelConfig(path=path, image_max_pixels=5 * 5, image_min_pixels=1)))
+    all_of_them = processor_of(load_tokenizer(ModelConfig(path=path, image_max_pixels=10**9, image_min_pixels=1)))
+    assert few is not None
+    assert all_of_them is not None
+    for size in ((20, 10), (8, 8), (24, 24), (40, 24), (90, 17)):
+        picture = examine(as_bytes(noise(size)), "")
+        alike = few.placeholders([picture]) == all_of_them.placeholders([picture])
+        assert few.counts_as_served(picture) == alike, size
+        assert all_of_them.counts_as_served(picture)
+    if family in ("qwen2_5_vl", "llava_onevision"):
+        assert not few.counts_as_served(examine(as_bytes(noise((40, 24))), ""))
+
+
+@pytest.mark.parametrize(("family", "differs"), [("llava_onevision", True), ("llava", False)])
+def test_pictures_of_other_counts_than_where_they_are_served_are_said(
+    family: str, differs: bool, tmp_path: Path, folder: Path
+) -> None:
+    path = str(save_vision_folder(tmp_path / "m", family))
+    tokenizer = load_tokenizer(ModelConfig(path=path, image_max_pixels=5 * 5, image_min_pixels=1))
+    rows = [{"messages": chat("<image>?"), "images": [f"pictures/{number}.png"]} for number in (0, 1)]
+    report = read(tokenizer, folder, *rows).report
+    texts = [text for text in report.information if "than where the model's own processor is shown them" in text]
+    assert [("2 pictures stand for another number" in text and "rows.jsonl" in text) for text in texts] == [
+        True
+    ] * differs
+
+
 def test_pixels_have_limits_as_llama_factory_sets_them(tokenizer: Any) -> None:
     limits = MediaProcessor("nowhere", None, tokenizer).limits
     assert limits.of_picture(1200, 900) == (886, 665)  # int() of both, as there

@@ -16,9 +16,16 @@ from lowrank.batches import Media
 from lowrank.data.chat.loss_mask import Sample, Span
 from lowrank.data.chat.template import RowRefused
 from lowrank.errors import DataError, ModelError
-from lowrank.records import KIND_NAMES, Audio, Conversation, Medium
+from lowrank.records import KIND_NAMES, Audio, Conversation, Medium, Picture
 
 _CUT = "are longer than the model's processor hears, which leaves their end out"
+
+
+_OTHERWISE_SERVED = (
+    "stand for another number of tokens than where the model's own processor is shown them as they are: "
+    "model.image_max_pixels and image_min_pixels make them another size first; let what serves the model do so too, or "
+    "set these to the pictures' own (docs/pictures.md)"
+)
 
 
 class Processor(Protocol):
@@ -34,6 +41,10 @@ class Processor(Protocol):
 
     def takes_whole(self, audio: Audio) -> bool:
         """Whether the end of a sound is among what stands for it."""
+        ...
+
+    def counts_as_served(self, picture: Picture) -> bool:
+        """Whether as many tokens stand for a picture as without the limits of pixels here."""
         ...
 
 
@@ -74,9 +85,11 @@ def put_in(sample: Sample, media: Sequence[Medium], processor: Processor | None)
 
 
 def _as_taken(medium: Medium, processor: Processor) -> Medium:
-    """With what of it the processor leaves out among its notes."""
+    """With what of it the processor leaves out, or takes otherwise than where it is served, among its notes."""
     if isinstance(medium, Audio) and not processor.takes_whole(medium):
         return replace(medium, notes=(*medium.notes, _CUT))
+    if isinstance(medium, Picture) and not processor.counts_as_served(medium):
+        return replace(medium, notes=(*medium.notes, _OTHERWISE_SERVED))
     return medium
 
 
