@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import lowrank.models.loading.pretrained as loading
+from lowrank.batches import Segment
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
@@ -182,7 +181,7 @@ def _described(
     except ModelError:
         template = None  # plain text: nothing to carry along
 
-    def documents(count: int) -> Sequence[np.ndarray]:
+    def documents(count: int) -> Sequence[Segment]:
         assert job is not None
         return training_documents(job.data, renderer, job.objective.build().record, job.seed, count)
 

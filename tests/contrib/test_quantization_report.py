@@ -10,7 +10,6 @@ import torch
 
 from lowrank.cli.main import main
 from lowrank.contrib.quantization_report.measures import QuantizationReport
-from lowrank.contrib.quantization_report.plot import plot
 from lowrank.models.storages.hqq import HQQConfig
 from lowrank.quantization.linear import asymmetric
 from tests.checkpoint_folder import save_checkpoint_folder
@@ -69,6 +68,8 @@ def test_the_order_at_four_bits_on_normal_weights() -> None:
 
 
 def test_experts_are_matrices_under_one_another_and_the_plot_is_a_png(tmp_path: Path) -> None:
+    from lowrank.contrib.quantization_report.plot import plot
+
     report = QuantizationReport()
     report.add("experts", torch.randn(4, 32, 64))
     assert report.weights == 4 * 32 * 64
