@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 CLIENTS := .venv-clients
 REHEARSAL := .venv-rehearsal
-REHEARSAL_TORCH ?= torch>=2.11,<2.14
+REHEARSAL_TORCH ?= torch>=2.12,<2.14
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 WORKERS ?= $(shell $(PYTHON) tests/workers.py)

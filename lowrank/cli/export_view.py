@@ -72,7 +72,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 
 def _row(target: str, each: dict[str, Any], *, rounded: bool, gained: bool) -> list[Text]:
-    name = each["name"] if "." in each["name"] else target
+    name, comma, about = each["name"].partition(", ")  # ", asked about a picture"
+    name = f"{name if '.' in name else target}{comma}{about}"
     verdict = Text("same", "green") if each["passed"] else Text("differs", "bold red")
     between = [Text(f"{each['against_mean_kl']:.2g}" if each["against"] else "")] if rounded else []
     gain = [Text("" if each["gain_kept"] is None else f"{each['gain_kept']:.1%}")] if gained else []

@@ -188,6 +188,11 @@ def test_the_table_shows_its_numbers_at_80_columns(width: int) -> None:
         assert row.split()[1:] == ["0.00012", "6.5e-05", "99.9%", "1.235e+04", "-98.8%", "11", "of", "16", verdict]
         assert len(row.rstrip()) <= width
 
+    compared = [{**numbers, "name": name, "passed": True} for name in ("merged", "merged, asked about a picture")]
+    text = io.StringIO()
+    show(Console(file=text, width=width), {"targets": {"merged": {**target, "comparisons": compared}}})
+    assert "picture" in text.getvalue(), "two rows that only differ in what was asked"
+
 
 def test_dry_run_and_the_place_by_default(
     adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
