@@ -14,6 +14,7 @@ from lowrank.evaluate.metrics import Metric
 from lowrank.kernels.accelerators import wide
 from lowrank.kernels.logprobs import logprobs
 from lowrank.kernels.precision import float32_or_wider
+from lowrank.media.medium_files import BadMedium
 from lowrank.models.base import Base
 
 
@@ -25,15 +26,18 @@ def label_logprobs(
     *,
     micro_batch_tokens: int = 4096,
     on_done: Callable[[int], None] = lambda done: None,
+    on_broken: Callable[[int, BadMedium], None] | None = None,
 ) -> np.ndarray:
     """(N, 2) for N `(slot, segment)`: the sum of log p over the tokens that carry weight, and how many they are.
 
-    Any number of adapters in one pass. `on_done` hears how many entries are done.
+    Any number of adapters in one pass. `on_done` hears how many entries are done, `on_broken` the index of each whose
+    media cannot be read, which is 0; without it BadMedium is raised.
     """
     found_N2 = np.zeros((len(entries), 2))
     done = 0
     entries = [(slot, bank.prompted(slot, segment)) for slot, segment in entries]
-    for members in _cut(base, entries, micro_batch_tokens):
+
+    def score(members: Sequence[int]) -> None:
         batch = base.filled(pack([entries[index] for index in members]))
         weights = batch.weight_T
         batch = batch.to(base.device)
@@ -45,6 +49,18 @@ def label_logprobs(
         sums = torch.stack([described.sum() for described in logprob_T.split(batch.lengths)]).tolist()
         for index, total, weight_L in zip(members, sums, weights.split(batch.lengths)):
             found_N2[index] = total, int((weight_L > 0).sum())
+
+    for members in _cut(base, entries, micro_batch_tokens):
+        try:
+            score(members)
+        except BadMedium:
+            if on_broken is None:
+                raise
+            for index in members:
+                try:
+                    score([index])
+                except BadMedium as error:
+                    on_broken(index, error)
         done += len(members)
         on_done(done)
     return found_N2

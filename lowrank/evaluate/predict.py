@@ -147,7 +147,11 @@ def score_labels(
                 entries.append((answering_models.slots[name], each.segments[0]))
                 places.append((name, index))
     values_N2 = label_logprobs(
-        answering_models.base, answering_models.bank, entries, on_done=lambda done: on_done(done, len(entries))
+        answering_models.base,
+        answering_models.bank,
+        entries,
+        on_done=lambda done: on_done(done, len(entries)),
+        on_broken=lambda place, error: unscored.update({places[place][1]: str(error)}),
     )
     found = {name: np.zeros((len(questions), 2)) for name in answering_models.slots}
     for (name, index), value_2 in zip(places, values_N2):
@@ -284,7 +288,8 @@ def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str
         for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                known.setdefault(entry["digest"], {})[entry["voice"]] = ModelAnswer(entry["answer"], entry["problem"])
+                if entry["problem"] is None:  # what stood in the way may be mended, as a file that was broken
+                    known.setdefault(entry["digest"], {})[entry["voice"]] = ModelAnswer(entry["answer"])
             except (ValueError, KeyError, TypeError):
                 continue
     return [dict(known.get(_key_of_question(question), {})) for question in questions]

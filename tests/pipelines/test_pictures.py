@@ -121,6 +121,28 @@ def test_commands_say_where_the_pictures_of_their_rows_are(
     assert "--prompts" in capsys.readouterr().err
 
 
+def test_questions_whose_picture_is_broken_within_are_named_and_left_out_of_all_numbers(
+    world: Path, tmp_path: Path
+) -> None:
+    write_picture_rows(tmp_path)
+    path = tmp_path / "pictures" / "1.jpg"
+    Image.open(path).save(path, "PNG")
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes(400) + data[middle + 400 :])
+    request = PredictRequest(
+        str(world / "model"), (SourceConfig(path=str(tmp_path / "mllm.json")),), tmp_path / "out",
+        metrics=("exact_match",), sampling=GenerationConfig(max_new_tokens=2),
+    )  # fmt: skip
+    notices: list[str] = []
+    result, verdicts = predict(request, lambda _: contextlib.nullcontext(lambda done, total: None), notices.extend)
+    assert (result["rows"], result["unanswered"]) == (6, {"base": 2})
+    assert verdicts["base"]["perplexity"].rows == verdicts["base"]["exact_match"].rows == 4
+    row = r"a broken picture: .*1\.jpg cannot be decoded: .* \(row 2 of mllm\.json\)"
+    assert any(re.search(rf"no answer to 2 of 6 questions \({row}", each) for each in notices)
+    assert any(re.search(rf"perplexity leaves out 2 of 6 questions \({row}", each) for each in notices)
+
+
 def test_a_missing_picture_is_named_before_the_model_loads(world: Path, tmp_path: Path) -> None:
     write_picture_rows(tmp_path)
     for file in (tmp_path / "pictures").glob("*.jpg"):
