@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
+from safetensors.torch import load_file
 
 from lowrank.cli.expand import expand_model
 from lowrank.cli.main import main
@@ -232,3 +235,39 @@ def test_it_runs(
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 0, capsys.readouterr().err
+
+
+def test_a_model_that_sees_is_trained_merged_and_asked_by_its_files(
+    place: Path, vision_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The three of Qwen3-VL one after the other: the merged model has tower, processor and training's limits of pixels,
+    is compared with a picture, and answers about one as base and adapter do."""
+
+    def run(command: str, path: str, *more: str, **changes: Any) -> str:
+        with pytest.raises(SystemExit) as end:
+            main([command, written(path, shortened(path, place, vision_folder) | changes), *more])
+        shown = capsys.readouterr()
+        assert end.value.code == 0, shown.err
+        return shown.out
+
+    limits = {"image_max_pixels": 32 * 16, "image_min_pixels": 64}
+    more = {"max_samples": 6, "max_steps": 3, "learning_rate": 0.05}
+    run("train", "train_lora/qwen3vl_lora_sft.yaml", "--quiet", **limits, **more)
+    run("export", "merge_lora/qwen3vl_lora_sft.yaml", adapter_name_or_path="out", export_dir="merged")
+    report = json.loads(Path("merged/export.json").read_text("utf-8"))
+    assert [each["name"] for each in report["comparisons"]] == ["merged", "merged, asked about a picture"]
+    assert report["passed"]
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (vision_folder, "merged"))
+    assert after.keys() == before.keys()
+    towers = [name for name in before if "visual" in name]
+    assert towers
+    assert all(torch.equal(before[name], after[name]) for name in towers)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    images = transformers.AutoImageProcessor.from_pretrained("merged", backend="pil")
+    assert images.size["longest_edge"] == 32 * 16
+    question = ["--image", "data/pictures/1.jpg", "--prompt", "What is it?"]
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    plain = run("chat", "inference/qwen3vl.yaml", *question, **greedy)
+    tuned = run("chat", "inference/qwen3vl.yaml", *question, **greedy, model_name_or_path="merged")
+    adapted = run("chat", "inference/qwen3vl.yaml", *question, **greedy, adapter_name_or_path="out")
+    assert tuned == adapted != plain

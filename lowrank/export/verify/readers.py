@@ -19,6 +19,7 @@ from lowrank.export import PictureQuestion
 from lowrank.export.source import Source
 from lowrank.generate.sampler import GenerationConfig, Prompt, generate
 from lowrank.media.decoding import examine, from_pillow
+from lowrank.media.limits import MediaLimits
 from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.base import Base
 from lowrank.models.checks.media_isolation import give_media_encoder
@@ -27,6 +28,8 @@ from lowrank.models.media_encoder import MediaEncoder
 from lowrank.models.storages.dense import DenseConfig
 
 NO_TOWER = "it has no tower for pictures, or not the files of its processor"
+_AS_SERVED = MediaLimits(image_max_pixels=1 << 62, image_min_pixels=1)
+"""Of pixels: those alone that the files of a processor have."""
 _LOGITS_AT_ONCE = 1 << 24
 """Elements of the (rows, V) blocks of logits."""
 
@@ -129,7 +132,7 @@ def read_adapter(source: Source, adapter: AdapterOnDisk | None) -> BankReader:
 def read_model(source: Source, folder: Path) -> BankReader:
     """A model in transformers' layout, on the source's device and in its dtype."""
     own = source.model.model_copy(update={"path": str(folder), "revision": None})
-    return _load(own, source, MediaProcessor(str(folder), None, source.tokenizer))
+    return _load(own, source, MediaProcessor(str(folder), None, source.tokenizer, _AS_SERVED))
 
 
 def _load(model: ModelConfig, source: Source, processor: MediaProcessor | None) -> BankReader:
