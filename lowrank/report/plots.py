@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lowrank.pictures  # noqa: F401 # pyright: ignore[reportUnusedImport] (first: how it imports matplotlib counts)
+import lowrank.matplotlib_backend  # noqa: F401 # pyright: ignore[reportUnusedImport] (first: how it imports matplotlib counts)
 
 # isort: split
 

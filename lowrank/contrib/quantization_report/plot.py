@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lowrank.pictures  # noqa: F401 # pyright: ignore[reportUnusedImport] (first: how it imports matplotlib counts)
+import lowrank.matplotlib_backend  # noqa: F401 # pyright: ignore[reportUnusedImport] (first: how it imports matplotlib counts)
 
 # isort: split
 

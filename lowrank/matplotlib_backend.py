@@ -1,7 +1,7 @@
 """matplotlib for files alone: imported without the backend that a notebook's kernel names for its own process.
 
 `MPLBACKEND` is inherited by whatever a notebook starts (`!lowrank train`), where the package it names need not be
-installed; matplotlib then cannot even be imported. Our pictures go to files by Agg canvases of their own and need no
+installed; matplotlib then cannot even be imported. Our plots go to files by Agg canvases of their own and need no
 backend. Import this before matplotlib.
 """
 
