@@ -6,6 +6,7 @@ import ast
 import builtins
 import collections.abc
 import re
+import textwrap
 import typing
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import pytest
 
 import lowrank
 from lowrank.api.page import api_page
+from tests.api.documented_code import problems_in
+
+ROOT = Path(lowrank.__file__).parent.parent
 
 
 def test_the_page_is_current_and_names_everything() -> None:
     page = api_page()
-    file = Path(__file__).parents[2] / "docs" / "api.md"
+    file = ROOT / "docs" / "api.md"
     assert file.read_text(encoding="utf-8") == page, "python -m lowrank.api.page > docs/api.md"
     assert all(f"### lowrank.{name}" in page for name in lowrank.__all__ if name != "__version__")
 
@@ -79,6 +83,46 @@ def test_the_settings_a_beginner_needs_stand_on_the_page() -> None:
     ):
         assert f"| `{name}` | " in table
     assert "| `adapter.rank` | whole number | `16` |" in table
+
+
+def _examples(page: str) -> list[str]:
+    """Blocks of Python, and the lines that stand indented in docstrings, which are code as well."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for text in re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        indented = re.findall(r"(?:^    (?! ).*\n(?:^ {4,}.*\n|^\n)*)+", text.partition("\n\n")[2], re.MULTILINE)
+        blocks += [code for each in indented if "lowrank." in (code := textwrap.dedent(each))]
+    return blocks
+
+
+PAGES = sorted(each for pattern in ("README*.md", "docs/*.md", "examples/*.py") for each in ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_code_on_pages_has_names_and_keywords_that_are_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    found = [text] if page.suffix == ".py" else _examples(text)
+    assert len(found) >= 7 or page.name != "api.md"
+    assert [problem for code in found for problem in problems_in(code, {"lowrank": lowrank})] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("lowrank.train(data=[], max_step=3)", "train has no keyword 'max_step'"),
+        ("run = lowrank.train()\nrun.metric()", "TrainedRun has no attribute 'metric'"),
+        ("lowrank.TrainedRun('a').load().ask('x')", "Model has no attribute 'ask'"),
+        ("run = lowrank.train()\nrun.export('gguf', typs=['q8_0'])", "TrainedRun.export has no keyword 'typs'"),
+        ("with lowrank.serve('a', cache_tokens=3) as server:\n    server.url", "serve has no keyword 'cache_tokens'"),
+        ("with lowrank.serve('a') as server:\n    server.address", "RunningServer has no attribute 'address'"),
+        ("for job in lowrank.LiveRun('a').jobs():\n    print(job.nam)", "LiveJob has no attribute 'nam'"),
+        ("from lowrank.models.quantize import x", "there is no lowrank.models.quantize to import"),
+        ("lowrank.load('a', 'b')", "load takes 1 arguments by place, not 2"),
+        ("def f(event):\n    return isinstance(event, lowrank.StepDon)", "lowrank has no attribute 'StepDon'"),
+        ("[lowrank.Message(role='user', contents=x) for x in 'ab']", "Message has no keyword 'contents'"),
+    ],
+)
+def test_what_is_not_there_is_found(code: str, problem: str) -> None:
+    assert problems_in(code, {"lowrank": lowrank}) == [problem]
 
 
 @pytest.mark.slow  # twelve seconds: two runs, two exports
