@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import re
 import struct
 import zlib
@@ -22,11 +23,12 @@ from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.data.sources.memory import keep_rows
 from lowrank.errors import DataError, ModelError
-from lowrank.media.decoding import decoded, examine
+from lowrank.media.decoding import BadPicture, decoded, examine
 from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Preference, Text
+from tests.fuzzing import mutated_bytes
 from tests.tiny_composites import IMAGE
 from tests.tiny_vision_models import VISION_MODELS, as_parameters, save_vision_folder
 
@@ -355,6 +357,21 @@ def test_what_stands_behind_a_pictures_end_is_no_part_of_it() -> None:
     assert examine(both + behind, "both").notes == ("hold several pictures, and are shown by the first",)
     pages = as_bytes(noise(), "TIFF", save_all=True, append_images=[noise(seed=1)])
     assert examine(pages, "pages").notes == ("hold several pictures, and are shown by the first",)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "MPO"])
+def test_damaged_files_are_pictures_or_named(kind: str) -> None:
+    """Nothing but our own error leaves, wherever bits are turned or parts are cut out."""
+    draw, image = random.Random(kind), noise((60, 40)).convert("P" if kind == "GIF" else "RGB")
+    more = {"save_all": True, "append_images": [noise((60, 40), seed=1)]} if kind == "MPO" else {}
+    whole, named = as_bytes(image, kind, **more), 0
+    for _ in range(60):
+        try:
+            found = decoded(examine(mutated_bytes(whole, draw), "it"), (32, 32))
+            assert found.size == (32, 32)
+        except BadPicture:
+            named += 1
+    assert named > 5
 
 
 def test_the_thinnest_and_the_smallest_that_are_taken(tokenizer: Any, folder: Path) -> None:

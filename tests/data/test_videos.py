@@ -202,6 +202,12 @@ def test_bad_videos_are_named(value: Any, problem: str, folder: Path) -> None:
         medium_of(value, "video", Folders(folder))
 
 
+def test_a_thin_video_is_named(tmp_path: Path) -> None:
+    write_gif(tmp_path / "thin.gif", 2, (402, 2))
+    with pytest.raises(DataError, match=r"a video too thin: it has frames of 402 x 2 pixels; .*200 times"):
+        examine_video((tmp_path / "thin.gif").read_bytes(), "it")
+
+
 def test_a_cut_gif_is_named(folder: Path) -> None:
     data = (folder / "a.gif").read_bytes()[:-2000]
     with pytest.raises(DataError, match="a broken video"):
