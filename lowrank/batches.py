@@ -222,6 +222,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """T: tokens of all segments together."""
         return sum(self.lengths)
 
     @property

@@ -49,6 +49,7 @@ def _place(name: str, order: Sequence[str]) -> tuple[int, bool]:
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
+    """The tensor `name` under its module's name in `names`; as it is if that has none."""
     match = _part().fullmatch(name)
     return f"{names[match['module']]}.{match['part']}" if match and match["module"] in names else name
 

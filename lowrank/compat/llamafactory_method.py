@@ -319,6 +319,8 @@ def optimizer(keys: Keys, problems: list[str]) -> dict[str, Any]:
 
 
 def schedule(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    """`schedule` as our settings have it. Adds what cannot be honored to `problems`, and what has no effect to
+    `warnings`."""
     name, extra = keys.lr_scheduler_type, dict(keys.lr_scheduler_kwargs)
     if name not in SCHEDULES:
         problems.append(f"lr_scheduler_type: {name!r} is not supported{did_you_mean(name, SCHEDULES)}")

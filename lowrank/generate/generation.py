@@ -15,11 +15,17 @@ class GenerationDriver(Protocol):
     """Who makes the steps (generator.py)."""
 
     @property
-    def threaded(self) -> bool: ...
+    def threaded(self) -> bool:
+        """Whether a thread of its own makes the steps; else whoever waits makes them."""
+        ...
 
-    def step(self) -> bool: ...
+    def step(self) -> bool:
+        """Bring everybody a token further; False if there is nobody."""
+        ...
 
-    def cancel(self, sequence: Sequence) -> None: ...
+    def cancel(self, sequence: Sequence) -> None:
+        """Give up an answer; its pages are free before the next step."""
+        ...
 
 
 class Generation:

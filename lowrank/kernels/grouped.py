@@ -28,17 +28,34 @@ class LowRank(Protocol):
     """What a piece must offer: rows [first, end), scale, A (R, D), B (O, R)."""
 
     @property
-    def first(self) -> int: ...
+    def first(self) -> int:
+        """First row of x (T, D) that is its own."""
+        ...
+
     @property
-    def end(self) -> int: ...
+    def end(self) -> int:
+        """The row behind its last one."""
+        ...
+
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> float:
+        """What B A x is multiplied with."""
+        ...
+
     @property
-    def A_RD(self) -> torch.Tensor: ...
+    def A_RD(self) -> torch.Tensor:
+        """(R, D), in the dtype of x."""
+        ...
+
     @property
-    def B_OR(self) -> torch.Tensor: ...
+    def B_OR(self) -> torch.Tensor:
+        """(O, R), in the dtype of x."""
+        ...
+
     @property
-    def dropout(self) -> float: ...
+    def dropout(self) -> float:
+        """Share of its inputs that are dropped."""
+        ...
 
 
 def prefers_grouped(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:

@@ -49,6 +49,7 @@ class QueuedJob:
 
     @property
     def name(self) -> str:
+        """The job's, which no other job of the run has."""
         return self.config.name
 
 

@@ -256,6 +256,7 @@ class StateFile:
         self._ended = False
 
     def report(self, event: Event) -> None:
+        """Note the event; write the file if the last one is older than STATE_EVERY seconds."""
         now = time.monotonic()
         self._progress.consume(event, now)
         if self._progress.run is not None and (now - self._written >= STATE_EVERY or isinstance(event, RunStarted)):

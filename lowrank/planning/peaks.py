@@ -52,15 +52,18 @@ class Peaks:
 
     @contextlib.contextmanager
     def forward(self) -> Generator[None, None, None]:
+        """The forward pass runs inside: its peak, and what is alive behind it."""
         with self._phase():
             yield
         self.after_forward = self._live.now
 
     def loss(self) -> contextlib.AbstractContextManager[None]:
+        """The loss is computed inside: its peak."""
         return self._phase()
 
     @contextlib.contextmanager
     def backward(self) -> Generator[None, None, None]:
+        """The backward pass runs inside: its peak."""
         with self._phase():
             yield
         if self._media_encoder is not None:

@@ -55,6 +55,7 @@ class JobView:
 
     @property
     def name(self) -> str:
+        """The job's."""
         return self.started.name
 
     @property
@@ -64,6 +65,7 @@ class JobView:
 
     @property
     def steps_left(self) -> int:
+        """Optimizer steps it will take, unless it ends early; 0 when it is over."""
         return max(0, self.started.num_steps - self.step) if self.running or self.state == "queued" else 0
 
     def take(self, event: StepDone) -> None:

@@ -74,6 +74,7 @@ class SummaryBuilder:
         """The memory plan's parts and `peak`, in bytes; None if there is none."""
 
     def report(self, event: Event) -> None:
+        """Note what the event adds to the summary."""
         if isinstance(event, RunStarted):
             self._start(event)
         elif isinstance(event, JobStarted):

@@ -33,6 +33,7 @@ class Trial:
 
     @property
     def name(self) -> str:
+        """Its candidate's, which is the job's."""
         return self.candidate.name
 
 

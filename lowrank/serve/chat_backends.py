@@ -24,7 +24,9 @@ class ChatBackend(Protocol):
     """What a conversation needs (cli/chat_repl.py)."""
 
     @property
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Who can be asked: adapters, and `base`."""
+        ...
 
     def slot(self, name: str) -> int:
         """Its number; ModelError for a name that is not there."""

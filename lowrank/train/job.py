@@ -16,20 +16,30 @@ class StepSource(Protocol):
     """Where a job's optimizer steps come from (data/batching/dataloader.py)."""
 
     @property
-    def epoch(self) -> float: ...
+    def epoch(self) -> float:
+        """Passes over the rows so far; a fraction."""
+        ...
 
-    def next_step(self) -> list[Segment]: ...
+    def next_step(self) -> list[Segment]:
+        """The segments of the next optimizer step, numbered (`Segment.origin`)."""
+        ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """Plain JSON for `load_state`: where it stands."""
+        ...
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, with the same steps in the same order."""
+        ...
 
 
 @runtime_checkable
 class LooksAhead(Protocol):
     """A source of steps that knows the one after the last that it gave."""
 
-    def following(self) -> Sequence[Segment]: ...
+    def following(self) -> Sequence[Segment]:
+        """The segments of the step that comes next, not numbered. Nothing moves on."""
+        ...
 
 
 class RolloutSource(Protocol):
@@ -38,13 +48,21 @@ class RolloutSource(Protocol):
     metrics: dict[str, float]
 
     @property
-    def reward_slot(self) -> int | None: ...
+    def reward_slot(self) -> int | None:
+        """The slot of the reward model; None where functions alone judge."""
+        ...
 
-    def submit(self) -> None: ...
+    def submit(self) -> None:
+        """Put the questions of the next step, if it has new ones."""
+        ...
 
-    def answer(self) -> None: ...
+    def answer(self) -> None:
+        """Have what was put answered and judged. ConfigError if a reward function fails; nothing is lost then."""
+        ...
 
-    def evaluate(self) -> Forwarded: ...
+    def evaluate(self) -> Forwarded:
+        """The likeliest answers to held-out prompts, judged; the loss is minus their mean reward."""
+        ...
 
 
 @dataclass

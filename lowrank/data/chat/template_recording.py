@@ -274,13 +274,16 @@ class Items:
         self._run, self._turns, self._spaces = run, turns, spaces or {}
 
     def before(self) -> Any:
+        """The message before the first of these; undefined where there is none."""
         return self._view[self.first - 1] if self.first else missing
 
     def note(self) -> None:
+        """Remember that the loop looks at itself here (`TemplateRun.note`)."""
         if self._run is not None and self._turns is not None:
             self._run.note(self._turns, self._spaces)
 
     def elements(self) -> Iterator[Any]:
+        """The messages, each counted as a step of the template."""
         counts = budget()
         for message in _elements(self._view, self.first):
             counts.step()

@@ -147,15 +147,18 @@ class Counting(NodeTransformer):
     """Puts the counting filters into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
+        """What is iterated over counts its steps."""
         self.generic_visit(node)
         node.iter = _filter(node.iter, _STEPS)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        """Joined texts are weighed."""
         self.generic_visit(node)
         return _filter(nodes.List(node.nodes, lineno=node.lineno), _CONCAT)
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        """Fixed text that is written is weighed."""
         self.generic_visit(node)
         size = sum(len(each.data) for each in node.nodes if isinstance(each, nodes.TemplateData))
         if size:
@@ -163,16 +166,19 @@ class Counting(NodeTransformer):
         return node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
+        """Lists that are not constant are weighed."""
         self.generic_visit(node)
         constant = all(isinstance(each, nodes.Const) for each in node.items)
         return node if constant else _filter(node, _WEIGHED)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        """Tuples that are read and not constant are weighed."""
         self.generic_visit(node)
         constant = node.ctx != "load" or all(isinstance(each, nodes.Const) for each in node.items)
         return node if constant else _filter(node, _WEIGHED)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        """Dicts with items are weighed."""
         self.generic_visit(node)
         return _filter(node, _WEIGHED) if node.items else node
 
@@ -316,6 +322,8 @@ def _strftime_now(format: str) -> str:
 
 
 class Environment(ImmutableSandboxedEnvironment):
+    """Where templates run: jinja2's sandbox, whose operators and calls are held to a budget."""
+
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def __init__(self) -> None:

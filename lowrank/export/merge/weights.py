@@ -18,10 +18,14 @@ class TensorSource(Protocol):
     """A tensor of a checkpoint: values when asked for. `dtype`: what it counts as; `rows` may give more precision."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """What it counts as: the dtype of `blocks`."""
+        ...
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """As in the files: (O, D) of a linear's weight."""
+        ...
 
     def read(self) -> torch.Tensor:
         """The whole."""

@@ -41,4 +41,5 @@ class DenseLinear(nn.Module):
         return F.linear(x_TD, self.dense_weight(), self.bias)
 
     def dense_weight(self) -> torch.Tensor:
+        """(O, D): a view, nothing is copied."""
         return self.weight.t() if self.transposed else self.weight

@@ -38,6 +38,7 @@ class JsonReporter:
         self._thread: threading.Thread | None = None
 
     def report(self, event: Event) -> None:
+        """Write the event as one line of JSON; of steps, those that are logged or skipped."""
         with self._lock:
             now = self._clock()
             self._progress.consume(event, now)

@@ -18,6 +18,7 @@ class LogReporter(PlainReporter):
         super().__init__(Console(quiet=True), clock=clock)
 
     def report(self, event: Event) -> None:
+        """A record of the logger for each event that the plain view has a line for."""
         if isinstance(event, RunFinished):
             self._print("interrupted; a checkpoint is saved" if event.interrupted else "the run is finished")
         else:

@@ -34,6 +34,7 @@ class MetricsReporter:
         self._known: set[str] = set()
 
     def report(self, event: Event) -> None:
+        """Append the event; notices that come before the run begins wait for its file."""
         now = self._clock()
         if isinstance(event, RunStarted):
             self._open(event)
@@ -74,6 +75,7 @@ class MetricsReporter:
             self._file.write((encode(line) + "\n").encode())
 
     def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

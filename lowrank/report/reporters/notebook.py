@@ -45,6 +45,7 @@ class NotebookReporter:
         self._drawn = -math.inf
 
     def report(self, event: Event) -> None:
+        """Note the event; draw table and curve anew if that is due."""
         now = self._clock()
         self._progress.consume(event, now)
         if isinstance(event, Notice):

@@ -44,6 +44,7 @@ class PlainReporter:
         self._logged: set[str] = set()
 
     def report(self, event: Event) -> None:
+        """Print a line for each event that a person wants to see; notices alone where it is quiet."""
         now = self._clock()
         self._progress.consume(event, now)
         if isinstance(event, Notice):

@@ -57,6 +57,7 @@ class TerminalReporter:
         self._memory = _Sampled(memory_use, every=1.0)
 
     def report(self, event: Event) -> None:
+        """Note the event; the live view shows it at its next refresh."""
         with self._lock:
             self._progress.consume(event, self._clock())
         if isinstance(event, Notice):

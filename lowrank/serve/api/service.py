@@ -31,7 +31,9 @@ Kind = TypeVar("Kind", bound=RequestBody)
 class Ordering(Protocol):
     """A request that is to be answered."""
 
-    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest: ...
+    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
+        """What is to be answered, how answers are drawn, and the form of the reply. ApiError for what cannot be."""
+        ...
 
 
 class Service:

@@ -30,6 +30,7 @@ class MlflowReporter:
         self._status = "FAILED"
 
     def report(self, event: Event) -> None:
+        """A run of MLflow's for each job, and its numbers of every step and evaluation."""
         if isinstance(event, RunStarted):
             self._start(event)
         elif isinstance(event, (StepDone, EvalDone)):
@@ -49,5 +50,6 @@ class MlflowReporter:
             self._runs[job.name] = run
 
     def close(self) -> None:
+        """End the runs, as killed where they were interrupted."""
         for run in self._runs.values():
             self._client.set_terminated(run, self._status)

@@ -28,6 +28,7 @@ class SwanlabReporter:
         self._run: Any = None
 
     def report(self, event: Event) -> None:
+        """One experiment; numbers are named `job/metric`."""
         if isinstance(event, RunStarted):
             self._run = self._swanlab.init(project="lowrank", experiment_name=self._name, config=event.config)
         elif isinstance(event, (StepDone, EvalDone)) and (numbers := scalars(event)):
@@ -35,5 +36,6 @@ class SwanlabReporter:
             self._run.log(named, step=event.step)
 
     def close(self) -> None:
+        """End the experiment."""
         if self._run is not None:
             self._run.finish()

@@ -27,6 +27,7 @@ class TensorBoardReporter:
         self._writers: dict[str, Any] = {}
 
     def report(self, event: Event) -> None:
+        """A folder of events for each job; steps behind the one it goes on from are purged."""
         if isinstance(event, RunStarted):
             for job in event.jobs:
                 purge = job.first_step + 1 if job.first_step else None
@@ -36,5 +37,6 @@ class TensorBoardReporter:
                 self._writers[event.job].add_scalar(name, value, event.step)
 
     def close(self) -> None:
+        """Write what waits, and close the files."""
         for writer in self._writers.values():
             writer.close()

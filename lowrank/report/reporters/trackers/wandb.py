@@ -30,6 +30,7 @@ class WandbReporter:
         self._exit_code = 1
 
     def report(self, event: Event) -> None:
+        """A run of Weights & Biases for each job, and its numbers of every step and evaluation."""
         if isinstance(event, RunStarted):
             self._runs = {job.name: self._start(event, index) for index, job in enumerate(event.jobs)}
         elif isinstance(event, (StepDone, EvalDone)) and (numbers := scalars(event)):
@@ -50,5 +51,6 @@ class WandbReporter:
         return run
 
     def close(self) -> None:
+        """End the runs, with exit code 1 where they were interrupted."""
         for run in self._runs.values():
             run.finish(exit_code=self._exit_code)
