@@ -20,7 +20,8 @@ from lowrank.adapters.targets import by_pattern, fused_parameters, holds_layers,
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.checkpoints.peft_description import distinguishing_fields, whole
 from lowrank.errors import ModelError
-from lowrank.models.loading.model_class import model_class
+from lowrank.models.layers import Parts
+from lowrank.models.loading.model_class import is_composite, model_class
 
 Value = TypeVar("Value", int, float)
 Targets = Mapping[str, tuple[int, float]]
@@ -44,6 +45,10 @@ class BaseDescription:
     """Fused weights of experts by full name, in the model's order."""
     auto_class: str = "AutoModelForCausalLM"
     """transformers' class that loads it."""
+    outside: frozenset[str] = frozenset()
+    """Modules of its towers and projectors, where it is more than a language model."""
+    sees: bool = False
+    """It can be shown pictures."""
 
 
 def describe_base(model: nn.Module, name: str, revision: str | None = None) -> BaseDescription:
@@ -59,7 +64,26 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
     config = getattr(model, "config", None)
     auto_class = BaseDescription.auto_class if config is None else model_class(config).__name__
     experts = tuple(fused_parameters(model))
-    return BaseDescription(name, revision, tuple(names), frozenset(transposed), experts, auto_class)
+    outside, sees = frozenset[str](), False
+    if config is not None and is_composite(config):
+        parts, sees = Parts(model), getattr(config, "vision_config", None) is not None
+        outside = frozenset(filter(parts.is_outside, names))
+    return BaseDescription(name, revision, tuple(names), frozenset(transposed), experts, auto_class, outside, sees)
+
+
+def left_out_by_vllm(base: BaseDescription, targets: Collection[str]) -> str | None:
+    """What vLLM makes of an adapter with these targets on a base with towers, in words for the user; None: the base
+    has none."""
+    if not base.outside:
+        return None
+    number = len(base.outside & set(targets))
+    if not number:
+        return "vLLM takes adapters on the language model of such a base, which is where all of this one is"
+    return (
+        f"By default vLLM takes adapters on the language model of such a base alone: it leaves {number} of this one's "
+        f"{len(targets)} layers out, those of tower and projector, and warns at most. Serve the merged model there "
+        "(`lowrank export ... --to merged`)"
+    )
 
 
 def peft_incompatibility(base: BaseDescription, targets: Collection[str], kind: PeftKind = LORA) -> str | None:

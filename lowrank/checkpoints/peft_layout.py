@@ -37,6 +37,7 @@ from lowrank.checkpoints.model_card import model_card
 from lowrank.checkpoints.peft_config import (
     BaseDescription,
     as_pattern,
+    left_out_by_vllm,
     peft_incompatibility,
     to_peft,
 )
@@ -97,11 +98,12 @@ def save_adapter(
     with new_folder(folder) as partial:
         write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
         num_parameters = sum(map(torch.numel, adapter.tensors.values()))
-        problem = peft_incompatibility(base, adapter.targets, adapter.config.peft)
+        incompatible = peft_incompatibility(base, adapter.targets, adapter.config.peft)
+        notes = [each for each in (incompatible, left_out_by_vllm(base, adapter.targets)) if each]
         where = f"on {len(adapter.targets)} modules of" if adapter.targets else "before every document for"
         if isinstance(adapter.config, BottleneckSettings):
             where = "between the layers of"
-        card = model_card(adapter.config, where, num_parameters, base, problem)
+        card = model_card(adapter.config, where, num_parameters, base, notes)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
             also(partial)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from lowrank import __version__
+from lowrank.checkpoints.model_card import pipeline_tag
 from lowrank.export.source import Source
 from lowrank.export.verify.compare import Comparison
 
@@ -13,7 +14,7 @@ from lowrank.export.verify.compare import Comparison
 def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison], notes: Sequence[str]) -> str:
     """Markdown with the metadata that the Hugging Face hub reads; nothing in it that is not known."""
     parts = [
-        _front(kind, source.hub_base),
+        _front(kind, source.hub_base, source.sees),
         f"# {source.name}\n",
         _made_of(source, notes),
         f"## How to run it\n\n{usage}\n",
@@ -23,9 +24,9 @@ def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison
     return "\n".join(parts)
 
 
-def _front(kind: str, base: str | None) -> str:
+def _front(kind: str, base: str | None, sees: bool) -> str:
     library = "peft" if kind == "peft" else "gguf" if "gguf" in kind or kind == "ollama" else "transformers"
-    lines = [f"library_name: {library}", "pipeline_tag: text-generation"]
+    lines = [f"library_name: {library}", f"pipeline_tag: {pipeline_tag(sees)}"]
     if base is not None:  # the hub refuses a card whose base_model is a path
         lines.append(f"base_model: {base}")
     lines.append("tags:\n- lowrank" + ("\n- lora" if kind == "peft" else ""))

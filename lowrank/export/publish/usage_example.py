@@ -6,6 +6,7 @@ from pathlib import Path
 
 import transformers
 
+from lowrank.checkpoints.model_card import picture_code
 from lowrank.models.loading.model_class import is_composite, model_class
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import FILE_FAULTS
@@ -22,6 +23,9 @@ tokens = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=100)[0]))"""
 
 
+TO_A_SERVER = "\n\nPictures go to a server as OpenAI's `image_url` parts, base64 in a `data:` URL."
+
+
 def usage_code(base: Path, path: str) -> str:
     """`base`: a folder with the config.json of a model of the same class; `path`: what is to be asked. The pipeline for
     text knows no models with towers."""
@@ -32,4 +36,6 @@ def usage_code(base: Path, path: str) -> str:
             return _PLAIN.format(path=path)
     if not is_composite(config):
         return _PLAIN.format(path=path)
-    return _COMPOSITE.format(auto_class=model_class(config).__name__, path=path)
+    sees = getattr(config, "vision_config", None) is not None
+    code = _COMPOSITE.format(auto_class=model_class(config).__name__, path=path)
+    return code + (picture_code(path) if sees else "")

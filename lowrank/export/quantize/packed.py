@@ -21,7 +21,7 @@ from lowrank.errors import ModelError, raise_all
 from lowrank.export import ExportProgress, Needs, ReadBack, Tolerance
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
-from lowrank.export.publish.usage_example import usage_code
+from lowrank.export.publish.usage_example import TO_A_SERVER, usage_code
 from lowrank.export.quantize.activation_aware import Scaled
 from lowrank.export.quantize.calibration import LENGTH, quantize_in_order, texts_of
 from lowrank.export.source import Source, with_pictures
@@ -178,7 +178,7 @@ class PackedTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """By the format."""
-        return self.form.usage(path, usage_code(source.base, path))
+        return self.form.usage(path, usage_code(source.base, path)) + (TO_A_SERVER if source.sees else "")
 
     def _texts(self, source: Source) -> Sequence[Any]:
         settings = self.form.settings

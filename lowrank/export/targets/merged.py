@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 
 from lowrank.export import ExportProgress, Needs, ReadBack, Tolerance
 from lowrank.export.merge.merged import Merged
-from lowrank.export.publish.usage_example import usage_code
+from lowrank.export.publish.usage_example import TO_A_SERVER, usage_code
 from lowrank.export.source import Source
 from lowrank.export.verify.readers import read_model
 from lowrank.export.writing.shards import Layout, lay_out, write_shards
@@ -89,7 +89,8 @@ class MergedTarget:
 
     def usage(self, source: Source, path: str) -> str:
         """With transformers and with vLLM."""
-        return _USAGE.format(usage_example=usage_code(source.base, path), path=path)
+        shown = TO_A_SERVER if source.sees else ""
+        return _USAGE.format(usage_example=usage_code(source.base, path), path=path) + shown
 
     def _merged(self, source: Source) -> Merged:
         """Planned once for the checks, the writing and the reading back."""

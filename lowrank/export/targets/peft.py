@@ -12,7 +12,7 @@ import torch
 
 from lowrank.adapters.bottleneck import BottleneckSettings
 from lowrank.checkpoints.model_card import loading_code
-from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
+from lowrank.checkpoints.peft_config import describe_base, left_out_by_vllm, peft_incompatibility
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, write_adapter
 from lowrank.errors import ModelError, raise_all
 from lowrank.export import ExportProgress, Needs, ReadBack, Tolerance
@@ -21,7 +21,6 @@ from lowrank.export.merge.weights import Weights
 from lowrank.export.source import Source
 from lowrank.export.verify.readers import read_adapter
 from lowrank.export.writing.side_files import write_tokenizer
-from lowrank.models.loading.model_class import model_class
 from lowrank.settings import Settings
 
 TOLERANCES = {
@@ -83,9 +82,10 @@ class PeftTarget:
         """With PEFT, or with AdapterHub's library, on the base."""
         config = _adapter(source).config
         library = "adapters" if isinstance(config, BottleneckSettings) else "PEFT"
-        auto_class = model_class(_names(source).model.config).__name__
-        code = loading_code(config, source.hub_base or "path/of/the/base", path, auto_class)
-        return _USAGE.format(path=path, code=code, library=library)
+        described = describe_base(_names(source).model, source.model.path, source.model.revision)
+        code = loading_code(config, source.hub_base or "path/of/the/base", path, described)
+        vllm = left_out_by_vllm(described, _adapter(source).targets)
+        return _USAGE.format(path=path, code=code, library=library) + (f"\n\n{vllm}." if vllm else "")
 
 
 def _adapter(source: Source) -> AdapterOnDisk:
