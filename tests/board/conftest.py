@@ -12,9 +12,10 @@ from tests.board.forked import forked_children
 from tests.board.running import Running, board_on
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """Chromium; each page has a context of its own."""
+    """Chromium; each page has a context of its own. Not for the whole session: its event loop runs as long as it does,
+    and other tests have their own."""
     with opened() as found:
         yield found
 

@@ -15,7 +15,7 @@ from lowrank.models.layer_wrappers import LayerWrapperConfig
 from lowrank.settings import configs_in
 
 ROOT = Path(lowrank.__file__).parent
-RENAMED = {ROOT / "config" / "renamed.py"}
+RENAMED = {ROOT / "renamed.py"}
 """Old names of settings stand there, with the new ones."""
 
 

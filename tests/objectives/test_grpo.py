@@ -185,7 +185,7 @@ def test_a_reward_function_gets_what_it_takes_and_is_held_to_what_it_gives() -> 
         ({"reward_funcs": "nowhere:fn"}, "cannot import 'nowhere:fn'"),
         ({"reward_funcs": ["accuracy"]}, "write my_module:fn"),
         ({"reward_funcs": ["json:dumps"], "reward_weights": [1, 2]}, "2 weights for 1 reward_funcs"),
-        ({"num_generations": 1}, "greater than or equal to 2"),
+        ({"num_generations": 1}, "num_generations: expected a number at least 2"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], described: str) -> None:

@@ -61,7 +61,10 @@ def test_jobs_learn_what_peft_learns_from_each_document_alone(family: str, tmp_p
     compare_with_peft(family, base, [[one, three], [*others, four]])
 
 
-@families
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(each, marks=pytest.mark.slow) if each == "qwen2_5_omni_thinker" else each for each in WATCHING],
+)
 def test_pictures_and_videos_in_one_document(family: str, tmp_path: Path) -> None:
     base, tokenizer = watching(tmp_path / "m", family, "image", "video")
     write_picture_rows(tmp_path)
