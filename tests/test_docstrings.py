@@ -22,7 +22,7 @@ def _members(kind: type) -> Iterator[tuple[str, Any]]:
     for name, value in list(vars(kind).items()):
         function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         own = inspect.isfunction(function) and function.__module__ == kind.__module__
-        if own and function.__name__ == name and not name.startswith("_"):
+        if own and getattr(function, "__name__", "") == name and not name.startswith("_"):
             yield name, function
 
 

@@ -25,6 +25,7 @@ from lowrank.records import KIND_NAMES
 _ROWS_AHEAD = 1000
 """Rows of a stream that are looked at before training begins."""
 _ROWS_PER_NOTICE = 1000
+_OF_THE_DATALOADER = {"batch_size", "batch_tokens", "shuffle"}
 
 Progress = Callable[[int, int | None], None]
 """`(rows done, rows in all if known)`."""
@@ -55,10 +56,19 @@ class Prepared:
         """Whether any of its rows shows some."""
         return "image" in self.media_kinds
 
-    def again(self) -> Prepared:
-        """The same samples for another job that asked for the same, with a dataloader of its own."""
+    def for_another(self, config: DataConfig, seed: int) -> Prepared:
+        """The same samples for another job whose `key_of_rows` is the same, with a dataloader of its own settings."""
         assert isinstance(self.train, DataLoader), "a stream is read by one job"
-        return replace(self, train=self.train.again())
+        return replace(self, train=DataLoader(self.train.samples, config, seed))
+
+
+def key_of_rows(config: DataConfig, seed: int) -> str:
+    """Equal for jobs whose rows become the same samples in the same order: what the dataloader alone reads does not
+    count, and the seed only where it decides which rows those are."""
+    sampled = any(each.max_samples is not None for each in (config, *config.train, *config.eval))
+    drawn = config.mix != "concat" and len(config.train) > 1
+    split = bool(config.validation_split) and not config.eval
+    return f"{seed if sampled or drawn or split else None} {config.model_dump_json(exclude=_OF_THE_DATALOADER)}"
 
 
 def prepare(

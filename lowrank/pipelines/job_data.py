@@ -10,7 +10,7 @@ from typing import Any
 
 from lowrank.adapters.prompts import PromptSettings
 from lowrank.config import JobConfig, RunConfig
-from lowrank.data.prepare import Prepared, prepare
+from lowrank.data.prepare import Prepared, key_of_rows, prepare
 from lowrank.errors import DataError
 from lowrank.media.limits import MediaLimits
 from lowrank.models.config import ModelConfig
@@ -139,7 +139,7 @@ def _prepare_jobs(
                     raise
                 raise DataError(f"{', '.join(names)}: {error}") from error
         else:
-            own = own.again()
+            own = own.for_another(job.data, job.seed)
         prepared.append(own)
     return prepared
 
@@ -148,7 +148,7 @@ def _key_of_data(job: JobConfig) -> str:
     """Equal for jobs that share what was read and tokenized."""
     objective = job.objective.build()
     mismatched = needs(objective, "mismatched")
-    return f"{objective.record.__qualname__} {mismatched} {job.seed} {job.data.model_dump_json()}"
+    return f"{objective.record.__qualname__} {mismatched} {key_of_rows(job.data, job.seed)}"
 
 
 def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:

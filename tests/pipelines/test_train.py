@@ -183,9 +183,11 @@ def test_jobs_with_the_same_data_share_what_was_read(
         "lowrank.pipelines.job_data.prepare", lambda data, **how: reads.append("read") or prepare(data, **how)
     )
     given = settings(world, tmp_path / "run", max_steps=3)
-    _, ear = run({**given, "jobs": [{"name": "a"}, {"name": "b"}, {"name": "c", "seed": 7}]})
-    assert len(reads) == 2
+    jobs = [{"name": "a"}, {"name": "b"}, {"name": "c", "seed": 7}, {"name": "d", "data": {"batch_size": 2}}]
+    _, ear = run({**given, "jobs": [*jobs, {"name": "e", "data": {"default_system": "Be brief."}}]})
+    assert len(reads) == 2, "once for all but the one that reads rows otherwise"
     assert ear.losses("a") == ear.losses("b") != ear.losses("c")
+    assert ear.losses("a") != ear.losses("d")
 
 
 DATED = "{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}\n{%- endif %}"
