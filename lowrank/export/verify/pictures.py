@@ -28,6 +28,10 @@ from lowrank.records import Conversation, Message
 _QUESTION = "What is to be seen in this picture?"
 _NEW_TOKENS = 16
 _ERRORS_BY_CHANCE = 3
+_TOWER_OFF = 0.1
+_TOWER_LOST = 0.5
+_NOTHING = 1e-4
+"""Of what the tower says, a change that is none: float32 on another path."""
 _SIDE = 224
 """Pixels, of processors that keep the size of a picture; a multiple of the patches of all that are known."""
 
@@ -41,6 +45,9 @@ class PictureAnswer:
     """(K, V) float32, at the end of the question and after each token of the answer."""
     base_logprob_KV: np.ndarray | None
     """The same of the bare base; None if there is no adapter."""
+    features_F: np.ndarray
+    """What its tower says of the picture, and the next what the bare base's does."""
+    base_features_F: np.ndarray
 
 
 def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozenset[int]) -> PictureAnswer:
@@ -66,8 +73,9 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
     rows = len(answer) + 1
     look = PictureQuestion(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
     own = reader.logprobs_shown(document, rows)
-    bare = BankReader(reader.base, reader.bank)
-    return PictureAnswer(look, own, None if reader.slot == bare.slot else bare.logprobs_shown(document, rows))
+    bare = BankReader(reader.base, reader.bank, processor=reader.media_encoder.processor)
+    unadapted = None if reader.slot == bare.slot else bare.logprobs_shown(document, rows)
+    return PictureAnswer(look, own, unadapted, reader.features(pixels_HWC), bare.features(pixels_HWC))
 
 
 def compare_pictures(read_back: ReadBack, reader: ExportReader, seen: PictureAnswer) -> Comparison:
@@ -88,11 +96,28 @@ def compare_pictures(read_back: ReadBack, reader: ExportReader, seen: PictureAns
         base_loss=None if bare is None else float(bare.mean()),
         greedy=(int(same_K.all()), 1),
     )
-    if length == seen.look.length:
-        return found
     height, width, _ = seen.look.pixels_HWC.shape
-    problem = f"{length} tokens stand for a picture of {width} x {height} there, {seen.look.length} in training"
-    return replace(found, problems=(problem, *found.problems))
+    problem = None
+    if length != seen.look.length:
+        problem = f"{length} tokens stand for a picture of {width} x {height} there, {seen.look.length} in training"
+    elif isinstance(reader, BankReader):
+        problem = _lost_by_tower(seen, reader.features(seen.look.pixels_HWC))
+    return replace(found, problems=(problem, *found.problems)) if problem else found
+
+
+def _lost_by_tower(seen: PictureAnswer, own_F: np.ndarray) -> str | None:
+    """What of the tower is not the trained one's, in words. What it says is compared by itself: an answer may depend on
+    it by less than rounding to 16 bits moves it."""
+    off, length = np.linalg.norm(own_F - seen.features_F), np.linalg.norm(seen.features_F)
+    gained = np.linalg.norm(seen.base_features_F - seen.features_F)
+    if not off <= _TOWER_OFF * length:
+        return f"what its tower says of the picture is off by {off / length:.1%}, at most {_TOWER_OFF:.0%} is expected"
+    if gained > _NOTHING * length and off > _TOWER_LOST * gained:
+        return (
+            f"{off / gained:.0%} of what training changed in what its tower says of the picture is lost, at most "
+            f"{_TOWER_LOST:.0%} is expected"
+        )
+    return None
 
 
 def _of_few(tolerance: Tolerance, places: int) -> Tolerance:

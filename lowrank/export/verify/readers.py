@@ -9,9 +9,11 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.routing import ForwardContext
 from lowrank.batches import BARE_BASE, Media, Segment, pack
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
@@ -26,6 +28,7 @@ from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.config import ModelConfig
 from lowrank.models.media_encoder import MediaEncoder
 from lowrank.models.storages.dense import DenseConfig
+from lowrank.records import Picture
 
 NO_TOWER = "it has no tower for pictures, or not the files of its processor"
 _AS_SERVED = MediaLimits(image_max_pixels=1 << 62, image_min_pixels=1)
@@ -78,20 +81,33 @@ class BankReader:
 
     def look(self, question: PictureQuestion) -> tuple[np.ndarray, int]:
         """See `SeesPictures`."""
-        from PIL import Image
-
-        processor, token = self.media_encoder.processor, self.media_encoder.token
-        picture = examine(from_pillow(Image.fromarray(question.pixels_HWC)), "it")
-        (stands,) = processor.placeholders([picture])
-        token_P = np.asarray(processor.own.tokenizer(stands, add_special_tokens=False)["input_ids"], np.int64)
-        places = np.flatnonzero(token_P == token)
-        token_P = token_P[places[0] : places[-1] + 1]
+        picture, token_P = self._picture(question.pixels_HWC)
         token_L = np.concatenate([question.before_L, token_P, question.after_L])
         first = len(question.before_L)
         media = Media((picture,), ((first, first + len(token_P)),))
         prompt = len(token_L) - (question.rows - 1)
         document = Segment(token_L, np.zeros(len(token_L), np.float32), media=media, prompt=prompt)
         return self.logprobs_shown(document, question.rows), len(token_P)
+
+    def features(self, pixels_HWC: np.ndarray) -> np.ndarray:
+        """All that the tower says of a picture, (F) float32."""
+        picture, token_P = self._picture(pixels_HWC)
+        media = Media((picture,), ((0, len(token_P)),))
+        with torch.no_grad(), self.bank.routing.using(ForwardContext()):
+            output = self.media_encoder.encode(token_P, media, self.slot).output
+        found = [each.flatten().float().cpu() for each in tree_leaves(dict(output)) if isinstance(each, torch.Tensor)]
+        return torch.cat(found).numpy()
+
+    def _picture(self, pixels_HWC: np.ndarray) -> tuple[Picture, np.ndarray]:
+        """As a medium, and (P) int64 tokens from the first to the last that stands for it."""
+        from PIL import Image
+
+        processor, token = self.media_encoder.processor, self.media_encoder.token
+        picture = examine(from_pillow(Image.fromarray(pixels_HWC)), "it")
+        (stands,) = processor.placeholders([picture])
+        token_P = np.asarray(processor.own.tokenizer(stands, add_special_tokens=False)["input_ids"], np.int64)
+        places = np.flatnonzero(token_P == token)
+        return picture, token_P[places[0] : places[-1] + 1]
 
     def logprobs_shown(self, document: Segment, rows: int) -> np.ndarray:
         """Of a document with its pictures, after each of its last `rows` tokens: (rows, V) float32."""
