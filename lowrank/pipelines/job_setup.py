@@ -29,7 +29,8 @@ from lowrank.report.events import Event, Notice
 from lowrank.train.calibration_pass import calibration_passes
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job
-from lowrank.train.rollouts import Prompts, RewardModel, RolloutGenerator, Rollouts, steps_on_one_batch
+from lowrank.train.rollout_generator import RolloutGenerator
+from lowrank.train.rollouts import Prompts, RewardModel, Rollouts, steps_on_one_batch
 
 
 def start_job(

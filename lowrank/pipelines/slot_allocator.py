@@ -19,7 +19,7 @@ from lowrank.pipelines.references import compute_references, load_reference_base
 from lowrank.report.events import Event, JobStarted, Notice
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job
-from lowrank.train.rollouts import RolloutGenerator
+from lowrank.train.rollout_generator import RolloutGenerator
 
 
 class SlotAllocator:

@@ -11,7 +11,8 @@ import pytest
 import lowrank
 from lowrank.api.objects import given_again, refuse_missing
 from lowrank.third_party import objects_given
-from tests.api.test_front_door import ROWS, Focal, Plain
+from tests.api.quick_run import ROWS
+from tests.api.test_own_code import Focal, Plain
 
 
 def reward(completions: list[Any], **columns: Any) -> list[float]:
@@ -27,7 +28,7 @@ def test_each_is_known_by_its_name_and_rows_by_their_content() -> None:
                 "data": {"train": [{"path": kept.path, "format": "messages"}], "default_system": "Note:short"},
             },
             {"objective": {"type": "grpo", "reward_funcs": ["tests.api.test_objects:reward"]}},
-            {"objective": {"type": "tests.api.test_front_door:Focal", "gamma": 3.0}},
+            {"objective": {"type": "tests.api.test_own_code:Focal", "gamma": 3.0}},
         ]
     }
     with pytest.raises(lowrank.ConfigError) as caught:
@@ -37,14 +38,14 @@ def test_each_is_known_by_its_name_and_rows_by_their_content() -> None:
     assert places == [
         "  - jobs.0.objective.type: '__main__:Plain'",
         "  - jobs.1.objective.reward_funcs.0: 'tests.api.test_objects:reward'",
-        "  - jobs.2.objective.type: 'tests.api.test_front_door:Focal'",
+        "  - jobs.2.objective.type: 'tests.api.test_own_code:Focal'",
     ]
     own = Plain(2.0)
     found = given_again([ROWS, own, reward, Focal], settings)
     assert [source.path for source in found.rows] == [kept.path]
     assert found.objects["__main__:Plain"].Config().build() is own
     assert found.objects["tests.api.test_objects:reward"] is reward
-    assert found.objects["tests.api.test_front_door:Focal"] is Focal
+    assert found.objects["tests.api.test_own_code:Focal"] is Focal
     with objects_given(found.objects):
         refuse_missing(settings, "runs/own")
 
@@ -56,7 +57,7 @@ def test_what_the_run_does_not_know_is_refused_all_at_once() -> None:
     assert [line.partition("given")[0] for line in str(caught.value).splitlines()[1:]] == [
         "  - tests.api.test_objects:reward is none of the objects that the run was ",
         "  - these rows are not those that the run was ",
-        "  - tests.api.test_front_door:Focal is none of the objects that the run was ",
+        "  - tests.api.test_own_code:Focal is none of the objects that the run was ",
     ]
 
 

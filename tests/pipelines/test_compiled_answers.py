@@ -66,7 +66,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """In inductor's place, which needs a C++ compiler and most of a minute."""
     counting = Runs()
     through = functools.partial(CompiledDecoding, backend=counting)
-    for module in ("lowrank.pipelines.inference", "lowrank.train.rollouts"):
+    for module in ("lowrank.pipelines.inference", "lowrank.train.rollout_generator"):
         monkeypatch.setattr(f"{module}.CompiledDecoding", through)
     return counting
 

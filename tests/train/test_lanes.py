@@ -23,7 +23,7 @@ from lowrank.train.engine import Engine
 from lowrank.train.lanes import ManyLanes, OneLane, deal
 from lowrank.train.micro_batching import units
 from lowrank.train.optimizers.adamw import AdamWConfig
-from lowrank.train.rollouts import RolloutGenerator
+from lowrank.train.rollout_generator import RolloutGenerator
 from tests.objectives.test_contract import step_for
 from tests.tiny_models import make_base, make_engine
 from tests.train.rank_threads import on_ranks

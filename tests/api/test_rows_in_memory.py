@@ -1,0 +1,89 @@
+"""Rows in memory as a run's data: lists, frames, datasets, generators."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+
+import lowrank
+from lowrank.data.config import SourceConfig
+from lowrank.data.sources.memory import keep_rows
+from lowrank.data.sources.rows import read_rows
+from lowrank.evaluate.questions import read_questions
+from tests.api.quick_run import ROWS, settings
+
+
+def test_all_kinds_of_rows_are_the_same_rows() -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    kinds: list[Any] = [
+        rows, tuple(rows), datasets.Dataset.from_list(rows), pandas.DataFrame(rows), iter(rows), lambda: iter(rows)
+    ]  # fmt: skip
+    sources = [keep_rows(kind) for kind in kinds]
+    assert len({source.path for source in sources}) == 1
+    assert [row.values for row in read_rows(sources[0], seed=0)] == rows
+    rows[0]["prompt"] = "changed afterwards"
+    assert next(iter(read_rows(sources[0], seed=0))).values["prompt"] == "a"
+    assert keep_rows(rows).path != sources[0].path
+
+
+def test_rows_have_no_path() -> None:
+    with pytest.raises(lowrank.ConfigError, match="rows: they are here, so they have no path"):
+        lowrank.rows(ROWS, path="other.json")
+
+
+def test_rows_that_are_none_say_so(tmp_path: Path) -> None:
+    for wrong, message in (
+        ([], "nothing to learn from"),
+        (7, "not a int"),
+        ({"train": 7}, "not a int"),
+        ({"train": {"rows": []}}, "no rows"),
+        (datasets.DatasetDict(a=datasets.Dataset.from_list(ROWS)), "a"),
+    ):
+        with pytest.raises(lowrank.LowrankError, match=message):
+            lowrank.train(**{**settings(output_dir=tmp_path / "x"), "data": wrong})
+    assert not (tmp_path / "x").exists()
+    kept = keep_rows([*ROWS, "no dict", {"messages": object()}])
+    problems = [row.problem for row in read_rows(kept, seed=0) if row.problem]
+    assert problems == ["not an object: the row is a str", problems[1]]
+    assert "row 26: a object" in str(problems[1])
+
+
+def test_rows_in_memory_go_by_the_argument_they_were_given_as(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def refused_rows(**given: Any) -> list[str]:
+        with pytest.raises(lowrank.DataError) as caught:
+            lowrank.train(**settings(output_dir=tmp_path / "run", **given))
+        return str(caught.value).splitlines()[1:]
+
+    (text,) = refused_rows(data={"train": ROWS, "eval": [{"a": 1}]})
+    assert text.startswith("  - eval.0: the rows given as data.eval: no column plays")
+    (text,) = refused_rows(data={"train": [{"rows": ROWS}, {"rows": [{"a": 1}]}]})
+    assert text.startswith("  - train.1: the rows given as data.train.1: no column plays")
+    (text,) = refused_rows(data={"train": [{"rows": ROWS}], "max_samples": 4}, objective="dpo")[:1]
+    assert text.startswith("  - train.0: the rows given as data.train (format messages) gives Conversation")
+    with pytest.raises(lowrank.DataError, match=r"the rows given as data.train: 1 row \(row 25\) of 25 left out"):
+        lowrank.train(**settings(output_dir=tmp_path / "run", data=[*ROWS, "no dict"]), strict=True)
+    with pytest.raises(lowrank.DataError, match="the rows in memory: split 'train\\[' cannot be read"):
+        lowrank.train(**settings(output_dir=tmp_path / "run", data={"train": [{"rows": ROWS, "split": "train["}]}))
+    with pytest.raises(lowrank.DataError, match="the rows given as data: format not recognized"):
+        read_questions(keep_rows([{"a": 1}]))
+    with caplog.at_level(logging.WARNING, logger="lowrank"):
+        lowrank.train(**settings(output_dir=tmp_path / "run", max_steps=1, data=[*ROWS, "no dict"]))
+    assert "the rows given as data.train: 1 row (row 25)" in caplog.text
+    assert "memory:" not in caplog.text
+    jobs = [{"name": "good", "data": ROWS}, {"name": "bad", "data": [{"a": 1}]}]
+    with pytest.raises(lowrank.DataError, match=r"(?s)^bad: .*- train\.0: the rows given as data\.train:"):
+        lowrank.train(**{**settings(output_dir=tmp_path / "jobs"), "jobs": jobs})
+
+
+def test_rows_are_forgotten_with_what_named_them() -> None:
+    source = keep_rows([{"text": "only here"}])
+    path = source.path
+    assert next(iter(read_rows(source, seed=0))).values == {"text": "only here"}
+    del source
+    with pytest.raises(lowrank.DataError, match="give them again"):
+        list(read_rows(SourceConfig(path=path), seed=0))
