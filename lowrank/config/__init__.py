@@ -1,6 +1,7 @@
 """The settings of a run: one schema, read from Python, YAML or JSON, and dotted overrides."""
 
-from lowrank.config.checks import has_eval, unused
+from lowrank.config.checks import has_eval
+from lowrank.config.no_effect import unused
 from lowrank.config.read import load, override, read_file, settings_of_run, validate_settings
 from lowrank.config.schema import JobConfig, RunConfig, steps_of
 

@@ -1,4 +1,4 @@
-"""Settings that contradict each other, and settings that have no effect beside others."""
+"""Settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from lowrank.records import Text
 from lowrank.search.candidates import first_candidates
 from lowrank.search.config import SweepConfig
 from lowrank.settings import Settings
-from lowrank.third_party import code_is_allowed
-from lowrank.train.schedule import SCHEDULES_WITH
 
 if TYPE_CHECKING:
     from lowrank.config.schema import JobConfig, RunConfig
@@ -31,32 +29,13 @@ RESERVED_NAMES = (
 _DEVICES = ("con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)))
 """What Windows takes for devices, whatever follows a dot."""
 
-_NOT_OF_A_FOLDER = ("path", "dropout", "loraplus_lr_ratio", "loraplus_lr_embedding")
-"""Settings of an adapter that hold beside adapter.path."""
-
 
 def conflicts(config: RunConfig) -> list[str]:
     """Everything that cannot be done as asked, one line each, with the way out."""
     found = [*_name_conflicts(config), *_run_conflicts(config)]
     for index, job in enumerate(config.jobs):
-        found.extend(f"{_place(config, index)}{problem}" for problem in _job_conflicts(config, job))
+        found.extend(f"{place_of(config, index)}{problem}" for problem in _job_conflicts(config, job))
     return found
-
-
-def unused(config: RunConfig) -> list[str]:
-    """Settings that were set, to something else than the default, but that nothing will read, one line each."""
-    found: dict[str, None] = {}
-    for index, job in enumerate(config.jobs):
-        for problem in _unused_in_job(config, job):
-            found[f"{_place(config, index)}{problem}"] = None
-    group = config.model.shift_attn
-    if group is not None and all(job.data.max_length <= group // 2 for job in config.jobs):
-        found[f"model.shift_attn: {group} has no effect: no document is longer than half of a group"] = None
-    if config.model.trust_remote_code and not code_is_allowed():
-        found["model.trust_remote_code has no effect without --allow-code: the model's own code stays off"] = None
-    if config.save_steps is None and _is_set(config, "save_total_limit"):
-        found["save_total_limit has no effect without save_steps"] = None
-    return list(found)
 
 
 def has_eval(job: JobConfig) -> bool:
@@ -64,11 +43,13 @@ def has_eval(job: JobConfig) -> bool:
     return bool(job.data.eval) or job.data.validation_split > 0
 
 
-def _place(config: RunConfig, index: int) -> str:
+def place_of(config: RunConfig, index: int) -> str:
+    """What stands before a job's settings in messages; nothing where it is the only job."""
     return f"jobs.{index}." if len(config.jobs) > 1 else ""
 
 
-def _is_set(settings: Settings, name: str) -> bool:
+def is_set(settings: Settings, name: str) -> bool:
+    """Whether somebody gave it a value other than its default."""
     default = type(settings).model_fields[name].get_default(call_default_factory=True)
     return name in settings.model_fields_set and getattr(settings, name) != default
 
@@ -135,11 +116,7 @@ def _run_conflicts(config: RunConfig) -> Iterator[str]:
         yield f"shard_size: base: {config.base} is not cut in parts; set base: sharded, or leave shard_size out"
     if config.resume and config.overwrite:
         yield "resume and overwrite: one goes on with the run in output_dir, the other deletes it; set only one"
-    if (
-        config.eval_steps is not None
-        and _is_set(config, "eval_steps")
-        and not any(has_eval(job) for job in config.jobs)
-    ):
+    if config.eval_steps is not None and is_set(config, "eval_steps") and not any(has_eval(job) for job in config.jobs):
         yield "eval_steps: there are no held-out rows; give data.eval or data.validation_split, or leave eval_steps out"
     if config.model.shift_attn is not None and config.model.attention == "padded":
         yield "model.shift_attn: only where attention is packed; set model.attention: auto, or leave shift_attn out"
@@ -323,44 +300,3 @@ def _rollout_conflicts(job: JobConfig, settings: RolloutSettings) -> Iterator[st
             f"objective: {job.objective.type} holds the model to the base as it was, which tuning: full changes; set "
             "the weight of its KL term to 0, or tuning: adapter"
         )
-
-
-def _unused_in_job(config: RunConfig, job: JobConfig) -> Iterator[str]:
-    if job.tuning != "freeze" and _is_set(job, "freeze"):
-        yield "freeze has no effect without tuning: freeze"
-    data, schedule = job.data, job.schedule
-    if job.max_steps is not None and _is_set(job, "num_train_epochs"):
-        yield "num_train_epochs has no effect, since max_steps is set"
-    if data.batch_tokens is not None and _is_set(data, "batch_size"):
-        yield "data.batch_size has no effect, since data.batch_tokens is set"
-    if data.eval and data.validation_split > 0:
-        yield "data.validation_split has no effect, since data.eval is set"
-    if data.mix == "concat" and any(_is_set(source, "weight") for source in (*data.train, *data.eval)):
-        yield "data: weights of datasets have no effect with mix: concat; set data.mix: interleave"
-    if job.eval_metric == "loss":
-        for name in ("eval_generate_samples", "eval_max_new_tokens"):
-            if _is_set(job, name):
-                yield f"{name} has no effect with eval_metric: loss"
-    for name, types in SCHEDULES_WITH.items():
-        if schedule.type not in types and _is_set(schedule, name):
-            yield f"schedule.{name} has no effect with type: {schedule.type}"
-    if job.max_steps is not None and schedule.warmup_steps >= job.max_steps:
-        yield f"schedule.warmup_steps: a warmup of {schedule.warmup_steps} outlasts the job's {job.max_steps} steps"
-    yield from _unused_in_adapter(job)
-
-
-def _unused_in_adapter(job: JobConfig) -> Iterator[str]:
-    adapter = job.adapter
-    names = [name for name in type(adapter).model_fields if name != "type" and _is_set(adapter, name)]
-    if job.trains_base and names:
-        yield f"adapter.{', adapter.'.join(names)} has no effect with tuning: {job.tuning}"
-        return
-    for name in adapter.unused:
-        if adapter.path is None and _is_set(adapter, name):
-            yield f"adapter.{name} has no effect with type: {adapter.type}"
-    if adapter.loraplus_lr_ratio is None and _is_set(adapter, "loraplus_lr_embedding"):
-        yield "adapter.loraplus_lr_embedding has no effect without adapter.loraplus_lr_ratio"
-    if adapter.path is not None:
-        of_folder = [name for name in names if name not in _NOT_OF_A_FOLDER]
-        if of_folder:
-            yield f"adapter.{', adapter.'.join(of_folder)} has no effect: the adapter in adapter.path decides"

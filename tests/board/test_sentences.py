@@ -13,6 +13,7 @@ import pytest
 import lowrank.board
 import lowrank.checkpoints.orders
 import lowrank.config.checks
+import lowrank.config.no_effect
 import lowrank.pipelines.orders
 from lowrank.board import form
 from lowrank.board.sentences import _NUMBERS, in_chinese, known
@@ -60,9 +61,11 @@ def test_answers_to_orders_are_in_chinese() -> None:
 
 
 def test_settings_that_cannot_be_combined_are_explained_in_chinese() -> None:
-    checks = Path(str(lowrank.config.checks.__file__))
-    names = re.findall(r"^def (\w*(?:conflicts|unused)\w*)", checks.read_text("utf-8"), re.MULTILINE)
-    found = returned(checks, *names)
+    found: set[str] = set()
+    for module in (lowrank.config.checks, lowrank.config.no_effect):
+        file = Path(str(module.__file__))
+        names = re.findall(r"^def (\w*(?:conflicts|unused)\w*)", file.read_text("utf-8"), re.MULTILINE)
+        found |= set(returned(file, *names))
     problems = {sentence.partition(": ")[2] if PLACE.match(sentence) else sentence for sentence in found}
     problems = {re.sub(r"^\{\d\}(?=\w)", "", problem) for problem in problems}  # of which job, where there are several
     assert unknown(problems) == set(), "add them to lowrank/board/translations/sentences.zh.json"
