@@ -20,6 +20,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.batches import Segment, number_the_step
 from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load as load_base
 from lowrank.models.storages.packed import PackedLinear
@@ -79,6 +80,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     storage = spec.get("storage", "dense")
     size, dtype = spec["micro_batch_tokens"], spec.get("dtype", "auto")
     engine, (slot,) = engine_of(work.model, spec["device"], [0], spec["rank"], size, storage, dtype)
+    set_activation_checkpointing(engine.base.model, spec.get("activation_checkpointing", "none"))
     after_load = peak_memory()
     steps = []
     for numbers in spec["steps"]:
@@ -109,7 +111,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "adapter": LoraConfig(rank=spec["rank"]).model_dump(mode="json"),
         "optimizer": AdamWConfig(learning_rate=spec["learning_rate"]).model_dump(mode="json"),
     }
-    config["storage"] = storage
+    config |= {"storage": storage, "activation_checkpointing": spec.get("activation_checkpointing", "none")}
     return {"steps": steps, "peak_memory_bytes": peak, "after_load_bytes": after_load, "config": config}
 
 

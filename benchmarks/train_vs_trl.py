@@ -66,6 +66,8 @@ def contenders(work: workload.Workload, options: argparse.Namespace) -> dict[str
         "trl_packed": {**trl, "steps": packed, "packed": True, "arguments": trl_packed},
         "lowrank_same_rows": {**ours, "steps": batched},
         "trl_default": {**trl, "steps": batched, "packed": False, "arguments": size},
+        "lowrank_recomputed": {**ours, "steps": packed, "activation_checkpointing": "full"},
+        "lowrank_same_rows_recomputed": {**ours, "steps": batched, "activation_checkpointing": "full"},
         "lowrank_plain_heap": {**ours, "steps": packed, "keep_freed_memory": False},
     }
     if options.dtype == "float32":
@@ -138,6 +140,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     """What the issue of this benchmark is, each with its name."""
     made = {}
     pairs = [("lowrank", "trl_packed"), ("lowrank", "trl_default"), ("lowrank_same_rows", "trl_default")]
+    pairs += [("lowrank_recomputed", "trl_packed"), ("lowrank_same_rows_recomputed", "trl_default")]
     pairs += [("lowrank", "lowrank_plain_heap"), ("lowrank", "unsloth")]
     pairs += [("lowrank_bf16_storage", "lowrank"), ("lowrank_bf16_storage", "trl_packed")]
     for ours, theirs in pairs:
@@ -248,7 +251,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everyone = ["lowrank", "trl_packed", "lowrank_same_rows", "trl_default", "lowrank_plain_heap"]
-    everyone += ["lowrank_bf16_storage", "unsloth"]
+    everyone += ["lowrank_recomputed", "lowrank_same_rows_recomputed", "lowrank_bf16_storage", "unsloth"]
     parser.add_argument("--data", type=Path, help="an alpaca json file; without it rows are synthesised")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each contender")
