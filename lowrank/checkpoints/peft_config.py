@@ -20,6 +20,7 @@ from lowrank.adapters.targets import by_pattern, fused_parameters, holds_layers,
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.checkpoints.peft_description import distinguishing_fields, whole
 from lowrank.errors import ModelError
+from lowrank.media.processor import PROCESSOR_FILES
 from lowrank.models.layers import Parts
 from lowrank.models.loading.model_class import is_composite, model_class
 
@@ -66,9 +67,14 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
     experts = tuple(fused_parameters(model))
     outside, sees = frozenset[str](), False
     if config is not None and is_composite(config):
-        parts, sees = Parts(model), getattr(config, "vision_config", None) is not None
+        parts, sees = Parts(model), getattr(config, "vision_config", None) is not None and _has_processor(name)
         outside = frozenset(filter(parts.is_outside, names))
     return BaseDescription(name, revision, tuple(names), frozenset(transposed), experts, auto_class, outside, sees)
+
+
+def _has_processor(base: str) -> bool:
+    """Whether a model of this name comes with the files of its processor; of the hub's it is taken for granted."""
+    return not os.path.isdir(base) or any(os.path.exists(os.path.join(base, file)) for file in PROCESSOR_FILES)
 
 
 def left_out_by_vllm(base: BaseDescription, targets: Collection[str]) -> str | None:

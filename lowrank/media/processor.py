@@ -36,7 +36,8 @@ _TOWERS = {"image": "vision_config", "video": "vision_config", "audio": "audio_c
 """Where a model's configuration describes what perceives a kind of medium."""
 _TOKENS = {"video": ("video_token_id", "video_token_index")}
 """And what it names where not every such model takes this kind."""
-_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""One of them says how media are made ready."""
 _CALLED = {"image": "images", "video": "videos", "audio": "audio"}
 """What processors call the media of a kind."""
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
@@ -64,7 +65,7 @@ class MediaProcessor:
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of media that the model has towers for, with files that say how to make them ready."""
-        if not any(self._file(name) for name in _FILES):
+        if not any(self._file(name) for name in PROCESSOR_FILES):
             return ()
         found = [kind for kind, part in _TOWERS.items() if self._config.get(part) is not None]
         named = {kind for kind, names in _TOKENS.items() if any(self._config.get(name) is not None for name in names)}

@@ -122,7 +122,10 @@ def _served_by_peft(folder: Path, family: str, dtype: torch.dtype) -> Any:
 
 
 def test_the_card_names_the_class_that_loads_it(tmp_path: Path) -> None:
-    base = loaded(save_composite_folder(tmp_path / "model", "llava"), "float32")
+    """And asks about no picture where the base comes without the files of its processor."""
+    folder = save_composite_folder(tmp_path / "model", "llava")
+    (folder / "preprocessor_config.json").unlink()
+    base = loaded(folder, "float32")
     engine, (slot,) = make_engine(base, LoraConfig(rank=2))
     card = (save(engine.bank, slot, tmp_path / "adapter") / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0]
@@ -131,6 +134,7 @@ def test_the_card_names_the_class_that_loads_it(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         exec(code, made)
+    assert "AutoProcessor" not in code
     assert type(made["base"]) is transformers.LlavaForConditionalGeneration
     assert made["model"].peft_config["default"].r == 2
 
