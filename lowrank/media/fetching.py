@@ -12,7 +12,10 @@ import ipaddress
 import os
 import secrets
 import socket
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -57,7 +60,8 @@ def _read(url: str, most: int) -> bytes:
     until = time.monotonic() + _SECONDS
     try:
         context = httpx.create_ssl_context()  # SSL_CERT_FILE's authorities, where it is set
-        with httpx.Client(verify=context, trust_env=False, follow_redirects=False, timeout=_PATIENCE) as client:
+        client = httpx.Client(verify=context, trust_env=False, follow_redirects=False, timeout=_PATIENCE)
+        with client, _closed_after(client, _SECONDS):  # headers may drip, each byte within our patience
             for _ in range(_MOST_REDIRECTS + 1):
                 place = httpx.URL(url)
                 with client.stream("GET", **_pinned(place)) as response:
@@ -66,10 +70,24 @@ def _read(url: str, most: int) -> bytes:
                         continue
                     if response.status_code != 200:
                         raise _Refused(f"{place.host} answers {response.status_code}")
-                    return _content(response, most, until)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
+                    return _content(response, most)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError, RuntimeError) as error:
+        if time.monotonic() >= until:
+            raise _Refused(f"it was not there after {_SECONDS:.0f} seconds") from error
         raise _Refused(" ".join(str(error).split())[:200] or type(error).__name__) from error
     raise _Refused(f"more than {_MOST_REDIRECTS} redirects")
+
+
+@contextmanager
+def _closed_after(client: Any, seconds: float) -> Generator[None]:
+    """The client is closed while it is used, should the block take so long; what it reads then fails."""
+    timer = threading.Timer(seconds, client.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _pinned(place: Any) -> dict[str, Any]:
@@ -104,12 +122,10 @@ def _is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def _content(response: Any, most: int, until: float) -> bytes:
+def _content(response: Any, most: int) -> bytes:
     data = bytearray()
     for part in response.iter_raw():
         data += part
         if len(data) > most:
             raise _Refused(f"it has more than {most // 2**20} MB")
-        if time.monotonic() > until:
-            raise _Refused(f"it was not there after {_SECONDS:.0f} seconds")
     return bytes(data)

@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,6 +49,12 @@ class Site(BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 while True:
                     self.wfile.write(bytes(10_000))
+        elif self.path in ("/drips", "/drips-headers"):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if self.path == "/drips" else b"X: "))
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
         elif self.path == "/cat.png":
             self.send_response(200)
             self.end_headers()
@@ -111,6 +118,15 @@ def test_what_is_not_fetched(path: str, problem: str, site: str) -> None:
     with pytest.raises(BadPicture, match="a picture cannot be fetched") as caught:
         fetching.fetched(site + path, "it", MOST, BadPicture)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/drips", "/drips-headers"])
+def test_what_never_ends_has_its_time(path: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(BadPicture, match="it was not there after"):
+        fetching.fetched(site + path, "it", MOST, BadPicture)
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "hf", "gopher"])
