@@ -132,9 +132,8 @@ class Engine(ScoringEngine):
         whole = self.micro_batches(counted)  # on the host, where counting waits for nobody
         totals, of_step = self._totals(work, whole), TokensOfStep.of(whole)
         gradients = self.lanes.gradients([each for slot in work for each in self.jobs[slot].parameters.values()])
-        shares_of_lanes, lanes = [], self.lanes.passes(counted, whole, self.micro_batches)
-        self.passes.expect([batch for own in lanes for batch in own.batches], following)
-        for batches, idle in lanes:
+        shares_of_lanes = []
+        for batches, idle in self._expected(counted, whole, self.micro_batches, following):
             shares_of_lanes.append(self._lane(batches, totals, of_step, layerwise))
             self.passes.idle(idle, train=True)
             gradients.take()

@@ -19,7 +19,7 @@ from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.objectives import Metrics, ObservesMismatched, needs, share_of_loss, totals_of
 from lowrank.train.batch_scores import BatchScores
-from lowrank.train.lanes import Lanes, OneLane, Split
+from lowrank.train.lanes import LanePasses, Lanes, OneLane, Split
 from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units
 from lowrank.train.numbers_of_step import add_shares, add_totals, read_together
 from lowrank.train.out_of_memory import explain_out_of_memory, give_back_unused, is_out_of_memory
@@ -120,9 +120,8 @@ class ScoringEngine:
         counted = segments_with_loss(numbered)
         whole = self.micro_batches(counted)
         totals = self._totals(numbered, whole)
-        found, lanes = [], self.lanes.passes(counted, whole, self.micro_batches)
-        self.passes.expect([batch for own in lanes for batch in own.batches])
-        for batches, idle in lanes:
+        found = []
+        for batches, idle in self._expected(counted, whole, self.micro_batches):
             found.append(self._evaluate_lane(batches, totals, by_row))
             self.passes.idle(idle)
         rows = self.lanes.rows(counted, [of_rows for _, of_rows in found]) if by_row else {}
@@ -159,12 +158,18 @@ class ScoringEngine:
     ) -> list[np.ndarray]:
         """What `of_lane` gives for the segments of each lane, of all of them. `head`: see `Passes.idle`."""
         work, found = {slot: segments}, []
-        lanes = self.lanes.passes(work, None, split)
-        self.passes.expect([batch for own in lanes for batch in own.batches])
-        for batches, idle in lanes:
+        for batches, idle in self._expected(work, None, split):
             found.append(of_lane(batches))
             self.passes.idle(idle, head=head)
         return self.lanes.arrays(work, found)
+
+    def _expected(
+        self, work: StepSegments, whole: list[Batch] | None, split: Split, following: Sequence[Segment] | None = None
+    ) -> list[LanePasses]:
+        """The passes of each lane of this rank, whose media threads make ready. `following`: see `Passes.expect`."""
+        lanes = self.lanes.passes(work, whole, split)
+        self.passes.expect([batch for own in lanes for batch in own.batches], following)
+        return lanes
 
     def _totals(self, work: StepSegments, batches: Sequence[Batch]) -> dict[int, Totals]:
         """What the losses of a step divide by: counted, and for objectives that ask for it, observed."""
@@ -179,9 +184,8 @@ class ScoringEngine:
             for slot in work
         }
         if any(observed.values()):
-            found, lanes = [], self.lanes.passes(observed, None, self.micro_batches)
-            self.passes.expect([batch for own in lanes for batch in own.batches])
-            for batches, idle in lanes:
+            found = []
+            for batches, idle in self._expected(observed, None, self.micro_batches):
                 found.append(self._observe(batches))
                 self.passes.idle(idle)
             for slot, own in self.lanes.metrics(found).items():
