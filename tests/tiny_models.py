@@ -137,6 +137,14 @@ def make_engine(base: Base, *configs: Any, micro_batch_tokens: int = 4096, **set
     return engine, slots
 
 
+def pretend_learned(engine: Engine, slot: int, *, seed: int, std: float = 0.1) -> None:
+    """Draw the B of a slot's LoRA, which begins at 0, so that its adapter changes something."""
+    for name, parameter in engine.bank.parameters(slot).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(seed))
+    engine.bank.refresh(slot)
+
+
 def random_step(seed: int, lengths: Sequence[int], vocabulary: int = VOCABULARY) -> list[Segment]:
     """One optimizer step of random segments; about 60 % of the tokens carry weight."""
     generator = np.random.default_rng(seed)

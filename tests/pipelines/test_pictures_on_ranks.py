@@ -24,7 +24,7 @@ from tests.media_rows import segments_in
 from tests.picture_rows import write_picture_rows
 from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import weights
-from tests.tiny_models import make_engine
+from tests.tiny_models import make_engine, pretend_learned
 from tests.tiny_vision_models import save_vision_folder
 
 
@@ -75,10 +75,7 @@ def test_a_packed_base_learns_what_its_weights_say(storage: str, towers: bool, w
         assert processor is not None
         give_media_encoder(base, processor, "auto")
         engine, (slot,) = make_engine(base, LoraConfig(rank=2, freeze_vision_tower=False), micro_batch_tokens=400)
-        for name, parameter in engine.bank.parameters(slot).items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-        engine.bank.refresh(slot)
+        pretend_learned(engine, slot, seed=1)
         return base, engine, slot, segments_in(tokenizer, world / "mllm.json")
 
     packed, engine, slot, segments = engine_on(storage={"type": storage, "towers": towers})

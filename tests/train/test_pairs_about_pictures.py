@@ -22,7 +22,7 @@ from lowrank.train.reference import References
 from tests.media_oracle import alone_loss
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
-from tests.tiny_models import make_engine
+from tests.tiny_models import make_engine, pretend_learned
 from tests.tiny_vision_models import make_vision_model
 from tests.train.test_pictures import vision_base
 
@@ -89,10 +89,7 @@ def test_pairs_are_learned_from_as_trl_and_peft_do(
     parts: Any = {"freeze_vision_tower": not everywhere, "freeze_multi_modal_projector": not everywhere}
     slot = engine.bank.add(LoraConfig(rank=2, **parts), seed=0)
     engine.add(slot, DPOConfig(beta=BETA).build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
-    for name, parameter in engine.bank.parameters(slot).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    engine.bank.refresh(slot)
+    pretend_learned(engine, slot, seed=1)
     references = References(engine, None)
     references.prepare(step)
     forwarded = engine.forward_backward({slot: references.attach(step)})

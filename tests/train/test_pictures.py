@@ -32,7 +32,7 @@ from tests.media_oracle import alone_loss
 from tests.media_rows import segments_in, write_conversations
 from tests.peft_oracle import peft_twin, types_of
 from tests.picture_rows import real_or_made
-from tests.tiny_models import make_engine
+from tests.tiny_models import make_engine, pretend_learned
 from tests.tiny_vision_models import (
     VISION_MODELS,
     VOCABULARY,
@@ -107,10 +107,7 @@ def assert_as_peft(base: Any, segments: list[Segment], make: Callable[[], Any]) 
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=4, alpha=8), micro_batch_tokens=700)
     work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[-1], segments[5], segments[2]]}
     for slot in slots:
-        for name, parameter in engine.bank.parameters(slot).items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(slot))
-        engine.bank.refresh(slot)
+        pretend_learned(engine, slot, seed=slot)
     forwarded = engine.forward_backward(work)
     language, _ = language_model(base.model)
     for slot, rank, alpha in zip(slots, (2, 4), (4, 8)):
@@ -214,10 +211,7 @@ def test_each_job_has_its_own_tower(family: str, tmp_path: Path, rows: Path) -> 
     assert reached == [{"language_model"} | beside, beside]
     work = {slots[0]: [segments[1], segments[4]], slots[1]: [segments[0], segments[-1], segments[5]]}
     for slot in slots:
-        for name, parameter in engine.bank.parameters(slot).items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(slot))
-        engine.bank.refresh(slot)
+        pretend_learned(engine, slot, seed=slot)
     forwarded = engine.forward_backward(work)
     for slot, rank, alpha in zip(slots, (2, 4), (4, 8)):
         ours = engine.bank.parameters(slot)
@@ -249,10 +243,7 @@ def test_a_tower_is_computed_again_to_the_same_bits(family: str, tmp_path: Path,
     everywhere = LoraConfig(rank=2, dropout=0.5, freeze_vision_tower=False, freeze_multi_modal_projector=False)
     engine, slots = make_engine(base, everywhere, everywhere)
     for slot in slots:
-        for name, parameter in engine.bank.parameters(slot).items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(slot))
-        engine.bank.refresh(slot)
+        pretend_learned(engine, slot, seed=slot)
     segments, seen = segments_of(rows, tokenizer), {}
     for policy in ("none", "full", "selective", "sqrt", 1):
         set_activation_checkpointing(base.model, policy)
@@ -283,10 +274,7 @@ def test_a_job_without_pictures_leaves_its_tower_as_it_is(tmp_path: Path, rows: 
 def test_dropout_in_the_tower_does_not_depend_on_how_a_step_is_cut(tmp_path: Path, rows: Path) -> None:
     base, tokenizer, _ = vision_base(tmp_path, "qwen3_vl")
     engine, (slot,) = make_engine(base, LoraConfig(rank=2, dropout=0.5, freeze_vision_tower=False))
-    for name, parameter in engine.bank.parameters(slot).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
-    engine.bank.refresh(slot)
+    pretend_learned(engine, slot, seed=1, std=0.3)
     segments = segments_of(rows, tokenizer)[:3]
     whole = engine.forward_backward({slot: segments})[slot].loss
     before = {name: each.grad.clone() for name, each in engine.bank.parameters(slot).items() if each.grad is not None}
@@ -357,10 +345,7 @@ def test_rated_answers_about_pictures(tmp_path: Path, rows: Path) -> None:
     engine, _ = make_engine(base)
     slot = engine.bank.add(LoraConfig(rank=2), seed=0)
     engine.add(slot, KTOConfig(beta=0.5).build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
-    for name, parameter in engine.bank.parameters(slot).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    engine.bank.refresh(slot)
+    pretend_learned(engine, slot, seed=1)
     references = References(engine, None)
     references.prepare(step)
     forwarded = engine.forward_backward({slot: references.attach(step)})

@@ -28,7 +28,7 @@ from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.sound_rows import write_sound_rows
 from tests.tiny_audio_models import AUDIO_MODELS, RATE, make_audio_model, save_audio_folder
-from tests.tiny_models import make_engine
+from tests.tiny_models import make_engine, pretend_learned
 
 FLOAT32_INSIDE = {"gemma4"}
 TOLERANCE = {"gemma4": 2e-5}
@@ -51,10 +51,7 @@ def text_of(segment: Segment) -> Segment:
 def drawn(engine: Any, slots: list[int], std: float = 0.1) -> None:
     """Adapters that do something."""
     for slot in slots:
-        for name, parameter in engine.bank.parameters(slot).items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(slot))
-        engine.bank.refresh(slot)
+        pretend_learned(engine, slot, seed=slot, std=std)
 
 
 def compare_with_peft(family: str, base: Any, engine: Any, work: dict[int, list[Segment]], ranks: list[int]) -> None:

@@ -15,7 +15,7 @@ from tests.media_oracle import alone_loss
 from tests.media_rows import packed_base, segments_in
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
-from tests.tiny_models import make_engine
+from tests.tiny_models import make_engine, pretend_learned
 from tests.tiny_video_models import WATCHING, make_watching, save_watching_folder
 from tests.video_rows import write_video_rows
 
@@ -33,10 +33,7 @@ def watching(path: Path, family: str, *kinds: str) -> Any:
 def compare_with_peft(family: str, base: Any, work: Any) -> None:
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=2), micro_batch_tokens=400)
     for slot in slots:
-        for name, parameter in engine.bank.parameters(slot).items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(slot))
-        engine.bank.refresh(slot)
+        pretend_learned(engine, slot, seed=slot)
     forwarded = engine.forward_backward(dict(zip(slots, work)))
     for slot, segments in zip(slots, work):
         ours = engine.bank.parameters(slot)
