@@ -151,15 +151,24 @@ def _prediction(folder: Path) -> dict[str, Any]:
                 rows.append(json.loads(line))
     except (OSError, ValueError):
         pass
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("predictions"), dict)]
+    rows = [row for row in rows if _is_prediction(row)]
     rows.sort(key=lambda row: len({str(text) for text in row["predictions"].values()}) == 1)
     shown, thumbnails = rows[:_ROWS], read_thumbnails(folder)
     for row in shown:
         for message in row.get("prompt") or ():
-            message["thumbnails"] = [
-                (str(name), thumbnails.get(str(name))) for name in message.get("images") or ()
-            ]  # a name alone where the picture had gone
+            names = message.get("images")
+            message["thumbnails"] = [  # a name alone where the picture had gone
+                (str(name), thumbnails.get(str(name))) for name in (names if isinstance(names, list) else ())
+            ]
     return {"name": folder.name, "rows": content.get("rows"), "metrics": metrics, "names": names, "shown": shown}
+
+
+def _is_prediction(row: Any) -> bool:
+    """Whether a line is one that `lowrank predict` writes: run folders come from anywhere."""
+    if not isinstance(row, dict) or not isinstance(row.get("predictions"), dict):
+        return False
+    prompt = row.get("prompt") or []
+    return isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
