@@ -112,8 +112,9 @@ def test_lines_that_are_no_predictions_leave_the_page_whole(tmp_path: Path) -> N
     message = {"role": "user", "content": "?"}
     prompts: list[Any] = [3, ["no turn"], [{**message, "images": 3}], [{**message, "images": ["gone.png"]}], None]
     lines = [{"prompt": prompt, "label": "", "predictions": {"base": "a"}} for prompt in prompts]
-    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"metrics": {"base": {"exact_match": {"value": 1.0, "interval": null}}}}')
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, 7, {}]))
-    shown = measure._prediction(tmp_path)["shown"]  # pyright: ignore[reportPrivateUsage]
-    found = [[message["thumbnails"] for message in row["prompt"] or ()] for row in shown]
+    drawn = measure._prediction(tmp_path)  # pyright: ignore[reportPrivateUsage]
+    found = [[message["thumbnails"] for message in row["prompt"] or ()] for row in drawn["shown"]]
     assert found == [[[]], [[("gone.png", None)]], []]
+    assert drawn["names"] == ["exact_match"]  # the table's columns, whatever the rows say

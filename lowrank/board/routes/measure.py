@@ -156,9 +156,10 @@ def _prediction(folder: Path) -> dict[str, Any]:
     shown, thumbnails = rows[:_ROWS], read_thumbnails(folder)
     for row in shown:
         for message in row.get("prompt") or ():
-            names = message.get("images")
+            pictures = message.get("images")
             message["thumbnails"] = [  # a name alone where the picture had gone
-                (str(name), thumbnails.get(str(name))) for name in (names if isinstance(names, list) else ())
+                (str(picture), thumbnails.get(str(picture)))
+                for picture in (pictures if isinstance(pictures, list) else ())
             ]
     return {"name": folder.name, "rows": content.get("rows"), "metrics": metrics, "names": names, "shown": shown}
 
