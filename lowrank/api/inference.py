@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, cast, overload
 
 from lowrank.api.keywords import known_keywords
-from lowrank.compat.llamafactory_commands import answering_file
+from lowrank.compat.llamafactory.commands import answering_file
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.media import open_parts
 from lowrank.data.formats.turns import prompt, read_tools, read_turns

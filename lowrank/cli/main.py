@@ -265,7 +265,7 @@ def _as_ours(arguments: list[str]) -> list[list[str]]:
     if not arguments or (arguments[0] in _commands() and not flags and not files) or arguments[0].startswith("-"):
         return [arguments]
     from lowrank.cli.warn import warn
-    from lowrank.compat.llamafactory_commands import translate
+    from lowrank.compat.llamafactory.commands import translate
 
     translated = translate(arguments)
     warn(translated.notes)

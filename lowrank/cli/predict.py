@@ -115,7 +115,7 @@ def _sources(
     fetch_media: bool,
 ) -> tuple[SourceConfig, ...]:
     """A file, or names in a `dataset_info.json`."""
-    from lowrank.compat.dataset_info import named_sources
+    from lowrank.compat.llamafactory.dataset_info import named_sources
     from lowrank.data.config import SourceConfig
 
     if dataset_dir is None:

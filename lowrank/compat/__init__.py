@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.compat.llamafactory import convert, is_llamafactory
-from lowrank.compat.llamafactory_flags import MARK
-from lowrank.compat.llamafactory_others import known
-from lowrank.compat.llamafactory_v1 import as_v0, is_v1
+from lowrank.compat.llamafactory.convert import convert, is_llamafactory
+from lowrank.compat.llamafactory.flags import MARK
+from lowrank.compat.llamafactory.other_keys import known
+from lowrank.compat.llamafactory.v1 import as_v0, is_v1
 from lowrank.config import RunConfig, override, read_file, unused, validate_settings
 from lowrank.errors import ConfigError
 from lowrank.third_party import code_allowed

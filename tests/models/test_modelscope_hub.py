@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.compat.dataset_info import sources
+from lowrank.compat.llamafactory.dataset_info import sources
 from lowrank.errors import ModelError
 from lowrank.models import modelscope_hub
 from lowrank.models.packaged import TINY, locate

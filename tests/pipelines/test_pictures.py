@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import lowrank
 from lowrank.cli.chat_repl import ChatRepl
 from lowrank.cli.main import main
-from lowrank.compat.dataset_info import named_sources
+from lowrank.compat.llamafactory.dataset_info import named_sources
 from lowrank.config import RunConfig
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compat.llamafactory_files import INFO
+from tests.compat.llamafactory.files import INFO
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.compat.llamafactory import convert
-from lowrank.compat.llamafactory_keys import Keys
-from lowrank.compat.llamafactory_sharding import sharding
+from lowrank.compat.llamafactory.convert import convert
+from lowrank.compat.llamafactory.keys import Keys
+from lowrank.compat.llamafactory.sharding import sharding
 
 TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
-EXAMPLES: dict[str, Any] = json.loads((Path(__file__).parent / "llamafactory_examples.json").read_text())
+EXAMPLES: dict[str, Any] = json.loads((Path(__file__).parent / "examples.json").read_text())
 
 
 @pytest.fixture(autouse=True)

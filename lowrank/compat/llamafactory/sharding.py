@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowrank.compat.dataset_info import places_of
-from lowrank.compat.llamafactory_devices import devices_of
-from lowrank.compat.llamafactory_keys import Keys
+from lowrank.compat.llamafactory.dataset_info import places_of
+from lowrank.compat.llamafactory.devices import devices_of
+from lowrank.compat.llamafactory.keys import Keys
 from lowrank.foreign_files import find_json
 
 _CUTS = ("full_shard", "hybrid_shard", "1", "4")

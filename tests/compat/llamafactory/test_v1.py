@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from lowrank.compat import load_any
-from lowrank.compat.llamafactory_commands import translate
-from lowrank.compat.llamafactory_v1 import as_v0
+from lowrank.compat.llamafactory.commands import translate
+from lowrank.compat.llamafactory.v1 import as_v0
 from lowrank.errors import ConfigError
 
 LORA = """

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lowrank.compat.llamafactory_keys import Keys
+from lowrank.compat.llamafactory.keys import Keys
 from lowrank.errors import did_you_mean
 from lowrank.foreign_files import find_json
 from lowrank.media.limits import MediaLimits
@@ -43,7 +43,6 @@ METHODS = {
 """Keys that choose an optimizer; one at most."""
 LOSSES = {"use_dft_loss": "dft", "use_asft_loss": "asft", "use_eaft_loss": "eaft"}
 """Keys that choose another loss of stage sft; one at most."""
-HQQ_BITS = (8, 6, 5, 4, 3, 2, 1)
 SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
@@ -61,63 +60,6 @@ STAGES = {"sft": "sft", "pt": "pretrain", "dpo": "dpo", "kto": "kto", "rm": "rew
 """`stage` -> `objective.type`; for dpo, `pref_loss` may name another."""
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 FROZEN_PARTS = ("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
-OF_LORA = ("adapter_name_or_path", *VARIANTS, "loraplus_lr_ratio")
-
-
-def contradictions(keys: Keys) -> list[str]:
-    """Keys about the method that cannot be honored together, or at all."""
-    found = []
-    kinds = ("lora", "oft", "freeze", "full")
-    if keys.finetuning_type not in kinds:
-        found.append(f"finetuning_type: {keys.finetuning_type!r} is not there; choose {', '.join(kinds)}")
-    if keys.finetuning_type in ("freeze", "full"):
-        found += [f"{key}: only for finetuning_type: lora; remove it" for key in OF_LORA if getattr(keys, key)]
-        found += [
-            f"{key}: with finetuning_type: {keys.finetuning_type} the language model alone is trained; remove it, or "
-            "set finetuning_type: lora"
-            for key in FROZEN_PARTS
-            if getattr(keys, key) != Keys.model_fields[key].default
-        ]
-    for family in (VARIANTS, METHODS):
-        chosen = [key for key in family if getattr(keys, key)]
-        if len(chosen) > 1 and chosen != ["use_dora", "use_rslora"]:
-            found.append(f"{' and '.join(chosen)}: set only one")
-    losses = [key for key in LOSSES if getattr(keys, key)]
-    losses += ["label_smoothing_factor"] if keys.label_smoothing_factor else []
-    if len(losses) > 1:
-        found.append(f"{' and '.join(losses)}: set only one")
-    wrong = [key for key in losses if keys.stage != "sft" and not (keys.stage == "pt" and key not in LOSSES)]
-    found += [f"{key}: not with stage: {keys.stage}; remove it" for key in wrong]
-    of_dpo = keys.stage == "dpo" and keys.pref_loss not in ("orpo", "simpo")
-    found += [
-        f"{key}: only for stage: dpo with a reference (not orpo, simpo); remove it"
-        for key in ("pref_bco_weight", "ld_alpha")
-        if getattr(keys, key) and not of_dpo
-    ]
-    found += [
-        f"{key}: stage {keys.stage} compares with no other model; remove it"
-        for key in ("ref_model", "ref_model_adapters")
-        if getattr(keys, key) and not of_dpo and keys.stage != "kto"
-    ]
-    if keys.ref_model_adapters and "," in keys.ref_model_adapters:
-        found.append("ref_model_adapters: give one adapter; `lowrank export` merges several")
-    if keys.train_from_scratch and keys.finetuning_type != "full":
-        found.append("train_from_scratch: random weights are nothing to put an adapter on; set finetuning_type: full")
-    if keys.create_new_adapter and keys.adapter_name_or_path:
-        found.append(
-            "create_new_adapter: the given adapter is merged into the base first, as `lowrank train FILE` does; else "
-            f"`lowrank export {keys.adapter_name_or_path[0]} --base {keys.model_name_or_path} --to merged`, and name "
-            "what it writes as model_name_or_path"
-        )
-    if keys.use_llama_pro and keys.finetuning_type != "freeze":
-        found.append("use_llama_pro: only for finetuning_type: freeze, on a model that `lowrank expand` wrote")
-    bits, kind = keys.quantization_bit, keys.quantization_method
-    allowed = {"bnb": (4, 8), "hqq": HQQ_BITS, "eetq": (8,)}.get(kind)
-    if bits is not None and allowed is None:
-        found.append(f"quantization_method: {kind!r} is not there; choose bnb, hqq or eetq")
-    elif bits is not None and allowed is not None and bits not in allowed:
-        found.append(f"quantization_bit: {kind} has {', '.join(map(str, sorted(allowed)))} bits, not {bits}")
-    return found
 
 
 def model(keys: Keys, problems: list[str], warnings: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lowrank.data.prepare import examine
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.records import Preference, Rated
-from tests.compat.llamafactory_files import MINIMAL, problems, read
+from tests.compat.llamafactory.files import MINIMAL, problems, read
 
 
 @pytest.mark.parametrize("dataset", ["identty", "pairs"])

@@ -1,12 +1,16 @@
-"""The keys that LLaMA-Factory reads when nothing is trained, for llamafactory_commands.py."""
+"""The keys that LLaMA-Factory reads when nothing is trained, and how a file's are read."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from lowrank.compat.llamafactory_keys import Listed
+from lowrank.compat.llamafactory.keys import Listed
+from lowrank.compat.llamafactory.other_keys import known
+from lowrank.errors import did_you_mean
+from lowrank.setting_problems import error_lines
 from lowrank.settings import NonNegative, Positive, Settings
 
 
@@ -105,3 +109,19 @@ class UseKeys(Settings):
     """`--output`"""
     batch_size: Positive = 4
     """no effect: batches follow from memory"""
+
+
+def read_use_keys(settings: Mapping[str, Any]) -> tuple[UseKeys, list[str]]:
+    """The keys that count, and what is wrong with any."""
+    names = known()
+    problems = [f"{key}: unknown key{did_you_mean(key, names)}" for key in settings if key not in names]
+    given = {key: value for key, value in settings.items() if key in UseKeys.model_fields and value is not None}
+    try:
+        return UseKeys.model_validate(given), problems
+    except ValidationError as error:
+        wrong = {entry["loc"][0] for entry in error.errors()}
+        kept = {key: value for key, value in given.items() if key not in wrong}
+        return UseKeys.model_validate({"model_name_or_path": "-"} | kept), [
+            *problems,
+            *error_lines(error, settings, UseKeys),
+        ]

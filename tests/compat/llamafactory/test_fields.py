@@ -1,6 +1,6 @@
 """Each argument of LLaMA-Factory's own is honored, warned about or refused; what an honored key calls for is heard.
 
-`llamafactory_fields.json` has the fields of its argument classes by module (0.9.6, August 2026).
+`fields.json` has the fields of its argument classes by module (0.9.6, August 2026).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import pytest
 
 from lowrank.batches import Segment
 from lowrank.compat import load_any
-from lowrank.compat.llamafactory_commands import translate
-from lowrank.compat.llamafactory_others import known
+from lowrank.compat.llamafactory.commands import translate
+from lowrank.compat.llamafactory.other_keys import known
 from lowrank.data.tokenized import write_tokenized
 from lowrank.errors import ConfigError
-from tests.compat.llamafactory_files import INFO, MINIMAL
+from tests.compat.llamafactory.files import INFO, MINIMAL
 
-FIELDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("llamafactory_fields.json").read_text("utf-8"))
+FIELDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("fields.json").read_text("utf-8"))
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lowrank.compat.llamafactory_others import known
-from tests.compat.llamafactory_files import MINIMAL, problems, read, settings
+from lowrank.compat.llamafactory.other_keys import known
+from tests.compat.llamafactory.files import MINIMAL, problems, read, settings
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import lowrank.data.templates
-from lowrank.compat.llamafactory_templates import TEMPLATES, choose
+from lowrank.compat.llamafactory.templates import TEMPLATES, choose
 from lowrank.data.templates import slots, source_of
 from lowrank.errors import ConfigError
 

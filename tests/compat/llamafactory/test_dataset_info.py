@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from lowrank.compat.dataset_info import read_info, remote_info, sources
+from lowrank.compat.llamafactory.dataset_info import read_info, remote_info, sources
 
 FOLDER = Path("data")
 

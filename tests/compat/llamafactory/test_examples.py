@@ -1,6 +1,6 @@
 """Every file of LLaMA-Factory's examples/ folder does what the table in docs/llamafactory.md says of it.
 
-`llamafactory_examples.json` has the settings in each. Read: all of them. Run, with the paths of this machine, one step
+`examples.json` has the settings in each. Read: all of them. Run, with the paths of this machine, one step
 and the tiny base: those that run.
 """
 
@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from lowrank.cli.expand import expand_model
 from lowrank.cli.main import main
 from lowrank.compat import load_any
-from lowrank.compat.llamafactory_commands import translate
-from lowrank.compat.llamafactory_flags import split_flags
-from lowrank.compat.llamafactory_others import known
-from lowrank.compat.page import EXAMPLES
+from lowrank.compat.llamafactory.commands import translate
+from lowrank.compat.llamafactory.flags import split_flags
+from lowrank.compat.llamafactory.other_keys import known
+from lowrank.compat.llamafactory.page import EXAMPLES
 from lowrank.errors import ConfigError
 from lowrank.export.merge.resize_vocabulary import add_tokens
 from lowrank.models.config import ModelConfig
@@ -31,7 +31,7 @@ from tests.picture_rows import write_picture_rows
 from tests.tiny_vision_models import save_vision_folder
 
 HERE = Path(__file__).parent
-SETTINGS: dict[str, Any] = json.loads((HERE / "llamafactory_examples.json").read_text("utf-8"))
+SETTINGS: dict[str, Any] = json.loads((HERE / "examples.json").read_text("utf-8"))
 TABLE: dict[str, tuple[str, str]] = json.loads(EXAMPLES.read_text("utf-8"))
 RUNNING = [path for path, (state, _) in TABLE.items() if state not in ("none", "refused")]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]

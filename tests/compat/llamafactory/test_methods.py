@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lowrank.compat.llamafactory import Keys
-from lowrank.compat.llamafactory_method import SCHEDULES
-from tests.compat.llamafactory_files import MINIMAL, read
+from lowrank.compat.llamafactory.keys import Keys
+from lowrank.compat.llamafactory.method import SCHEDULES
+from tests.compat.llamafactory.files import MINIMAL, read
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""docs/llamafactory.md, written from the tables of keys: `python -m lowrank.compat.page > docs/llamafactory.md`."""
+"""docs/llamafactory.md, written from the tables of keys.
+
+python -m lowrank.compat.llamafactory.page > docs/llamafactory.md
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank.compat.llamafactory_keys import Keys
-from lowrank.compat.llamafactory_method import OPTIMIZERS, SCHEDULES
-from lowrank.compat.llamafactory_others import NO_EFFECT, REFUSED, Group
-from lowrank.compat.llamafactory_templates import TEMPLATES
+from lowrank.compat.llamafactory.keys import Keys
+from lowrank.compat.llamafactory.method import OPTIMIZERS, SCHEDULES
+from lowrank.compat.llamafactory.other_keys import NO_EFFECT, REFUSED, Group
+from lowrank.compat.llamafactory.templates import TEMPLATES
 from lowrank.data.templates import slots
 
-EXAMPLES = Path(__file__).parent / "llamafactory_examples.json"
+EXAMPLES = Path(__file__).parent / "examples.json"
 
 TOP = """\
 # LLaMA-Factory files
 
-<!-- Written by `python -m lowrank.compat.page > docs/llamafactory.md`; a test keeps it current. -->
+<!-- Written by `python -m lowrank.compat.llamafactory.page > docs/llamafactory.md`; a test keeps it current. -->
 
 A LLaMA-Factory file runs as it is, and so do its flags:
 

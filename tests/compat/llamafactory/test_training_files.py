@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from lowrank.compat import load_any
-from lowrank.compat.llamafactory import is_llamafactory
-from tests.compat.llamafactory_files import MINIMAL, WITHOUT_CODE, problems, read, settings
+from lowrank.compat.llamafactory.convert import is_llamafactory
+from tests.compat.llamafactory.files import MINIMAL, WITHOUT_CODE, problems, read, settings
 
 LLAMA3_LORA_SFT = """
 ### model

@@ -10,9 +10,9 @@ import pytest
 import lowrank
 from lowrank.cli.main import main
 from lowrank.compat import load_any
-from lowrank.compat.llamafactory_commands import ELSEWHERE, translate
-from lowrank.compat.llamafactory_flags import split_flags
-from lowrank.compat.llamafactory_others import known
+from lowrank.compat.llamafactory.commands import ELSEWHERE, translate
+from lowrank.compat.llamafactory.flags import split_flags
+from lowrank.compat.llamafactory.other_keys import known
 from lowrank.errors import ConfigError
 
 CHAT = "model_name_or_path: lowrank/tiny\ninfer_backend: huggingface  # choices\ntrust_remote_code: true\n"

@@ -1,4 +1,4 @@
-"""The keys of a LLaMA-Factory (v0) training file that are honored; the others are in llamafactory_others.py.
+"""The keys of a LLaMA-Factory (v0) training file that are honored; the others are in other_keys.py.
 
 docs/llamafactory.md is written from both. Defaults are those of LLaMA-Factory 0.9 and of the
 transformers `TrainingArguments` it inherits, since a file relies on what it leaves out.

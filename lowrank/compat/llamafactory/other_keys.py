@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.compat.llamafactory_keys import Keys
+from lowrank.compat.llamafactory.keys import Keys
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.compat.llamafactory import convert
-from lowrank.compat.llamafactory_devices import devices_of, spread
+from lowrank.compat.llamafactory.convert import convert
+from lowrank.compat.llamafactory.devices import devices_of, spread
 
 
 def test_as_its_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:

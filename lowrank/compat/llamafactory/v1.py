@@ -1,6 +1,6 @@
 """Files of LLaMA-Factory's V1 (`USE_V1=1`), read where they say what V0's files say.
 
-V1 mapping -> V0 mapping and the datasets that its own YAML names -> `llamafactory.convert`
+V1 mapping -> V0 mapping and the datasets that its own YAML names -> `convert`
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank.compat.dataset_info import places_of
+from lowrank.compat.llamafactory.dataset_info import places_of
 from lowrank.config import read_file
 from lowrank.data.sources.places import WHOLE
 from lowrank.errors import ConfigError, did_you_mean, raise_all
