@@ -18,13 +18,13 @@ from benchmarks import workload
 from benchmarks.machine import load, peak_memory, wait
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment, number_the_step
 from lowrank.kernels.host_memory import keep_freed_memory
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load as load_base
 from lowrank.models.storages.packed import PackedLinear
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 

@@ -17,12 +17,12 @@ import numpy as np
 import transformers
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.models.config import ModelConfig
 from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.placed import REPLICATED, SHARDED, STREAMED, Placed
 from lowrank.planning.simulation import PlannedJob
+from lowrank.segments import Segment
 from lowrank.train.optimizers.adamw import AdamWConfig
 
 SHAPES = {

@@ -102,7 +102,6 @@ def timed(steps: int, work: Callable[[int], None], kept: Iterable[torch.Tensor])
 def lowrank(options: argparse.Namespace) -> list[list[float]]:
     from lowrank.adapters.bank import Bank
     from lowrank.adapters.variants.lora import LoraConfig
-    from lowrank.batches import Segment, number_the_step
     from lowrank.models.base import Base
     from lowrank.models.checks.isolation import choose_layout
     from lowrank.models.layers import decoder_layers
@@ -110,6 +109,7 @@ def lowrank(options: argparse.Namespace) -> list[list[float]]:
     from lowrank.models.streamed import Streamed
     from lowrank.objectives.sft import SFTConfig
     from lowrank.ranks import ALONE, Processes
+    from lowrank.segments import Segment, number_the_step
     from lowrank.train.engine import Engine
     from lowrank.train.lanes import ManyLanes
     from lowrank.train.optimizers.adamw import AdamWConfig

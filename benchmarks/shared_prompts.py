@@ -24,7 +24,6 @@ from benchmarks.machine import describe, load, median_of
 from benchmarks.workload import QWEN_05B
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment, number_the_step
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.kernels.host_memory import keep_freed_memory
@@ -36,6 +35,7 @@ from lowrank.models.loading.pretrained import choose_dtype, load_tokenizer
 from lowrank.objectives.dpo import DPOConfig
 from lowrank.objectives.grpo import GRPOConfig
 from lowrank.records import Preference, Prompted
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 

@@ -1,6 +1,6 @@
-"""Tokenized segments and packed batches: what flows from rendering to the loss.
+"""Packed batches: what a pass through the model takes and what comes of it.
 
-    Record (records.py) -> Segment -> Batch -> Scores
+    Segment (segments.py) -> Batch -> Scores
 
 Letters in tensor names, everywhere in the package:
 
@@ -20,144 +20,11 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from lowrank.records import Medium, Prompted
+from lowrank.devices import to_device
+from lowrank.segments import Media, Segment
 
 BARE_BASE = -1
 """The slot of segments that see the frozen base and no adapter."""
-
-PLAIN, CHOSEN, REJECTED, MISMATCHED = 0, 1, 2, 3
-"""Values of `Segment.role` and `Batch.role_S`. A desirable answer is CHOSEN, an undesirable one REJECTED. MISMATCHED is
-a prompt with another prompt's answer: nothing is learned from it, it is looked at before the step (KTO's estimate)."""
-
-
-@dataclass(frozen=True)
-class Media:
-    """The pictures, videos and sounds of a segment.
-
-    items     all of the document it is from, in order: a processor looks at a document as a whole
-    spans     (first token, the one after the last) of what stands for each that is in the segment
-    before    items of the document that come before those
-    """
-
-    items: tuple[Medium, ...]
-    spans: tuple[tuple[int, int], ...]
-    before: int = 0
-
-    @property
-    def inside(self) -> tuple[Medium, ...]:
-        """Those that are in the segment."""
-        return self.items[self.before : self.before + len(self.spans)]
-
-    def between(self, first: int, end: int, shift: int = 0) -> Media | None:
-        """Of the tokens [first, end), of which the first has place `shift` now; none is cut in two."""
-        inside = [index for index, (start, stop) in enumerate(self.spans) if first <= start and stop <= end]
-        if not inside:
-            return None
-        by = shift - first
-        spans = tuple((self.spans[index][0] + by, self.spans[index][1] + by) for index in inside)
-        return Media(self.items, spans, self.before + inside[0])
-
-    def moved(self, number: int) -> Media:
-        """Behind `number` more tokens."""
-        return replace(self, spans=tuple((start + number, stop + number) for start, stop in self.spans))
-
-    def whole_until(self, end: int) -> int:
-        """The last place up to `end` at which a cut leaves every picture whole."""
-        return next((start for start, stop in self.spans if start < end < stop), end)
-
-    def before_pictures(self, place: int) -> int:
-        """The last token up to `place` that is no part of a picture; -1 if there is none."""
-        for start, stop in reversed(self.spans):
-            place = start - 1 if start <= place < stop else place
-        return place
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One tokenized sequence of L tokens.
-
-    `weight_L[i]` is the loss weight of predicting `token_L[i]` from the tokens before it; 0 is
-    context. `weight_L[0]` is always 0, since nothing comes before.
-    """
-
-    token_L: np.ndarray
-    weight_L: np.ndarray
-    pair: int = -1
-    role: int = PLAIN
-    origin: int = 0
-    """Tokens of its job before it in the same optimizer step. Random draws (dropout, noise) count from
-    here, so they do not depend on how the step is cut into batches or on what other jobs do."""
-    reference_L: np.ndarray | None = None
-    """float32: log-probability of `token_L[i]` under the bare base, 0 where `weight_L` is 0. For objectives that
-    compare with where they began; attached before the step (train/reference.py)."""
-    prompted: Prompted | None = None
-    """What the tokens ask, of a segment that waits for an answer."""
-    prefix: int = 0
-    """Tokens of the last segment without a prefix that come before these: a prompt that both have
-    (models/attention/prefix_sharing.py)."""
-    signals_L: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
-    its log-probability when it was drawn; train/rollouts.py)."""
-    virtual: int = 0
-    """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
-    media: Media | None = None
-    """The pictures, videos and sounds in it."""
-    prompt: int | None = None
-    """How many of its first tokens ask, which a prefix language model reads both ways; None: those before the first
-    that carries weight."""
-
-    def __len__(self) -> int:
-        return len(self.token_L)
-
-    @property
-    def prompt_length(self) -> int:
-        """`prompt`, found out where it is None."""
-        if self.prompt is not None:
-            return self.prompt
-        learned_L = self.weight_L != 0
-        return int(learned_L.argmax()) if learned_L.any() else len(self)
-
-
-def unweighted(token_L: np.ndarray) -> Segment:
-    """Text to be read, of which nothing is learned."""
-    return Segment(token_L, np.zeros(len(token_L), np.float32))
-
-
-def with_virtual_tokens(segment: Segment, number: int) -> Segment:
-    """The segment behind `number` more tokens that carry no weight."""
-    if not number:
-        return segment
-    known_L = None if segment.reference_L is None else _behind(number, segment.reference_L)
-    return replace(
-        segment,
-        token_L=_behind(number, segment.token_L),
-        weight_L=_behind(number, segment.weight_L),
-        reference_L=known_L,
-        signals_L={name: _behind(number, value_L) for name, value_L in segment.signals_L.items()},
-        virtual=segment.virtual + number,
-        media=segment.media and segment.media.moved(number),
-        prompt=None if segment.prompt is None else segment.prompt + number,
-    )
-
-
-def _behind(number: int, value_L: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(number, value_L.dtype), value_L])
-
-
-def number_the_step(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments of one job's optimizer step, each knowing its `origin`."""
-    numbered, origin = [], 0
-    for segment in segments:
-        numbered.append(replace(segment, origin=origin))
-        origin += len(segment)
-    return numbered
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`. To a GPU by way of pinned memory, so that nobody waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

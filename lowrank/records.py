@@ -1,6 +1,6 @@
 """Records: what a row of data says, in the form objectives understand. Of tokens and tensors nothing is known here.
 
-row of a file -> Record -> Segment -> Batch -> Scores      (from Segment on: batches.py)
+row of a file -> Record -> Segment -> Batch -> Scores      (segments.py, batches.py)
 """
 
 from __future__ import annotations

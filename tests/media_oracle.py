@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowrank.batches import Segment
+from lowrank.segments import Segment
 from tests.peft_oracle import types_of
 
 

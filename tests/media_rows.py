@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.batches import Segment
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
 from lowrank.media.processor import processor_of
@@ -16,6 +15,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation
+from lowrank.segments import Segment
 
 _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 

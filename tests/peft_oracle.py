@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lowrank.batches import Segment
+from lowrank.segments import Segment
 
 
 def trainable(twin: Any) -> dict[str, torch.nn.Parameter]:

@@ -19,7 +19,6 @@ import lowrank.models.attention.packed
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.capabilities import storage_capabilities
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig
@@ -30,6 +29,7 @@ from lowrank.models.checkpointing.activation_checkpointing import set_activation
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import random_step

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.batches import CHOSEN, PLAIN, REJECTED, Batch, Segment, number_the_step, pack
+from lowrank.batches import Batch, pack
+from lowrank.segments import CHOSEN, PLAIN, REJECTED, Segment, number_the_step
 
 
 def segment(*tokens: int, weights: list[float] | None = None, **options: int) -> Segment:

@@ -11,10 +11,10 @@ import transformers
 from transformers.utils import logging
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Segment, number_the_step
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment, number_the_step
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 

@@ -12,13 +12,13 @@ from benchmarks.gpu_day.device import ran_out
 from benchmarks.gpu_day.shapes import STORAGES, bank_of, base_of, config_of, make_model
 from benchmarks.gpu_day.training import free
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment, number_the_step
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.config import ModelConfig
 from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.simulation import PlannedJob, Simulation
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 

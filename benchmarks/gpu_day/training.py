@@ -20,11 +20,11 @@ from benchmarks.gpu_day.shapes import bank_of, base_of, make_model
 from benchmarks.machine import gemm_limit
 from benchmarks.workload import Row
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment, number_the_step
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowrank.batches import Segment
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from tests.tiny_models import make_base
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link, summary_of
-from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives import grpo, orpo
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import CHOSEN, REJECTED, Segment, number_the_step
 from lowrank.settings import configs_in
 from tests.adapters.peft_twins import VARIANTS
 from tests.objectives import trl_peers

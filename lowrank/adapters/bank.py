@@ -38,7 +38,7 @@ from lowrank.adapters.variants import (
     Variant,
     reads_all_from_files,
 )
-from lowrank.batches import BARE_BASE, Batch, Segment, with_virtual_tokens
+from lowrank.batches import BARE_BASE, Batch
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
@@ -50,6 +50,7 @@ from lowrank.models.layers import decoder_layers
 from lowrank.models.loading.original_weights import original_weight
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.dense import DenseLinear
+from lowrank.segments import Segment, with_virtual_tokens
 
 _STATE = "variant "
 """How names of a variant's own state begin."""

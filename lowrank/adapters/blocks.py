@@ -18,12 +18,13 @@ from torch import nn
 from lowrank.adapters.bottleneck import Bottleneck, BottleneckSettings, fresh
 from lowrank.adapters.routing import ForwardContext, Routing
 from lowrank.adapters.targets import innermost, is_linear, name_of
-from lowrank.batches import BARE_BASE, Segment, pack
+from lowrank.batches import BARE_BASE, pack
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import dropout
 from lowrank.models.base import Base
 from lowrank.models.fused_experts import fused_shapes
 from lowrank.models.layers import decoder_layers
+from lowrank.segments import Segment
 
 KINDS = ("attention_adapters", "output_adapters")
 """AdapterHub's names of the two places in a layer."""

@@ -12,11 +12,13 @@ from torch import nn
 
 from lowrank.adapters.prompts import KeyShape, PromptSettings, PromptSite
 from lowrank.adapters.routing import ForwardContext, Routing, VirtualTokenRows
-from lowrank.batches import BARE_BASE, Batch, Segment, pack, to_device
+from lowrank.batches import BARE_BASE, Batch, pack
+from lowrank.devices import to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.models.layers import decoder_layers
+from lowrank.segments import Segment
 
 
 @dataclass(frozen=True)

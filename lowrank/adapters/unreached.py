@@ -18,9 +18,10 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.slot import Slot
 from lowrank.adapters.targets import name_of
-from lowrank.batches import BARE_BASE, Segment, pack
+from lowrank.batches import BARE_BASE, pack
 from lowrank.models.base import Base
 from lowrank.models.checks.media_isolation import made_up_documents
+from lowrank.segments import Segment
 
 _TOKENS = 4
 

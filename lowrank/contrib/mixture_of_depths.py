@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank.batches import to_device
 from lowrank.contrib.layer_wrappers.mixture_of_depths import ROUTER
+from lowrank.devices import to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.attention.packed import Packed

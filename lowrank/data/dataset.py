@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from lowrank.batches import Segment
 from lowrank.data.batching.dataloader import Sample
 from lowrank.data.chat.last_answer import as_prompted
 from lowrank.data.chat.rendering import Rendering
@@ -27,6 +26,7 @@ from lowrank.data.sources.places import shown
 from lowrank.data.sources.rows import Row, read_rows
 from lowrank.errors import DataError, raise_all
 from lowrank.records import Prompted, Record, Text
+from lowrank.segments import Segment
 
 _ROWS_TO_RECOGNIZE = 100
 

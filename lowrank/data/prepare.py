@@ -9,7 +9,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from lowrank.batches import Segment
 from lowrank.data.batching.dataloader import DataLoader, Sample, StreamingDataLoader
 from lowrank.data.batching.mismatched import with_mismatched
 from lowrank.data.batching.mixing import Row, flat, hold_out, mix, put_together
@@ -21,6 +20,7 @@ from lowrank.data.report.statistics import DataReport, build_report
 from lowrank.data.tokenized import check_record, is_written, read_tokenized, write_tokenized
 from lowrank.errors import DataError, raise_all
 from lowrank.records import KIND_NAMES
+from lowrank.segments import Segment
 
 _ROWS_AHEAD = 1000
 """Rows of a stream that are looked at before training begins."""

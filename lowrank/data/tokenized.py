@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.batches import CHOSEN, REJECTED, Segment
 from lowrank.data.batching.dataloader import Sample
 from lowrank.data.chat.rendering import Rendering
 from lowrank.data.config import SourceConfig
@@ -22,6 +21,7 @@ from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.sources.rows import read_rows
 from lowrank.errors import DataError
 from lowrank.records import Preference, Rated
+from lowrank.segments import CHOSEN, REJECTED, Segment
 
 CONTEXT = -100
 """The label of a token that is not learned."""

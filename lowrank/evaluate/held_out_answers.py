@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import CHOSEN, PLAIN, Media, Segment
 from lowrank.errors import DataError
 from lowrank.evaluate.metrics import measure
 from lowrank.generate.generation import Generation
@@ -23,6 +22,7 @@ from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.models.base import Base
 from lowrank.records import KIND_NAMES, Picture
+from lowrank.segments import CHOSEN, PLAIN, Media, Segment
 
 _MAX_ROWS = 32
 """Answers in progress at once: training has filled the memory already."""

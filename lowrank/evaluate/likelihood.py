@@ -9,13 +9,15 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
-from lowrank.batches import Segment, pack, to_device
+from lowrank.batches import pack
+from lowrank.devices import to_device
 from lowrank.evaluate.metrics import Metric
 from lowrank.kernels.accelerators import wide
 from lowrank.kernels.logprobs import logprobs
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.media.medium_files import BadMedium
 from lowrank.models.base import Base
+from lowrank.segments import Segment
 
 
 @torch.no_grad()

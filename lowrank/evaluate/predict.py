@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Segment
 from lowrank.checkpoints.atomic import new_file
 from lowrank.data.chat.rendering import Renderer, Rendering
 from lowrank.errors import DataError
@@ -26,6 +25,7 @@ from lowrank.generate.request import GenerationConfig, Prompt, RequestError, Tok
 from lowrank.generate.spoken_answer import spoken_text
 from lowrank.models.base import Base
 from lowrank.records import COLUMN_NAMES, Message
+from lowrank.segments import Segment
 
 Done = Callable[[int, int], None]
 """`(done, of how many)`."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Segment, pack
+from lowrank.batches import pack
 from lowrank.kernels.value_head import last_token_values
 from lowrank.models.base import Base
+from lowrank.segments import Segment
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank.batches import Segment
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.media.processor import processor_of
 from lowrank.models.config import ModelConfig
+from lowrank.segments import Segment
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.batches import BARE_BASE, Media
+from lowrank.batches import BARE_BASE
 from lowrank.errors import did_you_mean
 from lowrank.generate.embedding import Pooling, embed
 from lowrank.generate.generation import Generation
 from lowrank.generate.generator import Generator
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
+from lowrank.segments import Media
 
 
 class AdapterRegistry:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lowrank.batches import Media
+from lowrank.segments import Media
 
 
 class BlockManager:

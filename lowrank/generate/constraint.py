@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.generate.request import GenerationConfig, RequestError
 
 _MOST_BYTES = 256 << 10

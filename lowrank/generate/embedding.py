@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Segment, pack
+from lowrank.batches import pack
 from lowrank.generate.request import ContextLengthExceeded, RequestError
 from lowrank.models.base import Base
+from lowrank.segments import Segment
 
 Pooling = Literal["mean", "last"]
 

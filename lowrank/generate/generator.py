@@ -24,7 +24,7 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.soft_prompts import runs_of_pieces
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.errors import LowrankError
 from lowrank.generate import transformers_fallback
 from lowrank.generate.block_manager import BlockManager

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from lowrank.batches import BARE_BASE, Media
+from lowrank.batches import BARE_BASE
 from lowrank.errors import LowrankError
+from lowrank.segments import Media
 from lowrank.settings import NonNegative, Positive, Settings
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.generate.constraint import Constraint
 from lowrank.generate.request import GenerationConfig
 from lowrank.kernels.accelerators import wide

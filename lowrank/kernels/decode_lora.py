@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.kernels.fused import plain_only, runs_fused
 from lowrank.kernels.shape_bucketing import bucketed_rows
 

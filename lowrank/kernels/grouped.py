@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.kernels.accelerators import capability
 
 _MANY = 4

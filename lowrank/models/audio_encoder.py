@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowrank.batches import Batch, Media, Pixels
+from lowrank.batches import Batch, Pixels
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.entrance import Entrance
@@ -17,6 +17,7 @@ from lowrank.models.layers import language_model
 from lowrank.models.shared_features import SharedFeatures
 from lowrank.models.tower import TowerPass, span_of, token_of
 from lowrank.records import Audio
+from lowrank.segments import Media
 
 
 class AudioEncoder:

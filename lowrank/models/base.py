@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank.batches import Batch, to_device
+from lowrank.batches import Batch
+from lowrank.devices import to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.logprobs import Head
 from lowrank.kernels.shape_bucketing import bucketed_rows, needs_bucketing

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.models.storages.packed import frozen_product
 
 OF_ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+(\.|$)")

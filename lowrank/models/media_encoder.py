@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lowrank.batches import BARE_BASE, Batch, Media, Pixels, Segment, pack, to_device
+from lowrank.batches import BARE_BASE, Batch, Pixels, pack
+from lowrank.devices import to_device
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.attention.packed import Blocks
@@ -29,6 +30,7 @@ from lowrank.models.own_masks import layers_both_ways
 from lowrank.models.shared_features import SharedFeatures
 from lowrank.models.tower import RESULT, MediaRows, Tower, joined, span_of, wanted_by
 from lowrank.records import Medium
+from lowrank.segments import Media, Segment
 
 if TYPE_CHECKING:
     from lowrank.models.base import Base

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
-from lowrank.batches import Batch, Media
+from lowrank.batches import Batch
 from lowrank.records import Medium
+from lowrank.segments import Media
 
 _Features = TypeVar("_Features")
 

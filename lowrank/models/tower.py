@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from lowrank.batches import Batch, Media, Pixels
+from lowrank.batches import Batch, Pixels
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.feature_cache import FeatureCache
 from lowrank.models.shared_features import SharedFeatures
 from lowrank.records import KIND_NAMES, Medium
+from lowrank.segments import Media
 
 RESULT = "pooler_output"
 _INSIDE = ("last_hidden_state", "hidden_states", "attentions")

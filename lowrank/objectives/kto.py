@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lowrank.batches import CHOSEN, MISMATCHED, REJECTED, Batch, Scores, Totals
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics, Objective, ObjectiveSettings
 from lowrank.objectives.sequence_loss import per_segment, reference_of
 from lowrank.records import Rated
+from lowrank.segments import CHOSEN, MISMATCHED, REJECTED
 
 
 class KTOConfig(ObjectiveSettings):

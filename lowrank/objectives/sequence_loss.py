@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from lowrank.batches import CHOSEN, REJECTED, Batch, Scores, Totals
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Metrics
+from lowrank.segments import CHOSEN, REJECTED
 
 
 def per_segment(value_T: torch.Tensor, batch: Batch) -> torch.Tensor:

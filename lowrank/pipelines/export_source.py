@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lowrank.models.loading.pretrained as loading
-from lowrank.batches import Segment
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
@@ -36,6 +35,7 @@ from lowrank.pipelines.artifacts import (
 from lowrank.pipelines.resolve import ArtifactKind, Resolved, resolve
 from lowrank.planning.simulation import read_config
 from lowrank.report.summary import SUMMARY
+from lowrank.segments import Segment
 
 
 @dataclass(frozen=True)

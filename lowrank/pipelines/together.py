@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import Segment
 from lowrank.checkpoints.orders import Order, OrderQueue
 from lowrank.checkpoints.run_folder import RunFolder, open_run_folder
 from lowrank.checkpoints.settings_changes import flattened
@@ -40,6 +39,7 @@ from lowrank.planning.plan import MemoryPlan
 from lowrank.ranks import Processes, Ranks, agree, ranks_of_a_machine
 from lowrank.report.events import Event, Notice
 from lowrank.report.summary import versions
+from lowrank.segments import Segment
 from lowrank.train.checkpointer import Checkpointer
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lowrank.batches import Segment, number_the_step
 from lowrank.planning.plan import MARGIN, MemoryPlan, Planner
+from lowrank.segments import Segment, number_the_step
 
 _SIZES = (1024, 2048, 4096)
 _MOST = 10_000_000

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lowrank.batches import Segment
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype
 from lowrank.planning.choose import TOKENS
@@ -16,6 +15,7 @@ from lowrank.planning.memory import StepMemory
 from lowrank.planning.placed import REPLICATED
 from lowrank.planning.plan import MemoryPlan, Planner
 from lowrank.planning.simulation import PlannedJob
+from lowrank.segments import Segment
 from lowrank.settings import configs_in
 
 _LENGTHS = (4096, 2048, 1024, 512, 256, 128)

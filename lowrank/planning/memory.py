@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.batches import Media
 from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.checkpointing.activation_checkpointing import segment_length
 from lowrank.models.config import ModelConfig
@@ -32,6 +31,7 @@ from lowrank.planning.simulation import (
     work_of,
 )
 from lowrank.records import KIND_NAMES
+from lowrank.segments import Media
 from lowrank.train.lanes import heaviest_lane
 from lowrank.train.micro_batching import StepSegments
 

@@ -15,13 +15,14 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lowrank.batches import Batch, Media, Pixels
+from lowrank.batches import Batch, Pixels
 from lowrank.media.processor import MediaProcessor, Size
 from lowrank.models.audio_encoder import AudioEncoder
 from lowrank.models.base import Base
 from lowrank.models.media_encoder import MediaEncoder
 from lowrank.models.tower import Tower, TowerPass
 from lowrank.planning.live_bytes import LiveBytes
+from lowrank.segments import Media
 
 _PIXELS, _SPECTRUM = "pixel_values", "input_features"
 _VALUES = 1024

@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.batches import BARE_BASE, Batch, Media, Segment, pack
+from lowrank.batches import BARE_BASE, Batch, pack
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.attention.packed import BoundariesMissing
@@ -46,6 +46,7 @@ from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
 from lowrank.planning.peaks import Peaks, StepTrace
 from lowrank.planning.pictures import KnownPictures, PlannedMediaEncoder
+from lowrank.segments import Media, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.optimizers import OptimizerConfig

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
@@ -30,6 +30,7 @@ from lowrank.planning.layers import keep_layers
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import MemoryPlan
 from lowrank.planning.simulation import kinds_of, train_what_is_trained
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank.batches import Media
 from lowrank.checkpoints.adapter_folder import adapters_in
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
@@ -26,6 +25,7 @@ from lowrank.generate.adapter_registry import AdapterRegistry
 from lowrank.generate.embedding import Pooling
 from lowrank.generate.generation import Generation
 from lowrank.generate.request import GenerationConfig
+from lowrank.segments import Media
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.folders import adapter_within, unknown_model
 

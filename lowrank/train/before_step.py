@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowrank.batches import Segment
 from lowrank.errors import DataError
 from lowrank.media.medium_files import BadMedium
+from lowrank.segments import Segment
 from lowrank.train.job import Job
 
 

@@ -21,11 +21,12 @@ from functools import partial
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE, Batch, Segment, Totals
+from lowrank.batches import BARE_BASE, Batch, Totals
 from lowrank.errors import ModelError
 from lowrank.kernels.host_memory import Heap
 from lowrank.models.base import Base
 from lowrank.objectives import Metrics, Objective, share_of_loss
+from lowrank.segments import Segment
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.new_job import new_job

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from lowrank.batches import Segment
 from lowrank.evaluate.held_out_answers import HeldOutAnswers
+from lowrank.segments import Segment
 from lowrank.train.schedule import ScheduleConfig
 from lowrank.train.trained_job import Forwarded
 

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from lowrank.batches import Batch, Segment
+from lowrank.batches import Batch
 from lowrank.objectives import Metrics
 from lowrank.ranks import ALONE, Ranks
+from lowrank.segments import Segment
 from lowrank.train.micro_batching import StepSegments, units
 from lowrank.train.numbers_of_step import read_together
 from lowrank.train.trained_job import RowLosses

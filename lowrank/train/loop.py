@@ -13,13 +13,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
-from lowrank.batches import Segment
 from lowrank.errors import LowrankError
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, Scored, score_answers
 from lowrank.kernels.host_memory import Heap
 from lowrank.media.medium_files import BadMedium
 from lowrank.ranks import agree
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
+from lowrank.segments import Segment
 from lowrank.train.before_step import as_they_are, stopped_by
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, LooksAhead, RolloutSource, StepSource

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Batch, Segment, pack
+from lowrank.batches import Batch, pack
 from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base
+from lowrank.segments import Segment
 
 StepSegments = Mapping[int, Sequence[Segment]]
 """The segments of each slot's optimizer step."""

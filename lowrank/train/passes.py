@@ -15,8 +15,10 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import Draws
-from lowrank.batches import BARE_BASE, Batch, Segment, pack, to_device
+from lowrank.batches import BARE_BASE, Batch, pack
+from lowrank.devices import to_device
 from lowrank.models.base import Base
+from lowrank.segments import Segment
 from lowrank.train.pixels_ahead import PixelsAhead
 from lowrank.train.prepared_pass import PassRecorder, PreparedPass, Unrecorded, heads_of, wanted_logprobs
 from lowrank.train.trained_job import TrainedJob

@@ -13,9 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from lowrank.batches import Batch, Segment
+from lowrank.batches import Batch
 from lowrank.models.base import Base
 from lowrank.records import Medium
+from lowrank.segments import Segment
 
 _MOST_THREADS = 8
 DOCUMENTS_AHEAD = 8

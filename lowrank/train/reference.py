@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import BARE_BASE, Segment
+from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.atomic import new_file
 from lowrank.checkpoints.full_model import unwrapped_state
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
 from lowrank.errors import ModelError
 from lowrank.kernels.cache_folder import cache_folder
 from lowrank.models.placement import whole_tensor
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.job import LooksAhead, StepSource
 

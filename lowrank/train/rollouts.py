@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import BARE_BASE, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.errors import DataError
 from lowrank.generate.request import Answer, GenerationConfig, Prompt
 from lowrank.kernels.counter_random import key_of
@@ -31,6 +31,7 @@ from lowrank.objectives.rollout import (
 )
 from lowrank.ranks import agree
 from lowrank.records import Conversation, Prompted
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.job import StepSource
 from lowrank.train.rollout_generator import RolloutGenerator, RolloutRequest

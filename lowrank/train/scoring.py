@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import MISMATCHED, Batch, Scores, Segment, Totals, number_the_step
+from lowrank.batches import Batch, Scores, Totals
 from lowrank.errors import ModelError
 from lowrank.kernels.accelerators import wide
 from lowrank.kernels.value_head import token_values
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.objectives import Metrics, ObservesMismatched, needs, share_of_loss, totals_of
+from lowrank.segments import MISMATCHED, Segment, number_the_step
 from lowrank.train.batch_scores import BatchScores
 from lowrank.train.lanes import LanePasses, Lanes, OneLane, Split
 from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.batches import Segment
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 
 

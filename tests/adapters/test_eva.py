@@ -19,10 +19,10 @@ from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.variants import eva
 from lowrank.adapters.variants.eva import Components
 from lowrank.adapters.variants.eva import EvaConfig as Eva
-from lowrank.batches import Segment
 from lowrank.data.batching.dataloader import DataConfig, DataLoader
 from lowrank.models.base import Base
 from lowrank.models.loading.quantize_on_load import pack_in_place
+from lowrank.segments import Segment
 from lowrank.settings import configs_in
 from lowrank.train.calibration_pass import calibration_passes
 from lowrank.train.engine import Engine

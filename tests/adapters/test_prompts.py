@@ -23,7 +23,6 @@ from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.adapters.variants.p_tuning import PromptEncoderConfig
 from lowrank.adapters.variants.prefix_tuning import PrefixTuningConfig
 from lowrank.adapters.variants.prompt_tuning import PromptTuningConfig
-from lowrank.batches import Segment, number_the_step
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ModelError
@@ -36,6 +35,7 @@ from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
 from lowrank.models.config import ModelConfig
 from lowrank.planning.memory import StepMemory
+from lowrank.segments import Segment, number_the_step
 from lowrank.settings import configs_in
 from tests.adapters.isolation import assert_isolated
 from tests.adapters.peft_twins import on_disk

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Segment, pack
+from lowrank.batches import pack
 from lowrank.cli.main import main
 from lowrank.compat.unsloth import FastLanguageModel
 from lowrank.config import validate_settings
@@ -32,6 +32,7 @@ from lowrank.pipelines.inference import open_inference_model
 from lowrank.pipelines.memory_plan import planned_jobs
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation, Message
+from lowrank.segments import Segment
 from lowrank.serve.adapter_cache import AdapterCache
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.vllm_engine.adapters import refuse_own_rows

@@ -20,7 +20,6 @@ import torch
 import transformers
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Segment, number_the_step
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, save_adapter
@@ -30,6 +29,7 @@ from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.models.loading.pretrained import locate
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import VOCABULARY, make_model

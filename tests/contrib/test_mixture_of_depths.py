@@ -122,7 +122,7 @@ def test_in_pieces_and_whole(family: str) -> None:
 
 
 def segment_of(token_L: torch.Tensor) -> Any:
-    from lowrank.batches import Segment
+    from lowrank.segments import Segment
 
     return Segment(token_L.numpy(), torch.zeros(len(token_L)).numpy())
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.batches import CHOSEN, MISMATCHED, REJECTED, Segment
 from lowrank.data.batching.mismatched import with_mismatched
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
@@ -17,6 +16,7 @@ from lowrank.data.formats.recognition import recognize
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.records import Conversation, Message, Preference, Rated
+from lowrank.segments import CHOSEN, MISMATCHED, REJECTED, Segment
 from tests.data.transcripts import transcript
 
 QUESTION = {"role": "user", "content": "2 + 2?"}

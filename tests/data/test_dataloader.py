@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.batches import CHOSEN, REJECTED, Segment
 from lowrank.data.batching.dataloader import DataLoader, StreamingDataLoader
 from lowrank.data.config import DataConfig
 from lowrank.errors import DataError
+from lowrank.segments import CHOSEN, REJECTED, Segment
 
 Sample = tuple[Segment, ...]
 

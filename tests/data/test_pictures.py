@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowrank.batches import Media, Segment
 from lowrank.cli.main import main
 from lowrank.data.chat.truncation import split, truncate
 from lowrank.data.config import DataConfig, SourceConfig
@@ -28,6 +27,7 @@ from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Preference, Text
+from lowrank.segments import Media, Segment
 from tests.fuzzing import mutated_bytes
 from tests.tiny_composites import IMAGE
 from tests.tiny_vision_models import VISION_MODELS, as_parameters, save_vision_folder

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from lowrank.batches import CHOSEN, REJECTED, Segment
 from lowrank.data.batching.dataloader import DataLoader, StreamingDataLoader
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import Prepared, prepare
 from lowrank.errors import DataError
 from lowrank.records import Conversation, Preference, Rated, Text
+from lowrank.segments import CHOSEN, REJECTED, Segment
 from tests.data.made_tokenizers import tokenizer_of, trl_template
 
 TOKENIZER = tokenizer_of("qwen2_5", trl_template("qwen2_5"))

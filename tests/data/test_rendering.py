@@ -15,11 +15,11 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 
-from lowrank.batches import CHOSEN, PLAIN, REJECTED, Segment
 from lowrank.data.chat.rendering import Renderer, Rendering
 from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.records import Conversation, Message, Preference, Rated, Text
+from lowrank.segments import CHOSEN, PLAIN, REJECTED, Segment
 from tests.data.made_tokenizers import tokenizer_of, trl_template
 
 STEADY = ["qwen2_5", "llama3", "phi3", "gemma", "deepseekv3", "cohere"]

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.batches import Segment
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import Prepared, key_of_rows, prepare
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation
+from lowrank.segments import Segment
 
 TOKENIZER: Any = load_tokenizer(ModelConfig(path="lowrank/tiny"))
 

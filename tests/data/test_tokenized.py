@@ -10,13 +10,13 @@ import datasets
 import numpy as np
 import pytest
 
-from lowrank.batches import Segment
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import DataError
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.records import Conversation, Preference, Rated
+from lowrank.segments import Segment
 
 TOKENIZER = load_tokenizer(ModelConfig(path="lowrank/tiny"))
 

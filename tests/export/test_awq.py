@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.batches import unweighted
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
 from lowrank.export.quantize.activation_aware import Scaled
@@ -20,6 +19,7 @@ from lowrank.export.quantize.folding import find_folds
 from lowrank.export.source import Source
 from lowrank.quantization.activation_aware import channel_scales
 from lowrank.quantization.linear import asymmetric
+from lowrank.segments import unweighted
 from tests.export.sources import make_source
 
 DOCUMENTS = [unweighted(np.random.default_rng(seed).integers(3, 90, 40)) for seed in range(4)]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.batches import Media, Segment, unweighted
 from lowrank.export.gguf.convert import plan
 from lowrank.export.gguf.importance import measure
 from lowrank.export.gguf.model import read_merged
@@ -24,6 +23,7 @@ from lowrank.models.checks.media_isolation import _alone
 from lowrank.models.layers import decoder_layers
 from lowrank.models.tower import Tower
 from lowrank.pipelines.export_source import open_source
+from lowrank.segments import Media, Segment, unweighted
 from tests.picture_rows import write_picture_rows
 from tests.train.test_pictures import segments_of, vision_base
 

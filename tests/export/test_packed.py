@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import lowrank.data.demo as demo
 from lowrank.adapters.variants import lora
-from lowrank.batches import unweighted
 from lowrank.errors import ModelError
 from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
@@ -27,6 +26,7 @@ from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.merged_4bit import Merged4bitExportConfig
 from lowrank.export.verify.readers import read_adapter, read_model
 from lowrank.models.loading.pretrained import TINY, locate
+from lowrank.segments import unweighted
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.checkpoints.test_peft_layout import random_adapter
 from tests.export.sources import load, make_source, source_of, write_merged

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lowrank.batches import Segment
 from lowrank.errors import DataError
 from lowrank.export import ReadBack
 from lowrank.export.targets.gguf import tolerance
 from lowrank.export.verify.compare import Comparer, ReferenceLogprobs, _answered, _losses
 from lowrank.export.verify.held_out import HeldOut, from_segments
+from lowrank.segments import Segment
 
 
 class Changed:

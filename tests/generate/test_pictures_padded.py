@@ -14,7 +14,7 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.adapters.variants.prompt_tuning import PromptTuningConfig
-from lowrank.batches import Segment, pack
+from lowrank.batches import pack
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.errors import ModelError
@@ -25,6 +25,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.pipelines.pictures import attach_media_encoder
+from lowrank.segments import Segment
 from tests.generate.test_pictures import chat, pictures, whole, whole_with_logprobs
 from tests.media_oracle import alone_loss
 from tests.peft_oracle import peft_twin

@@ -16,7 +16,6 @@ from torch import nn
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.dora import DoraConfig
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import number_the_step
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import check_head, choose_layout
 from lowrank.models.layers import decoder_layers
@@ -24,6 +23,7 @@ from lowrank.models.loading.quantize_on_load import pack_in_place
 from lowrank.models.sharded import Sharded
 from lowrank.objectives.sft import SFTConfig
 from lowrank.ranks import Processes
+from lowrank.segments import number_the_step
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from lowrank.train.lanes import ManyLanes

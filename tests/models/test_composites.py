@@ -18,7 +18,7 @@ from packaging.version import Version
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import find_targets
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment, pack
+from lowrank.batches import pack
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter, save_adapter
@@ -28,6 +28,7 @@ from lowrank.models.layers import Parts, decoder_layers, is_outside, language_mo
 from lowrank.models.loading.pretrained import load
 from lowrank.models.own_masks import prompt_type_of
 from lowrank.pipelines.adapter_on_base import on_base_of
+from lowrank.segments import Segment
 from tests.peft_oracle import peft_twin, plain_loss
 from tests.releases import since
 from tests.tiny_composites import COMPOSITES, make_composite, save_composite_folder

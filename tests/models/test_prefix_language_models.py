@@ -14,7 +14,7 @@ from transformers.models.paligemma import modeling_paligemma
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, Segment, pack
+from lowrank.batches import BARE_BASE, pack
 from lowrank.errors import ModelError
 from lowrank.evaluate.likelihood import continuation_logprobs
 from lowrank.generate.generator import Generator
@@ -26,6 +26,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.own_masks import prompt_type_of
 from lowrank.objectives.dpo import DPOConfig
+from lowrank.segments import Segment
 from lowrank.train.scoring import ScoringEngine
 from tests.models.test_composites import loaded
 from tests.models.test_prefix_sharing import engine_of, gradients, pairs, reference

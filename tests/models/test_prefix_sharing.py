@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base
 from lowrank.models.checks import isolation
@@ -17,6 +17,7 @@ from lowrank.objectives.dpo import DPOConfig
 from lowrank.objectives.grpo import GRPOConfig
 from lowrank.objectives.reward import RewardConfig
 from lowrank.objectives.simpo import SimPOConfig
+from lowrank.segments import CHOSEN, REJECTED, Segment, number_the_step
 from lowrank.train.engine import Engine
 from tests.tiny_models import FAMILIES, make_base, make_engine
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.batches import Segment, pack
+from lowrank.batches import pack
 from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.attention.packed import Softmax, attend_explicitly
@@ -16,6 +16,7 @@ from lowrank.models.attention.shifted_sparse import ShiftedSparse, groups_of
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.pipelines.train import train
+from lowrank.segments import Segment
 from tests.tiny_models import make_base
 
 LENGTHS = (7, 1, 32, 33, 12, 3)

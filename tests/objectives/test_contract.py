@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import CHOSEN, MISMATCHED, PLAIN, REJECTED, Batch, Scores, Segment, Totals, number_the_step, pack
+from lowrank.batches import Batch, Scores, Totals, pack
 from lowrank.objectives import needs
 from lowrank.objectives.sft import SFTConfig
 from lowrank.records import Preference, Rated, Record
+from lowrank.segments import CHOSEN, MISMATCHED, PLAIN, REJECTED, Segment, number_the_step
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig

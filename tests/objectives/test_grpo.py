@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import lowrank.models.loading.pretrained as loading
-from lowrank.batches import BARE_BASE, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ConfigError
@@ -21,6 +21,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.objectives.grpo import GRPOConfig
 from lowrank.objectives.rollout import call_reward_function, group_advantages, per_token_kl
 from lowrank.records import Conversation, Prompted
+from lowrank.segments import Segment, number_the_step
 from tests.objectives import trl_peers
 from tests.objectives.test_trl import compare_gradients, engine_for
 from tests.tiny_models import VOCABULARY, make_model

@@ -17,13 +17,14 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives import Objective
 from lowrank.objectives.dpo import DPOConfig
 from lowrank.objectives.pretrain import PretrainConfig
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.objectives.test_trl import compare_gradients, engine_for

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.batches import Scores, Segment, number_the_step, pack
+from lowrank.batches import Scores, pack
 from lowrank.objectives.ppo import PPOConfig, whitened
 from lowrank.objectives.rollout import RolloutBatch
+from lowrank.segments import Segment, number_the_step
 
 pytestmark = pytest.mark.usefixtures("allowed_code")
 

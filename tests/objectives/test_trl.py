@@ -19,13 +19,14 @@ import transformers
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE, CHOSEN, MISMATCHED, REJECTED, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.models.config import ModelConfig
 from lowrank.objectives import Objective, cpo, dpo, kto, needs, orpo, reward, simpo
+from lowrank.segments import CHOSEN, MISMATCHED, REJECTED, Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.new_job import VALUE_HEAD
 from lowrank.train.optimizers.adamw import AdamWConfig

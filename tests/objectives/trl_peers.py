@@ -18,7 +18,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from lowrank.batches import CHOSEN, MISMATCHED, REJECTED, Segment
+from lowrank.segments import CHOSEN, MISMATCHED, REJECTED, Segment
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that they may be removed one day

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
@@ -34,6 +33,7 @@ from lowrank.planning.machine import Machine
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.plan import MARGIN, MemoryPlan, Planner, one_line
 from lowrank.planning.simulation import PlannedJob
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import FAMILIES, random_step

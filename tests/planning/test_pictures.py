@@ -13,7 +13,7 @@ from PIL import Image
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Batch, Media, Segment
+from lowrank.batches import Batch
 from lowrank.media.decoding import examine, from_pillow
 from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.base import Base
@@ -33,6 +33,7 @@ from lowrank.planning.plan import Planner, describe_pictures
 from lowrank.planning.simulation import PlannedJob
 from lowrank.planning.speed import calibrate
 from lowrank.records import Medium
+from lowrank.segments import Media, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.pixels_ahead import PixelsAhead

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Media, Segment
 from lowrank.media.audio import examine_audio, made_up_wav
 from lowrank.media.processor import MediaProcessor, processor_of
 from lowrank.models.config import ModelConfig
@@ -17,6 +16,7 @@ from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
+from lowrank.segments import Media, Segment
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.planning.test_pictures import EVERYWHERE, FROZEN, assert_planned_as_measured, segment_of, slow
 from tests.tiny_audio_models import AUDIO_MODELS, RATE, save_audio_folder

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
@@ -20,6 +19,7 @@ from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
+from lowrank.segments import Segment
 from tests.media_rows import segments_in
 from tests.models.test_packed_experts import BOTH, packed_base
 from tests.picture_rows import write_picture_rows

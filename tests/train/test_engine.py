@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Batch, Scores, Segment, Totals, number_the_step
+from lowrank.batches import BARE_BASE, Batch, Scores, Totals
 from lowrank.records import Text
+from lowrank.segments import CHOSEN, REJECTED, Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import make_base, make_engine, random_step

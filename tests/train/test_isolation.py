@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.errors import ModelError
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import FAMILIES, make_base, make_engine, random_step, tiny

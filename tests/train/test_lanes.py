@@ -15,10 +15,11 @@ from lowrank.adapters.variants.adalora import AdaLoraConfig
 from lowrank.adapters.variants.dora import DoraConfig
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.adapters.variants.prompt_tuning import PromptTuningConfig
-from lowrank.batches import BARE_BASE, Segment
+from lowrank.batches import BARE_BASE
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.objectives import cpo, dpo, kto, orpo, pretrain, reward, sft, simpo
 from lowrank.ranks import ALONE, Ranks, by_halves
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.lanes import ManyLanes, OneLane, deal
 from lowrank.train.micro_batching import units

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE, CHOSEN, REJECTED, Segment
+from lowrank.batches import BARE_BASE
 from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.base import Base
@@ -22,6 +22,7 @@ from lowrank.objectives.sft import SFTConfig
 from lowrank.pipelines.train import train
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.simulation import PlannedJob
+from lowrank.segments import CHOSEN, REJECTED, Segment
 from lowrank.settings import configs_in
 from lowrank.train.engine import Engine
 from tests.tiny_models import make_base, random_step

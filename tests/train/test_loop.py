@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job
 from lowrank.train.loop import Loop

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import lowrank.train.reference as reference
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError, ModelError
@@ -23,6 +22,7 @@ from lowrank.pipelines.inference import open_inference_model
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation, Message
 from lowrank.report.events import EvalDone, Event, Notice, StepDone
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.objectives.test_contract import step_for

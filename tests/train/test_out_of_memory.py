@@ -126,7 +126,7 @@ SCRIPT = """
     import torch
 
     from lowrank.adapters.variants.lora import LoraConfig as Lora
-    from lowrank.batches import Segment, number_the_step
+    from lowrank.segments import Segment, number_the_step
     from tests.tiny_models import make_base, make_engine
 
     base = make_base("llama", torch.float32, intermediate_size=8192)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import CHOSEN, REJECTED, Segment
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
 from lowrank.objectives.dpo import DPOConfig
 from lowrank.records import Preference
+from lowrank.segments import CHOSEN, REJECTED, Segment
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.reference import References
 from tests.media_oracle import alone_loss

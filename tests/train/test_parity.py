@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment, number_the_step
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.schedule import ScheduleConfig
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.peft_oracle import peft_twin

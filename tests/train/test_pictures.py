@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ModelError
@@ -28,6 +27,7 @@ from lowrank.models.layers import Parts, is_outside, language_model
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.models.own_masks import FULL, SLIDING
+from lowrank.segments import Segment
 from tests.media_oracle import alone_loss
 from tests.media_rows import segments_in, write_conversations
 from tests.peft_oracle import peft_twin, types_of
@@ -320,10 +320,10 @@ def test_preferences_about_pictures(family: str, tmp_path: Path, rows: Path) -> 
 def test_rated_answers_about_pictures(tmp_path: Path, rows: Path) -> None:
     """KTO by its definition, of log-probabilities of each document alone by transformers and PEFT: prompts that other
     rows' answers are put behind keep their own pictures."""
-    from lowrank.batches import MISMATCHED, REJECTED
     from lowrank.data.config import SourceConfig
     from lowrank.objectives.kto import KTOConfig
     from lowrank.records import Rated
+    from lowrank.segments import MISMATCHED, REJECTED
     from lowrank.train.optimizers.adamw import AdamWConfig
     from lowrank.train.reference import References
 

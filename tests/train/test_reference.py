@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, Segment
+from lowrank.batches import BARE_BASE
+from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.reference import References, digest_of_model
 from tests.tiny_models import make_base, make_engine, make_model, random_step

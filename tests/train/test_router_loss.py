@@ -11,12 +11,13 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, Segment, number_the_step
+from lowrank.batches import BARE_BASE
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.router_loss import expert_numbers

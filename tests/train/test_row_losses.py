@@ -13,9 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import CHOSEN, REJECTED
 from lowrank.objectives.orpo import ORPOConfig
 from lowrank.objectives.sft import SFTConfig
+from lowrank.segments import CHOSEN, REJECTED
 from lowrank.train.micro_batching import units
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.tiny_models import make_base, make_engine, random_step

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import Segment
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ModelError
@@ -22,6 +21,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.entrance import Entrance
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
+from lowrank.segments import Segment
 from tests.media_oracle import alone_loss
 from tests.media_rows import packed_base, segments_in
 from tests.peft_oracle import peft_twin

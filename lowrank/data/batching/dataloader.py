@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.batches import Segment, number_the_step
 from lowrank.data.batching.packing import best_fit
 from lowrank.data.config import DataConfig
 from lowrank.errors import DataError
+from lowrank.segments import Segment, number_the_step
 
 Sample = tuple[Segment, ...]
 """What is never torn apart: a plain segment, the two of a pair, or a rated one and its mismatched one."""

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from lowrank.batches import MISMATCHED, Segment
 from lowrank.data.batching.dataloader import Sample
+from lowrank.segments import MISMATCHED, Segment
 
 _LOOK_BACK = 64
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from lowrank.batches import CHOSEN, REJECTED, Segment
 from lowrank.data.chat.modelless import beside
 from lowrank.data.chat.rendering import Rendering
 from lowrank.data.formats.media import without_media
 from lowrank.data.formats.turns import pieces
 from lowrank.records import Preference, Record
+from lowrank.segments import CHOSEN, REJECTED, Segment
 
 _CODE = "utf-32-le"
 

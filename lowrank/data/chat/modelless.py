@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from lowrank.batches import Media
 from lowrank.data.chat.rendering import Renderer, Rendering
 from lowrank.data.formats.media import without_media
 from lowrank.records import Medium, Record
+from lowrank.segments import Media
 
 
 class ModellessRenderer(Renderer):

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from lowrank.batches import Media
 from lowrank.data.chat.loss_mask import Sample, Span
 from lowrank.data.chat.template import RowRefused
 from lowrank.errors import DataError, ModelError
 from lowrank.records import KIND_NAMES, Audio, Conversation, Medium, Picture
+from lowrank.segments import Media
 
 _CUT = "are longer than the model's processor hears, which leaves their end out"
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.batches import CHOSEN, PLAIN, REJECTED, Segment
 from lowrank.data import templates
 from lowrank.data.chat import truncation
 from lowrank.data.chat.loss_mask import Sample, samples_of
@@ -26,6 +25,7 @@ from lowrank.errors import ConfigError, DataError, LowrankError, ModelError
 from lowrank.foreign_files import DEEPEST_JSON, is_deeper
 from lowrank.media.processor import processor_of
 from lowrank.records import KIND_NAMES, THOUGHTS, Conversation, Message, Preference, Prompted, Record, Text
+from lowrank.segments import CHOSEN, PLAIN, REJECTED, Segment
 
 _ROWS_AT_ONCE = 1000
 """Rows tokenized in one call, which the tokenizer spreads over the processor's cores."""

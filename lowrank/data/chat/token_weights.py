@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.batches import Media, Segment
 from lowrank.data.chat.loss_mask import Sample
+from lowrank.segments import Media, Segment
 
 
 def frame_of(tokenizer: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from lowrank.batches import Segment
+from lowrank.segments import Segment
 
 Policy = Literal["truncate", "drop", "split", "error"]
 

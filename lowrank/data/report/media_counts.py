@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lowrank.batches import Media, Segment
 from lowrank.data.formats.columns import RowProblem
 from lowrank.records import KIND_NAMES, Audio, Medium, Picture, Video
+from lowrank.segments import Media, Segment
 
 
 @dataclass

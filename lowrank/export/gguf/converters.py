@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lowrank.batches import Segment
 from lowrank.errors import ModelError
 from lowrank.export import Install
 from lowrank.export.gguf.convert import plan, write_plan
@@ -20,6 +19,7 @@ from lowrank.export.gguf.upstream import Upstream, names_for
 from lowrank.export.merge.merged import Merged
 from lowrank.export.source import Source
 from lowrank.export.writing.shards import lay_out, write_shards
+from lowrank.segments import Segment
 
 _SHARD = 5 * 10**9
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import Segment, unweighted
 from lowrank.errors import DataError
 from lowrank.export.gguf.convert import ConversionPlan, part_shape, tensor_names
 from lowrank.export.source import Source
 from lowrank.export.verify.readers import read_adapter
 from lowrank.kernels.accelerators import wide
+from lowrank.segments import Segment, unweighted
 
 CHUNK = 512
 """Tokens read at once."""

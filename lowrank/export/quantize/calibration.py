@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import lowrank.models.loading.pretrained as loading
-from lowrank.batches import BARE_BASE, Batch, Segment, pack, unweighted
+from lowrank.batches import BARE_BASE, Batch, pack
 from lowrank.errors import DataError, ModelError
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
@@ -28,6 +28,7 @@ from lowrank.models.base import Base
 from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.layers import decoder_layers
 from lowrank.models.storages.dense import DenseConfig
+from lowrank.segments import Segment, unweighted
 
 DOCUMENTS = 128
 LENGTH = 512

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator
 
-from lowrank.batches import Segment
 from lowrank.errors import ModelError, is_disk_full, raise_all
 from lowrank.export import ExportProgress, Install, Needs, PictureQuestion, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
@@ -27,6 +26,7 @@ from lowrank.export.gguf.tokenizer_check import compare_tokenizers
 from lowrank.export.gguf.tower import TowerFile
 from lowrank.export.gguf.upstream import Upstream
 from lowrank.export.source import Source, with_pictures
+from lowrank.segments import Segment
 from lowrank.settings import Settings
 
 BITS = {

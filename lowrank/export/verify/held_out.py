@@ -8,7 +8,6 @@ from itertools import islice
 
 import numpy as np
 
-from lowrank.batches import Segment
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.dataset import open_datasets, read_samples
@@ -16,6 +15,7 @@ from lowrank.data.prepare import prepare
 from lowrank.data.sources.memory import title_of
 from lowrank.errors import DataError
 from lowrank.records import Conversation, Message
+from lowrank.segments import Segment
 
 _ROWS_LOOKED_AT = 512
 _TOKENS_OF_ONE = 512

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.batches import Segment
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
 from lowrank.export import ExportReader, PictureQuestion, ReadBack, SeesPictures, Tolerance
@@ -24,6 +23,7 @@ from lowrank.generate.sampler import generate
 from lowrank.media.decoding import examine, from_pillow
 from lowrank.media.processor import MediaProcessor
 from lowrank.records import Conversation, Message
+from lowrank.segments import Segment
 
 _QUESTION = "What is to be seen in this picture?"
 _NEW_TOKENS = 16

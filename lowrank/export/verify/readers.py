@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
-from lowrank.batches import BARE_BASE, Media, Segment, pack
+from lowrank.batches import BARE_BASE, pack
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
 from lowrank.export import PictureQuestion
@@ -29,6 +29,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.media_encoder import MediaEncoder
 from lowrank.models.storages.dense import DenseConfig
 from lowrank.records import Picture
+from lowrank.segments import Media, Segment
 
 NO_TOWER = "it has no tower for pictures, or not the files of its processor"
 _AS_SERVED = MediaLimits(image_max_pixels=1 << 62, image_min_pixels=1)

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.kernels.accelerators import AMPERE, capability
 from lowrank.kernels.short_attention import short_attention
 from lowrank.models.own_masks import FULL, SLIDING

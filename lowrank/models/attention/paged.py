@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.models.attention.packed import (
     Packed,
     Softmax,

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import Segment, to_device
+from lowrank.devices import to_device
 from lowrank.models.attention.packed import Blocks, Packed, Softmax, attend_documents
+from lowrank.segments import Segment
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 _WORTH_IT = 0.05

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.models.attention.packed import Packed, Softmax, attend_documents
 
 

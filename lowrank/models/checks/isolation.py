@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import Segment, pack
+from lowrank.batches import pack
 from lowrank.errors import ModelError
 from lowrank.kernels.accelerators import wide
 from lowrank.models.attention.packed import BoundariesMissing
@@ -26,6 +26,7 @@ from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base, logit_transforms
 from lowrank.models.layers import writers
 from lowrank.models.own_masks import possible_prompt_types
+from lowrank.segments import Segment
 
 _LENGTHS = (7, 12, 5)
 _PROMPTS = (3, 8, 5)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import BARE_BASE, Media, Segment, pack
+from lowrank.batches import BARE_BASE, pack
 from lowrank.errors import LowrankError, ModelError
 from lowrank.kernels.accelerators import wide
 from lowrank.media.audio import examine_audio, made_up_wav
@@ -28,6 +28,7 @@ from lowrank.models.base import Base
 from lowrank.models.checks.isolation import MODEL_ERRORS, distance, narrow_windows, one_token_at_a_time, tolerance
 from lowrank.models.media_encoder import MediaEncoder
 from lowrank.records import KIND_NAMES, Medium, Picture
+from lowrank.segments import Media, Segment
 
 _FIXED = "questions with {names} are answered in fixed batches, which is slower: {reason}"
 _SIZES = ((96, 64), (48, 112))

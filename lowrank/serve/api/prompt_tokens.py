@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.batches import Media
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import LowrankError
 from lowrank.records import Conversation
+from lowrank.segments import Media
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.engine import ChatPrompt, Question
 

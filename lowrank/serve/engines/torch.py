@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import Media
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import LowrankError
 from lowrank.generate.adapter_registry import AdapterRegistry
@@ -22,6 +21,7 @@ from lowrank.pipelines.inference import folder_reader, open_inference_model
 from lowrank.pipelines.pictures import attach_media_encoder
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
+from lowrank.segments import Media
 from lowrank.serve.adapter_cache import AdapterCache
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.prompt_tokens import tokens_and_media

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank.batches import to_device
+from lowrank.devices import to_device
 from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project
 from lowrank.train.optimizers.one_by_one import OneByOne

@@ -22,7 +22,6 @@ from lowrank.adapters.variants.houlsby import HoulsbyConfig
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.adapters.variants.parallel import ParallelConfig
 from lowrank.adapters.variants.pfeiffer import PfeifferConfig
-from lowrank.batches import Segment
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
 from lowrank.errors import ConfigError, ModelError
@@ -36,6 +35,7 @@ from lowrank.models.checkpointing.activation_checkpointing import set_activation
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.models.config import ModelConfig
 from lowrank.planning.memory import StepMemory
+from lowrank.segments import Segment
 from lowrank.settings import configs_in
 from tests.adapters.isolation import assert_isolated
 from tests.adapters.peft_twins import moved, on_disk

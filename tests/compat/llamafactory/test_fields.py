@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.batches import Segment
 from lowrank.compat import load_any
 from lowrank.compat.llamafactory.commands import translate
 from lowrank.compat.llamafactory.other_keys import known
 from lowrank.data.tokenized import write_tokenized
 from lowrank.errors import ConfigError
+from lowrank.segments import Segment
 from tests.compat.llamafactory.files import INFO, MINIMAL
 
 FIELDS: dict[str, list[str]] = json.loads(Path(__file__).with_name("fields.json").read_text("utf-8"))

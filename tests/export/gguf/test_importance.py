@@ -10,7 +10,6 @@ import torch
 import transformers
 
 import lowrank.models.tiny
-from lowrank.batches import unweighted
 from lowrank.errors import DataError
 from lowrank.export.gguf.convert import convert, plan
 from lowrank.export.gguf.importance import cut, documents_for, measure
@@ -19,6 +18,7 @@ from lowrank.export.gguf.quantize import quantize_file
 from lowrank.export.source import Source
 from lowrank.kernels import accelerators
 from lowrank.models.config import ModelConfig
+from lowrank.segments import unweighted
 from tests.kernels.test_accelerators import NoFloat64
 
 pytest.importorskip("gguf")
