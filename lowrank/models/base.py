@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from lowrank.batches import Batch
@@ -29,28 +28,16 @@ from lowrank.models.attention.paged import PagedBatch
 from lowrank.models.attention.prefix_sharing import SharedPrompts
 from lowrank.models.attention.prefix_tuning import Prefixed, StandIn
 from lowrank.models.attention.shifted_sparse import ShiftedSparse
+from lowrank.models.batch_rows import BatchRows, packed_rows, padded_rows
 from lowrank.models.layer_wrappers import LayerWrapper
-from lowrank.models.layers import decoder_layers, language_model
+from lowrank.models.layers import decoder_layers, find_backbone
 from lowrank.models.loading.quiet import quiet_transformers
+from lowrank.models.logit_transforms import logit_transforms
 from lowrank.models.media_encoder import EncodedPiece, MediaEncoder, show_media
 from lowrank.models.placement import Placement, Whole
-from lowrank.models.positions import positions_of
+from lowrank.models.positions import positions_of, stretching_of
 
 _TYPES = "token_type_ids"
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """How the tokens of a batch lie in the rows that a linear layer sees (N of them).
-
-    `ranges`: `(slot, first row, end row)`; `counter_N`: the draw counter of each row (see `Segment.origin`);
-    `length_N`: the length of the row's document.
-    """
-
-    num_rows: int
-    ranges: tuple[tuple[int, int, int], ...]
-    counter_N: torch.Tensor
-    length_N: torch.Tensor
 
 
 class Base:
@@ -73,7 +60,7 @@ class Base:
         self._text_config = model.config.get_text_config()
         self.tokenizer = tokenizer
         self.name = name
-        self.backbone = _find_backbone(model)
+        self.backbone = find_backbone(model)
         """The model without its head."""
         self.placement: Placement = placement or Whole(model.get_input_embeddings().weight.device)
         """Where its weights are."""
@@ -106,7 +93,7 @@ class Base:
         self.own_attention: str = self._text_config._attn_implementation
         """What transformers chose for this model; used for the padded layout and for generation."""
         self.multiplier, self.softcap = logit_transforms(model.config)[0]
-        self._stretching = _stretching(self._text_config)
+        self._stretching = stretching_of(self._text_config)
         accepted = inspect.signature(self.backbone.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self.takes_types = _TYPES in accepted
@@ -170,27 +157,7 @@ class Base:
 
     def rows(self, batch: Batch) -> BatchRows:
         """How `hidden` will lay out `batch`."""
-        length_S = batch.start_S1.diff()
-        if self.layout_of(batch) == "packed":
-            document_S = length_S
-            if any(batch.prefixes):
-                document_S = length_S + torch.tensor(batch.prefixes, device=length_S.device)
-            origin_T, length_T = (
-                each.repeat_interleave(length_S, dim=0, output_size=batch.num_tokens)
-                for each in (batch.origin_S, document_S)
-            )
-            counter_N = F.pad(batch.position_T + origin_T, (0, batch.filler))
-            length_N = F.pad(length_T, (0, batch.filler), value=1)
-            return BatchRows(len(counter_N), tuple(batch.slot_ranges()), counter_N, length_N)
-        longest = max(batch.lengths)
-        place = torch.arange(longest, device=batch.token_T.device)
-        counter_N = (batch.origin_S[:, None] + place[None, :]).reshape(-1)
-        ranges: list[tuple[int, int, int]] = []
-        for index, slot in enumerate(batch.slots):
-            same = bool(ranges) and ranges[-1][0] == slot
-            first = ranges.pop()[1] if same else index * longest
-            ranges.append((slot, first, (index + 1) * longest))
-        return BatchRows(len(counter_N), tuple(ranges), counter_N, length_S.repeat_interleave(longest))
+        return packed_rows(batch) if self.layout_of(batch) == "packed" else padded_rows(batch)
 
     def hidden(self, batch: Batch, training: bool = False, tokens_of_step: int | None = None) -> torch.Tensor:
         """The last hidden states of the flat stream, (T, D), after the final norm.
@@ -360,47 +327,3 @@ def _attention_by_part(config: Any, text: Any, name: str) -> Any:
     below = {key: _attention_by_part(part, text, name) for key, part in parts.items()}
     leads = any(isinstance(each, dict) or parts[key] is text for key, each in below.items())
     return {"": name, **below} if leads else config._attn_implementation
-
-
-def _find_backbone(model: Any) -> nn.Module:
-    """What transformers calls the base model; where a family forgot to say, the part that has the embedding in it."""
-    if model.base_model is not model:
-        return model.base_model
-    language, module = language_model(model)
-    if language:
-        return module
-    embedding = model.get_input_embeddings()
-    for child in model.children():
-        if child is not embedding and any(module is embedding for module in child.modules()):
-            return child
-    raise ModelError(f"{type(model).__name__}: lowrank cannot tell the backbone of this model from its head")
-
-
-def _stretching(config: Any) -> tuple[str | None, int]:
-    """("longrope" or "dynamic", longest document it does not affect) of a rotary embedding that looks at lengths."""
-    given = getattr(config, "rope_parameters", None) or {}
-    for parameters in [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]:
-        kind = parameters.get("rope_type")
-        if kind in ("longrope", "dynamic"):
-            return kind, parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-    return None, 0
-
-
-def logit_transforms(config: Any) -> list[tuple[float, float | None]]:
-    """What a model may do to its logits, the likeliest first; which it is, the model is asked at load time. Of
-    composite models most do what their language model's configuration says, and some leave it out (Aya Vision)."""
-    text = config.get_text_config()
-    own = _logit_transform(text)
-    return [own] if text is config else list(dict.fromkeys([own, _logit_transform(config), (1.0, None)]))
-
-
-def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """(multiplier, softcap) by the names transformers' configurations use."""
-    multiplier = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        multiplier /= config.logits_scaling
-    if getattr(config, "logit_scale", None) is not None and isinstance(config.logit_scale, (int, float)):  # Cohere
-        multiplier *= config.logit_scale
-    if getattr(config, "lm_head_multiplier", None):  # Falcon-H1
-        multiplier *= config.lm_head_multiplier
-    return multiplier, getattr(config, "final_logit_softcapping", None)

@@ -1,4 +1,4 @@
-"""The language model in a transformers model, and its stack of decoder layers.
+"""The language model in a transformers model, its stack of decoder layers, and the backbone without the head.
 
 A composite model has towers beside it (pictures, sound) that have layers too. No list of families: the language model
 is where the embedding of tokens is.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+
+from lowrank.errors import ModelError
 
 
 def language_model(model: Any) -> tuple[str, Any]:
@@ -98,3 +100,17 @@ def decoder_layers(model: Any) -> nn.ModuleList | None:
         and all(isinstance(each, GradientCheckpointingLayer) for each in module)
     ]
     return stacks[0] if len(stacks) == 1 else None
+
+
+def find_backbone(model: Any) -> nn.Module:
+    """What transformers calls the base model; where a family forgot to say, the part that has the embedding in it."""
+    if model.base_model is not model:
+        return model.base_model
+    language, module = language_model(model)
+    if language:
+        return module
+    embedding = model.get_input_embeddings()
+    for child in model.children():
+        if child is not embedding and any(module is embedding for module in child.modules()):
+            return child
+    raise ModelError(f"{type(model).__name__}: lowrank cannot tell the backbone of this model from its head")

@@ -1,4 +1,4 @@
-"""How many positions a model is made for, from its config.json alone."""
+"""How many positions a model is made for, and whether lengths move them, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def _has_alibi(text: Any) -> bool:
     if isinstance(inner, dict):
         described.append(inner.get("alibi", False))
     return any(described) or text.model_type == "bloom" or getattr(text, "position_embedding_type", None) == "alibi"
+
+
+def stretching_of(config: Any) -> tuple[str | None, int]:
+    """("longrope" or "dynamic", longest document it does not affect) of a rotary embedding that looks at lengths."""
+    given = getattr(config, "rope_parameters", None) or {}
+    for parameters in [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]:
+        kind = parameters.get("rope_type")
+        if kind in ("longrope", "dynamic"):
+            return kind, parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    return None, 0

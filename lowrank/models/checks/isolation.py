@@ -23,8 +23,9 @@ from lowrank.errors import ModelError
 from lowrank.kernels.accelerators import wide
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.attention.prefix_sharing import tail_of
-from lowrank.models.base import Base, logit_transforms
+from lowrank.models.base import Base
 from lowrank.models.layers import writers
+from lowrank.models.logit_transforms import logit_transforms
 from lowrank.models.own_masks import possible_prompt_types
 from lowrank.segments import Segment
 
