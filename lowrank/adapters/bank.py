@@ -1,6 +1,6 @@
 """The bank: N adapters on one frozen base, each in its slot. N is 1 for a plain fine-tune; there is no other case.
 
-The bank wraps a layer when the first adapter asks for it and owns every trainable tensor: float32
+The bank wraps a layer when the first adapter asks for it (injection.py) and owns every trainable tensor: float32
 masters, and copies in the compute dtype that `refresh` brings up to date after each optimizer step.
 Tensor names are PEFT's, without the leading `base_model.model.`.
 """
@@ -18,38 +18,23 @@ from torch import nn
 from lowrank.adapters.blocks import AdaptedBlocks
 from lowrank.adapters.bottleneck import BottleneckSettings
 from lowrank.adapters.calibration import CalibrationSteps
-from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding, fresh_embedding_adapter
-from lowrank.adapters.expert_lora import RoutedExperts
-from lowrank.adapters.linear import LayerAdapter, RoutedLinear
+from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding
+from lowrank.adapters.injection import Injector, generator_of
+from lowrank.adapters.linear import RoutedLinear
 from lowrank.adapters.prompts import TABLE, PromptSettings
 from lowrank.adapters.routing import Draws, ForwardContext, Routing
-from lowrank.adapters.slot import SavedAdapter, Slot, layer_rank, load_tensors, rank_by, saved_form, shared_tensors
+from lowrank.adapters.slot import SavedAdapter, Slot, load_tensors, saved_form
 from lowrank.adapters.soft_prompts import VirtualTokens, runs_of
-from lowrank.adapters.targets import Targets, find_targets, innermost, name_of
-from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
-from lowrank.adapters.token_rows import HeadRows, head_tensors, token_ids, token_rows
+from lowrank.adapters.targets import Targets, find_targets, name_of
+from lowrank.adapters.token_rows import token_ids
 from lowrank.adapters.validation import misfits
-from lowrank.adapters.variants import (
-    AdapterConfig,
-    AdapterSite,
-    SiteSetup,
-    Tensors,
-    TrainingHooks,
-    Variant,
-    reads_all_from_files,
-)
+from lowrank.adapters.variants import AdapterConfig, TrainingHooks, Variant, reads_all_from_files
 from lowrank.batches import BARE_BASE, Batch
 from lowrank.errors import ModelError, raise_all
-from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.logprobs import Head
-from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
-from lowrank.models.fused_experts import Expert
 from lowrank.models.layer_wrappers import refuse_wrapped
 from lowrank.models.layers import decoder_layers
-from lowrank.models.loading.original_weights import original_weight
-from lowrank.models.storages import BaseLinear
-from lowrank.models.storages.dense import DenseLinear
 from lowrank.segments import Segment, with_virtual_tokens
 
 _STATE = "variant "
@@ -62,6 +47,7 @@ class Bank:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.routing = Routing()
+        self._injector = Injector(base, self.routing)
         self.virtual = VirtualTokens(self.routing)
         self.blocks = AdaptedBlocks(self.routing)
         self.slots: dict[int, Slot] = {}
@@ -87,24 +73,8 @@ class Bank:
         targets = find_targets(self.base.model, config)
         self._check(config, targets)
         number = self._free(slot)
-        variant = config.build()
-        own = Slot(config, variant, copies=targets.copies, missed=targets.missed, outside=targets.outside)
-        routed = {name: self._wrapped(name, RoutedLinear) for name in targets.linears}
-        self._begin(variant, config, {name: layer.base for name, layer in routed.items()}, looks)
-        problems = self._add_linears(number, own, routed, seed)
-        if problems:
-            for layer in routed.values():
-                layer.adapters.pop(number, None)
-        raise_all(ModelError, f"adapter.type {config.type} does not fit these layers", problems)
-        for name in targets.embeddings:
-            self._add_embedding(number, own, name, _generator(seed, name))
-        for name in targets.parameters:
-            self._add_experts(number, own, name, _generator(seed, name))
-        for name in targets.copies:
-            routed = self._wrapped(name, RoutedCopy)
-            own.parameters.update({f"{name}.{key}": value for key, value in routed.add(number).items()})
-        if config.trainable_token_indices:
-            self._add_token_rows(number, own)
+        own = Slot(config, config.build(), copies=targets.copies, missed=targets.missed, outside=targets.outside)
+        self._injector.inject(number, own, targets, seed, looks)
         self.slots[number] = own
         return number
 
@@ -113,15 +83,7 @@ class Bank:
         del self.slots[number]
         self.virtual.by_slot.pop(number, None)
         self.blocks.remove(number)
-        for module in self.base.model.modules():
-            if isinstance(module, RoutedLinear):
-                module.remove(number)
-            elif isinstance(module, (RoutedEmbedding, RoutedExperts)):
-                module.adapters.pop(number, None)
-            if isinstance(module, RoutedEmbedding):
-                module.rows.pop(number, None)
-            elif isinstance(module, RoutedCopy):
-                module.copies.pop(number, None)
+        self._injector.remove(number)
 
     def parameters(self, number: int) -> dict[str, nn.Parameter]:
         """The trainable tensors of a slot, by PEFT's names."""
@@ -264,7 +226,7 @@ class Bank:
 
     def enable_noise(self) -> None:
         """Let the input embedding add the noise that routing asks for (NEFTune)."""
-        self._wrapped(name_of(self.base.model, self.base.model.get_input_embeddings()), RoutedEmbedding)
+        self._injector.wrapped(name_of(self.base.model, self.base.model.get_input_embeddings()), RoutedEmbedding)
 
     def _free(self, wanted: int | None = None) -> int:
         """The slot that is wanted, or the first that nobody has."""
@@ -276,16 +238,16 @@ class Bank:
 
     def _add_prompt(self, config: Any, seed: int, number: int) -> int:
         """The virtual tokens of some `PromptSettings` in a free slot."""
-        encoder = self.virtual.add(number, config, self.base, _generator(seed, config.type))
+        encoder = self.virtual.add(number, config, self.base, generator_of(seed, config.type))
         if not config.of_attention:
             name = name_of(self.base.model, self.base.model.get_input_embeddings())
-            self._wrapped(name, RoutedEmbedding).virtual = self.virtual
+            self._injector.wrapped(name, RoutedEmbedding).virtual = self.virtual
         self.slots[number] = Slot(config, Variant(), parameters=dict(encoder.named_parameters()))
         return number
 
     def _add_bottleneck(self, config: Any, seed: int, number: int) -> int:
         """The adapters of some `BottleneckSettings` in a free slot."""
-        parameters = self.blocks.add(number, config, self.base, partial(_generator, seed), self._trained)
+        parameters = self.blocks.add(number, config, self.base, partial(generator_of, seed), self._injector.trained)
         self.slots[number] = Slot(config, Variant(), parameters=parameters)
         return number
 
@@ -312,130 +274,3 @@ class Bank:
             inside = {module for layer in decoder_layers(model) or () for module in layer.modules()}
             own = [name for name in targets.copies if model.get_submodule(name) in inside]
         return [f"{name}: the device does not hold it all the time; set base: replicated" for name in own]
-
-    def _add_experts(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
-        """An adapter for each expert of a fused parameter, as one pair A (R E, D), B (O, R E)."""
-        path, _, key = name.rpartition(".")
-        routed: RoutedExperts = self._wrapped(path, RoutedExperts)
-        rank, alpha = slot.ranks[name] = rank_by(slot.config, name)
-        scale = slot.variant.scale(rank, alpha)
-        fresh = slot.variant.init(Expert(routed.base, key, 0), rank * routed.num_experts, scale, generator)
-        masters = {key: self._master(value, trained=True) for key, value in fresh.items()}
-        layer = LayerAdapter(slot.variant, scale, masters, self._copies(slot.variant, masters))
-        routed.adapters.setdefault(number, {})[key] = slot.experts[name] = layer
-        trained = {part: value for part, value in masters.items() if isinstance(value, nn.Parameter)}
-        slot.parameters.update(
-            {f"{name}.{slot.config.peft.name_in_files(part)}": value for part, value in trained.items()}
-        )
-
-    def _begin(
-        self, variant: Variant, config: AdapterConfig, layers: dict[str, BaseLinear], looks: CalibrationSteps | None
-    ) -> None:
-        if layers and isinstance(variant, SiteSetup):
-            ranks = {name: rank_by(config, name)[0] for name in layers}
-            site = AdapterSite(
-                layers,
-                partial(original_weight, self.base),
-                self.base.device,
-                self._master_dtype,
-                ranks,
-                looks,
-            )
-            variant.setup(site, config.rank)
-
-    def _add_linears(self, number: int, slot: Slot, routed: Mapping[str, RoutedLinear], seed: int) -> list[str]:
-        """Attach a slot to these layers; the reasons why that cannot be."""
-        problems: list[str] = []
-        with self.base.placement.reading() as reading:
-            for name, layer in routed.items():
-                reading(name)
-                problem = self._add_linear(number, slot, layer, name, _generator(seed, name))
-                problems += [problem] if problem else []
-        return problems
-
-    def _add_linear(
-        self, number: int, slot: Slot, routed: RoutedLinear, name: str, generator: torch.Generator
-    ) -> str | None:
-        """Attach a slot to a layer; or the reason why that cannot be."""
-        variant = slot.variant
-        rank, alpha = layer_rank(variant, name, slot.config)
-        if not rank:
-            return None
-        slot.ranks[name] = rank, alpha
-        scale = variant.scale(rank, alpha)
-        try:
-            fresh = variant.init(routed.base, rank, scale, generator)
-        except ValueError as error:
-            return f"{name}: {error}"
-        masters = {key: self._master(value, key not in variant.frozen) for key, value in fresh.items()}
-        layer = LayerAdapter(variant, scale, masters, self._copies(variant, masters), slot.config.dropout)
-        routed.adapters[number] = slot.layers[name] = layer
-        trained = {key: value for key, value in masters.items() if isinstance(value, nn.Parameter)}
-        slot.parameters.update(
-            {f"{name}.{slot.config.peft.name_in_files(key)}": value for key, value in trained.items()}
-        )
-        return None
-
-    def _add_embedding(self, number: int, slot: Slot, name: str, generator: torch.Generator) -> None:
-        routed = self._wrapped(name, RoutedEmbedding)
-        rank, alpha = slot.ranks[name] = rank_by(slot.config, name)
-        fresh = fresh_embedding_adapter(routed.num_embeddings, routed.embedding_dim, rank, generator)
-        masters = {key: nn.Parameter(value.to(self.base.device, self._master_dtype)) for key, value in fresh.items()}
-        routed.adapters[number] = (slot.variant.scale(rank, alpha), {**masters})
-        slot.parameters.update({f"{name}.{key}": value for key, value in masters.items()})
-
-    @property
-    def _master_dtype(self) -> torch.dtype:
-        return float32_or_wider(self.base.dtype)
-
-    def _add_token_rows(self, number: int, slot: Slot) -> None:
-        """Rows of the slot's own in the embedding, and in the head, where that is another tensor."""
-        ids = token_ids(self.base, slot.config.trainable_token_indices)
-        token_N = torch.tensor(ids, device=self.base.device)
-        model = self.base.model
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        name, head_name = name_of(model, embedding), name_of(model, head)
-        start_ND = head.weight.detach()[token_N].to(self._master_dtype)
-        row_ND = own_ND = nn.Parameter(embedding.weight.detach()[token_N].to(self._master_dtype))
-        slot.parameters[f"{name}.{TOKEN_ROWS}"] = row_ND
-        if innermost(head).weight is not innermost(embedding).weight:
-            own_ND = slot.parameters[f"{head_name}.{TOKEN_ROWS}"] = nn.Parameter(start_ND.clone())
-        vocabulary = len(embedding.weight)
-        self._wrapped(name, RoutedEmbedding).rows[number] = token_rows(row_ND, token_N, vocabulary)
-        masters = head_tensors(own_ND, start_ND, token_N, vocabulary)
-        self._wrapped(head_name, RoutedLinear).adapters[number] = LayerAdapter(HeadRows(), 1.0, masters)
-
-    def _master(self, value: torch.Tensor, trained: bool) -> torch.Tensor:
-        return self._trained(value) if trained else value.to(self.base.device, self._master_dtype)
-
-    def _trained(self, value: torch.Tensor) -> nn.Parameter:
-        return nn.Parameter(value.to(self.base.device, self._master_dtype))
-
-    def _copies(self, variant: Variant, masters: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A and B in the compute dtype, if that is not the masters' and their layers share none."""
-        low_rank = variant.as_low_rank(masters)
-        if low_rank is None or self._master_dtype == self.base.dtype or shared_tensors(variant):
-            return None
-        A_RD, B_OR = (tensor.detach().to(self.base.dtype) for tensor in low_rank)
-        return A_RD, B_OR
-
-    def _wrapped(self, name: str, kind: type) -> Any:
-        """The routed layer at `name`, put there if it is not there yet."""
-        module = self.base.model.get_submodule(name)
-        if isinstance(module, kind):
-            return module
-        if kind is RoutedCopy and isinstance(module, RoutedEmbedding):  # noise and adapters lie around the copies
-            if not isinstance(module.base, RoutedCopy):
-                module.base = RoutedCopy(module.base, name, self.routing)
-            return module.base
-        if kind is RoutedLinear:
-            base = module if hasattr(module, "dense_weight") else DenseLinear(module)
-            routed: nn.Module = RoutedLinear(base, name, self.routing)
-        else:
-            routed = kind(module, name, self.routing)
-        self.base.model.set_submodule(name, routed)
-        return routed
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(key_of(seed, name))
