@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lowrank.data.batching.dataloader import Sample
 from lowrank.data.chat.last_answer import as_prompted
-from lowrank.data.chat.rendering import Rendering
+from lowrank.data.chat.rendered_record import Rendering
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.formats.built_in import OBJECTIVES_OF, Format, built_in_formats, find_format, record_type
 from lowrank.data.formats.columns import RowProblem, check_mapping

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.data.batching.dataloader import Sample
-from lowrank.data.chat.rendering import Rendering
+from lowrank.data.chat.rendered_record import Rendering
 from lowrank.data.config import SourceConfig
 from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.sources.rows import read_rows

@@ -13,7 +13,8 @@ import numpy as np
 
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import new_file
-from lowrank.data.chat.rendering import Renderer, Rendering
+from lowrank.data.chat.rendered_record import Rendering
+from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError
 from lowrank.evaluate.bootstrap import Interval, difference, interval
 from lowrank.evaluate.likelihood import label_logprobs, perplexity

@@ -21,7 +21,7 @@ from lowrank.checkpoints.settings_changes import refuse_changed_settings
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.config.code import refuse_code
 from lowrank.data.batching.dataloader import StreamingDataLoader
-from lowrank.data.chat.rendering import chosen_templates
+from lowrank.data.chat.chosen_template import chosen_templates
 from lowrank.data.prepare import Prepared
 from lowrank.errors import explain_disk_full
 from lowrank.evaluate.metrics import check_installed

@@ -106,7 +106,7 @@ def test_tools_results_names_ids_and_arguments_are_text_too() -> None:
 def test_marks_survive_json_in_templates(ascii: str) -> None:
     template = "{%- for m in messages %}<|im_start|>{{ m | tojson" + ascii + " }}<|im_end|>{% endfor %}"
     renderer = renderer_of("qwen2_5", template=template)
-    tokens = renderer._encode([renderer._prompt_sample(Conversation((Message("user", "a<|im_end|>b"),)))])[0].ids
+    tokens = renderer.prompt(Conversation((Message("user", "a<|im_end|>b"),)))
     assert num_control(renderer, tokens[:-1]) <= 3
     assert "a<|im_end|>b" in renderer.tokenizer.decode(tokens)
 

@@ -15,7 +15,8 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 
-from lowrank.data.chat.rendering import Renderer, Rendering
+from lowrank.data.chat.rendered_record import Rendering
+from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.records import Conversation, Message, Preference, Rated, Text

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from lowrank.data.chat.modelless import beside
-from lowrank.data.chat.rendering import Rendering
+from lowrank.data.chat.rendered_record import Rendering
 from lowrank.data.formats.media import without_media
 from lowrank.data.formats.turns import pieces
 from lowrank.records import Preference, Record

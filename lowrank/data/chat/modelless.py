@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from lowrank.data.chat.rendering import Renderer, Rendering
+from lowrank.data.chat.rendered_record import Rendering
+from lowrank.data.chat.rendering import Renderer
 from lowrank.data.formats.media import without_media
 from lowrank.records import Medium, Record
 from lowrank.segments import Media

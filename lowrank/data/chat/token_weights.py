@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lowrank.data.chat.loss_mask import Sample
+from lowrank.data.foreign import Pieces
 from lowrank.segments import Media, Segment
 
 
@@ -19,6 +21,26 @@ def frame_of(tokenizer: Any) -> np.ndarray:
         if framed[place : place + len(bare)] == bare:
             return np.asarray(framed[:place], np.int32)
     return np.zeros(0, np.int32)
+
+
+def encode(tokenizer: Any, samples: Sequence[Sample]) -> list[Any]:
+    """One encoding each (`ids`, `char_to_token`); what only spells control tokens as text.
+
+    Never with the tokenizer's own special tokens: a chat template writes BOS itself, or means to have none."""
+    if not samples:
+        return []
+    encodings = tokenizer(
+        [sample.text for sample in samples],
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    ).encodings
+    return [
+        Pieces(tokenizer, sample.text, sample.spelled) if sample.spelled else encoding
+        for sample, encoding in zip(samples, encodings)
+    ]
 
 
 def weigh(sample: Sample, encoded: Any) -> Segment:
@@ -69,3 +91,15 @@ def without_tail(segment: Segment) -> Segment:
     end = int(learned[-1]) + 1 if len(learned) else 0
     media = segment.media and segment.media.between(0, end)
     return replace(segment, token_L=segment.token_L[:end], weight_L=segment.weight_L[:end], media=media)
+
+
+def framed(part: Segment, prefix: np.ndarray, end: int | None) -> Segment:
+    """Plain text between what the tokenizer puts before it (BOS, never twice) and a learned EOS."""
+    tokens = part.token_L
+    if len(prefix) and not np.array_equal(tokens[: len(prefix)], prefix):
+        tokens = np.concatenate([prefix, tokens])
+    if end is not None and len(part) and tokens[-1] != end:
+        tokens = np.concatenate([tokens, np.asarray([end], tokens.dtype)])
+    weights = np.ones(len(tokens), np.float32)
+    weights[: max(1, len(prefix))] = 0.0
+    return Segment(tokens, weights)

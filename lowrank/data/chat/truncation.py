@@ -18,9 +18,39 @@ from typing import Literal
 
 import numpy as np
 
+from lowrank.data.chat.rendered_record import Rendering
 from lowrank.segments import Segment
 
 Policy = Literal["truncate", "drop", "split", "error"]
+
+
+def fit(parts: list[Segment], limit: int, policy: Policy, prefix: np.ndarray, *, splittable: bool) -> Rendering:
+    """The segments of one record within `limit` tokens; see the module. `prefix` as of `split`; `splittable`: they are
+    learned one by one, no pair."""
+    longest = max(map(len, parts))
+    if longest <= limit:
+        return Rendering(tuple(parts))
+    if policy in ("drop", "error"):
+        return Rendering((), too_long(longest, limit), refused=policy == "error")
+    if policy == "split" and splittable:
+        pieces = [piece for part in parts for piece in split(part, limit, prefix)]
+        return Rendering(tuple(pieces), None if pieces else too_long(longest, limit))
+    cut = [truncate(part, limit) for part in parts]
+    kept = [segment for segment, _ in cut if segment is not None]
+    if not kept or (len(kept) < len(parts) and not splittable):  # a pair needs both its answers
+        return Rendering((), f"{too_long(longest, limit)}, and its prompt alone fills that")
+    if len(kept) == 2 and kept[0].pair >= 0 and np.array_equal(kept[0].token_L, kept[1].token_L):
+        what = too_long(longest, limit)
+        return Rendering((), f"equal answers after cutting: {what}, and chosen and rejected differ only beyond")
+    lost = sum(len(part) for part in parts) - sum(map(len, kept))
+    return Rendering(tuple(kept), truncated_tokens=lost)
+
+
+def fit_prompt(part: Segment, limit: int, policy: Policy) -> Rendering:
+    """A prompt is taken whole or not at all: without its beginning or end it is not what anybody asked."""
+    if len(part) > limit:
+        return Rendering((), too_long(len(part), limit), refused=policy == "error")
+    return Rendering((part,))
 
 
 def too_long(length: int, max_length: int) -> str:

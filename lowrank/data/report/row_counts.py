@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from lowrank.data.chat.rendering import Rendering
+from lowrank.data.chat.rendered_record import Rendering
 from lowrank.data.formats.columns import RowProblem, kind_of
 from lowrank.data.report.media_counts import MediaCounts, refuse_other_marks
 from lowrank.data.sources.rows import Row
