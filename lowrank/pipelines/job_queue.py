@@ -8,49 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lowrank.batches import BARE_BASE
 from lowrank.checkpoints.orders import OrderQueue
 from lowrank.config import JobConfig
-from lowrank.data.prepare import Prepared
 from lowrank.errors import LowrankError
 from lowrank.pipelines.job_setup import num_steps_of
+from lowrank.pipelines.queued_job import HELD, OVER, PAUSED, QUEUED, RUNNING, QueuedJob
 from lowrank.pipelines.slot_allocator import SlotAllocator, job_started
 from lowrank.report.events import Event, JobFinished, JobMoved, JobStarted, Notice
 from lowrank.search.candidates import Candidate
 from lowrank.train.checkpointer import Checkpointer
 from lowrank.train.job import Job, JobProgress
 from lowrank.train.loop import finish_job
-
-RUNNING, QUEUED, PAUSED, HELD, OVER = "running", "queued", "paused", "held", "over"
-"""Where a job of a run is. HELD: a search waits for others before it decides."""
-
-
-@dataclass
-class QueuedJob:
-    """One job of the run."""
-
-    config: JobConfig
-    data: Prepared
-    state: str = QUEUED
-    priority: int = 0
-    """Of those that wait the highest is given a slot first, and a lower one that runs gives way to it."""
-    turn: int = 0
-    """Of equal priority the lowest is first."""
-    progress: JobProgress = field(default_factory=JobProgress)
-    """While it has no slot; one that has one is asked itself."""
-    num_trainable: int = 0
-    added: bool = False
-    """By an order or a search: it is not in the run's settings."""
-    changed: bool = False
-    """By an order: its settings are not those of the run's."""
-
-    @property
-    def name(self) -> str:
-        """The job's, which no other job of the run has."""
-        return self.config.name
 
 
 class Search(Protocol):
@@ -245,19 +216,7 @@ class JobQueue:
     def state(self) -> dict[str, Any]:
         """Plain JSON: what a run needs to know about its jobs beside their own states."""
         slots = {job.name: job.slot for job in self.jobs}
-        jobs = {
-            entry.name: {
-                "state": entry.state,
-                "priority": entry.priority,
-                "turn": entry.turn,
-                "slot": slots.get(entry.name),
-                "progress": dataclasses.asdict(entry.progress),
-                "num_trainable": entry.num_trainable,
-                "added": entry.added,
-                "settings": entry.config.model_dump(mode="json") if entry.added or entry.changed else None,
-            }
-            for entry in self.entries.values()
-        }
+        jobs = {entry.name: entry.kept(slots.get(entry.name)) for entry in self.entries.values()}
         search = None if self.search is None else self.search.state()
         orders = [] if self.order_queue is None else sorted(self.order_queue.carried_out)
         return {"jobs": jobs, "orders": orders, "capacity": self.capacity, "turns": self._turns, "search": search}
@@ -270,10 +229,7 @@ class JobQueue:
         else:
             self.capacity, self._turns = state["capacity"], state["turns"]
             for name, kept in state["jobs"].items():
-                entry = self.entries[name]
-                entry.state, entry.priority, entry.turn = kept["state"], kept["priority"], kept["turn"]
-                entry.progress, entry.num_trainable = JobProgress(**kept["progress"]), kept["num_trainable"]
-                entry.added, entry.changed = kept["added"], not kept["added"] and kept["settings"] is not None
+                self.entries[name].restore(kept)
             seated = {name: kept["slot"] for name, kept in state["jobs"].items() if kept["slot"] is not None}
             first = sorted((self.entries[name] for name in seated), key=lambda entry: seated[entry.name])
             slots = [seated[entry.name] for entry in first]

@@ -20,7 +20,8 @@ from lowrank.config.jobs import complete_jobs
 from lowrank.config.schema import JobSettings
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError, OutputError, did_you_mean
-from lowrank.pipelines.job_queue import HELD, OVER, PAUSED, QUEUED, JobQueue, QueuedJob
+from lowrank.pipelines.job_queue import JobQueue
+from lowrank.pipelines.queued_job import HELD, OVER, PAUSED, QUEUED, QueuedJob
 from lowrank.report.events import Event, Notice, RunStarted
 from lowrank.report.progress import JobView, RunProgress
 from lowrank.report.summary import SummaryBuilder

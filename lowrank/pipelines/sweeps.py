@@ -10,8 +10,9 @@ from typing import Any
 from lowrank.checkpoints.atomic import new_folder
 from lowrank.config import RunConfig
 from lowrank.config.checks import sweep_metric
-from lowrank.pipelines.job_queue import JobQueue, QueuedJob
+from lowrank.pipelines.job_queue import JobQueue
 from lowrank.pipelines.job_setup import num_steps_of
+from lowrank.pipelines.queued_job import QueuedJob
 from lowrank.report.events import Event, Notice
 from lowrank.search.candidates import candidates_among
 from lowrank.search.ranking import write_table

@@ -31,12 +31,13 @@ from lowrank.models.loading.kind import check_weights
 from lowrank.models.placement import Placement
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
-from lowrank.pipelines.job_queue import JobQueue, QueuedJob
+from lowrank.pipelines.job_queue import JobQueue
 from lowrank.pipelines.job_setup import check_steps, check_tokens
 from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, in_effect, live_state
 from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
 from lowrank.pipelines.orders import OrderHandler, StateFile
 from lowrank.pipelines.pictures import attach_media_encoder, expect_media
+from lowrank.pipelines.queued_job import QueuedJob
 from lowrank.pipelines.references import check_references
 from lowrank.pipelines.slot_allocator import SlotAllocator
 from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, record_sweep
