@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-"""Of JPEG; within a scan FF is followed by 00, or by the number of a restart."""
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""Of JPEG; within a scan FF is followed by 00, or by the number of a restart. FFs may come before one: not matched, for
+a file of nothing else would take time that grows with its square."""
 _END, _SCAN = 0xD9, 0xDA
 _STRIPS = ((273, 279), (324, 325))
 """Of TIFF: where strips (or tiles) are, and how many bytes they have."""
@@ -63,12 +64,12 @@ def _gif_ends(data: bytes) -> bool:
     at = 13 + _gif_table(data[10])
     while at < len(data):
         kind = data[at]
+        if kind == 0x3B:
+            return False
         if kind == 0x2C and at + 10 < len(data):
             at = _behind_blocks(data, at + 10 + _gif_table(data[at + 9]) + 1)
             return at <= len(data)
-        if kind != 0x21:
-            return False
-        at = _behind_blocks(data, at + 2)
+        at = _behind_blocks(data, at + 2) if kind == 0x21 else at + 1  # what is neither, readers pass over
     return False
 
 

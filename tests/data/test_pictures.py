@@ -8,6 +8,7 @@ import json
 import random
 import re
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -357,6 +358,37 @@ def test_what_stands_behind_a_pictures_end_is_no_part_of_it() -> None:
     assert examine(both + behind, "both").notes == ("hold several pictures, and are shown by the first",)
     pages = as_bytes(noise(), "TIFF", save_all=True, append_images=[noise(seed=1)])
     assert examine(pages, "pages").notes == ("hold several pictures, and are shown by the first",)
+
+
+def test_what_readers_pass_over_in_a_gif_is_no_end_of_it() -> None:
+    """Some programs put zeros before a frame, which Pillow passes over."""
+    data = as_bytes(noise().convert("P"), "GIF")
+    frame = data.index(b"\x2c", 13 + 3 * 256)
+    padded = data[:frame] + bytes(3) + data[frame:]
+    assert (examine(padded, "it").width, decoded(examine(padded, "it")).size) == (40, (40, 24))
+    with pytest.raises(BadPicture, match="cut off"):
+        examine(padded[:-900], "it")
+
+
+STRANGE: dict[str, dict[str, Any]] = {
+    "a JPEG that ends in FF": {
+        "messages": chat("<image>?"),
+        "images": [
+            "data:image/jpeg;base64," + base64.b64encode(as_bytes(noise(), "JPEG")[:-2] + b"\xff" * 60_000).decode()
+        ],
+    },
+    "blanks behind base64": {"messages": chat("<image>?"), "images": ["A" * 256 + " " * 60_000 + "!"]},
+    "tags that nobody closes": {"messages": chat("<audio>" * 16_000)},
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_rows_of_strangers_take_no_time_that_grows_with_their_square(name: str, tokenizer: Any, folder: Path) -> None:
+    """Each of these took ten seconds and more, and a file of some megabytes hours."""
+    began = time.process_time()
+    with pytest.raises(DataError, match="row 1"):
+        read(tokenizer, folder, STRANGE[name])
+    assert time.process_time() - began < 4
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "MPO"])

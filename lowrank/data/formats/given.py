@@ -4,14 +4,13 @@ does)."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 PLACES = {"<image>": "image", "<video>": "video", "<audio>": "audio"}
 """What stands in a text where a medium of the row's column is shown or played, and its kind."""
-PLACE = re.compile(r"<image>|<(audio|video)>(?!.*?</\1>)", re.DOTALL)
-"""A place, not the beginning of HTML that is closed again."""
+_PLACE = re.compile("|".join(PLACES))
 PICTURE_PARTS = ("image", "image_url", "input_image")
 """Types of content parts that are pictures: TRL's and transformers', OpenAI's of both its interfaces."""
 PARTS = {
@@ -45,3 +44,9 @@ def part_of(part: Mapping[str, Any], kind: str = "image") -> GivenMedium:
         if value is not None:
             return GivenMedium(value, kind)
     return GivenMedium(kind=kind)
+
+
+def places_in(text: str) -> Iterator[re.Match[str]]:
+    """Where a text shows or plays a medium; not where HTML begins that is closed again."""
+    closed = {place: -1 if place == "<image>" else text.rfind(f"</{place[1:]}") for place in PLACES}
+    return (found for found in _PLACE.finditer(text) if found.end() > closed[found[0]])

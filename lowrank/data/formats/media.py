@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank.data.formats.columns import COLUMNS, RowProblem, list_of
-from lowrank.data.formats.given import PLACE, PLACES, GivenMedium
+from lowrank.data.formats.given import PLACES, GivenMedium, places_in
 from lowrank.data.formats.media_files import Folders, medium_of
 from lowrank.records import (
     COLUMN_NAMES,
@@ -205,7 +205,7 @@ def _split(message: Message) -> _Places:
         if index:
             media.append((len(content), given[index - 1][1]))
         at = 0
-        for found in PLACE.finditer(text):
+        for found in places_in(text):
             content += text[at : found.start()]
             media.append((len(content), GivenMedium(kind=PLACES[found[0]])))
             at = found.end()

@@ -25,7 +25,8 @@ from lowrank.records import COLUMN_NAMES, Audio, Medium, Picture, Video
 
 _DATA_URL = re.compile(r"data:(?:image|audio|video)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-9=.+-]+)?;base64,", re.ASCII)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}(?:={1,2}\s*)?", re.ASCII)
+"""Blanks have one place only where they may match: else many of them would take time that grows with their square."""
 _ERRORS: dict[str, type[BadMedium]] = {"image": BadPicture, "video": BadVideo, "audio": BadAudio}
 _MOST_BYTES = {"image": decoding.MOST_BYTES, "video": video.MOST_BYTES, "audio": audio.MOST_BYTES}
 _HOLDERS = ("bytes", "base64", "path", "image", "video", "audio", "url")
