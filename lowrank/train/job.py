@@ -85,6 +85,8 @@ class JobProgress:
     last_loss: float | None = None
     """At the last evaluation."""
     last_score: float | None = None
+    owes_evaluation: bool = False
+    """It was due after the last step, and a file of a held-out row was broken or gone."""
     best_rows: list[list[float]] | None = None
     """At the best step: what each held-out row added to the loss, or each answer to the metric that decides, and how
     much it counted, where a job `compares_rows`."""
@@ -156,14 +158,17 @@ class Job:
         return bool(self.held_out) and (due or self.progress.finished == "done")
 
     def evaluates_at_the_start(self) -> bool:
-        """A job that answers itself says first what its answers are worth before it has learned anything."""
+        """An evaluation is owed; and a job that answers itself says first what its answers are worth before it has
+        learned anything."""
+        if self.progress.owes_evaluation:
+            return True
         return self.rollouts is not None and bool(self.held_out) and self.active and self.progress.step == 0
 
     def count_evaluation(self, loss: float, score: float | None = None) -> bool:
         """Take note of an evaluation; True if it is the best so far: the lowest loss, or, where answers are generated,
         the highest score, and of equal scores the one with the lower loss."""
         progress = self.progress
-        progress.last_loss, progress.last_score = loss, score
+        progress.last_loss, progress.last_score, progress.owes_evaluation = loss, score, False
         standing = (score or 0.0, -loss)
         best = progress.best_loss is None or standing > (progress.best_score or 0.0, -progress.best_loss)
         if best and loss == loss and score == score:

@@ -123,7 +123,7 @@ class Loop:
         """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
         with self._stopping, self._stopping.saving(self._notify_stop):
             if not self._stopping.now():
-                self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
+                self._begin()
             while not self._stopping.now() and (active := self._next()) is not None:
                 if not active:
                     time.sleep(IDLE_SECONDS)
@@ -151,6 +151,14 @@ class Loop:
                 if job.active:  # stopped early: after the checkpoint, what there is can be talked to
                     self.checkpointer.save_adapter(job, "last")
         return done
+
+    def _begin(self) -> None:
+        """What is evaluated before any step; with what comes of an evaluation that a broken file has put off."""
+        owing = [job for job in self.jobs if job.progress.owes_evaluation]
+        self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
+        if owing:
+            self.queue.judge(owing)
+            self._finish([job for job in owing if not job.active])
 
     def _next(self) -> list[Job] | None:
         """The jobs that take the next step; none while all are paused. None if all are over."""
@@ -233,7 +241,7 @@ class Loop:
     def _evaluate(self, due: list[Job], ending: Sequence[Job] = ()) -> None:
         """`ending`: those that took the step before it."""
         if due:
-            with self._keeping(self.jobs, ending):
+            with self._keeping(self.jobs, ending, due):
                 self._evaluate_together(due)
 
     def _evaluate_together(self, due: list[Job]) -> None:
@@ -263,14 +271,16 @@ class Loop:
         return {int(slot): Scored(own["metrics"], tuple(own["rows"])) for slot, own in found.items()}
 
     @contextlib.contextmanager
-    def _keeping(self, jobs: Sequence[Job], ending: Sequence[Job] = ()) -> Generator[None]:
+    def _keeping(self, jobs: Sequence[Job], ending: Sequence[Job] = (), due: Sequence[Job] = ()) -> Generator[None]:
         """Where a file of a row breaks off the block, `jobs` as they are can go on from here; those of `ending` that
-        are over are kept as such."""
+        are over are kept as such, and those that were `due` are evaluated then."""
         try:
             yield
         except BadMedium as error:
             last = "the last checkpoint"
             if self.engine.lanes.ranks.world == 1:  # others wait for this one's share
+                for job in due:
+                    job.progress.owes_evaluation = True
                 self._finish([job for job in ending if not job.active])
                 self._save(jobs)
                 last = f"the checkpoint of step {self.tick}, written now"

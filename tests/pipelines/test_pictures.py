@@ -43,7 +43,7 @@ from lowrank.report.page import write_report
 from lowrank.serve.vllm_engine.adapters import refuse_own_rows
 from tests.export.sources import write_merged
 from tests.picture_rows import write_picture_rows
-from tests.pipelines.test_train import Stopper, run, weights
+from tests.pipelines.test_train import Ear, Stopper, run, weights
 from tests.tiny_vision_models import save_vision_folder
 
 
@@ -190,9 +190,11 @@ class Breaks:
     """A reporter during whose run a file breaks or goes: after step `at` of job a, what `harm` does."""
 
     def __init__(self, at: int, harm: Callable[[], None]) -> None:
-        self.at, self.harm, self.losses = at, harm, list[float]()
+        self.at, self.harm, self.losses, self.evaluations = at, harm, list[float](), list[tuple[str, int, float]]()
 
     def report(self, event: Event) -> None:
+        if isinstance(event, EvalDone):
+            self.evaluations.append((event.job, event.step, event.loss))
         if isinstance(event, StepDone) and event.job == "a":
             self.losses.append(event.loss)
             if event.step == self.at:
@@ -236,8 +238,46 @@ def test_a_run_that_meets_a_broken_file_names_its_row_and_goes_on_from_there(
     assert len(breaks.losses) < 8
     _, rest = run({**given, "resume": True})
     assert breaks.losses + rest.losses("a") == plain.losses("a")
+    assert breaks.evaluations + evaluations(rest) == evaluations(plain)
     one, other = weights(tmp_path / "plain"), weights(tmp_path / "run")
-    assert all(torch.equal(one[name], other[name]) for name in one if "/last" in name)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def evaluations(ear: Ear) -> list[tuple[str, int, float]]:
+    return [(event.job, event.step, event.loss) for event in ear.events if isinstance(event, EvalDone)]
+
+
+def test_an_evaluation_that_a_broken_file_has_put_off_is_made_up_for(world: Path, tmp_path: Path) -> None:
+    """Also of a job that was over by then: which adapter is its best depends on it."""
+    write_picture_rows(tmp_path)
+    held, whole = tmp_path / "held.png", noise(world)
+    held.write_bytes(whole)
+    row = {"messages": json.loads((tmp_path / "mllm.json").read_text("utf-8"))[1]["messages"], "images": [held.name]}
+    (tmp_path / "held.json").write_text(json.dumps([row]), encoding="utf-8")
+    data = {"train": [str(tmp_path / "mllm.json")], "eval": [str(tmp_path / "held.json")], "batch_size": 1}
+    given = settings(world, tmp_path / "run", data=data, eval_steps=2)
+    given["jobs"] = [
+        {"name": "a", "adapter": {"rank": 4}, "max_steps": 4},
+        {"name": "b", "adapter": {"rank": 2}, "max_steps": 5, "early_stopping_patience": 9},
+    ]
+    _, plain = run({**given, "output_dir": str(tmp_path / "plain")})
+    breaks = Breaks(3, held.unlink)
+    with pytest.raises(DataError, match="the checkpoint of step 4, written now"):
+        train(RunConfig(**given), reporters=[breaks])
+    assert (tmp_path / "run" / "a" / "last").is_dir()
+    held.write_bytes(whole)
+    summary, rest = run({**given, "resume": True})
+    assert breaks.evaluations + evaluations(rest) == evaluations(plain)
+    assert summary["jobs"]["a"]["last_eval"]["step"] == 4
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def noise(world: Path) -> bytes:
+    """A picture that no other row shows."""
+    file = io.BytesIO()
+    Image.open(world / "pictures" / "0.jpg").rotate(180).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "paligemma"])
