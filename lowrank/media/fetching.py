@@ -14,8 +14,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -33,9 +33,10 @@ _MOST_REDIRECTS = 5
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-def fetched(url: str, name: str, most: int, error: type[BadMedium]) -> Path:
+def fetched(url: str, name: str, most: int, error: type[BadMedium], check: Callable[[bytes, str], object]) -> Path:
     """The file of what is at `url`, `name` for people, as it was when it was first asked for. `error` where it cannot
-    be had, is more than `most` bytes, or not at a public address."""
+    be had or kept, is more than `most` bytes, or not at a public address. `check` raises for what is not to be kept: a
+    server's page about an error, half a file; it is asked for again the next time."""
     path = cache_folder() / FOLDER / digest_of(url.encode("utf-8", "surrogatepass"))
     if path.is_file():
         return path
@@ -43,10 +44,17 @@ def fetched(url: str, name: str, most: int, error: type[BadMedium]) -> Path:
         data = _read(url, most)
     except _Refused as problem:
         raise error(f"{error.one} cannot be fetched", f"{name}: {problem}") from problem
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check(data, name)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as problem:
+        with suppress(OSError):
+            partial.unlink()
+        where = f"{path.parent} (LOWRANK_CACHE) cannot be written: {problem.strerror}"
+        raise error(f"{error.one} cannot be fetched", f"{name}: {where}") from problem
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from lowrank.data.prepare import examine
 from lowrank.data.report.doctor import DataReport
 from lowrank.media import fetching
 from lowrank.media.decoding import BadPicture
+from lowrank.media.decoding import examine as examine_picture
 
 MOST = 100_000
 
@@ -59,6 +61,12 @@ class Site(BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(photograph())
+        elif self.path in ("/busy.png", "/half.png"):
+            self.send_response(200)
+            self.end_headers()
+            first = len([each for each in Site.requests if each.endswith(self.path)]) == 1
+            bad = b"<html>too many requests" if self.path == "/busy.png" else photograph()[:-30]
+            self.wfile.write(bad if first else photograph())
         else:
             self.send_error(404)
 
@@ -116,8 +124,24 @@ def test_a_url_is_fetched_once_and_only_where_the_person_says_so(site: str, tmp_
 )
 def test_what_is_not_fetched(path: str, problem: str, site: str) -> None:
     with pytest.raises(BadPicture, match="a picture cannot be fetched") as caught:
-        fetching.fetched(site + path, "it", MOST, BadPicture)
+        fetching.fetched(site + path, "it", MOST, BadPicture, examine_picture)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "problem"), [("/busy.png", "not a picture"), ("/half.png", "is cut off")])
+def test_what_is_no_picture_is_not_kept(path: str, problem: str, site: str, tmp_path: Path) -> None:
+    """A server that was busy, or broke off, is asked again by the next command."""
+    (loss,) = read(tmp_path, site + path, fetch_media=True).losses
+    assert problem in loss
+    (dataset,) = read(tmp_path, site + path, fetch_media=True).datasets
+    assert dataset.used == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "file"))
+    (loss,) = read(tmp_path, f"{site}/cat.png", fetch_media=True).losses
+    assert re.search(r"row 1.*a picture cannot be fetched: .*file/media \(LOWRANK_CACHE\) cannot be written", loss)
 
 
 @pytest.mark.parametrize("path", ["/drips", "/drips-headers"])
@@ -125,7 +149,7 @@ def test_what_never_ends_has_its_time(path: str, site: str, monkeypatch: pytest.
     monkeypatch.setattr(fetching, "_SECONDS", 0.5)
     started = time.monotonic()
     with pytest.raises(BadPicture, match="it was not there after"):
-        fetching.fetched(site + path, "it", MOST, BadPicture)
+        fetching.fetched(site + path, "it", MOST, BadPicture, examine_picture)
     assert time.monotonic() - started < 20
 
 

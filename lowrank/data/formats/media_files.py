@@ -29,6 +29,11 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}(?:={1,2}\s*)?", re.ASCII)
 """Blanks have one place only where they may match: else many of them would take time that grows with their square."""
 _ERRORS: dict[str, type[BadMedium]] = {"image": BadPicture, "video": BadVideo, "audio": BadAudio}
 _MOST_BYTES = {"image": decoding.MOST_BYTES, "video": video.MOST_BYTES, "audio": audio.MOST_BYTES}
+_EXAMINE: dict[str, Callable[[bytes, str], Medium]] = {
+    "image": examine,
+    "video": examine_video,
+    "audio": examine_audio,
+}
 _HOLDERS = ("bytes", "base64", "path", "image", "video", "audio", "url")
 _READ: dict[str, Callable[[Path, str], bytes]] = {
     "image": read_file,
@@ -122,7 +127,7 @@ def _bytes_of(value: Any, kind: str, folders: Folders) -> tuple[bytes, str | Non
                 f"{one} behind a URL: {shown(value)}; nothing is fetched unless you say so: download it, and name the "
                 "file, or set `fetch_media: true` of the dataset (`--fetch-media`)"
             )
-        path = fetched(value, shown(value), _MOST_BYTES[kind], _ERRORS[kind])
+        path = fetched(value, shown(value), _MOST_BYTES[kind], _ERRORS[kind], _EXAMINE[kind])
         return _READ[kind](path, shown(value)), str(path), shown(value)
     if len(value) > 255 and _BASE64.fullmatch(value):
         return _of_base64(value, one), None, f"{one} in the row"
