@@ -16,6 +16,8 @@ import pytest
 
 from lowrank.errors import ConfigError
 from lowrank.serve.address import check_host
+from lowrank.serve.api.http_errors import ApiError
+from lowrank.serve.api.requests import ChatRequest
 from lowrank.serve.limits import RequestLimits
 from tests.serve.running import TOKEN, Running, open_world, serving
 
@@ -47,6 +49,15 @@ def test_nobody_comes_in_without_the_token(server: Running, given: str) -> None:
             assert reply.headers["www-authenticate"] == "Bearer"
         assert http.post("/v1/chat/completions", json=REQUEST).status_code == 401
         assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_what_no_answer_can_be_drawn_by_is_the_clients_mistake() -> None:
+    """Whatever the request itself lets pass."""
+    request = ChatRequest.model_validate(REQUEST)
+    for tokens, more in ((0, {}), (5, {"logprobs": 65})):
+        with pytest.raises(ApiError) as caught:
+            request.draw(RequestLimits(), tokens, **more)
+        assert caught.value.status == 400
 
 
 @pytest.mark.parametrize(

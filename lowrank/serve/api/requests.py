@@ -113,16 +113,10 @@ class AnswerRequest(RequestBody):
             message = f"max_tokens: {tokens} is more than the {limits.answer_tokens} this server gives"
             raise ApiError(400, message, param="max_tokens")
         same = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        drawn = {name: getattr(self, name) for name in (*same, "logit_bias", "seed")}
+        drawn |= {"top_k": max(0, self.top_k), "stop": self.stops(limits), "max_new_tokens": tokens, **more}
         try:
-            return GenerationConfig(
-                **{name: getattr(self, name) for name in same},
-                top_k=max(0, self.top_k),
-                logit_bias=self.logit_bias,
-                stop=self.stops(limits),
-                max_new_tokens=tokens,
-                seed=self.seed,
-                **more,
-            )
+            return GenerationConfig.model_validate(drawn)
         except ValidationError as error:
             raise refused(error.errors()) from error
 
