@@ -23,7 +23,6 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.routing import Draws, ForwardContext
 from lowrank.adapters.targets import is_copied, name_of
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.batches import BARE_BASE
@@ -33,7 +32,8 @@ from lowrank.checkpoints.peft_config import BaseDescription, describe_base, to_p
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.compat.unsloth import sampling, saving
 from lowrank.compat.unsloth.arguments import warn_once
-from lowrank.compat.unsloth.peft_tree import TrainedHead, hang, unhang
+from lowrank.compat.unsloth.pass_routing import PassRouting
+from lowrank.compat.unsloth.peft_tree import TrainedHead, Tuner, hang, unhang
 from lowrank.errors import ConfigError, ModelError
 from lowrank.kernels.logprobs import logprobs
 from lowrank.models.base import Base
@@ -52,44 +52,6 @@ _OF_OUR_LOSS = {"position_ids", "use_cache", "num_items_in_batch", "return_dict"
 _LOG = logging.getLogger(__name__)
 
 
-class OneSlot(ForwardContext):
-    """All rows of every layer are one slot's, however many a layer sees."""
-
-    def in_rows_of(self, total: int, layer: str) -> list[tuple[int, int, int]]:
-        """The whole of a layer's rows."""
-        del layer
-        return [(slot, 0, total) for slot, _, _ in self.ranges]
-
-    def counters(self, total: int) -> torch.Tensor | None:
-        """Of all rows of a layer: a tower's are not the text's."""
-        counter_N = self.counter_N
-        if counter_N is None or len(counter_N) == total:
-            return counter_N
-        return torch.arange(total, device=counter_N.device)
-
-
-class _Tuner(nn.Module):
-    """What stands between a PeftModel and the model it adapts."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.peft_config: dict[str, Any] = {}
-        self.active_adapters: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        return self.model(*args, **kwargs)
-
-
 class TunedModel(peft.PeftModel):
     """A frozen base with adapters by name, one of them at work. Computes in the base's dtype, trains float32 masters.
 
@@ -106,7 +68,7 @@ class TunedModel(peft.PeftModel):
         self._is_prompt_learning = False
         self.peft_type = peft.PeftType.LORA
         self.special_peft_forward_args: set[str] = set()
-        self.base_model = _Tuner(base.model)
+        self.base_model = Tuner(base.model)
         self.base = base
         self.settings = settings
         self.bank = Bank(base)  # what is to be packed was packed as it loaded
@@ -114,8 +76,7 @@ class TunedModel(peft.PeftModel):
         self.max_seq_length: int | None = None
         self.slots: dict[str, int] = {}
         self.seeds: dict[str, int] = {}
-        self._fresh: set[int] = set()
-        self._passes = 0
+        self._passes = PassRouting(self.bank)
         self._precision_reported = False
         base.backbone.register_forward_pre_hook(self._route, with_kwargs=True)
         self._taken = {*inspect.signature(base.backbone.forward).parameters} - {"past_key_values"}
@@ -177,7 +138,7 @@ class TunedModel(peft.PeftModel):
         for path in self.bank.parameters(slot):
             unhang(self.base.model, path, adapter_name, self.bank.slots[slot].copies)
         self.bank.remove(slot)
-        self._fresh.discard(slot)
+        self._passes.forget(slot)
         if self.base_model.active_adapters == [adapter_name]:
             self.base_model.active_adapters = []
             vars(self).pop("_active_adapter", None)
@@ -232,29 +193,18 @@ class TunedModel(peft.PeftModel):
     # --- computing --------------------------------------------------------------------------------------------
 
     def _route(self, backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Before each pass of the backbone. Its context stays: the trainer, not we, knows when its backward pass is."""
+        """Before each pass of the backbone."""
         del backbone
         given = next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None)
-        num_rows = given.shape[0] * given.shape[1]
         slot = self._slot_at_work()
-        if slot == BARE_BASE:
-            self.routing.current = OneSlot(num_rows)
-            return
-        learns = self.training and torch.is_grad_enabled()
-        draws = None
-        if learns:
-            self._fresh.discard(slot)  # an optimizer step may follow
-            self._passes += 1
-            draws = {slot: Draws(self.seeds[self.active_adapter], self._passes)}
-        counter_N = torch.arange(num_rows, device=given.device)
-        self.routing.current = OneSlot(num_rows, ((slot, 0, num_rows),), counter_N, draws=draws or {})
+        learns = slot != BARE_BASE and self.training and torch.is_grad_enabled()
+        seed = self.seeds[self.active_adapter] if learns else None
+        self._passes.begin(slot, given.shape[0] * given.shape[1], given.device, seed)
 
     def _slot_at_work(self) -> int:
         """Its working copies are up to date."""
         slot = BARE_BASE if self._adapters_disabled else self.slots.get(getattr(self, "active_adapter", ""), BARE_BASE)
-        if slot != BARE_BASE and slot not in self._fresh:
-            self.bank.refresh(slot)
-            self._fresh.add(slot)
+        self._passes.refresh(slot)
         return slot
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -302,7 +252,7 @@ class TunedModel(peft.PeftModel):
         try:
             slot = self._slot_at_work()
             with self._own_precision(), torch.no_grad():
-                self.routing.current = OneSlot(1, ((slot, 0, 1),))  # the tower looks before the backbone's first pass
+                self._passes.begin_generation(slot)
                 return self.base.model.generate(*args, **kwargs)
         finally:
             self.train(before)
@@ -316,16 +266,7 @@ class TunedModel(peft.PeftModel):
     ) -> list[sampling.RequestOutput]:
         """vLLM's way to ask: answers to texts. `lora_request`: what `load_lora` gave; None is the bare base."""
         del use_tqdm
-        before, tokenizer = getattr(self, "active_adapter", ""), self.base.tokenizer
-        if lora_request is None:
-            with self.disable_adapter():
-                return sampling.answers(self, prompts, sampling_params, tokenizer)
-        self.set_adapter(lora_request.lora_name)
-        try:
-            return sampling.answers(self, prompts, sampling_params, tokenizer)
-        finally:
-            if before:
-                self.set_adapter(before)
+        return sampling.fast_generate(self, prompts, sampling_params, lora_request)
 
     def save_lora(self, save_directory: str | Path, **others: Any) -> None:
         """`save_pretrained`, by the name it has beside vLLM."""
@@ -334,18 +275,11 @@ class TunedModel(peft.PeftModel):
     def load_lora(self, save_directory: str | Path, load_tensors: bool = True) -> sampling.LoRARequest:
         """Read an adapter's folder for `fast_generate`; the adapter that is trained stays as it is."""
         del load_tensors
-        name = f"lora_request {Path(save_directory).resolve()}".replace(".", "_")
-        if name in self.slots:
-            self.delete_adapter(name)
-        before = getattr(self, "active_adapter", "")
-        self.load_adapter(save_directory, name)
-        if before:
-            self.set_adapter(before)
-        return sampling.LoRARequest(name, str(save_directory))
+        return sampling.load_lora(self, save_directory)
 
     def train(self, mode: bool = True) -> TunedModel:
         """As in torch."""
-        self._fresh.clear()
+        self._passes.forget()
         super().train(mode)
         return self
 

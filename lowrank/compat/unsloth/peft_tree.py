@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +15,28 @@ from torch import nn
 from lowrank.adapters.embedding import RoutedCopy
 
 _PEFT_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+class Tuner(nn.Module):
+    """What stands between a PeftModel and the model it adapts."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, Any] = {}
+        self.active_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self.model(*args, **kwargs)
 
 
 class _Part(nn.Module, BaseTunerLayer):

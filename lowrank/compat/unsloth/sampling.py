@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +143,33 @@ def answers(model: Any, prompts: str | Sequence[str], params: Any, tokenizer: An
         outputs = [_output(place, each, params, tokenizer, stops, ends) for place, each in enumerate(own)]
         found.append(RequestOutput(str(index), text, prompt, outputs))
     return found
+
+
+def fast_generate(model: Any, prompts: str | Sequence[str], params: Any, lora_request: Any) -> list[RequestOutput]:
+    """`answers` of a `TunedModel` with the adapter of a `LoRARequest`, or (None) of its bare base; the adapter that was
+    at work is at work again afterwards."""
+    before, tokenizer = getattr(model, "active_adapter", ""), model.base.tokenizer
+    if lora_request is None:
+        with model.disable_adapter():
+            return answers(model, prompts, params, tokenizer)
+    model.set_adapter(lora_request.lora_name)
+    try:
+        return answers(model, prompts, params, tokenizer)
+    finally:
+        if before:
+            model.set_adapter(before)
+
+
+def load_lora(model: Any, folder: str | Path) -> LoRARequest:
+    """Read an adapter's folder into a `TunedModel`, whose adapter at work stays at work."""
+    name = f"lora_request {Path(folder).resolve()}".replace(".", "_")
+    if name in model.slots:
+        model.delete_adapter(name)
+    before = getattr(model, "active_adapter", "")
+    model.load_adapter(folder, name)
+    if before:
+        model.set_adapter(before)
+    return LoRARequest(name, str(folder))
 
 
 def _output(
