@@ -1,4 +1,5 @@
-"""A step that cannot be taken, since a file that a row names is broken or has gone: what a run goes on from."""
+"""A step that cannot be taken, since a file that a row names is broken or has gone, or a stream breaks off: what a run
+goes on from."""
 
 from __future__ import annotations
 
@@ -24,6 +25,11 @@ def stopped_by(error: BadMedium, checkpoint: str) -> DataError:
         f"{checkpoint} (resume=true); or leave the row out and begin a new run\n"
         "  data.check_pictures: decode finds files that are broken within before the model loads"
     )
+
+
+def breaks_off(error: DataError, checkpoint: str) -> DataError:
+    """The same of rows that cannot be read on."""
+    return DataError(f"{error}\n  mend that, and go on from {checkpoint} (resume=true)")
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
-from lowrank.errors import LowrankError
+from lowrank.errors import DataError, LowrankError
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, Scored, score_answers
 from lowrank.kernels.host_memory import Heap
 from lowrank.media.medium_files import BadMedium
 from lowrank.ranks import agree
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.segments import Segment
-from lowrank.train.before_step import as_they_are, stopped_by
+from lowrank.train.before_step import as_they_are, breaks_off, stopped_by
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, LooksAhead, RolloutSource, StepSource
 from lowrank.train.optimizers import bytes_of_state
@@ -177,21 +177,23 @@ class Loop:
             self._notify(self._pending_events.pop(0))
 
     def _answer(self, answering: list[RolloutSource]) -> None:
-        """First all are asked, so that they are answered together. A judge that fails costs no step that was taken."""
+        """First all are asked, so that they are answered together. A judge that fails, or a stream
+        of questions that breaks off, costs no step that was taken."""
         try:
             for rollouts in answering:
                 rollouts.submit()
             for rollouts in answering:
                 rollouts.answer()
-        except LowrankError:
-            self._save()
+        except Exception as error:
+            if isinstance(error, LowrankError) or self.engine.lanes.ranks.world == 1:
+                self._save()
             raise
 
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
-        before = as_they_are(self.jobs) if self.engine.base.media_encoder is not None else self.jobs
+        before = as_they_are(self.jobs)
         rates = {job.slot: job.next_learning_rate() for job in active}
-        work = {job.slot: job.dataloader.next_step() for job in active}
+        work = self._taken(active, before)
         following = [segment for job in active for segment in _following(job.dataloader)]
         with self._keeping(before):
             forwarded = self.engine.forward_backward(work, rates, following)
@@ -202,6 +204,22 @@ class Loop:
         for job in active:
             job.count_step(updated[job.slot].skipped, overflowed=updated[job.slot].loss_scale is not None)
             self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
+
+    def _taken(self, active: Sequence[Job], before: Sequence[Job]) -> dict[int, list[Segment]]:
+        """The segments of the next step, by slot. Where a source breaks off (a stream's file, network, or a row that
+        the settings refuse), all jobs can go on from `before` it."""
+        try:
+            return {job.slot: job.dataloader.next_step() for job in active}
+        except Exception as error:
+            if self.engine.lanes.ranks.world > 1:  # others wait for this one's share
+                raise
+            self._save(before)
+            if isinstance(error, DataError):
+                raise breaks_off(error, self._written_now()) from error
+            raise
+
+    def _written_now(self) -> str:
+        return f"the checkpoint of step {self.tick}, written now"
 
     def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
         if job.rollouts is not None:
@@ -283,7 +301,7 @@ class Loop:
                     job.progress.owes_evaluation = True
                 self._finish([job for job in ending if not job.active])
                 self._save(jobs)
-                last = f"the checkpoint of step {self.tick}, written now"
+                last = self._written_now()
             raise stopped_by(error, last) from error
 
     def _finish(self, finished: list[Job]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lowrank.config import RunConfig, validate_settings
+from lowrank.data import dataset
 from lowrank.data.prepare import prepare
 from lowrank.errors import ConfigError, DataError, OutputError
 from lowrank.evaluate.held_out_answers import score_answers
@@ -119,6 +122,49 @@ class Stopper(Ear):
         super().report(event)
         if isinstance(event, StepDone) and event.job == "a" and event.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("error", ["row", "network"])
+def test_a_stream_that_breaks_off_costs_no_step_that_was_taken(
+    error: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that the settings refuse behind those that are looked at beforehand, or a file that cannot be read on."""
+    monkeypatch.setattr("lowrank.data.prepare._ROWS_AHEAD", 2)
+    monkeypatch.setattr("lowrank.data.batching.dataloader._WINDOW", 2)
+    monkeypatch.setattr("lowrank.data.chat.rendering._ROWS_AT_ONCE", 2)
+    rows = [json.dumps(row) for row in json.loads((world / "train.json").read_text(encoding="utf-8"))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    source = {"path": str(tmp_path / "rows.jsonl"), "format": "alpaca"}
+    data = {"train": [source], "streaming": True, "strict": True, "batch_size": 1}
+    given = settings(world, tmp_path / "run", data=data, eval_steps=None, max_steps=20, save_steps=None)
+    given["jobs"] = [{"name": "a", "adapter": {"rank": 4}}, {"name": "b", "adapter": {"rank": 8}, "seed": 3}]
+    _, plain = run({**given, "output_dir": str(tmp_path / "plain")})
+
+    ear = Ear()
+    with monkeypatch.context() as patch:
+        if error == "row":
+            broken = [*rows[:16], json.dumps({"instruction": "Say", "output": 5}), *rows[17:]]
+            (tmp_path / "rows.jsonl").write_text("\n".join(broken), encoding="utf-8")
+        else:
+            read_rows = dataset.read_rows
+
+            def breaking(*args: Any, **named: Any) -> Iterator[Any]:
+                for number, row in enumerate(read_rows(*args, **named)):
+                    if number == 16:
+                        raise ConnectionResetError("the hub is gone")
+                    yield row
+
+            patch.setattr(dataset, "read_rows", breaking)
+        kind, text = (
+            (DataError, "row 17.*step 1[0-9], written now") if error == "row" else (ConnectionResetError, "hub")
+        )
+        with pytest.raises(kind, match=re.compile(text, re.DOTALL)):
+            train(RunConfig(**given), reporters=[ear])
+    assert len(ear.losses("a")) > 8
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    _, rest = run({**given, "resume": True})
+    for job in "ab":
+        assert ear.losses(job) + rest.losses(job) == plain.losses(job)
 
 
 def test_resume_is_bit_exact(world: Path, tmp_path: Path) -> None:

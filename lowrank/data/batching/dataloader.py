@@ -179,8 +179,8 @@ class StreamingDataLoader:
     def next_step(self) -> list[Segment]:
         """The segments of the next optimizer step, numbered."""
         step = self._waiting
+        following = next(self._running, None)  # first: where it breaks off, `state` is that before this step
         self._step += 1
-        following = next(self._running, None)
         if following is None:
             self._epoch, self._step, self._steps_seen = self._epoch + 1, 0, self._step
             self._running = self._begin()
