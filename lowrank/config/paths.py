@@ -39,7 +39,8 @@ _MOST_NAMES = 10_000
 
 
 def locate_paths(settings: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings with `model.path`, data paths, adapter paths and template files located, and what was not found.
+    """The settings with `model.path`, data paths, folders of media, adapter paths and template files located, and what
+    was not found.
 
     `settings` are spelled out (see `lowrank.config.jobs`).
     """
@@ -128,7 +129,9 @@ def _located_sources(sources: Any, place: str, folder: Path, problems: list[str]
         return sources
     spelled = [{"path": source} if isinstance(source, str) else source for source in sources]
     return [
-        _located_keys(source, ("path",), f"{place}.{n}.", folder, problems) if isinstance(source, Mapping) else source
+        _located_keys(source, ("path", "media_dir"), f"{place}.{n}.", folder, problems)
+        if isinstance(source, Mapping)
+        else source
         for n, source in enumerate(spelled)
     ]
 

@@ -151,7 +151,9 @@ def test_paths_are_looked_for_here_first_then_beside_the_file(tmp_path: Path, mo
         (folder / "both.json").write_text("[]")
     (there / "beside.json").write_text("[]")
     (there / "base").mkdir()
-    text = "model: base\ndata: {train: [both.json, beside.json, org/on-the-hub]}\noutput_dir: runs\n"
+    (there / "photos").mkdir()
+    shown = "{path: both.json, media_dir: photos}"
+    text = f"model: base\ndata: {{train: [{shown}, beside.json, org/on-the-hub]}}\noutput_dir: runs\n"
     write(there, text + "jobs: [{name: a, data: {eval: beside.json}}]\n")
     monkeypatch.chdir(here)
     config = load("../there/run.yaml")
@@ -160,6 +162,7 @@ def test_paths_are_looked_for_here_first_then_beside_the_file(tmp_path: Path, mo
         str(Path("../there/beside.json")),
         "org/on-the-hub",
     ]
+    assert config.jobs[0].data.train[0].media_dir == str(Path("../there/photos"))
     assert config.jobs[0].data.eval[0].path == str(Path("../there/beside.json"))
     assert config.model.path == str(Path("../there/base"))
     assert config.output_dir == Path("runs")
