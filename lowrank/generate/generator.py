@@ -18,20 +18,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.adapters.soft_prompts import runs_of_pieces
 from lowrank.devices import to_device
-from lowrank.errors import LowrankError
 from lowrank.generate import transformers_fallback
+from lowrank.generate.admission import RequestAdmission
 from lowrank.generate.block_manager import BlockManager
 from lowrank.generate.compiled_decoding import CompiledDecoding
-from lowrank.generate.constraint import Constraint
 from lowrank.generate.generation import Generation
-from lowrank.generate.request import ContextLengthExceeded, GenerationConfig, Prompt, RequestError
+from lowrank.generate.prompt_media import encode_media, pieces_of
+from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.generate.sampling import choose
 from lowrank.generate.scheduler import GeneratorConfig, Scheduler
 from lowrank.generate.sequence import Sequence
@@ -40,8 +39,6 @@ from lowrank.kernels.shape_bucketing import bucketed_rows
 from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
 from lowrank.models.base import Base
 from lowrank.models.checks.kv_cache import kv_cache_mismatch
-from lowrank.models.media_encoder import EncodedPiece
-from lowrank.records import KIND_NAMES, Picture
 
 Result = TypeVar("Result")
 _PAGE = 16
@@ -79,6 +76,7 @@ class Generator:
         num_pages = 1 + -(-self.config.kv_cache_tokens // size)
         self._cache = KVCache(num_pages, size)
         self.schedule = Scheduler(BlockManager(num_pages, size), self.config)
+        self._admission = RequestAdmission(base, bank, room=self.schedule.block_manager.capacity * size)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stepping = threading.RLock()
         self._wake = threading.Event()
@@ -91,29 +89,7 @@ class Generator:
         self, prompt: Prompt, config: GenerationConfig, *, stop_tokens: frozenset[int] = frozenset()
     ) -> Generation:
         """Start answering; RequestError if it can never be answered."""
-        virtual = self.bank.num_virtual(prompt.slot)
-        most = self._most(len(prompt.token_L), prompt.slot, config)
-        sequence = Sequence(
-            prompt,
-            config,
-            virtual=virtual,
-            stop_tokens=stop_tokens,
-            most=most,
-            tokenizer=self.base.tokenizer,
-            constraint=self._constraint(config, stop_tokens),
-        )
-        steady = self.base.steady_length
-        sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
-        self._refuse_media(prompt, sequence.alone)
-        sequence.padded = (
-            prompt.media is not None
-            and self.base.media_encoder is not None
-            and self.base.media_encoder.in_fixed_batches
-        )
-        if virtual and (self.notice or sequence.in_fixed_batch):
-            long = f"texts of more than {steady} tokens are answered one by one"
-            reason = self.notice or (long if sequence.alone else "pictures are asked about in fixed batches")
-            raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
+        sequence = self._admission.sequence(prompt, config, stop_tokens, self.notice)
         self.post(lambda: self.schedule.waiting.append(sequence))
         return Generation(self, sequence)
 
@@ -177,6 +153,11 @@ class Generator:
         """Room in the cache for tokens of new sequences."""
         return self.schedule.block_manager.available * self.schedule.block_manager.page_size
 
+    @property
+    def picture_problem(self) -> str | None:
+        """Why nobody can be asked about pictures here, in words; None: all is well."""
+        return self._admission.picture_problem(fixed=self.notice is not None)
+
     # -- a thread of its own
 
     def start(self) -> None:
@@ -231,7 +212,7 @@ class Generator:
             plan = self.schedule.plan()
             if not plan:
                 return False
-            self._encode_media([sequence for sequence, _ in plan])
+            encode_media(self.base, self.bank, [sequence for sequence, _ in plan], self.schedule.running)
             plan = [(sequence, length) for sequence, length in plan if sequence.finish is None]
             logits_BV, rows = self._forward(plan) if plan else (torch.empty(0), [])
             for sequence, choice in zip(rows, choose(logits_BV, rows) if rows else ()):
@@ -250,7 +231,7 @@ class Generator:
     def _forward(self, plan: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, list[Sequence]]:
         """Logits (B, V) of those whose next token is wanted now."""
         spans, tokens, ends, rows = [], [], [], []
-        pieces = self._pieces(plan)
+        pieces = pieces_of(plan)
         for sequence, length in plan:
             known = -(-sequence.cached // self._cache.page_size)
             spans.append(SequenceChunk(sequence.cached, length, sequence.pages, fresh=sequence.pages[known:]))
@@ -277,67 +258,6 @@ class Generator:
         ends += [0] * (self._rows_for(len(ends)) - len(ends))
         return self._logits(hidden_TD[to_device(torch.tensor(ends, dtype=torch.int64), device)], rows), rows
 
-    def _encode_media(self, sequences: list[Sequence]) -> None:
-        """Let the tower look at the pictures of those who have some. Whose cannot be looked at ends here, and nobody
-        else."""
-        for sequence in sequences:
-            if sequence.media is None or sequence.encoded is not None:
-                continue
-            same = (
-                each.encoded
-                for each in self.schedule.running
-                if each.has_prompt_of(sequence) and self._see_alike(each, sequence)
-            )
-            sequence.encoded = next((seen for seen in same if seen is not None), None)
-            if sequence.encoded is None:
-                try:
-                    self._show(sequence)
-                except LowrankError as error:
-                    sequence.give_up("error", str(error), refused=True)
-
-    def _see_alike(self, one: Sequence, other: Sequence) -> bool:
-        """Whether their slots have the same tower."""
-        return one.slot == other.slot or not (self._adapts_tower(one.slot) or self._adapts_tower(other.slot))
-
-    def _adapts_tower(self, slot: int) -> bool:
-        return slot in self.bank.slots and self.bank.slots[slot].outside
-
-    def _show(self, sequence: Sequence) -> None:
-        media_encoder = self.base.media_encoder
-        assert media_encoder is not None, "checked when it was submitted"
-        assert sequence.media is not None
-        prompt_L = np.asarray(sequence.tokens[: sequence.num_prompt], np.int64)
-        with self.bank.routing.using(ForwardContext()):
-            sequence.encoded = media_encoder.encode(prompt_L, sequence.media, sequence.slot)
-
-    def _pieces(self, plan: list[tuple[Sequence, int]]) -> list[EncodedPiece]:
-        """Where the tokens of this step are in documents with pictures; empty where nobody has some."""
-        if all(sequence.media is None for sequence, _ in plan):
-            return []
-        return [EncodedPiece(sequence.cached, length, sequence.encoded) for sequence, length in plan]
-
-    @property
-    def picture_problem(self) -> str | None:
-        """Why nobody can be asked about pictures here, in words; None: all is well."""
-        return self._picture_problem(fixed=self.notice is not None)
-
-    def _picture_problem(self, fixed: bool) -> str | None:
-        if self.base.media_encoder is None:
-            return "it was loaded to read text alone"
-        fixed = fixed or self.base.media_encoder.in_fixed_batches
-        return transformers_fallback.picture_problem(self.base) if fixed else None
-
-    def _refuse_media(self, prompt: Prompt, alone: bool) -> None:
-        """RequestError where the pictures of a prompt cannot be shown."""
-        if prompt.media is None:
-            return
-        other = next((KIND_NAMES[each.kind] for each in prompt.media.items if not isinstance(each, Picture)), None)
-        if other is not None:
-            raise RequestError(f"{self.base.name} is not asked about {other} here: they are only trained on so far")
-        reason = self._picture_problem(fixed=alone or self.notice is not None)
-        if reason is not None:
-            raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")
-
     def _logits(self, hidden_BD: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
         """By the model's own head module, which the bank may have routed."""
         ranges = _ranges([(each.slot, 1) for each in rows])
@@ -355,7 +275,7 @@ class Generator:
         """Where the cache is not ours: whoever waits, as one batch, to its end."""
         rows = self.schedule.pop_waiting(most)
         if rows:
-            self._encode_media(rows)
+            encode_media(self.base, self.bank, rows, self.schedule.running)
             left = [row for row in rows if row.finish is None]
             if left:
                 transformers_fallback.answer(self.base, self.bank, left, self._drop_cancelled)
@@ -387,36 +307,6 @@ class Generator:
         self.schedule.invalidate(slot)
         for sequence in [each for each in self.schedule.running if each.slot == slot]:
             self.schedule.preempt(sequence)
-
-    # -- what a request may ask for
-
-    def _most(self, length: int, slot: int, config: GenerationConfig) -> int:
-        """Tokens its answer may have; RequestError if its question alone is too long."""
-        reach = self.bank.max_positions(slot)
-        if length == 0:
-            raise RequestError("the prompt has no tokens")
-        if reach is not None and length >= reach:
-            raise ContextLengthExceeded(
-                f"the conversation has {length} tokens and the model's maximum context length is {reach}"
-            )
-        most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
-        room = self.schedule.block_manager.capacity * self.schedule.block_manager.page_size - self.bank.num_virtual(
-            slot
-        )
-        if self.notice is None and length + most > room:
-            raise ContextLengthExceeded(
-                f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"
-            )
-        return most
-
-    def _constraint(self, config: GenerationConfig, stop_tokens: frozenset[int]) -> Constraint | None:
-        vocabulary = self.base.model.get_output_embeddings().weight.shape[0]
-        wrong = [token for token in config.logit_bias if not 0 <= token < vocabulary]
-        if wrong:
-            raise RequestError(f"logit_bias: the model has {vocabulary} tokens, there is no {wrong[0]}")
-        if config.json_schema is None and config.grammar is None:
-            return None
-        return Constraint(self.base.tokenizer, config, vocabulary, stop_tokens)
 
 
 def _ranges(lengths: list[tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:
