@@ -35,8 +35,7 @@ def train_everything(model: Any) -> str | None:
     """Set `requires_grad` of every parameter of the language model. A sentence about towers for pictures or sound: they
     stay as they are; None where there are none."""
     model.requires_grad_(True)
-    language, head = language_model(model)[0], model.get_output_embeddings()
-    own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    language, own = language_model(model)[0], _of_head(model)
     kept: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if is_outside(name, language) and id(parameter) not in own:
@@ -49,6 +48,12 @@ def train_everything(model: Any) -> str | None:
     return f"the language model is trained; what this base has beside it for what is not text stays: {parts}"
 
 
+def _of_head(model: Any) -> set[int]:
+    """Identities of the parameters of its head, which lies beside the language model of a composite one."""
+    head = model.get_output_embeddings()
+    return {id(parameter) for parameter in head.parameters()} if head is not None else set()
+
+
 def train_only(model: Any, config: FreezeConfig) -> list[str]:
     """Set `requires_grad` of every parameter; the names of those that are trained. ModelError for unknown modules."""
     layers = decoder_layers(model)
@@ -57,14 +62,17 @@ def train_only(model: Any, config: FreezeConfig) -> list[str]:
     chosen = [layers[index] for index in chosen_layers(config, len(layers))]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     parts = dict.fromkeys(name for layer in layers for name, _ in layer.named_children())
-    others = {name.split(".")[-2]: None for name, each in model.named_parameters() if id(each) not in inside}
+    beside = [(name, each) for name, each in model.named_parameters() if id(each) not in inside]
+    language, own = language_model(model)[0], _of_head(model)  # nobody trains a tower so: it has no gradients
+    beside = [(name, each) for name, each in beside if id(each) in own or not is_outside(name, language)]
+    others = {name.split(".")[-2]: None for name, _ in beside}
     problems = [
         f"freeze.trainable_modules: a decoder layer has no {name!r}{did_you_mean(name, parts)}"
         for name in config.trainable_modules
         if name != "all" and name not in parts
     ]
     problems += [
-        f"freeze.extra_modules: outside its layers the model has no {name!r}{did_you_mean(name, others)}"
+        f"freeze.extra_modules: outside its layers the language model has no {name!r}{did_you_mean(name, others)}"
         for name in config.extra_modules
         if name not in others
     ]
@@ -72,8 +80,8 @@ def train_only(model: Any, config: FreezeConfig) -> list[str]:
     model.requires_grad_(False)
     for layer in chosen:
         _train_parts(layer, config.trainable_modules)
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in inside and name.split(".")[-2] in config.extra_modules:
+    for name, parameter in beside:
+        if name.split(".")[-2] in config.extra_modules:
             parameter.requires_grad_(True)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 

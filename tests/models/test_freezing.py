@@ -17,6 +17,7 @@ from lowrank.models.config import FreezeConfig, ModelConfig
 from lowrank.models.freezing import chosen_layers, train_only
 from lowrank.models.loading.pretrained import load, load_tokenizer, locate
 from lowrank.pipelines.train import train
+from tests.tiny_composites import make_composite
 from tests.tiny_models import make_base, make_model
 
 
@@ -42,7 +43,18 @@ def test_which_parameters() -> None:
     with pytest.raises(ModelError) as caught:
         train_only(model, wrong)
     assert "did you mean 'mlp'?" in str(caught.value)
-    assert "freeze.extra_modules: outside its layers the model has no 'mlp'" in str(caught.value)
+    assert "freeze.extra_modules: outside its layers the language model has no 'mlp'" in str(caught.value)
+
+
+def test_parts_of_a_tower_are_no_part_of_what_is_trained() -> None:
+    """They would be called trained, and have no gradients."""
+    model = make_composite("llava")
+    for name in ("linear_1", "patch_embedding", "k_proj"):
+        with pytest.raises(ModelError, match=f"the language model has no '{name}'"):
+            train_only(model, FreezeConfig(trainable_layers=1, extra_modules=(name,)))
+    names = train_only(model, FreezeConfig(trainable_layers=0, extra_modules=("embed_tokens", "norm", "lm_head")))
+    assert names
+    assert all(each.split(".")[-2] in ("embed_tokens", "norm", "lm_head") for each in names)
 
 
 def run(folder: Path, **more: Any) -> dict[str, Any]:
