@@ -193,7 +193,8 @@ class Loop:
         started = time.perf_counter()
         before = as_they_are(self.jobs)
         rates = {job.slot: job.next_learning_rate() for job in active}
-        work = self._taken(active, before)
+        with self._keeping(before):
+            work = self._taken(active, before)
         following = [segment for job in active for segment in _following(job.dataloader)]
         with self._keeping(before):
             forwarded = self.engine.forward_backward(work, rates, following)
@@ -210,6 +211,8 @@ class Loop:
         the settings refuse), all jobs can go on from `before` it."""
         try:
             return {job.slot: job.dataloader.next_step() for job in active}
+        except BadMedium:  # of a stream that is compared with the base as it is read
+            raise
         except Exception as error:
             if self.engine.lanes.ranks.world > 1:  # others wait for this one's share
                 raise

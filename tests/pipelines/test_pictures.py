@@ -243,6 +243,32 @@ def test_a_run_that_meets_a_broken_file_names_its_row_and_goes_on_from_there(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_stream_of_pairs_that_meets_a_broken_file_goes_on_from_there(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its references are computed as its steps are read, before the step itself."""
+    monkeypatch.setattr("lowrank.data.prepare._ROWS_AHEAD", 1)
+    monkeypatch.setattr("lowrank.data.batching.dataloader._WINDOW", 1)
+    write_picture_rows(tmp_path)
+    last, whole = tmp_path / "last.png", noise(world)
+    last.write_bytes(whole)
+    pairs = [
+        {"prompt": "<image>Who?", "chosen": f"A player {name}.", "rejected": "Nobody at all.", "images": [name]}
+        for name in ("pictures/0.jpg", "pictures/1.jpg", "pictures/2.jpg", last.name)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    data = {"train": [str(tmp_path / "pairs.jsonl")], "streaming": True, "batch_size": 1, "shuffle": False}
+    given = settings(world, tmp_path / "run", data=data, eval_steps=None, max_steps=5, objective={"type": "dpo"})
+    given["jobs"] = given["jobs"][:1]
+    _, plain = run({**given, "output_dir": str(tmp_path / "plain")})
+    breaks = Breaks(1, last.unlink)
+    with pytest.raises(DataError, match=re.compile("row 4.*step 3, written now.*check_pictures", re.DOTALL)):
+        train(RunConfig(**given), reporters=[breaks])
+    last.write_bytes(whole)
+    _, rest = run({**given, "resume": True})
+    assert breaks.losses + rest.losses("a") == plain.losses("a")
+
+
 def evaluations(ear: Ear) -> list[tuple[str, int, float]]:
     return [(event.job, event.step, event.loss) for event in ear.events if isinstance(event, EvalDone)]
 
