@@ -61,7 +61,7 @@ def chat(
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    from lowrank.cli.chat_repl import IMAGE_COMMAND, ChatRepl, read_pictures
+    from lowrank.cli.chat_repl import ChatRepl, read_pictures
     from lowrank.cli.warn import warn
     from lowrank.generate.request import GenerationConfig
     from lowrank.serve.chat_backends import open_chat_backend
@@ -90,13 +90,20 @@ def chat(
     if prompt is not None:
         _submit(talk, prompt, json)
     elif json or not sys.stdin.isatty():
-        for line in filter(str.strip, sys.stdin):
-            if line.startswith(IMAGE_COMMAND):
-                talk.show_pictures(read_pictures([line.removeprefix(IMAGE_COMMAND).strip()]))
-            else:
-                _submit(talk, line.rstrip("\n"), json)
+        _submit_lines(talk, json)
     else:
         talk.loop()
+
+
+def _submit_lines(talk: ChatRepl, json: bool) -> None:
+    """What comes through a pipe."""
+    from lowrank.cli.chat_repl import IMAGE_COMMAND, read_pictures
+
+    for line in filter(str.strip, sys.stdin):
+        if line.startswith(IMAGE_COMMAND):
+            talk.show_pictures(read_pictures([line.removeprefix(IMAGE_COMMAND).strip()]))
+        else:
+            _submit(talk, line.rstrip("\n"), json)
 
 
 def _submit(talk: ChatRepl, question: str, json: bool) -> None:

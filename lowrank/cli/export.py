@@ -15,6 +15,7 @@ from lowrank.terminal import visible
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lowrank.data.config import SourceConfig
     from lowrank.pipelines.export import ExportRequest
     from lowrank.terminal import Console
 
@@ -73,18 +74,14 @@ def export(
     may is kept, and the exit code is 6.
     """
     from lowrank.cli.export_settings import read_combination, read_targets
-    from lowrank.cli.export_view import Watcher, show
+    from lowrank.cli.export_view import Watcher
     from lowrank.cli.warn import warn
-    from lowrank.data.config import SourceConfig
     from lowrank.export.publish.hub import check_push
     from lowrank.pipelines.export import export_requests, export_targets
     from lowrank.pipelines.export_source import open_source
     from lowrank.terminal import Console
 
-    if (media_dir or fetch_media) and not prompts:
-        raise typer.BadParameter(
-            "--media-dir and --fetch-media are about the rows of --prompts; a run's own have theirs"
-        )
+    compared = _compared_on(prompts, media_dir, fetch_media)
     console = Console(highlight=False, quiet=json)
     targets = read_targets(to, options or [], {"types": types, "dtype": dtype})
     names = [target.type for target in targets]
@@ -100,18 +97,26 @@ def export(
     )
     orders = export_requests(targets, output or found.default_place(names))
     with Watcher(console) as watch:
-        compared = SourceConfig(path=prompts, media_dir=media_dir, fetch_media=fetch_media) if prompts else None
         result = export_targets(
             found, orders, verify=verify, prompts=compared, dry_run=dry_run, watch=watch,
             notify=lambda text: console.print(text, soft_wrap=True),
         )  # fmt: skip
     not_pushed = _push(orders, repositories, result, dry_run=dry_run) if push else {}
-    if json:
-        print(json_format.dumps(result, ensure_ascii=False))
-    elif not dry_run:
-        show(console, result)
-    _show_pushed(console, result)
+    _show_result(console, result, json=json, dry_run=dry_run)
     refuse_failed(orders, result, not_pushed, quietly=json)
+
+
+def _compared_on(prompts: str | None, media_dir: str | None, fetch_media: bool) -> SourceConfig | None:
+    """The data file to compare on; None: the run's own rows."""
+    from lowrank.data.config import SourceConfig
+
+    if prompts:
+        return SourceConfig(path=prompts, media_dir=media_dir, fetch_media=fetch_media)
+    if media_dir or fetch_media:
+        raise typer.BadParameter(
+            "--media-dir and --fetch-media are about the rows of --prompts; a run's own have theirs"
+        )
+    return None
 
 
 def _push(
@@ -133,7 +138,14 @@ def _push(
     return refused
 
 
-def _show_pushed(console: Console, result: dict[str, Any]) -> None:
+def _show_result(console: Console, result: dict[str, Any], *, json: bool, dry_run: bool) -> None:
+    """The result: as JSON, or what was compared; and what was uploaded."""
+    from lowrank.cli.export_view import show
+
+    if json:
+        print(json_format.dumps(result, ensure_ascii=False))
+    elif not dry_run:
+        show(console, result)
     for each in result.get("pushed", ()):
         done = "would be uploaded to" if each["dry_run"] else "uploaded to"
         console.print(f"{each['files']} files {done} {each['url']}", soft_wrap=True)

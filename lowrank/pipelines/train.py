@@ -16,7 +16,7 @@ from lowrank.checkpoints.orders import OrderQueue
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.run_folder import STOP, RunFolder
-from lowrank.checkpoints.run_state import load_checkpoint
+from lowrank.checkpoints.run_state import RunCheckpoint, load_checkpoint
 from lowrank.checkpoints.settings_changes import refuse_changed_settings
 from lowrank.config import JobConfig, RunConfig, steps_of
 from lowrank.config.code import refuse_code
@@ -61,6 +61,7 @@ from lowrank.report.page import DATA_REPORT, REPORT, write_report
 from lowrank.report.reporters import recorders_for
 from lowrank.report.summary import SummaryBuilder
 from lowrank.third_party import code_allowed
+from lowrank.train.checkpointer import Checkpointer
 from lowrank.train.engine import Engine
 from lowrank.train.listeners import Listeners
 from lowrank.train.loop import Loop
@@ -95,9 +96,9 @@ def train(
         stopping.forget_old()
         checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
         state = checkpoint.state if checkpoint else None
-        live = live_state(state)
+        live, before = live_state(state), state["settings"] if state else None
         given, config = config, _as_begun(config, state, ranks)
-        lanes = lanes_of(config, state["settings"] if state else None, ranks, report)
+        lanes = lanes_of(config, before, ranks, report)
         begun, config = config, in_effect(given, config, state)
         for note in folder.notes:
             report(Notice(note))
@@ -107,7 +108,6 @@ def train(
         refuse_too_many(config, data)
         refuse_unlike(config, data, ranks, lambda text: report(Notice(text, level="warning")))
         report(Stage("planning the memory"))
-        before = state["settings"] if state else None
         config, plan = planned(config, data, before, report, live["capacity"] if live else None, lanes)
         begun = begun.model_copy(update={"model": config.model})  # as it was decided, for whoever goes on
 
@@ -137,9 +137,7 @@ def train(
         folder.clear()
         _write_settings(folder, config, entries)
         report.keeping.append(summary)
-        tick = checkpointer.restore(checkpoint, queue.jobs, queue.parked_names()) if checkpoint else 0
-        for problem in checkpointer.incompatibilities(queue.jobs):
-            report(Notice(problem, level="warning"))
+        tick = _restore(checkpointer, checkpoint, queue, report)
         known = live["orders"] if live else ()
         _take_orders(stack, folder, config, queue, MemoryBudget(config, plan), report, summary, known)
         started = [queue.started(name) for name in queue.entries]
@@ -151,13 +149,25 @@ def train(
             queue.decided = lambda: record_sweep(sweep, folder.path)
         with explain_out_of_memory("training"):
             done = loop.run()
-        if base.media_encoder is not None and base.media_encoder.feature_cache is not None:
-            report(Notice(base.media_encoder.feature_cache.describe()))
+        _describe_feature_cache(base, report)
         if sweep is not None:
             summary.winner = finish_sweep(sweep, folder.path, report)
         if ranks.rank:
             return summary.as_dict(not done)
         return _finish(summary, report, folder.path, interrupted=not done)
+
+
+def _restore(checkpointer: Checkpointer, checkpoint: RunCheckpoint | None, queue: JobQueue, report: Listeners) -> int:
+    """The tick at which training goes on: that of the checkpoint, or 0."""
+    tick = checkpointer.restore(checkpoint, queue.jobs, queue.parked_names()) if checkpoint else 0
+    for problem in checkpointer.incompatibilities(queue.jobs):
+        report(Notice(problem, level="warning"))
+    return tick
+
+
+def _describe_feature_cache(base: Base, report: Listeners) -> None:
+    if base.media_encoder is not None and base.media_encoder.feature_cache is not None:
+        report(Notice(base.media_encoder.feature_cache.describe()))
 
 
 def _finish(summary: SummaryBuilder, report: Listeners, folder: Path, *, interrupted: bool) -> dict[str, Any]:
