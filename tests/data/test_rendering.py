@@ -1,4 +1,4 @@
-"""Rendering: masks token by token against transformers and TRL, refusals, lengths, kinds of records."""
+"""Rendering: what of each kind of record is learned, which rows are refused, and that text stays as it stands."""
 
 from __future__ import annotations
 
@@ -9,56 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
-from trl.chat_template_utils import get_training_chat_template
 
-from lowrank.data.chat.rendered_record import Rendering
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError, ModelError
 from lowrank.records import Conversation, Message, Preference, Rated, Text
-from lowrank.segments import CHOSEN, PLAIN, REJECTED, Segment
+from lowrank.segments import CHOSEN, REJECTED
 from tests.data.made_tokenizers import tokenizer_of, trl_template
-
-STEADY = ["qwen2_5", "llama3", "phi3", "gemma", "deepseekv3", "cohere"]
-"""Families that write earlier answers as they write the last one, and end them with a token."""
-END = {
-    "qwen2_5": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "phi3": "<|end|>",
-    "gemma": "<end_of_turn>",
-    "deepseekv3": "<｜end▁of▁sentence｜>",
-    "cohere": "<|END_OF_TURN_TOKEN|>",
-}
-TURNS = ("What is 1 + 2?", "It is 3 🙂🚀", "And 你好?", "Hello,\n\nworld.", "Thanks", "法国的首都是巴黎。")
-
-
-def chat(*contents: str, system: str | None = None) -> Conversation:
-    messages = [Message("assistant" if place % 2 else "user", content) for place, content in enumerate(contents)]
-    return Conversation(((Message("system", system),) if system is not None else ()) + tuple(messages))
-
-
-def dicts(conversation: Conversation) -> list[dict[str, Any]]:
-    return [{"role": message.role, "content": message.content} for message in conversation.messages]
-
-
-def renderer_of(family: str, template: str | None = None, **settings: Any) -> Renderer:
-    made = {key: settings.pop(key) for key in ("metaspace", "adds_bos") if key in settings}
-    tokenizer = tokenizer_of(family, template or trl_template(family), **made)
-    return Renderer(tokenizer, DataConfig(**settings))
-
-
-def only(rendering: Rendering) -> Segment:
-    assert rendering.problem is None
-    assert len(rendering.segments) == 1
-    return rendering.segments[0]
-
-
-def learned(renderer: Renderer, segment: Segment) -> list[str]:
-    return [text for text, weight in renderer.show(segment) if weight]
+from tests.data.renderers import END, STEADY, TURNS, chat, learned, only, renderer_of
 
 
 @pytest.mark.parametrize(
@@ -74,104 +32,6 @@ def test_what_is_learned_is_the_answers_and_their_ends(family: str, metaspace: b
     assert segment.token_L[-1] in renderer.stop_tokens
 
 
-@pytest.mark.parametrize("family", STEADY)
-def test_tokens_are_those_of_apply_chat_template(family: str) -> None:
-    renderer = renderer_of(family)
-    segment = only(renderer.render(chat(*TURNS)))
-    expected = renderer.tokenizer.apply_chat_template(dicts(chat(*TURNS)))["input_ids"]
-    assert segment.token_L.tolist() == expected[: len(segment)]
-    assert not renderer.tokenizer.decode(expected[len(segment) :]).strip("\n").replace("<|endoftext|>", "")
-
-
-@pytest.mark.parametrize(
-    ("family", "metaspace"),
-    [*((name, False) for name in [*STEADY, "qwen3", "glm4moe"]), ("phi3", True), ("gemma", True)],
-)
-def test_marked_templates_give_the_mask_of_transformers(family: str, metaspace: bool) -> None:
-    original = tokenizer_of(family, trl_template(family))
-    renderer = renderer_of(family, get_training_chat_template(original), metaspace=metaspace)
-    segment = only(renderer.render(chat(*TURNS)))
-    expected = renderer.tokenizer.apply_chat_template(dicts(chat(*TURNS)), return_assistant_tokens_mask=True)
-    assert segment.token_L.tolist() == expected["input_ids"][: len(segment)]
-    assert segment.weight_L.tolist() == expected["assistant_masks"][: len(segment)]
-    assert not any(expected["assistant_masks"][len(segment) :])
-
-
-@pytest.mark.parametrize("family", STEADY)
-def test_found_masks_differ_from_trl_only_in_white_space_and_headers(family: str) -> None:
-    renderer = renderer_of(family)
-    template = get_training_chat_template(renderer.tokenizer)
-    theirs = renderer.tokenizer.apply_chat_template(
-        dicts(chat(*TURNS)), chat_template=template, return_assistant_tokens_mask=True
-    )
-    segment = only(renderer.render(chat(*TURNS)))
-    tokens, mask = np.array(theirs["input_ids"]), np.array(theirs["assistant_masks"])
-    assert segment.token_L.tolist() == tokens[: len(segment)].tolist()
-    ours = np.zeros(len(tokens))
-    ours[: len(segment)] = segment.weight_L
-    assert not (ours > mask).any()
-    more = renderer.tokenizer.decode(tokens[mask > ours])
-    assert not more.replace("<|endoftext|>", "").replace("<｜Assistant｜>", "").strip()
-
-
-@pytest.mark.filterwarnings("ignore")  # of TRL and transformers among themselves
-def test_trl_trains_on_the_same_tokens(tmp_path: Path) -> None:
-    renderer = renderer_of("llama3")
-    config = transformers.LlamaConfig(
-        vocab_size=len(renderer.tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1,
-    )  # fmt: skip
-    arguments = SFTConfig(
-        str(tmp_path), assistant_only_loss=True, pad_token="<|end_of_text|>", report_to=[], use_cpu=True, bf16=False
-    )
-    trainer = SFTTrainer(
-        transformers.LlamaForCausalLM(config),
-        arguments,
-        train_dataset=Dataset.from_list([{"messages": dicts(chat(*TURNS[:count]))} for count in (2, 4, 6)]),
-        processing_class=renderer.tokenizer,
-    )
-    for row, count in zip(trainer.train_dataset, (2, 4, 6)):
-        batch = trainer.data_collator([row])
-        segment = only(
-            Renderer(tokenizer_of("llama3", trl_template("llama3")), DataConfig()).render(chat(*TURNS[:count]))
-        )
-        assert batch["input_ids"][0].tolist() == segment.token_L.tolist()
-        assert (batch["labels"][0] != -100).tolist() == segment.weight_L.astype(bool).tolist()
-    assert torch.is_tensor(batch["labels"])
-
-
-def test_thinking_of_earlier_answers_is_learned_where_the_template_would_drop_it() -> None:
-    renderer = renderer_of("qwen3")
-    thoughts = [f"<think>\nthought {number}\n</think>\n\nanswer {number}" for number in range(3)]
-    rendering = renderer.render(chat("a", thoughts[0], "b", thoughts[1], "c", thoughts[2]))
-    assert [learned(renderer, segment) for segment in rendering.segments] == [
-        [thought + "<|im_end|>"] for thought in thoughts
-    ]
-    context = renderer.show(rendering.segments[2])[0][0]
-    assert "thought" not in context  # the history as the template writes it, and as the model will see it
-    assert "several samples" in renderer.notices[0]
-    assert len(rendering.samples) == 3
-
-
-def test_a_tool_loop_that_keeps_its_thinking_stays_one_sample() -> None:
-    renderer = renderer_of("qwen3")
-    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-    messages = (
-        Message("user", "Weather?"),
-        Message("assistant", "<think>\nask\n</think>\n\n", (call,)),
-        Message("tool", "sunny"),
-        Message("assistant", "<think>\nsay\n</think>\n\nSunny."),
-    )
-    tools = ({"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}},)
-    segment = only(renderer.render(Conversation(messages, tools)))
-    written = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-    assert learned(renderer, segment) == [
-        f"<think>\nask\n</think>\n\n{written}<|im_end|>",
-        "<think>\nsay\n</think>\n\nSunny.<|im_end|>",
-    ]
-    assert '"weather"' in renderer.show(segment)[0][0]
-
-
 def test_settings_reach_the_template() -> None:
     renderer = renderer_of("qwen3", chat_template_kwargs={"enable_thinking": False})
     segment = only(renderer.render(chat("a", "b")))
@@ -180,97 +40,6 @@ def test_settings_reach_the_template() -> None:
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     thinking = renderer.render(chat("a", "<think>\nhm\n</think>\n\nb"))
     assert "does not continue its generation prompt" in (thinking.problem or "")
-
-
-def test_glm_ends_answers_with_the_next_speaker() -> None:
-    renderer = renderer_of("glm4moe")
-    segment = only(renderer.render(chat("a", "b", "c", "d")))
-    assert learned(renderer, segment) == ["\n<think></think>\nb<|user|>", "\n<think></think>\nd<|user|>"]
-    stops = renderer.tokenizer.convert_ids_to_tokens(sorted(renderer.stop_tokens))
-    assert sorted(stops) == ["<|endoftext|>", "<|observation|>", "<|user|>"]
-    assert "<|user|> or <|observation|> is added" in renderer.notices[0]
-
-
-def test_a_template_without_any_end_gets_eos_and_a_sample_per_turn() -> None:
-    template = "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
-    renderer = renderer_of("plain", template)
-    rendering = renderer.render(chat("a", "b", "c", "d"))
-    assert [learned(renderer, segment) for segment in rendering.segments] == [["b<|endoftext|>"], ["d<|endoftext|>"]]
-
-
-def test_a_prompt_whose_end_melts_into_the_answer_is_told() -> None:
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    renderer = renderer_of("plain", template)
-    assert learned(renderer, only(renderer.render(chat("a", "b")))) == [" b<|endoftext|>"]
-    assert "melt together" in renderer.notices[0]
-
-
-def test_a_template_that_moves_the_system_prompt_makes_a_sample_per_turn() -> None:
-    template = (  # as Mistral 7B Instruct v0.3 does: the system prompt stands before the last question
-        "{{ bos_token }}{% set system = '' %}{% if messages[0].role == 'system' %}{% set system = messages[0].content "
-        "%}{% set messages = messages[1:] %}{% endif %}{% set ns = namespace(last=0) %}{% for m in messages %}"
-        "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
-        "{% if m.role == 'user' %}{{ '[INST] ' + (system + '\n\n' if system and loop.index0 == ns.last else '') + "
-        "m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
-    )
-    renderer = renderer_of("mistral", template, metaspace=True)
-    assert len(renderer.render(chat("a", "b", "c", "d")).segments) == 1
-    rendering = renderer.render(chat("a", "b", "c", "d", system="be kind"))
-    shown = [renderer.show(segment) for segment in rendering.segments]
-    assert [[text.strip() for text, weight in pieces if weight] for pieces in shown] == [["b</s>"], ["d</s>"]]
-    assert [pieces[0][0].count("be kind") for pieces in shown] == [1, 1]
-
-
-def test_marks_that_leave_out_the_end_of_turn_are_stretched_over_it() -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
-        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    renderer = renderer_of("qwen2_5", template)
-    assert learned(renderer, only(renderer.render(chat("a", "b", "c", "d")))) == ["b<|im_end|>", "d<|im_end|>"]
-
-
-def test_a_turn_that_history_keeps_in_part_is_learned_on_its_own() -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}A: "
-        "{% endgeneration %}{% generation %}{{ m.content if loop.last else m.content[:1] }}<|im_end|>"
-        "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    renderer = renderer_of("qwen2_5", template)
-    rendering = renderer.render(chat("a", "hello", "c", "world"))
-    assert [learned(renderer, segment) for segment in rendering.segments] == [
-        ["A: hello<|im_end|>"],
-        ["A: world<|im_end|>"],
-    ]
-
-
-@pytest.mark.parametrize("thinking", ["", "<think>\n"])
-@pytest.mark.parametrize("rewritten", ["user", "system"])
-def test_a_template_that_rewrites_what_was_said_once_it_is_answered_is_refused(thinking: str, rewritten: str) -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{{ '!' if m.role == 'ROLE' and "
-        "messages[-1].role == 'assistant' else '' }}{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nTHINK' }}{% endif %}"
-    ).replace("THINK", thinking.replace("\n", "\\n"))
-    rendering = renderer_of("qwen3", template.replace("ROLE", rewritten)).render(chat("a", "hello", system="s"))
-    assert rendering.segments == ()
-    assert "does not continue its generation prompt" in (rendering.problem or "")
-
-
-def test_an_end_of_two_tokens_is_learned_whole() -> None:
-    template = (
-        "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content }}<|end|><|return|>{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
-    )
-    renderer = renderer_of("gptoss", template)
-    assert learned(renderer, only(renderer.render(chat("a", "b", "c", "d")))) == [
-        "b<|end|><|return|>",
-        "d<|end|><|return|>",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -372,49 +141,6 @@ def test_rated_answers_carry_their_rating(desirable: bool, role: int) -> None:
     segment = only(renderer.render(Rated(chat("a", "b", "c", "d"), desirable)))
     assert (segment.role, segment.pair) == (role, -1)
     assert learned(renderer, segment) == ["d<|eot_id|>"]
-
-
-def test_truncation_keeps_the_prompt_and_counts() -> None:
-    whole = only(renderer_of("llama3").render(chat("a question", TURNS[5] * 10)))
-    prompt = int(np.flatnonzero(whole.weight_L)[0])
-    renderer = renderer_of("llama3", max_length=prompt + 7)
-    rendering = renderer.render(chat("a question", TURNS[5] * 10))
-    assert only(rendering).token_L.tolist() == whole.token_L[: prompt + 7].tolist()
-    assert rendering.truncated_tokens == len(whole) - prompt - 7
-    tight = renderer_of("llama3", max_length=prompt).render(chat("a question", TURNS[5] * 10))
-    assert tight.segments == ()
-    assert "its prompt alone fills that" in (tight.problem or "")
-
-
-def test_a_pair_needs_both_answers() -> None:
-    record = Preference(chat("a"), Message("assistant", "good " * 30), Message("assistant", "bad"))
-    lengths = [len(segment) for segment in renderer_of("llama3").render(record).segments]
-    cut = renderer_of("llama3", max_length=lengths[0] - 5).render(record)
-    assert [len(segment) for segment in cut.segments] == [lengths[0] - 5, lengths[1]]
-    assert cut.truncated_tokens == 5
-    assert renderer_of("llama3", max_length=4).render(record).segments == ()
-
-
-@pytest.mark.parametrize(("policy", "refused"), [("drop", False), ("error", True)])
-def test_too_long_rows_are_left_out_or_refused(policy: str, refused: bool) -> None:
-    rendering = renderer_of("llama3", on_too_long=policy, max_length=20).render(chat("a", TURNS[5] * 10))
-    assert rendering.segments == ()
-    assert rendering.refused is refused
-    assert "data.max_length is 20" in (rendering.problem or "")
-
-
-@pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("record", [Text(TURNS[5] * 20), chat(TURNS[0], TURNS[5] * 10, TURNS[2], TURNS[3] * 9)])
-def test_pieces_learn_every_learned_token_once(record: Any, adds_bos: bool) -> None:
-    whole = only(renderer_of("llama3", adds_bos=adds_bos, max_length=10**6).render(record))
-    for length in (2, 7, 50):
-        rendering = renderer_of("llama3", adds_bos=adds_bos, max_length=length, on_too_long="split").render(record)
-        pieces = rendering.segments
-        assert all(len(piece) <= length and piece.weight_L[0] == 0 for piece in pieces)
-        together = np.concatenate([piece.token_L[piece.weight_L > 0] for piece in pieces])
-        assert together.tolist() == whole.token_L[whole.weight_L > 0].tolist()
-        assert rendering.samples == tuple((piece,) for piece in pieces)
-        assert {piece.role for piece in pieces} == {PLAIN}
 
 
 def test_many_are_as_one_by_one() -> None:
