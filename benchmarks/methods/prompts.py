@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.methods.costs import link, summary_of
 from tests.adapters.peft_twins import ALL
-from tests.adapters.test_prompts import PROMPTS, Peer, peer_of
+from tests.adapters.prompts.cases import PROMPTS, Peer, peer_of
 from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_engine, random_step
 
