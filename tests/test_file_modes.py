@@ -25,7 +25,7 @@ def modes(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, int]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no modes there")
-@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize("umask", [0o022, pytest.param(0o077, marks=pytest.mark.slow)])
 def test_training_and_export_write_by_the_umask(umask: int, tmp_path: Path) -> None:
     save_checkpoint_folder(tmp_path / "model")
     write_alpaca(tmp_path / "rows.json", 16)

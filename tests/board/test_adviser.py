@@ -110,6 +110,7 @@ def test_the_newest_question_wins(running: Running, http: httpx.Client) -> None:
     assert http.post("/api/draft/check", json={"values": BASE}).json()["problems"] == []
 
 
+@pytest.mark.slow
 def test_it_is_ended_before_a_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real one."""
     for name, real in REAL.items():

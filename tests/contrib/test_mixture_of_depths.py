@@ -300,6 +300,7 @@ def test_what_it_cannot_be_combined_with(changes: dict[str, Any], problem: str) 
         validate_settings(config | changes)
 
 
+@pytest.mark.slow
 def test_the_plan_knows_that_less_is_kept(tmp_path: Path) -> None:
     base = make_base("llama", torch.bfloat16, num_hidden_layers=4, hidden_size=64, intermediate_size=256)
     base.model.save_pretrained(tmp_path / "model")
@@ -314,6 +315,7 @@ def test_the_plan_knows_that_less_is_kept(tmp_path: Path) -> None:
     assert of_layers[1] < 0.75 * of_layers[0]
 
 
+@pytest.mark.slow
 def test_a_run_stops_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     def run(name: str, steps: int, **more: Any) -> bytes:
         config = {

@@ -170,6 +170,7 @@ def test_equal_to_lm_eval_on_the_merged_model(
     assert "tiny_choice" in (world / "run" / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_answers_through_compiled_layers(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def slow(family: str, config: Any) -> Any:
     ("family", "config"),
     [
         ("qwen2_5_vl", MergedExportConfig(dtype="float32")),
-        ("gemma3", MergedExportConfig(dtype="float32")),
+        slow("gemma3", MergedExportConfig(dtype="float32")),
         slow("paligemma", MergedExportConfig(dtype="float32")),
         slow("idefics3", MergedExportConfig(dtype="float32")),
         ("qwen3_vl", PeftExportConfig()),
@@ -134,7 +134,7 @@ def test_a_tower_without_its_update_fails(tmp_path: Path, monkeypatch: pytest.Mo
     assert not picture["passed"]
 
 
-@pytest.mark.parametrize("share", [1.0, 0.05])
+@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.slow), 0.05])
 def test_so_does_one_that_answers_hardly_depend_on(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

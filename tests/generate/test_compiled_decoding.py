@@ -193,7 +193,9 @@ def packed_world(storage: Any) -> Engine:
     return make_engine(base, LoraConfig(rank=4))[0]
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize(
+    "storage", [pytest.param(each, marks=() if each == "nf4" else pytest.mark.slow) for each in STORAGES], ids=str
+)
 def test_packed_layers_are_operators(storage: Any) -> None:
     """Of one graph for all layers, whose scales and offsets are tensors."""
     engine, backend, notes = packed_world(storage), Counting(), []

@@ -28,6 +28,7 @@ def test_what_a_person_has_set_stays(name: str, tmp_path: Path) -> None:
     assert environment == {name: "max_split_size_mb:64"}
 
 
+@pytest.mark.slow
 def test_torch_reads_it_though_it_is_imported(tmp_path: Path) -> None:
     """The environment is read when memory is first asked for; and commands that load weights do it."""
     code = """

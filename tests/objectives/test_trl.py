@@ -182,7 +182,7 @@ def test_reward_equals_trl(model: Any, center: float | None) -> None:
 
 REAL = [(file, name) for file in ("dpo_en_demo", "dpo_zh_demo") for name in CASES if not name.startswith("kto")]
 REAL += [("kto_en_demo", name) for name in CASES if name.startswith("kto")]
-QUICK = [("dpo_zh_demo", "dpo"), ("kto_en_demo", "kto")]
+QUICK = [("kto_en_demo", "kto")]
 """Of the real rows, what the default suite has time for; `make test-slow` runs them all."""
 
 

@@ -153,6 +153,7 @@ def trained(settings: dict[str, Any], out: Path, *, compile: bool) -> tuple[list
     return losses, notes, [load_file(out / name / "last" / "adapter_model.safetensors") for name in ("one", "two")]
 
 
+@pytest.mark.slow
 def test_rollouts_of_all_jobs_while_their_weights_change(
     rollouts: dict[str, Any], compiler: Runs, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def test_killed_and_resumed_each_order_counts_once(world: Path, tmp_path: Path) 
     assert len(again.losses("c")) == 12 - 1, "c had taken one step"
 
 
+@pytest.mark.slow
 def test_killed_between_an_order_and_its_answer(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     add = lambda: send(out, "add", values={"settings": job(world, "c", adapter={"rank": 2})})  # noqa: E731

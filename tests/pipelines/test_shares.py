@@ -71,6 +71,7 @@ class Acts:
         pass
 
 
+@pytest.mark.slow
 def test_a_share_is_killed_and_started_again(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     second = out / SHARES / "2-of-2"

@@ -87,8 +87,8 @@ def measured(
     [
         ("llama", "none", "bfloat16"),
         ("llama", "full", "float32"),
-        ("gpt2", "none", "float32"),
-        ("gemma2", "none", "float32"),
+        pytest.param("gpt2", "none", "float32", marks=pytest.mark.slow),
+        pytest.param("gemma2", "none", "float32", marks=pytest.mark.slow),
         ("qwen3_moe", "none", "bfloat16"),
     ],
 )
@@ -159,6 +159,7 @@ def test_an_adapter_that_names_layers_is_counted_layer_by_layer(tmp_path: Path) 
     )
 
 
+@pytest.mark.slow
 def test_parts_move_as_they_must(tmp_path: Path) -> None:
     settings = folder_of("llama", tmp_path, num_hidden_layers=16)
     memory = StepMemory(settings, planned(LoraConfig(rank=4)))
@@ -213,6 +214,7 @@ def test_changes_are_offered_that_make_it_fit(tmp_path: Path) -> None:
     assert any(text.startswith("model.activation_checkpointing: ") for text in found), found
 
 
+@pytest.mark.slow
 def test_float32_is_offered_weights_of_half_the_size(tmp_path: Path) -> None:
     """Only where the run computes in float32, and before what rounds weights."""
     for dtype, first in (("float32", "bf16"), ("bfloat16", "int8")):
@@ -229,6 +231,7 @@ def test_float32_is_offered_weights_of_half_the_size(tmp_path: Path) -> None:
         assert ("a step takes a few percent longer" in storage) == (first == "bf16")
 
 
+@pytest.mark.slow
 def test_reach(tmp_path: Path) -> None:
     memory = StepMemory(folder_of("llama", tmp_path, max_position_embeddings=32768), planned(LoraConfig(rank=4)))
     planner = planner_with(memory, 200 << 20)

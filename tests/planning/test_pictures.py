@@ -196,7 +196,7 @@ def slow(family: str, adapter: LoraConfig, policy: str) -> Any:
     ("family", "adapter", "policy", "dtype"),
     [
         ("llava", FROZEN, "none", "float32"),
-        ("llava", EVERYWHERE, "full", "float32"),
+        slow("llava", EVERYWHERE, "full"),
         slow("llava", EVERYWHERE, "none"),
         slow("llava", FROZEN, "full"),
         slow("qwen2_5_vl", EVERYWHERE, "full"),

@@ -79,7 +79,7 @@ def planned(settings: ModelConfig, adapter: Any) -> StepMemory:
 @pytest.mark.parametrize(
     ("family", "adapter", "policy", "dtype"),
     [
-        ("qwen2_audio", EVERYWHERE, "none", "float32"),
+        slow("qwen2_audio", EVERYWHERE, "none"),
         slow("qwen2_audio", FROZEN, "none"),
         slow("qwen2_audio", FROZEN, "full"),
         slow("qwen2_audio", EVERYWHERE, "full"),

@@ -141,6 +141,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 def test_memory_that_really_runs_out() -> None:
     done = subprocess.run(

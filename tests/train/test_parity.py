@@ -64,7 +64,7 @@ def padded(segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor, tor
     return token_BL, mask_BL, label_BL
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_fifty_steps_of_a_plain_peft_loop(
     family: str, dtype: torch.dtype, tolerance: float, samples: list[Segment]

@@ -237,6 +237,7 @@ def test_it_runs(
     assert end.value.code == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_sees_is_trained_merged_and_asked_by_its_files(
     place: Path, vision_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
