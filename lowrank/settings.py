@@ -36,7 +36,7 @@ else:
     class _Class(type(BaseModel)):
         """What a call of the class does; pydantic makes the groups inside of a group without one."""
 
-        def __call__(cls, *unnamed: Any, **values: Any) -> Any:
+        def __call__(cls, /, *unnamed: Any, **values: Any) -> Any:
             heading = f"{cls.__name__}: these settings cannot be used:"
             if unnamed:
                 names = ", ".join(f"{name}=..." for name in list(cls.model_fields)[: len(unnamed)])
