@@ -93,7 +93,7 @@ def decoded(picture: Picture, size: tuple[int, int] | None = None) -> Image:
 
 def _peculiarities(image: Image) -> tuple[str, ...]:
     """What of a file is not shown as it is stored, as what is said of pictures in the plural."""
-    several = _frames(image) > 1
+    several = _has_several(image)
     found = {
         "are turned as their EXIF says": _turned(image),
         "move, and are shown by their first frame": several and image.format in _MOVING,
@@ -106,11 +106,12 @@ def _peculiarities(image: Image) -> tuple[str, ...]:
     return tuple(what for what, is_so in found.items() if is_so)
 
 
-def _frames(image: Image) -> int:
+def _has_several(image: Image) -> bool:
+    """Frames or pages; not how many: a file of some megabytes may have a million."""
     try:
-        return int(getattr(image, "n_frames", 1))
+        return bool(getattr(image, "is_animated", False))
     except Exception:  # frames behind the first that cannot be read are not shown either
-        return 1
+        return False
 
 
 def from_pillow(image: Image) -> bytes:

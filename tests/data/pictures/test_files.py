@@ -6,6 +6,7 @@ import io
 import random
 import re
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,15 @@ def test_what_stands_behind_a_pictures_end_is_no_part_of_it() -> None:
     assert examine(both + behind, "both").notes == ("hold several pictures, and are shown by the first",)
     pages = as_bytes(noise(), "TIFF", save_all=True, append_images=[noise(seed=1)])
     assert examine(pages, "pages").notes == ("hold several pictures, and are shown by the first",)
+
+
+def test_a_million_frames_are_not_counted() -> None:
+    whole = as_bytes(noise((1, 1)).convert("P"), "GIF")
+    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x01\0\0"
+    began = time.process_time()
+    found = examine(whole[:-1] + frame * 1_000_000 + b";", "it")
+    assert time.process_time() - began < 1
+    assert "move, and are shown by their first frame" in found.notes
 
 
 def test_what_readers_pass_over_in_a_gif_is_no_end_of_it() -> None:
