@@ -237,8 +237,9 @@ def _source(entry: Mapping[str, Any], root: Path, media_dir: Any) -> dict[str, A
         source["media_dir"] = str(media_dir)
     if entry.get("source") == "local":
         near = next((base for base in (Path(), root, root.parent) if (base / source["path"]).exists()), Path())
+        if not Path(source["path"]).is_absolute():  # then its rows name files from where they themselves are named from
+            source.setdefault("media_dir", str(near))
         source["path"] = str(near / source["path"])
-        source.setdefault("media_dir", str(near))  # its rows name files from where they themselves are named from
         if Path(source["path"]).is_dir():
             source["split"] = WHOLE
     elif entry.get("split"):

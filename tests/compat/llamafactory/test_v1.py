@@ -69,6 +69,15 @@ def test_lora(place: Path) -> None:
     assert any(text.startswith("dist_config.ep_size has no effect") for text in warnings)
 
 
+def test_where_rows_name_their_pictures_from(place: Path) -> None:
+    """From where the data is named from; of data that is named whole, from its own folder, wherever one stands."""
+    for path, folder in (("data/mine.json", "."), (str(place / "data" / "mine.json"), None)):
+        Path("data/demo.yaml").write_text(f"mine: {{path: {path}, source: local, converter: alpaca}}\n")
+        Path("v1.yaml").write_text(LORA)
+        (source,) = load_any("v1.yaml")[0].jobs[0].data.train
+        assert (Path(source.path).resolve(), source.media_dir) == (place / "data" / "mine.json", folder)
+
+
 def test_pairs_are_for_dpo_and_no_peft_is_full(place: Path) -> None:
     Path("data/demo.yaml").write_text("pairs: {path: a/pairs, converter: pair}\n")
     lines = [line for line in LORA.splitlines() if not line.startswith(("peft", "  ", "dist", "kernel"))]
