@@ -25,7 +25,7 @@ from lowrank.models.tower import Tower
 from lowrank.pipelines.export_source import open_source
 from lowrank.segments import Media, Segment, unweighted
 from tests.picture_rows import write_picture_rows
-from tests.train.test_pictures import segments_of, vision_base
+from tests.vision_bases import segments_of, vision_base
 
 
 def world(folder: Path, family: str) -> tuple[Any, Source, list[Segment]]:

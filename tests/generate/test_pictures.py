@@ -21,7 +21,7 @@ from lowrank.records import Conversation, Message, Picture
 from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.tiny_vision_models import as_parameters, make_vision_model
-from tests.train.test_pictures import PADDED, vision_base
+from tests.vision_bases import PADDED, vision_base
 
 REPRESENTATIVE = ("qwen3_vl", "llava")
 PACKED = ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma4", "internvl", "idefics3", "mistral3")

@@ -18,7 +18,7 @@ from lowrank.report.events import Notice
 from tests.picture_rows import write_picture_rows
 from tests.pipelines.test_train import run
 from tests.tiny_vision_models import make_vision_model, save_vision_folder
-from tests.train.test_pictures import segments_of, vision_base
+from tests.vision_bases import segments_of, vision_base
 
 
 @pytest.fixture(scope="module")

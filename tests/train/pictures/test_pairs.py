@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ from tests.peft_oracle import peft_twin
 from tests.picture_rows import write_picture_rows
 from tests.tiny_models import make_engine, pretend_learned
 from tests.tiny_vision_models import make_vision_model
-from tests.train.test_pictures import vision_base
+from tests.vision_bases import vision_base
 
 BETA = 0.5
 
@@ -115,3 +117,26 @@ def test_pairs_are_learned_from_as_trl_and_peft_do(
     for name, parameter in ours.items():
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "paligemma"])
+def test_preferences_about_pictures(family: str, tmp_path: Path, rows: Path) -> None:
+    """Both answers see the picture of their question: as log-probabilities of each document alone."""
+    base, tokenizer, _ = vision_base(tmp_path / "m", family)
+    picture = json.loads(rows.read_text())[1]["images"][0]
+    pair = {"prompt": "<image>Who?", "chosen": "A player.", "rejected": "Nobody.", "images": [picture]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair) + "\n")
+    config = DataConfig(train=(SourceConfig(path=str(path), media_dir=str(rows.parent)),), shuffle=False)
+    step = prepare(config, tokenizer=tokenizer, record=Preference, seed=0).train.next_step()
+    engine, _ = make_engine(base)
+    slot = engine.bank.add(LoraConfig(rank=2), seed=0)
+    engine.add(slot, DPOConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
+    references = References(engine, None)
+    references.prepare(step)
+    forwarded = engine.forward_backward({slot: references.attach(step)})
+    assert forwarded[slot].loss == pytest.approx(math.log(2), abs=1e-6)  # an adapter that has learned nothing
+    with_pictures = engine.logprobs(-1, step)
+    alone = [engine.logprobs(-1, [each])[0] for each in step]
+    for one, other in zip(with_pictures, alone):
+        assert np.abs(one - other).max() < 1e-5

@@ -22,7 +22,7 @@ from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.reference import References
 from tests.picture_rows import write_picture_rows
 from tests.tiny_models import make_engine
-from tests.train.test_pictures import segments_of, vision_base
+from tests.vision_bases import segments_of, vision_base
 
 
 @pytest.fixture(scope="module")
