@@ -17,16 +17,8 @@ from lowrank.pipelines.train import train
 from lowrank.report.events import Notice
 from tests.picture_rows import write_picture_rows
 from tests.pipelines.test_train import run
-from tests.tiny_vision_models import make_vision_model, save_vision_folder
+from tests.tiny_vision_models import make_vision_model
 from tests.vision_bases import segments_of, vision_base
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    save_vision_folder(folder / "model", "qwen3_vl")
-    write_picture_rows(folder)
-    return folder
 
 
 @pytest.fixture

@@ -21,19 +21,9 @@ from lowrank.models.storages.packed import PackedLinear
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.train import train as train_here
 from tests.media_rows import segments_in
-from tests.picture_rows import write_picture_rows
 from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import weights
 from tests.tiny_models import make_engine, pretend_learned
-from tests.tiny_vision_models import save_vision_folder
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    save_vision_folder(folder / "model", "qwen3_vl")
-    write_picture_rows(folder)
-    return folder
 
 
 def test_two_processes_learn_what_one_does(world: Path, tmp_path: Path) -> None:
