@@ -113,8 +113,17 @@ def test_lines_that_are_no_predictions_leave_the_page_whole(tmp_path: Path) -> N
     prompts: list[Any] = [3, ["no turn"], [{**message, "images": 3}], [{**message, "images": ["gone.png"]}], None]
     lines = [{"prompt": prompt, "label": "", "predictions": {"base": "a"}} for prompt in prompts]
     (tmp_path / "metrics.json").write_text('{"metrics": {"base": {"exact_match": {"value": 1.0, "interval": null}}}}')
-    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, 7, {}]))
+    texts = [*map(json.dumps, lines[:2]), "[" * 100_000, "1" * 10_000, '{"torn', *map(json.dumps, [*lines[2:], 7, {}])]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(texts))
     drawn = measure._prediction(tmp_path)  # pyright: ignore[reportPrivateUsage]
     found = [[message["thumbnails"] for message in row["prompt"] or ()] for row in drawn["shown"]]
     assert found == [[[]], [[("gone.png", None)]], []]
     assert drawn["names"] == ["exact_match"]  # the table's columns, whatever the rows say
+    strange: list[Any] = [
+        [1],
+        {"base": 3},
+        {"base": {"a": None, "b": {"value": "x"}, "c": {"value": 1, "interval": [2]}}},
+    ]
+    for metrics in strange:
+        (tmp_path / "metrics.json").write_text(json.dumps({"metrics": metrics}))
+        assert measure._prediction(tmp_path)["names"] == []  # pyright: ignore[reportPrivateUsage]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,14 @@ from lowrank.board.progress import progress_of
 from lowrank.board.routes.runs import about
 from lowrank.board.runs import checkpoints, read_json
 from lowrank.board.state import Board
+from lowrank.errors import ModelError
+from lowrank.foreign_files import parse_json
 from lowrank.report.thumbnails import read_thumbnails
 
 router = APIRouter()
 _ROWS = 30
+_LINES, _LONGEST_LINE = 300, 4 << 20
+"""Of the rows that are looked at; a longer line is in pieces that are none."""
 _TASKS = re.compile(r"[\w\-,.:/ ]{1,400}")
 
 
@@ -142,16 +145,14 @@ def _measured(board: Board, name: str) -> dict[str, Any]:
 
 def _prediction(folder: Path) -> dict[str, Any]:
     content = read_json(folder / "metrics.json")
-    metrics = {model: own for model, own in (content.get("metrics") or {}).items() if isinstance(own, dict)}
+    given = content.get("metrics")
+    metrics = {
+        model: {metric: each for metric, each in own.items() if _is_measured(each)}
+        for model, own in (given.items() if isinstance(given, dict) else ())
+        if isinstance(own, dict)
+    }
     names = list(dict.fromkeys(metric for own in metrics.values() for metric in own))
-    rows = []
-    try:
-        with open(folder / "predictions.jsonl", encoding="utf-8", errors="replace") as file:
-            for line in islice(file, 300):
-                rows.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
-    rows = [row for row in rows if _is_prediction(row)]
+    rows = [row for row in _first_lines(folder / "predictions.jsonl") if _is_prediction(row)]
     rows.sort(key=lambda row: len({str(text) for text in row["predictions"].values()}) == 1)
     shown, thumbnails = rows[:_ROWS], read_thumbnails(folder)
     for row in shown:
@@ -164,9 +165,30 @@ def _prediction(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, "rows": content.get("rows"), "metrics": metrics, "names": names, "shown": shown}
 
 
-def _is_prediction(row: Any) -> bool:
-    """Whether a line is one that `lowrank predict` writes: run folders come from anywhere."""
-    if not isinstance(row, dict) or not isinstance(row.get("predictions"), dict):
+def _first_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in the first lines of a file; those that are none are passed over."""
+    found: list[dict[str, Any]] = []
+    with suppress(OSError), open(path, "rb") as file:
+        for _ in range(_LINES):
+            line = file.readline(_LONGEST_LINE)
+            if not line:
+                break
+            with suppress(ModelError):
+                found.append(parse_json(line.decode("utf-8", "replace"), path.name))
+    return found
+
+
+def _is_measured(metric: Any) -> bool:
+    """Whether it is a metric as `lowrank predict` writes it: run folders come from anywhere."""
+    if not isinstance(metric, dict) or not isinstance(metric.get("value"), (int, float)):
+        return False
+    ends = metric.get("interval") or (0.0, 0.0)
+    return isinstance(ends, (list, tuple)) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+
+
+def _is_prediction(row: dict[str, Any]) -> bool:
+    """The same of a line of predictions."""
+    if not isinstance(row.get("predictions"), dict):
         return False
     prompt = row.get("prompt") or []
     return isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
