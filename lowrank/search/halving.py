@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GO, HOLD, PRUNE = "running", "held", "over"
-"""What becomes of a candidate: the words of pipelines/job_queue.py."""
+"""What becomes of a candidate: the words of pipelines/queued_job.py."""
 
 
 _SETTLED = 2.0
