@@ -193,7 +193,7 @@ def _last_object(path: Path) -> dict[str, Any] | None:
     for line in reversed(last_lines(path, 5)):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             return value

@@ -291,6 +291,6 @@ def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str
                 entry = json.loads(line)
                 if entry["problem"] is None:  # what stood in the way may be mended, as a file that was broken
                     known.setdefault(entry["digest"], {})[entry["voice"]] = ModelAnswer(entry["answer"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
     return [dict(known.get(_key_of_question(question), {})) for question in questions]

@@ -15,6 +15,7 @@ import pytest
 from lowrank.board.curves import After, Curves, thin
 from lowrank.report.event_lines import as_line, encode
 from lowrank.report.events import EvalDone, StepDone
+from lowrank.report.reporters.metrics import read_metrics
 
 
 def step(job: str, number: int, loss: float) -> str:
@@ -183,7 +184,8 @@ def test_lines_of_other_writers_are_read_as_well(tmp_path: Path) -> None:
         {"event": "step", "job": "a", "step": 4, "epoch": 0.1, "grad_norm": 5.0, "loss": 2.0},
         [], 3,
     ]  # fmt: skip
-    path.write_text("\n".join(map(json.dumps, lines)) + "\nnonsense\n\n", encoding="utf-8")
+    path.write_text("\n".join(map(json.dumps, lines)) + "\nnonsense\n\n" + "[" * 100_000 + "\n", encoding="utf-8")
+    assert len(read_metrics(path)) == 4
     curves = Curves(path)
     curves.read()
     _, found = curves.thinned()

@@ -93,8 +93,8 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
     for text in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
             yield decode(text)
-        except ValueError:
-            continue  # torn by a crash of the machine; only the last line can be
+        except (ValueError, RecursionError):
+            continue  # torn by a crash of the machine, of ours only the last line can be; or a stranger's
 
 
 def _before(line: dict[str, Any], first_step: dict[str, int], over: set[str]) -> bool:
