@@ -206,7 +206,7 @@ def read_record(row: Row, dataset: Dataset, takes: Callable[[str], bool]) -> Rec
     columns = dataset.source.columns
     try:
         record = dataset.function(row.values, columns, dataset.source.tags)
-        folders = Folders(row.folder, dataset.source.media_folder, dataset.source.fetch_media)
+        folders = Folders(row.folder, dataset.source.media_folder, dataset.source.fetch_media, row.within)
         place = f"row {row.number} of {title_of(row.place, dataset.title)}"
         return with_media(record, row.values, columns, folders, takes=takes, decode=dataset.decodes_media, place=place)
     except RowProblem:

@@ -45,11 +45,13 @@ _READ: dict[str, Callable[[Path, str], bytes]] = {
 @dataclass(frozen=True)
 class Folders:
     """Where the files of media are: `own`, that of the data's file (None: it has none, and paths are the person's own),
-    or `media`, which the settings name. `fetches`: a URL is fetched."""
+    or `media`, which the settings name. `fetches`: a URL is fetched. `within`: the only folders of `own` that are
+    reached; empty: all."""
 
     own: Path | None = None
     media: Path | None = None
     fetches: bool = False
+    within: tuple[str, ...] = ()
 
 
 def medium_of(value: Any, kind: str, folders: Folders, *, decode: bool = False) -> Medium:
@@ -160,7 +162,10 @@ def _placed(name: str, one: str, folders: Folders) -> Path:
         return path
     whole = Path(_normal(root.absolute() / path))
     inside = _normal(root.absolute())
-    if whole != Path(inside) and Path(inside) not in whole.parents:
+    beyond = whole != Path(inside) and Path(inside) not in whole.parents
+    if not beyond and folders.media is None and folders.within:
+        beyond = not any(Path(inside, each) in whole.parents for each in folders.within)
+    if beyond:
         raise RowProblem(
             f"{one} outside of the data's folder: {shown(name)} is not in {shown(root)}; set `media_dir` of the "
             f"dataset to the folder that holds its {one.removeprefix('a ')}s"

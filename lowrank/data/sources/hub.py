@@ -35,13 +35,17 @@ def rows_of(path: str, split: str, subset: str | None, streaming: bool) -> Itera
     yield from undecoded_rows(dataset)
 
 
-def folder_of_files() -> Path:
-    """The folder that holds the files of media in rows of the hub, which reach none elsewhere on this machine."""
+def folder_of_files() -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds the files of media in rows of the hub, which reach none elsewhere on this machine; and the
+    only folders in it that they reach (none: all), since the person's token lies beside them."""
     import datasets.config
     from huggingface_hub import constants
 
     home, own = Path(constants.HF_HOME), Path(datasets.config.HF_DATASETS_CACHE)
-    return home if home in own.parents and home in Path(constants.HF_HUB_CACHE).parents else own
+    caches = (Path(constants.HF_HUB_CACHE), own)
+    if all(home in cache.parents for cache in caches):
+        return home, tuple(cache.relative_to(home).parts[0] for cache in caches)
+    return own, ()
 
 
 def _away(path: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Row:
     """Why there are no values."""
     folder: Path | None = None
     """Of its file; None for rows of no file."""
+    within: tuple[str, ...] = ()
+    """The only folders in `folder` whose files it may name; empty: all."""
 
 
 def read_rows(
@@ -216,10 +219,10 @@ def _check_hub_name(source: SourceConfig, path: Path) -> None:
 
 
 def _hub(source: SourceConfig, streaming: bool) -> Iterator[Row]:
-    folder = folder_of_files()
+    folder, within = folder_of_files()
     for number, values in enumerate(rows_of(source.path, source.split, source.subset, streaming), start=1):
         values = {key: without_filled(value) for key, value in values.items()}
-        yield Row(source.path, number, values, folder=folder)
+        yield Row(source.path, number, values, folder=folder, within=within)
 
 
 def _replaced(rows: Iterator[Row], replace: Mapping[str, str]) -> Iterator[Row]:
@@ -232,7 +235,7 @@ def _replaced(rows: Iterator[Row], replace: Mapping[str, str]) -> Iterator[Row]:
         return pattern.sub(lambda found: replace[found.group()], text)
 
     for row in rows:
-        yield Row(row.place, row.number, _in_texts(row.values, put), row.problem, row.folder)
+        yield dataclasses.replace(row, values=_in_texts(row.values, put))
 
 
 def _in_texts(value: Any, put: Callable[[str], str]) -> Any:

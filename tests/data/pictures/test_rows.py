@@ -16,6 +16,7 @@ from PIL import Image
 from lowrank.cli.main import main
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import prepare
+from lowrank.data.sources.hub import folder_of_files
 from lowrank.data.sources.memory import keep_rows
 from lowrank.errors import DataError, ModelError
 from lowrank.media.decoding import decoded, examine
@@ -131,8 +132,8 @@ def test_rows_of_the_hub_reach_no_file_of_this_machine(
     import datasets
 
     monkeypatch.setattr("lowrank.data.sources.hub._away", lambda path: None)
-    monkeypatch.setattr("lowrank.data.sources.rows.folder_of_files", lambda: folder / "pictures")
-    outside = folder / "outside.png"
+    monkeypatch.setattr("lowrank.data.sources.rows.folder_of_files", lambda: (folder, ("pictures", "hub")))
+    outside = folder / "outside.png"  # as a token lies in HF_HOME, beside the caches
     noise(seed=7).save(outside)
     data = outside.read_bytes()
     inside = folder / "pictures" / "0.png"
@@ -151,6 +152,20 @@ def test_rows_of_the_hub_reach_no_file_of_this_machine(
     assert digests(found) == [[examine(data, "").digest], *([each] for each in of_files(folder, 0))]
     (loss,) = found.report.losses
     assert "a picture outside of the data's folder" in loss
+
+
+def test_rows_of_the_hub_are_kept_from_the_token_beside_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+    from huggingface_hub import constants
+
+    for caches, expected in ((("home/hub", "home/x/y"), ("home", ("hub", "x"))), (("far", "home/x"), ("home/x", ()))):
+        for module, name, value in (
+            (constants, "HF_HOME", "home"),
+            (constants, "HF_HUB_CACHE", caches[0]),
+            (datasets.config, "HF_DATASETS_CACHE", caches[1]),
+        ):
+            monkeypatch.setattr(module, name, f"/{value}")
+        assert folder_of_files() == (Path("/", expected[0]), expected[1])
 
 
 def test_a_typed_placeholder_is_text(tokenizer: Any, folder: Path) -> None:
