@@ -160,9 +160,8 @@ class Job:
     def evaluates_at_the_start(self) -> bool:
         """An evaluation is owed; and a job that answers itself says first what its answers are worth before it has
         learned anything."""
-        if self.progress.owes_evaluation:
-            return True
-        return self.rollouts is not None and bool(self.held_out) and self.active and self.progress.step == 0
+        first = self.rollouts is not None and self.active and self.progress.step == 0
+        return bool(self.held_out) and (first or self.progress.owes_evaluation)
 
     def count_evaluation(self, loss: float, score: float | None = None) -> bool:
         """Take note of an evaluation; True if it is the best so far: the lowest loss, or, where answers are generated,

@@ -154,8 +154,9 @@ class Loop:
 
     def _begin(self) -> None:
         """What is evaluated before any step; with what comes of an evaluation that a broken file has put off."""
-        owing = [job for job in self.jobs if job.progress.owes_evaluation]
-        self._evaluate([job for job in self.jobs if job.evaluates_at_the_start()])
+        due = [job for job in self.jobs if job.evaluates_at_the_start()]
+        owing = [job for job in due if job.progress.owes_evaluation]
+        self._evaluate(due)
         if owing:
             self.queue.judge(owing)
             self._finish([job for job in owing if not job.active])
