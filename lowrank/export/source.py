@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.media.processor import processor_of
 from lowrank.models.config import ModelConfig
@@ -38,6 +40,10 @@ class Source:
     """At most so many documents that it was trained on, with their pictures; None: its data is not at hand."""
     own_tokens: bool = False
     """The tokenizer has tokens that the base's files lack: the adapter's own."""
+    value_head: torch.Tensor | None = None
+    """(D) What weighs the last hidden state of an answer to its reward, or for PPO's critic; None: there is none."""
+    judges: bool = False
+    """It is a reward model: its value head is what was trained."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""
 

@@ -21,7 +21,10 @@ import torch
 from safetensors import SafetensorError
 
 from lowrank import __version__
+from lowrank.checkpoints.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
 from lowrank.checkpoints.atomic import new_folder, write_text
+from lowrank.checkpoints.value_head import FILE as VALUE_HEAD
+from lowrank.checkpoints.value_head import write_value_head
 from lowrank.data.config import SourceConfig
 from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
 from lowrank.export import ExportTarget, Needs, ReadBack, WritesParts
@@ -179,6 +182,7 @@ def _export_target(
     started = time.monotonic()
     with disk_full(own, needs), new_folder(own.folder) as partial:
         written = target.write(source, partial, lambda done, total, what="": watch(f"writing {own.type}", done, total))
+        written = (*written, *_bring_value_head(source, partial))
     seconds = time.monotonic() - started
     failed = dict(target.failures) if isinstance(target, WritesParts) else {}
     comparisons: list[Comparison] = []
@@ -227,6 +231,22 @@ def _export_target(
     usage = target.usage(source, "path/of/this/folder")
     write_text(own.folder / "README.md", card(source, own.type, usage, comparisons, notes))
     return report
+
+
+def _bring_value_head(source: Source, folder: Path) -> tuple[str, ...]:
+    """The value head beside what was written, and what a person should know of it.
+
+    A critic goes with its adapter alone, for training to go on: programs that load every safetensors file of a model
+    know no such tensor. A reward model is nothing without it.
+    """
+    if source.value_head is None or not (source.judges or (folder / ADAPTER_CONFIG).is_file()):
+        return ()
+    if not any(folder.glob("*.safetensors")):
+        return (f"a reward model without its value head, which this form cannot hold: it gives no rewards; "
+                f"peft and merged bring {VALUE_HEAD}",)  # fmt: skip
+    write_value_head(folder, source.value_head)
+    what = "what gives an answer its reward" if source.judges else "PPO's critic, for training to go on with"
+    return (f"{VALUE_HEAD}: {what}",)
 
 
 def _compared(

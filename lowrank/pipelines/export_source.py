@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lowrank.models.loading.pretrained as loading
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from lowrank.checkpoints.value_head import read_value_head
 from lowrank.config import JobConfig, RunConfig, settings_of_run
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.chat.template import without_marks
@@ -156,6 +159,16 @@ def _combined(
     return combine(loaded, combination or CombineConfig())
 
 
+def _value_head(found: ModelArtifacts, notify: Callable[[str], None]) -> torch.Tensor | None:
+    """(D) That of what is exported; those of several adapters belong to hidden states that the combined one lacks."""
+    folders = list(found.adapters.values()) or ([found.trained_base[1]] if found.trained_base else [])
+    heads = [value_D for folder in folders if (value_D := read_value_head(folder)) is not None]
+    if heads and len(folders) > 1:
+        notify("several adapters as one give no rewards: their value heads are left out")
+        return None
+    return heads[0] if heads else None
+
+
 def _described(
     name: str,
     folder: Path,
@@ -173,6 +186,7 @@ def _described(
         notify(notice)
     shape = read_config(model)
     refuse_wrapped(shape, "no other program runs such layers, so there is nothing to export")
+    value_D = _value_head(found, notify)
     data = found.data.within(positions_of(shape))
     job = job and job.model_copy(update={"data": job.data.within(positions_of(shape))})
     renderer = Renderer(tokenizer, data)
@@ -195,6 +209,8 @@ def _described(
         chat_template=template,
         stop_tokens=renderer.stop_tokens if template is not None else _eos(tokenizer),
         documents=None if job is None else documents,
+        value_head=value_D,
+        judges=value_D is not None and (job is None or job.objective.type != "ppo"),
         facts=facts,
     )
     return ResolvedSource(source, folder, renderer, job)
