@@ -12,7 +12,6 @@ import torch
 
 from lowrank.checkpoints.value_head import FILE, read_value_head, write_value_head
 from lowrank.config import RunConfig
-from lowrank.export.targets import TargetConfig
 from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
 from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.peft import PeftExportConfig
@@ -46,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world / "run"
 
 
-def export(run: Path, home: Path, targets: Sequence[TargetConfig], *adapters: str) -> tuple[dict[str, Any], list[str]]:
+def export(run: Path, home: Path, targets: Sequence[Any], *adapters: str) -> tuple[dict[str, Any], list[str]]:
     told: list[str] = []
     found = open_source(str(run), adapters=adapters, notify=told.append)
     return export_targets(found, export_requests(targets, home), verify=False, notify=silent)["targets"], told
