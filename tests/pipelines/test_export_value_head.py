@@ -46,16 +46,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(run: Path, home: Path, targets: Sequence[Any], *adapters: str) -> tuple[dict[str, Any], list[str]]:
-    told: list[str] = []
-    found = open_source(str(run), adapters=adapters, notify=told.append)
-    return export_targets(found, export_requests(targets, home), verify=False, notify=silent)["targets"], told
+    notices: list[str] = []
+    found = open_source(str(run), adapters=adapters, notify=notices.append)
+    return export_targets(found, export_requests(targets, home), verify=False, notify=silent)["targets"], notices
 
 
 def rewards(path: Path, name: str | None = None) -> list[float]:
     trained = open_inference_model(str(path), notify=silent)
     name = name or next(each for each in trained.names if each in trained.value_heads)
-    asked = [Conversation((Message("user", "2 + 1?"), Message("assistant", answer))) for answer in ("3", "no")]
-    return trained.rewards([(name, each) for each in asked])
+    conversations = [Conversation((Message("user", "2 + 1?"), Message("assistant", answer))) for answer in ("3", "no")]
+    return trained.rewards([(name, each) for each in conversations])
 
 
 def test_rewards_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_rewards_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_several_as_one_say_that_they_give_none(run: Path, tmp_path: Path) -> None:
-    _, told = export(run, tmp_path, [PeftExportConfig()], "judge", "other")
+    _, notices = export(run, tmp_path, [PeftExportConfig()], "judge", "other")
     assert not (tmp_path / FILE).exists()
-    assert any("value heads are left out" in text for text in told)
+    assert any("value heads are left out" in text for text in notices)
 
 
 def test_a_critic_goes_with_its_adapter_alone(tmp_path: Path) -> None:
