@@ -95,6 +95,8 @@ class Checkpointer:
         self.parked = {name: saved.pop(name) for name in parked if name in saved}
         problems = [f"{name}: in the checkpoint, not in this run" for name in saved.keys() - {job.name for job in jobs}]
         problems += [f"{job.name}: not in the checkpoint" for job in jobs if job.name not in saved]
+        problems += [_shorter(job, saved[job.name]) for job in jobs if job.name in saved]
+        problems = list(filter(None, problems))
         raise_all(OutputError, f"{checkpoint.path} cannot be resumed with these jobs", problems)
         for job in jobs:
             self._restore(job, saved[job.name])
@@ -154,6 +156,17 @@ class Checkpointer:
         job.dataloader.load_state(saved.state["feed"])
         if job.progress.finished == "done" and job.progress.step < job.num_steps:
             job.progress.finished = None  # more steps were asked for since
+
+
+def _shorter(job: Job, saved: JobState) -> str:
+    """What is wrong where a job that still learned is now to have ended before; else nothing."""
+    progress = JobProgress(**saved.state["progress"])
+    if progress.finished is not None or progress.step < job.num_steps:
+        return ""
+    return (
+        f"{job.name}: it has taken {progress.step} steps already and is to take {job.num_steps}; give it more than "
+        f"{progress.step} (max_steps, num_train_epochs), or use {job.name}/last as it is"
+    )
 
 
 def _apart(state: JobState) -> JobState:

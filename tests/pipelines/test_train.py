@@ -194,6 +194,19 @@ def test_resumed_job_leaves_the_other_alone_and_longer_runs_go_on(world: Path, t
     assert not again.losses("a")
 
 
+def test_a_job_past_its_new_end_is_not_trained_further(world: Path, tmp_path: Path) -> None:
+    """Once: one step more, on a learning rate from beyond the schedule's end, and "6/3 done"."""
+    given = settings(world, tmp_path / "run")
+    train(RunConfig(**given), reporters=[Stopper()])
+    kept = weights(tmp_path / "run")
+    shorter = {**given, "max_steps": 3, "resume": True}
+    with pytest.raises(OutputError, match=r"a: it has taken 5 steps already and is to take 3; give it more than 5"):
+        run(shorter)
+    assert all(torch.equal(kept[name], own) for name, own in weights(tmp_path / "run").items())
+    _, rest = run({**given, "resume": True})
+    assert rest.losses("a")
+
+
 def test_full_tuning_trains_the_base(world: Path, tmp_path: Path) -> None:
     given = settings(world, tmp_path / "full", tuning="full", optimizer={"learning_rate": 1e-3})
     del given["jobs"]
