@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from lowrank.media.loading import class_named, make_processor
+from tests.releases import older
 from tests.tiny_composites import AUDIO, FIRST, IMAGE, LAST, VIDEO
 from tests.tiny_vision_models import VISION_MODELS, VisionRecipe, make_model, save_folder
 
@@ -108,4 +110,6 @@ def make_audio_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def save_audio_folder(path: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint as `from_pretrained` reads it, tokenizer, processor and chat template with it."""
+    if family == "qwen2_5_omni_thinker" and older("5.23"):
+        pytest.skip("transformers 5.23: the thinker alone names its tokens and takes features")
     return save_folder(path, AUDIO_MODELS[family], lambda: make_audio_model(family, dtype))

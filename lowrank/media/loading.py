@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Collection, Generator, Mapping
 from typing import Any
@@ -115,11 +116,30 @@ def load_processor(
     except ModelError:
         raise
     except Exception as error:  # whatever transformers makes of somebody's files
-        detail = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        detail = lines[0].strip()[:300] if lines else type(error).__name__
         raise ModelError(
-            f"{path}: its processor of {_names(kinds)} cannot be made: {detail}. Its files are "
-            "preprocessor_config.json and processor_config.json; get them again from where the model is from"
+            f"{path}: its processor of {_names(kinds)} cannot be made: {detail}. {_way_out(error)}"
         ) from error
+
+
+def torchvision_problem() -> str | None:
+    """Why torchvision, which transformers resizes videos by, cannot be imported, in words; None: it can."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "torchvision is not installed"
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"the installed torchvision is made for another torch than the one here ({error})"
+    return None
+
+
+def _way_out(error: Exception) -> str:
+    problem = torchvision_problem()
+    if problem is not None and "torchvision" in str(error).lower():  # families that transformers has on it alone
+        return f"{problem[0].upper()}{problem[1:]}: `pip install torchvision`, the build that fits your torch"
+    files = "preprocessor_config.json and processor_config.json"
+    return f"Its files are {files}; get them again from where the model is from"
 
 
 def _load_part(kind: str, path: str, where: Mapping[str, Any]) -> Any:

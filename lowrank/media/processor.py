@@ -8,8 +8,6 @@ are asked about, and each document's sizes once.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,6 +22,7 @@ from lowrank.foreign_files import read_json
 from lowrank.media.audio import check_rate, decoded_audio, resampled_length
 from lowrank.media.decoding import blank, decoded
 from lowrank.media.limits import MediaLimits
+from lowrank.media.loading import torchvision_problem
 from lowrank.media.medium_files import BadMedium
 from lowrank.media.video import decoded_video
 from lowrank.records import KIND_NAMES, Audio, Medium, Picture, Video
@@ -233,17 +232,6 @@ class MediaProcessor:
 
 
 @cache
-def torchvision_problem() -> str | None:
-    """Why torchvision, which transformers resizes videos by, cannot be imported, in words; None: it can."""
-    if importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed"
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"the installed torchvision is made for another torch than the one here ({error})"
-    return None
-
-
 def attach(tokenizer: Any, processor: MediaProcessor) -> None:
     """Let whoever has the tokenizer find the processor of the same checkpoint."""
     setattr(tokenizer, _ATTRIBUTE, processor)

@@ -16,7 +16,8 @@ from lowrank.records import KIND_NAMES
 _TYPES = "token_type_ids"
 _KINDS = {_TYPES, "mm_token_type_ids"}
 """What tells the tokens of pictures, or of prompts, from others."""
-
+_CACHES = {"cache", "past_key_values"}
+"""The KV cache, as transformers calls it from 5.23 on, and before."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, as transformers calls them: that see everything before a token, and only what is near."""
@@ -49,8 +50,12 @@ def possible_prompt_types(backbone: Any) -> tuple[int, ...]:
 
 
 def _taken(model: Any) -> set[str]:
+    return _parameters(model) & _KINDS
+
+
+def _parameters(model: Any) -> set[str]:
     make = getattr(type(model), "create_masks_for_generate", None)
-    return set(inspect.signature(make).parameters) & _KINDS if make else set()
+    return set(inspect.signature(make).parameters) if make else set()
 
 
 def _seen(model: Any, kinds: Sequence[int]) -> dict[str, list[list[bool]]]:
@@ -68,9 +73,9 @@ def _seen(model: Any, kinds: Sequence[int]) -> dict[str, list[list[bool]]]:
                 config=model.config,
                 inputs_embeds=torch.zeros(1, len(kinds), 1),
                 attention_mask=torch.ones_like(kind_1L),
-                cache=None,
                 position_ids=torch.arange(len(kinds))[None],
                 is_first_iteration=True,
+                **dict.fromkeys(_parameters(model) & _CACHES),
                 **dict.fromkeys(taken, kind_1L),
             )
             found = dict(masks) if isinstance(masks, Mapping) else {FULL: masks}

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from lowrank.errors import ModelError
 from lowrank.models.placement import Reading, all_read, unread, with_own_linears
 
 
@@ -49,6 +50,11 @@ class Sharded:
         """See Placement: this rank's part of it."""
         with_own_linears(layer)
         _packed_as_parameters(layer)
+        if not packs_integers() and not all(each.is_floating_point() for each in layer.parameters()):
+            raise ModelError(  # of a checkpoint that comes quantized, which settings do not say
+                f"this base's packed weights cannot be cut in parts by torch {torch.__version__}; `pip install "
+                "'torch>=2.12'`, or set base: replicated"
+            )
         self._shard(layer)
         self._read_parts(layer)
 

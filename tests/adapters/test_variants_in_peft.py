@@ -34,6 +34,7 @@ from tests.adapters.peft_twins import (
 )
 from tests.adapters.variant_cases import GainConfig, RoundedConfig
 from tests.peft_oracle import plain_loss
+from tests.releases import since_peft
 from tests.tiny_models import make_base, make_engine, make_model, random_step
 
 ON_DENSE = [name for name in VARIANTS if not VARIANTS[name].needs_quantized]
@@ -334,7 +335,9 @@ def test_loraplus_groups_are_pefts() -> None:
     assert {key: pytest.approx(factor * 2e-4) for key, factor in factors.items()} == theirs
 
 
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(
+    "saved", [pytest.param(True, marks=since_peft("0.21", "it reads the projection that a file holds")), False]
+)
 def test_vera_with_and_without_its_projection_both_ways(saved: bool, tmp_path: Path) -> None:
     """PEFT's file to us, to our export, back to us and to PEFT; a projection of other random numbers too."""
     config = peft.VeraConfig(r=6, target_modules=["q_proj", "down_proj"], projection_prng_key=7, save_projection=saved)

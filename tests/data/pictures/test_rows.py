@@ -20,6 +20,7 @@ from lowrank.data.sources.hub import folder_of_files
 from lowrank.data.sources.memory import keep_rows
 from lowrank.errors import DataError, ModelError
 from lowrank.media.decoding import decoded, examine
+from lowrank.media.loading import torchvision_problem
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Preference, Text
@@ -293,13 +294,25 @@ def test_a_template_that_loses_pictures_is_refused(tokenizer: Any, folder: Path)
         read(tokenizer, folder, row, chat_template="chatml")
 
 
-def test_a_processor_that_cannot_be_made_is_an_error_of_the_model(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "way_out"),
+    [
+        ("Nonesuch", "get them again from where the model is from"),
+        pytest.param(
+            "Cohere2VisionImageProcessor",  # transformers has it on torchvision alone
+            "[Tt]orchvision.*`pip install torchvision`",
+            marks=pytest.mark.skipif(torchvision_problem() is None, reason="torchvision is here"),
+        ),
+    ],
+)
+def test_a_processor_that_cannot_be_made_is_an_error_of_the_model(
+    kind: str, way_out: str, folder: Path, tmp_path: Path
+) -> None:
     path = save_vision_folder(tmp_path / "m", "llava")
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (path / name).exists():
-            (path / name).write_text('{"image_processor_type": "Nonesuch", "processor_class": "Nonesuch"}')
+        (path / name).write_text(json.dumps({"image_processor_type": kind, "processor_class": "LlavaProcessor"}))
     tokenizer = load_tokenizer(ModelConfig(path=str(path)))
-    with pytest.raises(ModelError, match="processor of pictures"):
+    with pytest.raises(ModelError, match=f"processor of pictures.*{way_out}"):
         read(tokenizer, folder, {"messages": chat("<image>What?"), "images": ["pictures/0.png"]})
 
 
