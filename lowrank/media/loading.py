@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Collection, Generator, Mapping
+from functools import cache
 from typing import Any
 
 import transformers
@@ -123,6 +124,7 @@ def load_processor(
         ) from error
 
 
+@cache
 def torchvision_problem() -> str | None:
     """Why torchvision, which transformers resizes videos by, cannot be imported, in words; None: it can."""
     if importlib.util.find_spec("torchvision") is None:

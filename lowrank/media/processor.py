@@ -9,7 +9,7 @@ are asked about, and each document's sizes once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,6 @@ class MediaProcessor:
         return Path(found) if found else None
 
 
-@cache
 def attach(tokenizer: Any, processor: MediaProcessor) -> None:
     """Let whoever has the tokenizer find the processor of the same checkpoint."""
     setattr(tokenizer, _ATTRIBUTE, processor)
