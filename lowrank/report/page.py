@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from lowrank.errors import OutputError
 from lowrank.foreign_files import find_json
 from lowrank.report import formatting
 from lowrank.report.curves import lines_of, loss_chart, score_chart
+from lowrank.report.measured import read_evaluations, read_predictions
 from lowrank.report.reporters.metrics import FILE as METRICS
 from lowrank.report.reporters.metrics import read_metrics
 from lowrank.report.summary import SUMMARY
 from lowrank.report.sweep_view import TABLE, fields, interval, parallel, result, short, shown
-from lowrank.report.thumbnails import read_thumbnails
 
 REPORT = "report.html"
 DATA_REPORT = "data_report.json"
@@ -60,8 +59,8 @@ def write_report(folder: Path) -> Path:
             memory=_memory(summary),
             data=_data(find_json(folder / DATA_REPORT) or {}),
             warnings=[line for line in metrics if line.get("event") == "notice" and line.get("level") == "warning"],
-            predictions=_predictions(folder / "predict"),
-            evaluations=_evaluations(folder / "eval"),
+            predictions=read_predictions(folder / "predict", _SAMPLES),
+            evaluations=read_evaluations(folder / "eval"),
         )
     )
     write_text(folder / REPORT, page)
@@ -131,45 +130,3 @@ def _data(reports: Mapping[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
         else:
             found.append(([name], report))
     return found
-
-
-def _predictions(folder: Path) -> list[dict[str, Any]]:
-    """What `lowrank predict` left: its metrics, and the first answers, those first in which the models differ."""
-    found = []
-    for path in sorted(folder.glob("*/metrics.json")):
-        result = find_json(path)
-        if result is None:
-            continue
-        rows = list(islice(_lines(path.parent / "predictions.jsonl"), 500))
-        rows.sort(key=lambda row: len(set(row["predictions"].values())) == 1)
-        names = dict.fromkeys(name for own in result["metrics"].values() for name in own)
-        shown = {"rows": rows[:_SAMPLES], "thumbnails": read_thumbnails(path.parent)}
-        found.append({"name": path.parent.name, "result": result, "names": list(names), **shown})
-    return found
-
-
-def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """What `lowrank eval` left: `{task: {metric: {model: value}}}`."""
-    tables: dict[tuple[str, str], dict[str, Any]] = {}
-    answering_models: dict[str, None] = {}
-    for path in sorted(folder.glob("*/results.json")):
-        result = find_json(path) or {}
-        answering_models[path.parent.name] = None
-        for task, own in result.get("results", {}).items():
-            for metric, value in own.items():
-                if isinstance(value, (int, float)) and "_stderr" not in metric and metric != "sample_len":
-                    tables.setdefault((task, metric.partition(",")[0]), {})[path.parent.name] = value
-    if not tables:
-        return []
-    rows = [
-        (task, metric, [values.get(model_name) for model_name in answering_models])
-        for (task, metric), values in tables.items()
-    ]
-    return [{"models": list(answering_models), "rows": rows}]
-
-
-def _lines(path: Path) -> Any:
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            if line.strip():
-                yield json.loads(line)

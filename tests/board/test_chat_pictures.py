@@ -218,10 +218,11 @@ def test_measured_answers_stand_beside_what_was_shown(browser: Any, seeing: Runn
     rows = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
     rows[0]["prompt"][0]["images"].append(EVIL)  # gone since, and no markup
     strange = {"prompt": [{"role": "user", "content": "?", "images": 3}], "label": "", "predictions": {"base": "a"}}
-    saved.write_text("".join(json.dumps(row) + "\n" for row in [*rows, strange]), encoding="utf-8")
+    saved.write_text("".join(json.dumps(row) + "\n" for row in [*rows, strange, 7]), encoding="utf-8")
     with page_of(browser, seeing, "en") as page:
         page.goto(f"{seeing.url}/runs/sees/measure")
         expect(page.locator("th", has_text=Texts("en")("measure.before"))).to_be_visible()
+        expect(page.locator(".bad", has_text=Texts("en")("measure.strange", number=1))).to_be_visible()
         shown = page.locator("details .pictures img")
         names = [name for row in rows for message in row["prompt"] for name in message.get("images", ())]
         expect(shown).to_have_count(len(names) - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import threading
 from pathlib import Path
@@ -16,7 +15,6 @@ from jinja2 import meta
 import lowrank.board
 from lowrank.board import texts
 from lowrank.board.app import PREPARING
-from lowrank.board.routes import measure
 from lowrank.board.texts import Texts
 from tests.board.run_folders import write_run, write_sweep
 from tests.board.running import Running, board_on
@@ -105,25 +103,3 @@ def test_every_step_of_llamaboard_has_its_place(shared: Running, language: str) 
 def test_the_table_of_llamaboard_is_the_same_in_both_languages() -> None:
     tables = [(DOCS / name).read_text("utf-8").split("LlamaBoard |", 1)[1] for name in ("board.md", "board.zh-CN.md")]
     assert [len(re.findall(r"^\| ", table, re.MULTILINE)) for table in tables] == [17, 17]
-
-
-def test_lines_that_are_no_predictions_leave_the_page_whole(tmp_path: Path) -> None:
-    """Run folders come from anywhere."""
-    message = {"role": "user", "content": "?"}
-    prompts: list[Any] = [3, ["no turn"], [{**message, "images": 3}], [{**message, "images": ["gone.png"]}], None]
-    lines = [{"prompt": prompt, "label": "", "predictions": {"base": "a"}} for prompt in prompts]
-    (tmp_path / "metrics.json").write_text('{"metrics": {"base": {"exact_match": {"value": 1.0, "interval": null}}}}')
-    texts = [*map(json.dumps, lines[:2]), "[" * 100_000, "1" * 10_000, '{"torn', *map(json.dumps, [*lines[2:], 7, {}])]
-    (tmp_path / "predictions.jsonl").write_text("\n".join(texts))
-    drawn = measure._prediction(tmp_path)  # pyright: ignore[reportPrivateUsage]
-    found = [[message["thumbnails"] for message in row["prompt"] or ()] for row in drawn["shown"]]
-    assert found == [[[]], [[("gone.png", None)]], []]
-    assert drawn["names"] == ["exact_match"]  # the table's columns, whatever the rows say
-    strange: list[Any] = [
-        [1],
-        {"base": 3},
-        {"base": {"a": None, "b": {"value": "x"}, "c": {"value": 1, "interval": [2]}}},
-    ]
-    for metrics in strange:
-        (tmp_path / "metrics.json").write_text(json.dumps({"metrics": metrics}))
-        assert measure._prediction(tmp_path)["names"] == []  # pyright: ignore[reportPrivateUsage]

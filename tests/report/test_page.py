@@ -95,6 +95,8 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
         main(
             ["predict", str(run), "--data", str(run.parent / "rows.json"), "--max-new-tokens", "3", "--metrics", "none"]
         )
+    (torn,) = (run / "predict/rows").glob("predictions.jsonl")
+    torn.write_text(torn.read_text("utf-8") + '{"prompt": [{"role', "utf-8")
     with pytest.raises(SystemExit):
         main(["report", str(run), "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"report": str(run / "report.html")}
@@ -102,6 +104,7 @@ def test_a_run_ends_with_its_page(run: Path, capsys: pytest.CaptureFixture[str])
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert "perplexity" in "".join(page.texts)
     assert "base (" in "".join(page.texts), "samples before and after"
+    assert "1 lines of predictions.jsonl are no answers" in "".join(page.texts)
 
 
 def test_samples_need_held_out_rows_of_the_run(tmp_path: Path) -> None:

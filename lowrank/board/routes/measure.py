@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,16 +16,13 @@ from lowrank.board.page import answer_page, board_of
 from lowrank.board.places import child_of
 from lowrank.board.progress import progress_of
 from lowrank.board.routes.runs import about
-from lowrank.board.runs import checkpoints, read_json
+from lowrank.board.runs import checkpoints
 from lowrank.board.state import Board
-from lowrank.errors import ModelError
-from lowrank.foreign_files import parse_json
-from lowrank.report.thumbnails import read_thumbnails
+from lowrank.report.measured import read_evaluations, read_predictions
 
 router = APIRouter()
-_ROWS = 30
-_LINES, _LONGEST_LINE = 300, 4 << 20
-"""Of the rows that are looked at; a longer line is in pieces that are none."""
+_ROWS = 8
+"""Of each file of questions that are shown."""
 _TASKS = re.compile(r"[\w\-,.:/ ]{1,400}")
 
 
@@ -138,86 +133,6 @@ def _measured(board: Board, name: str) -> dict[str, Any]:
     ]
     return {
         "tasks": tasks[:8],
-        "predicted": [_prediction(path) for path in _folders(folder / "predict") if (path / "metrics.json").is_file()],
-        "evaluated": _evaluation(folder / "eval"),
+        "predicted": read_predictions(folder / "predict", _ROWS),
+        "evaluated": read_evaluations(folder / "eval"),
     }
-
-
-def _prediction(folder: Path) -> dict[str, Any]:
-    content = read_json(folder / "metrics.json")
-    given = content.get("metrics")
-    metrics = {
-        model: {metric: each for metric, each in own.items() if _is_measured(each)}
-        for model, own in (given.items() if isinstance(given, dict) else ())
-        if isinstance(own, dict)
-    }
-    names = list(dict.fromkeys(metric for own in metrics.values() for metric in own))
-    rows = [row for row in _first_lines(folder / "predictions.jsonl") if _is_prediction(row)]
-    rows.sort(key=lambda row: len({str(text) for text in row["predictions"].values()}) == 1)
-    shown, thumbnails = rows[:_ROWS], read_thumbnails(folder)
-    for row in shown:
-        for message in row.get("prompt") or ():
-            pictures = message.get("images")
-            message["thumbnails"] = [  # a name alone where the picture had gone
-                (str(picture), thumbnails.get(str(picture)))
-                for picture in (pictures if isinstance(pictures, list) else ())
-            ]
-    return {"name": folder.name, "rows": content.get("rows"), "metrics": metrics, "names": names, "shown": shown}
-
-
-def _first_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in the first lines of a file; those that are none are passed over."""
-    found: list[dict[str, Any]] = []
-    with suppress(OSError), open(path, "rb") as file:
-        for _ in range(_LINES):
-            line = file.readline(_LONGEST_LINE)
-            if not line:
-                break
-            with suppress(ModelError):
-                found.append(parse_json(line.decode("utf-8", "replace"), path.name))
-    return found
-
-
-def _is_measured(metric: Any) -> bool:
-    """Whether it is a metric as `lowrank predict` writes it: run folders come from anywhere."""
-    if not isinstance(metric, dict) or not isinstance(metric.get("value"), (int, float)):
-        return False
-    ends = metric.get("interval") or (0.0, 0.0)
-    return isinstance(ends, (list, tuple)) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
-
-
-def _is_prediction(row: dict[str, Any]) -> bool:
-    """The same of a line of predictions."""
-    if not isinstance(row.get("predictions"), dict):
-        return False
-    prompt = row.get("prompt") or []
-    return isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
-
-
-def _evaluation(folder: Path) -> dict[str, Any]:
-    """`{"models": [...], "rows": [(task, metric, [(value, standard error), ...])]}` of what lm-eval left."""
-    models, table = [], {}
-    for path in _folders(folder):
-        content = read_json(path / "results.json").get("results")
-        if not isinstance(content, dict):
-            continue
-        models.append(path.name)
-        for task, own in content.items():
-            for key, value in own.items() if isinstance(own, dict) else ():
-                metric, _, kind = key.partition(",")
-                if (
-                    isinstance(value, (int, float))
-                    and "_stderr" not in metric
-                    and metric not in ("sample_len", "alias")
-                ):
-                    error = own.get(f"{metric}_stderr,{kind}")
-                    spread = error if isinstance(error, (int, float)) else None
-                    table.setdefault((task, metric), {})[path.name] = (value, spread)
-    return {"models": models, "rows": [(*key, [own.get(model) for model in models]) for key, own in table.items()]}
-
-
-def _folders(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    except OSError:
-        return []
