@@ -14,7 +14,7 @@ from typing import Any
 from lowrank.api.settings import name_of, rows, settings_class, with_settings
 from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import IN_MEMORY
-from lowrank.errors import ConfigError, did_you_mean, raise_all
+from lowrank.errors import ConfigError, DataError, did_you_mean, raise_all
 from lowrank.settings import Settings
 from lowrank.third_party import HAND_OVER, WAY_OUT, code_named, may_run, texts_in
 
@@ -37,12 +37,13 @@ def given_again(objects: Sequence[Any], settings: Mapping[str, Any]) -> GivenAga
     for each in objects:
         own = _own_name(each, originals) if _is_named(each) else None
         name = None if own is None else _name_in(own, named)
-        if own is None or (name is None and paths and _returns_rows(each)):
-            source = each if isinstance(each, SourceConfig) else rows(each)
+        source = _rows_of(each, own) if own is None or (name is None and paths and _returns_rows(each)) else None
+        if source is not None:
             found.rows.append(source)
             if source.path not in paths:
                 problems.append("these rows are not those that the run was given: their content differs")
             continue
+        assert own is not None, "what has no name holds rows"
         originals[own] = each
         if name is None:
             known = did_you_mean(own, named) if named else "; its settings name no code"
@@ -65,6 +66,18 @@ def _is_named(thing: Any) -> bool:
     if isinstance(thing, SourceConfig) or hasattr(thing, "iterrows") or hasattr(thing, "column_names"):
         return False  # rows, whatever their columns are called
     return isinstance(thing, (type, Settings)) or callable(thing) or hasattr(thing, "loss")
+
+
+def _rows_of(thing: Any, own: str | None) -> SourceConfig | None:
+    """None for a function of the name `own` that gives no rows. DataError for rows that are none."""
+    if isinstance(thing, SourceConfig):
+        return thing
+    try:
+        return rows(thing)
+    except DataError:
+        if own is None:
+            raise
+        return None
 
 
 def _returns_rows(thing: Any) -> bool:

@@ -32,6 +32,7 @@ from lowrank.models.checkpointing.activation_checkpointing import set_activation
 from lowrank.models.config import FreezeConfig, ModelConfig
 from lowrank.models.freezing import train_everything, train_only
 from lowrank.models.layer_wrappers import wrapped_as_planned
+from lowrank.models.loading.kind import check_path
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.pretrained import cannot_load, choose_device, choose_dtype, locate
 from lowrank.models.loading.quiet import quiet_transformers
@@ -342,6 +343,7 @@ def _torch_keeps_quiet() -> Generator[None, None, None]:
 
 def read_config(config: ModelConfig) -> Any:
     """The model's config.json. ModelError if it cannot be had."""
+    check_path(locate(config.path))
     with quiet_transformers():
         try:
             found = transformers.AutoConfig.from_pretrained(

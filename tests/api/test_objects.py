@@ -79,6 +79,8 @@ def test_a_function_that_returns_rows_is_rows() -> None:
     assert list(found.objects) == ["tests.api.test_objects:format_of_none"]
     with pytest.raises(lowrank.ConfigError, match="always is none of the objects"):
         given_again([always], settings)
+    with pytest.raises(lowrank.ConfigError, match="print is none of the objects"):
+        given_again([print], settings)
     with pytest.raises(lowrank.ConfigError, match="these rows are not those"):
         given_again([lambda: ROWS[:2]], settings)
 

@@ -171,7 +171,8 @@ def test_the_whole_script_with_peers(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu_day.json").read_text())
     assert found.keys() >= {*MEASURED, "tests"}
     beside_trl = [each for each in found["training"] if "trl" in each["turns"]]
-    assert len(beside_trl) == 5
+    assert sorted({each["cell"]["storage"] for each in beside_trl}) == ["dense", "nf4"]
+    assert len(beside_trl) == 6
     for each in beside_trl:
         ours, theirs = (turns[0]["steps"][0]["loss"] for turns in each["turns"].values())
         assert ours[0] == pytest.approx(theirs, rel=2e-3), "a fresh adapter changes nothing: the same rows and weights"

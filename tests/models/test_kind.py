@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.kind import check_path
 from lowrank.models.loading.pretrained import check_model
 from lowrank.pipelines.inference import open_inference_model
+from lowrank.planning.simulation import read_config
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
 from tests.command_line import lowrank
 from tests.releases import since
@@ -118,3 +120,13 @@ def test_no_weights_is_said_before_a_plan_is_made(tmp_path: Path) -> None:
     described = " ".join((done.stdout + done.stderr).split())
     assert "has a config.json and no weights" in described
     assert "free on" not in described
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_plan_never_waits_for_a_config(tmp_path: Path) -> None:
+    """transformers takes what is no file for what is not there, and names the wrong thing."""
+    folder = save_checkpoint_folder(tmp_path / "model")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json: a pipe"):
+        read_config(ModelConfig(path=str(folder)))
