@@ -11,18 +11,22 @@ from lowrank.api.keywords import known_keywords
 from lowrank.compat.llamafactory.commands import answering_file
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.media import open_parts
-from lowrank.data.formats.turns import prompt, read_tools, read_turns
+from lowrank.data.formats.turns import conversation, prompt, read_tools, read_turns
 from lowrank.errors import DataError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.notices import log_notice
 from lowrank.pipelines.inference import BARE, InferenceModel
 from lowrank.records import Conversation, Message
-from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, open_chat_backend
+from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, notice_of_judges, open_chat_backend
 from lowrank.setting_problems import settings_of
 from lowrank.third_party import code_allowed
 
 Question = Union[str, Sequence[Mapping[str, Any]], Conversation]  # noqa: UP007 (read at run time on Python 3.10)
 """A question, or a conversation so far as OpenAI's messages, which ends in one."""
+
+
+Judged = Union[Sequence[Mapping[str, Any]], Conversation]  # noqa: UP007 (read at run time on Python 3.10)
+"""A conversation that ends in an answer, as OpenAI's messages."""
 
 
 class Model:
@@ -94,8 +98,40 @@ class Model:
         """As `generate`, always of a list, with tokens, why each ended, log-probabilities (`logprobs=0`), and the
         error of one that could not be had."""
         name, config = self._chosen(adapter), _sampling({**self._sampling, **sampling})
+        if notice := notice_of_judges(self._backend, [name]):
+            log_notice(notice)
         requests = [(name, self._read(each, tools, number)) for number, each in enumerate(questions, start=1)]
         return self._backend.answers(requests, config, on_text=on_text) if requests else []
+
+    def rewards(
+        self,
+        conversations: Judged | Sequence[Judged],
+        adapter: str | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Any:
+        """What a reward model (`objective: reward`) gives for an answer: a number, the higher the better, which is only
+        compared with those for other answers to the same question; of a list of conversations, a list of numbers.
+
+        conversations   OpenAI's messages that end in the assistant's answer, or a list of such lists
+        adapter         the reward model: one of `adapters`. Left out: the only one of them that is one
+        tools           functions that could be called, as OpenAI's schemas
+
+        Raises ModelError for what is no reward model; DataError for a conversation without an answer at its end, or
+        longer than the model read in training (`data.max_length`).
+        """
+        inference = self.inference
+        judges = list(inference.value_heads)
+        if adapter is None and len(judges) != 1:
+            which = f"say which: adapter= one of {', '.join(judges)}" if judges else "train one with objective: reward"
+            raise ModelError(f"there are {len(judges)} reward models here; {which}")
+        several = not _is_one(conversations)
+        read = [
+            _read_turns(each, tools, number, conversation)
+            for number, each in enumerate(cast(Sequence[Any], conversations) if several else [conversations], start=1)
+        ]
+        found = inference.rewards([(adapter or judges[0], each) for each in read])
+        return found if several else found[0]
 
     def compare(self, question: Question, **sampling: Any) -> dict[str, str]:
         """What the base and every adapter answer to one question, by name; all in the same forward passes."""
@@ -196,13 +232,21 @@ def _is_one(question: Any) -> bool:
 
 
 def _conversation(question: Any, tools: Sequence[Mapping[str, Any]], number: int) -> Conversation:
-    if isinstance(question, Conversation):
-        return question
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    return _read_turns(question, tools, number, prompt)
+
+
+def _read_turns(
+    given: Any, tools: Sequence[Mapping[str, Any]], number: int, whole: Callable[..., Conversation]
+) -> Conversation:
+    """`whole`: `prompt` for what waits for an answer, `conversation` for what ends in one."""
+    if isinstance(given, Conversation):
+        return given
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
     try:
-        return open_parts(prompt(read_turns(messages, {}), read_tools(list(tools)) if tools else ()))
+        return open_parts(whole(read_turns(messages, {}), read_tools(list(tools)) if tools else ()))
     except RowProblem as error:
-        raise DataError(f"question {number}: {error}") from error
+        what = "question" if whole is prompt else "conversation"
+        raise DataError(f"{what} {number}: {error}") from error
 
 
 def _sampling(options: Mapping[str, Any]) -> GenerationConfig:

@@ -17,7 +17,7 @@ _CARD = """---
 
 # Adapter
 
-A `{title}` adapter with {num_parameters:,} parameters {where} {base}, trained with \
+A `{title}` {kind} with {num_parameters:,} parameters {where} {base}, trained with \
 lowrank.{notes}
 
 ```python
@@ -50,14 +50,29 @@ inputs = processor.apply_chat_template(
 print(processor.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))"""
 
 
-def pipeline_tag(sees: bool) -> str:
-    """The hub's name for what a model is for. `sees`: it can be asked about pictures."""
+_REWARDS = """import lowrank
+
+judge = lowrank.load({path!r})
+question = {{"role": "user", "content": "What is 2 + 1?"}}
+answers = [[question, {{"role": "assistant", "content": text}}] for text in ("3", "12")]
+print(judge.rewards(answers))  # a number for each answer; higher is better"""
+
+
+def pipeline_tag(sees: bool, *, judges: bool = False) -> str:
+    """The hub's name for what a model is for. `sees`: can be asked about pictures. `judges`: is a reward model."""
+    if judges:
+        return "text-classification"
     return "image-text-to-text" if sees else "text-generation"
 
 
 def picture_code(processor: str) -> str:
     """Python that asks `model` about a picture; `processor`: where that of its base lies."""
     return _ABOUT_A_PICTURE.format(base=processor)
+
+
+def reward_code(path: str) -> str:
+    """Python that has a reward model judge two answers."""
+    return _REWARDS.format(path=path)
 
 
 def loading_code(config: AdapterConfig, base: str, adapter: str, described: BaseDescription) -> str:
@@ -69,23 +84,32 @@ def loading_code(config: AdapterConfig, base: str, adapter: str, described: Base
 
 
 def model_card(
-    config: AdapterConfig, where: str, num_parameters: int, base: BaseDescription, notes: Sequence[str] = ()
+    config: AdapterConfig,
+    where: str,
+    num_parameters: int,
+    base: BaseDescription,
+    notes: Sequence[str] = (),
+    *,
+    judges: bool = False,
 ) -> str:
     """Markdown with the metadata that the Hugging Face hub reads. `where`: `on 14 modules of`. `notes`: what to know
-    before loading it."""
+    before loading it. `judges`: it is a reward model."""
     base_name = base.name
     on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
     library = "adapter-transformers" if isinstance(config, BottleneckSettings) else "peft"
-    front = {"library_name": library, "pipeline_tag": pipeline_tag(base.sees)}
+    front = {"library_name": library, "pipeline_tag": pipeline_tag(base.sees, judges=judges)}
     if on_hub:  # the hub refuses a card whose base_model is a path
         front["base_model"] = base_name
+    tags = [config.peft.type.lower(), "lowrank", *(["reward-model"] if judges else [])]
+    adapter, code_base = "path/of/this/folder", base_name if on_hub else "path/of/the/base"
     lines = [f"{key}: {value}\n" for key, value in sorted(front.items())]
     return _CARD.format(
-        front="".join([*lines, f"tags:\n- {config.peft.type.lower()}\n- lowrank\n"]),
+        front="".join([*lines, "tags:\n", *(f"- {tag}\n" for tag in tags)]),
         title=config.title,
         num_parameters=num_parameters,
         where=where,
         base=f"`{base_name}`" if on_hub else "its base",
+        kind="reward model" if judges else "adapter",
         notes="".join(f"\n\n{note}." for note in notes),
-        code=loading_code(config, base_name if on_hub else "path/of/the/base", "path/of/this/folder", base),
+        code=reward_code(adapter) if judges else loading_code(config, code_base, adapter, base),
     )

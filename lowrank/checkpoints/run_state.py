@@ -50,7 +50,9 @@ class JobState:
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of a full-parameter job, by name."""
     value_D: torch.Tensor | None = None
-    """The value head of a reward model."""
+    """The value head of a reward model, or of PPO's critic."""
+    critic: bool = False
+    """The value head is PPO's critic."""
     adapter_state: dict[str, torch.Tensor] = field(default_factory=dict)
     """See `Bank.state`."""
 
@@ -115,7 +117,7 @@ def _write_job(folder: Path, job: JobState, base: BaseDescription) -> None:
     else:
         write_tensors(folder / PARAMETER_FILE, job.parameters)
     if job.value_D is not None:
-        write_value_head(folder, job.value_D)
+        write_value_head(folder, job.value_D, critic=job.critic)
 
 
 def _read_job(folder: Path, name: str) -> JobState:

@@ -13,12 +13,18 @@ from lowrank.errors import LowrankError, ModelError
 from lowrank.foreign_files import check_file
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write `tensors`, as `dtype` if given. They may be anywhere, of any strides, and share memory."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tensors`, as `dtype` if given. They may be anywhere, of any strides, and share memory. `metadata`: more of
+    the file's header."""
     save_file(
         {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()},
         path,
-        metadata={"format": "pt"},
+        metadata={"format": "pt", **(metadata or {})},
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
@@ -15,11 +16,19 @@ from lowrank.errors import ModelError
 
 FILE = "value_head.safetensors"
 _NAME = "score.weight"
+_OF, _CRITIC = "value_head_of", "critic"
+"""In the file's header: it is PPO's critic, which gives no answer its reward."""
 
 
-def write_value_head(folder: Path, value_D: torch.Tensor) -> None:
-    """Into a folder that someone else makes durable."""
-    write_tensors(folder / FILE, {_NAME: value_D[None]})
+def write_value_head(folder: Path, value_D: torch.Tensor, *, critic: bool = False) -> None:
+    """Into a folder that someone else makes durable. `critic`: it is PPO's, not a reward model's."""
+    write_tensors(folder / FILE, {_NAME: value_D[None]}, metadata={_OF: _CRITIC} if critic else None)
+
+
+def is_critic(folder: Path) -> bool:
+    """Whether the value head of the folder, which has one that was read, is PPO's critic."""
+    with safe_open(current(folder) / FILE, framework="pt") as file:
+        return (file.metadata() or {}).get(_OF) == _CRITIC
 
 
 def read_value_head(folder: Path) -> torch.Tensor | None:

@@ -13,6 +13,8 @@ import typer
 from lowrank.cli.sampling import Compile, MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lowrank.cli.chat_repl import ChatRepl
 
 
@@ -55,8 +57,8 @@ def chat(
 ) -> None:
     """Type /help for what can be done besides talking.
 
-    Questions may also come through a pipe, one a line; they are one conversation. A line `/image PATH` there shows a
-    picture with the next question.
+    Questions may also come through a pipe, one a line; they are one conversation. A line of it that begins with `/` is
+    a command too: `/image PATH` shows a picture with the next question.
     """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -64,7 +66,7 @@ def chat(
     from lowrank.cli.chat_repl import ChatRepl, read_pictures
     from lowrank.cli.warn import warn
     from lowrank.generate.request import GenerationConfig
-    from lowrank.serve.chat_backends import open_chat_backend
+    from lowrank.serve.chat_backends import notice_of_judges, open_chat_backend
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -86,7 +88,9 @@ def chat(
         compile=compile,
         notify=lambda text: warn([text]),
     )
-    talk = ChatRepl(backend, config, system=system, model_names=model_names, pictures=pictures)
+    talk = ChatRepl(backend, config, system=system, model_names=model_names, pictures=pictures, stderr=json)
+    if notice := notice_of_judges(backend, talk.model_names):
+        warn([notice])
     if prompt is not None:
         _submit(talk, prompt, json)
     elif json or not sys.stdin.isatty():
@@ -97,12 +101,23 @@ def chat(
 
 def _submit_lines(talk: ChatRepl, json: bool) -> None:
     """What comes through a pipe."""
-    from lowrank.cli.chat_repl import IMAGE_COMMAND, read_pictures
+    from lowrank.cli.chat_repl import EXIT_COMMANDS, IMAGE_COMMAND, read_pictures
+    from lowrank.errors import LowrankError
+    from lowrank.pipelines.inference import BARE
 
-    for line in filter(str.strip, sys.stdin):
+    for number, line in enumerate(sys.stdin, start=1):
         if line.startswith(IMAGE_COMMAND):
             talk.show_pictures(read_pictures([line.removeprefix(IMAGE_COMMAND).strip()]))
-        else:
+        elif line.strip() in EXIT_COMMANDS:
+            return
+        elif json and line.strip() == "/base":
+            _print_row(BARE, *talk.base_quietly())
+        elif line.startswith("/"):
+            try:
+                talk.obey(line.strip())
+            except LowrankError as error:
+                raise type(error)(f"line {number}, {line.strip()[:80]}: {error}") from error
+        elif line.strip():
             _submit(talk, line.rstrip("\n"), json)
 
 
@@ -112,5 +127,9 @@ def _submit(talk: ChatRepl, question: str, json: bool) -> None:
         return
     shown = {"images": [picture.name for picture in talk.pictures]} if talk.pictures else {}
     for model_name, answer in talk.send_quietly(question).items():
-        row = {"adapter": model_name, "question": question, **shown, "answer": answer}
-        print(json_format.dumps(row, ensure_ascii=False))
+        _print_row(model_name, question, answer, shown)
+
+
+def _print_row(model_name: str, question: str, answer: str, shown: Mapping[str, list[str]] | None = None) -> None:
+    row = {"adapter": model_name, "question": question, **(shown or {}), "answer": answer}
+    print(json_format.dumps(row, ensure_ascii=False))

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank.data.formats.turns import with_thought_apart
-from lowrank.errors import DataError, LowrankError
+from lowrank.errors import ConfigError, DataError, LowrankError, did_you_mean
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.media.decoding import examine, read_file
 from lowrank.pipelines.inference import BARE
@@ -26,6 +26,7 @@ readline: Any = importlib.import_module("readline") if importlib.util.find_spec(
 """Line editing; not on Windows, whose console edits lines itself."""
 
 IMAGE_COMMAND = "/image "
+EXIT_COMMANDS = ("/exit", "/quit")
 
 _HELP = """/adapter NAME ...  who answers; several answer side by side, `base` is the untouched model
 /base             ask the untouched base the last question again
@@ -71,10 +72,12 @@ class ChatRepl:
         system: str | None = None,
         model_names: Sequence[str] | None = None,
         pictures: Iterable[Picture] = (),
+        stderr: bool = False,
     ) -> None:
+        """`stderr`: what is no answer goes there, as answers are read by a program."""
         self.backend = backend
         self.config = config
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, stderr=stderr)
         self.system = system
         self.model_names = list(dict.fromkeys(model_names or [next((n for n in backend.names if n != BARE), BARE)]))
         for model_name in self.model_names:
@@ -100,10 +103,13 @@ class ChatRepl:
             except (EOFError, KeyboardInterrupt):
                 self.console.print()
                 return
-            if line in ("/exit", "/quit"):
+            if line in EXIT_COMMANDS:
                 return
             try:
-                self._line(line)
+                if line.startswith("/"):
+                    self.obey(line)
+                elif line:
+                    self.send(line)
             except KeyboardInterrupt:
                 self.console.print("\n[dim]stopped[/]")
             except LowrankError as error:
@@ -201,17 +207,15 @@ class ChatRepl:
         table.add_row(*(Text(printable(answer.strip("\n"))) for answer in answers.values()))
         self.console.print(table)
 
-    def _line(self, line: str) -> None:
-        if not line.startswith("/"):
-            if line:
-                self.send(line)
-            return
+    def obey(self, line: str) -> None:
+        """Do what a line that begins with `/` says. ConfigError for an unknown command or a value that does not fit."""
         name, _, rest = line[1:].partition(" ")
-        command = self._commands().get(name)
-        if command is None:
-            self.console.print(f"there is no /{name}\n{_HELP}", markup=False)
-        else:
-            command(rest.strip())
+        commands = self._commands()
+        if name not in commands:
+            raise ConfigError(
+                f"there is no /{name}{did_you_mean(name, (*commands, 'exit'))}; /help lists what there is"
+            )
+        commands[name](rest.strip())
 
     def _commands(self) -> dict[str, Callable[[str], None]]:
         return {
@@ -243,16 +247,23 @@ class ChatRepl:
         self.model_names = list(dict.fromkeys(wanted))
 
     def _send_to_base(self, _: str) -> None:
+        self._stream(BARE, self._last_question())
+
+    def base_quietly(self) -> tuple[str, str]:
+        """The last question, and the untouched base's answer to it."""
+        question = self._last_question()
+        (found,) = self.backend.answers([(BARE, question)], self.config)
+        return question.messages[-1].content, self._text(BARE, found)
+
+    def _last_question(self) -> Conversation:
         questions = [index for index, message in enumerate(self.history) if message.role == "user"]
         if not questions:
-            self.console.print("nothing was asked yet")
-            return
-        self._stream(BARE, Conversation(tuple(self.history[: questions[-1] + 1])))
+            raise ConfigError("nothing was asked yet")
+        return Conversation(tuple(self.history[: questions[-1] + 1]))
 
     def _show_image(self, name: str) -> None:
         if not name:
-            self.console.print("name a picture's file: /image cat.png")
-            return
+            raise ConfigError("name a picture's file: /image cat.png")
         (picture,) = read_pictures([name])
         self.show_pictures([picture])
         self.console.print(f"{name}: {picture.width} x {picture.height}, with the next question", markup=False)
@@ -264,9 +275,8 @@ class ChatRepl:
     def _set(self, **changes: str | None) -> None:
         try:
             self.config = GenerationConfig(**{**self.config.model_dump(), **changes})  # type: ignore[arg-type]
-        except ValueError:
-            text = f"not a number that fits: {next(iter(changes.values()))!r}"
-            self.console.print(text, style="red", markup=False)
+        except ValueError as error:
+            raise ConfigError(f"not a number that fits: {next(iter(changes.values()))!r}") from error
 
     def _undo(self) -> None:
         questions = [index for index, message in enumerate(self.history) if message.role == "user"]

@@ -26,6 +26,8 @@ from lowrank.foreign_yaml import load_yaml
 from lowrank.setting_problems import dotted
 from lowrank.third_party import code_allowed, may_run, names_code
 
+_SHOWN_OVERRIDES, _SHOWN_LETTERS = 3, 60
+
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> RunConfig:
     """The configuration in a native YAML or JSON file, with `optimizer.learning_rate=1e-4` words over it.
@@ -35,7 +37,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = 
     """
     path = Path(path)
     content = override(read_file(path), overrides)
-    return validate_settings(content, folder=path.parent, source=str(path), allow_code=allow_code)
+    return validate_settings(content, path.parent, named_source(path, overrides), allow_code=allow_code)
+
+
+def named_source(path: Path, overrides: Sequence[str]) -> str:
+    """What error messages call the settings of a file with `key=value` words over them: both may be at fault."""
+    shown = [
+        entry if len(entry) <= _SHOWN_LETTERS else f"{entry[:_SHOWN_LETTERS]}..."
+        for entry in overrides[:_SHOWN_OVERRIDES]
+    ]
+    more = len(overrides) - len(shown)
+    return f"{path} with {' '.join(shown)}{f' and {more} more' if more else ''} over it" if overrides else str(path)
 
 
 def validate_settings(

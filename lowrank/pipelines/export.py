@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from lowrank import __version__
 from lowrank.checkpoints.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
 from lowrank.checkpoints.atomic import new_folder, write_text
+from lowrank.checkpoints.model_card import reward_code
 from lowrank.checkpoints.value_head import FILE as VALUE_HEAD
 from lowrank.checkpoints.value_head import write_value_head
 from lowrank.data.config import SourceConfig
@@ -228,9 +229,18 @@ def _export_target(
         "lowrank": __version__,
     }
     write_text(own.folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    usage = target.usage(source, "path/of/this/folder")
+    usage = _usage(target, source, own.folder)
     write_text(own.folder / "README.md", card(source, own.type, usage, comparisons, notes))
     return report
+
+
+def _usage(target: ExportTarget, source: Source, folder: Path) -> str:
+    """How it is run, for its README.md; of a reward model that has its value head, how it judges."""
+    path = "path/of/this/folder"
+    if not source.judges or not (folder / VALUE_HEAD).is_file():
+        return target.usage(source, path)
+    what = "It is a reward model: it judges answers, and writes none worth reading."
+    return f"{what}\n\n```python\n{reward_code(path)}\n```"
 
 
 def _bring_value_head(source: Source, folder: Path) -> tuple[str, ...]:
@@ -244,7 +254,7 @@ def _bring_value_head(source: Source, folder: Path) -> tuple[str, ...]:
     if not any(folder.glob("*.safetensors")):
         return (f"a reward model without its value head, which this form cannot hold: it gives no rewards; "
                 f"peft and merged bring {VALUE_HEAD}",)  # fmt: skip
-    write_value_head(folder, source.value_head)
+    write_value_head(folder, source.value_head, critic=not source.judges)
     what = "what gives an answer its reward" if source.judges else "PPO's critic, for training to go on with"
     return (f"{VALUE_HEAD}: {what}",)
 

@@ -13,7 +13,7 @@ import lowrank.models.loading.pretrained as loading
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
-from lowrank.checkpoints.value_head import read_value_head
+from lowrank.checkpoints.value_head import is_critic, read_value_head
 from lowrank.config import JobConfig, RunConfig, settings_of_run
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.chat.template import without_marks
@@ -156,17 +156,29 @@ def _combined(
             notify(f"{name}: {note}")
     if len(loaded) == 1 and combination is None:
         return loaded[0][1]
-    return combine(loaded, combination or CombineConfig())
+    rule = combination or CombineConfig()
+    combined = combine(loaded, rule)
+    notify(_how_combined([name for name, _ in loaded], rule))
+    return combined
 
 
-def _value_head(found: ModelArtifacts, notify: Callable[[str], None]) -> torch.Tensor | None:
-    """(D) That of what is exported; those of several adapters belong to hidden states that the combined one lacks."""
+def _how_combined(names: Sequence[str], rule: CombineConfig) -> str:
+    """By what rule and weights adapters have become one, for people."""
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, rule.weights or (1.0,) * len(names)))
+    kept = f", density {rule.density:g}" if rule.method in ("ties", "dare", "dare_ties") else ""
+    others = "; --combine and --weights say it otherwise" if rule == CombineConfig() else ""
+    return f"one adapter of {len(names)}: {rule.method}, weights {weights}{kept}{others}"
+
+
+def _value_head(found: ModelArtifacts, notify: Callable[[str], None]) -> tuple[torch.Tensor | None, bool]:
+    """(D) That of what is exported, and whether it gives rewards. Those of several adapters belong to hidden states
+    that the combined one lacks."""
     folders = list(found.adapters.values()) or ([found.trained_base[1]] if found.trained_base else [])
-    heads = [value_D for folder in folders if (value_D := read_value_head(folder)) is not None]
+    heads = [(value_D, folder) for folder in folders if (value_D := read_value_head(folder)) is not None]
     if heads and len(folders) > 1:
         notify("several adapters as one give no rewards: their value heads are left out")
-        return None
-    return heads[0] if heads else None
+        return None, False
+    return (heads[0][0], not is_critic(heads[0][1])) if heads else (None, False)
 
 
 def _described(
@@ -186,7 +198,7 @@ def _described(
         notify(notice)
     shape = read_config(model)
     refuse_wrapped(shape, "no other program runs such layers, so there is nothing to export")
-    value_D = _value_head(found, notify)
+    value_D, judges = _value_head(found, notify)
     data = found.data.within(positions_of(shape))
     job = job and job.model_copy(update={"data": job.data.within(positions_of(shape))})
     renderer = Renderer(tokenizer, data)
@@ -210,7 +222,7 @@ def _described(
         stop_tokens=renderer.stop_tokens if template is not None else _eos(tokenizer),
         documents=None if job is None else documents,
         value_head=value_D,
-        judges=value_D is not None and (job is None or job.objective.type != "ppo"),
+        judges=judges,
         facts=facts,
     )
     return ResolvedSource(source, folder, renderer, job)

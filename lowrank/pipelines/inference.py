@@ -17,7 +17,7 @@ from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.own_tokens import learn_tokens, own_tokens
 from lowrank.checkpoints.peft_layout import load_adapter, read_adapter_header
 from lowrank.checkpoints.value_head import FILE as VALUE_HEAD_FILE
-from lowrank.checkpoints.value_head import read_value_head
+from lowrank.checkpoints.value_head import is_critic, read_value_head
 from lowrank.data.chat.placeholders import media_in
 from lowrank.data.chat.rendering import Renderer
 from lowrank.data.config import DataConfig
@@ -92,6 +92,10 @@ class InferenceModel:
         if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
             attach_media_encoder(self.base, "packed", notify, running=True, answering=True)
 
+    def judges_among(self, names: Iterable[str]) -> list[str]:
+        """Those that are reward models."""
+        return [name for name in names if name in self.value_heads]
+
     @property
     def names(self) -> list[str]:
         """Who can be asked."""
@@ -114,7 +118,7 @@ class InferenceModel:
         for name, conversation in conversations:
             slot = self.slot(name)
             if name not in self.value_heads:
-                raise ModelError(f"{name!r} is no reward model: there is no {VALUE_HEAD_FILE} beside it")
+                raise ModelError(f"{name!r} is no reward model: no {VALUE_HEAD_FILE} of one is beside it")
             rendering = self.renderer_of(name).render(Rated(conversation, desirable=True))
             if rendering.problem or rendering.truncated_tokens:
                 raise DataError(rendering.problem or "the conversation is longer than data.max_length")
@@ -231,6 +235,8 @@ def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> Inferen
         name, folder = found.trained_base
         trained.slots = {name: BARE_BASE}
         _attach_value_head(trained, name, folder)
+    elif Path(found.model.path).is_dir():  # a reward model that was exported whole
+        _attach_value_head(trained, BARE, Path(found.model.path))
     for name, folder in found.adapters.items():
         saved = on_model(load_adapter(folder), base.model)
         for note in saved.notes:
@@ -241,6 +247,15 @@ def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> Inferen
         trained.folders[name] = folder
         _attach_value_head(trained, name, folder)
     return trained
+
+
+def judging_notice(names: Sequence[str]) -> str:
+    """What a person should know who has reward models of these names write."""
+    what = "are reward models" if len(names) > 1 else "is a reward model"
+    return (
+        f"{', '.join(names)} {what}, trained to judge answers and not to write them; rewards are had in Python: "
+        "lowrank.load(...).rewards(...)"
+    )
 
 
 def renderers_of(found: ModelArtifacts, tokenizer: Any, reach: int | None = None) -> dict[str, Renderer]:
@@ -282,7 +297,7 @@ def _key(data: DataConfig) -> str:
 
 def _attach_value_head(trained: InferenceModel, name: str, folder: Path) -> None:
     value_D = read_value_head(folder)
-    if value_D is not None:
+    if value_D is not None and not is_critic(folder):
         trained.value_heads[name] = value_D
 
 

@@ -196,6 +196,7 @@ class SummaryBuilder:
             "description": started.description,
             "trainable_parameters": started.num_trainable,
             "pictures": started.pictures,
+            "objective": self._objective_of(started.name),
             "steps": job.steps,
             "num_steps": started.num_steps,
             "epochs": round(job.epoch, 4),
@@ -214,6 +215,13 @@ class SummaryBuilder:
             "verdict": asdict(judged),
             "paths": self._folders(started.name),
         }
+
+    def _objective_of(self, name: str) -> str | None:
+        """The type of a job's objective; None of a job that came later."""
+        assert self._run is not None, "the run has not begun"
+        jobs = {job["name"]: job for job in self._run.config.get("jobs", ())}
+        objective = jobs.get(name, {}).get("objective")
+        return objective.get("type") if isinstance(objective, dict) else objective
 
     def _folders(self, name: str) -> dict[str, str]:
         """`best` and `last`, those that are there."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from lowrank.data.chat.placeholders import media_in
 from lowrank.errors import ConfigError, ModelError, did_you_mean
 from lowrank.generate.request import Answer, GenerationConfig, TokenChunk
-from lowrank.pipelines.inference import RenderedPrompt, open_inference_model
+from lowrank.pipelines.inference import InferenceModel, RenderedPrompt, judging_notice, open_inference_model
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
 from lowrank.serve.api.http_errors import ApiError
@@ -45,6 +45,12 @@ class ChatBackend(Protocol):
     def render_prompt(self, name: str, conversation: Conversation) -> RenderedPrompt:
         """How a model reads it."""
         ...
+
+
+def notice_of_judges(backend: ChatBackend, names: Sequence[str]) -> str | None:
+    """What to say before these answer, where some of them are reward models."""
+    judges = backend.judges_among(names) if isinstance(backend, InferenceModel) else []
+    return judging_notice(judges) if judges else None
 
 
 class GgufChatBackend:

@@ -20,6 +20,7 @@ from lowrank.checkpoints.run_state import JobState, RunCheckpoint, save_checkpoi
 from lowrank.checkpoints.value_head import write_value_head
 from lowrank.errors import OutputError, raise_all
 from lowrank.models.loading.pretrained import locate
+from lowrank.objectives import needs
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, JobProgress
 from lowrank.train.loss_scale import LossScale
@@ -61,19 +62,20 @@ class Checkpointer:
         """Write a job's adapter (a full-parameter job: the whole model) as `<job>/<which>`."""
         path = self.folder / job.name / which
         value_D = self.engine.jobs[job.slot].value_D
+        critic = needs(self.engine.jobs[job.slot].objective, "token_values")
 
         def also(partial: Path) -> None:
             self.engine.base.tokenizer.save_pretrained(partial)
             if job.name in self.chat_templates:
                 (partial / CHAT_TEMPLATE).write_text(self.chat_templates[job.name], encoding="utf-8")
             if value_D is not None:
-                write_value_head(partial, value_D.detach())
+                write_value_head(partial, value_D.detach(), critic=critic)
 
         with self.engine.settled([job.slot]):
             if job.slot == BARE_BASE:
                 save_full(path, self.engine.base.model, also)
             else:
-                save_adapter(path, self._adapter(job), self.base, also=also)
+                save_adapter(path, self._adapter(job), self.base, judges=value_D is not None and not critic, also=also)
         return path
 
     def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
@@ -129,11 +131,13 @@ class Checkpointer:
         if trained.scale is not None:
             state["loss_scale"] = dataclasses.asdict(trained.scale)
         value_D = None if trained.value_D is None else trained.value_D.detach()
+        critic = value_D is not None and needs(trained.objective, "token_values")
         if job.slot == BARE_BASE:
             parameters = {name: parameter.detach() for name, parameter in _of_base(trained.parameters).items()}
-            return JobState(job.name, state, optimizer, parameters=parameters, value_D=value_D)
+            return JobState(job.name, state, optimizer, parameters=parameters, value_D=value_D, critic=critic)
         rest = self.engine.bank.state(job.slot)
-        return JobState(job.name, state, optimizer, self._adapter(job), value_D=value_D, adapter_state=rest)
+        adapter = self._adapter(job)
+        return JobState(job.name, state, optimizer, adapter, value_D=value_D, critic=critic, adapter_state=rest)
 
     def _restore(self, job: Job, saved: JobState) -> None:
         trained = self.engine.jobs[job.slot]

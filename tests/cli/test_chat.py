@@ -21,7 +21,7 @@ from lowrank.checkpoints.atomic import current
 from lowrank.cli.chat_repl import ChatRepl, printable
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
-from lowrank.errors import ModelError
+from lowrank.errors import ConfigError, ModelError
 from lowrank.generate.sampler import GenerationConfig
 from lowrank.pipelines.inference import InferenceModel, open_inference_model
 from lowrank.pipelines.train import train
@@ -141,15 +141,17 @@ def test_every_job_is_asked_by_the_template_it_was_trained_with(world: Path, tmp
 
 def test_sampling_commands(trained: InferenceModel) -> None:
     talk = ChatRepl(trained, GenerationConfig(max_new_tokens=2), model_names=["r4"])
-    for line in ("/temperature 0.7", "/top_p 0.9", "/top_k 5", "/min_p 0.1", "/penalty 1.2", "/seed 3", "/top_k -1"):
-        talk._line(line)
+    for line in ("/temperature 0.7", "/top_p 0.9", "/top_k 5", "/min_p 0.1", "/penalty 1.2", "/seed 3"):
+        talk.obey(line)
+    with pytest.raises(ConfigError, match="not a number that fits: '-1'"):
+        talk.obey("/top_k -1")
     found = talk.config
     assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.7, 0.9, 5, 0.1)
     assert (found.repetition_penalty, found.seed) == (1.2, 3)
-    talk._line("/seed")
+    talk.obey("/seed")
     assert talk.config.seed is None
     with talk.console.capture() as captured:
-        talk._line("/template 中文")
+        talk.obey("/template 中文")
     assert "an answer ends at '<|im_end|>'" in captured.get()
 
 
@@ -174,6 +176,34 @@ def test_a_pipe_is_one_conversation(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n\nand \xff?\n".encode("latin-1", "replace"))))
     out, _ = chat(capsys, str(world / "model"), "--json")
     assert len(out.splitlines()) == 2
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+
+
+def test_commands_in_a_pipe_are_obeyed(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped(monkeypatch, "/adapter 中文", "/max 2", "hi", "/base", "/sampling", "/exit", "not asked")
+    out, err = chat(capsys, str(world / "run"), "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["adapter"], row["question"]) for row in rows] == [("中文", "hi"), ("base", "hi")]
+    assert "max_new_tokens 2" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("/adpter r4", "line 2, /adpter r4: there is no /adpter; did you mean 'adapter'?"), ("/adapter r5", "'r5'"),
+     ("/temperature hot", "line 2, /temperature hot: not a number that fits: 'hot'"), ("/base", "nothing was asked")],
+)  # fmt: skip
+def test_a_wrong_command_in_a_pipe_is_named(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    piped(monkeypatch, "", line, "hi")
+    out, err = chat(capsys, str(world / "run"), code=4 if "r5" in line else 2)
+    assert message in err
+    assert out == ""
 
 
 def test_side_by_side_shows_what_looks_like_markup(world: Path, trained: InferenceModel) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank.compat import load_any
 from lowrank.config import RunConfig, load, override, read_file, steps_of, validate_settings
 from lowrank.config.paths import locate
 from lowrank.errors import ConfigError
@@ -137,6 +138,20 @@ def test_all_bad_overrides_are_told_at_once() -> None:
     assert "jobs has 1 entries, none of them is '5'" in message
     assert "seed is 1, not a group" in message
     assert "'[1' cannot be read as a value" in message
+
+
+def test_what_the_command_line_says_is_not_laid_to_the_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: lowrank/tiny\ndata: {train: lowrank/demo}\noutput_dir: runs/a\n")
+    for read in (load, load_any):
+        with pytest.raises(ConfigError, match=r"run\.yaml with optimiser\.x=1 over it cannot be used:\n  - optimiser"):
+            read(file, ["optimiser.x=1"])
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text("model_name_or_path: lowrank/tiny\nstage: sft\ndataset: alpaca\noutput_dir: runs/a\n")
+    with pytest.raises(ConfigError, match=r"theirs\.yaml with lora_rnk=4 over it, read as LLaMA-Factory's, cannot be"):
+        load_any(theirs, ["lora_rnk=4"])
+    with pytest.raises(ConfigError, match=r"with a=1 b=2 c=3 and 1 more over it"):
+        load_any(file, ["a=1", "b=2", "c=3", "d=4"])
 
 
 def test_overriding_a_job_of_a_file_without_jobs() -> None:

@@ -46,7 +46,9 @@ def is_llamafactory(settings: Mapping[str, Any]) -> bool:
     return any(mark in settings for mark in MARKS) and not any(key in settings for key in ("model", "data", "jobs"))
 
 
-def convert(settings: Mapping[str, Any], *, folder: Path, datasets: Datasets | None = None) -> Converted:
+def convert(
+    settings: Mapping[str, Any], *, folder: Path, datasets: Datasets | None = None, source: str = "these settings"
+) -> Converted:
     """The native form of a LLaMA-Factory file that lies in `folder`.
 
     `datasets`: sources for training and evaluation, in place of names in a dataset_info.json. Raises `ConfigError` with
@@ -69,7 +71,7 @@ def convert(settings: Mapping[str, Any], *, folder: Path, datasets: Datasets | N
     placed, lines = sharding(keys, folder)
     config |= placed
     warnings += lines
-    raise_all(ConfigError, "This LLaMA-Factory file cannot be used as it is:", problems)
+    raise_all(ConfigError, f"{source}, read as LLaMA-Factory's, cannot be used as it is:", problems)
     return Converted({key: value for key, value in config.items() if value != {}}, warnings)
 
 

@@ -14,7 +14,7 @@ from lowrank.export.verify.compare import Comparison
 def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison], notes: Sequence[str]) -> str:
     """Markdown with the metadata that the Hugging Face hub reads; nothing in it that is not known."""
     parts = [
-        _front(kind, source.hub_base, source.sees),
+        _front(kind, source),
         f"# {source.name}\n",
         _made_of(source, notes),
         f"## How to run it\n\n{usage}\n",
@@ -24,12 +24,15 @@ def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison
     return "\n".join(parts)
 
 
-def _front(kind: str, base: str | None, sees: bool) -> str:
+def _front(kind: str, source: Source) -> str:
+    base = source.hub_base
     library = "peft" if kind == "peft" else "gguf" if "gguf" in kind or kind == "ollama" else "transformers"
-    lines = [f"library_name: {library}", f"pipeline_tag: {pipeline_tag(sees)}"]
+    lines = [f"library_name: {library}", f"pipeline_tag: {pipeline_tag(source.sees, judges=source.judges)}"]
     if base is not None:  # the hub refuses a card whose base_model is a path
         lines.append(f"base_model: {base}")
-    lines.append("tags:\n- lowrank" + ("\n- lora" if kind == "peft" else ""))
+    lines.append(
+        "tags:\n- lowrank" + ("\n- lora" if kind == "peft" else "") + ("\n- reward-model" if source.judges else "")
+    )
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
