@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from lowrank.data.templates import source_of
-from lowrank.media.loading import class_named, make_processor, torchvision_problem
+from lowrank.media.loading import class_named, make_processor
+from lowrank.media.torchvision import torchvision_problem
 from tests.checkpoint_folder import save_checkpoint_folder
 from tests.tiny_composites import AUDIO, COMPOSITES, FIRST, IMAGE, LAST, VIDEO
 

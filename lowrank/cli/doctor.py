@@ -86,7 +86,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
         "lowrank": __version__,
-        **{name: version(name) for name in ("torch", "transformers", "bitsandbytes", "triton", "peft")},
+        "torch": torch.__version__,  # with its build, which the wheels of PyPI leave out of their name
+        **{name: version(name) for name in ("transformers", "bitsandbytes", "triton", "peft")},
         "cores, threads": f"{os.cpu_count()}, {torch.get_num_threads()}",
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "bf16 in the processor": "yes" if processor_has_bf16() else "no",

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Collection, Generator, Mapping
-from functools import cache
 from typing import Any
 
 import transformers
@@ -24,6 +22,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import DummyObject
 
 from lowrank.errors import ModelError
+from lowrank.media.torchvision import torchvision_problem
 from lowrank.records import KIND_NAMES
 
 PARTS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
@@ -122,18 +121,6 @@ def load_processor(
         raise ModelError(
             f"{path}: its processor of {_names(kinds)} cannot be made: {detail}. {_way_out(error)}"
         ) from error
-
-
-@cache
-def torchvision_problem() -> str | None:
-    """Why torchvision, which transformers resizes videos by, cannot be imported, in words; None: it can."""
-    if importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed"
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"the installed torchvision is made for another torch than the one here ({error})"
-    return None
 
 
 def _way_out(error: Exception) -> str:

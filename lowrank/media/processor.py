@@ -22,8 +22,8 @@ from lowrank.foreign_files import read_json
 from lowrank.media.audio import check_rate, decoded_audio, resampled_length
 from lowrank.media.decoding import blank, decoded
 from lowrank.media.limits import MediaLimits
-from lowrank.media.loading import torchvision_problem
 from lowrank.media.medium_files import BadMedium
+from lowrank.media.torchvision import torchvision_problem
 from lowrank.media.video import decoded_video
 from lowrank.records import KIND_NAMES, Audio, Medium, Picture, Video
 

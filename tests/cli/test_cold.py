@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowrank.cli.main import main
+from tests.releases import since
 
 PLAN = Path(__file__).parent.parent.parent / "examples" / "01_sft.yaml"
 CODE = """
@@ -35,6 +36,7 @@ def imported(*arguments: str) -> set[str]:
     return set(done.stderr.splitlines()[-1].split())
 
 
+@since("5.24", "its tokenizers bring no model's code along")
 def test_data_imports_no_model_s_code(tmp_path: Path) -> None:
     """Neither the engine nor the class of the model's configuration (of Llama: torch.distributed, sympy)."""
     (tmp_path / "run.yaml").write_text("model: lowrank/tiny\ndata: {train: rows.json}\noutput_dir: run\n")

@@ -36,6 +36,7 @@ from lowrank.planning.simulation import PlannedJob
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.checkpoint_folder import save_checkpoint_folder
+from tests.releases import since
 from tests.tiny_models import SMALL, make_base, random_step
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "mistral", "gpt2", "qwen3_moe", "phi", "olmo2", "cohere2"]
@@ -251,6 +252,7 @@ def fail(sentence: str) -> None:
     raise AssertionError(sentence)
 
 
+@since("5.24", "Falcon's attention receives the boundaries of sequences")
 def test_models_that_cannot_be_converted() -> None:
     base = make_base("falcon")
     base.layer_wrapper = mixture_of_depths.convert(base.model, 0.5, 2)

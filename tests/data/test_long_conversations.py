@@ -104,7 +104,7 @@ def test_work_grows_with_the_conversation(name: str, monkeypatch: pytest.MonkeyP
         turns = [Message(role, f"{role} {turn}q") for turn in range(rounds) for role in ("user", "assistant")]
         steps.clear()
         characters.clear()
-        assert not isinstance(renderer._write(Conversation(tuple(turns))), str)
+        assert not isinstance(renderer._samples.of(Conversation(tuple(turns))), str)
         worked.append((sum(steps), sum(characters)))
     assert worked[2][0] < 2.2 * worked[1][0]
     assert worked[2][1] < 2.2 * worked[1][1]

@@ -21,8 +21,8 @@ from lowrank.data.prepare import Prepared, prepare
 from lowrank.errors import DataError, ModelError
 from lowrank.media.decoding import examine
 from lowrank.media.limits import MediaLimits
-from lowrank.media.loading import torchvision_problem
 from lowrank.media.processor import processor_of
+from lowrank.media.torchvision import torchvision_problem
 from lowrank.media.video import decoded_video, examine_video
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer

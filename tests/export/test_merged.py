@@ -291,12 +291,12 @@ import sys
 from pathlib import Path
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.export.source import Source
-from lowrank.export.targets.merged import Config
-from lowrank.models.config import Config as ModelConfig
+from lowrank.export.targets.merged import MergedExportConfig
+from lowrank.models.config import ModelConfig
 folder = Path(sys.argv[1])
 model = ModelConfig(path=str(folder / "base"))
 source = Source("mine", folder / "base", model, load_adapter(folder / "adapter"), None, None)
-target = Config().build()
+target = MergedExportConfig().build()
 target.needs(source)
 (folder / "out").mkdir()
 target.write(source, folder / "out", lambda done, total, what="": None)

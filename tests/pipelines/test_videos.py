@@ -8,7 +8,7 @@ import pytest
 
 from lowrank.compat import load_any
 from lowrank.errors import ModelError
-from lowrank.media.loading import torchvision_problem
+from lowrank.media.torchvision import torchvision_problem
 from lowrank.pipelines.train import train
 from tests.media_rows import write_dataset_info
 from tests.tiny_video_models import save_watching_folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.media.loading import torchvision_problem
+from lowrank.media.torchvision import torchvision_problem
 from tests.media_oracle import alone_loss
 from tests.media_rows import packed_base, segments_in
 from tests.peft_oracle import peft_twin

@@ -20,7 +20,7 @@ from lowrank.data.sources.hub import folder_of_files
 from lowrank.data.sources.memory import keep_rows
 from lowrank.errors import DataError, ModelError
 from lowrank.media.decoding import decoded, examine
-from lowrank.media.loading import torchvision_problem
+from lowrank.media.torchvision import torchvision_problem
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.records import Conversation, Preference, Text
