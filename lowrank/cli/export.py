@@ -75,6 +75,7 @@ def export(
     """
     from lowrank.cli.export_settings import read_combination, read_targets
     from lowrank.cli.export_view import Watcher
+    from lowrank.cli.interrupts import interruption_message
     from lowrank.cli.warn import warn
     from lowrank.export.publish.hub import check_push
     from lowrank.pipelines.export import export_requests, export_targets
@@ -96,7 +97,7 @@ def export(
         notify=lambda text: warn([text]) if json else console.print(text, soft_wrap=True),
     )
     orders = export_requests(targets, output or found.default_place(names))
-    with Watcher(console) as watch:
+    with interruption_message(lambda: _left_of(orders)), Watcher(console) as watch:
         result = export_targets(
             found, orders, verify=verify, prompts=compared, dry_run=dry_run, watch=watch,
             notify=lambda text: console.print(text, soft_wrap=True),
@@ -104,6 +105,21 @@ def export(
     not_pushed = _push(orders, repositories, result, dry_run=dry_run) if push else {}
     _show_result(console, result, json=json, dry_run=dry_run)
     refuse_failed(orders, result, not_pushed, quietly=json)
+
+
+def _left_of(orders: Sequence[ExportRequest]) -> str:
+    """What an interruption leaves of an export, for people: a folder is there when all of it is."""
+    from lowrank.pipelines.export import REPORT
+
+    written = [each for each in orders if each.folder.is_dir()]
+    whole = [f"{each.type} ({each.folder})" for each in written if (each.folder / REPORT).is_file()]
+    uncompared = [f"{each.type} ({each.folder})" for each in written if not (each.folder / REPORT).is_file()]
+    parts = [
+        f"written and compared: {', '.join(whole)}" if whole else "",
+        f"written, not compared: {', '.join(uncompared)}" if uncompared else "",
+        "nothing was written" if not written else "the rest was not; name it alone with --to",
+    ]
+    return "; ".join(["interrupted", *filter(None, parts[: 3 if len(written) < len(orders) else 2])])
 
 
 def _compared_on(prompts: str | None, media_dir: str | None, fetch_media: bool) -> SourceConfig | None:

@@ -1,4 +1,5 @@
-"""Signals of a `lowrank train` until training itself listens (train/stopping.py), which may take seconds.
+"""What an interruption says and does: of a `lowrank train` until training itself listens (train/stopping.py), which may
+take seconds, and of the other commands.
 
 Nearly all of them pass in imports, where an exception is no way out: a module in C that is being imported may abort.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -32,6 +33,15 @@ def end_at_once(output: int, line: str) -> Generator[None, None, None]:
         yield
     finally:
         end_as_usual()
+
+
+@contextmanager
+def interruption_message(what_is_left: Callable[[], str]) -> Generator[None, None, None]:
+    """Inside, an interruption tells the person `what_is_left` of the work."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(what_is_left()) from error
 
 
 def end_as_usual() -> None:

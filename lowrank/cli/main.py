@@ -139,7 +139,7 @@ def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*given, **arguments)
         except KeyboardInterrupt as error:
-            raise Interrupted(_INTERRUPTED) from error
+            raise Interrupted(str(error) or "interrupted") from error
 
     return interruptible
 

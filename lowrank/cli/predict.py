@@ -65,6 +65,7 @@ def predict(
 
     Interrupted, the same command goes on where it stopped. Intervals are 95 % bootstrap intervals over the rows.
     """
+    from lowrank.cli.interrupts import interruption_message
     from lowrank.evaluate.metrics import NAMES
     from lowrank.generate.request import GenerationConfig
     from lowrank.pipelines.predict import PredictRequest
@@ -98,12 +99,20 @@ def predict(
         last=last,
         compile=compile,
     )
-    result, verdicts = run_predict(request, progress_on(console), warn)
+    with interruption_message(lambda: _left_in(folder)):
+        result, verdicts = run_predict(request, progress_on(console), warn)
     if json:
         print(json_format.dumps(result, ensure_ascii=False))
     else:
         show_verdicts(console, verdicts, result["rows"])
         console.print(f"\nEvery answer is in {folder / 'predictions.jsonl'}, the numbers in {folder / 'metrics.json'}")
+
+
+def _left_in(folder: Path) -> str:
+    """What an interruption leaves, for people."""
+    if not any(folder.glob("unfinished-*.jsonl")):
+        return "interrupted; nothing was answered yet"
+    return f"interrupted; the answers so far are kept in {folder}: the same command goes on from there"
 
 
 def _sources(

@@ -65,6 +65,7 @@ def serve(
     folder given with --adapters; `DELETE /v1/adapters/NAME` takes it away.
     """
     check_installed("serving", "serve")
+    from lowrank.cli.interrupts import interruption_message
     from lowrank.cli.warn import warn
     from lowrank.serve.api.app import new_token
     from lowrank.serve.limits import RequestLimits
@@ -80,16 +81,17 @@ def serve(
     logging.basicConfig(level=logging.WARNING)
     served = open_engine(model, options, lambda text: warn([text]))
     key = token or new_token()
-    run(
-        served,
-        host=host,
-        port=port,
-        token=key,
-        hosts=allow_host or (),
-        origins=allow_origin or (),
-        limits=RequestLimits(answers_at_once=max_num_seqs, waiting=max_waiting, request_seconds=timeout),
-        on_listening=lambda port: _announce(served, host, port, new_key=None if token else key, json=json),
-    )
+    with interruption_message(lambda: "interrupted: it no longer serves"):
+        run(
+            served,
+            host=host,
+            port=port,
+            token=key,
+            hosts=allow_host or (),
+            origins=allow_origin or (),
+            limits=RequestLimits(answers_at_once=max_num_seqs, waiting=max_waiting, request_seconds=timeout),
+            on_listening=lambda port: _announce(served, host, port, new_key=None if token else key, json=json),
+        )
 
 
 def _announce(served: ServeEngine, host: str, port: int, *, new_key: str | None, json: bool) -> None:

@@ -10,7 +10,7 @@ from lowrank.compat.llamafactory.convert import convert, is_llamafactory
 from lowrank.compat.llamafactory.flags import MARK
 from lowrank.compat.llamafactory.other_keys import known
 from lowrank.compat.llamafactory.v1 import as_v0, is_v1
-from lowrank.config import RunConfig, named_source, override, read_file, unused, validate_settings
+from lowrank.config import RunConfig, override, read_file, unused, validate_settings
 from lowrank.errors import ConfigError
 from lowrank.third_party import code_allowed
 
@@ -39,8 +39,8 @@ def _load_any(path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, li
     settings = read_file(path)
     _refuse_others(path, settings)
     if is_v1(settings) or is_llamafactory(settings):
-        return _load_llamafactory(settings, overrides, path.parent, named_source(path, overrides))
-    config = validate_settings(override(settings, overrides), path.parent, named_source(path, overrides))
+        return _load_llamafactory(settings, overrides, path.parent, str(path))
+    config = validate_settings(override(settings, overrides), path.parent, str(path), overrides)
     return config, unused(config)
 
 
@@ -54,10 +54,10 @@ def _load_llamafactory(
         settings, datasets, notes = v0.settings, (v0.train, v0.eval), v0.warnings
     native = [argument for argument in overrides if _is_native(argument)]
     theirs = [argument for argument in overrides if argument not in native]
-    converted = convert(override(settings, theirs), folder=folder, datasets=datasets, source=source)
+    converted = convert(override(settings, theirs), folder=folder, datasets=datasets, source=source, overrides=theirs)
     if any(argument.startswith("overwrite=") for argument in native):
         converted.config.pop("resume", None)  # set only because their file left the choice open
-    config = validate_settings(override(converted.config, native), folder, f"{source}, converted,")
+    config = validate_settings(override(converted.config, native), folder, f"{source}, converted,", overrides)
     return config, [*notes, *converted.warnings, *unused(config)]
 
 

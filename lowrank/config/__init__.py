@@ -2,7 +2,7 @@
 
 from lowrank.config.checks import has_eval
 from lowrank.config.no_effect import unused
-from lowrank.config.read import load, named_source, override, read_file, settings_of_run, validate_settings
+from lowrank.config.read import load, override, read_file, settings_of_run, validate_settings
 from lowrank.config.schema import JobConfig, RunConfig, steps_of
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "RunConfig",
     "has_eval",
     "load",
-    "named_source",
     "override",
     "read_file",
     "settings_of_run",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +38,42 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = 
     """
     path = Path(path)
     content = override(read_file(path), overrides)
-    return validate_settings(content, path.parent, named_source(path, overrides), allow_code=allow_code)
+    return validate_settings(content, path.parent, str(path), overrides, allow_code=allow_code)
 
 
-def named_source(path: Path, overrides: Sequence[str]) -> str:
-    """What error messages call the settings of a file with `key=value` words over them: both may be at fault."""
+def named_source(source: str, overrides: Sequence[str], problems: Sequence[str]) -> str:
+    """What error messages call the settings of `source` with `key=value` words over them: with those of the words that
+    `problems` are about."""
+    places = [problem.partition(":")[0] for problem in problems]
+    at_fault = [entry for entry in overrides if any(map(partial(_is_about, entry.partition("=")[0]), places))]
     shown = [
         entry if len(entry) <= _SHOWN_LETTERS else f"{entry[:_SHOWN_LETTERS]}..."
-        for entry in overrides[:_SHOWN_OVERRIDES]
+        for entry in at_fault[:_SHOWN_OVERRIDES]
     ]
-    more = len(overrides) - len(shown)
-    return f"{path} with {' '.join(shown)}{f' and {more} more' if more else ''} over it" if overrides else str(path)
+    more = len(at_fault) - len(shown)
+    return f"{source} with {' '.join(shown)}{f' and {more} more' if more else ''} over it" if shown else source
+
+
+def _is_about(key: str, place: str) -> bool:
+    return place == key or place.startswith(f"{key}.") or key.startswith(f"{place}.") or place.endswith(f".{key}")
 
 
 def validate_settings(
     settings: Mapping[str, Any],
     folder: Path | None = None,
     source: str = "the settings",
+    overrides: Sequence[str] = (),
     *,
     allow_code: bool = False,
 ) -> RunConfig:
     """A `RunConfig` of plain settings, as a native file has them.
 
     With a `folder`, paths that do not exist as they stand are looked for there too. `source` is what
-    error messages call the settings. `allow_code`: code that the settings name may run.
+    error messages call the settings, `overrides` the `key=value` words that are in them already.
+    `allow_code`: code that the settings name may run.
     """
     with code_allowed(allow_code):
-        config = _validated(settings, folder, source)
+        config = _validated(settings, folder, source, overrides)
         refuse_code(config, source)
         return config
 
@@ -92,7 +102,9 @@ def _for_use(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _validated(settings: Mapping[str, Any], folder: Path | None, source: str) -> RunConfig:
+def _validated(
+    settings: Mapping[str, Any], folder: Path | None, source: str, overrides: Sequence[str] = ()
+) -> RunConfig:
     if is_deeper(settings, DEEPEST_JSON):
         raise ConfigError(f"{source}: nested more than {DEEPEST_JSON} deep, which no settings are")
     settings, problems = spell_out(settings), []
@@ -106,7 +118,7 @@ def _validated(settings: Mapping[str, Any], folder: Path | None, source: str) ->
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
         problems += error_lines(error, settings, RunConfig)
-    raise_all(ConfigError, f"{source} cannot be used:", problems)
+    raise_all(ConfigError, f"{named_source(source, overrides, problems)} cannot be used:", problems)
     assert config is not None
     return config
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +133,34 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) ->
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 130
+
+
+def test_ctrl_c_says_what_is_left_of_an_export(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import lowrank.pipelines.export
+
+    def interrupted(found: Any, orders: Any, **options: Any) -> None:
+        for each in orders[: len(written)]:
+            each.folder.mkdir(parents=True)
+            if written[each.type]:
+                (each.folder / lowrank.pipelines.export.REPORT).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lowrank.pipelines.export, "export_targets", interrupted)
+    ends: list[tuple[dict[str, bool], str]] = [
+        ({}, "interrupted; nothing was written"),
+        ({"peft": True, "merged": False}, "interrupted; written and compared: peft (2/peft); written, not compared: "
+         "merged (2/merged); the rest was not; name it alone with --to"),
+        ({"peft": True, "merged": True, "gguf": True}, "interrupted; written and compared: peft (3/peft), merged "
+         "(3/merged), gguf (3/gguf)"),
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for written, message in ends:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["export", "lowrank/tiny", "--to", "peft,merged,gguf", "-o", str(len(written)), "--json"])
+        assert caught.value.code == 130
+        assert json.loads(capsys.readouterr().out)["error"]["message"] == message
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

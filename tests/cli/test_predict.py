@@ -87,7 +87,8 @@ def test_an_interrupted_one_goes_on(
     (partial,) = (tmp_path / "again").glob("unfinished-*")
     with open(partial, "a", encoding="utf-8") as file:
         file.write('{"digest": "half a li')
-    capsys.readouterr()
+    message = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert message.startswith(f"interrupted; the answers so far are kept in {tmp_path / 'again'}: the same command")
     answered = -1000
     monkeypatch.setattr(module, "spoken_text", stop)
     out, _ = predict(capsys, *arguments, str(tmp_path / "again"))

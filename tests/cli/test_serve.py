@@ -32,7 +32,9 @@ def test_it_serves_until_it_is_told_to_stop() -> None:
                 reply = http.post("/completions", json={"model": "base", "prompt": "The sky", "max_tokens": 4})
                 assert reply.json()["usage"]["completion_tokens"] <= 4
             process.send_signal(signal.SIGINT)
-            assert process.wait(30) in (0, 130, -signal.SIGINT)
+            assert process.wait(30) == 130
+            assert process.stderr is not None
+            assert process.stderr.read().endswith("interrupted: it no longer serves\n")
         finally:
             process.kill()
 

@@ -145,7 +145,7 @@ def test_what_the_command_line_says_is_not_laid_to_the_file_alone(tmp_path: Path
     file.write_text("model: lowrank/tiny\ndata: {train: lowrank/demo}\noutput_dir: runs/a\n")
     for read in (load, load_any):
         with pytest.raises(ConfigError, match=r"run\.yaml with optimiser\.x=1 over it cannot be used:\n  - optimiser"):
-            read(file, ["optimiser.x=1"])
+            read(file, ["max_steps=2", "optimiser.x=1"])
     theirs = tmp_path / "theirs.yaml"
     theirs.write_text("model_name_or_path: lowrank/tiny\nstage: sft\ndataset: alpaca\noutput_dir: runs/a\n")
     with pytest.raises(ConfigError, match=r"theirs\.yaml with lora_rnk=4 over it, read as LLaMA-Factory's, cannot be"):

@@ -8,7 +8,7 @@ that names the way out; a key without effect here is a warning if it would have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lowrank.compat.llamafactory.other_keys import NO_EFFECT, REFUSED, find, is_
 from lowrank.compat.llamafactory.run import run_settings
 from lowrank.compat.llamafactory.sharding import sharding
 from lowrank.config.problems import error_lines
+from lowrank.config.read import named_source
 from lowrank.config.schema import RunConfig
 from lowrank.errors import ConfigError, did_you_mean, raise_all
 
@@ -47,7 +48,12 @@ def is_llamafactory(settings: Mapping[str, Any]) -> bool:
 
 
 def convert(
-    settings: Mapping[str, Any], *, folder: Path, datasets: Datasets | None = None, source: str = "these settings"
+    settings: Mapping[str, Any],
+    *,
+    folder: Path,
+    datasets: Datasets | None = None,
+    source: str = "these settings",
+    overrides: Sequence[str] = (),
 ) -> Converted:
     """The native form of a LLaMA-Factory file that lies in `folder`.
 
@@ -71,7 +77,11 @@ def convert(
     placed, lines = sharding(keys, folder)
     config |= placed
     warnings += lines
-    raise_all(ConfigError, f"{source}, read as LLaMA-Factory's, cannot be used as it is:", problems)
+    raise_all(
+        ConfigError,
+        f"{named_source(source, overrides, problems)}, read as LLaMA-Factory's, cannot be used as it is:",
+        problems,
+    )
     return Converted({key: value for key, value in config.items() if value != {}}, warnings)
 
 

@@ -77,7 +77,9 @@ def plan(name: str, folder: Path, *, quantize: str | None = None) -> Deployment:
     """Read the Modelfile in `folder` and the files it names. Raises ModelError, ConfigError."""
     file = folder / "Modelfile"
     if not file.is_file():
-        raise ModelError(f"{folder}: no Modelfile in it; make one first: lowrank export RUN --to ollama -o {folder}")
+        free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        place = folder if free else "ANOTHER_FOLDER"
+        raise ModelError(f"{folder}: no Modelfile in it; make one first: lowrank export RUN --to ollama -o {place}")
     if quantize is not None and quantize not in QUANTIZED_BY_OLLAMA:
         raise ConfigError(
             f"--quantize {quantize}: Ollama makes {', '.join(QUANTIZED_BY_OLLAMA)}; export any other type with "

@@ -61,7 +61,10 @@ class AccessMiddleware:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             right = hmac.compare_digest(given.strip().encode(), self._token)
             if scheme.lower() != "bearer" or not right:
-                message = "no or a wrong token; send `Authorization: Bearer TOKEN`, TOKEN as the server printed it"
+                message = (
+                    "no or a wrong token; send `Authorization: Bearer TOKEN`: what --token or LOWRANK_TOKEN gave the "
+                    "server, or what it printed"
+                )
                 raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 20 or int(length) > self.limits.body_bytes:

@@ -120,6 +120,10 @@ def test_adapter_beside_its_base_is_compared(adapter: Path, tmp_path: Path) -> N
 def test_refusals(folder: Path, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     host = ("--host", server.url)
     assert call("deploy", "ollama", "mine", tmp_path, *host) == ModelError.exit_code
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").touch()
+    assert call("deploy", "ollama", "mine", tmp_path / "other", *host) == ModelError.exit_code
+    assert "--to ollama -o ANOTHER_FOLDER" in capsys.readouterr().err  # an export goes into no folder that is full
     assert call("deploy", "ollama", "mine", folder, *host, "--quantize", "q2_k") == ConfigError.exit_code
     assert call("deploy", "ollama", "not a name", folder, *host) == 5
     assert "invalid model name" in capsys.readouterr().err
