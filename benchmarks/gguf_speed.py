@@ -36,8 +36,8 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), "f16")
 _OUR_QUANTIZER = """
 import sys
 from pathlib import Path
-from lowrank.export.gguf.quantize import quantize
-quantize(Path(sys.argv[1]), Path(sys.argv[2]), "q4_k_m", threads=int(sys.argv[3]))
+from lowrank.export.gguf.quantize import quantize_file
+quantize_file(Path(sys.argv[1]), Path(sys.argv[2]), "q4_k_m", threads=int(sys.argv[3]))
 """
 _THEIR_QUANTIZER = """
 import sys

@@ -59,13 +59,13 @@ CONTENDERS = {
         """
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.export.source import Source
-from lowrank.export.targets.merged import Config
-from lowrank.models.config import Config as ModelConfig
+from lowrank.export.targets.merged import MergedExportConfig
+from lowrank.models.config import ModelConfig
 """,
         """
 model = ModelConfig(path=str(folder / "base"))
 source = Source("it", folder / "base", model, load_adapter(folder / "adapter"), None, None)
-target = Config().build()
+target = MergedExportConfig().build()
 target.needs(source)
 out.mkdir()
 target.write(source, out, lambda done, total, what="": None)

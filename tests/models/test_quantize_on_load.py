@@ -318,7 +318,7 @@ MEASURE = """
 import sys, json
 from pathlib import Path
 from lowrank.kernels.host_memory import keep_freed_memory
-from lowrank.models.config import Config
+from lowrank.models.config import ModelConfig
 from lowrank.models.fused_experts import OF_ONE_EXPERT
 from lowrank.models.loading.pretrained import load, load_tokenizer, _load_model
 from lowrank.models.storages.packed import PackedLinear
@@ -326,7 +326,7 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 keep_freed_memory()
 path, storage = sys.argv[1:]
-small = Config(path=path + "-small", dtype="bfloat16", device="cpu", storage=storage)
+small = ModelConfig(path=path + "-small", dtype="bfloat16", device="cpu", storage=storage)
 load(small)  # what importing, compiling and a first forward pass take is no part of loading
 config = small.model_copy(update={"path": path})
 tokenizer = load_tokenizer(config)
