@@ -130,6 +130,12 @@ def shortened(text: str) -> str:
     return _LONG_TOKEN.sub(lambda match: f"{match[0][:80]}...{match[0][-80:]} ({len(match[0]):,} characters)", text)
 
 
+def first_line(error: BaseException, most: int | None = 200) -> str:
+    """What a library says, for a sentence of ours: the first line with something in it, or the error's type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:most]
+
+
 def raise_all(kind: type[LowrankError], heading: str, problems: Sequence[str]) -> None:
     """Raise one `kind` that lists every problem; do nothing if there is none."""
     if problems:

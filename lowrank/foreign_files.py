@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import LowrankError, ModelError
+from lowrank.errors import LowrankError, ModelError, first_line
 
 SILENCE = 20.0
 """Seconds a pipe may give nothing before it is given up."""
@@ -103,6 +103,16 @@ def find_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def find_object(line: str | bytes) -> dict[str, Any] | None:
+    """The object in a line of JSON Lines; None for one that is torn, too deep, or something else. For files of many
+    lines: unlike `find_json` it looks at no line twice."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def parse_json(text: str | bytes, what: str, error: type[LowrankError] = ModelError, hint: str = "") -> dict[str, Any]:
     """The object in a JSON text; `what` is its name in errors."""
     _check_nesting(text, what, error, hint)
@@ -183,4 +193,4 @@ def is_deeper(value: Any, most: int) -> bool:
 
 
 def _short(problem: BaseException) -> str:
-    return "nested too deep" if isinstance(problem, RecursionError) else str(problem).splitlines()[0][:200]
+    return "nested too deep" if isinstance(problem, RecursionError) else first_line(problem)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankError, first_line
 
 _PATIENCE_BEFORE = timedelta(days=2)
 """For ranks that read, plan and load; whoever has started them ends all when one dies."""
@@ -237,7 +237,6 @@ def _explain_lost_process() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:  # whatever torch's back-ends make of a closed connection
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RankLost(
-            f"another process of this run has ended or cannot be reached; its own words say why ({reason})"
+            f"another process of this run has ended or cannot be reached; its own words say why ({first_line(error)})"
         ) from error

@@ -7,8 +7,8 @@ import resource
 
 import pytest
 
-from lowrank.errors import ModelError
-from lowrank.foreign_files import DEEPEST_JSON, parse_json
+from lowrank.errors import ModelError, first_line
+from lowrank.foreign_files import DEEPEST_JSON, find_object, parse_json
 
 
 def test_brackets_in_strings_do_not_count() -> None:
@@ -29,3 +29,19 @@ def test_wide_json_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(ModelError, match="more than 8,000,000 values"):
         parse_json('{"a":[' + "{}," * 9_000_000 + "1]}", "x.json")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+@pytest.mark.parametrize("line", ["", b"\n", '{"torn', "[1]", "7", "1" * 10_000, "[" * 100_000, b"\xff"])
+def test_a_line_that_is_no_object_is_none(line: str | bytes) -> None:
+    assert find_object(line) is None
+
+
+def test_a_line_that_is_an_object() -> None:
+    assert find_object(b'{"a": [1]}\n') == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"), [("", "OSError"), (" \n  no such thing\nmore", "no such thing"), ("x" * 900, "x" * 200)]
+)
+def test_the_first_line_that_a_library_says(message: str, shown: str) -> None:
+    assert first_line(OSError(message)) == shown

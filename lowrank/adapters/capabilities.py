@@ -13,7 +13,7 @@ from torch import nn
 
 import lowrank.models.prequantized as prequantized
 from lowrank.adapters.gradient_check import TOLERANCE, gradient_errors
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankError, first_line
 from lowrank.models.prequantized.bnb import as_tensors
 from lowrank.settings import Settings, configs_in
 
@@ -68,9 +68,7 @@ def _probe(name: str, config: Settings, device: torch.device, dtype: torch.dtype
             problem=f"wrong gradient: {', '.join(wrong)}" if wrong else None,
         )
     except (LowrankError, RuntimeError, ImportError, NotImplementedError) as error:
-        return Capability(
-            name, computed_in, False, False, False, float("nan"), float("nan"), str(error).splitlines()[0]
-        )
+        return Capability(name, computed_in, False, False, False, float("nan"), float("nan"), first_line(error))
 
 
 def _is_writable(layer: nn.Module) -> bool:

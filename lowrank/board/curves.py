@@ -6,7 +6,6 @@ is read again.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lowrank.foreign_files import find_object
 
 METRICS = "metrics.jsonl"
 _MOST_POINTS = 1200
@@ -113,7 +114,7 @@ class Curves:
             end, points = int(offset), []
             for line in content.split(b"\n"):
                 end += len(line) + 1
-                if (entry := _decoded(line)) is not None:
+                if (entry := find_object(line)) is not None:
                     points.append((end, entry))
             return After(self.position, points=points)
 
@@ -135,7 +136,7 @@ class Curves:
             series.losses.append(math.nan if loss == b"null" else float(loss))
 
     def _take_other(self, line: bytes) -> None:
-        entry = _decoded(line)
+        entry = find_object(line)
         if entry is None:
             return
         kind, job = entry.get("event"), str(entry.get("job"))
@@ -218,13 +219,3 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
-def _decoded(line: bytes) -> dict[str, Any] | None:
-    if not line.strip():
-        return None
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lowrank.board.orders import live_jobs
 from lowrank.board.runs import RunEntry
 from lowrank.board.tasks import OUTPUT
+from lowrank.foreign_files import find_object
 
 STATES = (
     "waiting", "running", "queued", "paused", "held", "done", "early_stopping", "not_finite", "stopped", "pruned",
@@ -73,7 +73,7 @@ def _planned(folder: Path | None) -> dict[str, dict[str, Any]]:
         with open(folder / OUTPUT, encoding="utf-8", errors="replace") as file:
             for _, line in zip(range(200), file):
                 if '"run_started"' in line:
-                    return {job["name"]: job for job in json.loads(line).get("jobs", ())}
+                    return {job["name"]: job for job in (find_object(line) or {}).get("jobs", ())}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lowrank.board.last_line import BAR, last_lines, message_lines
 from lowrank.board.tasks import ERRORS, OUTPUT
+from lowrank.foreign_files import find_object
 
 _LOOKED_AT = 40
 
@@ -16,7 +16,7 @@ def progress_of(folder: Path) -> dict[str, Any]:
     """What a task says of itself: `label`, `step`, `tokens_per_second`, `seconds_left`, and `done`, a share of 1."""
     found: dict[str, Any] = {"done": None, "label": "", "tokens_per_second": None, "seconds_left": None, "step": None}
     for line in reversed(last_lines(folder / OUTPUT, _LOOKED_AT)):
-        entry = _object(line)
+        entry = find_object(line)
         if entry is None:
             continue
         kind = entry.get("event")
@@ -44,11 +44,3 @@ def _seconds(clock: str) -> float | None:
     if not all(part.isdecimal() for part in parts):
         return None
     return float(sum(int(part) * 60**place for place, part in enumerate(reversed(parts))))
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -24,7 +24,7 @@ from typing import Any
 
 from lowrank.board import children
 from lowrank.board.last_line import last_lines, message_lines
-from lowrank.foreign_files import find_json
+from lowrank.foreign_files import find_json, find_object
 
 WAITING, RUNNING, DONE, STOPPED, FAILED, DIED = "waiting", "running", "done", "stopped", "failed", "died"
 STATES = (WAITING, RUNNING, DONE, STOPPED, FAILED, DIED)
@@ -190,14 +190,8 @@ def judge(folder: Path, code: int | None) -> tuple[str, str]:
 
 
 def _last_object(path: Path) -> dict[str, Any] | None:
-    for line in reversed(last_lines(path, 5)):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            return value
-    return None
+    found = map(find_object, reversed(last_lines(path, 5)))
+    return next((line for line in found if line is not None), None)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from lowrank.evaluate.bootstrap import Interval, difference, interval
 from lowrank.evaluate.likelihood import label_logprobs, perplexity
 from lowrank.evaluate.metrics import Metric, measure
 from lowrank.evaluate.questions import Question
+from lowrank.foreign_files import find_object
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
@@ -286,11 +287,12 @@ def _read_partial(partial: Path, questions: Sequence[Question]) -> list[dict[str
     """Answers of an attempt that was interrupted; a line that was cut off is left out."""
     known: dict[str, dict[str, ModelAnswer]] = {}
     if partial.exists():
-        for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
+        # not splitlines: U+2028 and its kin may stand in an answer
+        for line in partial.read_text(encoding="utf-8", errors="replace").split("\n"):
+            entry = find_object(line) or {}
             try:
-                entry = json.loads(line)
                 if entry["problem"] is None:  # what stood in the way may be mended, as a file that was broken
                     known.setdefault(entry["digest"], {})[entry["voice"]] = ModelAnswer(entry["answer"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (KeyError, TypeError):
                 continue
     return [dict(known.get(_key_of_question(question), {})) for question in questions]

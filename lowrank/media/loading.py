@@ -21,7 +21,7 @@ from transformers.models.auto.processing_auto import (
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import DummyObject
 
-from lowrank.errors import ModelError
+from lowrank.errors import ModelError, first_line
 from lowrank.media.torchvision import torchvision_problem
 from lowrank.records import KIND_NAMES
 
@@ -116,10 +116,8 @@ def load_processor(
     except ModelError:
         raise
     except Exception as error:  # whatever transformers makes of somebody's files
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        detail = lines[0].strip()[:300] if lines else type(error).__name__
         raise ModelError(
-            f"{path}: its processor of {_names(kinds)} cannot be made: {detail}. {_way_out(error)}"
+            f"{path}: its processor of {_names(kinds)} cannot be made: {first_line(error, 300)}. {_way_out(error)}"
         ) from error
 
 

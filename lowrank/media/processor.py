@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers.utils.hub import cached_file
 
-from lowrank.errors import ModelError
+from lowrank.errors import ModelError, first_line
 from lowrank.foreign_files import read_json
 from lowrank.media.audio import check_rate, decoded_audio, resampled_length
 from lowrank.media.decoding import blank, decoded
@@ -215,8 +215,7 @@ class MediaProcessor:
                 **given,
             )
         except Exception as error:  # whatever transformers makes of a size it was not made for
-            detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{', '.join(map(_described, media))}: {detail}") from error
+            raise ModelError(f"{', '.join(map(_described, media))}: {first_line(error)}") from error
 
     @cached_property
     def _config(self) -> dict[str, Any]:

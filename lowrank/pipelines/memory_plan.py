@@ -10,7 +10,7 @@ from lowrank.checkpoints.peft_layout import load_adapter, read_adapter_header
 from lowrank.config import JobConfig, RunConfig
 from lowrank.config.checks import wrapper_conflicts
 from lowrank.data.prepare import Prepared
-from lowrank.errors import ConfigError, LowrankError, raise_all
+from lowrank.errors import ConfigError, LowrankError, first_line, raise_all
 from lowrank.models.layer_wrappers import saved_wrapper
 from lowrank.objectives import needs
 from lowrank.pipelines.adapter_on_base import on_base_of, refuse_before_loading
@@ -47,8 +47,7 @@ def _report_plan(
     config: RunConfig, found: tuple[Planner, MemoryPlan] | Exception, report: Callable[[Event], None]
 ) -> tuple[RunConfig, MemoryPlan | None]:
     if isinstance(found, Exception):
-        reason = str(found).strip().splitlines()[0][:200] if str(found).strip() else type(found).__name__
-        report(Notice(f"the memory of this model could not be planned ({type(found).__name__}: {reason})"))
+        report(Notice(f"the memory of this model could not be planned ({type(found).__name__}: {first_line(found)})"))
         return _decided(config, tokens_of(config), "none"), None
     planner, plan = found
     report(Notice(one_line(plan)))

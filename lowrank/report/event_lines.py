@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lowrank.foreign_files import find_object
 from lowrank.report.events import (
     CheckpointSaved,
     EvalDone,
@@ -117,10 +118,13 @@ def _split(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def decode(text: str) -> dict[str, Any]:
     """What `encode` was given; numbers that are not finite are floats again. ValueError if it is no JSON object."""
-    line = json.loads(text)
-    if not isinstance(line, dict):
+    line = find_object(text)
+    if line is None:
         raise ValueError(f"expected a JSON object, got {text[:40]!r}")
-    return _join(line, line.pop("nonfinite", {}))
+    try:
+        return _join(line, line.pop("nonfinite", {}))
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"expected numbers by name as nonfinite, got {text[:40]!r}") from error
 
 
 def _join(plain: dict[str, Any], strange: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lowrank.errors import ModelError
+from lowrank.errors import ModelError, first_line
 
 _MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory")
 """By torch's allocators of all devices and systems, and by the libraries it calls."""
@@ -40,9 +40,8 @@ def explain_out_of_memory(doing: str) -> Generator[None, None, None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"out of memory while {doing}: {reason}\n"
+            f"out of memory while {doing}: {first_line(error)}\n"
             "  what needs less: model.activation_checkpointing: full or sqrt, a smaller data.max_length, a smaller "
             "adapter.rank, "
             "fewer jobs at once, model.storage: nf4, a smaller base\n"

@@ -143,6 +143,14 @@ def test_lines_survive_odd_texts() -> None:
         decode("[1]")
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, *(json.dumps({"x": 1, "nonfinite": each}) for each in (3, {"x": {"y": "nan"}}, {"x": [1]}))]
+)
+def test_lines_of_strangers_are_passed_over(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"x": 2}}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"x": 2}]
+
+
 def test_metrics_with_odd_texts_are_read_back(tmp_path: Path) -> None:
     events = list(run_events({"a": 3}))
     report_all([*events[:2], Notice("a\u2028b", job="a"), *events[2:]], MetricsReporter(tmp_path))

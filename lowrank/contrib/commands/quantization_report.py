@@ -48,7 +48,7 @@ def quantization_report(
 
 def linear_weights(model: str, revision: str | None) -> dict[str, Any]:
     """The lazy tensors that quantizing is about: matrices in float, but for embeddings, head and experts' routers."""
-    from lowrank.errors import ModelError
+    from lowrank.errors import ModelError, first_line
     from lowrank.models.loading.checkpoint_files import checkpoint_files, stored_tensors
     from lowrank.models.loading.pretrained import locate
     from lowrank.models.storages.packed import DENSE_MODULES
@@ -56,7 +56,7 @@ def linear_weights(model: str, revision: str | None) -> dict[str, Any]:
     try:
         stored = stored_tensors(checkpoint_files(locate(model), revision))
     except OSError as error:
-        raise ModelError(f"{model}: {str(error).splitlines()[0]}; a folder with safetensors is needed") from error
+        raise ModelError(f"{model}: {first_line(error)}; a folder with safetensors is needed") from error
     kept = ("embed", "wte", "wpe", "word_embeddings")
     found = {
         name: tensor

@@ -10,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 
-from lowrank.errors import ConfigError, OutputError
+from lowrank.errors import ConfigError, OutputError, first_line
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -55,6 +55,5 @@ def _token() -> str | None:
 
 def _describe(error: Exception) -> str:
     """Its first line, should it ever hold the token without it."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    token = _token()
+    token, text = _token(), first_line(error, most=None)
     return text.replace(token, "***") if token else text

@@ -93,7 +93,7 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
     for text in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
             yield decode(text)
-        except (ValueError, RecursionError):
+        except ValueError:
             continue  # torn by a crash of the machine, of ours only the last line can be; or a stranger's
 
 
