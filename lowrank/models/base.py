@@ -90,7 +90,7 @@ class Base:
         """Weight of the loss of a mixture's routers in training; None: it plays no part."""
         self._keeps_router_logits = False
         self._router_logits: tuple[torch.Tensor, ...] = ()
-        self.own_attention: str = _own_attention(self._text_config)
+        self.own_attention: str = self._text_config._attn_implementation
         """What transformers chose for this model; used for the padded layout and for generation."""
         self.multiplier, self.softcap = logit_transforms(model.config)[0]
         self._stretching = stretching_of(self._text_config)
@@ -316,12 +316,6 @@ class Base:
         linear = self.model.get_output_embeddings()
         weight_VD, bias_V = self.placement.head_tensors() or (linear.weight, getattr(linear, "bias", None))
         return Head(weight_VD, bias_V, self.multiplier, self.softcap)
-
-
-def _own_attention(config: Any) -> str:
-    """transformers before 5.21 chose sdpa for Gemma 2, which leaves the soft-capping of its scores out."""
-    chosen: str = config._attn_implementation
-    return "eager" if chosen == "sdpa" and getattr(config, "attn_logit_softcapping", None) else chosen
 
 
 def _attention_by_part(config: Any, text: Any, name: str) -> Any:

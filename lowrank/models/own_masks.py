@@ -17,7 +17,7 @@ _TYPES = "token_type_ids"
 _KINDS = {_TYPES, "mm_token_type_ids"}
 """What tells the tokens of pictures, or of prompts, from others."""
 _CACHES = {"cache", "past_key_values"}
-"""The KV cache, as transformers calls it from 5.23 on, and before."""
+"""The KV cache, as transformers calls it from 5.24 on, and before."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, as transformers calls them: that see everything before a token, and only what is near."""

@@ -30,7 +30,6 @@ from lowrank.models.own_masks import prompt_type_of
 from lowrank.pipelines.adapter_on_base import on_base_of
 from lowrank.segments import Segment
 from tests.peft_oracle import peft_twin, plain_loss
-from tests.releases import since
 from tests.tiny_composites import COMPOSITES, make_composite, save_composite_folder
 from tests.tiny_models import make_engine, random_step
 
@@ -202,7 +201,6 @@ def test_full_tuning_leaves_the_tower_as_it_is(tmp_path: Path) -> None:
     )
 
 
-@since("5.21", "its linear attention computes in the dtype of the model")
 def test_an_adapter_of_the_text_class_arrives(tmp_path: Path) -> None:
     """TRL and PEFT on `AutoModelForCausalLM` train Qwen3.5's text class, whose layers have other names."""
     folder = save_composite_folder(tmp_path / "model", "qwen3_5")

@@ -18,7 +18,6 @@ from lowrank.pipelines.inference import open_inference_model
 from lowrank.planning.simulation import read_config
 from tests.checkpoint_folder import save_checkpoint_folder, write_alpaca
 from tests.command_line import lowrank
-from tests.releases import since
 from tests.tiny_models import FAMILIES
 
 _SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -35,13 +34,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(each, marks=since("5.21", "its configuration can be written")) if each == "modernbert" else each
-        for each in OTHERS
-    ],
-)
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_by_kind(name: str, tmp_path: Path) -> None:
     make, described = OTHERS[name]
     make().save_pretrained(tmp_path / "m")
