@@ -24,7 +24,8 @@ from lowrank.data.formats.built_in import messages
 from lowrank.data.sources.rows import read_rows
 from lowrank.export import ExportReader
 from lowrank.export.verify.readers import read_adapter
-from lowrank.pipelines.export import export_requests, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import export_requests
 from lowrank.pipelines.export_source import ResolvedSource, open_source
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation

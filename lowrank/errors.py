@@ -58,8 +58,15 @@ class NotTheSameError(LowrankError):
     exit_code = 6
 
 
-_NO_SPACE = ("no space left on device", "os error 28", "disk quota exceeded", "not enough space on the disk")
+_NO_SPACE = re.compile(
+    r"no space left on device|os error (28|112|122)\b|disk quota exceeded|not enough space on the disk", re.IGNORECASE
+)
 """As systems and the libraries that write for us say it."""
+
+
+def says_disk_full(text: str) -> bool:
+    """Whether the words of an error are those of a full disk or quota."""
+    return _NO_SPACE.search(text) is not None
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -67,7 +74,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if not isinstance(error, LowrankError) and any(phrase in str(error).lower() for phrase in _NO_SPACE):
+        if not isinstance(error, LowrankError) and says_disk_full(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

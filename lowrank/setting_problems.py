@@ -109,8 +109,15 @@ def _expected(entry: Any) -> str:
             f"a text of {'at least' if kind.endswith('short') else 'at most'} {next(iter(context.values()))} characters"
         )
     if kind in ("too_long", "too_short"):
-        return f"{context.get('max_length', context.get('min_length'))} values"
+        return _number_of_values(kind, context)
     return _EXPECTED.get(kind, str(entry["msg"])[:1].lower() + str(entry["msg"])[1:])
+
+
+def _number_of_values(kind: str, context: Mapping[str, Any]) -> str:
+    bound = context.get("max_length", context.get("min_length"))
+    if context.get("field_type") == "Tuple":  # so many, no fewer and no more
+        return f"{bound} values"
+    return f"{'at least' if kind == 'too_short' else 'at most'} {bound} value{'' if bound == 1 else 's'}"
 
 
 def _near(given: str, expected: str) -> str:

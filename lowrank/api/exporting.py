@@ -13,7 +13,8 @@ from lowrank.errors import ConfigError, NotTheSameError, OutputError, raise_all
 from lowrank.export.merge.combine import CombineConfig
 from lowrank.export.targets import TargetConfig
 from lowrank.notices import LOGGER, log_notice
-from lowrank.pipelines.export import export_requests, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import export_requests
 from lowrank.pipelines.export_source import open_source
 from lowrank.setting_problems import settings_of
 from lowrank.settings import Settings

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lowrank.data.config import SourceConfig
-    from lowrank.pipelines.export import ExportRequest
+    from lowrank.pipelines.export_checks import ExportRequest
     from lowrank.terminal import Console
 
 
@@ -78,7 +78,8 @@ def export(
     from lowrank.cli.interrupts import interruption_message
     from lowrank.cli.warn import warn
     from lowrank.export.publish.hub import check_push
-    from lowrank.pipelines.export import export_requests, export_targets
+    from lowrank.pipelines.export import export_targets
+    from lowrank.pipelines.export_checks import export_requests
     from lowrank.pipelines.export_source import open_source
     from lowrank.terminal import Console
 

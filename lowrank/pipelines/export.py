@@ -5,20 +5,11 @@ check all targets -> ask base + adapter -> write -> read back -> compare -> expo
 
 from __future__ import annotations
 
-import errno
 import json
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
-from safetensors import SafetensorError
 
 from lowrank import __version__
 from lowrank.checkpoints.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
@@ -27,49 +18,31 @@ from lowrank.checkpoints.model_card import reward_code
 from lowrank.checkpoints.value_head import FILE as VALUE_HEAD
 from lowrank.checkpoints.value_head import write_value_head
 from lowrank.data.config import SourceConfig
-from lowrank.errors import LowrankError, ModelError, OutputError, raise_all
-from lowrank.export import ExportTarget, Needs, ReadBack, WritesParts
+from lowrank.errors import LowrankError
+from lowrank.export import ExportTarget, ReadBack, WritesParts
 from lowrank.export.gguf.llama_cpp import OtherVersionError
 from lowrank.export.publish.model_card import card
 from lowrank.export.source import Source
-from lowrank.export.targets import TargetConfig
-from lowrank.export.verify.compare import STORE_BYTES, Comparer, Comparison, ReferenceLogprobs, reference_answers
+from lowrank.export.verify.compare import Comparer, Comparison, ReferenceLogprobs, reference_answers
 from lowrank.export.verify.pictures import PictureAnswer, compare_pictures, picture_answer
 from lowrank.export.verify.readers import NO_TOWER, read_adapter
 from lowrank.export.writing.sizes import format_size
-from lowrank.models.loading.checkpoint_files import CheckpointFiles
 from lowrank.notices import log_notice
+from lowrank.pipelines.export_checks import (
+    CheckedTarget,
+    ExportRequest,
+    check_room,
+    checked_targets,
+    explain_disk_full,
+    where_to_verify,
+)
 from lowrank.pipelines.export_source import ResolvedSource
 from lowrank.pipelines.target_failures import TargetFailures, error_as_json
 
 REPORT = "export.json"
-_DISK_FULL = re.compile(r"No space left on device|os error (28|112|122)\b|Disk quota exceeded")
-"""By safetensors' own writer, and by processes that were given the writing."""
-_OVERHEAD = 1.2
-"""Memory of a loaded model over its weights: activations, caches, the adapter."""
 
 Watch = Callable[[str, int, int], None]
 """`(what is being done, done, total)`."""
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """A target and where it goes."""
-
-    config: TargetConfig
-    folder: Path
-
-    @property
-    def type(self) -> str:
-        """The target's name."""
-        return self.config.type
-
-
-def export_requests(targets: Sequence[TargetConfig], folder: Path) -> list[ExportRequest]:
-    """One target goes to `folder`, several each to a folder in it named after the target."""
-    if len(targets) == 1:
-        return [ExportRequest(targets[0], folder)]
-    return [ExportRequest(target, folder / target.type) for target in targets]
 
 
 def export_targets(
@@ -91,11 +64,11 @@ def export_targets(
     """
     source = found.source
     failures = TargetFailures([each.type for each in orders], notify)
-    built = _checked(orders, found, failures)
+    built = checked_targets(orders, found, failures)
     if verify:
-        source, notice = _where_to_verify(source)
+        source, notice = where_to_verify(source)
         notify(notice)
-    _check_room(built, failures)
+    check_room(built, failures)
     failures.raise_if_none_is_left()
     built = [each for each in built if each.own.type not in failures.errors]
     _announce(built, notify)
@@ -137,28 +110,7 @@ def export_targets(
     return result
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A target that can be written, as far as is known beforehand."""
-
-    own: ExportRequest
-    target: ExportTarget
-    needs: Needs
-
-
-def _checked(orders: Sequence[ExportRequest], found: ResolvedSource, failures: TargetFailures) -> list[_Checked]:
-    """Those whose place is free and which can take this source."""
-    built = []
-    for each in orders:
-        with failures.of(each.type):
-            _refuse_place(each, found)
-            target = each.config.build()
-            built.append(_Checked(each, target, target.needs(found.source)))
-    failures.raise_if_none_is_left()
-    return built
-
-
-def _announce(built: Sequence[_Checked], notify: Callable[[str], None]) -> None:
+def _announce(built: Sequence[CheckedTarget], notify: Callable[[str], None]) -> None:
     """What each target takes and where it goes, and what is fetched for it."""
     for each in built:
         notify(f"{each.own.type}: {format_size(each.needs.disk_bytes)} on disk, "
@@ -176,12 +128,12 @@ def _verdict(passed: bool | None) -> str:
 
 
 def _export_target(
-    checked: _Checked, source: Source, comparer: Comparer | None, seen: PictureAnswer | str | None, watch: Watch
+    checked: CheckedTarget, source: Source, comparer: Comparer | None, seen: PictureAnswer | str | None, watch: Watch
 ) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
     own, target, needs = checked.own, checked.target, checked.needs
     started = time.monotonic()
-    with disk_full(own, needs), new_folder(own.folder) as partial:
+    with explain_disk_full(own, needs), new_folder(own.folder) as partial:
         written = target.write(source, partial, lambda done, total, what="": watch(f"writing {own.type}", done, total))
         written = (*written, *_bring_value_head(source, partial))
     seconds = time.monotonic() - started
@@ -302,70 +254,3 @@ def _reference_answers(
             return answers, picture_answer(reader, found.renderer, source.stop_tokens)
         except LowrankError as error:
             return answers, str(error)
-
-
-def _refuse_place(own: ExportRequest, found: ResolvedSource) -> None:
-    """Nothing is written over, and nothing into what it is made of."""
-    problems = []
-    if own.folder.exists() and not own.folder.is_dir():
-        problems.append(f"{own.folder} is a file")
-    elif own.folder.is_dir() and any(own.folder.iterdir()):
-        problems.append(f"{own.folder} is not empty; choose another folder with -o, or empty it yourself")
-    inside = own.folder.resolve()
-    for origin in {found.folder.resolve(), found.source.base.resolve()}:
-        if origin.is_dir() and (inside == origin or origin in inside.parents):
-            problems.append(f"{own.folder} is inside of what is exported ({origin}); choose a folder outside")
-    raise_all(OutputError, "an export cannot go there", problems)
-
-
-def _check_room(built: Sequence[_Checked], failures: TargetFailures) -> None:
-    """Enough disk for each beside those before it, enough memory for each."""
-    taken: dict[Path, int] = {}
-    memory = psutil.virtual_memory().available
-    for each in built:
-        with failures.of(each.own.type):
-            problems = []
-            folder, needs = each.own.folder, each.needs
-            parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-            wanted, free = taken.get(parent, 0) + needs.disk_bytes, shutil.disk_usage(parent).free
-            if wanted > free:
-                problems.append(f"{format_size(wanted)} of disk are needed in {parent}, {format_size(free)} are free")
-            if needs.memory_bytes > memory:
-                size = format_size(needs.memory_bytes)
-                problems.append(f"{each.own.type} needs {size} of memory, {format_size(memory)} are free")
-            raise_all(OutputError, "there is not enough room", problems)
-            taken[parent] = wanted
-
-
-def _where_to_verify(source: Source) -> tuple[Source, str]:
-    """Float32 where it fits, else 16 bits; the GPU if it fits there, else the processor."""
-    size = sum(torch.Size(entry.shape).numel() for entry in CheckpointFiles(source.base).values())
-    rooms = []
-    if source.model.device != "cpu" and torch.cuda.is_available():
-        rooms.append(("cuda", torch.cuda.mem_get_info()[0], 0))
-    rooms.append(("cpu", psutil.virtual_memory().available, STORE_BYTES))
-    for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        need = int(_OVERHEAD * size * width) + (256 << 20)
-        for device, free, besides in rooms:
-            if need + besides <= free:
-                model = source.model.model_copy(update={"dtype": dtype, "device": device})
-                where = "the GPU" if device == "cuda" else "the processor"
-                return replace(source, model=model), f"verification takes {format_size(need)} ({dtype} on {where})"
-    raise OutputError(
-        f"verification loads the model and needs {format_size(_OVERHEAD * size * 2)} of memory, "
-        f"{format_size(max(free for _, free, _ in rooms))} are free; free some, or write without it (--no-verify)"
-    )
-
-
-@contextmanager
-def disk_full(own: ExportRequest, needs: Needs) -> Any:
-    """A full disk in our words. What was written until then is gone already, nothing stands under the final name."""
-    try:
-        yield
-    except (OSError, SafetensorError, ModelError) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not _DISK_FULL.search(str(error)):
-            raise
-        raise OutputError(
-            f"{own.folder}: the disk became full while {own.type} was written ({format_size(needs.disk_bytes)} are "
-            "needed); nothing is left of it. Free some space, or choose another disk with -o"
-        ) from error

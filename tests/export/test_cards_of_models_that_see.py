@@ -16,7 +16,8 @@ from lowrank.checkpoints.peft_layout import save_adapter
 from lowrank.export.targets.gptq import GPTQExportConfig
 from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.peft import PeftExportConfig
-from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest
 from tests.export.test_pictures_compared import EVERYWHERE, trained
 from tests.tiny_vision_models import make_vision_model
 

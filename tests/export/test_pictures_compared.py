@@ -22,7 +22,8 @@ from lowrank.export.targets.merged_4bit import Merged4bitExportConfig
 from lowrank.export.targets.peft import PeftExportConfig, PeftTarget
 from lowrank.export.writing.pixel_limits import write_pixel_limits
 from lowrank.models.loading.quiet import quiet_transformers
-from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest
 from lowrank.pipelines.export_source import ResolvedSource, open_source
 from tests.checkpoints.test_peft_layout import random_adapter
 from tests.tiny_vision_models import VISION_MODELS, make_vision_model, save_folder

@@ -25,7 +25,8 @@ from lowrank.export.gguf.llama_cpp import run_child
 from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.peft import PeftExportConfig
 from lowrank.export.writing import shards
-from lowrank.pipelines.export import ExportRequest, disk_full, export_requests, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest, explain_disk_full, export_requests
 from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.train import train
 from tests.checkpoint_folder import CHATML, save_checkpoint_folder, write_alpaca
@@ -205,7 +206,7 @@ def _by_a_child() -> None:
 @pytest.mark.parametrize("write", [_by_safetensors, _by_a_child])
 def test_every_writer_says_that_the_disk_is_full(write: Callable[[], None], tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the disk became full while merged was written"):  # noqa: SIM117
-        with disk_full(ExportRequest(MergedExportConfig(), tmp_path / "out"), Needs(1, 1)):
+        with explain_disk_full(ExportRequest(MergedExportConfig(), tmp_path / "out"), Needs(1, 1)):
             write()
 
 
@@ -226,8 +227,8 @@ def test_places_are_checked_first(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("what", "value", "described"),
-    [("lowrank.pipelines.export.shutil.disk_usage", 1000, "of disk are needed"),
-     ("lowrank.pipelines.export.psutil.virtual_memory", 1000, "verification loads the model and needs")],
+    [("lowrank.pipelines.export_checks.shutil.disk_usage", 1000, "of disk are needed"),
+     ("lowrank.pipelines.export_checks.psutil.virtual_memory", 1000, "verification loads the model and needs")],
 )  # fmt: skip
 def test_room_is_checked_first(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: int, described: str

@@ -18,7 +18,8 @@ from lowrank.config import RunConfig
 from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
 from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.peft import PeftExportConfig
-from lowrank.pipelines.export import export_requests, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import export_requests
 from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.inference import open_inference_model
 from lowrank.pipelines.train import train

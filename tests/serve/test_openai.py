@@ -232,7 +232,9 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
         ({"max_tokens": 10**6}, 400, "more than the"),
         ({"tool_choice": "required", "tools": []}, 400, "unsupported option: tool_choice"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
-        ({"messages": []}, 400, "messages"),
+        ({"messages": []}, 400, r"messages: expected at least 1 value, got \[\]"),
+        ({"messages": ["x"] * 100_000}, 400, r"messages\.0: expected a group .*; and 99,980 more"),
+        ({"temperature": -1}, 400, "temperature: expected a number at least 0, got -1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "robot"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
@@ -254,6 +256,11 @@ def test_what_cannot_be_served_says_why(server: Running, options: dict[str, Any]
     assert caught.value.status_code == status
     assert caught.value.body is not None
     assert server.settles()
+
+
+def test_what_is_served_is_said_to_who_asks_for_another_route(server: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match=r"POST /v1/audio/speech is not served here; served are .*/v1/chat"):
+        server.client().audio.speech.create(model="base", voice="alloy", input="hello")
 
 
 def test_draws_of_unknown_length_and_many_at_once_leave_nothing_behind(server: Running) -> None:

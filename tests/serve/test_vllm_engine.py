@@ -95,6 +95,7 @@ class Llm:
     tokenizer: Any
     loaded: dict[int, Any] = field(default_factory=dict)
     aborted: int = 0
+    seconds_per_token: float = 0.002
     errored: bool = False
     model_config: Any = field(default_factory=lambda: SimpleNamespace(max_model_len=256, get_vocab_size=lambda: 3072))
 
@@ -112,7 +113,7 @@ class Llm:
                 chances = None if sampling_params.logprobs is None else [{token: SimpleNamespace(logprob=-0.5)}]
                 output = Output(letter, [token], chances, "length" if last else None)
                 yield SimpleNamespace(outputs=[output], num_cached_tokens=None, finished=last)
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(self.seconds_per_token)
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted += 1
             raise
@@ -198,8 +199,10 @@ def test_a_new_version_answers_new_questions_and_the_old_one_ends_its_own(world:
 
 
 def test_who_leaves_is_aborted(world: World) -> None:
+    world.llm.seconds_per_token = 0.1  # so that none is over before it is left
     streams = [complete(world, name, 200, stream=True) for name in ("base", "one", "one")]
-    next(iter(streams[0]))
+    for stream in streams:
+        next(iter(stream))
     assert world.engine.load().running == 3
     for stream in streams:
         stream.close()

@@ -24,7 +24,8 @@ from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.merged_4bit import Merged4bitExportConfig
 from lowrank.models.loading.pretrained import locate
-from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest
 from lowrank.pipelines.export_source import open_source
 from lowrank.third_party import code_allowed
 

@@ -13,8 +13,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from lowrank.data.formats.columns import beginning
 from lowrank.serve.api.completions import CompletionRequest
 from lowrank.serve.api.embeddings import embed
 from lowrank.serve.api.http_errors import ApiError
@@ -143,12 +145,21 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return respond(request, ApiError(error.status_code, str(error.detail), headers=error.headers))
+        described = _unknown_route(app, request) if error.status_code in (404, 405) else str(error.detail)
+        return respond(request, ApiError(error.status_code, described, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return respond(request, ApiError(500, "the server failed; its log says why"))
+
+
+def _unknown_route(app: FastAPI, request: Request) -> str:
+    """Clients know more of OpenAI's and Ollama's routes than a model that writes text can answer."""
+    served = sorted(f"{method} {route.path}" for route in app.routes if isinstance(route, APIRoute)
+                    for method in route.methods)  # fmt: skip
+    asked = f"{request.method} {beginning(request.url.path, 100)}"
+    return f"{asked} is not served here; served are {', '.join(served)}"
 
 
 def _model(served: ServedModel) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class OllamaRequest(RequestBody):
         try:
             body = ChatRequest.model_validate({"model": self.name, "messages": messages, "tools": tools, **fields})
         except ValidationError as error:
-            raise refused(error.errors(include_url=False, include_input=False)) from error
+            raise refused(error.errors(include_url=False)) from error
         chat = body.understood(engine, limits)
         reply = OllamaReply(self.model, wrap, chat.reader() if chat.reader else None, chat.thoughts)
         return GenerationRequest(

@@ -24,9 +24,11 @@ from lowrank.serve.api.tool_calls import ToolCallReader
 from lowrank.serve.api.tool_choice import read_tool_choice
 from lowrank.serve.engine import ChatPrompt, ServeEngine
 from lowrank.serve.limits import RequestLimits
+from lowrank.setting_problems import complaint
 
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "chat_template")
 """Variables of a chat template that are not the client's to set."""
+_MOST_PROBLEMS = 20
 
 
 class RequestBody(BaseModel):
@@ -53,7 +55,7 @@ def parse(kind: type[Kind], raw: bytes) -> Kind:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise refused(error.errors(include_url=False, include_input=False)) from error
+        raise refused(error.errors(include_url=False)) from error
 
 
 class StreamOptions(RequestBody):
@@ -227,18 +229,22 @@ class PublishRequest(RequestBody):
 
 
 def refused(errors: Sequence[Any]) -> ApiError:
-    """pydantic's findings as one refusal that names every option."""
+    """pydantic's findings as one refusal that names every option: of very many, the first."""
     broken = next((error for error in errors if error["type"] == "json_invalid"), None)
     if broken is not None:
         return ApiError(400, f"the body is not JSON: {broken.get('ctx', {}).get('error', broken['msg'])}")
     described_as, names = [], []
-    for error in errors:
+    for error in errors[:_MOST_PROBLEMS]:
         name = ".".join(str(part) for part in error["loc"] if part != "body")
         names.append(name)
         if error["type"] == "extra_forbidden":
             described_as.append(f"unsupported option: {name}")
+        elif error["loc"]:
+            described_as.append(f"{name or 'the body'}: {complaint([error])}")
         else:
-            described_as.append(f"{name}: {error['msg']}" if name else f"the body: {error['msg']}")
+            described_as.append(f"the body: {error['msg']}")
+    if len(errors) > _MOST_PROBLEMS:
+        described_as.append(f"and {len(errors) - _MOST_PROBLEMS:,} more")
     return ApiError(400, "; ".join(dict.fromkeys(described_as)), param=names[0] or None)
 
 

@@ -95,7 +95,7 @@ class ResponsesRequest(RequestBody):
         try:
             return ChatRequest.model_validate(given)
         except ValidationError as error:
-            raise refused(error.errors(include_url=False, include_input=False)) from error
+            raise refused(error.errors(include_url=False)) from error
 
     def _messages(self) -> list[Json]:
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input

@@ -69,7 +69,7 @@ class BankEngine(ReadsByRenderer):
         """Let the base be shown pictures, if it can; else why not. Before anybody is answered: it is tried out."""
         processor = processor_of(self.base.tokenizer)
         if processor is None or not processor.sees:
-            return f"{self.base.name} reads text only"
+            return "the base reads text only"
         try:
             attach_media_encoder(self.base, "packed", log_notice, running=True, answering=True)
         except (LowrankError, ImportError) as error:

@@ -13,7 +13,8 @@ from lowrank.export.gguf.llama_cpp import LlamaCpp
 from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.verify.readers import read_adapter
 from lowrank.generate.sampler import GenerationConfig, Prompt, generate
-from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest
 from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.train import train
 

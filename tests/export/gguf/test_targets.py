@@ -21,7 +21,8 @@ from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.lora_gguf import LoraGGUFExportConfig
 from lowrank.export.targets.ollama import OllamaExportConfig
 from lowrank.models.loading.pretrained import TINY, locate
-from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest
 from lowrank.pipelines.export_source import open_source
 
 gguf = pytest.importorskip("gguf")

@@ -25,7 +25,8 @@ from lowrank.export.targets.ollama import OllamaExportConfig
 from lowrank.export.verify.pictures import compare_pictures, made_picture, picture_answer
 from lowrank.export.verify.readers import read_adapter
 from lowrank.models.loading.quiet import quiet_transformers
-from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest
 from lowrank.pipelines.export_source import ResolvedSource, open_source
 from lowrank.serve.llama_cpp_engine.file_faults import check_files
 from tests.checkpoints.test_peft_layout import random_adapter

@@ -16,7 +16,8 @@ from lowrank.export.gguf.llama_cpp import LlamaCpp, squared_error
 from lowrank.export.gguf.upstream import SCRIPT, Upstream
 from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.ollama import OllamaExportConfig
-from lowrank.pipelines.export import ExportRequest, export_targets
+from lowrank.pipelines.export import export_targets
+from lowrank.pipelines.export_checks import ExportRequest
 from lowrank.pipelines.export_source import open_source
 from tests.data.made_tokenizers import tokenizer_of
 from tests.export.gguf.families import save
