@@ -263,7 +263,7 @@ def test_bodies(number: int, kind: Any, body: Any) -> None:
     def read(raw: bytes) -> None:
         request = parse(kind, raw)
         if hasattr(request, "order"):
-            request.order(ENGINE, limits).check(ENGINE, limits)
+            request.generation_request(ENGINE, limits).check(ENGINE, limits)
         elif isinstance(request, EmbeddingRequest):
             request.texts(limits)
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lowrank.generate.request import TokenChunk
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.api.orders import GenerationRequest, refuse_many
+from lowrank.serve.api.generation_request import GenerationRequest, refuse_many
 from lowrank.serve.api.replies import Choice, Json, OpenAiStream, logprob_entries
 from lowrank.serve.api.requests import AnswerRequest
 from lowrank.serve.engine import Question, ServeEngine
@@ -35,7 +35,7 @@ class CompletionRequest(AnswerRequest):
     best_of: int | None = None
     suffix: str | None = None
 
-    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
+    def generation_request(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """Its prompts, and how each of the `n` answers to each is drawn."""
         if self.best_of not in (None, self.n):
             raise ApiError(400, "unsupported option: best_of other than n: all answers are given", param="best_of")

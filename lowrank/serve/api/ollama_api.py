@@ -18,7 +18,7 @@ import lowrank
 from lowrank.data.chat.thoughts import thoughts_of
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.ollama_reply import OllamaReply
-from lowrank.serve.api.orders import GenerationRequest, Json
+from lowrank.serve.api.generation_request import GenerationRequest, Json
 from lowrank.serve.api.requests import ChatRequest, RequestBody, refused
 from lowrank.serve.api.service import Service
 from lowrank.serve.engine import PictureEngine, ServedModel, ServeEngine
@@ -69,7 +69,7 @@ class OllamaRequest(RequestBody):
     def chat(
         self, messages: list[Json], tools: list[Json], wrap: str, engine: ServeEngine, limits: RequestLimits
     ) -> GenerationRequest:
-        """The order of a chat."""
+        """What is generated for a chat."""
         fields, ignored = self.draws()
         try:
             body = ChatRequest.model_validate({"model": self.name, "messages": messages, "tools": tools, **fields})
@@ -88,7 +88,7 @@ class OllamaChat(OllamaRequest):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = Field(default_factory=list)
 
-    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
+    def generation_request(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """As our own chat."""
         return self.chat([_message(each) for each in self.messages], self.tools, "message", engine, limits)
 
@@ -101,16 +101,16 @@ class OllamaGenerate(OllamaRequest):
     raw: bool = False
     images: list[str] | None = None
 
-    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
+    def generation_request(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """As a chat of one turn, or as a text to go on with."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         if self.raw and self.images:
             raise ApiError(400, "images: a raw prompt has no turn to show them in; leave `raw` out", param="images")
         question = _message({"role": "user", "content": self.prompt, "images": self.images})
-        order = self.chat([*system, question], [], "response", engine, limits)
+        generation = self.chat([*system, question], [], "response", engine, limits)
         if not self.raw:
-            return order
-        return GenerationRequest(order.model, [self.prompt], order.config, 1, self.stream, order.reply, order.ignored)
+            return generation
+        return replace(generation, questions=[self.prompt])
 
 
 class ShowRequest(RequestBody):

@@ -18,7 +18,7 @@ from lowrank.generate.request import GenerationConfig
 from lowrank.serve.api.forced_calls import grammar_of
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.messages import details_of, read_messages
-from lowrank.serve.api.orders import GenerationRequest, refuse_many
+from lowrank.serve.api.generation_request import GenerationRequest, refuse_many
 from lowrank.serve.api.replies import ChatReply
 from lowrank.serve.api.tool_calls import ToolCallReader
 from lowrank.serve.api.tool_choice import read_tool_choice
@@ -160,7 +160,7 @@ class ChatRequest(AnswerRequest):
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
+    def generation_request(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """The conversation, how its answers are drawn, and their reply in OpenAI's form."""
         refuse_many(self.n, limits)
         chat = self.understood(engine, limits)

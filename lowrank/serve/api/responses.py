@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.api.orders import GenerationRequest, Json
+from lowrank.serve.api.generation_request import GenerationRequest, Json
 from lowrank.serve.api.requests import ChatRequest, RequestBody, refused
 from lowrank.serve.api.responses_reply import ResponsesReply
 from lowrank.serve.engine import ServeEngine
@@ -64,7 +64,7 @@ class ResponsesRequest(RequestBody):
     previous_response_id: str | None = None
     conversation: Any = None
 
-    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
+    def generation_request(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """As a chat."""
         for name in ("previous_response_id", "conversation"):
             if getattr(self, name) is not None:

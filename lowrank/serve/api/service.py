@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.api.orders import GenerationRequest, Reply
+from lowrank.serve.api.generation_request import GenerationRequest, Reply
 from lowrank.serve.api.replies import usage
 from lowrank.serve.api.request_lifecycle import Admission, ClientGone, RequestLifecycle
 from lowrank.serve.api.requests import RequestBody, parse
@@ -31,7 +31,7 @@ Kind = TypeVar("Kind", bound=RequestBody)
 class Ordering(Protocol):
     """A request that is to be answered."""
 
-    def order(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
+    def generation_request(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
         """What is to be answered, how answers are drawn, and the form of the reply. ApiError for what cannot be."""
         ...
 
@@ -54,26 +54,26 @@ class Service:
     async def serve(self, kind: type[Any], request: Request) -> Response:
         """Answer a request of some API (`kind`: a Body that is `Ordering`)."""
         raw = await request.body()
-        order = await self.lanes.run(len(raw), self._understand, kind, raw)
-        return await self.answer(order, request, len(raw))
+        generation = await self.lanes.run(len(raw), self._understand, kind, raw)
+        return await self.answer(generation, request, len(raw))
 
-    async def answer(self, order: GenerationRequest, request: Request, size: int) -> Response:
+    async def answer(self, generation: GenerationRequest, request: Request, size: int) -> Response:
         """A reply or a stream; whatever happens, what is not finished is cancelled and its place is free."""
-        exchange = RequestLifecycle(self.limits, self.admission, order.count)
-        headers = {WARNING: _warning(order.ignored)} if order.ignored else {}
-        prompts = len(order.questions)
+        exchange = RequestLifecycle(self.limits, self.admission, generation.count)
+        headers = {WARNING: _warning(generation.ignored)} if generation.ignored else {}
+        prompts = len(generation.questions)
         try:
-            prompt_tokens = self.lanes.run(size, self._submit, order, exchange)
+            prompt_tokens = self.lanes.run(size, self._submit, generation, exchange)
             exchange.answers += await asyncio.shield(asyncio.ensure_future(prompt_tokens))
             exchange.begin(request.receive)
-            if order.stream:
-                events = _events(exchange, order.reply, prompts, order.usage)
+            if generation.stream:
+                events = _events(exchange, generation.reply, prompts, generation.usage)
                 limit = self.limits.request_seconds + _UNREAD_SECONDS
-                return _Stream(events, order.reply.media_type, headers, limit, lambda: self._end(exchange))
+                return _Stream(events, generation.reply.media_type, headers, limit, lambda: self._end(exchange))
             async for index, piece in exchange.pieces():
-                order.reply.add(index, piece)
+                generation.reply.add(index, piece)
             counts = usage((each.answer for each in exchange.answers), prompts)
-            response = JSONResponse(order.reply.whole(counts), headers=headers)
+            response = JSONResponse(generation.reply.whole(counts), headers=headers)
         except ClientGone:
             response = Response(status_code=CLIENT_GONE)
         except BaseException:
@@ -84,16 +84,16 @@ class Service:
 
     def _understand(self, kind: type[Any], raw: bytes) -> GenerationRequest:
         requested: Ordering = parse(kind, raw)
-        order = requested.order(self.engine, self.limits)
-        order.check(self.engine, self.limits)
-        return order
+        generation = requested.generation_request(self.engine, self.limits)
+        generation.check(self.engine, self.limits)
+        return generation
 
-    def _submit(self, order: GenerationRequest, exchange: RequestLifecycle) -> list[Any]:
+    def _submit(self, generation: GenerationRequest, exchange: RequestLifecycle) -> list[Any]:
         """In a thread. What was asked when something went wrong, or nobody waits any more, is cancelled."""
         answers: list[Any] = []
         try:
-            for question in order.questions:
-                answers += self.engine.submit(order.model, question, order.configs)
+            for question in generation.questions:
+                answers += self.engine.submit(generation.model, question, generation.configs)
         except BaseException:
             for answer in answers:
                 answer.cancel()
