@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from lowrank.generate.request import TokenChunk
-from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.generation_request import GenerationRequest, refuse_many
+from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.replies import Choice, Json, OpenAiStream, logprob_entries
 from lowrank.serve.api.requests import AnswerRequest
 from lowrank.serve.engine import Question, ServeEngine

@@ -7,6 +7,7 @@ After Ollama's docs/api.md. Defaults of the draws are Ollama's (temperature 0.8,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,9 +17,9 @@ from pydantic import Field, ValidationError
 
 import lowrank
 from lowrank.data.chat.thoughts import thoughts_of
+from lowrank.serve.api.generation_request import GenerationRequest, Json
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.ollama_reply import OllamaReply
-from lowrank.serve.api.generation_request import GenerationRequest, Json
 from lowrank.serve.api.requests import ChatRequest, RequestBody, refused
 from lowrank.serve.api.service import Service
 from lowrank.serve.engine import PictureEngine, ServedModel, ServeEngine

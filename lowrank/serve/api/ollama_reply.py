@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 
 from lowrank.data.chat.thoughts import Thinking
 from lowrank.generate.request import TokenChunk
-from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.generation_request import Json
+from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.replies import Choice
 from lowrank.serve.api.tool_calls import ToolCallReader
 

@@ -16,9 +16,9 @@ from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.turns import read_tools
 from lowrank.generate.request import GenerationConfig
 from lowrank.serve.api.forced_calls import grammar_of
+from lowrank.serve.api.generation_request import GenerationRequest, refuse_many
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.messages import details_of, read_messages
-from lowrank.serve.api.generation_request import GenerationRequest, refuse_many
 from lowrank.serve.api.replies import ChatReply
 from lowrank.serve.api.tool_calls import ToolCallReader
 from lowrank.serve.api.tool_choice import read_tool_choice

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.generation_request import GenerationRequest, Json
+from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.requests import ChatRequest, RequestBody, refused
 from lowrank.serve.api.responses_reply import ResponsesReply
 from lowrank.serve.engine import ServeEngine

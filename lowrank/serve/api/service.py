@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.generation_request import GenerationRequest, Reply
+from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.replies import usage
 from lowrank.serve.api.request_lifecycle import Admission, ClientGone, RequestLifecycle
 from lowrank.serve.api.requests import RequestBody, parse
