@@ -64,7 +64,7 @@ _NO_SPACE = re.compile(
 """As systems and the libraries that write for us say it."""
 
 
-def says_disk_full(text: str) -> bool:
+def is_disk_full_message(text: str) -> bool:
     """Whether the words of an error are those of a full disk or quota."""
     return _NO_SPACE.search(text) is not None
 
@@ -74,7 +74,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if not isinstance(error, LowrankError) and says_disk_full(str(error)):
+        if not isinstance(error, LowrankError) and is_disk_full_message(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -12,7 +12,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 
-from lowrank.errors import ModelError, OutputError, is_disk_full, raise_all, says_disk_full
+from lowrank.errors import ModelError, OutputError, is_disk_full, raise_all, is_disk_full_message
 from lowrank.export import ExportTarget, Needs
 from lowrank.export.source import Source
 from lowrank.export.targets import TargetConfig
@@ -128,7 +128,9 @@ def explain_disk_full(own: ExportRequest, needs: Needs) -> Generator[None, None,
     try:
         yield
     except (OSError, SafetensorError, ModelError) as error:
-        if not is_disk_full(error) and not says_disk_full(str(error)):  # a process that was given the writing says it
+        if not is_disk_full(error) and not is_disk_full_message(
+            str(error)
+        ):  # a process that was given the writing says it
             raise
         raise OutputError(
             f"{own.folder}: the disk became full while {own.type} was written ({format_size(needs.disk_bytes)} are "

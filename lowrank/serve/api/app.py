@@ -158,8 +158,8 @@ def _unknown_route(app: FastAPI, request: Request) -> str:
     """Clients know more of OpenAI's and Ollama's routes than a model that writes text can answer."""
     served = sorted(f"{method} {route.path}" for route in app.routes if isinstance(route, APIRoute)
                     for method in route.methods)  # fmt: skip
-    asked = f"{request.method} {beginning(request.url.path, 100)}"
-    return f"{asked} is not served here; served are {', '.join(served)}"
+    requested = f"{request.method} {beginning(request.url.path, 100)}"
+    return f"{requested} is not served here; served are {', '.join(served)}"
 
 
 def _model(served: ServedModel) -> dict[str, Any]:
