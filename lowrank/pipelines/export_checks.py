@@ -12,7 +12,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 
-from lowrank.errors import ModelError, OutputError, is_disk_full, raise_all, is_disk_full_message
+from lowrank.errors import ModelError, OutputError, is_disk_full, is_disk_full_message, raise_all
 from lowrank.export import ExportTarget, Needs
 from lowrank.export.source import Source
 from lowrank.export.targets import TargetConfig
