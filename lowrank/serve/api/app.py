@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from lowrank.data.formats.columns import beginning
 from lowrank.serve.api.completions import CompletionRequest
 from lowrank.serve.api.embeddings import embed
 from lowrank.serve.api.http_errors import ApiError
@@ -28,6 +27,7 @@ from lowrank.serve.api.service import WARNING, Service
 from lowrank.serve.engine import PictureEngine, ServedModel, ServeEngine
 from lowrank.serve.limits import RequestLimits
 from lowrank.serve.metrics import CountRequests
+from lowrank.terminal import visible
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _unknown_route(app: FastAPI, request: Request) -> str:
     """Clients know more of OpenAI's and Ollama's routes than a model that writes text can answer."""
     served = sorted(f"{method} {route.path}" for route in app.routes if isinstance(route, APIRoute)
                     for method in route.methods)  # fmt: skip
-    requested = f"{request.method} {beginning(request.url.path, 100)}"
+    requested = f"{request.method} {visible(request.url.path)[:100]}"
     return f"{requested} is not served here; served are {', '.join(served)}"
 
 
