@@ -1,11 +1,11 @@
 """A run folder whose jobs are trained in shares, each of which is an ordinary run in a folder of its own.
 
-    <output_dir>/shares/deal.json       which share has which jobs: written by whoever comes first, kept to by all
-    <output_dir>/shares/3-of-4/         a run folder
-    <output_dir>/...                    what the shares have come to, merged (pipelines/merge_shares.py)
+    <output_dir>/shares/assignment.json    which share has which jobs: written by the first process, followed by all
+    <output_dir>/shares/3-of-4/            a run folder
+    <output_dir>/...                       what the shares have come to, merged (pipelines/merge_shares.py)
 
-Shares may be of different machines that see one file system. Nothing is locked between them: `deal.json` is there whole
-or not at all, and each share locks its own folder.
+Shares may be of different machines that see one file system. Nothing is locked between them: `assignment.json` is there
+whole or not at all, and each share locks its own folder.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from lowrank.checkpoints.run_folder import SHARES
 from lowrank.errors import OutputError
 from lowrank.foreign_files import find_json
 
-DEAL = "deal.json"
+ASSIGNMENT = "assignment.json"
+_OLD_ASSIGNMENT = "deal.json"
+"""Its name in run folders that an earlier lowrank has begun."""
 
 
-def dealt(output_dir: Path) -> tuple[int, dict[str, int]] | None:
-    """How many shares there are, and the share of each job (1 is the first), in the order of the jobs; None where
-    nothing was dealt yet. OutputError for a file that is none of ours."""
-    path = output_dir / SHARES / DEAL
+def read_assignment(output_dir: Path) -> tuple[int, dict[str, int]] | None:
+    """Return how many shares there are, and the share of each job (1 is the first), in the order of the jobs; None
+    where no job is assigned yet. OutputError for a file that lowrank did not write."""
+    path = output_dir / SHARES / ASSIGNMENT
     found = find_json(path)
+    if found is None:
+        path = path.with_name(_OLD_ASSIGNMENT)
+        found = find_json(path)
     if found is None:
         return None
     of, jobs = found.get("of"), found.get("jobs")
@@ -36,13 +41,15 @@ def dealt(output_dir: Path) -> tuple[int, dict[str, int]] | None:
     raise OutputError(f"{path} does not say which share has which jobs; was it written by lowrank?")
 
 
-def take_deal(output_dir: Path, names: Sequence[str], of: int, deal: Callable[[], Mapping[str, int]]) -> dict[str, int]:
-    """The share of each job of `names`: as it was dealt before, by any share, else what `deal` says, from now on for
-    all. OutputError where it was dealt to another number, or for other jobs."""
-    known = dealt(output_dir)
+def load_or_create_assignment(
+    output_dir: Path, names: Sequence[str], of: int, create: Callable[[], Mapping[str, int]]
+) -> dict[str, int]:
+    """Return the share of each job of `names`: as any share has assigned them before, else what `create` returns, which
+    is written for all others. OutputError where the jobs, or their number of shares, are others than those on disk."""
+    known = read_assignment(output_dir)
     if known is None:
-        _write_once(output_dir / SHARES / DEAL, {"of": of, "jobs": dict(deal())})
-        known = dealt(output_dir)
+        _write_once(output_dir / SHARES / ASSIGNMENT, {"of": of, "jobs": dict(create())})
+        known = read_assignment(output_dir)
         assert known is not None
     number, jobs = known
     where = output_dir / SHARES
@@ -54,7 +61,7 @@ def take_deal(output_dir: Path, names: Sequence[str], of: int, deal: Callable[[]
     if {*jobs} != {*names}:
         other = sorted({*jobs} ^ {*names})
         raise OutputError(
-            f"{output_dir}: the jobs are not those that were dealt to its shares: {', '.join(other[:6])}; choose "
+            f"{output_dir}: the jobs are not those that were assigned to its shares: {', '.join(other[:6])}; choose "
             f"another output_dir (to begin anew here, delete {where})"
         )
     return jobs

@@ -52,7 +52,7 @@ def plan(
     from lowrank.compat import load_any
     from lowrank.models.loading.tokenizer import load_tokenizer
     from lowrank.pipelines.artifacts import with_adapters_found
-    from lowrank.pipelines.deal_jobs import deals_jobs
+    from lowrank.pipelines.assign_jobs import uses_job_parallelism
     from lowrank.pipelines.job_data import prepare_all
     from lowrank.pipelines.memory_plan import planner_of
     from lowrank.planning.choose import choose
@@ -61,7 +61,7 @@ def plan(
     warn(warnings)
     settings = with_adapters_found(settings)
     devices = settings.devices if isinstance(settings.devices, int) else 1
-    devices = 1 if devices == 1 or deals_jobs(settings, devices) else devices
+    devices = 1 if devices == 1 or uses_job_parallelism(settings, devices) else devices
     if settings.lanes == "auto" and devices > 1:
         settings = settings.model_copy(update={"lanes": devices})
     machine = None

@@ -1,4 +1,4 @@
-"""One run trained by several processes together: every optimizer step dealt to all of them (train/lanes.py).
+"""One run trained by several processes together: every optimizer step divided among all of them (train/lanes.py).
 
 They are started by `devices=n` here, by torchrun, or by whoever has made a process group (Ray Train); each calls
 `train_together`.

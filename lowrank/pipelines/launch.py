@@ -9,8 +9,8 @@ import torch
 
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError
+from lowrank.pipelines.assign_jobs import uses_job_parallelism
 from lowrank.pipelines.data_parallel import train_processes, train_together
-from lowrank.pipelines.deal_jobs import deals_jobs
 from lowrank.pipelines.shares import own_share, train_shares, uses_gpus
 from lowrank.pipelines.train import train as train_here
 from lowrank.ranks import processes_here
@@ -30,7 +30,7 @@ def train(
     number = num_devices(config)
     if number == 1:
         return train_here(config, reporters=reporters, strict=strict, allow_code=allow_code)
-    start = train_shares if deals_jobs(config, number) else train_processes
+    start = train_shares if uses_job_parallelism(config, number) else train_processes
     return start(config, number, reporters=reporters, strict=strict, allow_code=allow_code)
 
 

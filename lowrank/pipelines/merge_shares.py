@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank.checkpoints.atomic import current, new_file, new_folder, write_text
 from lowrank.checkpoints.run_folder import CHECKPOINTS, CONFIG, JOB_FOLDERS, open_merged_folder
-from lowrank.checkpoints.shared_folder import dealt, share_folders
+from lowrank.checkpoints.shared_folder import read_assignment, share_folders
 from lowrank.checkpoints.steps import latest_checkpoint, read_top
 from lowrank.config import settings_of_run
 from lowrank.errors import OutputError
@@ -50,7 +50,7 @@ def merge_shares(output_dir: Path, notify: Callable[[str], None], *, locked: boo
     """Write what a run in one piece would have left in `output_dir`, of the shares that have come to an end; what
     stands in summary.json, or None where none has. May be done again at any time. `locked`: the caller holds the
     folder. OutputError for shares that do not belong together."""
-    names = list(_dealt_names(output_dir))
+    names = list(_assigned_names(output_dir))
     parts = [part for folder in share_folders(output_dir) if (part := _read(folder)) is not None]
     whole = [part for part in parts if part.summary is not None]
     if not whole:
@@ -85,8 +85,8 @@ def merge_shares(output_dir: Path, notify: Callable[[str], None], *, locked: boo
     return summary
 
 
-def _dealt_names(output_dir: Path) -> dict[str, int]:
-    found = dealt(output_dir)
+def _assigned_names(output_dir: Path) -> dict[str, int]:
+    found = read_assignment(output_dir)
     if found is None:
         raise OutputError(f"{output_dir}: there are no shares of a run in it that could be merged")
     return found[1]

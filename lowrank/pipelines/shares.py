@@ -19,7 +19,7 @@ import torch
 from lowrank.checkpoints.atomic import write_text
 from lowrank.checkpoints.run_folder import CONFIG, SHARES, STOP, open_merged_folder, refuse_unshared
 from lowrank.checkpoints.settings_changes import changed_settings
-from lowrank.checkpoints.shared_folder import dealt, take_deal
+from lowrank.checkpoints.shared_folder import load_or_create_assignment, read_assignment
 from lowrank.config import RunConfig, read_file
 from lowrank.config.code import refuse_code
 from lowrank.config.share import Share, read_share
@@ -28,7 +28,7 @@ from lowrank.data.sources.places import STANDARD_INPUT
 from lowrank.errors import ConfigError, LowrankError, raise_all
 from lowrank.foreign_files import find_json
 from lowrank.pipelines.artifacts import with_adapters_found
-from lowrank.pipelines.deal_jobs import costs_of, deal
+from lowrank.pipelines.assign_jobs import assign_jobs
 from lowrank.pipelines.memory_plan import refuse_too_many
 from lowrank.pipelines.merge_shares import merge_shares
 from lowrank.pipelines.processes import ENDED_IN_ORDER, Child, follow, train_arguments
@@ -57,16 +57,16 @@ class SharesFailed(LowrankError):
 
 def own_share(config: RunConfig, reporters: Sequence[Reporter], *, strict: bool) -> RunConfig:
     """The settings of the share that `config.share` names: its jobs, in its folder. The data of all jobs are read to
-    deal them, unless another share has dealt already. ConfigError for a share without jobs."""
+    assign them, unless another share has assigned them already. ConfigError for a share without jobs."""
     assert config.share is not None
     share = read_share(config.share, os.environ)
     refuse_unshared(config.output_dir)
     names = [job.name for job in config.jobs]
 
     def by_cost() -> dict[str, int]:
-        return _dealt_by_cost(config, share.of, Listeners([], reporters), strict)
+        return _assign_by_cost(config, share.of, Listeners([], reporters), strict)
 
-    return of_share(config, share, take_deal(config.output_dir, names, share.of, by_cost))
+    return of_share(config, share, load_or_create_assignment(config.output_dir, names, share.of, by_cost))
 
 
 def of_share(config: RunConfig, share: Share, shares: Mapping[str, int]) -> RunConfig:
@@ -78,12 +78,11 @@ def of_share(config: RunConfig, share: Share, shares: Mapping[str, int]) -> RunC
     return config.model_copy(update={"jobs": jobs, "output_dir": folder, "share": None, "devices": 1})
 
 
-def _dealt_by_cost(config: RunConfig, of: int, report: Callable[[Event], None], strict: bool) -> dict[str, int]:
+def _assign_by_cost(config: RunConfig, of: int, report: Callable[[Event], None], strict: bool) -> dict[str, int]:
     config = with_adapters_found(config)
     _, data = read_jobs(config, report, strict)
     refuse_too_many(config, data)
-    shares = deal(costs_of(config, data), of)
-    return {job.name: share for job, share in zip(config.jobs, shares)}
+    return assign_jobs(config, data, of)
 
 
 def train_shares(
@@ -109,10 +108,10 @@ def train_shares(
             for note in folder.notes:
                 report(Notice(note))
             stopping.forget_old()
-            begun = config.resume and dealt(config.output_dir) is not None
-            fresh = {} if begun else _dealt_by_cost(config, number, report, strict)
+            begun = config.resume and read_assignment(config.output_dir) is not None
+            fresh = {} if begun else _assign_by_cost(config, number, report, strict)
             folder.clear()
-            shares = take_deal(config.output_dir, names, number, lambda: fresh)
+            shares = load_or_create_assignment(config.output_dir, names, number, lambda: fresh)
             children = [_child(config, Share(each, number), shares, strict) for each in sorted({*shares.values()})]
             children = [child for child in children if not _is_over(child)]
             follow(children, together.on_event, stopping, lambda text: report(Notice(text, "warning")))

@@ -1,13 +1,13 @@
-"""Data parallelism: a step dealt into lanes, which are computed by one process or by several, to the same bits.
+"""Data parallelism: a step divided into lanes, which are computed by one process or by several, to the same bits.
 
-    units of the step --deal--> lanes --own--> passes, gradients --by halves--> ranks add --> every rank has the sum
+    units of the step --assign--> lanes --own--> passes, gradients --by halves--> ranks add --> every rank has the sum
 
 A lane is cut into passes by itself, and lanes are added as a binary tree, within a rank and then between ranks. So the
 shapes of all products and the order of all additions depend on the number of lanes, never on how many ranks share them.
 The number is a power of two; a run keeps it in its checkpoints. What a loss is divided by is counted over the whole
 step, on every rank alike, before anything is computed.
 
-`OneLane` is a step as it is: nothing is dealt, copied or added.
+`OneLane` is a step as it is: nothing is assigned, copied or added.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lowrank.batches import Batch
 from lowrank.objectives import Metrics
 from lowrank.ranks import ALONE, Ranks
 from lowrank.segments import Segment
+from lowrank.train.load_balancing import balance
 from lowrank.train.micro_batching import StepSegments, units
 from lowrank.train.numbers_of_step import read_together
 from lowrank.train.trained_job import RowLosses
@@ -132,7 +133,7 @@ class ManyLanes:
     def passes(self, work: StepSegments, whole: list[Batch] | None, split: Split) -> list[LanePasses]:
         """See Lanes. Every rank knows the whole step, so it cuts the others' lanes too to know how many passes there
         are, and asks nobody."""
-        lane_of = deal(work, self.count)
+        lane_of = assign_units(work, self.count)
         if not self.in_step:
             return [LanePasses(split(_part(work, lane_of, lane))) for lane in self.own]
         lanes = [split(_part(work, lane_of, lane)) for lane in range(self.count)]
@@ -162,7 +163,7 @@ class ManyLanes:
         """See Lanes. A unit is a row."""
         given = [{slot: [list(rows.shares), list(rows.counts)] for slot, rows in lane.items()} for lane in lanes]
         received = [lane for of_rank in self.ranks.exchange([_as_json(lane) for lane in given]) for lane in of_rank]
-        lane_of, found = deal(work, self.count), {}
+        lane_of, found = assign_units(work, self.count), {}
         for slot in work:
             if str(slot) not in {name for lane in received for name in lane}:
                 continue
@@ -178,7 +179,7 @@ class ManyLanes:
         lengths = [len(segment) for segment in work[slot]]
         begins = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
         flat = np.zeros(int(begins[-1]), np.float32)
-        places = _places(work[slot], deal(work, self.count)[slot])
+        places = _places(work[slot], assign_units(work, self.count)[slot])
         for lane, found in zip(self.own, lanes):
             own = [place for place, its in enumerate(places) if its == lane]
             for place, values_L in zip(own, found):
@@ -237,25 +238,19 @@ def _flattened(parameters: Parameters) -> torch.Tensor:
     return flat_N
 
 
-def deal(work: StepSegments, lanes: int) -> dict[int, list[int]]:
-    """The lane of each unit of each slot's work: the longest first, each to the lane with the fewest tokens."""
-    entries = [
-        (-sum(map(len, unit)), slot, place) for slot in sorted(work) for place, unit in enumerate(units(work[slot]))
-    ]
-    tokens = [0] * lanes
-    lane_of = {slot: [0] * len(units(work[slot])) for slot in work}
-    for negative, slot, place in sorted(entries):
-        lane = min(range(lanes), key=lambda each: (tokens[each], each))
-        tokens[lane] -= negative
-        lane_of[slot][place] = lane
-    return lane_of
+def assign_units(work: StepSegments, lanes: int) -> dict[int, list[int]]:
+    """Return the lane of each unit of each slot's work: the longest unit first, each to the lane with the fewest
+    tokens."""
+    units_of = {slot: units(work[slot]) for slot in sorted(work)}
+    lane_of = iter(balance([sum(map(len, unit)) for slot_units in units_of.values() for unit in slot_units], lanes))
+    return {slot: [next(lane_of) for _ in slot_units] for slot, slot_units in units_of.items()}
 
 
 def heaviest_lane(work: StepSegments, lanes: int) -> StepSegments:
     """The work of the lane with the most tokens; of one lane, all of it."""
     if lanes == 1:
         return work
-    lane_of = deal(work, lanes)
+    lane_of = assign_units(work, lanes)
     parts = [_part(work, lane_of, lane) for lane in range(lanes)]
     return max(parts, key=lambda part: sum(len(each) for own in part.values() for each in own))
 

@@ -37,7 +37,7 @@ _NO_ANSWER = Answer([], "", "error", "nobody was asked yet")
 class RolloutGenerator:
     """The generator that all jobs of a run share. Its cache is only there while somebody is answered.
 
-    Questions are dealt into lanes like the work of a step (train/lanes.py), each with all its repetitions, and a lane
+    Questions are divided into lanes like the work of a step (train/lanes.py), each with all its repetitions, and a lane
     is answered by itself: what is drawn does not depend on the number of ranks.
     """
 

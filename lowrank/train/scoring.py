@@ -1,4 +1,6 @@
-"""What slots think of given tokens: passes without gradients, dropout or noise, dealt into lanes and cut to fit."""
+"""Gradient-free forward passes: log-probabilities, losses and values of given tokens, without dropout or noise.
+
+The work is divided into lanes (train/lanes.py) and cut into micro-batches that fit."""
 
 from __future__ import annotations
 

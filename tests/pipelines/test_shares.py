@@ -1,4 +1,4 @@
-"""Jobs over devices and machines: dealt by their work, trained by processes that know nothing of each other, merged."""
+"""Jobs over devices and machines: assigned by their work, trained by independent processes, merged."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from lowrank.checkpoints.run_folder import SHARES
-from lowrank.checkpoints.shared_folder import dealt, take_deal
+from lowrank.checkpoints.shared_folder import load_or_create_assignment, read_assignment
 from lowrank.config import RunConfig, load
 from lowrank.config.share import Share, read_share
 from lowrank.data.sources.memory import keep_rows
 from lowrank.errors import ConfigError, OutputError
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.pipelines.deal_jobs import costs_of, deal
+from lowrank.pipelines.assign_jobs import job_costs
 from lowrank.pipelines.job_data import prepare_all
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.merge_shares import merge_shares
@@ -29,6 +29,7 @@ from lowrank.pipelines.train import train as train_here
 from lowrank.report.event_lines import as_event, as_line, decode, encode
 from lowrank.report.events import CheckpointSaved, Event, Notice, RunFinished, RunStarted, StepDone
 from lowrank.train.listeners import Listeners
+from lowrank.train.load_balancing import balance
 from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import make_world, weights
 from tests.report.event_stream import run_events
@@ -86,7 +87,7 @@ def test_a_share_is_killed_and_started_again(world: Path, tmp_path: Path) -> Non
     killed = r"share 2/2: it was killed \(SIGKILL\)\nThe other shares are whole"
     with pytest.raises(SharesFailed, match=killed), forked_processes():
         train(config, reporters=[killing])
-    assert dealt(out) == (2, {job.name: 1 + (job.name in theirs) for job in config.jobs})
+    assert read_assignment(out) == (2, {job.name: 1 + (job.name in theirs) for job in config.jobs})
     half = json.loads((out / "summary.json").read_text())
     assert {*half["jobs"]} == {job.name for job in config.jobs} - theirs
     assert half["interrupted"]
@@ -179,16 +180,16 @@ def test_shares_that_are_none() -> None:
             RunConfig(model={"path": "lowrank/tiny"}, output_dir="x", share=text)
 
 
-def test_dealing_is_even_and_repeats() -> None:
+def test_jobs_are_assigned_evenly_and_repeatably() -> None:
     generator = random.Random(0)
     for _ in range(50):
         costs = [generator.uniform(1, 100) for _ in range(generator.randint(1, 40))]
         of = generator.randint(1, 8)
-        shares = deal(costs, of)
-        assert shares == deal(costs, of)
-        loads = [sum(cost for cost, share in zip(costs, shares) if share == n) for n in range(1, of + 1)]
+        shares = balance(costs, of)
+        assert shares == balance(costs, of)
+        loads = [sum(cost for cost, share in zip(costs, shares) if share == n) for n in range(of)]
         assert max(loads) <= 4 / 3 * max(sum(costs) / of, max(costs)) + 1e-9
-        assert {*shares} == {*range(1, min(of, len(costs)) + 1)}
+        assert {*shares} == {*range(min(of, len(costs)))}
 
 
 def test_work_is_tokens_and_rank(world: Path) -> None:
@@ -198,21 +199,29 @@ def test_work_is_tokens_and_rank(world: Path) -> None:
     del given["sweep"]
     config = RunConfig(**given)
     data = prepare_all(config.jobs, config.model, load_tokenizer(config.model), lambda event: None, strict=False)
-    short, long, wide = costs_of(config, data)
+    short, long, wide = job_costs(config, data)
     assert long == pytest.approx(10 * short)
     assert wide == pytest.approx(long * (1 + 3 * 32 / 32) / (1 + 3 * 4 / 32))
 
 
-def test_the_first_deal_is_kept_to(tmp_path: Path) -> None:
-    assert take_deal(tmp_path, ["a", "b"], 2, lambda: {"a": 1, "b": 2}) == {"a": 1, "b": 2}
-    assert take_deal(tmp_path, ["b", "a"], 2, lambda: pytest.fail("dealt twice")) == {"a": 1, "b": 2}
+def test_the_first_assignment_is_kept(tmp_path: Path) -> None:
+    assert load_or_create_assignment(tmp_path, ["a", "b"], 2, lambda: {"a": 1, "b": 2}) == {"a": 1, "b": 2}
+    assert load_or_create_assignment(tmp_path, ["b", "a"], 2, lambda: pytest.fail("assigned twice")) == {"a": 1, "b": 2}
     with pytest.raises(OutputError, match="begun in 2 shares, now there are 3"):
-        take_deal(tmp_path, ["a", "b"], 3, dict)
-    with pytest.raises(OutputError, match="not those that were dealt to its shares: b, c"):
-        take_deal(tmp_path, ["a", "c"], 2, dict)
-    (tmp_path / SHARES / "deal.json").write_text('{"of": 2, "jobs": {"a": 3}}')
+        load_or_create_assignment(tmp_path, ["a", "b"], 3, dict)
+    with pytest.raises(OutputError, match="not those that were assigned to its shares: b, c"):
+        load_or_create_assignment(tmp_path, ["a", "c"], 2, dict)
+    (tmp_path / SHARES / "assignment.json").write_text('{"of": 2, "jobs": {"a": 3}}')
     with pytest.raises(OutputError, match="does not say which share"):
-        dealt(tmp_path)
+        read_assignment(tmp_path)
+
+
+def test_the_assignment_of_an_earlier_lowrank_is_read(tmp_path: Path) -> None:
+    (tmp_path / SHARES).mkdir()
+    (tmp_path / SHARES / "deal.json").write_text('{"of": 2, "jobs": {"a": 2, "b": 1}}')
+    assert read_assignment(tmp_path) == (2, {"a": 2, "b": 1})
+    assert load_or_create_assignment(tmp_path, ["a", "b"], 2, lambda: pytest.fail("assigned twice")) == {"a": 2, "b": 1}
+    assert not (tmp_path / SHARES / "assignment.json").exists()
 
 
 def test_refused_together() -> None:
@@ -223,7 +232,7 @@ def test_refused_together() -> None:
         RunConfig(model={"path": "lowrank/tiny"}, output_dir="x", share="1/2", sweep={**sweep, "search": "none"})
 
 
-def test_visible_devices_are_dealt(monkeypatch: pytest.MonkeyPatch, world: Path, tmp_path: Path) -> None:
+def test_visible_devices_are_assigned(monkeypatch: pytest.MonkeyPatch, world: Path, tmp_path: Path) -> None:
     gpu = RunConfig(model={"path": "lowrank/tiny"}, data="lowrank/demo", output_dir="x")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8a,7")
@@ -268,7 +277,7 @@ def test_the_words_of_one_that_ended(tmp_path: Path) -> None:
 def test_a_job_of_a_foreign_share_writes_nowhere_else(tmp_path: Path) -> None:
     """Somebody's folder is looked at: names of its jobs are folders in it."""
     out = tmp_path / "theirs"
-    take_deal(out, ["../../outside"], 1, lambda: {"../../outside": 1})
+    load_or_create_assignment(out, ["../../outside"], 1, lambda: {"../../outside": 1})
     share = out / SHARES / "1-of-1"
     adapter = share / "../../outside" / "best"
     adapter.mkdir(parents=True)

@@ -21,7 +21,7 @@ from lowrank.objectives import cpo, dpo, kto, orpo, pretrain, reward, sft, simpo
 from lowrank.ranks import ALONE, Ranks, by_halves
 from lowrank.segments import Segment
 from lowrank.train.engine import Engine
-from lowrank.train.lanes import ManyLanes, OneLane, deal
+from lowrank.train.lanes import ManyLanes, OneLane, assign_units
 from lowrank.train.micro_batching import units
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.rollout_generator import RolloutGenerator
@@ -110,18 +110,18 @@ def test_bits_do_not_depend_on_the_number_of_ranks(world: int) -> None:
 
 
 def test_lanes_change_nothing_but_rounding() -> None:
-    whole, dealt = train_alone(1), train_alone(4)
-    assert not same(whole, dealt), "or nothing was dealt"
+    whole, divided = train_alone(1), train_alone(4)
+    assert not same(whole, divided), "or nothing was divided"
     for name, (adapter, _) in JOBS.items():
         if isinstance(adapter, AdaLoraConfig):
             continue  # which ranks it gives up turns on the last bits
         losses = [each for each in whole["numbers"][name] if isinstance(each, float)]
-        assert losses == pytest.approx([each for each in dealt["numbers"][name] if isinstance(each, float)], rel=1e-4)
-        rows, others = whole["numbers"][name][-1], dealt["numbers"][name][-1]
+        assert losses == pytest.approx([each for each in divided["numbers"][name] if isinstance(each, float)], rel=1e-4)
+        rows, others = whole["numbers"][name][-1], divided["numbers"][name][-1]
         assert rows.counts == others.counts
         assert rows.shares == pytest.approx(others.shares, rel=1e-3, abs=1e-5)
     for name in ("logprobs", "bare", "values"):
-        assert [pytest.approx(each, rel=1e-3, abs=1e-5) for each in whole["numbers"][name]] == dealt["numbers"][name]
+        assert [pytest.approx(each, rel=1e-3, abs=1e-5) for each in whole["numbers"][name]] == divided["numbers"][name]
 
 
 def test_answers_do_not_depend_on_the_number_of_ranks() -> None:
@@ -212,14 +212,14 @@ def test_nan_on_one_rank_is_everybodys() -> None:
         assert np.isnan(loss)
 
 
-def test_dealing_is_even_whole_and_repeats() -> None:
+def test_units_are_assigned_evenly_whole_and_repeatably() -> None:
     generator = random.Random(0)
     for _ in range(20):
         objective: Any = generator.choice([sft.SFTConfig(), dpo.DPOConfig()]).build()
         work = {slot: step_for(objective, generator.randrange(1000)) for slot in range(generator.randint(1, 4))}
         lanes = generator.choice([2, 4, 8])
-        lane_of = deal(work, lanes)
-        assert lane_of == deal(work, lanes)
+        lane_of = assign_units(work, lanes)
+        assert lane_of == assign_units(work, lanes)
         assert {slot: len(own) for slot, own in lane_of.items()} == {s: len(units(own)) for s, own in work.items()}
         tokens = [0] * lanes
         for slot, own in lane_of.items():

@@ -1,5 +1,5 @@
-"""Pictures on packed bases, and dealt to several processes: the bits of one process, the losses of the weights that
-were packed."""
+"""Pictures on packed bases, and divided among several processes: the bits of one process, the losses of the
+weights that were packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs dealt to shares: about the same work for each."""
+"""Assignment of whole jobs to devices or machines (shares), each with about the same work."""
 
 from __future__ import annotations
 
@@ -10,27 +10,23 @@ from lowrank.errors import ConfigError
 from lowrank.objectives import needs
 from lowrank.pipelines.memory_plan import tokens_to_train
 from lowrank.planning.simulation import read_config
+from lowrank.train.load_balancing import balance
 from lowrank.train.rollouts import worst_case_step
 
 _ANSWERING = 2.0
 """Times a token's training, what it costs to have drawn it first, roughly."""
 
 
-def deal(costs: Sequence[float], of: int) -> list[int]:
-    """The share of each, 1 is the first: the longest first, each to the share that has the least so far
-    (Graham, 1969: at most a third above the best there is)."""
-    load = [0.0] * of
-    shares = [0] * len(costs)
-    for place in sorted(range(len(costs)), key=lambda each: (-costs[each], each)):
-        least = min(range(of), key=lambda each: (load[each], each))
-        shares[place], load[least] = least + 1, load[least] + costs[place]
-    return shares
+def assign_jobs(config: RunConfig, data: Sequence[Prepared], shares: int) -> dict[str, int]:
+    """Return the share of each job by its name, from 1 to `shares`; `data` is in the order of the jobs."""
+    assigned = balance(job_costs(config, data), shares)
+    return {job.name: share + 1 for job, share in zip(config.jobs, assigned)}
 
 
-def costs_of(config: RunConfig, data: Sequence[Prepared]) -> list[float]:
-    """What each job costs, in tokens through the base: forward and backward, with the adapter's own part."""
+def job_costs(config: RunConfig, data: Sequence[Prepared]) -> list[float]:
+    """Return what each job costs, in tokens through the base: forward and backward, with the adapter's own part."""
     width = getattr(read_config(config.model), "hidden_size", None) or 0
-    return [_cost(job, own, width) for job, own in zip(config.jobs, data)]
+    return [_cost(job, prepared, width) for job, prepared in zip(config.jobs, data)]
 
 
 def _cost(job: JobConfig, data: Prepared, width: int) -> float:
@@ -45,16 +41,17 @@ def _cost(job: JobConfig, data: Prepared, width: int) -> float:
     return tokens * (1.0 + (3.0 * rank / width if width else 0.0))
 
 
-def deals_jobs(config: RunConfig, number: int) -> bool:
-    """Whether devices are given whole jobs. ConfigError for fewer jobs than devices, where that is asked for."""
-    if config.parallelism == "jobs" and len(config.jobs) < number:
+def uses_job_parallelism(config: RunConfig, devices: int) -> bool:
+    """Return whether each device trains whole jobs (true), or all devices share every step (false). ConfigError where
+    `parallelism: jobs` is set and there are fewer jobs than devices."""
+    if config.parallelism == "jobs" and len(config.jobs) < devices:
         raise ConfigError(
-            f"parallelism: jobs: there are {len(config.jobs)} jobs to deal to {number} devices; give fewer devices, or "
-            "parallelism: data"
+            f"parallelism: jobs needs at least {devices} jobs, one for each device, got {len(config.jobs)}; set fewer "
+            "devices, or parallelism: data"
         )
     if config.parallelism != "auto":
         return config.parallelism == "jobs"
     if config.base != "replicated":  # which only ranks of one run hold between them
         return False
     one_after_another = config.sweep is not None and config.sweep.sampler == "optuna"
-    return len(config.jobs) >= number and not one_after_another
+    return len(config.jobs) >= devices and not one_after_another
