@@ -4,7 +4,7 @@
 
 A step is one forward pass over a flat stream: the next token of every sequence that is answering, and pieces
 of the questions of those that are not there yet, so a long question never stands in the way of others
-(chunked prefill, arXiv:2308.16369). Sequences join and leave between steps (arXiv `Orca`, OSDI 2022).
+(chunked prefill, arXiv:2308.16369). Sequences join and leave between steps (Orca, OSDI 2022).
 
 Everything that touches the model happens in the thread that makes steps: a thread of its own after `start`,
 else whoever iterates over an answer. Other threads leave what they want in an inbox.

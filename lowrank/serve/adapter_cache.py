@@ -90,17 +90,17 @@ class AdapterCache:
         stop_tokens: frozenset[int],
         media: Media | None = None,
     ) -> Generation:
-        """Ask `name`, which comes into memory if it is not there. Refusal for an unknown name."""
+        """Ask `name`, which comes into memory if it is not there. ApiError for an unknown name."""
         with self._pinned(name):
             return self.published.submit(name, token_L, config, stop_tokens=stop_tokens, media=media)
 
     def embed(self, name: str, token_L: np.ndarray, pooling: Pooling) -> np.ndarray:
-        """A text as `name` reads it. Refusal for an unknown name."""
+        """A text as `name` reads it. ApiError for an unknown name."""
         with self._pinned(name):
             return self.published.embed(name, token_L, pooling)
 
     def publish(self, name: str, path: str) -> None:
-        """Register and load an adapter, or a new version of one. Refusal for a path outside the roots."""
+        """Register and load an adapter, or a new version of one. ApiError for a path outside the roots."""
         if name in self.always:
             raise ApiError(400, f"{name!r} is the base and cannot be replaced", param="name")
         folder = adapter_within(self.roots, path)

@@ -1,4 +1,4 @@
-"""The part of an `Engine` (engine.py) that follows from the renderers by which its models read conversations."""
+"""The part of a `ServeEngine` (engine.py) that follows from the renderers by which its models read conversations."""
 
 from __future__ import annotations
 

@@ -122,8 +122,8 @@ def open_chat_backend(
     base: str | None = None,
     compile: bool = False,
 ) -> tuple[ChatBackend, list[str]]:
-    """Whoever `path` names, and the names of those of them that `models` chooses. ConfigError for options that a .gguf
-    file does not have."""
+    """The models at `path`, and those of `model_names` among them by their full names. ConfigError for options that a
+    .gguf file does not have."""
     if not is_gguf(path):
         trained = open_inference_model(
             path, which=which, chat_template=chat_template, base=base, compile=compile, notify=notify

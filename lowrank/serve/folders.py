@@ -11,7 +11,7 @@ from lowrank.serve.api.http_errors import ApiError
 
 
 def adapter_within(roots: Sequence[Path], path: str) -> Path:
-    """The adapter folder that a client's `path` names, within the resolved `roots`. Refusal for any other."""
+    """The adapter folder that a client's `path` names, within the resolved `roots`. ApiError for any other."""
     try:
         found = [(root / path).resolve() for root in roots]
     except (OSError, ValueError, RuntimeError):

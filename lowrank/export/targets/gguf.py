@@ -287,13 +287,13 @@ class GgufTarget:
 
 
 class LlamaReader:
-    """A GGUF file in llama.cpp, as a `Reader`."""
+    """A GGUF file in llama.cpp, as an `ExportReader`."""
 
     def __init__(self, path: Path, adapters: Adapters = (), tower: Path | None = None) -> None:
         self._session = LlamaCpp(path, adapters=adapters, tower=tower)
 
     def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
-        """See `Reader`; no prefix language model is written."""
+        """See `ExportReader`; no prefix language model is written."""
         del prompt
         return _log_softmax(self._session.logits(token_L.tolist()))
 
@@ -305,7 +305,7 @@ class LlamaReader:
         return _log_softmax(logits_KV), length
 
     def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
-        """See `Reader`; ends also where llama.cpp itself would."""
+        """See `ExportReader`; ends also where llama.cpp itself would."""
         return self._session.generate(token_L.tolist(), max_new_tokens, stop_tokens)[0]
 
     def __enter__(self) -> LlamaReader:

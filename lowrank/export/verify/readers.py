@@ -1,4 +1,4 @@
-"""Models in this process as a `Reader`: a base with an adapter, or a folder that transformers loads."""
+"""Models in this process as an `ExportReader`: a base with an adapter, or a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class BankReader:
         self._processor = processor
 
     def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
-        """See `Reader`."""
+        """See `ExportReader`."""
         document = Segment(token_L, np.zeros(len(token_L), np.float32), prompt=prompt)
         segment = self.bank.prompted(self.slot, document)
         batch = pack([(self.slot, segment)]).to(self.base.device)
@@ -122,7 +122,7 @@ class BankReader:
             return self.bank.head(self.slot).logits(hidden_KD).log_softmax(-1).float().cpu().numpy()
 
     def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
-        """See `Reader`."""
+        """See `ExportReader`."""
         config = GenerationConfig(max_new_tokens=max_new_tokens)
         return generate(self.base, self.bank, [Prompt(token_L, self.slot)], config, stop_tokens=stop_tokens)[0]
 

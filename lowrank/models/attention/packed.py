@@ -36,7 +36,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], tor
 
 
 class Attending(Protocol):
-    """A stream that knows by itself what its tokens see (paged_attention.Step)."""
+    """A stream that knows by itself what its tokens see (paged.PagedBatch)."""
 
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax

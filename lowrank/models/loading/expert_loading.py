@@ -83,7 +83,7 @@ def with_packed_experts(model: Any, experts: Mapping[str, Any], found: Mapping[s
 
 
 class ExpertConverter(WeightConverter):
-    """A converter that has experts packed as they come, by `streaming.Packing`; other tensors it converts as ever."""
+    """Has experts packed as they come, by `quantize_on_load.Packing`; converts other tensors as ever."""
 
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None

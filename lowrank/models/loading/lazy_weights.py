@@ -108,7 +108,7 @@ class _UnpackedWeight(PackedWeight):
 
 
 class _WeightOfExpert(PackedWeight):
-    """The same where packed experts may take it as it is (expert_loading.OneByOne)."""
+    """The same where packed experts may take it as it is (`expert_loading.ExpertConverter`)."""
 
     def dense(self) -> torch.Tensor:
         """For whoever cannot."""

@@ -75,7 +75,7 @@ class CompletionRequest(AnswerRequest):
 
 
 def listed(given: str | list[int] | list[str] | list[list[int]], name: str) -> list[str | list[int]]:
-    """A text or its tokens, or a list of either, as a list. Refusal if there is none."""
+    """A text or its tokens, or a list of either, as a list. ApiError if there is none."""
     one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
     several: list[str | list[int]] = [given] if one else list(given)  # type: ignore[list-item]
     if not several:

@@ -34,7 +34,7 @@ class EmbeddingRequest(RequestBody):
     user: str | None = None
 
     def texts(self, limits: RequestLimits) -> list[str | np.ndarray]:
-        """One or more. Refusal if there is none, or too many."""
+        """One or more. ApiError if there is none, or too many."""
         several = listed(self.input, "input")
         if len(several) > limits.texts_per_request:
             message = f"{len(several)} texts in one request; this server reads {limits.texts_per_request}"

@@ -50,7 +50,7 @@ class Reply(Protocol):
 
 
 def refuse_many(count: int, limits: RequestLimits) -> None:
-    """Refusal for more answers than one request may have, before anything is made for them."""
+    """ApiError for more answers than one request may have, before anything is made for them."""
     if count > limits.answers_per_request:
         raise ApiError(
             400, f"{count} answers in one request; this server gives {limits.answers_per_request}", param="n"
@@ -85,7 +85,7 @@ class GenerationRequest:
         return [self.config.model_copy(update={"seed": each}) for each in seeds]
 
     def check(self, engine: ServeEngine, limits: RequestLimits) -> None:
-        """Refusal for what no engine should be asked, so that all engines refuse the same."""
+        """ApiError for what no engine should be asked, so that all engines refuse the same."""
         refuse_many(self.count, limits)
         wrong = [token for token in self.config.logit_bias if not 0 <= token < engine.vocabulary]
         if wrong:

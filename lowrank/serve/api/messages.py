@@ -32,7 +32,7 @@ _DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
 def read_messages(
     messages: Sequence[Mapping[str, Any]], engine: ServeEngine, limits: RequestLimits
 ) -> tuple[Message, ...]:
-    """Turns with their pictures. Refusal for roles that OpenAI does not know, for content that is neither text nor, in
+    """Turns with their pictures. ApiError for roles that OpenAI does not know, for content that is neither text nor, in
     a user's turn, a picture, and for pictures that this server, or its model, is not shown."""
     if len(messages) > limits.messages_per_request:
         message = f"{len(messages)} messages in one request; this server reads {limits.messages_per_request}"

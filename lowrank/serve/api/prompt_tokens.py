@@ -33,7 +33,7 @@ def tokens_of(
     *,
     framed: bool = False,
 ) -> np.ndarray:
-    """(L) The tokens of `tokens_and_media`, for engines that are shown no pictures: Refusal where there are some."""
+    """(L) The tokens of `tokens_and_media`, for engines that are shown no pictures: ApiError where there are some."""
     token_L, media = tokens_and_media(question, renderer, tokenizer, vocabulary, reach, framed=framed)
     if media is not None:
         raise ApiError(400, "messages: unsupported content image_url: this engine reads text", param="messages")
@@ -53,7 +53,7 @@ def tokens_and_media(
     pictures of a chat.
 
     `framed`: a text with all that the tokenizer puts around one; models for embeddings look at the EOS they add.
-    Refusal for tokens the model does not have, for a chat that the template refuses, and for what is surely longer
+    ApiError for tokens the model does not have, for a chat that the template refuses, and for what is surely longer
     than `reach` tokens.
     """
     if reach is not None:
@@ -75,7 +75,7 @@ def tokens_and_media(
 def refuse_too_long(
     question: Question, reach: int, count: Callable[[str], int], renderer: Renderer | None = None
 ) -> None:
-    """Refusal for what is surely longer than `reach` tokens, in time that does not grow with its length.
+    """ApiError for what is surely longer than `reach` tokens, in time that does not grow with its length.
 
     `count`: tokens of a text of some thousand characters.
     """

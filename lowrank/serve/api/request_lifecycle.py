@@ -30,7 +30,7 @@ class Admission:
         """Seconds that requests take, lately."""
 
     def take(self, count: int) -> None:
-        """Refusal 429 if that is too much at the moment."""
+        """ApiError 429 if that is too much at the moment."""
         most = self.limits.answers_at_once + self.limits.waiting
         if self.taken + count > most:
             retry = min(60, max(1, math.ceil(self._usual)))
@@ -48,7 +48,7 @@ class RequestLifecycle:
     """The answers to one request. `close` it whatever happens: what is not finished is cancelled."""
 
     def __init__(self, limits: RequestLimits, admission: Admission, count: int) -> None:
-        """Refusal 429 if `count` answers more are too many."""
+        """ApiError 429 if `count` answers more are too many."""
         admission.take(count)
         self.answers: list[PendingAnswer] = []
         self.started = time.monotonic()
@@ -70,7 +70,7 @@ class RequestLifecycle:
             answer.listen(lambda piece, index=index: self._on_chunk(index, piece))
 
     async def pieces(self) -> AsyncIterator[tuple[int, TokenChunk]]:
-        """(number of the answer, piece), until all are at their end. Raises Refusal, ClientGone."""
+        """(number of the answer, piece), until all are at their end. Raises ApiError, ClientGone."""
         while not self.complete:
             left = self.started + self._limit - time.monotonic()
             try:

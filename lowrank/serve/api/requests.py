@@ -46,7 +46,7 @@ Kind = TypeVar("Kind", bound=RequestBody)
 
 
 def parse(kind: type[Kind], raw: bytes) -> Kind:
-    """A request's body; Refusal for what is no JSON (half an emoji is none), too deep, or not as `kind` says."""
+    """A request's body; ApiError for what is no JSON (half an emoji is none), too deep, or not as `kind` says."""
     try:
         content = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -101,7 +101,7 @@ class AnswerRequest(RequestBody):
         return found + (["keep_alive"] if self.keep_alive is not None else [])
 
     def stops(self, limits: RequestLimits) -> tuple[str, ...]:
-        """Texts that end the answer. Refusal for an empty one, which would end every answer, and for very long ones."""
+        """Texts that end the answer. ApiError for an empty one, which would end any answer, and for very long ones."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         for text in stops:
             if not 0 < len(text) <= limits.stop_letters:

@@ -47,7 +47,7 @@ class Service:
         self.lanes = ThreadPools()
 
     async def read(self, kind: type[Kind], request: Request) -> Kind:
-        """The body of a request, read beside the event loop. Refusal for what is wrong with it."""
+        """The body of a request, read beside the event loop. ApiError for what is wrong with it."""
         raw = await request.body()
         return await self.lanes.run(len(raw), parse, kind, raw)
 

@@ -42,7 +42,7 @@ _SAMPLERS = ("penalties", "temperature", "top_k", "top_p", "min_p")
 
 
 class LlamaCppEngine:
-    """`Engine` (engine.py) on one file. Raises ModelError if it cannot be loaded."""
+    """`ServeEngine` (engine.py) on one file. Raises ModelError if it cannot be loaded."""
 
     name = "llama.cpp"
     picture_problem: str | None = (
@@ -117,7 +117,7 @@ class LlamaCppEngine:
             return Load(min(len(self._answers), self._max_num_seqs), max(0, len(self._answers) - self._max_num_seqs))
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
-        """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
+        """ApiError for an unknown name, a question that is too long or that the chat template refuses."""
         if name not in self._names:
             raise unknown_model(name, self._names)
         refuse_too_long(question, self._context, lambda text: len(self._tokenize(text)))

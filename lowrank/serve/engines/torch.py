@@ -31,7 +31,7 @@ from lowrank.serve.engines import EngineKind, Notify, ServingOptions
 
 
 class BankEngine(ReadsByRenderer):
-    """`Engine` (engine.py) on a `Generator`."""
+    """`ServeEngine` (engine.py) on a `Generator`."""
 
     name = "torch"
 
@@ -109,7 +109,7 @@ class BankEngine(ReadsByRenderer):
         return Load(self.generator.num_running, self.generator.num_waiting, self.generator.free_tokens)
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
-        """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
+        """ApiError for an unknown name, a question that is too long or that the chat template refuses."""
         answers: list[PendingAnswer] = []
         try:
             renderer = self._renderer_of(name)

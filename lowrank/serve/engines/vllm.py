@@ -46,7 +46,7 @@ from lowrank.serve.vllm_engine.start import Vllm, open_vllm
 
 
 class VllmEngine(ReadsByRenderer):
-    """`Engine` (engine.py) on vLLM, which has an event loop in a thread of its own here."""
+    """`ServeEngine` (engine.py) on vLLM, which has an event loop in a thread of its own here."""
 
     name = "vllm"
 
@@ -129,7 +129,7 @@ class VllmEngine(ReadsByRenderer):
             return Load(min(len(self._pending), self._max_num_seqs), max(0, len(self._pending) - self._max_num_seqs))
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
-        """Refusal for an unknown name, a question that is too long or that the chat template refuses."""
+        """ApiError for an unknown name, a question that is too long or that the chat template refuses."""
         if name != BARE and name not in self._adapters:
             raise self._unknown(name)
         renderer = self._renderer_of(name)

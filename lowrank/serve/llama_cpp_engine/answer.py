@@ -91,7 +91,7 @@ class LlamaCppAnswer:
 
 
 def checked(status: int, body: bytes) -> Any:
-    """The content of a reply. Refusal with llama.cpp's own words for anything but 200."""
+    """The content of a reply. ApiError with llama.cpp's own words for anything but 200."""
     content = json.loads(body)
     if status != 200:
         message = content.get("error", {}).get("message", body.decode("utf-8", "replace"))
