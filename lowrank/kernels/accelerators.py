@@ -53,8 +53,10 @@ def has_memory_of_its_own(device: torch.device) -> bool:
 
 
 def processor_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself, instead of emulating it."""
-    return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+    """Whether the processor multiplies bfloat16 itself, instead of emulating it. One that `ATEN_CPU_CAPABILITY` holds
+    to AVX2 does not: the instructions are AVX-512's and AMX's."""
+    held_back = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return not held_back and torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -89,7 +89,7 @@ def test_both_sides_compute_in_one_dtype(work: workload.Workload, dtype: str) ->
 
 
 def test_auto_is_what_lowrank_takes_here() -> None:
-    fast = torch.cpu._is_avx512_bf16_supported()
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     assert train_vs_trl.options_of([]).dtype == ("bfloat16" if fast else "float32")
 
 

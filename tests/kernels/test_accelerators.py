@@ -124,3 +124,11 @@ def test_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert described < 0 < counted
     assert continued < 0
     assert value_OD.isfinite().all()
+
+
+@pytest.mark.parametrize(("capability", "has"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_a_processor_held_to_avx2_has_no_bf16(monkeypatch: pytest.MonkeyPatch, capability: str, has: bool) -> None:
+    """By ATEN_CPU_CAPABILITY: torch emulates it there, dozens of times slower than float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert accelerators.processor_has_bf16() is has

@@ -22,6 +22,8 @@ if Version(transformers.__version__) < Version("5.21"):
     PADDED.add("gemma2")  # in float64, the dtype here: its softmax in float32 made a document's result depend on others
 FLOAT32_INSIDE = {"gemma2", "mpt"}
 """transformers computes their softmax in float32 whatever the model's dtype, we do not."""
+ROUTED_IN_FLOAT32 = {"deepseek_v3"}
+"""The scores of experts, which weigh their outputs."""
 
 RENAMED_BY_PEFT = {"deepseek_v3"}
 """PEFT 0.21 takes these families' `gate_proj` ... for the experts' old names, also where it means a dense layer."""
@@ -40,7 +42,7 @@ def test_trains_like_peft(family: str) -> None:
     modules = sorted({name.partition(".lora_")[0].replace(".", r"\.") for name in parameters})
     twin, own = peft_twin(twin_model, parameters, r=2, lora_alpha=8, target_modules="|".join(modules))
     optimizer = torch.optim.AdamW(own.values(), lr=1e-2, weight_decay=0.0)
-    tolerance = 1e-5 if family in FLOAT32_INSIDE else 1e-10
+    tolerance = 1e-5 if family in FLOAT32_INSIDE else 1e-7 if family in ROUTED_IN_FLOAT32 else 1e-10
     for step in range(3):
         work = {slot: random_step(10 * step + slot, [5 + slot, 9, 14, 7 + step]) for slot in slots}
         loss = plain_loss(twin, work[slots[1]])

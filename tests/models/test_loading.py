@@ -173,7 +173,7 @@ def test_dtype_is_what_was_asked_for() -> None:
     cpu = torch.device("cpu")
     for name in ("bfloat16", "float16", "float32", "float64"):
         assert choose_dtype(ModelConfig(path="x", dtype=name), cpu) == getattr(torch, name)
-    fast = torch.cpu._is_avx512_bf16_supported()
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     assert choose_dtype(ModelConfig(path="x"), cpu) == (torch.bfloat16 if fast else torch.float32)
 
 

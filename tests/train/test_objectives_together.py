@@ -181,7 +181,9 @@ def test_a_run_of_all_and_its_resumption(
 def test_only_references_that_the_steps_use_are_computed(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few steps need few; a run that goes on to more computes the others, and is what it would have been at once."""
+    """Few steps need few; a run that goes on to more computes the others, and is what it would have been at once: to
+    rounding, since what is computed together is not the same, and a row of MKL's products for AVX2 depends on how many
+    rows there are."""
     given = settings(files, tmp_path / "whole")
     given["jobs"] = [{**given["jobs"][1], "data": {**given["jobs"][1]["data"], "validation_split": 0.0, "eval": []}}]
     given |= {"eval_steps": None, "max_steps": 3}
@@ -202,7 +204,7 @@ def test_only_references_that_the_steps_use_are_computed(
     assert (
         "24 segments computed, 0 found" in reported
     )  # those of the steps before as well: full training changes the base
-    assert first + rest == whole
+    assert first + rest == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_full_parameter_job_keeps_its_reference(
