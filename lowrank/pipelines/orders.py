@@ -21,7 +21,7 @@ from lowrank.config.schema import JobSettings
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, LowrankError, OutputError, did_you_mean
 from lowrank.pipelines.job_queue import JobQueue
-from lowrank.pipelines.queued_job import HELD, OVER, PAUSED, QUEUED, QueuedJob
+from lowrank.pipelines.queued_job import FINISHED, PAUSED, QUEUED, WAITING_FOR_RUNG, QueuedJob
 from lowrank.report.events import Event, Notice, RunStarted
 from lowrank.report.progress import JobView, RunProgress
 from lowrank.report.summary import SummaryBuilder
@@ -101,7 +101,7 @@ class OrderHandler:
         (config,) = self._validated([settings])
         if values.get("from_start"):
             return self._join(QueuedJob(config, self._prepare(config), added=True))
-        if entry.state == OVER or self._queue.progress_of(entry.name).finished:
+        if entry.state == FINISHED or self._queue.progress_of(entry.name).finished:
             raise OutputError(
                 f"{entry.name} is over, so its present state is gone; clone it from its start, or add a job with "
                 f"adapter.path: {self._run.output_dir / entry.name / 'last'}"
@@ -120,8 +120,8 @@ class OrderHandler:
         clone.progress.step = self._queue.progress_of(entry.name).step
         return self._join(clone)
 
-    def enlist(self, candidate: Candidate) -> QueuedJob:
-        """A job of what a search proposes, over the run's own settings."""
+    def make_entry(self, candidate: Candidate) -> QueuedJob:
+        """Return a job of what a search proposes, over the run's own settings."""
         top = self._run.model_dump(mode="json", include={*JobSettings.model_fields}, exclude_unset=True)
         (config,) = complete_jobs({**top, "jobs": [candidate.as_entry()]}, tuple(JobSettings.model_fields), "")
         (config,) = self._validated([config])
@@ -149,7 +149,7 @@ class OrderHandler:
             raise OutputError(f"{entry.name} trains the base itself and has no slot to give away; stop the run instead")
         if entry.state == PAUSED:
             raise OutputError(f"{entry.name} is paused already")
-        if entry.state == HELD:
+        if entry.state == WAITING_FOR_RUNG:
             raise OutputError(f"{entry.name} takes no steps: the search waits for other candidates")
         self._queue.pause(entry.name)
         return f"{entry.name} is paused after step {entry.progress.step}; its slot is free"
@@ -281,10 +281,10 @@ class StateFile:
 
     def _job(self, view: JobView, now: float) -> dict[str, Any]:
         entry = self._queue.entries[view.name]
-        held = entry.state == HELD and view.state == QUEUED
+        held = entry.state == WAITING_FOR_RUNG and view.state == QUEUED
         return {
             "name": view.name,
-            "state": HELD if held else view.state,
+            "state": WAITING_FOR_RUNG if held else view.state,
             "step": view.step,
             "num_steps": view.started.num_steps,
             "loss": _finite(view.loss),

@@ -1,4 +1,4 @@
-"""One job of a run, wherever it is: in a slot, waiting for one, paused, or over; and how a checkpoint has it."""
+"""One job of a run, in a slot, waiting for one, paused, or finished; and its entry in a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from lowrank.config import JobConfig
 from lowrank.data.prepare import Prepared
 from lowrank.train.job import JobProgress
 
-RUNNING, QUEUED, PAUSED, HELD, OVER = "running", "queued", "paused", "held", "over"
-"""Where a job of a run is. HELD: a search waits for others before it decides."""
+RUNNING, QUEUED, PAUSED, WAITING_FOR_RUNG, FINISHED = "running", "queued", "paused", "held", "over"
+"""States of a job, as checkpoints and `lowrank jobs` write them. WAITING_FOR_RUNG: a search decides about the job when
+other candidates have reached the same rung (search/halving.py)."""
 
 
 @dataclass
 class QueuedJob:
-    """One job of the run."""
+    """A job of the run, its data and its state."""
 
     config: JobConfig
     data: Prepared
     state: str = QUEUED
     priority: int = 0
-    """Of those that wait the highest is given a slot first, and a lower one that runs gives way to it."""
+    """The waiting job of highest priority is given a slot first, and preempts a running job of lower priority."""
     turn: int = 0
-    """Of equal priority the lowest is first."""
+    """Order among jobs of equal priority, the lowest first."""
     progress: JobProgress = field(default_factory=JobProgress)
-    """While it has no slot; one that has one is asked itself."""
+    """Last known progress while the job has no slot; while it has one, read `Job.progress`."""
     num_trainable: int = 0
     added: bool = False
-    """By an order or a search: it is not in the run's settings."""
+    """Whether a live command or a search has added the job, which the run's settings do not have."""
     changed: bool = False
-    """By an order: its settings are not those of the run's."""
+    """Whether a live command has changed the job's settings, so that the run's do not have them."""
 
     @property
     def name(self) -> str:
-        """The job's, which no other job of the run has."""
+        """The job's name, which is unique in the run."""
         return self.config.name
 
-    def kept(self, slot: int | None) -> dict[str, Any]:
-        """Plain JSON, for a checkpoint. `slot`: which it has; None: it has none."""
+    def to_json(self, slot: int | None) -> dict[str, Any]:
+        """Return the job's entry in a checkpoint, as plain JSON. `slot`: the job's slot, None if it has none."""
         return {
             "state": self.state,
             "priority": self.priority,
@@ -53,7 +54,7 @@ class QueuedJob:
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
-        """Take back what `kept` gave, but for slot and settings."""
+        """Restore all but slot and settings from `kept`, what `to_json` has returned."""
         self.state, self.priority, self.turn = kept["state"], kept["priority"], kept["turn"]
         self.progress, self.num_trainable = JobProgress(**kept["progress"]), kept["num_trainable"]
         self.added, self.changed = kept["added"], not kept["added"] and kept["settings"] is not None

@@ -1,4 +1,4 @@
-"""Jobs into their slots and out of them: everything that is between a job's settings and its place in the loop."""
+"""Slot allocation: everything between a job's settings and its place in the loop, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from lowrank.train.rollout_generator import RolloutGenerator
 
 
 class SlotAllocator:
-    """The slots of one engine. Data, settings and slot numbers are given in the order of the jobs."""
+    """Gives jobs the slots of one engine and frees them. Lists of data, settings and slots are in the order of the
+    jobs."""
 
     def __init__(self, engine: Engine, run: RunConfig, tokenizer: Any, report: Callable[[Event], None]) -> None:
         self.engine, self._run, self._tokenizer, self._report = engine, run, tokenizer, report
@@ -31,18 +32,18 @@ class SlotAllocator:
             engine.base, engine.bank, engine.lanes, notify=lambda text: report(Notice(text, level="warning"))
         )
 
-    def take(
+    def allocate(
         self, configs: Sequence[JobConfig], data: Sequence[Prepared], slots: Sequence[int | None] | None = None
     ) -> list[Job]:
-        """Jobs at their beginning, each in a slot: the one it had (`slots`, where a run goes on), or the first that is
-        free. Raises what lowrank.errors has for adapters and data that do not fit the base."""
+        """Put jobs at their beginning into slots: those in `slots`, where a run is resumed, else the first free ones.
+        Return them in the given order. LowrankError for adapters and data that do not fit the base; then no slot has
+        changed."""
         engine, before = self.engine, set(self.engine.bank.slots)
         engine.shares_prompts = engine.shares_prompts or may_share_prompts(engine.base, configs)
-        places = slots or [None] * len(configs)
         try:
             jobs = [
-                start_job(engine, config, own, self._run, self._report, slot)
-                for config, own, slot in zip(configs, data, places)
+                start_job(engine, config, prepared, self._run, self._report, slot)
+                for config, prepared, slot in zip(configs, data, slots or [None] * len(configs))
             ]
             name_unreached(engine, jobs, self._report)
             set_up_rollouts(engine, jobs, data, configs, self._tokenizer, self._answering)
@@ -55,16 +56,16 @@ class SlotAllocator:
             raise
         return jobs
 
-    def leave(self, job: Job) -> None:
+    def release(self, job: Job) -> None:
         """Free a job's slot, and the memory of its adapter and optimizer."""
-        assert job.slot != BARE_BASE, "the base's own parameters leave with the base"
+        assert job.slot != BARE_BASE, "the base's own parameters have no slot to free"
         self.engine.remove(job.slot)
         self.engine.bank.remove(job.slot)
         if job.rollouts is not None and job.rollouts.reward_slot is not None:
             self.engine.bank.remove(job.rollouts.reward_slot)
 
     def num_trainable(self, job: Job) -> int:
-        """Trainable numbers of a job that has a slot."""
+        """Return the number of trainable parameters of a job that has a slot."""
         return sum(each.numel() for each in self.engine.jobs[job.slot].parameters.values())
 
 
@@ -78,7 +79,7 @@ def job_started(
     state: str = "running",
     pictures: bool = False,
 ) -> JobStarted:
-    """What people are told of a job."""
+    """Return the event that describes a job."""
     of_base = {"full": "all parameters", "freeze": "some layers"}
     what = of_base.get(config.tuning) or config.adapter.title
     return JobStarted(

@@ -146,7 +146,7 @@ def train(
         save_every = steps_of(config.save_steps, max(job.num_steps for job in started))
         loop = Loop(engine, queue, checkpointer, report, save_every=save_every, tick=tick, stopping=stopping)
         if sweep is not None:
-            queue.decided = lambda: record_sweep(sweep, folder.path)
+            queue.on_decision = lambda: record_sweep(sweep, folder.path)
         with explain_out_of_memory("training"):
             done = loop.run()
         _describe_feature_cache(base, report)
@@ -306,7 +306,7 @@ def _take_orders(
         watch.look(tick)
         handler.carry_out(tick)
 
-    queue.before_step, queue.enlist = before_step, handler.enlist
+    queue.before_step, queue.make_entry = before_step, handler.make_entry
     report.watching.append(watching)
     stack.callback(_close, watching)
 

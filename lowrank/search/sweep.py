@@ -38,7 +38,7 @@ class Trial:
 
 
 class Sweep:
-    """What `JobQueue` asks (pipelines/job_queue.py), for the candidates of one sweep."""
+    """The `Search` of a job queue (pipelines/job_queue.py), for the candidates of one sweep."""
 
     def __init__(
         self, settings: SweepConfig, candidates: Sequence[Candidate], metric: str, warmup: float = 0.0
@@ -53,16 +53,17 @@ class Sweep:
         self._halving.alive = list(self.trials)
         self.sampler = OptunaSampler(settings) if settings.sampler == "optuna" else None
 
-    def begin(self, job: Job) -> None:
-        """A candidate has a slot: it is evaluated at the rungs, and its rows are compared."""
+    def on_started(self, job: Job) -> None:
+        """See Search. A candidate is evaluated at the rungs, and the losses of its held-out rows are kept."""
         trial = self.trials.get(job.name)
         if trial is not None:
             trial.num_steps = job.num_steps
             job.eval_at = frozenset(rung_steps(self.shares, job.num_steps))
             job.compares_rows = True
 
-    def judge(self, evaluated: Sequence[Job]) -> Mapping[str, str]:
-        """Candidates were evaluated; what becomes of those that stand at a rung, and of others that waited for them."""
+    def on_evaluated(self, evaluated: Sequence[Job]) -> Mapping[str, str]:
+        """See Search. Returns new states for candidates that have reached a rung, and for others that waited for
+        them."""
         at: dict[int, dict[str, float]] = {}
         for job in evaluated:
             trial = self.trials.get(job.name)
@@ -80,8 +81,8 @@ class Sweep:
             decided |= self._halving.arrived(rung, values)
         return self._noted(decided)
 
-    def over(self, job: Job) -> Mapping[str, str]:
-        """A job has ended; what becomes of others by that."""
+    def on_finished(self, job: Job) -> Mapping[str, str]:
+        """See Search."""
         trial = self.trials.get(job.name)
         if trial is None:
             return {}
@@ -90,16 +91,16 @@ class Sweep:
             trial.finished = job.progress.finished or "done"
         return self._noted(self._halving.left(job.name))
 
-    def lost(self, name: str, reason: str) -> Mapping[str, str]:
-        """A candidate could not begin ("failed") or was not let ("stopped"); what becomes of others by that."""
+    def on_failed(self, name: str, reason: str) -> Mapping[str, str]:
+        """See Search."""
         if name not in self.trials:
             return {}
         self.trials[name].finished = reason
         return self._noted(self._halving.left(name))
 
     def propose(self) -> Candidate | None:
-        """One candidate more, drawn by what is known of those before; None if there are enough, or all were drawn at
-        the beginning."""
+        """See Search. The candidate is drawn by the results so far; None if there are enough, or all were drawn at the
+        beginning."""
         if self.sampler is None or len(self.trials) >= num_trials(self.settings):
             return None
         candidate = self.sampler.propose(len(self.trials), list(self.trials.values()))

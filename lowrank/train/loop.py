@@ -41,52 +41,52 @@ class CheckpointWriter(Protocol):
 
 
 class JobScheduler(Protocol):
-    """Who gives jobs their slots and takes them back (pipelines/job_queue.py)."""
+    """Gives jobs their slots and takes them back (pipelines/job_queue.py)."""
 
     jobs: list[Job]
-    """Those that have a slot."""
+    """The jobs that have a slot."""
 
     def between_steps(self, tick: int) -> Sequence[Job]:
-        """Before step `tick + 1`: `jobs` may change; those that were given a slot."""
+        """Called before step `tick + 1`. May change `jobs`; returns those that were given a slot."""
         ...
 
-    def judge(self, evaluated: Sequence[Job]) -> None:
-        """Their held-out rows were evaluated; some of them may be over now."""
+    def on_evaluated(self, evaluated: Sequence[Job]) -> None:
+        """Called when jobs were evaluated on their held-out rows; some of them may have ended afterwards."""
         ...
 
-    def waits(self) -> bool:
-        """Whether a job may come though none has a slot."""
+    def has_pending(self) -> bool:
+        """Return whether a job without a slot may be given one later."""
         ...
 
     def unfinished(self) -> Sequence[tuple[str, int]]:
-        """Name and step of jobs without a slot that are not over."""
+        """Return name and step of each job without a slot that has not ended."""
         ...
 
 
 class FixedJobs:
-    """A queue in which nobody waits: all jobs have their slots from the beginning."""
+    """A scheduler of jobs that have their slots from beginning to end."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = list(jobs)
 
     def between_steps(self, tick: int) -> Sequence[Job]:
-        """Nobody comes."""
+        """See JobScheduler."""
         return ()
 
-    def judge(self, evaluated: Sequence[Job]) -> None:
-        """Nobody is compared."""
+    def on_evaluated(self, evaluated: Sequence[Job]) -> None:
+        """See JobScheduler."""
 
-    def waits(self) -> bool:
-        """Nobody waits."""
+    def has_pending(self) -> bool:
+        """See JobScheduler."""
         return False
 
     def unfinished(self) -> Sequence[tuple[str, int]]:
-        """None."""
+        """See JobScheduler."""
         return ()
 
 
 IDLE_SECONDS = 0.2
-"""Between two looks for orders while every job is paused."""
+"""Between two looks for live commands while every job is paused."""
 
 
 class Loop:
@@ -132,9 +132,9 @@ class Loop:
                 self._step(active)
                 evaluated = [job for job in active if job.evaluates_now()]
                 self._evaluate(evaluated, active)
-                self.queue.judge(evaluated)
+                self.queue.on_evaluated(evaluated)
                 self._finish([job for job in active if not job.active])
-                going_on = any(job.active for job in active) or self.queue.waits()
+                going_on = any(job.active for job in active) or self.queue.has_pending()
                 if self.save_every and self.tick % self.save_every == 0 and going_on:
                     self._save()
             waiting = self.queue.unfinished()
@@ -158,7 +158,7 @@ class Loop:
         owing = [job for job in due if job.progress.owes_evaluation]
         self._evaluate(due)
         if owing:
-            self.queue.judge(owing)
+            self.queue.on_evaluated(owing)
             self._finish([job for job in owing if not job.active])
 
     def _next(self) -> list[Job] | None:
@@ -166,7 +166,7 @@ class Loop:
         came = self.queue.between_steps(self.tick)
         self._evaluate([job for job in came if job.evaluates_at_the_start()])
         active = [job for job in self.jobs if job.active]
-        return active if active or self.queue.waits() else None
+        return active if active or self.queue.has_pending() else None
 
     def _notify(self, event: Event) -> None:
         self._reporting = True

@@ -69,6 +69,6 @@ def test_one_that_cannot_begin_decides_about_those_that_waited_and_that_is_noted
     state = sweep.state()
     state["halving"]["results"] = [{first: 2.0, second: 1.0}]
     sweep.load_state(state)
-    assert sweep.lost("a job that is no candidate", "failed") == {}
-    assert sweep.lost(third, "failed") == {first: PRUNE, second: GO}
+    assert sweep.on_failed("a job that is no candidate", "failed") == {}
+    assert sweep.on_failed(third, "failed") == {first: PRUNE, second: GO}
     assert [trial.finished for trial in sweep.trials.values()] == ["pruned", None, "failed"]
