@@ -21,7 +21,7 @@ from lowrank.config import RunConfig
 from lowrank.data.prepare import Prepared
 from lowrank.models.layer_wrappers import saved_wrapper
 from lowrank.pipelines import memory_plan
-from lowrank.planning.memory import PlannedPictures, StepBytes
+from lowrank.planning.memory import PlannedMedia, StepBytes
 from lowrank.planning.plan import MemoryPlan
 from lowrank.planning.simulation import read_config
 
@@ -44,9 +44,7 @@ def once_for_each_kind(folder: str | Path) -> Callable[[RunConfig, Sequence[Prep
             memory_plan.planned_jobs(config, data)
             saved = json.loads(file.read_text())
             step, pictures = saved.pop("step"), saved.pop("pictures", None)
-            return None, MemoryPlan(
-                StepBytes(**step), pictures=PlannedPictures(**pictures) if pictures else None, **saved
-            )
+            return None, MemoryPlan(StepBytes(**step), pictures=PlannedMedia(**pictures) if pictures else None, **saved)
         found = plan(config, data)
         if not isinstance(found, Exception) and found[1].fits:
             saved = found[1].as_dict()

@@ -58,14 +58,14 @@ answers = [[question, {{"role": "assistant", "content": text}}] for text in ("3"
 print(judge.rewards(answers))  # a number for each answer; higher is better"""
 
 
-def pipeline_tag(sees: bool, *, judges: bool = False) -> str:
-    """The hub's name for what a model is for. `sees`: can be asked about pictures. `judges`: is a reward model."""
+def pipeline_tag(supports_images: bool, *, judges: bool = False) -> str:
+    """The hub's name for what a model is for."""
     if judges:
         return "text-classification"
-    return "image-text-to-text" if sees else "text-generation"
+    return "image-text-to-text" if supports_images else "text-generation"
 
 
-def picture_code(processor: str) -> str:
+def image_code(processor: str) -> str:
     """Python that asks `model` about a picture; `processor`: where that of its base lies."""
     return _ABOUT_A_PICTURE.format(base=processor)
 
@@ -76,10 +76,10 @@ def reward_code(path: str) -> str:
 
 
 def loading_code(config: AdapterConfig, base: str, adapter: str, described: BaseDescription) -> str:
-    """Python that loads the adapter with the library whose files it has, and asks about a picture where the base sees.
-    `base`: where that lies for whoever reads it."""
+    """Python that loads the adapter with the library whose files it has, and asks about a picture where the base takes
+    them. `base`: where that lies for whoever reads it."""
     code = _ADAPTERHUB if isinstance(config, BottleneckSettings) else _PEFT
-    more = picture_code(base) if described.sees else ""
+    more = image_code(base) if described.supports_images else ""
     return code.format(base=base, adapter=adapter, auto_class=described.auto_class) + more
 
 
@@ -97,7 +97,7 @@ def model_card(
     base_name = base.name
     on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
     library = "adapter-transformers" if isinstance(config, BottleneckSettings) else "peft"
-    front = {"library_name": library, "pipeline_tag": pipeline_tag(base.sees, judges=judges)}
+    front = {"library_name": library, "pipeline_tag": pipeline_tag(base.supports_images, judges=judges)}
     if on_hub:  # the hub refuses a card whose base_model is a path
         front["base_model"] = base_name
     tags = [config.peft.type.lower(), "lowrank", *(["reward-model"] if judges else [])]

@@ -48,7 +48,7 @@ class BaseDescription:
     """transformers' class that loads it."""
     outside: frozenset[str] = frozenset()
     """Modules of its towers and projectors, where it is more than a language model."""
-    sees: bool = False
+    supports_images: bool = False
     """It can be shown pictures."""
 
 
@@ -65,11 +65,14 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
     config = getattr(model, "config", None)
     auto_class = BaseDescription.auto_class if config is None else model_class(config).__name__
     experts = tuple(fused_parameters(model))
-    outside, sees = frozenset[str](), False
+    outside, supports_images = frozenset[str](), False
     if config is not None and is_composite(config):
-        parts, sees = Parts(model), getattr(config, "vision_config", None) is not None and _has_processor(name)
+        parts = Parts(model)
+        supports_images = getattr(config, "vision_config", None) is not None and _has_processor(name)
         outside = frozenset(filter(parts.is_outside, names))
-    return BaseDescription(name, revision, tuple(names), frozenset(transposed), experts, auto_class, outside, sees)
+    return BaseDescription(
+        name, revision, tuple(names), frozenset(transposed), experts, auto_class, outside, supports_images
+    )
 
 
 def _has_processor(base: str) -> bool:

@@ -168,7 +168,7 @@ def _together(faster: float) -> str:
 def _show(chosen: MemoryPlan, found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from lowrank.planning.plan import describe_activation_checkpointing, describe_pictures
+    from lowrank.planning.plan import describe_activation_checkpointing, describe_planned_media
     from lowrank.report.formatting import gigabytes, rough_duration
     from lowrank.terminal import Console
 
@@ -191,7 +191,7 @@ def _show(chosen: MemoryPlan, found: dict[str, Any]) -> None:
         f"{chosen.activation_checkpointing} ({describe_activation_checkpointing(chosen.activation_checkpointing)})"
     )
     if chosen.pictures is not None:
-        console.print(f"Pictures     {describe_pictures(chosen.pictures)}")
+        console.print(f"Pictures     {describe_planned_media(chosen.pictures)}")
     if "longest_document_tokens" in found:
         console.print(
             f"Would fit    forward passes of {found['largest_micro_batch_tokens']:,} tokens; documents of "

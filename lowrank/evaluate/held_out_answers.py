@@ -53,13 +53,13 @@ def answers_of(
     samples: int | None,
     max_new_tokens: int,
     reach: int | None,
-    picture_problem: str | None = None,
+    image_problem: str | None = None,
 ) -> HeldOutAnswers:
     """Questions from `samples` of the held-out `segments`, evenly spread over them; None: from all.
 
     Of pairs and rated answers those that are wanted. Left out, and counted, are answers that were cut at
     data.max_length, prompts that leave the model (`reach`: its positions) no room, and those with media that it is not
-    asked about (`picture_problem`: why it is not about pictures). DataError if none is left.
+    asked about (`image_problem`: why it is not about pictures). DataError if none is left.
     """
     wanted = [segment for segment in segments if segment.role in (PLAIN, CHOSEN)]
     questions, cut, too_long, unseen = [], 0, 0, Counter[str]()
@@ -69,7 +69,7 @@ def answers_of(
             cut += 1
         elif reach is not None and start >= reach:
             too_long += 1
-        elif reason := _why_unseen(segment.media, picture_problem):
+        elif reason := _why_unseen(segment.media, image_problem):
             unseen[reason] += 1
         else:
             media = segment.media and segment.media.between(0, start)
@@ -133,12 +133,12 @@ def _submit(generator: Generator, slot: int, held_out: HeldOutAnswers) -> Iterat
         yield generator.submit(Prompt(token_L, slot, media), config, stop_tokens=held_out.stop_tokens)
 
 
-def _why_unseen(media: Media | None, picture_problem: str | None) -> str | None:
+def _why_unseen(media: Media | None, image_problem: str | None) -> str | None:
     """Why nobody is asked about these media while training; None: nothing stands against it."""
     if media is None:
         return None
     other = next((KIND_NAMES[each.kind] for each in media.items if not isinstance(each, Picture)), None)
-    return picture_problem if other is None else f"{other} are only trained on so far"
+    return image_problem if other is None else f"{other} are only trained on so far"
 
 
 def _spread(segments: Sequence[Segment], number: int | None) -> list[Segment]:

@@ -87,7 +87,7 @@ class ExportReader(Protocol):
 
 
 @dataclass(frozen=True)
-class PictureQuestion:
+class ImageQuestion:
     """A question about a picture, and its answer."""
 
     before_L: np.ndarray
@@ -103,10 +103,10 @@ class PictureQuestion:
 
 
 @runtime_checkable
-class SeesPictures(Protocol):
-    """A `ExportReader` that can be shown pictures."""
+class ImageReader(Protocol):
+    """An `ExportReader` that also takes pictures."""
 
-    def look(self, question: PictureQuestion) -> tuple[np.ndarray, int]:
+    def image_logprobs(self, question: ImageQuestion) -> tuple[np.ndarray, int]:
         """Log-probabilities after each of the last `rows` tokens, (rows, V) float32; and how many tokens stand for the
         picture here."""
         ...
@@ -125,10 +125,10 @@ class ReadBack:
     """What it was rounded from: its distributions may not be further from this one's than `tolerance` says either."""
     temporary: tuple[Path, ...] = ()
     """Files that are there for the comparison only."""
-    sees: bool = False
-    """It is asked about a picture: its reader is one that `SeesPictures`."""
-    reads: bool = True
-    """It is asked the documents. False: it is there for pictures alone."""
+    compares_images: bool = False
+    """It is compared on a picture as well: its reader is an `ImageReader`."""
+    compares_text: bool = True
+    """It is compared on the documents. False: it is there for pictures alone."""
 
 
 class ExportProgress(Protocol):

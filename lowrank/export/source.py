@@ -48,10 +48,10 @@ class Source:
     """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""
 
     @property
-    def sees(self) -> bool:
+    def supports_images(self) -> bool:
         """Whether the base can be shown pictures, so that what is written is asked about one too."""
         processor = processor_of(self.tokenizer)
-        return processor is not None and processor.sees
+        return processor is not None and processor.supports_images
 
     @property
     def hub_base(self) -> str | None:

@@ -51,12 +51,12 @@ class RequestAdmission:
             raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
         return sequence
 
-    def picture_problem(self, fixed: bool) -> str | None:
+    def image_problem(self, fixed: bool) -> str | None:
         """Why nobody can be asked about pictures, in words; None: all is well. `fixed`: in a fixed batch."""
         if self.base.media_encoder is None:
             return "it was loaded to read text alone"
         fixed = fixed or self.base.media_encoder.in_fixed_batches
-        return transformers_fallback.picture_problem(self.base) if fixed else None
+        return transformers_fallback.image_problem(self.base) if fixed else None
 
     def _refuse_media(self, prompt: Prompt, fixed: bool) -> None:
         """RequestError where the pictures of a prompt cannot be shown."""
@@ -65,7 +65,7 @@ class RequestAdmission:
         other = next((KIND_NAMES[each.kind] for each in prompt.media.items if not isinstance(each, Picture)), None)
         if other is not None:
             raise RequestError(f"{self.base.name} is not asked about {other} here: they are only trained on so far")
-        reason = self.picture_problem(fixed)
+        reason = self.image_problem(fixed)
         if reason is not None:
             raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")
 

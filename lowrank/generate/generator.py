@@ -154,9 +154,9 @@ class Generator:
         return self.schedule.block_manager.available * self.schedule.block_manager.page_size
 
     @property
-    def picture_problem(self) -> str | None:
+    def image_problem(self) -> str | None:
         """Why nobody can be asked about pictures here, in words; None: all is well."""
-        return self._admission.picture_problem(fixed=self.notice is not None)
+        return self._admission.image_problem(fixed=self.notice is not None)
 
     # -- a thread of its own
 

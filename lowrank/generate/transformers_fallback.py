@@ -56,7 +56,7 @@ class _AllOver(StoppingCriteria):
         return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
 
 
-def picture_problem(base: Base) -> str | None:
+def image_problem(base: Base) -> str | None:
     """Why transformers' `generate` cannot be given what a tower made of pictures, in words; None: it can."""
     if _FEATURES in inspect.signature(base.writer.forward).parameters:
         return None

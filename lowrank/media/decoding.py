@@ -37,7 +37,7 @@ _FEW_PIXELS = 64
 _MOVING = ("GIF", "WEBP", "PNG")
 
 
-class BadPicture(BadMedium):
+class BadImage(BadMedium):
     """A file that is no picture to learn from."""
 
     one = "a picture"
@@ -51,25 +51,25 @@ def examine(
     formats: Sequence[str] = FORMATS,
     most_pixels: int = MOST_PIXELS,
 ) -> Picture:
-    """The picture in these bytes, from its header alone. BadPicture for what is none of `formats`, is cut off, promises
+    """The picture in these bytes, from its header alone. BadImage for what is none of `formats`, is cut off, promises
     more than `most_pixels`, or is thinner than any processor takes. `path`: of the file they are from, which is read
     again when it is needed; None: they are kept."""
-    check_size(data, name, MOST_BYTES, BadPicture)
+    check_size(data, name, MOST_BYTES, BadImage)
     with _opened(data, name, formats, most_pixels) as image:
         width, height = _upright_size(image)
         if width * height > most_pixels:
-            raise BadPicture(
+            raise BadImage(
                 "a picture too large",
                 f"{name} says it has {width:,} x {height:,} pixels, {most_pixels:,} in all at most; make it smaller",
             )
         if min(width, height) < 1 or is_thin(width, height):
-            raise BadPicture(
+            raise BadImage(
                 "a picture too thin",
                 f"{name} has {width:,} x {height:,} pixels; one side may be {MAX_RATIO} times the other at most; cut "
                 "it in pieces, or leave it out",
             )
         if is_cut_off(data, image):
-            raise BadPicture(
+            raise BadImage(
                 "a broken picture", f"{name} is cut off: the end of its {image.format} is missing; get it again"
             )
         notes = _peculiarities(image)
@@ -77,14 +77,14 @@ def examine(
 
 
 def read_file(path: Path, name: str) -> bytes:
-    """The bytes of a picture's file. BadPicture for what is none."""
-    return read_medium(path, name, MOST_BYTES, BadPicture)
+    """The bytes of a picture's file. BadImage for what is none."""
+    return read_medium(path, name, MOST_BYTES, BadImage)
 
 
 def decoded(picture: Picture, size: tuple[int, int] | None = None) -> Image:
-    """The picture as it is looked at, RGB, made larger or smaller to `size` (width, height). BadPicture where its file
+    """The picture as it is looked at, RGB, made larger or smaller to `size` (width, height). BadImage where its file
     has gone, changed, or cannot be decoded."""
-    with _opened(bytes_of(picture, MOST_BYTES, BadPicture), picture.name) as image:
+    with _opened(bytes_of(picture, MOST_BYTES, BadImage), picture.name) as image:
         image = _as_rgb(_decoded(image, picture.name))
     if size is not None and image.size != size:
         image = image.resize(size)
@@ -146,14 +146,14 @@ def _opened(
     except Image.DecompressionBombError as error:
         counted = re.search(r"\d+", str(error))  # how many, by Pillow
         many = f"{int(counted[0]):,}" if counted else "far more"
-        raise BadPicture(
+        raise BadImage(
             "a picture too large", f"{name} says it has {many} pixels, {most_pixels:,} in all at most; make it smaller"
         ) from error
     except UnidentifiedImageError as error:
         known = ", ".join(formats)
-        raise BadPicture("not a picture", f"{name} is none of {known} ({beginning_of(data)})") from error
+        raise BadImage("not a picture", f"{name} is none of {known} ({beginning_of(data)})") from error
     except Exception as error:  # Pillow's readers raise what they like at what they were not made for
-        raise BadPicture("a broken picture", f"{name}: {text_of(error)}") from error
+        raise BadImage("a broken picture", f"{name}: {text_of(error)}") from error
     with image:
         yield image
 
@@ -166,7 +166,7 @@ def _decoded(image: Image, name: str) -> Image:
         upright: Any = ImageOps.exif_transpose(image) if _turned(image) else image
         return upright
     except Exception as error:
-        raise BadPicture("a broken picture", f"{name} cannot be decoded: {text_of(error)}") from error
+        raise BadImage("a broken picture", f"{name} cannot be decoded: {text_of(error)}") from error
 
 
 def _as_rgb(image: Image) -> Image:

@@ -75,7 +75,7 @@ class MediaProcessor:
         self.kinds = tuple(each for each in self.kinds if each != kind)
 
     @property
-    def sees(self) -> bool:
+    def supports_images(self) -> bool:
         """Whether the model can be shown pictures."""
         return "image" in self.kinds
 

@@ -24,7 +24,7 @@ from lowrank.export.gguf.llama_cpp import OtherVersionError
 from lowrank.export.publish.model_card import card
 from lowrank.export.source import Source
 from lowrank.export.verify.compare import Comparer, Comparison, ReferenceLogprobs, reference_answers
-from lowrank.export.verify.pictures import PictureAnswer, compare_pictures, picture_answer
+from lowrank.export.verify.images import ImageAnswer, compare_images, reference_image_answer
 from lowrank.export.verify.readers import NO_TOWER, read_adapter
 from lowrank.export.writing.sizes import format_size
 from lowrank.notices import log_notice
@@ -80,13 +80,13 @@ def export_targets(
                     install.make()
         built = [each for each in built if each.own.type not in failures.errors]
         failures.raise_if_none_is_left()
-        answers, seen = None, None
+        answers, image_answer = None, None
         if verify:
-            answers, seen = _reference_answers(found, source, prompts, notify, watch)
+            answers, image_answer = _reference_answers(found, source, prompts, notify, watch)
         comparer = None if answers is None else Comparer(answers, source.stop_tokens)
         for each in built:
             with failures.of(each.own.type):
-                reported = _export_target(each, source, comparer, seen, watch)
+                reported = _export_target(each, source, comparer, image_answer, watch)
                 result["targets"][each.own.type] = reported
                 notify(
                     f"{each.own.type}: written in {reported['seconds']:.0f} s, {format_size(reported['bytes'])}; "
@@ -128,7 +128,11 @@ def _verdict(passed: bool | None) -> str:
 
 
 def _export_target(
-    checked: CheckedTarget, source: Source, comparer: Comparer | None, seen: PictureAnswer | str | None, watch: Watch
+    checked: CheckedTarget,
+    source: Source,
+    comparer: Comparer | None,
+    image_answer: ImageAnswer | str | None,
+    watch: Watch,
 ) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
     own, target, needs = checked.own, checked.target, checked.needs
@@ -145,13 +149,13 @@ def _export_target(
         for read_back in read_backs if comparer else ():
             assert comparer is not None
             try:
-                for found in _compared(read_back, comparer, seen, watch):
+                for found in _compared(read_back, comparer, image_answer, watch):
                     if isinstance(found, str):
                         uncompared.append(found)
                     else:
                         comparisons.append(found)
             except LowrankError as error:
-                if not read_back.reads and isinstance(error, OtherVersionError):
+                if not read_back.compares_text and isinstance(error, OtherVersionError):
                     uncompared.append(f"{read_back.name} was not compared with a picture: {error}")
                 elif len(read_backs) == 1 and not comparisons:
                     raise
@@ -212,23 +216,23 @@ def _bring_value_head(source: Source, folder: Path) -> tuple[str, ...]:
 
 
 def _compared(
-    read_back: ReadBack, comparer: Comparer, seen: PictureAnswer | str | None, watch: Watch
+    read_back: ReadBack, comparer: Comparer, image_answer: ImageAnswer | str | None, watch: Watch
 ) -> Iterator[Comparison | str]:
     """What was written, opened once and asked all there is to ask; in words what it could not be asked."""
     what = f"comparing {read_back.name}"
-    blind = f"{read_back.name} was not compared with a picture: {seen}"
-    if not read_back.reads and not isinstance(seen, PictureAnswer):
-        yield blind
+    skip_note = f"{read_back.name} was not compared with a picture: {image_answer}"
+    if not read_back.compares_text and not isinstance(image_answer, ImageAnswer):
+        yield skip_note
         return
     comparer.prepare(read_back)
     with read_back.open() as reader:
-        if read_back.reads:
+        if read_back.compares_text:
             yield comparer.compare(read_back, reader, lambda a, b: watch(what, a, b))
-        if read_back.sees and isinstance(seen, PictureAnswer):
+        if read_back.compares_images and isinstance(image_answer, ImageAnswer):
             watch(what, 0, 1)
-            yield compare_pictures(read_back, reader, seen)
-        elif read_back.sees:
-            yield blind
+            yield compare_images(read_back, reader, image_answer)
+        elif read_back.compares_images:
+            yield skip_note
 
 
 def _reference_answers(
@@ -237,9 +241,9 @@ def _reference_answers(
     prompts: SourceConfig | None,
     notify: Callable[[str], None],
     watch: Watch,
-) -> tuple[ReferenceLogprobs, PictureAnswer | str]:
-    """What base + adapter says, kept for all targets; of a base that sees also to a picture, or why it cannot be asked
-    about one."""
+) -> tuple[ReferenceLogprobs, ImageAnswer | str]:
+    """What base + adapter says, kept for all targets; of a base that takes pictures also of one, or why it cannot be
+    asked about one."""
     held_out = found.held_out(prompts)
     notify(f"compared on {held_out.origin}")
     watch("asking base + adapter", 0, 1)
@@ -248,9 +252,9 @@ def _reference_answers(
         answers = reference_answers(
             reader, held_out, source.stop_tokens, vocabulary, lambda a, b: watch("asking base + adapter", a, b)
         )
-        if not source.sees:
+        if not source.supports_images:
             return answers, NO_TOWER
         try:
-            return answers, picture_answer(reader, found.renderer, source.stop_tokens)
+            return answers, reference_image_answer(reader, found.renderer, source.stop_tokens)
         except LowrankError as error:
             return answers, str(error)

@@ -20,7 +20,7 @@ from lowrank.data.chat.rendering import Renderer
 from lowrank.data.prepare import Prepared
 from lowrank.errors import ConfigError, ModelError, raise_all
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, answers_of
-from lowrank.generate.transformers_fallback import picture_problem
+from lowrank.generate.transformers_fallback import image_problem
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import shares_prompts
 from lowrank.objectives import needs
@@ -146,7 +146,7 @@ def _answers(bank: Bank, slot: int, config: JobConfig, data: Prepared) -> HeldOu
         samples=config.eval_generate_samples,
         max_new_tokens=config.eval_max_new_tokens,
         reach=bank.max_positions(slot),
-        picture_problem=picture_problem(bank.base),
+        image_problem=image_problem(bank.base),
     )
 
 

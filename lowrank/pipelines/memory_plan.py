@@ -19,7 +19,7 @@ from lowrank.planning.choose import TOKENS, choose
 from lowrank.planning.machine import Machine
 from lowrank.planning.memory import StepMemory
 from lowrank.planning.placed import STREAMED, Placed
-from lowrank.planning.plan import MARGIN, MemoryPlan, Planner, describe_pictures, one_line
+from lowrank.planning.plan import MARGIN, MemoryPlan, Planner, describe_planned_media, one_line
 from lowrank.planning.simulation import PlannedJob, read_config
 from lowrank.planning.speed import calibrate
 from lowrank.ranks import processes_here, ranks_of_a_machine
@@ -52,7 +52,7 @@ def _report_plan(
     planner, plan = found
     report(Notice(one_line(plan)))
     if plan.pictures is not None:
-        report(Notice(describe_pictures(plan.pictures)))
+        report(Notice(describe_planned_media(plan.pictures)))
     if not plan.fits:
         _warn_or_refuse(config, planner, plan, report)
     return _decided(config, plan.micro_batch_tokens, plan.activation_checkpointing), plan

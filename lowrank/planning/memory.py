@@ -21,7 +21,7 @@ from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.models.positions import positions_of
 from lowrank.planning.base_bytes import base_bytes
 from lowrank.planning.peaks import StepTrace
-from lowrank.planning.pictures import KnownPictures
+from lowrank.planning.pictures import MediaTraceCache
 from lowrank.planning.placed import Placed
 from lowrank.planning.simulation import (
     Heaviest,
@@ -70,7 +70,7 @@ class StepBytes:
 
 
 @dataclass(frozen=True)
-class PlannedPictures:
+class PlannedMedia:
     """What pictures, videos and sounds take of a run's heaviest forward pass."""
 
     number: int
@@ -101,7 +101,7 @@ class StepMemory:
         self.parts = base_bytes(model, self.config)
         self.processor = _processor_for(model, self.jobs)
         """Of the pictures in the jobs' steps; None where there are none."""
-        self._pictures = KnownPictures()
+        self._pictures = MediaTraceCache()
         self.kinds = list(self.parts.kinds)
         self.num_layers = len(self.kinds)
         self.max_length: int | None = positions_of(self.config)
@@ -128,7 +128,7 @@ class StepMemory:
         steps = [_parts(self.placed.moved(trace, self.parts)) for trace in traces]
         return max(steps, key=lambda step: step.total)
 
-    def pictures(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> PlannedPictures | None:
+    def pictures(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> PlannedMedia | None:
         """What pictures take of the heaviest step; None where there are none."""
         if self.processor is None:
             return None
@@ -138,7 +138,7 @@ class StepMemory:
         looking = self._policy(heaviest, activation_checkpointing).tower
         kinds = {each.kind: KIND_NAMES[each.kind] for _, media in heaviest.batch.media for each in media.inside}
         names = " and ".join(kinds[kind] for kind in sorted(kinds)) or "pictures"
-        return PlannedPictures(len(spans), tokens, heaviest.batch.num_tokens, self.parts.tower, looking, names)
+        return PlannedMedia(len(spans), tokens, heaviest.batch.num_tokens, self.parts.tower, looking, names)
 
     def gradients(self, micro_batch_tokens: int, activation_checkpointing: str | int) -> int:
         """Bytes of all gradients at the end of a step, also where its peak is before they are there."""

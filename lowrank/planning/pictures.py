@@ -34,7 +34,7 @@ Sizes = tuple[tuple[str, Size], ...]
 
 
 @dataclass
-class KnownPictures:
+class MediaTraceCache:
     """What was found out about documents, by the sizes of their media.
 
     blank    what the towers are given, but for what they show
@@ -50,7 +50,7 @@ class PlannedTower(Tower):
     everything as they have pixels, since towers of many small steps take a second for each."""
 
     live: LiveBytes
-    known: KnownPictures
+    known: MediaTraceCache
     near: torch.Tensor
     """A fake tensor, whose `new_empty` are fake whatever their size."""
     adapted: Collection[int] = ()
@@ -112,7 +112,7 @@ class PlannedAudioEncoder(AudioEncoder):
     """Ears on fake tensors: every document's sounds where somebody adapts their tower, else those of one size once."""
 
     live: LiveBytes
-    known: KnownPictures
+    known: MediaTraceCache
     near: torch.Tensor
     adapted: Collection[int] = ()
     handed_down: Callable[[torch.Tensor], None]
@@ -148,7 +148,7 @@ class PlannedMediaEncoder(MediaEncoder):
     audio_encoder = PlannedAudioEncoder
 
     def __init__(
-        self, base: Base, processor: MediaProcessor, kinds: Sequence[str], live: LiveBytes, known: KnownPictures
+        self, base: Base, processor: MediaProcessor, kinds: Sequence[str], live: LiveBytes, known: MediaTraceCache
     ) -> None:
         """`known`: what was found out about media of these sizes, by the other simulations of the plan too."""
         super().__init__(base, processor, kinds)

@@ -19,7 +19,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import choose_device, choose_dtype, locate
 from lowrank.planning.compiled import growth
 from lowrank.planning.machine import Machine, this_machine
-from lowrank.planning.memory import PlannedPictures, StepBytes, StepMemory
+from lowrank.planning.memory import PlannedMedia, StepBytes, StepMemory
 from lowrank.planning.placed import REPLICATED
 from lowrank.report.formatting import gigabytes
 
@@ -65,7 +65,7 @@ class MemoryPlan:
     activation_checkpointing: str | int
     forward_passes: int
     """Per optimizer step of all jobs together, in the heaviest."""
-    pictures: PlannedPictures | None = None
+    pictures: PlannedMedia | None = None
     """Of the heaviest forward pass."""
 
     @property
@@ -163,7 +163,7 @@ def describe_activation_checkpointing(activation_checkpointing: str | int) -> st
     )
 
 
-def describe_pictures(pictures: PlannedPictures) -> str:
+def describe_planned_media(pictures: PlannedMedia) -> str:
     """What they take, in a sentence."""
     share = f"{pictures.tokens:,} of the {pictures.tokens_of_pass:,} tokens"
     return (

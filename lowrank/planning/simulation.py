@@ -46,7 +46,7 @@ from lowrank.planning.layers import keep_layers
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
 from lowrank.planning.peaks import Peaks, StepTrace
-from lowrank.planning.pictures import KnownPictures, PlannedMediaEncoder
+from lowrank.planning.pictures import MediaTraceCache, PlannedMediaEncoder
 from lowrank.segments import Media, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
@@ -103,7 +103,7 @@ class Simulation:
         keep: Sequence[int] | None,
         layout: str | None = None,
         processor: MediaProcessor | None = None,
-        pictures: KnownPictures | None = None,
+        pictures: MediaTraceCache | None = None,
     ) -> None:
         """`config` is the model's config.json (`read_config`), `keep` the decoder layers to keep; None: all. `layout`
         of the batches, where another simulation of this model has found it out. `processor`: of the media that the jobs
@@ -117,7 +117,7 @@ class Simulation:
             kinds = kinds_of(jobs) if processor is not None else ()
             self.base = self._build(model, config, jobs, keep, layout)
             if processor is not None:
-                known = pictures or KnownPictures()
+                known = pictures or MediaTraceCache()
                 self.base.media_encoder = self._media_encoder = PlannedMediaEncoder(
                     self.base, processor, kinds, self._live, known
                 )

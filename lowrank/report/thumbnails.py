@@ -30,7 +30,7 @@ _BEGINNING = "data:image/jpeg;base64,"
 def write_thumbnails(folder: Path, questions: Sequence[Question]) -> None:
     """Of the first questions with pictures; no file where there are none."""
     from lowrank.data.chat.placeholders import media_in  # with torch and numpy, which those who read do without
-    from lowrank.media.decoding import BadPicture
+    from lowrank.media.decoding import BadImage
 
     found: dict[str, str] = {}
     shown = [question for question in questions if media_in(question.prompt)][:_MOST]
@@ -39,7 +39,7 @@ def write_thumbnails(folder: Path, questions: Sequence[Question]) -> None:
             if isinstance(medium, Picture) and medium.name not in found:
                 try:
                     found[medium.name] = _thumbnail(medium)
-                except BadPicture:  # it has gone since it was answered about; its name stays
+                except BadImage:  # it has gone since it was answered about; its name stays
                     continue
     (folder / FILE).unlink(missing_ok=True)
     if found:

@@ -129,10 +129,10 @@ class ServeEngine(Protocol):
 
 
 @runtime_checkable
-class PictureEngine(Protocol):
+class ImageEngine(Protocol):
     """An engine that knows whether its models may be shown pictures; one that does not say so is shown none."""
 
     @property
-    def picture_problem(self) -> str | None:
+    def image_problem(self) -> str | None:
         """Why they may not, in words; None if they may."""
         ...

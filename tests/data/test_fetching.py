@@ -22,7 +22,7 @@ from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.prepare import examine
 from lowrank.data.report.doctor import DataReport
 from lowrank.media import fetching
-from lowrank.media.decoding import BadPicture
+from lowrank.media.decoding import BadImage
 from lowrank.media.decoding import examine as examine_picture
 
 MOST = 100_000
@@ -123,8 +123,8 @@ def test_a_url_is_fetched_once_and_only_where_the_person_says_so(site: str, tmp_
     ],
 )
 def test_what_is_not_fetched(path: str, problem: str, site: str) -> None:
-    with pytest.raises(BadPicture, match="a picture cannot be fetched") as caught:
-        fetching.fetched(site + path, "it", MOST, BadPicture, examine_picture)
+    with pytest.raises(BadImage, match="a picture cannot be fetched") as caught:
+        fetching.fetched(site + path, "it", MOST, BadImage, examine_picture)
     assert problem in str(caught.value)
 
 
@@ -148,8 +148,8 @@ def test_a_cache_that_cannot_be_written_is_named(site: str, tmp_path: Path, monk
 def test_what_never_ends_has_its_time(path: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "_SECONDS", 0.5)
     started = time.monotonic()
-    with pytest.raises(BadPicture, match="it was not there after"):
-        fetching.fetched(site + path, "it", MOST, BadPicture, examine_picture)
+    with pytest.raises(BadImage, match="it was not there after"):
+        fetching.fetched(site + path, "it", MOST, BadImage, examine_picture)
     assert time.monotonic() - started < 20
 
 

@@ -108,7 +108,7 @@ def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(f
     strange = np.array([5, base.media_encoder.token, base.media_encoder.token, 9], np.int64)  # nobody's picture
     prompts = [Prompt(each.token_L, slot, each.media) for each in segments for slot in slots] + [Prompt(strange)]
     generator = Generator(base, bank)
-    assert generator.picture_problem is None
+    assert generator.image_problem is None
     found = answers(generator, prompts)
     assert_each_as_alone(family, base, bank, prompts, found)
     assert len({tuple(answer.tokens) for answer in found[:4]}) == 4, "each adapter has an answer of its own"

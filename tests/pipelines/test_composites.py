@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 
 import lowrank
-from lowrank.checkpoints.model_card import picture_code
+from lowrank.checkpoints.model_card import image_code
 from tests.checkpoint_folder import write_alpaca
 from tests.data.made_tokenizers import tokenizer_of
 from tests.tiny_composites import save_composite_folder
@@ -74,7 +74,7 @@ def test_from_rows_to_what_others_run(family: str, targets: list[Any], text: dic
             torch.testing.assert_close(merged(input_ids=token_1T).logits, wanted, rtol=0, atol=1e-4)
     assert json.loads((tmp_path / "out" / "merged" / "config.json").read_text())["model_type"] == family
     code = (tmp_path / "out" / "merged" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    text_alone = code.replace(picture_code("path/of/this/folder").strip(), "")  # no processor can be made of its file
+    text_alone = code.replace(image_code("path/of/this/folder").strip(), "")  # no processor can be made of its file
     assert text_alone != code
     exec(text_alone.replace("path/of/this/folder", str(tmp_path / "out" / "merged")).replace("=100", "=2"), {})
     with lowrank.load(tmp_path / "out" / "merged", notify=lambda _: None) as model:

@@ -29,7 +29,7 @@ from lowrank.planning.capacity import largest_tokens
 from lowrank.planning.changes import cut_job
 from lowrank.planning.live_bytes import LiveBytes
 from lowrank.planning.memory import StepMemory
-from lowrank.planning.plan import Planner, describe_pictures
+from lowrank.planning.plan import Planner, describe_planned_media
 from lowrank.planning.simulation import PlannedJob
 from lowrank.planning.speed import calibrate
 from lowrank.records import Medium
@@ -230,7 +230,7 @@ def test_the_plan_says_what_pictures_take(tmp_path: Path) -> None:
     assert 200_000 < plan.pictures.looking < 2_000_000
     assert (
         "256 of the 296 tokens of the heaviest forward pass stand for pictures (1); the tower for"
-        in describe_pictures(plan.pictures)
+        in describe_planned_media(plan.pictures)
     )
     assert plan.as_dict()["pictures"]["tokens"] == 256
     assert largest_tokens(Planner(memory.model, memory), plan) > 300

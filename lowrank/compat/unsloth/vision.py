@@ -22,10 +22,10 @@ class FastVisionModel(FastLanguageModel):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         model_name: str, max_seq_length: int | None = 2048, **others: Any
     ) -> tuple[Any, Any]:
-        """(model, processor); arguments as of FastLanguageModel. ModelError for a base that sees nothing."""
+        """(model, processor); arguments as of FastLanguageModel. ConfigError for a base without a vision tower."""
         model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length, **others)
         found = processor_of(tokenizer)
-        if found is None or not found.sees:
+        if found is None or not found.supports_images:
             problem = "has no tower for pictures, or not the files of its processor"
             raise ConfigError(f"{model_name} {problem}; load it with FastLanguageModel")
         processor = found.own

@@ -17,7 +17,7 @@ from lowrank.data.sources.places import shown
 from lowrank.errors import DataError
 from lowrank.media import audio, decoding, video
 from lowrank.media.audio import BadAudio, examine_audio, read_audio_file
-from lowrank.media.decoding import BadPicture, decoded, examine, from_pillow, read_file
+from lowrank.media.decoding import BadImage, decoded, examine, from_pillow, read_file
 from lowrank.media.fetching import fetched
 from lowrank.media.medium_files import BadMedium
 from lowrank.media.video import BadVideo, examine_video, read_video_file, video_of
@@ -27,7 +27,7 @@ _DATA_URL = re.compile(r"data:(?:image|audio|video)/[a-zA-Z0-9.+-]+(?:;[a-zA-Z0-
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}(?:={1,2}\s*)?", re.ASCII)
 """Blanks have one place only where they may match: else many of them would take time that grows with their square."""
-_ERRORS: dict[str, type[BadMedium]] = {"image": BadPicture, "video": BadVideo, "audio": BadAudio}
+_ERRORS: dict[str, type[BadMedium]] = {"image": BadImage, "video": BadVideo, "audio": BadAudio}
 _MOST_BYTES = {"image": decoding.MOST_BYTES, "video": video.MOST_BYTES, "audio": audio.MOST_BYTES}
 _EXAMINE: dict[str, Callable[[bytes, str], Medium]] = {
     "image": examine,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.export.gguf.llama_pictures import LlamaTower
+from lowrank.export.gguf.llama_images import LlamaTower
 from lowrank.export.gguf.llama_structures import (
     KNOWN_CONTEXT,
     KNOWN_MODEL,
@@ -154,7 +154,7 @@ class Session:
         self._start(len(tokens))
         return np.concatenate([self._decode(tokens[i : i + BATCH], i, True) for i in range(0, len(tokens), BATCH)])
 
-    def look(self, task: dict[str, Any]) -> int:
+    def image_logits(self, task: dict[str, Any]) -> int:
         """Logits after each of the last `rows` tokens of `after`, behind `before` and a picture, into `array`; how many
         tokens the picture is. What its family puts around a picture stands in `before` and `after` already."""
         assert self._tower is not None
@@ -201,7 +201,7 @@ def main() -> None:
     kinds: dict[str, Callable[[dict[str, Any]], Any]] = {
         "tokenize": session.tokenize,
         "logits": session.logits,
-        "look": session.look,
+        "image_logits": session.image_logits,
         "generate": session.generate,
     }
     print(json.dumps({"answer": session.size}), file=answers, flush=True)

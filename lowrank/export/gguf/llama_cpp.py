@@ -96,7 +96,7 @@ class LlamaCpp:
         array.unlink()
         return found
 
-    def look(
+    def image_logits(
         self, before: Sequence[int], pixels_HWC: np.ndarray, after: Sequence[int], rows: int
     ) -> tuple[np.ndarray, int]:
         """Logits after each of the last `rows` tokens of `after`, which stands behind `before` and a picture, (rows, V)
@@ -104,7 +104,7 @@ class LlamaCpp:
         array, picture = Path(self._folder.name, "array.npy"), Path(self._folder.name, "picture.npy")
         np.save(picture, pixels_HWC)
         task = {
-            "kind": "look",
+            "kind": "image_logits",
             "before": [int(token) for token in before],
             "picture": str(picture),
             "after": [int(token) for token in after],

@@ -27,7 +27,7 @@ def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison
 def _front(kind: str, source: Source) -> str:
     base = source.hub_base
     library = "peft" if kind == "peft" else "gguf" if "gguf" in kind or kind == "ollama" else "transformers"
-    lines = [f"library_name: {library}", f"pipeline_tag: {pipeline_tag(source.sees, judges=source.judges)}"]
+    lines = [f"library_name: {library}", f"pipeline_tag: {pipeline_tag(source.supports_images, judges=source.judges)}"]
     if base is not None:  # the hub refuses a card whose base_model is a path
         lines.append(f"base_model: {base}")
     lines.append(

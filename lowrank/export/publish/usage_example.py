@@ -6,7 +6,7 @@ from pathlib import Path
 
 import transformers
 
-from lowrank.checkpoints.model_card import picture_code
+from lowrank.checkpoints.model_card import image_code
 from lowrank.models.loading.model_class import is_composite, model_class
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import FILE_FAULTS
@@ -36,6 +36,6 @@ def usage_code(base: Path, path: str) -> str:
             return _PLAIN.format(path=path)
     if not is_composite(config):
         return _PLAIN.format(path=path)
-    sees = getattr(config, "vision_config", None) is not None
+    supports_images = getattr(config, "vision_config", None) is not None
     code = _COMPOSITE.format(auto_class=model_class(config).__name__, path=path)
-    return code + (picture_code(path) if sees else "")
+    return code + (image_code(path) if supports_images else "")

@@ -174,11 +174,18 @@ class PackedTarget:
 
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as lowrank's own reader of the format loads it."""
-        return (ReadBack(self.name, self.form.tolerance, lambda: read_model(source, folder), sees=source.sees),)
+        return (
+            ReadBack(
+                self.name,
+                self.form.tolerance,
+                lambda: read_model(source, folder),
+                compares_images=source.supports_images,
+            ),
+        )
 
     def usage(self, source: Source, path: str) -> str:
         """By the format."""
-        return self.form.usage(path, usage_code(source.base, path)) + (TO_A_SERVER if source.sees else "")
+        return self.form.usage(path, usage_code(source.base, path)) + (TO_A_SERVER if source.supports_images else "")
 
     def _texts(self, source: Source) -> Sequence[Any]:
         settings = self.form.settings

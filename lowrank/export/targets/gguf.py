@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BeforeValidator
 
 from lowrank.errors import ModelError, is_disk_full, raise_all
-from lowrank.export import ExportProgress, Install, Needs, PictureQuestion, ReadBack, Tolerance
+from lowrank.export import ExportProgress, ImageQuestion, Install, Needs, ReadBack, Tolerance
 from lowrank.export.gguf.convert import PLAIN_TYPES
 from lowrank.export.gguf.converters import Converter, converter_for
 from lowrank.export.gguf.importance import DATA, documents_for
@@ -193,7 +193,9 @@ class GgufTarget:
         kl = max(allowed.mean_kl, _TOWER_KL)
         allowed = replace(allowed, mean_kl=kl, top1_agreement=max(0.5, 1.0 - kl**0.5), perplexity=kl)
         name = f"{tower.name} beside {path.name}"
-        return ReadBack(name, allowed, lambda: LlamaReader(path, tower=tower), sees=True, reads=False)
+        return ReadBack(
+            name, allowed, lambda: LlamaReader(path, tower=tower), compares_images=True, compares_text=False
+        )
 
     def usage(self, source: Source, path: str) -> str:
         """With llama.cpp and Ollama."""
@@ -297,9 +299,9 @@ class LlamaReader:
         del prompt
         return _log_softmax(self._session.logits(token_L.tolist()))
 
-    def look(self, question: PictureQuestion) -> tuple[np.ndarray, int]:
-        """See `SeesPictures`."""
-        logits_KV, length = self._session.look(
+    def image_logprobs(self, question: ImageQuestion) -> tuple[np.ndarray, int]:
+        """See `ImageReader`."""
+        logits_KV, length = self._session.image_logits(
             question.before_L.tolist(), question.pixels_HWC, question.after_L.tolist(), question.rows
         )
         return _log_softmax(logits_KV), length

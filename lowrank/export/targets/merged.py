@@ -85,11 +85,18 @@ class MergedTarget:
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The folder as transformers loads it."""
         written = self.dtype or _base_dtype(self._merged(source))
-        return (ReadBack("merged", TOLERANCES[written], lambda: read_model(source, folder), sees=source.sees),)
+        return (
+            ReadBack(
+                "merged",
+                TOLERANCES[written],
+                lambda: read_model(source, folder),
+                compares_images=source.supports_images,
+            ),
+        )
 
     def usage(self, source: Source, path: str) -> str:
         """With transformers and with vLLM."""
-        shown = TO_A_SERVER if source.sees else ""
+        shown = TO_A_SERVER if source.supports_images else ""
         return _USAGE.format(usage_example=usage_code(source.base, path), path=path) + shown
 
     def _merged(self, source: Source) -> Merged:

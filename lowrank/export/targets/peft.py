@@ -76,7 +76,14 @@ class PeftTarget:
     def read_back(self, source: Source, folder: Path) -> Sequence[ReadBack]:
         """The adapter as a user loads it again, on the base."""
         tolerance = TOLERANCES[self.config.dtype]
-        return (ReadBack("peft", tolerance, lambda: read_adapter(source, load_adapter(folder)), sees=source.sees),)
+        return (
+            ReadBack(
+                "peft",
+                tolerance,
+                lambda: read_adapter(source, load_adapter(folder)),
+                compares_images=source.supports_images,
+            ),
+        )
 
     def usage(self, source: Source, path: str) -> str:
         """With PEFT, or with AdapterHub's library, on the base."""

@@ -17,7 +17,7 @@ from lowrank.adapters.routing import ForwardContext
 from lowrank.batches import BARE_BASE, pack
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
-from lowrank.export import PictureQuestion
+from lowrank.export import ImageQuestion
 from lowrank.export.source import Source
 from lowrank.generate.sampler import GenerationConfig, Prompt, generate
 from lowrank.media.decoding import examine, from_pillow
@@ -62,7 +62,7 @@ class BankReader:
     @property
     def media_encoder(self) -> MediaEncoder:
         """By which it is shown pictures, tried out the first time. ModelError where it cannot be shown any."""
-        if self._processor is None or not self._processor.sees:
+        if self._processor is None or not self._processor.supports_images:
             raise ModelError(NO_TOWER)
         return self._taking(["image"])
 
@@ -80,8 +80,8 @@ class BankReader:
         assert self.base.media_encoder is not None
         return self.base.media_encoder
 
-    def look(self, question: PictureQuestion) -> tuple[np.ndarray, int]:
-        """See `SeesPictures`."""
+    def image_logprobs(self, question: ImageQuestion) -> tuple[np.ndarray, int]:
+        """See `ImageReader`."""
         picture, token_P = self._picture(question.pixels_HWC)
         token_L = np.concatenate([question.before_L, token_P, question.after_L])
         first = len(question.before_L)

@@ -24,7 +24,7 @@ from lowrank.serve.api.ollama_api import add_ollama
 from lowrank.serve.api.requests import ChatRequest, PublishRequest, refused
 from lowrank.serve.api.responses import ResponsesRequest
 from lowrank.serve.api.service import WARNING, Service
-from lowrank.serve.engine import PictureEngine, ServedModel, ServeEngine
+from lowrank.serve.engine import ImageEngine, ServedModel, ServeEngine
 from lowrank.serve.limits import RequestLimits
 from lowrank.serve.metrics import CountRequests
 from lowrank.terminal import visible
@@ -48,7 +48,7 @@ def make_app(
     """The whole server as an ASGI application. `hosts`: names it may be called by, besides localhost and numbers;
     `origins`: whose pages may ask from their visitors' browsers (CORS)."""
     limits = limits or RequestLimits()
-    if isinstance(engine, PictureEngine) and engine.picture_problem is None:
+    if isinstance(engine, ImageEngine) and engine.image_problem is None:
         limits = limits.for_pictures()
     service = Service(engine, limits)
 

@@ -20,7 +20,7 @@ from lowrank.errors import DataError
 from lowrank.media.decoding import decoded, examine
 from lowrank.records import Message, Picture
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.engine import PictureEngine, ServeEngine
+from lowrank.serve.engine import ImageEngine, ServeEngine
 from lowrank.serve.limits import RequestLimits
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -90,7 +90,7 @@ def _sources(message: Mapping[str, Any]) -> list[Any]:
 
 
 def _check_may_see(engine: ServeEngine, where: str) -> None:
-    problem = engine.picture_problem if isinstance(engine, PictureEngine) else f"the {engine.name} engine reads text"
+    problem = engine.image_problem if isinstance(engine, ImageEngine) else f"the {engine.name} engine reads text"
     if problem is not None:
         message = f"{where}: unsupported content image_url: no images are read here ({problem}), no URL is ever fetched"
         raise ApiError(400, message, param=where)

@@ -22,7 +22,7 @@ from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.ollama_reply import OllamaReply
 from lowrank.serve.api.requests import ChatRequest, RequestBody, refused
 from lowrank.serve.api.service import Service
-from lowrank.serve.engine import PictureEngine, ServedModel, ServeEngine
+from lowrank.serve.engine import ImageEngine, ServedModel, ServeEngine
 from lowrank.serve.folders import unknown_model
 from lowrank.serve.limits import RequestLimits
 
@@ -165,7 +165,7 @@ def add_ollama(app: FastAPI, service: Service) -> None:
             raise unknown_model(name, list(served_models))
         template = await service.lanes.run(0, engine.chat_template, name)
         able = ["completion", *(["tools"] if "tools" in template else [])]
-        able += ["vision"] if isinstance(engine, PictureEngine) and engine.picture_problem is None else []
+        able += ["vision"] if isinstance(engine, ImageEngine) and engine.image_problem is None else []
         able += ["thinking"] if thoughts_of(template, {}) else []
         shown = {"template": template, "details": _described(served_models[name], engine)["details"], "model_info": {}}
         return JSONResponse({**shown, "modelfile": "", "parameters": "", "license": "", "capabilities": able})

@@ -45,10 +45,10 @@ class LlamaCppEngine:
     """`ServeEngine` (engine.py) on one file. Raises ModelError if it cannot be loaded."""
 
     name = "llama.cpp"
-    picture_problem: str | None = (
+    image_problem: str | None = (
         "a GGUF file is read as text here; for pictures serve the model's folder, or run llama-server with --mmproj"
     )
-    """See `PictureEngine`."""
+    """See `ImageEngine`."""
 
     def __init__(
         self,

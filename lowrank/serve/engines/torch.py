@@ -62,19 +62,19 @@ class BankEngine(ReadsByRenderer):
         self._of_folders: dict[tuple[Path, int], Renderer] = {}
         self.generator = Generator(base, bank, config)
         published = AdapterRegistry(self.generator, slots)
-        self.picture_problem = self._attach_media_encoder()
+        self.image_problem = self._attach_media_encoder()
         self.cache = AdapterCache(published, folders or {}, roots, max_loras=max_loras)
 
     def _attach_media_encoder(self) -> str | None:
         """Let the base be shown pictures, if it can; else why not. Before anybody is answered: it is tried out."""
         processor = processor_of(self.base.tokenizer)
-        if processor is None or not processor.sees:
+        if processor is None or not processor.supports_images:
             return "the base reads text only"
         try:
             attach_media_encoder(self.base, "packed", log_notice, running=True, answering=True)
         except (LowrankError, ImportError) as error:
             return str(error)
-        return self.generator.picture_problem
+        return self.generator.image_problem
 
     @property
     def vocabulary(self) -> int:
@@ -205,8 +205,8 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> BankEngine:
     if served.generator.notice:
         notify(served.generator.notice)
     processor = processor_of(trained.base.tokenizer)
-    if processor is not None and processor.sees and served.picture_problem is not None:
-        notify(f"pictures are refused here: {served.picture_problem}")
+    if processor is not None and processor.supports_images and served.image_problem is not None:
+        notify(f"pictures are refused here: {served.image_problem}")
     return served
 
 

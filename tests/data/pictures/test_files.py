@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lowrank.errors import DataError
-from lowrank.media.decoding import BadPicture, decoded, examine
+from lowrank.media.decoding import BadImage, decoded, examine
 from lowrank.media.processor import processor_of
 from tests.data.pictures.rows import as_bytes, chat, noise, read
 from tests.fuzzing import mutated_bytes
@@ -137,7 +137,7 @@ def test_what_readers_pass_over_in_a_gif_is_no_end_of_it() -> None:
     frame = data.index(b"\x2c", 13 + 3 * 256)
     padded = data[:frame] + bytes(3) + data[frame:]
     assert (examine(padded, "it").width, decoded(examine(padded, "it")).size) == (40, (40, 24))
-    with pytest.raises(BadPicture, match="cut off"):
+    with pytest.raises(BadImage, match="cut off"):
         examine(padded[:-900], "it")
 
 
@@ -151,7 +151,7 @@ def test_damaged_files_are_pictures_or_named(kind: str) -> None:
         try:
             found = decoded(examine(mutated_bytes(whole, draw), "it"), (32, 32))
             assert found.size == (32, 32)
-        except BadPicture:
+        except BadImage:
             named += 1
     assert named > 5
 

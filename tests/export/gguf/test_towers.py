@@ -22,7 +22,7 @@ from lowrank.export.gguf.upstream import SCRIPT, Upstream
 from lowrank.export.publish.ollama_server import plan as plan_deployment
 from lowrank.export.targets.gguf import GGUFExportConfig
 from lowrank.export.targets.ollama import OllamaExportConfig
-from lowrank.export.verify.pictures import compare_pictures, made_picture, picture_answer
+from lowrank.export.verify.images import compare_images, reference_image_answer, synthetic_image
 from lowrank.export.verify.readers import read_adapter
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.pipelines.export import export_targets
@@ -120,14 +120,14 @@ def test_the_comparison_notices_a_tower_without_its_adapter(upstream: Upstream, 
         target.write(each, tmp_path / folder, lambda done, total, what="": None)
     model = found.source.model.model_copy(update={"dtype": "float32"})
     with read_adapter(replace(found.source, model=model), found.source.adapter) as reader:
-        seen = picture_answer(reader, found.renderer, found.source.stop_tokens)
-    (read_back,) = [each for each in target.read_back(found.source, tmp_path / "trained") if each.sees]
+        seen = reference_image_answer(reader, found.renderer, found.source.stop_tokens)
+    (read_back,) = [each for each in target.read_back(found.source, tmp_path / "trained") if each.compares_images]
     with read_back.open() as reader:
-        right = compare_pictures(read_back, reader, seen)
+        right = compare_images(read_back, reader, seen)
     name = target.tower_path(found.source, Path()).name
     (tmp_path / "plain" / name).replace(tmp_path / "trained" / name)
     with read_back.open() as reader:
-        wrong = compare_pictures(read_back, reader, seen)
+        wrong = compare_images(read_back, reader, seen)
     assert right.passed
     assert not wrong.passed
     assert wrong.mean_kl > 1e4 * right.mean_kl
@@ -223,7 +223,7 @@ def test_the_language_model_is_written_where_its_tower_cannot_be(tmp_path: Path)
     described = target.write(found.source, tmp_path / "out", lambda done, total, what="": None)
     assert any("language model alone" in line and "no such tower" in line for line in described)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["base-F32.gguf"]
-    assert not [each for each in target.read_back(found.source, tmp_path / "out") if each.sees]
+    assert not [each for each in target.read_back(found.source, tmp_path / "out") if each.compares_images]
     assert "--mmproj" not in target.usage(found.source, "there")
     required = GGUFExportConfig(types=("f32",), converter=converter, mmproj=True).build()
     required.needs(found.source)
@@ -269,6 +269,6 @@ def test_a_towers_file_is_no_model_to_serve(tmp_path: Path) -> None:
 
 
 def test_the_picture_has_no_two_equal_quarters() -> None:
-    pixels = made_picture(16)
+    pixels = synthetic_image(16)
     quarters = [pixels[y : y + 8, x : x + 8].tolist() for y in (0, 8) for x in (0, 8)]
     assert len({json.dumps(each) for each in quarters}) == 4

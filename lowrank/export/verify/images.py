@@ -1,4 +1,4 @@
-"""One question about one picture: does what was written see what base + adapter sees?
+"""One question about one picture: does the export see in it what base + adapter sees?
 
 The picture is made here, and of the size that the model's processor makes all pictures, so that nobody resizes it:
 programs resize by different means, and what is compared are the tower and the places of its tokens.
@@ -15,7 +15,7 @@ import numpy as np
 
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
-from lowrank.export import ExportReader, PictureQuestion, ReadBack, SeesPictures, Tolerance
+from lowrank.export import ExportReader, ImageQuestion, ImageReader, ReadBack, Tolerance
 from lowrank.export.verify.compare import Comparison, judged, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
@@ -37,24 +37,24 @@ _SIDE = 224
 
 
 @dataclass(frozen=True)
-class PictureAnswer:
-    """What base + adapter said to a picture."""
+class ImageAnswer:
+    """What base + adapter answered to a question about a picture."""
 
-    look: PictureQuestion
+    question: ImageQuestion
     logprob_KV: np.ndarray
     """(K, V) float32, at the end of the question and after each token of the answer."""
     base_logprob_KV: np.ndarray | None
-    """The same of the bare base; None if there is no adapter."""
+    """The same of the bare base; None where there is no adapter."""
     features_F: np.ndarray
     """What its tower says of the picture, and the next what the bare base's does."""
     base_features_F: np.ndarray
 
 
-def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozenset[int]) -> PictureAnswer:
+def reference_image_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozenset[int]) -> ImageAnswer:
     """Raises LowrankError where this model cannot be asked about pictures here."""
     from PIL import Image
 
-    pixels_HWC = made_picture(_side(reader.media_encoder.processor))
+    pixels_HWC = synthetic_image(_side(reader.media_encoder.processor))
     picture = examine(from_pillow(Image.fromarray(pixels_HWC)), "it")
     conversation = Conversation((Message("user", _QUESTION, media=((0, picture),)),))
     segment = renderer.prompt_segment(conversation)
@@ -71,45 +71,47 @@ def picture_answer(reader: BankReader, renderer: Renderer, stop_tokens: frozense
         raise ModelError("no token of its question stands for the picture")
     first, end = int(place_P[0]), int(place_P[-1]) + 1
     rows = len(answer) + 1
-    look = PictureQuestion(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
+    question = ImageQuestion(token_L[:first], pixels_HWC, end - first, token_L[end:], rows)
     own = reader.logprobs_shown(document, rows)
     bare = BankReader(reader.base, reader.bank, processor=reader.media_encoder.processor)
     unadapted = None if reader.slot == bare.slot else bare.logprobs_shown(document, rows)
-    return PictureAnswer(look, own, unadapted, reader.features(pixels_HWC), bare.features(pixels_HWC))
+    return ImageAnswer(question, own, unadapted, reader.features(pixels_HWC), bare.features(pixels_HWC))
 
 
-def compare_pictures(read_back: ReadBack, reader: ExportReader, seen: PictureAnswer) -> Comparison:
-    """Show what was opened the picture, and see whether it is within its tolerance."""
-    assert isinstance(reader, SeesPictures)
-    own_KV, length = reader.look(seen.look)
-    name = f"{read_back.name}, asked about a picture" if read_back.reads else read_back.name
+def compare_images(read_back: ReadBack, reader: ExportReader, answer: ImageAnswer) -> Comparison:
+    """Ask the opened export the same question, and compare its log-probabilities within its tolerance."""
+    assert isinstance(reader, ImageReader)
+    own_KV, length = reader.image_logprobs(answer.question)
+    name = f"{read_back.name}, asked about a picture" if read_back.compares_text else read_back.name
     read_back = replace(read_back, name=name, against=None, tolerance=_of_few(read_back.tolerance, len(own_KV)))
-    answer_K = seen.logprob_KV.argmax(1)
-    bare = None if seen.base_logprob_KV is None else _losses(seen.base_logprob_KV, answer_K)
+    answer_K = answer.logprob_KV.argmax(1)
+    bare = None if answer.base_logprob_KV is None else _losses(answer.base_logprob_KV, answer_K)
     same_K = own_KV.argmax(1) == answer_K
     found = judged(
         read_back,
-        kl_K=kl_of(seen.logprob_KV, own_KV),
+        kl_K=kl_of(answer.logprob_KV, own_KV),
         same_K=same_K,
         loss_N=_losses(own_KV, answer_K),
-        reference_N=_losses(seen.logprob_KV, answer_K),
+        reference_N=_losses(answer.logprob_KV, answer_K),
         base_loss=None if bare is None else float(bare.mean()),
         greedy=(int(same_K.all()), 1),
     )
-    height, width, _ = seen.look.pixels_HWC.shape
+    height, width, _ = answer.question.pixels_HWC.shape
     problem = None
-    if length != seen.look.length:
-        problem = f"{length} tokens stand for a picture of {width} x {height} there, {seen.look.length} in training"
+    if length != answer.question.length:
+        problem = (
+            f"{length} tokens stand for a picture of {width} x {height} there, {answer.question.length} in training"
+        )
     elif isinstance(reader, BankReader):
-        problem = _lost_by_tower(seen, reader.features(seen.look.pixels_HWC))
+        problem = _lost_by_tower(answer, reader.features(answer.question.pixels_HWC))
     return replace(found, problems=(problem, *found.problems)) if problem else found
 
 
-def _lost_by_tower(seen: PictureAnswer, own_F: np.ndarray) -> str | None:
+def _lost_by_tower(answer: ImageAnswer, own_F: np.ndarray) -> str | None:
     """What of the tower is not the trained one's, in words. What it says is compared by itself: an answer may depend on
     it by less than rounding to 16 bits moves it."""
-    off, length = np.linalg.norm(own_F - seen.features_F), np.linalg.norm(seen.features_F)
-    gained = np.linalg.norm(seen.base_features_F - seen.features_F)
+    off, length = np.linalg.norm(own_F - answer.features_F), np.linalg.norm(answer.features_F)
+    gained = np.linalg.norm(answer.base_features_F - answer.features_F)
     if not off <= _TOWER_OFF * length:
         return f"what its tower says of the picture is off by {off / length:.1%}, at most {_TOWER_OFF:.0%} is expected"
     if gained > _NOTHING * length and off > _TOWER_LOST * gained:
@@ -127,7 +129,7 @@ def _of_few(tolerance: Tolerance, places: int) -> Tolerance:
     return replace(tolerance, top1_agreement=wanted - _ERRORS_BY_CHANCE * error)
 
 
-def made_picture(side: int) -> np.ndarray:
+def synthetic_image(side: int) -> np.ndarray:
     """(side, side, 3) uint8: areas and a slope, no two quarters alike."""
     pixels_HWC = np.zeros((side, side, 3), np.uint8)
     pixels_HWC[:, :, 0] = np.linspace(0, 255, side, dtype=np.uint8)[None]
