@@ -26,6 +26,7 @@ OTHERS = {
     "create_loraplus_optimizer": "PEFT's",
     "replace_lora_weights_loftq": "PEFT's",
     "GradScaler": "torch's",
+    "ATEN_CPU_CAPABILITY": "torch's, in the environment",
     "HfArgumentParser": "transformers'",
     "chat_template_utils": "transformers'",
     "render_jinja_template": "transformers'",

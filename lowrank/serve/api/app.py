@@ -157,7 +157,7 @@ def _add_errors(app: FastAPI) -> None:
 def _unknown_route(app: FastAPI, request: Request) -> str:
     """Clients know more of OpenAI's and Ollama's routes than a model that writes text can answer."""
     served = sorted(f"{method} {route.path}" for route in app.routes if isinstance(route, APIRoute)
-                    for method in route.methods)  # fmt: skip
+                    for method in route.methods or ())  # fmt: skip
     requested = f"{request.method} {visible(request.url.path)[:100]}"
     return f"{requested} is not served here; served are {', '.join(served)}"
 
