@@ -74,11 +74,11 @@ def main() -> None:
         with read_adapter(found.source, found.source.adapter) as reader:
             trained = exact_match(reader, found, held_out)
         targets = read_targets(arguments.targets, options, {})
-        orders = export_requests(targets, Path(name, "home"))
-        result = export_targets(found, orders)
+        requests = export_requests(targets, Path(name, "home"))
+        result = export_targets(found, requests)
         print(f"\nbase + adapter: {trained:.1%} of {len(held_out)} held-out questions answered exactly\n")
         print("| | exact match | mean KL | KL from the 16-bit file | gain kept | bytes |\n|---|---|---|---|---|---|")
-        for each in orders:
+        for each in requests:
             reported = result["targets"][each.type]
             for read_back, compared in zip(
                 each.config.build().read_back(found.source, each.folder), reported["comparisons"]

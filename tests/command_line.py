@@ -29,32 +29,32 @@ from tests.plans import PLANS, once_for_each_kind
 
 memory_plan._plan = once_for_each_kind(os.environ[PLANS])
 
-def obey(order):
-    if order["session"]:
+def handle(request):
+    if request["session"]:
         os.setsid()
     for number, name in enumerate(("stdin", "out", "err")):
-        opened = os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY)
+        opened = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY)
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin = open(0, closefd=False)
-    encoding = order["env"].get("PYTHONIOENCODING")
+    encoding = request["env"].get("PYTHONIOENCODING")
     if encoding:  # as the interpreter does when it starts
         sys.stdout.reconfigure(encoding=encoding)
         sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
-    if order["env"].get("PYTHONUNBUFFERED"):
+    if request["env"].get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)
-    if order["umask"] is not None:
-        os.umask(order["umask"])
-    os.chdir(order["cwd"])
+    if request["umask"] is not None:
+        os.umask(request["umask"])
+    os.chdir(request["cwd"])
     os.environ.clear()
-    os.environ.update(order["env"])
+    os.environ.update(request["env"])
     sys.path.remove("")  # the real program has its own folder there, not the current one
-    sys.path[:0] = filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))
-    sys.argv = ["lowrank", *order["arguments"]]
+    sys.path[:0] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
+    sys.argv = ["lowrank", *request["arguments"]]
     try:
-        if order["arguments"] == ["warm"]:  # the child of a board (cli/warm.py)
+        if request["arguments"] == ["warm"]:  # the child of a board (cli/warm.py)
             lowrank.cli.warm.serve()
-        main(order["arguments"])
+        main(request["arguments"])
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -66,7 +66,7 @@ def obey(order):
     os._exit(code)  # to take the interpreter down would copy every page of it
 
 gc.freeze()
-lowrank.cli.warm.take_orders(obey)
+lowrank.cli.warm.serve_requests(handle)
 os._exit(0)
 """
 _NUMBERS = itertools.count(1)
@@ -110,12 +110,12 @@ class _Forks:
         self._listener.start()
         atexit.register(self._close)
 
-    def start(self, order: dict[str, Any]) -> Child:
+    def start(self, request: dict[str, Any]) -> Child:
         child, number = Child(), next(_NUMBERS)
         with self._lock:
             assert self.process.stdin is not None
             self._children[number] = child
-            self.process.stdin.write(json.dumps({"id": number, **order}) + "\n")
+            self.process.stdin.write(json.dumps({"id": number, **request}) + "\n")
             self.process.stdin.flush()
         child.began.wait()
         assert child.pid, "the process that forks has died"
@@ -163,12 +163,12 @@ def start(
 
     `environment`: all of it; `session`: it hears no Ctrl-C of ours.
     """
-    order = {
+    request = {
         "arguments": list(arguments), "cwd": str(cwd or Path.cwd()), "umask": umask, "out": str(out), "err": str(err),
         "env": dict(environment or {**os.environ, "OMP_NUM_THREADS": "1"}), "session": session,
         "stdin": stdin,
     }  # fmt: skip
-    return _forks().start(order)
+    return _forks().start(request)
 
 
 def running() -> int | None:

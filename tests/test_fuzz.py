@@ -262,7 +262,7 @@ def test_bodies(number: int, kind: Any, body: Any) -> None:
 
     def read(raw: bytes) -> None:
         request = parse(kind, raw)
-        if hasattr(request, "order"):
+        if hasattr(request, "generation_request"):
             request.generation_request(ENGINE, limits).check(ENGINE, limits)
         elif isinstance(request, EmbeddingRequest):
             request.texts(limits)

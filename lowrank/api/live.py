@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank.api.keywords import known_keywords
 from lowrank.api.settings import plain_settings
-from lowrank.checkpoints.orders import OrderReply, answers, read_state, send
+from lowrank.checkpoints.live_commands import CommandReply, read_state, replies, send
 from lowrank.checkpoints.run_folder import CONFIG, STOP
 from lowrank.config import JobConfig, RunConfig, read_file, validate_settings
 from lowrank.errors import ConfigError, OutputError, did_you_mean, raise_all
@@ -33,9 +33,9 @@ class LiveRun:
         live.clone("r8", {"optimizer.learning_rate": 1e-4}, new_name="r8-hot")
         live.stop("r64")
 
-    Every method that orders something returns what the run answered, which it does between two of its steps, and
-    raises OutputError for what it refused, or if no answer came within `timeout` seconds (None: as long as it trains).
-    What is ordered is carried out once, also where the run is killed and goes on from a checkpoint.
+    Every method that sends a command returns what the run replied, which it does between two of its steps, and
+    raises OutputError for what it refused, or if no reply came within `timeout` seconds (None: as long as it trains).
+    A command is carried out once, also where the run is killed and goes on from a checkpoint.
     """
 
     @known_keywords
@@ -79,19 +79,19 @@ class LiveRun:
             stack.enter_context(code_allowed(False))
             stack.enter_context(objects_given(given.objects))
             config = self._as_job(given.values, folder, source)
-        return self._order("add", config.name, {"settings": config.model_dump(mode="json")})
+        return self._send("add", config.name, {"settings": config.model_dump(mode="json")})
 
     def stop(self, name: str) -> str:
         """End a job; its adapter as it is now is kept as `last`, and its slot is free."""
-        return self._order("stop", name)
+        return self._send("stop", name)
 
     def pause(self, name: str) -> str:
         """Let a job take no steps, and give its slot to others, until `resume`."""
-        return self._order("pause", name)
+        return self._send("pause", name)
 
     def resume(self, name: str) -> str:
         """Let a job that was paused go on where it was, as soon as there is a slot."""
-        return self._order("resume", name)
+        return self._send("resume", name)
 
     def clone(
         self,
@@ -104,17 +104,17 @@ class LiveRun:
         """A second job like `name`, with other settings: from its present weights, optimizer state and place in the
         data, or, with `from_start`, from the beginning. `changes`: `{"optimizer.learning_rate": 1e-5}`."""
         values = {"changes": _as_overrides(changes or {}), "name": new_name, "from_start": from_start}
-        return self._order("clone", name, values)
+        return self._send("clone", name, values)
 
     def set(self, name: str, changes: Mapping[str, Any]) -> str:
         """Other settings for a job from its next step on: learning rate, schedule, length, clipping, patience."""
-        return self._order("set", name, {"changes": _as_overrides(changes)})
+        return self._send("set", name, {"changes": _as_overrides(changes)})
 
     def priority(self, name: str, priority: int) -> str:
         """Who is given a slot first: the highest of those that wait, before a lower one that runs. 0 at first."""
         if not _is_number(priority, int):
             raise ConfigError(f"priority: expected a whole number, got {priority!r}")
-        return self._order("priority", name, {"priority": priority})
+        return self._send("priority", name, {"priority": priority})
 
     def end(self) -> str:
         """Let the whole run save and end between two steps, within a second or so; it can be resumed."""
@@ -137,37 +137,37 @@ class LiveRun:
         assert found is not None
         return found.jobs[0]
 
-    def _order(self, kind: str, job: str, values: Mapping[str, Any] | None = None) -> str:
+    def _send(self, kind: str, job: str, values: Mapping[str, Any] | None = None) -> str:
         self._refuse_unless_training(kind)
         if kind != "add":
             names = [one.get("name") for one in read_state(self.path).get("jobs", ())]
             if names and job not in names:
                 raise OutputError(f"there is no job {job!r} in {self.path}{did_you_mean(job, names)}")
-        order = send(self.path, kind, job, values)
-        answer = self._answer(order.number)
-        if not answer.done:
-            raise OutputError(answer.text)
-        return answer.text
+        command = send(self.path, kind, job, values)
+        reply = self._reply(command.number)
+        if not reply.done:
+            raise OutputError(reply.text)
+        return reply.text
 
     def _refuse_unless_training(self, kind: str) -> None:
         if not self.training:
             also = f"; `lowrank train {self.path / CONFIG} resume=true` goes on with it" if kind == "resume" else ""
-            raise OutputError(f"{self.path} is not training, so nobody would hear this{also}")
+            raise OutputError(f"{self.path} is not training, so it takes no commands{also}")
 
-    def _answer(self, number: int) -> OrderReply:
+    def _reply(self, number: int) -> CommandReply:
         began = time.monotonic()
         while True:
-            found = answers(self.path).get(number)
+            found = replies(self.path).get(number)
             if found is not None:
                 return found
             if self.timeout is not None and time.monotonic() - began > self.timeout:
                 raise OutputError(
-                    f"order {number} was not answered within {self.timeout:g} seconds; it is carried out before the "
-                    "run's next step, and the answer will be in orders/log.jsonl"
+                    f"command {number} was not answered within {self.timeout:g} seconds; it is carried out before the "
+                    "run's next step, and the answer will be in commands/log.jsonl"
                 )
             if not self.training:
                 raise OutputError(
-                    f"order {number} was not answered before the run ended; it is carried out if the run is resumed"
+                    f"command {number} was not answered before the run ended; it is carried out if the run is resumed"
                 )
             time.sleep(LOOKS_EVERY)
 

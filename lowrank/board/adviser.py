@@ -116,9 +116,9 @@ class Adviser:
             self._questions[number], self._topics[topic] = question, number
             child = self._running()
             assert child.stdin is not None
-            order = {"id": number, "arguments": list(arguments), "out": str(out), "err": str(err)}
+            request = {"id": number, "arguments": list(arguments), "out": str(out), "err": str(err)}
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write((json.dumps(order) + "\n").encode())
+                child.stdin.write((json.dumps(request) + "\n").encode())
                 child.stdin.flush()
         try:
             over = question.done.wait(_LONGEST_SECONDS)

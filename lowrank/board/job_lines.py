@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank.board.orders import live_jobs
+from lowrank.board.live_commands import live_jobs
 from lowrank.board.runs import RunEntry
 from lowrank.board.tasks import OUTPUT
 from lowrank.foreign_files import find_object
@@ -47,7 +47,7 @@ def job_lines(
 
 
 def _line(name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """From orders/state.json."""
+    """From commands/state.json."""
     best, verdict = job.get("best_loss"), job.get("verdict")
     return {
         "name": name,

@@ -34,7 +34,7 @@ class Queue:
         self.tasks = TaskFolders(places.tasks)
         self._busy_elsewhere, self._before_start = busy_elsewhere, before_start
         self._environment = dict(environment or {})
-        self._order = places.own / "order.json"
+        self._queue_file = places.own / "order.json"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._stop_requests: dict[str, float] = {}
         self._lock = threading.RLock()
@@ -63,7 +63,7 @@ class Queue:
         """Those that wait, the next first."""
         with self._lock:
             found = [task for task in self.tasks.all() if self.tasks.outcome(task).state == WAITING]
-            wanted = {name: place for place, name in enumerate(self._read_order())}
+            wanted = {name: place for place, name in enumerate(self._read_queue_file())}
             return sorted(found, key=lambda task: (wanted.get(task.id, len(wanted)), task.created))
 
     def running(self) -> list[Task]:
@@ -78,9 +78,9 @@ class Queue:
                 return
             place = names.index(name)
             names.insert(min(max(0, place + by), len(names) - 1), names.pop(place))
-            partial = self._order.with_suffix(".partial")
+            partial = self._queue_file.with_suffix(".partial")
             partial.write_text(json.dumps(names), encoding="utf-8")
-            partial.replace(self._order)
+            partial.replace(self._queue_file)
 
     def stop(self, name: str) -> None:
         """Take a waiting task out, ask a running one to save what it has and end."""
@@ -181,9 +181,9 @@ class Queue:
         else:
             children.request_stop(identity)
 
-    def _read_order(self) -> list[str]:
+    def _read_queue_file(self) -> list[str]:
         try:
-            value = json.loads(self._order.read_text(encoding="utf-8"))
+            value = json.loads(self._queue_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
         return [str(name) for name in value] if isinstance(value, list) else []

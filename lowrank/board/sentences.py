@@ -1,6 +1,6 @@
 """What commands and runs say, in Chinese: English sentences of ours are recognized by their wording.
 
-An answer to an order, a problem of a setting, a row the data doctor left out: they come out of files and of processes
+A reply to a command, a problem of a setting, a row the data doctor left out: they come out of files and of processes
 as English text, perhaps of another version. `translations/sentences.zh.json` has the usual ones with their places, as
 `"{name} is paused already"`; what is not recognized stays as the command said it, and the page says that it is that.
 """

@@ -20,7 +20,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lowrank.checkpoints.atomic import is_leftover, recover, remove, write_text
-from lowrank.checkpoints.orders import FOLDER as ORDERS
+from lowrank.checkpoints.live_commands import FOLDER as COMMANDS
+from lowrank.checkpoints.live_commands import FORMER_FOLDER as FORMER_COMMANDS
 from lowrank.checkpoints.steps import latest_checkpoint, list_checkpoints
 from lowrank.errors import OutputError, raise_all
 
@@ -35,8 +36,8 @@ SHARES = "shares"
 """Run folders of a run whose jobs are trained in shares (checkpoints/shared_folder.py)."""
 RUN_FILES = (
     CHECKPOINTS, CONFIG, "demo.json", "summary.json", "metrics.jsonl", "loss.png", "tensorboard", "report.html",
-    "data_report.json", "predict", "eval", ORDERS, "best", "sweep.json",
-    "optuna.db", SHARES,
+    "data_report.json", "predict", "eval", COMMANDS, FORMER_COMMANDS, "best",
+    "sweep.json", "optuna.db", SHARES,
 )  # fmt: skip
 """What a run writes into its folder, besides one folder per job."""
 JOB_FOLDERS = ("best", "last")

@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from lowrank.cli import orders
+from lowrank.cli import live_commands
 
 
 def add(
-    run: orders.Run,
+    run: live_commands.Run,
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A YAML or JSON file: whatever differs from the run's top level.")
     ],
-    changes: orders.Changes = None,
-    timeout: orders.Timeout = None,
-    json: orders.Json = False,
+    changes: live_commands.Changes = None,
+    timeout: live_commands.Timeout = None,
+    json: live_commands.Json = False,
 ) -> None:
     """The file is like an entry of `jobs`; without a `name` the job is called as the file. It begins at once if it
     fits into memory, else it waits for a slot.
@@ -26,4 +26,4 @@ def add(
 
     content = override(read_file(file), changes or [])
     content.setdefault("name", file.stem)
-    orders.give(run, lambda live: live.add(content, folder=file.parent), timeout=timeout, json=json)
+    live_commands.send(run, lambda live: live.add(content, folder=file.parent), timeout=timeout, json=json)

@@ -114,7 +114,7 @@ def _submit_lines(talk: ChatRepl, json: bool) -> None:
             _print_row(BARE, *talk.base_quietly())
         elif line.startswith("/"):
             try:
-                talk.obey(line.strip())
+                talk.run_command(line.strip())
             except LowrankError as error:
                 raise type(error)(f"line {number}, {line.strip()[:80]}: {error}") from error
         elif line.strip():

@@ -107,7 +107,7 @@ class ChatRepl:
                 return
             try:
                 if line.startswith("/"):
-                    self.obey(line)
+                    self.run_command(line)
                 elif line:
                     self.send(line)
             except KeyboardInterrupt:
@@ -207,8 +207,8 @@ class ChatRepl:
         table.add_row(*(Text(printable(answer.strip("\n"))) for answer in answers.values()))
         self.console.print(table)
 
-    def obey(self, line: str) -> None:
-        """Do what a line that begins with `/` says. ConfigError for an unknown command or a value that does not fit."""
+    def run_command(self, line: str) -> None:
+        """Run the command of a line that begins with `/`. ConfigError for an unknown one or a value that is none."""
         name, _, rest = line[1:].partition(" ")
         commands = self._commands()
         if name not in commands:

@@ -6,23 +6,23 @@ from typing import Annotated
 
 import typer
 
-from lowrank.cli import orders
+from lowrank.cli import live_commands
 
 
 def clone(
-    run: orders.Run,
-    name: orders.Job,
-    changes: orders.Changes = None,
+    run: live_commands.Run,
+    name: live_commands.Job,
+    changes: live_commands.Changes = None,
     new_name: Annotated[str | None, typer.Option("--name", help="What it is called; NAME-2 at first.")] = None,
     from_start: Annotated[bool, typer.Option("--from-start", help="Begin anew, not from the present weights.")] = False,
-    timeout: orders.Timeout = None,
-    json: orders.Json = False,
+    timeout: live_commands.Timeout = None,
+    json: live_commands.Json = False,
 ) -> None:
     """It goes on from the present weights, optimizer state and place in the data, or with --from-start begins anew,
     where everything may differ, the adapter too.
     """
-    given = orders.changes(changes)
-    orders.give(
+    given = live_commands.changes(changes)
+    live_commands.send(
         run,
         lambda live: live.clone(name, given, new_name=new_name, from_start=from_start),
         timeout=timeout,

@@ -97,22 +97,22 @@ def export(
         base=base,
         notify=lambda text: warn([text]) if json else console.print(text, soft_wrap=True),
     )
-    orders = export_requests(targets, output or found.default_place(names))
-    with interruption_message(lambda: _left_of(orders)), Watcher(console) as watch:
+    requests = export_requests(targets, output or found.default_place(names))
+    with interruption_message(lambda: _left_of(requests)), Watcher(console) as watch:
         result = export_targets(
-            found, orders, verify=verify, prompts=compared, dry_run=dry_run, watch=watch,
+            found, requests, verify=verify, prompts=compared, dry_run=dry_run, watch=watch,
             notify=lambda text: console.print(text, soft_wrap=True),
         )  # fmt: skip
-    not_pushed = _push(orders, repositories, result, dry_run=dry_run) if push else {}
+    not_pushed = _push(requests, repositories, result, dry_run=dry_run) if push else {}
     _show_result(console, result, json=json, dry_run=dry_run)
-    refuse_failed(orders, result, not_pushed, quietly=json)
+    refuse_failed(requests, result, not_pushed, quietly=json)
 
 
-def _left_of(orders: Sequence[ExportRequest]) -> str:
+def _left_of(requests: Sequence[ExportRequest]) -> str:
     """What an interruption leaves of an export, for people: a folder is there when all of it is."""
     from lowrank.pipelines.export import REPORT
 
-    written = [each for each in orders if each.folder.is_dir()]
+    written = [each for each in requests if each.folder.is_dir()]
     whole = [f"{each.type} ({each.folder})" for each in written if (each.folder / REPORT).is_file()]
     uncompared = [f"{each.type} ({each.folder})" for each in written if not (each.folder / REPORT).is_file()]
     parts = [
@@ -120,7 +120,7 @@ def _left_of(orders: Sequence[ExportRequest]) -> str:
         f"written, not compared: {', '.join(uncompared)}" if uncompared else "",
         "nothing was written" if not written else "the rest was not; name it alone with --to",
     ]
-    return "; ".join(["interrupted", *filter(None, parts[: 3 if len(written) < len(orders) else 2])])
+    return "; ".join(["interrupted", *filter(None, parts[: 3 if len(written) < len(requests) else 2])])
 
 
 def _compared_on(prompts: str | None, media_dir: str | None, fetch_media: bool) -> SourceConfig | None:
@@ -137,14 +137,14 @@ def _compared_on(prompts: str | None, media_dir: str | None, fetch_media: bool) 
 
 
 def _push(
-    orders: Sequence[ExportRequest], repositories: Mapping[str, str], result: dict[str, Any], *, dry_run: bool
+    requests: Sequence[ExportRequest], repositories: Mapping[str, str], result: dict[str, Any], *, dry_run: bool
 ) -> dict[str, LowrankError]:
     """Upload what did not fail and put it into the result; why some were not taken."""
     from lowrank.export.publish.hub import push_folder
 
     refused: dict[str, LowrankError] = {}
     result["pushed"] = []
-    for each in orders:
+    for each in requests:
         if result["targets"][each.type].get("passed") is False:
             continue
         try:
@@ -169,7 +169,7 @@ def _show_result(console: Console, result: dict[str, Any], *, json: bool, dry_ru
 
 
 def refuse_failed(
-    orders: Sequence[ExportRequest],
+    requests: Sequence[ExportRequest],
     result: dict[str, Any],
     not_pushed: Mapping[str, LowrankError],
     *,
@@ -177,7 +177,7 @@ def refuse_failed(
 ) -> None:
     """Leave by the exit code of the first target that failed or was not taken by the hub, else of those that differ
     from what was trained."""
-    errors = {each.type: result["targets"][each.type].get("error") for each in orders}
+    errors = {each.type: result["targets"][each.type].get("error") for each in requests}
     failed = {name: error for name, error in errors.items() if error}
     parts = {
         f"{name}, {part}": error

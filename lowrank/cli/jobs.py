@@ -23,7 +23,7 @@ def jobs(
 ) -> None:
     """A line for each: what it does, how far it is, its losses, what its curve says, how long it still takes.
 
-    While it trains it takes orders: add, stop, pause, resume, clone, set, priority.
+    While it trains it takes commands: add, stop, pause, resume, clone, set, priority.
     """
     from lowrank.api.live import LiveRun
     from lowrank.terminal import Console

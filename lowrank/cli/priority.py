@@ -6,17 +6,17 @@ from typing import Annotated
 
 import typer
 
-from lowrank.cli import orders
+from lowrank.cli import live_commands
 
 
 def priority(
-    run: orders.Run,
-    name: orders.Job,
+    run: live_commands.Run,
+    name: live_commands.Job,
     number: Annotated[int, typer.Argument(metavar="NUMBER", help="0 at first; higher comes first.")],
-    timeout: orders.Timeout = None,
-    json: orders.Json = False,
+    timeout: live_commands.Timeout = None,
+    json: live_commands.Json = False,
 ) -> None:
     """Of the jobs that wait, the one with the highest is given the next slot; one of a lower priority that runs gives
     its slot to it at once, and goes on later where it was. Negative numbers stand after `--`.
     """
-    orders.give(run, lambda live: live.priority(name, number), timeout=timeout, json=json)
+    live_commands.send(run, lambda live: live.priority(name, number), timeout=timeout, json=json)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from lowrank.cli import orders
+from lowrank.cli import live_commands
 
 
-def resume(run: orders.Run, name: orders.Job, timeout: orders.Timeout = None, json: orders.Json = False) -> None:
+def resume(
+    run: live_commands.Run,
+    name: live_commands.Job,
+    timeout: live_commands.Timeout = None,
+    json: live_commands.Json = False,
+) -> None:
     """It goes on where it was as soon as there is a slot. (A run that has ended goes on with `lowrank train ...
     resume=true`.)
     """
-    orders.give(run, lambda live: live.resume(name), timeout=timeout, json=json)
+    live_commands.send(run, lambda live: live.resume(name), timeout=timeout, json=json)

@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
-from lowrank.cli import orders
+from lowrank.cli import live_commands
 
 
 def stop(
-    run: orders.Run,
+    run: live_commands.Run,
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="The job; without it the whole run saves and ends.")
     ] = None,
-    timeout: orders.Timeout = None,
-    json: orders.Json = False,
+    timeout: live_commands.Timeout = None,
+    json: live_commands.Json = False,
 ) -> None:
     """The job's adapter is kept as `last`, its slot is free for one that waits, and the others go on."""
-    orders.give(run, lambda live: live.end() if name is None else live.stop(name), timeout=timeout, json=json)
+    live_commands.send(run, lambda live: live.end() if name is None else live.stop(name), timeout=timeout, json=json)

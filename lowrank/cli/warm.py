@@ -1,6 +1,6 @@
-"""A process that has imported what commands need, and forks one for each order: answers without the seconds of a start.
+"""A process that has imported what commands need, and forks one for each request: no request waits for a start.
 
-It is no command of its own but a child of the board (`python -m lowrank.cli.warm`). Orders come as lines of JSON on
+It is no command of its own but a child of the board (`python -m lowrank.cli.warm`). Requests come as lines of JSON on
 standard input, `{"id": 1, "arguments": ["plan", "run.yaml", "--json"], "out": FILE, "err": FILE}`; on standard output
 it says `{"id": 1, "pid": 4711}` and, when that is over, `{"id": 1, "code": 0}`. It ends with its input. What imports a
 device's library starts it in the fork alone, so this process holds no memory of a GPU.
@@ -32,16 +32,16 @@ _MOST_BYTES = 64 << 20
 
 
 def serve() -> None:
-    """Take orders until standard input ends."""
+    """Serve requests until standard input ends."""
     for name in HEAVY:
         importlib.import_module(name)
     gc.freeze()
     _send({"ready": True})
-    take_orders(_obey)
+    serve_requests(_handle)
 
 
-def take_orders(obey: Callable[[dict[str, Any]], None]) -> None:
-    """Fork a child for each line of standard input, where `obey` is called and never returns; until the input ends."""
+def serve_requests(handle: Callable[[dict[str, Any]], None]) -> None:
+    """Until standard input ends, fork a child for each line, where `handle` is called and never returns."""
     running: dict[int, int] = {}
     rest = b""
     while True:
@@ -52,19 +52,19 @@ def take_orders(obey: Callable[[dict[str, Any]], None]) -> None:
                 return
             *lines, rest = (rest + read).split(b"\n")
             for line in lines:
-                order = json.loads(line)
+                request = json.loads(line)
                 child = os.fork()
                 if not child:
-                    obey(order)
-                running[child] = order["id"]
-                _send({"id": order["id"], "pid": child})
+                    handle(request)
+                running[child] = request["id"]
+                _send({"id": request["id"], "pid": child})
         for child in list(running):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 _send({"id": running.pop(child), "code": os.waitstatus_to_exitcode(status)})
 
 
-def _obey(order: dict[str, Any]) -> None:
+def _handle(request: dict[str, Any]) -> None:
     """In the fork: the command, its output in files. Never returns."""
     from lowrank.cli.main import main
 
@@ -72,10 +72,10 @@ def _obey(order: dict[str, Any]) -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         _limit()
-        sys.argv = ["lowrank", *order["arguments"]]
-        main(order["arguments"])
+        sys.argv = ["lowrank", *request["arguments"]]
+        main(request["arguments"])
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:
@@ -87,7 +87,7 @@ def _obey(order: dict[str, Any]) -> None:
 
 
 def _limit() -> None:
-    """Settings and data come from anywhere: no order may take for ever, or fill the disk with its answer."""
+    """Settings and data come from anywhere: no request may take for ever, or fill the disk with its answer."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CPU, (_LONGEST_SECONDS, _LONGEST_SECONDS))

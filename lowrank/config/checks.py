@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 RESERVED_NAMES = (
     "config.json", "demo.json", "checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png",
-    "tensorboard", "report.html", "data_report.json", "predict", "eval", "stop", "orders", "best", "sweep.json",
-    "optuna.db", "shares",
+    "tensorboard", "report.html", "data_report.json", "predict", "eval", "stop", "commands", "orders", "best",
+    "sweep.json", "optuna.db", "shares",
 )  # fmt: skip
 """Names in the run folder that are not jobs."""
 

@@ -47,7 +47,7 @@ Watch = Callable[[str, int, int], None]
 
 def export_targets(
     found: ResolvedSource,
-    orders: Sequence[ExportRequest],
+    requests: Sequence[ExportRequest],
     *,
     verify: bool = True,
     prompts: SourceConfig | None = None,
@@ -63,8 +63,8 @@ def export_targets(
     after the checks. Raises ModelError, OutputError, DataError: what concerns all targets, or the failure of every one.
     """
     source = found.source
-    failures = TargetFailures([each.type for each in orders], notify)
-    built = checked_targets(orders, found, failures)
+    failures = TargetFailures([each.type for each in requests], notify)
+    built = checked_targets(requests, found, failures)
     if verify:
         source, notice = where_to_verify(source)
         notify(notice)
@@ -99,13 +99,13 @@ def export_targets(
                 "path": str(each.own.folder), "disk_bytes": each.needs.disk_bytes,
                 "memory_bytes": each.needs.memory_bytes, "notes": list(each.needs.notes),
             }  # fmt: skip
-    for each in orders:
+    for each in requests:
         if each.type in failures.errors:
             result["targets"][each.type] = {
                 "target": each.config.model_dump(mode="json"), "path": str(each.folder), "passed": False,
                 "error": failures.to_json(each.type),
             }  # fmt: skip
-    result["targets"] = {each.type: result["targets"][each.type] for each in orders}
+    result["targets"] = {each.type: result["targets"][each.type] for each in requests}
     result["passed"] = all(each.get("passed") is not False for each in result["targets"].values())
     return result
 

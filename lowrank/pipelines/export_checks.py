@@ -56,11 +56,11 @@ class CheckedTarget:
 
 
 def checked_targets(
-    orders: Sequence[ExportRequest], found: ResolvedSource, failures: TargetFailures
+    requests: Sequence[ExportRequest], found: ResolvedSource, failures: TargetFailures
 ) -> list[CheckedTarget]:
     """Those whose place is free and which can take this source."""
     built = []
-    for each in orders:
+    for each in requests:
         with failures.of(each.type):
             _refuse_place(each, found)
             target = each.config.build()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lowrank.batches import BARE_BASE
-from lowrank.checkpoints.orders import OrderQueue
+from lowrank.checkpoints.live_commands import CommandQueue
 from lowrank.config import JobConfig
 from lowrank.errors import LowrankError
 from lowrank.pipelines.job_setup import num_steps_of
@@ -77,8 +77,8 @@ class JobQueue:
         self.on_decision: Callable[[], object] = lambda: None
         """Called after the search has decided about a job."""
         self.before_step: Callable[[int], None] = lambda tick: None
-        """Carries orders out (pipelines/orders.py)."""
-        self.order_queue: OrderQueue | None = None
+        """Carries live commands out (pipelines/live_commands.py)."""
+        self.command_queue: CommandQueue | None = None
         self._new_jobs: list[Job] = []
         """Jobs that were given a slot since the last step."""
         for turn, entry in enumerate(entries):
@@ -185,7 +185,7 @@ class JobQueue:
 
     def change(self, name: str, config: JobConfig) -> None:
         """Give a job other settings, in effect from its next step on. Only those that may change while it trains differ
-        (pipelines/orders.py)."""
+        (pipelines/live_commands.py)."""
         entry, job = self.entries[name], self.job(name)
         entry.config, entry.changed = config, True
         if job is not None:
@@ -222,8 +222,8 @@ class JobQueue:
         slots = {job.name: job.slot for job in self.jobs}
         jobs = {entry.name: entry.to_json(slots.get(entry.name)) for entry in self.entries.values()}
         search = None if self.search is None else self.search.state()
-        orders = [] if self.order_queue is None else sorted(self.order_queue.carried_out)
-        return {"jobs": jobs, "orders": orders, "capacity": self.capacity, "turns": self._turns, "search": search}
+        commands = [] if self.command_queue is None else sorted(self.command_queue.carried_out)
+        return {"jobs": jobs, "commands": commands, "capacity": self.capacity, "turns": self._turns, "search": search}
 
     def allocate_slots(self, state: Mapping[str, Any] | None) -> None:
         """Give the first jobs their slots; where a run is resumed (`state`: what `state` has returned), each job the

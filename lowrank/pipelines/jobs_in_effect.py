@@ -1,8 +1,8 @@
-"""The jobs of a run that goes on: those it began with, with what orders and searches have changed since."""
+"""The jobs of a run that goes on: those it began with, with what commands and searches have changed since."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank.config import JobConfig, RunConfig
@@ -16,8 +16,13 @@ def live_state(state: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if state is None else state.get(LIVE)
 
 
+def commands_in(live: Mapping[str, Any] | None) -> Sequence[int]:
+    """Numbers of the commands that are in a checkpoint, which runs before 2026-12 called orders."""
+    return () if live is None else live["commands"] if "commands" in live else live["orders"]
+
+
 def as_begun(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
-    """The settings without what orders have made of them, to be compared with those in the checkpoint (`state`).
+    """The settings without what commands have made of them, to be compared with those in the checkpoint (`state`).
 
     The config.json of a run has the jobs that were added and changed, the file that a person keeps has not; both may
     be given where the run goes on.

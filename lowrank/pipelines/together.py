@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.checkpoints.orders import Order, OrderQueue
+from lowrank.checkpoints.live_commands import CommandQueue, LiveCommand
 from lowrank.checkpoints.run_folder import RunFolder, open_run_folder
 from lowrank.checkpoints.settings_changes import flattened
 from lowrank.config import RunConfig
@@ -307,12 +307,12 @@ class Watch:
         self._begun = True
 
 
-def orders_of(order_queue: OrderQueue, ranks: Ranks) -> Callable[[int], list[Order]]:
-    """The orders of the run's folder, which the first rank reads, for all of them."""
+def commands_of(command_queue: CommandQueue, ranks: Ranks) -> Callable[[int], list[LiveCommand]]:
+    """The commands of the run's folder, which the first rank reads, for all of them."""
 
-    def due(tick: int) -> list[Order]:
-        received = agree(ranks, lambda: [dataclasses.asdict(order) for order in order_queue.due(tick)])
-        return [Order(**order) for order in received]
+    def due(tick: int) -> list[LiveCommand]:
+        received = agree(ranks, lambda: [dataclasses.asdict(command) for command in command_queue.due(tick)])
+        return [LiveCommand(**command) for command in received]
 
     return due
 

@@ -12,7 +12,7 @@ from typing import Any
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
 from lowrank.checkpoints.atomic import write_text
-from lowrank.checkpoints.orders import OrderQueue
+from lowrank.checkpoints.live_commands import CommandQueue
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.run_folder import STOP, RunFolder
@@ -33,9 +33,9 @@ from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
 from lowrank.pipelines.job_queue import JobQueue
 from lowrank.pipelines.job_setup import check_steps, check_tokens
-from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, in_effect, live_state
+from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, commands_in, in_effect, live_state
+from lowrank.pipelines.live_commands import CommandHandler, StateFile
 from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
-from lowrank.pipelines.orders import OrderHandler, StateFile
 from lowrank.pipelines.pictures import attach_media_encoder, expect_media
 from lowrank.pipelines.queued_job import QueuedJob
 from lowrank.pipelines.references import check_references
@@ -44,11 +44,11 @@ from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, reco
 from lowrank.pipelines.together import (
     Watch,
     checkpointer_of,
+    commands_of,
     dated,
     folder_of,
     lanes_of,
     on_first_rank,
-    orders_of,
     placement_of,
     planned,
     refuse_unlike,
@@ -138,8 +138,8 @@ def train(
         _write_settings(folder, config, entries)
         report.keeping.append(summary)
         tick = _restore(checkpointer, checkpoint, queue, report)
-        known = live["orders"] if live else ()
-        _take_orders(stack, folder, config, queue, MemoryBudget(config, plan), report, summary, known)
+        known = commands_in(live)
+        _accept_commands(stack, folder, config, queue, MemoryBudget(config, plan), report, summary, known)
         started = [queue.started(name) for name in queue.entries]
         report(_run_started(base, config, started))
 
@@ -261,7 +261,7 @@ def _write_settings(folder: RunFolder, config: RunConfig, entries: Sequence[Queu
     write_text(folder.path / DATA_REPORT, json.dumps(found, ensure_ascii=False) + "\n")
 
 
-def _take_orders(
+def _accept_commands(
     stack: ExitStack,
     folder: RunFolder,
     config: RunConfig,
@@ -271,11 +271,11 @@ def _take_orders(
     summary: SummaryBuilder,
     known: Sequence[int],
 ) -> None:
-    """From now on the run hears orders, and says what its jobs do. `known`: orders that are in the checkpoint."""
+    """From now on the run takes commands, and writes what its jobs do. `known`: commands that are in the checkpoint."""
     ranks = queue.allocator.engine.lanes.ranks
-    order_queue = OrderQueue(folder.path, known)
-    order_queue.open()
-    queue.order_queue = order_queue
+    command_queue = CommandQueue(folder.path, known)
+    command_queue.open()
+    queue.command_queue = command_queue
     base, read = queue.allocator.engine.base, {}
     tokenizer = base.tokenizer
 
@@ -285,9 +285,9 @@ def _take_orders(
         queue.checkpointer.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
         return own
 
-    watching = StateFile(order_queue, queue, summary)
-    handler = OrderHandler(
-        order_queue,
+    watching = StateFile(command_queue, queue, summary)
+    handler = CommandHandler(
+        command_queue,
         queue,
         config,
         prepare=prepare,
@@ -297,7 +297,7 @@ def _take_orders(
         changed=lambda: _write_settings(folder, config, list(queue.entries.values())),
         show=watching.write,
         report=report,
-        due=orders_of(order_queue, ranks),
+        due=commands_of(command_queue, ranks),
     )
 
     watch = Watch(queue.allocator.engine)

@@ -95,7 +95,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class JobFinished:
-    """A job has no more steps to take. `reason`: done, early_stopping, not_finite, stopped (by an order), pruned (by a
+    """A job has no more steps to take. `reason`: done, early_stopping, not_finite, stopped (by a command), pruned (by a
     search), failed (it could not begin), interrupted."""
 
     job: str

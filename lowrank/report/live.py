@@ -1,4 +1,4 @@
-"""What the jobs of a run do now, for whoever has the run folder: from orders/state.json."""
+"""What the jobs of a run do now, for whoever has the run folder: from commands/state.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank.checkpoints.orders import read_state
+from lowrank.checkpoints.live_commands import read_state
 from lowrank.checkpoints.run_folder import writer_of
 
 

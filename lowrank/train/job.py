@@ -72,7 +72,7 @@ class JobProgress:
     step: int = 0
     """Optimizer steps taken, skipped ones included."""
     finished: str | None = None
-    """Why it is over: done, early_stopping, not_finite, stopped (by an order), pruned (by a search). None while it
+    """Why it is over: done, early_stopping, not_finite, stopped (by a command), pruned (by a search). None while it
     runs."""
     skipped: int = 0
     skipped_in_a_row: int = 0

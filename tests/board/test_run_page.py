@@ -1,4 +1,4 @@
-"""The page of a run in a real browser: long curves, orders by the keyboard and in Chinese."""
+"""The page of a run in a real browser: long curves, commands by the keyboard and in Chinese."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import psutil
 import pytest
 
-import lowrank.pipelines.orders
+import lowrank.pipelines.live_commands
 from lowrank.board.curves import CurvesOfRuns
-from lowrank.checkpoints.orders import OrderQueue
+from lowrank.checkpoints.live_commands import CommandQueue
 from tests.board.browser import axe, page_of
 from tests.board.english import raised, returned
 from tests.board.run_folders import write_run
 from tests.board.running import Running
-from tests.board.test_orders import write_live
+from tests.board.test_live_commands import write_live
 from tests.board.test_sentences import HAN, PLACE
 from tests.processor_speed import slowness
 
@@ -103,10 +103,10 @@ def test_a_run_is_steered_by_the_keyboard(browser: Any, running: Running) -> Non
     over = threading.Event()
 
     def train() -> None:
-        book = OrderQueue(live)
+        book = CommandQueue(live)
         while not over.wait(0.05):
-            for order in book.due(3):
-                book.acknowledge(order, 3, f"{order.kind} {order.job}", done=order.kind != "clone")
+            for command in book.due(3):
+                book.acknowledge(command, 3, f"{command.kind} {command.job}", done=command.kind != "clone")
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -156,22 +156,22 @@ ENGLISH = """() => {
 
 
 def test_no_english_is_said_on_the_chinese_page(browser: Any, running: Running) -> None:
-    """Every order through its dialog, with the run's own answers: done, and then refused."""
+    """Every command through its dialog, with the run's own answers: done, and then refused."""
     from playwright.sync_api import expect
 
-    handler = Path(str(lowrank.pipelines.orders.__file__))
+    handler = Path(str(lowrank.pipelines.live_commands.__file__))
     refusals = iter(sorted(set(raised(handler))))
     live = write_live(running.board.places.runs / "live-zh")
     over = threading.Event()
 
     def train() -> None:
-        book = OrderQueue(live)
+        book = CommandQueue(live)
         while not over.wait(0.05):
-            for order in book.due(3):
-                done = list(returned(handler, "_join" if order.kind in ("add", "clone") else f"_{order.kind}"))
-                text = f"{order.job} trains from now on" if order.kind in ("add", "clone") else done[0]
-                second = order.number % 2 == 0
-                book.acknowledge(order, 3, PLACE.sub("7", next(refusals) if second else text), done=not second)
+            for command in book.due(3):
+                done = list(returned(handler, "_join" if command.kind in ("add", "clone") else f"_{command.kind}"))
+                text = f"{command.job} trains from now on" if command.kind in ("add", "clone") else done[0]
+                second = command.number % 2 == 0
+                book.acknowledge(command, 3, PLACE.sub("7", next(refusals) if second else text), done=not second)
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -192,7 +192,7 @@ def test_no_english_is_said_on_the_chinese_page(browser: Any, running: Running) 
                     assert HAN.search(dialog.locator("[role=status]").inner_text())
                     assert page.evaluate(ENGLISH) == []
                 more = dialog.locator(f'[data-kind="{kind}"] textarea')
-                if more.count():  # what cannot be ordered is said at the field
+                if more.count():  # what cannot be sent is shown at the field
                     dialog.locator(f'[data-kind="{kind}"] summary').click()
                     for wrong in ("data: {train: [/etc/passwd]}", "- 1", "adapter: evil:X"):
                         more.fill(wrong)

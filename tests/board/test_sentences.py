@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import lowrank.board
-import lowrank.checkpoints.orders
+import lowrank.checkpoints.live_commands
 import lowrank.config.checks
 import lowrank.config.no_effect
-import lowrank.pipelines.orders
+import lowrank.pipelines.live_commands
 from lowrank.board import form
 from lowrank.board.sentences import _NUMBERS, in_chinese, known
 from lowrank.board.texts import Texts, TranslatedText
@@ -41,9 +41,11 @@ def test_what_the_board_refuses_is_said_in_chinese() -> None:
     assert unknown(found) == set()
 
 
-def test_answers_to_orders_are_in_chinese() -> None:
+def test_answers_to_commands_are_in_chinese() -> None:
     """All of them: what was done and what was refused, of the handler that carries them out and of their folder."""
-    handler, folder = (Path(str(module.__file__)) for module in (lowrank.pipelines.orders, lowrank.checkpoints.orders))
+    handler, folder = (
+        Path(str(module.__file__)) for module in (lowrank.pipelines.live_commands, lowrank.checkpoints.live_commands)
+    )
     answers = {
         *raised(handler),
         *raised(folder),

@@ -142,16 +142,16 @@ def test_every_job_is_asked_by_the_template_it_was_trained_with(world: Path, tmp
 def test_sampling_commands(trained: InferenceModel) -> None:
     talk = ChatRepl(trained, GenerationConfig(max_new_tokens=2), model_names=["r4"])
     for line in ("/temperature 0.7", "/top_p 0.9", "/top_k 5", "/min_p 0.1", "/penalty 1.2", "/seed 3"):
-        talk.obey(line)
+        talk.run_command(line)
     with pytest.raises(ConfigError, match="not a number that fits: '-1'"):
-        talk.obey("/top_k -1")
+        talk.run_command("/top_k -1")
     found = talk.config
     assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.7, 0.9, 5, 0.1)
     assert (found.repetition_penalty, found.seed) == (1.2, 3)
-    talk.obey("/seed")
+    talk.run_command("/seed")
     assert talk.config.seed is None
     with talk.console.capture() as captured:
-        talk.obey("/template 中文")
+        talk.run_command("/template 中文")
     assert "an answer ends at '<|im_end|>'" in captured.get()
 
 
@@ -182,7 +182,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
 
 
-def test_commands_in_a_pipe_are_obeyed(
+def test_commands_in_a_pipe_are_run(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piped(monkeypatch, "/adapter 中文", "/max 2", "hi", "/base", "/sampling", "/exit", "not asked")

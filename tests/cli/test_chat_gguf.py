@@ -72,8 +72,8 @@ def test_a_conversation(world: tuple[Path, InferenceModel], capsys: pytest.Captu
     talk = ChatRepl(backend, GenerationConfig(max_new_tokens=8), system="Be brief.", model_names=model_names)
     with talk.console.capture() as captured:
         talk.send(QUESTION)
-        talk.obey("/base")
-        talk.obey("/template")
+        talk.run_command("/base")
+        talk.run_command("/template")
     requested = Conversation((Message("system", "Be brief."), Message("user", QUESTION)))
     one, base = trained.answer([("one", requested), ("base", requested)], GenerationConfig(max_new_tokens=8))
     streamed = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_a_conversation(world: tuple[Path, InferenceModel], capsys: pytest.Captu
     assert f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant" in shown
     assert "an answer ends at '<|im_end|>'" in shown
     with pytest.raises(ModelError, match="did you mean 'one'"):
-        talk.obey("/adapter ones")
+        talk.run_command("/adapter ones")
     with pytest.raises(ModelError, match=r"\d+ tokens and the model's maximum context length is 1024"):
         talk.send("word " * 2000)
     assert len(talk.history) == 3, "what was refused was not said"

@@ -140,8 +140,8 @@ def test_ctrl_c_says_what_is_left_of_an_export(
 ) -> None:
     import lowrank.pipelines.export
 
-    def interrupted(found: Any, orders: Any, **options: Any) -> None:
-        for each in orders[: len(written)]:
+    def interrupted(found: Any, requests: Any, **options: Any) -> None:
+        for each in requests[: len(written)]:
             each.folder.mkdir(parents=True)
             if written[each.type]:
                 (each.folder / lowrank.pipelines.export.REPORT).touch()

@@ -56,8 +56,8 @@ def test_what_vllm_leaves_of_an_adapter_is_said(everywhere: bool, tmp_path: Path
     number = len(described.outside & set(adapter.targets))
     assert (number > 0) == everywhere
     save_adapter(tmp_path / "saved", adapter, described)
-    order = ExportRequest(PeftExportConfig(), tmp_path / "out")
-    export_targets(found, [order], verify=False, notify=lambda text: None)
+    request = ExportRequest(PeftExportConfig(), tmp_path / "out")
+    export_targets(found, [request], verify=False, notify=lambda text: None)
     for folder in ("saved", "out"):
         card = (tmp_path / folder / "README.md").read_text("utf-8")
         if everywhere:

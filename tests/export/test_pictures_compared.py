@@ -173,8 +173,8 @@ def test_a_packed_model_that_is_blind_fails(tmp_path: Path, monkeypatch: pytest.
         PackedTarget, monkeypatch,
         changed("model.safetensors", "multi_modal_projector.linear_2.weight", lambda _, value: value * 0),
     )  # fmt: skip
-    order = ExportRequest(GPTQExportConfig(bits=8, calibrate=False), tmp_path / "out")
-    reported = export_targets(found, [order], notify=lambda text: None)["targets"]["gptq"]
+    request = ExportRequest(GPTQExportConfig(bits=8, calibrate=False), tmp_path / "out")
+    reported = export_targets(found, [request], notify=lambda text: None)["targets"]["gptq"]
     assert not reported["passed"]
     assert [each["passed"] for each in reported["comparisons"]] == [True]
     assert "it makes the same of different pictures" in reported["failed"]["gptq"]["message"]

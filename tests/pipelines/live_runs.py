@@ -39,8 +39,8 @@ def settings(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-class Orders:
-    """A reporter that sends orders after given steps of a job, and notes every loss."""
+class ScriptedReporter:
+    """A reporter that calls functions after given steps of a job, which send commands, and keeps every event."""
 
     def __init__(self, run: Path, **plan: Callable[[], Any]) -> None:
         """`a3=function`: called after step 3 of job a."""
@@ -59,12 +59,12 @@ class Orders:
         return [event.loss for event in self.events if isinstance(event, StepDone) and event.job == job]
 
 
-def run(given: dict[str, Any], **plan: Callable[[], Any]) -> tuple[dict[str, Any], Orders]:
-    orders = Orders(Path(given["output_dir"]), **plan)
-    summary = train(RunConfig(**given), reporters=[orders])
-    failed = [event.text for event in orders.events if isinstance(event, Notice) and "hears no more" in event.text]
-    assert not orders.plan, f"never happened: {list(orders.plan)}; {failed}"
-    return summary, orders
+def run(given: dict[str, Any], **plan: Callable[[], Any]) -> tuple[dict[str, Any], ScriptedReporter]:
+    reporter = ScriptedReporter(Path(given["output_dir"]), **plan)
+    summary = train(RunConfig(**given), reporters=[reporter])
+    failed = [event.text for event in reporter.events if isinstance(event, Notice) and "hears no more" in event.text]
+    assert not reporter.plan, f"never happened: {list(reporter.plan)}; {failed}"
+    return summary, reporter
 
 
 class Killed(BaseException):

@@ -55,8 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world / "run"
 
 
-def export(run: Path, orders: list[ExportRequest], adapters: tuple[str, ...] = (), **options: Any) -> dict[str, Any]:
-    return export_targets(open_source(str(run), adapters=adapters, notify=silent), orders, notify=silent, **options)
+def export(run: Path, requests: list[ExportRequest], adapters: tuple[str, ...] = (), **options: Any) -> dict[str, Any]:
+    return export_targets(open_source(str(run), adapters=adapters, notify=silent), requests, notify=silent, **options)
 
 
 def test_the_best_job_in_two_forms(run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.checkpoints.orders import answers, send
+from lowrank.checkpoints.live_commands import replies, send
 from lowrank.checkpoints.packed_model import quantize_model
 from lowrank.config import RunConfig
 from lowrank.models.config import ModelConfig
@@ -19,7 +19,7 @@ from lowrank.pipelines.launch import train
 from lowrank.pipelines.together import placement_of
 from lowrank.pipelines.train import train as train_here
 from tests.pipelines.forked import forked_processes
-from tests.pipelines.live_runs import Orders, make_world, weights
+from tests.pipelines.live_runs import ScriptedReporter, make_world, weights
 from tests.pipelines.sharded_runs import align, on_ranks
 from tests.pipelines.test_ranks import losses, settings
 
@@ -173,11 +173,11 @@ def test_a_job_that_comes_later_and_what_no_device_holds(world: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["replicated", "sharded"])
-def test_orders_are_carried_out_by_all_ranks_at_the_same_step(world: Path, tmp_path: Path, base: str) -> None:
+def test_commands_are_carried_out_by_all_ranks_at_the_same_step(world: Path, tmp_path: Path, base: str) -> None:
     """Set, pause, resume, add and stop, sent from outside: the first rank reads them, all do them, and one process that
     is told the same at the same steps has the same bits."""
     late = RunConfig(**settings(world, tmp_path, jobs=[{"name": "late", "adapter": {"rank": 2}}])).jobs[0]
-    orders = [
+    commands = [
         ("set", "dora", {"changes": ["optimizer.learning_rate=0.003"]}),
         ("pause", "dora", None),
         ("add", None, {"settings": late.model_dump(mode="json")}),
@@ -188,18 +188,18 @@ def test_orders_are_carried_out_by_all_ranks_at_the_same_step(world: Path, tmp_p
     given["data"] |= {"train": settings(world, tmp_path)["data"]["train"]}
 
     def sends(out: Path, number: int) -> Any:
-        return lambda: send(out, *orders[number])
+        return lambda: send(out, *commands[number])
 
     two, one = tmp_path / "two", tmp_path / "one"
-    plan = {f"lora{3 + 6 * number}": sends(two, number) for number in range(len(orders))}
-    train(RunConfig(**sharded(world, two, devices=2, base=base, **given)), reporters=[Orders(two, **plan)])
-    carried_out = answers(two)
-    assert [carried_out[number].done for number in range(1, len(orders) + 1)] == [True] * len(orders)
+    plan = {f"lora{3 + 6 * number}": sends(two, number) for number in range(len(commands))}
+    train(RunConfig(**sharded(world, two, devices=2, base=base, **given)), reporters=[ScriptedReporter(two, **plan)])
+    carried_out = replies(two)
+    assert [carried_out[number].done for number in range(1, len(commands) + 1)] == [True] * len(commands)
 
-    ticks = [carried_out[number + 1].tick for number in range(len(orders))]
+    ticks = [carried_out[number + 1].tick for number in range(len(commands))]
     assert ticks == sorted(set(ticks))
     assert ticks[-1] < 60, "a machine that is loaded may need more steps"
     again = {f"lora{tick}": sends(one, number) for number, tick in enumerate(ticks)}
-    train_here(RunConfig(**sharded(world, one, lanes=2, **given)), reporters=[Orders(one, **again)])
-    assert [answers(one)[number + 1].tick for number in range(len(orders))] == ticks
+    train_here(RunConfig(**sharded(world, one, lanes=2, **given)), reporters=[ScriptedReporter(one, **again)])
+    assert [replies(one)[number + 1].tick for number in range(len(commands))] == ticks
     same(two, one)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.checkpoints.orders import send
+from lowrank.checkpoints.live_commands import send
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
@@ -21,7 +21,7 @@ from lowrank.planning.choose import choose
 from lowrank.planning.plan import MemoryPlan, Planner
 from lowrank.report.events import JobFinished, JobMoved, JobStarted, Notice, StepDone
 from lowrank.report.summary import SummaryBuilder
-from tests.pipelines.live_runs import Killed, Orders, kill, make_world, run, settings, weights
+from tests.pipelines.live_runs import Killed, ScriptedReporter, kill, make_world, run, settings, weights
 
 GRID = {"adapter.rank": [2, 4], "optimizer.learning_rate": [1e-3, 1e-2]}
 
@@ -43,7 +43,7 @@ def swept(world: Path, out: Path, sweep: dict[str, Any], **changes: Any) -> dict
     return given
 
 
-def ends(received: Orders) -> dict[str, tuple[int, str]]:
+def ends(received: ScriptedReporter) -> dict[str, tuple[int, str]]:
     return {event.job[:1]: (event.step, event.reason) for event in received.events if isinstance(event, JobFinished)}
 
 
@@ -99,7 +99,7 @@ def test_killed_and_resumed_to_the_same_bits(world: Path, tmp_path: Path) -> Non
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     sweep = {"grid": GRID, "reduction_factor": 2, "first_rung": 0.25, "search": "successive_halving"}
     run(swept(world, whole, sweep, max_concurrent_jobs=2, save_steps=1))
-    killer = Orders(cut)
+    killer = ScriptedReporter(cut)
     killer.report = lambda event: kill() if isinstance(event, StepDone) and event.job[:1] == "3" else None  # type: ignore[method-assign]
     with pytest.raises(Killed):
         train(RunConfig(**swept(world, cut, sweep, max_concurrent_jobs=2, save_steps=1)), reporters=[killer])

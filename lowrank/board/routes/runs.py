@@ -14,15 +14,14 @@ from starlette.exceptions import HTTPException
 from lowrank.board.body import BoardRequest
 from lowrank.board.job_lines import job_lines
 from lowrank.board.last_line import message_lines
-from lowrank.board.orders import accepts_orders, live_memory, orders_of
+from lowrank.board.live_commands import accepts_commands, commands_of, live_memory
 from lowrank.board.page import answer_page, board_of
 from lowrank.board.progress import progress_of
 from lowrank.board.runs import BROKEN, RUNNING, RunEntry, checkpoints
 from lowrank.board.stream import event, events
 from lowrank.board.sweep_table import sweep_table
 from lowrank.board.tasks import ERRORS, OUTPUT
-from lowrank.checkpoints.orders import FOLDER as ORDERS
-from lowrank.checkpoints.orders import LOG
+from lowrank.checkpoints.live_commands import LOG, command_folder
 
 router = APIRouter()
 _LOG_LINES = 200
@@ -74,7 +73,7 @@ async def live(request: Request, name: str, position: str = "") -> Response:
             else:
                 points = [_point(end, each) for end, each in after.points if "loss" in each]
                 messages.append(event("points", points, id=place[0]))
-        now = f"{board.fingerprint()} {place[0]} {_output_size(request, name)} {_orders_size(folder)}"
+        now = f"{board.fingerprint()} {place[0]} {_output_size(request, name)} {_commands_size(folder)}"
         if now != seen[0]:
             seen[0] = now
             messages.append(event("changed", None))
@@ -179,9 +178,9 @@ def about(request: Request, name: str) -> dict[str, Any]:
         "progress": progress_of(folder) if live and folder else None,
         "jobs": jobs,
         "colors": _colors(found.last_steps(), jobs),
-        "steered": trains and run is not None and accepts_orders(run.folder),
+        "steered": trains and run is not None and accepts_commands(run.folder),
         "memory": live_memory(run.folder) if run is not None and trains else {},
-        "orders": orders_of(board.places, name) if run is not None else [],
+        "commands": commands_of(board.places, name) if run is not None else [],
         "sweep": sweep_table(run.folder) if run is not None else None,
         "notices": [each for each in found.notices if each.get("level") == "warning"][:50],
         "log": _log(board, folder, found.notices),
@@ -226,10 +225,10 @@ def _output_size(request: Request, name: str) -> int:
         return 0
 
 
-def _orders_size(folder: Path) -> int:
-    """Of what the run answered."""
+def _commands_size(folder: Path) -> int:
+    """Of what the run replied."""
     try:
-        return (folder / ORDERS / LOG).stat().st_size
+        return (command_folder(folder) / LOG).stat().st_size
     except OSError:
         return 0
 

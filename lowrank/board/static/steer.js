@@ -1,18 +1,18 @@
-// Orders to the adapters of a run that trains: two dialogs, each order with the command that gives the same.
+// Live commands to the adapters of a run that trains: two dialogs, each command with the command line that gives the same.
 import { $, $$, get, post, refresh, settled, t } from "./common.js";
 
-const address = `/api/runs/${encodeURIComponent($("#steer").dataset.run)}/orders`;
-const waiting = new Map(); // the dialog's number of the order that is answered next: an older answer is not shown
+const address = `/api/runs/${encodeURIComponent($("#steer").dataset.run)}/commands`;
+const waiting = new Map(); // the dialog's number of the command that is answered next: an older answer is not shown
 let job = "";
 
-/** What stands in the fields of an order. */
-function wanted(order) {
-  const body = { kind: order.dataset.kind, job };
+/** What stands in the fields of a command. */
+function wanted(command) {
+  const body = { kind: command.dataset.kind, job };
   if (body.kind === "add") delete body.job;
   const changes = {};
-  for (const field of $$("[data-change]", order)) if (field.value.trim()) changes[field.dataset.change] = field.value.trim();
+  for (const field of $$("[data-change]", command)) if (field.value.trim()) changes[field.dataset.change] = field.value.trim();
   if (Object.keys(changes).length) body.changes = changes;
-  for (const field of $$("[name]", order)) {
+  for (const field of $$("[name]", command)) {
     if (field.type === "checkbox") body[field.name] = field.checked;
     else if (field.type === "number") body[field.name] = Math.round(Number(field.value) || 0);
     else if (field.value.trim()) body[field.name] = field.name === "text" ? field.value : field.value.trim();
@@ -20,31 +20,31 @@ function wanted(order) {
   return body;
 }
 
-/** The command and what is wrong with it, without giving the order. */
-async function preview(order) {
-  const number = (order.number = (order.number ?? 0) + 1);
+/** The command line and what is wrong with it, without sending the command. */
+async function preview(command) {
+  const number = (command.number = (command.number ?? 0) + 1);
   let answer;
   try {
-    answer = await post(`${address}/preview`, wanted(order));
+    answer = await post(`${address}/preview`, wanted(command));
   } catch (error) {
     answer = { problem: error.message };
   }
-  if (number !== order.number) return;
-  $(".command", order).hidden = !answer.command;
-  $("code", order).textContent = answer.command ?? "";
-  const touched = [...$$("input:not([type=number]), textarea", order)].some((field) => field.value);
-  $(".problem", order).hidden = !answer.problem || !touched;
-  $(".problem", order).textContent = answer.problem ?? "";
-  $("[data-give]", order).disabled = Boolean(answer.problem);
+  if (number !== command.number) return;
+  $(".command", command).hidden = !answer.command_line;
+  $("code", command).textContent = answer.command_line ?? "";
+  const touched = [...$$("input:not([type=number]), textarea", command)].some((field) => field.value);
+  $(".problem", command).hidden = !answer.problem || !touched;
+  $(".problem", command).textContent = answer.problem ?? "";
+  $("[data-give]", command).disabled = Boolean(answer.problem);
 }
 
-for (const order of $$(".order")) {
-  const later = settled(() => preview(order), 250);
-  order.addEventListener("input", later);
-  $("[data-give]", order).addEventListener("click", () => give(order));
-  $("[data-copy-near]", order).addEventListener("click", (event) => copy(event.target));
-  order.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && event.target.matches("input") && !$("[data-give]", order).disabled) { event.preventDefault(); give(order); }
+for (const command of $$(".live-command")) {
+  const later = settled(() => preview(command), 250);
+  command.addEventListener("input", later);
+  $("[data-give]", command).addEventListener("click", () => give(command));
+  $("[data-copy-near]", command).addEventListener("click", (event) => copy(event.target));
+  command.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target.matches("input") && !$("[data-give]", command).disabled) { event.preventDefault(); give(command); }
   });
 }
 
@@ -57,8 +57,8 @@ async function copy(button) {
   }
 }
 
-async function give(order) {
-  const dialog = order.closest("dialog"), place = $("[role=status]", dialog), turn = (waiting.get(dialog) ?? 0) + 1;
+async function give(command) {
+  const dialog = command.closest("dialog"), place = $("[role=status]", dialog), turn = (waiting.get(dialog) ?? 0) + 1;
   waiting.set(dialog, turn);
   const say = (text, kind = "", lang = "") => {
     if (waiting.get(dialog) !== turn) return;
@@ -69,8 +69,8 @@ async function give(order) {
     place.scrollIntoView({ block: "nearest" });
   };
   try {
-    const { number } = await post(address, wanted(order));
-    say(t("order.sent"));
+    const { number } = await post(address, wanted(command));
+    say(t("command.sent"));
     for (let pause = 150; waiting.get(dialog) === turn; pause = Math.min(2000, pause * 1.3)) {
       const answer = await get(`${address}/${number}`);
       if (answer.answered) {
@@ -86,7 +86,7 @@ async function give(order) {
   if (dialog.open) show();
 }
 
-/** The orders that the adapter can be given as it is now. */
+/** The commands that the adapter can be given as it is now. */
 function show() {
   const row = $$("[data-job]").find((one) => one.dataset.job === job);
   const state = row?.dataset.state ?? "";
@@ -97,7 +97,7 @@ function show() {
 function open(dialog) {
   waiting.set(dialog, (waiting.get(dialog) ?? 0) + 1);
   $("[role=status]", dialog).hidden = true;
-  for (const order of $$(".order", dialog)) preview(order);
+  for (const command of $$(".live-command", dialog)) preview(command);
   dialog.showModal();
 }
 

@@ -95,8 +95,8 @@ def test_llama_cpp_sees_what_base_and_adapter_see(family: str, upstream: Upstrea
     config = LoraConfig(rank=2, freeze_vision_tower=False, freeze_multi_modal_projector=False)
     found = with_adapter(save_seeing(tmp_path / "base", family), config)
     config_of: Any = GGUFExportConfig(types=("f32",), converter=upstream.folder, mmproj=True)
-    order = ExportRequest(config_of, tmp_path / "out")
-    reported = export_targets(found, [order], notify=lambda text: None)["targets"]["gguf"]
+    request = ExportRequest(config_of, tmp_path / "out")
+    reported = export_targets(found, [request], notify=lambda text: None)["targets"]["gguf"]
     text, picture = reported["comparisons"]
     assert picture["name"].startswith("mmproj-")
     assert picture["passed"], picture["problems"]

@@ -95,13 +95,13 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     found = open_source(str(tmp_path / "model"), notify=lambda text: None)
-    order = ExportRequest(GGUFExportConfig(types=("f16",)), tmp_path / "out")
+    request = ExportRequest(GGUFExportConfig(types=("f16",)), tmp_path / "out")
     dry: list[str] = []
-    export_targets(found, [order], dry_run=True, notify=dry.append)
+    export_targets(found, [request], dry_run=True, notify=dry.append)
     assert any("llama-cpp-python" in line and "77 MB" in line and str(tmp_path / "cache") in line for line in dry)
     described: list[str] = []
     with pytest.raises(ModelError, match=r"(?s)fetching llama\.cpp's converter.*gguf\.converter=FOLDER.*--to merged"):
-        export_targets(found, [order], notify=described.append)
+        export_targets(found, [request], notify=described.append)
     assert any("77 MB" in line for line in described)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "cache").iterdir())

@@ -85,13 +85,13 @@ def test_a_model_is_asked_about_pictures(
     assert (picture.format, max(picture.size)) == ("JPEG", 160)
 
     repl = ChatRepl(open_inference_model(model), GenerationConfig(max_new_tokens=3))
-    repl.obey(f"/image {world / 'pictures' / '0.jpg'}")
+    repl.run_command(f"/image {world / 'pictures' / '0.jpg'}")
     assert "300 x 168, with the next question" in " ".join(capsys.readouterr().out.split())
     repl.send_quietly("What is it?")
     repl.send_quietly("And now?")
     assert [len(message.media) for message in repl.history] == [1, 0, 0, 0]
     with pytest.raises(DataError, match="a picture is missing"):
-        repl.obey("/image nowhere.png")
+        repl.run_command("/image nowhere.png")
 
 
 def test_a_script_shows_pictures(

@@ -1,4 +1,4 @@
-"""Orders to a run that trains: carried out once, between two steps, and the other jobs do not notice."""
+"""Live commands to a run that trains: carried out once, between two steps, and the other jobs do not notice."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 import lowrank
 from lowrank.checkpoints.atomic import remove
-from lowrank.checkpoints.orders import OrderQueue, OrderReply, answers, read_state, send
+from lowrank.checkpoints.live_commands import CommandQueue, CommandReply, read_state, replies, send
 from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.pipelines.train import train
 from lowrank.report.events import JobFinished, JobMoved, StepDone
 from lowrank.report.summary import SummaryBuilder
-from tests.pipelines.live_runs import Killed, Orders, kill, make_world, run, settings, weights
+from tests.pipelines.live_runs import Killed, ScriptedReporter, kill, make_world, run, settings, weights
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SummaryBuilder, "_draw", lambda _: None)
 
 
-def answer(out: Path, number: int) -> OrderReply:
-    return answers(out)[number]
+def answer(out: Path, number: int) -> CommandReply:
+    return replies(out)[number]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Orders:
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> ScriptedReporter:
     return run(settings(world, tmp_path_factory.mktemp("undisturbed") / "run"))[1]
 
 
@@ -49,7 +49,7 @@ def job(world: Path, name: str, **changes: Any) -> dict[str, Any]:
     return RunConfig(**given).jobs[0].model_dump(mode="json")
 
 
-def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
+def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: ScriptedReporter) -> None:
     """`a` beside jobs that come, are cloned, paused, go on and are stopped: the same losses to rounding."""
     out = tmp_path / "run"
     summary, received = run(
@@ -62,7 +62,7 @@ def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: Orde
     )
     assert received.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
     assert received.losses("b") == pytest.approx(undisturbed.losses("b"), abs=1e-6), "paused and put back as it was"
-    assert [answers(out)[number].done for number in range(1, 7)] == [True] * 5 + [False]
+    assert [replies(out)[number].done for number in range(1, 7)] == [True] * 5 + [False]
     assert "there is no job 'nobody'" in answer(out, 6).text
     moved = [(event.job, event.step, event.state) for event in received.events if isinstance(event, JobMoved)]
     assert moved == [("b", 3, "paused"), ("b", 3, "queued")]
@@ -77,8 +77,8 @@ def test_the_others_do_not_notice(world: Path, tmp_path: Path, undisturbed: Orde
     }  # fmt: skip
 
 
-def order_everything(world: Path, out: Path) -> dict[str, Callable[[], Any]]:
-    """Orders before and after the checkpoint of step 4."""
+def send_everything(world: Path, out: Path) -> dict[str, Callable[[], Any]]:
+    """Commands before and after the checkpoint of step 4."""
     return {
         "a2": lambda: send(out, "set", "b", {"changes": ["optimizer.learning_rate=0.003"]}),
         "a3": lambda: send(out, "add", values={"settings": job(world, "c", adapter={"rank": 2})}),
@@ -90,42 +90,75 @@ def order_everything(world: Path, out: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-def test_killed_and_resumed_each_order_counts_once(world: Path, tmp_path: Path) -> None:
-    """Killed after step 9, the run goes on from step 4: what was ordered between happens again, at its step, to the
+def as_former(run: Path) -> None:
+    """The run folder as it was written before 2026-12."""
+    (run / "commands").rename(run / "orders")
+    for path in (run / "checkpoints").glob("*/state.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        live = content["state"]["live"]
+        live["orders"] = live.pop("commands")
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_killed_and_resumed_each_command_counts_once(world: Path, tmp_path: Path, former: bool) -> None:
+    """Killed after step 9, the run goes on from step 4: what was sent between happens again, at its step, to the
     same bits; what came before is in the checkpoint."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(settings(world, whole, save_steps=4, save_total_limit=None), **order_everything(world, whole))
-    plan = {**order_everything(world, cut), "a9": kill}
+    run(settings(world, whole, save_steps=4, save_total_limit=None), **send_everything(world, whole))
+    plan = {**send_everything(world, cut), "a9": kill}
     with pytest.raises(Killed):
         run(settings(world, cut, save_steps=4, save_total_limit=None), **plan)
     remove(cut / "checkpoints/step-000008")  # as if it had not come to that
-    before = answers(cut)
+    if former:
+        as_former(cut)
+    before = replies(cut)
+    assert len(before) == 5
     assert all(each.done for each in before.values())
     _, again = run(settings(world, cut, save_steps=4, resume=True, save_total_limit=None))
-    assert answers(cut) == before, "an order that was answered is not answered again"
+    assert replies(cut) == before, "a command that was answered is not answered again"
     one, other = weights(whole), weights(cut)
     assert {name.partition("/")[0] for name in one} == {"a", "a-2", "b", "c"}
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert len(again.losses("c")) == 12 - 1, "c had taken one step"
+    assert [(cut / name).exists() for name in ("commands", "orders")] == [True, False]
+
+
+def test_a_folder_of_a_former_run_is_written_and_read_until_the_run_goes_on(tmp_path: Path) -> None:
+    send(tmp_path, "stop", "a")
+    (tmp_path / "commands").rename(tmp_path / "orders")
+    former = CommandQueue(tmp_path)
+    assert send(tmp_path, "pause", "b").number == 2
+    former.acknowledge(former.due(3)[0], 3, "a is over", done=True)
+    former.write_state({"time": 1.0})
+    assert not (tmp_path / "commands").exists()
+    assert read_state(tmp_path) == {"time": 1.0}
+
+    queue = CommandQueue(tmp_path, carried_out=[1])
+    queue.open()
+    assert not (tmp_path / "orders").exists()
+    assert replies(tmp_path)[1].text == "a is over"
+    assert [(each.number, each.kind, each.job) for each in queue.due(4)] == [(2, "pause", "b")]
+    assert send(tmp_path, "resume", "b").number == 3
 
 
 @pytest.mark.slow
-def test_killed_between_an_order_and_its_answer(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_a_command_and_its_reply(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     add = lambda: send(out, "add", values={"settings": job(world, "c", adapter={"rank": 2})})  # noqa: E731
     with monkeypatch.context() as patched:
-        patched.setattr(OrderQueue, "acknowledge", lambda *_, **__: kill())
+        patched.setattr(CommandQueue, "acknowledge", lambda *_, **__: kill())
         with pytest.raises(Killed):
             run(settings(world, out, save_steps=2), a3=add)
-    assert not answers(out)
+    assert not replies(out)
     summary, _ = run(settings(world, out, save_steps=2, resume=True))
     assert answer(out, 1).done
     assert list(summary["jobs"]) == ["a", "b", "c"]
     assert summary["jobs"]["c"]["steps"] == 12
 
 
-def test_what_is_set_holds_from_the_next_step_on(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
+def test_what_is_set_holds_from_the_next_step_on(world: Path, tmp_path: Path, undisturbed: ScriptedReporter) -> None:
     out = tmp_path / "run"
     changes = ["optimizer.learning_rate=0.001", "schedule.type=constant", "schedule.warmup_steps=0", "max_steps=8"]
     _, received = run(settings(world, out), b5=lambda: send(out, "set", "b", {"changes": changes}))
@@ -136,7 +169,9 @@ def test_what_is_set_holds_from_the_next_step_on(world: Path, tmp_path: Path, un
     assert received.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
 
 
-def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
+def test_what_cannot_be_is_refused_and_disturbs_nobody(
+    world: Path, tmp_path: Path, undisturbed: ScriptedReporter
+) -> None:
     out = tmp_path / "run"
     given = job(world, "c")
 
@@ -153,10 +188,10 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
         send(out, "add", values={"settings": job(world, "d", adapter={"target_modules": ["nothing_proj"]})})
         send(out, "priority", "a", {"priority": "high"})
         send(out, "add")
-        (out / "orders" / "000014.json").write_text("{", encoding="utf-8")
+        (out / "commands" / "000014.json").write_text("{", encoding="utf-8")
 
     _, received = run(settings(world, out), a3=everything, b12=lambda: send(out, "stop", "b"))
-    refusals = {number: each.text for number, each in answers(out).items() if not each.done}
+    refusals = {number: each.text for number, each in replies(out).items() if not each.done}
     for number, message in {
         1: "adapter.rank cannot change while a trains",
         2: "a number above 0",
@@ -169,7 +204,7 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
         10: "nothing_proj",
         11: "cannot be understood",
         12: "cannot be understood",
-        14: "000014.json is not an order",
+        14: "000014.json is not a command",
         15: "b is over (done)",
     }.items():
         assert message in refusals[number], (number, refusals[number])
@@ -177,7 +212,9 @@ def test_what_cannot_be_is_refused_and_disturbs_nobody(world: Path, tmp_path: Pa
     assert received.losses("a") == pytest.approx(undisturbed.losses("a"), abs=1e-6)
 
 
-def test_a_higher_priority_takes_a_slot_and_gives_it_back(world: Path, tmp_path: Path, undisturbed: Orders) -> None:
+def test_a_higher_priority_takes_a_slot_and_gives_it_back(
+    world: Path, tmp_path: Path, undisturbed: ScriptedReporter
+) -> None:
     """One slot: `a` gives way to `b` after step 4 and goes on where it was when `b` is over."""
     out = tmp_path / "run"
     first = lambda: send(out, "priority", "b", {"priority": 1})  # noqa: E731
@@ -193,7 +230,7 @@ def test_two_writers_never_share_a_number(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         sent = list(pool.map(lambda place: send(tmp_path, "stop", f"job-{place}").number, range(100)))
     assert sorted(sent) == list(range(1, 101))
-    assert {each.job for each in OrderQueue(tmp_path).due(0)} == {f"job-{place}" for place in range(100)}
+    assert {each.job for each in CommandQueue(tmp_path).due(0)} == {f"job-{place}" for place in range(100)}
 
 
 def test_steered_from_another_thread(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

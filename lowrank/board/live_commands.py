@@ -1,4 +1,4 @@
-"""Orders to the jobs of a run that trains: what a page asks for, as an order file and as the command that writes it."""
+"""Live commands to the jobs of a run that trains: what a page wants, as a file and as a command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank.board.body import BoardRequest
 from lowrank.board.places import Places, safe_name
 from lowrank.board.settings_file import as_overrides, confine
 from lowrank.board.tasks import Task
-from lowrank.checkpoints.orders import FOLDER, OrderReply, answers, read_state
+from lowrank.checkpoints.live_commands import CommandReply, command_folder, read_state, replies
 from lowrank.errors import ConfigError, LowrankError
 from lowrank.foreign_files import find_json
 from lowrank.foreign_yaml import load_yaml
@@ -26,8 +26,8 @@ _TEXTS = ("default_system", "prompt_tuning_init_text")
 _SHOWN = 30
 
 
-class Wanted(BoardRequest):
-    """One order. `changes`: texts or values by dotted setting; they stand over `text`, settings of a job as YAML."""
+class CommandRequest(BoardRequest):
+    """One command. `changes`: texts or values by dotted setting; they stand over `text`, settings of a job as YAML."""
 
     kind: Literal["add", "clone", "pause", "priority", "resume", "set", "stop"]
     job: str = Field("", max_length=300)
@@ -40,8 +40,8 @@ class Wanted(BoardRequest):
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """What `checkpoints.orders.send` is given, and the words of the command; `file` is what `lowrank add` reads."""
+class CommandDraft:
+    """The arguments of `send`, and those of the command line; `file` is what `lowrank add` reads."""
 
     kind: str
     job: str | None
@@ -50,45 +50,45 @@ class Drafted:
     file: tuple[Path, str] | None = field(default=None)
 
     @property
-    def command(self) -> str:
+    def command_line(self) -> str:
         """As a person would type it, in the board's folder."""
         return Task("", "", tuple(self.arguments), "", 0).command
 
 
-def drafted(places: Places, run: str, wanted: Wanted, *, allow_code: bool) -> Drafted:
-    """The order. OutsideError for paths the board may not read, ConfigError for settings that are none, or that name
+def draft_command(places: Places, run: str, request: CommandRequest, *, allow_code: bool) -> CommandDraft:
+    """The command. OutsideError for paths the board may not read, ConfigError for settings that are none, or that name
     code where the board was not started with --allow-code."""
     folder = places.shown(places.run(run))
-    settings = _merged(_read(wanted.text), form.entry(wanted.changes))
+    settings = _merged(_read(request.text), form.entry(request.changes))
     _check(places, settings, allow_code)
-    if wanted.kind == "add":
-        return _added(places, run, folder, wanted.name, settings)
+    if request.kind == "add":
+        return _added(places, run, folder, request.name, settings)
     changes = as_overrides(settings)
-    if not wanted.job:
+    if not request.job:
         raise ConfigError("choose an adapter")
-    arguments = [wanted.kind, folder, wanted.job]
-    if wanted.kind == "set":
+    arguments = [request.kind, folder, request.job]
+    if request.kind == "set":
         if not changes:
             raise ConfigError("nothing is changed yet")
-        return Drafted("set", wanted.job, {"changes": changes}, [*arguments, *changes])
-    if wanted.kind == "clone":
-        own = {"changes": changes, "name": wanted.name or None, "from_start": wanted.from_start}
-        arguments += changes + (["--name", wanted.name] if wanted.name else [])
-        return Drafted("clone", wanted.job, own, [*arguments, *(["--from-start"] if wanted.from_start else [])])
-    if wanted.kind == "priority":
-        number = [str(wanted.priority)] if wanted.priority >= 0 else ["--", str(wanted.priority)]
-        return Drafted("priority", wanted.job, {"priority": wanted.priority}, [*arguments, *number])
-    return Drafted(wanted.kind, wanted.job, {}, arguments)
+        return CommandDraft("set", request.job, {"changes": changes}, [*arguments, *changes])
+    if request.kind == "clone":
+        own = {"changes": changes, "name": request.name or None, "from_start": request.from_start}
+        arguments += changes + (["--name", request.name] if request.name else [])
+        return CommandDraft("clone", request.job, own, [*arguments, *(["--from-start"] if request.from_start else [])])
+    if request.kind == "priority":
+        number = [str(request.priority)] if request.priority >= 0 else ["--", str(request.priority)]
+        return CommandDraft("priority", request.job, {"priority": request.priority}, [*arguments, *number])
+    return CommandDraft(request.kind, request.job, {}, arguments)
 
 
-def _added(places: Places, run: str, folder: str, name: str, settings: dict[str, Any]) -> Drafted:
+def _added(places: Places, run: str, folder: str, name: str, settings: dict[str, Any]) -> CommandDraft:
     given: Any = name or settings.get("name")
     if not isinstance(given, str) or not given:
         raise ConfigError("name: the new adapter needs a name")
     name = given
     settings = {"name": name, **{key: value for key, value in settings.items() if key != "name"}}
     path = places.own / "added" / f"{safe_name(run, 'run')}-{safe_name(name, 'job')}.yaml"
-    return Drafted(
+    return CommandDraft(
         "add", name, {"settings": settings}, ["add", folder, places.shown(path)], (path, form.as_yaml(settings))
     )
 
@@ -125,8 +125,8 @@ def _check(places: Places, settings: Mapping[str, Any], allow_code: bool) -> Non
         )
 
 
-def write_file(draft: Drafted) -> None:
-    """What the command of an order reads, so that it can be typed."""
+def write_file(draft: CommandDraft) -> None:
+    """What the command line of a draft reads, so that it can be typed."""
     if draft.file is not None:
         path, text = draft.file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,36 +136,36 @@ def write_file(draft: Drafted) -> None:
 
 
 @dataclass(frozen=True)
-class GivenOrder:
-    """An order that lies in a run folder, whoever gave it."""
+class LoggedCommand:
+    """A command in a run folder, whoever sent it."""
 
     number: int
-    command: str
+    command_line: str
     time: float | None
-    answer: OrderReply | None
+    reply: CommandReply | None
 
 
-def orders_of(places: Places, run: str) -> list[GivenOrder]:
-    """The last orders of a run, the latest first."""
-    folder = places.run(run) / FOLDER
+def commands_of(places: Places, run: str) -> list[LoggedCommand]:
+    """The last commands of a run, the latest first."""
+    folder = command_folder(places.run(run))
     try:
         numbers = sorted((int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdecimal()), reverse=True)
     except OSError:
         return []
-    known = answers(places.run(run)) if numbers else {}
-    return [_given(places, run, folder, number, known.get(number)) for number in numbers[:_SHOWN]]
+    known = replies(places.run(run)) if numbers else {}
+    return [_logged(places, run, folder, number, known.get(number)) for number in numbers[:_SHOWN]]
 
 
-def _given(places: Places, run: str, folder: Path, number: int, answer: OrderReply | None) -> GivenOrder:
+def _logged(places: Places, run: str, folder: Path, number: int, reply: CommandReply | None) -> LoggedCommand:
     content = find_json(folder / f"{number:06d}.json") or {}
     time = content.get("time")
     values = content.get("values")
-    command = _command(places.shown(places.run(run)), content, values if isinstance(values, dict) else {})
-    return GivenOrder(number, command, time if isinstance(time, (int, float)) else None, answer)
+    command_line = _command_line(places.shown(places.run(run)), content, values if isinstance(values, dict) else {})
+    return LoggedCommand(number, command_line, time if isinstance(time, (int, float)) else None, reply)
 
 
-def _command(run: str, content: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """The command that gives this order; with add the file is anybody's, so the name of the job stands for it."""
+def _command_line(run: str, content: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """That sends this command; with add the file is anybody's, so the name of the job stands for it."""
     kind, job = str(content.get("kind", "?"))[:20], content.get("job")
     arguments = [kind, run, *([str(job)] if job else [])]
     listed = values.get("changes")
@@ -180,7 +180,7 @@ def _command(run: str, content: Mapping[str, Any], values: Mapping[str, Any]) ->
 
 
 def live_jobs(run: Path) -> list[dict[str, Any]]:
-    """What the jobs of a run were doing when it last said so; empty where it never did, or hears no orders."""
+    """What the jobs of a run were doing when it last said so; empty where it never did, or takes no commands."""
     jobs = _state(run).get("jobs")
     return [job for job in jobs if isinstance(job, dict) and job.get("name")] if isinstance(jobs, list) else []
 
@@ -191,14 +191,14 @@ def live_memory(run: Path) -> dict[str, Any]:
     return memory if isinstance(memory, dict) else {}
 
 
-def accepts_orders(run: Path) -> bool:
-    """Whether the run, which is known to be training, has begun to look for orders and not ended yet."""
+def accepts_commands(run: Path) -> bool:
+    """Whether the run, which is known to be training, has begun to look for commands and not ended yet."""
     state = _state(run)
     return bool(state) and not state.get("ended")
 
 
 def _state(run: Path) -> dict[str, Any]:
-    if (run / FOLDER).is_symlink():  # it may lead anywhere, and the board would write there
+    if command_folder(run).is_symlink():  # it may lead anywhere, and the board would write there
         return {}
     try:
         return read_state(run)

@@ -1,11 +1,11 @@
-"""Orders to a run that is training: files in its folder, so they work from another terminal, container or machine.
+"""Commands to a run that is training: files in its folder, so they work from another terminal, container or machine.
 
-    orders/000007.json      an order: written under another name and renamed, never changed afterwards
-    orders/.000007.claim    its number is taken, by whoever wrote it
-    orders/log.jsonl        the run's answers, one line each, as soon as an order was carried out or refused
-    orders/state.json       what the run's jobs were doing a moment ago
+    commands/000007.json      a command: written under another name and renamed, never changed afterwards
+    commands/.000007.claim    its number is taken, by whoever wrote it
+    commands/log.jsonl        the run's replies, one line each, as soon as a command was carried out or refused
+    commands/state.json       what the run's jobs were doing a moment ago
 
-A run carries an order out between two steps, once. Its checkpoint lists the orders that are in it; one that was
+A run carries a command out between two steps, once. Its checkpoint lists the commands that are in it; one that was
 answered later is carried out again at the same step when the run goes on from there, and so has the same effect.
 """
 
@@ -26,18 +26,20 @@ from lowrank.checkpoints.atomic import write_text
 from lowrank.errors import LowrankError, OutputError
 from lowrank.foreign_files import parse_json, read_json
 
-FOLDER = "orders"
+FOLDER = "commands"
+FORMER_FOLDER = "orders"
+"""Its name in runs begun before 2026-12; it is renamed when such a run goes on."""
 LOG = "log.jsonl"
 STATE = "state.json"
 _NAME = re.compile(r"(\d{6,12})\.json")
 _MOST_ATTEMPTS = 10_000
 KINDS = ("add", "clone", "pause", "priority", "resume", "set", "stop")
-"""What can be ordered."""
+"""What the commands of the files may be (pipelines/live_commands.py)."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What somebody wants of a run. `values` depends on the kind (pipelines/orders.py)."""
+class LiveCommand:
+    """What somebody wants of a run. `values` depends on the kind (pipelines/live_commands.py)."""
 
     number: int
     kind: str
@@ -50,8 +52,8 @@ class Order:
 
 
 @dataclass(frozen=True)
-class OrderReply:
-    """What came of an order. `tick`: optimizer steps the run had taken when it was carried out, or refused."""
+class CommandReply:
+    """What came of a command. `tick`: optimizer steps the run had taken when it was carried out, or refused."""
 
     number: int
     tick: int
@@ -60,79 +62,89 @@ class OrderReply:
     time: float
 
 
-def send(run: Path, kind: str, job: str | None = None, values: Mapping[str, Any] | None = None) -> Order:
-    """Put an order into the run's folder; it has a number that no other writer has. OutputError if that cannot be."""
+def command_folder(run: Path) -> Path:
+    """Where the run's commands are, or will be."""
+    former = run / FORMER_FOLDER
+    return former if former.is_dir() and not (run / FOLDER).exists() else run / FOLDER
+
+
+def send(run: Path, kind: str, job: str | None = None, values: Mapping[str, Any] | None = None) -> LiveCommand:
+    """Put a command into the run's folder; it has a number that no other writer has. OutputError if that cannot be."""
     assert kind in KINDS, kind
-    folder = run / FOLDER
+    folder = command_folder(run)
     try:
-        folder.mkdir(exist_ok=True)
+        if folder.name == FOLDER:  # the other is renamed when the run goes on, and must not come again then
+            folder.mkdir(exist_ok=True)
         number = _claim(folder)
         sender = f"process {os.getpid()} on {socket.gethostname()}"
-        order = Order(number, kind, job, dict(values or {}), sender, round(time.time(), 3))
-        text = json.dumps(asdict(order), ensure_ascii=False, indent=1, default=str)
+        command = LiveCommand(number, kind, job, dict(values or {}), sender, round(time.time(), 3))
+        text = json.dumps(asdict(command), ensure_ascii=False, indent=1, default=str)
         write_text(folder / _name(number), text + "\n")
     except OSError as error:
-        raise OutputError(f"{folder}: the order cannot be written ({error})") from error
-    return order
+        raise OutputError(f"{folder}: the command cannot be written ({error})") from error
+    return command
 
 
-def answers(run: Path) -> dict[int, OrderReply]:
-    """The last answer to each order that has one, by its number."""
-    found: dict[int, OrderReply] = {}
+def replies(run: Path) -> dict[int, CommandReply]:
+    """The last reply to each command that has one, by its number."""
+    found: dict[int, CommandReply] = {}
     try:
-        lines = (run / FOLDER / LOG).read_bytes().split(b"\n")
+        lines = (command_folder(run) / LOG).read_bytes().split(b"\n")
     except FileNotFoundError:
         return found
     for line in lines:
         with suppress(LowrankError, KeyError, TypeError, ValueError):  # torn by a crash of the machine
             one = parse_json(line, LOG, OutputError)
-            answer = OrderReply(
+            reply = CommandReply(
                 int(one["number"]), int(one["tick"]), bool(one["done"]), str(one["text"]), float(one["time"])
             )
-            found[answer.number] = answer
+            found[reply.number] = reply
     return found
 
 
 def read_state(run: Path) -> dict[str, Any]:
     """What the run's jobs were doing when it last said so (pipelines/job_queue.py); empty if it never did."""
-    path = run / FOLDER / STATE
+    path = command_folder(run) / STATE
     return read_json(path, OutputError) if path.is_file() else {}
 
 
-class OrderQueue:
-    """The orders of a run, as the run sees them."""
+class CommandQueue:
+    """The commands of a run, as the run sees them."""
 
     def __init__(self, run: Path, carried_out: Collection[int] = ()) -> None:
         """`carried_out`: those that are in the checkpoint from which the run goes on."""
-        self._run, self._folder = run, run / FOLDER
+        self._run = run
         self.carried_out = set(carried_out)
-        self._answered = {number: answer for number, answer in answers(run).items() if number not in self.carried_out}
-        self.carried_out |= {number for number, answer in self._answered.items() if not answer.done}
+        self._answered = {number: reply for number, reply in replies(run).items() if number not in self.carried_out}
+        self.carried_out |= {number for number, reply in self._answered.items() if not reply.done}
 
     def open(self) -> None:
-        """Make the folder; remove what writers that died have left."""
+        """Make the folder, of the former one where the run has that. What writers that died have left stays: a claimed
+        number without a command is skipped, and nobody can tell it from one that is being written."""
+        if self._folder.name == FORMER_FOLDER:
+            self._folder.rename(self._run / FOLDER)
         self._folder.mkdir(exist_ok=True)
 
-    def due(self, tick: int) -> list[Order]:
+    def due(self, tick: int) -> list[LiveCommand]:
         """What is to be carried out before the next step: first what was carried out here before the run was killed,
-        in the order of then, and then what is new."""
+        in the order of that time, and then what is new."""
         found = self._numbers() - self.carried_out
         again = [number for number in self._answered if number in found and self._answered[number].tick <= tick]
         new = sorted(number for number in found if number not in self._answered)
-        return [order for number in (*again, *new) if (order := self._read(number, tick)) is not None]
+        return [command for number in (*again, *new) if (command := self._read(number, tick)) is not None]
 
     def later(self) -> bool:
-        """Whether some order waits for the step at which it was carried out before."""
+        """Whether some command waits for the step at which it was carried out before."""
         return bool(self._answered.keys() - self.carried_out)
 
-    def acknowledge(self, order: Order, tick: int, text: str, *, done: bool) -> None:
-        """Write the answer, durably; the same answer is not written twice."""
-        self.carried_out.add(order.number)
-        before = self._answered.pop(order.number, None)
+    def acknowledge(self, command: LiveCommand, tick: int, text: str, *, done: bool) -> None:
+        """Write the reply, durably; the same reply is not written twice."""
+        self.carried_out.add(command.number)
+        before = self._answered.pop(command.number, None)
         if before is not None and (before.done, before.text) == (done, text):
             return
-        answer = OrderReply(order.number, tick, done, text, round(time.time(), 3))
-        line = {**asdict(answer), "kind": order.kind, "job": order.job}
+        reply = CommandReply(command.number, tick, done, text, round(time.time(), 3))
+        line = {**asdict(reply), "kind": command.kind, "job": command.job}
         descriptor = os.open(self._folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             os.write(descriptor, (json.dumps(line, ensure_ascii=False) + "\n").encode())
@@ -142,9 +154,14 @@ class OrderQueue:
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """For whoever looks; not synced, since it is of the moment."""
-        partial = self._folder / f".{STATE}.{os.getpid()}"
+        folder = self._folder
+        partial = folder / f".{STATE}.{os.getpid()}"
         partial.write_text(json.dumps(state, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        os.replace(partial, self._folder / STATE)
+        os.replace(partial, folder / STATE)
+
+    @property
+    def _folder(self) -> Path:
+        return command_folder(self._run)
 
     def _numbers(self) -> set[int]:
         try:
@@ -152,18 +169,18 @@ class OrderQueue:
         except FileNotFoundError:
             return set()
 
-    def _read(self, number: int, tick: int) -> Order | None:
+    def _read(self, number: int, tick: int) -> LiveCommand | None:
         path = self._folder / _name(number)
         try:
             content = read_json(path, OutputError)
             kind, job = str(content["kind"]), content.get("job")
             if kind not in KINDS or not isinstance(job, (str, type(None))):
-                raise OutputError(f"{path}: there is no such order")
-            order = Order(number, kind, job, dict(content["values"]), str(content.get("sender")))
+                raise OutputError(f"{path}: there is no such command")
+            command = LiveCommand(number, kind, job, dict(content["values"]), str(content.get("sender")))
         except (LowrankError, KeyError, TypeError, ValueError) as error:
-            self.acknowledge(Order(number, "?"), tick, f"{path.name} is not an order ({error})", done=False)
+            self.acknowledge(LiveCommand(number, "?"), tick, f"{path.name} is not a command ({error})", done=False)
             return None
-        return order
+        return command
 
 
 def _name(number: int) -> str:
@@ -180,4 +197,4 @@ def _claim(folder: Path) -> int:
         except FileExistsError:
             continue
         return number
-    raise OutputError(f"{folder}: no number is free for an order")
+    raise OutputError(f"{folder}: no number is free for a command")

@@ -1,8 +1,8 @@
-"""Orders (live commands) carried out: what a person or a program wants of a run's jobs while it trains.
+"""Live commands carried out: what a person or a program wants of a run's jobs while it trains.
 
-They lie in the run's folder (checkpoints/orders.py).
+They are files in the run's folder (checkpoints/live_commands.py).
 
-Everything about an order is checked before anything of it is done; one that cannot be carried out is refused with the
+Everything about a command is checked before anything of it is done; one that cannot be carried out is refused with the
 reason, and the run goes on as if it had never come.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lowrank.checkpoints.orders import Order, OrderQueue
+from lowrank.checkpoints.live_commands import CommandQueue, LiveCommand
 from lowrank.checkpoints.settings_changes import flattened
 from lowrank.config import JobConfig, RunConfig, override, validate_settings
 from lowrank.config.jobs import complete_jobs
@@ -39,12 +39,12 @@ STATE_EVERY = 1.0
 """Seconds between two writings of state.json."""
 
 
-class OrderHandler:
-    """Carries the orders of one run out, one after another, between two steps."""
+class CommandHandler:
+    """Carries the commands of one run out, one after another, between two steps."""
 
     def __init__(
         self,
-        order_queue: OrderQueue,
+        command_queue: CommandQueue,
         queue: JobQueue,
         run: RunConfig,
         *,
@@ -53,32 +53,32 @@ class OrderHandler:
         changed: Callable[[], None],
         show: Callable[[], None],
         report: Callable[[Event], None],
-        due: Callable[[int], list[Order]] | None = None,
+        due: Callable[[int], list[LiveCommand]] | None = None,
     ) -> None:
-        """`due`: the orders that have come, before a step; left out, those in the order_queue.
+        """`due`: the commands that have come, before a step; left out, those of `command_queue`.
         `fits`: whether these jobs fit into memory together; `changed`: the list of jobs or their settings is
-        another; `show`: write down what the jobs do now, so that whoever has an answer sees what came of it."""
-        self.order_queue, self._queue, self._run, self._show = order_queue, queue, run, show
-        self._due = due or order_queue.due
+        another; `show`: write down what the jobs do now, so that whoever has a reply sees what came of it."""
+        self.command_queue, self._queue, self._run, self._show = command_queue, queue, run, show
+        self._due = due or command_queue.due
         self._prepare, self._fits, self._changed, self._report = prepare, fits, changed, report
         self._grows = run.max_concurrent_jobs == "auto" and run.sweep is None
 
     def carry_out(self, tick: int) -> None:
-        """All orders that have come."""
-        for order in self._due(tick):
+        """Carry out all commands that have come, and reply to each."""
+        for command in self._due(tick):
             try:
-                text = self._carry_out(order)
+                text = self._carry_out(command)
                 done = True
             except LowrankError as error:
                 text, done = str(error), False
             except (KeyError, TypeError, ValueError) as error:  # a file that no writer of ours has written
-                text, done = f"this order cannot be understood ({type(error).__name__}: {error})", False
+                text, done = f"this command cannot be understood ({type(error).__name__}: {error})", False
             self._show()
-            self.order_queue.acknowledge(order, tick, text, done=done)
-            message = f"order {order.number} ({order.kind}{f' {order.job}' if order.job else ''}): {text}"
-            self._report(Notice(message, "info" if done else "warning", job=order.job if done else None))
+            self.command_queue.acknowledge(command, tick, text, done=done)
+            message = f"command {command.number} ({command.kind}{f' {command.job}' if command.job else ''}): {text}"
+            self._report(Notice(message, "info" if done else "warning", job=command.job if done else None))
 
-    def _carry_out(self, order: Order) -> str:
+    def _carry_out(self, command: LiveCommand) -> str:
         carry_out = {
             "add": self._add,
             "clone": self._clone,
@@ -88,14 +88,14 @@ class OrderHandler:
             "set": self._set,
             "stop": self._stop,
         }
-        return carry_out[order.kind](order)
+        return carry_out[command.kind](command)
 
-    def _add(self, order: Order) -> str:
-        (config,) = self._validated([order.values["settings"]])
+    def _add(self, command: LiveCommand) -> str:
+        (config,) = self._validated([command.values["settings"]])
         return self._join(QueuedJob(config, self._prepare(config), added=True))
 
-    def _clone(self, order: Order) -> str:
-        entry, values = self._entry(order), order.values
+    def _clone(self, command: LiveCommand) -> str:
+        entry, values = self._entry(command), command.values
         settings = override(entry.config.model_dump(mode="json"), list(values.get("changes", ())))
         settings["name"] = values.get("name") or self._free_name(entry.name)
         (config,) = self._validated([settings])
@@ -138,13 +138,13 @@ class OrderHandler:
         where = f"waits for a slot: {len(running)} jobs train at the same time" if waits else "trains from now on"
         return f"{entry.name} {where}"
 
-    def _stop(self, order: Order) -> str:
-        entry = self._entry(order)
+    def _stop(self, command: LiveCommand) -> str:
+        entry = self._entry(command)
         self._queue.stop(entry.name, "stopped")
         return f"{entry.name} is over after step {self._queue.progress_of(entry.name).step}"
 
-    def _pause(self, order: Order) -> str:
-        entry = self._entry(order)
+    def _pause(self, command: LiveCommand) -> str:
+        entry = self._entry(command)
         if entry.config.trains_base:
             raise OutputError(f"{entry.name} trains the base itself and has no slot to give away; stop the run instead")
         if entry.state == PAUSED:
@@ -154,20 +154,20 @@ class OrderHandler:
         self._queue.pause(entry.name)
         return f"{entry.name} is paused after step {entry.progress.step}; its slot is free"
 
-    def _resume(self, order: Order) -> str:
-        entry = self._entry(order)
+    def _resume(self, command: LiveCommand) -> str:
+        entry = self._entry(command)
         if entry.state != PAUSED:
             raise OutputError(f"{entry.name} is not paused")
         self._queue.resume(entry.name)
         return f"{entry.name} goes on from step {entry.progress.step} as soon as there is a slot"
 
-    def _priority(self, order: Order) -> str:
-        entry = self._entry(order)
-        entry.priority = int(order.values["priority"])
+    def _priority(self, command: LiveCommand) -> str:
+        entry = self._entry(command)
+        entry.priority = int(command.values["priority"])
         return f"{entry.name} has priority {entry.priority}"
 
-    def _set(self, order: Order) -> str:
-        entry, overrides = self._entry(order), list(order.values["changes"])
+    def _set(self, command: LiveCommand) -> str:
+        entry, overrides = self._entry(command), list(command.values["changes"])
         settings = override(entry.config.model_dump(mode="json"), overrides)
         (config,) = self._validated([settings], instead_of=entry.name)
         refused = _others(entry.config, config, MAY_BE_SET)
@@ -197,14 +197,14 @@ class OrderHandler:
                     "bound to the rate it began with; clone it"
                 )
 
-    def _entry(self, order: Order) -> QueuedJob:
-        """The job that an order is to. OutputError if there is none, or it is over."""
+    def _entry(self, command: LiveCommand) -> QueuedJob:
+        """The job that a command names. OutputError if there is none, or it is over."""
         entries = self._queue.entries
-        entry = entries.get(order.job or "")
+        entry = entries.get(command.job or "")
         if entry is None:
-            raise OutputError(f"there is no job {order.job!r} in this run{did_you_mean(str(order.job), entries)}")
+            raise OutputError(f"there is no job {command.job!r} in this run{did_you_mean(str(command.job), entries)}")
         finished = self._queue.progress_of(entry.name).finished
-        if finished and order.kind != "clone":
+        if finished and command.kind != "clone":
             raise OutputError(f"{entry.name} is over ({finished.replace('_', ' ')}); clone it, or add another job")
         return entry
 
@@ -218,7 +218,7 @@ class OrderHandler:
         ]
         settings = self._run.model_dump(mode="json", exclude={"jobs", "sweep"})
         checked = validate_settings(
-            {**settings, "jobs": [*others, *jobs]}, source="the order", allow_code=code_is_allowed()
+            {**settings, "jobs": [*others, *jobs]}, source="the command", allow_code=code_is_allowed()
         )
         return list(checked.jobs[len(others) :])
 
@@ -246,11 +246,11 @@ def _is_in(key: str, name: str) -> bool:
 
 
 class StateFile:
-    """A reporter that keeps orders/state.json up to date: what each job does, how far it is, how long it takes."""
+    """A reporter that keeps commands/state.json up to date: what each job does, how far it is, how long it takes."""
 
-    def __init__(self, order_queue: OrderQueue, queue: JobQueue, summary: SummaryBuilder) -> None:
+    def __init__(self, command_queue: CommandQueue, queue: JobQueue, summary: SummaryBuilder) -> None:
         """`summary` hears the run before this does."""
-        self._order_queue, self._queue, self._summary = order_queue, queue, summary
+        self._command_queue, self._queue, self._summary = command_queue, queue, summary
         self._judged: dict[str, tuple[int, str, dict[str, Any]]] = {}
         self._progress = RunProgress()
         self._written = 0.0
@@ -268,7 +268,7 @@ class StateFile:
         now = self._written = time.monotonic()
         progress = self._progress
         jobs = [self._job(view, now) for view in progress.jobs.values()]
-        self._order_queue.write_state(
+        self._command_queue.write_state(
             {
                 "time": round(time.time(), 3),
                 "ended": self._ended,
@@ -306,7 +306,7 @@ class StateFile:
         return verdict
 
     def close(self) -> None:
-        """Say that nobody hears orders any more."""
+        """Say that the run takes no more commands."""
         self._ended = True
         self.write()
 

@@ -1,4 +1,4 @@
-"""What the commands that steer a run have in common: they send one order and print what the run answers."""
+"""What the commands that steer a run have in common: each sends one live command and prints the run's reply."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Timeout = Annotated[
 ]
 
 
-def give(run: Path, order: Callable[[LiveRun], str], *, timeout: float | None, json: bool) -> None:
-    """Send an order and print the answer."""
+def send(run: Path, command: Callable[[LiveRun], str], *, timeout: float | None, json: bool) -> None:
+    """Send a command and print the reply."""
     from lowrank.api.live import LiveRun
     from lowrank.terminal import visible
 
-    text = order(LiveRun(run, timeout=timeout))
+    text = command(LiveRun(run, timeout=timeout))
     print(json_format.dumps({"answer": text}, ensure_ascii=False) if json else visible(text))
 
 

@@ -1,4 +1,4 @@
-"""Orders from the page: the same files as those of the commands that it shows, and nothing that it may not order."""
+"""Live commands from the page: the same files as the command lines that it shows write, and nothing that it may not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lowrank.checkpoints.orders import Order, OrderQueue
+from lowrank.checkpoints.live_commands import CommandQueue, LiveCommand
 from lowrank.cli.main import main
 from lowrank.config import validate_settings
 from tests.board.running import Running, board_on
@@ -37,7 +37,7 @@ STATE = {
         {"name": "<b>x</b>", "state": "paused"},
     ],
 }  # fmt: skip
-ORDERS: list[dict[str, Any]] = [
+COMMANDS: list[dict[str, Any]] = [
     {"kind": "stop", "job": "r8"},
     {"kind": "pause", "job": "r8"},
     {"kind": "resume", "job": "r8"},
@@ -67,27 +67,27 @@ def live(running: Running) -> Path:
 
 
 def write_live(folder: Path) -> Path:
-    """A run folder whose run lives, in this process, and hears orders."""
-    (folder / "orders").mkdir(parents=True)
+    """A run folder whose run lives, in this process, and takes commands."""
+    (folder / "commands").mkdir(parents=True)
     marker = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    for name, content in ((".lowrank.json", marker), ("config.json", CONFIG), ("orders/state.json", STATE)):
+    for name, content in ((".lowrank.json", marker), ("config.json", CONFIG), ("commands/state.json", STATE)):
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
-def last(folder: Path) -> Order:
-    return OrderQueue(folder).due(0)[-1]
+def last(folder: Path) -> LiveCommand:
+    return CommandQueue(folder).due(0)[-1]
 
 
-@pytest.mark.parametrize("wanted", ORDERS, ids=lambda wanted: wanted["kind"])
-def test_the_command_that_is_shown_gives_the_same_order(
+@pytest.mark.parametrize("wanted", COMMANDS, ids=lambda wanted: wanted["kind"])
+def test_the_command_line_that_is_shown_sends_the_same(
     running: Running, live: Path, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running.client() as http:
-        shown = http.post("/api/runs/live/orders/preview", json=wanted).json()["command"]
-        assert not list((live / "orders").glob("0*.json"))
-        given = http.post("/api/runs/live/orders", json=wanted).json()
-    assert given == {"number": 1, "command": shown}
+        shown = http.post("/api/runs/live/commands/preview", json=wanted).json()["command_line"]
+        assert not list((live / "commands").glob("0*.json"))
+        given = http.post("/api/runs/live/commands", json=wanted).json()
+    assert given == {"number": 1, "command_line": shown}
     ours = last(live)
     monkeypatch.chdir(running.board.places.folder)
     lowrank, *arguments = shlex.split(shown)
@@ -108,13 +108,13 @@ def test_the_command_that_is_shown_gives_the_same_order(
         assert theirs.values == ours.values
 
 
-def test_the_page_shows_what_was_ordered_and_answered(running: Running, live: Path) -> None:
+def test_the_page_shows_commands_and_replies(running: Running, live: Path) -> None:
     with running.client() as http:
-        number = http.post("/api/runs/live/orders", json={"kind": "pause", "job": "<b>x</b>"}).json()["number"]
-        assert http.get(f"/api/runs/live/orders/{number}").json() == {"answered": False}
+        number = http.post("/api/runs/live/commands", json={"kind": "pause", "job": "<b>x</b>"}).json()["number"]
+        assert http.get(f"/api/runs/live/commands/{number}").json() == {"answered": False}
         before = http.get("/part/runs/live/details").text
-        OrderQueue(live).acknowledge(last(live), 4, "<i>refused</i>", done=False)
-        assert http.get(f"/api/runs/live/orders/{number}").json()["text"] == "<i>refused</i>"
+        CommandQueue(live).acknowledge(last(live), 4, "<i>refused</i>", done=False)
+        assert http.get(f"/api/runs/live/commands/{number}").json()["text"] == "<i>refused</i>"
         page = http.get("/part/runs/live/details").text
     assert "lowrank pause runs/live &#39;&lt;b&gt;x&lt;/b&gt;&#39;" in page
     assert "&lt;i&gt;refused&lt;/i&gt;" in page
@@ -125,7 +125,21 @@ def test_the_page_shows_what_was_ordered_and_answered(running: Running, live: Pa
     assert "640 MB" in page
 
 
-def test_what_may_not_be_ordered(running: Running, live: Path) -> None:
+def test_a_run_of_a_former_version_is_steered_and_shown(running: Running, live: Path) -> None:
+    """It trains since before the folder was renamed, and reads the one it made."""
+    (live / "commands").rename(live / "orders")
+    with running.client() as http:
+        assert http.post("/api/runs/live/commands", json={"kind": "pause", "job": "r8"}).json()["number"] == 1
+        CommandQueue(live).acknowledge(last(live), 4, "r8 is paused", done=True)
+        assert http.get("/api/runs/live/commands/1").json()["text"] == "r8 is paused"
+        page = http.get("/part/runs/live/details").text
+    assert "lowrank pause runs/live r8" in page
+    assert "512 MB" in page
+    assert (live / "orders" / "000001.json").is_file()
+    assert not (live / "commands").exists()
+
+
+def test_what_may_not_be_sent(running: Running, live: Path) -> None:
     sums = ",".join(["*a"] * 9)
     bomb = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "\n".join(
         f"{x}: &{x} [{sums.replace('a', y)}]" for x, y in zip("bcdefgh", "abcdefg")
@@ -145,30 +159,30 @@ def test_what_may_not_be_ordered(running: Running, live: Path) -> None:
     ]  # fmt: skip
     with running.client() as http:
         for wanted, message in refused:
-            answer = http.post("/api/runs/live/orders", json=wanted)
+            answer = http.post("/api/runs/live/commands", json=wanted)
             assert answer.status_code == 400, wanted
             assert message in answer.json()["error"]["message"], answer.text
-            assert message in http.post("/api/runs/live/orders/preview", json=wanted).json()["problem"]
+            assert message in http.post("/api/runs/live/commands/preview", json=wanted).json()["problem"]
         for wanted in (
             {"kind": "format"},
             {"kind": "stop", "job": "r8", "run": "x"},
             {"kind": "priority", "priority": 1e9},
         ):
-            assert http.post("/api/runs/live/orders", json=wanted).status_code == 422
-        assert http.post("/api/runs/nothing/orders", json=ORDERS[0]).status_code == 404
-    assert not list((live / "orders").glob("0*.json"))
+            assert http.post("/api/runs/live/commands", json=wanted).status_code == 422
+        assert http.post("/api/runs/nothing/commands", json=COMMANDS[0]).status_code == 404
+    assert not list((live / "commands").glob("0*.json"))
 
 
 @pytest.mark.parametrize("state", [{}, {"ended": True}, {"jobs": 3}, {"jobs": [3, {}, {"name": ["x"]}]}, [1], None])
-def test_a_run_that_hears_nothing_is_given_no_order(running: Running, live: Path, state: Any) -> None:
-    path = live / "orders" / "state.json"
+def test_a_run_that_takes_no_commands_is_sent_none(running: Running, live: Path, state: Any) -> None:
+    path = live / "commands" / "state.json"
     if state is None:  # the folder leads elsewhere
-        (live / "orders").rename(live.parent.parent / "elsewhere")
-        (live / "orders").symlink_to(live.parent.parent / "elsewhere")
+        (live / "commands").rename(live.parent.parent / "elsewhere")
+        (live / "commands").symlink_to(live.parent.parent / "elsewhere")
     else:
         path.write_text(json.dumps(state), encoding="utf-8")
     with running.client() as http:
         assert http.get("/runs/live").status_code == 200
         if not (isinstance(state, dict) and "jobs" in state):
-            assert http.post("/api/runs/live/orders", json=ORDERS[0]).status_code == 409
+            assert http.post("/api/runs/live/commands", json=COMMANDS[0]).status_code == 409
     assert not list((live.parent.parent).glob("elsewhere/0*.json"))
