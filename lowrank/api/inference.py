@@ -17,7 +17,7 @@ from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.notices import log_notice
 from lowrank.pipelines.inference import BARE, InferenceModel
 from lowrank.records import Conversation, Message
-from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, notice_of_judges, open_chat_backend
+from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, backend_reward_model_notice, open_chat_backend
 from lowrank.setting_problems import settings_of
 from lowrank.third_party import code_allowed
 
@@ -98,7 +98,7 @@ class Model:
         """As `generate`, always of a list, with tokens, why each ended, log-probabilities (`logprobs=0`), and the
         error of one that could not be had."""
         name, config = self._chosen(adapter), _sampling({**self._sampling, **sampling})
-        if notice := notice_of_judges(self._backend, [name]):
+        if notice := backend_reward_model_notice(self._backend, [name]):
             log_notice(notice)
         requests = [(name, self._read(each, tools, number)) for number, each in enumerate(questions, start=1)]
         return self._backend.answers(requests, config, on_text=on_text) if requests else []
@@ -121,16 +121,18 @@ class Model:
         longer than the model read in training (`data.max_length`).
         """
         inference = self.inference
-        judges = list(inference.value_heads)
-        if adapter is None and len(judges) != 1:
-            which = f"say which: adapter= one of {', '.join(judges)}" if judges else "train one with objective: reward"
-            raise ModelError(f"there are {len(judges)} reward models here; {which}")
+        reward_models = list(inference.value_heads)
+        if adapter is None and len(reward_models) != 1:
+            which = "train one with objective: reward"
+            if reward_models:
+                which = f"say which: adapter= one of {', '.join(reward_models)}"
+            raise ModelError(f"there are {len(reward_models)} reward models here; {which}")
         several = not _is_one(conversations)
         read = [
             _read_turns(each, tools, number, conversation)
             for number, each in enumerate(cast(Sequence[Any], conversations) if several else [conversations], start=1)
         ]
-        found = inference.rewards([(adapter or judges[0], each) for each in read])
+        found = inference.rewards([(adapter or reward_models[0], each) for each in read])
         return found if several else found[0]
 
     def compare(self, question: Question, **sampling: Any) -> dict[str, str]:

@@ -58,9 +58,9 @@ answers = [[question, {{"role": "assistant", "content": text}}] for text in ("3"
 print(judge.rewards(answers))  # a number for each answer; higher is better"""
 
 
-def pipeline_tag(supports_images: bool, *, judges: bool = False) -> str:
+def pipeline_tag(supports_images: bool, *, is_reward_model: bool = False) -> str:
     """The hub's name for what a model is for."""
-    if judges:
+    if is_reward_model:
         return "text-classification"
     return "image-text-to-text" if supports_images else "text-generation"
 
@@ -90,17 +90,20 @@ def model_card(
     base: BaseDescription,
     notes: Sequence[str] = (),
     *,
-    judges: bool = False,
+    is_reward_model: bool = False,
 ) -> str:
     """Markdown with the metadata that the Hugging Face hub reads. `where`: `on 14 modules of`. `notes`: what to know
-    before loading it. `judges`: it is a reward model."""
+    before loading it. `is_reward_model`: its value head is what was trained."""
     base_name = base.name
     on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
     library = "adapter-transformers" if isinstance(config, BottleneckSettings) else "peft"
-    front = {"library_name": library, "pipeline_tag": pipeline_tag(base.supports_images, judges=judges)}
+    front = {
+        "library_name": library,
+        "pipeline_tag": pipeline_tag(base.supports_images, is_reward_model=is_reward_model),
+    }
     if on_hub:  # the hub refuses a card whose base_model is a path
         front["base_model"] = base_name
-    tags = [config.peft.type.lower(), "lowrank", *(["reward-model"] if judges else [])]
+    tags = [config.peft.type.lower(), "lowrank", *(["reward-model"] if is_reward_model else [])]
     adapter, code_base = "path/of/this/folder", base_name if on_hub else "path/of/the/base"
     lines = [f"{key}: {value}\n" for key, value in sorted(front.items())]
     return _CARD.format(
@@ -109,7 +112,7 @@ def model_card(
         num_parameters=num_parameters,
         where=where,
         base=f"`{base_name}`" if on_hub else "its base",
-        kind="reward model" if judges else "adapter",
+        kind="reward model" if is_reward_model else "adapter",
         notes="".join(f"\n\n{note}." for note in notes),
-        code=reward_code(adapter) if judges else loading_code(config, code_base, adapter, base),
+        code=reward_code(adapter) if is_reward_model else loading_code(config, code_base, adapter, base),
     )

@@ -88,14 +88,14 @@ def save_adapter(
     copies: tuple[str, ...] | None = None,
     dtype: torch.dtype | None = torch.float32,
     task_type: str = "CAUSAL_LM",
-    judges: bool = False,
+    is_reward_model: bool = False,
     also: Callable[[Path], Any] | None = None,
 ) -> None:
     """Write `adapter` to `folder`, whole or not at all, instead of what was there.
 
     `copies`: full names of the modules trained whole, if `adapter.config` has them abbreviated. `dtype`: of the
-    tensors in the file; None keeps theirs. `judges`: it is a reward model. `also` may write more files into the
-    folder (a tokenizer).
+    tensors in the file; None keeps theirs. `is_reward_model`: for the model card. `also` may write more files into
+    the folder (a tokenizer).
     """
     with new_folder(folder) as partial:
         write_adapter(partial, adapter, base, copies=copies, dtype=dtype, task_type=task_type)
@@ -105,7 +105,7 @@ def save_adapter(
         where = f"on {len(adapter.targets)} modules of" if adapter.targets else "before every document for"
         if isinstance(adapter.config, BottleneckSettings):
             where = "between the layers of"
-        card = model_card(adapter.config, where, num_parameters, base, notes, judges=judges)
+        card = model_card(adapter.config, where, num_parameters, base, notes, is_reward_model=is_reward_model)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if also is not None:
             also(partial)

@@ -66,7 +66,7 @@ def chat(
     from lowrank.cli.chat_repl import ChatRepl, read_pictures
     from lowrank.cli.warn import warn
     from lowrank.generate.request import GenerationConfig
-    from lowrank.serve.chat_backends import notice_of_judges, open_chat_backend
+    from lowrank.serve.chat_backends import backend_reward_model_notice, open_chat_backend
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -89,7 +89,7 @@ def chat(
         notify=lambda text: warn([text]),
     )
     talk = ChatRepl(backend, config, system=system, model_names=model_names, pictures=pictures, stderr=json)
-    if notice := notice_of_judges(backend, talk.model_names):
+    if notice := backend_reward_model_notice(backend, talk.model_names):
         warn([notice])
     if prompt is not None:
         _submit(talk, prompt, json)

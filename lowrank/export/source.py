@@ -42,7 +42,7 @@ class Source:
     """The tokenizer has tokens that the base's files lack: the adapter's own."""
     value_head: torch.Tensor | None = None
     """(D) What weighs the last hidden state of an answer to its reward, or for PPO's critic; None: there is none."""
-    judges: bool = False
+    is_reward_model: bool = False
     """It is a reward model: its value head is what was trained."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the model card: data, method, metrics from the run's summary.json; empty for what no run made."""

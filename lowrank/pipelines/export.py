@@ -193,7 +193,7 @@ def _export_target(
 def _usage(target: ExportTarget, source: Source, folder: Path) -> str:
     """How it is run, for its README.md; of a reward model that has its value head, how it judges."""
     path = "path/of/this/folder"
-    if not source.judges or not (folder / VALUE_HEAD).is_file():
+    if not source.is_reward_model or not (folder / VALUE_HEAD).is_file():
         return target.usage(source, path)
     what = "It is a reward model: it judges answers, and writes none worth reading."
     return f"{what}\n\n```python\n{reward_code(path)}\n```"
@@ -205,13 +205,13 @@ def _bring_value_head(source: Source, folder: Path) -> tuple[str, ...]:
     A critic goes with its adapter alone, for training to go on: programs that load every safetensors file of a model
     know no such tensor. A reward model is nothing without it.
     """
-    if source.value_head is None or not (source.judges or (folder / ADAPTER_CONFIG).is_file()):
+    if source.value_head is None or not (source.is_reward_model or (folder / ADAPTER_CONFIG).is_file()):
         return ()
     if not any(folder.glob("*.safetensors")):
         return (f"a reward model without its value head, which this form cannot hold: it gives no rewards; "
                 f"peft and merged bring {VALUE_HEAD}",)  # fmt: skip
-    write_value_head(folder, source.value_head, critic=not source.judges)
-    what = "what gives an answer its reward" if source.judges else "PPO's critic, for training to go on with"
+    write_value_head(folder, source.value_head, critic=not source.is_reward_model)
+    what = "what gives an answer its reward" if source.is_reward_model else "PPO's critic, for training to go on with"
     return (f"{VALUE_HEAD}: {what}",)
 
 

@@ -198,7 +198,7 @@ def _described(
         notify(notice)
     shape = read_config(model)
     refuse_wrapped(shape, "no other program runs such layers, so there is nothing to export")
-    value_D, judges = _value_head(found, notify)
+    value_D, is_reward_model = _value_head(found, notify)
     data = found.data.within(positions_of(shape))
     job = job and job.model_copy(update={"data": job.data.within(positions_of(shape))})
     renderer = Renderer(tokenizer, data)
@@ -222,7 +222,7 @@ def _described(
         stop_tokens=renderer.stop_tokens if template is not None else _eos(tokenizer),
         documents=None if job is None else documents,
         value_head=value_D,
-        judges=judges,
+        is_reward_model=is_reward_model,
         facts=facts,
     )
     return ResolvedSource(source, folder, renderer, job)

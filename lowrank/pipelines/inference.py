@@ -92,7 +92,7 @@ class InferenceModel:
         if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
             attach_media_encoder(self.base, "packed", notify, running=True, answering=True)
 
-    def judges_among(self, names: Iterable[str]) -> list[str]:
+    def reward_models_among(self, names: Iterable[str]) -> list[str]:
         """Those that are reward models."""
         return [name for name in names if name in self.value_heads]
 
@@ -249,7 +249,7 @@ def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> Inferen
     return trained
 
 
-def judging_notice(names: Sequence[str]) -> str:
+def reward_model_notice(names: Sequence[str]) -> str:
     """What a person should know who has reward models of these names write."""
     what = "are reward models" if len(names) > 1 else "is a reward model"
     return (

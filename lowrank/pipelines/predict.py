@@ -25,7 +25,7 @@ from lowrank.evaluate.predict import (
 )
 from lowrank.evaluate.questions import Question, read_questions
 from lowrank.generate.request import GenerationConfig
-from lowrank.pipelines.inference import BARE, InferenceModel, judging_notice, open_inference_model
+from lowrank.pipelines.inference import BARE, InferenceModel, open_inference_model, reward_model_notice
 from lowrank.report.thumbnails import write_thumbnails
 
 Done = Callable[[int, int], None]
@@ -84,8 +84,8 @@ def predict(
         notify=lambda text: warn([text]),
     )
     chosen = list(request.adapters or trained.slots)
-    if judges := trained.judges_among(chosen):
-        warn([judging_notice(judges)])
+    if reward_models := trained.reward_models_among(chosen):
+        warn([reward_model_notice(reward_models)])
     answering = trained.answering(chosen, [each.prompt for each in questions], lambda text: warn([text]))
     request.folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(request, trained, chosen)

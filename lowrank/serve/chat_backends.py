@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from lowrank.data.chat.placeholders import media_in
 from lowrank.errors import ConfigError, ModelError, did_you_mean
 from lowrank.generate.request import Answer, GenerationConfig, TokenChunk
-from lowrank.pipelines.inference import InferenceModel, RenderedPrompt, judging_notice, open_inference_model
+from lowrank.pipelines.inference import InferenceModel, RenderedPrompt, open_inference_model, reward_model_notice
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
 from lowrank.serve.api.http_errors import ApiError
@@ -47,10 +47,10 @@ class ChatBackend(Protocol):
         ...
 
 
-def notice_of_judges(backend: ChatBackend, names: Sequence[str]) -> str | None:
+def backend_reward_model_notice(backend: ChatBackend, names: Sequence[str]) -> str | None:
     """What to say before these answer, where some of them are reward models."""
-    judges = backend.judges_among(names) if isinstance(backend, InferenceModel) else []
-    return judging_notice(judges) if judges else None
+    reward_models = backend.reward_models_among(names) if isinstance(backend, InferenceModel) else []
+    return reward_model_notice(reward_models) if reward_models else None
 
 
 class GgufChatBackend:

@@ -75,7 +75,9 @@ class Checkpointer:
             if job.slot == BARE_BASE:
                 save_full(path, self.engine.base.model, also)
             else:
-                save_adapter(path, self._adapter(job), self.base, judges=value_D is not None and not critic, also=also)
+                save_adapter(
+                    path, self._adapter(job), self.base, is_reward_model=value_D is not None and not critic, also=also
+                )
         return path
 
     def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:

@@ -27,11 +27,16 @@ def card(source: Source, kind: str, usage: str, comparisons: Sequence[Comparison
 def _front(kind: str, source: Source) -> str:
     base = source.hub_base
     library = "peft" if kind == "peft" else "gguf" if "gguf" in kind or kind == "ollama" else "transformers"
-    lines = [f"library_name: {library}", f"pipeline_tag: {pipeline_tag(source.supports_images, judges=source.judges)}"]
+    lines = [
+        f"library_name: {library}",
+        f"pipeline_tag: {pipeline_tag(source.supports_images, is_reward_model=source.is_reward_model)}",
+    ]
     if base is not None:  # the hub refuses a card whose base_model is a path
         lines.append(f"base_model: {base}")
     lines.append(
-        "tags:\n- lowrank" + ("\n- lora" if kind == "peft" else "") + ("\n- reward-model" if source.judges else "")
+        "tags:\n- lowrank"
+        + ("\n- lora" if kind == "peft" else "")
+        + ("\n- reward-model" if source.is_reward_model else "")
     )
     return "---\n" + "\n".join(lines) + "\n---\n"
 

@@ -180,7 +180,7 @@ def _compare(
             between_agreed.append(between[number].argmax(1) == own.argmax(1))
         tick(len(requested.prompts) + number + 1, len(requested.prompts) + len(requested.documents))
     loss_N, reference_N = np.concatenate(losses), np.concatenate(answers.losses)
-    return judged(
+    return build_comparison(
         read_back,
         kl_K=np.concatenate(kls),
         same_K=np.concatenate(agreed),
@@ -193,7 +193,7 @@ def _compare(
     )
 
 
-def judged(
+def build_comparison(
     read_back: ReadBack,
     *,
     kl_K: np.ndarray,
@@ -205,7 +205,7 @@ def judged(
     gain_kept: float | None = None,
     between: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Comparison:
-    """What was measured over K compared places, N of which a known token follows, held against the tolerance.
+    """Builds the comparison from what was measured at K positions, N of which a known token follows.
 
     kl_K, same_K         nats from base + adapter; whether the likeliest next token is the same
     loss_N, reference_N  nats of the tokens that follow: of what was written, and of base + adapter

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
 from lowrank.export import ExportReader, ImageQuestion, ImageReader, ReadBack, Tolerance
-from lowrank.export.verify.compare import Comparison, judged, kl_of
+from lowrank.export.verify.compare import Comparison, build_comparison, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
@@ -87,7 +87,7 @@ def compare_images(read_back: ReadBack, reader: ExportReader, answer: ImageAnswe
     answer_K = answer.logprob_KV.argmax(1)
     bare = None if answer.base_logprob_KV is None else _losses(answer.base_logprob_KV, answer_K)
     same_K = own_KV.argmax(1) == answer_K
-    found = judged(
+    found = build_comparison(
         read_back,
         kl_K=kl_of(answer.logprob_KV, own_KV),
         same_K=same_K,

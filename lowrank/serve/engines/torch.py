@@ -17,7 +17,7 @@ from lowrank.generate.request import ContextLengthExceeded, GenerationConfig
 from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
-from lowrank.pipelines.inference import folder_reader, judging_notice, open_inference_model
+from lowrank.pipelines.inference import folder_reader, open_inference_model, reward_model_notice
 from lowrank.pipelines.pictures import attach_media_encoder
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
@@ -184,8 +184,8 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> BankEngine:
     trained = open_inference_model(
         path, which=options.which, chat_template=options.chat_template, base=options.base, notify=notify
     )
-    if judges := trained.judges_among(trained.names):
-        notify(judging_notice(judges))
+    if reward_models := trained.reward_models_among(trained.names):
+        notify(reward_model_notice(reward_models))
     served = BankEngine(
         trained.base,
         trained.bank,
