@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from packaging.version import Version
 
 import lowrank.kernels
 
@@ -189,6 +191,10 @@ def test_every_kernel_compiles(capability: int, every: bool, tmp_path: Path, mon
             assert built.metadata.shared <= SHARED_MEMORY[capability] * 1024, (name, types, built.metadata.shared)
 
 
+@pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason="Triton 3.6, which torch 2.11 brings, makes numbers of numpy's arrays of one element in its interpreter",
+)
 def test_every_kernel_equals_its_plain_function() -> None:
     """One process for all: the interpreter is chosen before triton is imported."""
     done = subprocess.run(
