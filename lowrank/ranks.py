@@ -37,7 +37,7 @@ _MOST_AT_ONCE = 1 << 22
 
 
 class RankLost(LowrankError):
-    """Another rank of this run has ended, or cannot be reached; its own words say why."""
+    """Another rank of this run has ended or cannot be reached; that process's own error says why."""
 
 
 class Ranks(Protocol):
@@ -238,5 +238,6 @@ def _explain_lost_process() -> Generator[None]:
         yield
     except RuntimeError as error:  # whatever torch's back-ends make of a closed connection
         raise RankLost(
-            f"another process of this run has ended or cannot be reached; its own words say why ({first_line(error)})"
+            "another process of this run has ended or cannot be reached; see that process's own error "
+            f"({first_line(error)})"
         ) from error

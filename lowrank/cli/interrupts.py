@@ -1,5 +1,5 @@
-"""What an interruption says and does: of a `lowrank train` until training itself listens (train/stopping.py), which may
-take seconds, and of the other commands.
+"""What an interruption says and does: of a `lowrank train` until training itself listens (train/stop_signal.py), which
+may take seconds, and of the other commands.
 
 Nearly all of them pass in imports, where an exception is no way out: a module in C that is being imported may abort.
 """

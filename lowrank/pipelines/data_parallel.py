@@ -1,7 +1,7 @@
 """One run trained by several processes together: every optimizer step divided among all of them (train/lanes.py).
 
 They are started by `devices=n` here, by torchrun, or by whoever has made a process group (Ray Train); each calls
-`train_together`.
+`train_as_rank`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lowrank.config import RunConfig
 from lowrank.config.code import refuse_code
 from lowrank.errors import LowrankError
 from lowrank.pipelines.processes import Child, follow, train_arguments
+from lowrank.pipelines.rank_output import is_reported_by_first
 from lowrank.pipelines.shares import device_environment, refuse_unseen, uses_gpus
-from lowrank.pipelines.together import reported_once
 from lowrank.pipelines.train import train
 from lowrank.ranks import Processes, RankLost
 from lowrank.report.events import Event, Notice, Reporter, RunFinished, RunStarted
 from lowrank.third_party import code_allowed
 from lowrank.train.listeners import Listeners
-from lowrank.train.stopping import Stopping
+from lowrank.train.stop_signal import StopSignal
 
 
 class ProcessesFailed(LowrankError):
@@ -39,18 +39,18 @@ class ProcessesFailed(LowrankError):
         self.exit_code = exit_code
 
 
-def train_together(
+def train_as_rank(
     config: RunConfig, *, reporters: Sequence[Reporter] = (), strict: bool = False, allow_code: bool = False
 ) -> dict[str, Any]:
-    """Train as one of the ranks that the environment, or a process group that is there, says. What only one has to say
-    (an error that all find) the first one says; the others end by SystemExit with the same code."""
+    """Train as the rank that the environment, or an existing process group, says. An error that all ranks find is
+    raised by the first one; the others end by SystemExit with the same exit code."""
     if uses_gpus(config):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     ranks = Processes()
     try:
         return train(config, reporters=reporters, strict=strict, allow_code=allow_code, ranks=ranks)
     except LowrankError as error:
-        if not isinstance(error, RankLost) and reported_once(ranks, error):
+        if not isinstance(error, RankLost) and is_reported_by_first(ranks, error):
             raise SystemExit(error.exit_code) from None
         raise
     finally:
@@ -69,7 +69,7 @@ def train_processes(
     summary.json. ProcessesFailed if one has died: all of them are ended then."""
     refuse_unseen(config)
     report = Listeners([], reporters)
-    stopping = Stopping(Path(config.output_dir) / STOP)
+    stop_signal = StopSignal(Path(config.output_dir) / STOP)
     with code_allowed(allow_code), tempfile.TemporaryDirectory(prefix="lowrank-ranks-") as place:
         refuse_code(config, "the settings")
         file = Path(place) / "run.json"
@@ -98,7 +98,7 @@ def train_processes(
                 event = RunStarted(event.output_dir, event.jobs, own, event.device, event.dtype)
             report(event)
 
-        failed = follow(children, on_event, stopping, lambda text: report(Notice(text, "warning")), together=True)
+        failed = follow(children, on_event, stop_signal, lambda text: report(Notice(text, "warning")), together=True)
         for child in children[1:]:  # a first rank has told its own
             for line in child.output_lines():
                 report(Notice(line, "warning"))

@@ -10,7 +10,7 @@ import torch
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError
 from lowrank.pipelines.assign_jobs import uses_job_parallelism
-from lowrank.pipelines.data_parallel import train_processes, train_together
+from lowrank.pipelines.data_parallel import train_as_rank, train_processes
 from lowrank.pipelines.shares import own_share, train_shares, uses_gpus
 from lowrank.pipelines.train import train as train_here
 from lowrank.ranks import processes_here
@@ -26,7 +26,7 @@ def train(
         config = own_share(config, reporters, strict=strict)
         return train_here(config, reporters=reporters, strict=strict, allow_code=allow_code)
     if processes_here() > 1:
-        return train_together(config, reporters=reporters, strict=strict, allow_code=allow_code)
+        return train_as_rank(config, reporters=reporters, strict=strict, allow_code=allow_code)
     number = num_devices(config)
     if number == 1:
         return train_here(config, reporters=reporters, strict=strict, allow_code=allow_code)

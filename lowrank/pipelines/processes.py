@@ -25,7 +25,7 @@ from lowrank.checkpoints.run_folder import STOP
 from lowrank.report.event_lines import as_event, decode
 from lowrank.report.events import Event
 from lowrank.third_party import code_is_allowed
-from lowrank.train.stopping import Stopping
+from lowrank.train.stop_signal import StopSignal
 
 LOOKS_EVERY = 0.2
 """Seconds between looks whether somebody asked to stop."""
@@ -126,7 +126,7 @@ class Child:
 def follow(
     children: Sequence[Child],
     on_event: Callable[[Child, Event], None],
-    stopping: Stopping,
+    stop_signal: StopSignal,
     notify: Callable[[str], None],
     *,
     together: bool = False,
@@ -139,11 +139,11 @@ def follow(
     failed: Child | None = None
     ends_at = math.inf
     try:
-        with stopping, stopping.saving(notify):
+        with stop_signal, stop_signal.saving(notify):
             for child in children:
                 child.start(lines)
             for child, line in _arriving(lines, len(children)):
-                if stopping.now() and not requested:
+                if stop_signal.poll() and not requested:
                     requested = True
                     for each in children:
                         each.stop()

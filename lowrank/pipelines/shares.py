@@ -44,7 +44,7 @@ from lowrank.report.events import (
 from lowrank.report.summary import SUMMARY
 from lowrank.third_party import code_allowed
 from lowrank.train.listeners import Listeners
-from lowrank.train.stopping import Stopping
+from lowrank.train.stop_signal import StopSignal
 
 
 class SharesFailed(LowrankError):
@@ -97,9 +97,9 @@ def train_shares(
     summary.json. Settings and data are checked before any of them starts. SharesFailed if some have died."""
     refuse_unseen(config)
     names = [job.name for job in config.jobs]
-    together = _Together(config, Listeners([], reporters))
-    report = together.report
-    stopping = Stopping(Path(config.output_dir) / STOP)
+    merged = _MergedReporter(config, Listeners([], reporters))
+    report = merged.report
+    stop_signal = StopSignal(Path(config.output_dir) / STOP)
     with code_allowed(allow_code):
         refuse_code(config, "the settings")
         with open_merged_folder(
@@ -107,14 +107,14 @@ def train_shares(
         ) as folder:
             for note in folder.notes:
                 report(Notice(note))
-            stopping.forget_old()
+            stop_signal.delete_stale_file()
             begun = config.resume and read_assignment(config.output_dir) is not None
             fresh = {} if begun else _assign_by_cost(config, number, report, strict)
             folder.clear()
             shares = load_or_create_assignment(config.output_dir, names, number, lambda: fresh)
             children = [_child(config, Share(each, number), shares, strict) for each in sorted({*shares.values()})]
             children = [child for child in children if not _is_over(child)]
-            follow(children, together.on_event, stopping, lambda text: report(Notice(text, "warning")))
+            follow(children, merged.on_event, stop_signal, lambda text: report(Notice(text, "warning")))
             return _end(config, children, report)
 
 
@@ -168,7 +168,7 @@ def _is_over(child: Child) -> bool:
     return same and not changed_settings(before, settings)
 
 
-class _Together:
+class _MergedReporter:
     """The events of all shares as those of one run."""
 
     def __init__(self, config: RunConfig, report: Listeners) -> None:

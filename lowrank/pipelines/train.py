@@ -29,6 +29,7 @@ from lowrank.models.base import Base
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.kind import check_weights
 from lowrank.models.placement import Placement
+from lowrank.pipelines.adapter_desync import AdapterDesyncCheck
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
 from lowrank.pipelines.job_queue import JobQueue
@@ -38,22 +39,17 @@ from lowrank.pipelines.live_commands import CommandHandler, StateFile
 from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
 from lowrank.pipelines.pictures import attach_media_encoder, expect_media
 from lowrank.pipelines.queued_job import QueuedJob
+from lowrank.pipelines.rank_agreement import (
+    commands_of_first_rank,
+    refuse_rank_differences,
+    with_agreed_date,
+    with_agreed_plan,
+)
+from lowrank.pipelines.rank_output import checkpointer_class, open_rank_folder, rank_notifier, stop_signal_of
+from lowrank.pipelines.rank_placement import choose_lanes, choose_placement
 from lowrank.pipelines.references import check_references
 from lowrank.pipelines.slot_allocator import SlotAllocator
 from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, record_sweep
-from lowrank.pipelines.together import (
-    Watch,
-    checkpointer_of,
-    commands_of,
-    dated,
-    folder_of,
-    lanes_of,
-    on_first_rank,
-    placement_of,
-    planned,
-    refuse_unlike,
-    stopping_of,
-)
 from lowrank.ranks import ALONE, Ranks, agree
 from lowrank.records import KIND_NAMES
 from lowrank.report.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted, Stage
@@ -84,44 +80,44 @@ def train(
     with `"interrupted": True`; before the first step they raise KeyboardInterrupt, since there is nothing to save.
     `reporters` hear the run besides metrics.jsonl and what `report_to` names. `allow_code`: code that is not ours and
     that the settings name may run (third_party.py). `ranks`: the processes that train it together, each of which calls
-    this; only the first writes, and reports (pipelines/together.py).
+    this; only the first writes and reports (pipelines/rank_output.py).
     """
-    stopping = stopping_of(ranks, Path(config.output_dir) / STOP)
-    with ExitStack() as stack, explain_disk_full(), code_allowed(allow_code), stopping:
-        stopping.end_if_requested()
+    stop_signal = stop_signal_of(ranks, Path(config.output_dir) / STOP)
+    with ExitStack() as stack, explain_disk_full(), code_allowed(allow_code), stop_signal:
+        stop_signal.raise_if_requested()
         refuse_code(config, "the settings")
         config = with_adapters_found(config)
         report = _listeners(stack, config, reporters, ranks)
-        folder = folder_of(stack, config, ranks)
-        stopping.forget_old()
+        folder = open_rank_folder(stack, config, ranks)
+        stop_signal.delete_stale_file()
         checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
         state = checkpoint.state if checkpoint else None
         live, before = live_state(state), state["settings"] if state else None
         given, config = config, _as_begun(config, state, ranks)
-        lanes = lanes_of(config, before, ranks, report)
+        lanes = choose_lanes(config, before, ranks, report)
         begun, config = config, in_effect(given, config, state)
         for note in folder.notes:
             report(Notice(note))
 
         tokenizer, data = read_jobs(config, report, strict)
-        stopping.end_if_requested()
+        stop_signal.raise_if_requested()
         refuse_too_many(config, data)
-        refuse_unlike(config, data, ranks, lambda text: report(Notice(text, level="warning")))
+        refuse_rank_differences(config, data, ranks, lambda text: report(Notice(text, level="warning")))
         report(Stage("planning the memory"))
-        config, plan = planned(config, data, before, report, live["capacity"] if live else None, lanes)
+        config, plan = with_agreed_plan(config, data, before, report, live["capacity"] if live else None, lanes)
         begun = begun.model_copy(update={"model": config.model})  # as it was decided, for whoever goes on
 
-        placement = placement_of(config, ranks, report)
+        placement = choose_placement(config, ranks, report)
         base = _load(config, tokenizer, data, report, placement)
-        stopping.end_if_requested()
+        stop_signal.raise_if_requested()
         report(Stage("preparing the jobs"))
         engine = Engine(base, Bank(base), tokens_of(config))
         engine.lanes = lanes
-        engine.notify = on_first_rank(ranks, lambda text: report(Notice(text, level="warning")))
+        engine.notify = rank_notifier(ranks, lambda text: report(Notice(text, level="warning")))
         summary = SummaryBuilder(folder.path, state["summary"] if state else None, plan.as_dict() if plan else None)
         chosen = chosen_templates({job.name: job.data for job in config.jobs}, tokenizer)
         ranks.begin(base.device)
-        checkpointer = checkpointer_of(ranks)(
+        checkpointer = checkpointer_class(ranks)(
             engine, folder.path, config.save_total_limit, lambda: _state(begun, engine, summary, queue), chosen
         )
         entries = [QueuedJob(job, own) for job, own in zip(config.jobs, data)]
@@ -130,7 +126,7 @@ def train(
         )
         sweep = add_search(queue, config, live)
         queue.allocate_slots(live)
-        stopping.end_if_requested()
+        stop_signal.raise_if_requested()
 
         # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
         # and takes nothing away.
@@ -144,7 +140,7 @@ def train(
         report(_run_started(base, config, started))
 
         save_every = steps_of(config.save_steps, max(job.num_steps for job in started))
-        loop = Loop(engine, queue, checkpointer, report, save_every=save_every, tick=tick, stopping=stopping)
+        loop = Loop(engine, queue, checkpointer, report, save_every=save_every, tick=tick, stop_signal=stop_signal)
         if sweep is not None:
             queue.on_decision = lambda: record_sweep(sweep, folder.path)
         with explain_out_of_memory("training"):
@@ -186,8 +182,8 @@ def _finish(summary: SummaryBuilder, report: Listeners, folder: Path, *, interru
 def _as_begun(config: RunConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> RunConfig:
     """With the day on which the run began. OutputError where a run goes on with other settings than it began with."""
     if state is None:
-        return dated(config, None, ranks)
-    config = as_begun(dated(config, state["settings"], ranks), state)
+        return with_agreed_date(config, None, ranks)
+    config = as_begun(with_agreed_date(config, state["settings"], ranks), state)
     refuse_changed_settings(state["settings"], config.model_dump(mode="json"))
     return config
 
@@ -297,13 +293,13 @@ def _accept_commands(
         changed=lambda: _write_settings(folder, config, list(queue.entries.values())),
         show=watching.write,
         report=report,
-        due=commands_of(command_queue, ranks),
+        due=commands_of_first_rank(command_queue, ranks),
     )
 
-    watch = Watch(queue.allocator.engine)
+    desync_check = AdapterDesyncCheck(queue.allocator.engine)
 
     def before_step(tick: int) -> None:
-        watch.look(tick)
+        desync_check.before_step(tick)
         handler.carry_out(tick)
 
     queue.before_step, queue.make_entry = before_step, handler.make_entry

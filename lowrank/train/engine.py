@@ -30,11 +30,11 @@ from lowrank.segments import Segment
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.new_job import new_job
-from lowrank.train.numbers_of_step import add_shares, read_together
 from lowrank.train.optimizers import OptimizerConfig, set_learning_rate
 from lowrank.train.prepared_pass import PreparedPass
 from lowrank.train.router_loss import TokensOfStep, router_losses
 from lowrank.train.scoring import LOSS, ScoringEngine, segments_with_loss
+from lowrank.train.step_metrics import add_metrics, read_metrics_to_host
 from lowrank.train.trained_job import Forwarded, Updated
 from lowrank.train.update import update
 
@@ -143,7 +143,7 @@ class Engine(ScoringEngine):
         for slot in work:
             self._add_penalty(slot, shares[slot])
         forwarded = {}
-        for slot, own in read_together({slot: shares[slot] for slot in work}).items():
+        for slot, own in read_metrics_to_host({slot: shares[slot] for slot in work}).items():
             loss = own.pop(LOSS)
             self.jobs[slot].loss_is_finite &= math.isfinite(loss)
             forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], own)
@@ -170,11 +170,11 @@ class Engine(ScoringEngine):
                     share, extra = share_of_loss(self.jobs[slot].objective, scores, part, totals[slot])
                     if slot in of_routers:
                         share = share + of_routers[slot]
-                        add_shares(metrics[slot], {"router_loss": of_routers[slot].detach()})
+                        add_metrics(metrics[slot], {"router_loss": of_routers[slot].detach()})
                     scale = self.jobs[slot].scale
                     shares.append(share if scale is None else share * scale.value)
                     losses[slot].append(share.detach())
-                    add_shares(metrics[slot], extra)
+                    add_metrics(metrics[slot], extra)
                 return torch.stack(shares).sum()
 
             def updating(last: bool = number == len(batches) - 1) -> contextlib.AbstractContextManager[object]:

@@ -25,7 +25,7 @@ from lowrank.ranks import ALONE, Ranks
 from lowrank.segments import Segment
 from lowrank.train.load_balancing import balance
 from lowrank.train.micro_batching import StepSegments, units
-from lowrank.train.numbers_of_step import read_together
+from lowrank.train.step_metrics import read_metrics_to_host
 from lowrank.train.trained_job import RowLosses
 
 Parameters = Sequence[torch.nn.Parameter]
@@ -150,7 +150,7 @@ class ManyLanes:
 
     def metrics(self, lanes: Sequence[dict[int, Metrics]]) -> dict[int, Metrics]:
         """See Lanes. Every rank adds the numbers of all lanes in their order."""
-        received = self.ranks.exchange([_as_json(read_together(lane)) for lane in lanes])
+        received = self.ranks.exchange([_as_json(read_metrics_to_host(lane)) for lane in lanes])
         found: dict[int, Metrics] = {}
         for lane in (lane for of_rank in received for lane in of_rank):
             for slot, numbers in lane.items():

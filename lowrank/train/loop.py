@@ -24,7 +24,7 @@ from lowrank.train.before_step import as_they_are, breaks_off, stopped_by
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, LooksAhead, RolloutSource, StepSource
 from lowrank.train.optimizers import bytes_of_state
-from lowrank.train.stopping import Stopping
+from lowrank.train.stop_signal import StopSignal
 from lowrank.train.trained_job import Forwarded, Updated
 
 
@@ -101,7 +101,7 @@ class Loop:
         *,
         save_every: int | None,
         tick: int = 0,
-        stopping: Stopping | None = None,
+        stop_signal: StopSignal | None = None,
     ) -> None:
         self.engine = engine
         self.queue: JobScheduler = FixedJobs(jobs) if isinstance(jobs, Sequence) else jobs
@@ -111,7 +111,7 @@ class Loop:
         self._pending_events: list[Event] = []
         self.save_every = save_every
         self.tick = tick
-        self._stopping = stopping or Stopping()
+        self._stop_signal = stop_signal or StopSignal()
         self._heap = Heap()
 
     @property
@@ -121,10 +121,10 @@ class Loop:
 
     def run(self) -> bool:
         """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
-        with self._stopping, self._stopping.saving(self._notify_stop):
-            if not self._stopping.now():
+        with self._stop_signal, self._stop_signal.saving(self._notify_stop):
+            if not self._stop_signal.poll():
                 self._begin()
-            while not self._stopping.now() and (active := self._next()) is not None:
+            while not self._stop_signal.poll() and (active := self._next()) is not None:
                 if not active:
                     time.sleep(IDLE_SECONDS)
                     continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lowrank.batches import Batch, Scores, Totals
 from lowrank.objectives import Objective
-from lowrank.train.numbers_of_step import numbers
+from lowrank.train.step_metrics import read_scalars
 from lowrank.train.trained_job import RowLosses
 
 
@@ -23,7 +23,7 @@ def row_losses(objective: Objective, scores: Scores, batch: Batch, totals: Total
         shares.append(share)
         counts.append(_count(objective, row))
         first = last
-    return RowLosses(tuple(numbers(shares)), tuple(counts))
+    return RowLosses(tuple(read_scalars(shares)), tuple(counts))
 
 
 def joined(parts: Sequence[RowLosses]) -> RowLosses:

@@ -24,11 +24,11 @@ from lowrank.segments import MISMATCHED, Segment, number_the_step
 from lowrank.train.batch_scores import BatchScores
 from lowrank.train.lanes import LanePasses, Lanes, OneLane, Split
 from lowrank.train.micro_batching import StepSegments, split_into_micro_batches, units
-from lowrank.train.numbers_of_step import add_shares, add_totals, read_together
 from lowrank.train.out_of_memory import explain_out_of_memory, give_back_unused, is_out_of_memory
 from lowrank.train.passes import Passes
 from lowrank.train.prepared_pass import all_logprobs
 from lowrank.train.row_losses import joined, row_losses
+from lowrank.train.step_metrics import add_metrics, add_totals, read_metrics_to_host
 from lowrank.train.trained_job import Forwarded, RowLosses, TrainedJob
 from lowrank.train.update import settled
 
@@ -129,7 +129,7 @@ class ScoringEngine:
             self.passes.idle(idle)
         rows = self.lanes.rows(counted, [of_rows for _, of_rows in found]) if by_row else {}
         evaluated = {}
-        for slot, own in read_together(self.lanes.metrics([shares for shares, _ in found])).items():
+        for slot, own in read_metrics_to_host(self.lanes.metrics([shares for shares, _ in found])).items():
             loss = own.pop(LOSS)
             evaluated[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], own, rows.get(slot))
         return evaluated
@@ -147,7 +147,7 @@ class ScoringEngine:
                 losses[slot] = losses[slot] + wide(share)
                 if slot in rows:
                     rows[slot].append(row_losses(objective, scores, part, totals[slot]))
-                add_shares(metrics[slot], extra)
+                add_metrics(metrics[slot], extra)
         shares = {slot: {**metrics[slot], LOSS: loss} for slot, loss in losses.items()}
         return shares, {slot: joined(own) for slot, own in rows.items()}
 
@@ -202,7 +202,7 @@ class ScoringEngine:
             for slot, part, scores in self._score(batch):
                 objective = self.jobs[slot].objective
                 assert isinstance(objective, ObservesMismatched), "only such have segments of this role"
-                add_shares(found.setdefault(slot, {}), dict(objective.observe(scores, part)))
+                add_metrics(found.setdefault(slot, {}), dict(objective.observe(scores, part)))
         return found
 
     def _score(self, batch: Batch) -> list[tuple[int, Batch, Scores]]:

@@ -263,20 +263,20 @@ def test_ranks_that_are_not_alike(world: Path, tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert "learning_rate" in outputs[0]
-    assert "the training data of job lora are others than those of rank 0" in outputs[0]
+    assert "the training data of job lora differ from those of rank 0" in outputs[0]
     assert "rank 1 on" in outputs[0]
     assert outputs[1].count("learning_rate") == 0, "the first one has said it"
 
 
 def test_numbers_that_do_not_go_together(world: Path, tmp_path: Path) -> None:
-    from lowrank.pipelines.together import lanes_of
+    from lowrank.pipelines.rank_placement import choose_lanes
     from tests.train.rank_threads import on_ranks
 
     outputs: list[Any] = []
 
     def lanes(world_size: int, before: dict[str, Any] | None = None, **changes: Any) -> list[int]:
         config = RunConfig(**settings(world, tmp_path / "x", **changes))
-        return on_ranks(world_size, lambda ranks: lanes_of(config, before, ranks, outputs.append).count)
+        return on_ranks(world_size, lambda ranks: choose_lanes(config, before, ranks, outputs.append).count)
 
     assert lanes(2) == [2, 2]
     assert lanes(2, lanes=8) == [8, 8]

@@ -12,8 +12,9 @@ import torch
 
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError, ModelError
-from lowrank.pipelines import together
-from lowrank.pipelines.together import COMPARED_EVERY, Watch, refuse_unlike
+from lowrank.pipelines import rank_agreement
+from lowrank.pipelines.adapter_desync import COMPARED_EVERY, AdapterDesyncCheck
+from lowrank.pipelines.rank_agreement import refuse_rank_differences
 from tests.train.rank_threads import ThreadRank, on_ranks
 
 OWN = threading.local()
@@ -24,16 +25,16 @@ def compared(monkeypatch: pytest.MonkeyPatch, *found: dict[str, Any]) -> list[st
     """The warnings of ranks whose machines are found to be so."""
     usual = {"torch": "2.13.0", "device": "cpu", "dtype": torch.bfloat16, "gpu": None}
     known = {"lowrank": "1", "transformers": "5"}
-    monkeypatch.setattr(together, "versions", lambda: {**known, "torch": OWN.found["torch"]})
-    monkeypatch.setattr(together, "choose_device", lambda model: torch.device(OWN.found["device"]))
-    monkeypatch.setattr(together, "choose_dtype", lambda model, device: OWN.found["dtype"])
+    monkeypatch.setattr(rank_agreement, "versions", lambda: {**known, "torch": OWN.found["torch"]})
+    monkeypatch.setattr(rank_agreement, "choose_device", lambda model: torch.device(OWN.found["device"]))
+    monkeypatch.setattr(rank_agreement, "choose_dtype", lambda model, device: OWN.found["dtype"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: OWN.found["gpu"])
     warnings: list[str] = []
 
     def work(ranks: ThreadRank) -> None:
         OWN.found = {**usual, **found[ranks.rank]}
         given: Any = {"model": {"path": "m"}, "data": {"train": ["d"]}, "output_dir": "o"}
-        refuse_unlike(RunConfig(**given), [], ranks, warnings.append)
+        refuse_rank_differences(RunConfig(**given), [], ranks, warnings.append)
 
     on_ranks(len(found), work)
     return warnings
@@ -69,17 +70,18 @@ def test_adapters_are_compared_before_the_first_step_and_every_hundred() -> None
     def work(ranks: ThreadRank) -> list[int]:
         weight = torch.nn.Parameter(torch.ones(3))
         jobs = {2: SimpleNamespace(parameters={"A": weight})}
-        watch = Watch(SimpleNamespace(lanes=SimpleNamespace(ranks=ranks), jobs=jobs))  # type: ignore[arg-type]
+        engine = SimpleNamespace(lanes=SimpleNamespace(ranks=ranks), jobs=jobs)
+        check = AdapterDesyncCheck(engine)  # type: ignore[arg-type]
         looked = []
         for tick in range(7, 2 * COMPARED_EVERY + 1):
             if tick == COMPARED_EVERY + 50 and ranks.rank == 1:
                 weight.data[1] = torch.nextafter(weight.data[1], torch.tensor(2.0))
             before = ranks.exchanges
             if tick == 2 * COMPARED_EVERY:
-                with pytest.raises(ModelError, match=r"(?s)after step 200 the processes.*rank 1 on .* of slot 2"):
-                    watch.look(tick)
+                with pytest.raises(ModelError, match=r"(?s)after step 200 the ranks' adapters.*rank 1 on .* of slot 2"):
+                    check.before_step(tick)
             else:
-                watch.look(tick)
+                check.before_step(tick)
             looked += [tick] * (ranks.exchanges - before)
         return looked
 
@@ -90,9 +92,9 @@ def test_settings_are_compared_but_for_where_things_lie(tmp_path: Path) -> None:
     def work(ranks: ThreadRank) -> None:
         place = {"path": f"m{ranks.rank}", "device": "cpu"}
         given: Any = {"model": place, "data": {"train": [f"d{ranks.rank}"]}, "output_dir": f"{tmp_path}/{ranks.rank}"}
-        refuse_unlike(RunConfig(**given), [], ranks)
+        refuse_rank_differences(RunConfig(**given), [], ranks)
         changed = {**given, "optimizer": {"learning_rate": 0.1 + ranks.rank}}
-        refuse_unlike(RunConfig(**changed), [], ranks)
+        refuse_rank_differences(RunConfig(**changed), [], ranks)
 
     with pytest.raises(ConfigError, match=r"rank 1 on .*learning_rate is 1\.1, on rank 0 0\.1"):
         on_ranks(2, work)

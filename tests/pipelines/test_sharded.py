@@ -14,9 +14,9 @@ from lowrank.checkpoints.live_commands import replies, send
 from lowrank.checkpoints.packed_model import quantize_model
 from lowrank.config import RunConfig
 from lowrank.models.config import ModelConfig
-from lowrank.pipelines import together
+from lowrank.pipelines import rank_placement
 from lowrank.pipelines.launch import train
-from lowrank.pipelines.together import placement_of
+from lowrank.pipelines.rank_placement import choose_placement
 from lowrank.pipelines.train import train as train_here
 from tests.pipelines.forked import forked_processes
 from tests.pipelines.live_runs import ScriptedReporter, make_world, weights
@@ -63,16 +63,17 @@ def copied(model: Path, place: Path, storage: str) -> Path:
 
 def test_the_process_group_is_told_the_number_of_its_gpu(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's wants one, and `auto` says `cuda`. No GPU is here."""
-    monkeypatch.setattr(together, "choose_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(rank_placement, "choose_device", lambda model: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(together, "Sharded", lambda device, *sizes: device)
-    monkeypatch.setattr(together, "Streamed", lambda device, *memory: device)
+    monkeypatch.setattr(rank_placement, "Sharded", lambda device, *sizes: device)
+    monkeypatch.setattr(rank_placement, "Streamed", lambda device, *memory: device)
     begun: list[torch.device] = []
     ranks: Any = SimpleNamespace(world=2, rank=0, begin=begun.append, exchange=lambda value: [value, value])
     config = RunConfig(**sharded(world, world / "x", base="sharded", devices=2))
-    assert placement_of(config, ranks, pytest.fail) == torch.device("cuda", 3)
+    assert choose_placement(config, ranks, pytest.fail) == torch.device("cuda", 3)
     assert begun == [torch.device("cuda", 3)]
-    assert placement_of(config.model_copy(update={"base": "streamed"}), ranks, pytest.fail) == torch.device("cuda", 3)
+    streamed = config.model_copy(update={"base": "streamed"})
+    assert choose_placement(streamed, ranks, pytest.fail) == torch.device("cuda", 3)
 
 
 def refused(world: Path, **changes: Any) -> str:

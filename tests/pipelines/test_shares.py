@@ -24,7 +24,7 @@ from lowrank.pipelines.job_data import prepare_all
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.merge_shares import merge_shares
 from lowrank.pipelines.processes import Child
-from lowrank.pipelines.shares import SharesFailed, _Together, device_environment, refuse_unseen
+from lowrank.pipelines.shares import SharesFailed, _MergedReporter, device_environment, refuse_unseen
 from lowrank.pipelines.train import train as train_here
 from lowrank.report.event_lines import as_event, as_line, decode, encode
 from lowrank.report.events import CheckpointSaved, Event, Notice, RunFinished, RunStarted, StepDone
@@ -308,9 +308,9 @@ def test_rows_that_other_processes_cannot_see_are_named_by_their_place() -> None
 def test_what_a_share_says_again_without_names_is_said_once(world: Path) -> None:
     received = Acts(lambda: None, set())
     config = RunConfig(model="lowrank/tiny", data="lowrank/demo", output_dir="x", jobs=[{"name": n} for n in "abc"])
-    together = _Together(config, Listeners([], [received]))
+    merged = _MergedReporter(config, Listeners([], [received]))
     for text in ("a, b: 3 rows left out", "3 rows left out", "c: 3 rows left out", "r: 3 rows", "3 rows"):
-        together.report(Notice(text))
+        merged.report(Notice(text))
     assert [event.text for event in received.events] == [
         "a, b: 3 rows left out",
         "c: 3 rows left out",

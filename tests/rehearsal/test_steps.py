@@ -39,7 +39,7 @@ POLICIES = ("none", "selective", "full", "sqrt", "offload")
 LENGTHS = [40, 7, 50, 24]
 
 MAY_WAIT: dict[str, tuple[int, int, str]] = {
-    "train/numbers_of_step.py:numbers reads a list": (1, 0, "losses and metrics of all jobs, for the report"),
+    "train/step_metrics.py:read_scalars reads a list": (1, 0, "losses and metrics of all jobs, for the report"),
     "train/update.py:update reads a number": (0, 1, "its gradient's norm decides how the step is taken"),
     "objectives/kto.py:KTO.observe reads a number": (0, 2, "sums over mismatched answers, in every loss of the step"),
     "objectives/kto.py:KTO.observe indexes with booleans": (0, 1, "the same"),

@@ -43,15 +43,15 @@ class MuonConfig(AdamSettings):
             )
         if others:
             parts.append(self.fused_adamw(others))
-        return Together(parts)
+        return ChainedOptimizer(parts)
 
 
 def _is_map(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and not any(part in name for part in _OF_VOCABULARY)
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimizers, each over its own parameters, as one."""
+class ChainedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each over other parameters, used as one."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts

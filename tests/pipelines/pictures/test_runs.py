@@ -21,7 +21,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.pipelines.export_source import open_source
-from lowrank.pipelines.together import digest_of_data
+from lowrank.pipelines.rank_agreement import data_digest
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation
 from lowrank.report.events import Notice, StepDone
@@ -84,7 +84,7 @@ def test_other_pictures_are_other_data(world: Path, tmp_path: Path) -> None:
 
     def digest(folder: Path) -> str:
         config = DataConfig(train=(str(folder / "mllm.json"),))  # type: ignore[arg-type]
-        return digest_of_data(prepare(config, tokenizer=tokenizer, record=Conversation, seed=0))
+        return data_digest(prepare(config, tokenizer=tokenizer, record=Conversation, seed=0))
 
     write_picture_rows(tmp_path)
     assert digest(tmp_path) == digest(world)

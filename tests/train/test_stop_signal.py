@@ -27,7 +27,7 @@ from lowrank.pipelines.train import train
 from lowrank.report.event_lines import decode
 from lowrank.report.events import Event, Notice, RunStarted, Stage, StepDone
 from lowrank.report.reporters.json_lines import JsonReporter
-from lowrank.train.stopping import Stopping
+from lowrank.train.stop_signal import StopSignal
 from tests.command_line import lowrank
 
 SHORT = ["model=lowrank/tiny", "data.train=lowrank/demo", "data.max_samples=16", "data.batch_size=2", "adapter.rank=2"]
@@ -156,7 +156,7 @@ def test_an_import_is_not_interrupted(how: str, tmp_path: Path, monkeypatch: pyt
         for _ in range(300):
             time.sleep(0.01)
 
-    with pytest.raises(KeyboardInterrupt), Stopping(tmp_path / "stop"):
+    with pytest.raises(KeyboardInterrupt), StopSignal(tmp_path / "stop"):
         load()
     assert sys.modules[f"slow_to_import_{how}"].whole
 

@@ -1,9 +1,9 @@
-"""Whether somebody wants the run to end: Ctrl-C, SIGTERM, SIGHUP, or a file named `stop` in the run folder.
+"""Stop requests: Ctrl-C, SIGTERM, SIGHUP, or a file named `stop` in the run folder.
 
-While there is something to save, the running step ends and the run saves; before (reading, loading), it ends at once by
-KeyboardInterrupt. The file works where signals do not: from another machine, on Windows, in a container, and where a
-parent has had SIGINT ignored. It is deleted when it is heard. One that is older than this process is of an earlier
-run and is deleted unheard.
+While there is something to save, the running step ends and the run saves; before that (reading, loading), the run ends
+at once by KeyboardInterrupt. The file works where signals do not: from another machine, on Windows, in a container, and
+where a parent process ignores SIGINT. It is deleted when it is found. A file that is older than this process is from an
+earlier run and is deleted without effect.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import psutil
 LOOKS_EVERY = 0.5
 """Seconds between looks for the file."""
 _IMPORT_SECONDS = 0.1
-"""A request that came during an import is heard again after so many."""
+"""A signal that came during an import is raised again after so many seconds."""
 SAVING = "stopping after this step and saving"
 _AGAIN = "; press Ctrl-C again to stop at once"
 
 
-class Stopping:
-    """Listens while it is entered. Signals are heard in the main thread only; whoever runs elsewhere has the file."""
+class StopSignal:
+    """Context manager that records stop requests: SIGINT, SIGTERM and SIGHUP where it is entered on the main thread,
+    and the stop file in any thread."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.requested = False
@@ -46,7 +47,7 @@ class Stopping:
         if self._old is not None and self._old >= began:
             self._old = None  # written since this process began, while it was importing
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> StopSignal:
         self._depth += 1
         if self._depth > 1:
             return self
@@ -74,38 +75,38 @@ class Stopping:
 
     @contextmanager
     def saving(self, push: Callable[[str], None]) -> Generator[None, None, None]:
-        """Inside, a request is remembered in `requested` and reported; afterwards everything is saved, and only
-        a second Ctrl-C is heard."""
+        """Context in which a request is recorded in `requested` and reported by `push`. After it everything is saved,
+        and only a second Ctrl-C has an effect."""
         self._notify = push
         try:
             yield
         finally:
             self._notify, self._saved = None, True
 
-    def now(self) -> bool:
-        """Whether it was asked for; to be called between steps, in the thread that trains."""
+    def poll(self) -> bool:
+        """Return whether a stop was requested. Called between steps, in the thread that trains."""
         if self._by_file and not self._notified:
             self._notified = True
-            self._forget()
+            self._delete_file()
             if self._notify is not None:
                 self._notify(f"the file {self._file} was found: {SAVING}")
         return self.requested
 
-    def end_if_requested(self) -> None:
-        """KeyboardInterrupt if it was asked for; to be called between what takes long before the first step."""
+    def raise_if_requested(self) -> None:
+        """Raise KeyboardInterrupt if a stop was requested. Called between the long stages before the first step."""
         if self.requested:
-            self._forget()
+            self._delete_file()
             raise KeyboardInterrupt
 
-    def forget_old(self) -> None:
-        """Delete a file that an earlier run was asked by; for whoever holds the run folder."""
+    def delete_stale_file(self) -> None:
+        """Delete the stop file of an earlier run. Called by the process that holds the run folder's lock."""
         if self._old is not None and self._written() == self._old:
-            self._forget()
+            self._delete_file()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.requested and number == signal.SIGINT
         if self._by_file:
-            self._forget()
+            self._delete_file()
         elif not self.requested and self._notify is not None:
             self._notify(SAVING + (_AGAIN if number == signal.SIGINT else ""))
         self.requested = True
@@ -137,7 +138,7 @@ class Stopping:
         except OSError:
             return None
 
-    def _forget(self) -> None:
+    def _delete_file(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
