@@ -83,7 +83,7 @@ def environment(task: str, more: Mapping[str, str] | None = None) -> dict[str, s
     }
 
 
-def start_adviser(cwd: Path) -> subprocess.Popen[bytes]:
+def start_warm_worker(cwd: Path) -> subprocess.Popen[bytes]:
     """The process that has imported what commands need (cli/warm.py)."""
     return subprocess.Popen(
         [sys.executable, "-m", "lowrank.cli.warm"],

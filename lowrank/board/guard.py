@@ -1,4 +1,4 @@
-"""Who may come in: before any route is looked at.
+"""Authentication and request limits of the board, checked before any route.
 
 The address the board prints has its token. Whoever opens it gets a cookie that no script can read and no other site's
 request carries, and the token leaves the address. Every change is a POST that our own page sent: a page of another
@@ -62,7 +62,7 @@ class BoardGuard:
 
         async def send_guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
-                self._dress(MutableHeaders(scope=message))
+                self._add_security_headers(MutableHeaders(scope=message))
             await send(message)
 
         if refusal is not None:
@@ -81,7 +81,7 @@ class BoardGuard:
     def _check(self, scope: Any, headers: Headers, limits: RequestLimits) -> Response | None:
         host = headers.get("host", "")
         if not is_our_host(host, self._hosts):
-            return _no(
+            return _error_response(
                 headers,
                 403,
                 f"the Host header {host[:100]!r} is no name of this board; start it with --allow-host NAME",
@@ -96,10 +96,10 @@ class BoardGuard:
         if scope["method"] not in ("GET", "HEAD"):
             origin = urllib.parse.urlsplit(headers.get("origin", ""))
             if origin.scheme not in ("http", "https") or origin.netloc != host:
-                return _no(headers, 403, "a change must come from the board's own page")
+                return _error_response(headers, 403, "a change must come from the board's own page")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limits.body_bytes:
-            return _no(headers, 413, f"more than {limits.body_bytes} bytes, the most the board takes here")
+            return _error_response(headers, 413, f"more than {limits.body_bytes} bytes, the most the board takes here")
         return None
 
     def _has_cookie(self, headers: Headers) -> bool:
@@ -126,12 +126,12 @@ class BoardGuard:
 
     def _request_token(self, headers: Headers) -> Response:
         if "text/html" not in headers.get("accept", ""):
-            return _no(headers, 401, "no or a wrong token; open the address that `lowrank board` printed")
+            return _error_response(headers, 401, "no or a wrong token; open the address that `lowrank board` printed")
         texts = texts_for(headers)
         page = texts.environment.get_template("door.html").render(t=texts, language=texts.language)
         return HTMLResponse(page, 401)
 
-    def _dress(self, headers: MutableHeaders) -> None:
+    def _add_security_headers(self, headers: MutableHeaders) -> None:
         headers.setdefault("Content-Security-Policy", _POLICY)
         headers["X-Content-Type-Options"] = "nosniff"
         headers["Referrer-Policy"] = "no-referrer"
@@ -141,5 +141,5 @@ class BoardGuard:
         headers.setdefault("Cache-Control", "no-store")
 
 
-def _no(headers: Headers, status: int, message: str) -> Response:
+def _error_response(headers: Headers, status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": texts_for(headers).reply(message)}}, status)

@@ -1,4 +1,4 @@
-"""Who is next: one task at a time per device, in an order that can be changed, as long as the board runs."""
+"""The task queue: one task at a time per device, in an order that can be changed, as long as the board runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank.board.tasks import ERRORS, OUTPUT, RUNNING, WAITING, Outcome, Task,
 
 _LOG = logging.getLogger(__name__)
 _FORGIVEN_SECONDS = 10.0
-"""A child that was asked to stop while it starts may not hear it; it is asked again after this."""
+"""A child may miss a request to stop while it starts; the request is repeated after this."""
 
 
 class Queue:
@@ -26,13 +26,13 @@ class Queue:
         self,
         places: Places,
         *,
-        busy_elsewhere: Callable[[], bool] = lambda: False,
+        external_run_active: Callable[[], bool] = lambda: False,
         before_start: Callable[[Task], None] = lambda task: None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.places = places
         self.tasks = TaskFolders(places.tasks)
-        self._busy_elsewhere, self._before_start = busy_elsewhere, before_start
+        self._external_run_active, self._before_start = external_run_active, before_start
         self._environment = dict(environment or {})
         self._queue_file = places.own / "order.json"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -43,7 +43,7 @@ class Queue:
         self._thread = threading.Thread(target=self._work, name="queue", daemon=True)
 
     def open(self) -> None:
-        """Begin: first what an earlier board left is looked at."""
+        """Start the thread, which first looks at what an earlier board left."""
         self._thread.start()
 
     def close(self) -> None:
@@ -116,14 +116,14 @@ class Queue:
         return outcome
 
     def look(self) -> None:
-        """One round: see who ended, start who is next."""
+        """One round: record which tasks have ended, and start the next of each device."""
         with self._lock:
             taken = set()
             for task in self.running():
                 if self._still_runs(task):
                     taken.add(task.device)
             for task in self.waiting():
-                if task.device not in taken and not self._closed and not self._busy_elsewhere():
+                if task.device not in taken and not self._closed and not self._external_run_active():
                     self._start(task)
                     taken.add(task.device)
 

@@ -76,10 +76,10 @@ def make_server(board: Board, *, token: str, hosts: Collection[str], port: int) 
 
 
 def _tidy(board: Board, server: uvicorn.Server) -> None:
-    """Give back what nobody uses any more: idle conversations, the adviser's memory."""
+    """Give back what nobody uses any more: idle conversations, the memory of the warm worker."""
     waiting = threading.Event()
     while not server.should_exit:
         waiting.wait(5)
         if server.started:
             close_idle_chats(board)
-            board.adviser.close_if_idle()
+            board.warm_worker.close_if_idle()

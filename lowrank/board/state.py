@@ -1,4 +1,4 @@
-"""One board: its folders, its queue, its adviser, and what was read of runs. The pages ask it."""
+"""One board: its folders, its queue, its warm worker, and what was read of runs; what all pages share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 
-from lowrank.board.adviser import Adviser
 from lowrank.board.curves import CurvesOfRuns
 from lowrank.board.places import OutsideError, Places
 from lowrank.board.queue import Queue
 from lowrank.board.runs import RUNNING, RunEntry, all_runs, read_json, read_run, writer_lives
 from lowrank.board.tasks import Outcome, Task
+from lowrank.board.warm_worker import WarmWorker
 
 _LOOK_SECONDS = 0.5
 
@@ -31,7 +31,7 @@ class Options:
     upload_bytes: int = 8 << 30
     upload_seconds: float = 3600.0
     header_seconds: float = 10.0
-    """For the headers of a request; who drips is cut off."""
+    """Timeout for the headers of a request; a slower connection is closed."""
     streams: int = 200
     """Open event streams at the most; beyond, a page asks again later."""
 
@@ -43,11 +43,11 @@ class Board:
         self.places, self.options = places, options or Options()
         places.make()
         self.serve_token = _kept_secret(places.own / "serve_token")
-        self.adviser = Adviser(places.folder, places.own / "advice", allow_code=self.options.allow_code)
+        self.warm_worker = WarmWorker(places.folder, places.own / "worker", allow_code=self.options.allow_code)
         self.queue = Queue(
             places,
-            busy_elsewhere=self._terminal_run_works,
-            before_start=lambda task: self.adviser.close(),
+            external_run_active=self._external_run_active,
+            before_start=lambda task: self.warm_worker.close(),
             environment={"LOWRANK_TOKEN": self.serve_token},
         )
         self.curves = CurvesOfRuns()
@@ -68,7 +68,7 @@ class Board:
             if task.kind == "serve":
                 self.queue.stop(task.id)
         self.queue.close()
-        self.adviser.close()
+        self.warm_worker.close()
 
     def arguments(self, *arguments: str) -> list[str]:
         """The words of a command that reads settings or a model, with the permission the board was given."""
@@ -119,7 +119,7 @@ class Board:
             "cores": os.cpu_count() or 1, "gpus": gpus(),
         }  # fmt: skip
 
-    def _terminal_run_works(self) -> bool:
+    def _external_run_active(self) -> bool:
         """Whether a run that was started by hand takes the device."""
         own = {child.pid for task in self.queue.running() if (child := self.queue.tasks.child(task))}
         with os.scandir(self.places.runs) as entries:

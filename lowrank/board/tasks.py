@@ -35,7 +35,7 @@ _MAX_MESSAGE = 4000
 
 @dataclass(frozen=True)
 class Task:
-    """What was asked for. `subject` is the run or file it is about, `device` the lane it waits in."""
+    """What was asked for. `subject` is the run or file it is about, `device` the device queue it waits in."""
 
     id: str
     kind: str
@@ -153,7 +153,7 @@ class TaskFolders:
     def ended(self, task: Task, code: int | None) -> Outcome:
         """Its process is gone: say how it ended, by its last words, and keep that."""
         folder = self.root / task.id
-        state, message = judge(folder, code)
+        state, message = final_state(folder, code)
         if code is None:  # another board started it
             code = ((self.result(task) or {}).get("error") or {}).get("exit_code")
         content = {"state": state, "message": message, "time": time.time(), "code": code}
@@ -171,8 +171,10 @@ class TaskFolders:
         self._over.pop(task.id, None)
 
 
-def judge(folder: Path, code: int | None) -> tuple[str, str]:
-    """The state of a task whose process is gone, and what to say. `code` is None where another board started it."""
+def final_state(folder: Path, code: int | None) -> tuple[str, str]:
+    """Return the state of a task whose process is gone, and a message for people.
+
+    `code`: None where another board has started it."""
     last = _last_object(folder / OUTPUT) or {}
     error = last.get("error")
     interrupted = last.get("interrupted") or (isinstance(error, dict) and error.get("exit_code") == 130)

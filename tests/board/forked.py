@@ -1,7 +1,7 @@
 """A board's children as forks of one process that has imported everything: the same commands, without the seconds that
 each takes to import torch and transformers.
 
-test_kill.py, test_cli.py and test_adviser.py have the board start the real programs.
+test_kill.py, test_cli.py and test_warm_worker.py have the board start the real programs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def forked_children() -> Generator[None]:
     """Boards start what they start by forking."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(children, "start", _start)
-        patch.setattr(children, "start_adviser", _Adviser)
+        patch.setattr(children, "start_warm_worker", _WarmWorker)
         yield
 
 
@@ -36,7 +36,7 @@ def _start(
     )
 
 
-class _Adviser:
+class _WarmWorker:
     """cli/warm.py in a fork, which is asked and answers through named pipes."""
 
     def __init__(self, cwd: Path) -> None:

@@ -36,5 +36,5 @@ def test_the_key_stays_the_same_after_a_restart(tmp_path: Path) -> None:
     assert (tmp_path / ".board/token").stat().st_mode & 0o077 == 0
 
 
-def test_what_the_adviser_imports_beforehand_is_there() -> None:
+def test_what_the_warm_worker_imports_beforehand_is_there() -> None:
     assert not [name for name in HEAVY if find_spec(name) is None]

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from lowrank.board import form
+from lowrank.board.export_llamafactory import as_llamafactory
 from lowrank.board.main_settings import EXPORTS, GROUPS, PRESETS
 from lowrank.board.places import Places
 from lowrank.board.routes.new import _draft_of
 from lowrank.board.settings_file import PATHS, as_overrides, settings_of
 from lowrank.board.sweep_form import as_sweep, num_candidates, settings_of_jobs
-from lowrank.board.take_llamafactory import as_llamafactory
 from lowrank.compat import load_any
 from lowrank.config import RunConfig
 from lowrank.config.schema import JobSettings

@@ -1,4 +1,4 @@
-"""Who may come in, over a real socket; what a page of another site or a hostile name can do."""
+"""Authentication over a real socket; what a page of another site or a hostile name can do."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_name_that_was_pointed_at_us_is_refused(running: Running, host: str) -
 def test_another_site_changes_nothing(running: Running, origin: str) -> None:
     with running.client() as http:
         before = len(running.board.queue.tasks.all())
-        for path in ("/api/draft/start", "/api/upload?name=x.json", "/language/zh", "/api/adviser/warm"):
+        for path in ("/api/draft/start", "/api/upload?name=x.json", "/language/zh", "/api/worker/warm"):
             assert http.post(path, json={}, headers={"Origin": origin}).status_code == 403
         del http.headers["Origin"]
         assert http.post("/api/draft/start", json={}).status_code == 403

@@ -15,7 +15,7 @@ from lowrank.board.children import Identity
 from lowrank.board.last_line import last_lines
 from lowrank.board.places import Places
 from lowrank.board.queue import Queue
-from lowrank.board.tasks import TaskFolders, judge
+from lowrank.board.tasks import TaskFolders, final_state
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -55,7 +55,7 @@ def test_how_a_task_ended_is_in_its_last_words(
     (tmp_path / "errors.txt").write_text("warning: x\nTraceback\nMemoryError: 3\n", encoding="utf-8")
     if stop:
         (tmp_path / "stop").touch()
-    found, message = judge(tmp_path, code)
+    found, message = final_state(tmp_path, code)
     assert found == state
     assert message == ("no" if '"no"' in "".join(lines) else message)
     assert state not in ("died", "failed") or message
@@ -124,7 +124,7 @@ def test_one_at_a_time_for_each_device(places: Places) -> None:
 
 def test_nothing_starts_while_a_run_from_a_terminal_works(places: Places) -> None:
     busy = [True]
-    queue = Queue(places, busy_elsewhere=lambda: busy[0])
+    queue = Queue(places, external_run_active=lambda: busy[0])
     task = queue.add("x", ["no-such-a", "--json"])
     queue.look()
     assert queue.outcome(task).state == "waiting"

@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from lowrank.board.adviser import Superseded
 from lowrank.board.body import BoardRequest
 from lowrank.board.data_files import BUILT_IN, data_files, named_sets
 from lowrank.board.page import answer_page, board_of, texts_of
 from lowrank.board.places import DATA_SUFFIXES, OutsideError, child_of, free_name, safe_name
 from lowrank.board.texts import Texts
+from lowrank.board.warm_worker import Superseded
 
 router = APIRouter()
 _DATASET_INFO = "dataset_info.json"
@@ -90,13 +90,13 @@ def look(request: Request, body: DataRequest) -> Response:
     if body.format:
         arguments += ["--format", body.format]
     try:
-        advice = board.adviser.request([*arguments, "--json"], topic="data")
+        result = board.warm_worker.run([*arguments, "--json"], topic="data")
     except Superseded:
         return JSONResponse({"superseded": True})
     command = "lowrank " + " ".join(arguments)
-    if advice.error:
-        return JSONResponse({"problem": texts_of(request).reply(advice.error), "command": command})
-    return JSONResponse({"report": _first(texts_of(request), advice.content), "command": command})
+    if result.error:
+        return JSONResponse({"problem": texts_of(request).reply(result.error), "command": command})
+    return JSONResponse({"report": _first(texts_of(request), result.content), "command": command})
 
 
 def _first(texts: Texts, content: dict[str, Any]) -> dict[str, Any]:

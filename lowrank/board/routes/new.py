@@ -12,8 +12,8 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from lowrank.board import form
-from lowrank.board.adviser import Superseded
 from lowrank.board.body import BoardRequest
+from lowrank.board.export_llamafactory import as_llamafactory
 from lowrank.board.hub import NAME, about_hub_model
 from lowrank.board.main_settings import GROUPS, PRESETS, SEARCH
 from lowrank.board.models import TINY, described, models_in
@@ -22,8 +22,8 @@ from lowrank.board.places import free_name, safe_name
 from lowrank.board.settings_file import as_overrides, confine, settings_of
 from lowrank.board.state import Board
 from lowrank.board.sweep_form import FIRST, WAYS, as_rows, num_candidates, settings_of_jobs
-from lowrank.board.take_llamafactory import as_llamafactory
 from lowrank.board.tasks import Task
+from lowrank.board.warm_worker import Superseded, WorkerResult
 
 router = APIRouter()
 _LONGEST_FILE = 256 << 10
@@ -75,12 +75,12 @@ def all_fields(request: Request) -> Response:
     return JSONResponse([{**field.as_dict(), "help": texts.setting(field.help)} for field in fields])
 
 
-@router.post("/api/adviser/warm")
+@router.post("/api/worker/warm")
 def warm(request: Request) -> Response:
-    """Somebody has the form open and will ask."""
+    """Start the warm worker: somebody has the form open."""
     board = board_of(request)
     if not board.queue.running():
-        board.adviser.warm_up()
+        board.warm_worker.warm_up()
     return JSONResponse({})
 
 
@@ -101,15 +101,15 @@ def check(request: Request, draft: Draft) -> Response:
         "candidates": num_candidates(settings.get("sweep")),
     }
     try:
-        advice = _request_advice(board, settings, "show", topic="check")
+        result = _run_in_worker(board, settings, "show", topic="check")
     except Superseded:
         return JSONResponse({"superseded": True})
-    return JSONResponse({**answer, "problems": _problems(request, advice.error) if advice.error else []})
+    return JSONResponse({**answer, "problems": _problems(request, result.error) if result.error else []})
 
 
 @router.post("/api/draft/plan")
 def plan(request: Request, draft: Draft, brief: bool = False) -> Response:
-    """What the run would need: `lowrank plan --calibrate`, or, sooner, `--brief`. Takes seconds; a newer question ends
+    """What the run would need: `lowrank plan --calibrate`, or, sooner, `--brief`. Takes seconds; a newer request ends
     an older.
     """
     board = board_of(request)
@@ -117,12 +117,12 @@ def plan(request: Request, draft: Draft, brief: bool = False) -> Response:
         board.places, safe_name(draft.name, "my-model"), draft.values, draft.jobs, draft.extra, draft.sweep
     )
     try:
-        advice = _request_advice(board, settings, "plan", "--brief" if brief else "--calibrate", topic="plan")
+        result = _run_in_worker(board, settings, "plan", "--brief" if brief else "--calibrate", topic="plan")
     except Superseded:
         return JSONResponse({"superseded": True})
-    if advice.error:
-        return JSONResponse({"problems": _problems(request, advice.error)})
-    texts, found = texts_of(request), advice.content
+    if result.error:
+        return JSONResponse({"problems": _problems(request, result.error)})
+    texts, found = texts_of(request), result.content
     if found.get("changes_that_fit"):
         found["changes_that_fit"] = [vars(texts.sentence(each)) for each in found["changes_that_fit"]]
     return JSONResponse({"plan": found})
@@ -159,18 +159,18 @@ def read(request: Request, body: SettingsText) -> Response:
     if len(body.text.encode()) > _LONGEST_FILE:
         raise HTTPException(413, f"a settings file of more than {_LONGEST_FILE >> 10} KiB is not read")
     try:
-        advice = _request_advice(board, body.text, "show", topic="read")
+        result = _run_in_worker(board, body.text, "show", topic="read")
     except Superseded:
         return JSONResponse({"superseded": True})
-    if advice.error:
-        return JSONResponse({"problems": _problems(request, advice.error)})
+    if result.error:
+        return JSONResponse({"problems": _problems(request, result.error)})
     try:
-        confine(board.places, advice.content)
+        confine(board.places, result.content)
     except ValueError as error:
         return JSONResponse({"problems": _problems(request, error)})
-    name = Path(str(advice.content.get("output_dir", ""))).name
+    name = Path(str(result.content.get("output_dir", ""))).name
     return JSONResponse(
-        {"draft": _draft_of(advice.content, name), "notes": texts_of(request).reply(advice.notes[-4000:].strip())}
+        {"draft": _draft_of(result.content, name), "notes": texts_of(request).reply(result.notes[-4000:].strip())}
     )
 
 
@@ -204,20 +204,20 @@ def about_model(request: Request, path: str) -> Response:
     return JSONResponse(about_hub_model(path))
 
 
-def _request_advice(board: Board, settings: dict[str, Any] | str, *arguments: str, topic: str) -> Any:
-    """A command about settings that are in no file yet."""
+def _run_in_worker(board: Board, settings: dict[str, Any] | str, *arguments: str, topic: str) -> WorkerResult:
+    """Run a command about settings that are in no file yet."""
     text = settings if isinstance(settings, str) else form.as_yaml(settings)
-    scratch = board.places.own / "advice"
+    scratch = board.places.own / "worker"
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         file = Path(folder) / "settings.yaml"
         file.write_text(text, encoding="utf-8")
         command, *options = arguments
         shown = board.places.shown(file)
-        advice = board.adviser.request([command, shown, *options, "--json"], topic=topic)
-    if advice.error:
-        advice.content["error"] = {"message": advice.error.replace(shown, "the settings")}
-    return advice
+        result = board.warm_worker.run([command, shown, *options, "--json"], topic=topic)
+    if result.error:
+        result.content["error"] = {"message": result.error.replace(shown, "the settings")}
+    return result
 
 
 def _problems(request: Request, message: object) -> list[dict[str, Any]]:

@@ -333,4 +333,4 @@ $("#form").inert = false; // before, a click would be heard by nobody
 fields = new Map((await get("/api/fields")).map((field) => [field.path, field]));
 if (!begin.draft && $$('[data-preset][aria-pressed="true"]').length === 0) $(`[data-preset="good"]`).setAttribute("aria-pressed", "true");
 showAll();
-post("/api/adviser/warm").catch(() => {});
+post("/api/worker/warm").catch(() => {});

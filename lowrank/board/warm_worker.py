@@ -1,7 +1,7 @@
-"""Answers that need the heavy packages: a command in a warm child of the board, its result as JSON.
+"""Commands that need the heavy packages, run by a prewarmed child process of the board; their results are JSON.
 
-The child holds half a gigabyte, so it is ended when nobody has asked for a while and before a run starts. Of two
-questions with the same `topic` the newer wins: the older is ended, its asker hears `Superseded`.
+The worker holds half a gigabyte, so it is ended after some minutes without a request and before a run starts. Of two
+requests with the same `topic` the newer wins: the older is ended, and its `run` raises `Superseded`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LONGEST_SECONDS = 900.0
 
 
 class Superseded(Exception):
-    """A newer question on the same topic was asked."""
+    """A newer request on the same topic has come."""
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What a command said. `content` is the JSON it printed; `{"error": ...}` where it refused."""
+class WorkerResult:
+    """What a command returned. `content`: the JSON it printed, `{"error": ...}` if it failed; `notes`: its stderr."""
 
     code: int
     content: dict[str, Any]
@@ -39,7 +39,7 @@ class Advice:
 
     @property
     def error(self) -> str | None:
-        """The refusal in words, None if there is none."""
+        """The message of the error, None if there is none."""
         error = self.content.get("error")
         if isinstance(error, dict):
             return str(error.get("message", ""))
@@ -49,93 +49,93 @@ class Advice:
 
 
 @dataclass
-class _Question:
+class _Request:
     done: threading.Event = field(default_factory=threading.Event)
     pid: int | None = None
     code: int | None = None
     superseded: bool = False
 
 
-class Adviser:
-    """Asks; starts the child where it is needed. All methods may be called from any thread."""
+class WarmWorker:
+    """The worker process, started by the first request. All methods may be called from any thread."""
 
     def __init__(self, folder: Path, scratch: Path, *, allow_code: bool = False) -> None:
         self._folder, self._scratch, self._allow_code = folder, scratch, allow_code
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._questions: dict[int, _Question] = {}
+        self._requests: dict[int, _Request] = {}
         self._topics: dict[str, int] = {}
         self._number, self._last_request = 0, time.monotonic()
 
-    def request(self, arguments: Sequence[str], *, topic: str) -> Advice:
-        """The command's answer. Raises Superseded."""
+    def run(self, arguments: Sequence[str], *, topic: str) -> WorkerResult:
+        """Run a command in a fork of the worker and return its result. Raises Superseded."""
         own = [*arguments, *(["--allow-code"] if self._allow_code else [])]
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             code = self._warm(own, out, err, topic) if hasattr(os, "fork") else self._cold(own, out, err)
-            return Advice(code, _last_json(_text(out)), _text(err))
+            return WorkerResult(code, _last_json(_text(out)), _text(err))
 
     def warm_up(self) -> None:
-        """Have the child import what it needs, since somebody will ask soon."""
+        """Start the worker, which takes seconds to import what it needs, before the first request."""
         if hasattr(os, "fork"):
             with self._lock:
                 self._last_request = time.monotonic()
                 self._running()
 
     def close(self) -> None:
-        """End the child; questions that wait hear that they are superseded."""
+        """End the worker; requests that wait raise Superseded."""
         with self._lock:
             child, self._child = self._child, None
-            for question in self._questions.values():
-                question.superseded = True
-                _kill(question.pid)
-                question.done.set()
-            self._questions.clear()
+            for request in self._requests.values():
+                request.superseded = True
+                _kill(request.pid)
+                request.done.set()
+            self._requests.clear()
         if child is not None:
             child.kill()
             child.communicate()
 
     def close_if_idle(self) -> None:
-        """End the child if nobody has asked for some minutes."""
+        """End the worker after some minutes without a request."""
         with self._lock:
-            idle = not self._questions and time.monotonic() - self._last_request > _IDLE_SECONDS
+            idle = not self._requests and time.monotonic() - self._last_request > _IDLE_SECONDS
         if idle:
             self.close()
 
     def _warm(self, arguments: Sequence[str], out: Path, err: Path, topic: str) -> int:
-        question = _Question()
+        request = _Request()
         with self._lock:
-            older = self._questions.get(self._topics.get(topic, 0))
+            older = self._requests.get(self._topics.get(topic, 0))
             if older is not None:
                 older.superseded = True
                 _kill(older.pid)
                 older.done.set()
             self._number += 1
             number, self._last_request = self._number, time.monotonic()
-            self._questions[number], self._topics[topic] = question, number
+            self._requests[number], self._topics[topic] = request, number
             child = self._running()
             assert child.stdin is not None
-            request = {"id": number, "arguments": list(arguments), "out": str(out), "err": str(err)}
+            line = {"id": number, "arguments": list(arguments), "out": str(out), "err": str(err)}
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write((json.dumps(request) + "\n").encode())
+                child.stdin.write((json.dumps(line) + "\n").encode())
                 child.stdin.flush()
         try:
-            over = question.done.wait(_LONGEST_SECONDS)
-            if question.superseded:
+            over = request.done.wait(_LONGEST_SECONDS)
+            if request.superseded:
                 raise Superseded(topic)
             if not over:
-                _kill(question.pid)
-            return question.code if question.code is not None else 1
+                _kill(request.pid)
+            return request.code if request.code is not None else 1
         finally:
             with self._lock:
-                self._questions.pop(number, None)
+                self._requests.pop(number, None)
                 self._last_request = time.monotonic()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
-            self._child = children.start_adviser(self._folder)
-            threading.Thread(target=self._listen, args=(self._child,), name="adviser", daemon=True).start()
+            self._child = children.start_warm_worker(self._folder)
+            threading.Thread(target=self._listen, args=(self._child,), name="warm worker", daemon=True).start()
         return self._child
 
     def _listen(self, child: subprocess.Popen[bytes]) -> None:
@@ -143,19 +143,19 @@ class Adviser:
         for line in child.stdout:
             reply = json.loads(line)
             with self._lock:
-                question = self._questions.get(reply.get("id", 0))
-                if question is None:
+                request = self._requests.get(reply.get("id", 0))
+                if request is None:
                     continue
-                question.pid = reply.get("pid", question.pid)
-                if question.superseded:
-                    _kill(question.pid)
+                request.pid = reply.get("pid", request.pid)
+                if request.superseded:
+                    _kill(request.pid)
                 if "code" in reply:
-                    question.code = reply["code"]
-                    question.done.set()
+                    request.code = reply["code"]
+                    request.done.set()
         with self._lock:  # it died: nobody waits for it any more
             if self._child is child or self._child is None:
-                for question in self._questions.values():
-                    question.done.set()
+                for request in self._requests.values():
+                    request.done.set()
 
     def _cold(self, arguments: Sequence[str], out: Path, err: Path) -> int:
         with open(out, "wb") as stdout, open(err, "wb") as stderr:

@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from lowrank.board import children
-from lowrank.board.adviser import Superseded
+from lowrank.board.warm_worker import Superseded
 from tests.board.running import Running, board_on
 
 BASE = {"model.path": "lowrank/tiny", "data.train": ["lowrank/demo"]}
-REAL = {"start": children.start, "start_adviser": children.start_adviser}
+REAL = {"start": children.start, "start_warm_worker": children.start_warm_worker}
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]\n" for above, name in zip("abcdefgh", "bcdefghi")
 )
@@ -79,7 +79,7 @@ def test_evil_files_are_refused_in_words(http: httpx.Client, running: Running, t
     answer = http.post("/api/draft/read", json={"text": text})
     assert answer.status_code == 200
     assert answer.json()["problems"][0]["text"]
-    assert "advice" not in answer.text  # where the board keeps the file for a moment
+    assert "worker" not in answer.text  # where the board keeps the file for a moment
     assert time.monotonic() - begun < 60
     assert not (running.board.places.folder / "evil").exists()
 
@@ -91,12 +91,12 @@ def test_what_a_run_needs_is_answered_before_what_else_would_fit(http: httpx.Cli
     assert set(answer["plan"]) == {"plan", "speed"}
 
 
-def test_the_newest_question_wins(running: Running, http: httpx.Client) -> None:
-    adviser, received = running.board.adviser, []
+def test_the_newest_request_wins(running: Running, http: httpx.Client) -> None:
+    worker, received = running.board.warm_worker, []
 
     def request() -> None:
         try:
-            adviser.request(["plan", "lowrank/none.yaml", "--json"], topic="t")
+            worker.run(["plan", "lowrank/none.yaml", "--json"], topic="t")
         except Superseded:
             received.append("superseded")
 
@@ -106,7 +106,7 @@ def test_the_newest_question_wins(running: Running, http: httpx.Client) -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-    assert adviser.request(["show", "nothing.yaml", "--json"], topic="t").error
+    assert worker.run(["show", "nothing.yaml", "--json"], topic="t").error
     assert http.post("/api/draft/check", json={"values": BASE}).json()["problems"] == []
 
 
@@ -126,4 +126,4 @@ def test_it_is_ended_before_a_run_starts(tmp_path: Path, monkeypatch: pytest.Mon
         task = running.board.queue.add("x", ["--version"])
         running.board.queue.wait(task.id, 240)
         assert not warm()
-        assert not list((running.board.places.own / "advice").iterdir())
+        assert not list((running.board.places.own / "worker").iterdir())
