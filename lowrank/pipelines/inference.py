@@ -32,7 +32,7 @@ from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.pipelines.adapter_on_base import refuse_before_loading
 from lowrank.pipelines.artifacts import ModelArtifacts, data_of_adapter, find_artifacts
-from lowrank.pipelines.pictures import attach_media_encoder
+from lowrank.pipelines.media import attach_media_encoder
 from lowrank.records import Conversation, Picture, Rated
 from lowrank.third_party import code_allowed
 

@@ -18,7 +18,7 @@ from lowrank.checkpoints.steps import latest_checkpoint, read_top
 from lowrank.config import settings_of_run
 from lowrank.errors import OutputError
 from lowrank.foreign_files import find_json
-from lowrank.pipelines.jobs_in_effect import LIVE
+from lowrank.pipelines.saved_run import LIVE
 from lowrank.pipelines.sweeps import finish_sweep
 from lowrank.report.event_lines import encode
 from lowrank.report.events import Event, Notice

@@ -2,63 +2,50 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
-from lowrank.checkpoints.atomic import write_text
-from lowrank.checkpoints.live_commands import CommandQueue
 from lowrank.checkpoints.own_tokens import learn_tokens
-from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
-from lowrank.checkpoints.run_folder import STOP, RunFolder
-from lowrank.checkpoints.run_state import RunCheckpoint, load_checkpoint
+from lowrank.checkpoints.run_folder import STOP
+from lowrank.checkpoints.run_state import load_checkpoint
 from lowrank.checkpoints.settings_changes import refuse_changed_settings
-from lowrank.config import JobConfig, RunConfig, steps_of
+from lowrank.config import RunConfig, steps_of
 from lowrank.config.code import refuse_code
-from lowrank.data.batching.dataloader import StreamingDataLoader
-from lowrank.data.chat.chosen_template import chosen_templates
 from lowrank.data.prepare import Prepared
 from lowrank.errors import explain_disk_full
 from lowrank.evaluate.metrics import check_installed
 from lowrank.models.base import Base
-from lowrank.models.config import ModelConfig
 from lowrank.models.loading.kind import check_weights
 from lowrank.models.placement import Placement
-from lowrank.pipelines.adapter_desync import AdapterDesyncCheck
+from lowrank.pipelines.active_run import ActiveRun, build_queue
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
 from lowrank.pipelines.job_queue import JobQueue
 from lowrank.pipelines.job_setup import check_steps, check_tokens
-from lowrank.pipelines.jobs_in_effect import LIVE, as_begun, commands_in, in_effect, live_state
-from lowrank.pipelines.live_commands import CommandHandler, StateFile
-from lowrank.pipelines.memory_plan import MemoryBudget, at_once, refuse_too_many, tokens_of
-from lowrank.pipelines.pictures import attach_media_encoder, expect_media
-from lowrank.pipelines.queued_job import QueuedJob
+from lowrank.pipelines.media import prepare_media
+from lowrank.pipelines.memory_plan import MemoryBudget, refuse_too_many, tokens_of
 from lowrank.pipelines.rank_agreement import (
-    commands_of_first_rank,
     refuse_rank_differences,
     with_agreed_date,
     with_agreed_plan,
 )
-from lowrank.pipelines.rank_output import checkpointer_class, open_rank_folder, rank_notifier, stop_signal_of
+from lowrank.pipelines.rank_output import open_rank_folder, rank_notifier, stop_signal_of
 from lowrank.pipelines.rank_placement import choose_lanes, choose_placement
 from lowrank.pipelines.references import check_references
-from lowrank.pipelines.slot_allocator import SlotAllocator
+from lowrank.pipelines.saved_run import SavedRun, with_live_changes, without_live_changes
 from lowrank.pipelines.sweeps import add_search, check_sweep, finish_sweep, record_sweep
-from lowrank.ranks import ALONE, Ranks, agree
-from lowrank.records import KIND_NAMES
+from lowrank.ranks import ALONE, Ranks
 from lowrank.report.events import Event, JobStarted, Notice, Reporter, RunFinished, RunStarted, Stage
-from lowrank.report.page import DATA_REPORT, REPORT, write_report
+from lowrank.report.page import REPORT, write_report
 from lowrank.report.reporters import recorders_for
 from lowrank.report.summary import SummaryBuilder
 from lowrank.third_party import code_allowed
-from lowrank.train.checkpointer import Checkpointer
 from lowrank.train.engine import Engine
+from lowrank.train.lanes import Lanes
 from lowrank.train.listeners import Listeners
 from lowrank.train.loop import Loop
 from lowrank.train.out_of_memory import explain_out_of_memory
@@ -73,74 +60,66 @@ def train(
     allow_code: bool = False,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Train every job of `config` at once on one base; what stands in summary.json.
+    """Train every job of `config` at once on one base. Returns the contents of summary.json.
 
     Everything that can be checked without the model's weights is checked before they load. Raises the
     errors of lowrank.errors. Ctrl-C, SIGTERM, SIGHUP and a file `stop` in the run folder save a checkpoint and return
     with `"interrupted": True`; before the first step they raise KeyboardInterrupt, since there is nothing to save.
-    `reporters` hear the run besides metrics.jsonl and what `report_to` names. `allow_code`: code that is not ours and
-    that the settings name may run (third_party.py). `ranks`: the processes that train it together, each of which calls
-    this; only the first writes and reports (pipelines/rank_output.py).
+
+    `reporters` receive the run's events, besides metrics.jsonl and what `report_to` names. `strict`: problems in the
+    data are errors. `allow_code`: code that is not ours and that the settings name may run (third_party.py). `ranks`:
+    the processes that train the run, each of which calls this; only the first writes and reports
+    (pipelines/rank_output.py).
     """
     stop_signal = stop_signal_of(ranks, Path(config.output_dir) / STOP)
     with ExitStack() as stack, explain_disk_full(), code_allowed(allow_code), stop_signal:
         stop_signal.raise_if_requested()
         refuse_code(config, "the settings")
-        config = with_adapters_found(config)
-        report = _listeners(stack, config, reporters, ranks)
-        folder = open_rank_folder(stack, config, ranks)
+        requested_config = with_adapters_found(config)
+        report = _listeners(stack, requested_config, reporters, ranks)
+        folder = open_rank_folder(stack, requested_config, ranks)
         stop_signal.delete_stale_file()
-        checkpoint = load_checkpoint(folder.checkpoint) if folder.checkpoint else None
-        state = checkpoint.state if checkpoint else None
-        live, before = live_state(state), state["settings"] if state else None
-        given, config = config, _as_begun(config, state, ranks)
-        lanes = choose_lanes(config, before, ranks, report)
-        begun, config = config, in_effect(given, config, state)
+        saved = SavedRun(load_checkpoint(folder.checkpoint) if folder.checkpoint else None)
+        initial_config = _restore_config(requested_config, saved, ranks)
+        lanes = choose_lanes(initial_config, saved.settings, ranks, report)
+        effective_config = with_live_changes(requested_config, initial_config, saved)
         for note in folder.notes:
             report(Notice(note))
 
-        tokenizer, data = read_jobs(config, report, strict)
+        tokenizer, data = read_jobs(effective_config, report, strict)
         stop_signal.raise_if_requested()
-        refuse_too_many(config, data)
-        refuse_rank_differences(config, data, ranks, lambda text: report(Notice(text, level="warning")))
+        refuse_too_many(effective_config, data)
+        refuse_rank_differences(effective_config, data, ranks, lambda text: report(Notice(text, level="warning")))
         report(Stage("planning the memory"))
-        config, plan = with_agreed_plan(config, data, before, report, live["capacity"] if live else None, lanes)
-        begun = begun.model_copy(update={"model": config.model})  # as it was decided, for whoever goes on
+        effective_config, plan = with_agreed_plan(effective_config, data, saved.settings, report, saved.capacity, lanes)
+        # a checkpoint has the model's settings as they were decided, so that a resumed run decides nothing anew
+        initial_config = initial_config.model_copy(update={"model": effective_config.model})
 
-        placement = choose_placement(config, ranks, report)
-        base = _load(config, tokenizer, data, report, placement)
+        placement = choose_placement(effective_config, ranks, report)
+        base = _load(effective_config, tokenizer, data, report, placement)
         stop_signal.raise_if_requested()
         report(Stage("preparing the jobs"))
-        engine = Engine(base, Bank(base), tokens_of(config))
-        engine.lanes = lanes
-        engine.notify = rank_notifier(ranks, lambda text: report(Notice(text, level="warning")))
-        summary = SummaryBuilder(folder.path, state["summary"] if state else None, plan.as_dict() if plan else None)
-        chosen = chosen_templates({job.name: job.data for job in config.jobs}, tokenizer)
-        ranks.begin(base.device)
-        checkpointer = checkpointer_class(ranks)(
-            engine, folder.path, config.save_total_limit, lambda: _state(begun, engine, summary, queue), chosen
-        )
-        entries = [QueuedJob(job, own) for job, own in zip(config.jobs, data)]
-        queue = JobQueue(
-            SlotAllocator(engine, config, tokenizer, report), checkpointer, entries, report, at_once(config)
-        )
-        sweep = add_search(queue, config, live)
-        queue.allocate_slots(live)
+        engine = _build_engine(base, effective_config, lanes, ranks, report)
+        summary = SummaryBuilder(folder.path, saved.summary, plan.as_dict() if plan else None)
+        queue = build_queue(engine, effective_config, data, folder.path, report, lambda: run.state())
+        run = ActiveRun(effective_config, initial_config, folder, queue, summary, report)
+        sweep = add_search(queue, effective_config, saved.live)
+        queue.allocate_slots(saved.live)
         stop_signal.raise_if_requested()
 
-        # Now, since what is refused above leaves nothing behind that would stand in the way of the next attempt,
-        # and takes nothing away.
+        # Only now, so that a run that is refused above leaves nothing in the folder and deletes nothing from it.
         folder.clear()
-        _write_settings(folder, config, entries)
+        run.write_settings()
         report.keeping.append(summary)
-        tick = _restore(checkpointer, checkpoint, queue, report)
-        known = commands_in(live)
-        _accept_commands(stack, folder, config, queue, MemoryBudget(config, plan), report, summary, known)
+        tick = _restore_jobs(queue, saved, report)
+        stack.callback(_close, run.accept_commands(saved.commands, MemoryBudget(effective_config, plan)))
         started = [queue.started(name) for name in queue.entries]
-        report(_run_started(base, config, started))
+        report(_run_started(base, effective_config, started))
 
-        save_every = steps_of(config.save_steps, max(job.num_steps for job in started))
-        loop = Loop(engine, queue, checkpointer, report, save_every=save_every, tick=tick, stop_signal=stop_signal)
+        save_every = steps_of(effective_config.save_steps, max(job.num_steps for job in started))
+        loop = Loop(
+            engine, queue, queue.checkpointer, report, save_every=save_every, tick=tick, stop_signal=stop_signal
+        )
         if sweep is not None:
             queue.on_decision = lambda: record_sweep(sweep, folder.path)
         with explain_out_of_memory("training"):
@@ -153,9 +132,30 @@ def train(
         return _finish(summary, report, folder.path, interrupted=not done)
 
 
-def _restore(checkpointer: Checkpointer, checkpoint: RunCheckpoint | None, queue: JobQueue, report: Listeners) -> int:
-    """The tick at which training goes on: that of the checkpoint, or 0."""
-    tick = checkpointer.restore(checkpoint, queue.jobs, queue.parked_names()) if checkpoint else 0
+def _restore_config(requested: RunConfig, saved: SavedRun, ranks: Ranks) -> RunConfig:
+    """Return the initial settings, with the date on which the run began. OutputError where a run is resumed with other
+    settings than it began with."""
+    if saved.settings is None:
+        return with_agreed_date(requested, None, ranks)
+    initial = without_live_changes(with_agreed_date(requested, saved.settings, ranks), saved)
+    refuse_changed_settings(saved.settings, initial.model_dump(mode="json"))
+    return initial
+
+
+def _build_engine(base: Base, config: RunConfig, lanes: Lanes, ranks: Ranks, report: Listeners) -> Engine:
+    engine = Engine(base, Bank(base), tokens_of(config))
+    engine.lanes = lanes
+    engine.notify = rank_notifier(ranks, lambda text: report(Notice(text, level="warning")))
+    ranks.begin(base.device)
+    return engine
+
+
+def _restore_jobs(queue: JobQueue, saved: SavedRun, report: Listeners) -> int:
+    """Restore all jobs from the checkpoint, if there is one. Returns the tick at which training starts."""
+    checkpointer = queue.checkpointer
+    tick = 0
+    if saved.checkpoint is not None:
+        tick = checkpointer.restore(saved.checkpoint, queue.jobs, queue.parked_names())
     for problem in checkpointer.incompatibilities(queue.jobs):
         report(Notice(problem, level="warning"))
     return tick
@@ -167,7 +167,7 @@ def _describe_feature_cache(base: Base, report: Listeners) -> None:
 
 
 def _finish(summary: SummaryBuilder, report: Listeners, folder: Path, *, interrupted: bool) -> dict[str, Any]:
-    """The result first; then pictures and pages of it, which may fail."""
+    """Write the result, then its plots and pages, which may fail. Returns the result."""
     result = summary.finish(interrupted)
     if summary.plot_problem:
         report(Notice(summary.plot_problem, level="warning"))
@@ -179,17 +179,8 @@ def _finish(summary: SummaryBuilder, report: Listeners, folder: Path, *, interru
     return result
 
 
-def _as_begun(config: RunConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> RunConfig:
-    """With the day on which the run began. OutputError where a run goes on with other settings than it began with."""
-    if state is None:
-        return with_agreed_date(config, None, ranks)
-    config = as_begun(with_agreed_date(config, state["settings"], ranks), state)
-    refuse_changed_settings(state["settings"], config.model_dump(mode="json"))
-    return config
-
-
 def read_jobs(config: RunConfig, report: Callable[[Event], None], strict: bool) -> tuple[Any, list[Prepared]]:
-    """The tokenizer, and every job's data, with what there is to say about them."""
+    """Return the tokenizer and every job's data, in the order of the jobs; report what was found in them."""
     check_sweep(config)
     check_installed(sorted({job.eval_metric for job in config.jobs} - {"loss"}))
     report(Notice("reading the data"))
@@ -222,96 +213,11 @@ def _load(
         notify=lambda text: report(Notice(text)),
         placement=placement,
     )
-    _attach_media_encoder(base, config.model, data, report)
+    prepare_media(base, config.model, data, report)
     base.router_aux_loss_coef = config.model.router_aux_loss_coef
     if base.router_aux_loss_coef is not None:
         expert_numbers(base)  # refused now rather than in the first step
     return base
-
-
-def _attach_media_encoder(
-    base: Base, model: ModelConfig, data: Sequence[Prepared], report: Listeners, *, running: bool = False
-) -> None:
-    attach = partial(
-        attach_media_encoder,
-        base,
-        model.attention,
-        lambda text: report(Notice(text)),
-        cache_features=model.cache_vision_features,
-    )
-    kinds = [kind for kind in KIND_NAMES if any(kind in each.media_kinds for each in data)]
-    if kinds:
-        attach(kinds=kinds, running=running)
-    streams = [each.train for each in data if isinstance(each.train, StreamingDataLoader)]
-    if streams:
-        expect_media(base, streams, attach, lambda text: report(Notice(text, level="warning")))
-
-
-def _write_settings(folder: RunFolder, config: RunConfig, entries: Sequence[QueuedJob]) -> None:
-    """What the run was asked, with the jobs that it has now, and what the doctor found."""
-    folder.own(entry.name for entry in entries)
-    config = config.model_copy(update={"jobs": tuple(entry.config for entry in entries)})
-    settings = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    write_text(folder.path / RUN_CONFIG, settings + "\n")
-    found = {entry.name: entry.data.report.to_json() for entry in entries}
-    write_text(folder.path / DATA_REPORT, json.dumps(found, ensure_ascii=False) + "\n")
-
-
-def _accept_commands(
-    stack: ExitStack,
-    folder: RunFolder,
-    config: RunConfig,
-    queue: JobQueue,
-    budget: MemoryBudget,
-    report: Listeners,
-    summary: SummaryBuilder,
-    known: Sequence[int],
-) -> None:
-    """From now on the run takes commands, and writes what its jobs do. `known`: commands that are in the checkpoint."""
-    ranks = queue.allocator.engine.lanes.ranks
-    command_queue = CommandQueue(folder.path, known)
-    command_queue.open()
-    queue.command_queue = command_queue
-    base, read = queue.allocator.engine.base, {}
-    tokenizer = base.tokenizer
-
-    def prepare(job: JobConfig) -> Prepared:
-        (own,) = prepare_all([job], config.model, tokenizer, report, strict=False, read=read)
-        _attach_media_encoder(base, config.model, [own], report, running=True)
-        queue.checkpointer.chat_templates |= chosen_templates({job.name: job.data}, tokenizer)
-        return own
-
-    watching = StateFile(command_queue, queue, summary)
-    handler = CommandHandler(
-        command_queue,
-        queue,
-        config,
-        prepare=prepare,
-        fits=lambda entries: agree(
-            ranks, lambda: budget.for_jobs(*zip(*((each.config, each.data) for each in entries)))
-        ),
-        changed=lambda: _write_settings(folder, config, list(queue.entries.values())),
-        show=watching.write,
-        report=report,
-        due=commands_of_first_rank(command_queue, ranks),
-    )
-
-    desync_check = AdapterDesyncCheck(queue.allocator.engine)
-
-    def before_step(tick: int) -> None:
-        desync_check.before_step(tick)
-        handler.carry_out(tick)
-
-    queue.before_step, queue.make_entry = before_step, handler.make_entry
-    report.watching.append(watching)
-    stack.callback(_close, watching)
-
-
-def _state(config: RunConfig, engine: Engine, summary: SummaryBuilder, queue: JobQueue) -> dict[str, Any]:
-    """What a checkpoint holds of the run as a whole."""
-    decided = {"micro_batch_tokens": engine.micro_batch_tokens, "lanes": engine.lanes.count}
-    settings = {**config.model_dump(mode="json"), **decided}
-    return {"settings": settings, "summary": summary.state(), LIVE: queue.state()}
 
 
 def _run_started(base: Base, config: RunConfig, jobs: Sequence[JobStarted]) -> RunStarted:
@@ -330,5 +236,5 @@ def _listeners(stack: ExitStack, config: RunConfig, reporters: Sequence[Reporter
 
 
 def _close(reporter: Reporter) -> None:
-    with suppress(Exception):  # what it had to keep is kept; a tracker that cannot say goodbye ends no run
+    with suppress(Exception):  # its data are written; a tracker that fails to close does not fail the run
         reporter.close()

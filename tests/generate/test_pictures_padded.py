@@ -24,7 +24,7 @@ from lowrank.generate.request import Answer, GenerationConfig, Prompt, RequestEr
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
-from lowrank.pipelines.pictures import attach_media_encoder
+from lowrank.pipelines.media import attach_media_encoder
 from lowrank.segments import Segment
 from tests.generate.test_pictures import chat, pictures, whole, whole_with_logprobs
 from tests.media_oracle import alone_loss

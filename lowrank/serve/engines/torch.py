@@ -18,7 +18,7 @@ from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.pipelines.inference import folder_reader, open_inference_model, reward_model_notice
-from lowrank.pipelines.pictures import attach_media_encoder
+from lowrank.pipelines.media import attach_media_encoder
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
 from lowrank.segments import Media

@@ -68,10 +68,10 @@ def test_a_stream_may_show_its_first_picture_late(
     _, ear = run(given)
     tokens = [event.tokens for event in ear.events if isinstance(event, StepDone)]
     notices = [event.text for event in ear.events if isinstance(event, Notice)]
-    found = [each for each in notices if "no row that was read of the stream so far has pictures" in each]
+    found = [each for each in notices if "none of the rows read so far from the stream has pictures" in each]
     if not packs:
         assert len(set(tokens)) == 1
-        assert re.search("are left out, since .* in the packed layout: .*put a row with pictures", found[0])
+        assert re.search("will be skipped because .* in the packed layout: .*To train on them put one among", found[0])
         assert any("2 rows" in each and "loaded without" in each for each in notices)
     else:
         assert [each > tokens[0] for each in tokens] == [False, False, False, True, True, False, False]

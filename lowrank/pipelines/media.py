@@ -1,18 +1,47 @@
-"""Bases that are shown pictures and played sounds: told apart from those that read text, and tried out before anything
-is trained."""
+"""Media encoders of a base: attached and tried out before anything is trained, where the data have pictures, videos or
+sounds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from lowrank.data.batching.dataloader import StreamingDataLoader
+from lowrank.data.prepare import Prepared
 from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.base import Base
 from lowrank.models.checks.media_isolation import give_media_encoder
+from lowrank.models.config import ModelConfig
 from lowrank.models.feature_cache import open_feature_cache
 from lowrank.records import KIND_NAMES
+from lowrank.report.events import Event, Notice
+
+
+def prepare_media(
+    base: Base,
+    model: ModelConfig,
+    data: Sequence[Prepared],
+    report: Callable[[Event], None],
+    *,
+    running: bool = False,
+) -> None:
+    """Attach the media encoder of `base` for the kinds of media that `data` has, and for those that its streams may
+    still have. `running`: the base is in use, so its layout stays. ModelError for media that the base cannot take."""
+    attach = partial(
+        attach_media_encoder,
+        base,
+        model.attention,
+        lambda text: report(Notice(text)),
+        cache_features=model.cache_vision_features,
+    )
+    kinds = [kind for kind in KIND_NAMES if any(kind in each.media_kinds for each in data)]
+    if kinds:
+        attach(kinds=kinds, running=running)
+    streams = [each.train for each in data if isinstance(each.train, StreamingDataLoader)]
+    if streams:
+        expect_media(base, streams, attach, lambda text: report(Notice(text, level="warning")))
 
 
 def attach_media_encoder(
@@ -25,11 +54,11 @@ def attach_media_encoder(
     answering: bool = False,
     cache_features: bool = False,
 ) -> None:
-    """Let `base` be given media of these kinds, if it is not yet. `attention`: the setting; `running`: somebody uses
-    the base already, so that its layout stays. `answering`: nothing is trained, so that only documents with media need
-    go through in another. `cache_features`: the setting model.cache_vision_features.
+    """Attach the media encoder of `base` for media of these kinds, unless it is attached already. `attention`: the
+    setting model.attention; `running`: the base is in use, so its layout stays; `answering`: nothing is trained, so
+    only documents with media need another layout; `cache_features`: the setting model.cache_vision_features.
 
-    ModelError where it cannot, in any layout.
+    ModelError where the base cannot take such media, or isolates documents with them in no layout.
     """
     known = base.media_encoder.kinds if base.media_encoder is not None else ()
     if set(kinds) <= set(known):
@@ -60,9 +89,9 @@ class Attach(Protocol):
 def expect_media(
     base: Base, streams: Sequence[StreamingDataLoader], attach: Attach, notify: Callable[[str], None]
 ) -> None:
-    """Let `base` be given what a stream may have further on, though none of the rows that were read so far has it.
+    """Attach the media encoder for kinds that a stream may still have, though none of the rows read so far has them.
 
-    Where that would change its layout, or is not possible here, such rows are left out of the streams, which is said.
+    Where that would change the base's layout, or is not possible here, such rows are skipped, with a notice.
     """
     processor = processor_of(base.tokenizer)
     for kind in processor.kinds if processor is not None else ():
@@ -72,8 +101,8 @@ def expect_media(
             assert processor is not None
             names = KIND_NAMES[kind]
             notify(
-                f"no row that was read of the stream so far has {names}; those with some further on are left out, "
-                f"since {error}. Should they be learned, put a row with {names} among the first"
+                f"none of the rows read so far from the stream has {names}; later rows with {names} will be skipped "
+                f"because {error}. To train on them put one among the first rows"
             )
             processor.leave_out(kind)
             for stream in streams:
