@@ -11,7 +11,7 @@ from lowrank.api.exporting import export
 from lowrank.api.inference import Model, load
 from lowrank.api.objects import given_again, refuse_missing
 from lowrank.api.settings import PlainSettings, plain_settings
-from lowrank.checkpoints.run_folder import CONFIG
+from lowrank.checkpoints.run_folder import CONFIG, METRICS
 from lowrank.compat import load_any
 from lowrank.config import RunConfig, read_file, validate_settings
 from lowrank.config.jobs import as_dict
@@ -23,7 +23,7 @@ from lowrank.pipelines.resolve import is_run
 from lowrank.report.events import Event, Reporter
 from lowrank.report.reporters import view_for
 from lowrank.report.reporters.log import LogReporter
-from lowrank.report.reporters.metrics import FILE, read_metrics
+from lowrank.report.reporters.metrics import read_metrics
 from lowrank.report.reporters.notebook import NotebookReporter, in_notebook
 from lowrank.report.summary import SUMMARY
 from lowrank.settings import Settings
@@ -172,7 +172,7 @@ class TrainedRun:
         what the objective adds. Empty before the first step."""
         import pandas
 
-        lines = [line for line in read_metrics(self.path / FILE) if line.get("event") in ("step", "eval")]
+        lines = [line for line in read_metrics(self.path / METRICS) if line.get("event") in ("step", "eval")]
         rows = [{**line, **line.get("metrics", {})} for line in lines]
         frame = pandas.DataFrame(rows).drop(columns=["metrics"], errors="ignore")
         first = [name for name in ("job", "step", "event", "loss") if name in frame]

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank.checkpoints.run_folder import METRICS
 from lowrank.foreign_files import find_object
 
-METRICS = "metrics.jsonl"
 _MOST_POINTS = 1200
 _KEPT_NOTICES = 400
 _PIECE = 1 << 18

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank.board import form
-from lowrank.board.runs import flattened
+from lowrank.board.runs import flattened_through_lists
 
 _KEYS = {
     "model.path": "model_name_or_path",
@@ -54,11 +54,14 @@ _VARIANTS = {
 
 def as_llamafactory(settings: Mapping[str, Any]) -> str:
     """A YAML file for `llamafactory-cli train`, which lowrank reads too. What cannot be said there is in comments."""
-    given = {**_OURS, **flattened({key: value for key, value in settings.items() if key not in ("jobs", "data")})}
+    given = {
+        **_OURS,
+        **flattened_through_lists({key: value for key, value in settings.items() if key not in ("jobs", "data")}),
+    }
     data = settings.get("data") or {}
     given |= {f"data.{key}": value for key, value in data.items() if key not in ("train", "eval")}
     adapter, objective = str(given.pop("adapter.type", "lora")), str(given.pop("objective.type", "sft"))
-    if "adapter.alpha" not in flattened(dict(settings)):
+    if "adapter.alpha" not in flattened_through_lists(dict(settings)):
         given["adapter.alpha"] = 2 * int(given["adapter.rank"]) if isinstance(given["adapter.rank"], int) else 32
     lines: dict[str, Any] = {
         "stage": _STAGES.get(objective, "sft"),

@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from lowrank.board.models import described
+from lowrank.hub_names import is_hub_name
 
-NAME = re.compile(r"(?!.*\.\.)[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
 _SECONDS = 8.0
 _LARGEST = 8 << 20
 
@@ -26,7 +26,7 @@ _LARGEST = 8 << 20
 def about_hub_model(name: str) -> dict[str, Any]:
     """`kind`, `bytes` of its weights, `chat` (whether it has a chat template) and `where` (cache or hub); `problem`
     with why nothing is known."""
-    assert NAME.fullmatch(name), name
+    assert is_hub_name(name), name
     cached = in_cache(name)
     if cached is not None:
         return {**cached, "where": "cache"}

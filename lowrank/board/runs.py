@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lowrank.board.children import Identity
 from lowrank.board.places import OutsideError, Places
+from lowrank.checkpoints.run_folder import CONFIG, MARKER, METRICS, writer_in
 from lowrank.foreign_files import find_json
 
 RUNNING, DONE, STOPPED, BROKEN = "running", "done", "stopped", "died"
 _UNINFORMATIVE = ("output_dir", "name", "chat_template_date")
 """Settings in which any two runs differ."""
-_STARTED_BEFORE = 30.0
-"""A run notes its number within so many seconds of its process' start; a process that began later is another."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +53,15 @@ def all_runs(places: Places) -> list[RunEntry]:
             folder = places.run(name)
         except OutsideError:
             continue
-        if (folder / ".lowrank.json").is_file():
+        if (folder / MARKER).is_file():
             found.append(read_run(name, folder))
     return sorted(found, key=lambda run: -run.changed)
 
 
 def read_run(name: str, folder: Path) -> RunEntry:
     """A run folder's state, settings and summary; what is missing or unreadable is empty."""
-    marker, config, summary = (read_json(folder / file) for file in (".lowrank.json", "config.json", "summary.json"))
-    changed = max((_time(folder / file) for file in (".lowrank.json", "metrics.jsonl", "summary.json")), default=0.0)
+    marker, config, summary = (read_json(folder / file) for file in (MARKER, CONFIG, "summary.json"))
+    changed = max((_time(folder / file) for file in (MARKER, METRICS, "summary.json")), default=0.0)
     jobs = tuple(str(job) for job in (summary.get("jobs") or marker.get("owned") or ()))
     return RunEntry(name, folder, _state(folder, marker, summary), changed, config, summary, jobs)
 
@@ -77,7 +73,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 def differing(configs: dict[str, dict[str, Any]]) -> list[tuple[str, list[Any]]]:
     """The settings in which runs differ, flat: `[("adapter.rank", [8, 16]), ...]`."""
-    flat = {name: flattened(_without_repetition(config)) for name, config in configs.items()}
+    flat = {name: flattened_through_lists(_without_repetition(config)) for name, config in configs.items()}
     keys = dict.fromkeys(key for one in flat.values() for key in one if key.rpartition(".")[2] not in _UNINFORMATIVE)
     rows = [(key, [one.get(key) for one in flat.values()]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
@@ -88,16 +84,17 @@ def _without_repetition(config: dict[str, Any]) -> dict[str, Any]:
     jobs = config.get("jobs")
     if not isinstance(jobs, list):
         return config
-    top = flattened({key: value for key, value in config.items() if key != "jobs"})
+    top = flattened_through_lists({key: value for key, value in config.items() if key != "jobs"})
     own = []
     for job in jobs:
-        flat = flattened(job) if isinstance(job, dict) else {}
+        flat = flattened_through_lists(job) if isinstance(job, dict) else {}
         own.append({key: value for key, value in flat.items() if key == "name" or top.get(key) != value})
     return {**config, "jobs": own}
 
 
-def flattened(value: Any, above: str = "") -> dict[str, Any]:
-    """`{"adapter": {"rank": 8}}` as `{"adapter.rank": 8}`; lists of groups by place, other lists whole."""
+def flattened_through_lists(value: Any, above: str = "") -> dict[str, Any]:
+    """`{"adapter": {"rank": 8}}` as `{"adapter.rank": 8}`; lists of groups too, by the groups' names or numbers, other
+    lists whole (`checkpoints.settings_changes.flattened` leaves all lists whole)."""
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -106,7 +103,7 @@ def flattened(value: Any, above: str = "") -> dict[str, Any]:
         return {above: value}
     found: dict[str, Any] = {}
     for key, item in items:
-        found |= flattened(item, f"{above}.{key}" if above else str(key))
+        found |= flattened_through_lists(item, f"{above}.{key}" if above else str(key))
     return found
 
 
@@ -116,34 +113,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _state(folder: Path, marker: dict[str, Any], summary: dict[str, Any]) -> str:
-    if summary and _time(folder / "summary.json") >= _started(marker):  # else it is of an earlier start
+    writer = writer_in(marker)
+    if summary and _time(folder / "summary.json") >= writer.started:  # else it is of an earlier start
         return STOPPED if summary.get("interrupted") else DONE
-    if writer_lives(marker):
+    if writer.lives:
         return RUNNING
-    if summary and _time(folder / "metrics.jsonl") < _started(marker):  # ended before its first step: all is as it was
+    if summary and _time(folder / METRICS) < writer.started:  # ended before its first step: all is as it was
         return STOPPED if summary.get("interrupted") else DONE
     return BROKEN
-
-
-def writer_lives(marker: dict[str, Any]) -> bool:
-    """Whether the process that took the folder still runs. Never by the lock: to try it would disturb a start."""
-    pid = marker.get("pid")
-    if not isinstance(pid, int) or marker.get("host") != socket.gethostname() or Identity.of(pid) is None:
-        return False
-    import psutil
-
-    try:
-        return psutil.Process(pid).create_time() <= _started(marker) + _STARTED_BEFORE
-    except psutil.Error:
-        return False
-
-
-def _started(marker: dict[str, Any]) -> float:
-    """When a run took its folder, in seconds since 1970; 0 where that is not known."""
-    try:
-        return datetime.fromisoformat(str(marker.get("started"))).timestamp()
-    except ValueError:
-        return 0.0
 
 
 def _folders(folder: Path) -> list[Path]:

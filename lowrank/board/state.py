@@ -16,9 +16,10 @@ import psutil
 from lowrank.board.curves import CurvesOfRuns
 from lowrank.board.places import OutsideError, Places
 from lowrank.board.queue import Queue
-from lowrank.board.runs import RUNNING, RunEntry, all_runs, read_json, read_run, writer_lives
+from lowrank.board.runs import RUNNING, RunEntry, all_runs, read_json, read_run
 from lowrank.board.tasks import Outcome, Task
 from lowrank.board.warm_worker import WarmWorker
+from lowrank.checkpoints.run_folder import MARKER, METRICS, writer_in
 
 _LOOK_SECONDS = 0.5
 
@@ -81,7 +82,7 @@ class Board:
     def run(self, name: str) -> RunEntry | None:
         """A run by name; None if there is none."""
         folder = self.places.run(name)
-        return read_run(name, folder) if (folder / ".lowrank.json").is_file() else None
+        return read_run(name, folder) if (folder / MARKER).is_file() else None
 
     def train_tasks(self, name: str) -> list[Task]:
         """The tasks that train into a run, the oldest first."""
@@ -102,7 +103,7 @@ class Board:
             waiting = [task.id for task in self.queue.waiting()]
             files = []
             for run in os.scandir(self.places.runs):
-                for name in ("summary.json", ".lowrank.json", "metrics.jsonl"):
+                for name in ("summary.json", MARKER, METRICS):
                     try:
                         status = os.stat(os.path.join(run.path, name))
                         files.append((run.name, name, status.st_mtime_ns if name[0] != "m" else status.st_size))
@@ -129,8 +130,8 @@ class Board:
                 folder = self.places.run(name)
             except OutsideError:
                 continue
-            marker = read_json(folder / ".lowrank.json")
-            if marker.get("pid") not in own and writer_lives(marker) and read_run(name, folder).state == RUNNING:
+            marker = read_json(folder / MARKER)
+            if marker.get("pid") not in own and writer_in(marker).lives and read_run(name, folder).state == RUNNING:
                 return True
         return False
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lowrank.checkpoints.run_folder import SWEEP_TABLE
 from lowrank.foreign_files import find_json
-from lowrank.report.sweep_view import TABLE, Parallel, fields, half_width, parallel, result, short, shown
+from lowrank.report.sweep_view import Parallel, fields, half_width, parallel, result, short, shown
 
 _SHOWN = 200
 """Candidates in the table, the best of them."""
@@ -15,7 +16,7 @@ _SHOWN = 200
 def sweep_table(folder: Path) -> dict[str, Any] | None:
     """`columns` (the settings in which candidates differ), `rows` (the best first), `parallel` (coordinates to draw,
     or None), and what the search saved; None where the run is no sweep."""
-    sweep = find_json(folder / TABLE)
+    sweep = find_json(folder / SWEEP_TABLE)
     if not sweep:
         return None
     try:

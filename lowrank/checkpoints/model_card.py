@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
 from lowrank.adapters.bottleneck import BottleneckSettings
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.checkpoints.peft_config import BaseDescription
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from lowrank.hub_names import is_hub_name
 
 _CARD = """---
 {front}---
@@ -95,7 +93,7 @@ def model_card(
     """Markdown with the metadata that the Hugging Face hub reads. `where`: `on 14 modules of`. `notes`: what to know
     before loading it. `is_reward_model`: its value head is what was trained."""
     base_name = base.name
-    on_hub = _HUB_NAME.fullmatch(base_name) is not None and not os.path.exists(base_name)
+    on_hub = is_hub_name(base_name) and not os.path.exists(base_name)
     library = "adapter-transformers" if isinstance(config, BottleneckSettings) else "peft"
     front = {
         "library_name": library,

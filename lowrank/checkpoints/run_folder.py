@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,12 +32,16 @@ STOP = "stop"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 """The resolved configuration."""
+METRICS = "metrics.jsonl"
+"""What was logged (report/reporters/metrics.py)."""
+SWEEP_TABLE = "sweep.json"
+"""The ranked candidates of a sweep (search/ranking.py)."""
 SHARES = "shares"
 """Run folders of a run whose jobs are trained in shares (checkpoints/shared_folder.py)."""
 RUN_FILES = (
-    CHECKPOINTS, CONFIG, "demo.json", "summary.json", "metrics.jsonl", "loss.png", "tensorboard", "report.html",
+    CHECKPOINTS, CONFIG, "demo.json", "summary.json", METRICS, "loss.png", "tensorboard", "report.html",
     "data_report.json", "predict", "eval", COMMANDS, FORMER_COMMANDS, "best",
-    "sweep.json", "optuna.db", SHARES,
+    SWEEP_TABLE, "optuna.db", SHARES,
 )  # fmt: skip
 """What a run writes into its folder, besides one folder per job."""
 JOB_FOLDERS = ("best", "last")
@@ -102,18 +106,22 @@ _STARTED_BEFORE = 30.0
 
 
 def writer_of(output_dir: Path) -> Writer:
-    """Never by the lock: to try it would disturb a start."""
-    marker = _read_marker(output_dir)
+    """The process that took a run folder last. OutputError for a marker that cannot be read."""
+    return writer_in(_read_marker(output_dir))
+
+
+def writer_in(marker: Mapping[str, Any]) -> Writer:
+    """The process that a run folder's marker (MARKER) names. Never by the lock: to try it would disturb a start."""
     try:
         started = datetime.fromisoformat(str(marker.get("started"))).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         started = 0.0
     if marker.get("host") != socket.gethostname():
         return Writer(None if marker else False, started)
     try:
         process = psutil.Process(int(marker["pid"]))
         alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= started + _STARTED_BEFORE
-    except (psutil.Error, KeyError, TypeError, ValueError):
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         alive = False
     return Writer(alive, started)
 

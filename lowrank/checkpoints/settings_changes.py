@@ -58,7 +58,8 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flattened(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """`{"adapter": {"rank": 8}}` as `{"adapter.rank": 8}`; an empty group stands for itself."""
+    """`{"adapter": {"rank": 8}}` as `{"adapter.rank": 8}`; an empty group stands for itself, and
+    lists are values."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         path = f"{above}.{key}" if above else str(key)

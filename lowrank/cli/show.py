@@ -56,17 +56,18 @@ def show(
 
 def show_run(run: Path, json: bool) -> None:
     """What came out of a run. OutputError if nothing did yet."""
+    from lowrank.checkpoints.run_folder import SWEEP_TABLE
     from lowrank.errors import OutputError
     from lowrank.foreign_files import find_json
     from lowrank.report.summary import SUMMARY
     from lowrank.report.summary_view import render_summary
-    from lowrank.report.sweep_view import TABLE, render_sweep
+    from lowrank.report.sweep_view import render_sweep
     from lowrank.terminal import Console
 
-    sweep, summary = find_json(run / TABLE), find_json(run / SUMMARY)
+    sweep, summary = find_json(run / SWEEP_TABLE), find_json(run / SUMMARY)
     if sweep is None and summary is None:
         raise OutputError(
-            f"{run}: there is neither {SUMMARY} nor {TABLE} in it; see `lowrank jobs` for one that trains"
+            f"{run}: there is neither {SUMMARY} nor {SWEEP_TABLE} in it; see `lowrank jobs` for one that trains"
         )
     if json:
         print(json_format.dumps({"summary": summary, "sweep": sweep}, ensure_ascii=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
+from lowrank.hub_names import is_hub_name
 from lowrank.media.processor import processor_of
 from lowrank.models.config import ModelConfig
 from lowrank.segments import Segment
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Source:
     def hub_base(self) -> str | None:
         """The base's name on the hub; None for a folder, whose path is nobody else's business."""
         name = str(self.facts.get("base") or self.model.path)
-        on_hub = _HUB_NAME.fullmatch(name) and not name.startswith("lowrank/") and not Path(name).exists()
+        on_hub = is_hub_name(name) and not name.startswith("lowrank/") and not Path(name).exists()
         return name if on_hub else None
 
 

@@ -6,13 +6,12 @@ Names are then those of modelscope.cn; what they name is downloaded, or found in
 from __future__ import annotations
 
 import os
-import re
 from functools import lru_cache
 from pathlib import Path
 
 from lowrank.errors import ModelError
+from lowrank.hub_names import is_hub_name
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LATEST = "master"
 """What the hub calls the branch that others call main."""
 
@@ -24,7 +23,7 @@ def is_wanted() -> bool:
 
 def is_name(path: str) -> bool:
     """Whether `path` is a name on a hub rather than something on this machine."""
-    return _NAME.fullmatch(path) is not None and not Path(path).exists()
+    return is_hub_name(path) and not Path(path).exists()
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoints.atomic import current, new_file, new_folder, write_text
-from lowrank.checkpoints.run_folder import CHECKPOINTS, CONFIG, JOB_FOLDERS, open_merged_folder
+from lowrank.checkpoints.run_folder import CHECKPOINTS, CONFIG, JOB_FOLDERS, METRICS, open_merged_folder
 from lowrank.checkpoints.shared_folder import read_assignment, share_folders
 from lowrank.checkpoints.steps import latest_checkpoint, read_top
 from lowrank.config import settings_of_run
@@ -24,7 +24,6 @@ from lowrank.report.event_lines import encode
 from lowrank.report.events import Event, Notice
 from lowrank.report.page import DATA_REPORT, write_report
 from lowrank.report.plots import write_loss_plot
-from lowrank.report.reporters.metrics import FILE as METRICS
 from lowrank.report.reporters.metrics import read_metrics
 from lowrank.report.summary import PLOT, SUMMARY, best_job
 from lowrank.search.config import SweepConfig

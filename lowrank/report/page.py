@@ -15,16 +15,15 @@ from typing import Any
 import jinja2
 
 from lowrank.checkpoints.atomic import write_text
-from lowrank.checkpoints.run_folder import CONFIG
+from lowrank.checkpoints.run_folder import CONFIG, METRICS, SWEEP_TABLE
 from lowrank.errors import OutputError
 from lowrank.foreign_files import find_json
 from lowrank.report import formatting
 from lowrank.report.curves import lines_of, loss_chart, score_chart
 from lowrank.report.measured import read_evaluations, read_predictions
-from lowrank.report.reporters.metrics import FILE as METRICS
 from lowrank.report.reporters.metrics import read_metrics
 from lowrank.report.summary import SUMMARY
-from lowrank.report.sweep_view import TABLE, fields, interval, parallel, result, short, shown
+from lowrank.report.sweep_view import fields, interval, parallel, result, short, shown
 
 REPORT = "report.html"
 DATA_REPORT = "data_report.json"
@@ -42,7 +41,7 @@ def write_report(folder: Path) -> Path:
         raise OutputError(f"{folder} is no run that came to an end: there is no {missing} in it")
     metrics = read_metrics(folder / METRICS)
     lines = lines_of(metrics)
-    sweep = find_json(folder / TABLE)
+    sweep = find_json(folder / SWEEP_TABLE)
     page = (
         _environment()
         .get_template("page.html.jinja")

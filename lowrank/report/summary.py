@@ -12,11 +12,10 @@ from typing import Any
 
 from lowrank import __version__
 from lowrank.checkpoints.atomic import write_text
-from lowrank.checkpoints.run_folder import JOB_FOLDERS
+from lowrank.checkpoints.run_folder import JOB_FOLDERS, METRICS
 from lowrank.report.curve import Curve
 from lowrank.report.events import EvalDone, Event, JobFinished, JobStarted, RunStarted, StepDone
 from lowrank.report.process_memory import memory_use
-from lowrank.report.reporters.metrics import FILE as METRICS
 from lowrank.report.verdict import CurveVerdict, verdict
 
 SUMMARY = "summary.json"

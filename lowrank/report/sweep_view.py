@@ -12,8 +12,6 @@ from rich.text import Text
 
 from lowrank.report import formatting
 
-TABLE = "sweep.json"
-"""What search/ranking.py writes into a run folder."""
 _WIDTH, _HEIGHT, _MARGIN, _TOP, _BOTTOM = 720, 260, 60, 34, 16
 _MOST = 200
 """Candidates that are drawn, the best of them; more cannot be told apart."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lowrank.checkpoints.atomic import write_text
+from lowrank.checkpoints.run_folder import SWEEP_TABLE
 from lowrank.search.sweep import Sweep, Trial
 
-TABLE = "sweep.json"
 _Z = 1.96
 """Standard errors on each side of a 95 % interval."""
 
@@ -54,7 +54,7 @@ def table(sweep: Sweep) -> dict[str, Any]:
 def write_table(sweep: Sweep, folder: Path) -> dict[str, Any]:
     """Write sweep.json into a run folder; what it says."""
     found = table(sweep)
-    write_text(folder / TABLE, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / SWEEP_TABLE, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return found
 
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from lowrank.board import form
 from lowrank.board.body import BoardRequest
 from lowrank.board.export_llamafactory import as_llamafactory
-from lowrank.board.hub import NAME, about_hub_model
+from lowrank.board.hub import about_hub_model
 from lowrank.board.main_settings import GROUPS, PRESETS, SEARCH
 from lowrank.board.models import TINY, described, models_in
 from lowrank.board.page import answer_page, board_of, texts_of
@@ -24,6 +24,7 @@ from lowrank.board.state import Board
 from lowrank.board.sweep_form import FIRST, WAYS, as_rows, num_candidates, settings_of_jobs
 from lowrank.board.tasks import Task
 from lowrank.board.warm_worker import Superseded, WorkerResult
+from lowrank.hub_names import is_hub_name
 
 router = APIRouter()
 _LONGEST_FILE = 256 << 10
@@ -199,7 +200,7 @@ def about_model(request: Request, path: str) -> Response:
     known = described(folder) if folder.is_dir() else None
     if known is not None:
         return JSONResponse({**known, "where": "here"})
-    if folder.exists() or not NAME.fullmatch(path):
+    if folder.exists() or not is_hub_name(path):
         return JSONResponse({"problem": "no_model"})
     return JSONResponse(about_hub_model(path))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import huggingface_hub
 
 from lowrank.errors import ConfigError, OutputError, first_line
+from lowrank.hub_names import is_hub_name
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -23,7 +22,7 @@ def check_push(name: str | None, targets: Sequence[str], *, dry_run: bool) -> di
     """
     if name is None:
         return {}
-    if not _NAME.fullmatch(name):
+    if not is_hub_name(name):
         raise ConfigError(f"--push {name}: expected owner/name")
     if not dry_run and _token() is None:
         raise ConfigError(f"--push: set {_TOKENS[0]} to a token of the hub that may write to {name}")

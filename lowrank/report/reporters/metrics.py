@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoints.atomic import new_file
+from lowrank.checkpoints.run_folder import METRICS
 from lowrank.report.event_lines import as_line, decode, encode
 from lowrank.report.events import EvalDone, Event, JobFinished, Notice, RunStarted, StepDone
-
-FILE = "metrics.jsonl"
 
 
 class MetricsReporter:
@@ -26,7 +25,7 @@ class MetricsReporter:
     """
 
     def __init__(self, output_dir: Path, clock: Callable[[], float] = time.time) -> None:
-        self.path = output_dir / FILE
+        self.path = output_dir / METRICS
         self._clock = clock
         self._file: io.FileIO | None = None
         self._early: list[tuple[Notice, float]] = []
