@@ -112,8 +112,8 @@ def answer_questions(
                 note(index, name, ModelAnswer("", str(error)))
                 continue
 
-            def on_chunk(piece: TokenChunk, index: int = index, name: str = name, generation: Any = generation) -> None:
-                if piece.finish is not None:
+            def on_chunk(chunk: TokenChunk, index: int = index, name: str = name, generation: Any = generation) -> None:
+                if chunk.finish is not None:
                     answer = generation.answer
                     text = spoken_text(answering_models.renderers[name], answer.tokens)
                     note(index, name, ModelAnswer(text, answer.error))

@@ -55,7 +55,7 @@ class AdapterRegistry:
             slot = self._slot_of(name)
             generation = self.generator.submit(Prompt(token_L, slot, media), config, stop_tokens=stop_tokens)
             self._users[slot] += 1
-        generation.listen(lambda piece: self._on_chunk(slot, piece))
+        generation.listen(lambda chunk: self._on_chunk(slot, chunk))
         return generation
 
     def embed(self, name: str, token_L: np.ndarray, pooling: Pooling) -> np.ndarray:
@@ -104,8 +104,8 @@ class AdapterRegistry:
             self._retired.add(slot)
         self._sweep()
 
-    def _on_chunk(self, slot: int, piece: TokenChunk) -> None:
-        if piece.finish is not None:
+    def _on_chunk(self, slot: int, chunk: TokenChunk) -> None:
+        if chunk.finish is not None:
             with self._lock:
                 self._users[slot] -= 1
             self._sweep()

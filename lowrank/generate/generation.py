@@ -29,7 +29,7 @@ class GenerationDriver(Protocol):
 
 
 class Generation:
-    """Iterate over its pieces, in a thread or with `async for`; or wait for the whole of it.
+    """Iterate over its chunks, in a thread or with `async for`; or wait for the whole of it.
 
     Where the generator has no thread of its own, iterating makes the steps (for everybody).
     """
@@ -44,9 +44,9 @@ class Generation:
         while True:
             while not self._generator.threaded and received.empty():
                 self._generator.step()
-            piece = received.get()
-            yield piece
-            if piece.finish is not None:
+            chunk = received.get()
+            yield chunk
+            if chunk.finish is not None:
                 return
 
     async def __aiter__(self) -> AsyncIterator[TokenChunk]:
@@ -54,15 +54,15 @@ class Generation:
         assert self._generator.threaded, "start() the generator first"
         loop = asyncio.get_running_loop()
         received: asyncio.Queue[TokenChunk] = asyncio.Queue()
-        self._sequence.listen(lambda piece: self._hand_over(loop, received.put_nowait, piece))
+        self._sequence.listen(lambda chunk: self._hand_over(loop, received.put_nowait, chunk))
         while True:
-            piece = await received.get()
-            yield piece
-            if piece.finish is not None:
+            chunk = await received.get()
+            yield chunk
+            if chunk.finish is not None:
                 return
 
     def listen(self, listener: Callable[[TokenChunk], None]) -> None:
-        """Call `listener` with every piece, from the thread that makes the steps."""
+        """Call `listener` with every chunk, from the thread that makes the steps."""
         self._sequence.listen(listener)
 
     def result(self) -> Answer:
@@ -80,8 +80,8 @@ class Generation:
         """What there is so far."""
         return self._sequence.answer()
 
-    def _hand_over(self, loop: asyncio.AbstractEventLoop, put: Callable[[TokenChunk], None], piece: TokenChunk) -> None:
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, put: Callable[[TokenChunk], None], chunk: TokenChunk) -> None:
         try:
-            loop.call_soon_threadsafe(put, piece)
+            loop.call_soon_threadsafe(put, chunk)
         except RuntimeError:  # the loop was closed: nobody listens any more
             self._sequence.cancelled = True

@@ -74,7 +74,7 @@ class TokenChunk:
     """One step of an answer.
 
     `text` is what may be shown now: it is empty while half a character, or what may become a stop text, is held
-    back. `finish` is None until the last piece: stop (a stop token or text), length, cancelled, error. The last piece
+    back. `finish` is None until the last chunk: stop (a stop token or text), length, cancelled, error. The last chunk
     has no token if it was a stop token.
     """
 

@@ -29,12 +29,12 @@ def generate(
     """
     assert on_token is None or len(prompts) == 1, "one prompt can be streamed at a time"
 
-    def on_chunk(index: int, piece: TokenChunk) -> None:
-        if on_token is not None and piece.token is not None:
-            on_token(piece.token)
+    def on_chunk(index: int, chunk: TokenChunk) -> None:
+        if on_token is not None and chunk.token is not None:
+            on_token(chunk.token)
 
     answers = answer_all(
-        base, bank, prompts, config, stop_tokens=stop_tokens, rows_at_once=rows_at_once, on_piece=on_chunk
+        base, bank, prompts, config, stop_tokens=stop_tokens, rows_at_once=rows_at_once, on_chunk=on_chunk
     )
     return [answer.tokens for answer in answers]
 
@@ -47,10 +47,10 @@ def answer_all(
     *,
     stop_tokens: frozenset[int],
     rows_at_once: int = 64,
-    on_piece: Callable[[int, TokenChunk], None] | None = None,
+    on_chunk: Callable[[int, TokenChunk], None] | None = None,
     compiled: CompiledDecoding | None = None,
 ) -> list[Answer]:
-    """An answer for each prompt, in the order given. `on_piece` hears (index of the prompt, piece) as they come.
+    """An answer for each prompt, in the order given. `on_chunk` hears (index of the prompt, chunk) as they come.
     `compiled`: the base's compiled layers, to answer through them.
 
     An adapter that gives NaN has answers with `error`, and disturbs nobody. Raises RequestError.
@@ -63,8 +63,8 @@ def answer_all(
     generations = []
     for index, prompt in enumerate(prompts):
         generation = generator.submit(prompt, config, stop_tokens=stop_tokens)
-        if on_piece is not None:
-            generation.listen(lambda piece, index=index: on_piece(index, piece))
+        if on_chunk is not None:
+            generation.listen(lambda chunk, index=index: on_chunk(index, chunk))
         generations.append(generation)
     while generator.step():
         pass

@@ -101,15 +101,15 @@ class Sequence:
                 self.give_up("error", self.constraint.problem, refused=True)
                 return
         text = self.text.add(choice.token)
-        piece = TokenChunk(choice.token, text, choice.logprob, choice.top)
+        chunk = TokenChunk(choice.token, text, choice.logprob, choice.top)
         if self.text.stopped_by is not None:
-            self._end("stop", piece)
+            self._end("stop", chunk)
         elif self.constraint is not None and self.constraint.complete:
             self._end("stop", TokenChunk(choice.token, text + self.text.end(), choice.logprob, choice.top))
         elif len(self.tokens) - self.num_prompt >= self.most:
             self._end("length", TokenChunk(choice.token, text + self.text.end(), choice.logprob, choice.top))
         else:
-            self._stream.push(piece)
+            self._stream.push(chunk)
 
     def give_up(self, finish: str, error: str | None = None, *, refused: bool = False) -> None:
         """It ends without a last token: cancelled, or error."""
@@ -117,7 +117,7 @@ class Sequence:
             self._end(finish, TokenChunk(None, self.text.end(), error=error, refused=refused))
 
     def listen(self, listener: Listener) -> None:
-        """Hear every piece, those of the past first. The listener is called from the thread that makes steps."""
+        """Hear every chunk, those of the past first. The listener is called from the thread that makes steps."""
         self._stream.listen(listener)
 
     def answer(self) -> Answer:
@@ -128,6 +128,6 @@ class Sequence:
             reused_tokens=max(0, self.reused - self.virtual),
         )
 
-    def _end(self, finish: str, piece: TokenChunk) -> None:
+    def _end(self, finish: str, chunk: TokenChunk) -> None:
         self.finish = finish
-        self._stream.push(replace(piece, finish=finish))
+        self._stream.push(replace(chunk, finish=finish))

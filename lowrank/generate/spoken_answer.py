@@ -12,9 +12,9 @@ from lowrank.generate.request import Answer, TokenChunk
 
 
 class SpokenAnswer:
-    """Takes the pieces of one answer. Tags of thoughts stay as they are, channels become `<think>` tags.
+    """Takes the chunks of one answer. Tags of thoughts stay as they are, channels become `<think>` tags.
 
-    marks   control tokens that the pieces' text has to show (`preserved_tokens`)
+    marks   control tokens that the chunks' text has to show (`preserved_tokens`)
     """
 
     def __init__(self, renderer: Renderer) -> None:
@@ -24,18 +24,18 @@ class SpokenAnswer:
         self._reader = None if aloud is None else aloud.reader()
         self._text = ""
 
-    def add(self, piece: TokenChunk) -> str:
+    def add(self, chunk: TokenChunk) -> str:
         """The text that is sure now."""
         if self._reader is None:
-            return piece.text
-        text = self._reader.add(piece.text)[1]
-        if piece.finish is not None:
+            return chunk.text
+        text = self._reader.add(chunk.text)[1]
+        if chunk.finish is not None:
             text += self._reader.end()[1]
         self._text += text
         return text
 
     def of(self, answer: Answer) -> Answer:
-        """The answer whose pieces these were, with their text."""
+        """The answer whose chunks these were, with their text."""
         return answer if self._reader is None else replace(answer, text=self._text)
 
 

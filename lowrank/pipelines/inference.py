@@ -161,8 +161,8 @@ class InferenceModel:
         found: dict[int, Answer] = {}
         for (stop_tokens, marks), members in alike.items():
 
-            def on_chunk(place: int, piece: TokenChunk, members: Sequence[int] = members) -> None:
-                text = spoken[members[place]].add(piece)
+            def on_chunk(place: int, chunk: TokenChunk, members: Sequence[int] = members) -> None:
+                text = spoken[members[place]].add(chunk)
                 if on_text is not None and text:
                     on_text(text)
 
@@ -174,7 +174,7 @@ class InferenceModel:
                 group,
                 drawn,
                 stop_tokens=stop_tokens,
-                on_piece=on_chunk,
+                on_chunk=on_chunk,
                 compiled=self.compiled,
             )
             found.update({index: spoken[index].of(answer) for index, answer in zip(members, answers)})

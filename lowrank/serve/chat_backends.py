@@ -87,10 +87,10 @@ class GgufChatBackend:
                 each.listen(received.put)
             left = len(answering)
             while left:  # in this thread, so that Ctrl-C is heard
-                piece = received.get()
-                left -= piece.finish is not None
-                if on_text is not None and piece.text:
-                    on_text(piece.text)
+                chunk = received.get()
+                left -= chunk.finish is not None
+                if on_text is not None and chunk.text:
+                    on_text(chunk.text)
         except ApiError as refusal:
             raise ModelError(refusal.message) from refusal
         finally:

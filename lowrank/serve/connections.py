@@ -51,7 +51,7 @@ class Connections:
         self._open.pop(connection, None)
 
     def _spare(self) -> Connection | None:
-        """Whom to close; None if all are in use: then `Admission` says no to what they ask."""
+        """Whom to close; None if all are in use: then `ConcurrencyLimiter` says no to what they ask."""
         idle = [each for each in self._open if not each.busy]
         strangers = [each for each in idle if not each.trusted]
         if not strangers:

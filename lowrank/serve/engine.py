@@ -33,7 +33,7 @@ class PendingAnswer(Protocol):
         ...
 
     def listen(self, listener: Callable[[TokenChunk], None]) -> None:
-        """Have every piece told, those of the past first; from any thread."""
+        """Have every chunk told, those of the past first; from any thread."""
         ...
 
     def cancel(self) -> None:

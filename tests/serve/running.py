@@ -93,7 +93,7 @@ class Running:
                 generator.free_tokens
                 == generator.schedule.block_manager.capacity * generator.schedule.block_manager.page_size
             )
-            if not generator.busy and free and self.service.admission.taken == 0:
+            if not generator.busy and free and self.service.limiter.taken == 0:
                 return True
             time.sleep(0.02)
         return False

@@ -82,4 +82,4 @@ def test_what_cannot_be_read_says_why(server: Running, options: dict[str, Any], 
     with pytest.raises(openai.APIStatusError, match=f"(?s){message}") as caught:
         server.client().embeddings.create(**given)
     assert caught.value.status_code == status
-    assert server.service.admission.taken == 0
+    assert server.service.limiter.taken == 0

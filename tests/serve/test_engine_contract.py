@@ -260,7 +260,7 @@ def test_who_leaves_holds_nothing(world: World) -> None:
         stream.close()
     for _ in range(500):
         load = world.engine.load()
-        if (load.running, load.waiting, world.service.admission.taken) == (0, 0, 0):
+        if (load.running, load.waiting, world.service.limiter.taken) == (0, 0, 0):
             break
         time.sleep(0.02)
     else:

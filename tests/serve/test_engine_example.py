@@ -55,7 +55,7 @@ def test_the_example_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert http.post("/v1/adapters", json={"name": "x", "path": "x"}).status_code == 400
         assert http.post("/v1/embeddings", json={"model": "base", "input": "x"}).status_code == 400
         for _ in range(100):
-            if not engine.load().running and not services[0].admission.taken:
+            if not engine.load().running and not services[0].limiter.taken:
                 break
             time.sleep(0.02)
         assert engine.load().running == 0

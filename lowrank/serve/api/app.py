@@ -58,7 +58,7 @@ def make_app(
         try:
             yield
         finally:
-            service.lanes.close()
+            service.pools.close()
             await asyncio.to_thread(engine.close)
 
     # No pages of documentation: they would load scripts from elsewhere.

@@ -84,7 +84,7 @@ def listed(given: str | list[int] | list[str] | list[list[int]], name: str) -> l
 
 
 class CompletionReply(OpenAiStream):
-    """A reply of `/v1/completions`, made from the pieces of its answers."""
+    """A reply of `/v1/completions`, made from the chunks of its answers."""
 
     def __init__(
         self, model: str, count: int, token_text: Callable[[int], str], *, logprobs: bool, prompts: Sequence[str] = ()
@@ -110,11 +110,11 @@ class CompletionReply(OpenAiStream):
             for index, prompt in enumerate(self._prompts)
         ]
 
-    def add(self, index: int, piece: TokenChunk) -> list[Json]:
-        """The chunk one piece makes."""
+    def add(self, index: int, chunk: TokenChunk) -> list[Json]:
+        """The event that one chunk makes."""
         choice = self._choices[index]
-        text = choice.add(piece)
-        tokens = logprob_entries(piece, self._token_text) if self._logprobs else []
+        text = choice.add(chunk)
+        tokens = logprob_entries(chunk, self._token_text) if self._logprobs else []
         choice.tokens += tokens
         offset, choice.offset = choice.offset, choice.offset + sum(len(token["token"]) for token in tokens)
         if not text and not tokens and choice.finish is None:
@@ -122,7 +122,7 @@ class CompletionReply(OpenAiStream):
         return [{**self._head, "choices": [self._choice(index, text, tokens, choice.finish, offset)]}]
 
     def whole(self, counts: Json) -> Json:
-        """After all pieces."""
+        """After all chunks."""
         choices = [
             self._choice(index, choice.text, choice.tokens, choice.finish, 0)
             for index, choice in enumerate(self._choices)

@@ -46,7 +46,7 @@ async def embed(service: Service, request: Request) -> Response:
     """One text after another, so that a client that leaves is noticed, and answers in progress go on."""
     body = await service.read(EmbeddingRequest, request)
     texts = body.texts(service.limits)
-    service.admission.take(1)
+    service.limiter.acquire(1)
     started, seconds = time.monotonic(), service.limits.request_seconds
     vectors, tokens = [], 0
     try:
@@ -56,11 +56,11 @@ async def embed(service: Service, request: Request) -> Response:
             if await request.is_disconnected():
                 return Response(status_code=CLIENT_GONE)
             size = len(text) * (1 if isinstance(text, str) else 8)
-            vector_D, length = await service.lanes.run(size, service.engine.embed, body.model, text, body.pooling)
+            vector_D, length = await service.pools.run(size, service.engine.embed, body.model, text, body.pooling)
             vectors.append(_shortened(vector_D, body.dimensions))
             tokens += length
     finally:
-        service.admission.give_back(1, time.monotonic() - started)
+        service.limiter.release(1, time.monotonic() - started)
     return JSONResponse(embeddings(body.model, vectors, tokens, body.encoding_format))
 
 

@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 class Reply(Protocol):
-    """Made from the pieces of all answers, whole or as the chunks of a stream."""
+    """Made from the chunks of all answers, whole or as the events of a stream."""
 
     media_type: str
     """Of the stream."""
@@ -25,27 +25,27 @@ class Reply(Protocol):
     """The stream's last words."""
 
     def opening(self) -> list[Json]:
-        """The chunks before the first token."""
+        """The events before the first token."""
         ...
 
-    def add(self, index: int, piece: TokenChunk) -> list[Json]:
-        """The chunks that a piece of answer `index` makes."""
+    def add(self, index: int, chunk: TokenChunk) -> list[Json]:
+        """The events that a chunk of answer `index` makes."""
         ...
 
     def closing(self, counts: Json | None) -> list[Json]:
-        """The chunks after the last token; `counts` where the client wants the usage."""
+        """The events after the last token; `counts` where the client wants the usage."""
         ...
 
     def whole(self, counts: Json) -> Json:
-        """After all pieces."""
+        """After all chunks."""
         ...
 
     def failed(self, refusal: ApiError) -> list[Json]:
-        """The chunks that tell of an error in the middle of a stream."""
+        """The events that tell of an error in the middle of a stream."""
         ...
 
-    def write(self, chunk: Json) -> str:
-        """A chunk on the wire."""
+    def write(self, event: Json) -> str:
+        """An event on the wire."""
         ...
 
 

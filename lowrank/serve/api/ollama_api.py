@@ -163,7 +163,7 @@ def add_ollama(app: FastAPI, service: Service) -> None:
         served_models = {served.name: served for served in engine.served_models()}
         if name not in served_models:
             raise unknown_model(name, list(served_models))
-        template = await service.lanes.run(0, engine.chat_template, name)
+        template = await service.pools.run(0, engine.chat_template, name)
         able = ["completion", *(["tools"] if "tools" in template else [])]
         able += ["vision"] if isinstance(engine, ImageEngine) and engine.image_problem is None else []
         able += ["thinking"] if thoughts_of(template, {}) else []

@@ -26,18 +26,18 @@ class OllamaReply:
         self._began = time.monotonic_ns()
         self._first: int | None = None
 
-    def write(self, chunk: Json) -> str:
+    def write(self, event: Json) -> str:
         """As a line."""
-        return json.dumps(chunk, ensure_ascii=False) + "\n"
+        return json.dumps(event, ensure_ascii=False) + "\n"
 
     def opening(self) -> list[Json]:
         """Nothing."""
         return []
 
-    def add(self, index: int, piece: TokenChunk) -> list[Json]:
+    def add(self, index: int, chunk: TokenChunk) -> list[Json]:
         """A line where there is text."""
         self._first = self._first or time.monotonic_ns()
-        text = self._choice.add(piece)
+        text = self._choice.add(chunk)
         thought = self._choice.fresh_thought
         return [self._line(text, [], thought, done=False)] if text or thought else []
 
@@ -47,7 +47,7 @@ class OllamaReply:
         return [*calls, self._line("", [], done=True) | self._counted(counts or {})]
 
     def whole(self, counts: Json) -> Json:
-        """After all pieces."""
+        """After all chunks."""
         choice = self._choice
         thought = "" if choice.only_thought else choice.thought
         return self._line(choice.text, choice.calls, thought, done=True) | self._counted(counts)

@@ -40,7 +40,7 @@ class Choice:
         self.text = ""
         self.thought = ""
         self.fresh_thought = ""
-        """Of the last piece."""
+        """Of the last chunk."""
         self.only_thought = False
         """It ended without an end of its thought, so that what it thought is the answer too."""
         self.tokens: list[Json] = []
@@ -48,25 +48,25 @@ class Choice:
         self.finish: str | None = None
         self.calls: list[Json] = []
 
-    def add(self, piece: TokenChunk) -> str:
+    def add(self, chunk: TokenChunk) -> str:
         """The text that can be shown now."""
-        text, self.fresh_thought = piece.text, ""
+        text, self.fresh_thought = chunk.text, ""
         if self._thoughts is not None:
             self.fresh_thought, text = self._thoughts.add(text)
-            if piece.finish is not None:
-                more, rest = self._thoughts.end(whole=piece.finish == "stop")
+            if chunk.finish is not None:
+                more, rest = self._thoughts.end(whole=chunk.finish == "stop")
                 self.fresh_thought, text = self.fresh_thought + more, text + rest
             self.thought += self.fresh_thought
             self.only_thought = bool(self.thought) and not self.text and text == self.thought
         if self.reader is not None:
             text = self.reader.add(text)
-        if piece.finish is not None:
-            self.finish = piece.finish
+        if chunk.finish is not None:
+            self.finish = chunk.finish
             if self.reader is not None:
                 rest, calls = self.reader.end()
                 text += rest
                 self.calls = [{"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": c} for c in calls]
-                self.finish = "tool_calls" if calls and piece.finish == "stop" else piece.finish
+                self.finish = "tool_calls" if calls and chunk.finish == "stop" else chunk.finish
         self.text += text
         return text
 
@@ -77,9 +77,9 @@ class OpenAiStream:
     media_type = "text/event-stream"
     ending = "data: [DONE]\n\n"
 
-    def write(self, chunk: Json) -> str:
+    def write(self, event: Json) -> str:
         """As an event."""
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
 
     def failed(self, refusal: ApiError) -> list[Json]:
         """The error, as it would be a whole reply."""
@@ -87,7 +87,7 @@ class OpenAiStream:
 
 
 class ChatReply(OpenAiStream):
-    """A reply of `/v1/chat/completions`, made from the pieces of its answers."""
+    """A reply of `/v1/chat/completions`, made from the chunks of its answers."""
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class ChatReply(OpenAiStream):
         self._choices = [Choice(reader() if reader else None, thoughts) for _ in range(count)]
 
     def opening(self) -> list[Json]:
-        """The chunks before the first token."""
+        """The events before the first token."""
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, delta, None, None) for index in range(len(self._choices))]
 
-    def add(self, index: int, piece: TokenChunk) -> list[Json]:
-        """The chunks one piece makes."""
+    def add(self, index: int, chunk: TokenChunk) -> list[Json]:
+        """The events that one chunk makes."""
         choice = self._choices[index]
-        text = choice.add(piece)
-        tokens = logprob_entries(piece, self._token_text) if self._logprobs else []
+        text = choice.add(chunk)
+        tokens = logprob_entries(chunk, self._token_text) if self._logprobs else []
         choice.tokens += tokens
         chunks = []
         if choice.fresh_thought:
@@ -128,7 +128,7 @@ class ChatReply(OpenAiStream):
         return chunks
 
     def whole(self, counts: Json) -> Json:
-        """After all pieces."""
+        """After all chunks."""
         choices = []
         for index, choice in enumerate(self._choices):
             message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -153,12 +153,12 @@ class ChatReply(OpenAiStream):
         return {"object": "chat.completion.chunk", **self._head, "choices": [choice]}
 
 
-def logprob_entries(piece: TokenChunk, token_text: Callable[[int], str]) -> list[Json]:
-    """What the model thought of a piece's token, in the form of chat replies."""
-    if piece.token is None or piece.logprob is None:
+def logprob_entries(chunk: TokenChunk, token_text: Callable[[int], str]) -> list[Json]:
+    """What the model thought of a chunk's token, in the form of chat replies."""
+    if chunk.token is None or chunk.logprob is None:
         return []
-    likeliest = [_token(token_text(token), logprob) for token, logprob in piece.top]
-    return [{**_token(token_text(piece.token), piece.logprob), "top_logprobs": likeliest}]
+    likeliest = [_token(token_text(token), logprob) for token, logprob in chunk.top]
+    return [{**_token(token_text(chunk.token), chunk.logprob), "top_logprobs": likeliest}]
 
 
 def _token(text: str, logprob: float) -> Json:

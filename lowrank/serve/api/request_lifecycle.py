@@ -1,4 +1,4 @@
-"""One request while it is answered: its pieces as they come, until the end, the deadline, or the client's leaving."""
+"""One request while it is answered: its chunks as they come, until the end, the deadline, or the client's leaving."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-class Admission:
-    """How many answers are in progress or wait. Used from the event loop's thread only."""
+class ConcurrencyLimiter:
+    """Refuses requests beyond `answers_at_once + waiting` answers. Used from the event loop's thread only."""
 
     def __init__(self, limits: RequestLimits) -> None:
         self.limits = limits
@@ -29,7 +29,7 @@ class Admission:
         self._usual = 1.0
         """Seconds that requests take, lately."""
 
-    def take(self, count: int) -> None:
+    def acquire(self, count: int) -> None:
         """ApiError 429 if that is too much at the moment."""
         most = self.limits.answers_at_once + self.limits.waiting
         if self.taken + count > most:
@@ -38,7 +38,7 @@ class Admission:
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry)})
         self.taken += count
 
-    def give_back(self, count: int, seconds: float) -> None:
+    def release(self, count: int, seconds: float) -> None:
         """They are over."""
         self.taken -= count
         self._usual += 0.1 * (seconds - self._usual)
@@ -47,14 +47,14 @@ class Admission:
 class RequestLifecycle:
     """The answers to one request. `close` it whatever happens: what is not finished is cancelled."""
 
-    def __init__(self, limits: RequestLimits, admission: Admission, count: int) -> None:
+    def __init__(self, limits: RequestLimits, limiter: ConcurrencyLimiter, count: int) -> None:
         """ApiError 429 if `count` answers more are too many."""
-        admission.take(count)
+        limiter.acquire(count)
         self.answers: list[PendingAnswer] = []
         self.started = time.monotonic()
         self.first_token: float | None = None
         """Seconds from the request to it."""
-        self._admission, self._count = admission, count
+        self._limiter, self._count = limiter, count
         self._limit = limits.request_seconds
         self._loop = asyncio.get_running_loop()
         self._chunks: asyncio.Queue[tuple[int, TokenChunk | None]] = asyncio.Queue()
@@ -67,28 +67,28 @@ class RequestLifecycle:
         """Listen to the `answers`, and to the client (`receive` is ASGI's, the body read)."""
         self._watcher = self._loop.create_task(self._watch(receive))
         for index, answer in enumerate(self.answers):
-            answer.listen(lambda piece, index=index: self._on_chunk(index, piece))
+            answer.listen(lambda chunk, index=index: self._on_chunk(index, chunk))
 
-    async def pieces(self) -> AsyncIterator[tuple[int, TokenChunk]]:
-        """(number of the answer, piece), until all are at their end. Raises ApiError, ClientGone."""
+    async def chunks(self) -> AsyncIterator[tuple[int, TokenChunk]]:
+        """(number of the answer, chunk), until all are at their end. Raises ApiError, ClientGone."""
         while not self.complete:
             left = self.started + self._limit - time.monotonic()
             try:
-                index, piece = await asyncio.wait_for(self._chunks.get(), max(0.0, left))
+                index, chunk = await asyncio.wait_for(self._chunks.get(), max(0.0, left))
             except asyncio.TimeoutError:
                 raise ApiError(504, f"the answer took more than {self._limit:g} seconds", code="timeout") from None
-            if piece is None:
+            if chunk is None:
                 raise ClientGone
-            if piece.finish is not None:
+            if chunk.finish is not None:
                 self._finished.add(index)
-            if piece.finish == "cancelled":
+            if chunk.finish == "cancelled":
                 raise ApiError(503, "the server is stopping", code="cancelled")
-            if piece.finish == "error":
-                message = piece.error or "the answer failed"
-                raise ApiError(400 if piece.refused else 500, message, code="generation_failed")
+            if chunk.finish == "error":
+                message = chunk.error or "the answer failed"
+                raise ApiError(400 if chunk.refused else 500, message, code="generation_failed")
             if self.first_token is None:
                 self.first_token = time.monotonic() - self.started
-            yield index, piece
+            yield index, chunk
 
     @property
     def complete(self) -> bool:
@@ -107,12 +107,12 @@ class RequestLifecycle:
         for index, answer in enumerate(self.answers):
             if index not in self._finished:
                 answer.cancel()
-        self._admission.give_back(self._count, seconds)
+        self._limiter.release(self._count, seconds)
         return seconds
 
-    def _on_chunk(self, index: int, piece: TokenChunk) -> None:
+    def _on_chunk(self, index: int, chunk: TokenChunk) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._chunks.put_nowait, (index, piece))
+            self._loop.call_soon_threadsafe(self._chunks.put_nowait, (index, chunk))
         except RuntimeError:  # the loop was closed: nobody listens any more
             self.answers[index].cancel()
 

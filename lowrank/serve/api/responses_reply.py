@@ -32,9 +32,9 @@ class ResponsesReply:
         self._sent = 0
         self._output: list[Json] = []
 
-    def write(self, chunk: Json) -> str:
+    def write(self, event: Json) -> str:
         """As a named event."""
-        return f"event: {chunk['type']}\ndata: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
 
     def opening(self) -> list[Json]:
         """A response that has nothing yet."""
@@ -43,9 +43,9 @@ class ResponsesReply:
             for kind in ("response.created", "response.in_progress")
         ]
 
-    def add(self, index: int, piece: TokenChunk) -> list[Json]:
-        """The events one piece makes."""
-        text = self._choice.add(piece)
+    def add(self, index: int, chunk: TokenChunk) -> list[Json]:
+        """The events that one chunk makes."""
+        text = self._choice.add(chunk)
         events: list[Json] = []
         if thought := self._choice.fresh_thought:
             events += [] if self._thinking else self._begin_thought()
@@ -69,7 +69,7 @@ class ResponsesReply:
         return [self._event(f"response.{self._status}", response=self._response(self._status, counts))]
 
     def whole(self, counts: Json) -> Json:
-        """After all pieces."""
+        """After all chunks."""
         return self._response(self._status, counts)
 
     def failed(self, refusal: ApiError) -> list[Json]:

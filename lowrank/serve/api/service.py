@@ -1,4 +1,4 @@
-"""What the routes share: a request is read, understood, admitted, answered, and whatever happens its place is free."""
+"""What the routes share: a request is parsed, admitted and answered, and its place is freed whatever happens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from lowrank.serve.api.generation_request import GenerationRequest, Reply
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.replies import usage
-from lowrank.serve.api.request_lifecycle import Admission, ClientGone, RequestLifecycle
+from lowrank.serve.api.request_lifecycle import ClientGone, ConcurrencyLimiter, RequestLifecycle
 from lowrank.serve.api.requests import RequestBody, parse
 from lowrank.serve.engine import ServeEngine
-from lowrank.serve.lanes import ThreadPools
 from lowrank.serve.limits import RequestLimits
 from lowrank.serve.metrics import Metrics
+from lowrank.serve.thread_pools import ThreadPools
 
 CLIENT_GONE = 499
 """nginx' status for the log; nobody receives it."""
@@ -28,11 +28,11 @@ _UNREAD_SECONDS = 60.0
 Kind = TypeVar("Kind", bound=RequestBody)
 
 
-class Ordering(Protocol):
-    """A request that is to be answered."""
+class GenerationBody(Protocol):
+    """The body of a request, of whichever API, that asks for answers."""
 
     def generation_request(self, engine: ServeEngine, limits: RequestLimits) -> GenerationRequest:
-        """What is to be answered, how answers are drawn, and the form of the reply. ApiError for what cannot be."""
+        """The prompts, the settings of generation, and the form of the reply. ApiError for what cannot be answered."""
         ...
 
 
@@ -43,35 +43,35 @@ class Service:
         self.engine = engine
         self.limits = limits
         self.metrics = Metrics()
-        self.admission = Admission(limits)
-        self.lanes = ThreadPools()
+        self.limiter = ConcurrencyLimiter(limits)
+        self.pools = ThreadPools()
 
     async def read(self, kind: type[Kind], request: Request) -> Kind:
         """The body of a request, read beside the event loop. ApiError for what is wrong with it."""
         raw = await request.body()
-        return await self.lanes.run(len(raw), parse, kind, raw)
+        return await self.pools.run(len(raw), parse, kind, raw)
 
     async def serve(self, kind: type[Any], request: Request) -> Response:
-        """Answer a request of some API (`kind`: a Body that is `Ordering`)."""
+        """Answer a request of some API (`kind`: a `RequestBody` that is also a `GenerationBody`)."""
         raw = await request.body()
-        generation = await self.lanes.run(len(raw), self._understand, kind, raw)
+        generation = await self.pools.run(len(raw), self._understand, kind, raw)
         return await self.answer(generation, request, len(raw))
 
     async def answer(self, generation: GenerationRequest, request: Request, size: int) -> Response:
         """A reply or a stream; whatever happens, what is not finished is cancelled and its place is free."""
-        exchange = RequestLifecycle(self.limits, self.admission, generation.count)
+        exchange = RequestLifecycle(self.limits, self.limiter, generation.count)
         headers = {WARNING: _warning(generation.ignored)} if generation.ignored else {}
         prompts = len(generation.questions)
         try:
-            prompt_tokens = self.lanes.run(size, self._submit, generation, exchange)
+            prompt_tokens = self.pools.run(size, self._submit, generation, exchange)
             exchange.answers += await asyncio.shield(asyncio.ensure_future(prompt_tokens))
             exchange.begin(request.receive)
             if generation.stream:
                 events = _events(exchange, generation.reply, prompts, generation.usage)
                 limit = self.limits.request_seconds + _UNREAD_SECONDS
                 return _Stream(events, generation.reply.media_type, headers, limit, lambda: self._end(exchange))
-            async for index, piece in exchange.pieces():
-                generation.reply.add(index, piece)
+            async for index, chunk in exchange.chunks():
+                generation.reply.add(index, chunk)
             counts = usage((each.answer for each in exchange.answers), prompts)
             response = JSONResponse(generation.reply.whole(counts), headers=headers)
         except ClientGone:
@@ -83,7 +83,7 @@ class Service:
         return response
 
     def _understand(self, kind: type[Any], raw: bytes) -> GenerationRequest:
-        requested: Ordering = parse(kind, raw)
+        requested: GenerationBody = parse(kind, raw)
         generation = requested.generation_request(self.engine, self.limits)
         generation.check(self.engine, self.limits)
         return generation
@@ -118,21 +118,21 @@ class Service:
 async def _events(exchange: RequestLifecycle, reply: Reply, prompts: int, counted: bool) -> AsyncIterator[str]:
     """The stream; the usage in its end where that is wanted."""
     try:
-        for chunk in reply.opening():
-            yield reply.write(chunk)
-        async for index, piece in exchange.pieces():
-            for chunk in reply.add(index, piece):
-                yield reply.write(chunk)
+        for event in reply.opening():
+            yield reply.write(event)
+        async for index, chunk in exchange.chunks():
+            for event in reply.add(index, chunk):
+                yield reply.write(event)
         counts = usage((each.answer for each in exchange.answers), prompts) if counted else None
-        for chunk in reply.closing(counts):
-            yield reply.write(chunk)
+        for event in reply.closing(counts):
+            yield reply.write(event)
         if reply.ending:
             yield reply.ending
     except ClientGone:
         return
     except ApiError as refusal:  # the status is out already
-        for chunk in reply.failed(refusal):
-            yield reply.write(chunk)
+        for event in reply.failed(refusal):
+            yield reply.write(event)
 
 
 class _Stream(StreamingResponse):

@@ -84,7 +84,7 @@ def format_of(template: str) -> CallFormat:
 
 
 class ToolCallReader:
-    """Takes an answer in pieces; gives back what is surely text, and in the end the calls."""
+    """Takes an answer in chunks; gives back what is surely text, and in the end the calls."""
 
     def __init__(
         self,

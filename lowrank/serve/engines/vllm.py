@@ -41,7 +41,7 @@ from lowrank.serve.engines import EngineKind, Notify, ServingOptions
 from lowrank.serve.folders import adapter_within, unknown_model
 from lowrank.serve.vllm_engine.adapters import AdapterVersion, VllmAdapters, refuse_own_rows
 from lowrank.serve.vllm_engine.answer import VllmAnswer
-from lowrank.serve.vllm_engine.params import pieces_of, rank_for, sampling_options
+from lowrank.serve.vllm_engine.params import rank_for, sampling_options, token_chunks
 from lowrank.serve.vllm_engine.start import Vllm, open_vllm
 
 
@@ -213,11 +213,11 @@ class VllmEngine(ReadsByRenderer):
         outputs = self._vllm.llm.generate(prompt, sampling, f"lowrank-{next(self._ids)}", lora_request=request)
         async for output in outputs:
             answer.cached = output.num_cached_tokens or answer.cached
-            for piece in pieces_of(output.outputs[0], config.logprobs or 0):
-                text = piece.text
+            for chunk in token_chunks(output.outputs[0], config.logprobs or 0):
+                text = chunk.text
                 for control in hidden:
                     text = text.replace(control, "")
-                answer.stream.push(replace(piece, text=text))
+                answer.stream.push(replace(chunk, text=text))
 
     def _end(self, answer: VllmAnswer, version: AdapterVersion | None) -> None:
         """Its task is over, however it ended."""

@@ -29,7 +29,7 @@ class LlamaCppAnswer:
         return self._stream.answer(prompt_tokens=self._prompt_tokens, reused_tokens=self._reused)
 
     def listen(self, listener: Listener) -> None:
-        """Every piece, those of the past first."""
+        """Every chunk, those of the past first."""
         self._stream.listen(listener)
 
     def cancel(self) -> None:
@@ -42,7 +42,7 @@ class LlamaCppAnswer:
                 return
 
     def follow(self, connection: http.client.HTTPConnection, headers: dict[str, str], texts: dict[int, str]) -> None:
-        """Ask, and tell the pieces as they come."""
+        """Ask, and tell the chunks as they come."""
         self._socket = connection.sock
         if self._cancelled:
             raise ConnectionAbortedError
@@ -53,11 +53,11 @@ class LlamaCppAnswer:
         for line in reply:
             if not line.startswith(b"data: {"):
                 continue
-            chunk = json.loads(line.removeprefix(b"data: "))
-            if "error" in chunk:
-                raise ApiError(500, str(chunk["error"].get("message", chunk["error"])))
-            self._on_chunk(chunk, texts)
-            if chunk.get("stop"):
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise ApiError(500, str(event["error"].get("message", event["error"])))
+            self._on_event(event, texts)
+            if event.get("stop"):
                 return
         raise ConnectionAbortedError("llama.cpp ended in the middle of an answer")
 
@@ -69,19 +69,19 @@ class LlamaCppAnswer:
             else:
                 self._stream.push(TokenChunk(None, finish="error", error=f"llama.cpp: {error}"))
 
-    def _on_chunk(self, chunk: dict[str, Any], texts: dict[int, str]) -> None:
-        """A chunk may have several tokens, where one alone was half a character; the last one carries the text."""
-        tokens: list[int] = chunk.get("tokens") or []
-        chances = chunk.get("completion_probabilities") or [None] * len(tokens)
+    def _on_event(self, event: dict[str, Any], texts: dict[int, str]) -> None:
+        """An event may have several tokens, where one alone was half a character; the last one carries the text."""
+        tokens: list[int] = event.get("tokens") or []
+        chances = event.get("completion_probabilities") or [None] * len(tokens)
         for place, (token, chance) in enumerate(zip(tokens, chances)):
-            text = chunk["content"] if place == len(tokens) - 1 and not chunk["stop"] else ""
-            self._stream.push(self._piece(token, text, chance, texts))
-        if chunk["stop"]:
-            finish = "length" if chunk.get("stop_type") == "limit" else "stop"
-            self._reused = max(0, self._prompt_tokens - int(chunk.get("timings", {}).get("prompt_n", math.inf)))
-            self._stream.push(TokenChunk(None, chunk["content"], finish=finish))
+            text = event["content"] if place == len(tokens) - 1 and not event["stop"] else ""
+            self._stream.push(self._token_chunk(token, text, chance, texts))
+        if event["stop"]:
+            finish = "length" if event.get("stop_type") == "limit" else "stop"
+            self._reused = max(0, self._prompt_tokens - int(event.get("timings", {}).get("prompt_n", math.inf)))
+            self._stream.push(TokenChunk(None, event["content"], finish=finish))
 
-    def _piece(self, token: int, text: str, chance: dict[str, Any] | None, texts: dict[int, str]) -> TokenChunk:
+    def _token_chunk(self, token: int, text: str, chance: dict[str, Any] | None, texts: dict[int, str]) -> TokenChunk:
         if chance is None:
             return TokenChunk(token, text)
         top = chance["top_logprobs"]

@@ -38,21 +38,21 @@ def sampling_options(config: GenerationConfig, stop_tokens: frozenset[int], most
     return options
 
 
-def pieces_of(output: Output, num_logprobs: int) -> list[TokenChunk]:
+def token_chunks(output: Output, num_logprobs: int) -> list[TokenChunk]:
     """One for each token, and one for what ended the answer; the text comes with the last."""
     tokens = list(output.token_ids)
     stopped_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
     if stopped_by_token and tokens:  # EOS or another stop token, which is no part of an answer
         tokens.pop()
     chances = output.logprobs or [None] * len(tokens)
-    pieces = [_piece(token, chance, num_logprobs) for token, chance in zip(tokens, chances)]
+    chunks = [_token_chunk(token, chance, num_logprobs) for token, chance in zip(tokens, chances)]
     if output.finish_reason is not None:
         finish = {"stop": "stop", "length": "length", "abort": "cancelled"}.get(output.finish_reason, "error")
         error = f"vLLM ended the answer: {output.finish_reason}" if finish == "error" else None
-        return [*pieces, TokenChunk(None, output.text, finish=finish, error=error)]
-    if pieces:
-        last = pieces.pop()
-        return [*pieces, TokenChunk(last.token, output.text, last.logprob, last.top)]
+        return [*chunks, TokenChunk(None, output.text, finish=finish, error=error)]
+    if chunks:
+        last = chunks.pop()
+        return [*chunks, TokenChunk(last.token, output.text, last.logprob, last.top)]
     return [TokenChunk(None, output.text)] if output.text else []
 
 
@@ -62,7 +62,7 @@ def rank_for(ranks: Sequence[int]) -> int:
     return next((rank for rank in _RANKS if rank >= max(16, most)), most)
 
 
-def _piece(token: int, chance: Mapping[int, Any] | None, num_logprobs: int) -> TokenChunk:
+def _token_chunk(token: int, chance: Mapping[int, Any] | None, num_logprobs: int) -> TokenChunk:
     if chance is None:
         return TokenChunk(token)
     likeliest = sorted(chance.items(), key=lambda each: -each[1].logprob)[:num_logprobs]
