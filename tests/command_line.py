@@ -161,7 +161,7 @@ def start(
 ) -> Child:
     """Begin the command line with these arguments; what it prints is added to files.
 
-    `environment`: all of it; `session`: it hears no Ctrl-C of ours.
+    `environment`: all of it; `session`: no Ctrl-C of ours reaches it.
     """
     request = {
         "arguments": list(arguments), "cwd": str(cwd or Path.cwd()), "umask": umask, "out": str(out), "err": str(err),

@@ -71,7 +71,7 @@ class Model:
                    may have parts: `{"type": "text", "text": ...}`, and for a model that sees `{"type": "image",
                    "image": ...}` (a path, bytes, base64, one of Pillow's) or OpenAI's `image_url` with base64
         adapter    who answers: one of `adapters`, or `base`. Left out: the only adapter, or, without any, the base
-        on_text    hears a single answer as it comes
+        on_text    called with each piece of text as it comes (with a single question only)
         tools      functions that may be called, as OpenAI's schemas
         sampling   what `GenerationConfig` has: `max_new_tokens`, `temperature`, `top_p`, `seed`, `json_schema` ...
 
@@ -187,7 +187,7 @@ def load(
 ) -> Model:
     """Load what `path` names, which is what the command line takes: a run folder (all its jobs), one of its
     checkpoints, an adapter's folder (PEFT's too), a model's, a hub name, a .gguf file, or a LLaMA-Factory YAML, whose
-    system prompt and ways to draw (temperature, top_p ...) then stand wherever a question has none of its own.
+    system prompt and sampling settings (temperature, top_p ...) become the defaults of every question.
 
     which           a run's best or last adapters
     adapters        LoRA files (.gguf) beside a .gguf file

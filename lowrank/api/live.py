@@ -68,7 +68,7 @@ class LiveRun:
         """One job more. `job`: settings, or a YAML or JSON file with them: a `name`, and whatever differs from the
         top level of the run's settings; `changes` stand over them. Paths that do not exist as they stand are looked
         for in `folder` too, at first the file's. Rows in memory can be given where this process trains. ConfigError,
-        before the run hears of it, for settings that cannot be."""
+        before the command is sent, for settings that cannot be."""
         if isinstance(job, Mapping):
             content, source = dict(job), "the job's settings"
         else:

@@ -19,7 +19,7 @@ _HEAD = """# In Python
 What `import lowrank` offers, generated from its docstrings (`python -m lowrank.api.page > docs/api.md`). Settings are
 those of [settings.md](settings.md). Nothing here prints, or changes the process it is called in: what a person should
 know goes to the logger `lowrank`, and to reporters that you pass. A callback, as other trainers call it, is such a
-reporter: it hears every event of the run, and ends the run by `lowrank.LiveRun("runs/first").end()`.
+reporter: it is called with every event of the run, and ends the run by `lowrank.LiveRun("runs/first").end()`.
 
 `lowrank.train`, `evaluate`, `generate`, `export` and `serve` are functions beside packages of the same names. What lies
 in a package is imported by `from lowrank.serve.engines import AUTO`: after `import lowrank.serve.engines`, programs run

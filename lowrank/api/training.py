@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas
 
 Listener = Reporter | Callable[[Event], None]
-"""Who hears a run: a reporter, or a function that is called with every event."""
+"""What receives the events of a run: a reporter, or a function that is called with each of them."""
 
 
 def train(
@@ -62,7 +62,7 @@ def train(
                   functions. An objective has what `Objective` says. A reward function is called with keywords, lists of
                   one item for each answer: `prompts`, `completions` (messages), `completion_ids`, `label` and the
                   data's columns; it returns a number for each answer.
-    reporters     hear every event: objects with `report(event)` and `close()`, or plain functions.
+    reporters     receive every event: objects with `report(event)` and `close()`, or plain functions.
     progress      True shows the run on the terminal, False nowhere. Left out: in a notebook as a live table and curve,
                   elsewhere as records of the logger `lowrank` (warnings are seen, the rest with
                   `logging.basicConfig(level="INFO")`).
@@ -131,7 +131,7 @@ class _Callback:
 
 
 class TrainedRun:
-    """A run folder: what `train` returns, or, by its path, one of another day.
+    """A run folder: what `train` returns, or an earlier run, by path.
 
     path      the folder
     summary   what stands in its summary.json: jobs, losses, times, versions; empty while there is none

@@ -31,7 +31,7 @@ def run(
     hosts: Collection[str],
     announce: Callable[[str], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM. `announce` hears the address to open, which carries the token."""
+    """Serve until SIGINT or SIGTERM. `announce` is called with the address to open, which carries the token."""
     places.make()
     lock = FileLock(places.own / "lock", timeout=0, thread_local=False)
     try:

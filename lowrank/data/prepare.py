@@ -85,7 +85,7 @@ def prepare(
     """Everything from files to segments. `record` is the kind of record the objective learns from.
 
     `mismatched`: rated samples are followed by a segment of role MISMATCHED. `source_root`: where relative paths
-    begin. `on_notice` hears at the end of a pass over a stream what was
+    begin. `on_notice` is called at the end of a pass over a stream what was
     lost in it, each thing once; everything else stands in the report. Raises DataError: data that cannot be
     read, does not suit the objective, or has no usable row; any loss with `strict`; a sample too long with
     `on_too_long: error`.

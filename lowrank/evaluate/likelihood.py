@@ -32,8 +32,8 @@ def label_logprobs(
 ) -> np.ndarray:
     """(N, 2) for N `(slot, segment)`: the sum of log p over the tokens that carry weight, and how many they are.
 
-    Any number of adapters in one pass. `on_done` hears how many entries are done, `on_broken` the index of each whose
-    media cannot be read, which is 0; without it BadMedium is raised.
+    Any number of adapters in one pass. `on_done` is called with how many entries are done, `on_broken` with the index
+    of each whose media cannot be read, which is 0; without it BadMedium is raised.
     """
     found_N2 = np.zeros((len(entries), 2))
     done = 0
@@ -80,7 +80,7 @@ def continuation_logprobs(
     """For each `(slot, context, continuation)`: log p of the continuation, and whether greedy decoding would give it.
 
     What is read is the context and the continuation but for its last token; entries that read the same (answers of one
-    token to one question) share a pass. `on_done` hears how many entries are done.
+    token to one question) share a pass. `on_done` is called with how many entries are done.
     """
     readers: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
     for index, (slot, context, continuation) in enumerate(entries):

@@ -38,8 +38,8 @@ def read_questions(
 ) -> list[Question]:
     """The last answer of every conversation, as a question; of a preference, the chosen one.
 
-    `notify` hears how many rows cannot be used and why. Media of every kind are read: who is asked says what it cannot
-    take. Raises DataError if no row can be used.
+    `notify` is called with how many rows cannot be used and why. Media of every kind are read: who is asked says what
+    it cannot take. Raises DataError if no row can be used.
     """
     (dataset,) = open_datasets(DataConfig(train=(source,)), None, seed, root, given_as="data")
     questions: list[Question] = []

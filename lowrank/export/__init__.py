@@ -132,7 +132,7 @@ class ReadBack:
 
 
 class ExportProgress(Protocol):
-    """Hears how far writing is, so that the time left can be shown."""
+    """Called with how far writing is, so that the time left can be shown."""
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
         """`done` of `total` bytes of work; `what`: at present."""

@@ -25,7 +25,7 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the order given, without the stop token.
 
-    `on_token` hears each token of a single prompt as it comes.
+    `on_token` is called with each token of a single prompt as it comes.
     """
     assert on_token is None or len(prompts) == 1, "one prompt can be streamed at a time"
 
@@ -50,7 +50,8 @@ def answer_all(
     on_chunk: Callable[[int, TokenChunk], None] | None = None,
     compiled: CompiledDecoding | None = None,
 ) -> list[Answer]:
-    """An answer for each prompt, in the order given. `on_chunk` hears (index of the prompt, chunk) as they come.
+    """An answer for each prompt, in the order given. `on_chunk` is called with each (index of the prompt,
+    chunk) as it comes.
     `compiled`: the base's compiled layers, to answer through them.
 
     An adapter that gives NaN has answers with `error`, and disturbs nobody. Raises RequestError.

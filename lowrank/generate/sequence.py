@@ -117,7 +117,7 @@ class Sequence:
             self._end(finish, TokenChunk(None, self.text.end(), error=error, refused=refused))
 
     def listen(self, listener: Listener) -> None:
-        """Hear every chunk, those of the past first. The listener is called from the thread that makes steps."""
+        """Call the listener with every chunk, those of the past first; from the thread that makes steps."""
         self._stream.listen(listener)
 
     def answer(self) -> Answer:

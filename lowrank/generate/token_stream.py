@@ -24,7 +24,7 @@ class TokenStream:
         return bool(self._chunks) and self._chunks[-1].finish is not None
 
     def listen(self, listener: Listener) -> None:
-        """Hear every chunk, those of the past first."""
+        """Call the listener with every chunk, those of the past first."""
         with self._lock:
             for chunk in self._chunks:
                 listener(chunk)

@@ -37,7 +37,7 @@ _FORMAT = "1"
 
 
 class FeatureCache:
-    """The entries of one tower. `notify`: hears, once each, of a damaged entry and of what cannot be written."""
+    """The entries of one tower. `notify` is called once for a damaged entry, and once for what cannot be written."""
 
     def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
         self.folder = folder

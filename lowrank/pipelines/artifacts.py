@@ -53,7 +53,7 @@ def find_artifacts(
     notify: Callable[[str], None] = log_notice,
 ) -> ModelArtifacts:
     """`which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
-    the tokenizer's. `base`: where the base of the run or adapter is now. `notify` hears what is not there. Raises
+    the tokenizer's. `base`: where the base of the run or adapter is now. `notify` gets what is not there. Raises
     ModelError, ConfigError.
     """
     named = resolve(path)
@@ -97,8 +97,8 @@ def artifacts_of_run(
     base: str | None,
     notify: Callable[[str], None],
 ) -> ModelArtifacts:
-    """What these jobs of a run, or of one of its checkpoints, have trained so far; `notify` hears of those that have
-    nothing yet. ModelError if none has."""
+    """What these jobs of a run, or of one of its checkpoints, have trained so far; `notify` is called with
+    those that have nothing yet. ModelError if none has."""
     # Without a folder: what it was trained on need not be there any more, nor be looked for.
     folder, first = named.folder, jobs[0]
     settings = {job.name: _with_template(job.data, chat_template) for job in jobs}

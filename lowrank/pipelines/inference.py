@@ -136,7 +136,8 @@ class InferenceModel:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The next answer of each `(model, conversation)`, in order; `on_text` hears a single one as it comes.
+        """The next answer of each `(model, conversation)`, in order; `on_text` is called with the pieces of a
+        single one as they come.
 
         A model that gives NaN has an empty answer; `answers` says why.
         """

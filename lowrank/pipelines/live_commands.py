@@ -249,9 +249,9 @@ class StateFile:
     """A reporter that keeps commands/state.json up to date: what each job does, how far it is, how long it takes."""
 
     def __init__(self, command_queue: CommandQueue, queue: JobQueue, summary: SummaryBuilder) -> None:
-        """`summary` hears the run before this does."""
+        """`summary` receives each event before this does."""
         self._command_queue, self._queue, self._summary = command_queue, queue, summary
-        self._judged: dict[str, tuple[int, str, dict[str, Any]]] = {}
+        self._verdicts: dict[str, tuple[int, str, dict[str, Any]]] = {}
         self._progress = RunProgress()
         self._written = 0.0
         self._ended = False
@@ -298,11 +298,11 @@ class StateFile:
         }
 
     def _verdict(self, view: JobView) -> dict[str, Any]:
-        """Judged anew after a fiftieth of its steps more: it takes a millisecond, and there may be a hundred jobs."""
-        step, state, verdict = self._judged.get(view.name, (-1, "", {}))
+        """Computed again after 2 % more steps: it takes a millisecond, and there may be a hundred jobs."""
+        step, state, verdict = self._verdicts.get(view.name, (-1, "", {}))
         if view.step > 1.02 * step or view.state != state:
-            verdict = asdict(self._summary.judge(view.name))
-            self._judged[view.name] = (view.step, view.state, verdict)
+            verdict = asdict(self._summary.curve_verdict(view.name))
+            self._verdicts[view.name] = (view.step, view.state, verdict)
         return verdict
 
     def close(self) -> None:

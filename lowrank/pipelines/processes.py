@@ -1,7 +1,7 @@
 """Processes of ours that train, seen from the one that started them: their events, their ends, and being asked to stop.
 
 Each writes its events to a pipe (`--json`), and what else it says to a file. Signals come to the parent alone, which
-hands on what was asked; so a Ctrl-C is heard once, however many processes a terminal would have sent it to.
+hands on what was asked; so a Ctrl-C is handled once, however many processes a terminal would have sent it to.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class PlannedAudioEncoder(AudioEncoder):
     near: torch.Tensor
     adapted: Collection[int] = ()
     handed_down: Callable[[torch.Tensor], None]
-    """Hears the gradient of what it says."""
+    """Receives the gradient of what it returns."""
 
     def _features(self, pixels: Pixels, wanted: int, batch: Batch) -> torch.Tensor:
         if batch.slots[pixels.segment] in self.adapted:

@@ -152,7 +152,7 @@ Event = Union[  # noqa: UP007 (read at run time on Python 3.10)
     RunStarted, JobStarted, StepDone, EvalDone, CheckpointSaved, JobFinished, JobMoved, Notice, Stage, Preparing,
     RunFinished,
 ]  # fmt: skip
-"""What a reporter hears."""
+"""What a reporter receives."""
 
 
 class Reporter(Protocol):

@@ -190,7 +190,7 @@ class SummaryBuilder:
 
     def _of_job(self, started: JobStarted) -> dict[str, Any]:
         job = self._jobs[started.name]
-        judged = self.judge(started.name)
+        found = self.curve_verdict(started.name)
         return {
             "description": started.description,
             "trainable_parameters": started.num_trainable,
@@ -211,7 +211,7 @@ class SummaryBuilder:
             "best_eval": None if job.best is None else _best(job.best, job.eval_metric, job.best_score),
             "last_eval": None if not job.evals else {"step": int(job.evals[-1][0]), "loss": job.evals[-1][1]},
             "eval_metrics": job.metrics,
-            "verdict": asdict(judged),
+            "verdict": asdict(found),
             "paths": self._folders(started.name),
         }
 
@@ -226,7 +226,7 @@ class SummaryBuilder:
         """`best` and `last`, those that are there."""
         return {which: f"{name}/{which}" for which in JOB_FOLDERS if (self.output_dir / name / which).is_dir()}
 
-    def judge(self, name: str) -> CurveVerdict:
+    def curve_verdict(self, name: str) -> CurveVerdict:
         """What the curve of a job says so far."""
         steps, losses = self._curves[name].points()
         return verdict(steps, losses, [(int(step), loss) for step, loss in self._jobs[name].evals])
@@ -287,13 +287,13 @@ def _comparable(configs: Any) -> bool:
         if data.get("eval"):  # the rows are named; which rows are trained on does not matter
             for name in ("train", "mix", "shuffle", "batch_size", "batch_tokens", "validation_split", "streaming"):
                 data.pop(name, None)
-            measured.append([_judged_by(config), data])
+            measured.append([_measured_by(config), data])
         else:
-            measured.append([_judged_by(config), data, config.get("seed")])
+            measured.append([_measured_by(config), data, config.get("seed")])
     return bool(measured) and all(each == measured[0] for each in measured)
 
 
-def _judged_by(config: Any) -> list[Any]:
+def _measured_by(config: Any) -> list[Any]:
     return [config.get(name) for name in ("objective", "eval_metric", "eval_generate_samples", "eval_max_new_tokens")]
 
 

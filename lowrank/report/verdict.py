@@ -60,7 +60,7 @@ class CurveVerdict:
     parts: list[dict[str, str]] = field(default_factory=list)
 
 
-def _judged(kind: Kind, step: int | None, part: str, **values: object) -> CurveVerdict:
+def _verdict(kind: Kind, step: int | None, part: str, **values: object) -> CurveVerdict:
     own = {name: f"{value}" for name, value in values.items()}
     if step is not None:
         own["step"] = str(step)
@@ -100,14 +100,14 @@ def verdict(
         return found
     if len(held_out) >= MIN_EVALS:
         points = np.array(held_out)
-        judged = _course(points[:, 0], points[:, 1], "held_out")
-        return _with_held_out(judged, held_out) if judged.kind == "flat" else judged
+        found = _course(points[:, 0], points[:, 1], "held_out")
+        return _with_held_out(found, held_out) if found.kind == "flat" else found
     if finite < MIN_LOSSES:
-        return _judged("too_short", None, "too_short", count=finite, least=MIN_LOSSES)
+        return _verdict("too_short", None, "too_short", count=finite, least=MIN_LOSSES)
     known_N = np.isfinite(y_N)
-    judged = _course(x_N[known_N], y_N[known_N], "train")
-    still = _last_evaluations(held_out) if judged.kind == "flat" else None
-    return still or _with_held_out(judged, held_out)
+    found = _course(x_N[known_N], y_N[known_N], "train")
+    still = _last_evaluations(held_out) if found.kind == "flat" else None
+    return still or _with_held_out(found, held_out)
 
 
 def _not_finite(x_N: np.ndarray, y_N: np.ndarray) -> CurveVerdict | None:
@@ -116,7 +116,7 @@ def _not_finite(x_N: np.ndarray, y_N: np.ndarray) -> CurveVerdict | None:
         return None
     good = np.flatnonzero(~bad_N)
     since = int(x_N[min(good[-1] + 1, len(x_N) - 1)] if len(good) and bad_N[-1] else x_N[np.flatnonzero(bad_N)[0]])
-    return _judged("diverged", since, "not_finite")
+    return _verdict("diverged", since, "not_finite")
 
 
 def _risen(x_N: np.ndarray, y_N: np.ndarray) -> CurveVerdict | None:
@@ -131,7 +131,7 @@ def _risen(x_N: np.ndarray, y_N: np.ndarray) -> CurveVerdict | None:
     if lowest >= len(y_N) - 2 or end - low <= max(0.25 * fall, 0.10 * abs(low), 6 * error):
         return None
     since = int(x_N[lowest])
-    return _judged("diverged", since, "risen", low=formatting.loss(low), end=formatting.loss(end))
+    return _verdict("diverged", since, "risen", low=formatting.loss(low), end=formatting.loss(end))
 
 
 def _overfitting(held_out: Sequence[tuple[int, float]]) -> CurveVerdict | None:
@@ -149,7 +149,7 @@ def _overfitting(held_out: Sequence[tuple[int, float]]) -> CurveVerdict | None:
     if tail.min() <= loss_E[best] or rise <= max(MATERIAL * abs(loss_E[best]), 4 * error):
         return None
     low, end = formatting.loss(float(loss_E[best])), formatting.loss(float(loss_E[-1]))
-    return _judged("overfitting", held_out[best][0], "overfitting", low=low, end=end)
+    return _verdict("overfitting", held_out[best][0], "overfitting", low=low, end=end)
 
 
 def _material(loss: float) -> float:
@@ -170,7 +170,7 @@ def _last_evaluations(held_out: Sequence[tuple[int, float]]) -> CurveVerdict | N
 
 
 def _falling(curve: Curve, before: float, after: float, first: float, last: float) -> CurveVerdict:
-    return _judged(
+    return _verdict(
         "falling", None, f"falling_{curve}", before=formatting.loss(before), after=formatting.loss(after),
         first=f"{first:.0f}", last=f"{last:.0f}",
     )  # fmt: skip
@@ -197,17 +197,17 @@ def _course(x_N: np.ndarray, y_N: np.ndarray, curve: Curve) -> CurveVerdict:
     since = int(x_N[first])
     unseen = 2 * noise * math.sqrt(12 / third)  # two standard errors of the fall of a line through the last third
     if unseen > 3 * material:
-        return _judged("flat", since, f"noisy_{curve}", end=formatting.loss(end), unseen=f"{unseen:.2g}")
-    return _judged("flat", since, f"flat_{curve}", end=formatting.loss(end))
+        return _verdict("flat", since, f"noisy_{curve}", end=formatting.loss(end), unseen=f"{unseen:.2g}")
+    return _verdict("flat", since, f"flat_{curve}", end=formatting.loss(end))
 
 
-def _with_held_out(judged: CurveVerdict, held_out: Sequence[tuple[int, float]]) -> CurveVerdict:
+def _with_held_out(found: CurveVerdict, held_out: Sequence[tuple[int, float]]) -> CurveVerdict:
     """Where the best evaluation is, added to a verdict that does not say so."""
     if len(held_out) < 2:
-        return judged
+        return found
     step, best = min(held_out, key=lambda point: point[1])
-    more = _judged(judged.kind, step, "evaluations", best=formatting.loss(best), last=formatting.loss(held_out[-1][1]))
-    return replace(judged, sentence=f"{judged.sentence} {more.sentence}", parts=[*judged.parts, *more.parts])
+    more = _verdict(found.kind, step, "evaluations", best=formatting.loss(best), last=formatting.loss(held_out[-1][1]))
+    return replace(found, sentence=f"{found.sentence} {more.sentence}", parts=[*found.parts, *more.parts])
 
 
 def _effective(num_points: int) -> float:

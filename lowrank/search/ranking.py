@@ -90,7 +90,7 @@ def _standard_error(rows: list[list[float]] | None) -> float | None:
     if rows is None or len(rows[0]) < 2:
         return None
     share_N, count_N = np.array(rows[0]), np.array(rows[1])
-    return _spread(share_N - share_N.sum() * count_N / max(count_N.sum(), 1e-12))
+    return _standard_error_from(share_N - share_N.sum() * count_N / max(count_N.sum(), 1e-12))
 
 
 def _compared(one: list[list[float]] | None, other: list[list[float]] | None) -> tuple[float, float] | None:
@@ -98,11 +98,12 @@ def _compared(one: list[list[float]] | None, other: list[list[float]] | None) ->
     if one is None or other is None or len(one[0]) < 2 or one[1] != other[1]:
         return None
     share_N, count_N = np.array(one[0]) - np.array(other[0]), np.array(one[1])
-    error = _spread(share_N - share_N.sum() * count_N / max(count_N.sum(), 1e-12))
+    error = _standard_error_from(share_N - share_N.sum() * count_N / max(count_N.sum(), 1e-12))
     return None if error is None else (float(share_N.sum()), error)
 
 
-def _spread(residual_N: np.ndarray) -> float | None:
+def _standard_error_from(residual_N: np.ndarray) -> float | None:
+    """Of a sum over rows, from each row's difference to what is expected of it; None where it is not finite."""
     number = len(residual_N)
     error = math.sqrt(number / (number - 1) * float((residual_N**2).sum()))
     return error if math.isfinite(error) else None

@@ -39,7 +39,7 @@ class ChatBackend(Protocol):
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
-        """The next answer of each `(model, conversation)`; `on_text` hears a single one as it comes."""
+        """The next answer of each `(model, conversation)`; `on_text` is called with a single one in pieces."""
         ...
 
     def render_prompt(self, name: str, conversation: Conversation) -> RenderedPrompt:
@@ -86,7 +86,7 @@ class GgufChatBackend:
             for each in answering:
                 each.listen(received.put)
             left = len(answering)
-            while left:  # in this thread, so that Ctrl-C is heard
+            while left:  # in this thread, so that Ctrl-C is handled
                 chunk = received.get()
                 left -= chunk.finish is not None
                 if on_text is not None and chunk.text:

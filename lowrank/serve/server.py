@@ -30,7 +30,7 @@ def run(
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answers in progress have `limits.shutdown_seconds` to end.
 
-    `port` 0 takes a free one; `on_listening` hears which. Raises ConfigError if it is taken.
+    `port` 0 takes a free one; `on_listening` is called with it. Raises ConfigError if it is taken.
     """
     limits = limits or RequestLimits()
     listening = listen(host, port)

@@ -1,4 +1,4 @@
-"""Who hears a run. What is written down must be written; whoever only watches never ends a run."""
+"""The listeners of a run's events: an error of one that records ends the run, of one that only watches does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Listeners:
     """Hands every event to every listener, in order.
 
     `keeping`: those that keep what the run leaves behind; their errors are the run's. One of the others that fails is
-    left out from then on, and the rest hear of it.
+    left out from then on, and the others receive a notice of it.
     """
 
     def __init__(self, keeping: Sequence[Reporter], watching: Sequence[Reporter] = ()) -> None:
@@ -26,6 +26,7 @@ class Listeners:
                 listener.report(event)
             except Exception as error:  # a tracker without a network, a pipe that nobody reads any more
                 self.watching.remove(listener)
-                failed.append(f"{type(listener).__name__} failed and hears no more: {type(error).__name__}: {error}")
+                problem = f"{type(error).__name__}: {error}"
+                failed.append(f"{type(listener).__name__} failed and receives no more events: {problem}")
         for text in failed:
             self(Notice(text, level="warning"))

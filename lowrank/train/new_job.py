@@ -39,7 +39,7 @@ def new_job(
     num_steps: int | None,
     notify: Callable[[str], None],
 ) -> TrainedJob:
-    """What trains `slot` of the bank (BARE_BASE: the base's own parameters that are not frozen). `notify` hears what a
+    """What trains `slot` of the bank (BARE_BASE: the base's own parameters that are not frozen). `notify` gets what a
     person should know of the optimizer. ModelError for settings that this base cannot be trained with."""
     masters, own = None, {}
     if slot == BARE_BASE:

@@ -44,7 +44,7 @@ class RolloutGenerator:
     def __init__(
         self, base: Base, bank: Bank, lanes: Lanes | None = None, notify: Callable[[str], None] = log_notice
     ) -> None:
-        """`notify` hears why answers are not computed as was asked."""
+        """`notify` is called with why answers are not computed as was asked."""
         self._base, self._bank, self._lanes, self._notify = base, bank, lanes or OneLane(), notify
         self._compiled: CompiledDecoding | None = None
         self._longest = 1

@@ -52,7 +52,7 @@ class ScoringEngine:
         self.bank = bank
         self.micro_batch_tokens = micro_batch_tokens
         self.notify: Callable[[str], None] = log_notice
-        """Hears what a person should know."""
+        """Called with what a person should know."""
         self.jobs: dict[int, TrainedJob] = {}
         self.shares_prompts = shares_prompts
         self.reference_base: Base | None = None

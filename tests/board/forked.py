@@ -59,7 +59,7 @@ class _WarmWorker:
         self._child.kill()
 
     def communicate(self) -> None:
-        """Wait for its end; who listens hears the end of its output by then."""
+        """Wait for its end; by then a reader has seen the end of its output."""
         self._child.wait()
         self.stdin.close()
         self.stdout.close()

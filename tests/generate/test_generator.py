@@ -283,7 +283,7 @@ def test_a_stretching_rotary_embedding_is_answered_by_itself() -> None:
 def test_a_failure_before_anybody_runs_ends_those_who_wait(
     llama: tuple[Engine, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise every step to come fails the same way, and nobody ever hears of it."""
+    """Otherwise every step to come fails the same way, and nobody ever learns of it."""
     generator = generator_of(llama[0])
     monkeypatch.setattr(generator.schedule, "_admit", lambda sequence: 1 / 0)
     generator.start()

@@ -33,7 +33,7 @@ def breaks(device: torch.device, dtype: torch.dtype) -> Pairs:
 
 @pytest.fixture
 def notices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """On a GPU, as far as the choice knows; what a person hears."""
+    """On a GPU, as far as the choice knows; what a person is told."""
     received: list[str] = []
     monkeypatch.setattr(fused, "is_nvidia", lambda device: True)
     monkeypatch.setattr(fused, "has_triton", lambda: True)

@@ -62,7 +62,7 @@ class ScriptedReporter:
 def run(given: dict[str, Any], **plan: Callable[[], Any]) -> tuple[dict[str, Any], ScriptedReporter]:
     reporter = ScriptedReporter(Path(given["output_dir"]), **plan)
     summary = train(RunConfig(**given), reporters=[reporter])
-    failed = [event.text for event in reporter.events if isinstance(event, Notice) and "hears no more" in event.text]
+    failed = [event.text for event in reporter.events if isinstance(event, Notice) and "receives no more" in event.text]
     assert not reporter.plan, f"never happened: {list(reporter.plan)}; {failed}"
     return summary, reporter
 

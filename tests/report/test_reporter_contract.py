@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _views() -> dict[str, type]:
-    """The classes of the folder itself that hear events."""
+    """The classes of the folder itself that receive events."""
     modules = [
         importlib.import_module(f"{reporters.__name__}.{each.name}")
         for each in pkgutil.iter_modules(reporters.__path__)

@@ -1,4 +1,4 @@
-"""A run that is asked to end: by signals, by a file; before its first step and after; and what a script hears of it."""
+"""A run that is asked to end: by signals, by a file; before its first step and after; and what a script receives."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_before_the_first_step_it_ends_at_once(how: str, tmp_path: Path) -> None
     def request_stop() -> None:
         if how == "file":
             (out / "stop").touch()
-            time.sleep(3)  # heard in the meantime
+            time.sleep(3)  # handled in the meantime
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -305,7 +305,7 @@ def test_decoration_never_kills_the_result(tmp_path: Path, monkeypatch: pytest.M
     ear = Doing(lambda event: False, lambda: None)
     summary = train(settings(tmp_path / "run", max_steps=1), reporters=[Failing(RunStarted), Failing(StepDone), ear])
     assert json.loads((tmp_path / "run" / "summary.json").read_text("utf-8")) == summary
-    assert ear.texts().count("Failing failed and hears no more: ConnectionError: no network") == 2
+    assert ear.texts().count("Failing failed and receives no more events: ConnectionError: no network") == 2
     assert "loss.png could not be written (ValueError: no font)" in ear.texts()
     assert "report.html could not be written" in ear.texts()
 

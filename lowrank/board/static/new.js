@@ -329,7 +329,7 @@ $("#save-yaml").addEventListener("click", async () => { const answer = await pos
 $("#save-llamafactory").addEventListener("click", async () => { try { save("llamafactory.yaml", (await post("/api/draft/llamafactory", draft())).text); } catch (error) { toast(error.message, true); } });
 
 showControls(); // they came with the page; only what is drawn from the fields waits for them
-$("#form").inert = false; // before, a click would be heard by nobody
+$("#form").inert = false; // before, nothing would handle a click
 fields = new Map((await get("/api/fields")).map((field) => [field.path, field]));
 if (!begin.draft && $$('[data-preset][aria-pressed="true"]').length === 0) $(`[data-preset="good"]`).setAttribute("aria-pressed", "true");
 showAll();

@@ -44,7 +44,7 @@ listen(() => `${address}/live?position=${encodeURIComponent(position)}`, {
 });
 setInterval(() => { if (!document.hidden && $("#head .state.running, #head .state.waiting")) parts(); }, 2000);
 
-// Somebody who looks elsewhere hears when it is over.
+// A notification for somebody who looks elsewhere when it is over.
 let was = $("#head .bar")?.dataset.state;
 new MutationObserver(() => {
   const now = $("#head .bar")?.dataset.state;

@@ -12,30 +12,28 @@ from lowrank.compat.llamafactory.dataset_info import find_info, places_of
 from lowrank.compat.llamafactory.use_keys import UseKeys
 
 
-def unheard(command: str, keys: UseKeys) -> list[str]:
-    """What is asked for and has no effect."""
-    unheard = []
+def keys_without_effect(command: str, keys: UseKeys) -> list[str]:
+    """One note for each key that is given and has no effect."""
+    notes = []
     if keys.infer_backend != "huggingface" and not (command == "serve" and keys.infer_backend == "vllm"):
         way = "; `lowrank serve` has vllm" if keys.infer_backend == "vllm" else ""
-        unheard.append(f"infer_backend: {keys.infer_backend} has no effect: answers come from lowrank's engine{way}")
+        notes.append(f"infer_backend: {keys.infer_backend} has no effect: answers come from lowrank's engine{way}")
     if keys.infer_dtype != "auto":
-        unheard.append("infer_dtype has no effect: weights keep the dtype they were saved in")
+        notes.append("infer_dtype has no effect: weights keep the dtype they were saved in")
     if keys.num_beams > 1 and command != "export":
-        unheard.append("num_beams has no effect: answers are drawn, not searched for")
+        notes.append("num_beams has no effect: answers are drawn, not searched for")
     if not keys.skip_special_tokens:
-        unheard.append("skip_special_tokens has no effect: special tokens are never part of an answer")
+        notes.append("skip_special_tokens has no effect: special tokens are never part of an answer")
     if keys.export_quantization_bit is not None and command == "export":
         of_rows = ("export_quantization_nsamples", "export_quantization_maxlen")
-        unheard += [
+        notes += [
             f"{name} has no effect: how many documents calibration takes, and how long, is fixed here"
             for name in of_rows
             if name in keys.model_fields_set
         ]
     if not keys.enable_thinking and command != "export":
-        unheard.append(
-            "enable_thinking has no effect: a trained adapter reads as it was trained; a base by its template"
-        )
-    return unheard
+        notes.append("enable_thinking has no effect: a trained adapter reads as it was trained; a base by its template")
+    return notes
 
 
 def model_arguments(keys: UseKeys, problems: list[str], several: bool = False) -> list[str]:

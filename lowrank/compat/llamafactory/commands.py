@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lowrank.compat.llamafactory.arguments import COMMANDS, model_arguments, predict_arguments, unheard
+from lowrank.compat.llamafactory.arguments import COMMANDS, keys_without_effect, model_arguments, predict_arguments
 from lowrank.compat.llamafactory.convert import is_llamafactory
 from lowrank.compat.llamafactory.flags import has_flags, split_flags
 from lowrank.compat.llamafactory.other_keys import known
@@ -193,7 +193,7 @@ def _command(
             f"{source} trains nothing (there is no do_train: true); it is for `lowrank {purpose} {source}`{also}"
         )
     keys, problems = read_use_keys(settings)
-    notes = unheard(command, keys)
+    notes = keys_without_effect(command, keys)
     arguments = COMMANDS[command](keys, folder, problems, notes)
     raise_all(ConfigError, f"{source} cannot be used by `lowrank {command}`:", problems)
     own = _without_given(arguments, others)

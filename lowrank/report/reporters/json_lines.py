@@ -20,7 +20,7 @@ class JsonReporter:
     """Every event but the steps that are not logged; steps also say `tokens_per_second` and `seconds_left`.
 
     Whenever nothing was written for a second, a `progress` line is: what is being done, for how many seconds, the
-    step, how fast and how long. A thread writes it, so a slow step, loading or an evaluation is heard too. Only ASCII
+    step, how fast and how long. A thread writes it, so a slow step, loading or evaluation is reported too. Only ASCII
     is written, whatever the encoding of the stream.
     """
 

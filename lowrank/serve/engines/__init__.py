@@ -51,7 +51,7 @@ class ServingOptions:
 
 
 Notify = Callable[[str], None]
-"""Hears what is left out or otherwise than asked."""
+"""Called with what is left out, or done otherwise than requested."""
 
 
 def _no_objections(path: str, options: ServingOptions) -> Sequence[str]:

@@ -217,7 +217,7 @@ class LlamaCppEngine:
         try:
             connection.connect()
             answer.follow(connection, self._headers(), self._texts)
-        except Exception as error:  # whoever waits for this answer must hear of it
+        except Exception as error:  # whoever waits for this answer must get it
             answer.give_up(error)
         finally:
             connection.close()

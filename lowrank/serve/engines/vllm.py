@@ -65,7 +65,7 @@ class VllmEngine(ReadsByRenderer):
     ) -> None:
         """`renderers`: how the base (`base`) and each adapter read a conversation; the base's for all others, but that
         `read` tells of the folder of one that is published. `check` raises ModelError for an adapter's folder that vLLM
-        would load without part of it. `notify` hears of adapters that are left out."""
+        would load without part of it. `notify` is called with adapters that are left out."""
         self._vllm, self._tokenizer, self._renderers, self._read = vllm, tokenizer, dict(renderers), read
         self._roots = tuple(root.resolve() for root in roots)
         self._max_num_seqs = max_num_seqs

@@ -1,4 +1,4 @@
-"""Each argument of LLaMA-Factory's own is honored, warned about or refused; what an honored key calls for is heard.
+"""Each argument of LLaMA-Factory's own is honored, warned about or refused; what an honored key calls for is done.
 
 `fields.json` has the fields of its argument classes by module (0.9.6, August 2026).
 """
