@@ -23,7 +23,7 @@ import torch
 from lowrank.devices import to_device
 from lowrank.segments import Media, Segment
 
-BARE_BASE = -1
+BASE_SLOT = -1
 """The slot of segments that see the frozen base and no adapter."""
 
 

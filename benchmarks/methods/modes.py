@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.contrib.layer_wrappers.mixture_of_depths import MixtureOfDepthsConfig
 from lowrank.models.config import FreezeConfig
 from lowrank.models.freezing import train_only
@@ -112,8 +112,8 @@ def _engine(name: str) -> Any:
             base.layer_wrapper = wrap(base.model, MixtureOfDepthsConfig())
         engine = Engine(base, Bank(base), 4096)
         optimizer: Any = AdamWConfig(layerwise=True, max_grad_norm=None) if "layerwise" in name else AdamWConfig()
-        engine.add(BARE_BASE, SFTConfig().build(), optimizer, seed=0, neftune_alpha=0.0)
-        return engine, BARE_BASE, work
+        engine.add(BASE_SLOT, SFTConfig().build(), optimizer, seed=0, neftune_alpha=0.0)
+        return engine, BASE_SLOT, work
     base.shift_attn = 128 if "shift" in name else None
     engine, (slot,) = make_engine(base, VARIANTS["lora"](rank=16))
     if "neftune" in name:

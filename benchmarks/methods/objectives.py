@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link, summary_of
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives import grpo, orpo
@@ -121,9 +121,9 @@ def _difference_of_loss(name: str) -> tuple[float, float]:
     engine = engine_for(model, objective, 16)
     engine.reference_base = Base(other, None, "other")
     choose_layout(engine.reference_base, "auto")
-    forwarded = engine.forward_backward({BARE_BASE: work})[BARE_BASE]
+    forwarded = engine.forward_backward({BASE_SLOT: work})[BASE_SLOT]
     expected = {name: value.grad for name, value in theirs.named_parameters() if value.grad is not None}
-    own = engine.jobs[BARE_BASE].parameters
+    own = engine.jobs[BASE_SLOT].parameters
     scale = max(float(value.abs().max()) for value in expected.values())
     largest = max(float((own[name].grad - value).abs().max()) for name, value in expected.items())  # type: ignore[operator]
     return abs(forwarded.loss - loss.item()) / abs(loss.item()), largest / scale
@@ -133,7 +133,7 @@ def _differences(name: str, config: Any) -> list[tuple[float, float]]:
     """(of the loss, of the gradients) of each form of an objective; none where a test compares pieces."""
     if name == "grpo":
         model = _random_model()
-        near = engine_for(model, grpo.GRPOConfig().build(), 400).logprobs(BARE_BASE, drawn_answers(0, False))
+        near = engine_for(model, grpo.GRPOConfig().build(), 400).logprobs(BASE_SLOT, drawn_answers(0, False))
         return [
             _difference(
                 grpo.GRPOConfig(**ours).build(),
@@ -162,10 +162,10 @@ def _difference(objective: Any, peer: Any, segments: list[Any]) -> tuple[float, 
     loss, _ = peer(theirs, segments)
     loss.backward()
     engine = engine_for(model, objective, max(map(len, segments)) * 3)
-    forwarded = engine.forward_backward({BARE_BASE: segments})[BARE_BASE]
+    forwarded = engine.forward_backward({BASE_SLOT: segments})[BASE_SLOT]
     expected = {name: value.grad for name, value in theirs.named_parameters() if value.grad is not None}
     scale = max(float(value.abs().max()) for value in expected.values())
-    own = engine.jobs[BARE_BASE].parameters
+    own = engine.jobs[BASE_SLOT].parameters
     largest = max(float((own[name].grad - value).abs().max()) for name, value in expected.items())  # type: ignore[operator]
     return abs(forwarded.loss - loss.item()) / abs(loss.item()), largest / scale
 

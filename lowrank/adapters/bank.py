@@ -22,14 +22,14 @@ from lowrank.adapters.embedding import RoutedCopy, RoutedEmbedding
 from lowrank.adapters.injection import Injector, generator_of
 from lowrank.adapters.linear import RoutedLinear
 from lowrank.adapters.prompts import TABLE, PromptSettings
-from lowrank.adapters.routing import Draws, ForwardContext, Routing
+from lowrank.adapters.routing import ForwardContext, RngKey, Routing
 from lowrank.adapters.slot import SavedAdapter, Slot, load_tensors, saved_form
 from lowrank.adapters.soft_prompts import VirtualTokens, runs_of
 from lowrank.adapters.targets import Targets, find_targets, name_of
 from lowrank.adapters.token_rows import token_ids
 from lowrank.adapters.validation import misfits
 from lowrank.adapters.variants import AdapterConfig, TrainingHooks, Variant, reads_all_from_files
-from lowrank.batches import BARE_BASE, Batch
+from lowrank.batches import BASE_SLOT, Batch
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.logprobs import Head
 from lowrank.models.base import Base
@@ -107,28 +107,28 @@ class Bank:
         """Tokens of the longest document a slot reads; None where the base does not say."""
         return None if self.base.max_positions is None else self.base.max_positions - self.num_virtual(slot)
 
-    def hidden(self, batch: Batch, draws: Mapping[int, Draws] | None = None) -> torch.Tensor:
+    def hidden(self, batch: Batch, rng_keys: Mapping[int, RngKey] | None = None) -> torch.Tensor:
         """The last hidden states, (T, D), each segment through its own slot. `batch`: of `prompted` segments, on the
-        base's device; `draws`: in training, where random numbers come from."""
+        base's device; `rng_keys`: in training, where random numbers come from."""
         if self.base.layout_of(batch) != self.base.layout and any(map(self.num_virtual, batch.slots)):
             raise ModelError(
                 f"{self.base.name}: an adapter of virtual tokens cannot be shown media here: its rows are padded"
             )
-        with self.routing.using(self.context(batch, draws)):
-            return self.base.hidden(batch, training=draws is not None)
+        with self.routing.using(self.context(batch, rng_keys)):
+            return self.base.hidden(batch, training=rng_keys is not None)
 
-    def context(self, batch: Batch, draws: Mapping[int, Draws] | None = None) -> ForwardContext:
+    def context(self, batch: Batch, rng_keys: Mapping[int, RngKey] | None = None) -> ForwardContext:
         """What the layers know about the rows of `batch` in a pass of it; arguments as of `hidden`."""
         rows = self.base.rows(batch)
-        return ForwardContext(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, draws or {}, runs_of(batch))
+        return ForwardContext(rows.num_rows, rows.ranges, rows.counter_N, rows.length_N, rng_keys or {}, runs_of(batch))
 
     @contextlib.contextmanager
     def tower_pass(self, slot: int, origin_1: torch.Tensor) -> Generator[None, None, None]:
         """The pass of the tower over the pictures of one document of a slot: all of its rows are that slot's. With a
         graph where the slot trains something there. `origin_1`: `Segment.origin` of the document, (1)."""
         trained = torch.is_grad_enabled() and slot in self.slots and self.slots[slot].outside
-        draws = self.routing.current.draws
-        context = ForwardContext(1, ((slot, 0, 1),), origin_1, draws={} if slot == BARE_BASE else draws)
+        rng_keys = self.routing.current.rng_keys
+        context = ForwardContext(1, ((slot, 0, 1),), origin_1, rng_keys={} if slot == BASE_SLOT else rng_keys)
         with self.routing.using(context), torch.set_grad_enabled(trained):
             yield
 

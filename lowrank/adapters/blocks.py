@@ -18,7 +18,7 @@ from torch import nn
 from lowrank.adapters.bottleneck import Bottleneck, BottleneckSettings, fresh
 from lowrank.adapters.routing import ForwardContext, Routing
 from lowrank.adapters.targets import innermost, is_linear, name_of
-from lowrank.batches import BARE_BASE, pack
+from lowrank.batches import BASE_SLOT, pack
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import dropout
 from lowrank.models.base import Base
@@ -187,7 +187,7 @@ def _watch(base: Base, routing: Routing, layers: nn.ModuleList) -> dict[int, lis
     segment = Segment(np.zeros(2, np.int64), np.zeros(2, np.float32))
     try:
         with torch.no_grad(), routing.using(ForwardContext()):
-            base.hidden(pack([(BARE_BASE, segment)]).to(base.device))
+            base.hidden(pack([(BASE_SLOT, segment)]).to(base.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -77,13 +77,13 @@ class RoutedEmbedding(_Routed):
 
     def _noise(self, slot: int, rows: slice) -> torch.Tensor | None:
         """NEFTune (arXiv:2310.05914): uniform in +-alpha / sqrt(L D). L is the sequence's length."""
-        draws, counter_N = self.routing.current.draws.get(slot), self.routing.current.counter_N
-        if draws is None or not draws.neftune_alpha or counter_N is None:
+        rng_key, counter_N = self.routing.current.rng_keys.get(slot), self.routing.current.counter_N
+        if rng_key is None or not rng_key.neftune_alpha or counter_N is None:
             return None
         key = self.routing.current.key(slot, "neftune")
         assert key is not None
         assert self.routing.current.length_N is not None
-        size_N1 = draws.neftune_alpha / (self.routing.current.length_N[rows, None] * self.embedding_dim).sqrt()
+        size_N1 = rng_key.neftune_alpha / (self.routing.current.length_N[rows, None] * self.embedding_dim).sqrt()
         return uniform(counter_N[rows], self.embedding_dim, key) * size_N1
 
 

@@ -20,8 +20,9 @@ _SPREAD = 0x9E3779B1
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Where a slot's random numbers come from: its job's seed and optimizer step. None of it: no dropout, no noise."""
+class RngKey:
+    """What a slot's random numbers are a function of: its job's seed and optimizer step. None of it: no dropout, no
+    noise."""
 
     seed: int
     step: int
@@ -44,14 +45,14 @@ class ForwardContext:
     `(slot, first row, end row)` for those that are not plainly the base's.
 
     A layer may see k rows for each routed one (sequences of k tokens). `counter_N` and `length_N` (draw counter of each
-    row, length of its sequence) are needed with `draws`.
+    row, length of its sequence) are needed with `rng_keys`.
     """
 
     num_rows: int = 0
     ranges: tuple[tuple[int, int, int], ...] = ()
     counter_N: torch.Tensor | None = None
     length_N: torch.Tensor | None = None
-    draws: Mapping[int, Draws] = field(default_factory=dict)
+    rng_keys: Mapping[int, RngKey] = field(default_factory=dict)
     virtual: tuple[VirtualTokenRows, ...] = ()
     decoding: bool = False
     """The rows are tokens of answers in progress: few of each slot, and the same slots in many batches."""
@@ -61,7 +62,7 @@ class ForwardContext:
 
     def __post_init__(self) -> None:
         # The bare base has no adapter, but its own parameters may be in training, with noise.
-        own = tuple(entry for entry in self.ranges if entry[0] >= 0 or entry[0] in self.draws)
+        own = tuple(entry for entry in self.ranges if entry[0] >= 0 or entry[0] in self.rng_keys)
         object.__setattr__(self, "ranges", own)
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> ForwardContext:
@@ -91,9 +92,9 @@ class ForwardContext:
         return (counter_N[:, None] * _SPREAD + place).reshape(-1)
 
     def key(self, slot: int, layer: str) -> int | None:
-        """The key of a slot's draws at `layer`; None where nothing is drawn."""
-        draws = self.draws.get(slot)
-        return None if draws is None else key_of(draws.seed, draws.step, layer)
+        """The key of a slot's random numbers at `layer`; None where nothing is drawn."""
+        rng_key = self.rng_keys.get(slot)
+        return None if rng_key is None else key_of(rng_key.seed, rng_key.step, layer)
 
 
 class Routing:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank.adapters.prompts import KeyShape, PromptSettings, PromptSite
 from lowrank.adapters.routing import ForwardContext, Routing, VirtualTokenRows
-from lowrank.batches import BARE_BASE, Batch, pack
+from lowrank.batches import BASE_SLOT, Batch, pack
 from lowrank.devices import to_device
 from lowrank.errors import ModelError
 from lowrank.kernels.precision import float32_or_wider
@@ -135,7 +135,7 @@ class VirtualTokens:
         segment = Segment(np.zeros(2, np.int64), np.zeros(2, np.float32))
         try:
             with torch.no_grad(), self.routing.using(ForwardContext()):
-                base.hidden(pack([(BARE_BASE, segment)]).to(base.device))
+                base.hidden(pack([(BASE_SLOT, segment)]).to(base.device))
         finally:
             base.stand_in = before
         layers, kinds = decoder_layers(base.model), set(shapes.values())

@@ -18,7 +18,7 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.slot import Slot
 from lowrank.adapters.targets import name_of
-from lowrank.batches import BARE_BASE, pack
+from lowrank.batches import BASE_SLOT, pack
 from lowrank.models.base import Base
 from lowrank.models.checks.media_isolation import made_up_documents
 from lowrank.segments import Segment
@@ -31,7 +31,7 @@ def unreached(bank: Bank, slots: Iterable[int]) -> dict[int, list[str]]:
     left out. The head counts as called: the loss computes with it."""
     model = bank.base.model
     head = name_of(model, model.get_output_embeddings())
-    targets = {slot: _targets(bank.slots[slot]) - {head} for slot in slots if slot != BARE_BASE}
+    targets = {slot: _targets(bank.slots[slot]) - {head} for slot in slots if slot != BASE_SLOT}
     called: set[str] = set()
 
     def note_call(name: str, module: Any, args: Any) -> None:
@@ -45,7 +45,7 @@ def unreached(bank: Bank, slots: Iterable[int]) -> dict[int, list[str]]:
             media_encoder = bank.base.media_encoder
             with torch.no_grad(), media_encoder.uncached() if media_encoder is not None else nullcontext():
                 for document in _documents(bank.base):
-                    bank.hidden(pack([(BARE_BASE, document)]).to(bank.base.device))
+                    bank.hidden(pack([(BASE_SLOT, document)]).to(bank.base.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,7 +18,7 @@ from lowrank.evaluate.predict import answer_questions, compare, score_labels, un
 from lowrank.evaluate.questions import read_questions
 from lowrank.generate.request import GenerationConfig
 from lowrank.notices import log_notice
-from lowrank.pipelines.inference import BARE
+from lowrank.pipelines.inference import BASE_NAME
 from lowrank.third_party import code_allowed, objects_given
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def evaluate(
     if unscored:
         notify(f"perplexity leaves out {len(unscored)} of {len(questions)} questions: {unscored[0]}")
     labels = [question.label.content for question in questions]
-    verdicts = compare(answers, labels, tuple(metrics), likelihood, BARE if BARE in chosen else None)
+    verdicts = compare(answers, labels, tuple(metrics), likelihood, BASE_NAME if BASE_NAME in chosen else None)
     rows = [
         {
             "adapter": name,

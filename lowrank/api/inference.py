@@ -15,7 +15,7 @@ from lowrank.data.formats.turns import conversation, prompt, read_tools, read_tu
 from lowrank.errors import DataError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.notices import log_notice
-from lowrank.pipelines.inference import BARE, InferenceModel
+from lowrank.pipelines.inference import BASE_NAME, InferenceModel
 from lowrank.records import Conversation, Message
 from lowrank.serve.chat_backends import ChatBackend, GgufChatBackend, backend_reward_model_notice, open_chat_backend
 from lowrank.setting_problems import settings_of
@@ -41,7 +41,7 @@ class Model:
         self._backend = backend
         self._system = system
         self._sampling = dict(sampling or {})
-        self.adapters: list[str] = [name for name in backend.names if name != BARE]
+        self.adapters: list[str] = [name for name in backend.names if name != BASE_NAME]
 
     @property
     def inference(self) -> InferenceModel:
@@ -154,7 +154,7 @@ class Model:
             raise ModelError(
                 f"there are {len(self.adapters)} adapters; say which: adapter= one of {', '.join(self.adapters)}"
             )
-        name = adapter or next(iter(self.adapters), BARE)
+        name = adapter or next(iter(self.adapters), BASE_NAME)
         self._backend.slot(name)
         return name
 

@@ -103,7 +103,7 @@ def _submit_lines(talk: ChatRepl, json: bool) -> None:
     """What comes through a pipe."""
     from lowrank.cli.chat_repl import EXIT_COMMANDS, IMAGE_COMMAND, read_pictures
     from lowrank.errors import LowrankError
-    from lowrank.pipelines.inference import BARE
+    from lowrank.pipelines.inference import BASE_NAME
 
     for number, line in enumerate(sys.stdin, start=1):
         if line.startswith(IMAGE_COMMAND):
@@ -111,7 +111,7 @@ def _submit_lines(talk: ChatRepl, json: bool) -> None:
         elif line.strip() in EXIT_COMMANDS:
             return
         elif json and line.strip() == "/base":
-            _print_row(BARE, *talk.base_quietly())
+            _print_row(BASE_NAME, *talk.base_quietly())
         elif line.startswith("/"):
             try:
                 talk.run_command(line.strip())

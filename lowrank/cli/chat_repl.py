@@ -17,7 +17,7 @@ from lowrank.data.formats.turns import with_thought_apart
 from lowrank.errors import ConfigError, DataError, LowrankError, did_you_mean
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.media.decoding import examine, read_file
-from lowrank.pipelines.inference import BARE
+from lowrank.pipelines.inference import BASE_NAME
 from lowrank.records import Conversation, Message, Picture
 from lowrank.serve.chat_backends import ChatBackend
 from lowrank.terminal import Console, printable
@@ -79,7 +79,9 @@ class ChatRepl:
         self.config = config
         self.console = Console(highlight=False, stderr=stderr)
         self.system = system
-        self.model_names = list(dict.fromkeys(model_names or [next((n for n in backend.names if n != BARE), BARE)]))
+        self.model_names = list(
+            dict.fromkeys(model_names or [next((n for n in backend.names if n != BASE_NAME), BASE_NAME)])
+        )
         for model_name in self.model_names:
             backend.slot(model_name)
         self.history: list[Message] = []
@@ -247,13 +249,13 @@ class ChatRepl:
         self.model_names = list(dict.fromkeys(wanted))
 
     def _send_to_base(self, _: str) -> None:
-        self._stream(BARE, self._last_question())
+        self._stream(BASE_NAME, self._last_question())
 
     def base_quietly(self) -> tuple[str, str]:
         """The last question, and the untouched base's answer to it."""
         question = self._last_question()
-        (found,) = self.backend.answers([(BARE, question)], self.config)
-        return question.messages[-1].content, self._text(BARE, found)
+        (found,) = self.backend.answers([(BASE_NAME, question)], self.config)
+        return question.messages[-1].content, self._text(BASE_NAME, found)
 
     def _last_question(self) -> Conversation:
         questions = [index for index, message in enumerate(self.history) if message.role == "user"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.errors import did_you_mean
 from lowrank.generate.embedding import Pooling, embed
 from lowrank.generate.generation import Generation
@@ -86,7 +86,7 @@ class AdapterRegistry:
     def unpublish(self, name: str) -> None:
         """Take a name away; what it is answering it answers to the end. RequestError if it is not there."""
         with self._lock:
-            if name not in self._slots or self._slots[name] == BARE_BASE:
+            if name not in self._slots or self._slots[name] == BASE_SLOT:
                 raise RequestError(f"there is no adapter {name!r} to withdraw{did_you_mean(name, self._slots)}")
             slot = self._slots.pop(name)
         self._retire(slot)
@@ -99,7 +99,7 @@ class AdapterRegistry:
 
     def _retire(self, slot: int | None) -> None:
         with self._lock:
-            if slot is None or slot == BARE_BASE or slot in self._slots.values():
+            if slot is None or slot == BASE_SLOT or slot in self._slots.values():
                 return
             self._retired.add(slot)
         self._sweep()

@@ -27,27 +27,27 @@ class RequestAdmission:
         """The request as the generator sees it; RequestError if it can never be answered. `notice`: why all are
         answered in fixed batches; None: they are not."""
         virtual = self.bank.num_virtual(prompt.slot)
-        most = self._most(len(prompt.token_L), prompt.slot, config, notice)
+        max_new_tokens = self._max_new_tokens(len(prompt.token_L), prompt.slot, config, notice)
         sequence = Sequence(
             prompt,
             config,
             virtual=virtual,
             stop_tokens=stop_tokens,
-            most=most,
+            max_new_tokens=max_new_tokens,
             tokenizer=self.base.tokenizer,
             constraint=self._constraint(config, stop_tokens),
         )
         steady = self.base.steady_length
-        sequence.alone = steady is not None and virtual + len(prompt.token_L) + most > steady
-        self._refuse_media(prompt, fixed=sequence.alone or notice is not None)
-        sequence.padded = (
+        sequence.single_only = steady is not None and virtual + len(prompt.token_L) + max_new_tokens > steady
+        self._refuse_media(prompt, fixed=sequence.single_only or notice is not None)
+        sequence.needs_padding = (
             prompt.media is not None
             and self.base.media_encoder is not None
             and self.base.media_encoder.in_fixed_batches
         )
         if virtual and (notice or sequence.in_fixed_batch):
             long = f"texts of more than {steady} tokens are answered one by one"
-            reason = notice or (long if sequence.alone else "pictures are asked about in fixed batches")
+            reason = notice or (long if sequence.single_only else "pictures are asked about in fixed batches")
             raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
         return sequence
 
@@ -69,7 +69,7 @@ class RequestAdmission:
         if reason is not None:
             raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")
 
-    def _most(self, length: int, slot: int, config: GenerationConfig, notice: str | None) -> int:
+    def _max_new_tokens(self, length: int, slot: int, config: GenerationConfig, notice: str | None) -> int:
         """Tokens its answer may have; RequestError if its question alone is too long."""
         reach = self.bank.max_positions(slot)
         if length == 0:
@@ -78,13 +78,13 @@ class RequestAdmission:
             raise ContextLengthExceeded(
                 f"the conversation has {length} tokens and the model's maximum context length is {reach}"
             )
-        most = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
+        max_new_tokens = config.max_new_tokens if reach is None else min(config.max_new_tokens, reach - length)
         room = self.room - self.bank.num_virtual(slot)
-        if notice is None and length + most > room:
+        if notice is None and length + max_new_tokens > room:
             raise ContextLengthExceeded(
-                f"the conversation has {length} tokens and may get {most} more; the cache has room for {room}"
+                f"the conversation has {length} tokens and may get {max_new_tokens} more; the cache has room for {room}"
             )
-        return most
+        return max_new_tokens
 
     def _constraint(self, config: GenerationConfig, stop_tokens: frozenset[int]) -> Constraint | None:
         vocabulary = self.base.model.get_output_embeddings().weight.shape[0]

@@ -285,7 +285,7 @@ class Generator:
     def _drop_cancelled(self) -> None:
         for sequence in (*self.schedule.running, *self.schedule.waiting):
             if sequence.cancelled:
-                sequence.give_up("cancelled")
+                sequence.fail("cancelled")
         running = self.schedule.running
         fixed = self.notice is not None or bool(running and running[0].in_fixed_batch)
         self.schedule.drop_finished(running=not fixed)  # a fixed batch goes on without them
@@ -297,7 +297,7 @@ class Generator:
         """
         with self._stepping:
             for sequence in self.schedule.running or self.schedule.waiting:
-                sequence.give_up("error", error)
+                sequence.fail("error", error)
             for slot in {sequence.slot for sequence in self.schedule.running}:
                 self.schedule.invalidate(slot)
             self.schedule.drop_finished()

@@ -26,7 +26,7 @@ def encode_media(base: Base, bank: Bank, sequences: Iterable[Sequence], running:
             try:
                 _show(base, bank, sequence)
             except LowrankError as error:
-                sequence.give_up("error", str(error), refused=True)
+                sequence.fail("error", str(error), refused=True)
 
 
 def pieces_of(plan: list[tuple[Sequence, int]]) -> list[EncodedPiece]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.errors import LowrankError
 from lowrank.segments import Media
 from lowrank.settings import NonNegative, Positive, Settings
@@ -64,7 +64,7 @@ class Prompt:
     """Tokens to continue, and by whom: a slot of the bank, or -1 for the bare base."""
 
     token_L: np.ndarray
-    slot: int = BARE_BASE
+    slot: int = BASE_SLOT
     media: Media | None = None
     """The pictures that its tokens stand for."""
 

@@ -24,12 +24,12 @@ _IN_CACHE = 1 << 17
 """Logits that a processor handles at a time, so that what lies between stays in its caches."""
 
 
-Thoughts = dict[int, tuple[float | None, tuple[tuple[int, float], ...]]]
-"""Of a row, by its place: log-probabilities of its token and of the likeliest."""
+TokenLogprobs = dict[int, tuple[float | None, tuple[tuple[int, float], ...]]]
+"""By row: the log-probability of its token, and (token, log-probability) of the likeliest."""
 
 
-class Drawing(Protocol):
-    """What is drawn for (sequence.py)."""
+class SamplingRow(Protocol):
+    """What sampling reads of a sequence (sequence.py), whose next token it draws."""
 
     tokens: list[int]
     num_prompt: int
@@ -41,9 +41,9 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class SampledToken:
-    """The token of a row, and what the model thought of it. None: its probabilities are not finite.
+    """The token of a row with its log-probability and the likeliest tokens'. None: the probabilities are not finite.
 
-    `fault`: there is no token although the model's own probabilities were finite, because of what was asked.
+    `fault`: why there is no token although the model's own probabilities were finite, which is for what was asked.
     """
 
     token: int | None
@@ -52,7 +52,7 @@ class SampledToken:
     fault: str | None = None
 
 
-def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[SampledToken]:
+def choose(logits_BV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """One token for each row; overwrites the logits.
 
     A GPU is waited for once, and once more where log-probabilities are reported.
@@ -72,11 +72,13 @@ def choose(logits_BV: torch.Tensor, rows: Sequence[Drawing]) -> list[SampledToke
             token_B.index_copy_(0, to_device(torch.tensor(some), drawn.device), drawn)
     numbers_3B = torch.stack([wide(likeliest_B), wide(likeliest_B if own_B is None else own_B), wide(token_B)])
     likeliest, own, tokens = numbers_3B.tolist()
-    thoughts: Thoughts = {} if logprob_RV is None else _thoughts(logprob_RV, _of(token_B, reported), rows, reported)
+    logprobs_of_row: TokenLogprobs = (
+        {} if logprob_RV is None else _token_logprobs(logprob_RV, _of(token_B, reported), rows, reported)
+    )
     choices = []
     for index, row in enumerate(rows):
         if math.isfinite(likeliest[index]):
-            choices.append(SampledToken(int(tokens[index]), *thoughts.get(index, (None, ()))))
+            choices.append(SampledToken(int(tokens[index]), *logprobs_of_row.get(index, (None, ()))))
         else:
             too_much = _is_adjusted(row) and math.isfinite(own[index])
             choices.append(SampledToken(None, fault=_fault_of(row) if too_much else None))
@@ -90,32 +92,32 @@ def _of(value_B: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
     return value_B.index_select(0, to_device(torch.tensor(indices), value_B.device))
 
 
-def _thoughts(
-    logprob_RV: torch.Tensor, token_R: torch.Tensor, rows: Sequence[Drawing], reported: Sequence[int]
-) -> Thoughts:
+def _token_logprobs(
+    logprob_RV: torch.Tensor, token_R: torch.Tensor, rows: Sequence[SamplingRow], reported: Sequence[int]
+) -> TokenLogprobs:
     """Of each row that wants it: the log-probability of its token, and as many of the likeliest as it asked for."""
     wanted = [rows[index].config.logprobs or 0 for index in reported]
     value_RK, likely_RK = logprob_RV.topk(min(max(wanted), logprob_RV.shape[-1]))
     own_R1 = logprob_RV.gather(1, token_R[:, None])
     read_R = torch.cat([wide(own_R1), wide(value_RK), wide(likely_RK)], dim=1).tolist()
-    found: Thoughts = {}
+    found: TokenLogprobs = {}
     for index, number, (own, *both) in zip(reported, wanted, read_R):
         values, likely = both[: len(both) // 2], both[len(both) // 2 :]
         found[index] = own, tuple(zip(map(int, likely[:number]), values[:number]))
     return found
 
 
-def _is_adjusted(row: Drawing) -> bool:
+def _is_adjusted(row: SamplingRow) -> bool:
     """Something that was asked for may leave no token at all."""
     return row.constraint is not None or row.config.repetition_penalty != 1.0 or bool(row.config.logit_bias)
 
 
-def _fault_of(row: Drawing) -> str:
+def _fault_of(row: SamplingRow) -> str:
     problem = None if row.constraint is None else row.constraint.problem
     return problem or "repetition_penalty and logit_bias leave no token that is possible"
 
 
-def _adjust(logits_V: torch.Tensor, row: Drawing) -> None:
+def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> None:
     """Everything that comes before the temperature, in place."""
     config = row.config
     if config.repetition_penalty != 1.0:
@@ -133,7 +135,7 @@ def _adjust(logits_V: torch.Tensor, row: Drawing) -> None:
         row.constraint.mask(logits_V)
 
 
-def _alike(rows: Sequence[Drawing]) -> dict[tuple[bool, int], list[int]]:
+def _alike(rows: Sequence[SamplingRow]) -> dict[tuple[bool, int], list[int]]:
     """Places of the rows that draw, by how: (whether from sorted ones, from how many of them; 0: from all)."""
     found: dict[tuple[bool, int], list[int]] = {}
     for index, row in enumerate(rows):
@@ -143,7 +145,7 @@ def _alike(rows: Sequence[Drawing]) -> dict[tuple[bool, int], list[int]]:
     return found
 
 
-def _draw(logits_BV: torch.Tensor, rows: Sequence[Drawing], in_order: bool, top_k: int) -> torch.Tensor:
+def _draw(logits_BV: torch.Tensor, rows: Sequence[SamplingRow], in_order: bool, top_k: int) -> torch.Tensor:
     """(B) tokens from what temperature, top-k, top-p and min-p leave of each row."""
     if len(rows) == 1 and logits_BV.device.type != "cpu":
         # CUDA sums up a single row by another algorithm than several, and not to the same bits twice

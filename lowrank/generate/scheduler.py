@@ -44,9 +44,9 @@ class Scheduler:
         """How many of those who come next are answered as one fixed batch; 0: nobody, or others are being answered."""
         if self.running or not self.waiting:
             return 0
-        if self.waiting[0].alone:
+        if self.waiting[0].single_only:
             return 1
-        alike = takewhile(lambda sequence: sequence.padded and not sequence.alone, self.waiting)
+        alike = takewhile(lambda sequence: sequence.needs_padding and not sequence.single_only, self.waiting)
         return min(self.config.max_num_seqs, sum(1 for _ in alike))
 
     def plan(self) -> list[tuple[Sequence, int]]:

@@ -24,12 +24,12 @@ class Sequence:
         config: GenerationConfig,
         *,
         stop_tokens: frozenset[int],
-        most: int,
+        max_new_tokens: int,
         tokenizer: Any,
         constraint: Constraint | None,
         virtual: int = 0,
     ) -> None:
-        """`most`: tokens of the answer at the most, which may be fewer than `config` says. `virtual`: tokens of its
+        """`max_new_tokens`: of the answer, which may be fewer than `config` says. `virtual`: tokens of its
         slot that come before its own."""
         self.virtual = virtual
         self.tokens: list[int] = [*[0] * virtual, *prompt.token_L.tolist()]
@@ -41,7 +41,7 @@ class Sequence:
         """What the tower made of its pictures, once somebody looked."""
         self.config = config
         self.stop_tokens = stop_tokens
-        self.most = most
+        self.max_new_tokens = max_new_tokens
         self.seed = config.seed if config.seed is not None else int.from_bytes(os.urandom(8), "little")
         self.constraint = constraint
         self.text = IncrementalDetokenizer(tokenizer, config.stop, config.preserved_tokens)
@@ -54,16 +54,16 @@ class Sequence:
         self.finish: str | None = None
         self.stop_token: int | None = None
         self.cancelled = False
-        self.alone = False
-        """It is answered by itself: its length would change how positions of others are read."""
-        self.padded = False
+        self.single_only = False
+        """It is answered without others: its length would change how their positions are read."""
+        self.needs_padding = False
         """Its pictures want padded rows: it is answered in a fixed batch, with others of the kind."""
         self._stream = TokenStream()
 
     @property
     def in_fixed_batch(self) -> bool:
         """It has no place in steps: transformers' own `generate` answers it."""
-        return self.alone or self.padded
+        return self.single_only or self.needs_padding
 
     @property
     def remaining(self) -> int:
@@ -88,7 +88,7 @@ class Sequence:
         """The next token; tells the listeners, and knows afterwards whether it was the last."""
         if choice.token is None:
             diverged = "the probabilities are not finite: this adapter, or the base, has diverged"
-            self.give_up("error", choice.fault or diverged, refused=choice.fault is not None)
+            self.fail("error", choice.fault or diverged, refused=choice.fault is not None)
             return
         if choice.token in self.stop_tokens:
             self.stop_token = choice.token
@@ -98,7 +98,7 @@ class Sequence:
         if self.constraint is not None:
             self.constraint.add(choice.token)
             if self.constraint.problem is not None:
-                self.give_up("error", self.constraint.problem, refused=True)
+                self.fail("error", self.constraint.problem, refused=True)
                 return
         text = self.text.add(choice.token)
         chunk = TokenChunk(choice.token, text, choice.logprob, choice.top)
@@ -106,12 +106,12 @@ class Sequence:
             self._end("stop", chunk)
         elif self.constraint is not None and self.constraint.complete:
             self._end("stop", TokenChunk(choice.token, text + self.text.end(), choice.logprob, choice.top))
-        elif len(self.tokens) - self.num_prompt >= self.most:
+        elif len(self.tokens) - self.num_prompt >= self.max_new_tokens:
             self._end("length", TokenChunk(choice.token, text + self.text.end(), choice.logprob, choice.top))
         else:
             self._stream.push(chunk)
 
-    def give_up(self, finish: str, error: str | None = None, *, refused: bool = False) -> None:
+    def fail(self, finish: str, error: str | None = None, *, refused: bool = False) -> None:
         """It ends without a last token: cancelled, or error."""
         if self.finish is None:
             self._end(finish, TokenChunk(None, self.text.end(), error=error, refused=refused))

@@ -84,7 +84,7 @@ def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], N
         seen_BL[place, longest - len(row.tokens) :] = 1
     ranges = tuple((row.slot, place, place + 1) for place, row in enumerate(rows))
     routed = bank.routing.using(ForwardContext(len(rows), ranges))
-    config = GenerationConfig(max_new_tokens=max(row.most for row in rows), do_sample=False, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=max(row.max_new_tokens for row in rows), do_sample=False, pad_token_id=0)
     shown = (
         {}
         if base.media_encoder is None

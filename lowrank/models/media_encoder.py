@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lowrank.batches import BARE_BASE, Batch, Pixels, pack
+from lowrank.batches import BASE_SLOT, Batch, Pixels, pack
 from lowrank.devices import to_device
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
@@ -175,7 +175,7 @@ class MediaEncoder:
             for name, value in tensors.items()
         }
 
-    def encode(self, token_L: np.ndarray, media: Media, slot: int = BARE_BASE) -> EncodedMedia:
+    def encode(self, token_L: np.ndarray, media: Media, slot: int = BASE_SLOT) -> EncodedMedia:
         """Let the tower, as `slot` has it, look at the pictures of one document, once for all of its answer."""
         segment = Segment(token_L, np.zeros(len(token_L), np.float32), media=media)
         batch = self.ready(pack([(slot, segment)])).to(self._base.device)

@@ -12,7 +12,7 @@ import torch
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.own_tokens import learn_tokens, own_tokens
 from lowrank.checkpoints.peft_layout import load_adapter, read_adapter_header
@@ -36,7 +36,7 @@ from lowrank.pipelines.media import attach_media_encoder
 from lowrank.records import Conversation, Picture, Rated
 from lowrank.third_party import code_allowed
 
-BARE = "base"
+BASE_NAME = "base"
 """How the untouched base is called among the models."""
 
 
@@ -57,7 +57,7 @@ class InferenceModel:
     bank: Bank
     renderer: Renderer
     """The base's, and that of every model without one of its own."""
-    slots: dict[str, int] = field(default_factory=lambda: {BARE: BARE_BASE})
+    slots: dict[str, int] = field(default_factory=lambda: {BASE_NAME: BASE_SLOT})
     value_heads: dict[str, torch.Tensor] = field(default_factory=dict)
     """(D) of the models that are reward models."""
     folders: dict[str, Path] = field(default_factory=dict)
@@ -231,13 +231,13 @@ def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> Inferen
         notify(notice)
     base = loading.load(found.model, tokenizer=tokenizer, notify=notify)
     renderers = renderers_of(found, tokenizer, base.max_positions)
-    trained = InferenceModel(base, Bank(base), renderers.pop(BARE), renderers=renderers)
+    trained = InferenceModel(base, Bank(base), renderers.pop(BASE_NAME), renderers=renderers)
     if found.trained_base is not None:
         name, folder = found.trained_base
-        trained.slots = {name: BARE_BASE}
+        trained.slots = {name: BASE_SLOT}
         _attach_value_head(trained, name, folder)
     elif Path(found.model.path).is_dir():  # a reward model that was exported whole
-        _attach_value_head(trained, BARE, Path(found.model.path))
+        _attach_value_head(trained, BASE_NAME, Path(found.model.path))
     for name, folder in found.adapters.items():
         saved = on_model(load_adapter(folder), base.model)
         for note in saved.notes:
@@ -263,7 +263,7 @@ def renderers_of(found: ModelArtifacts, tokenizer: Any, reach: int | None = None
     """How the base (`base`) and each adapter read a conversation; those with the same settings share a renderer.
     `reach`: tokens that the base reads."""
     made: dict[str, Renderer] = {}
-    settings = {BARE: found.data, **{name: found.data_of.get(name, found.data) for name in found.adapters}}
+    settings = {BASE_NAME: found.data, **{name: found.data_of.get(name, found.data) for name in found.adapters}}
     settings = {name: data.within(reach) for name, data in settings.items()}
     keys = {name: _key(data) for name, data in settings.items()}
     return {name: made.setdefault(keys[name], Renderer(tokenizer, data)) for name, data in settings.items()}
@@ -303,8 +303,8 @@ def _attach_value_head(trained: InferenceModel, name: str, folder: Path) -> None
 
 
 def _digest(bank: Bank, slot: int) -> str:
-    if slot == BARE_BASE:
-        return BARE
+    if slot == BASE_SLOT:
+        return BASE_NAME
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(bank.parameters(slot).items()):
         digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.live_commands import CommandQueue
 from lowrank.config import JobConfig
 from lowrank.errors import LowrankError
@@ -325,7 +325,7 @@ class JobQueue:
         self.allocator.release(job)
 
     def _release_finished(self) -> None:
-        for job in [job for job in self.jobs if not job.active and job.slot != BARE_BASE]:
+        for job in [job for job in self.jobs if not job.active and job.slot != BASE_SLOT]:
             self._release_slot(job)
 
     def _release_held(self) -> None:

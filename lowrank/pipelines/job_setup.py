@@ -10,7 +10,7 @@ from typing import Any
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.unreached import num_targets, unreached
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.checkpoints.value_head import read_value_head
@@ -43,7 +43,7 @@ def start_job(
 ) -> Job:
     """The job's adapter on the base (or the base itself), its optimizer, and its place in the loop. `slot`: the one it
     had, where a run goes on; None: the first that is free."""
-    slot = BARE_BASE if config.trains_base else _attach(engine, config, data, report, slot)
+    slot = BASE_SLOT if config.trains_base else _attach(engine, config, data, report, slot)
     _check_reach(engine, slot, config, data)
     _check_cached_tower(engine, slot, config)
     num_steps, noise = num_steps_of(config, data), config.neftune_noise_alpha or 0.0
@@ -76,7 +76,7 @@ def _check_cached_tower(engine: Engine, slot: int, config: JobConfig) -> None:
     reach shows on the model alone; settings that say so themselves are refused before (config/checks.py)."""
     media_encoder = engine.base.media_encoder
     cached = media_encoder is not None and media_encoder.feature_cache is not None
-    if cached and slot != BARE_BASE and engine.bank.slots[slot].outside:
+    if cached and slot != BASE_SLOT and engine.bank.slots[slot].outside:
         raise ModelError(
             f"model.cache_vision_features: the adapter of job {config.name} reaches the tower or the projector, whose "
             "features then change with every step; leave cache_vision_features out, or name the language model's "

@@ -25,7 +25,7 @@ from lowrank.evaluate.predict import (
 )
 from lowrank.evaluate.questions import Question, read_questions
 from lowrank.generate.request import GenerationConfig
-from lowrank.pipelines.inference import BARE, InferenceModel, open_inference_model, reward_model_notice
+from lowrank.pipelines.inference import BASE_NAME, InferenceModel, open_inference_model, reward_model_notice
 from lowrank.report.thumbnails import write_thumbnails
 
 Done = Callable[[int, int], None]
@@ -100,7 +100,7 @@ def predict(
             likelihood, unscored = score_labels(answering, questions, on_done=done)
     missing = unanswered(answers)
     labels = [question.label.content for question in questions]
-    verdicts = compare(answers, labels, names, likelihood, BARE if BARE in chosen else None)
+    verdicts = compare(answers, labels, names, likelihood, BASE_NAME if BASE_NAME in chosen else None)
     warn([each.describe(len(questions)) for each in missing])
     warn(_left_out(verdicts, len(questions), unscored, list(likelihood)))
     write_predictions(request.folder / "predictions.jsonl", questions, answers)
@@ -139,7 +139,7 @@ def _write_as_llamafactory(
     chosen: Sequence[str],
 ) -> None:
     """Of the first model that is not the base: what scripts made for LLaMA-Factory's predictions read."""
-    name = next((each for each in chosen if each != BARE), BARE)
+    name = next((each for each in chosen if each != BASE_NAME), BASE_NAME)
     renderer, tokenizer = answering.renderers[name], answering.base.tokenizer
     lines = []
     for question, own in zip(questions, answers):

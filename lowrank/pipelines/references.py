@@ -9,7 +9,7 @@ from typing import Any
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.peft_layout import load_adapter
 from lowrank.config import JobConfig
@@ -51,7 +51,7 @@ def load_reference_base(
     engine: Engine, jobs: Sequence[JobConfig], model: ModelConfig, report: Callable[[Event], None]
 ) -> None:
     """A second copy of the base, where a job compares with its logits and changes its weights."""
-    if jobs and jobs[0].trains_base and needs(engine.jobs[BARE_BASE].objective, "reference_logits"):
+    if jobs and jobs[0].trains_base and needs(engine.jobs[BASE_SLOT].objective, "reference_logits"):
         report(Notice("loading the base a second time, as what the objective compares with; it takes its memory again"))
         engine.reference_base = loading.load(model, tokenizer=engine.base.tokenizer)
 
@@ -96,12 +96,12 @@ def _references(engine: Engine, name: str | None, own: ModelConfig, report: Call
     base = loading.load(model, tokenizer=engine.base.tokenizer)
     other = Engine(base, Bank(base), engine.micro_batch_tokens, engine.shares_prompts)
     other.lanes = engine.lanes
-    slot = BARE_BASE
+    slot = BASE_SLOT
     for place in found.adapters.values():
         saved = on_model(load_adapter(Path(place)), base.model)
         slot = other.bank.add(saved.config, seed=0)
         other.bank.load(slot, saved.tensors)
-    return References(other, references_folder() if slot == BARE_BASE else None, slot)
+    return References(other, references_folder() if slot == BASE_SLOT else None, slot)
 
 
 def _compute(

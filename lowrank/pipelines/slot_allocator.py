@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.config import JobConfig, RunConfig
 from lowrank.data.prepare import Prepared
 from lowrank.errors import LowrankError
@@ -58,7 +58,7 @@ class SlotAllocator:
 
     def release(self, job: Job) -> None:
         """Free a job's slot, and the memory of its adapter and optimizer."""
-        assert job.slot != BARE_BASE, "the base's own parameters have no slot to free"
+        assert job.slot != BASE_SLOT, "the base's own parameters have no slot to free"
         self.engine.remove(job.slot)
         self.engine.bank.remove(job.slot)
         if job.rollouts is not None and job.rollouts.reward_slot is not None:

@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.batches import BARE_BASE, Batch, pack
+from lowrank.batches import BASE_SLOT, Batch, pack
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.attention.packed import BoundariesMissing
@@ -162,13 +162,13 @@ class Simulation:
         segment = Segment(np.zeros(4, np.int64), np.zeros(4, np.float32))
         try:
             with torch.no_grad():
-                base.hidden(pack([(BARE_BASE, segment)]).moved(self._move), training=True)
+                base.hidden(pack([(BASE_SLOT, segment)]).moved(self._move), training=True)
         except BoundariesMissing:
             return False
         return True
 
     def _add(self, job: PlannedJob, seed: int) -> int:
-        slot = BARE_BASE if job.adapter is None else self._engine.bank.add(job.adapter, seed=seed)
+        slot = BASE_SLOT if job.adapter is None else self._engine.bank.add(job.adapter, seed=seed)
         at_once = job.optimizer.model_copy(update={"layerwise": False})
         self._engine.add(slot, job.objective, at_once, seed, job.neftune_alpha)
         if job.optimizer.layerwise:
@@ -177,7 +177,7 @@ class Simulation:
 
     def _drop_gradients_as_they_come(self) -> None:
         """As layer-wise updates do; what the optimizer keeps is found out in a step of its own."""
-        masters = self._engine.jobs[BARE_BASE].parameters
+        masters = self._engine.jobs[BASE_SLOT].parameters
         for name, weight in self.base.model.named_parameters():  # a value head is small
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(lambda _, name=name: setattr(masters[name], "grad", None))
@@ -217,7 +217,7 @@ class Simulation:
 
     def _shared(self, batches: Sequence[Batch], place: int) -> tuple[Media, ...]:
         """Of whose pictures the bare tower has spoken when the pass at `place` runs, and later passes want it."""
-        bare = {slot for slot, each in self._engine.bank.slots.items() if not each.outside} | {BARE_BASE}
+        bare = {slot for slot, each in self._engine.bank.slots.items() if not each.outside} | {BASE_SLOT}
         own = [[media for index, media in batch.media if batch.slots[index] in bare] for batch in batches]
         later = {media.items for each in own[place + 1 :] for media in each}
         return _each_once([media for each in own[: place + 1] for media in each if media.items in later])
@@ -232,7 +232,7 @@ class Simulation:
             self._leave_gradients(heaviest.others)
             earlier = live.now - before
             engine.passes.trace(ready, peaks)
-            self._leave_gradients(set(engine.jobs) - {BARE_BASE})
+            self._leave_gradients(set(engine.jobs) - {BASE_SLOT})
         gradients = live.now - before
         optimizer = self._optimizer_state()
         for job in engine.jobs.values():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
@@ -125,7 +125,7 @@ def _engine(memory: StepMemory, plan: MemoryPlan, core: tuple[int, ...] | None) 
     set_activation_checkpointing(model, plan.activation_checkpointing)
     engine = Engine(base, Bank(base), plan.micro_batch_tokens)
     for seed, job in enumerate(memory.jobs):
-        slot = BARE_BASE if job.adapter is None else engine.bank.add(job.adapter, seed=seed)
+        slot = BASE_SLOT if job.adapter is None else engine.bank.add(job.adapter, seed=seed)
         engine.add(slot, job.objective, job.optimizer, seed, job.neftune_alpha)
     return engine
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE, Batch, Scores
+from lowrank.batches import BASE_SLOT, Batch, Scores
 from lowrank.kernels.token_scores import token_scores
 from lowrank.kernels.value_head import last_token_values, token_values
 from lowrank.models.base import Base
@@ -71,7 +71,7 @@ class BatchScores:
     @torch.no_grad()
     def _bare_hidden(self, base: Base, part: Batch) -> torch.Tensor:
         """The last hidden states of a job's segments without its adapter, (T, D)."""
-        bare = replace(part, slot_S=torch.full_like(part.slot_S, BARE_BASE), slots=(BARE_BASE,) * len(part.slots))
+        bare = replace(part, slot_S=torch.full_like(part.slot_S, BASE_SLOT), slots=(BASE_SLOT,) * len(part.slots))
         if base is not self._base:
             return base.hidden(bare)
         with self._bank.routing.using(self._bank.context(bare, None)):

@@ -10,7 +10,7 @@ import torch
 
 from lowrank.adapters.calibration import CalibrationBatch
 from lowrank.adapters.routing import ForwardContext
-from lowrank.batches import BARE_BASE, Batch
+from lowrank.batches import BASE_SLOT, Batch
 from lowrank.data.batching.dataloader import DataLoader
 from lowrank.train.engine import Engine
 
@@ -19,7 +19,7 @@ def calibration_passes(engine: Engine, dataloader: DataLoader) -> Iterator[tuple
     """The steps of `dataloader` from its beginning, without end; nothing is taken from it."""
     own = dataloader.again()
     while True:
-        batches = engine.micro_batches({BARE_BASE: own.next_step()})
+        batches = engine.micro_batches({BASE_SLOT: own.next_step()})
         yield tuple(_calibration_batch(engine, replace(batch, filler=0).to(engine.base.device)) for batch in batches)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.full_model import save_full
 from lowrank.checkpoints.optimizer_state import flatten_optimizer, restore_optimizer
 from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
@@ -72,7 +72,7 @@ class Checkpointer:
                 write_value_head(partial, value_D.detach(), critic=critic)
 
         with self.engine.settled([job.slot]):
-            if job.slot == BARE_BASE:
+            if job.slot == BASE_SLOT:
                 save_full(path, self.engine.base.model, also)
             else:
                 save_adapter(
@@ -134,7 +134,7 @@ class Checkpointer:
             state["loss_scale"] = dataclasses.asdict(trained.scale)
         value_D = None if trained.value_D is None else trained.value_D.detach()
         critic = value_D is not None and needs(trained.objective, "token_values")
-        if job.slot == BARE_BASE:
+        if job.slot == BASE_SLOT:
             parameters = {name: parameter.detach() for name, parameter in _of_base(trained.parameters).items()}
             return JobState(job.name, state, optimizer, parameters=parameters, value_D=value_D, critic=critic)
         rest = self.engine.bank.state(job.slot)
@@ -146,7 +146,7 @@ class Checkpointer:
         restore_optimizer(
             trained.optimizer, trained.parameters, saved.optimizer
         )  # first: it may decide what is trained
-        if job.slot == BARE_BASE:
+        if job.slot == BASE_SLOT:
             _copy_into(_of_base(trained.parameters), saved.parameters)
             trained.refresh()
         elif saved.adapter_state:

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE, Batch, Totals
+from lowrank.batches import BASE_SLOT, Batch, Totals
 from lowrank.errors import ModelError
 from lowrank.kernels.host_memory import Heap
 from lowrank.models.base import Base
@@ -59,7 +59,7 @@ class Engine(ScoringEngine):
         neftune_alpha: float,
         num_steps: int | None = None,
     ) -> None:
-        """Train what is in `slot` (BARE_BASE: the base's own parameters). `num_steps`: see TrainedJob."""
+        """Train what is in `slot` (BASE_SLOT: the base's own parameters). `num_steps`: see TrainedJob."""
         self.jobs[slot] = new_job(
             self.base,
             self.bank,
@@ -117,13 +117,13 @@ class Engine(ScoringEngine):
 
     def _begin_layerwise(self, work: StepSegments, learning_rates: Mapping[int, float]) -> LayerwiseUpdates | None:
         """What updates the base within this step's backward pass, if anything does."""
-        job = self.jobs[BARE_BASE] if BARE_BASE in work else None
+        job = self.jobs[BASE_SLOT] if BASE_SLOT in work else None
         if job is None or job.layerwise is None:
             return None
         job.layerwise.begin()
-        if BARE_BASE not in learning_rates:
+        if BASE_SLOT not in learning_rates:
             return None
-        set_learning_rate(job.optimizer, learning_rates[BARE_BASE])
+        set_learning_rate(job.optimizer, learning_rates[BASE_SLOT])
         return job.layerwise
 
     def _forward_backward(
@@ -178,7 +178,7 @@ class Engine(ScoringEngine):
                 return torch.stack(shares).sum()
 
             def updating(last: bool = number == len(batches) - 1) -> contextlib.AbstractContextManager[object]:
-                updates = layerwise is not None and last and math.isfinite(sum(losses[BARE_BASE]))
+                updates = layerwise is not None and last and math.isfinite(sum(losses[BASE_SLOT]))
                 return layerwise.updating() if layerwise is not None and updates else contextlib.nullcontext()
 
             self.passes.train(ready, loss_of, updating)
@@ -186,7 +186,7 @@ class Engine(ScoringEngine):
 
     def _add_penalty(self, slot: int, metrics: Metrics) -> None:
         """The gradient of what an adapter itself wants small, which is no part of the loss that is reported."""
-        penalty = None if slot == BARE_BASE else self.bank.penalty(slot)
+        penalty = None if slot == BASE_SLOT else self.bank.penalty(slot)
         if penalty is not None:
             scale = self.jobs[slot].scale
             (penalty if scale is None else penalty * scale.value).backward()
@@ -197,7 +197,7 @@ class Engine(ScoringEngine):
         job = self.jobs[slot]
 
         def after_update() -> None:
-            if slot != BARE_BASE and job.num_steps is not None:
+            if slot != BASE_SLOT and job.num_steps is not None:
                 self.bank.after_update(slot, job.step, job.num_steps)
 
         return update(job, learning_rate, after_update)

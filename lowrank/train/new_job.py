@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.errors import ModelError
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.precision import float32_or_wider
@@ -39,10 +39,10 @@ def new_job(
     num_steps: int | None,
     notify: Callable[[str], None],
 ) -> TrainedJob:
-    """What trains `slot` of the bank (BARE_BASE: the base's own parameters that are not frozen). `notify` gets what a
+    """What trains `slot` of the bank (BASE_SLOT: the base's own parameters that are not frozen). `notify` gets what a
     person should know of the optimizer. ModelError for settings that this base cannot be trained with."""
     masters, own = None, {}
-    if slot == BARE_BASE:
+    if slot == BASE_SLOT:
         own = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
         masters = MasterWeights(own, settings.trains_in_parts)
         parameters, refresh, factors = masters.parameters, masters.refresh, None

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.routing import Draws
-from lowrank.batches import BARE_BASE, Batch, pack
+from lowrank.adapters.routing import RngKey
+from lowrank.batches import BASE_SLOT, Batch, pack
 from lowrank.devices import to_device
 from lowrank.models.base import Base
 from lowrank.segments import Segment
@@ -37,7 +37,7 @@ class Passes:
         self.ahead.expect(batches, following)
         if self._base.media_encoder is not None:
             slots = {slot for batch in batches for slot in batch.slots}
-            bare = {slot for slot in slots if slot == BARE_BASE or not self._bank.slots[slot].outside}
+            bare = {slot for slot in slots if slot == BASE_SLOT or not self._bank.slots[slot].outside}
             self._base.media_encoder.shared.expect(batches, bare)
 
     def ready(
@@ -57,17 +57,17 @@ class Passes:
 
         `wanted_T`: (T) bool, the targets whose log-probabilities are asked for; None: all that carry weight.
         """
-        draws = self.draws() if train else None
+        rng_keys = self.rng_keys() if train else None
         wanted_T = batch.weight_T != 0 if wanted_T is None else wanted_T
         wanted = tuple(
             (head, wanted_T[first:end].nonzero()[:, 0] + first)
             for head, first, end in heads_of(self._base, self._bank, batch)
         )
-        return PreparedPass(batch, self._bank.context(batch, draws), wanted)
+        return PreparedPass(batch, self._bank.context(batch, rng_keys), wanted)
 
-    def draws(self) -> dict[int, Draws]:
+    def rng_keys(self) -> dict[int, RngKey]:
         """Where the random numbers of each job's next training pass come from."""
-        return {slot: Draws(job.seed, job.step, job.neftune_alpha) for slot, job in self._jobs.items()}
+        return {slot: RngKey(job.seed, job.step, job.neftune_alpha) for slot, job in self._jobs.items()}
 
     def hidden(self, ready: PreparedPass) -> torch.Tensor:
         """The last hidden states, (T, D), each segment through its own slot, of a pass without backward."""
@@ -111,7 +111,7 @@ class Passes:
         that counts. `head`: the others compute with the head."""
         token = Segment(np.zeros(1, np.int64), np.zeros(1, np.float32))
         for _ in range(passes):
-            ready = self.ready(pack([(BARE_BASE, token)]), train=False)
+            ready = self.ready(pack([(BASE_SLOT, token)]), train=False)
             with self._bank.routing.using(ready.context), torch.set_grad_enabled(train):
                 hidden_TD = self._base.hidden(ready.batch, training=train)
                 with self._base.placement.head() if head else contextlib.nullcontext():

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.atomic import new_file
 from lowrank.checkpoints.full_model import unwrapped_state
 from lowrank.checkpoints.tensor_file import read_tensors, write_tensors
@@ -68,7 +68,7 @@ class References:
     """Reference log-probabilities of segments, by their content. `folder`: where they are kept; None: nowhere. `slot`:
     of the adapter that gives them; left out: none does."""
 
-    def __init__(self, engine: Engine, folder: Path | None, slot: int = BARE_BASE) -> None:
+    def __init__(self, engine: Engine, folder: Path | None, slot: int = BASE_SLOT) -> None:
         self._engine: Engine | None = engine
         self._slot = slot
         self._folder = folder / digest_of_model(engine.base.model) if folder else None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.errors import DataError
 from lowrank.generate.request import Answer, GenerationConfig, Prompt
 from lowrank.kernels.counter_random import key_of
@@ -186,7 +186,7 @@ class Rollouts:
         if self._objective.steps_per_batch > 1 or needs(self._objective, "token_values"):
             drawn.logprob = self._engine.logprobs(self._slot, segments)
         if self._objective.compares:
-            drawn.reference = self._engine.logprobs(BARE_BASE, segments)
+            drawn.reference = self._engine.logprobs(BASE_SLOT, segments)
         judged = self._objective.judge(drawn)
         self.metrics = metrics | judged.metrics
         failed_N = np.array([answer.finish == "error" for answer in answers])

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.errors import ModelError
 from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
 from lowrank.objectives.sft import SFTConfig
@@ -315,9 +315,9 @@ def test_full_parameter_tuning_is_a_plain_torch_loop(tied: bool, dtype: torch.dt
     base.model.requires_grad_(True)
     engine = Engine(base, Bank(base), micro_batch_tokens=30)
     settings = AdamWConfig(weight_decay=0.1, max_grad_norm=0.5)
-    engine.add(BARE_BASE, SFTConfig().build(), settings, seed=0, neftune_alpha=0.0)
+    engine.add(BASE_SLOT, SFTConfig().build(), settings, seed=0, neftune_alpha=0.0)
     twin = make_model("llama", dtype, tie_word_embeddings=tied).requires_grad_(True)
-    assert ("lm_head.weight" in engine.jobs[BARE_BASE].parameters) is not tied
+    assert ("lm_head.weight" in engine.jobs[BASE_SLOT].parameters) is not tied
     decayed = Trainer.get_decay_parameter_names(None, twin)  # type: ignore[arg-type]  # asks nothing of the trainer
     groups = [
         {
@@ -336,8 +336,8 @@ def test_full_parameter_tuning_is_a_plain_torch_loop(tied: bool, dtype: torch.dt
         assert norm > 0.5, "clipping is part of the test"
         optimizer.step()
         optimizer.zero_grad()
-        forwarded = engine.forward_backward({BARE_BASE: segments})[BARE_BASE]
-        updated = engine.optim_step(BARE_BASE, 1e-3)
+        forwarded = engine.forward_backward({BASE_SLOT: segments})[BASE_SLOT]
+        updated = engine.optim_step(BASE_SLOT, 1e-3)
         assert forwarded.loss == pytest.approx(loss.item(), abs=tolerance)
         assert updated.grad_norm == pytest.approx(norm.item(), rel=1e-4 if dtype == torch.float32 else 1e-9)
     for name, parameter in twin.named_parameters():
@@ -351,10 +351,10 @@ def test_full_parameter_tuning_hears_neftune() -> None:
         base = make_base("llama")
         base.model.requires_grad_(True)
         engine = Engine(base, Bank(base), 4096)
-        engine.add(BARE_BASE, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=alpha)
-        work = {BARE_BASE: random_step(0, [9, 20])}
-        losses.append((engine.forward_backward(work)[BARE_BASE].loss, engine.evaluate(work)[BARE_BASE].loss))
-        table = engine.jobs[BARE_BASE].parameters["model.embed_tokens.weight"]
+        engine.add(BASE_SLOT, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=alpha)
+        work = {BASE_SLOT: random_step(0, [9, 20])}
+        losses.append((engine.forward_backward(work)[BASE_SLOT].loss, engine.evaluate(work)[BASE_SLOT].loss))
+        table = engine.jobs[BASE_SLOT].parameters["model.embed_tokens.weight"]
         assert table.grad is not None
         assert table.grad.norm() > 0
     (plain, evaluated), (noisy, evaluated_noisy) = losses

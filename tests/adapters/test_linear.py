@@ -11,7 +11,7 @@ from torch import nn
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.lora_function import SlotUpdate, routed_product
 from lowrank.adapters.output_gain import Gain, apply_gains
-from lowrank.adapters.routing import Draws, ForwardContext, Routing
+from lowrank.adapters.routing import ForwardContext, RngKey, Routing
 from lowrank.adapters.variants.lora import Lora
 from lowrank.kernels.grouped import can_group, grouped_backward, grouped_forward
 from lowrank.models.storages.dense import DenseLinear
@@ -31,8 +31,8 @@ def make_layer(dropout: float, bias: bool = True) -> RoutedLinear:
             "lora_B": nn.Parameter(torch.randn(7, rank, dtype=torch.float64)),
         }
         layer.adapters[slot] = LayerAdapter(Lora(), 0.5 + slot, masters, None, dropout)
-    draws = {slot: Draws(seed=slot, step=3) for slot, _, _ in RANGES}
-    routing.current = ForwardContext(14, RANGES, torch.arange(14), torch.full((14,), 14), draws)
+    rng_keys = {slot: RngKey(seed=slot, step=3) for slot, _, _ in RANGES}
+    routing.current = ForwardContext(14, RANGES, torch.arange(14), torch.full((14,), 14), rng_keys)
     return layer
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
-from lowrank.adapters.routing import Draws, ForwardContext, Routing
+from lowrank.adapters.routing import ForwardContext, RngKey, Routing
 from lowrank.adapters.variants import BiasMerge, OutputGain, TrainingHooks, Variant
 from lowrank.kernels.counter_random import dropout
 from lowrank.models.storages import BaseLinear
@@ -107,8 +107,8 @@ def routed(base: BaseLinear, *slots: tuple[int, int, Any], rate: float = 0.0) ->
         layer.adapters[number] = LayerAdapter(variant, scale, masters, None, rate)
         ranges.append((number, first, end))
     rows = ranges[-1][2]
-    draws = {number: Draws(seed=number, step=0) for number, _, _ in ranges}
-    routing.current = ForwardContext(rows, tuple(ranges), torch.arange(rows), torch.full((rows,), rows), draws)
+    rng_keys = {number: RngKey(seed=number, step=0) for number, _, _ in ranges}
+    routing.current = ForwardContext(rows, tuple(ranges), torch.arange(rows), torch.full((rows,), rows), rng_keys)
     return layer
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, pack
+from lowrank.batches import BASE_SLOT, pack
 from lowrank.checkpoints.full_model import save_full
 from lowrank.config import validate_settings
 from lowrank.contrib import mixture_of_depths
@@ -92,7 +92,7 @@ def test_equals_the_definition_in_every_document(training: bool) -> None:
     base = converted()
     base.model.requires_grad_(True)
     segments = random_step(0, [11, 23, 6])
-    hidden_TD = base.hidden(pack([(BARE_BASE, each) for each in segments]), training=training)
+    hidden_TD = base.hidden(pack([(BASE_SLOT, each) for each in segments]), training=training)
     weight_TD = torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     named = {name: value for name, value in base.model.named_parameters() if "predictor" not in name}
     ours = torch.autograd.grad((hidden_TD * weight_TD).sum(), list(named.values()), allow_unused=True)
@@ -113,12 +113,12 @@ def test_in_pieces_and_whole(family: str) -> None:
     documents = random_documents(base, 0)
     with torch.no_grad():
         pieces = _in_pieces(base, documents)
-        whole = [base.hidden(pack([(BARE_BASE, segment_of(each))])) for each in documents]
+        whole = [base.hidden(pack([(BASE_SLOT, segment_of(each))])) for each in documents]
         plain = make_base(family)
     for one, other in zip(pieces, whole):
         torch.testing.assert_close(one, other.double(), rtol=1e-6, atol=1e-8)
     with torch.no_grad():
-        everything = plain.hidden(pack([(BARE_BASE, segment_of(documents[0]))]))
+        everything = plain.hidden(pack([(BASE_SLOT, segment_of(documents[0]))]))
     assert not torch.allclose(everything, whole[0]), "some tokens pass by"
 
 
@@ -134,12 +134,12 @@ def test_an_answer_is_what_whole_texts_give() -> None:
     generator = Generator(base, Bank(base))
     assert generator.notice is None
     settings = GenerationConfig(temperature=0.0, max_new_tokens=8)
-    answers = [generator.submit(Prompt(each.token_L, BARE_BASE), settings) for each in given]
+    answers = [generator.submit(Prompt(each.token_L, BASE_SLOT), settings) for each in given]
     for segment, answer in zip(given, answers):
         tokens = segment.token_L.tolist()
         for _ in range(8):
             with torch.no_grad():
-                last_D = base.hidden(pack([(BARE_BASE, segment_of(torch.tensor(tokens)))]))[-1]
+                last_D = base.hidden(pack([(BASE_SLOT, segment_of(torch.tensor(tokens)))]))[-1]
             tokens.append(int(base.head().logits(last_D[None]).argmax()))
         assert answer.result().tokens == tokens[len(segment) :]
 
@@ -148,9 +148,9 @@ def gradients(base: Base, micro_batch_tokens: int, activation_checkpointing: str
     base.model.requires_grad_(True)
     set_activation_checkpointing(base.model, activation_checkpointing)
     engine = Engine(base, Bank(base), micro_batch_tokens)
-    engine.add(BARE_BASE, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
-    engine.forward_backward({BARE_BASE: random_step(0, [20, 17, 12])})
-    found = {name: each.grad for name, each in engine.jobs[BARE_BASE].parameters.items() if each.grad is not None}
+    engine.add(BASE_SLOT, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+    engine.forward_backward({BASE_SLOT: random_step(0, [20, 17, 12])})
+    found = {name: each.grad for name, each in engine.jobs[BASE_SLOT].parameters.items() if each.grad is not None}
     assert found
     return found
 
@@ -183,7 +183,7 @@ def chosen_rows(base: Base, engine: Engine, segments: list[Any], training: bool)
     part = depths.part
     depths.part = lambda *given: seen.append(part(*given)) or seen[-1]  # type: ignore[method-assign]
     with torch.no_grad():
-        base.hidden(pack([(BARE_BASE, each) for each in segments]), training=training)
+        base.hidden(pack([(BASE_SLOT, each) for each in segments]), training=training)
     depths.part = part  # type: ignore[method-assign]
     (found,) = seen
     return set(found.index_K.tolist()) if found else set()
@@ -193,7 +193,7 @@ def test_the_predictor_learns_who_is_chosen() -> None:
     base = converted(dtype=torch.float32, capacity=0.25)
     base.model.requires_grad_(True)
     engine = Engine(base, Bank(base), 4096)
-    engine.add(BARE_BASE, SFTConfig().build(), AdamWConfig(learning_rate=1e-2), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+    engine.add(BASE_SLOT, SFTConfig().build(), AdamWConfig(learning_rate=1e-2), seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
     segments = random_step(0, [40] * 8)
 
     def hit_and_number() -> tuple[float, float]:
@@ -202,14 +202,14 @@ def test_the_predictor_learns_who_is_chosen() -> None:
 
     before = hit_and_number()
     for _ in range(60):
-        engine.forward_backward({BARE_BASE: segments})
-        engine.optim_step(BARE_BASE, 1e-2)
+        engine.forward_backward({BASE_SLOT: segments})
+        engine.optim_step(BASE_SLOT, 1e-2)
     hit, number = hit_and_number()
     assert len(chosen_rows(base, engine, segments, True)) == 80
     assert before[0] < 0.7, before
     assert hit > 0.65, (before, hit, number)  # a quarter by chance; the choices still move
     assert 0.7 < number < 1.3, (before, number)
-    assert engine.evaluate({BARE_BASE: segments})[BARE_BASE].loss < 0.1, "the model learns, and the predictor serves it"
+    assert engine.evaluate({BASE_SLOT: segments})[BASE_SLOT].loss < 0.1, "the model learns, and the predictor serves it"
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
             router.predictor_bias += 0.5
     save_full(tmp_path / "mixture", base.model, base.tokenizer.save_pretrained)
     again = load(ModelConfig(path=str(tmp_path / "mixture"), device="cpu", dtype="float32"), notify=fail)
-    batch = pack([(BARE_BASE, each) for each in random_step(0, [20, 9], 30)])
+    batch = pack([(BASE_SLOT, each) for each in random_step(0, [20, 9], 30)])
     with torch.no_grad():
         assert torch.equal(base.hidden(batch), again.hidden(batch))
         assert not torch.equal(base.hidden(batch, training=True), base.hidden(batch))

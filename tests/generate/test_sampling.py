@@ -32,7 +32,7 @@ PROMPT = [5, 9, 9, 30]
 
 def row(config: GenerationConfig, answered: list[int] | None = None) -> Sequence:
     prompt = Prompt(np.array(PROMPT))
-    made = Sequence(prompt, config, stop_tokens=frozenset(), most=99, tokenizer=None, constraint=None)
+    made = Sequence(prompt, config, stop_tokens=frozenset(), max_new_tokens=99, tokenizer=None, constraint=None)
     made.tokens += answered or []
     return made
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
-from lowrank.adapters.routing import Draws, ForwardContext, Routing
+from lowrank.adapters.routing import ForwardContext, RngKey, Routing
 from lowrank.adapters.variants.lora import Lora as Variant
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, pack
+from lowrank.batches import BASE_SLOT, pack
 from lowrank.kernels.shape_bucketing import bucketed_rows, row_bucket
 from lowrank.models.storages.dense import DenseLinear
 from tests.products import Products
@@ -58,9 +58,9 @@ def routed(dropout: float, broken: int | None = None) -> tuple[RoutedLinear, tor
         x_TD[slice(*RANGES[broken][1:])] = float("nan")
         for copy in layer.adapters[broken].copies or ():
             copy.fill_(float("inf"))
-    draws = {slot: Draws(seed=slot, step=1) for slot, _, _ in RANGES}
+    rng_keys = {slot: RngKey(seed=slot, step=1) for slot, _, _ in RANGES}
     length_N = torch.full((NUM_ROWS,), NUM_ROWS)
-    routing.current = ForwardContext(NUM_ROWS, RANGES, torch.arange(NUM_ROWS), length_N, draws)
+    routing.current = ForwardContext(NUM_ROWS, RANGES, torch.arange(NUM_ROWS), length_N, rng_keys)
     return layer, x_TD.requires_grad_()
 
 
@@ -117,7 +117,7 @@ def test_steps_of_many_lengths_compile_few_products() -> None:
 
 def test_a_filler_is_a_document_of_its_own() -> None:
     base = make_base("qwen2", BF16)
-    batch = pack([(BARE_BASE, segment) for segment in random_step(0, [21, 50])])
+    batch = pack([(BASE_SLOT, segment) for segment in random_step(0, [21, 50])])
     filled = base.filled(batch)
     assert filled.num_tokens == 71
     assert base.rows(filled).num_rows == 96

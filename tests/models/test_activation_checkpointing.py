@@ -123,7 +123,7 @@ def held_bytes(policy: str | int) -> int:
     set_activation_checkpointing(base.model, policy)
     held = Held()
     with saved_tensors_hooks(held.pack, lambda tensor: tensor):
-        engine.bank.hidden(pack([(slot, segment) for segment in random_step(0, [64])]), engine.passes.draws())
+        engine.bank.hidden(pack([(slot, segment) for segment in random_step(0, [64])]), engine.passes.rng_keys())
     return sum(held.storages.values())
 
 

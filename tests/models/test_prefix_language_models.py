@@ -14,7 +14,7 @@ from transformers.models.paligemma import modeling_paligemma
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, pack
+from lowrank.batches import BASE_SLOT, pack
 from lowrank.errors import ModelError
 from lowrank.evaluate.likelihood import continuation_logprobs
 from lowrank.generate.generator import Generator
@@ -63,7 +63,7 @@ def test_each_document_as_alone(family: str, layout: str) -> None:
     choose_layout(base, layout)
     assert (base.layout, base.prompt_type) == (layout, 0)
     segments = answered(0, [6, 1, 9, 11], [14, 8, 9, 40])
-    hidden_TD = base.hidden(pack([(BARE_BASE, each) for each in segments]))
+    hidden_TD = base.hidden(pack([(BASE_SLOT, each) for each in segments]))
     whole = make_composite(family, torch.float64)
     for segment, own_LD in zip(segments, hidden_TD.split([len(each) for each in segments])):
         types = (np.arange(len(segment)) >= segment.prompt_length).astype(np.int64)
@@ -170,13 +170,13 @@ def test_answers_are_those_of_transformers(base: Base) -> None:
         )  # fmt: skip
         assert generation.answer.tokens == made[0, len(question_L) :].tolist()
     answer = going[0].answer.tokens
-    scored = continuation_logprobs(base, bank, [(BARE_BASE, questions[0].tolist(), answer), (BARE_BASE, [5], [6, 7])])
+    scored = continuation_logprobs(base, bank, [(BASE_SLOT, questions[0].tolist(), answer), (BASE_SLOT, [5], [6, 7])])
     learned = np.float32([0] * 5 + [1] * len(answer))
     segment = Segment(np.asarray([*questions[0], *answer], np.int64), learned)
     assert scored[0][0] == pytest.approx(-float(plain_loss(whole, [segment], prompt_type=0)) * len(answer), abs=1e-4)
     assert scored[0][1], "each token is the likeliest"
     engine = ScoringEngine(base, bank, 4096)
-    assert engine.logprobs(BARE_BASE, [segment])[0].sum() == pytest.approx(scored[0][0], abs=1e-4)
+    assert engine.logprobs(BASE_SLOT, [segment])[0].sum() == pytest.approx(scored[0][0], abs=1e-4)
 
 
 def test_gemma_3_is_told_of_pictures_as_before() -> None:

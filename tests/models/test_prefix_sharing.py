@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base
 from lowrank.models.checks import isolation
@@ -123,9 +123,9 @@ def test_logprobs_of_whole_answers() -> None:
     """What is given back has a place for every token, shared ones included."""
     engine, _ = engine_of(make_base("llama"), DPOConfig().build())
     segments = pairs()
-    whole = engine.logprobs(BARE_BASE, segments)
+    whole = engine.logprobs(BASE_SLOT, segments)
     engine.shares_prompts = True
-    for one, other, segment in zip(engine.logprobs(BARE_BASE, segments), whole, segments):
+    for one, other, segment in zip(engine.logprobs(BASE_SLOT, segments), whole, segments):
         assert len(one) == len(segment)
         np.testing.assert_allclose(one, other, atol=1e-6)
 

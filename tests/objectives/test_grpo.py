@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import lowrank.models.loading.pretrained as loading
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.errors import ConfigError
@@ -75,8 +75,8 @@ def compare(model: Any, ours: dict[str, Any], theirs: dict[str, Any], segments: 
     loss, metrics = trl_peers.grpo(peer, segments, **theirs)
     loss.backward()
     engine = engine_for(model, objective, size)
-    assert len(engine.micro_batches({BARE_BASE: segments})) > 1
-    forwarded = engine.forward_backward({BARE_BASE: segments})[BARE_BASE]
+    assert len(engine.micro_batches({BASE_SLOT: segments})) > 1
+    forwarded = engine.forward_backward({BASE_SLOT: segments})[BASE_SLOT]
     assert forwarded.loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     names = ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"] + ["kl"] * ("beta" in ours)
     if ours.get("importance_sampling_level") == "sequence":
@@ -93,7 +93,7 @@ def test_equals_trl(model: Any, name: str) -> None:
     ours, theirs = CASES[name]
     again = "num_iterations" in ours
     segments = answers(0, False)
-    near = engine_for(model, GRPOConfig().build(), 400).logprobs(BARE_BASE, segments)
+    near = engine_for(model, GRPOConfig().build(), 400).logprobs(BASE_SLOT, segments)
     compare(model, ours, theirs, answers(0, again, near), 40)
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout
 from lowrank.objectives import Objective
@@ -104,10 +104,10 @@ def test_full_tuning(model: Any, name: str) -> None:
     engine = engine_for(model, objective, 16)
     engine.reference_base = Base(other.requires_grad_(False), None, "other")
     choose_layout(engine.reference_base, "auto")
-    assert len(engine.micro_batches({BARE_BASE: rows()})) > 1
-    forwarded = engine.forward_backward({BARE_BASE: rows()})[BARE_BASE]
+    assert len(engine.micro_batches({BASE_SLOT: rows()})) > 1
+    forwarded = engine.forward_backward({BASE_SLOT: rows()})[BASE_SLOT]
     assert forwarded.loss == pytest.approx(loss.item(), rel=1e-5)
-    assert engine.evaluate({BARE_BASE: rows()})[BARE_BASE].loss == pytest.approx(loss.item(), rel=1e-5)
+    assert engine.evaluate({BASE_SLOT: rows()})[BASE_SLOT].loss == pytest.approx(loss.item(), rel=1e-5)
     compare_gradients(engine, theirs, 1e-5)
 
 
@@ -157,12 +157,12 @@ def test_bco_beside_dpo(model: Any) -> None:
     earlier: list[float] = []
     for seed in (0, 1):
         segments = pairs(objective, seed)
-        engine.jobs[BARE_BASE].optimizer.zero_grad()
+        engine.jobs[BASE_SLOT].optimizer.zero_grad()
         theirs = copy.deepcopy(model).requires_grad_(True)
         loss, here = bco(theirs, segments, 0.6, earlier)
         loss.backward()
-        held_out = engine.evaluate({BARE_BASE: segments})[BARE_BASE].loss
-        assert engine.forward_backward({BARE_BASE: segments})[BARE_BASE].loss == pytest.approx(loss.item(), rel=1e-5)
+        held_out = engine.evaluate({BASE_SLOT: segments})[BASE_SLOT].loss
+        assert engine.forward_backward({BASE_SLOT: segments})[BASE_SLOT].loss == pytest.approx(loss.item(), rel=1e-5)
         assert held_out == pytest.approx(loss.item(), rel=1e-5), "looking changes nothing"
         compare_gradients(engine, theirs, 1e-5)
         earlier.append(here)

@@ -19,7 +19,7 @@ import transformers
 
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
 from lowrank.models.base import Base
@@ -100,8 +100,8 @@ def compare(model: Any, objective: Objective, peer: Peer, segments: list[Segment
     loss, metrics = peer(theirs, segments)
     loss.backward()
     engine = engine_for(model, objective, max(map(len, segments)) * 3)
-    assert len(engine.micro_batches({BARE_BASE: segments})) > 1
-    forwarded = engine.forward_backward({BARE_BASE: segments})[BARE_BASE]
+    assert len(engine.micro_batches({BASE_SLOT: segments})) > 1
+    forwarded = engine.forward_backward({BASE_SLOT: segments})[BASE_SLOT]
     assert forwarded.loss == pytest.approx(loss.item(), rel=tolerance)
     shared = metrics.keys() & forwarded.metrics.keys()
     assert shared >= {"rewards/chosen", "rewards/rejected", "rewards/margins"}
@@ -117,7 +117,7 @@ def engine_for(model: Any, objective: Objective, micro_batch_tokens: int) -> Eng
     base = Base(copy.deepcopy(model).requires_grad_(True), None, "tiny")
     choose_layout(base, "auto")
     engine = Engine(base, Bank(base), micro_batch_tokens)
-    engine.add(BARE_BASE, objective, AdamWConfig(), seed=0, neftune_alpha=0.0)
+    engine.add(BASE_SLOT, objective, AdamWConfig(), seed=0, neftune_alpha=0.0)
     return engine
 
 
@@ -125,7 +125,7 @@ def compare_gradients(engine: Engine, theirs: Any, tolerance: float) -> None:
     expected = {name: value.grad for name, value in theirs.named_parameters() if value.grad is not None}
     scale = max(float(value.abs().max()) for value in expected.values())
     assert scale > 0
-    for name, parameter in engine.jobs[BARE_BASE].parameters.items():
+    for name, parameter in engine.jobs[BASE_SLOT].parameters.items():
         if name in expected:
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad, expected.pop(name), rtol=0, atol=tolerance * scale)
@@ -162,7 +162,7 @@ def test_reward_equals_trl(model: Any, center: float | None) -> None:
     objective = reward.RewardConfig(center_rewards_coefficient=center or 0.0).build()
     segments = rows(objective, 0)
     engine = engine_for(model, objective, 40)
-    value_D = engine.jobs[BARE_BASE].parameters[VALUE_HEAD]
+    value_D = engine.jobs[BASE_SLOT].parameters[VALUE_HEAD]
     theirs = transformers.LlamaForSequenceClassification(model.config)
     theirs.config.num_labels = theirs.num_labels = 1
     theirs.score = torch.nn.Linear(len(value_D), 1, bias=False)
@@ -171,7 +171,7 @@ def test_reward_equals_trl(model: Any, center: float | None) -> None:
         theirs.score.weight.copy_(value_D[None])
     loss, metrics = trl_peers.reward(theirs, segments, center)
     loss.backward()
-    forwarded = engine.forward_backward({BARE_BASE: segments})[BARE_BASE]
+    forwarded = engine.forward_backward({BASE_SLOT: segments})[BASE_SLOT]
     assert forwarded.loss == pytest.approx(loss.item(), rel=1e-5)
     assert forwarded.metrics["rewards/accuracies"] == pytest.approx(metrics["accuracy"])
     assert forwarded.metrics["rewards/margins"] == pytest.approx(metrics["margin"], rel=1e-4)
@@ -209,6 +209,6 @@ def test_equals_trl_on_real_rows(shared_data: Path, file: str, name: str) -> Non
         for parameter in policy.parameters():
             parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     engine = engine_for(shipped, objective, 2000)
-    scored = engine.logprobs(BARE_BASE, segments)
+    scored = engine.logprobs(BASE_SLOT, segments)
     segments = [replace(segment, reference_L=logprob_L) for segment, logprob_L in zip(segments, scored)]
     compare(policy, objective, peer, segments)

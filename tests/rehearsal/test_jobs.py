@@ -13,7 +13,7 @@ import lowrank.generate.generator as generator_module
 from lowrank.adapters import linear
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.errors import ConfigError
 from lowrank.generate.request import GenerationConfig
 from lowrank.generate.sampler import Prompt, generate
@@ -77,7 +77,7 @@ def test_every_optimizer(name: str, tuning: str) -> None:
     base.model.requires_grad_(tuning == "full")
     with on_gpu():
         engine = Engine(base, Bank(base), 4096)
-        slot = BARE_BASE if tuning == "full" else engine.bank.add(LoraConfig(rank=4), seed=0)
+        slot = BASE_SLOT if tuning == "full" else engine.bank.add(LoraConfig(rank=4), seed=0)
         try:
             engine.add(slot, SFTConfig().build(), settings, seed=0, neftune_alpha=0.0, num_steps=10)
         except ConfigError as error:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.config import validate_settings
 from lowrank.errors import ConfigError
 from lowrank.objectives.sft import SFTConfig
@@ -26,8 +26,8 @@ def test_one_layer_at_a_time_is_trained_and_kept_wide() -> None:
     before = {name: value.detach().clone() for name, value in base.model.named_parameters()}
     engine = Engine(base, Bank(base), 4096)
     settings: Any = BAdamConfig(switch_interval=3, learning_rate=1e-2)
-    engine.add(BARE_BASE, SFTConfig().build(), settings, seed=0, neftune_alpha=0.0)
-    job = engine.jobs[BARE_BASE]
+    engine.add(BASE_SLOT, SFTConfig().build(), settings, seed=0, neftune_alpha=0.0)
+    job = engine.jobs[BASE_SLOT]
     moved: list[set[str]] = []
     for step in range(6):
         last = {name: value.detach().clone() for name, value in base.model.named_parameters()}
@@ -37,11 +37,11 @@ def test_one_layer_at_a_time_is_trained_and_kept_wide() -> None:
             assert weight.requires_grad == master.requires_grad == name.startswith(layer)
             assert master.dtype == (torch.float32 if name.startswith(layer) else torch.bfloat16)
             assert (master.data_ptr() == weight.data_ptr()) != name.startswith(layer)
-        engine.forward_backward({BARE_BASE: random_step(0, [20, 30])})
+        engine.forward_backward({BASE_SLOT: random_step(0, [20, 30])})
         assert {name for name, each in job.parameters.items() if each.grad is not None} == {
             name for name in job.parameters if name.startswith(layer)
         }
-        engine.optim_step(BARE_BASE, 1e-2)
+        engine.optim_step(BASE_SLOT, 1e-2)
         moved.append({name for name, value in base.model.named_parameters() if not torch.equal(value, last[name])})
         assert moved[-1] == {name for name in job.parameters if name.startswith(layer)}
     state = {name for name, each in job.parameters.items() if each in job.optimizer.state}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE, Batch, Scores, Totals
+from lowrank.batches import BASE_SLOT, Batch, Scores, Totals
 from lowrank.records import Text
 from lowrank.segments import CHOSEN, REJECTED, Segment, number_the_step
 from lowrank.train.engine import Engine
@@ -210,14 +210,14 @@ def test_held_out_loss_does_not_depend_on_company_or_cutting() -> None:
 def test_the_bare_base_beside_jobs() -> None:
     """A job on the bare base (slot -1) sees no adapter."""
     engine, (slot,) = make_engine(make_base("llama"), LoraConfig(rank=4))
-    engine.jobs[BARE_BASE] = engine.jobs[slot]  # whatever its optimizer is, evaluation does not ask
+    engine.jobs[BASE_SLOT] = engine.jobs[slot]  # whatever its optimizer is, evaluation does not ask
     work = random_step(5, [30, 4])
-    fresh = engine.evaluate({BARE_BASE: work, slot: work})
-    assert fresh[slot].loss == pytest.approx(fresh[BARE_BASE].loss, abs=1e-13)
+    fresh = engine.evaluate({BASE_SLOT: work, slot: work})
+    assert fresh[slot].loss == pytest.approx(fresh[BASE_SLOT].loss, abs=1e-13)
     for parameter in engine.bank.parameters(slot).values():
         parameter.data += 0.1
-    moved = engine.evaluate({BARE_BASE: work, slot: work})
-    assert moved[BARE_BASE].loss == pytest.approx(fresh[BARE_BASE].loss, abs=1e-13)
+    moved = engine.evaluate({BASE_SLOT: work, slot: work})
+    assert moved[BASE_SLOT].loss == pytest.approx(fresh[BASE_SLOT].loss, abs=1e-13)
     assert abs(moved[slot].loss - fresh[slot].loss) > 1e-3
 
 

@@ -15,7 +15,7 @@ from lowrank.adapters.variants.adalora import AdaLoraConfig
 from lowrank.adapters.variants.dora import DoraConfig
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.adapters.variants.prompt_tuning import PromptTuningConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.objectives import cpo, dpo, kto, orpo, pretrain, reward, sft, simpo
 from lowrank.ranks import ALONE, Ranks, by_halves
@@ -74,7 +74,7 @@ def train(ranks: Ranks, lanes: int) -> dict[str, Any]:
     for name, slot in slots.items():
         numbers[name] += [evaluated[slot].loss, evaluated[slot].metrics, evaluated[slot].rows]
     numbers["logprobs"] = [each.tolist() for each in engine.logprobs(slots["dpo"], held_out[slots["dpo"]])]
-    numbers["bare"] = [each.tolist() for each in engine.logprobs(BARE_BASE, held_out[slots["sft"]])]
+    numbers["bare"] = [each.tolist() for each in engine.logprobs(BASE_SLOT, held_out[slots["sft"]])]
     numbers["values"] = [each.tolist() for each in engine.values(slots["reward"], held_out[slots["reward"]])]
     tensors = {
         name: {key: value.detach().clone() for key, value in engine.jobs[slot].parameters.items()}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, ModelError
 from lowrank.models.base import Base
@@ -44,14 +44,14 @@ def engine_of(name: str, dtype: torch.dtype, layerwise: bool, objective: Any = N
     engine = Engine(base, Bank(base), 4096)
     options = {"max_grad_norm": None, "learning_rate": 1e-2, **OPTIMIZERS[name], **changes}
     settings = configs_in("lowrank.train.optimizers")[name](layerwise=layerwise, **options)
-    engine.add(BARE_BASE, (objective or SFTConfig()).build(), settings, seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
+    engine.add(BASE_SLOT, (objective or SFTConfig()).build(), settings, seed=0, neftune_alpha=0.0)  # type: ignore[arg-type]
     return engine
 
 
 def step(engine: Engine, segments: list[Segment]) -> tuple[float, float, bool]:
-    forwarded = engine.forward_backward({BARE_BASE: segments}, {BARE_BASE: 1e-2})
-    updated = engine.optim_step(BARE_BASE, 1e-2)
-    return forwarded[BARE_BASE].loss, updated.grad_norm, updated.skipped
+    forwarded = engine.forward_backward({BASE_SLOT: segments}, {BASE_SLOT: 1e-2})
+    updated = engine.optim_step(BASE_SLOT, 1e-2)
+    return forwarded[BASE_SLOT].loss, updated.grad_norm, updated.skipped
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
@@ -80,7 +80,7 @@ def test_the_bits_are_those_of_updates_afterwards(
 
 def test_gradients_are_never_there_at_once() -> None:
     engine = engine_of("adamw", torch.bfloat16, True)
-    masters, most = engine.jobs[BARE_BASE].parameters, [0]
+    masters, most = engine.jobs[BASE_SLOT].parameters, [0]
 
     def count(_: torch.Tensor) -> None:
         most[0] = max(most[0], sum(each.grad is not None for each in masters.values()))
@@ -105,7 +105,7 @@ def test_what_is_not_finite_updates_nothing() -> None:
     with torch.no_grad():
         broken[5] = value
     assert all(torch.equal(value, kept[name]) for name, value in model.named_parameters())
-    assert not engine.jobs[BARE_BASE].optimizer.state
+    assert not engine.jobs[BASE_SLOT].optimizer.state
 
 
 def test_a_gradient_that_is_not_finite_leaves_its_parameter() -> None:
@@ -148,18 +148,18 @@ def test_a_step_without_a_rate_waits_for_the_update() -> None:
     engine = engine_of("adamw", torch.float32, True)
     step(engine, random_step(0, [20]))
     before = {name: value.detach().clone() for name, value in engine.base.model.named_parameters()}
-    engine.forward_backward({BARE_BASE: random_step(1, [20])})
+    engine.forward_backward({BASE_SLOT: random_step(1, [20])})
     assert all(torch.equal(value, before[name]) for name, value in engine.base.model.named_parameters())
-    gradients = [each.grad for each in engine.jobs[BARE_BASE].parameters.values() if each.grad is not None]
+    gradients = [each.grad for each in engine.jobs[BASE_SLOT].parameters.values() if each.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    assert engine.optim_step(BARE_BASE, 1e-2).grad_norm == pytest.approx(norm)
+    assert engine.optim_step(BASE_SLOT, 1e-2).grad_norm == pytest.approx(norm)
 
 
 def test_a_removed_job_leaves_nothing_behind() -> None:
     engine = engine_of("adamw", torch.float32, True)
     step(engine, random_step(0, [20]))
-    optimizer = weakref.ref(engine.jobs[BARE_BASE].optimizer)
-    engine.remove(BARE_BASE)
+    optimizer = weakref.ref(engine.jobs[BASE_SLOT].optimizer)
+    engine.remove(BASE_SLOT)
     gc.collect()
     assert optimizer() is None
 
@@ -172,7 +172,7 @@ def test_a_value_head_is_updated_with_the_rest() -> None:
     engines = [engine_of("adamw", torch.float32, layerwise, RewardConfig()) for layerwise in (False, True)]
     for engine in engines:
         step(engine, pairs)
-    whole, ours = (engine.jobs[BARE_BASE].parameters for engine in engines)
+    whole, ours = (engine.jobs[BASE_SLOT].parameters for engine in engines)
     assert all(torch.equal(whole[name], ours[name]) for name in whole)
 
 

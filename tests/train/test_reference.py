@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.reference import References, digest_of_model
@@ -114,4 +114,4 @@ def test_unprepared_segments_are_computed_on_the_fly() -> None:
     (attached, _), _ = references.attach(segments), references.attach(random_step(1, [40]))
     assert attached.reference_L is not None
     assert not references._known
-    np.testing.assert_array_equal(attached.reference_L, trained_engine().logprobs(BARE_BASE, segments)[0])
+    np.testing.assert_array_equal(attached.reference_L, trained_engine().logprobs(BASE_SLOT, segments)[0])

@@ -11,7 +11,7 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.errors import ModelError
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
@@ -46,15 +46,15 @@ def test_full_tuning_equals_transformers(family: str, recompute: Any) -> None:
     set_activation_checkpointing(base.model, recompute)
     base.router_aux_loss_coef = COEFFICIENT
     engine = Engine(base, Bank(base), 64)
-    engine.add(BARE_BASE, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
+    engine.add(BASE_SLOT, SFTConfig().build(), AdamWConfig(), seed=0, neftune_alpha=0.0)
     loss = of_transformers(theirs, segment())
     loss.backward()
-    forwarded = engine.forward_backward({BARE_BASE: [segment()]})[BARE_BASE]
+    forwarded = engine.forward_backward({BASE_SLOT: [segment()]})[BASE_SLOT]
     assert forwarded.loss == pytest.approx(loss.item(), rel=1e-5)
     assert forwarded.metrics["router_loss"] > 0.1
     for name, value in theirs.named_parameters():
         if value.grad is not None:
-            own = engine.jobs[BARE_BASE].parameters[name].grad
+            own = engine.jobs[BASE_SLOT].parameters[name].grad
             torch.testing.assert_close(own, value.grad, rtol=1e-4, atol=1e-5)
 
 

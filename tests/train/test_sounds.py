@@ -139,9 +139,9 @@ def test_what_is_cut_off_leaves_whole_sounds(tmp_path: Path) -> None:
 
 
 def batch_of(*segments: Segment) -> Any:
-    from lowrank.batches import BARE_BASE, pack
+    from lowrank.batches import BASE_SLOT, pack
 
-    return pack([(BARE_BASE, each) for each in segments])
+    return pack([(BASE_SLOT, each) for each in segments])
 
 
 def test_another_sound_is_another_document(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.targets import is_copied, name_of
 from lowrank.adapters.variants import AdapterConfig
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.base_tensors import on_model
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_config import BaseDescription, describe_base, to_peft
@@ -197,13 +197,13 @@ class TunedModel(peft.PeftModel):
         del backbone
         given = next(each for each in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if each is not None)
         slot = self._slot_at_work()
-        learns = slot != BARE_BASE and self.training and torch.is_grad_enabled()
+        learns = slot != BASE_SLOT and self.training and torch.is_grad_enabled()
         seed = self.seeds[self.active_adapter] if learns else None
         self._passes.begin(slot, given.shape[0] * given.shape[1], given.device, seed)
 
     def _slot_at_work(self) -> int:
         """Its working copies are up to date."""
-        slot = BARE_BASE if self._adapters_disabled else self.slots.get(getattr(self, "active_adapter", ""), BARE_BASE)
+        slot = BASE_SLOT if self._adapters_disabled else self.slots.get(getattr(self, "active_adapter", ""), BASE_SLOT)
         self._passes.refresh(slot)
         return slot
 
@@ -222,7 +222,7 @@ class TunedModel(peft.PeftModel):
         hidden_BLD = self.base.backbone(**kwargs, use_cache=False).last_hidden_state[:, :-1]
         target_BL = labels[:, 1:].to(hidden_BLD.device)
         counts_BL = target_BL != IGNORED
-        slot = BARE_BASE if self._adapters_disabled else self.slots[self.active_adapter]
+        slot = BASE_SLOT if self._adapters_disabled else self.slots[self.active_adapter]
         logprob_K = logprobs(hidden_BLD[counts_BL], target_BL[counts_BL], self.bank.head(slot))
         total = counts_BL.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=-logprob_K.sum() / total)  # pyright: ignore[reportArgumentType]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.routing import Draws, ForwardContext
-from lowrank.batches import BARE_BASE
+from lowrank.adapters.routing import ForwardContext, RngKey
+from lowrank.batches import BASE_SLOT
 
 
 class OneSlot(ForwardContext):
@@ -36,16 +36,16 @@ class PassRouting:
     def begin(self, slot: int, num_rows: int, device: torch.device, seed: int | None) -> None:
         """`num_rows` rows of `slot` come, which is up to date. `seed`: of its adapter, where the pass is one of
         training; else None. The context stays: the trainer, not we, knows when its backward pass is."""
-        if slot == BARE_BASE:
+        if slot == BASE_SLOT:
             self._bank.routing.current = OneSlot(num_rows)
             return
-        draws = None
+        rng_keys = None
         if seed is not None:
             self._fresh.discard(slot)  # an optimizer step may follow
             self._passes += 1
-            draws = {slot: Draws(seed, self._passes)}
+            rng_keys = {slot: RngKey(seed, self._passes)}
         counter_N = torch.arange(num_rows, device=device)
-        self._bank.routing.current = OneSlot(num_rows, ((slot, 0, num_rows),), counter_N, draws=draws or {})
+        self._bank.routing.current = OneSlot(num_rows, ((slot, 0, num_rows),), counter_N, rng_keys=rng_keys or {})
 
     def begin_generation(self, slot: int) -> None:
         """Passes of `slot` come that draw nothing; the tower looks before the first of the backbone."""
@@ -53,7 +53,7 @@ class PassRouting:
 
     def refresh(self, slot: int) -> None:
         """Bring a slot's working copies up to date, if an optimizer may have taken a step since."""
-        if slot != BARE_BASE and slot not in self._fresh:
+        if slot != BASE_SLOT and slot not in self._fresh:
             self._bank.refresh(slot)
             self._fresh.add(slot)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import lowrank.models.loading.pretrained as loading
-from lowrank.batches import BARE_BASE, Batch, pack
+from lowrank.batches import BASE_SLOT, Batch, pack
 from lowrank.errors import DataError, ModelError
 from lowrank.export.merge.merged import Merged
 from lowrank.export.merge.tensor_names import Names
@@ -112,7 +112,7 @@ def quantize_in_order(
 
 def _ready(base: Base, documents: Sequence[Segment]) -> list[Batch]:
     """Each as a batch, with what the towers say of its media at hand and the pixels put away."""
-    batches = [pack([(BARE_BASE, document)]) for document in documents]
+    batches = [pack([(BASE_SLOT, document)]) for document in documents]
     kinds = sorted({each.kind for document in documents if document.media for each in document.media.inside})
     if not kinds:
         return [batch.to(base.device) for batch in batches]
@@ -121,7 +121,7 @@ def _ready(base: Base, documents: Sequence[Segment]) -> list[Batch]:
     give_media_encoder(base, processor, kinds=kinds, answering=True)
     encoder = base.media_encoder
     assert encoder is not None
-    encoder.shared.keep(batches, {BARE_BASE})
+    encoder.shared.keep(batches, {BASE_SLOT})
     ready = []
     for batch in batches:
         if batch.media:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.batches import BARE_BASE
+from lowrank.batches import BASE_SLOT
 from lowrank.export import ExportReader, ReadBack, Tolerance
 from lowrank.export.verify.held_out import HeldOut
 from lowrank.export.verify.readers import BankReader
@@ -109,7 +109,7 @@ def reference_answers(
     if not any(chosen.any() for chosen in held_out.compared):
         held_out = _answered(held_out, greedy)
     held_out = places_for(held_out, vocabulary)
-    has_adapter = reader.slot != BARE_BASE
+    has_adapter = reader.slot != BASE_SLOT
     logprobs, losses, base_losses = [], [], []
     for number, (document, compared) in enumerate(zip(held_out.documents, held_out.compared)):
         logprobs.append(reader.logprobs(document, _prompt(compared))[compared])

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import lowrank.models.loading.pretrained as loading
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
-from lowrank.batches import BARE_BASE, pack
+from lowrank.batches import BASE_SLOT, pack
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
 from lowrank.export import ImageQuestion
@@ -41,7 +41,7 @@ _LOGITS_AT_ONCE = 1 << 24
 class BankReader:
     """A base and one slot of its bank (-1: the base alone). `processor`: of the media that the base may be shown."""
 
-    def __init__(self, base: Base, bank: Bank, slot: int = BARE_BASE, processor: MediaProcessor | None = None) -> None:
+    def __init__(self, base: Base, bank: Bank, slot: int = BASE_SLOT, processor: MediaProcessor | None = None) -> None:
         self.base = base
         self.bank = bank
         self.slot = slot

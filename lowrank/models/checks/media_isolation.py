@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank.batches import BARE_BASE, pack
+from lowrank.batches import BASE_SLOT, pack
 from lowrank.errors import LowrankError, ModelError
 from lowrank.kernels.accelerators import wide
 from lowrank.media.audio import examine_audio, made_up_wav
@@ -172,7 +172,7 @@ def _noise(kind: str, number: int, seed: int, processor: MediaProcessor) -> Medi
 
 @torch.no_grad()
 def _hidden(base: Base, documents: list[Segment]) -> torch.Tensor:
-    return wide(base.hidden(pack([(BARE_BASE, document) for document in documents]).to(base.device)))
+    return wide(base.hidden(pack([(BASE_SLOT, document) for document in documents]).to(base.device)))
 
 
 @torch.no_grad()

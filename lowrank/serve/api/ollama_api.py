@@ -49,7 +49,7 @@ class OllamaRequest(RequestBody):
         """Ollama's clients add a tag."""
         return self.model.removesuffix(":latest")
 
-    def draws(self) -> tuple[Json, list[str]]:
+    def sampling_options(self) -> tuple[Json, list[str]]:
         """The options in our words, and those without effect."""
         given = {name: value for name, value in self.options.items() if value is not None}
         fields = {**_DEFAULTS, **{name: given.pop(name) for name in _SAME if name in given}}
@@ -71,7 +71,7 @@ class OllamaRequest(RequestBody):
         self, messages: list[Json], tools: list[Json], wrap: str, engine: ServeEngine, limits: RequestLimits
     ) -> GenerationRequest:
         """What is generated for a chat."""
-        fields, ignored = self.draws()
+        fields, ignored = self.sampling_options()
         try:
             body = ChatRequest.model_validate({"model": self.name, "messages": messages, "tools": tools, **fields})
         except ValidationError as error:

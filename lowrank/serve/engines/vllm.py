@@ -30,7 +30,7 @@ from lowrank.models.layer_wrappers import refuse_wrapped
 from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.notices import log_notice
 from lowrank.pipelines.artifacts import ModelArtifacts, find_artifacts
-from lowrank.pipelines.inference import BARE, folder_reader, renderers_of
+from lowrank.pipelines.inference import BASE_NAME, folder_reader, renderers_of
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.planning.simulation import read_config
 from lowrank.serve.api.http_errors import ApiError
@@ -119,8 +119,8 @@ class VllmEngine(ReadsByRenderer):
         """The base first."""
         versions = self._adapters.versions()
         return [
-            ServedModel(BARE),
-            *(ServedModel(each.name, BARE, each.number, True, each.created) for each in versions),
+            ServedModel(BASE_NAME),
+            *(ServedModel(each.name, BASE_NAME, each.number, True, each.created) for each in versions),
         ]
 
     def load(self) -> Load:
@@ -130,7 +130,7 @@ class VllmEngine(ReadsByRenderer):
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """ApiError for an unknown name, a question that is too long or that the chat template refuses."""
-        if name != BARE and name not in self._adapters:
+        if name != BASE_NAME and name not in self._adapters:
             raise self._unknown(name)
         renderer = self._renderer_of(name)
         try:
@@ -146,8 +146,8 @@ class VllmEngine(ReadsByRenderer):
         samplings = [self._sampling(config, renderer.stop_tokens, most) for config in configs]
         answers: list[PendingAnswer] = []
         for config, sampling in zip(configs, samplings):
-            version = None if name == BARE else self._adapters.use(name)
-            if name != BARE and version is None:  # taken away since
+            version = None if name == BASE_NAME else self._adapters.use(name)
+            if name != BASE_NAME and version is None:  # taken away since
                 raise self._unknown(name)
             answer = VllmAnswer(self._loop, len(token_L))
             with self._lock:
@@ -167,7 +167,7 @@ class VllmEngine(ReadsByRenderer):
 
     def publish(self, name: str, path: str) -> ServedModel:
         """From a folder within the roots."""
-        if name == BARE:
+        if name == BASE_NAME:
             raise ApiError(400, f"{name!r} is the base and cannot be replaced", param="name")
         folder = adapter_within(self._roots, path)
         self._adapters.add(name, folder)
@@ -177,7 +177,7 @@ class VllmEngine(ReadsByRenderer):
 
     def unpublish(self, name: str) -> None:
         """Its answers in progress go on to their end."""
-        if name == BARE:
+        if name == BASE_NAME:
             raise ApiError(400, f"{name!r} is the base and cannot be taken away", param="name")
         if not self._adapters.remove(name):
             raise self._unknown(name)
@@ -199,7 +199,7 @@ class VllmEngine(ReadsByRenderer):
         return list((hidden or {}).values())
 
     def _renderer_of(self, name: str) -> Renderer:
-        return self._renderers.get(name, self._renderers[BARE])
+        return self._renderers.get(name, self._renderers[BASE_NAME])
 
     def _unknown(self, name: str) -> ApiError:
         return unknown_model(name, [served.name for served in self.served_models()])
@@ -241,7 +241,7 @@ def _open(path: str, options: ServingOptions, notify: Notify) -> VllmEngine:
     )
     tokenizer = load_tokenizer(found.model)
     renderers = renderers_of(found, tokenizer)
-    read = folder_reader(tokenizer, renderers[BARE], renderers, options.chat_template)
+    read = folder_reader(tokenizer, renderers[BASE_NAME], renderers, options.chat_template)
     renderers |= {name: read(place) for name, place in folders.items() if name not in found.adapters}
     try:
         return VllmEngine(
