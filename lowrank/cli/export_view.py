@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich import box
@@ -49,8 +50,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
     numbers = ["mean\nKL", *between, "same\ntoken", "perplexity", *gain, "same\nanswers", ""]
     table = Table(Column("", overflow="fold", min_width=6), *(Column(each, no_wrap=True) for each in numbers),
                   box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
+    twice = Counter(each["name"] for _, each in compared)  # gguf and ollama may write a file of one name each
     for name, each in compared:
-        table.add_row(*_row(name, each, rounded=rounded, gained=gained))
+        table.add_row(*_row(name, each, rounded=rounded, gained=gained, with_target=twice[each["name"]] > 1))
     if table.row_count:
         first = compared[0][1]
         on = written[compared[0][0]]["compared_on"]
@@ -71,9 +73,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
         console.print(Text.assemble((name, "bold"), ("  failed", "bold red")))
 
 
-def _row(target: str, each: dict[str, Any], *, rounded: bool, gained: bool) -> list[Text]:
+def _row(target: str, each: dict[str, Any], *, rounded: bool, gained: bool, with_target: bool) -> list[Text]:
     name, comma, about = each["name"].partition(", ")  # ", asked about a picture"
     name = f"{name if '.' in name else target}{comma}{about}"
+    name = f"{target}: {name}" if with_target and name != target else name
     verdict = Text("same", "green") if each["passed"] else Text("differs", "bold red")
     between = [Text(f"{each['against_mean_kl']:.2g}" if each["against"] else "")] if rounded else []
     gain = [Text("" if each["gain_kept"] is None else f"{each['gain_kept']:.1%}")] if gained else []

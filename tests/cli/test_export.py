@@ -193,6 +193,12 @@ def test_the_table_shows_its_numbers_at_80_columns(width: int) -> None:
     show(Console(file=text, width=width), {"targets": {"merged": {**target, "comparisons": compared}}})
     assert "picture" in text.getvalue(), "two rows that only differ in what was asked"
 
+    same = {**target, "comparisons": [{**numbers, "name": "adapter-q8_0.gguf", "passed": True}]}
+    text = io.StringIO()
+    show(Console(file=text, width=width), {"targets": {"gguf": same, "ollama": same}})
+    rows = [line.split()[0] for line in text.getvalue().splitlines() if "11 of 16" in line]
+    assert rows == ["gguf:", "ollama:"], "files of one name in two targets"
+
 
 def test_dry_run_and_the_place_by_default(
     adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
