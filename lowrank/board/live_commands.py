@@ -69,7 +69,7 @@ def draft_command(places: Places, run: str, request: CommandRequest, *, allow_co
     arguments = [request.kind, folder, request.job]
     if request.kind == "set":
         if not changes:
-            raise ConfigError("nothing is changed yet")
+            raise ConfigError("no setting was changed")
         return CommandDraft("set", request.job, {"changes": changes}, [*arguments, *changes])
     if request.kind == "clone":
         own = {"changes": changes, "name": request.name or None, "from_start": request.from_start}

@@ -9,15 +9,14 @@ from typing import Annotated
 
 import typer
 
+from lowrank.cli.shared_options import Host, Port
 from lowrank.errors import OutputError
 
 
 def board(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs, data and exports lie.")] = Path("."),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8600,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need a token.")] = (
-        "127.0.0.1"
-    ),
+    port: Port = 8600,
+    host: Host = "127.0.0.1",
     token: Annotated[
         str | None,
         typer.Option(help="The key of the board; left out: LOWRANK_BOARD_TOKEN, or one that is made once and kept."),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank.cli.sampling import Compile, MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
+from lowrank.cli.shared_options import Base, ChatTemplate, Last
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,12 +47,10 @@ def chat(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     repetition_penalty: RepetitionPenalty = 1.0,
-    chat_template: Annotated[
-        str | None, typer.Option(help="A built-in template (chatml, llama3, ...) or a .jinja file, instead of its own.")
-    ] = None,
+    chat_template: ChatTemplate = None,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
-    last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    base: Base = None,
+    last: Last = False,
     compile: Compile = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
 ) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from lowrank.cli.shared_options import JsonResult
+
 
 class Where(str, Enum):
     """Servers that can be deployed to."""
@@ -28,7 +30,7 @@ def deploy(
     ] = None,
     prompt: Annotated[str, typer.Option(help="One question to see that it answers; empty: none.")] = "Hello",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, send nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: JsonResult = False,
 ) -> None:
     """Uploads the files that the server lacks, creates the model as the Modelfile says, and asks it one question."""
     from lowrank.export.publish.ollama_server import deploy as deploy_to

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowrank.cli.sampling import Compile
+from lowrank.cli.shared_options import Base, Last, ModelPath, OnlyAdapters, ResultFolder, RunChatTemplate
 from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
@@ -16,11 +17,9 @@ if TYPE_CHECKING:
 
 
 def eval(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter folder, or a model.")],
+    model: ModelPath,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks or groups: mmlu,ceval,cmmlu,gsm8k.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", help="Only these (r8,r64 or given twice); else all and the base.")
-    ] = None,
+    adapter: OnlyAdapters = None,
     include_path: Annotated[
         Path | None, typer.Option(help="A folder with task files (YAML) of your own; their data may be local files.")
     ] = None,
@@ -29,14 +28,14 @@ def eval(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask through the chat template of the run.")
     ] = False,
-    chat_template: Annotated[str | None, typer.Option(help="Instead of the run's own.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
-    last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    chat_template: RunChatTemplate = None,
+    base: Base = None,
+    last: Last = False,
     compile: Compile = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results; left out: in the run folder.")] = None,
+    output: ResultFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Writes, for each adapter, lm-eval's own results.json and samples. Needs `pip install 'lowrank-llm[eval]'`.
+    r"""Writes, for each adapter, lm-eval's own results.json and samples. Needs `pip install 'lowrank-llm\[eval]'`.
 
     Tasks whose data is on the Hugging Face hub need it or a filled cache; task files with local data need nothing.
     """

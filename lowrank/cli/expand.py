@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowrank.cli.shared_options import NewFolder
+
 if TYPE_CHECKING:
     from lowrank.models.config import ModelConfig
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 def expand(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a 16-bit checkpoint, or a hub name.")],
     num_new: Annotated[int, typer.Option("--num-expand", "-n", min=1, help="How many layers to insert.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
+    output: NewFolder,
 ) -> None:
     """The new layers lie at even distances and hand on what they are given. Train them alone with
     `tuning=freeze freeze.trainable_layers=N freeze.spread=true`.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowrank.cli.media_dir import FetchMedia, MediaDir
+from lowrank.cli.shared_options import Base, JsonResult, Last
 from lowrank.errors import LowrankError, NotTheSameError
 from lowrank.terminal import visible
 
@@ -63,10 +64,10 @@ def export(
     push: Annotated[
         str | None, typer.Option(help="Upload it to this hub repository, owner/name; the token is HF_TOKEN's.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
-    last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    base: Base = None,
+    last: Last = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, say what would be done, write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: JsonResult = False,
 ) -> None:
     """Every target is checked before anything is written, and read back and compared with base + adapter afterwards.
 

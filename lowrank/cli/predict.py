@@ -12,6 +12,7 @@ import typer
 
 from lowrank.cli.media_dir import FetchMedia, MediaDir
 from lowrank.cli.sampling import Compile, MaxNewTokens, RepetitionPenalty, Temperature, TopK, TopP
+from lowrank.cli.shared_options import Base, JsonResult, Last, ModelPath, OnlyAdapters, ResultFolder, RunChatTemplate
 from lowrank.cli.warn import warn
 from lowrank.pipelines.resolve import is_run
 
@@ -25,16 +26,14 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter folder, or a model.")],
+    model: ModelPath,
     data: Annotated[
         str,
         typer.Option(
             "--data", help="Questions with their answers: any file `train` reads; names, where --dataset-dir is given."
         ),
     ],
-    adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", help="Only these (r8,r64 or given twice); else all and the base.")
-    ] = None,
+    adapter: OnlyAdapters = None,
     dataset_dir: Annotated[
         Path | None, typer.Option(help="Of a dataset_info.json (LLaMA-Factory's), in which --data names datasets: a,b.")
     ] = None,
@@ -54,12 +53,12 @@ def predict(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Annotated[int, typer.Option(help="Of the rows that are chosen, and of draws.")] = 42,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers in progress at once.")] = 64,
-    chat_template: Annotated[str | None, typer.Option(help="Instead of the run's own.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
-    last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    chat_template: RunChatTemplate = None,
+    base: Base = None,
+    last: Last = False,
     compile: Compile = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results; left out: in the run folder.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    output: ResultFolder = None,
+    json: JsonResult = False,
 ) -> None:
     """Writes predictions.jsonl (question, label, the answer of each adapter) and metrics.json.
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lowrank.cli.shared_options import JsonResult
+
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a 16-bit checkpoint, or a hub name.")],
@@ -18,7 +20,7 @@ def quantize(
         Path | None, typer.Option("--output", "-o", help="The folder to write; it must not exist.")
     ] = None,
     storage: Annotated[str, typer.Option("--storage", help="nf4, fp4 or int8.")] = "nf4",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: JsonResult = False,
 ) -> None:
     """Layers are packed one by one as they are read, so the model need not fit into memory in 16 bit.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank.cli.sampling import Compile
+from lowrank.cli.shared_options import Base, ChatTemplate, Host, Last, ModelPath, Port
 from lowrank.serve.address import check_host, check_installed, url_of
 from lowrank.serve.engines import AUTO, ServingOptions, choose_engine, engine_names, open_engine
 
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, an adapter folder, or a model.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need a token.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    model: ModelPath,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     token: Annotated[
         str | None,
         typer.Option(help="What clients send as their API key; left out: LOWRANK_TOKEN, or a new one is printed."),
@@ -49,12 +48,10 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers in progress at once.")] = 64,
     kv_cache_tokens: Annotated[int, typer.Option(min=256, help="Tokens of the KV cache, of all answers.")] = 65536,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds one request may take, waiting included.")] = 600.0,
-    chat_template: Annotated[
-        str | None, typer.Option(help="A built-in template (chatml, llama3, ...) or a .jinja file, instead of its own.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base of the run or adapter is now.")] = None,
+    chat_template: ChatTemplate = None,
+    base: Base = None,
     compile: Compile = False,
-    last: Annotated[bool, typer.Option("--last", help="The last adapters of a run instead of the best.")] = False,
+    last: Last = False,
     json: Annotated[
         bool, typer.Option("--json", help="Say address, models and a new key as one line of JSON when it listens.")
     ] = False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank.cli.shared_options import Overrides
 from lowrank.cli.warn import warn
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ def show(
             "folder of a run.",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optimizer.learning_rate=1e-4.")
-    ] = None,
+    overrides: Overrides = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a configuration.")] = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lowrank.cli.shared_options import Overrides
 from lowrank.cli.warn import warn
 
 NOT_FINITE = 7
@@ -22,9 +23,7 @@ def train(
             help="A YAML or JSON file, native or LLaMA-Factory's; or settings alone, as model=... data.train=...",
         ),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optimizer.learning_rate=1e-4.")
-    ] = None,
+    overrides: Overrides = None,
     json: Annotated[bool, typer.Option("--json", help="Print events and the summary as JSON.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop if a row would be dropped or cut, or not all read.")

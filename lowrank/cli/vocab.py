@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowrank.cli.shared_options import NewFolder
+
 
 def vocab(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a hub name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
+    output: NewFolder,
     tokens: Annotated[str, typer.Option("--tokens", "-t", help="New tokens, with commas between them.")] = "",
     special_tokens: Annotated[
         str, typer.Option("--special-tokens", "-s", help="New tokens that are left out of decoded text.")

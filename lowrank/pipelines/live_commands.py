@@ -173,8 +173,8 @@ class CommandHandler:
         refused = _others(entry.config, config, MAY_BE_SET)
         if refused:
             raise ConfigError(
-                f"{', '.join(refused)} cannot change while {entry.name} trains (what can: {', '.join(MAY_BE_SET)}); "
-                "clone it with another value"
+                f"{', '.join(refused)} cannot change while {entry.name} trains (settings that can change during "
+                f"training: {', '.join(MAY_BE_SET)}); clone it with another value"
             )
         self._check_change(entry, config)
         self._queue.change(entry.name, config)

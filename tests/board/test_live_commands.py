@@ -145,7 +145,7 @@ def test_what_may_not_be_sent(running: Running, live: Path) -> None:
         f"{x}: &{x} [{sums.replace('a', y)}]" for x, y in zip("bcdefgh", "abcdefg")
     )
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"kind": "set", "job": "r8"}, "nothing is changed"),
+        ({"kind": "set", "job": "r8"}, "no setting was changed"),
         ({"kind": "pause"}, "choose an adapter"),
         ({"kind": "add", "changes": {"adapter.rank": 4}}, "needs a name"),
         ({"kind": "add", "name": "n", "text": "data: {train: [/etc/passwd]}"}, "lies outside"),

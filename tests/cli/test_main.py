@@ -51,6 +51,11 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
+def test_help_shows_what_stands_in_brackets() -> None:
+    """Typer reads `[eval]` as a style, unless it is escaped."""
+    assert "pip install 'lowrank-llm[eval]'" in forked("eval", "--help", COLUMNS="200").stdout
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"lowrank {lowrank.__version__}\n"
 
