@@ -94,7 +94,7 @@ class Bank:
         slot = self.slots[number]
         return [slot.config.learning_rate_factor(*item, learning_rate) for item in slot.parameters.items()]
 
-    def prompted(self, slot: int, segment: Segment) -> Segment:
+    def with_virtual_tokens(self, slot: int, segment: Segment) -> Segment:
         """The segment as a slot reads it: behind the slot's virtual tokens, where it has some."""
         return with_virtual_tokens(segment, self.num_virtual(slot))
 
@@ -108,8 +108,8 @@ class Bank:
         return None if self.base.max_positions is None else self.base.max_positions - self.num_virtual(slot)
 
     def hidden(self, batch: Batch, rng_keys: Mapping[int, RngKey] | None = None) -> torch.Tensor:
-        """The last hidden states, (T, D), each segment through its own slot. `batch`: of `prompted` segments, on the
-        base's device; `rng_keys`: in training, where random numbers come from."""
+        """The last hidden states, (T, D), each segment through its own slot. `batch`: of `with_virtual_tokens`
+        segments, on the base's device; `rng_keys`: in training, where random numbers come from."""
         if self.base.layout_of(batch) != self.base.layout and any(map(self.num_virtual, batch.slots)):
             raise ModelError(
                 f"{self.base.name}: an adapter of virtual tokens cannot be shown media here: its rows are padded"

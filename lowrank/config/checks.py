@@ -230,7 +230,7 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
         yield (
             "optimizer.layerwise is for tuning: full and freeze; the gradients of an adapter are small. Leave it out"
         )
-    if job.optimizer.trains_in_parts and any(needs(job.objective.build(), each) for each in ("value", "token_values")):
+    if job.optimizer.is_blockwise and any(needs(job.objective.build(), each) for each in ("value", "token_values")):
         yield (
             f"optimizer.type: {job.optimizer.type} trains layer by layer, and the value head that objective "
             f"{job.objective.type} trains is in none; choose galore_8bit or adamw_8bit"
@@ -295,7 +295,7 @@ def _rollout_conflicts(job: JobConfig, settings: RolloutSettings) -> Iterator[st
             f"objective.reward_funcs: {job.objective.type} learns from rewards for its own answers; name at least one "
             "function that gives them, my_module:fn, or a reward_model"
         )
-    if job.tuning == "full" and objective.compares:
+    if job.tuning == "full" and objective.needs_reference:
         yield (
             f"objective: {job.objective.type} holds the model to the base as it was, which tuning: full changes; set "
             "the weight of its KL term to 0, or tuning: adapter"

@@ -37,7 +37,7 @@ def label_logprobs(
     """
     found_N2 = np.zeros((len(entries), 2))
     done = 0
-    entries = [(slot, bank.prompted(slot, segment)) for slot, segment in entries]
+    entries = [(slot, bank.with_virtual_tokens(slot, segment)) for slot, segment in entries]
 
     def score(members: Sequence[int]) -> None:
         batch = base.filled(pack([entries[index] for index in members]))
@@ -86,7 +86,12 @@ def continuation_logprobs(
     for index, (slot, context, continuation) in enumerate(entries):
         readers.setdefault((slot, (*context, *continuation[:-1]), len(context)), []).append(index)
     texts = [
-        (slot, bank.prompted(slot, Segment(np.asarray(read, np.int64), np.zeros(len(read), np.float32), prompt=prompt)))
+        (
+            slot,
+            bank.with_virtual_tokens(
+                slot, Segment(np.asarray(read, np.int64), np.zeros(len(read), np.float32), prompt=prompt)
+            ),
+        )
         for slot, read, prompt in readers
     ]
     members = list(readers.values())

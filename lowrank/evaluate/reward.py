@@ -18,6 +18,6 @@ def rewards(base: Base, bank: Bank, scored: Sequence[tuple[int, torch.Tensor, Se
     """The reward of each `(slot, value_D, segment)`, in order. One forward pass each: an evaluation, not training."""
     found = []
     for slot, value_D, segment in scored:
-        batch = pack([(slot, bank.prompted(slot, segment))]).to(base.device)
+        batch = pack([(slot, bank.with_virtual_tokens(slot, segment))]).to(base.device)
         found.append(float(last_token_values(bank.hidden(batch), batch.start_S1, value_D.to(base.device))[0]))
     return found

@@ -29,7 +29,7 @@ def embed(base: Base, bank: Bank, slot: int, token_L: np.ndarray, pooling: Pooli
         raise ContextLengthExceeded(
             f"the text has {len(token_L)} tokens and the model's maximum context length is {reach}"
         )
-    segment = bank.prompted(slot, Segment(token_L, np.zeros(len(token_L), np.float32)))
+    segment = bank.with_virtual_tokens(slot, Segment(token_L, np.zeros(len(token_L), np.float32)))
     hidden_TD = bank.hidden(pack([(slot, segment)]).to(base.device))[segment.virtual :].float()
     pooled_D = hidden_TD.mean(0) if pooling == "mean" else hidden_TD[-1]
     vector_D = torch.nn.functional.normalize(pooled_D, dim=0)

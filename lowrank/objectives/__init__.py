@@ -35,8 +35,8 @@ token_scores `scores.score_T`: what the objective's `score` (see ScoresTokens) m
              `scores.logprob_T` is 0 then
 reference_logits with token_scores: `score` is given the bare base's logits, too
 token_values `scores.value_T`: such a vector on every hidden state, beside the log-probabilities
-rollouts     segments that are answers of the job's own slot, given before each step and judged by the objective's
-             `judge` (objectives/rollout.py); what it finds out stands in `batch.signals_T`
+rollouts     segments that are answers of the job's own slot, generated before each step; the objective's
+             `compute_targets` (objectives/rollout.py) gives what stands in `batch.signals_T`
 value        `scores.value_S`: a trained vector of the job on the last hidden state; nothing meets the vocabulary then
 """
 
@@ -66,20 +66,24 @@ class Objective(Protocol):
         ...
 
     def loss(self, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
-        """This batch's share of the step's loss: a sum divided by `totals`, so that shares add up."""
+        """Return this micro-batch's part of the step's loss, a sum divided by `totals`, so that the parts add up to the
+        loss; and numbers to log, which are added up too."""
         ...
 
 
-def share_of_loss(objective: Objective, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
+def loss_and_metrics(
+    objective: Objective, scores: Scores, batch: Batch, totals: Totals
+) -> tuple[torch.Tensor, Metrics]:
     """What `objective.loss` gives. ConfigError where a step cannot use that."""
     found: Any = objective.loss(scores, batch, totals)
     if isinstance(found, tuple) and len(found) == 2:
-        share, metrics = found
-        if isinstance(share, torch.Tensor) and share.dim() == 0 and isinstance(metrics, Mapping):
+        loss, metrics = found
+        if isinstance(loss, torch.Tensor) and loss.dim() == 0 and isinstance(metrics, Mapping):
             return found
     raise ConfigError(
         f"objective {type(objective).__name__}: `loss` gave {_kind_of(found)}; expected a tuple of a tensor without "
-        "dimensions (the share of the loss) and a dict of numbers to log, `{}` for none: docs/add-an-objective.md"
+        "dimensions (the micro-batch's part of the loss) and a dict of numbers to log, `{}` for none: "
+        "docs/add-an-objective.md"
     )
 
 

@@ -1,6 +1,6 @@
 """Group relative policy optimization (arXiv:2402.03300): of several answers to a prompt, the better ones gain.
 
-Each step the model in training answers its prompts several times; reward functions judge the answers; an answer's
+Each step the model in training answers its prompts several times; reward functions score the answers; an answer's
 advantage is how far its reward lies above its group's mean. Variants are TRL's: Dr. GRPO (arXiv:2503.20783), DAPO
 (arXiv:2503.14476), GSPO (arXiv:2507.18071).
 """
@@ -64,7 +64,7 @@ class GRPOConfig(RolloutSettings):
 
 
 class GRPO:
-    """- min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL, over tokens; r = p / p when it was drawn."""
+    """- min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL, over tokens; r = p / p when it was rollouts."""
 
     record = Prompted
     needs = ("rollouts",)
@@ -83,18 +83,18 @@ class GRPO:
         return self.settings.num_iterations
 
     @property
-    def compares(self) -> bool:
-        """Only the KL term asks the base."""
+    def needs_reference(self) -> bool:
+        """Only the KL term needs it."""
         return self.settings.beta > 0
 
-    def judge(self, drawn: RolloutBatch) -> RolloutTargets:
-        """Advantages, and old log-probabilities where answers are used more than once."""
-        advantage_N, std_N = group_advantages(drawn.reward_N, self.group, self.settings.scale_rewards)
+    def compute_targets(self, rollouts: RolloutBatch) -> RolloutTargets:
+        """Return advantages, and old log-probabilities where answers are used more than once."""
+        advantage_N, std_N = group_advantages(rollouts.reward_N, self.group, self.settings.scale_rewards)
         signals: list[dict[str, np.ndarray]] = [{"advantage": value} for value in advantage_N]
-        if drawn.logprob is not None:
-            for own, logprob_L in zip(signals, drawn.logprob):
-                own["logprob"] = logprob_L
-        learned_N = ~drawn.cut_N if self.settings.mask_truncated_completions else np.ones_like(drawn.cut_N)
+        if rollouts.logprob is not None:
+            for of_answer, logprob_L in zip(signals, rollouts.logprob):
+                of_answer["logprob"] = logprob_L
+        learned_N = ~rollouts.cut_N if self.settings.mask_truncated_completions else np.ones_like(rollouts.cut_N)
         return RolloutTargets(signals, learned_N, {"frac_reward_zero_std": float(np.isclose(std_N, 0).mean())})
 
     def count(self, batch: Batch) -> Totals:

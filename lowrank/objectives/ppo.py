@@ -1,6 +1,6 @@
 """Proximal policy optimization (arXiv:1707.06347, arXiv:1909.08593): a critic says how well an answer is going.
 
-Each step the model in training answers its prompts; a reward model or reward functions judge whole answers; what each
+Each step the model in training answers its prompts; a reward model or reward functions score whole answers; what each
 token did for the reward is estimated with a value head on the same adapter (generalized advantages, arXiv:1506.02438).
 Numbers are those of TRL's PPOTrainer (0.11), which LLaMA-Factory trains with.
 """
@@ -67,27 +67,27 @@ class PPO:
         return self.settings.num_ppo_epochs
 
     @property
-    def compares(self) -> bool:
-        """Only the KL cost asks the base."""
+    def needs_reference(self) -> bool:
+        """Only the KL cost needs it."""
         return self.settings.kl_coef > 0
 
-    def judge(self, drawn: RolloutBatch) -> RolloutTargets:
-        """Advantages and returns of each token, with the probabilities and values the answers were drawn with."""
+    def compute_targets(self, rollouts: RolloutBatch) -> RolloutTargets:
+        """Return advantages and returns of each token, with the log-probabilities and values at sampling time."""
         config = self.settings
-        assert drawn.logprob is not None
-        assert drawn.value is not None
-        score_N = np.nan_to_num(drawn.reward_N, nan=0.0)
+        assert rollouts.logprob is not None
+        assert rollouts.value is not None
+        score_N = np.nan_to_num(rollouts.reward_N, nan=0.0)
         if config.score_norm:
             score_N = (score_N - score_N.mean()) / (score_N.std() + 1e-8)
         costs, divergence = [], []
-        for place, (logprob_L, mask_L) in enumerate(zip(drawn.logprob, drawn.answer)):
-            reference_L = logprob_L if drawn.reference is None else drawn.reference[place]
+        for place, (logprob_L, mask_L) in enumerate(zip(rollouts.logprob, rollouts.answer)):
+            reference_L = logprob_L if rollouts.reference is None else rollouts.reference[place]
             divergence.append((logprob_L - reference_L)[mask_L])
             reward_A = -config.kl_coef * divergence[-1].astype(np.float64)
             reward_A[-1:] += score_N[place]
             costs.append(reward_A)
         rewards = _split(whitened(np.concatenate(costs), shift=False), costs) if config.whiten_rewards else costs
-        values = [value_L[mask_L].astype(np.float64) for value_L, mask_L in zip(drawn.value, drawn.answer)]
+        values = [value_L[mask_L].astype(np.float64) for value_L, mask_L in zip(rollouts.value, rollouts.answer)]
         advantages = [advantages_of(*each, config.gamma, config.lam) for each in zip(rewards, values)]
         returns = [advantage_A + value_A for advantage_A, value_A in zip(advantages, values)]
         advantages = _split(whitened(np.concatenate(advantages)), advantages)
@@ -99,7 +99,7 @@ class PPO:
                 "logprob": logprob_L,
             }
             for advantage_A, return_A, value_A, logprob_L, mask_L in zip(
-                advantages, returns, values, drawn.logprob, drawn.answer
+                advantages, returns, values, rollouts.logprob, rollouts.answer
             )
         ]
         metrics = {"kl": float(np.mean([each.sum() for each in divergence]))}

@@ -1,4 +1,5 @@
-"""What objectives on answers that the model gives itself share: how answers are drawn, rewarded, and compared."""
+"""Rollouts: what objectives share that train on the model's own answers. How answers are sampled, rewarded,
+compared."""
 
 from __future__ import annotations
 
@@ -71,27 +72,27 @@ class RolloutSettings(ObjectiveSettings):
 
 
 class RolloutObjective(Protocol):
-    """What train/rollouts.py asks of an objective that needs "rollouts"."""
+    """An objective that needs "rollouts" (train/rollouts.py)."""
 
     settings: RolloutSettings
 
     @property
     def group(self) -> int:
-        """Answers to each prompt."""
+        """The number of answers to each prompt."""
         ...
 
     @property
     def steps_per_batch(self) -> int:
-        """Optimizer steps that are taken on the same answers."""
+        """The number of optimizer steps on the same answers."""
         ...
 
     @property
-    def compares(self) -> bool:
-        """It wants log-probabilities of the answers under the bare base."""
+    def needs_reference(self) -> bool:
+        """Whether it needs log-probabilities of the answers under the bare base."""
         ...
 
-    def judge(self, drawn: RolloutBatch) -> RolloutTargets:
-        """What to learn from the answers of a step."""
+    def compute_targets(self, rollouts: RolloutBatch) -> RolloutTargets:
+        """Return what is learned from the answers of a step, such as advantages."""
         ...
 
 
@@ -105,7 +106,7 @@ class RolloutBatch:
     logprob     (L) of each segment: log-probabilities of the answer's tokens when it was drawn, 0 on the prompt; None
                 if nobody needs them
     reference   (L) of each segment: the same under the bare base
-    value       (L) of each segment: the value head's word on each token before it was drawn; None if there is none
+    value       (L) of each segment: the value head's prediction before each token was drawn; None if there is none
     answer      (L) of each segment, bool: the tokens of the answer
     """
 
@@ -156,13 +157,13 @@ def per_token_kl(logprob_T: torch.Tensor, reference_T: torch.Tensor) -> torch.Te
     return torch.exp(reference_T - logprob_T) - (reference_T - logprob_T) - 1
 
 
-def reward_metrics(drawn: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
+def reward_metrics(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
     """What people want to see of a step's answers; named as in TRL."""
-    found = {"reward": _mean(drawn.reward_N), "reward_std": _std(drawn.reward_N)}
-    for name, reward_N in zip(names, drawn.reward_NF.T):
+    found = {"reward": _mean(rollouts.reward_N), "reward_std": _std(rollouts.reward_N)}
+    for name, reward_N in zip(names, rollouts.reward_NF.T):
         found[f"rewards/{name}/mean"], found[f"rewards/{name}/std"] = _mean(reward_N), _std(reward_N)
-    found["completions/mean_length"] = float(drawn.length_N.mean())
-    found["completions/clipped_ratio"] = float(drawn.cut_N.mean())
+    found["completions/mean_length"] = float(rollouts.length_N.mean())
+    found["completions/clipped_ratio"] = float(rollouts.cut_N.mean())
     return found
 
 

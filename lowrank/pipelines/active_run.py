@@ -121,9 +121,9 @@ class ActiveRun:
         )
         desync_check = AdapterDesyncCheck(self.engine)
 
-        def before_step(tick: int) -> None:
-            desync_check.before_step(tick)
-            handler.carry_out(tick)
+        def before_step(iteration: int) -> None:
+            desync_check.before_step(iteration)
+            handler.carry_out(iteration)
 
         queue.before_step, queue.make_entry = before_step, handler.make_entry
         report.watching.append(state_file)

@@ -21,14 +21,14 @@ class AdapterDesyncCheck:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._begun = engine, False
 
-    def before_step(self, tick: int) -> None:
-        """Compare before step `tick` + 1, if it is due. ModelError where the adapters differ."""
-        if self._engine.lanes.ranks.world > 1 and (tick % COMPARED_EVERY == 0 or not self._begun):
-            compare_adapters(self._engine, tick)
+    def before_step(self, iteration: int) -> None:
+        """Compare before step `iteration` + 1, if it is due. ModelError where the adapters differ."""
+        if self._engine.lanes.ranks.world > 1 and (iteration % COMPARED_EVERY == 0 or not self._begun):
+            compare_adapters(self._engine, iteration)
         self._begun = True
 
 
-def compare_adapters(engine: Engine, tick: int) -> None:
+def compare_adapters(engine: Engine, iteration: int) -> None:
     """Compare digests of all jobs' parameters between the ranks. ModelError that names every difference."""
     ranks = engine.lanes.ranks
     digests = {str(slot): _parameter_digest(job.parameters) for slot, job in engine.jobs.items()}
@@ -40,8 +40,8 @@ def compare_adapters(engine: Engine, tick: int) -> None:
         if first[1][slot] != other[1].get(slot)
     ]
     heading = (
-        f"after step {tick} the ranks' adapters differ, though all have computed the same from the same numbers; a "
-        "device, a driver or a library differs. Resume from an earlier checkpoint (resume: true) on equal machines:"
+        f"after step {iteration} the ranks' adapters differ, though all have computed the same from the same numbers; "
+        "a device, a driver or a library differs. Resume from an earlier checkpoint (resume: true) on equal machines:"
     )
     raise_all(ModelError, heading, problems)
 

@@ -76,7 +76,7 @@ class JobQueue:
         """Makes a job of what the search proposes; LowrankError for one that cannot be trained."""
         self.on_decision: Callable[[], object] = lambda: None
         """Called after the search has decided about a job."""
-        self.before_step: Callable[[int], None] = lambda tick: None
+        self.before_step: Callable[[int], None] = lambda iteration: None
         """Carries live commands out (pipelines/live_commands.py)."""
         self.command_queue: CommandQueue | None = None
         self._new_jobs: list[Job] = []
@@ -87,11 +87,11 @@ class JobQueue:
 
     # For the loop
 
-    def between_steps(self, tick: int) -> Sequence[Job]:
+    def between_steps(self, iteration: int) -> Sequence[Job]:
         """See JobScheduler. Jobs that a search holds back are parked, then live commands are carried out, then free
         slots go to jobs that wait."""
         self._release_held()  # first: what a command ends may decide about them, and what is parked ends in one way
-        self.before_step(tick)
+        self.before_step(iteration)
         self._preempt()
         came = self._new_jobs
         if self.search is not None:

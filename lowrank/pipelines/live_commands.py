@@ -63,9 +63,9 @@ class CommandHandler:
         self._prepare, self._fits, self._changed, self._report = prepare, fits, changed, report
         self._grows = run.max_concurrent_jobs == "auto" and run.sweep is None
 
-    def carry_out(self, tick: int) -> None:
+    def carry_out(self, iteration: int) -> None:
         """Carry out all commands that have come, and reply to each."""
-        for command in self._due(tick):
+        for command in self._due(iteration):
             try:
                 text = self._carry_out(command)
                 done = True
@@ -74,7 +74,7 @@ class CommandHandler:
             except (KeyError, TypeError, ValueError) as error:  # a file that no writer of ours has written
                 text, done = f"this command cannot be understood ({type(error).__name__}: {error})", False
             self._show()
-            self.command_queue.acknowledge(command, tick, text, done=done)
+            self.command_queue.acknowledge(command, iteration, text, done=done)
             message = f"command {command.number} ({command.kind}{f' {command.job}' if command.job else ''}): {text}"
             self._report(Notice(message, "info" if done else "warning", job=command.job if done else None))
 

@@ -141,8 +141,8 @@ def data_digest(prepared: Prepared) -> str:
 def commands_of_first_rank(command_queue: CommandQueue, ranks: Ranks) -> Callable[[int], list[LiveCommand]]:
     """Return a function that gives every rank the live commands which the first one reads in the run folder."""
 
-    def due(tick: int) -> list[LiveCommand]:
-        received = agree(ranks, lambda: [dataclasses.asdict(command) for command in command_queue.due(tick)])
+    def due(iteration: int) -> list[LiveCommand]:
+        received = agree(ranks, lambda: [dataclasses.asdict(command) for command in command_queue.due(iteration)])
         return [LiveCommand(**command) for command in received]
 
     return due

@@ -58,10 +58,10 @@ class SilentCheckpointer(Checkpointer):
     def save_adapter(self, job: Job, which: str) -> Path:
         """Write nothing. The rank only takes part in the gathers that the first one needs of a sharded base (DoRA's
         norms of averaged weights)."""
-        with self.engine.settled([job.slot]):
+        with self.engine.eval_weights([job.slot]):
             return self.folder / job.name / which
 
-    def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
+    def checkpoint(self, iteration: int, jobs: Sequence[Job]) -> Path:
         """Write nothing."""
         return self.folder
 

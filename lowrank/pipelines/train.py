@@ -111,14 +111,20 @@ def train(
         folder.clear()
         run.write_settings()
         report.keeping.append(summary)
-        tick = _restore_jobs(queue, saved, report)
+        iteration = _restore_jobs(queue, saved, report)
         stack.callback(_close, run.accept_commands(saved.commands, MemoryBudget(effective_config, plan)))
         started = [queue.started(name) for name in queue.entries]
         report(_run_started(base, effective_config, started))
 
         save_every = steps_of(effective_config.save_steps, max(job.num_steps for job in started))
         loop = Loop(
-            engine, queue, queue.checkpointer, report, save_every=save_every, tick=tick, stop_signal=stop_signal
+            engine,
+            queue,
+            queue.checkpointer,
+            report,
+            save_every=save_every,
+            iteration=iteration,
+            stop_signal=stop_signal,
         )
         if sweep is not None:
             queue.on_decision = lambda: record_sweep(sweep, folder.path)
@@ -151,14 +157,14 @@ def _build_engine(base: Base, config: RunConfig, lanes: Lanes, ranks: Ranks, rep
 
 
 def _restore_jobs(queue: JobQueue, saved: SavedRun, report: Listeners) -> int:
-    """Restore all jobs from the checkpoint, if there is one. Returns the tick at which training starts."""
+    """Restore all jobs from the checkpoint, if there is one. Returns the iteration at which training starts."""
     checkpointer = queue.checkpointer
-    tick = 0
+    iteration = 0
     if saved.checkpoint is not None:
-        tick = checkpointer.restore(saved.checkpoint, queue.jobs, queue.parked_names())
+        iteration = checkpointer.restore(saved.checkpoint, queue.jobs, queue.parked_names())
     for problem in checkpointer.incompatibilities(queue.jobs):
         report(Notice(problem, level="warning"))
-    return tick
+    return iteration
 
 
 def _describe_feature_cache(base: Base, report: Listeners) -> None:

@@ -51,7 +51,7 @@ from lowrank.segments import Media, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.micro_batching import StepSegments
 from lowrank.train.optimizers import OptimizerConfig
-from lowrank.train.pixels_ahead import DOCUMENTS_AHEAD
+from lowrank.train.pixel_prefetch import DOCUMENTS_AHEAD
 from lowrank.train.prepared_pass import PreparedPass
 
 

@@ -59,7 +59,7 @@ class Sweep:
         if trial is not None:
             trial.num_steps = job.num_steps
             job.eval_at = frozenset(rung_steps(self.shares, job.num_steps))
-            job.compares_rows = True
+            job.keep_row_losses = True
 
     def on_evaluated(self, evaluated: Sequence[Job]) -> Mapping[str, str]:
         """See Search. Returns new states for candidates that have reached a rung, and for others that waited for

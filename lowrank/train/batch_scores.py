@@ -1,4 +1,4 @@
-"""What the models say about a batch, as objectives ask for it: log-probabilities, values, scores of tokens."""
+"""Scores of a batch that objectives need: log-probabilities, values, and token scores."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from lowrank.train.trained_job import TrainedJob
 
 
 class BatchScores:
-    """Of the jobs of one engine, whose mapping this reads and never changes."""
+    """Scores batches for the jobs of one engine. Reads the engine's job map; never modifies it."""
 
     def __init__(self, base: Base, bank: Bank, jobs: Mapping[int, TrainedJob]) -> None:
         self._base, self._bank, self._jobs = base, bank, jobs
 
     def targets(self, batch: Batch) -> torch.Tensor:
-        """(T) bool: what carries weight, but for jobs whose loss is of the value head or of their own scores."""
+        """Return (T) bool: the targets whose log-probabilities are needed. Those that carry weight, except for jobs
+        whose loss is computed from the value head or from token scores."""
         wanted_T = batch.weight_T != 0
         for slot, first, end in batch.slot_ranges():
             job = self._jobs[slot]
@@ -36,8 +37,8 @@ class BatchScores:
     def of(
         self, ready: PreparedPass, hidden_TD: torch.Tensor, reference_base: Base | None
     ) -> list[tuple[int, Batch, Scores]]:
-        """Each job's part of a batch, and what the models say about it, from the last hidden states, (T, D).
-        `reference_base`: see Engine; None: the base itself."""
+        """Return each job's part of a batch and its scores, from the last hidden states, (T, D). `reference_base`: see
+        ScoringEngine; None: the base itself."""
         with self._base.placement.head():
             batch, logprob_T, scored = ready.batch, all_logprobs(ready, hidden_TD), []
         for slot, first, end in batch.slot_ranges():
@@ -56,7 +57,7 @@ class BatchScores:
     def _token_scores(
         self, slot: int, part: Batch, hidden_TD: torch.Tensor, reference_base: Base | None
     ) -> torch.Tensor:
-        """What the job's objective makes of each weighted token's distribution, (T), 0 elsewhere."""
+        """Return what the job's objective computes from each weighted token's distribution, (T), 0 elsewhere."""
         objective = self._jobs[slot].objective
         assert isinstance(objective, ScoresTokens), "it needs token_scores"
         index_K, reference = (part.weight_T != 0).nonzero()[:, 0], None
@@ -70,7 +71,7 @@ class BatchScores:
 
     @torch.no_grad()
     def _bare_hidden(self, base: Base, part: Batch) -> torch.Tensor:
-        """The last hidden states of a job's segments without its adapter, (T, D)."""
+        """Return the last hidden states of a job's segments without its adapter, (T, D)."""
         bare = replace(part, slot_S=torch.full_like(part.slot_S, BASE_SLOT), slots=(BASE_SLOT,) * len(part.slots))
         if base is not self._base:
             return base.hidden(bare)

@@ -27,6 +27,10 @@ from lowrank.train.loss_scale import LossScale
 from lowrank.train.new_job import VALUE_HEAD
 
 CHAT_TEMPLATE = "chat_template.jinja"
+DATALOADER = "dataloader"
+"""The key of a job's state in a checkpoint that has the position of its dataloader."""
+_OLD_DATALOADER = "feed"
+"""The same key in checkpoints before 2026-12."""
 
 
 class Checkpointer:
@@ -71,7 +75,7 @@ class Checkpointer:
             if value_D is not None:
                 write_value_head(partial, value_D.detach(), critic=critic)
 
-        with self.engine.settled([job.slot]):
+        with self.engine.eval_weights([job.slot]):
             if job.slot == BASE_SLOT:
                 save_full(path, self.engine.base.model, also)
             else:
@@ -80,12 +84,12 @@ class Checkpointer:
                 )
         return path
 
-    def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
+    def checkpoint(self, iteration: int, jobs: Sequence[Job]) -> Path:
         """Write the state of all jobs, finished ones too: they may be told to go on for longer."""
         states = [*(self._state(job) for job in jobs), *self.parked.values()]
         return save_checkpoint(
             self.folder / CHECKPOINTS,
-            tick,
+            iteration,
             states,
             self.run_state(),
             self.base,
@@ -93,7 +97,7 @@ class Checkpointer:
         )
 
     def restore(self, checkpoint: RunCheckpoint, jobs: Sequence[Job], parked: Collection[str] = ()) -> int:
-        """Put every job back to where it was; the tick to go on from. `parked`: names of those without a slot.
+        """Put every job back to where it was; the iteration to go on from. `parked`: names of those without a slot.
         OutputError if the jobs are others."""
         saved = {state.name: state for state in checkpoint.jobs}
         self.parked = {name: saved.pop(name) for name in parked if name in saved}
@@ -129,7 +133,7 @@ class Checkpointer:
     def _state(self, job: Job) -> JobState:
         trained = self.engine.jobs[job.slot]
         optimizer = flatten_optimizer(trained.optimizer, trained.parameters)
-        state = {"progress": dataclasses.asdict(job.progress), "feed": job.dataloader.state()}
+        state = {"progress": dataclasses.asdict(job.progress), DATALOADER: job.dataloader.state()}
         if trained.scale is not None:
             state["loss_scale"] = dataclasses.asdict(trained.scale)
         value_D = None if trained.value_D is None else trained.value_D.detach()
@@ -159,7 +163,7 @@ class Checkpointer:
             trained.scale = LossScale(**saved.state["loss_scale"])
         job.progress = JobProgress(**saved.state["progress"])
         trained.step = job.progress.step
-        job.dataloader.load_state(saved.state["feed"])
+        job.dataloader.load_state(saved.state[DATALOADER if DATALOADER in saved.state else _OLD_DATALOADER])
         if job.progress.finished == "done" and job.progress.step < job.num_steps:
             job.progress.finished = None  # more steps were asked for since
 

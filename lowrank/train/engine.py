@@ -1,14 +1,14 @@
-"""The engine: a few verbs over a bank of adapters. Everything that trains is a client of these.
+"""The engine: the few operations on a bank of adapters that all training is made of.
 
     forward_backward(work)   gradients of one optimizer step of any number of jobs
     optim_step(slot)         clip, guard, update one job's parameters
     evaluate(work)           losses and the objectives' metrics, no gradients (train/scoring.py)
-    logprobs(slot, segments) what a slot thinks of given tokens (train/scoring.py)
+    logprobs(slot, segments) log-probabilities of given tokens (train/scoring.py)
     (sampling is generate/, saving and loading are checkpoints/: both need only the base and the bank)
 
-Jobs share nothing that is trained, so the gradient of the sum of their losses is each job's own. What
-could tie them is kept per job: normalization, clipping, finite check, optimizer state, random draws.
-One pass through base and adapters is train/passes.py.
+Jobs share no trained parameter, so the gradient of the sum of their losses is each job's own. What could couple them is
+kept per job: normalization, clipping, finite check, optimizer state, random numbers. One pass through base and adapters
+is train/passes.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowrank.batches import BASE_SLOT, Batch, Totals
 from lowrank.errors import ModelError
 from lowrank.kernels.host_memory import Heap
 from lowrank.models.base import Base
-from lowrank.objectives import Metrics, Objective, share_of_loss
+from lowrank.objectives import Metrics, Objective, loss_and_metrics
 from lowrank.segments import Segment
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.micro_batching import StepSegments
@@ -35,7 +35,7 @@ from lowrank.train.prepared_pass import PreparedPass
 from lowrank.train.router_loss import TokensOfStep, router_losses
 from lowrank.train.scoring import LOSS, ScoringEngine, segments_with_loss
 from lowrank.train.step_metrics import add_metrics, read_metrics_to_host
-from lowrank.train.trained_job import Forwarded, Updated
+from lowrank.train.trained_job import ForwardResult, UpdateResult
 from lowrank.train.update import update
 
 _LARGE_PASS = 1024
@@ -92,14 +92,14 @@ class Engine(ScoringEngine):
         self,
         work: StepSegments,
         learning_rates: Mapping[int, float] | None = None,
-        following: Sequence[Segment] = (),
-    ) -> dict[int, Forwarded]:
+        next_segments: Sequence[Segment] = (),
+    ) -> dict[int, ForwardResult]:
         """Accumulate the gradients of one optimizer step of every job in `work`.
 
         All jobs go through the base together, in as few passes as `micro_batch_tokens` allows; how the
         step is cut changes nothing but rounding. Where memory runs out, it is cut smaller and done again, with the same
         random draws. A job whose optimizer is `layerwise` is updated here, if `learning_rates` has its rate.
-        `following`: what comes after this step, as far as it is known, whose pictures are decoded meanwhile.
+        `next_segments`: what comes after this step, as far as it is known, whose pictures are decoded meanwhile.
         """
         clean = all(p.grad is None for slot in work for p in self.jobs[slot].parameters.values())
         layerwise = self._begin_layerwise(work, learning_rates or {})
@@ -112,7 +112,7 @@ class Engine(ScoringEngine):
                 )
             self._clear_gradients(work)
 
-        run = partial(self._forward_backward, layerwise=layerwise, following=following)
+        run = partial(self._forward_backward, layerwise=layerwise, next_segments=next_segments)
         return self._with_room(work, run, undo if clean else None)
 
     def _begin_layerwise(self, work: StepSegments, learning_rates: Mapping[int, float]) -> LayerwiseUpdates | None:
@@ -127,26 +127,26 @@ class Engine(ScoringEngine):
         return job.layerwise
 
     def _forward_backward(
-        self, work: StepSegments, layerwise: LayerwiseUpdates | None, following: Sequence[Segment]
-    ) -> dict[int, Forwarded]:
+        self, work: StepSegments, layerwise: LayerwiseUpdates | None, next_segments: Sequence[Segment]
+    ) -> dict[int, ForwardResult]:
         counted = segments_with_loss(work)
         whole = self.micro_batches(counted)  # on the host, where counting waits for nobody
         totals, of_step = self._totals(work, whole), TokensOfStep.of(whole)
         gradients = self.lanes.gradients([each for slot in work for each in self.jobs[slot].parameters.values()])
-        shares_of_lanes = []
-        for batches, idle in self._expected(counted, whole, self.micro_batches, following):
-            shares_of_lanes.append(self._lane(batches, totals, of_step, layerwise))
+        metrics_of_lanes = []
+        for batches, idle in self._expected(counted, whole, self.micro_batches, next_segments):
+            metrics_of_lanes.append(self._lane(batches, totals, of_step, layerwise))
             self.passes.idle(idle, train=True)
-            gradients.take()
-        gradients.spread()
-        shares = self.lanes.metrics(shares_of_lanes)
+            gradients.accumulate()
+        gradients.finish_reduce()
+        metrics = self.lanes.metrics(metrics_of_lanes)
         for slot in work:
-            self._add_penalty(slot, shares[slot])
+            self._add_penalty(slot, metrics[slot])
         forwarded = {}
-        for slot, own in read_metrics_to_host({slot: shares[slot] for slot in work}).items():
-            loss = own.pop(LOSS)
+        for slot, numbers in read_metrics_to_host({slot: metrics[slot] for slot in work}).items():
+            loss = numbers.pop(LOSS)
             self.jobs[slot].loss_is_finite &= math.isfinite(loss)
-            forwarded[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], own)
+            forwarded[slot] = ForwardResult(loss, sum(map(len, work[slot])), totals[slot], numbers)
         return forwarded
 
     def _lane(
@@ -156,7 +156,8 @@ class Engine(ScoringEngine):
         of_step: TokensOfStep,
         layerwise: LayerwiseUpdates | None,
     ) -> dict[int, Metrics]:
-        """Forward and backward passes of one lane: its shares of losses and metrics, not read yet."""
+        """Run the forward and backward passes of one lane. Returns its sums of losses and metrics by slot, still on the
+        device."""
         losses: dict[int, list[torch.Tensor]] = {slot: [] for slot in totals}
         metrics: dict[int, Metrics] = {slot: {} for slot in totals}
         for number, batch in enumerate(batches):
@@ -165,24 +166,26 @@ class Engine(ScoringEngine):
             ready = self.passes.ready(batch, wanted_T=self._scores.targets(batch), tokens_of_step=of_step.all)
 
             def loss_of(hidden_TD: torch.Tensor, ready: PreparedPass = ready) -> torch.Tensor:
-                shares, of_routers = [], router_losses(self.base, ready.batch, of_step.by_slot)
+                terms, of_routers = [], router_losses(self.base, ready.batch, of_step.by_slot)
                 for slot, part, scores in self._scores.of(ready, hidden_TD, self.reference_base):
-                    share, extra = share_of_loss(self.jobs[slot].objective, scores, part, totals[slot])
+                    loss, extra = loss_and_metrics(self.jobs[slot].objective, scores, part, totals[slot])
                     if slot in of_routers:
-                        share = share + of_routers[slot]
+                        loss = loss + of_routers[slot]
                         add_metrics(metrics[slot], {"router_loss": of_routers[slot].detach()})
                     scale = self.jobs[slot].scale
-                    shares.append(share if scale is None else share * scale.value)
-                    losses[slot].append(share.detach())
+                    terms.append(loss if scale is None else loss * scale.value)
+                    losses[slot].append(loss.detach())
                     add_metrics(metrics[slot], extra)
-                return torch.stack(shares).sum()
+                return torch.stack(terms).sum()
 
             def updating(last: bool = number == len(batches) - 1) -> contextlib.AbstractContextManager[object]:
                 updates = layerwise is not None and last and math.isfinite(sum(losses[BASE_SLOT]))
                 return layerwise.updating() if layerwise is not None and updates else contextlib.nullcontext()
 
             self.passes.train(ready, loss_of, updating)
-        return {slot: {**metrics[slot], LOSS: torch.stack(own).sum() if own else 0.0} for slot, own in losses.items()}
+        return {
+            slot: {**metrics[slot], LOSS: torch.stack(terms).sum() if terms else 0.0} for slot, terms in losses.items()
+        }
 
     def _add_penalty(self, slot: int, metrics: Metrics) -> None:
         """The gradient of what an adapter itself wants small, which is no part of the loss that is reported."""
@@ -192,7 +195,7 @@ class Engine(ScoringEngine):
             (penalty if scale is None else penalty * scale.value).backward()
             metrics["penalty"] = penalty.detach()
 
-    def optim_step(self, slot: int, learning_rate: float) -> Updated:
+    def optim_step(self, slot: int, learning_rate: float) -> UpdateResult:
         """Update one job's parameters from its gradients, clipped to its own norm, and clear them (train/update.py)."""
         job = self.jobs[slot]
 

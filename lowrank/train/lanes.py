@@ -1,6 +1,6 @@
 """Data parallelism: a step divided into lanes, which are computed by one process or by several, to the same bits.
 
-    units of the step --assign--> lanes --own--> passes, gradients --by halves--> ranks add --> every rank has the sum
+    units of the step --assign--> lanes --forward, backward--> gradients --binary tree--> sum on every rank
 
 A lane is cut into passes by itself, and lanes are added as a binary tree, within a rank and then between ranks. So the
 shapes of all products and the order of all additions depend on the number of lanes, never on how many ranks share them.
@@ -37,58 +37,58 @@ class LanePasses(NamedTuple):
 
     batches: list[Batch]
     idle: int = 0
-    """After these, so many passes without meaning, for ranks that must keep in step: others have as many more."""
+    """Dummy passes after these, so that all ranks make the same number of passes."""
 
 
 class Gradients(Protocol):
-    """Gradients of a step's lanes while they are computed."""
+    """Sums the gradients of a step's lanes as they are computed."""
 
-    def take(self) -> None:
-        """A lane's backward passes are over."""
+    def accumulate(self) -> None:
+        """Called after the backward passes of each lane; adds the lane's gradients."""
         ...
 
-    def spread(self) -> None:
-        """All lanes are computed: put the sum where the optimizer reads it."""
+    def finish_reduce(self) -> None:
+        """Called after all lanes; sums over the ranks and puts the sum into `Parameter.grad`."""
         ...
 
 
 class Lanes(Protocol):
-    """How the work of a step is divided, and its results are put together."""
+    """Divides the work of a step into lanes and combines their results."""
 
     ranks: Ranks
     count: int
-    own: range
-    """The lanes of this rank."""
+    local: range
+    """The lanes that this rank computes."""
 
     def passes(self, work: StepSegments, whole: list[Batch] | None, split: Split) -> list[LanePasses]:
-        """The passes of each lane of this rank. `whole`: the step as `split` cuts it, where that is known."""
+        """Return the passes of each lane of this rank. `whole`: the whole step as `split` cuts it, if that is known."""
         ...
 
     def gradients(self, parameters: Parameters) -> Gradients:
-        """For the gradients of these, none of which has one."""
+        """Return an accumulator for these parameters, none of which has a gradient yet."""
         ...
 
     def metrics(self, lanes: Sequence[dict[int, Metrics]]) -> dict[int, Metrics]:
-        """What each of this rank's lanes has found, by slot, as the sum over all lanes."""
+        """Return the sum over all lanes, of all ranks, of the metrics of this rank's lanes, by slot."""
         ...
 
     def rows(self, work: StepSegments, lanes: Sequence[dict[int, RowLosses]]) -> dict[int, RowLosses]:
-        """Losses of rows, by slot, in the order of the work."""
+        """Return the row losses of all lanes, by slot, in the order of the work."""
         ...
 
     def arrays(self, work: StepSegments, lanes: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
-        """An array for each token of one slot's segments, (L) float32, in the order of the work."""
+        """Return the arrays of all lanes, (L) float32 for each segment of the only slot, in the order of the work."""
         ...
 
 
 class _InPlace:
-    """Gradients that stay where the backward passes leave them."""
+    """Gradients of one process, which autograd sums in place."""
 
-    def take(self) -> None:
-        """They are there."""
+    def accumulate(self) -> None:
+        """See Gradients. autograd has added them already."""
 
-    def spread(self) -> None:
-        """They are the sum."""
+    def finish_reduce(self) -> None:
+        """See Gradients. They are the sum already."""
 
 
 class OneLane:
@@ -96,26 +96,26 @@ class OneLane:
 
     ranks: Ranks = ALONE
     count = 1
-    own = range(1)
+    local = range(1)
 
     def passes(self, work: StepSegments, whole: list[Batch] | None, split: Split) -> list[LanePasses]:
-        """One lane, with all there is."""
+        """See Lanes. The only lane has all passes."""
         return [LanePasses(split(work) if whole is None else whole)]
 
     def gradients(self, parameters: Parameters) -> Gradients:
-        """Left in place."""
+        """See Lanes."""
         return _InPlace()
 
     def metrics(self, lanes: Sequence[dict[int, Metrics]]) -> dict[int, Metrics]:
-        """The lane's own, not read yet."""
+        """See Lanes. Nothing is read from the device."""
         return lanes[0]
 
     def rows(self, work: StepSegments, lanes: Sequence[dict[int, RowLosses]]) -> dict[int, RowLosses]:
-        """The lane's own."""
+        """See Lanes."""
         return lanes[0]
 
     def arrays(self, work: StepSegments, lanes: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
-        """The lane's own."""
+        """See Lanes."""
         return lanes[0]
 
 
@@ -128,19 +128,19 @@ class ManyLanes:
         assert count % ranks.world == 0, "checked with the settings"
         self.ranks, self.count, self.in_step = ranks, count, in_step
         per_rank = count // ranks.world
-        self.own = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+        self.local = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
 
     def passes(self, work: StepSegments, whole: list[Batch] | None, split: Split) -> list[LanePasses]:
-        """See Lanes. Every rank knows the whole step, so it cuts the others' lanes too to know how many passes there
-        are, and asks nobody."""
+        """See Lanes. With `in_step`, a rank also cuts the other ranks' lanes, since it knows the whole step, to learn
+        how many passes they make."""
         lane_of = assign_units(work, self.count)
         if not self.in_step:
-            return [LanePasses(split(_part(work, lane_of, lane))) for lane in self.own]
+            return [LanePasses(split(_part(work, lane_of, lane))) for lane in self.local]
         lanes = [split(_part(work, lane_of, lane)) for lane in range(self.count)]
-        per_rank = len(self.own)
+        per_rank = len(self.local)
         found = []
-        for place, lane in enumerate(self.own):
-            most = max(len(each) for each in lanes[place::per_rank])
+        for index, lane in enumerate(self.local):
+            most = max(len(each) for each in lanes[index::per_rank])
             found.append(LanePasses(lanes[lane], most - len(lanes[lane])))
         return found
 
@@ -154,14 +154,14 @@ class ManyLanes:
         found: dict[int, Metrics] = {}
         for lane in (lane for of_rank in received for lane in of_rank):
             for slot, numbers in lane.items():
-                own = found.setdefault(int(slot), {})
+                sums = found.setdefault(int(slot), {})
                 for name, number in numbers.items():
-                    own[name] = own.get(name, 0.0) + number
+                    sums[name] = sums.get(name, 0.0) + number
         return found
 
     def rows(self, work: StepSegments, lanes: Sequence[dict[int, RowLosses]]) -> dict[int, RowLosses]:
-        """See Lanes. A unit is a row."""
-        given = [{slot: [list(rows.shares), list(rows.counts)] for slot, rows in lane.items()} for lane in lanes]
+        """See Lanes. Each unit is one row."""
+        given = [{slot: [list(rows.loss_terms), list(rows.counts)] for slot, rows in lane.items()} for lane in lanes]
         received = [lane for of_rank in self.ranks.exchange([_as_json(lane) for lane in given]) for lane in of_rank]
         lane_of, found = assign_units(work, self.count), {}
         for slot in work:
@@ -169,36 +169,36 @@ class ManyLanes:
                 continue
             waiting = [iter(zip(*lane.get(str(slot), ((), ())))) for lane in received]
             pairs = [next(waiting[lane]) for lane in lane_of[slot]]
-            shares, counts = zip(*pairs) if pairs else ((), ())
-            found[slot] = RowLosses(tuple(shares), tuple(counts))
+            loss_terms, counts = zip(*pairs) if pairs else ((), ())
+            found[slot] = RowLosses(tuple(loss_terms), tuple(counts))
         return found
 
     def arrays(self, work: StepSegments, lanes: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
-        """See Lanes. Each rank adds its own to zeros."""
+        """See Lanes. Each rank adds the arrays of its lanes to zeros."""
         (slot,) = work
         lengths = [len(segment) for segment in work[slot]]
         begins = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
         flat = np.zeros(int(begins[-1]), np.float32)
-        places = _places(work[slot], assign_units(work, self.count)[slot])
-        for lane, found in zip(self.own, lanes):
-            own = [place for place, its in enumerate(places) if its == lane]
-            for place, values_L in zip(own, found):
-                flat[begins[place] : begins[place + 1]] = values_L
+        segment_lanes = _segment_lanes(work[slot], assign_units(work, self.count)[slot])
+        for lane, found in zip(self.local, lanes):
+            indices = [index for index, of_segment in enumerate(segment_lanes) if of_segment == lane]
+            for index, values_L in zip(indices, found):
+                flat[begins[index] : begins[index + 1]] = values_L
         self.ranks.add(torch.from_numpy(flat))
         return [flat[begin:end] for begin, end in itertools.pairwise(begins.tolist())]
 
 
 class _Tree:
-    """Gradients added by halves: those of a lane wait until another sum of as many lanes is there."""
+    """Gradients added as a binary tree: a sum over some lanes is kept until there is another sum over as many."""
 
     def __init__(self, ranks: Ranks, parameters: Parameters) -> None:
-        assert all(parameter.grad is None for parameter in parameters), "a step's gradients begin at nothing"
+        assert all(parameter.grad is None for parameter in parameters), "a step begins without gradients"
         self._ranks, self._parameters = ranks, list(parameters)
         self._sums: list[tuple[int, torch.Tensor]] = []
-        """`(lanes, sum)`, fewer and fewer lanes."""
+        """`(number of lanes, sum)`, in descending order of the number."""
 
     @torch.no_grad()
-    def take(self) -> None:
+    def accumulate(self) -> None:
         """See Gradients."""
         flat_N = _flattened(self._parameters)
         for parameter in self._parameters:
@@ -211,29 +211,29 @@ class _Tree:
         self._sums.append((lanes, flat_N))
 
     @torch.no_grad()
-    def spread(self) -> None:
+    def finish_reduce(self) -> None:
         """See Gradients."""
         ((_, flat_N),) = self._sums
         self._ranks.add(flat_N)
         numbers = [parameter.numel() for parameter in self._parameters]
-        *pieces, touched_P = flat_N.split([*numbers, len(numbers)])
-        for parameter, piece, touched in zip(self._parameters, pieces, touched_P.tolist()):
+        *sums, touched_P = flat_N.split([*numbers, len(numbers)])
+        for parameter, sum_n, touched in zip(self._parameters, sums, touched_P.tolist()):
             if touched:
-                parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+                parameter.grad = sum_n.view_as(parameter).to(parameter.dtype)
 
 
 def _flattened(parameters: Parameters) -> torch.Tensor:
-    """Gradients as one vector of float32 (float64 where a parameter is), and after them, for each parameter, whether it
-    has one."""
+    """Return all gradients as one vector, float32 (float64 if a parameter is), followed by one number for each
+    parameter: 1 if it has a gradient."""
     wide = torch.float64 if any(each.dtype == torch.float64 for each in parameters) else torch.float32
     device = parameters[0].device
     total = sum(parameter.numel() for parameter in parameters)
     flat_N = torch.zeros(total + len(parameters), dtype=wide, device=device)
     begin = 0
-    for place, parameter in enumerate(parameters):
+    for index, parameter in enumerate(parameters):
         if parameter.grad is not None:
             flat_N[begin : begin + parameter.numel()] = parameter.grad.reshape(-1)
-            flat_N[total + place] = 1.0
+            flat_N[total + index] = 1.0
         begin += parameter.numel()
     return flat_N
 
@@ -247,24 +247,24 @@ def assign_units(work: StepSegments, lanes: int) -> dict[int, list[int]]:
 
 
 def heaviest_lane(work: StepSegments, lanes: int) -> StepSegments:
-    """The work of the lane with the most tokens; of one lane, all of it."""
+    """Return the work of the lane with the most tokens; with one lane, all of it."""
     if lanes == 1:
         return work
     lane_of = assign_units(work, lanes)
     parts = [_part(work, lane_of, lane) for lane in range(lanes)]
-    return max(parts, key=lambda part: sum(len(each) for own in part.values() for each in own))
+    return max(parts, key=lambda part: sum(len(each) for segments in part.values() for each in segments))
 
 
 def _part(work: StepSegments, lane_of: Mapping[int, Sequence[int]], lane: int) -> dict[int, list[Segment]]:
-    """The work of one lane, in its order."""
+    """Return the work of one lane, in its order."""
     return {
-        slot: [each for unit, its in zip(units(work[slot]), lane_of[slot]) if its == lane for each in unit]
+        slot: [each for unit, of_unit in zip(units(work[slot]), lane_of[slot]) if of_unit == lane for each in unit]
         for slot in work
     }
 
 
-def _places(segments: Sequence[Segment], lane_of: Sequence[int]) -> list[int]:
-    """The lane of each segment."""
+def _segment_lanes(segments: Sequence[Segment], lane_of: Sequence[int]) -> list[int]:
+    """Return the lane of each segment."""
     return [lane for unit, lane in zip(units(segments), lane_of) for _ in unit]
 
 

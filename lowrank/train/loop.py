@@ -1,8 +1,7 @@
-"""The loop: every tick, one optimizer step of every active job; now and then evaluate, save, report.
+"""The loop: every iteration takes one optimizer step of every active job, then evaluates, saves and reports.
 
-Jobs of different length finish on their own; a finished job's slot costs nothing any more. The loop
-knows data as steps of segments, the disk as a `CheckpointWriter`, and people as a function that takes events.
-"""
+Jobs of different length finish at different iterations; a finished job's slot costs nothing any more. The loop sees
+data as steps of segments, the disk as a `CheckpointWriter`, and the user as a function that takes events."""
 
 from __future__ import annotations
 
@@ -20,23 +19,23 @@ from lowrank.media.medium_files import BadMedium
 from lowrank.ranks import agree
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
 from lowrank.segments import Segment
-from lowrank.train.before_step import as_they_are, breaks_off, stopped_by
 from lowrank.train.engine import Engine
-from lowrank.train.job import Job, LooksAhead, RolloutSource, StepSource
+from lowrank.train.job import Job, PeekableSteps, RolloutSource, StepSource
 from lowrank.train.optimizers import bytes_of_state
+from lowrank.train.step_snapshot import bad_media_error, snapshot, stream_error
 from lowrank.train.stop_signal import StopSignal
-from lowrank.train.trained_job import Forwarded, Updated
+from lowrank.train.trained_job import ForwardResult, UpdateResult
 
 
 class CheckpointWriter(Protocol):
-    """Who writes to the run folder (train/checkpointer.py)."""
+    """Writes to the run folder (train/checkpointer.py)."""
 
     def save_adapter(self, job: Job, which: str) -> Path:
         """Write a job's adapter as `best` or `last`."""
         ...
 
-    def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
-        """Write the state of all jobs, from which `resume` goes on bit by bit."""
+    def checkpoint(self, iteration: int, jobs: Sequence[Job]) -> Path:
+        """Write the state of all jobs, from which a resumed run continues to the bit."""
         ...
 
 
@@ -46,8 +45,8 @@ class JobScheduler(Protocol):
     jobs: list[Job]
     """The jobs that have a slot."""
 
-    def between_steps(self, tick: int) -> Sequence[Job]:
-        """Called before step `tick + 1`. May change `jobs`; returns those that were given a slot."""
+    def between_steps(self, iteration: int) -> Sequence[Job]:
+        """Called before step `iteration + 1`. May change `jobs`; returns those that were given a slot."""
         ...
 
     def on_evaluated(self, evaluated: Sequence[Job]) -> None:
@@ -69,7 +68,7 @@ class FixedJobs:
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = list(jobs)
 
-    def between_steps(self, tick: int) -> Sequence[Job]:
+    def between_steps(self, iteration: int) -> Sequence[Job]:
         """See JobScheduler."""
         return ()
 
@@ -90,7 +89,7 @@ IDLE_SECONDS = 0.2
 
 
 class Loop:
-    """Runs jobs to their ends. `tick` counts the rounds; job.progress.step counts a job's own steps."""
+    """Trains jobs to their ends. `iteration` counts the loop's iterations, `job.progress.step` the steps of one job."""
 
     def __init__(
         self,
@@ -100,7 +99,7 @@ class Loop:
         report: Callable[[Event], None],
         *,
         save_every: int | None,
-        tick: int = 0,
+        iteration: int = 0,
         stop_signal: StopSignal | None = None,
     ) -> None:
         self.engine = engine
@@ -110,7 +109,7 @@ class Loop:
         self._reporting = False
         self._pending_events: list[Event] = []
         self.save_every = save_every
-        self.tick = tick
+        self.iteration = iteration
         self._stop_signal = stop_signal or StopSignal()
         self._heap = Heap()
 
@@ -120,7 +119,8 @@ class Loop:
         return self.queue.jobs
 
     def run(self) -> bool:
-        """Until every job is over, or a person asked to stop; True if all are over. The last state is saved."""
+        """Train until every job has ended or a stop is requested, and save the last state. Returns whether all have
+        ended."""
         with self._stop_signal, self._stop_signal.saving(self._notify_stop):
             if not self._stop_signal.poll():
                 self._begin()
@@ -135,7 +135,7 @@ class Loop:
                 self.queue.on_evaluated(evaluated)
                 self._finish([job for job in active if not job.active])
                 going_on = any(job.active for job in active) or self.queue.has_pending()
-                if self.save_every and self.tick % self.save_every == 0 and going_on:
+                if self.save_every and self.iteration % self.save_every == 0 and going_on:
                     self._save()
             waiting = self.queue.unfinished()
             done = not waiting and not any(job.active for job in self.jobs)
@@ -153,7 +153,7 @@ class Loop:
         return done
 
     def _begin(self) -> None:
-        """What is evaluated before any step; with what comes of an evaluation that a broken file has put off."""
+        """Evaluate before the first step. Evaluations that a broken file has put off may end a job."""
         due = [job for job in self.jobs if job.evaluates_at_the_start()]
         owing = [job for job in due if job.progress.owes_evaluation]
         self._evaluate(due)
@@ -162,8 +162,8 @@ class Loop:
             self._finish([job for job in owing if not job.active])
 
     def _next(self) -> list[Job] | None:
-        """The jobs that take the next step; none while all are paused. None if all are over."""
-        came = self.queue.between_steps(self.tick)
+        """Return the jobs that take the next step; none while all are paused; None if all have ended."""
+        came = self.queue.between_steps(self.iteration)
         self._evaluate([job for job in came if job.evaluates_at_the_start()])
         active = [job for job in self.jobs if job.active]
         return active if active or self.queue.has_pending() else None
@@ -178,8 +178,8 @@ class Loop:
             self._notify(self._pending_events.pop(0))
 
     def _answer(self, answering: list[RolloutSource]) -> None:
-        """First all are asked, so that they are answered together. A judge that fails, or a stream
-        of questions that breaks off, costs no step that was taken."""
+        """Submit the prompts of all jobs, then answer them together. Where a reward function or the stream of prompts
+        fails, a checkpoint is saved first, so that no step is lost."""
         try:
             for rollouts in answering:
                 rollouts.submit()
@@ -192,40 +192,42 @@ class Loop:
 
     def _step(self, active: list[Job]) -> None:
         started = time.perf_counter()
-        before = as_they_are(self.jobs)
+        before = snapshot(self.jobs)
         rates = {job.slot: job.next_learning_rate() for job in active}
-        with self._keeping(before):
-            work = self._taken(active, before)
-        following = [segment for job in active for segment in _following(job.dataloader)]
-        with self._keeping(before):
-            forwarded = self.engine.forward_backward(work, rates, following)
+        with self._checkpoint_on_bad_media(before):
+            work = self._next_steps(active, before)
+        next_segments = [segment for job in active for segment in _peek(job.dataloader)]
+        with self._checkpoint_on_bad_media(before):
+            forwarded = self.engine.forward_backward(work, rates, next_segments)
         updated = {job.slot: self.engine.optim_step(job.slot, rates[job.slot]) for job in active}
-        self.tick += 1
+        self.iteration += 1
         self._heap.after_step()
         seconds = time.perf_counter() - started
         for job in active:
             job.count_step(updated[job.slot].skipped, overflowed=updated[job.slot].loss_scale is not None)
             self._report_step(job, forwarded[job.slot], updated[job.slot], rates[job.slot], seconds)
 
-    def _taken(self, active: Sequence[Job], before: Sequence[Job]) -> dict[int, list[Segment]]:
-        """The segments of the next step, by slot. Where a source breaks off (a stream's file, network, or a row that
-        the settings refuse), all jobs can go on from `before` it."""
+    def _next_steps(self, active: Sequence[Job], before: Sequence[Job]) -> dict[int, list[Segment]]:
+        """Take the next step of every job's dataloader; returns the segments by slot. Where one fails (a stream's file
+        or network, or a row that the settings refuse), a checkpoint of the jobs as they were `before` is saved."""
         try:
             return {job.slot: job.dataloader.next_step() for job in active}
         except BadMedium:  # of a stream that is compared with the base as it is read
             raise
         except Exception as error:
-            if self.engine.lanes.ranks.world > 1:  # others wait for this one's share
+            if self.engine.lanes.ranks.world > 1:  # others wait for this rank, so no checkpoint can be written
                 raise
             self._save(before)
             if isinstance(error, DataError):
-                raise breaks_off(error, self._written_now()) from error
+                raise stream_error(error, self._written_now()) from error
             raise
 
     def _written_now(self) -> str:
-        return f"the checkpoint of step {self.tick}, written now"
+        return f"the checkpoint of step {self.iteration}, written now"
 
-    def _report_step(self, job: Job, forwarded: Forwarded, updated: Updated, rate: float, seconds: float) -> None:
+    def _report_step(
+        self, job: Job, forwarded: ForwardResult, updated: UpdateResult, rate: float, seconds: float
+    ) -> None:
         if job.rollouts is not None:
             forwarded = _as_rewarded(forwarded, job.rollouts.metrics)
         self._notify(
@@ -261,64 +263,66 @@ class Loop:
             )
 
     def _evaluate(self, due: list[Job], ending: Sequence[Job] = ()) -> None:
-        """`ending`: those that took the step before it."""
+        """Evaluate the jobs that are due. `ending`: the jobs that took the step before."""
         if due:
-            with self._keeping(self.jobs, ending, due):
+            with self._checkpoint_on_bad_media(self.jobs, ending, due):
                 self._evaluate_together(due)
 
     def _evaluate_together(self, due: list[Job]) -> None:
         plain = {job.slot: job.held_out for job in due if job.rollouts is None}
-        by_row = [job.slot for job in due if job.compares_rows and job.rollouts is None and job.answers is None]
+        by_row = [job.slot for job in due if job.keep_row_losses and job.rollouts is None and job.answers is None]
         results = self.engine.evaluate(plain, **({"by_row": by_row} if by_row else {})) if plain else {}
         results |= {job.slot: job.rollouts.evaluate() for job in due if job.rollouts is not None}
         scored = {job.slot: job.answers for job in due if job.answers is not None}
         scores = self._score_answers(scored) if scored else {}
         for job in due:
             result, answered = results[job.slot], scores.get(job.slot, Scored({}))
-            own = answered.metrics
-            best = job.count_evaluation(result.loss, own.get(job.eval_metric))
+            best = job.count_evaluation(result.loss, answered.metrics.get(job.eval_metric))
             if best:
-                job.progress.best_rows = _rows(result, answered) if job.compares_rows else None
+                job.progress.best_rows = _rows(result, answered) if job.keep_row_losses else None
                 self.checkpointer.save_adapter(job, "best")
             tokens = result.totals.get("tokens", 0.0)
-            metrics = {**result.metrics, **own}
+            metrics = {**result.metrics, **answered.metrics}
             self._notify(EvalDone(job.name, job.progress.step, result.loss, tokens, best, metrics, job.eval_metric))
 
     def _score_answers(self, held_out: Mapping[int, HeldOutAnswers]) -> dict[int, Scored]:
-        """By one rank, since generated answers decide which adapter is the best for all of them."""
+        """Score generated answers on the first rank, since they decide which adapter is the best on all ranks."""
         ranks = self.engine.lanes.ranks
         if ranks.world == 1:
             return score_answers(self.engine.base, self.engine.bank, held_out)
         found = agree(ranks, lambda: _as_json(score_answers(self.engine.base, self.engine.bank, held_out)))
-        return {int(slot): Scored(own["metrics"], tuple(own["rows"])) for slot, own in found.items()}
+        return {int(slot): Scored(scored["metrics"], tuple(scored["rows"])) for slot, scored in found.items()}
 
     @contextlib.contextmanager
-    def _keeping(self, jobs: Sequence[Job], ending: Sequence[Job] = (), due: Sequence[Job] = ()) -> Generator[None]:
-        """Where a file of a row breaks off the block, `jobs` as they are can go on from here; those of `ending` that
-        are over are kept as such, and those that were `due` are evaluated then."""
+    def _checkpoint_on_bad_media(
+        self, jobs: Sequence[Job], ending: Sequence[Job] = (), due: Sequence[Job] = ()
+    ) -> Generator[None]:
+        """Context that saves a checkpoint of `jobs` and raises DataError where a media file of a row is broken or
+        missing. Jobs of `ending` that have ended are finished first; those in `due` are evaluated after a resume."""
         try:
             yield
         except BadMedium as error:
             last = "the last checkpoint"
-            if self.engine.lanes.ranks.world == 1:  # others wait for this one's share
+            if self.engine.lanes.ranks.world == 1:  # else others wait for this rank, so no checkpoint can be written
                 for job in due:
                     job.progress.owes_evaluation = True
                 self._finish([job for job in ending if not job.active])
                 self._save(jobs)
                 last = self._written_now()
-            raise stopped_by(error, last) from error
+            raise bad_media_error(error, last) from error
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:
             self._notify(finish_job(self.engine, self.checkpointer, job))
 
     def _save(self, jobs: Sequence[Job] | None = None) -> None:
-        """`jobs`: all of them as they were, where that is not as they are."""
+        """Save a checkpoint of `jobs`, by default of all as they are now."""
         jobs = self.jobs if jobs is None else jobs
-        self._notify(CheckpointSaved(self.tick, self.checkpointer.checkpoint(self.tick, jobs)))
+        self._notify(CheckpointSaved(self.iteration, self.checkpointer.checkpoint(self.iteration, jobs)))
 
     def _notify_stop(self, text: str) -> None:
-        """Perhaps from a signal's handler, while a reporter is in the middle of a line."""
+        """Report a stop request. A signal handler may call this while a reporter writes, so the event may have to
+        wait."""
         notice = Notice(text, "warning")
         if self._reporting:
             self._pending_events.append(notice)
@@ -326,16 +330,17 @@ class Loop:
             self._notify(notice)
 
 
-def _rows(result: Forwarded, answered: Scored) -> list[list[float]] | None:
-    """See `Progress.best_rows`: of the metric of answers where there is one, each answer with the same weight."""
+def _rows(result: ForwardResult, answered: Scored) -> list[list[float]] | None:
+    """Return `JobProgress.best_rows`: of generated answers where they are scored, each with the same weight, else of
+    losses."""
     if answered.rows:
         number = len(answered.rows)
         return [[value / number for value in answered.rows], [1.0] * number]
-    return result.rows and [list(result.rows.shares), list(result.rows.counts)]
+    return result.rows and [list(result.rows.loss_terms), list(result.rows.counts)]
 
 
 def finish_job(engine: Engine, checkpointer: CheckpointWriter, job: Job) -> JobFinished:
-    """Keep the adapter of a job that is over; what is to be told of it."""
+    """Save the adapter of a job that has ended. Returns the event to report."""
     checkpointer.save_adapter(job, "last")
     if job.progress.best_step is None:  # nothing was held out: the last is the best there is
         checkpointer.save_adapter(job, "best")
@@ -343,16 +348,17 @@ def finish_job(engine: Engine, checkpointer: CheckpointWriter, job: Job) -> JobF
     return JobFinished(job.name, job.progress.step, job.progress.finished or "done", kept)
 
 
-def _following(steps: StepSource) -> Sequence[Segment]:
-    """The segments of the step after this one, where they are known."""
-    return steps.following() if isinstance(steps, LooksAhead) else ()
+def _peek(steps: StepSource) -> Sequence[Segment]:
+    """Return the segments of the next step, where they are known."""
+    return steps.peek_next_step() if isinstance(steps, PeekableSteps) else ()
 
 
-def _as_rewarded(forwarded: Forwarded, metrics: dict[str, float]) -> Forwarded:
-    """What is minimized is minus the reward; the loss whose gradient does it is near 0 and says nothing."""
+def _as_rewarded(forwarded: ForwardResult, metrics: dict[str, float]) -> ForwardResult:
+    """Return the result with minus the mean reward as loss: the policy loss, whose gradient is taken, is always near
+    0."""
     shown = {**metrics, **forwarded.metrics, "policy_loss": forwarded.loss}
     return replace(forwarded, loss=-metrics["reward"], metrics=shown)
 
 
 def _as_json(scores: Mapping[int, Scored]) -> dict[str, dict[str, object]]:
-    return {str(slot): asdict(own) for slot, own in scores.items()}
+    return {str(slot): asdict(scored) for slot, scored in scores.items()}

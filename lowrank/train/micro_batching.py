@@ -16,41 +16,40 @@ StepSegments = Mapping[int, Sequence[Segment]]
 
 
 def split_into_micro_batches(
-    base: Base, bank: Bank, work: StepSegments, micro_batch_tokens: int, share: bool
+    base: Base, bank: Bank, work: StepSegments, micro_batch_tokens: int, share_prefixes: bool
 ) -> list[Batch]:
-    """Micro-batches of at most so many tokens; pairs stay together, order within a slot is kept.
-
-    Here segments get their slot's virtual tokens. With `share`, answers to one prompt in one micro-batch share its
-    computation.
+    """Split a step into micro-batches of at most `micro_batch_tokens` tokens; pairs stay together, and order within a
+    slot is kept. Segments get their slot's virtual tokens here. With `share_prefixes`, answers to one prompt in one
+    micro-batch share its computation.
     """
     filling = _Filling(base, micro_batch_tokens)
     batches = [filling.entries]
     for slot in sorted(work):
         whole: Segment | None = None
-        for unit in units([bank.prompted(slot, segment) for segment in work[slot]]):
-            entries = _entries(slot, unit, whole if share and filling.entries else None, share)
-            if not filling.take(entries):
+        for unit in units([bank.with_virtual_tokens(slot, segment) for segment in work[slot]]):
+            entries = _entries(slot, unit, whole if share_prefixes and filling.entries else None, share_prefixes)
+            if not filling.add(entries):
                 filling = _Filling(base, micro_batch_tokens)
                 batches.append(filling.entries)
-                entries = _entries(slot, unit, None, share)
-                filling.take(entries)
+                entries = _entries(slot, unit, None, share_prefixes)
+                filling.add(entries)
             whole = next((each for _, each in reversed(entries) if not each.prefix), whole)
     return [base.filled(pack(entries)) for entries in batches if entries]
 
 
 class _Filling:
-    """The micro-batch that is being filled. Of its lengths only what decides is kept, so that a step of n segments is
-    split in n looks and not in n^2, in which a GPU has nothing to do."""
+    """The micro-batch that is being filled. Of its lengths only sums and extremes are kept, so that splitting a step of
+    n segments takes O(n) and not O(n^2) time, in which a GPU is idle."""
 
     def __init__(self, base: Base, most: int) -> None:
         self.entries: list[tuple[int, Segment]] = []
         self._base, self._most = base, most
         self._total = self._longest = 0
         self._documents: tuple[int, ...] = ()
-        """The shortest and the longest."""
+        """The shortest and the longest document."""
 
-    def take(self, entries: Sequence[tuple[int, Segment]]) -> bool:
-        """Add them, if they fit beside what is there; the first always do."""
+    def add(self, entries: Sequence[tuple[int, Segment]]) -> bool:
+        """Add entries if they fit; the first always do. Returns whether they were added."""
         lengths = [len(segment) for _, segment in entries]
         documents = [*self._documents, *(segment.prefix + len(segment) for _, segment in entries)]
         total, longest = self._total + sum(lengths), max(self._longest, *lengths)
@@ -63,18 +62,21 @@ class _Filling:
         return True
 
 
-def _entries(slot: int, unit: Sequence[Segment], whole: Segment | None, share: bool) -> list[tuple[int, Segment]]:
-    """What goes into a batch; with `share`, what follows a whole segment with the same prompt does without it."""
+def _entries(
+    slot: int, unit: Sequence[Segment], whole: Segment | None, share_prefixes: bool
+) -> list[tuple[int, Segment]]:
+    """Return the batch entries of a unit. With `share_prefixes`, a segment that follows a whole one (`whole`) with the
+    same prompt leaves the prompt out."""
     entries: list[tuple[int, Segment]] = []
     for segment in unit:
-        given = tail_of(segment, whole) if share and whole is not None else segment
+        given = tail_of(segment, whole) if share_prefixes and whole is not None else segment
         whole = whole if given.prefix else given
         entries.append((slot, given))
     return entries
 
 
 def units(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments that must share a batch: the members of a pair, everything else alone."""
+    """Return groups of segments that must be in one batch: the members of a pair together, every other one alone."""
     units: list[list[Segment]] = []
     for segment in segments:
         if units and segment.pair >= 0 and units[-1][0].pair == segment.pair:

@@ -19,7 +19,7 @@ from lowrank.objectives import Objective, needs
 from lowrank.train.layerwise import LayerwiseUpdates
 from lowrank.train.loss_scale import scale_for
 from lowrank.train.mixed_precision import MasterWeights
-from lowrank.train.optimizers import OptimizerConfig, TrainsInParts
+from lowrank.train.optimizers import BlockwiseOptimizer, OptimizerConfig
 from lowrank.train.trained_job import TrainedJob
 
 VALUE_HEAD = "value_head"
@@ -44,7 +44,7 @@ def new_job(
     masters, own = None, {}
     if slot == BASE_SLOT:
         own = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
-        masters = MasterWeights(own, settings.trains_in_parts)
+        masters = MasterWeights(own, settings.is_blockwise)
         parameters, refresh, factors = masters.parameters, masters.refresh, None
     else:
         parameters, refresh = bank.parameters(slot), partial(bank.refresh, slot)
@@ -57,8 +57,8 @@ def new_job(
         parameters = {**parameters, VALUE_HEAD: value_D}
         factors = factors and [*factors, 1.0]
     optimizer = settings.build(parameters, factors, _undecayed(parameters, base.model), base.head_dim)
-    if masters is not None and isinstance(optimizer, TrainsInParts):
-        optimizer.follow(masters.train)
+    if masters is not None and isinstance(optimizer, BlockwiseOptimizer):
+        optimizer.set_block_callback(masters.train)
     for note in settings.notes(base.device):
         notify(note)
     scale, layerwise = scale_for(base.dtype), None

@@ -19,22 +19,22 @@ from lowrank.batches import BASE_SLOT, Batch, pack
 from lowrank.devices import to_device
 from lowrank.models.base import Base
 from lowrank.segments import Segment
-from lowrank.train.pixels_ahead import PixelsAhead
+from lowrank.train.pixel_prefetch import PixelPrefetcher
 from lowrank.train.prepared_pass import PassRecorder, PreparedPass, Unrecorded, heads_of, wanted_logprobs
 from lowrank.train.trained_job import TrainedJob
 
 
 class Passes:
-    """Of the jobs of one engine, whose mapping this reads and never changes."""
+    """Runs passes for the jobs of one engine. Reads the engine's job map; never modifies it."""
 
     def __init__(self, base: Base, bank: Bank, jobs: Mapping[int, TrainedJob]) -> None:
         self._base, self._bank, self._jobs = base, bank, jobs
-        self.ahead = PixelsAhead(base)
+        self.prefetcher = PixelPrefetcher(base)
 
-    def expect(self, batches: Sequence[Batch], following: Sequence[Segment] | None = None) -> None:
-        """These batches come next, in this order: what their media need is computed once for all of them, ahead.
-        `following`: what the step after these begins with, as far as it is known; None: as was said last."""
-        self.ahead.expect(batches, following)
+    def expect(self, batches: Sequence[Batch], next_segments: Sequence[Segment] | None = None) -> None:
+        """Announce the next batches, in this order, so that their media are decoded ahead, once for all of them.
+        `next_segments`: segments of the step after these, as far as they are known; None: as announced last."""
+        self.prefetcher.expect(batches, next_segments)
         if self._base.media_encoder is not None:
             slots = {slot for batch in batches for slot in batch.slots}
             bare = {slot for slot in slots if slot == BASE_SLOT or not self._bank.slots[slot].outside}
@@ -48,7 +48,7 @@ class Passes:
         tokens_of_step: int | None = None,
     ) -> PreparedPass:
         """`prepare` on the host, where numbers can be read without waiting, and then on the base's device."""
-        batch = self.ahead.shown(batch)
+        batch = self.prefetcher.with_pixels(batch)
         prepared = replace(self.prepare(batch, train, wanted_T), tokens_of_step=tokens_of_step)
         return prepared.moved(partial(to_device, device=self._base.device))
 

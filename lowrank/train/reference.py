@@ -29,7 +29,7 @@ from lowrank.kernels.cache_folder import cache_folder
 from lowrank.models.placement import whole_tensor
 from lowrank.segments import Segment
 from lowrank.train.engine import Engine
-from lowrank.train.job import LooksAhead, StepSource
+from lowrank.train.job import PeekableSteps, StepSource
 
 _SEGMENTS_PER_FILE = 256
 _SAMPLED = 4096
@@ -180,9 +180,9 @@ class ReferencedSteps:
         """The segments of the next optimizer step."""
         return self._references.attach(self._steps.next_step())
 
-    def following(self) -> Sequence[Segment]:
+    def peek_next_step(self) -> Sequence[Segment]:
         """The dataloader's own, without references."""
-        return self._steps.following() if isinstance(self._steps, LooksAhead) else ()
+        return self._steps.peek_next_step() if isinstance(self._steps, PeekableSteps) else ()
 
     def state(self) -> dict[str, Any]:
         """The dataloader's own."""

@@ -1,5 +1,4 @@
-"""Answers that jobs give themselves while they train: one generator for all jobs of a run, its cache only there while
-somebody is answered (rollouts.py says what comes of the answers)."""
+"""Generation of rollouts: one generator for all jobs of a run, whose KV cache exists only while it generates."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ from lowrank.notices import log_notice
 from lowrank.train.lanes import Lanes, OneLane
 
 ROWS = 64
-"""Answers in progress at once, of all jobs together."""
+"""Sequences that are generated at once, of all jobs together."""
 
 
 @dataclass
 class RolloutRequest:
-    """A question, and once `RolloutGenerator.finish` was called, its answer."""
+    """A prompt, and after `RolloutGenerator.finish`, its answer."""
 
     prompt: Prompt
     config: GenerationConfig
@@ -31,20 +30,19 @@ class RolloutRequest:
     answer: Answer
 
 
-_NO_ANSWER = Answer([], "", "error", "nobody was asked yet")
+_NO_ANSWER = Answer([], "", "error", "not generated yet")
 
 
 class RolloutGenerator:
-    """The generator that all jobs of a run share. Its cache is only there while somebody is answered.
+    """The generator of all jobs of a run.
 
-    Questions are divided into lanes like the work of a step (train/lanes.py), each with all its repetitions, and a lane
-    is answered by itself: what is drawn does not depend on the number of ranks.
-    """
+    Prompts are divided into lanes like the work of a step (train/lanes.py), each with all its repetitions, and lanes
+    are generated one after another, so sampling does not depend on the number of ranks."""
 
     def __init__(
         self, base: Base, bank: Bank, lanes: Lanes | None = None, notify: Callable[[str], None] = log_notice
     ) -> None:
-        """`notify` is called with why answers are not computed as was asked."""
+        """`notify` is called with a text if compiled decoding is not possible."""
         self._base, self._bank, self._lanes, self._notify = base, bank, lanes or OneLane(), notify
         self._compiled: CompiledDecoding | None = None
         self._longest = 1
@@ -52,33 +50,33 @@ class RolloutGenerator:
         self._waiting: list[RolloutRequest] = []
 
     def reserve(self, tokens: int, *, compile: bool = False) -> None:
-        """There will be prompts that have, with their answers, up to so many tokens. `compile`: answer through compiled
-        decoder layers from now on. Between steps, when nobody is being answered."""
+        """Reserve room for prompts that have, with their answers, up to `tokens` tokens. `compile`: generate through
+        compiled decoder layers from now on. Called only while nothing is generated."""
         if tokens > self._longest:
             self._longest, self._generator = tokens, None
         if compile and self._compiled is None:
             self._compiled, self._generator = CompiledDecoding(self._base, self._bank, self._notify), None
 
     def submit(self, prompt: Prompt, config: GenerationConfig, stop_tokens: frozenset[int]) -> RolloutRequest:
-        """It is answered when somebody calls `finish`."""
+        """Add a prompt, which is answered at the next `finish`."""
         request = RolloutRequest(prompt, config, stop_tokens, _NO_ANSWER)
         self._waiting.append(request)
         return request
 
     def finish(self) -> None:
-        """Answer everybody, and give the memory of the cache back: weights change before the next question."""
+        """Generate all answers, and free the KV cache, since weights change before the next prompts."""
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
         lane_of = _lanes_of([each.prompt for each in waiting], self._lanes.count)
-        for lane in self._lanes.own:
-            self._answer([each for each, its in zip(waiting, lane_of) if its == lane])
+        for lane in self._lanes.local:
+            self._answer([each for each, of_prompt in zip(waiting, lane_of) if of_prompt == lane])
         if self._lanes.ranks.world > 1:
-            own = [dataclasses.asdict(each.answer) if its in self._lanes.own else None
-                   for each, its in zip(waiting, lane_of)]  # fmt: skip
-            received = self._lanes.ranks.exchange(own)
-            for place, each in enumerate(waiting):
-                each.answer = Answer(**next(of_rank[place] for of_rank in received if of_rank[place] is not None))
+            answers = [dataclasses.asdict(each.answer) if lane in self._lanes.local else None
+                       for each, lane in zip(waiting, lane_of)]  # fmt: skip
+            received = self._lanes.ranks.exchange(answers)
+            for index, each in enumerate(waiting):
+                each.answer = Answer(**next(of_rank[index] for of_rank in received if of_rank[index] is not None))
 
     def _answer(self, waiting: Sequence[RolloutRequest]) -> None:
         if not waiting:
@@ -97,7 +95,7 @@ class RolloutGenerator:
 
 
 def _lanes_of(prompts: Sequence[Prompt], lanes: int) -> list[int]:
-    """In turns; a question that is asked several times in a row is one."""
+    """Return the lane of each prompt, in turns. Repetitions of a prompt stay together."""
     found: list[int] = []
     turn = -1
     for before, prompt in zip([None, *prompts], prompts):

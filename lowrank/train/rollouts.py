@@ -1,10 +1,10 @@
-"""Rollouts: prompts are drawn from the job's dataloader, answered, rewarded, and become segments.
+"""Rollouts: prompts of the job's dataloader are answered and rewarded, and the answers become segments.
 
-    prompts --ask--> generator, for all jobs at once --> answers --judge--> segments with what was found out about them
+    prompts --submit--> generator, for all jobs at once --> answers --rewards, targets--> segments with signals
 
-The engine trains on these like on any others. What is drawn is a function of (seed, number of the batch, place in it,
-the weights), so a dataloader's state is where its prompts stand; in the middle of several steps on the same answers
-these are part of it.
+The engine trains on these like on any others. Sampling is a function of (seed, number of the batch, index in it, the
+weights), so the state of this dataloader is that of its prompts; between several steps on the same answers, these are
+part of the state.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine
 from lowrank.train.job import StepSource
 from lowrank.train.rollout_generator import RolloutGenerator, RolloutRequest
-from lowrank.train.trained_job import Forwarded
+from lowrank.train.trained_job import ForwardResult
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Where a job's questions come from. `held_out` are asked at evaluations; `longest` is the most tokens of one."""
+    """The prompts of a job. `held_out`: answered at evaluations; `longest`: tokens of the longest prompt."""
 
     train: StepSource
     held_out: Sequence[Segment]
@@ -59,7 +59,7 @@ class RewardModel:
 class Rollouts:
     """A dataloader whose segments are answers of the job's own slot; see the module.
 
-    `ask` is called for all jobs before the first `next_step`, so that they are answered together.
+    The loop calls `submit` for all jobs, then `answer`, then `next_step`, so that all are answered in the same passes.
     """
 
     def __init__(
@@ -92,46 +92,46 @@ class Rollouts:
             top_k=settings.top_k,
         )
         self._batch = 0
-        """Batches of answers drawn so far."""
+        """Batches of answers sampled so far."""
         self._used = 0
-        """Steps taken on the present one."""
+        """Steps taken on the current batch of answers."""
         self._segments: list[Segment] = []
         self._submitted: list[tuple[Segment, RolloutRequest]] = []
         self._fresh = False
-        """The answers are there and no step was taken on them."""
+        """Whether the current answers have not been used for a step yet."""
         self._before: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
-        """Of the answers of the last step."""
+        """Metrics of the answers of the last step."""
 
     @property
     def epoch(self) -> float:
-        """The prompts' own."""
+        """See StepSource: that of the prompts."""
         return self._prompts.train.epoch
 
     @property
     def reward_slot(self) -> int | None:
-        """The slot of the reward model, which nobody else uses."""
+        """See RolloutSource."""
         return None if self._reward_model is None else self._reward_model.slot
 
     def submit(self) -> None:
-        """Put the questions of the next step, if it has new ones."""
+        """See RolloutSource."""
         if self._used or self._submitted or self._fresh:
             return
         self._before = self.state()
         prompts = [segment for segment in self._prompts.train.next_step() for _ in range(self._objective.group)]
-        for place, segment in enumerate(prompts):
-            seed = key_of(self._seed, "answers", self._batch, place)
+        for index, segment in enumerate(prompts):
+            seed = key_of(self._seed, "answers", self._batch, index)
             self._submitted.append((segment, self._submit(segment, self._config.model_copy(update={"seed": seed}))))
 
     def answer(self) -> None:
-        """Have what was asked answered and judged. ConfigError if a reward function fails; nothing is lost then."""
+        """See RolloutSource."""
         if self._submitted:
             self._answering.finish()
-            self._segments = self._judged(self._submitted)
+            self._segments = self._with_targets(self._submitted)
             self._submitted, self._fresh = [], True
 
     def next_step(self) -> list[Segment]:
-        """The segments of the next optimizer step, numbered."""
+        """See StepSource."""
         self.submit()
         self.answer()
         if self._fresh:
@@ -139,21 +139,21 @@ class Rollouts:
         self._used = (self._used + 1) % self._objective.steps_per_batch
         return self._segments
 
-    def evaluate(self) -> Forwarded:
-        """The likeliest answer to each held-out prompt, judged. The loss is minus the mean reward."""
+    def evaluate(self) -> ForwardResult:
+        """See RolloutSource."""
         likeliest = self._config.model_copy(update={"temperature": 0.0})
         requests = [(segment, self._submit(segment, likeliest)) for segment in self._prompts.held_out]
         self._answering.finish()
-        drawn, metrics = self._rewarded(requests)
-        return Forwarded(
+        rollouts, metrics = self._rewarded(requests)
+        return ForwardResult(
             -metrics["reward"],
-            int(sum(map(len, self._prompts.held_out)) + drawn.length_N.sum()),
-            {"tokens": float(drawn.length_N.sum())},
+            int(sum(map(len, self._prompts.held_out)) + rollouts.length_N.sum()),
+            {"tokens": float(rollouts.length_N.sum())},
             metrics,
         )
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON for `load_state`. Of questions no step was taken on, nothing: they are asked again."""
+        """See StepSource. Answers on which no step was taken are not part of it: their prompts are submitted again."""
         if self._submitted or self._fresh:
             return self._before
         kept = [_as_json(segment) for segment in self._segments] if self._used else []
@@ -166,7 +166,7 @@ class Rollouts:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """See StepSource."""
         self._prompts.train.load_state(state["prompts"])
         self._batch, self._used, self._submitted, self._fresh = state["batch"], state["used"], [], False
         self.metrics = dict(state["metrics"])
@@ -176,47 +176,47 @@ class Rollouts:
         prompt = Prompt(segment.token_L.astype(np.int64), self._slot)
         return self._answering.submit(prompt, config, self._prompts.stop_tokens)
 
-    def _judged(self, requests: Sequence[tuple[Segment, RolloutRequest]]) -> list[Segment]:
-        drawn, metrics = self._rewarded(requests)
+    def _with_targets(self, requests: Sequence[tuple[Segment, RolloutRequest]]) -> list[Segment]:
+        rollouts, metrics = self._rewarded(requests)
         answers = [each.answer for _, each in requests]
         segments = [_with_answer(segment, answer) for (segment, _), answer in zip(requests, answers)]
-        drawn.answer = [segment.weight_L != 0 for segment in segments]
-        if needs(self._objective, "token_values"):  # a token's is the one where it is predicted: one place before
-            drawn.value = [np.append(np.float32(0), each[:-1]) for each in self._engine.values(self._slot, segments)]
+        rollouts.answer = [segment.weight_L != 0 for segment in segments]
+        if needs(self._objective, "token_values"):  # the value of a token is at its predictor, one position before
+            rollouts.value = [np.append(np.float32(0), each[:-1]) for each in self._engine.values(self._slot, segments)]
         if self._objective.steps_per_batch > 1 or needs(self._objective, "token_values"):
-            drawn.logprob = self._engine.logprobs(self._slot, segments)
-        if self._objective.compares:
-            drawn.reference = self._engine.logprobs(BASE_SLOT, segments)
-        judged = self._objective.judge(drawn)
-        self.metrics = metrics | judged.metrics
+            rollouts.logprob = self._engine.logprobs(self._slot, segments)
+        if self._objective.needs_reference:
+            rollouts.reference = self._engine.logprobs(BASE_SLOT, segments)
+        targets = self._objective.compute_targets(rollouts)
+        self.metrics = metrics | targets.metrics
         failed_N = np.array([answer.finish == "error" for answer in answers])
-        return number_the_step(_attached(segments, drawn, judged, failed_N))
+        return number_the_step(_attached(segments, rollouts, targets, failed_N))
 
     def _rewarded(self, requests: Sequence[tuple[Segment, RolloutRequest]]) -> tuple[RolloutBatch, dict[str, float]]:
         answers = [each.answer for _, each in requests]
         settings = self._objective.settings
         arguments = self._arguments([segment for segment, _ in requests], answers)
-        judged = agree(  # by one rank: a judge may be a program that costs money, or that judges otherwise each time
+        rewards = agree(  # by one rank: a reward function may cost money, or be random
             self._engine.lanes.ranks,
             lambda: [call_reward_function(name, len(requests), arguments).tolist() for name in settings.reward_funcs],
         )
-        given = [np.array(each, np.float64) for each in judged]
-        names, weights = short_names(settings.reward_funcs), list(settings.reward_weights or [1.0] * len(given))
+        columns = [np.array(each, np.float64) for each in rewards]
+        names, weights = short_names(settings.reward_funcs), list(settings.reward_weights or [1.0] * len(columns))
         if self._reward_model is not None:
             segments = [_with_answer(segment, answer) for (segment, _), answer in zip(requests, answers)]
             values = self._engine.values(self._reward_model.slot, segments, self._reward_model.value_D)
-            given.append(np.array([value_L[-1] for value_L in values], np.float64))
+            columns.append(np.array([value_L[-1] for value_L in values], np.float64))
             names, weights = [*names, "reward_model"], [*weights, 1.0]
-        drawn = RolloutBatch(
-            np.stack(given, axis=1),
+        rollouts = RolloutBatch(
+            np.stack(columns, axis=1),
             np.array(weights),
             np.array([answer.finish == "length" for answer in answers]),
             np.array([len(answer.tokens) + (answer.stop_token is not None) for answer in answers]),
         )
-        return drawn, reward_metrics(drawn, names)
+        return rollouts, reward_metrics(rollouts, names)
 
     def _arguments(self, segments: Sequence[Segment], answers: Sequence[Answer]) -> dict[str, list[Any]]:
-        """What reward functions are called with, as TRL calls them for conversations."""
+        """Return the arguments of reward functions, as TRL calls them for conversations."""
         prompts = [_as_generated(segment) for segment in segments]
         tokenizer = self._engine.base.tokenizer
         texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
@@ -232,33 +232,34 @@ class Rollouts:
 
 
 def steps_on_one_batch(objective: Any) -> int:
-    """Optimizer steps on what a dataloader gives at once: more than one only where an objective uses answers again."""
+    """Return the number of optimizer steps on one step of a dataloader: more than one only for rollout objectives that
+    use answers again."""
     return objective.steps_per_batch if needs(objective, "rollouts") else 1
 
 
 def worst_case_step(objective: Any, prompts: Sequence[Segment]) -> list[Segment]:
-    """The heaviest step that answers to `prompts` can make: each as long as it may be. For planning memory."""
-    drawing: RolloutObjective = objective
-    longest = drawing.settings.max_completion_length
+    """Return the heaviest step that answers to `prompts` can make, each of maximum length. For planning memory."""
+    rollout_objective: RolloutObjective = objective
+    longest = rollout_objective.settings.max_completion_length
     segments = []
     for prompt in prompts:
         token_L = np.concatenate([prompt.token_L, np.zeros(longest, prompt.token_L.dtype)])
         weight_L = np.concatenate([np.zeros(len(prompt)), np.ones(longest)]).astype(np.float32)
-        segments += [Segment(token_L, weight_L)] * drawing.group
-    drawn = RolloutBatch(
+        segments += [Segment(token_L, weight_L)] * rollout_objective.group
+    rollouts = RolloutBatch(
         np.zeros((len(segments), 1)), np.ones(1), np.zeros(len(segments), bool), np.full(len(segments), longest)
     )
     known = [np.zeros(len(segment), np.float32) for segment in segments]
-    drawn.answer = [segment.weight_L != 0 for segment in segments]
-    drawn.value = known
-    drawn.logprob = known
-    drawn.reference = known if drawing.compares else None
-    judged = drawing.judge(drawn)
-    return number_the_step(_attached(segments, drawn, judged, np.zeros(len(segments), bool)))
+    rollouts.answer = [segment.weight_L != 0 for segment in segments]
+    rollouts.value = known
+    rollouts.logprob = known
+    rollouts.reference = known if rollout_objective.needs_reference else None
+    targets = rollout_objective.compute_targets(rollouts)
+    return number_the_step(_attached(segments, rollouts, targets, np.zeros(len(segments), bool)))
 
 
 def _as_generated(segment: Segment) -> Prompted:
-    assert segment.prompted is not None, "a segment of the prompts' dataloader that asks nothing"
+    assert segment.prompted is not None, "segments of the prompts' dataloader have their prompt"
     return segment.prompted
 
 
@@ -267,25 +268,27 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def _with_answer(prompt: Segment, answer: Answer) -> Segment:
-    """Prompt and answer, the end of turn included if the model drew it: the answer's tokens carry weight."""
-    described = [*answer.tokens, *([] if answer.stop_token is None else [answer.stop_token])]
-    token_L = np.concatenate([prompt.token_L, np.asarray(described, prompt.token_L.dtype)])
-    weight_L = np.concatenate([np.zeros(len(prompt)), np.ones(len(described))]).astype(np.float32)
+    """Return prompt and answer as one segment, with the end of turn if the model sampled it. The answer's tokens carry
+    weight."""
+    answer_tokens = [*answer.tokens, *([] if answer.stop_token is None else [answer.stop_token])]
+    token_L = np.concatenate([prompt.token_L, np.asarray(answer_tokens, prompt.token_L.dtype)])
+    weight_L = np.concatenate([np.zeros(len(prompt)), np.ones(len(answer_tokens))]).astype(np.float32)
     return Segment(token_L, weight_L)
 
 
 def _attached(
-    segments: Sequence[Segment], drawn: RolloutBatch, judged: RolloutTargets, failed_N: np.ndarray
+    segments: Sequence[Segment], rollouts: RolloutBatch, targets: RolloutTargets, failed_N: np.ndarray
 ) -> list[Segment]:
-    """The segments with what was found out. An adapter that gave NaN gets NaN back, so that its step is skipped."""
+    """Return the segments with the targets as signals. Where generation gave NaN, so are the signals, and the step is
+    skipped."""
     attached = []
-    for place, segment in enumerate(segments):
+    for index, segment in enumerate(segments):
         signals = {
-            name: np.broadcast_to(np.float32(np.nan) if failed_N[place] else value, len(segment)).astype(np.float32)
-            for name, value in judged.signals[place].items()
+            name: np.broadcast_to(np.float32(np.nan) if failed_N[index] else value, len(segment)).astype(np.float32)
+            for name, value in targets.signals[index].items()
         }
-        weight_L = segment.weight_L if judged.learned_N[place] else np.zeros_like(segment.weight_L)
-        reference_L = None if drawn.reference is None else drawn.reference[place]
+        weight_L = segment.weight_L if targets.learned_N[index] else np.zeros_like(segment.weight_L)
+        reference_L = None if rollouts.reference is None else rollouts.reference[index]
         attached.append(replace(segment, weight_L=weight_L, reference_L=reference_L, signals_L=signals))
     return attached
 

@@ -1,4 +1,4 @@
-"""A loss row by row: what each held-out row adds to it. For intervals over rows, and comparisons row for row."""
+"""Losses of single held-out rows, for confidence intervals and for paired comparisons."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from lowrank.train.trained_job import RowLosses
 
 
 def row_losses(objective: Objective, scores: Scores, batch: Batch, totals: Totals) -> RowLosses:
-    """Of the rows in one job's part of a batch; pairs are one row. `totals` are of all rows: cutting a batch changes no
-    result, so the shares' sum is the loss of the batch."""
-    shares, counts, first = [], [], 0
+    """Return the losses of the rows in one job's part of a batch; a pair is one row. `totals` are of all rows, so the
+    sum of the terms is the loss of the batch."""
+    loss_terms, counts, first = [], [], 0
     pairs = batch.pair_S.tolist()
     for last in range(1, len(pairs) + 1):
         if last < len(pairs) and pairs[last] >= 0 and pairs[last] == pairs[first]:
             continue
         row = batch.between(first, last)
-        share, _ = objective.loss(_between(scores, batch, first, last), row, totals)
-        shares.append(share)
+        loss, _ = objective.loss(_between(scores, batch, first, last), row, totals)
+        loss_terms.append(loss)
         counts.append(_count(objective, row))
         first = last
-    return RowLosses(tuple(read_scalars(shares)), tuple(counts))
+    return RowLosses(tuple(read_scalars(loss_terms)), tuple(counts))
 
 
 def joined(parts: Sequence[RowLosses]) -> RowLosses:
-    """Of several batches, in their order."""
+    """Return the losses of the rows of several batches, in their order."""
     return RowLosses(
-        tuple(share for part in parts for share in part.shares), tuple(count for part in parts for count in part.counts)
+        tuple(term for part in parts for term in part.loss_terms),
+        tuple(count for part in parts for count in part.counts),
     )
 
 
 def _count(objective: Objective, row: Batch) -> float:
-    """What a mean is over: pairs or answers where the objective counts them, else tokens."""
+    """Return what the mean loss is taken over: pairs where the objective counts them, else tokens."""
     counts = objective.count(row)
     return next((counts[name] for name in ("pairs", "tokens") if name in counts), 1.0)
 

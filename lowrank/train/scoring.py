@@ -19,7 +19,7 @@ from lowrank.kernels.accelerators import wide
 from lowrank.kernels.value_head import token_values
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
-from lowrank.objectives import Metrics, ObservesMismatched, needs, share_of_loss, totals_of
+from lowrank.objectives import Metrics, ObservesMismatched, loss_and_metrics, needs, totals_of
 from lowrank.segments import MISMATCHED, Segment, number_the_step
 from lowrank.train.batch_scores import BatchScores
 from lowrank.train.lanes import LanePasses, Lanes, OneLane, Split
@@ -29,12 +29,12 @@ from lowrank.train.passes import Passes
 from lowrank.train.prepared_pass import all_logprobs
 from lowrank.train.row_losses import joined, row_losses
 from lowrank.train.step_metrics import add_metrics, add_totals, read_metrics_to_host
-from lowrank.train.trained_job import Forwarded, RowLosses, TrainedJob
-from lowrank.train.update import settled
+from lowrank.train.trained_job import ForwardResult, RowLosses, TrainedJob
+from lowrank.train.update import eval_weights
 
 _Result = TypeVar("_Result")
 LOSS = ""
-"""Among the numbers that are read together, no metric's name."""
+"""The key of the loss among a slot's metrics; no metric is called so."""
 _NOT_ALONE = (
     "out of memory in a forward pass of up to {tokens} tokens. The devices that share a base compute together, so none "
     "can do its part again alone, and all stop: go on from the last checkpoint (resume: true) with a smaller "
@@ -43,42 +43,41 @@ _NOT_ALONE = (
 
 
 class ScoringEngine:
-    """A base, a bank of adapters and the jobs that are asked about. See train/engine.py."""
+    """Forward passes of a base and a bank of adapters for any number of jobs. See train/engine.py."""
 
     def __init__(self, base: Base, bank: Bank, micro_batch_tokens: int, shares_prompts: bool = False) -> None:
-        """`shares_prompts`: answers to one prompt go through after one computation of it. Not every base can
+        """`shares_prompts`: answers to one prompt share its computation. Not every base can
         (models/checks/isolation.py)."""
         self.base = base
         self.bank = bank
         self.micro_batch_tokens = micro_batch_tokens
         self.notify: Callable[[str], None] = log_notice
-        """Called with what a person should know."""
+        """Called with texts for the user, by default a log line."""
         self.jobs: dict[int, TrainedJob] = {}
         self.shares_prompts = shares_prompts
         self.reference_base: Base | None = None
-        """What jobs compare with that is not the base itself, which they may be changing."""
+        """A frozen reference model, where it is not the base itself; None: the base without adapter is the
+        reference."""
         self.lanes: Lanes = OneLane()
-        """How a step is divided among processes."""
+        """How a step is divided between processes (train/lanes.py)."""
         self._scores = BatchScores(base, bank, self.jobs)
         self.passes = Passes(base, bank, self.jobs)
 
-    def settled(self, slots: Iterable[int]) -> contextlib.AbstractContextManager[None]:
-        """Jobs as they are evaluated and kept (train/update.py)."""
-        return settled([self.jobs[slot] for slot in slots if slot in self.jobs])
+    def eval_weights(self, slots: Iterable[int]) -> contextlib.AbstractContextManager[None]:
+        """Context in which the jobs of `slots` have the weights that are evaluated and saved (train/update.py)."""
+        return eval_weights([self.jobs[slot] for slot in slots if slot in self.jobs])
 
     @torch.no_grad()
-    def evaluate(self, work: StepSegments, by_row: Collection[int] = ()) -> dict[int, Forwarded]:
-        """Losses and metrics of held-out segments, of any number of jobs in one pass, without dropout or noise.
-        `by_row`: slots whose rows' own losses are wanted too."""
-        with self.settled(work):
+    def evaluate(self, work: StepSegments, by_row: Collection[int] = ()) -> dict[int, ForwardResult]:
+        """Return losses and metrics of held-out segments, of any number of jobs together, without dropout or noise.
+        `by_row`: slots for which the losses of single rows are returned too."""
+        with self.eval_weights(work):
             return self._with_room(work, partial(self._evaluate, by_row=by_row), lambda _: None)
 
     @torch.no_grad()
     def logprobs(self, slot: int, segments: Sequence[Segment]) -> list[np.ndarray]:
-        """log p of each segment's tokens as a slot sees them (-1: the bare base), without dropout or noise.
-
-        (L) float32 each, 0 where the token carries no weight.
-        """
+        """Return the log-probabilities of each segment's tokens under a slot (-1: the bare base), without dropout or
+        noise: (L) float32 each, 0 where the token carries no weight."""
         virtual = self.bank.num_virtual(slot)
 
         def of_lane(batches: list[Batch]) -> list[np.ndarray]:
@@ -97,7 +96,7 @@ class ScoringEngine:
 
     @torch.no_grad()
     def values(self, slot: int, segments: Sequence[Segment], value_D: torch.Tensor | None = None) -> list[np.ndarray]:
-        """What a value head (None: the job's own) gives for each token of each segment, (L) float32 each."""
+        """Return what a value head (None: the job's own) predicts at each token of each segment, (L) float32 each."""
         head_D = self.jobs[slot].value_D if value_D is None else value_D.to(self.base.device)
         assert head_D is not None, f"the job in slot {slot} has no value head"
         virtual = self.bank.num_virtual(slot)
@@ -105,20 +104,20 @@ class ScoringEngine:
         def of_lane(batches: list[Batch]) -> list[np.ndarray]:
             found: list[np.ndarray] = []
             for batch in batches:
-                batch = self.passes.ahead.shown(batch).to(self.base.device)
+                batch = self.passes.prefetcher.with_pixels(batch).to(self.base.device)
                 value_T = token_values(self.bank.hidden(batch), head_D).float().cpu()
                 found += [piece_L[virtual:].numpy() for piece_L in value_T.split(batch.lengths)]
             return found
 
-        return self._of_segments(slot, segments, partial(self.micro_batches, share=False), of_lane, head=False)
+        return self._of_segments(slot, segments, partial(self.micro_batches, share_prefixes=False), of_lane, head=False)
 
-    def micro_batches(self, work: StepSegments, share: bool = True) -> list[Batch]:
-        """Micro-batches of at most `micro_batch_tokens` tokens (train/micro_batching.py). Where the base can, answers
-        to one prompt in one micro-batch `share` its computation."""
-        share = share and self.shares_prompts
-        return split_into_micro_batches(self.base, self.bank, work, self.micro_batch_tokens, share)
+    def micro_batches(self, work: StepSegments, share_prefixes: bool = True) -> list[Batch]:
+        """Split a step into micro-batches of at most `micro_batch_tokens` tokens (train/micro_batching.py). With
+        `share_prefixes`, where the base can, answers to one prompt in one micro-batch share its computation."""
+        share_prefixes = share_prefixes and self.shares_prompts
+        return split_into_micro_batches(self.base, self.bank, work, self.micro_batch_tokens, share_prefixes)
 
-    def _evaluate(self, work: StepSegments, by_row: Collection[int]) -> dict[int, Forwarded]:
+    def _evaluate(self, work: StepSegments, by_row: Collection[int]) -> dict[int, ForwardResult]:
         numbered = {slot: number_the_step(segments) for slot, segments in work.items()}
         counted = segments_with_loss(numbered)
         whole = self.micro_batches(counted)
@@ -129,9 +128,9 @@ class ScoringEngine:
             self.passes.idle(idle)
         rows = self.lanes.rows(counted, [of_rows for _, of_rows in found]) if by_row else {}
         evaluated = {}
-        for slot, own in read_metrics_to_host(self.lanes.metrics([shares for shares, _ in found])).items():
-            loss = own.pop(LOSS)
-            evaluated[slot] = Forwarded(loss, sum(map(len, work[slot])), totals[slot], own, rows.get(slot))
+        for slot, numbers in read_metrics_to_host(self.lanes.metrics([metrics for metrics, _ in found])).items():
+            loss = numbers.pop(LOSS)
+            evaluated[slot] = ForwardResult(loss, sum(map(len, work[slot])), totals[slot], numbers, rows.get(slot))
         return evaluated
 
     def _evaluate_lane(
@@ -143,13 +142,13 @@ class ScoringEngine:
         for batch in batches:
             for slot, part, scores in self._score(batch):
                 objective = self.jobs[slot].objective
-                share, extra = share_of_loss(objective, scores, part, totals[slot])
-                losses[slot] = losses[slot] + wide(share)
+                loss, extra = loss_and_metrics(objective, scores, part, totals[slot])
+                losses[slot] = losses[slot] + wide(loss)
                 if slot in rows:
                     rows[slot].append(row_losses(objective, scores, part, totals[slot]))
                 add_metrics(metrics[slot], extra)
-        shares = {slot: {**metrics[slot], LOSS: loss} for slot, loss in losses.items()}
-        return shares, {slot: joined(own) for slot, own in rows.items()}
+        sums = {slot: {**metrics[slot], LOSS: loss} for slot, loss in losses.items()}
+        return sums, {slot: joined(parts) for slot, parts in rows.items()}
 
     def _of_segments(
         self,
@@ -159,7 +158,7 @@ class ScoringEngine:
         of_lane: Callable[[list[Batch]], list[np.ndarray]],
         head: bool = True,
     ) -> list[np.ndarray]:
-        """What `of_lane` gives for the segments of each lane, of all of them. `head`: see `Passes.idle`."""
+        """Return what `of_lane` returns, for the segments of all lanes. `head`: see `Passes.idle`."""
         work, found = {slot: segments}, []
         for batches, idle in self._expected(work, None, split):
             found.append(of_lane(batches))
@@ -167,15 +166,20 @@ class ScoringEngine:
         return self.lanes.arrays(work, found)
 
     def _expected(
-        self, work: StepSegments, whole: list[Batch] | None, split: Split, following: Sequence[Segment] | None = None
+        self,
+        work: StepSegments,
+        whole: list[Batch] | None,
+        split: Split,
+        next_segments: Sequence[Segment] | None = None,
     ) -> list[LanePasses]:
-        """The passes of each lane of this rank, whose media threads make ready. `following`: see `Passes.expect`."""
+        """The passes of each lane of this rank, whose media threads make ready. `next_segments`: see
+        `Passes.expect`."""
         lanes = self.lanes.passes(work, whole, split)
-        self.passes.expect([batch for own in lanes for batch in own.batches], following)
+        self.passes.expect([batch for lane in lanes for batch in lane.batches], next_segments)
         return lanes
 
     def _totals(self, work: StepSegments, batches: Sequence[Batch]) -> dict[int, Totals]:
-        """What the losses of a step divide by: counted, and for objectives that ask for it, observed."""
+        """Return what the losses of a step are divided by: counted, and for objectives that need it, observed."""
         totals: dict[int, Totals] = {slot: {} for slot in work}
         for batch in batches:
             for slot, _, _ in batch.slot_ranges():
@@ -191,8 +195,8 @@ class ScoringEngine:
             for batches, idle in self._expected(observed, None, self.micro_batches):
                 found.append(self._observe(batches))
                 self.passes.idle(idle)
-            for slot, own in self.lanes.metrics(found).items():
-                add_totals(totals[slot], {name: float(value) for name, value in own.items()})
+            for slot, sums in self.lanes.metrics(found).items():
+                add_totals(totals[slot], {name: float(value) for name, value in sums.items()})
         return totals
 
     @torch.no_grad()
@@ -206,14 +210,14 @@ class ScoringEngine:
         return found
 
     def _score(self, batch: Batch) -> list[tuple[int, Batch, Scores]]:
-        """Each job's part of the batch, on the device, and what the models say about it, without dropout or noise."""
+        """Return each job's part of the batch, on the device, and its scores, without dropout or noise."""
         ready = self.passes.ready(batch, train=False, wanted_T=self._scores.targets(batch))
         return self._scores.of(ready, self.passes.hidden(ready), self.reference_base)
 
     def _with_room(
         self, work: StepSegments, run: Callable[[StepSegments], _Result], undo: Callable[[StepSegments], None] | None
     ) -> _Result:
-        """`run(work)`; where memory runs out, `undo` and again with forward passes of half the size."""
+        """Return `run(work)`; where memory runs out, call `undo` and run again with micro-batches of half the size."""
         while True:
             with explain_out_of_memory("computing a forward pass that cannot be cut smaller"):
                 try:

@@ -1,4 +1,4 @@
-"""What the engine keeps for a job, and what it says about a step."""
+"""Training state of one job, and the results of a step."""
 
 from __future__ import annotations
 
@@ -16,57 +16,59 @@ from lowrank.train.optimizers import OptimizerConfig
 
 @dataclass
 class TrainedJob:
-    """What the engine keeps for one job: what it trains, how, and how far it is."""
+    """Training state that the engine keeps for one job: parameters, optimizer, and the number of steps taken."""
 
     objective: Objective
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     settings: OptimizerConfig
     refresh: Callable[[], None]
-    """Brings what computes up to date with `parameters`, after each update."""
+    """Called after each update; copies `parameters` to where the forward pass reads them."""
     num_steps: int | None
-    """Optimizer steps it will take; None: not known, and adapters with a schedule of their own stay as they are."""
+    """Optimizer steps in all; None: unknown, and adapters with a schedule of their own (AdaLoRA) do not advance it."""
     seed: int
     neftune_alpha: float = 0.0
     value_D: torch.nn.Parameter | None = None
     """The value head, for an objective that needs one; also among `parameters`."""
     scale: LossScale | None = None
-    """What its losses are multiplied by in the backward pass, where gradients would underflow."""
+    """Loss scaling for float16, where gradients would underflow; None: none."""
     layerwise: LayerwiseUpdates | None = None
-    """Where updates happen within the backward pass."""
+    """Set where updates happen within the backward pass (`optimizer.layerwise`)."""
     step: int = 0
     """Optimizer steps taken, skipped ones included."""
     loss_is_finite: bool = True
-    """Of every forward pass since the last optimizer step."""
+    """Whether the loss of every forward pass since the last optimizer step was finite."""
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """What each held-out row adds to a loss, and how much it counts in it (tokens, pairs): both as long as there are
-    rows, in the order of the data. The losses' sum is the loss."""
+    """The loss of a job's held-out rows, row by row, in the order of the data."""
 
-    shares: tuple[float, ...]
+    loss_terms: tuple[float, ...]
+    """What each row adds to the loss: their sum is the loss."""
     counts: tuple[float, ...]
+    """How much each row counts in the loss: its tokens, or 1 for a pair."""
 
 
 @dataclass(frozen=True)
-class Forwarded:
-    """What one job's step gave before the update."""
+class ForwardResult:
+    """Loss and metrics of one job from the forward passes of a step or an evaluation. `tokens`: all tokens that went
+    through; `totals`: what the loss was divided by."""
 
     loss: float
     tokens: int
     totals: Totals
     metrics: dict[str, float] = field(default_factory=dict)
     rows: RowLosses | None = None
-    """Of an evaluation that was asked for them."""
+    """Of evaluations where `by_row` names the job."""
 
 
 @dataclass(frozen=True)
-class Updated:
-    """What the update did. `skipped`: loss or gradient was not finite and nothing was changed (a gradient under
-    `layerwise`: its own parameter was not)."""
+class UpdateResult:
+    """Result of one job's optimizer update. `skipped`: loss or gradient was not finite, so nothing was changed (under
+    `layerwise`: not the parameter whose gradient it was)."""
 
     grad_norm: float
     skipped: bool
     loss_scale: float | None = None
-    """It was skipped because scaled float16 gradients overflowed; the scale from now on."""
+    """The new loss scale, where the update was skipped because scaled float16 gradients overflowed; else None."""

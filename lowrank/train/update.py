@@ -1,4 +1,4 @@
-"""One job's optimizer step: unscale, check, clip, update; and its parameters as they are between two steps."""
+"""One job's optimizer step: unscale, check, clip, update. And the weights with which a job is evaluated."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Generator, Sequence
 
 import torch
 
-from lowrank.train.optimizers import AveragesSteps, set_learning_rate
-from lowrank.train.trained_job import TrainedJob, Updated
+from lowrank.train.optimizers import HasEvalWeights, set_learning_rate
+from lowrank.train.trained_job import TrainedJob, UpdateResult
 
 
-def update(job: TrainedJob, learning_rate: float, after_update: Callable[[], None]) -> Updated:
+def update(job: TrainedJob, learning_rate: float, after_update: Callable[[], None]) -> UpdateResult:
     """Update a job's parameters from its gradients, clipped to its own norm, and clear them. `after_update` is called
     where they have changed, before what computes is brought up to date.
 
@@ -39,14 +39,14 @@ def update(job: TrainedJob, learning_rate: float, after_update: Callable[[], Non
         after_update()
         job.refresh()
     job.optimizer.zero_grad(set_to_none=True)
-    return Updated(norm, not finite, job.scale.value if overflow and job.scale else None)
+    return UpdateResult(norm, not finite, job.scale.value if overflow and job.scale else None)
 
 
 @contextlib.contextmanager
-def settled(jobs: Sequence[TrainedJob]) -> Generator[None, None, None]:
-    """Jobs as they are evaluated and kept: an optimizer that averages its steps puts the average in place, and
-    afterwards everything is as before, to the bit."""
-    averaging = [(job, job.optimizer) for job in jobs if isinstance(job.optimizer, AveragesSteps)]
+def eval_weights(jobs: Sequence[TrainedJob]) -> Generator[None, None, None]:
+    """Context in which the parameters of `jobs` have the values that are evaluated and saved: an optimizer that
+    averages its steps (schedule-free) puts the average in place. Afterwards all is restored to the bit."""
+    averaging = [(job, job.optimizer) for job in jobs if isinstance(job.optimizer, HasEvalWeights)]
     before = [{name: value.detach().clone() for name, value in job.parameters.items()} for job, _ in averaging]
     for job, optimizer in averaging:
         optimizer.eval()

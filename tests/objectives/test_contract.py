@@ -42,7 +42,7 @@ def step_for(objective: Any, seed: int) -> list[Segment]:
             segments.append(_random_segment(generator, length + 2, role=MISMATCHED))
     if needs(objective, "rollouts"):
         segments = [replace(segment, signals_L=_random_signals(generator, segment)) for segment in segments]
-    if needs(objective, "reference") or getattr(objective, "compares", False):
+    if needs(objective, "reference") or getattr(objective, "needs_reference", False):
         segments = [replace(segment, reference_L=_random_reference(generator, segment)) for segment in segments]
     return number_the_step(segments)
 

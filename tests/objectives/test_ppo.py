@@ -41,7 +41,7 @@ def judged(case: dict[str, Any], **settings: Any) -> tuple[Any, list[Segment]]:
         [spread(row) for row in case[name]] for name in ("old", "reference", "value")
     )
     drawn.answer = [spread([1.0] * length) != 0 for length in lengths]
-    found = objective.judge(drawn).signals
+    found = objective.compute_targets(drawn).signals
     return objective, [
         Segment(np.arange(PROMPT + length), spread([1.0] * length), signals_L=signals)
         for length, signals in zip(lengths, found)

@@ -97,6 +97,12 @@ def as_former(run: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         live = content["state"]["live"]
         live["orders"] = live.pop("commands")
+        for job in content["jobs"]:
+            state = path.parent / job / "state.json"
+            kept = json.loads(state.read_text(encoding="utf-8"))
+            kept["feed"] = kept.pop("dataloader")
+            state.write_text(json.dumps(kept), encoding="utf-8")
+            content["bytes"][f"{job}/state.json"] = state.stat().st_size
         path.write_text(json.dumps(content), encoding="utf-8")
 
 

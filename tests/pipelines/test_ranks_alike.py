@@ -73,16 +73,16 @@ def test_adapters_are_compared_before_the_first_step_and_every_hundred() -> None
         engine = SimpleNamespace(lanes=SimpleNamespace(ranks=ranks), jobs=jobs)
         check = AdapterDesyncCheck(engine)  # type: ignore[arg-type]
         looked = []
-        for tick in range(7, 2 * COMPARED_EVERY + 1):
-            if tick == COMPARED_EVERY + 50 and ranks.rank == 1:
+        for iteration in range(7, 2 * COMPARED_EVERY + 1):
+            if iteration == COMPARED_EVERY + 50 and ranks.rank == 1:
                 weight.data[1] = torch.nextafter(weight.data[1], torch.tensor(2.0))
             before = ranks.exchanges
-            if tick == 2 * COMPARED_EVERY:
+            if iteration == 2 * COMPARED_EVERY:
                 with pytest.raises(ModelError, match=r"(?s)after step 200 the ranks' adapters.*rank 1 on .* of slot 2"):
-                    check.before_step(tick)
+                    check.before_step(iteration)
             else:
-                check.before_step(tick)
-            looked += [tick] * (ranks.exchanges - before)
+                check.before_step(iteration)
+            looked += [iteration] * (ranks.exchanges - before)
         return looked
 
     assert on_ranks(2, work) == [[7, COMPARED_EVERY, 2 * COMPARED_EVERY]] * 2

@@ -36,7 +36,7 @@ from lowrank.records import Medium
 from lowrank.segments import Media, Segment
 from lowrank.train.engine import Engine
 from lowrank.train.optimizers.adamw import AdamWConfig
-from lowrank.train.pixels_ahead import PixelsAhead
+from lowrank.train.pixel_prefetch import PixelPrefetcher
 from tests.tiny_composites import COMPOSITES
 from tests.tiny_vision_models import VISION_MODELS, VOCABULARY, save_vision_folder
 
@@ -112,7 +112,7 @@ class RecordedMediaEncoder(MediaEncoder):
     """Counts pixels as well, which other threads make; these are as fast as a large model's pass lets them be."""
 
     live: LiveBytes
-    ahead: PixelsAhead
+    ahead: PixelPrefetcher
 
     def ready(self, batch: Batch, known: Any = None) -> Batch:
         for each in self.ahead._coming.values():
@@ -150,7 +150,7 @@ def measured(
     media_encoder.live = live
     with live:
         engine = Engine(base, Bank(base), tokens)
-        media_encoder.ahead = engine.passes.ahead
+        media_encoder.ahead = engine.passes.prefetcher
         for seed, job in enumerate(jobs):
             assert job.adapter is not None
             engine.add(engine.bank.add(job.adapter, seed=seed), job.objective, job.optimizer, seed, 0.0)
@@ -158,7 +158,7 @@ def measured(
     before = live.now
     work = {slot: job.step for slot, job in enumerate(jobs)}
     with live, live.phase() as phase:
-        engine.forward_backward(work, following=[each for step in work.values() for each in step])
+        engine.forward_backward(work, next_segments=[each for step in work.values() for each in step])
     return before, phase.bytes - before
 
 

@@ -119,7 +119,7 @@ def test_lanes_change_nothing_but_rounding() -> None:
         assert losses == pytest.approx([each for each in divided["numbers"][name] if isinstance(each, float)], rel=1e-4)
         rows, others = whole["numbers"][name][-1], divided["numbers"][name][-1]
         assert rows.counts == others.counts
-        assert rows.shares == pytest.approx(others.shares, rel=1e-3, abs=1e-5)
+        assert rows.loss_terms == pytest.approx(others.loss_terms, rel=1e-3, abs=1e-5)
     for name in ("logprobs", "bare", "values"):
         assert [pytest.approx(each, rel=1e-3, abs=1e-5) for each in whole["numbers"][name]] == divided["numbers"][name]
 

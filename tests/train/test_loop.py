@@ -61,9 +61,9 @@ class Notes:
         self.weights[job.name, which] = _weights(self.engine, job.slot)
         return Path(job.name) / which
 
-    def checkpoint(self, tick: int, jobs: Sequence[Job]) -> Path:
-        self.checkpoints.append((tick, tuple(job.progress.step for job in jobs)))
-        return Path(str(tick))
+    def checkpoint(self, iteration: int, jobs: Sequence[Job]) -> Path:
+        self.checkpoints.append((iteration, tuple(job.progress.step for job in jobs)))
+        return Path(str(iteration))
 
 
 def _weights(engine: Engine, slot: int) -> list[torch.Tensor]:
@@ -265,7 +265,7 @@ def test_an_interrupt_ends_after_the_step_and_saves() -> None:
     ends = [(event.job, event.step, event.reason) for event in w.events if isinstance(event, JobFinished)]
     assert ends == [("b", 2, "done"), ("a", 3, "interrupted")]
     assert any("press Ctrl-C again" in event.text for event in w.events if isinstance(event, Notice))
-    rest = Loop(w.engine, w.loop.jobs, w.notes, w.events.append, save_every=None, tick=w.loop.tick)
+    rest = Loop(w.engine, w.loop.jobs, w.notes, w.events.append, save_every=None, iteration=w.loop.iteration)
     assert rest.run()
     whole = world({}, {"num_steps": 2})
     whole.loop.run()
@@ -318,6 +318,6 @@ def test_nothing_left_to_do() -> None:
     """A resumed run whose jobs are all over."""
     w = world({})
     w.loop.run()
-    again = Loop(w.engine, w.loop.jobs, w.notes, w.events.append, save_every=None, tick=6)
+    again = Loop(w.engine, w.loop.jobs, w.notes, w.events.append, save_every=None, iteration=6)
     assert again.run()
     assert len(w.of(StepDone, "a")) == 6

@@ -145,7 +145,7 @@ def test_badam_is_adamw_on_one_block_after_another(mode: str) -> None:
     blocks = [["layers.0.up.weight"], ["layers.1.down.weight"], ["model.norm.weight", "head.bias"]]
     order = {"descending": [2, 1, 0, 2], "ascending": [0, 1, 2, 0], "fixed": [2] * 4, "random": None}[mode]
     trained: list[set[str]] = []
-    optimizer.follow(lambda names: trained.append(set(names)))
+    optimizer.set_block_callback(lambda names: trained.append(set(names)))
     take_steps(optimizer, ours, 0, 22)
     if order is None:
         order = [next(i for i, block in enumerate(blocks) if set(block) == names) for names in trained]

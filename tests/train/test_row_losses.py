@@ -36,12 +36,12 @@ def test_rows_are_as_each_alone(kind: str, micro_batch_tokens: int) -> None:
     assert found[a].rows is None
     rows = found[b].rows
     assert rows is not None
-    assert sum(rows.shares) == pytest.approx(found[b].loss, abs=1e-9)
+    assert sum(rows.loss_terms) == pytest.approx(found[b].loss, abs=1e-9)
     alone = [engine.evaluate({b: unit})[b].loss for unit in units(held_out)]
-    assert len(rows.shares) == len(alone) == (4 if kind == "rows" else 2)
+    assert len(rows.loss_terms) == len(alone) == (4 if kind == "rows" else 2)
     total = sum(rows.counts)
     if kind == "rows":
-        assert [share * total / count for share, count in zip(rows.shares, rows.counts)] == pytest.approx(
+        assert [term * total / count for term, count in zip(rows.loss_terms, rows.counts)] == pytest.approx(
             alone, abs=1e-9
         )
     else:

@@ -95,7 +95,7 @@ class DataLoader:
             self._steps = self._plan(self._epoch)
         return _as_step([self._samples[index] for index in chosen])
 
-    def following(self) -> Sequence[Segment]:
+    def peek_next_step(self) -> Sequence[Segment]:
         """The segments of the step that comes next, not numbered."""
         return [segment for index in self._steps[self._step] for segment in self._samples[index]]
 
@@ -188,7 +188,7 @@ class StreamingDataLoader:
         self._waiting = following
         return step
 
-    def following(self) -> Sequence[Segment]:
+    def peek_next_step(self) -> Sequence[Segment]:
         """The segments of the step that comes next."""
         return self._waiting
 

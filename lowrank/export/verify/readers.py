@@ -50,7 +50,7 @@ class BankReader:
     def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
         """See `ExportReader`."""
         document = Segment(token_L, np.zeros(len(token_L), np.float32), prompt=prompt)
-        segment = self.bank.prompted(self.slot, document)
+        segment = self.bank.with_virtual_tokens(self.slot, document)
         batch = pack([(self.slot, segment)]).to(self.base.device)
         with torch.no_grad():
             hidden_LD = self.bank.hidden(batch)[segment.virtual :]
@@ -113,7 +113,7 @@ class BankReader:
     def logprobs_shown(self, document: Segment, rows: int) -> np.ndarray:
         """Of a document with its pictures, after each of its last `rows` tokens: (rows, V) float32."""
         self.take_media_of([document])
-        batch = pack([(self.slot, self.bank.prompted(self.slot, document))])
+        batch = pack([(self.slot, self.bank.with_virtual_tokens(self.slot, document))])
         if self.base.media_encoder is not None:
             batch = self.base.media_encoder.ready(batch)
         batch = batch.to(self.base.device)

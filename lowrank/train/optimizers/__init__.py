@@ -21,24 +21,24 @@ Groups = list[dict[str, Any]]
 
 
 @runtime_checkable
-class TrainsInParts(Protocol):
-    """An optimizer that updates some parameters at a time."""
+class BlockwiseOptimizer(Protocol):
+    """An optimizer that updates one block of parameters at a time."""
 
-    def follow(self, train: Callable[[Collection[str]], None]) -> None:
-        """`train` is to be called with the names of those whose turn it is, now and at every change."""
+    def set_block_callback(self, train: Callable[[Collection[str]], None]) -> None:
+        """Have `train` called with the names of the parameters of the active block, now and at every change."""
         ...
 
 
 @runtime_checkable
-class AveragesSteps(Protocol):
-    """An optimizer that trains other numbers than those which are evaluated and kept."""
+class HasEvalWeights(Protocol):
+    """An optimizer that averages its steps: evaluated and saved weights are other values than those that it trains."""
 
     def eval(self) -> None:
-        """Put the average in the parameters' place."""
+        """Put the averaged weights into the parameters."""
         ...
 
     def train(self) -> None:
-        """Put back what is trained."""
+        """Put the trained weights back into the parameters."""
         ...
 
 
@@ -54,8 +54,8 @@ class OptimizerSettings(Settings):
     has_own_schedule: ClassVar[bool] = False
     """Whether it takes the place of a learning-rate schedule."""
 
-    trains_in_parts: ClassVar[bool] = False
-    """Whether it updates some parameters at a time; its optimizer's `follow` is told whom to tell which."""
+    is_blockwise: ClassVar[bool] = False
+    """Whether its optimizer is a `BlockwiseOptimizer`."""
 
     may_be_layerwise: ClassVar[bool] = False
     """Whether it looks at one parameter at a time, so that `layerwise` is possible."""

@@ -9,7 +9,7 @@ import torch
 
 from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.adamw import AdamSettings
-from lowrank.train.optimizers.one_by_one import OneByOne
+from lowrank.train.optimizers.per_parameter import PerParameterOptimizer
 
 _OF_HEADS = ("q_proj.weight", "k_proj.weight")
 """Matrices whose rows belong together by heads; in models that fuse them with the values, each row is a block."""
@@ -27,7 +27,7 @@ class AdamMiniConfig(AdamSettings):
         return AdamMini(groups, self)
 
 
-class AdamMini(OneByOne):
+class AdamMini(PerParameterOptimizer):
     """The published partition (algorithm 3). Written here because its library prints, asks for torch.distributed, and
     must be told the names and sizes of heads."""
 

@@ -10,7 +10,7 @@ import torch
 from lowrank.devices import to_device
 from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project
-from lowrank.train.optimizers.one_by_one import OneByOne
+from lowrank.train.optimizers.per_parameter import PerParameterOptimizer
 
 _SEEDS = 1_000_003
 """More than a model has parameters: every projection has a seed of its own."""
@@ -31,7 +31,7 @@ class ApolloConfig(LowRankSettings):
         return Apollo(self.with_projected(groups), self)
 
 
-class Apollo(OneByOne):
+class Apollo(PerParameterOptimizer):
     """The published AdamW, projection `random`."""
 
     def __init__(self, groups: Groups, settings: ApolloConfig) -> None:

@@ -24,7 +24,7 @@ class BAdamConfig(AdamSettings):
     paper = "arXiv:2404.02827"
     when = "full tuning in little more memory than the 16-bit weights"
     not_for_adapters = "the matrices of an adapter are small already"
-    trains_in_parts = True
+    is_blockwise = True
     type: Literal["badam"] = "badam"
     switch_interval: Positive = 50
     """Steps on one block."""
@@ -60,8 +60,8 @@ class BAdam(torch.optim.Optimizer):
         self._train: Callable[[Collection[str]], None] = lambda names: None
         self._turn()
 
-    def follow(self, train: Callable[[Collection[str]], None]) -> None:
-        """`train` is called with the names of the block, now and whenever it is another's turn."""
+    def set_block_callback(self, train: Callable[[Collection[str]], None]) -> None:
+        """See BlockwiseOptimizer."""
         self._train = train
         train(self.active)
 

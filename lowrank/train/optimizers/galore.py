@@ -8,7 +8,7 @@ import torch
 
 from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.low_rank_gradients import LowRankSettings, decay, moments_of, project, project_back
-from lowrank.train.optimizers.one_by_one import OneByOne
+from lowrank.train.optimizers.per_parameter import PerParameterOptimizer
 
 
 class GaLoreConfig(LowRankSettings):
@@ -22,7 +22,7 @@ class GaLoreConfig(LowRankSettings):
         return GaLore(self.with_projected(groups), self)
 
 
-class GaLore(OneByOne):
+class GaLore(PerParameterOptimizer):
     """The published AdamW, projection `std`."""
 
     def __init__(self, groups: Groups, settings: GaLoreConfig) -> None:

@@ -88,7 +88,7 @@ def test_jobs_on_the_same_rows_decode_and_look_once(
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before), "the same bits"
     assert not base.media_encoder.shared._kept, "nothing outlives its step"
-    assert not engine.passes.ahead._coming
+    assert not engine.passes.prefetcher._coming
 
 
 def test_the_next_steps_pictures_wait_through_an_evaluation(
@@ -98,7 +98,7 @@ def test_the_next_steps_pictures_wait_through_an_evaluation(
     first, second, third, *_ = segments_of(rows, tokenizer)
     engine, slots = make_engine(base, LoraConfig(rank=2), LoraConfig(rank=2), micro_batch_tokens=200)
     counted = Counted(base, monkeypatch)
-    engine.forward_backward({key: [first] for key in slots}, following=[third])
+    engine.forward_backward({key: [first] for key in slots}, next_segments=[third])
     engine.evaluate({key: [second] for key in slots})
     engine.forward_backward({key: [third] for key in slots})
     assert counted.taken() == ({1}, {"pictures"}, 3)

@@ -1,7 +1,7 @@
-"""Pictures decoded and made ready for the tower while the model computes: in threads, a forward pass ahead.
+"""Pixel prefetch: threads decode and preprocess pictures one forward pass ahead, while the model computes.
 
-A document's are decoded once, whatever number of jobs and answers of the step have them. Pixels are kept for no longer
-than that: one picture of 768 x 768 is 13 MB of them.
+A document's pictures are decoded once, however many jobs and answers of the step have them. Pixels are kept for no
+longer than that: one picture of 768 x 768 has 13 MB of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lowrank.segments import Segment
 
 _MOST_THREADS = 8
 DOCUMENTS_AHEAD = 8
-"""Of the next step, whose first forward pass is not cut yet."""
+"""Documents of the next step that are prefetched, since its first micro-batch is not known yet."""
 
 Items = tuple[Medium, ...]
-"""All media of a document, which a processor looks at as a whole."""
+"""All media of a document, which a processor reads as a whole."""
 
 
-class PixelsAhead:
-    """The pixels of documents that will be asked for."""
+class PixelPrefetcher:
+    """Decodes the pixels of documents before the batches that need them."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -35,33 +35,33 @@ class PixelsAhead:
         self._coming: dict[Items, Future[dict[str, torch.Tensor]]] = {}
         self._batches: deque[Batch] = deque()
         self._left: Counter[Items] = Counter()
-        """How many segments of the expected batches still want a document's."""
-        self._following: list[Items] = []
+        """How many segments of the expected batches still need a document's pixels."""
+        self._next_documents: list[Items] = []
 
-    def expect(self, batches: Sequence[Batch], following: Iterable[Segment] | None = None) -> None:
-        """These batches come next, in this order, and then a step that begins with `following`; None: with what was
-        said last. What else was expected is forgotten."""
+    def expect(self, batches: Sequence[Batch], next_segments: Iterable[Segment] | None = None) -> None:
+        """Announce the next batches, in this order, and the segments of the step after them; None: as announced last.
+        Decoding of anything else is cancelled."""
         self._batches = deque(batches)
         self._left = Counter(media.items for batch in batches for _, media in batch.media)
-        if following is not None:
-            coming = dict.fromkeys(each.media.items for each in following if each.media is not None)
-            self._following = list(coming)[:DOCUMENTS_AHEAD]
-        for items in self._coming.keys() - self._left.keys() - set(self._following):
+        if next_segments is not None:
+            coming = dict.fromkeys(each.media.items for each in next_segments if each.media is not None)
+            self._next_documents = list(coming)[:DOCUMENTS_AHEAD]
+        for items in self._coming.keys() - self._left.keys() - set(self._next_documents):
             self._coming.pop(items).cancel()
         self._begin_first()
 
-    def shown(self, batch: Batch) -> Batch:
-        """The batch, on the host, with the pixels of its documents."""
+    def with_pixels(self, batch: Batch) -> Batch:
+        """Return the batch, on the host, with the pixels of its documents."""
         if self._batches and self._batches[0] is batch:
             self._batches.popleft()
             self._begin_first()
         media_encoder = self._base.media_encoder
         if not batch.media or batch.pixels or media_encoder is None:
             return batch
-        return media_encoder.ready(batch, {media.items: self._taken(media.items) for _, media in batch.media})
+        return media_encoder.ready(batch, {media.items: self._pixels(media.items) for _, media in batch.media})
 
-    def _taken(self, items: Items) -> Mapping[str, torch.Tensor]:
-        """The pixels of one document; they stay as long as other segments of the step want them."""
+    def _pixels(self, items: Items) -> Mapping[str, torch.Tensor]:
+        """Return the pixels of one document; they are kept while other segments of the step need them."""
         coming = self._coming.get(items)
         self._left[items] -= 1
         if self._left[items] <= 0:
@@ -71,8 +71,8 @@ class PixelsAhead:
         return coming.result() if coming is not None else media_encoder.pixels(items)
 
     def _begin_first(self) -> None:
-        """Let threads begin with the batch that is next."""
-        first = [media.items for _, media in self._batches[0].media] if self._batches else self._following
+        """Start threads on the next batch."""
+        first = [media.items for _, media in self._batches[0].media] if self._batches else self._next_documents
         media_encoder = self._base.media_encoder
         if media_encoder is None or not first:
             return

@@ -10,7 +10,7 @@ from lowrank.train.optimizers import Groups
 from lowrank.train.optimizers.adamw import AdamSettings
 
 
-class OneByOne(torch.optim.Optimizer):
+class PerParameterOptimizer(torch.optim.Optimizer):
     """A relative of Adam; `update` is what it does to a parameter that has a gradient."""
 
     def __init__(self, groups: Groups, settings: AdamSettings) -> None:
