@@ -73,7 +73,13 @@ class Bank:
         targets = find_targets(self.base.model, config)
         self._check(config, targets)
         number = self._free(slot)
-        own = Slot(config, config.build(), copies=targets.copies, missed=targets.missed, outside=targets.outside)
+        own = Slot(
+            config,
+            config.build(),
+            copies=targets.copies,
+            unmatched_note=targets.unmatched_note,
+            adapts_tower=targets.adapts_tower,
+        )
         self._injector.inject(number, own, targets, seed, looks)
         self.slots[number] = own
         return number
@@ -126,7 +132,7 @@ class Bank:
     def tower_pass(self, slot: int, origin_1: torch.Tensor) -> Generator[None, None, None]:
         """The pass of the tower over the pictures of one document of a slot: all of its rows are that slot's. With a
         graph where the slot trains something there. `origin_1`: `Segment.origin` of the document, (1)."""
-        trained = torch.is_grad_enabled() and slot in self.slots and self.slots[slot].outside
+        trained = torch.is_grad_enabled() and slot in self.slots and self.slots[slot].adapts_tower
         rng_keys = self.routing.current.rng_keys
         context = ForwardContext(1, ((slot, 0, 1),), origin_1, rng_keys={} if slot == BASE_SLOT else rng_keys)
         with self.routing.using(context), torch.set_grad_enabled(trained):

@@ -33,10 +33,10 @@ class Slot:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """What is trained. Frozen tensors are with their layers."""
     copies: tuple[str, ...] = ()
-    missed: str | None = None
-    """What its `target_modules` could not reach, for the user."""
-    outside: bool = False
-    """It has something on a tower or a projector."""
+    unmatched_note: str | None = None
+    """Which of its `target_modules` match nothing that can be adapted, for people; None: all do."""
+    adapts_tower: bool = False
+    """Some of its layers are in a tower or a projector."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class VirtualTokens:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.detach().to(base.device, float32_or_wider(base.dtype))))
         if config.of_attention:
-            base.stand_in = self.stand_in
+            base.inject_kv = self.inject_prefix_kv
         self.by_slot[number] = SoftPrompt(encoder, config.num_virtual_tokens, keys)
         return encoder
 
@@ -89,7 +89,9 @@ class VirtualTokens:
             embedded_ND = embedded_ND.index_copy(0, row_N, own_ND)
         return embedded_ND
 
-    def stand_in(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def inject_prefix_kv(
+        self, module: nn.Module, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with prefixes in their rows (models/attention/prefix_tuning.py)."""
         for slot in self._present(of_attention=True):
             keys = self.by_slot[slot].keys
@@ -127,17 +129,19 @@ class VirtualTokens:
             return self._keys
         shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-        def look(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def record_shape(
+            module: nn.Module, key: torch.Tensor, value: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             shapes[module] = (key.shape[1], key.shape[3], value.shape[1], value.shape[3])
             return key, value
 
-        before, base.stand_in = base.stand_in, look
+        before, base.inject_kv = base.inject_kv, record_shape
         segment = Segment(np.zeros(2, np.int64), np.zeros(2, np.float32))
         try:
             with torch.no_grad(), self.routing.using(ForwardContext()):
                 base.hidden(pack([(BASE_SLOT, segment)]).to(base.device))
         finally:
-            base.stand_in = before
+            base.inject_kv = before
         layers, kinds = decoder_layers(base.model), set(shapes.values())
         heads, width, *of_values = shapes[next(iter(shapes))] if shapes else (0, 0)
         if len(kinds) != 1 or [heads, width] != of_values or (layers is not None and len(layers) != len(shapes)):

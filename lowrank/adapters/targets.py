@@ -30,9 +30,9 @@ class Targets:
     """`modules_to_save`: trained whole, as the job's own copy."""
     parameters: tuple[str, ...]
     """`target_parameters`: fused weights of experts, by full name."""
-    missed: str | None
-    """What `all-linear` leaves out (experts, towers), and settings that reach nothing, in words for the user."""
-    outside: bool = False
+    unmatched_note: str | None
+    """What `all-linear` leaves out (experts, towers) and settings that match nothing, for people; None: nothing."""
+    adapts_tower: bool = False
     """Some of them are in a tower or a projector."""
 
 
@@ -123,8 +123,8 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
         embeddings=tuple(name for name in modules if name in chosen & embeddings),
         copies=copies,
         parameters=parameters,
-        missed="; ".join(filter(None, notices)) or None,
-        outside=any(parts.is_outside(name) for name in (*chosen, *copies)),
+        unmatched_note="; ".join(filter(None, notices)) or None,
+        adapts_tower=any(parts.is_outside(name) for name in (*chosen, *copies)),
     )
 
 

@@ -29,7 +29,7 @@ def misfits(model: Any, config: AdapterConfig, targets: Targets, copied: set[str
             f"adapter.type {config.type} makes up for what quantization lost, and model.storage.type dense loses "
             "nothing; use lora, or quantize the base"
         )
-    if targets.outside and config.needs_calibration:
+    if targets.adapts_tower and config.needs_calibration:
         problems.append(
             f"adapter.type {config.type} begins from what data does to the layers, and looks at text alone: leave "
             "tower and projector out, or use lora"

@@ -46,10 +46,10 @@ class BaseDescription:
     """Fused weights of experts by full name, in the model's order."""
     auto_class: str = "AutoModelForCausalLM"
     """transformers' class that loads it."""
-    outside: frozenset[str] = frozenset()
+    tower_modules: frozenset[str] = frozenset()
     """Modules of its towers and projectors, where it is more than a language model."""
     supports_images: bool = False
-    """It can be shown pictures."""
+    """It takes pictures."""
 
 
 def describe_base(model: nn.Module, name: str, revision: str | None = None) -> BaseDescription:
@@ -65,13 +65,13 @@ def describe_base(model: nn.Module, name: str, revision: str | None = None) -> B
     config = getattr(model, "config", None)
     auto_class = BaseDescription.auto_class if config is None else model_class(config).__name__
     experts = tuple(fused_parameters(model))
-    outside, supports_images = frozenset[str](), False
+    tower_modules, supports_images = frozenset[str](), False
     if config is not None and is_composite(config):
         parts = Parts(model)
         supports_images = getattr(config, "vision_config", None) is not None and _has_processor(name)
-        outside = frozenset(filter(parts.is_outside, names))
+        tower_modules = frozenset(filter(parts.is_outside, names))
     return BaseDescription(
-        name, revision, tuple(names), frozenset(transposed), experts, auto_class, outside, supports_images
+        name, revision, tuple(names), frozenset(transposed), experts, auto_class, tower_modules, supports_images
     )
 
 
@@ -83,9 +83,9 @@ def _has_processor(base: str) -> bool:
 def left_out_by_vllm(base: BaseDescription, targets: Collection[str]) -> str | None:
     """What vLLM makes of an adapter with these targets on a base with towers, in words for the user; None: the base
     has none."""
-    if not base.outside:
+    if not base.tower_modules:
         return None
-    number = len(base.outside & set(targets))
+    number = len(base.tower_modules & set(targets))
     if not number:
         return "vLLM takes adapters on the language model of such a base, which is where all of this one is"
     return (

@@ -120,7 +120,7 @@ class CompiledDecoding:
         """Have each layer hold what these slots have there; False if one of them has more than low-rank updates of
         linear layers."""
         own = [self._bank.slots[slot] for slot in slots]
-        if self._base.stand_in is not None or self._bank.blocks.found or any(e.experts or e.copies for e in own):
+        if self._base.inject_kv is not None or self._bank.blocks.found or any(e.experts or e.copies for e in own):
             return False
         x_0D = torch.empty(0, 0, dtype=self._base.dtype, device=self._base.device)
         if self._linears[0] != self._bank.times_added:  # a new adapter may have wrapped more of them

@@ -43,7 +43,7 @@ def _see_alike(bank: Bank, one: Sequence, other: Sequence) -> bool:
 
 
 def _adapts_tower(bank: Bank, slot: int) -> bool:
-    return slot in bank.slots and bank.slots[slot].outside
+    return slot in bank.slots and bank.slots[slot].adapts_tower
 
 
 def _show(base: Base, bank: Bank, sequence: Sequence) -> None:

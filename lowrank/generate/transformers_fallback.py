@@ -58,7 +58,7 @@ class _AllOver(StoppingCriteria):
 
 def image_problem(base: Base) -> str | None:
     """Why transformers' `generate` cannot be given what a tower made of pictures, in words; None: it can."""
-    if _FEATURES in inspect.signature(base.writer.forward).parameters:
+    if _FEATURES in inspect.signature(base.causal_lm.forward).parameters:
         return None
     return f"transformers' generate takes no features of pictures for models of type {base.model.config.model_type!r}"
 
@@ -91,10 +91,10 @@ def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], N
         else base.media_encoder.in_rows([row.encoded for row in rows], token_BL.to(base.device))
     )
     shown |= base.types_of_prompts([longest] * len(rows), token_BL.to(base.device))
-    takes = inspect.signature(base.writer.forward).parameters
-    own = _without_settings_of_its_own(base.writer)
+    takes = inspect.signature(base.causal_lm.forward).parameters
+    own = _without_settings_of_its_own(base.causal_lm)
     with torch.no_grad(), routed, own, base.using_attention(base.own_attention), quiet_transformers():
-        base.writer.generate(
+        base.causal_lm.generate(
             input_ids=token_BL.to(base.device),
             attention_mask=seen_BL.to(base.device),
             **{name: value for name, value in shown.items() if name in takes},

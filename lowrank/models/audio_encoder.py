@@ -1,5 +1,5 @@
-"""How a base is played sounds: each document's own go through the front of transformers' model by themselves, and what
-that makes of them takes the places of their tokens in the one flat stream (models/entrance.py)."""
+"""Sounds for a base: each document's own go through the front of transformers' model by themselves, and the features
+that it makes of them replace the embeddings of their tokens in the flat stream (models/embedding_hook.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from lowrank.batches import Batch, Pixels
 from lowrank.errors import ModelError
 from lowrank.media.processor import MediaProcessor
-from lowrank.models.entrance import Entrance
+from lowrank.models.embedding_hook import EmbeddingHook
 from lowrank.models.layers import language_model
 from lowrank.models.shared_features import SharedFeatures
 from lowrank.models.tower import TowerPass, span_of, token_of
@@ -21,7 +21,7 @@ from lowrank.segments import Media
 
 
 class AudioEncoder:
-    """The ears of one base. `others`: tensors of a processor that are read elsewhere."""
+    """The audio front end of one base. `others`: tensors of a processor that are read elsewhere."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class AudioEncoder:
         self.token = token
         self._name, self._processor, self._shared = name, processor, shared
         self._tokenizer = processor.own.tokenizer
-        self._entrance = Entrance(backbone, language)
-        self.wanted = set(self._entrance.takes) - others
+        self._embedding_hook = EmbeddingHook(backbone, language)
+        self.wanted = set(self._embedding_hook.takes) - others
 
     def options(self, batch: Batch, width: int | None, tower_pass: TowerPass) -> dict[str, Any]:
         """What a forward call is given beside its tokens: `around`, what has to be around it. `width`: of the padded
@@ -58,7 +58,7 @@ class AudioEncoder:
                 rows.append(place_K + first)
                 with tower_pass(each.segment, batch):
                     features.append(self._features(each, len(place_K), batch))
-        return {"around": self._entrance.putting_in(torch.cat(rows), torch.cat(features))} if rows else {}
+        return {"around": self._embedding_hook.injecting(torch.cat(rows), torch.cat(features))} if rows else {}
 
     def _places(self, batch: Batch, pixels: Pixels, starts: Sequence[int]) -> torch.Tensor:
         """(K) places in its segment of the tokens that stand for sounds."""
@@ -80,7 +80,7 @@ class AudioEncoder:
         given = {name: value for name, value in pixels.tensors.items() if name in self.wanted}
 
         def listen() -> torch.Tensor:
-            return self._entrance.embeddings(token_1L, given)[token_1L[0] == self.token]
+            return self._embedding_hook.embeddings(token_1L, given)[token_1L[0] == self.token]
 
         feature_KD = self._shared.of("audio", batch.slots[pixels.segment], media, listen)
         begin, end = span_of("audio", media)

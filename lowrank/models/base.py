@@ -26,7 +26,7 @@ from lowrank.kernels.shape_bucketing import bucketed_rows, needs_bucketing
 from lowrank.models.attention import packed as attention
 from lowrank.models.attention.paged import PagedBatch
 from lowrank.models.attention.prefix_sharing import SharedPrompts
-from lowrank.models.attention.prefix_tuning import Prefixed, StandIn
+from lowrank.models.attention.prefix_tuning import KVInjection, WithInjectedKV
 from lowrank.models.attention.shifted_sparse import ShiftedSparse
 from lowrank.models.batch_rows import BatchRows, packed_rows, padded_rows
 from lowrank.models.layer_wrappers import LayerWrapper
@@ -54,9 +54,9 @@ class Base:
     ) -> None:
         """`placement`: has kept the decoder layers already; left out: all weights stay where they are."""
         self.model = model
-        self.writer = model
-        """What computes logits of text: the model, or the part of it that can where the whole cannot (Llama 4's
-        composite class in transformers 5.24)."""
+        self.causal_lm = model
+        """Computes logits of text and generates: the model, or the part of it that can where the whole cannot (Llama
+        4's composite class in transformers 5.24)."""
         self._text_config = model.config.get_text_config()
         self.tokenizer = tokenizer
         self.name = name
@@ -69,8 +69,8 @@ class Base:
             assert layers is not None, "checked before it was loaded"
             self.placement.finish(model, self.backbone, layers)
         self.revision = revision
-        self.stand_in: StandIn | None = None
-        """What puts keys and values of its own in the place of some rows' (prefix tuning), in the packed layout."""
+        self.inject_kv: KVInjection | None = None
+        """Replaces the keys and values of some rows by learned ones (prefix tuning), in the packed layout."""
         self.media_encoder: MediaEncoder | None = None
         """What shows it pictures and plays it sounds, where models/checks/media_isolation.py has tried that out."""
         self.layout = "packed"
@@ -134,8 +134,8 @@ class Base:
         finally:
             self._set_attention(before)
 
-    def settle(self, layout: str) -> None:
-        """Choose the layout for all that follows."""
+    def set_layout(self, layout: str) -> None:
+        """Set the layout (`packed` or `padded`) of all passes that follow, and the attention that goes with it."""
         self.layout = layout
         self._set_attention(attention.NAME if layout == "packed" else self.own_attention)
 
@@ -281,7 +281,7 @@ class Base:
         return self.call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
 
     def _with_prefixes(self, stream: Any) -> Any:
-        return stream if self.stand_in is None else Prefixed(stream, self.stand_in)
+        return stream if self.inject_kv is None else WithInjectedKV(stream, self.inject_kv)
 
     @property
     def max_positions(self) -> int | None:

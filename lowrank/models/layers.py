@@ -29,8 +29,8 @@ def language_model(model: Any) -> tuple[str, Any]:
     return found
 
 
-def writers(model: Any) -> list[Any]:
-    """The model, and the transformers models in it that have the embedding of tokens and the head in them."""
+def causal_lms(model: Any) -> list[Any]:
+    """The model, and the transformers models within it that contain both the token embedding and the head."""
     from transformers import PreTrainedModel
 
     parts = {model.get_input_embeddings(), model.get_output_embeddings()}

@@ -76,7 +76,7 @@ def _check_cached_tower(engine: Engine, slot: int, config: JobConfig) -> None:
     reach shows on the model alone; settings that say so themselves are refused before (config/checks.py)."""
     media_encoder = engine.base.media_encoder
     cached = media_encoder is not None and media_encoder.feature_cache is not None
-    if cached and slot != BASE_SLOT and engine.bank.slots[slot].outside:
+    if cached and slot != BASE_SLOT and engine.bank.slots[slot].adapts_tower:
         raise ModelError(
             f"model.cache_vision_features: the adapter of job {config.name} reaches the tower or the projector, whose "
             "features then change with every step; leave cache_vision_features out, or name the language model's "
@@ -168,8 +168,8 @@ def _attach(
             report(Notice(note, job=config.name))
         slot = bank.add(saved.config, seed=config.seed, slot=number)
         bank.load(slot, saved.tensors)
-    if bank.slots[slot].missed:
-        report(Notice(bank.slots[slot].missed or "", level="warning", job=config.name))
+    if bank.slots[slot].unmatched_note:
+        report(Notice(bank.slots[slot].unmatched_note or "", level="warning", job=config.name))
     return slot
 
 

@@ -70,7 +70,9 @@ def attach_media_encoder(
         raise ModelError(f"{base.name} has no tower for {names}, or not the files of its processor")
     every = [kind for kind in KIND_NAMES if kind in known or kind in kinds]
     cache = base.media_encoder.feature_cache if base.media_encoder is not None else None
-    notice = give_media_encoder(base, processor, attention, kinds=every, settle=not running, answering=answering)
+    notice = give_media_encoder(
+        base, processor, attention, kinds=every, may_change_layout=not running, answering=answering
+    )
     if notice:
         notify(notice)
     assert base.media_encoder is not None

@@ -13,7 +13,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, decoder_layers
 from lowrank.models.loading.pretrained import choose_device
 from lowrank.planning.fake_copies import fake_copies
-from lowrank.planning.fake_modules import stand_in_for_packed_weights
+from lowrank.planning.fake_modules import fake_packed_weights
 from lowrank.planning.layers import kinds_of_layers
 from lowrank.planning.simulation import skeleton
 
@@ -50,7 +50,7 @@ def base_bytes(settings: ModelConfig, config: Any) -> BaseBytes:
     the simulated few are there to spare."""
     with FakeTensorMode(allow_non_fake_inputs=True), fake_copies():
         model, _ = skeleton(settings, config, choose_device(settings))
-        packed = stand_in_for_packed_weights(model, settings.storage)
+        packed = fake_packed_weights(model, settings.storage)
         names = {module: name for name, module in model.named_modules()}
         layers = [_bytes_in(layer, names[layer], packed) for layer in decoder_layers(model) or ()]
         embedding: Any = model.get_input_embeddings()

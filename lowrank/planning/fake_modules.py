@@ -84,14 +84,14 @@ def _even_counts(top_k_index: torch.Tensor, order_P: torch.Tensor, ranges: Range
     return counts, [slot for slot, _ in slots]
 
 
-def stand_in_for_experts(model: Any) -> None:
-    """Let experts that are not packed run on fake tensors of any dtype."""
+def fake_experts(model: Any) -> None:
+    """Replace experts that are not packed by ones that run on fake tensors of any dtype."""
     for name, module in experts_to_pack(model, None).items():
         if next(module.parameters()).dtype != torch.bfloat16:
             model.set_submodule(name, _OneAfterTheOther(module))
 
 
-def stand_in_for_packed_weights(model: Any, storage: StorageConfig) -> dict[str, int]:
+def fake_packed_weights(model: Any, storage: StorageConfig) -> dict[str, int]:
     """Replace the linears that `storage` packs; the bytes they will take, by full name. Dense: nothing is replaced."""
     sizes: dict[str, int] = {}
     if storage.type == "dense":

@@ -25,7 +25,7 @@ from lowrank.models.checkpointing.memory_efficient_modules import (
 _WIDTH = 32
 
 
-def use_memory_efficient_stand_ins(model: nn.Module) -> int:
+def use_memory_efficient_fakes(model: nn.Module) -> int:
     """`use_memory_efficient_modules` on a model of fake tensors; how many modules were replaced."""
     known: dict[Any, bool] = {}
 

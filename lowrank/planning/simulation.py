@@ -40,11 +40,11 @@ from lowrank.models.own_masks import prompt_type_of
 from lowrank.models.rope_scaling import stretch
 from lowrank.objectives import Objective
 from lowrank.planning.fake_copies import fake_copies
-from lowrank.planning.fake_modules import spread_evenly, stand_in_for_experts, stand_in_for_packed_weights
+from lowrank.planning.fake_modules import fake_experts, fake_packed_weights, spread_evenly
 from lowrank.planning.known_values import KnownValues, with_values
 from lowrank.planning.layers import keep_layers
 from lowrank.planning.live_bytes import LiveBytes
-from lowrank.planning.memory_efficient import use_memory_efficient_stand_ins
+from lowrank.planning.memory_efficient import use_memory_efficient_fakes
 from lowrank.planning.peaks import Peaks, StepTrace
 from lowrank.planning.pictures import MediaTraceCache, PlannedMediaEncoder
 from lowrank.segments import Media, Segment
@@ -127,7 +127,7 @@ class Simulation:
             self.slots = [self._add(job, seed) for seed, job in enumerate(jobs)]
         spread_evenly(self.base.model)  # adapters have come, on experts too
         if self._media_encoder is not None:
-            self._media_encoder.adapts([slot for slot, each in self._engine.bank.slots.items() if each.outside])
+            self._media_encoder.adapts([slot for slot, each in self._engine.bank.slots.items() if each.adapts_tower])
         self._adapter_bytes = self._live.now + self._packed - self._base_bytes
         self._optimizer_bytes: int | None = None
 
@@ -145,15 +145,15 @@ class Simulation:
             model.get_input_embeddings().register_forward_hook(_with_gradient)
         train_what_is_trained(model, jobs)
         model.eval()
-        self._packed = sum(stand_in_for_packed_weights(model, settings.storage).values())
-        stand_in_for_experts(model)
+        self._packed = sum(fake_packed_weights(model, settings.storage).values())
+        fake_experts(model)
         spread_evenly(model)  # the test below is a pass already
         base = Base(model, None, settings.path, settings.revision)
         base.layer_wrapper = wrapper
         base.prompt_type = prompt_type_of(model)
-        base.settle(layout or "packed")
+        base.set_layout(layout or "packed")
         if layout is None and (settings.attention == "padded" or not self._takes_boundaries(base)):
-            base.settle("padded")
+            base.set_layout("padded")
         base.shift_attn = settings.shift_attn
         return base
 
@@ -217,7 +217,7 @@ class Simulation:
 
     def _shared(self, batches: Sequence[Batch], place: int) -> tuple[Media, ...]:
         """Of whose pictures the bare tower has spoken when the pass at `place` runs, and later passes want it."""
-        bare = {slot for slot, each in self._engine.bank.slots.items() if not each.outside} | {BASE_SLOT}
+        bare = {slot for slot, each in self._engine.bank.slots.items() if not each.adapts_tower} | {BASE_SLOT}
         own = [[media for index, media in batch.media if batch.slots[index] in bare] for batch in batches]
         later = {media.items for each in own[place + 1 :] for media in each}
         return _each_once([media for each in own[: place + 1] for media in each if media.items in later])
@@ -309,7 +309,7 @@ def skeleton(settings: ModelConfig, config: Any, device: torch.device) -> tuple[
     model.tie_weights()
     if settings.memory_efficient_modules:
         with unset_fake_temporarily():
-            use_memory_efficient_stand_ins(model)
+            use_memory_efficient_fakes(model)
     return model, wrapped_as_planned(model, settings.layer_wrapper)
 
 

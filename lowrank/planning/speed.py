@@ -119,7 +119,7 @@ def _engine(memory: StepMemory, plan: MemoryPlan, core: tuple[int, ...] | None) 
     pack_in_place(model, memory.model.storage)
     base = Base(model, None, memory.model.path, memory.model.revision)
     base.layer_wrapper = wrapper
-    base.settle(memory.layout)
+    base.set_layout(memory.layout)
     if memory.processor is not None:
         base.media_encoder = MediaEncoder(base, memory.processor, kinds_of(memory.jobs))
     set_activation_checkpointing(model, plan.activation_checkpointing)

@@ -37,7 +37,7 @@ class Passes:
         self.prefetcher.expect(batches, next_segments)
         if self._base.media_encoder is not None:
             slots = {slot for batch in batches for slot in batch.slots}
-            bare = {slot for slot in slots if slot == BASE_SLOT or not self._bank.slots[slot].outside}
+            bare = {slot for slot in slots if slot == BASE_SLOT or not self._bank.slots[slot].adapts_tower}
             self._base.media_encoder.shared.expect(batches, bare)
 
     def ready(

@@ -64,7 +64,7 @@ def test_ranks_and_directions_are_pefts(rho: float, use_label_mask: bool, monkey
     batch = {"input_ids": token, "labels": torch.where(learned, token, -100), "attention_mask": torch.ones_like(token)}
     theirs = peft_eva.get_eva_state_dict(model, [batch], config, show_progress_bar=False)
     base = Base(make_model("llama", torch.float32), None, "llama")
-    base.settle("packed")
+    base.set_layout("packed")
     engine = Engine(base, Bank(base), 4096)
     ours: Any = Eva(rank=4, rho=rho, use_label_mask=use_label_mask, target_modules=TARGETS)
     slot = engine.bank.add(ours, seed=0, looks=lambda: calibration_passes(engine, dataloader_of(step, 3)))

@@ -157,10 +157,10 @@ def test_what_cannot_be_done_is_said(config: Any, message: str) -> None:
 
 def test_all_linear_says_what_it_leaves_out_until_it_is_asked_for() -> None:
     model = make_model("qwen3_moe")
-    missed = find_targets(model, LoraConfig()).missed
+    missed = find_targets(model, LoraConfig()).unmatched_note
     assert missed is not None
     assert "target_parameters: [experts.down_proj, experts.gate_up_proj]" in missed
-    assert find_targets(model, LoraConfig(target_parameters=BOTH)).missed is None
+    assert find_targets(model, LoraConfig(target_parameters=BOTH)).unmatched_note is None
     assert len(fused_parameters(model)) == 4
 
 
@@ -180,5 +180,5 @@ class Listed(nn.Module):
 def test_experts_in_a_list_are_found_before_the_first_step() -> None:
     found = find_targets(Listed(), LoraConfig())
     assert found.linears == ("gate",)
-    assert "2 layers of single experts" in (found.missed or "")
+    assert "2 layers of single experts" in (found.unmatched_note or "")
     assert find_targets(Listed(), LoraConfig(target_modules=("experts.0",))).linears == ("experts.0",)

@@ -136,10 +136,10 @@ def test_nothing_left_after_excluding() -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
 def test_a_thawed_part_that_no_target_is_in_is_named(targets: Any) -> None:
     model = make_model("llama")
-    missed = find_targets(model, Lora(target_modules=targets, freeze_vision_tower=False)).missed
+    missed = find_targets(model, Lora(target_modules=targets, freeze_vision_tower=False)).unmatched_note
     assert missed is not None
     assert "adapter.freeze_vision_tower: false has no effect" in missed
-    assert find_targets(model, Lora(target_modules=targets)).missed is None
+    assert find_targets(model, Lora(target_modules=targets)).unmatched_note is None
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])

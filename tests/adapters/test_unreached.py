@@ -33,7 +33,7 @@ def test_they_are_named(change: Callable[[Any], None], missed: list[str]) -> Non
     model = make_model("llama")
     change(model)
     base = Base(model, None, "m")
-    base.settle("packed")
+    base.set_layout("packed")
     bank = Bank(base)
     other = bank.add(
         LoraConfig(rank=2, target_modules=("q_proj", "embed_tokens", "lm_head"), modules_to_save=("norm",)), seed=0

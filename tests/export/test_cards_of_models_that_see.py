@@ -53,7 +53,7 @@ def test_what_vllm_leaves_of_an_adapter_is_said(everywhere: bool, tmp_path: Path
     adapter = found.source.adapter
     assert adapter is not None
     described = describe_base(make_vision_model("llava"), "base")
-    number = len(described.outside & set(adapter.targets))
+    number = len(described.tower_modules & set(adapter.targets))
     assert (number > 0) == everywhere
     save_adapter(tmp_path / "saved", adapter, described)
     request = ExportRequest(PeftExportConfig(), tmp_path / "out")

@@ -130,7 +130,7 @@ def test_a_trained_base_and_texts_beside_it_answer_as_before(tmp_path: Path) -> 
     assert (len(text.answer.tokens), len(seeing.answer.tokens)) == (1, 0)
     found = answers(generator, prompts)
     base.media_encoder.padded = False
-    base.settle("padded")
+    base.set_layout("padded")
     fixed = Generator(base, Bank(base))
     assert fixed.notice is not None
     for one, other in zip(answers(fixed, prompts), found):

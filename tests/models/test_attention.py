@@ -172,7 +172,7 @@ def test_using_another_attention_for_a_while() -> None:
 def test_rows_say_where_tokens_are(layout: str) -> None:
     """The draw counter and length of every row a linear layer sees, and whose it is; the same in both layouts."""
     base = Base(make_model("llama"), None, "llama")
-    base.settle(layout)
+    base.set_layout(layout)
     batch = pack([(0, s) for s in random_step(0, [3, 5])] + [(2, s) for s in random_step(1, [2])])
     rows = base.rows(batch)
     if layout == "packed":
@@ -192,8 +192,8 @@ def test_rows_say_where_tokens_are(layout: str) -> None:
 
 def test_cost_of_padding() -> None:
     base = Base(make_model("llama"), None, "llama")
-    base.settle("packed")
+    base.set_layout("packed")
     assert base.padded_tokens((3, 9, 4)) == 16
-    base.settle("padded")
+    base.set_layout("padded")
     assert base.padded_tokens((3, 9, 4)) == 27
     assert base.padded_tokens(()) == 0

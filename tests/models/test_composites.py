@@ -143,7 +143,7 @@ def test_all_linear_says_what_it_leaves_out_and_a_tower_is_reached_by_name(tmp_p
     base = loaded(save_composite_folder(tmp_path / "model", "gemma3"), "float32")
     bank = Bank(base)
     slot = bank.slots[bank.add(LoraConfig(rank=2), seed=0)]
-    assert slot.missed == (
+    assert slot.unmatched_note == (
         "beside its language model this base has vision_tower (12 linear layers) for what is not text: all-linear "
         "leaves them as they are (adapter.freeze_vision_tower and freeze_multi_modal_projector: false reach those for "
         "pictures and sounds)"

@@ -105,6 +105,6 @@ def test_masked_attention_is_not_confused_by_a_padded_bucket() -> None:
 
 def test_experts_are_announced() -> None:
     engine, (slot,) = make_engine(make_base("mixtral"), LoraConfig())
-    missed = engine.bank.slots[slot].missed
+    missed = engine.bank.slots[slot].unmatched_note
     assert missed is not None
     assert "gate_up_proj" in missed

@@ -128,7 +128,7 @@ def test_same_as_the_unpacked_model(family: str, storage: str) -> None:
     with base.using_attention(base.own_attention):
         torch.testing.assert_close(base.model(TOKEN).logits, plain(TOKEN).logits, rtol=1e-10, atol=1e-10)
     other = Base(plain, None, family)
-    other.settle(base.layout)
+    other.set_layout(base.layout)
     configs = [
         LoraConfig(rank=3, target_modules=("o_proj",)),
         LoraConfig(rank=2, target_modules=("o_proj",), target_parameters=BOTH),

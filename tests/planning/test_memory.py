@@ -69,7 +69,7 @@ def measured(
         pack_in_place(model, settings.storage)
     use_memory_efficient_modules(model)
     base = Base(model, None, "m")
-    base.settle("packed")
+    base.set_layout("packed")
     with live:
         engine = Engine(base, Bank(base), tokens)
         for seed, job in enumerate(jobs):

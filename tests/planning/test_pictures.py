@@ -145,7 +145,7 @@ def measured(
     use_memory_efficient_modules(model)
     base = Base(model, None, "m")
     base.prompt_type = prompt_type_of(model)
-    base.settle(layout)
+    base.set_layout(layout)
     base.media_encoder = media_encoder = RecordedMediaEncoder(base, processor, kinds)
     media_encoder.live = live
     with live:

@@ -75,7 +75,7 @@ def test_a_rank_of_eight(tmp_path: Path, live: LiveBytes) -> None:
         for layer in decoder_layers(model) or ():
             placement.keep(layer)
         base = Base(model, None, "x", placement=placement)
-        base.settle("packed")
+        base.set_layout("packed")
         set_activation_checkpointing(model, "full")
         engine, (slot,) = make_engine(base, ADAPTER)
         before, peaks = live.now, Peaks(live)

@@ -18,7 +18,7 @@ from lowrank.errors import ModelError
 from lowrank.media.processor import processor_of
 from lowrank.models.checks.media_isolation import give_media_encoder
 from lowrank.models.config import ModelConfig
-from lowrank.models.entrance import Entrance
+from lowrank.models.embedding_hook import EmbeddingHook
 from lowrank.models.loading.pretrained import load
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.segments import Segment
@@ -174,7 +174,7 @@ def test_a_base_that_mixes_documents_up_is_refused(tmp_path: Path, monkeypatch: 
     base = load(config, tokenizer=tokenizer, notify=lambda _: None)
     processor = processor_of(tokenizer)
     assert processor is not None
-    monkeypatch.setattr(Entrance, "embeddings", lambda self, token_1L, given: torch.ones(token_1L.shape[1], 32))
+    monkeypatch.setattr(EmbeddingHook, "embeddings", lambda self, token_1L, given: torch.ones(token_1L.shape[1], 32))
     with pytest.raises(ModelError, match="cannot be trained on sounds: packed, it makes the same of different sounds"):
         give_media_encoder(base, processor, kinds=("audio",))
     assert base.media_encoder is None

@@ -10,26 +10,26 @@ from torch import nn
 
 from lowrank.models.attention.packed import Attending, Packed, Softmax, attend_documents
 
-StandIn = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(attention layer, (1, G, T, d) keys as they are attended to, (1, G, T, d) values) -> the same with others in
-the place of some rows'. It changes nothing in place."""
+KVInjection = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(attention layer, (1, G, T, d) keys as they are attended to, (1, G, T, d) values) -> keys and values with some rows
+replaced. It changes nothing in place."""
 
 
 @dataclass(frozen=True)
-class Prefixed:
-    """In the place of the stream itself, be it whole documents or ones that go on from a cache.
+class WithInjectedKV:
+    """A stream, of whole documents or of ones that go on from a cache, after `inject_kv`.
 
-    What stands in is what the cache keeps, so later tokens see it too.
+    The cache keeps the injected keys and values, so later tokens see them too.
     """
 
     stream: Packed | Attending
-    stand_in: StandIn
+    inject_kv: KVInjection
 
     def attend(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Softmax
     ) -> torch.Tensor:
         """As the stream does: -> (1, T, H, d)."""
-        key, value = self.stand_in(module, key, value)
+        key, value = self.inject_kv(module, key, value)
         if isinstance(self.stream, Packed):
             return attend_documents(query, key, value, how, self.stream)
         return self.stream.attend(module, query, key, value, how)

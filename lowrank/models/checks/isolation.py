@@ -24,7 +24,7 @@ from lowrank.kernels.accelerators import wide
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base
-from lowrank.models.layers import writers
+from lowrank.models.layers import causal_lms
 from lowrank.models.logit_transforms import logit_transforms
 from lowrank.models.own_masks import possible_prompt_types
 from lowrank.segments import Segment
@@ -74,12 +74,12 @@ def check_head(base: Base) -> None:
 
 
 def _own_logits(base: Base, token_1T: torch.Tensor) -> torch.Tensor:
-    """(T, V) of the model, or of the largest part of it that writes; `base.writer` is set to that."""
+    """(T, V) of the model, or its largest part that has an LM head and runs; `base.causal_lm` is set to it."""
     raised: Exception | None = None
-    for writer in writers(base.model):
+    for causal_lm in causal_lms(base.model):
         try:
-            own_TV = writer(input_ids=token_1T, use_cache=False).logits[0]
-            base.writer = writer
+            own_TV = causal_lm(input_ids=token_1T, use_cache=False).logits[0]
+            base.causal_lm = causal_lm
             return own_TV
         except MODEL_ERRORS as error:
             raised = raised or error
@@ -96,22 +96,22 @@ def choose_layout(base: Base, wanted: str) -> str | None:
     `wanted` is the setting: auto, packed or padded. Raises ModelError if nothing holds.
     """
     base.prompt_type = _prompt_type(base)
-    slower = _settle(base, wanted)
+    slower = _choose_layout(base, wanted)
     described = None if base.prompt_type is None else _TWO_WAYS
     return ". ".join(filter(None, (described, slower))) or None
 
 
-def _settle(base: Base, wanted: str) -> str | None:
+def _choose_layout(base: Base, wanted: str) -> str | None:
     """`choose_layout`, and the sentence about the layout."""
     reason = None
     if wanted in ("auto", "packed"):
-        base.settle("packed")
+        base.set_layout("packed")
         reason = _what_leaks(base)
         if reason is None:
             return None
         if wanted == "packed":
             raise ModelError(f"{base.name} cannot run packed: {reason}. Set model.attention to auto or padded.")
-    base.settle("padded")
+    base.set_layout("padded")
     padded_reason = _what_leaks(base)
     if padded_reason is not None:
         ahead = ""

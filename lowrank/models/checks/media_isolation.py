@@ -45,11 +45,11 @@ def give_media_encoder(
     wanted: str = "auto",
     *,
     kinds: Sequence[str] = ("image",),
-    settle: bool = True,
+    may_change_layout: bool = True,
     answering: bool = False,
 ) -> str | None:
     """Let `base` be given media of these kinds, in a layout that keeps documents with them apart; the sentence to tell
-    the user, or None. `wanted` is the setting model.attention; `settle` False: the layout it has must do.
+    the user, or None. `wanted` is the setting model.attention; `may_change_layout` False: the layout it has must do.
     `answering`: nothing is trained; where documents with media cannot be packed, texts still are.
 
     ModelError if none holds.
@@ -73,14 +73,14 @@ def give_media_encoder(
     before = base.layout
     if answering and before == "packed":
         return _apart_from_texts(base, names, reason, earlier)
-    if before == "padded" or wanted == "packed" or not settle:
+    if before == "padded" or wanted == "packed" or not may_change_layout:
         base.media_encoder = earlier
         raise ModelError(f"{base.name} cannot be given {names} in the {before} layout: {reason}")
-    base.settle("padded")
+    base.set_layout("padded")
     padded_reason = _what_leaks(base)
     if padded_reason is not None:
         base.media_encoder = earlier
-        base.settle(before)
+        base.set_layout(before)
         raise ModelError(
             f"{base.name} ({base.model.config.model_type}) cannot be trained on {names}: packed, {reason}; padded, "
             f"{padded_reason}; leave rows with {names} out"
