@@ -106,16 +106,25 @@ def test_conversations() -> None:
         tokenizer(), chat_template="chatml", mapping=same, map_eos_token=True, system_message=None, patch_saving=True,
         use_zoo_tokenizer_patch=None,
     )  # fmt: skip
-    train_on_responses_only(
+    labels_of = train_on_responses_only(
         None, instruction_part=None, response_part=None, force_match=True, tokenizer=own, return_function=True,
         num_proc=None, last_response_only=False,
     )  # fmt: skip
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    text = own.apply_chat_template([{"role": role, "content": content} for role, content in turns], tokenize=False)
+    token_L = own(text, add_special_tokens=False)["input_ids"]
+    (label_L,) = labels_of({"input_ids": [token_L]})["labels"]
+    assert all(label in (-100, token) for label, token in zip(label_L, token_L, strict=True))
+    learned = own.decode([label for label in label_L if label != -100])
+    assert learned == "b<|im_end|>\nd<|im_end|>\n", "the answers with their ends, and nothing of the questions"
     from datasets import Dataset
 
-    to_sharegpt(
+    conversations = to_sharegpt(
         Dataset.from_list([{"instruction": "a", "output": "b"}]), merged_prompt="", merged_column_name="instruction",
         output_column_name="output", remove_unused_columns=True, conversation_extension=1, random_state=3407,
     )  # fmt: skip
+    expected = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert conversations.to_list() == [{"conversations": expected}]
 
 
 @pytest.mark.parametrize(
