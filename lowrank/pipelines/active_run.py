@@ -20,7 +20,7 @@ from lowrank.pipelines.job_data import prepare_all
 from lowrank.pipelines.job_queue import JobQueue
 from lowrank.pipelines.live_commands import CommandHandler, StateFile
 from lowrank.pipelines.media import prepare_media
-from lowrank.pipelines.memory_plan import MemoryBudget, at_once
+from lowrank.pipelines.memory_plan import MemoryBudget, concurrent_jobs
 from lowrank.pipelines.queued_job import QueuedJob
 from lowrank.pipelines.rank_agreement import commands_of_first_rank
 from lowrank.pipelines.rank_output import checkpointer_class
@@ -52,7 +52,9 @@ def build_queue(
         chosen_templates({job.name: job.data for job in config.jobs}, tokenizer),
     )
     entries = [QueuedJob(job, prepared) for job, prepared in zip(config.jobs, data)]
-    return JobQueue(SlotAllocator(engine, config, tokenizer, report), checkpointer, entries, report, at_once(config))
+    return JobQueue(
+        SlotAllocator(engine, config, tokenizer, report), checkpointer, entries, report, concurrent_jobs(config)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""An adapter held against the base in its files, before that is loaded: weights of the base that are in its own."""
+"""Checks an adapter against the base's files before the base is loaded: weights of the base that the adapter
+contains."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ _BASE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tikt
 
 
 def on_base_of(adapter: AdapterOnDisk, model: ModelConfig) -> AdapterOnDisk:
-    """The adapter as it is on the base in `model`'s files: see base_tensors.py and language_names.py."""
+    """Return the adapter with names and tensors as the base in `model`'s files has them (base_tensors.py,
+    language_names.py)."""
     adapter = _on_composite(adapter, model)
     if not adapter.base_tensors and not adapter.copies:
         return adapter
@@ -41,7 +43,7 @@ def on_base_of(adapter: AdapterOnDisk, model: ModelConfig) -> AdapterOnDisk:
 def _on_composite(adapter: AdapterOnDisk, model: ModelConfig) -> AdapterOnDisk:
     try:
         config = read_config(model)
-    except ModelError:  # whoever needs the base says what is wrong with it
+    except ModelError:  # loading the base reports it
         return adapter
     if not is_composite(config):
         return adapter
@@ -50,7 +52,7 @@ def _on_composite(adapter: AdapterOnDisk, model: ModelConfig) -> AdapterOnDisk:
 
 
 def targets_beside(adapter: AdapterOnDisk, model: ModelConfig) -> list[str]:
-    """What an adapter is on beside the language model: layers of towers and projectors, by full name."""
+    """Return the full names of layers outside the language model (towers, projectors) that an adapter is on."""
     config = read_config(model)
     if not is_composite(config):
         return []
@@ -60,8 +62,8 @@ def targets_beside(adapter: AdapterOnDisk, model: ModelConfig) -> list[str]:
 
 
 def refuse_before_loading(adapter: AdapterOnDisk, model: ModelConfig) -> None:
-    """ModelError for an adapter whose file holds tensors that fit no base like the one in `model`'s files: seen in
-    their headers."""
+    """Compare the shapes of base weights in an adapter's file with those in `model`'s files, by their headers.
+    ModelError where they differ."""
     if not adapter.base_tensors and not adapter.copies:
         return
     stored, _ = _stored_by_name(model)
@@ -74,7 +76,7 @@ def refuse_before_loading(adapter: AdapterOnDisk, model: ModelConfig) -> None:
 
 
 def _stored_by_name(model: ModelConfig) -> tuple[Callable[[str], TensorSource | None], Collection[str]]:
-    """The base's tensors in its files by the model's names for them, and the names of those that are one."""
+    """Return a lookup of the base's stored tensors by the model's names, and the names of tied tensors."""
     loading.check_model(model)
     folder = on_disk(model)
     weights = Weights(folder)
@@ -90,7 +92,7 @@ def _stored_by_name(model: ModelConfig) -> tuple[Callable[[str], TensorSource | 
 
 
 def on_disk(model: ModelConfig) -> Path:
-    """The folder of the base; a hub model's is in the hub's cache."""
+    """Return the folder of the base, for a hub model in the hub's cache. ModelError if there is none."""
     folder = Path(loading.locate(model.path))
     if folder.is_dir():
         return folder
@@ -98,5 +100,6 @@ def on_disk(model: ModelConfig) -> Path:
         return Path(huggingface_hub.snapshot_download(model.path, revision=model.revision, allow_patterns=_BASE_FILES))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise ModelError(
-            f"{model.path}: no such folder here, and the hub does not give it ({error}); name the folder of the base"
+            f"{model.path}: no such folder, and it could not be downloaded from the hub ({error}); name the "
+            "folder of the base"
         ) from error

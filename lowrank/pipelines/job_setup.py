@@ -41,8 +41,8 @@ def start_job(
     report: Callable[[Event], None],
     slot: int | None = None,
 ) -> Job:
-    """The job's adapter on the base (or the base itself), its optimizer, and its place in the loop. `slot`: the one it
-    had, where a run goes on; None: the first that is free."""
+    """Put a job's adapter on the base, set up its optimizer, and return the job for the loop. `slot`: the slot of a
+    resumed job; None: the first free one. With `tuning: full` or `freeze` the base itself is trained."""
     slot = BASE_SLOT if config.trains_base else _attach(engine, config, data, report, slot)
     _check_reach(engine, slot, config, data)
     _check_cached_tower(engine, slot, config)
@@ -72,8 +72,8 @@ def start_job(
 
 
 def _check_cached_tower(engine: Engine, slot: int, config: JobConfig) -> None:
-    """ModelError for an adapter on a tower whose features are kept. What expressions, full names and adapter folders
-    reach shows on the model alone; settings that say so themselves are refused before (config/checks.py)."""
+    """ModelError for an adapter on a vision tower whose features are cached. Which layers an expression, a full name or
+    an adapter folder matches is known only on the model; plain settings are refused before (config/checks.py)."""
     media_encoder = engine.base.media_encoder
     cached = media_encoder is not None and media_encoder.feature_cache is not None
     if cached and slot != BASE_SLOT and engine.bank.slots[slot].adapts_tower:
@@ -85,30 +85,30 @@ def _check_cached_tower(engine: Engine, slot: int, config: JobConfig) -> None:
 
 
 def may_share_prompts(base: Base, jobs: Sequence[JobConfig]) -> bool:
-    """Whether some job gains by answers to one prompt that go through after one computation of it, and `base` can do
-    that, which is tried."""
+    """Return whether a job has several answers to one prompt, which gain by sharing its computation, and `base` can
+    share it, which is tried out on the model."""
     objectives = [job.objective.build() for job in jobs]
     gains = any(each.record is Preference or needs(each, "rollouts") for each in objectives)
     return gains and base.shift_attn is None and base.layer_wrapper is None and shares_prompts(base)
 
 
 def num_steps_of(config: JobConfig, data: Prepared) -> int:
-    """Optimizer steps of the job."""
+    """Return the number of optimizer steps of a job."""
     in_all = data.train.steps_in(config.num_train_epochs) * steps_on_one_batch(config.objective.build())
     return config.max_steps or math.ceil(in_all - 1e-9)
 
 
 def check_steps(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
-    """ConfigError for adapters that cannot be trained in as many steps as there are."""
+    """Check the adapters' own schedules. ConfigError for those that need more steps than the job has."""
     problems = []
-    for job, own in zip(jobs, data):
-        problem = None if job.trains_base else job.adapter.schedule_problem(num_steps_of(job, own))
+    for job, prepared in zip(jobs, data):
+        problem = None if job.trains_base else job.adapter.schedule_problem(num_steps_of(job, prepared))
         problems += [f"{job.name}: {problem}"] if problem else []
-    raise_all(ConfigError, "these jobs are too short for their adapters", problems)
+    raise_all(ConfigError, "these jobs are too short for their adapters:", problems)
 
 
 def check_tokens(jobs: Sequence[JobConfig], tokenizer: Any) -> None:
-    """ConfigError for tokens that adapters are to learn and that the tokenizer does not know."""
+    """Check `adapter.trainable_token_indices`. ConfigError for tokens that are not in the vocabulary."""
     known = tokenizer.get_vocab()
     problems = [
         f"{job.name}: adapter.trainable_token_indices: {token!r} is not in the vocabulary; `lowrank vocab` adds it"
@@ -116,11 +116,11 @@ def check_tokens(jobs: Sequence[JobConfig], tokenizer: Any) -> None:
         for token in job.adapter.trainable_token_indices
         if isinstance(token, str) and token not in known and not job.trains_base
     ]
-    raise_all(ConfigError, "these tokens cannot be learned", problems)
+    raise_all(ConfigError, "these tokens cannot be trained:", problems)
 
 
 def _check_reach(engine: Engine, slot: int, config: JobConfig, data: Prepared) -> None:
-    """ModelError if virtual tokens push a document out of what the model reads."""
+    """ModelError if a document with its virtual tokens is longer than the model's context."""
     virtual, reach = engine.bank.num_virtual(slot), engine.bank.max_positions(slot)
     if not virtual or reach is None:
         return
@@ -135,7 +135,7 @@ def _check_reach(engine: Engine, slot: int, config: JobConfig, data: Prepared) -
 
 
 def _answers(bank: Bank, slot: int, config: JobConfig, data: Prepared) -> HeldOutAnswers | None:
-    """The held-out questions that the job is asked; None where the loss decides."""
+    """Return the held-out questions that are answered at evaluations; None where the loss decides."""
     if config.eval_metric == "loss":
         return None
     return answers_of(
@@ -153,13 +153,13 @@ def _answers(bank: Bank, slot: int, config: JobConfig, data: Prepared) -> HeldOu
 def _attach(
     engine: Engine, config: JobConfig, data: Prepared, report: Callable[[Event], None], number: int | None
 ) -> int:
-    """A fresh adapter, or the one that `adapter.path` names, in a slot of the bank."""
+    """Add a new adapter, or the one that `adapter.path` names, to the bank, and return its slot."""
     bank = engine.bank
     if config.adapter.path is None:
         looks = None
         if config.adapter.needs_calibration:
             assert isinstance(data.train, DataLoader), "checked with the settings"
-            report(Notice("looking at the job's data to start from it", job=config.name))
+            report(Notice("running calibration passes on the training data to initialize the adapter", job=config.name))
             looks = partial(calibration_passes, engine, data.train)
         slot = bank.add(config.adapter, seed=config.seed, looks=looks, slot=number)
     else:
@@ -173,8 +173,9 @@ def _attach(
     return slot
 
 
-def name_unreached(engine: Engine, jobs: Sequence[Job], report: Callable[[Event], None]) -> None:
-    """Say which parts of the jobs' adapters no pass comes by. ModelError for an adapter that has no other part."""
+def report_unreached_modules(engine: Engine, jobs: Sequence[Job], report: Callable[[Event], None]) -> None:
+    """Report target modules that are never executed for the jobs' data. ModelError for an adapter all of whose modules
+    are."""
     missed = unreached(engine.bank, [job.slot for job in jobs])
     problems = []
     for job in jobs:
@@ -183,12 +184,15 @@ def name_unreached(engine: Engine, jobs: Sequence[Job], report: Callable[[Event]
             continue
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         total = num_targets(engine.bank.slots[job.slot])
-        text = f"{len(names)} of its {total} modules never run on such data, so nothing is learned there: {shown}"
+        text = (
+            f"{len(names)} of {total} target modules are never executed for this kind of data, so they get no "
+            f"gradient: {shown}"
+        )
         if len(names) == total:
-            problems.append(f"{job.name}: {text}; name others in adapter.target_modules")
+            problems.append(f"{job.name}: {text}; choose others in adapter.target_modules")
         else:
-            report(Notice(f"{text}. Leave them out by adapter.exclude_modules", level="warning", job=job.name))
-    raise_all(ModelError, "these adapters would learn nothing", problems)
+            report(Notice(f"{text}. Exclude them with adapter.exclude_modules", level="warning", job=job.name))
+    raise_all(ModelError, "these adapters would learn nothing:", problems)
 
 
 def set_up_rollouts(
@@ -199,18 +203,19 @@ def set_up_rollouts(
     tokenizer: Any,
     answering: RolloutGenerator,
 ) -> None:
-    """Give every job that learns from its own answers a dataloader of them; all jobs are answered together."""
-    for job, own, settings in zip(jobs, data, configs):
+    """Give every job that trains on rollouts a dataloader of them. One generator answers for all jobs."""
+    for job, prepared, settings in zip(jobs, data, configs):
         if needs(engine.jobs[job.slot].objective, "rollouts"):
-            known = [*(segment for sample in own.train.samples for segment in sample), *own.eval]
-            longest = max(map(len, known)) if own.train.samples else settings.data.max_length
-            prompts = Prompts(own.train, own.eval, longest, Renderer(tokenizer, settings.data).stop_tokens)
-            judge = _reward_model(engine.bank, engine.jobs[job.slot].objective)
-            job.dataloader = job.rollouts = Rollouts(engine, job.slot, prompts, answering, settings.seed, judge)
+            known = [*(segment for sample in prepared.train.samples for segment in sample), *prepared.eval]
+            longest = max(map(len, known)) if prepared.train.samples else settings.data.max_length
+            prompts = Prompts(prepared.train, prepared.eval, longest, Renderer(tokenizer, settings.data).stop_tokens)
+            reward_model = _reward_model(engine.bank, engine.jobs[job.slot].objective)
+            job.dataloader = job.rollouts = Rollouts(engine, job.slot, prompts, answering, settings.seed, reward_model)
 
 
 def _reward_model(bank: Bank, objective: Any) -> RewardModel | None:
-    """The reward model that the objective names, in a slot of its own. ModelError if it is none, or does not fit."""
+    """Load the reward model that the objective names into a slot of its own. ModelError if it has no value head or does
+    not fit the base."""
     path = objective.settings.reward_model
     if path is None:
         return None

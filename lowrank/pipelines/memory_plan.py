@@ -1,4 +1,4 @@
-"""The memory plan of a run: what the settings leave open is decided here, before any weights load."""
+"""The memory plan of a run, which decides the settings that are `auto`, before any weights load."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ from lowrank.search.candidates import num_combinations, too_many, trials_among
 from lowrank.train.rollouts import worst_case_step
 
 _SURELY = 1.1
-"""Times the free memory: what needs more is refused, since a kernel that runs out of memory kills without a word."""
+"""A run that needs more than this times the free memory is refused, since a kernel that runs out of memory kills the
+process without a message."""
 
 
 def _plan(config: RunConfig, data: Sequence[Prepared]) -> tuple[Planner, MemoryPlan] | Exception:
-    """The plan and its planner; or why there is none."""
+    """Return the plan and its planner, or the error for which there is none."""
     try:
         planner = planner_of(config, data)
         return planner, choose(planner, config.micro_batch_tokens, config.model.activation_checkpointing)
     except LowrankError:
         raise
-    except Exception as error:  # whatever a model's own code does on fake tensors: a plan is no condition of a run
+    except Exception as error:  # a model's own code may fail on fake tensors; a run needs no plan
         return error
 
 
@@ -58,8 +59,8 @@ def _report_plan(
     return _decided(config, plan.micro_batch_tokens, plan.activation_checkpointing), plan
 
 
-def at_once(config: RunConfig) -> int:
-    """Jobs that begin at the same time."""
+def concurrent_jobs(config: RunConfig) -> int:
+    """Return how many jobs train at the same time, as far as the settings say."""
     most = config.max_concurrent_jobs
     if not isinstance(most, str):
         return most
@@ -78,15 +79,14 @@ def with_slots(
     report: Callable[[Event], None],
     capacity: int | None = None,
 ) -> tuple[RunConfig, MemoryPlan | None]:
-    """The settings with every `auto` about memory decided, and the plan; said in one line.
+    """Return the settings with every `auto` about memory decided, and the plan, which is reported in one line.
 
-    It is of as many jobs as train at the same time: of a sweep's candidates as many as fit, the heaviest counted, and
-    `max_concurrent_jobs` says how many those are; `capacity`: how many they were, where a run goes on. Such a run
-    (`checkpoint`: its settings) takes what was decided when it began, so that every bit is the same. ConfigError where
-    the run surely does not fit, with the changes that would make it fit. A model that cannot be simulated is run
-    without a plan.
-    """
-    number = min(len(config.jobs), capacity or at_once(config))
+    The plan is for the jobs that train at the same time. Of a sweep's candidates these are as many as fit, and
+    `max_concurrent_jobs` becomes that number; the plan counts the heaviest. A resumed run (`checkpoint`: its settings,
+    `capacity`: its number of concurrent jobs) takes what was decided when it began, so that its bits are the same.
+    Without a plan (None) a model that cannot be simulated runs. ConfigError for a run that surely does not fit, with
+    the changes that would make it fit."""
+    number = min(len(config.jobs), capacity or concurrent_jobs(config))
     halves = config.sweep is not None and config.max_concurrent_jobs == "auto" and checkpoint is None
     while True:  # each number is planned once: on fake tensors that takes seconds
         chosen = _heaviest(config, number)
@@ -100,22 +100,22 @@ def with_slots(
     if not halves:
         return planned, plan
     waiting = _trials(config) - number
-    most = number if waiting and number < len(config.jobs) else at_once(config)
+    most = number if waiting and number < len(config.jobs) else concurrent_jobs(config)
     if waiting and number < len(config.jobs):
         report(Notice(f"{number} candidates fit into memory at the same time, {waiting} wait for their slots"))
     return planned.model_copy(update={"max_concurrent_jobs": most}), plan
 
 
 def _heaviest(config: RunConfig, number: int) -> list[int]:
-    """Places of the jobs with the largest adapters, by rank, in the order of the jobs."""
+    """Return the indices of the `number` jobs with the largest adapters, by rank, in the order of the jobs."""
     if number >= len(config.jobs):
         return list(range(len(config.jobs)))
-    order = sorted(range(len(config.jobs)), key=lambda place: -getattr(config.jobs[place].adapter, "rank", 0))
+    order = sorted(range(len(config.jobs)), key=lambda index: -getattr(config.jobs[index].adapter, "rank", 0))
     return sorted(order[:number])
 
 
 def refuse_too_many(config: RunConfig, data: Sequence[Prepared]) -> None:
-    """ConfigError for a sweep with more combinations than anybody means, with the time that they would take here."""
+    """Refuse a sweep with too many combinations: ConfigError, with the time that they would take on this machine."""
     sweep = config.sweep
     if sweep is None or not too_many(sweep):
         return
@@ -128,26 +128,26 @@ def refuse_too_many(config: RunConfig, data: Sequence[Prepared]) -> None:
 
 
 def _time_of(config: RunConfig, data: Sequence[Prepared], number: int) -> str:
-    """`, about 3 days to the end of all`; nothing where that cannot be found out."""
+    """Return a text such as ", about 3 days on this machine ..."; empty where the time cannot be estimated."""
     try:
         planner = planner_of(config, data)
         speed = calibrate(planner.memory, choose(planner, config.micro_batch_tokens, "none"))
         seconds = number * tokens_to_train(config.jobs[:1], data[:1]) / speed.tokens_per_second
-    except Exception:  # a model that cannot be simulated: the number alone says enough
+    except Exception:  # a model that cannot be simulated: the number alone is enough
         return ""
     return f", about {duration(seconds)} on this machine if all are trained to their end"
 
 
 class MemoryBudget:
-    """Whether other jobs than those a run was planned for would fit, while it trains."""
+    """Decides whether other jobs than those planned would fit into memory, while a run trains."""
 
     def __init__(self, config: RunConfig, plan: MemoryPlan | None) -> None:
-        """`config`: with what the plan decided; without a plan everything is said to fit."""
+        """`config`: the planned settings. Without a plan everything fits."""
         self._config, self._plan = config, plan
 
     def for_jobs(self, jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> bool:
-        """By the plan's own numbers for the process and the machine: what is free now says nothing, since the base is
-        loaded."""
+        """Return whether these jobs fit together, by the plan's numbers for the process and the machine. What is free
+        now is no measure, since the base is loaded."""
         if self._plan is None:
             return True
         config = self._config.model_copy(update={"jobs": tuple(jobs)})
@@ -162,8 +162,8 @@ class MemoryBudget:
 
 
 def planner_of(config: RunConfig, data: Sequence[Prepared], machine: Machine | None = None) -> Planner:
-    """What plans this run, for its heaviest optimizer steps, on this machine or another. ConfigError for what its base
-    cannot do."""
+    """Return the planner of this run, for its heaviest optimizer steps, on `machine` (None: this one). ConfigError for
+    settings that its base does not support."""
     saved = saved_wrapper(read_config(config.model))
     if saved is not None:
         raise_all(ConfigError, f"{config.model.path} is {saved.title}", [*wrapper_conflicts(config)])
@@ -172,7 +172,8 @@ def planner_of(config: RunConfig, data: Sequence[Prepared], machine: Machine | N
 
 
 def placed_in(config: RunConfig) -> Placed:
-    """How the base is kept, as far as the settings say; of the ranks that a launcher has started, with their number."""
+    """Return how the base is placed on the devices: those of the settings, else the ranks that a launcher has
+    started."""
     devices = config.devices if isinstance(config.devices, int) and config.devices > 1 else processes_here()
     if devices == 1 and config.base != STREAMED:
         return Placed()
@@ -181,43 +182,46 @@ def placed_in(config: RunConfig) -> Placed:
 
 
 def lanes_in(config: RunConfig) -> int:
-    """Parts in which a step is computed, as far as the settings say."""
+    """Return the number of lanes, 1 while it is `auto`."""
     return config.lanes if isinstance(config.lanes, int) else 1
 
 
 def planned_jobs(config: RunConfig, data: Sequence[Prepared]) -> list[PlannedJob]:
-    """What of the jobs decides about memory. ModelError for adapters to go on from that fit another base than this."""
+    """Return what the memory of each job depends on. ModelError for an `adapter.path` whose adapter does not fit the
+    base."""
     planned = []
-    for job, own in zip(config.jobs, data):
+    for job, prepared in zip(config.jobs, data):
         adapter = job.adapter if job.tuning == "adapter" else None
         if adapter is not None and adapter.path is not None:
             header = read_adapter_header(Path(adapter.path))
             refuse_before_loading(header, config.model)
             saved = load_adapter(Path(adapter.path)) if header.base_tensors or header.copies else header
-            adapter = on_base_of(saved, config.model).config  # with what it brings of the base, which is trained too
-        objective, step = job.objective.build(), own.train.heaviest_step()
+            adapter = on_base_of(
+                saved, config.model
+            ).config  # with the base's weights in its file, which are trained too
+        objective, step = job.objective.build(), prepared.train.heaviest_step()
         if needs(objective, "rollouts"):
             step = worst_case_step(objective, step)
         freeze = job.freeze if job.tuning == "freeze" else None
         alpha = job.neftune_noise_alpha or 0.0
-        tokens = own.train.tokens_of_steps()[: job.max_steps]
+        tokens = prepared.train.tokens_of_steps()[: job.max_steps]
         planned.append(PlannedJob(adapter, objective, job.optimizer, step, alpha, freeze, tokens))
     return planned
 
 
 def tokens_of(config: RunConfig) -> int:
-    """Tokens of a forward pass; where nothing was decided, the first that `auto` would try."""
+    """Return `micro_batch_tokens`; while it is `auto`, the first number that would be tried."""
     return TOKENS[0] if isinstance(config.micro_batch_tokens, str) else config.micro_batch_tokens
 
 
 def tokens_to_train(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> int:
-    """Tokens that go through the base until every job is done."""
+    """Return how many tokens go through the base until every job is done."""
     total = 0.0
-    for job, own in zip(jobs, data):
-        step = sum(map(len, own.train.heaviest_step()))
-        epoch = own.train.state().get("tokens")
+    for job, prepared in zip(jobs, data):
+        step = sum(map(len, prepared.train.heaviest_step()))
+        epoch = prepared.train.state().get("tokens")
         if job.max_steps is not None:
-            per_epoch = own.train.steps_per_epoch
+            per_epoch = prepared.train.steps_per_epoch
             total += job.max_steps * (epoch / per_epoch if epoch and per_epoch else step)
         else:
             total += job.num_train_epochs * (epoch or 0)
@@ -248,12 +252,12 @@ def _warn_or_refuse(config: RunConfig, planner: Planner, plan: MemoryPlan, repor
         text += f"\n  - {change}"
     surely = plan.peak > _SURELY * plan.available
     if surely and not config.ignore_memory_plan:
-        raise ConfigError(f"{text}\n  - ignore_memory_plan: true starts it all the same")
+        raise ConfigError(f"{text}\n  - ignore_memory_plan: true starts it anyway")
     report(Notice(text, level="warning"))
 
 
 def open_settings(config: RunConfig) -> dict[str, Any]:
-    """What a change may be about, as it stands in the settings."""
+    """Return the settings that a suggested change may change, with their values."""
     return {
         "activation_checkpointing": config.model.activation_checkpointing,
         "base": config.base,

@@ -1,4 +1,4 @@
-"""What jobs compare with: log-probabilities under the bare base or another model, or another model's logits."""
+"""Reference models: log-probabilities under the bare base or another model, or the logits of a second base."""
 
 from __future__ import annotations
 
@@ -26,33 +26,36 @@ from lowrank.train.job import Job
 from lowrank.train.reference import ReferencedSteps, References, references_folder
 
 SECONDS_BETWEEN_NOTICES = 5.0
-"""Between two words about how far something long has come."""
+"""Seconds between two progress events of a long computation."""
 
 
 def reference_of(job: JobConfig) -> str | None:
-    """The model that a job's objective names to compare with; None: the bare base."""
+    """Return the reference model that a job's objective names; None: the bare base."""
     settings = job.objective
     return settings.reference_model if isinstance(settings, (DPOConfig, KTOConfig)) else None
 
 
 def check_references(jobs: Sequence[JobConfig], tokenizer: Any) -> None:
-    """ModelError for models to compare with that are not there, or read other tokens."""
+    """Check the reference models of the jobs. ModelError for those that do not exist or have another vocabulary."""
     problems = []
     for name in dict.fromkeys(reference_of(job) for job in jobs):
         if name is None:
             continue
         found = _artifacts(name)
         if loading.load_tokenizer(found.model).get_vocab() != tokenizer.get_vocab():
-            problems.append(f"objective.reference_model: {name} has other tokens than the base, so they do not compare")
-    raise_all(ModelError, "these models cannot be compared with", problems)
+            problems.append(
+                f"objective.reference_model: {name} has another vocabulary than the base; name a "
+                "model with the same tokenizer"
+            )
+    raise_all(ModelError, "these reference models cannot be used:", problems)
 
 
 def load_reference_base(
     engine: Engine, jobs: Sequence[JobConfig], model: ModelConfig, report: Callable[[Event], None]
 ) -> None:
-    """A second copy of the base, where a job compares with its logits and changes its weights."""
+    """Load a second copy of the base as reference, where a job needs reference logits and trains the base itself."""
     if jobs and jobs[0].trains_base and needs(engine.jobs[BASE_SLOT].objective, "reference_logits"):
-        report(Notice("loading the base a second time, as what the objective compares with; it takes its memory again"))
+        report(Notice("loading the base a second time as the reference model (uses the base's memory a second time)"))
         engine.reference_base = loading.load(model, tokenizer=engine.base.tokenizer)
 
 
@@ -64,17 +67,18 @@ def compute_references(
     model: ModelConfig,
     report: Callable[[Event], None],
 ) -> None:
-    """Give every job that compares with a model's log-probabilities those, computed once for all that compare with the
-    same: of what its steps use from the first to the last, those before a resume included (the base may have changed
-    in them), and of what is held out. A model that a job names is loaded for that, and for longer by a stream alone."""
+    """Attach reference log-probabilities to the data of every job that needs them, computed once per reference model.
+
+    They cover the samples of all steps, also those before a resume (the base may have changed in them), and the
+    held-out ones. A named reference model is freed afterwards, unless a stream needs it for rows still to come."""
     comparing = [
-        (job, own, reference_of(settings))
-        for job, own, settings in zip(jobs, data, configs)
+        (job, prepared, reference_of(settings))
+        for job, prepared, settings in zip(jobs, data, configs)
         if needs(engine.jobs[job.slot].objective, "reference")
     ]
     for name in dict.fromkeys(name for *_, name in comparing):
         references = _references(engine, name, model, report)
-        _compute(references, [(job, own) for job, own, other in comparing if other == name], name, report)
+        _compute(references, [(job, prepared) for job, prepared, other in comparing if other == name], name, report)
 
 
 def _artifacts(name: str) -> ModelArtifacts:
@@ -86,19 +90,21 @@ def _artifacts(name: str) -> ModelArtifacts:
     return found
 
 
-def _references(engine: Engine, name: str | None, own: ModelConfig, report: Callable[[Event], None]) -> References:
+def _references(
+    engine: Engine, name: str | None, base_model: ModelConfig, report: Callable[[Event], None]
+) -> References:
     if name is None:
         return References(engine, references_folder())
     found = _artifacts(name)
     same = ("dtype", "device", "attention")
-    model = found.model.model_copy(update={key: getattr(own, key) for key in same})
-    report(Notice(f"loading {name}, which answers are compared with"))
+    model = found.model.model_copy(update={key: getattr(base_model, key) for key in same})
+    report(Notice(f"loading the reference model {name}"))
     base = loading.load(model, tokenizer=engine.base.tokenizer)
     other = Engine(base, Bank(base), engine.micro_batch_tokens, engine.shares_prompts)
     other.lanes = engine.lanes
     slot = BASE_SLOT
-    for place in found.adapters.values():
-        saved = on_model(load_adapter(Path(place)), base.model)
+    for folder in found.adapters.values():
+        saved = on_model(load_adapter(Path(folder)), base.model)
         slot = other.bank.add(saved.config, seed=0)
         other.bank.load(slot, saved.tensors)
     return References(other, references_folder() if slot == BASE_SLOT else None, slot)
@@ -115,7 +121,11 @@ def _compute(
             last_notice = time.monotonic()
             report(Preparing("reference log-probabilities", done, total, seconds_left))
 
-    samples = [sample for job, own in comparing for sample in (*own.train.samples_of_steps(job.num_steps), own.eval)]
+    samples = [
+        sample
+        for job, prepared in comparing
+        for sample in (*prepared.train.samples_of_steps(job.num_steps), prepared.eval)
+    ]
     references.prepare((segment for sample in samples for segment in sample), progress)
     report(
         Notice(
@@ -125,8 +135,8 @@ def _compute(
     )
     if references.problem:
         report(Notice(references.problem, level="warning"))
-    for job, own in comparing:
-        job.dataloader = ReferencedSteps(own.train, references)
-        job.held_out = references.attach(own.eval)
-    if name is not None and all(own.train.samples for _, own in comparing):
+    for job, prepared in comparing:
+        job.dataloader = ReferencedSteps(prepared.train, references)
+        job.held_out = references.attach(prepared.eval)
+    if name is not None and all(prepared.train.samples for _, prepared in comparing):
         references.forget_model()

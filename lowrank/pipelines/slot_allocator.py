@@ -11,7 +11,7 @@ from lowrank.data.prepare import Prepared
 from lowrank.errors import LowrankError
 from lowrank.pipelines.job_setup import (
     may_share_prompts,
-    name_unreached,
+    report_unreached_modules,
     set_up_rollouts,
     start_job,
 )
@@ -45,7 +45,7 @@ class SlotAllocator:
                 start_job(engine, config, prepared, self._run, self._report, slot)
                 for config, prepared, slot in zip(configs, data, slots or [None] * len(configs))
             ]
-            name_unreached(engine, jobs, self._report)
+            report_unreached_modules(engine, jobs, self._report)
             set_up_rollouts(engine, jobs, data, configs, self._tokenizer, self._answering)
             load_reference_base(engine, configs, self._run.model, self._report)
             compute_references(engine, jobs, data, configs, self._run.model, self._report)

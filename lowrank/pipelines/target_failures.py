@@ -39,7 +39,7 @@ class TargetFailures:
         kind = type(first) if isinstance(first, LowrankError) else LowrankError
         reasons = [f"{name}: {failure_text(error)}" for name, error in self.errors.items()]
         try:
-            raise_all(kind, "these targets cannot be written", reasons)
+            raise_all(kind, "these targets cannot be written:", reasons)
         except LowrankError as error:
             raise error from first
 

@@ -22,7 +22,7 @@ def bad_media_error(error: BadMedium, checkpoint: str) -> DataError:
     """Return the error that ends a run at a broken or missing media file. `checkpoint`: a description of the one to
     resume from."""
     return DataError(
-        f"{error}\n  restore the file, or another of the same size, then resume from {checkpoint} with resume=true; or "
+        f"{error}\n  restore the file, or another of the same size, then resume from {checkpoint} (resume=true); or "
         "drop the row and start a new run\n"
         "  data.check_pictures: decode finds files that are broken within before the model loads"
     )
@@ -30,7 +30,7 @@ def bad_media_error(error: BadMedium, checkpoint: str) -> DataError:
 
 def stream_error(error: DataError, checkpoint: str) -> DataError:
     """Return the error that ends a run whose stream cannot be read further."""
-    return DataError(f"{error}\n  fix this, then resume from {checkpoint} with resume=true")
+    return DataError(f"{error}\n  fix this, then resume from {checkpoint} (resume=true)")
 
 
 @dataclass(frozen=True)
