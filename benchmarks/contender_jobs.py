@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import workload
 from benchmarks.contender_lowrank import engine_of, segments
 from benchmarks.machine import load, peak_memory, wait
-from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.kernels.glibc_malloc import keep_freed_memory
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 
 

@@ -18,7 +18,7 @@ from benchmarks import workload
 from benchmarks.machine import load, peak_memory, wait
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
-from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.kernels.glibc_malloc import keep_freed_memory
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load as load_base

@@ -24,7 +24,7 @@ import torch
 from benchmarks import workload
 from benchmarks.contender_lowrank import engine_of
 from benchmarks.machine import describe
-from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.kernels.glibc_malloc import keep_freed_memory
 from lowrank.planning.fusing import fitted
 from lowrank.segments import Segment, number_the_step
 from lowrank.train.engine import Engine

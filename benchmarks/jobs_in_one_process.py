@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import workload
 from benchmarks.machine import describe, median_of
-from lowrank.kernels.host_memory import without_cache
+from lowrank.kernels.glibc_malloc import without_cache
 
 LEARNING_RATE = 2e-4
 SAME_LOSS = 1e-2

@@ -26,7 +26,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.data.config import DataConfig
 from lowrank.data.prepare import prepare
-from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.kernels.glibc_malloc import keep_freed_memory
 from lowrank.models.base import Base
 from lowrank.models.checkpointing.memory_efficient_modules import use_memory_efficient_modules
 from lowrank.models.checks.isolation import choose_layout, shares_prompts

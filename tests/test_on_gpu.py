@@ -17,7 +17,7 @@ import torch
 import lowrank
 import lowrank.models.attention.packed
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.capabilities import storage_capabilities
+from lowrank.adapters.storage_capabilities import storage_capabilities
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig

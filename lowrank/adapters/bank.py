@@ -27,7 +27,7 @@ from lowrank.adapters.slot import SavedAdapter, Slot, load_tensors, saved_form
 from lowrank.adapters.soft_prompts import VirtualTokens, runs_of
 from lowrank.adapters.targets import Targets, find_targets, name_of
 from lowrank.adapters.token_rows import token_ids
-from lowrank.adapters.validation import misfits
+from lowrank.adapters.validation import target_problems
 from lowrank.adapters.variants import AdapterConfig, TrainingHooks, Variant, reads_all_from_files
 from lowrank.batches import BASE_SLOT, Batch
 from lowrank.errors import ModelError, raise_all
@@ -265,7 +265,7 @@ class Bank:
             adapted.add(name_of(self.base.model, self.base.model.get_output_embeddings()))
         if config.trainable_token_indices:
             token_ids(self.base, config.trainable_token_indices)
-        problems = misfits(self.base.model, config, targets, copied, adapted)
+        problems = target_problems(self.base.model, config, targets, copied, adapted)
         problems += self._not_whole(targets)
         raise_all(ModelError, "this adapter cannot be attached", problems)
 

@@ -87,7 +87,7 @@ def _by_expert(adapter: LayerAdapter, dtype: torch.dtype, num_experts: int) -> _
     """(scale, A and B in the compute dtype, A and B that receive gradients), each by expert."""
     low_rank = adapter.variant.as_low_rank(adapter.masters)
     assert low_rank is not None, "checked by the bank"
-    working_A, working_B = adapter.at_work(dtype, low_rank)
+    working_A, working_B = adapter.in_compute_dtype(dtype, low_rank)
     return _Parts(adapter.scale, *_cut(working_A, working_B, num_experts), *_cut(*low_rank, num_experts))
 
 

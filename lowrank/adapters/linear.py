@@ -43,15 +43,14 @@ class LayerAdapter:
     """None: the masters have the compute dtype, or are cast in every pass."""
     dropout: float = 0.0
 
-    def at_work(self, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        """A and B as the arithmetic takes them, `low_rank` being the masters'."""
+    def in_compute_dtype(self, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        """A and B in the compute dtype, from `low_rank`, which are the masters', where no copies are kept."""
         return [tensor.detach().to(dtype) for tensor in self.copies or low_rank]
 
 
 class StackedAdapters:
-    """The adapters of a step that answers, side by side: the same from step to step, until others answer or weights
-    change.
-    """
+    """The A and B of several adapters of one layer, stacked for a decoding step. They are reused from step to step,
+    until other adapters decode or weights change (`is_of`)."""
 
     def __init__(self, adapters: Sequence[LayerAdapter | None], base: BaseLinear, x_TD: torch.Tensor) -> None:
         """None stands for a slot that has nothing at this layer. `x_TD`: an input, or no row of one."""
@@ -66,7 +65,7 @@ class StackedAdapters:
             if low_rank is None or isinstance(adapter.variant, OutputGain):
                 self.stack = None
                 return
-            A_RD, B_OR = adapter.at_work(dtype, low_rank)
+            A_RD, B_OR = adapter.in_compute_dtype(dtype, low_rank)
             pairs.append((A_RD, B_OR))
         self.stack = stack(pairs, [0.0 if adapter is None else adapter.scale for adapter in adapters])
         self.scale_G = to_device(torch.tensor(self.stack.scales), x_TD.device)
@@ -136,7 +135,7 @@ class RoutedLinear(nn.Module):
             if low_rank is None:
                 others.append((slot, first, end, adapter))
                 continue
-            A_RD, B_OR = adapter.at_work(x_TD.dtype, low_rank)
+            A_RD, B_OR = adapter.in_compute_dtype(x_TD.dtype, low_rank)
             pieces.append(SlotUpdate(first, end, adapter.scale, A_RD, B_OR, rate, key, counter_T))
             masters += low_rank
             excess_O = gain_of(adapter.variant, adapter.masters)

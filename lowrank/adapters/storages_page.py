@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowrank.adapters.capabilities import readers, storage_capabilities
+from lowrank.adapters.storage_capabilities import readers, storage_capabilities
 
 HEAD = """# Storages: how the frozen base is kept
 

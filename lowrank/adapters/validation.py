@@ -10,7 +10,9 @@ from lowrank.adapters.variants import AdapterConfig
 from lowrank.models.storages.dense import DenseLinear
 
 
-def misfits(model: Any, config: AdapterConfig, targets: Targets, copied: set[str], adapted: set[str]) -> list[str]:
+def target_problems(
+    model: Any, config: AdapterConfig, targets: Targets, copied: set[str], adapted: set[str]
+) -> list[str]:
     """Why an adapter cannot be attached, one sentence each. `copied`, `adapted`: modules that other slots train whole,
     or have adapters on."""
     head = name_of(model, model.get_output_embeddings())

@@ -74,10 +74,10 @@ def remove(path: Path) -> None:
     if not path.is_dir() or path.is_symlink():
         path.unlink()
         return
-    doomed = _beside(path, "removed")
-    os.rename(path, doomed)
+    trash = _beside(path, "removed")
+    os.rename(path, trash)
     _sync_folder(path.parent)
-    shutil.rmtree(doomed)
+    shutil.rmtree(trash)
 
 
 def current(path: Path) -> Path:

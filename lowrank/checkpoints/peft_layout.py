@@ -43,12 +43,12 @@ from lowrank.checkpoints.peft_config import (
 )
 from lowrank.checkpoints.peft_description import Description, as_read, from_peft
 from lowrank.checkpoints.peft_tensors import (
-    misfits,
     names_in_file,
     of_adapters,
     parameters_in_file,
     renamed,
     sorted_out,
+    tensor_problems,
 )
 from lowrank.checkpoints.tensor_file import read_shapes, read_tensors, write_tensors
 from lowrank.errors import ModelError, raise_all
@@ -201,7 +201,7 @@ def _read(folder: Path, read: Callable[[Path], dict[str, torch.Tensor]]) -> Adap
     parts, copied, rest = sorted_out(tensors, description)
     fused = set(parameters.values())
     for module, own in parts.items():
-        problems += misfits(module, own, description, fused=module in fused)
+        problems += tensor_problems(module, own, description, fused=module in fused)
     problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if of_adapters().search(name)]
     if not parts and not copied and not token_rows:
         problems.append(f"{TENSOR_FILE} holds no tensor of an adapter")

@@ -113,7 +113,9 @@ def _beginnings(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"(^|\.)({'|'.join(sorted({re.escape(name.partition('_')[0]) for name in names}))})_")
 
 
-def misfits(module: str, own: Mapping[str, torch.Tensor], description: Description, *, fused: bool) -> list[str]:
+def tensor_problems(
+    module: str, own: Mapping[str, torch.Tensor], description: Description, *, fused: bool
+) -> list[str]:
     """What of a module's tensors is missing, of another kind or shape than the variant declares."""
     rank, _ = description.target(module)
     kind: PeftKind = description.variant.peft

@@ -58,14 +58,14 @@ class RunFolder:
     notes: tuple[str, ...]
     """What a person should know."""
     _lock: FileLock = field(repr=False)
-    _doomed: bool = field(default=False, repr=False)
+    _overwrite_pending: bool = field(default=False, repr=False)
 
     def clear(self) -> None:
         """Delete the run that is to be overwritten, if one is: once nothing can be refused any more."""
-        if self._doomed:
+        if self._overwrite_pending:
             for name in sorted(_entries(self.path), key=lambda name: (name != CHECKPOINTS, name)):
                 remove(self.path / name)
-            self._doomed = False
+            self._overwrite_pending = False
 
     @property
     def checkpoints(self) -> Path:

@@ -14,7 +14,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings
     import torch
     from rich.table import Table
 
-    from lowrank.adapters.capabilities import as_json, readers, storage_capabilities
+    from lowrank.adapters.storage_capabilities import as_json, readers, storage_capabilities
     from lowrank.kernels.accelerators import accelerators, unproven
     from lowrank.models.config import ModelConfig
     from lowrank.models.loading.pretrained import TINY, choose_dtype

@@ -209,14 +209,14 @@ def _main(arguments: list[str] | None) -> None:
     if arguments is None:
         arguments = sys.argv[1:]
         if arguments[:1] in (["train"], ["demo"]):
-            from lowrank.kernels.host_memory import start_again_without_cache
+            from lowrank.kernels.glibc_malloc import start_again_without_cache
 
             start_again_without_cache()
         if arguments[:1] in (["data"], ["plan"]):
             gc.set_threshold(50_000, 20, 100)  # imports make little garbage; to look for it takes a seventh of the time
     if arguments[:1] and arguments[0] in LOADS_WEIGHTS:
         from lowrank.kernels.device_memory import use_expandable_segments
-        from lowrank.kernels.host_memory import keep_freed_memory
+        from lowrank.kernels.glibc_malloc import keep_freed_memory
 
         use_expandable_segments()
         keep_freed_memory()  # here and not where models load: a library leaves its caller's process alone

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lowrank.data.config import SourceConfig
-    from lowrank.evaluate.predict import MetricVerdict
+    from lowrank.evaluate.predict import MetricResult
     from lowrank.pipelines.predict import Progress
     from lowrank.terminal import Console
 
@@ -99,11 +99,11 @@ def predict(
         compile=compile,
     )
     with interruption_message(lambda: _left_in(folder)):
-        result, verdicts = run_predict(request, progress_on(console), warn)
+        result, metric_results = run_predict(request, progress_on(console), warn)
     if json:
         print(json_format.dumps(result, ensure_ascii=False))
     else:
-        show_verdicts(console, verdicts, result["rows"])
+        show_metric_results(console, metric_results, result["rows"])
         console.print(f"\nEvery answer is in {folder / 'predictions.jsonl'}, the numbers in {folder / 'metrics.json'}")
 
 
@@ -153,14 +153,14 @@ def progress_on(console: Console) -> Progress:
     return part
 
 
-def show_verdicts(console: Console, verdicts: Mapping[str, Mapping[str, MetricVerdict]], rows: int) -> None:
+def show_metric_results(console: Console, metric_results: Mapping[str, Mapping[str, MetricResult]], rows: int) -> None:
     """A line per model; bold where it differs from the base for sure."""
     from rich.table import Table
     from rich.text import Text
 
-    names = list(dict.fromkeys(name for own in verdicts.values() for name in own))
+    names = list(dict.fromkeys(name for own in metric_results.values() for name in own))
     table = Table(f"{rows} rows", *(name.replace("_", " ") for name in names))
-    for model_name, own in verdicts.items():
+    for model_name, own in metric_results.items():
         cells = []
         for name in names:
             if name not in own:

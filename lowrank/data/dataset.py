@@ -70,11 +70,15 @@ class Dataset:
     rows: Callable[[Callable[[str], None]], Iterator[Row]]
     decodes_media: bool = False
 
-    def tally(self, *, learn_digests: bool = True) -> RowCounts:
+    def row_counts(self, *, learn_digests: bool = True) -> RowCounts:
         """A fresh count."""
-        tally = RowCounts(self.source.path, self.title, self.use, self.name, self.record, learn_digests=learn_digests)
-        tally.unread_of_entry = tuple(key for key in self.source.unread_keys if key not in self.source.ignored_columns)
-        return tally
+        row_counts = RowCounts(
+            self.source.path, self.title, self.use, self.name, self.record, learn_digests=learn_digests
+        )
+        row_counts.unread_of_entry = tuple(
+            key for key in self.source.unread_keys if key not in self.source.ignored_columns
+        )
+        return row_counts
 
 
 def open_datasets(
@@ -152,13 +156,13 @@ def _check_record(dataset: Dataset, record: type) -> None:
 def read_samples(
     dataset: Dataset,
     renderer: AnyRenderer,
-    tally: RowCounts,
+    row_counts: RowCounts,
     *,
     held_out: Mapping[int, str] | None = None,
     limit: int | None = None,
     on_row: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, tuple[Sample, ...]]]:
-    """`(digest of the record, its samples)` of every row that can be used; everything else is counted in `tally`.
+    """`(digest of the record, its samples)` of every row that can be used; everything else is counted in `row_counts`.
 
     held_out   digests of held-out records; rows that are among them are counted as leaks
     limit      rows to read at the most
@@ -166,31 +170,31 @@ def read_samples(
     waiting: deque[tuple[str, int]] = deque()
 
     def records() -> Iterator[Record]:
-        for row in islice(dataset.rows(tally.notes.append), limit):
-            place = tally.read(row)
+        for row in islice(dataset.rows(row_counts.notes.append), limit):
+            place = row_counts.read(row)
             if on_row:
                 on_row()
             try:
                 values = Watched(row.values)
                 record = read_record(replace(row, values=values), dataset, renderer.takes)
-                key = tally.recognize(place, record)
+                key = row_counts.recognize(place, record)
                 left = [name for name in unread(values) if not _of_turn(name) or not renderer.reads(name)]
-                tally.leave_unread(place, left, dataset.source.ignored_columns)
+                row_counts.leave_unread(place, left, dataset.source.ignored_columns)
             except RowProblem as problem:
-                tally.drop(place, str(problem))
+                row_counts.drop(place, str(problem))
                 continue
             if held_out and key in held_out:
-                tally.leaked.add("leak", place, f"{place} is {held_out[key]} of the held-out data")
+                row_counts.leaked.add("leak", place, f"{place} is {held_out[key]} of the held-out data")
             waiting.append((place, key))
             yield record
 
     for rendering in renderer.render_many(records()):
         place, key = waiting.popleft()
         if rendering.segments:
-            tally.take(place, rendering)
+            row_counts.take(place, rendering)
             yield key, rendering.samples
         else:
-            tally.drop(place, rendering.problem or "nothing left", refused=rendering.refused)
+            row_counts.drop(place, rendering.problem or "nothing left", refused=rendering.refused)
 
 
 def _of_turn(name: str) -> bool:

@@ -116,10 +116,12 @@ def prepare(
 def _prepare_tokenized(path: str, config: DataConfig, tokenizer: Any, record: type, seed: int) -> Prepared:
     """What an earlier run has kept at `data.tokenized_path`."""
     job = _Job(config, Renderer(tokenizer, config), seed, ())
-    samples, held_out, tallies = read_tokenized(path, record, config.max_length, len(tokenizer))
-    for tally in tallies:
-        tally.notes.append("read as it was tokenized before; settings that decide how rows are read have no effect")
-    report = job.report(tallies, samples[: config.num_samples_shown])
+    samples, held_out, all_row_counts = read_tokenized(path, record, config.max_length, len(tokenizer))
+    for row_counts in all_row_counts:
+        row_counts.notes.append(
+            "read as it was tokenized before; settings that decide how rows are read have no effect"
+        )
+    report = job.report(all_row_counts, samples[: config.num_samples_shown])
     return Prepared(
         DataLoader(samples, config, seed), _as_eval([list(enumerate((each,) for each in held_out))]), report
     )
@@ -142,14 +144,15 @@ def examine(
     if not config.streaming:
         return job.read_all(_Counter(None))[2]
     _, held_out, watched = job.read_eval()
-    tallies = [dataset.tally() for dataset in job.train]
+    all_row_counts = [dataset.row_counts() for dataset in job.train]
     samples = chain.from_iterable(
-        flat(read_samples(dataset, renderer, tally, held_out=watched)) for dataset, tally in zip(job.train, tallies)
+        flat(read_samples(dataset, renderer, row_counts, held_out=watched))
+        for dataset, row_counts in zip(job.train, all_row_counts)
     )
     shown = list(islice(samples, config.num_samples_shown))
     for _ in samples:
         pass  # counted as it goes by
-    return job.report([*tallies, *held_out], shown)
+    return job.report([*all_row_counts, *held_out], shown)
 
 
 def _check_settings(config: DataConfig) -> None:
@@ -189,34 +192,39 @@ class _Job:
 
     def read_all(self, count: _Counter) -> tuple[list[Sample], list[Segment], DataReport]:
         """Training samples, held-out segments and the report, in memory."""
-        held_out, eval_tallies, watched = self.read_eval(count)
-        tallies = [dataset.tally() for dataset in self.train]
+        held_out, eval_row_counts, watched = self.read_eval(count)
+        all_row_counts = [dataset.row_counts() for dataset in self.train]
         parts = [
-            list(read_samples(dataset, self.renderer, tally, held_out=watched, on_row=count.one_more))
-            for dataset, tally in zip(self.train, tallies)
+            list(read_samples(dataset, self.renderer, row_counts, held_out=watched, on_row=count.one_more))
+            for dataset, row_counts in zip(self.train, all_row_counts)
         ]
         count.finish()
         if self.config.validation_split and not self.config.eval and any(parts):
-            parts, held = hold_out(parts, tallies, self.config.validation_split, self.seed)
+            parts, held = hold_out(parts, all_row_counts, self.config.validation_split, self.seed)
             held_out = _as_eval(held)
-        samples = put_together(self.config, parts, tallies, self.seed)
-        report = self.report([*tallies, *eval_tallies], samples[: self.config.num_samples_shown])
+        samples = put_together(self.config, parts, all_row_counts, self.seed)
+        report = self.report([*all_row_counts, *eval_row_counts], samples[: self.config.num_samples_shown])
         return samples, held_out, report
 
     def read_eval(self, count: _Counter | None = None) -> tuple[list[Segment], list[RowCounts], dict[int, str]]:
         """Held-out segments, their counts, and the digest and place of each record."""
         on_row = count.one_more if count else None
-        tallies = [dataset.tally() for dataset in self.eval]
+        all_row_counts = [dataset.row_counts() for dataset in self.eval]
         parts = [
-            list(read_samples(each, self.renderer, tally, on_row=on_row)) for each, tally in zip(self.eval, tallies)
+            list(read_samples(each, self.renderer, row_counts, on_row=on_row))
+            for each, row_counts in zip(self.eval, all_row_counts)
         ]
-        places = {key: f"{place} of {tally.title}" for tally in tallies for key, place in (tally.digests or {}).items()}
-        return _as_eval(parts), tallies, places
+        places = {
+            key: f"{place} of {row_counts.title}"
+            for row_counts in all_row_counts
+            for key, place in (row_counts.digests or {}).items()
+        }
+        return _as_eval(parts), all_row_counts, places
 
-    def report(self, tallies: Sequence[RowCounts], shown: Iterable[Sample], complete: bool = True) -> DataReport:
-        """On what the tallies counted; `shown` samples are rendered."""
+    def report(self, all_row_counts: Sequence[RowCounts], shown: Iterable[Sample], complete: bool = True) -> DataReport:
+        """On the rows counted; `shown` samples are rendered."""
         return build_report(
-            tallies,
+            all_row_counts,
             unit="tokens" if isinstance(self.renderer, Renderer) else "characters",
             template_notices=self.renderer.notices,
             shown=[self.renderer.show(segment) for sample in shown for segment in sample],
@@ -257,22 +265,22 @@ def refuse(report: DataReport, *, strict: bool) -> None:
 
 def _prepare_stream(job: _Job, mismatched: bool, on_notice: Callable[[str], None] | None) -> Prepared:
     """A dataloader that reads as it goes; the report is on the first rows of each dataset."""
-    held_out, eval_tallies, watched = job.read_eval()
-    tallies = [dataset.tally() for dataset in job.train]
+    held_out, eval_row_counts, watched = job.read_eval()
+    all_row_counts = [dataset.row_counts() for dataset in job.train]
     first = [
         sample
-        for dataset, tally in zip(job.train, tallies)
-        for sample in flat(read_samples(dataset, job.renderer, tally, held_out=watched, limit=_ROWS_AHEAD))
+        for dataset, row_counts in zip(job.train, all_row_counts)
+        for sample in flat(read_samples(dataset, job.renderer, row_counts, held_out=watched, limit=_ROWS_AHEAD))
     ]
-    report = job.report([*tallies, *eval_tallies], first[: job.config.num_samples_shown], complete=False)
+    report = job.report([*all_row_counts, *eval_row_counts], first[: job.config.num_samples_shown], complete=False)
     refuse(report, strict=job.config.strict)
     reported: set[str] = set()
 
     def begin() -> Iterator[Sample]:
-        tallies = [dataset.tally(learn_digests=False) for dataset in job.train]
-        samples = _pass(job, tallies, watched)
+        all_row_counts = [dataset.row_counts(learn_digests=False) for dataset in job.train]
+        samples = _pass(job, all_row_counts, watched)
         yield from with_mismatched(samples, job.config.max_length) if mismatched else samples
-        for notice in job.report(tallies, ()).notices:
+        for notice in job.report(all_row_counts, ()).notices:
             if on_notice and notice not in reported:
                 reported.add(notice)
                 on_notice(notice)
@@ -282,21 +290,26 @@ def _prepare_stream(job: _Job, mismatched: bool, on_notice: Callable[[str], None
     return Prepared(StreamingDataLoader(begin, job.config, job.seed), held_out, report)
 
 
-def _pass(job: _Job, tallies: Sequence[RowCounts], watched: Mapping[int, str]) -> Iterator[Sample]:
+def _pass(job: _Job, all_row_counts: Sequence[RowCounts], watched: Mapping[int, str]) -> Iterator[Sample]:
     """One pass over a stream. Raises DataError at the first loss that the settings refuse."""
 
-    def part(dataset: Dataset, tally: RowCounts) -> Iterator[Sample]:
-        for sample in flat(read_samples(dataset, job.renderer, tally, held_out=watched)):
-            check(tally)
+    def part(dataset: Dataset, row_counts: RowCounts) -> Iterator[Sample]:
+        for sample in flat(read_samples(dataset, job.renderer, row_counts, held_out=watched)):
+            check(row_counts)
             yield sample
-        check(tally)
+        check(row_counts)
 
-    def check(tally: RowCounts) -> None:
-        if tally.refused.counts or (
+    def check(row_counts: RowCounts) -> None:
+        if row_counts.refused.counts or (
             job.config.strict
-            and (tally.dropped.counts or tally.num_truncated or tally.unread.counts or tally.unread_of_entry)
+            and (
+                row_counts.dropped.counts
+                or row_counts.num_truncated
+                or row_counts.unread.counts
+                or row_counts.unread_of_entry
+            )
         ):
-            refuse(job.report([tally], ()), strict=job.config.strict)
+            refuse(job.report([row_counts], ()), strict=job.config.strict)
 
-    parts = [partial(part, dataset, tally) for dataset, tally in zip(job.train, tallies)]
+    parts = [partial(part, dataset, row_counts) for dataset, row_counts in zip(job.train, all_row_counts)]
     yield from (sample for _, sample in mix(job.config, parts, job.seed))

@@ -43,18 +43,20 @@ def read_tokenized(
     folder = Path(path).expanduser()
     splits = [name for name in ("train", VALIDATION) if (folder / name).is_dir()]
     read: dict[str, list[Sample]] = {"train": [], VALIDATION: []}
-    tallies = []
+    all_row_counts = []
     for split in splits:
-        tally = RowCounts(path, path, "train" if split == "train" else "eval", _FORMAT, record, learn_digests=False)
+        row_counts = RowCounts(
+            path, path, "train" if split == "train" else "eval", _FORMAT, record, learn_digests=False
+        )
         for row in read_rows(SourceConfig(path=path, split=split), seed=0):
-            place = tally.read(row)
+            place = row_counts.read(row)
             sample = tuple(_segments(row.values, f"{path}, {split}, {place}", record, max_length, vocabulary))
-            tally.take(place, Rendering(sample))
+            row_counts.take(place, Rendering(sample))
             read[split].append(sample)
-        tallies.append(tally)
+        all_row_counts.append(row_counts)
     if not read["train"]:
         raise DataError(f"{path} holds no tokenized training rows")
-    return read["train"], read[VALIDATION], tallies
+    return read["train"], read[VALIDATION], all_row_counts
 
 
 def write_tokenized(path: str, train: Iterable[Sample], held_out: Sequence[Segment]) -> None:

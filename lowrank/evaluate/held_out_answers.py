@@ -63,7 +63,7 @@ def answers_of(
     """
     wanted = [segment for segment in segments if segment.role in (PLAIN, CHOSEN)]
     questions, cut, too_long, unseen = [], 0, 0, Counter[str]()
-    for segment in _spread(wanted, samples):
+    for segment in _sample_evenly(wanted, samples):
         start, end = _last_answer(segment)
         if int(segment.token_L[end - 1]) not in stop_tokens:
             cut += 1
@@ -141,7 +141,7 @@ def _why_unseen(media: Media | None, image_problem: str | None) -> str | None:
     return image_problem if other is None else f"{other} are only trained on so far"
 
 
-def _spread(segments: Sequence[Segment], number: int | None) -> list[Segment]:
+def _sample_evenly(segments: Sequence[Segment], number: int | None) -> list[Segment]:
     """Evenly over the rows: a file may be sorted."""
     if number is None or number >= len(segments):
         return list(segments)

@@ -231,7 +231,7 @@ def _written(message: Message) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class MetricVerdict:
+class MetricResult:
     """One model's metric, and how far it is from the bare base's (None for the base itself)."""
 
     value: Interval
@@ -248,8 +248,8 @@ def compare(
     names: Sequence[str],
     likelihood: Mapping[str, np.ndarray],
     reference: str | None,
-) -> dict[str, dict[str, MetricVerdict]]:
-    """`{model: {metric: verdict}}`; `reference` is the model that the others are compared with.
+) -> dict[str, dict[str, MetricResult]]:
+    """`{model: {metric: result}}`; `reference` is the model that the others are compared with.
 
     A row that a model has no answer to counts in none of its metrics; nor in its perplexity a row whose log-probability
     is not finite. A metric without any row is not there.
@@ -262,20 +262,22 @@ def compare(
         if model_name in likelihood:
             scored_N = np.isfinite(likelihood[model_name]).all(1) & (likelihood[model_name][:, 1] > 0)
             measured[model_name]["perplexity"] = perplexity(likelihood[model_name]), scored_N
-    verdicts: dict[str, dict[str, MetricVerdict]] = {}
+    metric_results: dict[str, dict[str, MetricResult]] = {}
     for model_name, own in measured.items():
         other = measured.get(reference or "", {}) if model_name != reference else {}
-        verdicts[model_name] = {
-            name: _verdict(metric, known_N, other.get(name)) for name, (metric, known_N) in own.items() if known_N.any()
+        metric_results[model_name] = {
+            name: _metric_result(metric, known_N, other.get(name))
+            for name, (metric, known_N) in own.items()
+            if known_N.any()
         }
-    return verdicts
+    return metric_results
 
 
-def _verdict(metric: Metric, known_N: np.ndarray, other: tuple[Metric, np.ndarray] | None) -> MetricVerdict:
+def _metric_result(metric: Metric, known_N: np.ndarray, other: tuple[Metric, np.ndarray] | None) -> MetricResult:
     gain = None
     if other is not None and (both_N := known_N & other[1]).any():
         gain = difference(metric.of(both_N), other[0].of(both_N))
-    return MetricVerdict(interval(metric.of(known_N)), gain, int(known_N.sum()), metric.signature)
+    return MetricResult(interval(metric.of(known_N)), gain, int(known_N.sum()), metric.signature)
 
 
 def _key_of_question(question: Question) -> str:

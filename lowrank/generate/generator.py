@@ -34,7 +34,7 @@ from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.generate.sampling import choose
 from lowrank.generate.scheduler import GeneratorConfig, Scheduler
 from lowrank.generate.sequence import Sequence
-from lowrank.kernels.host_memory import Heap
+from lowrank.kernels.glibc_malloc import Heap
 from lowrank.kernels.shape_bucketing import bucketed_rows
 from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
 from lowrank.models.base import Base

@@ -1,10 +1,10 @@
-"""How a base is shown pictures and played sounds: pixels of documents, features by the model's own tower, places for
-rotation.
+"""The media encoder of a base: makes pixels and waves of documents ready, computes their features by the model's own
+towers, and the positions of their tokens for the rotary embedding.
 
     batch --ready()--> batch with pixels --features()--> what transformers' models take as `mm_encoder_outputs`
 
-The tower sees each document by itself, as in transformers, and what it says is scattered by the model over the one flat
-stream. Nothing here is of one family: what `get_image_features` and `get_rope_index` are given, their signatures say.
+The tower runs on each document by itself, as in transformers, and the model scatters its features over the flat stream.
+Nothing here is of one family: the signatures of `get_image_features` and `get_rope_index` say what they take.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank.media.processor import MediaProcessor
 from lowrank.models.attention.packed import Blocks
 from lowrank.models.audio_encoder import AudioEncoder
 from lowrank.models.feature_cache import FeatureCache
-from lowrank.models.own_masks import layers_both_ways
+from lowrank.models.native_masks import layers_both_ways
 from lowrank.models.shared_features import SharedFeatures
 from lowrank.models.tower import RESULT, MediaRows, Tower, joined, span_of, wanted_by
 from lowrank.records import Medium
@@ -45,7 +45,7 @@ _SECONDS = "second_per_grid"
 
 
 class MediaEncoder:
-    """The eyes and ears of one base. `processor`: of the same checkpoint; `kinds`: of media that it is to take."""
+    """The vision and audio front end of one base. `processor`: of the same checkpoint; `kinds` of media to take."""
 
     tower: type[Tower] = Tower
     audio_encoder: type[AudioEncoder] = AudioEncoder
@@ -206,10 +206,13 @@ class MediaEncoder:
                     ahead = int(seen.place_3L.max()) + 1 - seen.length
                     place_3T[:, at : at + piece.length] += ahead
                     place_3T[:, at : at + max(0, known - piece.first)] = seen.place_3L[:, piece.first : known]
-            strangers = ids[at : at + piece.length].count(self.token) - own
-            found += [{name: self._stranger(name, value, strangers) for name, value in some.output.items()}] * (
-                strangers > 0
-            )
+            extra_placeholders = ids[at : at + piece.length].count(self.token) - own
+            found += [
+                {
+                    name: self._placeholder_features(name, value, extra_placeholders)
+                    for name, value in some.output.items()
+                }
+            ] * (extra_placeholders > 0)
             at += piece.length
         position = place_3T[:, None] if self._of_places is not None else position_T[None]
         if all(piece.encoded is None or piece.first >= piece.encoded.length for piece in pieces) or not found:
@@ -225,11 +228,16 @@ class MediaEncoder:
             return {}
         found: list[Mapping[str, Any]] = []
         for seen, token_L in zip(rows, token_BL):
-            strangers = int((token_L == self.token).sum()) if seen is None else 0
+            extra_placeholders = int((token_L == self.token).sum()) if seen is None else 0
             if seen is not None:
                 found.append(seen.output)
-            elif strangers:
-                found.append({name: self._stranger(name, value, strangers) for name, value in some.output.items()})
+            elif extra_placeholders:
+                found.append(
+                    {
+                        name: self._placeholder_features(name, value, extra_placeholders)
+                        for name, value in some.output.items()
+                    }
+                )
         shown_B1 = torch.tensor([[seen is not None] for seen in rows], device=token_BL.device)
         grids = [seen.grids for seen in rows if seen is not None]
         return {
@@ -238,7 +246,7 @@ class MediaEncoder:
             **(_joined_by_name(grids) if self._of_places is not None else {}),
         }
 
-    def _stranger(self, name: str, value: Any, rows: int) -> Any:
+    def _placeholder_features(self, name: str, value: Any, rows: int) -> Any:
         """The features of the picture's token where it is only a token."""
         if isinstance(value, torch.Tensor):
             if name != RESULT:
@@ -248,7 +256,7 @@ class MediaEncoder:
                 embedding = embedding.base
             assert self.token is not None, "it is asked about pictures alone"
             return embedding(torch.full((rows,), self.token, device=value.device)).to(value.dtype)
-        return [self._stranger(name, each, rows) for each in value]
+        return [self._placeholder_features(name, each, rows) for each in value]
 
     def _tower_pass(self, segment: int, batch: Batch) -> contextlib.AbstractContextManager[None]:
         """Around a pass of the tower: whose adapters are in it, and whether there is a graph."""
@@ -332,7 +340,7 @@ class EncodedPiece:
 
 
 def show_media(base: Base, batch: Batch) -> Batch:
-    """The batch with its pixels, on its own device. ModelError where nobody has given the base eyes."""
+    """The batch with its pixels, on its own device. ModelError where the base has no media encoder."""
     if base.media_encoder is None:
         raise ModelError(f"{base.name}: these rows have more than text, and the base was loaded to read text alone")
     device = batch.token_T.device

@@ -15,7 +15,7 @@ from lowrank.data.config import SourceConfig
 from lowrank.evaluate.metrics import LLAMAFACTORY_NAMES, NAMES, check_installed
 from lowrank.evaluate.predict import (
     AnsweringModels,
-    MetricVerdict,
+    MetricResult,
     ModelAnswer,
     answer_questions,
     compare,
@@ -66,8 +66,8 @@ class PredictRequest:
 
 def predict(
     request: PredictRequest, progress: Progress, warn: Callable[[Sequence[str]], None]
-) -> tuple[dict[str, Any], Mapping[str, Mapping[str, MetricVerdict]]]:
-    """What metrics.json holds, and the verdicts themselves. Interrupted, the same request goes on where it stopped."""
+) -> tuple[dict[str, Any], Mapping[str, Mapping[str, MetricResult]]]:
+    """What metrics.json holds, and each model's metrics. Interrupted, the same request goes on where it stopped."""
     names = (*request.metrics, *(LLAMAFACTORY_NAMES if request.llamafactory else ()))
     check_installed(names)
     questions = [
@@ -100,9 +100,9 @@ def predict(
             likelihood, unscored = score_labels(answering, questions, on_done=done)
     missing = unanswered(answers)
     labels = [question.label.content for question in questions]
-    verdicts = compare(answers, labels, names, likelihood, BASE_NAME if BASE_NAME in chosen else None)
+    metric_results = compare(answers, labels, names, likelihood, BASE_NAME if BASE_NAME in chosen else None)
     warn([each.describe(len(questions)) for each in missing])
-    warn(_left_out(verdicts, len(questions), unscored, list(likelihood)))
+    warn(_left_out(metric_results, len(questions), unscored, list(likelihood)))
     write_predictions(request.folder / "predictions.jsonl", questions, answers)
     write_thumbnails(request.folder, questions)
     if request.llamafactory:
@@ -111,12 +111,12 @@ def predict(
         **settings,
         "rows": len(questions),
         "unanswered": {name: len(each.places) for each in missing for name in each.model_names},
-        "metrics": _plain(verdicts),
+        "metrics": _plain(metric_results),
         "predictions": str(request.folder / "predictions.jsonl"),
     }
     write_text(request.folder / "metrics.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     partial.unlink()
-    return result, verdicts
+    return result, metric_results
 
 
 def _settings(request: PredictRequest, trained: InferenceModel, chosen: Sequence[str]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _write_as_llamafactory(
 
 
 def _left_out(
-    verdicts: Mapping[str, Mapping[str, MetricVerdict]],
+    metric_results: Mapping[str, Mapping[str, MetricResult]],
     rows: int,
     unscored: Sequence[str],
     answering_models: Sequence[str],
@@ -162,7 +162,7 @@ def _left_out(
         reasons = "; ".join(list(dict.fromkeys(unscored))[:3])
         reported.append(f"perplexity leaves out {len(unscored)} of {rows} questions ({reasons})")
     for model_name in answering_models:
-        own = verdicts[model_name].get("perplexity")
+        own = metric_results[model_name].get("perplexity")
         strange = rows - len(unscored) - (own.rows if own else 0)
         if strange > 0:
             reported.append(
@@ -175,17 +175,17 @@ def _key_of_settings(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def _plain(verdicts: Mapping[str, Mapping[str, MetricVerdict]]) -> dict[str, dict[str, Any]]:
+def _plain(metric_results: Mapping[str, Mapping[str, MetricResult]]) -> dict[str, dict[str, Any]]:
     return {
         model_name: {
             name: {
-                "value": verdict.value.value,
-                "rows": verdict.rows,
-                "interval": [verdict.value.low, verdict.value.high],
-                **({"gain": vars(verdict.gain)} if verdict.gain else {}),
-                **({"signature": verdict.signature} if verdict.signature else {}),
+                "value": result.value.value,
+                "rows": result.rows,
+                "interval": [result.value.low, result.value.high],
+                **({"gain": vars(result.gain)} if result.gain else {}),
+                **({"signature": result.signature} if result.signature else {}),
             }
-            for name, verdict in own.items()
+            for name, result in own.items()
         }
-        for model_name, own in verdicts.items()
+        for model_name, own in metric_results.items()
     }

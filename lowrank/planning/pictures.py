@@ -109,7 +109,7 @@ class PlannedTower(Tower):
 
 
 class PlannedAudioEncoder(AudioEncoder):
-    """Ears on fake tensors: every document's sounds where somebody adapts their tower, else those of one size once."""
+    """The audio front end on fake tensors: of all sounds where somebody adapts their tower, else of each size once."""
 
     live: LiveBytes
     known: MediaTraceCache
@@ -142,7 +142,7 @@ class PlannedAudioEncoder(AudioEncoder):
 
 
 class PlannedMediaEncoder(MediaEncoder):
-    """The eyes and ears of a base on fake tensors, and what its towers take."""
+    """The vision and audio front end of a base on fake tensors, and what its towers take."""
 
     tower = PlannedTower
     audio_encoder = PlannedAudioEncoder

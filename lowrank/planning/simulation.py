@@ -36,7 +36,7 @@ from lowrank.models.loading.kind import check_path
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.pretrained import cannot_load, choose_device, choose_dtype, locate
 from lowrank.models.loading.quiet import quiet_transformers
-from lowrank.models.own_masks import prompt_type_of
+from lowrank.models.native_masks import prompt_type_of
 from lowrank.models.rope_scaling import stretch
 from lowrank.objectives import Objective
 from lowrank.planning.fake_copies import fake_copies

@@ -23,7 +23,7 @@ import torch
 from lowrank.adapters.bank import Bank
 from lowrank.batches import BASE_SLOT, Batch, Totals
 from lowrank.errors import ModelError
-from lowrank.kernels.host_memory import Heap
+from lowrank.kernels.glibc_malloc import Heap
 from lowrank.models.base import Base
 from lowrank.objectives import Metrics, Objective, loss_and_metrics
 from lowrank.segments import Segment

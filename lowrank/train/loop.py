@@ -14,7 +14,7 @@ from typing import Protocol
 
 from lowrank.errors import DataError, LowrankError
 from lowrank.evaluate.held_out_answers import HeldOutAnswers, Scored, score_answers
-from lowrank.kernels.host_memory import Heap
+from lowrank.kernels.glibc_malloc import Heap
 from lowrank.media.medium_files import BadMedium
 from lowrank.ranks import agree
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone

@@ -216,10 +216,10 @@ def test_a_run_config_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_nothing_is_printed_and_the_process_is_left_alone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lowrank.kernels.host_memory as host_memory
+    import lowrank.kernels.glibc_malloc as glibc_malloc
 
     for name in ("keep_freed_memory", "start_again_without_cache"):
-        monkeypatch.setattr(host_memory, name, lambda: pytest.fail("a library call changes the process"))
+        monkeypatch.setattr(glibc_malloc, name, lambda: pytest.fail("a library call changes the process"))
     with caplog.at_level(logging.INFO, logger="lowrank"):
         run = lowrank.train(**settings(output_dir=tmp_path / "run"))
         run.load().generate("Say 3.", max_new_tokens=2)

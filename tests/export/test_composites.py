@@ -164,7 +164,7 @@ def test_upstreams_converter_is_asked_for_the_class_of_the_whole_model(tmp_path:
 
 def test_an_answer_ends_where_the_language_model_says(tmp_path: Path) -> None:
     """Old files say it in text_config alone."""
-    from lowrank.models.answer_ends import declared_ends
+    from lowrank.models.stop_tokens import declared_stop_tokens
 
     base = save_composite_folder(tmp_path / "base", "llava")
     config = json.loads((base / "config.json").read_text())
@@ -172,4 +172,4 @@ def test_an_answer_ends_where_the_language_model_says(tmp_path: Path) -> None:
     config.pop("eos_token_id", None)
     config["text_config"]["eos_token_id"] = [2, 7]
     (base / "config.json").write_text(json.dumps(config))
-    assert declared_ends(str(base)) == (2, 7)
+    assert declared_stop_tokens(str(base)) == (2, 7)

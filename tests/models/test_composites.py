@@ -26,7 +26,7 @@ from lowrank.models.checks.kv_cache import kv_cache_mismatch
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts, decoder_layers, is_outside, language_model
 from lowrank.models.loading.pretrained import load
-from lowrank.models.own_masks import prompt_type_of
+from lowrank.models.native_masks import prompt_type_of
 from lowrank.pipelines.adapter_on_base import on_base_of
 from lowrank.segments import Segment
 from tests.peft_oracle import peft_twin, plain_loss

@@ -24,7 +24,7 @@ from lowrank.models.base import Base
 from lowrank.models.checks.isolation import choose_layout, shares_prompts
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load
-from lowrank.models.own_masks import prompt_type_of
+from lowrank.models.native_masks import prompt_type_of
 from lowrank.objectives.dpo import DPOConfig
 from lowrank.segments import Segment
 from lowrank.train.scoring import ScoringEngine

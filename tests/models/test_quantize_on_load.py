@@ -317,7 +317,7 @@ def test_a_run_reads_the_copy_while_it_is_one(folder: Path, tmp_path: Path) -> N
 MEASURE = """
 import sys, json
 from pathlib import Path
-from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.kernels.glibc_malloc import keep_freed_memory
 from lowrank.models.config import ModelConfig
 from lowrank.models.fused_experts import OF_ONE_EXPERT
 from lowrank.models.loading.pretrained import load, load_tokenizer, _load_model

@@ -23,7 +23,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.model_class import model_class
 from lowrank.models.loading.tokenizer import load_tokenizer
 from lowrank.models.media_encoder import MediaEncoder
-from lowrank.models.own_masks import prompt_type_of
+from lowrank.models.native_masks import prompt_type_of
 from lowrank.objectives.sft import SFTConfig
 from lowrank.planning.capacity import largest_tokens
 from lowrank.planning.changes import cut_job

@@ -21,7 +21,7 @@ from lowrank.cli import main
 from lowrank.cli.interrupts import end_as_usual
 from lowrank.config import validate_settings
 from lowrank.errors import ConfigError, OutputError
-from lowrank.kernels import host_memory
+from lowrank.kernels import glibc_malloc
 from lowrank.pipelines.artifacts import adapter_folder, find_artifacts
 from lowrank.pipelines.train import train
 from lowrank.report.event_lines import decode
@@ -166,7 +166,7 @@ def test_until_training_listens_a_signal_ends_the_process_with_its_closing_line(
         "import signal, sys; from lowrank.cli import main; sys.argv[1:] = ['train', 'run.yaml', '--json']; "
         "main._run = lambda *given: signal.raise_signal(signal.SIGTERM); main.main(); print('went on')"
     )
-    environment = {**os.environ, **host_memory.without_cache()}  # or it would start itself again, without our change
+    environment = {**os.environ, **glibc_malloc.without_cache()}  # or it would start itself again, without our change
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment
     )
@@ -187,8 +187,8 @@ def test_only_what_has_saved_nothing_ends_at_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(main, "_run", run)
     monkeypatch.setattr(main, "_as_ours", lambda arguments: [["data"], ["train"], ["predict"]])
     monkeypatch.setattr(sys, "argv", ["lowrank", "train", "run.yaml"])
-    monkeypatch.setattr(host_memory, "start_again_without_cache", lambda: None)
-    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(glibc_malloc, "start_again_without_cache", lambda: None)
+    monkeypatch.setattr(glibc_malloc, "keep_freed_memory", lambda: None)
     with pytest.raises(SystemExit):
         main.main()
     assert seen.pop("train") is not usual

@@ -54,20 +54,22 @@ def mix(config: DataConfig, parts: Sequence[Callable[[], Iterator[Sample]]], see
 
 
 def put_together(
-    config: DataConfig, parts: Sequence[Sequence[Row]], tallies: Sequence[RowCounts], seed: int
+    config: DataConfig, parts: Sequence[Sequence[Row]], all_row_counts: Sequence[RowCounts], seed: int
 ) -> list[Sample]:
     """`mix` of datasets in memory; counts what is not drawn."""
-    for tally, part in zip(tallies, parts):
-        tally.num_not_drawn = sum(len(samples) for _, samples in part)
+    for row_counts, part in zip(all_row_counts, parts):
+        row_counts.num_not_drawn = sum(len(samples) for _, samples in part)
     together = []
     for index, sample in mix(config, [partial(flat, part) for part in parts], seed):
-        tallies[index].num_not_drawn = max(0, tallies[index].num_not_drawn - 1)  # drawn again, it is not drawn more
+        all_row_counts[index].num_not_drawn = max(
+            0, all_row_counts[index].num_not_drawn - 1
+        )  # drawn again, it is not drawn more
         together.append(sample)
     return together
 
 
 def hold_out(
-    parts: Sequence[Sequence[Row]], tallies: Sequence[RowCounts], share: float, seed: int
+    parts: Sequence[Sequence[Row]], all_row_counts: Sequence[RowCounts], share: float, seed: int
 ) -> tuple[list[list[Row]], list[list[Row]]]:
     """`(training rows, held-out rows)` of each dataset; `share`: or, from 1 on, a number of rows. Equal records go to
     the same side, so none leaks.
@@ -83,6 +85,6 @@ def hold_out(
     order = np.random.default_rng((seed, _SPLIT)).permutation(len(keys))[:number]
     chosen = {keys[index] for index in order.tolist()}
     held = [[row for row in part if row[0] in chosen] for part in parts]
-    for tally, rows in zip(tallies, held):
-        tally.num_held_out = sum(len(samples) for _, samples in rows)
+    for row_counts, rows in zip(all_row_counts, held):
+        row_counts.num_held_out = sum(len(samples) for _, samples in rows)
     return [[row for row in part if row[0] not in chosen] for part in parts], held

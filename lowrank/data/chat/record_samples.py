@@ -11,8 +11,8 @@ from lowrank.data.chat.placeholders import media_in, put_in
 from lowrank.data.chat.template import ChatTemplate, RowRefused
 from lowrank.data.chat.template_shape import Shape, with_call_ids
 from lowrank.data.config import DataConfig
-from lowrank.data.foreign import Spelled
 from lowrank.data.formats.turns import think
+from lowrank.data.special_token_escaping import SpecialTokenGuard
 from lowrank.foreign_files import DEEPEST_JSON, is_deeper
 from lowrank.media.processor import processor_of
 from lowrank.records import THOUGHTS, Conversation, Message, Preference, Prompted, Record, Text
@@ -62,7 +62,7 @@ class RecordSamples:
             raise RowRefused("the text is empty")
         spelled = ()
         if self._config.split_special_tokens:
-            found = Spelled(self._tokenizer, "").anywhere.finditer(record.text)
+            found = SpecialTokenGuard(self._tokenizer, "").anywhere.finditer(record.text)
             spelled = tuple(match.span() for match in found)
         return [Sample(record.text, ((0, len(record.text)),), spelled)]
 

@@ -68,7 +68,7 @@ class Renderer:
     def stop_tokens(self) -> frozenset[int]:
         """Ids at which an answer ends: EOS, what the model's files declare, and what the chat template puts after any
         kind of answer (plain, with a thought, a call of a tool)."""
-        stops = {self.tokenizer.eos_token_id, *getattr(self.tokenizer, "declared_answer_ends", ())}
+        stops = {self.tokenizer.eos_token_id, *getattr(self.tokenizer, "declared_stop_tokens", ())}
         if self._chat is not None or self.tokenizer.chat_template or self.config.chat_template:
             template, shape = self._template
             ends = [*template.control.findall(shape.closing)[-1:], *shape.added.values(), *shape.call_ends]

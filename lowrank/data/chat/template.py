@@ -17,7 +17,7 @@ from lowrank.data.chat.resumable_template import ConversationBeginnings
 from lowrank.data.chat.template_budget import TemplateCostsTooMuch
 from lowrank.data.chat.template_parts import in_parts, parts_of, takes_parts
 from lowrank.data.chat.template_recording import NotResumable
-from lowrank.data.foreign import Spelled, choose_marks, found_in, mark, unmark
+from lowrank.data.special_token_escaping import SpecialTokenGuard, choose_marks, found_in, mark, unmark
 from lowrank.errors import DataError
 from lowrank.records import Message
 
@@ -74,7 +74,7 @@ class ChatTemplate:
     ) -> None:
         self.text = text
         self.name = f"the chat template {_of(name or getattr(tokenizer, 'name_or_path', ''))}".rstrip()
-        self.guard = Spelled(tokenizer, text) if split_special_tokens else None
+        self.guard = SpecialTokenGuard(tokenizer, text) if split_special_tokens else None
         self.marked = _GENERATION.search(text) is not None
         self.control = _control_tokens(tokenizer)
         self.dated = _NOW.sub(lambda call: json.dumps(today.strftime(call["format"])), text) if today else text
@@ -209,7 +209,7 @@ class Beginnings:
         return self._ways[written_out]
 
 
-def mark_turn(turn: Mapping[str, Any], guard: Spelled, marks: tuple[str, str]) -> dict[str, Any]:
+def mark_turn(turn: Mapping[str, Any], guard: SpecialTokenGuard, marks: tuple[str, str]) -> dict[str, Any]:
     """A turn whose strings are marked, all but its role."""
     return {**mark(turn, guard.pattern(turn["role"]), marks), "role": turn["role"]}
 
@@ -218,7 +218,7 @@ def _of(name: str) -> str:
     return f"of {name}" if name else ""
 
 
-def _spells(guard: Spelled, messages: Sequence[dict[str, Any]], others: list[Any]) -> bool:
+def _spells(guard: SpecialTokenGuard, messages: Sequence[dict[str, Any]], others: list[Any]) -> bool:
     return any(found_in(each, guard.pattern(each["role"])) for each in messages) or found_in(others, guard.anywhere)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.data.chat.loss_mask import Sample
-from lowrank.data.foreign import Pieces
+from lowrank.data.special_token_escaping import EscapedEncoding
 from lowrank.segments import Media, Segment
 
 
@@ -38,7 +38,7 @@ def encode(tokenizer: Any, samples: Sequence[Sample]) -> list[Any]:
         verbose=False,
     ).encodings
     return [
-        Pieces(tokenizer, sample.text, sample.spelled) if sample.spelled else encoding
+        EscapedEncoding(tokenizer, sample.text, sample.spelled) if sample.spelled else encoding
         for sample, encoding in zip(samples, encodings)
     ]
 

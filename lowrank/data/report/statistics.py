@@ -199,7 +199,7 @@ class DataReport:
 
 
 def build_report(
-    tallies: Sequence[RowCounts],
+    all_row_counts: Sequence[RowCounts],
     *,
     unit: str,
     template_notices: Iterable[str] = (),
@@ -207,15 +207,18 @@ def build_report(
     complete: bool = True,
 ) -> DataReport:
     """The report on what was counted. Lengths and shares are those of the training data."""
-    train = [tally for tally in tallies if tally.use == "train"]
-    tokens, learned = sum(tally.tokens for tally in train), sum(tally.learned_tokens for tally in train)
-    held_out = sum(tally.num_held_out for tally in train)
-    evaluated = sum(tally.num_samples for tally in tallies if tally.use == "eval")
-    trained = sum(tally.num_samples - tally.num_held_out - tally.num_not_drawn for tally in train)
+    train = [row_counts for row_counts in all_row_counts if row_counts.use == "train"]
+    tokens, learned = (
+        sum(row_counts.tokens for row_counts in train),
+        sum(row_counts.learned_tokens for row_counts in train),
+    )
+    held_out = sum(row_counts.num_held_out for row_counts in train)
+    evaluated = sum(row_counts.num_samples for row_counts in all_row_counts if row_counts.use == "eval")
+    trained = sum(row_counts.num_samples - row_counts.num_held_out - row_counts.num_not_drawn for row_counts in train)
     return DataReport(
         unit=unit,
         complete=complete,
-        datasets=tuple(_dataset(tally, unit) for tally in tallies),
+        datasets=tuple(_dataset(row_counts, unit) for row_counts in all_row_counts),
         train_samples=trained,
         eval_samples=evaluated + held_out,
         train_tokens=tokens,
@@ -226,42 +229,45 @@ def build_report(
     )
 
 
-def _dataset(tally: RowCounts, unit: str) -> DatasetReport:
+def _dataset(row_counts: RowCounts, unit: str) -> DatasetReport:
     return DatasetReport(
-        path=tally.path,
-        title=tally.title,
-        use=tally.use,
-        format=tally.format,
-        record=tally.record.__name__,
-        read=tally.num_read,
-        used=tally.num_used,
-        samples=tally.num_samples,
-        dropped=tally.dropped.list(),
-        refused=tally.refused.list(),
-        truncated=next(iter(tally.truncated.list()), None),
-        truncated_tokens=tally.truncated_tokens,
-        several=tally.num_several,
-        held_out=tally.num_held_out,
-        not_drawn=tally.num_not_drawn,
-        duplicates=next(iter(tally.duplicates.list()), None),
-        leaked=next(iter(tally.leaked.list()), None),
-        schemas=tally.schemas.list(),
-        placeholders=tally.placeholders.list(),
-        unread=tally.unread.list(),
-        unread_of_entry=tally.unread_of_entry,
-        spelled=tally.spelled.list(),
-        notes=(*tally.notes, *(line for each in tally.media.values() for line in each.sentences(tally.tokens, unit))),
-        pictures=tally.media["image"].number,
-        videos=tally.media["video"].number,
-        video_tokens=tally.media["video"].tokens,
-        sounds=tally.media["audio"].number,
-        sound_tokens=tally.media["audio"].tokens,
-        picture_tokens=tally.media["image"].tokens,
+        path=row_counts.path,
+        title=row_counts.title,
+        use=row_counts.use,
+        format=row_counts.format,
+        record=row_counts.record.__name__,
+        read=row_counts.num_read,
+        used=row_counts.num_used,
+        samples=row_counts.num_samples,
+        dropped=row_counts.dropped.list(),
+        refused=row_counts.refused.list(),
+        truncated=next(iter(row_counts.truncated.list()), None),
+        truncated_tokens=row_counts.truncated_tokens,
+        several=row_counts.num_several,
+        held_out=row_counts.num_held_out,
+        not_drawn=row_counts.num_not_drawn,
+        duplicates=next(iter(row_counts.duplicates.list()), None),
+        leaked=next(iter(row_counts.leaked.list()), None),
+        schemas=row_counts.schemas.list(),
+        placeholders=row_counts.placeholders.list(),
+        unread=row_counts.unread.list(),
+        unread_of_entry=row_counts.unread_of_entry,
+        spelled=row_counts.spelled.list(),
+        notes=(
+            *row_counts.notes,
+            *(line for each in row_counts.media.values() for line in each.sentences(row_counts.tokens, unit)),
+        ),
+        pictures=row_counts.media["image"].number,
+        videos=row_counts.media["video"].number,
+        video_tokens=row_counts.media["video"].tokens,
+        sounds=row_counts.media["audio"].number,
+        sound_tokens=row_counts.media["audio"].tokens,
+        picture_tokens=row_counts.media["image"].tokens,
     )
 
 
-def _lengths(tallies: Sequence[RowCounts]) -> Lengths | None:
-    parts = [np.frombuffer(tally.lengths, np.uint32) for tally in tallies if len(tally.lengths)]
+def _lengths(all_row_counts: Sequence[RowCounts]) -> Lengths | None:
+    parts = [np.frombuffer(row_counts.lengths, np.uint32) for row_counts in all_row_counts if len(row_counts.lengths)]
     if not parts:
         return None
     every = np.concatenate(parts)

@@ -22,7 +22,7 @@ from lowrank.models.layers import is_outside, language_model
 from lowrank.models.loading.model_class import is_composite
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.loading.tokenizer import FILE_FAULTS
-from lowrank.models.own_masks import prompt_type_of
+from lowrank.models.native_masks import prompt_type_of
 
 
 @dataclass(frozen=True)

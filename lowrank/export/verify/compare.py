@@ -21,7 +21,7 @@ STORE_BYTES = 512 << 20
 """Memory for the distributions of base + adapter, which all targets are compared with."""
 _MOST_PLACES = 4096
 _NEW_TOKENS = 32
-_ERRORS_BY_CHANCE = 3
+STANDARD_ERRORS_ALLOWED = 3
 
 Tick = Callable[[int, int], None]
 
@@ -251,7 +251,7 @@ def _problems(found: Comparison) -> tuple[str, ...]:
             f"at least {allowed.top1_agreement:.1%} is expected"
         )
     # A type that rounds moves each token's loss either way: over few tokens their mean is off by chance.
-    if not relative - _ERRORS_BY_CHANCE * found.perplexity_error <= most:
+    if not relative - STANDARD_ERRORS_ALLOWED * found.perplexity_error <= most:
         problems.append(f"the perplexity differs by {relative:.2%}, at most {most:.2%} is expected")
     if allowed.gain_lost is not None and found.gain_kept is not None and not found.gain_kept >= 1 - allowed.gain_lost:
         before, after = np.log(found.reference_perplexity), np.log(found.perplexity)

@@ -155,6 +155,6 @@ def _first_rows(
     settings = data.model_copy(update={"train": tuple(sources), "eval": (), "streaming": True, "max_samples": None})
     segments: list[Segment] = []
     for dataset in open_datasets(settings, record, seed, None, given_as=given_as):
-        rows = read_samples(dataset, renderer, dataset.tally(), limit=_ROWS_LOOKED_AT)
+        rows = read_samples(dataset, renderer, dataset.row_counts(), limit=_ROWS_LOOKED_AT)
         segments += [sample[0] for _, samples in islice(rows, _ROWS_LOOKED_AT) for sample in samples]
     return segments

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
 from lowrank.export import ExportReader, ImageQuestion, ImageReader, ReadBack, Tolerance
-from lowrank.export.verify.compare import Comparison, build_comparison, kl_of
+from lowrank.export.verify.compare import STANDARD_ERRORS_ALLOWED, Comparison, build_comparison, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
@@ -27,7 +27,6 @@ from lowrank.segments import Segment
 
 _QUESTION = "What is to be seen in this picture?"
 _NEW_TOKENS = 16
-_ERRORS_BY_CHANCE = 3
 _TOWER_OFF = 0.1
 _TOWER_LOST = 0.5
 _NOTHING = 1e-4
@@ -126,7 +125,7 @@ def _of_few(tolerance: Tolerance, places: int) -> Tolerance:
     """As it is held over so few places: how many of them have another likeliest token is a matter of chance."""
     wanted = tolerance.top1_agreement
     error = math.sqrt(wanted * (1 - wanted) / places)
-    return replace(tolerance, top1_agreement=wanted - _ERRORS_BY_CHANCE * error)
+    return replace(tolerance, top1_agreement=wanted - STANDARD_ERRORS_ALLOWED * error)
 
 
 def synthetic_image(side: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lowrank.devices import to_device
 from lowrank.kernels.accelerators import AMPERE, capability
 from lowrank.kernels.short_attention import short_attention
-from lowrank.models.own_masks import FULL, SLIDING
+from lowrank.models.native_masks import FULL, SLIDING
 
 try:  # CUDA's variable-length flash attention, with windows since torch 2.11
     from torch.nn.attention.varlen import varlen_attn
@@ -87,7 +87,7 @@ class Blocks:
     """Pictures whose tokens see one another both ways.
 
     block_T   (T) int64: which picture of its document a token is a part of, from 1 on; 0: of none
-    layers    in which kinds of layers they do (models/own_masks.py)
+    layers    in which kinds of layers they do (models/native_masks.py)
     """
 
     block_T: torch.Tensor

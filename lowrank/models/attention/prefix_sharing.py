@@ -105,7 +105,7 @@ class SharedPrompts:
         del module
         whole = [_Moved.apply(each, self.gather, self.scatter) for each in (query, key, value)]
         attended = attend_documents(whole[0], whole[1], whole[2], how, self._packed)
-        return _Moved.apply(attended, self.own, self.spread)
+        return _Moved.apply(attended, self.own, self.expand)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(1, H, T, d) -> (1, H, P, d): the P rows of all documents, shared ones in each."""
@@ -122,7 +122,7 @@ class SharedPrompts:
         """(1, P, H, d) -> (1, T, H, d): without what is there once more."""
         return torch.cat([x.narrow(1, *piece) for piece in self._own], dim=1)
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
+    def expand(self, x: torch.Tensor) -> torch.Tensor:
         """The transpose of `own`."""
         start, last = 0, self._own[-1]
         whole = x.new_zeros(x.shape[0], sum(last), *x.shape[2:])

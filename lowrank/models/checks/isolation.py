@@ -26,7 +26,7 @@ from lowrank.models.attention.prefix_sharing import tail_of
 from lowrank.models.base import Base
 from lowrank.models.layers import causal_lms
 from lowrank.models.logit_transforms import logit_transforms
-from lowrank.models.own_masks import possible_prompt_types
+from lowrank.models.native_masks import possible_prompt_types
 from lowrank.segments import Segment
 
 _LENGTHS = (7, 12, 5)

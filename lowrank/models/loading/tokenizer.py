@@ -15,12 +15,12 @@ from transformers.utils.hub import cached_file
 from lowrank.errors import LowrankError, ModelError
 from lowrank.foreign_files import find_json, read_json
 from lowrank.media.processor import MediaProcessor, attach
-from lowrank.models.answer_ends import ATTRIBUTE, declared_ends
 from lowrank.models.config import ModelConfig
 from lowrank.models.config_numbers import check_numbers
 from lowrank.models.loading import kind
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.packaged import locate
+from lowrank.models.stop_tokens import ATTRIBUTE, declared_stop_tokens
 
 FILE_FAULTS = (
     OSError, ValueError, LookupError, ImportError, SafetensorError, TypeError, AttributeError, RecursionError,
@@ -63,7 +63,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
                 trust_remote_code=config.runs_own_code,
                 **_configuration_of(folder),
             )
-            setattr(tokenizer, ATTRIBUTE, declared_ends(locate(config.path), config.revision))
+            setattr(tokenizer, ATTRIBUTE, declared_stop_tokens(locate(config.path), config.revision))
             if not isinstance(tokenizer.model_max_length, (int, float)):
                 raise ModelError(
                     f"{config.path}: model_max_length in tokenizer_config.json is {tokenizer.model_max_length!r}, "

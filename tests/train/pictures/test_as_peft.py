@@ -13,7 +13,7 @@ import torch
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
 from lowrank.models.layers import is_outside, language_model
-from lowrank.models.own_masks import FULL, SLIDING
+from lowrank.models.native_masks import FULL, SLIDING
 from lowrank.segments import Segment
 from tests.media_oracle import alone_loss
 from tests.peft_oracle import peft_twin

@@ -1,5 +1,5 @@
-"""The masks that a model makes for itself, asked of its class alone: no weights are needed, so plans of memory and
-exports can ask."""
+"""The attention masks that a model's own class makes. The class alone says so, without weights, so plans of memory and
+exports can ask too."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CACHES = {"cache", "past_key_values"}
 """The KV cache, as transformers calls it from 5.24 on, and before."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers, as transformers calls them: that see everything before a token, and only what is near."""
+"""Kinds of attention layers, by transformers' names: over all earlier tokens, and over a window of them."""
 
 
 def layers_both_ways(model: Any, kind: int) -> frozenset[str]:
-    """In which kinds of layers neighboring tokens of a type see one another both ways: those of a picture in Gemma 3
-    and 4. None: nowhere. Of prefix language models, whose types say something else, none."""
+    """The kinds of layers in which neighboring tokens of one type attend to one another in both directions, as a
+    picture's do in Gemma 3 and 4; empty for most models, and for prefix language models, whose types mark prompts."""
     if prompt_type_of(model) is not None:
         return frozenset()
     seen = _seen(model, [0, kind, kind, 0])

@@ -1,6 +1,6 @@
-"""What glibc's allocator does to a training loop on a CPU, and what mends it.
+"""Settings of glibc's malloc for a training loop on a CPU.
 
-It gives large blocks back to the system at once, and every new one costs page faults: a step frees and
+By default it gives large blocks back to the system at once, and every new one costs page faults: a step frees and
 takes the same tens of megabytes hundreds of times, and touching fresh pages costs more than the arithmetic
 on them. So freed memory is kept. But steps of many lengths leave fragments, and the process would grow by half within a
 hundred steps; so when it has grown, everything unused is given back once, and always between the large passes of one

@@ -29,7 +29,7 @@ class Capability:
     dtype: str
     """What was computed in."""
     train: bool
-    """The gradient canary sings: right in training, after an evaluation, recomputed, with and without adapters."""
+    """The gradient is right: in training, after an evaluation, recomputed, with and without adapters."""
     merge: bool
     """An adapter can be added to its dense weight."""
     save: bool

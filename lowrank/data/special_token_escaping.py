@@ -1,7 +1,7 @@
-"""Control tokens that somebody only spelled: in a question, a tool's result, the name of a tool.
+"""Special tokens in the text of a conversation (a question, a tool's result, a tool's name) are read as text.
 
 A chat template writes `<|im_end|>` and means the token; a person who types it means ten characters, or wants to end
-the turn. So what is spelled in the strings of a conversation is marked before it is rendered, found again in the
+the turn. So what is spelled out in the strings of a conversation is marked before it is rendered, found again in the
 rendered text, and tokenized there as text. Strings without such a token are left as they are, and so are their tokens.
 """
 
@@ -22,8 +22,8 @@ _PRIVATE = range(0xF0000, 0xF2000, 2)
 _TAG = re.compile(r"</?(?P<name>[A-Za-z_]+)>")
 
 
-class Spelled:
-    """Finds and marks control tokens in the strings of conversations, for one tokenizer and chat template."""
+class SpecialTokenGuard:
+    """Says what counts as a control token in the strings of conversations, for one tokenizer and chat template."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         """Control tokens are the tokenizer's special ones and those of its added tokens that the template writes. In
@@ -117,8 +117,9 @@ class _Piece:
         return None if token is None or token < self.skipped else self.first + token - self.skipped
 
 
-class Pieces:
-    """A text whose spelled tokens are encoded as text; like `tokenizers.Encoding`, as far as it is asked here."""
+class EscapedEncoding:
+    """The encoding of a text whose `spelled` control tokens are encoded as text. It has what is used here of
+    `tokenizers.Encoding`: `ids` and `char_to_token`."""
 
     def __init__(self, tokenizer: Any, text: str, spelled: Sequence[Span]) -> None:
         self.ids: list[int] = []

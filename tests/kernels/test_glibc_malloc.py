@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from lowrank.kernels.host_memory import keep_freed_memory, start_again_without_cache
+from lowrank.kernels.glibc_malloc import keep_freed_memory, start_again_without_cache
 
 
 def test_harmless_to_call_twice_and_freed_blocks_are_used_again() -> None:
     """In a process of its own, since the setting is the process's. 100 blocks in turn cost the memory of one or two."""
     code = """
 import psutil, torch
-from lowrank.kernels.host_memory import keep_freed_memory
+from lowrank.kernels.glibc_malloc import keep_freed_memory
 assert keep_freed_memory() == keep_freed_memory()
 torch.ones(16 << 20).sum()
 before = psutil.Process().memory_info().rss
@@ -36,7 +36,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 GROW = """
 import psutil, torch
-from lowrank.kernels.host_memory import keep_freed_memory, start_again_without_cache
+from lowrank.kernels.glibc_malloc import keep_freed_memory, start_again_without_cache
 start_again_without_cache()
 keep_freed_memory()
 weight, kept = torch.ones(2, requires_grad=True), []

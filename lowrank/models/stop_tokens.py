@@ -9,11 +9,11 @@ from transformers.utils.hub import cached_file
 
 from lowrank.foreign_files import read_json
 
-ATTRIBUTE = "declared_answer_ends"
+ATTRIBUTE = "declared_stop_tokens"
 """Of a tokenizer: ids that the model's files declare, beside its EOS."""
 
 
-def declared_ends(path: str, revision: str | None = None) -> tuple[int, ...]:
+def declared_stop_tokens(path: str, revision: str | None = None) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, else of config.json: one id or a list (Llama 3.1's `<|eom_id|>`,
     gpt-oss' `<|call|>`). Empty where the files say nothing that can be used."""
     for file in ("generation_config.json", "config.json"):
