@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lowrank
-from lowrank.adapters import capabilities
+from lowrank.adapters import storage_capabilities
 from lowrank.adapters.storages_page import page
 from lowrank.cli.main import main
 from lowrank.models.loading import pretrained
@@ -35,7 +35,7 @@ def test_it_finds_every_storage_in_order(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_wrong_gradient_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(capabilities, "gradient_errors", lambda *_: {"after an evaluation": 0.8})
+    monkeypatch.setattr(storage_capabilities, "gradient_errors", lambda *_: {"after an evaluation": 0.8})
     with pytest.raises(SystemExit) as caught:
         main(["doctor", "--json"])
     assert caught.value.code == 1
