@@ -53,10 +53,10 @@ class LiveCommand:
 
 @dataclass(frozen=True)
 class CommandReply:
-    """What came of a command. `tick`: optimizer steps the run had taken when it was carried out, or refused."""
+    """What came of a command. `iteration`: how many the run had done when it was carried out, or refused."""
 
     number: int
-    tick: int
+    iteration: int
     done: bool
     text: str
     time: float
@@ -95,15 +95,16 @@ def replies(run: Path) -> dict[int, CommandReply]:
     for line in lines:
         with suppress(LowrankError, KeyError, TypeError, ValueError):  # torn by a crash of the machine
             one = parse_json(line, LOG, OutputError)
+            iteration = one["iteration"] if "iteration" in one else one["tick"]  # as runs before 2026-12 wrote it
             reply = CommandReply(
-                int(one["number"]), int(one["tick"]), bool(one["done"]), str(one["text"]), float(one["time"])
+                int(one["number"]), int(iteration), bool(one["done"]), str(one["text"]), float(one["time"])
             )
             found[reply.number] = reply
     return found
 
 
 def read_state(run: Path) -> dict[str, Any]:
-    """What the run's jobs were doing when it last said so (pipelines/job_queue.py); empty if it never did."""
+    """What the run's jobs did when it last wrote it (pipelines/live_commands.py); empty if it never has."""
     path = command_folder(run) / STATE
     return read_json(path, OutputError) if path.is_file() else {}
 
@@ -125,25 +126,27 @@ class CommandQueue:
             self._folder.rename(self._run / FOLDER)
         self._folder.mkdir(exist_ok=True)
 
-    def due(self, tick: int) -> list[LiveCommand]:
+    def due(self, iteration: int) -> list[LiveCommand]:
         """What is to be carried out before the next step: first what was carried out here before the run was killed,
         in the order of that time, and then what is new."""
         found = self._numbers() - self.carried_out
-        again = [number for number in self._answered if number in found and self._answered[number].tick <= tick]
+        again = [
+            number for number in self._answered if number in found and self._answered[number].iteration <= iteration
+        ]
         new = sorted(number for number in found if number not in self._answered)
-        return [command for number in (*again, *new) if (command := self._read(number, tick)) is not None]
+        return [command for number in (*again, *new) if (command := self._read(number, iteration)) is not None]
 
     def later(self) -> bool:
         """Whether some command waits for the step at which it was carried out before."""
         return bool(self._answered.keys() - self.carried_out)
 
-    def acknowledge(self, command: LiveCommand, tick: int, text: str, *, done: bool) -> None:
+    def acknowledge(self, command: LiveCommand, iteration: int, text: str, *, done: bool) -> None:
         """Write the reply, durably; the same reply is not written twice."""
         self.carried_out.add(command.number)
         before = self._answered.pop(command.number, None)
         if before is not None and (before.done, before.text) == (done, text):
             return
-        reply = CommandReply(command.number, tick, done, text, round(time.time(), 3))
+        reply = CommandReply(command.number, iteration, done, text, round(time.time(), 3))
         line = {**asdict(reply), "kind": command.kind, "job": command.job}
         descriptor = os.open(self._folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -153,7 +156,7 @@ class CommandQueue:
             os.close(descriptor)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
-        """For whoever looks; not synced, since it is of the moment."""
+        """Write what the jobs do now; not synced, since it is of the moment."""
         folder = self._folder
         partial = folder / f".{STATE}.{os.getpid()}"
         partial.write_text(json.dumps(state, ensure_ascii=False, allow_nan=False), encoding="utf-8")
@@ -169,7 +172,7 @@ class CommandQueue:
         except FileNotFoundError:
             return set()
 
-    def _read(self, number: int, tick: int) -> LiveCommand | None:
+    def _read(self, number: int, iteration: int) -> LiveCommand | None:
         path = self._folder / _name(number)
         try:
             content = read_json(path, OutputError)
@@ -178,7 +181,7 @@ class CommandQueue:
                 raise OutputError(f"{path}: there is no such command")
             command = LiveCommand(number, kind, job, dict(content["values"]), str(content.get("sender")))
         except (LowrankError, KeyError, TypeError, ValueError) as error:
-            self.acknowledge(LiveCommand(number, "?"), tick, f"{path.name} is not a command ({error})", done=False)
+            self.acknowledge(LiveCommand(number, "?"), iteration, f"{path.name} is not a command ({error})", done=False)
             return None
         return command
 

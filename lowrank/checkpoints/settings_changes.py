@@ -41,8 +41,9 @@ def refuse_changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> N
     """OutputError that lists `changed_settings`, if there are any, and says which settings may change."""
     changes = changed_settings(old, new)
     heading = (
-        "resume: these settings are not those of the checkpoint, so going on would give neither run; set them back, "
-        f"or start anew in another output_dir. What may change: {', '.join(MAY_CHANGE)}. Changed:"
+        "resume: these settings differ from the checkpoint's, so the result would match neither the old run nor a new "
+        "one; restore them, or choose another output_dir. Settings that can change on resume: "
+        f"{', '.join(MAY_CHANGE)}. Changed:"
     )
     raise_all(OutputError, heading, changes)
 

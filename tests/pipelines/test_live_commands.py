@@ -93,6 +93,8 @@ def send_everything(world: Path, out: Path) -> dict[str, Callable[[], Any]]:
 def as_former(run: Path) -> None:
     """The run folder as it was written before 2026-12."""
     (run / "commands").rename(run / "orders")
+    log = run / "orders" / "log.jsonl"
+    log.write_text(log.read_text(encoding="utf-8").replace('"iteration": ', '"tick": '), encoding="utf-8")
     for path in (run / "checkpoints").glob("*/state.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         live = content["state"]["live"]

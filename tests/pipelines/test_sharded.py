@@ -197,10 +197,10 @@ def test_commands_are_carried_out_by_all_ranks_at_the_same_step(world: Path, tmp
     carried_out = replies(two)
     assert [carried_out[number].done for number in range(1, len(commands) + 1)] == [True] * len(commands)
 
-    ticks = [carried_out[number + 1].tick for number in range(len(commands))]
-    assert ticks == sorted(set(ticks))
-    assert ticks[-1] < 60, "a machine that is loaded may need more steps"
-    again = {f"lora{tick}": sends(one, number) for number, tick in enumerate(ticks)}
+    iterations = [carried_out[number + 1].iteration for number in range(len(commands))]
+    assert iterations == sorted(set(iterations))
+    assert iterations[-1] < 60, "a machine that is loaded may need more steps"
+    again = {f"lora{iteration}": sends(one, number) for number, iteration in enumerate(iterations)}
     train_here(RunConfig(**sharded(world, one, lanes=2, **given)), reporters=[ScriptedReporter(one, **again)])
-    assert [replies(one)[number + 1].tick for number in range(len(commands))] == ticks
+    assert [replies(one)[number + 1].iteration for number in range(len(commands))] == iterations
     same(two, one)
