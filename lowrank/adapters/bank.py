@@ -55,10 +55,10 @@ class Bank:
         """Adapters that have come so far; another one may have wrapped more layers, in a slot that had one before."""
 
     def add(
-        self, config: AdapterConfig, *, seed: int, looks: CalibrationSteps | None = None, slot: int | None = None
+        self, config: AdapterConfig, *, seed: int, calibration: CalibrationSteps | None = None, slot: int | None = None
     ) -> int:
         """A fresh adapter in the first free slot, or in `slot`, where a run goes on. Its start depends on `seed` and
-        the layer's name, and where the variant asks for it on the job's data (`looks`)."""
+        the layer's name, and where the variant asks for it on the job's data (`calibration`)."""
         refuse_wrapped(self.base.model.config, "adapters are not trained on such layers")
         if self.base.routed_by not in (None, self.routing):
             raise ModelError(
@@ -80,7 +80,7 @@ class Bank:
             unmatched_note=targets.unmatched_note,
             adapts_tower=targets.adapts_tower,
         )
-        self._injector.inject(number, own, targets, seed, looks)
+        self._injector.inject(number, own, targets, seed, calibration)
         self.slots[number] = own
         return number
 

@@ -35,13 +35,15 @@ class Injector:
     def __init__(self, base: Base, routing: Routing) -> None:
         self._base, self._routing = base, routing
 
-    def inject(self, number: int, slot: Slot, targets: Targets, seed: int, looks: CalibrationSteps | None) -> None:
+    def inject(
+        self, number: int, slot: Slot, targets: Targets, seed: int, calibration: CalibrationSteps | None
+    ) -> None:
         """Fresh tensors of slot `number` in all of `targets`, known to `slot` by PEFT's names.
 
-        `seed`, `looks`: see `Bank.add`. ModelError names each layer that the variant does not fit; then none has it.
+        `seed`, `calibration`: see `Bank.add`. ModelError lists layers that the variant does not fit; none has it then.
         """
         routed = {name: self.wrapped(name, RoutedLinear) for name in targets.linears}
-        self._set_up(slot, {name: layer.base for name, layer in routed.items()}, looks)
+        self._set_up(slot, {name: layer.base for name, layer in routed.items()}, calibration)
         problems = self._add_linears(number, slot, routed, seed)
         if problems:
             for layer in routed.values():
@@ -94,13 +96,13 @@ class Injector:
     def _master_dtype(self) -> torch.dtype:
         return float32_or_wider(self._base.dtype)
 
-    def _set_up(self, slot: Slot, layers: dict[str, BaseLinear], looks: CalibrationSteps | None) -> None:
+    def _set_up(self, slot: Slot, layers: dict[str, BaseLinear], calibration: CalibrationSteps | None) -> None:
         """What the variant does once, before its layers."""
         variant, config = slot.variant, slot.config
         if layers and isinstance(variant, SiteSetup):
             ranks = {name: rank_by(config, name)[0] for name in layers}
             weight_of = partial(original_weight, self._base)
-            site = AdapterSite(layers, weight_of, self._base.device, self._master_dtype, ranks, looks)
+            site = AdapterSite(layers, weight_of, self._base.device, self._master_dtype, ranks, calibration)
             variant.setup(site, config.rank)
 
     def _add_linears(self, number: int, slot: Slot, routed: Mapping[str, RoutedLinear], seed: int) -> list[str]:

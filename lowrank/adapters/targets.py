@@ -114,7 +114,7 @@ def find_targets(model: Any, config: AdapterSettings) -> Targets:
         chosen -= set(copies)
     problems = _unmatched(config, modules, chosen, parameters, fused)
     if config.freeze_language_model and not parts.has_tower:
-        problems = ["freeze_language_model: true: this base is a language model alone, so nothing is left to adapt"]
+        problems = ["freeze_language_model: true leaves nothing to train, as this base has no vision tower"]
     raise_all(ModelError, "adapter: some names match no layer of this model", problems)
     notices = [_left_out(model, set(linears) - chosen, set(parameters)) if wanted == "all-linear" else None]
     notices += _reaching_nothing(config, {parts.of(name) for name in chosen})

@@ -1,7 +1,8 @@
 """Single tokens trained per slot: rows of its own in the embedding and in the head (PEFT's `trainable_token_indices`).
 
-What new tokens need: their rows are trained, all others stay the base's. In the head a slot's rows are a low-rank
-update, (rows - the base's rows) behind a matrix that has a 1 where a token is, so they ride whatever heads ride.
+This is for new tokens: only their rows are trained, all others stay the base's. In the head a slot's rows are a
+low-rank update: (rows - the base's rows) after a matrix that has a 1 where a token is. So every head that applies LoRA
+applies them.
 """
 
 from __future__ import annotations

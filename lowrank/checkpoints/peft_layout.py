@@ -202,7 +202,7 @@ def _read(folder: Path, read: Callable[[Path], dict[str, torch.Tensor]]) -> Adap
     fused = set(parameters.values())
     for module, own in parts.items():
         problems += tensor_problems(module, own, description, fused=module in fused)
-    problems += [f"{name}: no kind of tensor that lowrank knows" for name in rest if of_adapters().search(name)]
+    problems += [f"{name}: unknown tensor name" for name in rest if of_adapters().search(name)]
     if not parts and not copied and not token_rows:
         problems.append(f"{TENSOR_FILE} holds no tensor of an adapter")
     raise_all(ModelError, f"{folder}: this adapter cannot be used", problems)

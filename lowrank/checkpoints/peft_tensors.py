@@ -121,7 +121,7 @@ def tensor_problems(
     kind: PeftKind = description.variant.peft
     known = {tensor.name_in_files for tensor in kind.all_tensors}
     problems = [
-        f"{module}.{name}: no kind of tensor of a {kind.type} adapter with this {CONFIG_FILE}"
+        f"{module}.{name}: unknown tensor name for a {kind.type} adapter with this {CONFIG_FILE}"
         for name in own
         if name not in known
     ]

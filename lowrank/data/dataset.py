@@ -19,7 +19,7 @@ from lowrank.data.formats.columns import RowProblem, check_mapping
 from lowrank.data.formats.media import with_media
 from lowrank.data.formats.media_files import Folders
 from lowrank.data.formats.recognition import recognize
-from lowrank.data.formats.unread import Watched, unread
+from lowrank.data.formats.unread import KeyTrackingDict, unread
 from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.sources.memory import title_of, titled_sources
 from lowrank.data.sources.places import shown
@@ -175,7 +175,7 @@ def read_samples(
             if on_row:
                 on_row()
             try:
-                values = Watched(row.values)
+                values = KeyTrackingDict(row.values)
                 record = read_record(replace(row, values=values), dataset, renderer.takes)
                 key = row_counts.recognize(place, record)
                 left = [name for name in unread(values) if not _of_turn(name) or not renderer.reads(name)]

@@ -138,7 +138,7 @@ def _why_unseen(media: Media | None, image_problem: str | None) -> str | None:
     if media is None:
         return None
     other = next((KIND_NAMES[each.kind] for each in media.items if not isinstance(each, Picture)), None)
-    return image_problem if other is None else f"{other} are only trained on so far"
+    return image_problem if other is None else f"lowrank trains on {other} but does not generate from them yet"
 
 
 def _sample_evenly(segments: Sequence[Segment], number: int | None) -> list[Segment]:

@@ -21,10 +21,10 @@ from lowrank.evaluate.likelihood import label_logprobs, perplexity
 from lowrank.evaluate.metrics import Metric, measure
 from lowrank.evaluate.questions import Question
 from lowrank.foreign_files import find_object
+from lowrank.generate.answer_text import answer_text_of
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError, TokenChunk
-from lowrank.generate.spoken_answer import spoken_text
 from lowrank.models.base import Base
 from lowrank.records import COLUMN_NAMES, Message
 from lowrank.segments import Segment
@@ -115,7 +115,7 @@ def answer_questions(
             def on_chunk(chunk: TokenChunk, index: int = index, name: str = name, generation: Any = generation) -> None:
                 if chunk.finish is not None:
                     answer = generation.answer
-                    text = spoken_text(answering_models.renderers[name], answer.tokens)
+                    text = answer_text_of(answering_models.renderers[name], answer.tokens)
                     note(index, name, ModelAnswer(text, answer.error))
 
             generation.listen(on_chunk)

@@ -1,4 +1,4 @@
-"""Adapters by name on a running generator: published, published anew, unpublished.
+"""Publishes, replaces and unpublishes named adapters on a running generator.
 
 A new version of an adapter comes into a slot of its own. Answers that are on their way end with the
 version they began with; what is asked afterwards gets the new one; the old slot is freed with its last answer.

@@ -47,7 +47,7 @@ class RequestAdmission:
         )
         if virtual and (notice or sequence.in_fixed_batch):
             long = f"texts of more than {steady} tokens are answered one by one"
-            reason = notice or (long if sequence.single_only else "pictures are asked about in fixed batches")
+            reason = notice or (long if sequence.single_only else "prompts with pictures are answered in fixed batches")
             raise RequestError(f"an adapter of virtual tokens cannot answer here: {reason}")
         return sequence
 
@@ -64,10 +64,13 @@ class RequestAdmission:
             return
         other = next((KIND_NAMES[each.kind] for each in prompt.media.items if not isinstance(each, Picture)), None)
         if other is not None:
-            raise RequestError(f"{self.base.name} is not asked about {other} here: they are only trained on so far")
+            raise RequestError(
+                f"{self.base.name} does not accept {other} here: lowrank trains on them but does not generate from "
+                "them yet"
+            )
         reason = self.image_problem(fixed)
         if reason is not None:
-            raise RequestError(f"{self.base.name} is not asked about pictures here: {reason}")
+            raise RequestError(f"{self.base.name} does not accept pictures here: {reason}")
 
     def _max_new_tokens(self, length: int, slot: int, config: GenerationConfig, notice: str | None) -> int:
         """Tokens its answer may have; RequestError if its question alone is too long."""

@@ -29,7 +29,7 @@ class GenerationDriver(Protocol):
 
 
 class Generation:
-    """Iterate over its chunks, in a thread or with `async for`; or wait for the whole of it.
+    """A request in progress. Iterate over its chunks, in a thread or with `async for`, or wait for the whole answer.
 
     Where the generator has no thread of its own, iterating makes the steps (for everybody).
     """

@@ -1,4 +1,5 @@
-"""The pictures that sequences ask about: the tower looks once, whoever asks the same shares what it saw."""
+"""Encodes the media of sequences: the vision tower runs once for each medium, and sequences with the same one share its
+features."""
 
 from __future__ import annotations
 

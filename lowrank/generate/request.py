@@ -1,4 +1,4 @@
-"""What is asked of the generator, and what comes back."""
+"""Requests to the generator (`Prompt`, `GenerationConfig`) and what it gives back (`TokenChunk`, `Answer`)."""
 
 from __future__ import annotations
 

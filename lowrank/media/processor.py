@@ -1,5 +1,5 @@
-"""Pictures, videos and sounds as a model reads them: what stands for one in its text, and the tensors its towers are
-given.
+"""Makes pictures, videos and sounds ready for a model: the placeholder tokens of each in its text, and the tensors of
+its towers.
 
 Both come from the model's own processor, whose unit is the document: some families cut a picture in tiles only where it
 is alone. The counts need no decoding: what stands for media depends on their sizes, so blank ones of the same sizes

@@ -179,7 +179,8 @@ class Base:
             return self._padded(batch)
         if training:
             raise ModelError(
-                f"{self.name} was loaded to answer: its texts run packed and its documents with media do not"
+                f"{self.name} was loaded for inference and cannot be trained: its texts run packed, its documents with "
+                "media padded; load it for training"
             )
         with self.using_attention(self.own_attention):
             return self._padded(batch)

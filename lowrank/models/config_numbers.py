@@ -36,12 +36,12 @@ _PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """ModelError with every number of a config.json that no model has. `where`: the file's name."""
+    """ModelError that lists all invalid numbers of a config.json. `where`: the file's name."""
     problems = _problems(config, "")
     for part in _PARTS:
         if isinstance(config.get(part), Mapping):
             problems += _problems(config[part], f"{part}.")
-    raise_all(ModelError, f"{where}: these numbers make no model", problems)
+    raise_all(ModelError, f"{where}: invalid model config", problems)
 
 
 def check_stored(path: str, revision: str | None, config: Any) -> None:

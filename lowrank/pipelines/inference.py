@@ -24,10 +24,10 @@ from lowrank.data.config import DataConfig
 from lowrank.errors import DataError, ModelError, did_you_mean
 from lowrank.evaluate.predict import AnsweringModels
 from lowrank.evaluate.reward import rewards
+from lowrank.generate.answer_text import AnswerText
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.request import Answer, TokenChunk
 from lowrank.generate.sampler import GenerationConfig, Prompt, answer_all
-from lowrank.generate.spoken_answer import SpokenAnswer
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.pipelines.adapter_on_base import refuse_before_loading
@@ -155,15 +155,15 @@ class InferenceModel:
         virtual = max(self.bank.num_virtual(prompt.slot) for prompt in prompts)
         config = self._within_reach(virtual + max(len(prompt.token_L) for prompt in prompts), config)
 
-        spoken = [SpokenAnswer(self.renderer_of(name)) for name, _ in conversations]
+        texts = [AnswerText(self.renderer_of(name)) for name, _ in conversations]
         alike: dict[tuple[frozenset[int], tuple[str, ...]], list[int]] = {}
         for index, (name, _) in enumerate(conversations):
-            alike.setdefault((self.renderer_of(name).stop_tokens, spoken[index].marks), []).append(index)
+            alike.setdefault((self.renderer_of(name).stop_tokens, texts[index].marks), []).append(index)
         found: dict[int, Answer] = {}
         for (stop_tokens, marks), members in alike.items():
 
             def on_chunk(place: int, chunk: TokenChunk, members: Sequence[int] = members) -> None:
-                text = spoken[members[place]].add(chunk)
+                text = texts[members[place]].add(chunk)
                 if on_text is not None and text:
                     on_text(text)
 
@@ -178,7 +178,7 @@ class InferenceModel:
                 on_chunk=on_chunk,
                 compiled=self.compiled,
             )
-            found.update({index: spoken[index].of(answer) for index, answer in zip(members, answers)})
+            found.update({index: texts[index].of(answer) for index, answer in zip(members, answers)})
         return [found[index] for index in range(len(conversations))]
 
     def _prompt(self, name: str, conversation: Conversation) -> Prompt:

@@ -156,12 +156,12 @@ def _attach(
     """Add a new adapter, or the one that `adapter.path` names, to the bank, and return its slot."""
     bank = engine.bank
     if config.adapter.path is None:
-        looks = None
+        calibration = None
         if config.adapter.needs_calibration:
             assert isinstance(data.train, DataLoader), "checked with the settings"
             report(Notice("running calibration passes on the training data to initialize the adapter", job=config.name))
-            looks = partial(calibration_passes, engine, data.train)
-        slot = bank.add(config.adapter, seed=config.seed, looks=looks, slot=number)
+            calibration = partial(calibration_passes, engine, data.train)
+        slot = bank.add(config.adapter, seed=config.seed, calibration=calibration, slot=number)
     else:
         saved = on_model(load_adapter(Path(config.adapter.path)), engine.base.model)
         for note in saved.notes:

@@ -1,4 +1,4 @@
-"""What a server needs of whatever makes the answers."""
+"""The protocol of a serving engine: what the server needs of whatever generates the answers."""
 
 from __future__ import annotations
 

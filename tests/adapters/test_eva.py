@@ -67,7 +67,7 @@ def test_ranks_and_directions_are_pefts(rho: float, use_label_mask: bool, monkey
     base.set_layout("packed")
     engine = Engine(base, Bank(base), 4096)
     ours: Any = Eva(rank=4, rho=rho, use_label_mask=use_label_mask, target_modules=TARGETS)
-    slot = engine.bank.add(ours, seed=0, looks=lambda: calibration_passes(engine, dataloader_of(step, 3)))
+    slot = engine.bank.add(ours, seed=0, calibration=lambda: calibration_passes(engine, dataloader_of(step, 3)))
     found = engine.bank.slots[slot]
     ranks = {name: rank for name, (rank, _) in found.ranks.items()}
     assert by_input({name: len(rows) for name, rows in theirs.items()}) == by_input(ranks)
@@ -106,7 +106,7 @@ def test_other_layouts_and_storages(family: str, storage: str) -> None:
     engine = Engine(base, Bank(base), 64)
     segments = random_step(1, [20, 9, 30, 14])
     config: Any = Eva(rank=3)
-    slot = engine.bank.add(config, seed=0, looks=lambda: calibration_passes(engine, dataloader_of(segments, 2)))
+    slot = engine.bank.add(config, seed=0, calibration=lambda: calibration_passes(engine, dataloader_of(segments, 2)))
     token, logits = torch.arange(5, 17)[None], []
     with base.using_attention(base.own_attention), torch.no_grad():
         for ranges in ((), ((slot, 0, 12),)):

@@ -69,7 +69,7 @@ def test_the_refused_starts_do_alter_the_base(start: str, tmp_path: Path) -> Non
         ({"peft_type": "BOFT"}, "peft_type is 'BOFT'"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: .* holds no token_adapter"),
         ({"use_dora": True}, "lora_magnitude_vector: missing, though use_dora is set"),
-        ({"peft_type": "LOHA", "lora_alpha": None}, "q_proj.lora_A.weight: no kind of tensor of a LOHA adapter"),
+        ({"peft_type": "LOHA", "lora_alpha": None}, "q_proj.lora_A.weight: unknown tensor name for a LOHA adapter"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
         ({"r": 0}, "r: "),
         ({"lora_alpha": -1}, "lora_alpha: "),
@@ -97,7 +97,7 @@ def test_every_misfitting_tensor_is_named_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "model.layers.0.self_attn.q_proj.lora_B.weight: missing" in message
     assert "model.layers.1.self_attn.q_proj.lora_A.weight: shape (5, 32), expected (2, ...)" in message
-    assert "lora_magnitude_vector: no kind of tensor" in message
+    assert "lora_magnitude_vector: unknown tensor name" in message
     assert "stray: names in adapter_model.safetensors begin with" in message
 
 

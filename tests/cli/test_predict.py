@@ -71,7 +71,7 @@ def test_an_interrupted_one_goes_on(
     arguments = [str(world / "run"), "--data", str(world / "train.json"), "--json", "--output"]
     whole, _ = predict(capsys, *arguments, str(tmp_path / "whole"))
     answered = 0
-    read = module.spoken_text
+    read = module.answer_text_of
 
     def stop(renderer: Any, tokens: Any) -> str:
         nonlocal answered
@@ -81,7 +81,7 @@ def test_an_interrupted_one_goes_on(
         return read(renderer, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "spoken_text", stop)
+        patch.setattr(module, "answer_text_of", stop)
         with pytest.raises(BaseException):  # noqa: B017 (typer turns it into an exit)
             main(["predict", *arguments, str(tmp_path / "again"), "--max-new-tokens", "6"])
     (partial,) = (tmp_path / "again").glob("unfinished-*")
@@ -90,7 +90,7 @@ def test_an_interrupted_one_goes_on(
     message = json.loads(capsys.readouterr().out)["error"]["message"]
     assert message.startswith(f"interrupted; the answers so far are kept in {tmp_path / 'again'}: the same command")
     answered = -1000
-    monkeypatch.setattr(module, "spoken_text", stop)
+    monkeypatch.setattr(module, "answer_text_of", stop)
     out, _ = predict(capsys, *arguments, str(tmp_path / "again"))
     assert answered == -1000 + 36 - 19, "19 answers were there already"
     assert json.loads(out)["metrics"] == json.loads(whole)["metrics"]

@@ -152,9 +152,9 @@ def test_changed_or_missing_data_is_told() -> None:
     dataloader = DataLoader(samples_of(10), DataConfig(), 0)
     with pytest.raises(DataError, match=r"10 samples of \d+ tokens now, 11 of \d+ then"):
         dataloader.load_state(DataLoader(samples_of(11), DataConfig(), 0).state())
-    with pytest.raises(DataError, match="not a single sample"):
+    with pytest.raises(DataError, match="the training set is empty"):
         DataLoader([], DataConfig(), 0)
-    with pytest.raises(DataError, match="not a single sample"):
+    with pytest.raises(DataError, match="the training set is empty"):
         StreamingDataLoader(lambda: iter([]), DataConfig(), 0)
     short = StreamingDataLoader(lambda: iter(samples_of(10)), DataConfig(batch_size=5), 0)
     with pytest.raises(DataError, match="beyond its end"):

@@ -10,7 +10,7 @@ import pytest
 
 from lowrank.data.chat.characters import CharacterRenderer
 from lowrank.data.config import DataConfig, SourceConfig
-from lowrank.data.formats.unread import Watched, unread, whole
+from lowrank.data.formats.unread import KeyTrackingDict, unread, whole
 from lowrank.data.prepare import examine, refuse
 from lowrank.data.report.statistics import DataReport
 from lowrank.errors import DataError
@@ -28,7 +28,9 @@ def found(report: DataReport) -> dict[str, tuple[int, tuple[str, ...]]]:
 
 
 def test_reading_is_what_takes_a_key() -> None:
-    row = Watched({"a": 1, "b": {"c": 1, "d": {"e": 2}}, "f": [{"g": 1, "h": 2}, 3], "i": None, "j": "", "k": 5})
+    row = KeyTrackingDict(
+        {"a": 1, "b": {"c": 1, "d": {"e": 2}}, "f": [{"g": 1, "h": 2}, 3], "i": None, "j": "", "k": 5}
+    )
     assert "k" in row
     assert list(row) == ["a", "b", "f", "i", "j", "k"]
     assert unread(row) == []  # nothing was opened: it may still be handed on whole
@@ -43,7 +45,7 @@ def test_reading_is_what_takes_a_key() -> None:
 
 
 def test_what_is_handed_on_whole_is_plain_and_read() -> None:
-    row = Watched({"tools": [{"function": {"name": "f", "x": {"y": 1}}}], "z": 1})
+    row = KeyTrackingDict({"tools": [{"function": {"name": "f", "x": {"y": 1}}}], "z": 1})
     assert row["tools"][0]["function"]["name"] == "f"
     assert unread(row) == ["tools[].function.x", "z"]
     taken = whole(row["tools"])

@@ -148,7 +148,7 @@ def test_who_cannot_be_shown_pictures_says_so(tmp_path: Path) -> None:
     base, tokenizer, _ = vision_base(tmp_path / "model", "llava")
     segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
     base.media_encoder = None
-    with pytest.raises(RequestError, match="is not asked about pictures here: it was loaded to read text alone"):
+    with pytest.raises(RequestError, match="does not accept pictures here: it was loaded to read text alone"):
         Generator(base, Bank(base)).submit(Prompt(segment.token_L, media=segment.media), GenerationConfig())
 
 

@@ -117,7 +117,7 @@ def test_rows_of_many_adapters_are_answered_as_transformers_answers_each_alone(f
 
 
 def test_a_trained_base_and_texts_beside_it_answer_as_before(tmp_path: Path) -> None:
-    """Settled padded by training, all go in fixed batches; loaded to answer, texts have their places in steps."""
+    """Settled padded by training, all go in fixed batches; loaded for inference, texts have their places in steps."""
     base, tokenizer = answering(tmp_path / "model", "gemma3")
     renderer = Renderer(tokenizer, DataConfig())
     segments = [renderer.prompt_segment(each) for each in (chat("Which?", pictures(tmp_path)[0]), chat("Which?"))]
@@ -169,7 +169,9 @@ def test_virtual_tokens_are_not_beside_pictures_in_padded_rows(tmp_path: Path, m
     bank = Bank(base)
     slot = bank.add(PromptTuningConfig(num_virtual_tokens=2), seed=0)
     segment = Renderer(tokenizer, DataConfig()).prompt_segment(chat("Which?", pictures(tmp_path)[0]))
-    with pytest.raises(RequestError, match="virtual tokens cannot answer here: pictures are asked about in fixed"):
+    with pytest.raises(
+        RequestError, match="virtual tokens cannot answer here: prompts with pictures are answered in fixed"
+    ):
         Generator(base, bank).submit(Prompt(segment.token_L, slot, segment.media), GenerationConfig())
     with pytest.raises(ModelError, match="virtual tokens cannot be shown media here"):
         label_logprobs(base, bank, [(slot, segment)])
@@ -206,5 +208,5 @@ def test_labels_about_pictures_are_scored(known: bool, tmp_path: Path, monkeypat
     twin = peft_of("gemma3", bank, slot)
     for (total, number), each in zip(scored[[0, 2]], (segment, text)):
         assert -total / number == pytest.approx(alone_loss(twin, base, [each]).item(), abs=1e-5)
-    with nullcontext() if known else pytest.raises(ModelError, match="loaded to answer"):
+    with nullcontext() if known else pytest.raises(ModelError, match="loaded for inference"):
         bank.hidden(pack([(slot, segment)]), {})

@@ -14,8 +14,8 @@ from lowrank.data.chat.rendering import Renderer
 from lowrank.data.chat.thoughts import Thoughts, thoughts_of
 from lowrank.data.config import DataConfig
 from lowrank.data.formats.turns import think
+from lowrank.generate.answer_text import answer_text_of
 from lowrank.generate.detokenizer import IncrementalDetokenizer
-from lowrank.generate.spoken_answer import spoken_text
 from lowrank.pipelines.inference import open_inference_model
 from lowrank.records import Conversation, Message
 from lowrank.serve.api.forced_calls import grammar_of
@@ -102,7 +102,7 @@ def test_marks_are_control_tokens_that_the_text_leaves_out_unless_asked() -> Non
         text = IncrementalDetokenizer(tokenizer, (), preserved)
         assert "".join([*map(text.add, learned), text.end()]) == expected
     renderer = Renderer(tokenizer, DataConfig())
-    assert spoken_text(renderer, learned) == "<think>\nhm\n</think>\n\nfour"
+    assert answer_text_of(renderer, learned) == "<think>\nhm\n</think>\n\nfour"
 
 
 def test_templates_that_think() -> None:

@@ -70,7 +70,7 @@ class Eva(Lora, SiteSetup):
         del rank
         if site.calibration is None:
             return
-        leaders, found = self._look(site, site.calibration)
+        leaders, found = self._find_components(site, site.calibration)
         self._ranks = share_out(site.ranks, self.settings.rho, leaders, found)
         for name, leader in leaders.items():
             self._rows[id(site.layers[name])] = found[leader].direction_CD[: self._ranks[name]]
@@ -86,17 +86,19 @@ class Eva(Lora, SiteSetup):
         rows = self._rows.get(id(base))
         return tensors if rows is None else {**tensors, "lora_A": rows.contiguous()}
 
-    def _look(self, site: AdapterSite, looks: CalibrationSteps) -> tuple[dict[str, str], dict[str, Components]]:
+    def _find_components(
+        self, site: AdapterSite, calibration: CalibrationSteps
+    ) -> tuple[dict[str, str], dict[str, Components]]:
         """(layer -> the first one with the same input, what was found for those)."""
         found: dict[str, Components] = {}
         waiting: dict[str, list[torch.Tensor]] = {}
         watch = InputRecorder(site.layers, lambda name, x_ND: waiting.setdefault(name, []).append(x_ND[chosen_N]))
         most = max(round(rank * self.settings.rho) for rank in site.ranks.values())
-        for step in islice(looks(), self.settings.most_steps):
-            for look in step:
-                learned = self.settings.use_label_mask and bool(look.learned_N.any())
-                chosen_N = look.learned_N if learned else torch.ones_like(look.learned_N)
-                watch.record(look.run)
+        for step in islice(calibration(), self.settings.most_steps):
+            for calibration_pass in step:
+                learned = self.settings.use_label_mask and bool(calibration_pass.learned_N.any())
+                chosen_N = calibration_pass.learned_N if learned else torch.ones_like(calibration_pass.learned_N)
+                watch.record(calibration_pass.run)
             for name, parts in waiting.items():
                 x_ND = torch.cat(parts).float()
                 found.setdefault(name, Components(most)).add(x_ND)

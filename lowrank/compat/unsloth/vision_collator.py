@@ -15,7 +15,7 @@ import torch
 from lowrank.compat.unsloth.arguments import warn_once
 from lowrank.compat.unsloth.responses import train_on_responses_only as answers_alone
 from lowrank.data.formats.columns import RowProblem
-from lowrank.data.formats.given import PICTURE_PARTS, part_of
+from lowrank.data.formats.inline_media import PICTURE_PARTS, part_of
 from lowrank.data.formats.media_files import Folders, picture_of
 from lowrank.errors import ConfigError, DataError
 from lowrank.media.decoding import decoded

@@ -34,7 +34,7 @@ class DataLoader:
 
     def __init__(self, samples: Sequence[Sample], config: DataConfig, seed: int) -> None:
         if not samples:
-            raise DataError("there is not a single sample to train on")
+            raise DataError("the training set is empty")
         self._samples = samples
         self._lengths = [_length(sample) for sample in samples]
         self._tokens = sum(self._lengths)
@@ -219,7 +219,7 @@ class StreamingDataLoader:
     def _first(self) -> list[Segment]:
         step = next(self._running, None)
         if step is None:
-            raise DataError("there is not a single sample to train on")
+            raise DataError("the training set is empty")
         return step
 
     def _begin(self) -> Iterator[list[Segment]]:

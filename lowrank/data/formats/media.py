@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank.data.formats.columns import COLUMNS, RowProblem, list_of
-from lowrank.data.formats.given import PLACES, GivenMedium, places_in
+from lowrank.data.formats.inline_media import PLACES, GivenMedium, places_in
 from lowrank.data.formats.media_files import Folders, medium_of
 from lowrank.records import (
     COLUMN_NAMES,

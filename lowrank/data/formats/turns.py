@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowrank.data.formats.columns import COLUMNS, RowProblem, beginning, describe, list_of, text_of
-from lowrank.data.formats.given import PARTS, GivenMedium, part_of
+from lowrank.data.formats.inline_media import PARTS, GivenMedium, part_of
 from lowrank.data.formats.turn_flags import LOSS_FLAGS, flags_of_row, is_trained
 from lowrank.records import THOUGHTS, Conversation, Message, Preference, Prompted, Rated, Record, Role, Text
 

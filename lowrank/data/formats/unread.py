@@ -1,7 +1,7 @@
-"""What of a row nobody reads: every key that no reader asked for, found by watching what is asked.
+"""Finds the keys of a row that no reader used, by recording which keys are read.
 
-A format gets its row as a `Watched` mapping. Reading a key (`row["x"]`, `row.get("x")`) takes it; what was never taken
-is named by the doctor. A mapping inside that nobody opened but somebody took (tool schemas, arguments of a call) was
+A format gets its row as a `KeyTrackingDict`. Reading a key (`row["x"]`, `row.get("x")`) takes it; the doctor names what
+was never taken. A mapping inside that nobody opened but somebody took (tool schemas, arguments of a call) was
 handed on whole, and counts as read with all that is in it. So a reader has nothing to register: it reads.
 """
 
@@ -24,7 +24,7 @@ _PROVENANCE = re.compile(
 )
 
 
-class Watched(dict[str, Any]):
+class KeyTrackingDict(dict[str, Any]):
     """A mapping that knows which of its keys were read. Mappings in it, also those in lists, are watched as well.
 
     Asking what keys there are (`in`, `keys()`, iteration) reads nothing; `items()`, `values()`, `dict(...)` and
@@ -68,7 +68,7 @@ class Watched(dict[str, Any]):
 
 def _watched(value: Any, depth: int = 0) -> Any:
     if isinstance(value, dict):
-        return value if isinstance(value, Watched) else Watched(value)
+        return value if isinstance(value, KeyTrackingDict) else KeyTrackingDict(value)
     if isinstance(value, list) and depth < _DEEPEST_LIST:
         return [_watched(item, depth + 1) for item in value]
     return value
@@ -81,7 +81,7 @@ def whole(value: Any, depth: int = 0) -> Any:
         raise RowProblem(f"nested too deep: more than {DEEPEST_JSON} lists and objects within one another")
     if isinstance(value, dict):
         plain = {key: whole(item, depth + 1) for key, item in dict.items(value)}
-        if isinstance(value, Watched):
+        if isinstance(value, KeyTrackingDict):
             value.taken.update(value)
             for key, item in plain.items():
                 dict.__setitem__(value, key, item)
@@ -94,7 +94,7 @@ def peek(row: Mapping[str, Any], key: str) -> Any:
     return dict.get(row, key) if isinstance(row, dict) else row.get(key)
 
 
-def unread(row: Watched) -> list[str]:
+def unread(row: KeyTrackingDict) -> list[str]:
     """The keys nobody read, each once: `score`, and for turns `messages[].loss`. Empty values are not missed."""
     return list(dict.fromkeys(_unread(row, "")))
 
@@ -103,7 +103,7 @@ def _unread(value: Any, path: str) -> Iterator[str]:
     if isinstance(value, list):
         for item in value:
             yield from _unread(item, f"{path}[]")
-    elif isinstance(value, Watched) and value.taken:
+    elif isinstance(value, KeyTrackingDict) and value.taken:
         for key, item in dict.items(value):
             name = f"{path}.{_shown(key)}" if path else _shown(key)
             if key in value.taken:

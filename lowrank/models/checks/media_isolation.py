@@ -95,7 +95,7 @@ def _apart_from_texts(base: Base, names: str, reason: str, earlier: MediaEncoder
     padded_reason = _what_leaks(base)
     if padded_reason is not None:
         base.media_encoder = earlier
-        raise ModelError(f"{base.name} is not asked about {names}: packed, {reason}; padded, {padded_reason}")
+        raise ModelError(f"{base.name} does not accept {names}: packed, {reason}; padded, {padded_reason}")
     return _FIXED.format(names=names, reason=f"packed, {reason}")
 
 

@@ -1,4 +1,4 @@
-"""An answer as a person reads it: with what the model thought, where its chat template knows of thoughts."""
+"""The text of an answer for people, with the model's reasoning where its chat template has a form for that."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lowrank.generate.detokenizer import decode, hidden_tokens
 from lowrank.generate.request import Answer, TokenChunk
 
 
-class SpokenAnswer:
-    """Takes the chunks of one answer. Tags of thoughts stay as they are, channels become `<think>` tags.
+class AnswerText:
+    """Turns the chunks of one answer into its text. Tags of reasoning stay as they are, channels become `<think>` tags.
 
     marks   control tokens that the chunks' text has to show (`preserved_tokens`)
     """
@@ -39,8 +39,8 @@ class SpokenAnswer:
         return answer if self._reader is None else replace(answer, text=self._text)
 
 
-def spoken_text(renderer: Renderer, tokens: Sequence[int]) -> str:
-    """The same of a whole answer's tokens."""
-    spoken = SpokenAnswer(renderer)
-    hidden = hidden_tokens(renderer.tokenizer, spoken.marks) if spoken.marks else None
-    return spoken.add(TokenChunk(None, decode(renderer.tokenizer, tokens, hidden), finish="stop"))
+def answer_text_of(renderer: Renderer, tokens: Sequence[int]) -> str:
+    """The text of a whole answer, from its tokens."""
+    text = AnswerText(renderer)
+    hidden = hidden_tokens(renderer.tokenizer, text.marks) if text.marks else None
+    return text.add(TokenChunk(None, decode(renderer.tokenizer, tokens, hidden), finish="stop"))

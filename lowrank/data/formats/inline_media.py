@@ -1,5 +1,4 @@
-"""Pictures, videos and sounds as the parts of a turn name them, before anybody has looked for their files (media.py
-does)."""
+"""Pictures, videos and sounds as the parts of a turn name them; media.py then finds their files."""
 
 from __future__ import annotations
 
