@@ -1,6 +1,7 @@
-"""One run trained by several processes together: every optimizer step divided among all of them (train/lanes.py).
+"""Data parallelism: one run trained by several processes (ranks), among which every optimizer step is divided
+(train/lanes.py).
 
-They are started by `devices=n` here, by torchrun, or by whoever has made a process group (Ray Train); each calls
+They are started here by `devices=n`, by torchrun, or by a launcher that makes a process group (Ray Train); each calls
 `train_as_rank`.
 """
 
@@ -22,7 +23,7 @@ from lowrank.config.code import refuse_code
 from lowrank.errors import LowrankError
 from lowrank.pipelines.processes import Child, follow, train_arguments
 from lowrank.pipelines.rank_output import is_reported_by_first
-from lowrank.pipelines.shares import device_environment, refuse_unseen, uses_gpus
+from lowrank.pipelines.shares import device_environment, refuse_rows_in_memory, uses_gpus
 from lowrank.pipelines.train import train
 from lowrank.ranks import Processes, RankLost
 from lowrank.report.events import Event, Notice, Reporter, RunFinished, RunStarted
@@ -32,7 +33,7 @@ from lowrank.train.stop_signal import StopSignal
 
 
 class ProcessesFailed(LowrankError):
-    """A process of a run has died, and with it the run. `exit_code` is that of the first that did."""
+    """A process of a data-parallel run has failed, and with it the run. `exit_code`: that of the first that failed."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -65,23 +66,23 @@ def train_processes(
     strict: bool = False,
     allow_code: bool = False,
 ) -> dict[str, Any]:
-    """Start `number` ranks on this machine, each with a device of its own, and follow them; what stands in
-    summary.json. ProcessesFailed if one has died: all of them are ended then."""
-    refuse_unseen(config)
+    """Start `number` ranks on this machine, each with its own device, and wait for them. Returns the contents of
+    summary.json. ProcessesFailed if one has failed; then all are killed."""
+    refuse_rows_in_memory(config)
     report = Listeners([], reporters)
     stop_signal = StopSignal(Path(config.output_dir) / STOP)
-    with code_allowed(allow_code), tempfile.TemporaryDirectory(prefix="lowrank-ranks-") as place:
+    with code_allowed(allow_code), tempfile.TemporaryDirectory(prefix="lowrank-ranks-") as folder:
         refuse_code(config, "the settings")
-        file = Path(place) / "run.json"
-        own = config.model_copy(update={"devices": 1}).model_dump(mode="json")
-        file.write_text(json.dumps(own, ensure_ascii=False), encoding="utf-8")
+        file = Path(folder) / "run.json"
+        settings = config.model_copy(update={"devices": 1}).model_dump(mode="json")
+        file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         port = _free_port()
         children = [
             Child(
                 f"rank {rank}",
                 train_arguments(file, strict),
                 config.output_dir,
-                Path(place) / f"rank-{rank}.log",
+                Path(folder) / f"rank-{rank}.log",
                 {
                     **device_environment(config, rank, number),
                     "RANK": str(rank),
@@ -95,15 +96,15 @@ def train_processes(
 
         def on_event(child: Child, event: Event) -> None:
             if isinstance(event, RunStarted):
-                event = RunStarted(event.output_dir, event.jobs, own, event.device, event.dtype)
+                event = RunStarted(event.output_dir, event.jobs, settings, event.device, event.dtype)
             report(event)
 
-        failed = follow(children, on_event, stop_signal, lambda text: report(Notice(text, "warning")), together=True)
-        for child in children[1:]:  # a first rank has told its own
+        failed = follow(children, on_event, stop_signal, lambda text: report(Notice(text, "warning")), all_or_none=True)
+        for child in children[1:]:  # the first rank has reported its own notices
             for line in child.output_lines():
                 report(Notice(line, "warning"))
         if failed is not None:
-            failed = _with_the_message(failed, children)
+            failed = _with_error(failed, children)
             tail_of = failed.stderr_tail()
             text = tail_of if failed is children[0] and failed.error else f"{failed.name}: {tail_of}"
             raise ProcessesFailed(text, failed.code if failed.code is not None and failed.code > 0 else 1)
@@ -114,8 +115,9 @@ def train_processes(
     return summary
 
 
-def _with_the_message(failed: Child, children: Sequence[Child]) -> Child:
-    """Where all have found the same, the first rank alone says it, and may be the last to end."""
+def _with_error(failed: Child, children: Sequence[Child]) -> Child:
+    """Return the child whose error is reported: where all ranks found the same error, only the first one reports it,
+    and it may be the last to end."""
     ended_by_itself = failed.code is not None and failed.code >= 0
     silent = ended_by_itself and not failed.error and not failed.output_lines()
     return children[0] if silent and children[0].error else failed

@@ -1,4 +1,4 @@
-"""What the shares of a run have come to, as one run: summary, curves, the sweep's table, the winner, all adapters."""
+"""Merges the shares of a run into one: summary, curves, the sweep's table, its winner, all adapters."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from lowrank.search.sweep import Sweep, Trial, trials_of
 
 @dataclass(frozen=True)
 class _Part:
-    """One share that has begun."""
+    """One share that has started."""
 
     folder: Path
     config: dict[str, Any]
     summary: dict[str, Any] | None
-    """None while it has not come to an end, in order or by an interruption."""
+    """None until it has ended, in order or interrupted."""
 
 
 def is_shared(folder: Path) -> bool:
-    """Whether a run's jobs are trained in shares below this folder."""
+    """Return whether the run in this folder is trained in shares."""
     return bool(share_folders(folder))
 
 
 def merge_shares(output_dir: Path, notify: Callable[[str], None], *, locked: bool = False) -> dict[str, Any] | None:
-    """Write what a run in one piece would have left in `output_dir`, of the shares that have come to an end; what
-    stands in summary.json, or None where none has. May be done again at any time. `locked`: the caller holds the
-    folder. OutputError for shares that do not belong together."""
+    """Write into `output_dir` what an undivided run would have written, from the shares that have ended. Returns the
+    contents of summary.json, None if no share has ended. May be called again at any time. `locked`: the caller holds
+    the folder's lock. OutputError for a job that is in two shares."""
     names = list(_assigned_names(output_dir))
     parts = [part for folder in share_folders(output_dir) if (part := _read(folder)) is not None]
     whole = [part for part in parts if part.summary is not None]
@@ -75,7 +75,7 @@ def merge_shares(output_dir: Path, notify: Callable[[str], None], *, locked: boo
         try:
             write_loss_plot(lines, output_dir / PLOT, f"{output_dir.name}: loss")
             write_report(output_dir)
-        except Exception as error:  # fonts, a full disk: the numbers are there
+        except Exception as error:  # fonts, a full disk: the numbers are written
             notify(f"pictures and pages could not be written ({type(error).__name__}: {error})")
     missing = [name for name in names if name not in summary["jobs"]]
     if missing:
@@ -87,7 +87,9 @@ def merge_shares(output_dir: Path, notify: Callable[[str], None], *, locked: boo
 def _assigned_names(output_dir: Path) -> dict[str, int]:
     found = read_assignment(output_dir)
     if found is None:
-        raise OutputError(f"{output_dir}: there are no shares of a run in it that could be merged")
+        raise OutputError(
+            f"{output_dir}: no shares of a run in it to merge; name the output_dir of a run with devices or share set"
+        )
     return found[1]
 
 
@@ -95,7 +97,7 @@ def _read(folder: Path) -> _Part | None:
     config = find_json(folder / CONFIG)
     if config is None:
         return None
-    settings_of_run(folder / CONFIG)  # names of jobs become folders here: what is no run's settings ends with its words
+    settings_of_run(folder / CONFIG)  # names of jobs become folders here, so foreign settings must be refused
     return _Part(folder, config, find_json(folder / SUMMARY))
 
 
@@ -105,18 +107,18 @@ def _refuse_twice(parts: Sequence[_Part]) -> None:
         for job in part.config["jobs"]:
             other = seen.setdefault(job["name"], part.folder)
             if other != part.folder:
-                raise OutputError(f"{job['name']} was trained in two shares, {other} and {part.folder}; remove one")
+                raise OutputError(f"{job['name']} is in two shares, {other} and {part.folder}; delete one of them")
 
 
 def _config(output_dir: Path, parts: Sequence[_Part], names: Sequence[str]) -> dict[str, Any]:
-    """The settings of all jobs that have begun, in the order in which they were given."""
+    """Return the settings of all jobs that have started, in the given order."""
     known = {job["name"]: job for part in parts for job in part.config["jobs"]}
     ordered = [*(name for name in names if name in known), *(name for name in known if name not in names)]
     return {**parts[0].config, "output_dir": str(output_dir), "jobs": [known[name] for name in ordered]}
 
 
 def _lines(parts: Sequence[_Part]) -> list[dict[str, Any]]:
-    """All metrics in the order of time; what every share says of the whole run stands there once."""
+    """Return all lines of metrics by time; a notice that every share gives about the whole run is there once."""
     lines = [line for part in parts for line in read_metrics(part.folder / METRICS)]
     seen: set[str] = set()
     kept = []
@@ -130,8 +132,7 @@ def _lines(parts: Sequence[_Part]) -> list[dict[str, Any]]:
 
 
 def _take_adapters(source: Path, target: Path) -> None:
-    """`best` and `last` of a job, as links to the same files where the file system has such: an adapter on disk is
-    never changed in place."""
+    """Copy `best` and `last` of a job, as hard links where the file system has them: files of adapters never change."""
     for which in JOB_FOLDERS:
         place = current(source / which)
         if place.is_dir():
@@ -154,7 +155,7 @@ def _winner(
     names: Sequence[str],
     notify: Callable[[str], None],
 ) -> str | None:
-    """The best candidate of a sweep, whose table is written; None where there is no sweep."""
+    """Write the table of a sweep and return its best candidate; None where there is no sweep."""
     if not config.get("sweep"):
         return None
     settings = SweepConfig.model_validate(config["sweep"])
@@ -176,9 +177,9 @@ def _winner(
 def _summary(
     output_dir: Path, config: Mapping[str, Any], parts: Sequence[_Part], names: Sequence[str], winner: str | None
 ) -> dict[str, Any]:
-    """Tokens are summed. Seconds are those of the longest share, and peaks of memory those of the largest."""
+    """Return the merged summary. Tokens are summed; seconds and peak memory are the maxima over the shares."""
     found = [part.summary for part in parts if part.summary is not None]
-    jobs = {name: own for summary in found for name, own in summary["jobs"].items()}
+    jobs = {name: job for summary in found for name, job in summary["jobs"].items()}
     ordered = {name: jobs[name] for name in (*names, *jobs) if name in jobs}
     tokens = sum(summary["train_tokens"] for summary in found)
     seconds = max(summary["train_seconds"] for summary in found)

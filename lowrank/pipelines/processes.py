@@ -1,8 +1,7 @@
-"""Processes of ours that train, seen from the one that started them: their events, their ends, and being asked to stop.
+"""Child processes that train: start them, receive their events, forward stop requests, and wait for their ends.
 
-Each writes its events to a pipe (`--json`), and what else it says to a file. Signals come to the parent alone, which
-hands on what was asked; so a Ctrl-C is handled once, however many processes a terminal would have sent it to.
-"""
+Each child writes its events to a pipe (`--json`) and all other output to a log file. Signals reach only the parent,
+which forwards stop requests, so a Ctrl-C counts once, however many processes the terminal would have sent it to."""
 
 from __future__ import annotations
 
@@ -27,23 +26,24 @@ from lowrank.report.events import Event
 from lowrank.third_party import code_is_allowed
 from lowrank.train.stop_signal import StopSignal
 
-LOOKS_EVERY = 0.2
-"""Seconds between looks whether somebody asked to stop."""
+POLL_SECONDS = 0.2
+"""Seconds between two checks for a stop request."""
 _LAST_LINES = 12
 _REPORT_SECONDS = 5.0
-"""Seconds that processes of one run have, once one of them has failed, to end by themselves."""
+"""Seconds that the processes of one run have to end by themselves once one of them has failed."""
 ENDED_IN_ORDER = (0, 7, 130)
-"""Exit codes of a run that has ended as it should: done, a job's loss was not finite, interrupted."""
+"""Exit codes of a run that has ended in order: done, a job's loss was not finite, interrupted."""
 
 
 def train_arguments(file: Path, strict: bool) -> list[str]:
-    """The command line of a process that trains the settings in `file`, with what this process was allowed."""
+    """Return the arguments of `lowrank` for a process that trains the settings in `file`. What this process was allowed
+    (`--allow-code`), the child is."""
     arguments = ["train", str(file), "--json", *(["--strict"] if strict else [])]
     return [*arguments, "--allow-code"] if code_is_allowed() else arguments
 
 
 def start_process(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """`lowrank <arguments>`, its output in a pipe, what else it says in a file."""
+    """Start `lowrank <arguments>` with stdout in a pipe and stderr in the file `log`."""
     with log.open("w", encoding="utf-8") as errors:
         return subprocess.Popen(
             [sys.executable, "-m", "lowrank", *arguments],
@@ -54,13 +54,13 @@ def start_process(arguments: Sequence[str], log: Path, environment: Mapping[str,
             encoding="utf-8",
             errors="replace",
             env=environment,
-            start_new_session=True,  # the terminal's Ctrl-C is the parent's to hand on
+            start_new_session=True,  # the terminal's Ctrl-C reaches only the parent, which forwards it
         )
 
 
 @dataclass
 class Child:
-    """One process. `name`: what people call it; `folder`: its run folder; `log`: what it says beside its events."""
+    """One child process. `name`: for messages; `folder`: its run folder; `log`: the file of its stderr."""
 
     name: str
     arguments: Sequence[str]
@@ -68,15 +68,15 @@ class Child:
     log: Path
     environment: Mapping[str, str]
     code: int | None = None
-    """Its exit code once it has ended; below 0: the signal that killed it."""
+    """The exit code once it has ended; negative: the signal that killed it."""
     error: str | None = None
-    """What it said was wrong."""
+    """The error message that it reported."""
     summary: dict[str, Any] | None = field(default=None, repr=False)
-    """What its run has come to."""
+    """The summary of its run, once it has ended in order."""
     process: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     def start(self, lines: queue.Queue[tuple[Child, str | None]]) -> None:
-        """Run `lowrank <words>`; each line of its events, and None at its end, is put into `lines`."""
+        """Start the process; each line of its stdout, and None at its end, is put into `lines`."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.process = start_process(self.arguments, self.log, {**os.environ, **self.environment})
         threading.Thread(target=self._read, args=(lines,), daemon=True, name=f"lowrank-{self.name}").start()
@@ -91,7 +91,7 @@ class Child:
         lines.put((self, None))
 
     def stop(self) -> None:
-        """Ask it to save and end."""
+        """Request it to save and end."""
         if self.process is None or self.code is not None:
             return
         if hasattr(signal, "SIGHUP"):
@@ -101,18 +101,18 @@ class Child:
             (self.folder / STOP).touch()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
         if self.process is not None and self.code is None:
             self.process.kill()
 
     def output_lines(self) -> list[str]:
-        """What it has said beside its events."""
+        """Return the lines of its log file."""
         with contextlib.suppress(OSError):
             return self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return []
 
     def stderr_tail(self) -> str:
-        """What it said was wrong, or the last of what it wrote, or how it ended."""
+        """Return its error message, else the last lines of its log, else how it ended."""
         if self.error:
             return self.error
         if self.code is not None and self.code < 0:
@@ -129,11 +129,11 @@ def follow(
     stop_signal: StopSignal,
     notify: Callable[[str], None],
     *,
-    together: bool = False,
+    all_or_none: bool = False,
 ) -> Child | None:
-    """Start them, and return when all have ended; `on_event` is given their events. A request to stop is handed on and
-    told; a second Ctrl-C, or any error here, ends them at once. `together`: none can go on without the others. The
-    first that failed."""
+    """Start all children and wait until all have ended; return the first that failed, or None. `on_event` is called
+    with their events. A stop request is forwarded and reported by `notify`; a second Ctrl-C, or any error here, kills
+    them. `all_or_none`: where one fails, the others are killed, since none can continue alone."""
     lines: queue.Queue[tuple[Child, str | None]] = queue.Queue()
     requested = False
     failed: Child | None = None
@@ -151,7 +151,7 @@ def follow(
                     _take(child, line, on_event)
                 if child is not None and line is None and child.code not in ENDED_IN_ORDER and failed is None:
                     failed, ends_at = child, time.monotonic() + _REPORT_SECONDS
-                if together and time.monotonic() > ends_at:
+                if all_or_none and time.monotonic() > ends_at:
                     for each in children:
                         each.kill()
     except BaseException:
@@ -162,10 +162,11 @@ def follow(
 
 
 def _arriving(lines: queue.Queue[tuple[Child, str | None]], number: int) -> Iterator[tuple[Child | None, str | None]]:
-    """What comes from the children until the last has ended, and now and then nothing."""
+    """Yield the children's lines until the last has ended, and `(None, None)` every `POLL_SECONDS` seconds without
+    one."""
     while number:
         try:
-            child, line = lines.get(timeout=LOOKS_EVERY)
+            child, line = lines.get(timeout=POLL_SECONDS)
         except queue.Empty:
             yield None, None
             continue

@@ -139,4 +139,4 @@ def _compute(
         job.dataloader = ReferencedSteps(prepared.train, references)
         job.held_out = references.attach(prepared.eval)
     if name is not None and all(prepared.train.samples for _, prepared in comparing):
-        references.forget_model()
+        references.release_model()

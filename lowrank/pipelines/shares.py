@@ -1,9 +1,7 @@
-"""Jobs over devices and machines: each share of a run's jobs is an ordinary run, in a folder and a process of its own.
+"""Jobs over devices and machines: each share of a run's jobs is an ordinary run with its own folder and process.
 
-A share is what Slurm calls an array task.
-
-Nothing travels between shares, so a share that dies costs its own jobs' time and nothing else, and starting it again
-(`resume=true`) goes on.
+A share is what Slurm calls an array task. Shares exchange nothing, so one that fails costs only its own jobs' time, and
+is resumed by itself (`resume=true`).
 """
 
 from __future__ import annotations
@@ -48,16 +46,16 @@ from lowrank.train.stop_signal import StopSignal
 
 
 class SharesFailed(LowrankError):
-    """Some shares of a run have died; the others are whole. `exit_code` is that of the first."""
+    """Some shares of a run have failed; the others are complete. `exit_code`: that of the first that failed."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def own_share(config: RunConfig, reporters: Sequence[Reporter], *, strict: bool) -> RunConfig:
-    """The settings of the share that `config.share` names: its jobs, in its folder. The data of all jobs are read to
-    assign them, unless another share has assigned them already. ConfigError for a share without jobs."""
+def config_of_own_share(config: RunConfig, reporters: Sequence[Reporter], *, strict: bool) -> RunConfig:
+    """Return the settings of the share that `config.share` names: its jobs, in its folder. The data of all jobs are
+    read to assign them, unless another share has assigned them already. ConfigError for a share without jobs."""
     assert config.share is not None
     share = read_share(config.share, os.environ)
     refuse_unshared(config.output_dir)
@@ -66,14 +64,14 @@ def own_share(config: RunConfig, reporters: Sequence[Reporter], *, strict: bool)
     def by_cost() -> dict[str, int]:
         return _assign_by_cost(config, share.of, Listeners([], reporters), strict)
 
-    return of_share(config, share, load_or_create_assignment(config.output_dir, names, share.of, by_cost))
+    return config_of_share(config, share, load_or_create_assignment(config.output_dir, names, share.of, by_cost))
 
 
-def of_share(config: RunConfig, share: Share, shares: Mapping[str, int]) -> RunConfig:
-    """The settings with the jobs of one share, in its folder. ConfigError if it has none."""
+def config_of_share(config: RunConfig, share: Share, shares: Mapping[str, int]) -> RunConfig:
+    """Return the settings with only the jobs of one share, in its folder. ConfigError if it has none."""
     jobs = tuple(job for job in config.jobs if shares[job.name] == share.number)
     if not jobs:
-        raise ConfigError(f"share: {share} has no job: there are {len(config.jobs)} in all; give fewer shares")
+        raise ConfigError(f"share: {share} has no job: there are {len(config.jobs)} jobs in all; use fewer shares")
     folder = config.output_dir / SHARES / share.folder
     return config.model_copy(update={"jobs": jobs, "output_dir": folder, "share": None, "devices": 1})
 
@@ -93,9 +91,9 @@ def train_shares(
     strict: bool = False,
     allow_code: bool = False,
 ) -> dict[str, Any]:
-    """Train the jobs in `number` processes of this machine, each with a device of its own; what stands in the merged
-    summary.json. Settings and data are checked before any of them starts. SharesFailed if some have died."""
-    refuse_unseen(config)
+    """Train the jobs in `number` processes on this machine, each with its own device. Returns the contents of the
+    merged summary.json. Settings and data are checked before any process starts. SharesFailed if some have failed."""
+    refuse_rows_in_memory(config)
     names = [job.name for job in config.jobs]
     merged = _MergedReporter(config, Listeners([], reporters))
     report = merged.report
@@ -118,43 +116,47 @@ def train_shares(
             return _end(config, children, report)
 
 
-def refuse_unseen(config: RunConfig) -> None:
-    """ConfigError for rows of this process, which others cannot see."""
+def refuse_rows_in_memory(config: RunConfig) -> None:
+    """ConfigError for rows in the memory or standard input of this process, which other processes cannot read."""
     problems = [
         f"{job.name}: {title}: rows in the memory, or from the standard input, of this process"
         for job in config.jobs
         for _, _, source, title in titled_sources(job.data)
         if source.path.startswith(IN_MEMORY) or source.path in STANDARD_INPUT
     ]
-    raise_all(ConfigError, "devices: other processes cannot see these; write them to a file and name it", problems)
+    raise_all(
+        ConfigError, "devices: other processes cannot read these rows; write them to a file and name it:", problems
+    )
 
 
-def device_environment(config: RunConfig, place: int, number: int) -> dict[str, str]:
-    """What makes one process of `number` use a device of its own; `place` 0 is the first."""
-    given = {"LOCAL_WORLD_SIZE": str(number)}
+def device_environment(config: RunConfig, index: int, number: int) -> dict[str, str]:
+    """Return the environment variables that give process `index` (from 0) of `number` its own device."""
+    environment = {"LOCAL_WORLD_SIZE": str(number)}
     if uses_gpus(config):
         visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-        given["CUDA_VISIBLE_DEVICES"] = visible[place] if visible else str(place)
+        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     elif "OMP_NUM_THREADS" not in os.environ:
-        given["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // number))
-    return given
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // number))
+    return environment
 
 
 def uses_gpus(config: RunConfig) -> bool:
-    """Whether the run's devices are CUDA's (ROCm's too)."""
+    """Return whether the run uses CUDA devices (or ROCm, which torch calls CUDA, too)."""
     return config.model.device in ("auto", "cuda") and torch.cuda.is_available()
 
 
 def _child(config: RunConfig, share: Share, shares: Mapping[str, int], strict: bool) -> Child:
-    own = of_share(config, share, shares).model_copy(update={"overwrite": False})
+    settings = config_of_share(config, share, shares).model_copy(update={"overwrite": False})
     file = config.output_dir / SHARES / f"{share.folder}.json"
-    write_text(file, json.dumps(own.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+    write_text(file, json.dumps(settings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
     environment = device_environment(config, share.number - 1, share.of)
-    return Child(f"share {share}", train_arguments(file, strict), own.output_dir, file.with_suffix(".log"), environment)
+    return Child(
+        f"share {share}", train_arguments(file, strict), settings.output_dir, file.with_suffix(".log"), environment
+    )
 
 
 def _is_over(child: Child) -> bool:
-    """Whether the share has come to its end with these very settings, so that going on would do nothing."""
+    """Return whether the share has ended with these very settings, so that resuming it would do nothing."""
     summary, before = find_json(child.folder / SUMMARY), find_json(child.folder / CONFIG)
     if summary is None or before is None or summary["interrupted"]:
         return False
@@ -163,13 +165,13 @@ def _is_over(child: Child) -> bool:
     same = [[job[name] for name in length] for job in before["jobs"]] == [
         [job[name] for name in length] for job in settings["jobs"]
     ]
-    for job in settings["jobs"]:  # the day on which the run began stands in the settings of a run
+    for job in settings["jobs"]:  # a run's settings have the date on which it began
         job["data"]["chat_template_date"] = before["jobs"][0]["data"]["chat_template_date"]
     return same and not changed_settings(before, settings)
 
 
 class _MergedReporter:
-    """The events of all shares as those of one run."""
+    """Merges the events of all shares into those of one run."""
 
     def __init__(self, config: RunConfig, report: Listeners) -> None:
         self._config, self._report = config, report
@@ -178,16 +180,16 @@ class _MergedReporter:
         self._names = {job.name for job in config.jobs}
 
     def report(self, event: Event) -> None:
-        """Notices that several say alike are said once."""
+        """Report an event, but a notice that several shares give only once."""
         if isinstance(event, Notice):
             if event.text in self._noticed:
                 return
-            names, _, text = event.text.partition(": ")  # a share whose jobs are all concerned says it without names
+            names, _, text = event.text.partition(": ")  # a notice about all jobs of a share has no names
             self._noticed |= {event.text, *([text] if {*names.split(", ")} <= self._names else [])}
         self._report(event)
 
     def on_event(self, child: Child, event: Event) -> None:
-        """The first share that begins begins the run."""
+        """Report an event of a share. The first share that starts starts the run."""
         if isinstance(event, RunStarted):
             self._start(event)
         elif isinstance(event, Stage):
@@ -206,7 +208,7 @@ class _MergedReporter:
 
 
 def _end(config: RunConfig, children: Sequence[Child], report: Callable[[Event], None]) -> dict[str, Any]:
-    """The merged summary, told as the end of the run."""
+    """Merge the shares and report the end of the run; return the merged summary. SharesFailed if some have failed."""
     failed = [child for child in children if child.code not in ENDED_IN_ORDER]
     summary = merge_shares(config.output_dir, lambda text: report(Notice(text, "warning")), locked=True)
     if failed:
@@ -217,7 +219,7 @@ def _end(config: RunConfig, children: Sequence[Child], report: Callable[[Event],
         if len(failures) == 1 and len(failed) == len(children):
             text = next(iter(failures))
         elif len(failed) < len(children):
-            text += "\nThe other shares are whole; the same command with resume=true goes on with what is left"
+            text += "\nThe other shares are complete; the same command with resume=true continues with the rest"
         raise SharesFailed(text, next((child.code for child in failed if child.code and child.code > 0), 1))
     if summary is None:  # all were interrupted before their first step
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The calibration pass: a job's own steps through the bare base, for adapters initialized from what they see there."""
+"""Calibration passes: steps of a job through the bare base, for adapters that are initialized from its activations."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from lowrank.train.engine import Engine
 
 
 def calibration_passes(engine: Engine, dataloader: DataLoader) -> Iterator[tuple[CalibrationBatch, ...]]:
-    """The steps of `dataloader` from its beginning, without end; nothing is taken from it."""
-    own = dataloader.again()
+    """Yield the steps of a copy of `dataloader` from its beginning, without end."""
+    steps = dataloader.again()
     while True:
-        batches = engine.micro_batches({BASE_SLOT: own.next_step()})
+        batches = engine.micro_batches({BASE_SLOT: steps.next_step()})
         yield tuple(_calibration_batch(engine, replace(batch, filler=0).to(engine.base.device)) for batch in batches)
 
 
 def _calibration_batch(engine: Engine, batch: Batch) -> CalibrationBatch:
-    """`weight_T` is of predictions, made one place before their token; here it is the token that counts."""
+    """Return one micro-batch for calibration. `weight_T` is aligned with predictions, one position before their token;
+    here the tokens themselves count."""
     token_T = batch.weight_T.roll(1) != 0
     token_T[batch.start_S1[:-1].long()] = False
     if engine.base.layout == "packed":

@@ -1,12 +1,12 @@
-"""Updates within the backward pass: a parameter is updated as soon as its gradient is there, and the gradient goes.
+"""Layerwise updates: each parameter is updated within the backward pass, as soon as its gradient is complete.
 
-So the gradients of a whole model are never there at once (LOMO, arXiv:2306.09782; the per-layer updates of GaLore's
-authors). Any optimizer that looks at one parameter at a time may be used so, and gives the same bits. By the time a
-parameter is updated nothing in the backward pass needs its old value any more: torch adds up all of a gradient before
-it says that it is there.
+The gradient is then freed, so the gradients of a whole model never exist at once (LOMO, arXiv:2306.09782; the per-layer
+updates of GaLore's authors). Any optimizer that updates parameters independently may be used so, with the same bits.
+When a parameter is updated, the backward pass needs its old value no more: torch calls the hook after all of the
+gradient is accumulated.
 
-The norm of the whole gradient is known when everything is updated, so nothing can be clipped by it. A loss that is not
-finite updates nothing; a gradient that is not finite leaves its own parameter as it was.
+The norm of the whole gradient is known only after all updates, so gradients cannot be clipped by it. A loss that is not
+finite updates nothing; a gradient that is not finite leaves its own parameter unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import nn
 
 
 class LayerwiseUpdates:
-    """What a full-parameter job's backward passes update. The last pass of a step does; earlier ones add up."""
+    """Updates a full-parameter job in the backward pass of a step's last micro-batch; earlier ones accumulate
+    gradients."""
 
     def __init__(
         self,
@@ -29,36 +30,36 @@ class LayerwiseUpdates:
         optimizer: torch.optim.Optimizer,
         write_back: Callable[[str], None],
     ) -> None:
-        """`weights` receive gradients, which by then are their masters' (or they are their own); `write_back` brings
-        a weight up to date with its master."""
+        """`weights` receive gradients, which hooks move to their `masters` (a float32 weight is its own master);
+        `write_back` copies a master to its weight."""
         self._masters = masters
         self._optimizer = optimizer
         self._write_back = write_back
         self._updates = False
         self._earlier: dict[str, torch.Tensor] = {}
         self.square = 0.0
-        """Of the norm of what was updated since `begin`."""
+        """Sum of the squares of all gradients that were used since `begin`."""
         self.finite = True
-        """No gradient since `begin` had to be left out."""
+        """Whether all gradients since `begin` were finite."""
         self.updated = False
-        """Something was updated since `begin`."""
+        """Whether any parameter was updated since `begin`."""
         self._handles = [  # after the masters' own
-            weight.register_post_accumulate_grad_hook(self._when_there(name)) for name, weight in weights.items()
+            weight.register_post_accumulate_grad_hook(self._hook(name)) for name, weight in weights.items()
         ]
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Remove the hooks from the weights."""
         for handle in self._handles:
             handle.remove()
 
     def begin(self) -> None:
-        """A step."""
+        """Begin an optimizer step."""
         self.square, self.finite, self.updated = 0.0, True, False
 
     @contextlib.contextmanager
     def updating(self) -> Generator[None, None, None]:
-        """During the backward pass of the step's last forward pass. What no gradient came for in it keeps what it has
-        from earlier ones."""
+        """Context for the backward pass of the step's last micro-batch, in which parameters are updated. Gradients of
+        earlier micro-batches that get no further ones in it remain for `optimizer.step`."""
         self._earlier = {name: each.grad for name, each in self._masters.items() if each.grad is not None}
         for name in self._earlier:  # so that the optimizer sees one parameter at a time
             self._masters[name].grad = None
@@ -71,7 +72,7 @@ class LayerwiseUpdates:
                 self._masters[name].grad = gradient
             self._earlier = {}
 
-    def _when_there(self, name: str) -> Callable[[torch.Tensor], None]:
+    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
         def update(weight: torch.Tensor) -> None:
             del weight
             master = self._masters[name]

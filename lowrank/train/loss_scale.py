@@ -1,7 +1,7 @@
 """Loss scaling for float16: gradients below 6e-8 would be 0, so losses are multiplied before the backward pass.
 
-As torch's `GradScaler` does it (it scales one loss for all; here every job has its own, so that a job whose gradients
-overflow leaves the others alone): halved when a gradient overflows, doubled after many steps without.
+As in torch's `GradScaler` the scale is halved when a gradient overflows and doubled after many steps without. Every job
+has its own scale, so that a job whose gradients overflow does not affect the others.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ STEPS_TO_GROW = 2000
 
 @dataclass
 class LossScale:
-    """One job's scale, a power of two."""
+    """The loss scale of one job, a power of two."""
 
     value: float = FIRST
     good_steps: int = 0
-    """In a row."""
+    """Steps in a row without overflow."""
 
     def grow(self) -> None:
-        """A step went well."""
+        """Count a step without overflow; may double the scale."""
         self.good_steps += 1
         if self.good_steps >= STEPS_TO_GROW:
             self.value, self.good_steps = min(2.0 * self.value, LARGEST), 0
 
     def shrink(self) -> bool:
-        """A gradient overflowed; False if the scale is not to blame, being 1 already."""
+        """Halve the scale after an overflow. Returns False if it is 1 already, so that scaling is not the cause."""
         self.good_steps = 0
         if self.value <= 1.0:
             return False
@@ -39,5 +39,5 @@ class LossScale:
 
 
 def scale_for(dtype: torch.dtype) -> LossScale | None:
-    """A fresh one where gradients in `dtype` would underflow; bfloat16 reaches as far down as float32."""
+    """Return a new loss scale for float16; None for other dtypes, which do not underflow."""
     return LossScale() if dtype == torch.float16 else None

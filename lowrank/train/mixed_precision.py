@@ -1,9 +1,8 @@
 """Mixed precision for full fine-tuning: the base computes in 16 bits, float32 master weights are trained.
 
-The same idea as an adapter's masters and working copies (adapters/bank.py). A 16-bit weight forgets updates
-smaller than 1/256 of itself, and a 16-bit gradient forgets micro-batches; so each parameter's gradient is
-added to its master's in float32 as soon as it is there, and the weights are written back once per step.
-"""
+As with an adapter's masters and working copies (adapters/bank.py): a 16-bit weight loses updates smaller than 1/256 of
+itself, and a 16-bit gradient loses micro-batches, so each parameter's gradient is added to its master's in float32 as
+soon as it is complete, and the weights are written back once per step."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from lowrank.kernels.precision import float32_or_wider
 class MasterWeights:
     """Float32 masters of `parameters`; those that are float32 or wider are their own masters.
 
-    With `in_parts` nobody is trained until `train` says who; masters of the others have their weights' own memory.
+    With `in_parts` nothing is trained until `train` names it; masters of the other weights share their memory.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], in_parts: bool = False) -> None:
@@ -34,7 +33,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def train(self, names: Collection[str]) -> None:
-        """These are trained from now on, the others are not: their masters are rounded to the weights."""
+        """Train these parameters from now on, and no others, whose masters are rounded to the weights."""
         self.refresh()
         for name, weight in self._weights.items():
             wanted, master = name in names, self.parameters[name]
@@ -49,14 +48,14 @@ class MasterWeights:
 
     @torch.no_grad()
     def write_back(self, name: str) -> None:
-        """One master to its weight; nothing for other parameters."""
+        """Copy one master to its weight; parameters that have none are left alone."""
         weight = self._weights.get(name)
         if weight is not None and self.parameters[name] is not weight:
             weight.copy_(self.parameters[name])
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write the masters back to the weights."""
+        """Copy all masters to their weights."""
         pairs = [(weight, self.parameters[name]) for name, weight in self._weights.items()]
         wide = [(weight, master) for weight, master in pairs if master.dtype != weight.dtype]
         if wide:

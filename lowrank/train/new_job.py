@@ -1,4 +1,4 @@
-"""A job as the engine begins it: its parameters, masters, value head and optimizer."""
+"""Training state of a new job: its parameters, master weights, value head and optimizer."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def new_job(
     num_steps: int | None,
     notify: Callable[[str], None],
 ) -> TrainedJob:
-    """What trains `slot` of the bank (BASE_SLOT: the base's own parameters that are not frozen). `notify` gets what a
-    person should know of the optimizer. ModelError for settings that this base cannot be trained with."""
-    masters, own = None, {}
+    """Return the training state of `slot` of the bank (BASE_SLOT: the base's own parameters that are not frozen).
+    `notify` is called with notes about the optimizer. ModelError for settings that this base cannot be trained with."""
+    masters, trainable = None, {}
     if slot == BASE_SLOT:
-        own = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
-        masters = MasterWeights(own, settings.is_blockwise)
+        trainable = {name: value for name, value in base.model.named_parameters() if value.requires_grad}
+        masters = MasterWeights(trainable, settings.is_blockwise)
         parameters, refresh, factors = masters.parameters, masters.refresh, None
     else:
         parameters, refresh = bank.parameters(slot), partial(bank.refresh, slot)
@@ -68,7 +68,7 @@ def new_job(
                 "optimizer.layerwise: float16 gradients are scaled until the whole step is known to be finite; set "
                 "model.dtype: bfloat16, or leave layerwise out"
             )
-        receiving = own if value_D is None else {**own, VALUE_HEAD: value_D}
+        receiving = trainable if value_D is None else {**trainable, VALUE_HEAD: value_D}
         layerwise = LayerwiseUpdates(receiving, parameters, optimizer, masters.write_back)
     return TrainedJob(
         objective,
@@ -86,14 +86,15 @@ def new_job(
 
 
 def _undecayed(names: Iterable[str], model: nn.Module) -> set[str]:
-    """Which parameters weight decay does not reach: norms and biases, by the rule of transformers' Trainer. Of `names`
-    (parameters of `model`, or of adapters on it), by a word in the name, or because they belong to a `LayerNorm`."""
+    """Return the parameters without weight decay: norms and biases, by the rule of transformers' Trainer. `names`:
+    parameters of `model`, or of adapters on it, which are matched by name or by belonging to a `LayerNorm`."""
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     return {name for name in names if _UNDECAYED.search(name.lower()) or name.rpartition(".")[0] in norms}
 
 
 def _fresh_value_head(base: Base, seed: int) -> torch.nn.Parameter:
-    """(D) float32 or wider, drawn as transformers draws the head of a sequence classifier."""
+    """Return a new value head, (D) float32 or wider, initialized like the head of a sequence classifier in
+    transformers."""
     std = getattr(base.model.config.get_text_config(), "initializer_range", None) or 0.02
     generator = torch.Generator().manual_seed(key_of(seed, VALUE_HEAD))
     value_D = std * torch.randn(base.hidden_size, generator=generator)

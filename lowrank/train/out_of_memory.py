@@ -1,4 +1,4 @@
-"""What running out of memory looks like, and what to say about it."""
+"""Out-of-memory errors: recognized, cleaned up after, and explained."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from lowrank.errors import ModelError, first_line
 
 _MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory")
-"""By torch's allocators of all devices and systems, and by the libraries it calls."""
+"""Parts of the messages of torch's allocators on all devices, and of the libraries that it calls."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch tells it by a class on a GPU and by words on a CPU."""
+    """Return whether an error is out of memory. torch raises its own class on a GPU, a RuntimeError on a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _MESSAGES)
 
 
 def give_back_unused() -> None:
-    """After a failed attempt: what its frames held, and what the allocator keeps for later."""
+    """Free memory after a failed attempt: objects in reference cycles, and the allocator's cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -34,7 +34,7 @@ def give_back_unused() -> None:
 
 @contextmanager
 def explain_out_of_memory(doing: str) -> Generator[None, None, None]:
-    """Running out of memory in the block becomes a ModelError with the ways out; everything else passes."""
+    """Context that turns an out-of-memory error into a ModelError with ways out; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -42,8 +42,7 @@ def explain_out_of_memory(doing: str) -> Generator[None, None, None]:
             raise
         raise ModelError(
             f"out of memory while {doing}: {first_line(error)}\n"
-            "  what needs less: model.activation_checkpointing: full or sqrt, a smaller data.max_length, a smaller "
-            "adapter.rank, "
-            "fewer jobs at once, model.storage: nf4, a smaller base\n"
-            "  `lowrank plan CONFIG` tells what takes how much; resume=true goes on from the last checkpoint"
+            "  to need less memory set model.activation_checkpointing: full or sqrt, a smaller data.max_length, a "
+            "smaller adapter.rank, fewer jobs at once, model.storage: nf4, or a smaller base\n"
+            "  `lowrank plan CONFIG` shows what takes how much; resume=true continues from the last checkpoint"
         ) from None

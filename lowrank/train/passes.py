@@ -1,4 +1,4 @@
-"""Forward and backward passes through the base and its adapters, whatever they are for.
+"""Forward and backward passes through the base and its adapters, for training and scoring.
 
 What a pass needs is prepared on the host, where numbers can be read without waiting, and then moved to the device.
 """
@@ -47,15 +47,15 @@ class Passes:
         wanted_T: torch.Tensor | None = None,
         tokens_of_step: int | None = None,
     ) -> PreparedPass:
-        """`prepare` on the host, where numbers can be read without waiting, and then on the base's device."""
+        """Return `prepare(batch)` with the pixels of its media, moved to the base's device."""
         batch = self.prefetcher.with_pixels(batch)
         prepared = replace(self.prepare(batch, train, wanted_T), tokens_of_step=tokens_of_step)
         return prepared.moved(partial(to_device, device=self._base.device))
 
     def prepare(self, batch: Batch, train: bool = True, wanted_T: torch.Tensor | None = None) -> PreparedPass:
-        """What a forward pass over `batch` needs beside the model: of training, or without dropout and noise.
+        """Return what a forward pass over `batch` needs beside the model, on the host. `train`: with dropout and noise.
 
-        `wanted_T`: (T) bool, the targets whose log-probabilities are asked for; None: all that carry weight.
+        `wanted_T`: (T) bool, the targets whose log-probabilities are needed; None: all that carry weight.
         """
         rng_keys = self.rng_keys() if train else None
         wanted_T = batch.weight_T != 0 if wanted_T is None else wanted_T
@@ -66,11 +66,11 @@ class Passes:
         return PreparedPass(batch, self._bank.context(batch, rng_keys), wanted)
 
     def rng_keys(self) -> dict[int, RngKey]:
-        """Where the random numbers of each job's next training pass come from."""
+        """Return the keys of the random numbers of each job's next training step, by slot."""
         return {slot: RngKey(job.seed, job.step, job.neftune_alpha) for slot, job in self._jobs.items()}
 
     def hidden(self, ready: PreparedPass) -> torch.Tensor:
-        """The last hidden states, (T, D), each segment through its own slot, of a pass without backward."""
+        """Return the last hidden states, (T, D), each segment through its own slot, of a pass without backward."""
         with self._bank.routing.using(ready.context):
             return self._base.hidden(ready.batch)
 
@@ -81,10 +81,10 @@ class Passes:
         updating: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         recorder: PassRecorder | None = None,
     ) -> None:
-        """One forward and backward pass. `loss_of`: of the last hidden states, (T, D); `updating`: what the backward
-        pass runs inside, made when the loss is known."""
+        """Run one forward and backward pass. `loss_of`: computes the loss from the last hidden states, (T, D);
+        `updating`: makes the context of the backward pass, after the loss is computed."""
         recorder = recorder or Unrecorded()
-        with self._bank.routing.using(ready.context):  # until the end: layers that are computed again read it again
+        with self._bank.routing.using(ready.context):  # until the end: activation checkpointing reads it again
             with recorder.forward():
                 hidden_TD = self._base.hidden(ready.batch, training=True, tokens_of_step=ready.tokens_of_step)
             with recorder.loss():
@@ -94,10 +94,9 @@ class Passes:
                 total.backward()
 
     def trace(self, ready: PreparedPass, recorder: PassRecorder) -> None:
-        """Leave the gradients of one training pass, as `forward_backward` does, and let `recorder` watch it.
+        """Run one training pass on fake tensors while `recorder` measures it; gradients remain as in training.
 
-        An objective may read numbers, which tensors without values do not have; the sum of the log-probabilities it
-        would be given takes its place.
+        An objective may read values, which fake tensors do not have, so the loss is the sum of the log-probabilities.
         """
 
         def loss_of(hidden_TD: torch.Tensor) -> torch.Tensor:
@@ -107,8 +106,8 @@ class Passes:
         self.train(ready, loss_of, recorder=recorder)
 
     def idle(self, passes: int, *, train: bool = False, head: bool = True) -> None:
-        """So many passes of one token through the bare base, with all that ranks do together in a pass, and nothing
-        that counts. `head`: the others compute with the head."""
+        """Run dummy passes of one token through the bare base, for the collectives that other ranks run in theirs.
+        `head`: the other ranks' passes use the head."""
         token = Segment(np.zeros(1, np.int64), np.zeros(1, np.float32))
         for _ in range(passes):
             ready = self.ready(pack([(BASE_SLOT, token)]), train=False)

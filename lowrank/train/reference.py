@@ -1,10 +1,9 @@
-"""Log-probabilities of the reference model, the bare base, for objectives that compare with where they began.
+"""Reference log-probabilities: those of the reference model, by default the bare base, for objectives such as DPO.
 
-They come from the weights the run has anyway, with no adapter on them (slot -1), and are computed before the
-first update: once for all jobs on the same data, and kept on disk for the next run on it. Under one folder per
-model (a digest of its weights and configuration), a file holds a few hundred neighboring segments and is named by
-a digest of their tokens, so rows appended to a dataset leave the files before them valid.
-"""
+The bare base is the run's own base without adapter (slot -1). They are computed before the first update, once for all
+jobs on the same data, and cached on disk for later runs. In a folder per model (a digest of its weights and
+configuration), a file has a few hundred neighboring segments and is named by a digest of their tokens, so rows appended
+to a dataset leave the earlier files valid."""
 
 from __future__ import annotations
 
@@ -33,29 +32,27 @@ from lowrank.train.job import PeekableSteps, StepSource
 
 _SEGMENTS_PER_FILE = 256
 _SAMPLED = 4096
-"""Values of each tensor that go into a model's digest."""
+"""How many values of each tensor go into a model's digest."""
 
 OnProgress = Callable[[int, int, float], None]
 """`(segments done, segments in all, seconds left)`, after every file."""
 
 
 def references_folder() -> Path:
-    """Where they are kept; may be deleted at any time."""
+    """Return the cache folder, which may be deleted at any time."""
     return cache_folder() / "references"
 
 
 def digest_of_model(model: torch.nn.Module) -> str:
-    """The same for the same weights, dtypes and configuration, wherever they came from.
-
-    Of large tensors, values at even distances stand for all: no training leaves those alone.
-    """
+    """Return a digest of a model's weights, dtypes and configuration. Of large tensors it covers values at even
+    distances, since training changes all of them."""
     digest = blake2b(digest_size=16)
     config: Any = model.config
     settings = config.to_dict()
     described = {key: value for key, value in settings.items() if not key.startswith(("_", "transformers_version"))}
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(unwrapped_state(model).items()):
-        if ".copies." in name:  # of modules that some adapter trains whole; the bare base does not see them
+        if ".copies." in name:  # of modules that an adapter trains in full; the bare base does not use them
             continue
         flat = whole_tensor(tensor.detach()).reshape(-1)
         sampled = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
@@ -65,8 +62,8 @@ def digest_of_model(model: torch.nn.Module) -> str:
 
 
 class References:
-    """Reference log-probabilities of segments, by their content. `folder`: where they are kept; None: nowhere. `slot`:
-    of the adapter that gives them; left out: none does."""
+    """Reference log-probabilities of segments, by their content. `folder`: of the cache on disk; None: none. `slot`: of
+    the adapter of the reference model, by default none."""
 
     def __init__(self, engine: Engine, folder: Path | None, slot: int = BASE_SLOT) -> None:
         self._engine: Engine | None = engine
@@ -75,13 +72,13 @@ class References:
         media_encoder = engine.base.media_encoder
         self._limits = f" {media_encoder.processor.limits}" if media_encoder else ""
         self._known: dict[bytes, np.ndarray] = {}
-        """By a segment's key: float32 log-probabilities of the tokens that carry weight."""
+        """Float32 log-probabilities of the tokens that carry weight, by a segment's key."""
         self.num_computed = self.num_found = 0
         self.problem: str | None = None
-        """Why nothing could be kept on disk."""
+        """Why nothing could be written to disk."""
 
     def prepare(self, segments: Iterable[Segment], on_progress: OnProgress | None = None) -> None:
-        """Know the references of all `segments`, from disk or computed. Must come before the base is trained."""
+        """Read or compute the references of all `segments`. Called before the base is trained."""
         waiting = {self._key(segment): segment for segment in segments}
         waiting = {key: segment for key, segment in waiting.items() if key not in self._known}
         total, done, computed, seconds = len(waiting), 0, 0, 0.0
@@ -98,12 +95,12 @@ class References:
                 on_progress(done, total, (total - done) * seconds / computed if computed else 0.0)
 
     def _known_to_all(self, known: bool) -> bool:
-        """Ranks compute together, also what some of them have found."""
+        """Return whether all ranks know them. Otherwise all compute, also those that have found them."""
         assert self._engine is not None, "there are segments to be prepared"
         return all(self._engine.lanes.ranks.exchange(known))
 
     def attach(self, segments: Sequence[Segment]) -> list[Segment]:
-        """The segments, each with its `reference_L`. What is not known yet is computed now, and not kept."""
+        """Return the segments with their `reference_L`. What is not known yet is computed and not kept."""
         missing = {key: segment for segment in segments if (key := self._key(segment)) not in self._known}
         if missing:
             self._compute(missing)
@@ -115,8 +112,8 @@ class References:
     def _key(self, segment: Segment) -> bytes:
         return _key(segment, self._limits)
 
-    def forget_model(self) -> None:
-        """Nothing more has to be computed: let go of the model."""
+    def release_model(self) -> None:
+        """Drop the model, since nothing more has to be computed."""
         self._engine = None
 
     def _attached(self, segment: Segment) -> Segment:
@@ -125,7 +122,7 @@ class References:
         return replace(segment, reference_L=reference_L)
 
     def _compute(self, part: dict[bytes, Segment]) -> None:
-        assert self._engine is not None, "a segment that was not among those that were prepared"
+        assert self._engine is not None, "a segment that was not prepared"
         scored = self._engine.logprobs(self._slot, list(part.values()))
         for (key, segment), logprob_L in zip(part.items(), scored):
             self._known[key] = logprob_L[segment.weight_L != 0]
@@ -143,7 +140,7 @@ class References:
         try:
             logprob_K = read_tensors(path)["logprob"].numpy()
         except (ModelError, KeyError):
-            return False  # damaged: computed again and written over
+            return False  # damaged: computed again and overwritten
         lengths = [int((segment.weight_L != 0).sum()) for segment in part.values()]
         if sum(lengths) != len(logprob_K):
             return False
@@ -161,11 +158,11 @@ class References:
             with new_file(path) as partial:
                 write_tensors(partial, {"logprob": logprob_K})
         except OSError as error:
-            self.problem = f"reference log-probabilities cannot be kept in {path.parent}: {error}"
+            self.problem = f"reference log-probabilities cannot be written to {path.parent}: {error}"
 
 
 class ReferencedSteps:
-    """A dataloader whose segments have their references with them."""
+    """A dataloader whose segments have their reference log-probabilities."""
 
     def __init__(self, steps: StepSource, references: References) -> None:
         self._steps = steps
@@ -173,29 +170,29 @@ class ReferencedSteps:
 
     @property
     def epoch(self) -> float:
-        """The dataloader's own."""
+        """See StepSource."""
         return self._steps.epoch
 
     def next_step(self) -> list[Segment]:
-        """The segments of the next optimizer step."""
+        """See StepSource."""
         return self._references.attach(self._steps.next_step())
 
     def peek_next_step(self) -> Sequence[Segment]:
-        """The dataloader's own, without references."""
+        """See PeekableSteps. Without references."""
         return self._steps.peek_next_step() if isinstance(self._steps, PeekableSteps) else ()
 
     def state(self) -> dict[str, Any]:
-        """The dataloader's own."""
+        """See StepSource."""
         return self._steps.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The dataloader's own."""
+        """See StepSource."""
         self._steps.load_state(state)
 
 
 def _key(segment: Segment, limits: str) -> bytes:
-    """A digest of the tokens, of which of them carry weight, and of the pictures, as `limits` make them."""
+    """Return a digest of a segment's tokens, of which of them carry weight, and of its media with the size limits."""
     tokens = np.ascontiguousarray(segment.token_L, np.int64).tobytes()
     carried = np.packbits(segment.weight_L != 0).tobytes()
-    seen = "" if segment.media is None else " ".join([*(each.digest for each in segment.media.items), limits])
-    return blake2b(tokens + carried + seen.encode(), digest_size=16).digest()
+    media = "" if segment.media is None else " ".join([*(each.digest for each in segment.media.items), limits])
+    return blake2b(tokens + carried + media.encode(), digest_size=16).digest()

@@ -1,6 +1,6 @@
 """The load-balancing loss of a mixture's routers (arXiv:2101.03961), per job, as transformers computes it.
 
-    E sum_e (share of the places among the top k that expert e got) (mean router probability of e)
+    E sum_e (fraction of the top-k choices that expert e got) (mean router probability of e)
 
 over the tokens of a forward pass and all layers of experts. A job's step has the mean over its passes, weighed by their
 tokens: where a step is one pass, as transformers has it.
@@ -21,7 +21,8 @@ from lowrank.models.base import Base
 
 
 def expert_numbers(base: Base) -> tuple[int, int]:
-    """(experts, experts of a token). ModelError for a model without routers that can be recorded."""
+    """Return `(experts, experts per token)`. ModelError for a model whose router logits transformers does not
+    record."""
     config: Any = base.model.config.get_text_config()
     experts = next((n for name in ("num_experts", "num_local_experts") if (n := getattr(config, name, None))), None)
     per_token = getattr(config, "num_experts_per_tok", None)
@@ -47,7 +48,7 @@ class TokensOfStep:
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> TokensOfStep:
-        """Of these passes."""
+        """Count the tokens of these batches."""
         found: dict[int, int] = {}
         for batch in batches:
             for slot, first, end in batch.slot_ranges():
@@ -56,7 +57,7 @@ class TokensOfStep:
 
 
 def router_losses(base: Base, batch: Batch, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
-    """Each job's share of its step's loss, of the training pass that has just been made."""
+    """Return each job's part of its step's router loss, by slot, from the training pass that has just run."""
     coefficient = base.router_aux_loss_coef
     if coefficient is None:
         return {}

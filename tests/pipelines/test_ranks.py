@@ -18,7 +18,7 @@ import torch
 
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError, ModelError
-from lowrank.pipelines.data_parallel import ProcessesFailed, _with_the_message
+from lowrank.pipelines.data_parallel import ProcessesFailed, _with_error
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.processes import Child
 from lowrank.pipelines.train import train as train_here
@@ -113,10 +113,10 @@ def test_whose_error_is_said(tmp_path: Path) -> None:
         return Child("rank", (), tmp_path, tmp_path / "log", {}, code, error)
 
     first, silent, killed, other = child(4, "damaged"), child(4), child(-9), child(4, "another")
-    assert _with_the_message(silent, [first, silent]) is first
-    assert _with_the_message(killed, [first, killed]) is killed
-    assert _with_the_message(other, [first, other]) is other
-    assert _with_the_message(silent, [killed, silent]) is silent
+    assert _with_error(silent, [first, silent]) is first
+    assert _with_error(killed, [first, killed]) is killed
+    assert _with_error(other, [first, other]) is other
+    assert _with_error(silent, [killed, silent]) is silent
 
 
 @pytest.mark.slow

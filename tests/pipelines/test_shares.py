@@ -24,7 +24,7 @@ from lowrank.pipelines.job_data import prepare_all
 from lowrank.pipelines.launch import train
 from lowrank.pipelines.merge_shares import merge_shares
 from lowrank.pipelines.processes import Child
-from lowrank.pipelines.shares import SharesFailed, _MergedReporter, device_environment, refuse_unseen
+from lowrank.pipelines.shares import SharesFailed, _MergedReporter, device_environment, refuse_rows_in_memory
 from lowrank.pipelines.train import train as train_here
 from lowrank.report.event_lines import as_event, as_line, decode, encode
 from lowrank.report.events import CheckpointSaved, Event, Notice, RunFinished, RunStarted, StepDone
@@ -84,7 +84,7 @@ def test_a_share_is_killed_and_started_again(world: Path, tmp_path: Path) -> Non
     config = RunConfig(**given)
     theirs = {job.name for job in config.jobs[1::2]}
     killing = Acts(kill, theirs)
-    killed = r"share 2/2: it was killed \(SIGKILL\)\nThe other shares are whole"
+    killed = r"share 2/2: it was killed \(SIGKILL\)\nThe other shares are complete"
     with pytest.raises(SharesFailed, match=killed), forked_processes():
         train(config, reporters=[killing])
     assert read_assignment(out) == (2, {job.name: 1 + (job.name in theirs) for job in config.jobs})
@@ -298,7 +298,7 @@ def test_rows_that_other_processes_cannot_see_are_named_by_their_place() -> None
     jobs = [{"name": "a", "data": {"train": ["lowrank/demo", first]}}, {"name": "b", "data": {"train": [second]}}]
     config = RunConfig(model="lowrank/tiny", output_dir="x", jobs=jobs, devices=2)
     with pytest.raises(ConfigError) as caught:
-        refuse_unseen(config)
+        refuse_rows_in_memory(config)
     assert [line.rpartition(": rows in")[0] for line in str(caught.value).splitlines()[1:]] == [
         "  - a: the rows given as data.train.1",
         "  - b: the rows given as data.train",

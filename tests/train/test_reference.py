@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(tmp_path: Path)
     references = References(trained_engine(), tmp_path / "file")
     references.prepare(random_step(0, [5, 12]))
     assert references.problem is not None
-    assert "cannot be kept" in references.problem
+    assert "cannot be written" in references.problem
     assert references.num_computed == 2
 
 
