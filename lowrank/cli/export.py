@@ -75,7 +75,7 @@ def export(
     may is kept, and the exit code is 6.
     """
     from lowrank.cli.export_settings import read_combination, read_targets
-    from lowrank.cli.export_view import Watcher
+    from lowrank.cli.export_view import ExportProgressBar
     from lowrank.cli.interrupts import interruption_message
     from lowrank.cli.warn import warn
     from lowrank.export.publish.hub import check_push
@@ -99,9 +99,9 @@ def export(
         notify=lambda text: warn([text]) if json else console.print(text, soft_wrap=True),
     )
     requests = export_requests(targets, output or found.default_place(names))
-    with interruption_message(lambda: _left_of(requests)), Watcher(console) as watch:
+    with interruption_message(lambda: _left_of(requests)), ExportProgressBar(console) as progress:
         result = export_targets(
-            found, requests, verify=verify, prompts=compared, dry_run=dry_run, watch=watch,
+            found, requests, verify=verify, prompts=compared, dry_run=dry_run, on_progress=progress,
             notify=lambda text: console.print(text, soft_wrap=True),
         )  # fmt: skip
     not_pushed = _push(requests, repositories, result, dry_run=dry_run) if push else {}

@@ -14,8 +14,8 @@ from lowrank.export.writing.sizes import format_size
 from lowrank.terminal import Console
 
 
-class Watcher:
-    """A line for the work that goes on, with the time left; nothing where nobody looks."""
+class ExportProgressBar:
+    """A progress bar for what is being done, with the time left; nothing where the console is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
@@ -26,12 +26,12 @@ class Watcher:
         self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """See `Watch`."""
+        """See `ExportProgressCallback` (pipelines/export.py)."""
         if what not in self.tasks:
             self.tasks[what] = self.progress.add_task(what, total=total)
         self.progress.update(self.tasks[what], completed=done, total=total, visible=done < total)
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> ExportProgressBar:
         self.progress.start()
         return self
 

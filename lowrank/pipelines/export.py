@@ -41,8 +41,8 @@ from lowrank.pipelines.target_failures import TargetFailures, error_as_json
 
 REPORT = "export.json"
 
-Watch = Callable[[str, int, int], None]
-"""`(what is being done, done, total)`."""
+ExportProgressCallback = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of how much is done."""
 
 
 def export_targets(
@@ -53,7 +53,7 @@ def export_targets(
     prompts: SourceConfig | None = None,
     dry_run: bool = False,
     notify: Callable[[str], None] = log_notice,
-    watch: Watch = lambda what, done, total: None,
+    on_progress: ExportProgressCallback = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Write every target; what stands in their export.json, by target.
 
@@ -82,11 +82,11 @@ def export_targets(
         failures.raise_if_none_is_left()
         answers, image_answer = None, None
         if verify:
-            answers, image_answer = _reference_answers(found, source, prompts, notify, watch)
+            answers, image_answer = _reference_answers(found, source, prompts, notify, on_progress)
         comparer = None if answers is None else Comparer(answers, source.stop_tokens)
         for each in built:
             with failures.of(each.own.type):
-                reported = _export_target(each, source, comparer, image_answer, watch)
+                reported = _export_target(each, source, comparer, image_answer, on_progress)
                 result["targets"][each.own.type] = reported
                 notify(
                     f"{each.own.type}: written in {reported['seconds']:.0f} s, {format_size(reported['bytes'])}; "
@@ -132,13 +132,15 @@ def _export_target(
     source: Source,
     comparer: Comparer | None,
     image_answer: ImageAnswer | str | None,
-    watch: Watch,
+    on_progress: ExportProgressCallback,
 ) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
     own, target, needs = checked.own, checked.target, checked.needs
     started = time.monotonic()
     with explain_disk_full(own, needs), new_folder(own.folder) as partial:
-        written = target.write(source, partial, lambda done, total, what="": watch(f"writing {own.type}", done, total))
+        written = target.write(
+            source, partial, lambda done, total, what="": on_progress(f"writing {own.type}", done, total)
+        )
         written = (*written, *_bring_value_head(source, partial))
     seconds = time.monotonic() - started
     failed = dict(target.failures) if isinstance(target, WritesParts) else {}
@@ -149,7 +151,7 @@ def _export_target(
         for read_back in read_backs if comparer else ():
             assert comparer is not None
             try:
-                for found in _compared(read_back, comparer, image_answer, watch):
+                for found in _compared(read_back, comparer, image_answer, on_progress):
                     if isinstance(found, str):
                         uncompared.append(found)
                     else:
@@ -216,7 +218,7 @@ def _bring_value_head(source: Source, folder: Path) -> tuple[str, ...]:
 
 
 def _compared(
-    read_back: ReadBack, comparer: Comparer, image_answer: ImageAnswer | str | None, watch: Watch
+    read_back: ReadBack, comparer: Comparer, image_answer: ImageAnswer | str | None, on_progress: ExportProgressCallback
 ) -> Iterator[Comparison | str]:
     """What was written, opened once and asked all there is to ask; in words what it could not be asked."""
     what = f"comparing {read_back.name}"
@@ -227,9 +229,9 @@ def _compared(
     comparer.prepare(read_back)
     with read_back.open() as reader:
         if read_back.compares_text:
-            yield comparer.compare(read_back, reader, lambda a, b: watch(what, a, b))
+            yield comparer.compare(read_back, reader, lambda a, b: on_progress(what, a, b))
         if read_back.compares_images and isinstance(image_answer, ImageAnswer):
-            watch(what, 0, 1)
+            on_progress(what, 0, 1)
             yield compare_images(read_back, reader, image_answer)
         elif read_back.compares_images:
             yield skip_note
@@ -240,17 +242,17 @@ def _reference_answers(
     source: Source,
     prompts: SourceConfig | None,
     notify: Callable[[str], None],
-    watch: Watch,
+    on_progress: ExportProgressCallback,
 ) -> tuple[ReferenceLogprobs, ImageAnswer | str]:
     """What base + adapter says, kept for all targets; of a base that takes pictures also of one, or why it cannot be
     asked about one."""
     held_out = found.held_out(prompts)
     notify(f"compared on {held_out.origin}")
-    watch("asking base + adapter", 0, 1)
+    on_progress("asking base + adapter", 0, 1)
     with read_adapter(source, source.adapter) as reader:
         vocabulary = reader.bank.head(reader.slot).weight_VD.shape[0]
         answers = reference_answers(
-            reader, held_out, source.stop_tokens, vocabulary, lambda a, b: watch("asking base + adapter", a, b)
+            reader, held_out, source.stop_tokens, vocabulary, lambda a, b: on_progress("asking base + adapter", a, b)
         )
         if not source.supports_images:
             return answers, NO_TOWER

@@ -125,13 +125,13 @@ def _curves(summary: dict[str, Any]) -> Text:
 def _next(summary: dict[str, Any]) -> list[Text]:
     if summary["interrupted"]:
         return [Text.assemble("Go on     ", ("run the same command with resume=true", "bold"))]
-    judges = [name for name, job in summary["jobs"].items() if job.get("objective") == "reward"]
+    reward_models = [name for name, job in summary["jobs"].items() if job.get("objective") == "reward"]
     rewards = Text.assemble(
         "Rewards   ", ("in Python: ", "dim"), f"lowrank.load({summary['output_dir']!r}).rewards(...)"
     )
-    if len(judges) == len(summary["jobs"]):
+    if len(reward_models) == len(summary["jobs"]):
         return [rewards]
     command = f"{formatting.program()} chat {shlex.quote(summary['output_dir'])}"
     if len(summary["jobs"]) > 1 and summary["best_job"]:
         command += f" --adapter {shlex.quote(summary['best_job'])}"
-    return [Text.assemble("Talk      ", (command, "bold")), *([rewards] if judges else [])]
+    return [Text.assemble("Talk      ", (command, "bold")), *([rewards] if reward_models else [])]

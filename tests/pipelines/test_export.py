@@ -64,12 +64,12 @@ def test_the_best_job_in_two_forms(run: Path, tmp_path: Path) -> None:
     found = open_source(str(run), notify=described.append)
     assert found.source.name == "big"
     assert "this is big" in described[0]
-    ticks: list[tuple[str, int, int]] = []
+    received: list[tuple[str, int, int]] = []
     result = export_targets(
         found,
         export_requests([PeftExportConfig(), MergedExportConfig(max_shard_size="50KB")], tmp_path / "out"),
         notify=described.append,
-        watch=lambda *tick: ticks.append(tick),
+        on_progress=lambda *progress: received.append(progress),
     )
     assert result["passed"]
     assert any("held-out rows" in text for text in described)
@@ -89,7 +89,7 @@ def test_the_best_job_in_two_forms(run: Path, tmp_path: Path) -> None:
     peft = result["targets"]["peft"]["comparisons"][0]
     assert (peft["mean_kl"], peft["top1_agreement"], peft["greedy_same"]) == (0, 1, peft["greedy_prompts"])
     assert 0 < result["targets"]["merged"]["comparisons"][0]["mean_kl"] < 1e-2
-    written = [(done, total) for what, done, total in ticks if what == "writing merged"]
+    written = [(done, total) for what, done, total in received if what == "writing merged"]
     assert written == sorted(written)
     assert written[-1][0] == written[-1][1]
 
