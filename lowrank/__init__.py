@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowrank.adapters.variants import Variant as Variant
+    from lowrank.adapters.variants.base import Variant as Variant
     from lowrank.api.evaluation import evaluate as evaluate
     from lowrank.api.exporting import export as export
     from lowrank.api.inference import Model as Model
@@ -100,7 +100,7 @@ _NAMES = {
     "Prompted": "lowrank.records",
     "Batch": "lowrank.batches",
     "Scores": "lowrank.batches",
-    "Variant": "lowrank.adapters.variants",
+    "Variant": "lowrank.adapters.variants.base",
     "ExportTarget": "lowrank.export",
     "Reporter": "lowrank.report.events",
     "Event": "lowrank.report.events",

@@ -19,7 +19,7 @@ PACKAGE = Path(lowrank.__file__).parent
 DOCS = PACKAGE.parent / "docs"
 SEAMS = [
     "adapters/bottleneck.py", "adapters/config.py", "adapters/peft_kind.py", "adapters/prompts.py",
-    "adapters/variants/__init__.py", "contrib/layer_wrappers/__init__.py", "data/formats/__init__.py",
+    "adapters/variants/base.py", "contrib/layer_wrappers/__init__.py", "data/formats/__init__.py",
     "export/__init__.py", "export/targets/__init__.py", "models/storages/__init__.py", "objectives/__init__.py",
     "objectives/rollout.py", "report/events.py", "report/reporters/__init__.py",
     "report/reporters/trackers/__init__.py",

@@ -17,7 +17,8 @@ import torch
 from benchmarks.methods.costs import against, base_of_the_tables, costs, link, summary_of
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
-from lowrank.adapters.variants import ABSENT, Variant
+from lowrank.adapters.variants import ABSENT
+from lowrank.adapters.variants.base import Variant
 from tests.adapters.peft_twins import VARIANTS, config_of, moved, twin_of
 from tests.peft_oracle import plain_loss
 from tests.tiny_models import make_base, make_engine, random_step

@@ -28,7 +28,8 @@ from lowrank.adapters.soft_prompts import VirtualTokens, runs_of
 from lowrank.adapters.targets import Targets, find_targets, name_of
 from lowrank.adapters.token_rows import token_ids
 from lowrank.adapters.validation import target_problems
-from lowrank.adapters.variants import AdapterConfig, TrainingHooks, Variant, reads_all_from_files
+from lowrank.adapters.variants import AdapterConfig
+from lowrank.adapters.variants.base import TrainingHooks, Variant, reads_all_from_files
 from lowrank.batches import BASE_SLOT, Batch
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.logprobs import Head

@@ -12,7 +12,7 @@ from lowrank.adapters.routing import Routing
 from lowrank.adapters.soft_prompts import VirtualTokens
 from lowrank.adapters.targets import innermost
 from lowrank.adapters.token_rows import TokenRows
-from lowrank.adapters.variants import Tensors
+from lowrank.adapters.variants.base import Tensors
 from lowrank.kernels.counter_random import uniform
 from lowrank.kernels.precision import float32_or_wider
 

@@ -18,7 +18,7 @@ from lowrank.adapters.slot import Slot, layer_rank, rank_by, shared_tensors
 from lowrank.adapters.targets import Targets, innermost, name_of
 from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.adapters.token_rows import HeadRows, head_tensors, token_ids, token_rows
-from lowrank.adapters.variants import AdapterSite, SiteSetup, Tensors, Variant
+from lowrank.adapters.variants.base import AdapterSite, SiteSetup, Tensors, Variant
 from lowrank.errors import ModelError, raise_all
 from lowrank.kernels.counter_random import key_of
 from lowrank.kernels.precision import float32_or_wider

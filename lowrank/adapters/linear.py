@@ -16,7 +16,7 @@ from torch import nn
 from lowrank.adapters.lora_function import SlotUpdate, routed_product
 from lowrank.adapters.output_gain import Gain, apply_gains
 from lowrank.adapters.routing import Routing
-from lowrank.adapters.variants import OutputGain, Tensors, Variant, gain_of, low_rank_of
+from lowrank.adapters.variants.base import OutputGain, Tensors, Variant, gain_of, low_rank_of
 from lowrank.devices import to_device
 from lowrank.kernels.counter_random import dropout
 from lowrank.kernels.decode_lora import (

@@ -14,7 +14,8 @@ from lowrank.adapters.linear import LayerAdapter
 from lowrank.adapters.targets import by_pattern
 from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
 from lowrank.adapters.token_rows import token_ids
-from lowrank.adapters.variants import AdapterConfig, FileForm, SharedTensors, SiteSetup, Variant, saved_tensors
+from lowrank.adapters.variants import AdapterConfig
+from lowrank.adapters.variants.base import FileForm, SharedTensors, SiteSetup, Variant, saved_tensors
 from lowrank.errors import ModelError, raise_all
 from lowrank.models.base import Base
 

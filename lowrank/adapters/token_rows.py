@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.adapters.variants import Tensors, Variant
+from lowrank.adapters.variants.base import Tensors, Variant
 from lowrank.errors import ModelError, raise_all
 from lowrank.models.base import Base
 

@@ -98,7 +98,7 @@ _GROUPS = {
     _SEAMS: ("Objective", "Batch", "Scores", "Variant", "ExportTarget", "ServeEngine"),
     "Errors": ("LowrankError", "ConfigError", "DataError", "ModelError", "OutputError", "NotTheSameError"),
 }  # fmt: skip
-_BESIDE_VARIANT = [("lowrank.adapters.variants", name) for name in ("SiteSetup", "OutputGain", "BiasMerge")]
+_BESIDE_VARIANT = [("lowrank.adapters.variants.base", name) for name in ("SiteSetup", "OutputGain", "BiasMerge")]
 _IN_TEXTS = [("lowrank.objectives", "Need"), ("lowrank.serve.api.http_errors", "ApiError")]
 """Named by docstrings only."""
 _WITHOUT_FIELDS = ("lowrank.config.schema", "lowrank.pipelines", "lowrank.models")

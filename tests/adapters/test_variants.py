@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.linear import LayerAdapter, RoutedLinear
 from lowrank.adapters.routing import ForwardContext, RngKey, Routing
-from lowrank.adapters.variants import BiasMerge, OutputGain, TrainingHooks, Variant
+from lowrank.adapters.variants.base import BiasMerge, OutputGain, TrainingHooks, Variant
 from lowrank.kernels.counter_random import dropout
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import configs_in

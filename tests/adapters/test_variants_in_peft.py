@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank.adapters.bank import Bank
-from lowrank.adapters.variants import reads_all_from_files
+from lowrank.adapters.variants.base import reads_all_from_files
 from lowrank.adapters.variants.pissa import largest_singular
 from lowrank.checkpoints.peft_config import describe_base, peft_incompatibility
 from lowrank.checkpoints.peft_layout import load_adapter, read_adapter_header, save_adapter

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Tensors, Variant
+from lowrank.adapters.variants.base import Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import Settings
 

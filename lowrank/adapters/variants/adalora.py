@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.peft_kind import LORA, PeftKind
-from lowrank.adapters.variants import FileForm, Tensors, TrainingHooks, Variant
+from lowrank.adapters.variants.base import FileForm, Tensors, TrainingHooks, Variant
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import ModelError
 from lowrank.models.storages import BaseLinear

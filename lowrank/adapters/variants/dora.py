@@ -15,7 +15,7 @@ import torch
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.peft_kind import PeftKind, PeftTensor, lora_with
-from lowrank.adapters.variants import OutputGain, Tensors, TrainingHooks, Variant
+from lowrank.adapters.variants.base import OutputGain, Tensors, TrainingHooks, Variant
 from lowrank.adapters.variants.lora import Lora
 from lowrank.models.storages import BaseLinear, bias_of
 from lowrank.models.storages.packed import frozen_product

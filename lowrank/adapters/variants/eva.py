@@ -20,7 +20,7 @@ from pydantic import Field
 
 from lowrank.adapters.calibration import CalibrationSteps, InputRecorder
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import AdapterSite, SiteSetup, Tensors
+from lowrank.adapters.variants.base import AdapterSite, SiteSetup, Tensors
 from lowrank.adapters.variants.lora import Lora, LoraConfig
 from lowrank.adapters.variants.pissa import largest_singular
 from lowrank.kernels.accelerators import widest

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from lowrank.adapters.config import AdapterSettings, Rank
 from lowrank.adapters.peft_kind import PeftKind, PeftTensor
-from lowrank.adapters.variants import Tensors, Variant
+from lowrank.adapters.variants.base import Tensors, Variant
 from lowrank.models.storages import BaseLinear, bias_of
 from lowrank.models.storages.packed import frozen_product
 

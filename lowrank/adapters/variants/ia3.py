@@ -10,7 +10,7 @@ import torch
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.peft_kind import PeftKind, PeftTensor
 from lowrank.adapters.targets import matches
-from lowrank.adapters.variants import AdapterSite, BiasMerge, SiteSetup, Tensors, Variant
+from lowrank.adapters.variants.base import AdapterSite, BiasMerge, SiteSetup, Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.packed import frozen_product
 

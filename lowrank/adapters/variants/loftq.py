@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import AdapterSite, SiteSetup, Tensors
+from lowrank.adapters.variants.base import AdapterSite, SiteSetup, Tensors
 from lowrank.adapters.variants.lora import Lora, LoraConfig
 from lowrank.adapters.variants.pissa import largest_singular
 from lowrank.models.storages import BaseLinear

@@ -15,7 +15,7 @@ from pydantic import field_validator
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.peft_kind import PeftKind, PeftTensor
-from lowrank.adapters.variants import Tensors, Variant
+from lowrank.adapters.variants.base import Tensors, Variant
 from lowrank.adapters.variants.loha import NO_INPUT_DROPOUT
 from lowrank.models.storages import BaseLinear
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Tensors, Variant
+from lowrank.adapters.variants.base import Tensors, Variant
 from lowrank.models.storages import BaseLinear
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import FileForm, Tensors, Variant
+from lowrank.adapters.variants.base import FileForm, Tensors, Variant
 from lowrank.adapters.variants.lora import Lora, LoraConfig
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.peft_kind import PeftKind, PeftTensor
-from lowrank.adapters.variants import Tensors, Variant
+from lowrank.adapters.variants.base import Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.models.storages.packed import frozen_product
 from lowrank.settings import Positive

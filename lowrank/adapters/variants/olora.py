@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Variant
+from lowrank.adapters.variants.base import Variant
 from lowrank.adapters.variants.pissa import Shifted, as_doubled
 
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import FileForm, Tensors, Variant
+from lowrank.adapters.variants.base import FileForm, Tensors, Variant
 from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import NonNegative

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from lowrank.adapters.variants import Variant
+from lowrank.adapters.variants.base import Variant
 from lowrank.adapters.variants.dora import Dora, DoraConfig
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from lowrank.adapters.config import AdapterSettings
-from lowrank.adapters.variants import Variant
+from lowrank.adapters.variants.base import Variant
 from lowrank.adapters.variants.lora import Lora
 
 

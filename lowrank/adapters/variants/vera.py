@@ -14,7 +14,7 @@ import torch
 
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.peft_kind import PeftKind, PeftTensor
-from lowrank.adapters.variants import AdapterSite, SharedTensors, SiteSetup, Tensors, Variant
+from lowrank.adapters.variants.base import AdapterSite, SharedTensors, SiteSetup, Tensors, Variant
 from lowrank.models.storages import BaseLinear
 from lowrank.settings import Positive
 

@@ -12,7 +12,7 @@ import torch
 
 from lowrank.adapters.targets import is_embedding
 from lowrank.adapters.token_rows import NAME as TOKEN_ROWS
-from lowrank.adapters.variants import BiasMerge, SharedTensors, Tensors, Variant
+from lowrank.adapters.variants.base import BiasMerge, SharedTensors, Tensors, Variant
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError, raise_all
 from lowrank.export.merge.expert_merge import ExpertUpdate, FusedUpdate, by_expert, is_transposed
