@@ -8,7 +8,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.generate import transformers_fallback
 from lowrank.generate.constraint import Constraint
 from lowrank.generate.request import ContextLengthExceeded, GenerationConfig, Prompt, RequestError
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 from lowrank.models.base import Base
 from lowrank.records import KIND_NAMES, Picture
 
@@ -23,12 +23,12 @@ class RequestAdmission:
 
     def sequence(
         self, prompt: Prompt, config: GenerationConfig, stop_tokens: frozenset[int], notice: str | None
-    ) -> Sequence:
+    ) -> GenerationSequence:
         """The request as the generator sees it; RequestError if it can never be answered. `notice`: why all are
         answered in fixed batches; None: they are not."""
         virtual = self.bank.num_virtual(prompt.slot)
         max_new_tokens = self._max_new_tokens(len(prompt.token_L), prompt.slot, config, notice)
-        sequence = Sequence(
+        sequence = GenerationSequence(
             prompt,
             config,
             virtual=virtual,

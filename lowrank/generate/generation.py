@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
 from lowrank.generate.request import Answer, TokenChunk
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 
 
 class GenerationDriver(Protocol):
@@ -23,7 +23,7 @@ class GenerationDriver(Protocol):
         """Bring everybody a token further; False if there is nobody."""
         ...
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: GenerationSequence) -> None:
         """Give up an answer; its pages are free before the next step."""
         ...
 
@@ -34,7 +34,7 @@ class Generation:
     Where the generator has no thread of its own, iterating makes the steps (for everybody).
     """
 
-    def __init__(self, generator: GenerationDriver, sequence: Sequence) -> None:
+    def __init__(self, generator: GenerationDriver, sequence: GenerationSequence) -> None:
         self._generator = generator
         self._sequence = sequence
 

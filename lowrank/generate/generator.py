@@ -33,7 +33,7 @@ from lowrank.generate.prompt_media import encode_media, pieces_of
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.generate.sampling import choose
 from lowrank.generate.scheduler import GeneratorConfig, Scheduler
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 from lowrank.kernels.glibc_malloc import Heap
 from lowrank.kernels.shape_bucketing import bucketed_rows
 from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
@@ -93,7 +93,7 @@ class Generator:
         self.post(lambda: self.schedule.waiting.append(sequence))
         return Generation(self, sequence)
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: GenerationSequence) -> None:
         """Its pages are free before the next step. A finished one stays as it is."""
         sequence.cancelled = True
         self.post(self._drop_cancelled)
@@ -228,7 +228,7 @@ class Generator:
                 return
             function()
 
-    def _forward(self, plan: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, list[Sequence]]:
+    def _forward(self, plan: list[tuple[GenerationSequence, int]]) -> tuple[torch.Tensor, list[GenerationSequence]]:
         """Logits (B, V) of those whose next token is wanted now."""
         spans, tokens, ends, rows = [], [], [], []
         pieces = pieces_of(plan)
@@ -258,7 +258,7 @@ class Generator:
         ends += [0] * (self._rows_for(len(ends)) - len(ends))
         return self._logits(hidden_TD[to_device(torch.tensor(ends, dtype=torch.int64), device)], rows), rows
 
-    def _logits(self, hidden_BD: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
+    def _logits(self, hidden_BD: torch.Tensor, rows: list[GenerationSequence]) -> torch.Tensor:
         """By the model's own head module, which the bank may have routed."""
         ranges = _ranges([(each.slot, 1) for each in rows])
         with self.bank.routing.using(ForwardContext(len(hidden_BD), ranges, decoding=True)):

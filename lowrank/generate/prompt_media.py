@@ -10,12 +10,14 @@ import numpy as np
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.errors import LowrankError
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 from lowrank.models.base import Base
 from lowrank.models.media_encoder import EncodedPiece
 
 
-def encode_media(base: Base, bank: Bank, sequences: Iterable[Sequence], running: list[Sequence]) -> None:
+def encode_media(
+    base: Base, bank: Bank, sequences: Iterable[GenerationSequence], running: list[GenerationSequence]
+) -> None:
     """Let the tower look at the pictures of those who have some. Whose cannot be looked at ends here, and nobody else.
     `running`: who may have been shown the same already."""
     for sequence in sequences:
@@ -30,7 +32,7 @@ def encode_media(base: Base, bank: Bank, sequences: Iterable[Sequence], running:
                 sequence.fail("error", str(error), refused=True)
 
 
-def pieces_of(plan: list[tuple[Sequence, int]]) -> list[EncodedPiece]:
+def pieces_of(plan: list[tuple[GenerationSequence, int]]) -> list[EncodedPiece]:
     """Where the tokens of a step (so many of each sequence) are in documents with pictures; empty where nobody has
     some."""
     if all(sequence.media is None for sequence, _ in plan):
@@ -38,7 +40,7 @@ def pieces_of(plan: list[tuple[Sequence, int]]) -> list[EncodedPiece]:
     return [EncodedPiece(sequence.cached, length, sequence.encoded) for sequence, length in plan]
 
 
-def _see_alike(bank: Bank, one: Sequence, other: Sequence) -> bool:
+def _see_alike(bank: Bank, one: GenerationSequence, other: GenerationSequence) -> bool:
     """Whether their slots have the same tower."""
     return one.slot == other.slot or not (_adapts_tower(bank, one.slot) or _adapts_tower(bank, other.slot))
 
@@ -47,7 +49,7 @@ def _adapts_tower(bank: Bank, slot: int) -> bool:
     return slot in bank.slots and bank.slots[slot].adapts_tower
 
 
-def _show(base: Base, bank: Bank, sequence: Sequence) -> None:
+def _show(base: Base, bank: Bank, sequence: GenerationSequence) -> None:
     assert base.media_encoder is not None, "checked when it was submitted"
     assert sequence.media is not None
     prompt_L = np.asarray(sequence.tokens[: sequence.num_prompt], np.int64)

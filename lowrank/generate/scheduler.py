@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from itertools import takewhile
 
 from lowrank.generate.block_manager import BlockManager, root_digest
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 from lowrank.settings import Positive, Settings
 
 
@@ -34,8 +34,8 @@ class Scheduler:
     def __init__(self, table: BlockManager, config: GeneratorConfig) -> None:
         self.block_manager = table
         self.config = config
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[GenerationSequence] = deque()
+        self.running: list[GenerationSequence] = []
         self._version: defaultdict[int, int] = defaultdict(int)
         """Of each slot's weights."""
 
@@ -49,7 +49,7 @@ class Scheduler:
         alike = takewhile(lambda sequence: sequence.needs_padding and not sequence.single_only, self.waiting)
         return min(self.config.max_num_seqs, sum(1 for _ in alike))
 
-    def plan(self) -> list[tuple[Sequence, int]]:
+    def plan(self) -> list[tuple[GenerationSequence, int]]:
         """Who gets how many tokens of this step, by slot; pages are taken."""
         planned: dict[int, int] = {}
         budget = self.config.max_num_batched_tokens
@@ -77,7 +77,7 @@ class Scheduler:
         plan = [(each, planned[id(each)]) for each in self.running if id(each) in planned]
         return sorted(plan, key=lambda entry: entry[0].slot)
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: GenerationSequence) -> bool:
         """Whether there is room for all of its tokens; then it has the pages that are known already."""
         size = self.block_manager.page_size
         sequence.digests = [root_digest(sequence.slot, self._version[sequence.slot], sequence.media)]
@@ -91,7 +91,7 @@ class Scheduler:
         sequence.reused = min(sequence.cached, sequence.num_prompt)
         return True
 
-    def _make_room(self, sequence: Sequence, length: int) -> bool:
+    def _make_room(self, sequence: GenerationSequence, length: int) -> bool:
         """Pages for `length` tokens more; puts the youngest aside where there are none. False if it was itself."""
         needed = -(-(sequence.cached + length) // self.block_manager.page_size)
         while len(sequence.pages) < needed:
@@ -104,17 +104,17 @@ class Scheduler:
                 return False
         return True
 
-    def preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: GenerationSequence) -> None:
         """It gives its pages back, and reads its text again when there is room."""
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: GenerationSequence) -> None:
         self.block_manager.release(sequence.pages)
         sequence.pages, sequence.cached = [], 0
 
-    def advance(self, sequence: Sequence, length: int) -> None:
+    def advance(self, sequence: GenerationSequence, length: int) -> None:
         """`length` tokens more are in the cache; pages that became full can be found by others."""
         size = self.block_manager.page_size
         before, sequence.cached = sequence.cached, sequence.cached + length
@@ -123,7 +123,7 @@ class Scheduler:
             for place in range(before // size, sequence.cached // size):
                 self.block_manager.register(sequence.pages[place], digests[place])
 
-    def pop_waiting(self, most: int) -> list[Sequence]:
+    def pop_waiting(self, most: int) -> list[GenerationSequence]:
         """Up to `most` of those who wait, by slot; they are the running ones now."""
         rows = [self.waiting.popleft() for _ in range(min(len(self.waiting), most))]
         self.running = sorted(rows, key=lambda sequence: sequence.slot) if rows else self.running

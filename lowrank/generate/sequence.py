@@ -15,8 +15,8 @@ from lowrank.generate.token_stream import Listener, TokenStream
 from lowrank.models.media_encoder import EncodedMedia
 
 
-class Sequence:
-    """The generator's own view of a request. Touched only by the thread that makes steps, but for the listeners."""
+class GenerationSequence:
+    """A request while it is decoded. Only the thread that makes steps touches it, but for the listeners."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Sequence:
         """Tokens that are known and not in the cache yet. 1 when it decodes."""
         return len(self.tokens) - self.cached
 
-    def has_prompt_of(self, other: Sequence) -> bool:
+    def has_prompt_of(self, other: GenerationSequence) -> bool:
         """Whether it has the same question with the same pictures."""
         length = self.num_prompt
         return (
@@ -85,7 +85,7 @@ class Sequence:
         return self.digests[1 : pages + 1]
 
     def take(self, choice: SampledToken) -> None:
-        """The next token; tells the listeners, and knows afterwards whether it was the last."""
+        """Add the next token: pass its chunk to the listeners, and end the sequence if it was the last."""
         if choice.token is None:
             diverged = "the probabilities are not finite: this adapter, or the base, has diverged"
             self.fail("error", choice.fault or diverged, refused=choice.fault is not None)

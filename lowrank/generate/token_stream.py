@@ -20,7 +20,7 @@ class TokenStream:
 
     @property
     def finished(self) -> bool:
-        """The last chunk was told."""
+        """The last chunk was pushed."""
         return bool(self._chunks) and self._chunks[-1].finish is not None
 
     def listen(self, listener: Listener) -> None:

@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
 from lowrank.generate.sampling import choose
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 from lowrank.kernels.precision import float32_or_wider
 from lowrank.models.base import Base
 from lowrank.models.loading.quiet import quiet_transformers
@@ -32,7 +32,7 @@ _FEATURES = "mm_encoder_outputs"
 class _Chooser(LogitsProcessor):
     """Takes the next token of every row that is not over, and leaves transformers no other choice."""
 
-    def __init__(self, rows: list[Sequence], between: Callable[[], None]) -> None:
+    def __init__(self, rows: list[GenerationSequence], between: Callable[[], None]) -> None:
         self.rows = rows
         self.between = between
 
@@ -48,7 +48,7 @@ class _Chooser(LogitsProcessor):
 
 
 class _AllOver(StoppingCriteria):
-    def __init__(self, rows: list[Sequence]) -> None:
+    def __init__(self, rows: list[GenerationSequence]) -> None:
         self.rows = rows
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def _without_settings_of_its_own(model: Any) -> Generator[None, None, None]:
         model.generation_config = before
 
 
-def answer(base: Base, bank: Bank, rows: list[Sequence], between: Callable[[], None]) -> None:
+def answer(base: Base, bank: Bank, rows: list[GenerationSequence], between: Callable[[], None]) -> None:
     """Answer all `rows` (sorted by slot), left-padded. `between` is called before each token."""
     longest = max(len(row.tokens) for row in rows)
     token_BL = torch.zeros(len(rows), longest, dtype=torch.int64)

@@ -187,7 +187,7 @@ def _soxr(name: str, own_rate: int, rate: int) -> Any:
     except ImportError as error:
         raise BadAudio(
             "a sound cannot be read here",
-            f"{name} has {own_rate:,} samples a second, and the model hears {rate:,}: {_EXTRA}, or convert it",
+            f"{name} has {own_rate:,} samples a second, and the model takes {rate:,}: {_EXTRA}, or convert it",
         ) from error
     return soxr
 

@@ -47,7 +47,7 @@ def left_out(tmp_path: Path, row: dict[str, Any], **settings: Any) -> list[str]:
 def test_columns(row: dict[str, Any], column: dict[str, Any], tmp_path: Path) -> None:
     (problem,) = left_out(tmp_path, {**row, **column})
     kind = list(column)[-1].removesuffix("s")
-    never = {"image": "reads text only", "audio": "does not hear", "video": "watches no videos"}
+    never = {"image": "reads text only", "audio": "takes no sounds", "video": "takes no videos"}
     assert f"this base {never[kind]}" in problem
     assert f"column {list(column)[-1]!r} is filled" in problem
 
@@ -61,7 +61,7 @@ def test_columns(row: dict[str, Any], column: dict[str, Any], tmp_path: Path) ->
 )  # fmt: skip
 def test_bare_placeholders(mark: str, tmp_path: Path) -> None:
     (problem,) = left_out(tmp_path, {**PLAIN, "instruction": f"{mark}What is it?"})
-    never = {"<image>": "reads text only", "<audio>": "does not hear", "<video>": "watches no videos"}
+    never = {"<image>": "reads text only", "<audio>": "takes no sounds", "<video>": "takes no videos"}
     assert never.get(mark, f"{mark} stands in it") in problem
     assert left_out(tmp_path, {**PLAIN, "instruction": f"{mark}What is it?"}, replace={mark: ""}) == []
 
@@ -75,7 +75,7 @@ def test_a_placeholder_in_plain_text(tmp_path: Path) -> None:
 def test_parts_of_a_content(part: str, tmp_path: Path) -> None:
     content = [{"type": part, part: "cat"}, {"type": "text", "text": "What is it?"}]
     (problem,) = left_out(tmp_path, {"messages": [{"role": "user", "content": content}, QUESTION[1]]})
-    expected = {"input_audio": "does not hear", "video": "watches no videos"}.get(part, "reads text only")
+    expected = {"input_audio": "takes no sounds", "video": "takes no videos"}.get(part, "reads text only")
     assert expected in problem
 
 

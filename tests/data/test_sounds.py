@@ -165,7 +165,7 @@ def test_python_alone_reads_wav(width: int, monkeypatch: pytest.MonkeyPatch, tmp
     np.testing.assert_allclose(decoded_audio(audio, RATE), theirs, rtol=0, atol=1e-6)
     with pytest.raises(DataError, match=r"x.flac is no WAV that Python reads by itself.*lowrank-llm\[audio\]"):
         examine_audio(flac, "x.flac")
-    with pytest.raises(DataError, match=r"slow.wav|8,000 samples a second, and the model hears 16,000.*\[audio\]"):
+    with pytest.raises(DataError, match=r"slow.wav|8,000 samples a second, and the model takes 16,000.*\[audio\]"):
         decoded_audio(slow, RATE)
 
 
@@ -173,7 +173,7 @@ def test_other_rates_want_soxr(tokenizer: Any, folder: Path, monkeypatch: pytest
     """Said before anything is trained."""
     write_sound(folder / "slow.wav", 0.5, 8000)
     monkeypatch.setitem(sys.modules, "soxr", None)
-    with pytest.raises(DataError, match=r"8,000 samples a second, and the model hears 16,000: .*\[audio\]"):
+    with pytest.raises(DataError, match=r"8,000 samples a second, and the model takes 16,000: .*\[audio\]"):
         read(tokenizer, folder, {"messages": chat("<audio>?"), "audios": ["slow.wav"]})
 
 
@@ -254,7 +254,7 @@ def test_sounds_that_are_not_heard_to_their_end_are_counted(tokenizer: Any, fold
         {"messages": chat("<audio>?"), "audios": ["sounds/2.wav"]},
     ]
     notes = read(tokenizer, folder, *rows).report.datasets[0].notes
-    assert "1 sounds are longer than the model's processor hears, which leaves their end out (row 1)" in notes
+    assert "1 sounds are longer than the model's processor takes, which leaves their end out (row 1)" in notes
 
 
 @pytest.mark.parametrize("family", AUDIO_MODELS)

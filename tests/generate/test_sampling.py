@@ -22,7 +22,7 @@ from lowrank.generate.detokenizer import IncrementalDetokenizer
 from lowrank.generate.generator import Generator
 from lowrank.generate.request import Answer, GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampling import choose
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 from lowrank.models.base import Base
 from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import TINY, load
@@ -30,9 +30,11 @@ from lowrank.models.loading.pretrained import TINY, load
 PROMPT = [5, 9, 9, 30]
 
 
-def row(config: GenerationConfig, answered: list[int] | None = None) -> Sequence:
+def row(config: GenerationConfig, answered: list[int] | None = None) -> GenerationSequence:
     prompt = Prompt(np.array(PROMPT))
-    made = Sequence(prompt, config, stop_tokens=frozenset(), max_new_tokens=99, tokenizer=None, constraint=None)
+    made = GenerationSequence(
+        prompt, config, stop_tokens=frozenset(), max_new_tokens=99, tokenizer=None, constraint=None
+    )
     made.tokens += answered or []
     return made
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from lowrank.generate.request import TokenChunk
-from lowrank.generate.sequence import Sequence
+from lowrank.generate.sequence import GenerationSequence
 from lowrank.generate.token_stream import TokenStream
 from lowrank.kernels.shape_bucketing import bucketed_rows
 from lowrank.serve.api.request_lifecycle import RequestLifecycle
 from tests.serve.running import Running, open_world, serving
 
-KINDS = (Sequence, TokenStream, TokenChunk, RequestLifecycle)
+KINDS = (GenerationSequence, TokenStream, TokenChunk, RequestLifecycle)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lowrank.errors import DataError, ModelError
 from lowrank.records import KIND_NAMES, Audio, Conversation, Medium, Picture
 from lowrank.segments import Media
 
-_CUT = "are longer than the model's processor hears, which leaves their end out"
+_CUT = "are longer than the model's processor takes, which leaves their end out"
 
 
 _OTHERWISE_SERVED = (

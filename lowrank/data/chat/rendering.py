@@ -122,7 +122,7 @@ class Renderer:
         """As `prompt`, with the media of the conversation."""
         unable = next((each.kind for each in media_in(conversation) if not self.takes(each.kind)), None)
         if unable is not None:
-            only = {"image": "reads text only", "video": "watches none", "audio": "does not hear"}[unable]
+            only = {"image": "reads text only", "video": "takes none", "audio": "takes none"}[unable]
             raise DataError(f"the conversation has {KIND_NAMES[unable]}, and this model {only}")
         sample = self._samples.prompt(conversation)
         segment = weigh(sample, encode(self.tokenizer, [sample])[0])

@@ -143,7 +143,7 @@ def open_parts(conversation: Conversation) -> Conversation:
 def _refuse_unable(kind: str, name: str | None) -> None:
     part = COLUMN_NAMES[kind]
     what = f"it has {part}: column {name!r} is filled" if name else f"it has {part}: they stand among its turns"
-    able = {"image": "reads text only", "video": "watches no videos", "audio": "does not hear"}[kind]
+    able = {"image": "reads text only", "video": "takes no videos", "audio": "takes no sounds"}[kind]
     never = "hears" if kind == "audio" else "sees"
     raise RowProblem(
         f"{what}, and this base {able} (it has no {_TOWER[kind]}, or not the files of its processor, or is loaded "

@@ -234,7 +234,7 @@ class GgufTarget:
             return TowerFile(source, model, model.beside, wanted, Upstream(self.config.converter))
         if wanted is True:
             raise ModelError(
-                f"gguf.mmproj: true, and {source.name} neither sees nor hears: there is no tower to write; leave it out"
+                f"gguf.mmproj: true, and {source.name} has no vision or audio tower to write; leave it out"
             )
         return None
 
