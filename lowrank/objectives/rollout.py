@@ -169,8 +169,8 @@ def reward_metrics(rollouts: RolloutBatch, names: Sequence[str]) -> dict[str, fl
 
 def short_names(reward_funcs: Sequence[str]) -> list[str]:
     """The functions' own names; with their module where two are called alike."""
-    own = [name.partition(":")[2] for name in reward_funcs]
-    return [short if own.count(short) == 1 else name for short, name in zip(own, reward_funcs)]
+    short = [name.partition(":")[2] for name in reward_funcs]
+    return [each if short.count(each) == 1 else name for each, name in zip(short, reward_funcs)]
 
 
 def find_reward_function(name: str) -> RewardFunction:

@@ -22,19 +22,19 @@ from lowrank.notices import log_notice
 from lowrank.pipelines.resolve import ArtifactKind, Resolved, is_run, resolve
 
 _RUN_ABOVE = 4
-"""Folders between an adapter and its run's, at the most: `<run>/checkpoints/<step>/<job>`."""
+"""The most levels between a run's folder and an adapter in it: `<run>/checkpoints/<step>/<job>`."""
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
-"""Where an adapter's folder may have a chat template of its own."""
+"""Files of an adapter's folder that may have a chat template."""
 
 
 @dataclass(frozen=True)
 class ModelArtifacts:
-    """A model, and adapters on it.
+    """A model and the adapters on it, found but not loaded.
 
-    data            how the base reads a conversation
-    adapters        folders, by name
-    data_of         how adapters read one, where that is as in their own training
-    trained_base    of a run that tuned the base itself: the job's name and the folder; there is no untouched base
+    data            settings by which the base reads a conversation
+    adapters        folders of the adapters, by name
+    data_of         settings by which adapters read one, where they are those of their training
+    trained_base    job name and folder of a run that trained the base itself; then the original base is not there
     """
 
     model: ModelConfig
@@ -52,10 +52,9 @@ def find_artifacts(
     base: str | None = None,
     notify: Callable[[str], None] = log_notice,
 ) -> ModelArtifacts:
-    """`which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
-    the tokenizer's. `base`: where the base of the run or adapter is now. `notify` gets what is not there. Raises
-    ModelError, ConfigError.
-    """
+    """Find the model and adapters that `path` names. `which`: a run's `best` or `last` adapters. `chat_template`: a
+    built-in one or a file, instead of the run's or the tokenizer's. `base`: where the base of the run or adapter is
+    now. `notify` is called with what is missing. Raises ModelError, ConfigError."""
     named = resolve(path)
     if named.of_run:
         config = settings_of_run(named.folder / RUN_CONFIG)
@@ -67,7 +66,7 @@ def find_artifacts(
 def artifacts_of_folder(
     named: Resolved, *, chat_template: str | None = None, base: str | None = None
 ) -> ModelArtifacts:
-    """A model, or an adapter and its base. ModelError where that is not named, or is gone."""
+    """Return a model, or an adapter and its base. ModelError where the adapter names no base, or its folder is gone."""
     data = DataConfig(chat_template=chat_template)
     if named.kind is not ArtifactKind.ADAPTER:
         if base is not None:
@@ -97,9 +96,9 @@ def artifacts_of_run(
     base: str | None,
     notify: Callable[[str], None],
 ) -> ModelArtifacts:
-    """What these jobs of a run, or of one of its checkpoints, have trained so far; `notify` is called with
-    those that have nothing yet. ModelError if none has."""
-    # Without a folder: what it was trained on need not be there any more, nor be looked for.
+    """Return what these jobs of a run, or of one of its checkpoints, have trained so far; `notify` is called with those
+    that have nothing yet. ModelError if none has."""
+    # the data of training need not exist any more, so only settings are read
     folder, first = named.folder, jobs[0]
     settings = {job.name: _with_template(job.data, chat_template) for job in jobs}
     if named.checkpoint is not None and first.trains_base:
@@ -108,7 +107,7 @@ def artifacts_of_run(
         )
     if first.trains_base and base is not None:
         raise ModelError(f"--base: {named.path} is a model by itself, not adapters on one")
-    there = {job.name: place for job in jobs if (place := _trained(named, job, which)) is not None}
+    there = {job.name: path for job in jobs if (path := _trained(named, job, which)) is not None}
     missing = [job.name for job in jobs if job.name not in there]
     if not there:
         what = "model" if first.trains_base else "adapter"
@@ -119,20 +118,20 @@ def artifacts_of_run(
         )
     if missing:
         notify(f"no adapter yet: {', '.join(missing)}")
-    for name, place in there.items():
-        if place.name != which and named.checkpoint is None:
-            notify(f"{name} has no {which} yet, this is its {_which_it_is(place)}")
+    for name, path in there.items():
+        if path.name != which and named.checkpoint is None:
+            notify(f"{name} has no {which} yet, this is its {_which_it_is(path)}")
     if first.trains_base:
-        place = there[first.name]
-        trained = {"path": str(current(place)), "revision": None, "random_init": None}
+        path = there[first.name]
+        trained = {"path": str(current(path)), "revision": None, "random_init": None}
         model = config.model.model_copy(update=trained)
-        return ModelArtifacts(model, settings[first.name], trained_base=(first.name, place))
+        return ModelArtifacts(model, settings[first.name], trained_base=(first.name, path))
     model = _base_of_run(config.model, there.values(), folder, base)
     return ModelArtifacts(model, settings[first.name], there, {name: settings[name] for name in there})
 
 
 def job_of(config: RunConfig, name: str) -> JobConfig:
-    """The job of that name. ModelError with what there is."""
+    """Return the job of this name. ModelError for an unknown name."""
     jobs = {job.name: job for job in config.jobs}
     if name not in jobs:
         raise ModelError(f"this run has no job {name!r}{did_you_mean(name, jobs)}")
@@ -140,8 +139,9 @@ def job_of(config: RunConfig, name: str) -> JobConfig:
 
 
 def data_of_adapter(folder: Path) -> DataConfig:
-    """How an adapter reads a conversation: as in the run whose folder it is in, else by the template beside it."""
-    place = current(folder).resolve()
+    """Return the settings by which an adapter reads a conversation: of the run whose folder it is in, else with the
+    template beside it."""
+    own_folder = current(folder).resolve()
     for above in list(folder.resolve().parents)[:_RUN_ABOVE]:
         if is_run(above):
             try:
@@ -153,22 +153,22 @@ def data_of_adapter(folder: Path) -> DataConfig:
             if data is not None:
                 return data
     for name in TEMPLATE_FILES:
-        if templates.has_template(place / name):
-            return DataConfig(chat_template=str(place / name))
+        if templates.has_template(own_folder / name):
+            return DataConfig(chat_template=str(own_folder / name))
     return DataConfig()
 
 
 def _base_of_run(
     model: ModelConfig, adapters: Iterable[Path | None], folder: Path, base: str | None = None
 ) -> ModelConfig:
-    """What a run's adapters are on: `base`, else what its settings name, else what its adapters name. ModelError where
-    that is a folder which is gone."""
+    """Return the base of a run's adapters: `base`, else what its settings name, else what its adapters name. ModelError
+    where that is a folder that does not exist any more."""
     if base is not None:
         return model.model_copy(update={"path": base, "revision": None})
-    places = [place for place in adapters if place is not None]
-    found = _where_it_is_now(model, places)
+    folders = [each for each in adapters if each is not None]
+    found = _with_present_path(model, folders)
     if not Path(found.path).exists():
-        names = [found.path, *(read_adapter_header(place).base_name or "" for place in places)]
+        names = [found.path, *(read_adapter_header(each).base_name or "" for each in folders)]
         gone = next((name for name in names if Path(name).is_absolute() or name.startswith((".", "~"))), None)
         if gone is not None:
             raise ModelError(
@@ -178,8 +178,9 @@ def _base_of_run(
     return found
 
 
-def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
-    """A run may have named its base from another current directory; its adapters name it in full."""
+def _with_present_path(model: ModelConfig, adapters: Iterable[Path | None]) -> ModelConfig:
+    """Return the model with a path that exists: a run may name its base relative to another current directory, but its
+    adapters name it by its full path."""
     if not Path(model.path).exists():
         for adapter in adapters:
             base = read_adapter_header(adapter).base_name if adapter else None
@@ -189,8 +190,8 @@ def _where_it_is_now(model: ModelConfig, adapters: Iterable[Path | None]) -> Mod
 
 
 def with_adapters_found(config: RunConfig) -> RunConfig:
-    """The settings with `adapter.path` and `objective.reward_model` as folders of one adapter each, where they name a
-    run, a job of one, or an adapter on the hub. ModelError where there is none, or more than one."""
+    """Return the settings with `adapter.path` and `objective.reward_model` resolved to the folder of one adapter each,
+    where they name a run, a job of one, or an adapter on the hub. ModelError for none or more than one adapter."""
     jobs = tuple(_with_adapters_found(job) for job in config.jobs)
     return config if jobs == config.jobs else config.model_copy(update={"jobs": jobs})
 
@@ -207,8 +208,8 @@ def _with_adapters_found(job: JobConfig) -> JobConfig:
 
 
 def adapter_folder(path: str, setting: str) -> Path:
-    """The folder of the one adapter that `path` names: its own, a run or checkpoint of one job, a job, or a hub name.
-    What is none of these is left for whoever reads it to refuse."""
+    """Return the folder of the one adapter that `path` names: an adapter's folder, a run or checkpoint of one job, a
+    job, or a hub name. Any other path is returned as it is, and refused when it is read."""
     named = resolve(path)
     if not named.of_run:
         return named.folder
@@ -227,21 +228,22 @@ def adapter_folder(path: str, setting: str) -> Path:
 
 
 def _trained(named: Resolved, job: JobConfig, which: str) -> Path | None:
-    """A job's `best` or `last`, whichever is asked for, else the other, else the adapter in the last checkpoint."""
+    """Return the folder of a job's `best` or `last` (`which`), else of the other, else of the last checkpoint's
+    adapter."""
     folder = named.folder / job.name
     if named.checkpoint is not None:
         return _in_checkpoint(named.checkpoint / job.name)
     for name in (which, *JOB_FOLDERS):
-        place = folder / name
-        if (current(place) / "config.json").is_file() if job.trains_base else is_adapter(place):
-            return place
+        path = folder / name
+        if (current(path) / "config.json").is_file() if job.trains_base else is_adapter(path):
+            return path
     checkpoint = None if job.trains_base else latest_checkpoint(named.folder / CHECKPOINTS)
     return _in_checkpoint(checkpoint / job.name) if checkpoint else None
 
 
-def _which_it_is(place: Path) -> str:
-    """What `_trained` has found, in words."""
-    return place.name if place.name in JOB_FOLDERS else f"adapter of checkpoint {place.parent.name}"
+def _which_it_is(path: Path) -> str:
+    """Return a description of the folder that `_trained` has found."""
+    return path.name if path.name in JOB_FOLDERS else f"adapter of checkpoint {path.parent.name}"
 
 
 def _with_template(data: DataConfig, chat_template: str | None) -> DataConfig:

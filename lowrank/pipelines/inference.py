@@ -37,12 +37,12 @@ from lowrank.records import Conversation, Picture, Rated
 from lowrank.third_party import code_allowed
 
 BASE_NAME = "base"
-"""How the untouched base is called among the models."""
+"""The name of the base without adapter among the models."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A conversation as it is read: through a chat template (its Jinja source), and what ends the answer."""
+    """A conversation as a model reads it. `chat_template`: its Jinja source; `ends`: the tokens that end an answer."""
 
     chat_template: str
     prompt: str
@@ -51,58 +51,59 @@ class RenderedPrompt:
 
 @dataclass
 class InferenceModel:
-    """A base with adapters, by name. `base` is always there and means no adapter."""
+    """A base with adapters, by name. The name `base`, which always exists, is the base without adapter."""
 
     base: Base
     bank: Bank
     renderer: Renderer
-    """The base's, and that of every model without one of its own."""
+    """The renderer of the base, and of every model that has no other in `renderers`."""
     slots: dict[str, int] = field(default_factory=lambda: {BASE_NAME: BASE_SLOT})
     value_heads: dict[str, torch.Tensor] = field(default_factory=dict)
-    """(D) of the models that are reward models."""
+    """The value heads, (D), of the reward models."""
     folders: dict[str, Path] = field(default_factory=dict)
-    """Where the adapters were loaded from."""
+    """The folders that the adapters were loaded from."""
     renderers: dict[str, Renderer] = field(default_factory=dict)
-    """Of models that were trained with chat templates of their own; those with the same settings share one."""
+    """Renderers of adapters that were trained with other settings than the base's; those with the same settings share
+    one."""
     compiled: CompiledDecoding | None = None
-    """The base's compiled decoder layers, through which all answers are computed where there are some."""
+    """The base's compiled decoder layers, used for all answers; None: not compiled."""
 
     def slot(self, name: str) -> int:
-        """The slot of a model; ModelError with what there is."""
+        """Return the slot of a model. ModelError for an unknown name."""
         if name not in self.slots:
             raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.slots)}")
         return self.slots[name]
 
     def renderer_of(self, name: str) -> Renderer:
-        """How a model reads a conversation: as in its training."""
+        """Return the renderer of a model, which reads conversations as in its training."""
         return self.renderers.get(name, self.renderer)
 
     def answering(
         self, names: Iterable[str], conversations: Iterable[Conversation], notify: Callable[[str], None] = log_notice
     ) -> AnsweringModels:
-        """These models, ready for questions like `conversations`. ModelError for a name there is not, and for a base
-        that cannot be shown the pictures in them."""
+        """Return these models ready to answer `conversations`. ModelError for an unknown name, and for a base that
+        cannot read the pictures in them."""
         self._attach_media_encoder(conversations, notify)
         slots = {name: self.slot(name) for name in names}
         renderers = {name: self.renderer_of(name) for name in slots}
         return AnsweringModels(self.base, self.bank, slots, renderers, self.compiled)
 
     def _attach_media_encoder(self, conversations: Iterable[Conversation], notify: Callable[[str], None]) -> None:
-        """See to it that the base can be shown the pictures of these. ModelError where it cannot."""
+        """Attach the media encoder if the conversations have pictures. ModelError if the base cannot read them."""
         if any(isinstance(each, Picture) for conversation in conversations for each in media_in(conversation)):
             attach_media_encoder(self.base, "packed", notify, running=True, answering=True)
 
     def reward_models_among(self, names: Iterable[str]) -> list[str]:
-        """Those that are reward models."""
+        """Return those of `names` that are reward models."""
         return [name for name in names if name in self.value_heads]
 
     @property
     def names(self) -> list[str]:
-        """Who can be asked."""
+        """The names of all models."""
         return list(self.slots)
 
     def render_prompt(self, name: str, conversation: Conversation) -> RenderedPrompt:
-        """How a model reads a conversation that waits for its answer."""
+        """Return a conversation as the model reads it before its answer."""
         self.slot(name)
         renderer = self.renderer_of(name)
         prompt = self.base.tokenizer.decode(renderer.prompt_segment(conversation).token_L)
@@ -110,9 +111,9 @@ class InferenceModel:
         return RenderedPrompt(renderer.chat_template, prompt, tuple(ends))
 
     def rewards(self, conversations: Sequence[tuple[str, Conversation]]) -> list[float]:
-        """What each `(reward model, conversation that ends in an answer)` is given; higher is better.
+        """Return the reward of each `(reward model, conversation that ends in an answer)`; higher is better.
 
-        ModelError for a model that is no reward model, DataError for a conversation it cannot read whole.
+        ModelError for a model that is not a reward model, DataError for a conversation longer than the model reads.
         """
         scored = []
         for name, conversation in conversations:
@@ -126,7 +127,7 @@ class InferenceModel:
         return rewards(self.base, self.bank, scored)
 
     def versions(self, names: Iterable[str]) -> dict[str, str]:
-        """What tells one state of an adapter from another: the digest of its tensors, `base` for the bare base."""
+        """Return a digest of each model's adapter, "base" for the base without adapter."""
         return {name: _digest(self.bank, self.slot(name)) for name in names}
 
     def answer(
@@ -136,10 +137,10 @@ class InferenceModel:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The next answer of each `(model, conversation)`, in order; `on_text` is called with the pieces of a
-        single one as they come.
+        """Return the next answer of each `(model, conversation)`, in order. `on_text` is called with each text chunk
+        (single conversation only).
 
-        A model that gives NaN has an empty answer; `answers` says why.
+        A model whose logits are NaN has an empty answer; `answers` returns the error.
         """
         return [answer.text for answer in self.answers(conversations, config, on_text=on_text)]
 
@@ -150,7 +151,7 @@ class InferenceModel:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
-        """As `answer`, with tokens and, where there is no answer, the error. Each model has its own template."""
+        """Return answers as `answer` does, with their tokens and, where there is none, the error."""
         prompts = [self._prompt(name, each) for name, each in conversations]
         virtual = max(self.bank.num_virtual(prompt.slot) for prompt in prompts)
         config = self._within_reach(virtual + max(len(prompt.token_L) for prompt in prompts), config)
@@ -187,14 +188,14 @@ class InferenceModel:
         return Prompt(segment.token_L, self.slot(name), segment.media)
 
     def _within_reach(self, length: int, config: GenerationConfig) -> GenerationConfig:
-        """Answers end where the model's positions end; ModelError if the conversation alone goes that far."""
+        """Limit `max_new_tokens` to the model's context. ModelError if the conversation alone fills it."""
         reach = self.base.max_positions
         if not reach or length + config.max_new_tokens <= reach:
             return config
         if length >= reach:
             raise ModelError(
-                f"the conversation has {length} tokens and the model's maximum context length is {reach}; ask less at "
-                "once (/undo, /reset)"
+                f"the conversation has {length} tokens and the model's maximum context length is {reach}; shorten "
+                "it (/undo, /reset)"
             )
         return config.model_copy(update={"max_new_tokens": reach - length})
 
@@ -209,7 +210,8 @@ def open_inference_model(
     notify: Callable[[str], None] = log_notice,
     allow_code: bool = False,
 ) -> InferenceModel:
-    """Load what `path` names: a run folder (all its jobs), one of its checkpoints, an adapter folder, or a model.
+    """Load the model that `path` names: a run folder (all its jobs), one of its checkpoints, an adapter folder, or a
+    model.
 
     `which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
     the tokenizer's. `base`: where the adapters' base is now. `compile`: answer through compiled decoder layers.
@@ -251,17 +253,17 @@ def _load_found(found: ModelArtifacts, notify: Callable[[str], None]) -> Inferen
 
 
 def reward_model_notice(names: Sequence[str]) -> str:
-    """What a person should know who has reward models of these names write."""
+    """Return a notice for reward models that are used to generate text."""
     what = "are reward models" if len(names) > 1 else "is a reward model"
     return (
-        f"{', '.join(names)} {what}, trained to judge answers and not to write them; rewards are had in Python: "
+        f"{', '.join(names)} {what}, trained to score answers and not to write them; get rewards in Python: "
         "lowrank.load(...).rewards(...)"
     )
 
 
 def renderers_of(found: ModelArtifacts, tokenizer: Any, reach: int | None = None) -> dict[str, Renderer]:
-    """How the base (`base`) and each adapter read a conversation; those with the same settings share a renderer.
-    `reach`: tokens that the base reads."""
+    """Return the renderers of the base ("base") and of each adapter; those with the same settings share one. `reach`:
+    the base's context length."""
     made: dict[str, Renderer] = {}
     settings = {BASE_NAME: found.data, **{name: found.data_of.get(name, found.data) for name in found.adapters}}
     settings = {name: data.within(reach) for name, data in settings.items()}
@@ -272,8 +274,8 @@ def renderers_of(found: ModelArtifacts, tokenizer: Any, reach: int | None = None
 def folder_reader(
     tokenizer: Any, base: Renderer, renderers: Mapping[str, Renderer], chat_template: str | None
 ) -> Callable[[Path], Renderer]:
-    """How an adapter that comes from a folder later reads a conversation: as in its training, or by the template
-    beside it; all as the base where one `chat_template` was chosen for everybody."""
+    """Return a function that makes the renderer of an adapter which is loaded later from a folder: as in its training,
+    or by the template beside it; the base's if one `chat_template` is set for all."""
     made = {_key(each.config): each for each in (*renderers.values(), base)}
 
     def read(folder: Path) -> Renderer:

@@ -1,4 +1,4 @@
-"""The data of every job: files to optimizer steps, before any weights load."""
+"""Data preparation of all jobs: from files to optimizer steps, before any weights load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from lowrank.report.events import Event, Notice
 
 
 def with_date(config: RunConfig, settings: dict[str, Any] | None, now: date | None = None) -> RunConfig:
-    """The same with the day on which the run began, so that templates that write the date say the same when it goes on.
+    """Return the settings with the date on which the run began, so that chat templates that write the date write the
+    same one after a resume.
 
     `settings`: those of the checkpoint, if the run goes on. `now`: left out, today.
     """
@@ -53,8 +54,9 @@ def prepare_all(
     strict: bool,
     read: dict[str, Prepared] | None = None,
 ) -> list[Prepared]:
-    """The data of every job, no sample longer than `model` reads (by its config.json); jobs that ask for the same share
-    what was read and tokenized, each with its own dataloader. `read`: what was read before, to which this is added."""
+    """Return the data of every job, with no sample longer than the context of `model` (by its config.json). Jobs with
+    the same data settings share what was read and tokenized, each with its own dataloader. `read`: data that was read
+    before, to which this is added. DataError for rows that cannot be used."""
     shape = read_config(model)
     within = [_within_reach(job, positions_of(shape)) for job in jobs]
     described = [
@@ -67,28 +69,28 @@ def prepare_all(
 
     try:
         data = _prepare_jobs(within, tokenizer, report, strict, {} if read is None else read)
-    except DataError:  # whatever it says of data.max_length, this is why
+    except DataError:  # it may be about data.max_length, so the limits are reported first
         notify_all(described)
         raise
-    notify_all(text for text, job, cut, own in zip(described, jobs, within, data) if _concerns(job, cut, own))
+    notify_all(text for text, job, cut, prepared in zip(described, jobs, within, data) if _concerns(job, cut, prepared))
     notify_all(_settings_of_media(jobs, model, data))
     return data
 
 
 def _settings_of_media(jobs: Sequence[JobConfig], model: ModelConfig, data: Sequence[Prepared]) -> Iterator[str]:
-    """Settings of pictures and sounds where no row has any."""
+    """Yield notices about media settings that have no effect, since no row has such media."""
     if any(job.data.streaming for job in jobs):  # whose rows are not known yet
         return
     for kind in ("image", "video"):
-        if any(kind in own.media_kinds or (own.media_kinds and kind == "video") for own in data):
-            continue  # LLaMA-Factory's files set both for models that see
+        if any(kind in each.media_kinds or (each.media_kinds and kind == "video") for each in data):
+            continue  # LLaMA-Factory's files set both for models with a vision tower
         for name in (each.name for each in fields(MediaLimits) if each.name.startswith(kind)):
             if getattr(model, name) != type(model).model_fields[name].default:
                 yield f"model.{name} has no effect: no row has {KIND_NAMES[kind]}"
-    if model.cache_vision_features and not any({"image", "video"} & set(own.media_kinds) for own in data):
+    if model.cache_vision_features and not any({"image", "video"} & set(each.media_kinds) for each in data):
         yield "model.cache_vision_features: true has no effect: no row has pictures or videos"
-    for job, own in zip(jobs, data):
-        if job.data.check_pictures != "header" and not own.media_kinds:
+    for job, prepared in zip(jobs, data):
+        if job.data.check_pictures != "header" and not prepared.media_kinds:
             yield f"data.check_pictures: {job.data.check_pictures} has no effect: no row has pictures, videos or sounds"
 
 
@@ -99,12 +101,12 @@ def _within_reach(job: JobConfig, reach: int | None) -> JobConfig:
     return job if data is job.data else job.model_copy(update={"data": data})
 
 
-def _concerns(job: JobConfig, cut: JobConfig, own: Prepared) -> bool:
-    """Whether a person should know of the limit: one wrote a larger one, or rows come up to it."""
+def _concerns(job: JobConfig, cut: JobConfig, prepared: Prepared) -> bool:
+    """Return whether the context limit matters: a larger max_length was set, or rows are cut by it."""
     if job.data.max_length != type(job.data).model_fields["max_length"].default or job.data.streaming:
         return True
-    segments = (segment for sample in (*own.train.samples, own.eval) for segment in sample)
-    lost = any("data.max_length" in text for text in own.report.losses)
+    segments = (segment for sample in (*prepared.train.samples, prepared.eval) for segment in sample)
+    lost = any("data.max_length" in text for text in prepared.report.losses)
     return lost or any(len(segment) >= cut.data.max_length for segment in segments)
 
 
@@ -126,33 +128,33 @@ def _prepare_jobs(
     strict: bool,
     done: dict[str, Prepared],
 ) -> list[Prepared]:
-    prepared = []
+    data: list[Prepared] = []
     keys = [_key_of_data(job) for job in jobs]
     for job, key in zip(jobs, keys):
-        own = done.get(key)
-        if own is None or job.data.streaming:
+        prepared = done.get(key)
+        if prepared is None or job.data.streaming:
             try:
-                own = done[key] = _prepare(job, tokenizer, report, strict)
+                prepared = done[key] = _prepare(job, tokenizer, report, strict)
             except DataError as error:
                 names = [each.name for each, other in zip(jobs, keys) if other == key]
                 if len(names) == len(jobs):
                     raise
                 raise DataError(f"{', '.join(names)}: {error}") from error
         else:
-            own = own.for_another(job.data, job.seed)
-        prepared.append(own)
-    return prepared
+            prepared = prepared.for_another(job.data, job.seed)
+        data.append(prepared)
+    return data
 
 
 def _key_of_data(job: JobConfig) -> str:
-    """Equal for jobs that share what was read and tokenized."""
+    """Return a key that is equal for jobs that share what was read and tokenized."""
     objective = job.objective.build()
     mismatched = needs(objective, "mismatched")
     return f"{objective.record.__qualname__} {mismatched} {key_of_rows(job.data, job.seed)}"
 
 
 def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], strict: bool) -> Prepared:
-    """Rows to segments, with the doctor's report; before any weights load."""
+    """Read and tokenize the rows of a job, with a report of problems in them."""
     data = job.data.model_copy(update={"strict": job.data.strict or strict})
 
     def warn(text: str) -> None:
@@ -170,10 +172,10 @@ def _prepare(job: JobConfig, tokenizer: Any, report: Callable[[Event], None], st
 
 
 def report_data_findings(report: Callable[[Event], None], jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
-    """What the doctor found, each thing once, with the jobs it concerns unless it concerns all."""
+    """Report problems in the data, each once, with the names of the jobs that have it unless all do."""
     concerned: dict[tuple[str, str], list[str]] = {}
-    for job, own in zip(jobs, data):
-        for level, texts in (("warning", own.report.warnings), ("info", own.report.information)):
+    for job, prepared in zip(jobs, data):
+        for level, texts in (("warning", prepared.report.warnings), ("info", prepared.report.information)):
             for text in texts:
                 concerned.setdefault((level, text), []).append(job.name)
     for (level, text), names in concerned.items():

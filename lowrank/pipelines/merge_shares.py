@@ -134,10 +134,10 @@ def _lines(parts: Sequence[_Part]) -> list[dict[str, Any]]:
 def _take_adapters(source: Path, target: Path) -> None:
     """Copy `best` and `last` of a job, as hard links where the file system has them: files of adapters never change."""
     for which in JOB_FOLDERS:
-        place = current(source / which)
-        if place.is_dir():
+        adapter = current(source / which)
+        if adapter.is_dir():
             with new_folder(target / which) as partial:
-                shutil.copytree(place, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
+                shutil.copytree(adapter, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 
 def _link_or_copy(source: str, target: str) -> str:

@@ -30,14 +30,14 @@ from lowrank.report.thumbnails import write_thumbnails
 
 Done = Callable[[int, int], None]
 Progress = Callable[[str], AbstractContextManager[Done]]
-"""What shows how far a part has come: `with progress("12 questions") as done: done(3, 12)`."""
+"""Shows the progress of a stage: `with progress("12 questions") as done: done(3, 12)`."""
 LLAMAFACTORY_FILE = "generated_predictions.jsonl"
 """What LLaMA-Factory's `do_predict` writes: `prompt`, `predict`, `label`, with the special tokens of the prompt."""
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """What is asked, of whom, and how it is measured.
+    """Settings of a prediction: which models answer which questions, and the metrics of their answers.
 
     model      a run folder, an adapter folder, or a model
     sources    datasets that training reads; the last answer of each row is the label
@@ -52,7 +52,7 @@ class PredictRequest:
     adapters: tuple[str, ...] = ()
     metrics: tuple[str, ...] = NAMES
     llamafactory: bool = False
-    """LLaMA-Factory's numbers as well, and its file of predictions."""
+    """Whether LLaMA-Factory's metrics and file of predictions are written, too."""
     perplexity: bool = True
     sampling: GenerationConfig = field(default_factory=GenerationConfig)
     seed: int = 42
@@ -61,13 +61,14 @@ class PredictRequest:
     base: str | None = None
     last: bool = False
     compile: bool = False
-    """Answer through decoder layers compiled by torch."""
+    """Whether to answer through decoder layers compiled by torch."""
 
 
 def predict(
     request: PredictRequest, progress: Progress, warn: Callable[[Sequence[str]], None]
 ) -> tuple[dict[str, Any], Mapping[str, Mapping[str, MetricResult]]]:
-    """What metrics.json holds, and each model's metrics. Interrupted, the same request goes on where it stopped."""
+    """Answer all questions. Returns the contents of metrics.json, and each model's metrics. An interrupted request
+    continues where it stopped."""
     names = (*request.metrics, *(LLAMAFACTORY_NAMES if request.llamafactory else ()))
     check_installed(names)
     questions = [
@@ -120,7 +121,7 @@ def predict(
 
 
 def _settings(request: PredictRequest, trained: InferenceModel, chosen: Sequence[str]) -> dict[str, Any]:
-    """What the answers depend on."""
+    """Return the settings that the answers depend on."""
     return {
         "model": request.model,
         "data": ",".join(source.path for source in request.sources),
@@ -138,14 +139,14 @@ def _write_as_llamafactory(
     answers: Sequence[Mapping[str, ModelAnswer]],
     chosen: Sequence[str],
 ) -> None:
-    """Of the first model that is not the base: what scripts made for LLaMA-Factory's predictions read."""
+    """Write the answers of the first model that is not the base in the form of LLaMA-Factory's predictions."""
     name = next((each for each in chosen if each != BASE_NAME), BASE_NAME)
     renderer, tokenizer = answering.renderers[name], answering.base.tokenizer
     lines = []
-    for question, own in zip(questions, answers):
-        if own[name].problem is None:
+    for question, by_model in zip(questions, answers):
+        if by_model[name].problem is None:
             prompt = tokenizer.decode(renderer.prompt_segment(question.prompt).token_L, skip_special_tokens=False)
-            line = {"prompt": prompt, "predict": own[name].text, "label": question.label.content}
+            line = {"prompt": prompt, "predict": by_model[name].text, "label": question.label.content}
             lines.append(json.dumps(line, ensure_ascii=False))
     write_text(path, "\n".join(lines) + "\n")
 
@@ -156,17 +157,17 @@ def _left_out(
     unscored: Sequence[str],
     answering_models: Sequence[str],
 ) -> list[str]:
-    """What perplexity is not of: questions that could not be scored, and numbers that are none."""
+    """Return notices about questions that perplexity leaves out: not scored, or with NaN."""
     reported = []
     if unscored:
         reasons = "; ".join(list(dict.fromkeys(unscored))[:3])
         reported.append(f"perplexity leaves out {len(unscored)} of {rows} questions ({reasons})")
     for model_name in answering_models:
-        own = metric_results[model_name].get("perplexity")
-        strange = rows - len(unscored) - (own.rows if own else 0)
-        if strange > 0:
+        perplexity = metric_results[model_name].get("perplexity")
+        not_finite = rows - len(unscored) - (perplexity.rows if perplexity else 0)
+        if not_finite > 0:
             reported.append(
-                f"{model_name}: perplexity leaves out {strange} questions whose log-probabilities are not finite"
+                f"{model_name}: perplexity leaves out {not_finite} questions whose log-probabilities are not finite"
             )
     return reported
 
@@ -185,7 +186,7 @@ def _plain(metric_results: Mapping[str, Mapping[str, MetricResult]]) -> dict[str
                 **({"gain": vars(result.gain)} if result.gain else {}),
                 **({"signature": result.signature} if result.signature else {}),
             }
-            for name, result in own.items()
+            for name, result in results.items()
         }
-        for model_name, own in metric_results.items()
+        for model_name, results in metric_results.items()
     }

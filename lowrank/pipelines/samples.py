@@ -1,5 +1,4 @@
-"""A few held-out questions of a run, answered by the base and by every adapter: what report.html shows as before and
-after."""
+"""Sample answers of a run: a few held-out questions, answered by the base and by every adapter, for report.html."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ FOLDER = Path("predict", "samples")
 
 
 def answer_samples(run: Path, count: int, notify: Callable[[str], None]) -> Path:
-    """Ask `count` rows of the run's held-out data, chosen by its seed; the folder with the answers.
+    """Answer `count` rows of the run's held-out data, chosen by its seed; return the folder with the answers.
 
     DataError if the run has no held-out data of its own, or it is not there any more.
     """

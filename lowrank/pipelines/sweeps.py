@@ -24,17 +24,20 @@ BEST = "best"
 
 
 def check_sweep(config: RunConfig) -> None:
-    """ConfigError for what a sweep needs and is not installed."""
+    """Check that the libraries of a sweep are installed. ConfigError if not."""
     if config.sweep is not None and "optuna" in (config.sweep.sampler, config.sweep.storage):
         require_optuna()
 
 
 def add_search(queue: JobQueue, config: RunConfig, live: Mapping[str, Any] | None) -> Sweep | None:
-    """Let the sweep of the settings decide about the jobs in `queue`, from where it was (`live`: JobQueue.state)."""
+    """Make the sweep of the settings the search of `queue`. `live`: `JobQueue.state` of the checkpoint, if there is
+    one. Returns None without a sweep."""
     if config.sweep is None:
         return None
-    own = candidates_among(config.sweep, {job.name for job in config.jobs})
-    sweep = Sweep(config.sweep, own, sweep_metric(config), max(map(_warmup, queue.entries.values()), default=0.0))
+    candidates = candidates_among(config.sweep, {job.name for job in config.jobs})
+    sweep = Sweep(
+        config.sweep, candidates, sweep_metric(config), max(map(_warmup, queue.entries.values()), default=0.0)
+    )
     if live is not None and live["search"] is not None:
         sweep.load_state(live["search"])
     queue.search = sweep
@@ -42,13 +45,13 @@ def add_search(queue: JobQueue, config: RunConfig, live: Mapping[str, Any] | Non
 
 
 def _warmup(entry: QueuedJob) -> float:
-    """Its share of a job's steps."""
+    """Return the fraction of a job's steps that are warmup."""
     number = num_steps_of(entry.config, entry.data)
     return entry.config.schedule.warmup(number) / max(1, number)
 
 
 def record_sweep(sweep: Sweep, folder: Path) -> dict[str, Any]:
-    """What is known so far: sweep.json, and where it is asked for a database."""
+    """Write the results so far: sweep.json, and the Optuna database if it is set. Returns the table."""
     table = write_table(sweep, folder)
     if "optuna" in (sweep.settings.sampler, sweep.settings.storage):
         write_database(sweep.settings, folder, list(sweep.trials.values()))
@@ -56,7 +59,8 @@ def record_sweep(sweep: Sweep, folder: Path) -> dict[str, Any]:
 
 
 def finish_sweep(sweep: Sweep, folder: Path, report: Callable[[Event], None]) -> str | None:
-    """The table as it is at the end, and the winner's adapter as `best`; the winner's name."""
+    """Write the final table and the winner's adapter as `best`; return the winner's name, None if nothing was
+    evaluated."""
     table = record_sweep(sweep, folder)
     winner: str | None = table["best"]
     if winner is None:

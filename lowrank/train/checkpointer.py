@@ -1,4 +1,4 @@
-"""Checkpoints of a running run: `<job>/best`, `<job>/last`, and those it resumes from."""
+"""The checkpointer of a run: adapters as `<job>/best` and `<job>/last`, checkpoints to resume from, parked jobs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OLD_DATALOADER = "feed"
 
 
 class Checkpointer:
-    """Writes what the loop asks for into one run folder; every write is whole or not there."""
+    """Writes adapters and checkpoints into one run folder, each atomically, and parks and restores jobs."""
 
     def __init__(
         self,
@@ -44,20 +44,20 @@ class Checkpointer:
         run_state: Callable[[], dict[str, Any]],
         chat_templates: Mapping[str, str] | None = None,
     ) -> None:
-        """`run_state` gives what a checkpoint should hold beside the jobs; plain JSON. `chat_templates`: of jobs that
-        are trained with another than the tokenizer's own, which is then written beside their adapters."""
+        """`run_state` returns what a checkpoint holds beside the jobs, as plain JSON. `chat_templates`: those of jobs
+        that are trained with another than the tokenizer's, which are written beside their adapters."""
         self.engine = engine
         self.folder = folder
         self.run_state = run_state
         self.save_total_limit = save_total_limit
         self.chat_templates = dict(chat_templates or {})
         self.parked: dict[str, JobState] = {}
-        """Jobs that have lost their slot and will go on later, whole; every checkpoint has them too."""
+        """States of jobs without a slot that continue later; every checkpoint has them, too."""
         base = engine.base
         self.base = describe_base(base.model, locate(base.name), base.revision)
 
     def incompatibilities(self, jobs: Sequence[Job]) -> list[str]:
-        """What people should know about loading these adapters with PEFT."""
+        """Return notices about adapters that PEFT cannot load, or loads with restrictions."""
         slots = [self.engine.bank.slots[job.slot] for job in jobs if job.slot >= 0]
         found = [peft_incompatibility(self.base, slot.ranks, slot.config.as_saved().peft) for slot in slots]
         return sorted({problem for problem in found if problem})
@@ -85,7 +85,7 @@ class Checkpointer:
         return path
 
     def checkpoint(self, iteration: int, jobs: Sequence[Job]) -> Path:
-        """Write the state of all jobs, finished ones too: they may be told to go on for longer."""
+        """Write the state of all jobs; finished ones too, which may be resumed with more steps."""
         states = [*(self._state(job) for job in jobs), *self.parked.values()]
         return save_checkpoint(
             self.folder / CHECKPOINTS,
@@ -97,8 +97,8 @@ class Checkpointer:
         )
 
     def restore(self, checkpoint: RunCheckpoint, jobs: Sequence[Job], parked: Collection[str] = ()) -> int:
-        """Put every job back to where it was; the iteration to go on from. `parked`: names of those without a slot.
-        OutputError if the jobs are others."""
+        """Restore every job from a checkpoint; return the iteration to continue from. `parked`: names of jobs without a
+        slot. OutputError if the checkpoint has other jobs."""
         saved = {state.name: state for state in checkpoint.jobs}
         self.parked = {name: saved.pop(name) for name in parked if name in saved}
         problems = [f"{name}: in the checkpoint, not in this run" for name in saved.keys() - {job.name for job in jobs}]
@@ -111,20 +111,20 @@ class Checkpointer:
         return checkpoint.step
 
     def park(self, job: Job) -> None:
-        """Keep all there is of a job, so that its slot can go to another."""
-        self.parked[job.name] = _apart(self._state(job))
+        """Keep the whole state of a job, so that its slot can be given to another."""
+        self.parked[job.name] = _deep_copy(self._state(job))
 
     def unpark(self, job: Job) -> None:
-        """Put a job that was parked, and has a slot again, back to where it was, to the bit."""
+        """Restore a parked job, which has a slot again, to the bit."""
         self._restore(job, self.parked.pop(job.name))
 
     def copy(self, job: Job, name: str) -> None:
-        """Park a copy of a running job as `name`, whose best adapter is still to come."""
-        self.parked[name] = _as_fork(_apart(self._state(job)), name)
+        """Park a copy of a running job as `name`, without its evaluations."""
+        self.parked[name] = _as_fork(_deep_copy(self._state(job)), name)
 
     def copy_parked(self, parked: str, name: str) -> None:
-        """The same of a job that is parked."""
-        self.parked[name] = _as_fork(_apart(self.parked[parked]), name)
+        """Park a copy of a parked job as `name`, without its evaluations."""
+        self.parked[name] = _as_fork(_deep_copy(self.parked[parked]), name)
 
     def _adapter(self, job: Job) -> AdapterOnDisk:
         saved = self.engine.bank.saved(job.slot)
@@ -149,7 +149,7 @@ class Checkpointer:
         trained = self.engine.jobs[job.slot]
         restore_optimizer(
             trained.optimizer, trained.parameters, saved.optimizer
-        )  # first: it may decide what is trained
+        )  # first: a blockwise one decides what is trained
         if job.slot == BASE_SLOT:
             _copy_into(_of_base(trained.parameters), saved.parameters)
             trained.refresh()
@@ -165,37 +165,39 @@ class Checkpointer:
         trained.step = job.progress.step
         job.dataloader.load_state(saved.state[DATALOADER if DATALOADER in saved.state else _OLD_DATALOADER])
         if job.progress.finished == "done" and job.progress.step < job.num_steps:
-            job.progress.finished = None  # more steps were asked for since
+            job.progress.finished = None  # it has more steps now
 
 
 def _shorter(job: Job, saved: JobState) -> str:
-    """What is wrong where a job that still learned is now to have ended before; else nothing."""
+    """Return the problem of a running job that has taken more steps than it now has in all; else an empty text."""
     progress = JobProgress(**saved.state["progress"])
     if progress.finished is not None or progress.step < job.num_steps:
         return ""
     return (
-        f"{job.name}: it has taken {progress.step} steps already and is to take {job.num_steps}; give it more than "
+        f"{job.name}: it has taken {progress.step} steps, and now ends at step {job.num_steps}; set more than "
         f"{progress.step} (max_steps, num_train_epochs), or use {job.name}/last as it is"
     )
 
 
-def _apart(state: JobState) -> JobState:
-    """The same with tensors of its own: what it was taken from goes on."""
+def _deep_copy(state: JobState) -> JobState:
+    """Return a deep copy of a state, since the job that it is of continues to train."""
     adapter = state.adapter
     if adapter is not None:
-        adapter = dataclasses.replace(adapter, tensors={name: own.clone() for name, own in adapter.tensors.items()})
+        adapter = dataclasses.replace(
+            adapter, tensors={name: tensor.clone() for name, tensor in adapter.tensors.items()}
+        )
     return dataclasses.replace(
         state,
         state=json.loads(json.dumps(state.state)),
-        optimizer={name: own.clone() for name, own in state.optimizer.items()},
+        optimizer={name: tensor.clone() for name, tensor in state.optimizer.items()},
         adapter=adapter,
         value_D=None if state.value_D is None else state.value_D.clone(),
-        adapter_state={name: own.clone() for name, own in state.adapter_state.items()},
+        adapter_state={name: tensor.clone() for name, tensor in state.adapter_state.items()},
     )
 
 
 def _as_fork(state: JobState, name: str) -> JobState:
-    """A state under another name, with no evaluation yet that another could be better than."""
+    """Return a state under another name, without evaluations."""
     kept = JobProgress(**state.state["progress"])
     progress = JobProgress(step=kept.step, skipped=kept.skipped)
     return dataclasses.replace(state, name=name, state={**state.state, "progress": dataclasses.asdict(progress)})

@@ -200,7 +200,7 @@ def test_a_job_past_its_new_end_is_not_trained_further(world: Path, tmp_path: Pa
     train(RunConfig(**given), reporters=[Stopper()])
     kept = weights(tmp_path / "run")
     shorter = {**given, "max_steps": 3, "resume": True}
-    with pytest.raises(OutputError, match=r"a: it has taken 5 steps already and is to take 3; give it more than 5"):
+    with pytest.raises(OutputError, match=r"a: it has taken 5 steps, and now ends at step 3; set more than 5"):
         run(shorter)
     assert all(torch.equal(kept[name], own) for name, own in weights(tmp_path / "run").items())
     _, rest = run({**given, "resume": True})
