@@ -173,7 +173,7 @@ def _watch(base: Base, routing: Routing, layers: nn.ModuleList) -> dict[int, lis
     seen: dict[int, list[_Call]] = {number: [] for number in range(len(layers))}
     hooks = []
 
-    def look(number: int, name: str, module: nn.Module, args: Any, options: Any, output: Any) -> None:
+    def record_call(number: int, name: str, module: nn.Module, args: Any, options: Any, output: Any) -> None:
         given = _first_tensor(args, options)
         if given is not None:
             others = [each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)]
@@ -183,7 +183,7 @@ def _watch(base: Base, routing: Routing, layers: nn.ModuleList) -> dict[int, lis
 
     for number, layer in enumerate(layers):
         for name, module in layer.named_children():
-            hooks.append(module.register_forward_hook(partial(look, number, name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(partial(record_call, number, name), with_kwargs=True))
     segment = Segment(np.zeros(2, np.int64), np.zeros(2, np.float32))
     try:
         with torch.no_grad(), routing.using(ForwardContext()):

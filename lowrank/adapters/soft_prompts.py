@@ -156,13 +156,13 @@ class VirtualTokens:
 
 def runs_of(batch: Batch) -> tuple[VirtualTokenRows, ...]:
     """Where a packed batch has virtual tokens."""
-    return runs_of_pieces(list(zip(batch.slots, batch.virtual, batch.prefixes, batch.lengths)))
+    return virtual_token_rows(list(zip(batch.slots, batch.virtual, batch.prefixes, batch.lengths)))
 
 
-def runs_of_pieces(pieces: Sequence[tuple[int, int, int, int]]) -> tuple[VirtualTokenRows, ...]:
+def virtual_token_rows(chunks: Sequence[tuple[int, int, int, int]]) -> tuple[VirtualTokenRows, ...]:
     """The same for `(slot, virtual tokens of its sequence, tokens read before, tokens read now)` in a row."""
     runs, row = [], 0
-    for slot, number, past, length in pieces:
+    for slot, number, past, length in chunks:
         if past < number:
             runs.append(VirtualTokenRows(slot, row, past, min(number - past, length)))
         row += length

@@ -22,14 +22,14 @@ import torch
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.routing import ForwardContext
-from lowrank.adapters.soft_prompts import runs_of_pieces
+from lowrank.adapters.soft_prompts import virtual_token_rows
 from lowrank.devices import to_device
 from lowrank.generate import transformers_fallback
 from lowrank.generate.admission import RequestAdmission
 from lowrank.generate.block_manager import BlockManager
 from lowrank.generate.compiled_decoding import CompiledDecoding
 from lowrank.generate.generation import Generation
-from lowrank.generate.prompt_media import encode_media, pieces_of
+from lowrank.generate.prompt_media import encode_media, encoded_chunks
 from lowrank.generate.request import GenerationConfig, Prompt
 from lowrank.generate.sampling import choose
 from lowrank.generate.scheduler import GeneratorConfig, Scheduler
@@ -231,7 +231,7 @@ class Generator:
     def _forward(self, plan: list[tuple[GenerationSequence, int]]) -> tuple[torch.Tensor, list[GenerationSequence]]:
         """Logits (B, V) of those whose next token is wanted now."""
         spans, tokens, ends, rows = [], [], [], []
-        pieces = pieces_of(plan)
+        chunks = encoded_chunks(plan)
         for sequence, length in plan:
             known = -(-sequence.cached // self._cache.page_size)
             spans.append(SequenceChunk(sequence.cached, length, sequence.pages, fresh=sequence.pages[known:]))
@@ -242,17 +242,17 @@ class Generator:
         device = self.base.device
         added = self._rows_for(len(tokens)) - len(tokens)
         ranges = _ranges([(each.slot, length) for each, length in plan])
-        runs = runs_of_pieces([(each.slot, each.virtual, each.cached, length) for each, length in plan])
-        filler = tokens[-1] if not pieces else 0  # a placeholder would want a picture
+        runs = virtual_token_rows([(each.slot, each.virtual, each.cached, length) for each, length in plan])
+        filler = tokens[-1] if not chunks else 0  # a placeholder would want a picture
         token_T = to_device(torch.tensor([*tokens, *[filler] * added]), device)
         batch = PagedBatch(self._cache, spans, device, added=added)
         context = ForwardContext(len(token_T), ranges, virtual=runs, decoding=True)
         hidden_TD = None
-        if self.compiled is not None and not (pieces or runs) and all(length == 1 for _, length in plan):
+        if self.compiled is not None and not (chunks or runs) and all(length == 1 for _, length in plan):
             hidden_TD = self.compiled.hidden(token_T, batch, context)
         if hidden_TD is None:
             with self.bank.routing.using(context):
-                hidden_TD = self.base.forward_with_kv_cache(token_T, batch, pieces)
+                hidden_TD = self.base.forward_with_kv_cache(token_T, batch, chunks)
         for sequence, length in plan:
             self.schedule.advance(sequence, length)
         ends += [0] * (self._rows_for(len(ends)) - len(ends))

@@ -12,7 +12,7 @@ from lowrank.adapters.routing import ForwardContext
 from lowrank.errors import LowrankError
 from lowrank.generate.sequence import GenerationSequence
 from lowrank.models.base import Base
-from lowrank.models.media_encoder import EncodedPiece
+from lowrank.models.media_encoder import EncodedChunk
 
 
 def encode_media(
@@ -32,12 +32,12 @@ def encode_media(
                 sequence.fail("error", str(error), refused=True)
 
 
-def pieces_of(plan: list[tuple[GenerationSequence, int]]) -> list[EncodedPiece]:
+def encoded_chunks(plan: list[tuple[GenerationSequence, int]]) -> list[EncodedChunk]:
     """Where the tokens of a step (so many of each sequence) are in documents with pictures; empty where nobody has
     some."""
     if all(sequence.media is None for sequence, _ in plan):
         return []
-    return [EncodedPiece(sequence.cached, length, sequence.encoded) for sequence, length in plan]
+    return [EncodedChunk(sequence.cached, length, sequence.encoded) for sequence, length in plan]
 
 
 def _see_alike(bank: Bank, one: GenerationSequence, other: GenerationSequence) -> bool:

@@ -33,7 +33,7 @@ from lowrank.models.layer_wrappers import LayerWrapper
 from lowrank.models.layers import decoder_layers, find_backbone
 from lowrank.models.loading.quiet import quiet_transformers
 from lowrank.models.logit_transforms import logit_transforms
-from lowrank.models.media_encoder import EncodedPiece, MediaEncoder, show_media
+from lowrank.models.media_encoder import EncodedChunk, MediaEncoder, show_media
 from lowrank.models.placement import Placement, Whole
 from lowrank.models.positions import positions_of, stretching_of
 
@@ -229,7 +229,7 @@ class Base:
             lengths, prefixes = (*lengths, batch.filler), (*prefixes, 0)
             prompts = (*prompts, 0) if prompts else ()
         blocks = self.media_encoder.blocks(token_T) if self.media_encoder is not None and batch.pixels else None
-        boundaries: attention.Packed | attention.Attending = attention.Packed(start_S1, lengths, prompts, blocks)
+        boundaries: attention.Packed | attention.AttentionStream = attention.Packed(start_S1, lengths, prompts, blocks)
         if training and self.shift_attn is not None:
             assert not any(prefixes), "shared prompts are not in groups"
             assert blocks is None, "refused when the base was given its media encoder"
@@ -270,14 +270,14 @@ class Base:
         return found
 
     def forward_with_kv_cache(
-        self, token_T: torch.Tensor, step: PagedBatch, pieces: Sequence[EncodedPiece] = ()
+        self, token_T: torch.Tensor, step: PagedBatch, chunks: Sequence[EncodedChunk] = ()
     ) -> torch.Tensor:
         """The last hidden states, (T, D), of new tokens of sequences whose older ones are in the cache of `step`.
-        `pieces`: where they are of documents with pictures, one for each sequence of the step."""
+        `chunks`: where they are of documents with pictures, one for each sequence of the step."""
         if self.layer_wrapper is not None:
             self.layer_wrapper.begin(training=False)
-        if self.media_encoder is not None and any(each.encoded for each in pieces):
-            shown = self.media_encoder.in_pieces(pieces, token_T, step.position_T)
+        if self.media_encoder is not None and any(each.encoded for each in chunks):
+            shown = self.media_encoder.in_chunks(chunks, token_T, step.position_T)
             return self.call(token_T[None], packed=self._with_prefixes(step), **shown)[0]
         return self.call(token_T[None], position_ids=step.position_T[None], packed=self._with_prefixes(step))[0]
 

@@ -183,39 +183,39 @@ class MediaEncoder:
         output = self._towers["image"].features(batch, self._tower_pass)
         return EncodedMedia(output, tuple(before.tolist()), batch.place_3T, _grids(batch.pixels[0]))
 
-    def in_pieces(
-        self, pieces: Sequence[EncodedPiece], token_T: torch.Tensor, position_T: torch.Tensor
+    def in_chunks(
+        self, chunks: Sequence[EncodedChunk], token_T: torch.Tensor, position_T: torch.Tensor
     ) -> dict[str, Any]:
         """What the forward call of a step of generation is given. Where nobody has pictures, or an answer writes their
         token itself, that token is an ordinary one: its features are its own embedding."""
-        some = next(each.encoded for each in pieces if each.encoded is not None)
+        some = next(each.encoded for each in chunks if each.encoded is not None)
         ids = token_T.tolist()
         found: list[dict[str, Any]] = []
         place_3T = position_T[None].expand(3, -1).clone()
         at = 0
-        for piece in pieces:
-            seen, end = piece.encoded, piece.first + piece.length
+        for chunk in chunks:
+            seen, end = chunk.encoded, chunk.first + chunk.length
             own = 0
             if seen is not None:
                 known = min(end, seen.length)
-                if piece.first < known:
-                    rows = MediaRows(seen.before[piece.first], seen.before[known], seen.before[-1])
+                if chunk.first < known:
+                    rows = MediaRows(seen.before[chunk.first], seen.before[known], seen.before[-1])
                     own = rows.end - rows.first
                     found += [{name: rows.of(value) for name, value in seen.output.items()}] if own else []
                 if seen.place_3L is not None:
                     ahead = int(seen.place_3L.max()) + 1 - seen.length
-                    place_3T[:, at : at + piece.length] += ahead
-                    place_3T[:, at : at + max(0, known - piece.first)] = seen.place_3L[:, piece.first : known]
-            extra_placeholders = ids[at : at + piece.length].count(self.token) - own
+                    place_3T[:, at : at + chunk.length] += ahead
+                    place_3T[:, at : at + max(0, known - chunk.first)] = seen.place_3L[:, chunk.first : known]
+            extra_placeholders = ids[at : at + chunk.length].count(self.token) - own
             found += [
                 {
                     name: self._placeholder_features(name, value, extra_placeholders)
                     for name, value in some.output.items()
                 }
             ] * (extra_placeholders > 0)
-            at += piece.length
+            at += chunk.length
         position = place_3T[:, None] if self._of_places is not None else position_T[None]
-        if all(piece.encoded is None or piece.first >= piece.encoded.length for piece in pieces) or not found:
+        if all(chunk.encoded is None or chunk.first >= chunk.encoded.length for chunk in chunks) or not found:
             return {"position_ids": position}
         image = type(some.output)(**_joined_by_name(found))
         return {"position_ids": position, "mm_encoder_outputs": {"image": image}}
@@ -331,7 +331,7 @@ class EncodedMedia:
 
 
 @dataclass(frozen=True)
-class EncodedPiece:
+class EncodedChunk:
     """Tokens [first, first + length) of a sequence in one step of generation; None: it has no pictures."""
 
     first: int

@@ -212,9 +212,9 @@ def test_many_threads_and_async_listeners(family: str) -> None:
         found[index] = generator.submit(prompts[index], GREEDY).result().tokens
 
     async def submit_async(index: int) -> None:
-        pieces = [piece async for piece in generator.submit(prompts[index], GREEDY)]
-        assert [piece.finish is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
-        found[index] = [piece.token for piece in pieces if piece.token is not None]
+        chunks = [chunk async for chunk in generator.submit(prompts[index], GREEDY)]
+        assert [chunk.finish is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+        found[index] = [chunk.token for chunk in chunks if chunk.token is not None]
 
     async def submit_all_async() -> None:
         await asyncio.gather(*(submit_async(index) for index in range(4, 8)))
@@ -301,7 +301,7 @@ def test_a_finished_answer_is_gone_with_whoever_holds_it(llama: tuple[Engine, li
     """Without waiting for the collector of cycles: a listener often holds the answer it listens to."""
     generator = generator_of(llama[0])
     generation = generator.submit(Prompt(text(0, 4)), GREEDY)
-    generation.listen(lambda piece, generation=generation: None)
+    generation.listen(lambda chunk, generation=generation: None)
     generation.result()
     sequence = weakref.ref(generation._sequence)
     gc.disable()

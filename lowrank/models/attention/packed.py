@@ -35,7 +35,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], tor
 """(N, H, L, d), (N, G, L, d), (N, G, L, d), which N documents -> (N, H, L, d): attention of documents of one length."""
 
 
-class Attending(Protocol):
+class AttentionStream(Protocol):
     """A stream that knows by itself what its tokens see (paged.PagedBatch)."""
 
     def attend(
@@ -125,7 +125,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed: Packed | Attending | None = None,
+    packed: Packed | AttentionStream | None = None,
     s_aux: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:

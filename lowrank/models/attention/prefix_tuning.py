@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowrank.models.attention.packed import Attending, Packed, Softmax, attend_documents
+from lowrank.models.attention.packed import AttentionStream, Packed, Softmax, attend_documents
 
 KVInjection = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(attention layer, (1, G, T, d) keys as they are attended to, (1, G, T, d) values) -> keys and values with some rows
@@ -22,7 +22,7 @@ class WithInjectedKV:
     The cache keeps the injected keys and values, so later tokens see them too.
     """
 
-    stream: Packed | Attending
+    stream: Packed | AttentionStream
     inject_kv: KVInjection
 
     def attend(
