@@ -1,4 +1,4 @@
-"""Calibration: what each layer is given while a job's own data goes through the bare base."""
+"""Calibration: the inputs that each layer gets while a job's own data goes through the bare base."""
 
 from __future__ import annotations
 

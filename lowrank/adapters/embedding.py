@@ -1,4 +1,4 @@
-"""What is routed besides linear layers: embeddings (adapters, NEFTune noise) and whole copies of a module."""
+"""Routed modules other than linear layers: embeddings (adapters, NEFTune noise) and trained copies of whole modules."""
 
 from __future__ import annotations
 

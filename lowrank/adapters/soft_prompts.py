@@ -1,4 +1,4 @@
-"""Soft prompts: where the virtual tokens of a batch lie, and what stands in their places."""
+"""Soft prompts: the rows of a batch that are virtual tokens, and the learned embeddings or keys and values for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model, and the adapters that are there already."""
+"""Checks that an adapter fits a model and the adapters that it has already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which folders hold an adapter, by their files alone; without torch, for whoever only looks."""
+"""Finds the folders that hold an adapter, by their files alone; without torch, for whoever only looks."""
 
 from __future__ import annotations
 

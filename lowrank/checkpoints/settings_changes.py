@@ -1,4 +1,4 @@
-"""Which settings of a run differ from those of its checkpoint, and which of them may."""
+"""Compares the settings of a run with those of its checkpoint, and says which of them may differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder has, and whether they are whole; without torch, for whoever only looks."""
+"""Lists the checkpoints of a run folder, and whether they are whole; without torch, for whoever only looks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a metric is: percentile bootstrap over the rows, paired where two adapters are compared."""
+"""Confidence intervals of metrics: percentile bootstrap over the rows, paired where two adapters are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters think of texts that are given: log-probabilities of the answers in the data."""
+"""Log-probabilities that adapters give to the answers in the data."""
 
 from __future__ import annotations
 

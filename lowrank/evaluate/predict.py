@@ -1,4 +1,4 @@
-"""All adapters answer all questions in one pass; every answer is on disk as soon as it is whole."""
+"""Has all adapters answer all questions in one pass; every answer is written to disk as soon as it is whole."""
 
 from __future__ import annotations
 

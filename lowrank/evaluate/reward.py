@@ -1,4 +1,4 @@
-"""What a reward model gives for answers."""
+"""Rewards that a reward model gives to answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer on its way, as the client that submitted it sees it."""
+"""A submitted request, as its client sees it: its chunks as they come, the whole answer, and cancelling."""
 
 from __future__ import annotations
 

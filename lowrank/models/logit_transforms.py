@@ -1,4 +1,4 @@
-"""What a model does to its logits before they are probabilities, from its config.json alone."""
+"""Transforms that a model applies to its logits before the softmax, read from its config.json alone."""
 
 from __future__ import annotations
 

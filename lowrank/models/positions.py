@@ -1,4 +1,4 @@
-"""How many positions a model is made for, and whether lengths move them, from its config.json alone."""
+"""The number of positions a model is made for, and whether lengths move them, from its config.json alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens at which, by the model's own files, an answer ends."""
+"""Stop tokens that a model's own files declare."""
 
 from __future__ import annotations
 

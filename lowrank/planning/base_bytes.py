@@ -1,4 +1,4 @@
-"""What a base weighs, part by part, before a weight is read: decoder layers, embedding, head, and the rest."""
+"""Bytes of a base, part by part, before a weight is read: decoder layers, embedding, head, and the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which single change of the settings would make a run fit that does not."""
+"""Finds single changes of the settings that would make a run fit that does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two choices a plan makes where the settings leave them open, and the changes that would make a run fit."""
+"""Makes the two choices that settings may leave to a plan, and finds the changes that would make a run fit."""
 
 from __future__ import annotations
 

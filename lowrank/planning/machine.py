@@ -1,4 +1,4 @@
-"""What the machine has: memory that this process could have, on the host and on the device that computes."""
+"""The memory that this process could have, on the host and on the device that computes."""
 
 from __future__ import annotations
 

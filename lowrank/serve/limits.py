@@ -1,4 +1,4 @@
-"""How much a server takes on."""
+"""Limits of a server: on the size, the number and the time of requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application on a socket, until somebody stops it."""
+"""Runs the HTTP application on a socket until somebody stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one record became: its segments, or why there are none."""
+"""The result of rendering one record: its segments, or the reason why there are none."""
 
 from __future__ import annotations
 

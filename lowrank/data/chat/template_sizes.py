@@ -1,4 +1,4 @@
-"""How large a value will be that an operator, a filter or a method of a template makes: asked before it is made."""
+"""Predicts how large the result of an operator, a filter or a method of a template will be, before it is made."""
 
 from __future__ import annotations
 

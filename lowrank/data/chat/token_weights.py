@@ -1,4 +1,4 @@
-"""From characters that are learned to tokens that are."""
+"""Loss weights of tokens, from the spans of characters that are learned."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the data is like and what happens to it, counted and shown."""
+"""Reports on the data: its statistics, and what happens to its rows."""

@@ -1,4 +1,4 @@
-"""What the data is like and what happens to it: counted, listed, and shown to a person."""
+"""Statistics of the data and of what happens to its rows, and the sentences and tables that show them."""
 
 from __future__ import annotations
 

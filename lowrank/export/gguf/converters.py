@@ -1,4 +1,4 @@
-"""Who turns a merged model into a GGUF file: lowrank where it knows the family, else llama.cpp's own converter."""
+"""Chooses what turns a merged model into a GGUF file: lowrank where it knows the family, else llama.cpp's converter."""
 
 from __future__ import annotations
 

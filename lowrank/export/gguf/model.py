@@ -1,4 +1,4 @@
-"""What the converter needs of a model: its configuration, its tensors' shapes, and any tensor when asked."""
+"""A model as the converter reads it: its configuration, the shapes of its tensors, and any tensor when it is needed."""
 
 from __future__ import annotations
 

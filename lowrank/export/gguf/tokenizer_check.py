@@ -1,4 +1,4 @@
-"""The tokenizer check: does llama.cpp give the same tokens as the tokenizer the model was trained with?"""
+"""Compares llama.cpp's tokens with those of the tokenizer that the model was trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer, told to llama.cpp: from tokenizer.json, with the special tokens and the chat template around it."""
+"""A tokenizer's fields in a GGUF file, from tokenizer.json, with the special tokens and the chat template around it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Is what was written the model that was trained? Read back and compared."""
+"""Reads an export back and compares it with the model that was trained."""

@@ -1,4 +1,4 @@
-"""Prefix tuning: a stream of documents some of whose keys and values are learned."""
+"""Prefix tuning: attention over a stream of documents in which some keys and values are learned."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The HTTP face: OpenAI's routes, requests, replies and errors."""
+"""The HTTP API: OpenAI's routes, requests, replies and errors."""

@@ -1,4 +1,4 @@
-"""The HTTP face: OpenAI's routes, adapters, health and metrics."""
+"""The HTTP application: OpenAI's routes, adapters, health and metrics."""
 
 from __future__ import annotations
 

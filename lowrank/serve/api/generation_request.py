@@ -1,4 +1,4 @@
-"""What a request of any API means: questions, how they are answered, and the form of the reply."""
+"""A request of any API, parsed: the prompts, the settings of generation, and the form of the reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client asked, as tokens; what is surely too long is refused before it is rendered or tokenized whole."""
+"""Tokenizes what a client sent; what is surely too long is refused before it is rendered or tokenized whole."""
 
 from __future__ import annotations
 
