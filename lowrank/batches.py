@@ -1,4 +1,4 @@
-"""Packed batches: what a pass through the model takes and what comes of it.
+"""Packed batches: the input of a pass through the model (Batch), and its result (Scores).
 
     Segment (segments.py) -> Batch -> Scores
 
@@ -24,12 +24,12 @@ from lowrank.devices import to_device
 from lowrank.segments import Media, Segment
 
 BASE_SLOT = -1
-"""The slot of segments that see the frozen base and no adapter."""
+"""The slot of segments that go through the base without adapter."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a model's towers are given for the media of one segment's document.
+    """The tensors of one segment's media, as the model's towers take them.
 
     tensors   by the names of the model's processor: `pixel_values`, `image_grid_thw`, `input_features` ...
     """
@@ -44,17 +44,17 @@ class Batch:
     """Segments of any number of jobs as one flat stream.
 
     token_T     int64    the input
-    target_T    int64    the token to predict at this place (the next of the same segment; 0 at its end)
+    target_T    int64    the token to predict at this position (the next of the same segment; 0 at its end)
     weight_T    float32  loss weight of that prediction; 0 is context
-    position_T  int64    place within the document: within the segment, after its prefix
+    position_T  int64    position in the document: in the segment, after its prefix
     start_S1    int32    where each segment starts, and T at the end (cumulative lengths)
-    slot_S      int64    which adapter, ascending; -1 is the bare base
-    pair_S      int64    which pair of the job's step it belongs to, -1 for none
+    slot_S      int64    the slot of the adapter, ascending; -1 is the base without adapter
+    pair_S      int64    index of the segment's pair in the job's step, -1 for none
     role_S      int64    PLAIN, CHOSEN, REJECTED or MISMATCHED
     origin_S    int64    see `Segment.origin`
-    reference_T float32  log-probability of `target_T` under the bare base; None if no segment knows it
-    signals_T   float32  by name, see `Segment.signals_L`; of the token that is predicted, 0 where a segment has none
-    place_3T    int64    (3, T) places in time, height and width, where a model counts so and there are pictures
+    reference_T float32  log-probability of `target_T` under the bare base; None if no segment has it
+    signals_T   float32  by name, see `Segment.signals_L`; aligned with `target_T`, 0 where a segment has none
+    place_3T    int64    (3, T) positions in time, height and width, for models with M-RoPE and pictures
     """
 
     token_T: torch.Tensor
@@ -69,7 +69,7 @@ class Batch:
     reference_T: torch.Tensor | None = None
     signals_T: Mapping[str, torch.Tensor] = field(default_factory=dict)
     lengths: tuple[int, ...] = field(default=())
-    """Segment lengths on the host, so that no step waits for the device to learn them."""
+    """Segment lengths on the host, so that no step waits for the device to read them."""
     slots: tuple[int, ...] = field(default=())
     """`slot_S` on the host."""
     virtual: tuple[int, ...] = field(default=())
@@ -77,33 +77,33 @@ class Batch:
     prefixes: tuple[int, ...] = field(default=())
     """`Segment.prefix` of each."""
     prompts: tuple[int, ...] = field(default=())
-    """Of each document, how many of its first tokens ask; see `Segment.prompt`."""
+    """Of each document, the number of prompt tokens; see `Segment.prompt`."""
     filler: int = 0
-    """Tokens of one more document behind the stream, of nobody's, whose hidden states are thrown away: where the number
-    of rows matters (kernels/shape_bucketing.py)."""
+    """Padding tokens after the stream, as a document of no job whose hidden states are discarded, where the number of
+    rows is bucketed (kernels/shape_bucketing.py)."""
     media: tuple[tuple[int, Media], ...] = field(default=())
-    """(index of the segment, its media), of those that have some."""
+    """`(index of the segment, its media)`, of segments that have media."""
     pixels: tuple[Pixels, ...] = field(default=())
-    """Of each in `media`, once they are made (models/media_encoder.py)."""
+    """Pixels of each entry of `media`, once they are computed (models/media_encoder.py)."""
     place_3T: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        """T: tokens of all segments together."""
+        """T, the number of tokens of all segments."""
         return sum(self.lengths)
 
     @property
     def document_lengths(self) -> tuple[int, ...]:
-        """Of the segments with their prefixes."""
+        """Lengths of the segments with their prefixes."""
         return tuple(length + prefix for length, prefix in zip(self.lengths, self.prefixes))
 
     @property
     def starts(self) -> list[int]:
-        """Where each segment starts, and the number of tokens at the end, on the host."""
+        """The start of each segment, then the number of tokens, on the host."""
         return [0, *accumulate(self.lengths)]
 
     def slot_ranges(self) -> list[tuple[int, int, int]]:
-        """`(slot, first token, end token)` of each slot that is present, in order."""
+        """Return `(slot, first token, end token)` of each slot in the batch, in order."""
         ranges: list[tuple[int, int, int]] = []
         start = 0
         for slot, length in zip(self.slots, self.lengths):
@@ -115,13 +115,13 @@ class Batch:
         return ranges
 
     def of_slot(self, slot: int) -> Batch:
-        """The segments of one slot, as a batch of their own. Its tensors are views."""
+        """Return the segments of one slot as a batch, whose tensors are views."""
         chosen = [index for index, other in enumerate(self.slots) if other == slot]
         assert chosen, f"slot {slot} is not in this batch"
         return self.between(chosen[0], chosen[-1] + 1)
 
     def between(self, first: int, last: int) -> Batch:
-        """Segments `first` to `last`, the latter not among them, as a batch of their own. Its tensors are views."""
+        """Return segments `first` to `last` (exclusive) as a batch, whose tensors are views."""
         begin = sum(self.lengths[:first])
         end = begin + sum(self.lengths[first:last])
         return Batch(
@@ -149,21 +149,21 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         return self.moved(lambda tensor: to_device(tensor, device))
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """The same batch with other tensors: `move` of each."""
+        """Return the batch with `move` applied to each tensor."""
         moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         signals_T = {name: move(value) for name, value in self.signals_T.items()}
-        shown = {id(each.tensors): each.tensors for each in self.pixels}  # segments with the same media share theirs
-        there = {key: {name: move(value) for name, value in own.items()} for key, own in shown.items()}
-        pixels = tuple(replace(each, tensors=there[id(each.tensors)]) for each in self.pixels)
+        distinct = {id(each.tensors): each.tensors for each in self.pixels}  # segments with the same media share them
+        by_id = {key: {name: move(value) for name, value in tensors.items()} for key, tensors in distinct.items()}
+        pixels = tuple(replace(each, tensors=by_id[id(each.tensors)]) for each in self.pixels)
         return replace(self, **moved, signals_T=signals_T, pixels=pixels)
 
 
 def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
-    """One batch of `(slot, segment)` entries, sorted by slot; entries of one slot keep their order."""
+    """Return one batch of `(slot, segment)` entries, sorted by slot; entries of one slot keep their order."""
     entries = sorted(entries, key=lambda entry: entry[0])
     slots = [slot for slot, _ in entries]
     segments = [segment for _, segment in entries]
@@ -171,7 +171,7 @@ def pack(entries: Sequence[tuple[int, Segment]]) -> Batch:
     token_T = torch.from_numpy(np.concatenate([segment.token_L for segment in segments]).astype(np.int64))
     weight_T = torch.from_numpy(np.concatenate([segment.weight_L for segment in segments]).astype(np.float32))
     start_S1 = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    # Shift once, here: the weight of a token becomes the weight of the prediction made one place before it.
+    # Shift once, here: the weight of a token becomes the weight of its prediction, one position before it.
     target_T, shifted_T = token_T.roll(-1), weight_T.roll(-1)
     ends = start_S1[1:].long() - 1
     target_T[ends], shifted_T[ends] = 0, 0.0
@@ -203,7 +203,8 @@ def _signals(segments: Sequence[Segment], lengths: Sequence[int], end_S: torch.T
 
 
 def _of_tokens(known: Sequence[np.ndarray | None], lengths: Sequence[int], end_S: torch.Tensor) -> torch.Tensor | None:
-    """Numbers of each segment's tokens, shifted like the weights; 0 for segments that know none, None if all do not."""
+    """Return numbers of each segment's tokens, shifted like the weights; 0 for segments without them, None if all
+    are."""
     if all(value_L is None for value_L in known):
         return None
     whole = [np.zeros(length, np.float32) if value_L is None else value_L for value_L, length in zip(known, lengths)]
@@ -214,12 +215,12 @@ def _of_tokens(known: Sequence[np.ndarray | None], lengths: Sequence[int], end_S
 
 @dataclass(frozen=True)
 class Scores:
-    """What the models said about a batch.
+    """The models' scores of a batch.
 
     logprob_T    float32  log-probability of `target_T`; 0 where `weight_T` is 0 (never computed there)
     reference_T  float32  the same under the bare base, for objectives that need "reference"
     value_S      float32  the value head on each segment's last token, for objectives that need "value"
-    value_T      float32  the value head where each target is predicted, for objectives that need "token_values"
+    value_T      float32  the value head at each prediction, for objectives that need "token_values"
     score_T      float32  the objective's own score of each target, for objectives that need "token_scores"
     """
 
@@ -231,4 +232,5 @@ class Scores:
 
 
 Totals = dict[str, float]
-"""Counts summed over every micro-batch of a job's optimizer step, before the first forward."""
+"""Counts by which losses are divided, summed over every micro-batch of a job's optimizer step before the first forward
+pass."""

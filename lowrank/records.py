@@ -1,4 +1,4 @@
-"""Records: what a row of data says, in the form objectives understand. Of tokens and tensors nothing is known here.
+"""Records: rows of data in the form that objectives take, before tokenization.
 
 row of a file -> Record -> Segment -> Batch -> Scores      (segments.py, batches.py)
 """
@@ -14,15 +14,15 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Fields of a turn that hold what was thought before the answer, in transformers' order of precedence."""
+"""Fields of a turn that hold the reasoning before the answer, in transformers' order of precedence."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as its file has it; what it shows is told by `digest` alone, which is equal for equal files.
+    """A picture as its file has it. Two are equal if their `digest` is, which is so for equal files.
 
     digest          of the file's bytes
-    width, height   in pixels, as it is looked at (turned as its file says)
+    width, height   in pixels, after the rotation that its file says
     path, data      where the bytes are: a file, or here
     """
 
@@ -31,30 +31,30 @@ class Picture:
     width: int
     height: int
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    """What of it is not shown as it is stored, in words."""
+    """Notices about what is not used as it is stored."""
     path: str | None = field(default=None, repr=False, compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
     row: str = field(default="", repr=False, compare=False)
-    """The row of data that names it, in words."""
+    """A description of the row that names it."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in messages."""
         return self.path or f"the picture {self.digest[:8]}"
 
     @property
     def shown(self) -> str:
-        """What it is, for people."""
+        """Its description in messages."""
         return f"picture {self.width} x {self.height}"
 
 
 @dataclass(frozen=True)
 class Audio:
-    """A sound as its file has it; what is heard is decided by `digest` alone.
+    """A sound as its file has it. Two are equal if their `digest` is.
 
     digest       of the file's bytes
-    frames       samples of one channel
-    rate         of them in a second
+    frames       number of samples of one channel
+    rate         samples per second
     path, data   where the bytes are: a file, or here
     """
 
@@ -63,36 +63,36 @@ class Audio:
     frames: int
     rate: int
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    """What of it is not heard as it is stored, in words."""
+    """Notices about what is not used as it is stored."""
     path: str | None = field(default=None, repr=False, compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
     row: str = field(default="", repr=False, compare=False)
-    """The row of data that names it, in words."""
+    """A description of the row that names it."""
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Its length in seconds."""
         return self.frames / self.rate
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in messages."""
         return self.path or f"the sound {self.digest[:8]}"
 
     @property
     def shown(self) -> str:
-        """What it is, for people."""
+        """Its description in messages."""
         return f"sound of {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video as its file has it, or as pictures; what it shows is decided by `digest` alone.
+    """A video as its file has it, or as pictures. Two are equal if their `digest` is.
 
     digest            of the file's bytes, or of its pictures
-    width, height     in pixels, as it is looked at
-    frames            how many there are
-    fps               of them in a second; None where data gives them one by one
+    width, height     in pixels, after the rotation that its file says
+    frames            number of frames
+    fps               frames per second; None where the data names single frames
     path, data        where the bytes are: a file, or here
     pictures          or its frames
     """
@@ -104,37 +104,37 @@ class Video:
     frames: int
     fps: float | None = None
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    """What of it is not shown as it is stored, in words."""
+    """Notices about what is not used as it is stored."""
     path: str | None = field(default=None, repr=False, compare=False)
     data: bytes | None = field(default=None, repr=False, compare=False)
     row: str = field(default="", repr=False, compare=False)
-    """The row of data that names it, in words."""
+    """A description of the row that names it."""
     pictures: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in messages."""
         of_pictures = f"the video from {self.pictures[0].name}" if self.pictures else None
         return self.path or of_pictures or f"the video {self.digest[:8]}"
 
     @property
     def shown(self) -> str:
-        """What it is, for people."""
+        """Its description in messages."""
         return f"video of {self.frames} frames, {self.width} x {self.height}"
 
 
 Medium = Union[Picture, Video, Audio]  # noqa: UP007 (also read at run time, on Python 3.10)
-"""What is shown or played with a text. `kind`: what chat templates call it."""
+"""A picture, video or sound of a text. `kind`: its name in chat templates."""
 KIND_NAMES = {"image": "pictures", "video": "videos", "audio": "sounds"}
-"""What people call them."""
+"""Names of the kinds in messages."""
 COLUMN_NAMES = {"image": "images", "video": "videos", "audio": "audios"}
-"""What columns of rows that hold them are called."""
+"""Names of the columns of data that hold them."""
 
 
 @dataclass(frozen=True)
 class Message:
     """One turn. `tool_calls` is OpenAI's: `({"id", "type": "function", "function": {"name", "arguments": dict}},)`;
-    what else a call holds stays in it."""
+    other fields of a call are kept."""
 
     role: Role
     content: str
@@ -142,31 +142,31 @@ class Message:
     trained: bool = True
     """False keeps an assistant turn as context only (OpenAI's `weight: 0`)."""
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What else the turn holds, handed to the chat template as it is: `tool_call_id` and `name` of a tool's result,
-    `reasoning_content`, whatever the template reads."""
+    """Other fields of the turn, passed to the chat template unchanged: `tool_call_id` and `name` of a tool's result,
+    `reasoning_content`, and any other that the template reads."""
     media: tuple[tuple[int, Medium], ...] = ()
-    """Pictures, videos and sounds at places in `content`, in order: (characters of `content` before it, what it is)."""
+    """Pictures, videos and sounds in `content`, in order: `(index into content, medium)`."""
 
     @property
     def texts(self) -> list[str]:
-        """`content` in the pieces that its media leave, one more than there are of them."""
+        """`content` split at its media, one part more than there are media."""
         cuts = [0, *(place for place, _ in self.media), len(self.content)]
         return [self.content[first:end] for first, end in pairwise(cuts)]
 
     @property
     def thinks(self) -> bool:
-        """It has a thought, in a field or in its content."""
+        """Whether it has reasoning, in a field or in its content."""
         return bool(self.thought) or self.content.lstrip().startswith("<think>")
 
     @property
     def thought(self) -> str:
-        """What was thought before the answer; empty if nothing was."""
+        """The reasoning before the answer; empty if there is none."""
         return next((text for name in THOUGHTS if isinstance(text := self.fields.get(name), str) and text), "")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat; the assistant's turns are what is learned. `tools` are OpenAI function schemas."""
+    """A chat, in which the assistant's turns are trained on. `tools`: OpenAI function schemas."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -174,7 +174,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text; every token is learned."""
+    """Plain text, all of whose tokens are trained on."""
 
     text: str
 
@@ -190,7 +190,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Rated:
-    """A conversation that ends in an answer somebody found desirable or not."""
+    """A conversation that ends in an answer which was rated desirable or undesirable."""
 
     conversation: Conversation
     desirable: bool
@@ -198,8 +198,8 @@ class Rated:
 
 @dataclass(frozen=True)
 class Prompted:
-    """A conversation that waits for an answer, which the model in training gives itself. `columns` is the row it came
-    from: what a reward function may want to know. `label` is the answer in the data, where there is one."""
+    """A conversation without the last answer, which the model in training generates. `columns`: the row of data, for
+    reward functions; `label`: the answer in the data, if there is one."""
 
     prompt: Conversation
     columns: Mapping[str, Any]

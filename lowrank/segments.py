@@ -1,4 +1,4 @@
-"""Tokenized sequences, as a dataset hands them over, and the media in them.
+"""Segments: tokenized sequences with a loss weight per token, and the media in them.
 
     Record (records.py) -> Segment -> Batch (batches.py)
 
@@ -16,16 +16,16 @@ from lowrank.records import Medium, Prompted
 
 PLAIN, CHOSEN, REJECTED, MISMATCHED = 0, 1, 2, 3
 """Values of `Segment.role` and `Batch.role_S`. A desirable answer is CHOSEN, an undesirable one REJECTED. MISMATCHED is
-a prompt with another prompt's answer: nothing is learned from it, it is looked at before the step (KTO's estimate)."""
+a prompt with another prompt's answer, which is scored before the step and not trained on (KTO's estimate of the KL)."""
 
 
 @dataclass(frozen=True)
 class Media:
     """The pictures, videos and sounds of a segment.
 
-    items     all of the document it is from, in order: a processor looks at a document as a whole
-    spans     (first token, the one after the last) of what stands for each that is in the segment
-    before    items of the document that come before those
+    items     all media of the segment's document, in order: a processor reads a document as a whole
+    spans     (first token, end token) of the placeholder of each item that is in the segment
+    before    number of items of the document before those
     """
 
     items: tuple[Medium, ...]
@@ -34,11 +34,12 @@ class Media:
 
     @property
     def inside(self) -> tuple[Medium, ...]:
-        """Those that are in the segment."""
+        """The items that are in the segment."""
         return self.items[self.before : self.before + len(self.spans)]
 
     def between(self, first: int, end: int, shift: int = 0) -> Media | None:
-        """Of the tokens [first, end), of which the first has place `shift` now; none is cut in two."""
+        """Return the media of the tokens [first, end), moved so that `first` is at `shift`; None if there are none. An
+        item that the range would cut is left out."""
         inside = [index for index, (start, stop) in enumerate(self.spans) if first <= start and stop <= end]
         if not inside:
             return None
@@ -47,15 +48,15 @@ class Media:
         return Media(self.items, spans, self.before + inside[0])
 
     def moved(self, number: int) -> Media:
-        """Behind `number` more tokens."""
+        """Return the media behind `number` more tokens."""
         return replace(self, spans=tuple((start + number, stop + number) for start, stop in self.spans))
 
     def whole_until(self, end: int) -> int:
-        """The last place up to `end` at which a cut leaves every picture whole."""
+        """Return the last position up to `end` at which a cut leaves every item whole."""
         return next((start for start, stop in self.spans if start < end < stop), end)
 
     def before_pictures(self, place: int) -> int:
-        """The last token up to `place` that is no part of a picture; -1 if there is none."""
+        """Return the last token up to `place` that is not part of an item; -1 if there is none."""
         for start, stop in reversed(self.spans):
             place = start - 1 if start <= place < stop else place
         return place
@@ -74,33 +75,33 @@ class Segment:
     pair: int = -1
     role: int = PLAIN
     origin: int = 0
-    """Tokens of its job before it in the same optimizer step. Random draws (dropout, noise) count from
-    here, so they do not depend on how the step is cut into batches or on what other jobs do."""
+    """Number of tokens of the job before it in the same optimizer step. Random numbers (dropout, noise) are counted
+    from it, so they do not depend on micro-batches or on other jobs."""
     reference_L: np.ndarray | None = None
-    """float32: log-probability of `token_L[i]` under the bare base, 0 where `weight_L` is 0. For objectives that
-    compare with where they began; attached before the step (train/reference.py)."""
+    """float32: log-probability of `token_L[i]` under the reference model, by default the bare base; 0 where `weight_L`
+    is 0. For objectives that need it; attached before the step (train/reference.py)."""
     prompted: Prompted | None = None
-    """What the tokens ask, of a segment that waits for an answer."""
+    """The row of a prompt without an answer, which a rollout answers."""
     prefix: int = 0
-    """Tokens of the last segment without a prefix that come before these: a prompt that both have
+    """Number of tokens before these that are shared with the last segment without a prefix: the prompt of both
     (models/attention/prefix_sharing.py)."""
     signals_L: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """float32 numbers of each token, by name: what was found out about an answer the model gave itself (its advantage,
-    its log-probability when it was drawn; train/rollouts.py)."""
+    """float32 numbers of each token, by name: the targets of a rollout, such as its advantage, or its log-probability
+    when it was sampled (train/rollouts.py)."""
     virtual: int = 0
-    """Tokens at its beginning that are no words: trained vectors stand in their place (adapters/prompts.py)."""
+    """Number of virtual tokens at its beginning, which are replaced by trained vectors (adapters/prompts.py)."""
     media: Media | None = None
     """The pictures, videos and sounds in it."""
     prompt: int | None = None
-    """How many of its first tokens ask, which a prefix language model reads both ways; None: those before the first
-    that carries weight."""
+    """Number of prompt tokens, to which a prefix language model attends in both directions; None: those before the
+    first token that carries weight."""
 
     def __len__(self) -> int:
         return len(self.token_L)
 
     @property
     def prompt_length(self) -> int:
-        """`prompt`, found out where it is None."""
+        """`prompt`, or where that is None, the number of tokens before the first that carries weight."""
         if self.prompt is not None:
             return self.prompt
         learned_L = self.weight_L != 0
@@ -108,12 +109,12 @@ class Segment:
 
 
 def unweighted(token_L: np.ndarray) -> Segment:
-    """Text to be read, of which nothing is learned."""
+    """Return a segment without loss."""
     return Segment(token_L, np.zeros(len(token_L), np.float32))
 
 
 def with_virtual_tokens(segment: Segment, number: int) -> Segment:
-    """The segment behind `number` more tokens that carry no weight."""
+    """Return the segment with `number` virtual tokens before it, which carry no weight."""
     if not number:
         return segment
     known_L = None if segment.reference_L is None else _behind(number, segment.reference_L)
@@ -134,7 +135,7 @@ def _behind(number: int, value_L: np.ndarray) -> np.ndarray:
 
 
 def number_the_step(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments of one job's optimizer step, each knowing its `origin`."""
+    """Return the segments of one job's optimizer step with their `origin`."""
     numbered, origin = [], 0
     for segment in segments:
         numbered.append(replace(segment, origin=origin))

@@ -1,9 +1,9 @@
-"""What a job minimizes (its loss function): one file each.
+"""Objectives: the loss functions of jobs, one file each.
 
-An objective file has a settings class with `type` whose `build()` returns an `Objective`. An objective sees
-log-probabilities of its own job's segments; never logits, model or trainer. The engine counts over every micro-batch
-of the step first and hands the totals to each call, so how a step is cut never changes a result. One file more, one
-objective more; nothing else changes. A third party's is `type: my_module:MyObjective`.
+An objective file has a settings class with `type` whose `build()` returns an `Objective`. An objective is given the
+log-probabilities of its own job's segments, never logits, model or trainer. The engine counts over every micro-batch of
+the step first and passes the totals to each call, so micro-batching never changes a result. A new objective is one more
+file; a third party's is `type: my_module:MyObjective`.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ Metrics = dict[str, float | torch.Tensor]
 Need = Literal[
     "reference", "mismatched", "observed", "value", "token_values", "rollouts", "token_scores", "reference_logits"
 ]
-"""What an objective may ask for, besides log-probabilities, in its attribute `needs`:
+"""What an objective may need besides log-probabilities, by its attribute `needs`:
 
 reference    `scores.reference_T`: log-probabilities under the bare base, computed once before training
 mismatched   for each sample a segment of role MISMATCHED, its prompt with another sample's answer. The objective's
-             `observe(scores, batch) -> Totals` sees these without gradient before the step; what it gives is summed
-             over the step and added to `totals`
+             `observe(scores, batch) -> Totals` sees these without gradient before the step; what it returns is
+             summed over the step and added to `totals`
 observed     the objective's `observe` sees all segments before the step, as above
-token_scores `scores.score_T`: what the objective's `score` (see ScoresTokens) makes of each token's whole distribution;
+token_scores `scores.score_T`: what the objective's `score` (see ScoresTokens) computes from each token's logits;
              `scores.logprob_T` is 0 then
-reference_logits with token_scores: `score` is given the bare base's logits, too
-token_values `scores.value_T`: such a vector on every hidden state, beside the log-probabilities
+reference_logits with token_scores: `score` is given the reference model's logits, too
+token_values `scores.value_T`: a value head on every hidden state, beside the log-probabilities
 rollouts     segments that are answers of the job's own slot, generated before each step; the objective's
              `compute_targets` (objectives/rollout.py) gives what stands in `batch.signals_T`
-value        `scores.value_S`: a trained vector of the job on the last hidden state; nothing meets the vocabulary then
+value        `scores.value_S`: a value head, a trained vector of the job, on the last hidden state; then no logits are
+             computed
 """
 
 
 def needs(objective: Any, what: Need) -> bool:
-    """Whether `objective` asks for `what`."""
+    """Return whether `objective` needs `what`."""
     return what in getattr(objective, "needs", ())
 
 
@@ -59,10 +60,10 @@ class Objective(Protocol):
     """A job's loss. May have an attribute `needs`, as ("reference",): see `Need`, and docs/add-an-objective.md."""
 
     record: type
-    """The kind of record it learns from; checked against the data before any model loads."""
+    """The class of record that it is trained on; checked against the data before any model loads."""
 
     def count(self, batch: Batch) -> Totals:
-        """What the loss divides by, e.g. `{"tokens": 812.0}`. Needs no model."""
+        """Return what the loss is divided by, e.g. `{"tokens": 812.0}`. Needs no model."""
         ...
 
     def loss(self, scores: Scores, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
@@ -74,7 +75,7 @@ class Objective(Protocol):
 def loss_and_metrics(
     objective: Objective, scores: Scores, batch: Batch, totals: Totals
 ) -> tuple[torch.Tensor, Metrics]:
-    """What `objective.loss` gives. ConfigError where a step cannot use that."""
+    """Return what `objective.loss` returns. ConfigError if it is of another form than `Objective.loss` has."""
     found: Any = objective.loss(scores, batch, totals)
     if isinstance(found, tuple) and len(found) == 2:
         loss, metrics = found
@@ -88,7 +89,7 @@ def loss_and_metrics(
 
 
 def totals_of(objective: Objective, batch: Batch) -> Totals:
-    """What `objective.count` gives; ConfigError where that is no dict of numbers."""
+    """Return what `objective.count` returns. ConfigError if it is not a dict of numbers."""
     totals = objective.count(batch)
     found: Any = totals
     if isinstance(found, dict) and all(isinstance(each, (int, float)) for each in found.values()):
@@ -114,7 +115,8 @@ class ScoresTokens(Protocol):
     """An objective that needs `token_scores`."""
 
     def score(self, logits_KV: torch.Tensor, target_K: torch.Tensor, reference_KV: torch.Tensor | None) -> torch.Tensor:
-        """(K, V), (K) -> (K), float32, each row by itself; `reference_KV`: see `reference_logits`."""
+        """Return a score for each token, (K) float32, from its logits (K, V); rows are independent. `reference_KV`:
+        logits of the reference model, if "reference_logits" is needed."""
         ...
 
 
@@ -123,14 +125,14 @@ class ObservesMismatched(Protocol):
     """An objective that needs `mismatched` or `observed`."""
 
     def observe(self, scores: Scores, batch: Batch) -> Totals:
-        """What is summed over the step and added to `totals`; without gradient."""
+        """Return numbers that are summed over the step and added to `totals`; called without gradient."""
         ...
 
 
 if TYPE_CHECKING:
 
     class ObjectiveConfig(Settings):
-        """What every objective's settings class offers."""
+        """Settings of any objective."""
 
         type: str
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-LOOKS_EVERY = 0.5
-"""Seconds between looks for the file."""
+POLL_SECONDS = 0.5
+"""Seconds between two checks for the stop file."""
 _IMPORT_SECONDS = 0.1
 """A signal that came during an import is raised again after so many seconds."""
 SAVING = "stopping after this step and saving"
@@ -121,7 +121,7 @@ class StopSignal:
                 raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        while not self._over.wait(LOOKS_EVERY):
+        while not self._over.wait(POLL_SECONDS):
             written = self._written()
             if written is None or written == self._old:
                 continue
