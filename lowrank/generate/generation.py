@@ -12,26 +12,26 @@ from lowrank.generate.sequence import GenerationSequence
 
 
 class GenerationDriver(Protocol):
-    """Who makes the steps (generator.py)."""
+    """What a `Generation` needs of its generator, which makes the steps (generator.py)."""
 
     @property
     def threaded(self) -> bool:
-        """Whether a thread of its own makes the steps; else whoever waits makes them."""
+        """Whether a thread of the generator makes the steps; otherwise the waiting caller makes them."""
         ...
 
     def step(self) -> bool:
-        """Bring everybody a token further; False if there is nobody."""
+        """Compute the next token of every sequence; False if there is none."""
         ...
 
     def cancel(self, sequence: GenerationSequence) -> None:
-        """Give up an answer; its pages are free before the next step."""
+        """Cancel a sequence; its pages are free before the next step."""
         ...
 
 
 class Generation:
     """A request in progress. Iterate over its chunks, in a thread or with `async for`, or wait for the whole answer.
 
-    Where the generator has no thread of its own, iterating makes the steps (for everybody).
+    Where the generator has no thread of its own, iterating makes the steps, for all requests.
     """
 
     def __init__(self, generator: GenerationDriver, sequence: GenerationSequence) -> None:
@@ -50,7 +50,7 @@ class Generation:
                 return
 
     async def __aiter__(self) -> AsyncIterator[TokenChunk]:
-        """Needs a generator that was started."""
+        """The same in an event loop; the generator must have been started."""
         assert self._generator.threaded, "start() the generator first"
         loop = asyncio.get_running_loop()
         received: asyncio.Queue[TokenChunk] = asyncio.Queue()
@@ -66,7 +66,7 @@ class Generation:
         self._sequence.listen(listener)
 
     def result(self) -> Answer:
-        """Wait for its end."""
+        """The whole answer; waits for its end."""
         for _ in self:
             pass
         return self._sequence.answer()
@@ -77,7 +77,7 @@ class Generation:
 
     @property
     def answer(self) -> Answer:
-        """What there is so far."""
+        """The answer as far as it is generated."""
         return self._sequence.answer()
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, put: Callable[[TokenChunk], None], chunk: TokenChunk) -> None:

@@ -182,7 +182,7 @@ class Generator:
 
     @property
     def threaded(self) -> bool:
-        """Whether a thread of its own makes the steps."""
+        """Whether a thread of the generator makes the steps."""
         return self._thread is not None
 
     def _run(self) -> None:
@@ -202,7 +202,7 @@ class Generator:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Bring everybody a token (or a piece of a question) further; False if there is nobody."""
+        """Compute the next token of every sequence, or a chunk of its prompt; False if there is none."""
         with self._stepping:
             self._read_inbox()
             if self.notice is not None:

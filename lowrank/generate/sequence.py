@@ -38,7 +38,7 @@ class GenerationSequence:
         self.slot = prompt.slot
         self.media = prompt.media and prompt.media.moved(virtual)
         self.encoded: EncodedMedia | None = None
-        """What the tower made of its pictures, once somebody looked."""
+        """Features of its pictures, once the tower has run."""
         self.config = config
         self.stop_tokens = stop_tokens
         self.max_new_tokens = max_new_tokens
@@ -121,7 +121,7 @@ class GenerationSequence:
         self._stream.listen(listener)
 
     def answer(self) -> Answer:
-        """What there is so far."""
+        """The answer as far as it is generated."""
         return self._stream.answer(
             prompt_tokens=self.num_prompt - self.virtual,
             stop_token=self.stop_token,

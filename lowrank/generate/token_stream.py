@@ -41,7 +41,7 @@ class TokenStream:
                 self._listeners.clear()  # collector of cycles, which comes rarely beside a model's many objects
 
     def answer(self, *, prompt_tokens: int, stop_token: int | None = None, reused_tokens: int = 0) -> Answer:
-        """What there is so far."""
+        """The answer as far as it is generated."""
         chunks = list(self._chunks)
         described = [chunk for chunk in chunks if chunk.token is not None]
         return Answer(

@@ -21,11 +21,11 @@ _CACHE_TOKENS = 16384
 
 
 class ChatBackend(Protocol):
-    """What a conversation needs (cli/chat_repl.py)."""
+    """What an interactive chat needs of a model (cli/chat_repl.py)."""
 
     @property
     def names(self) -> list[str]:
-        """Who can be asked: adapters, and `base`."""
+        """The names of the models: adapters, and `base`."""
         ...
 
     def slot(self, name: str) -> int:
@@ -48,7 +48,7 @@ class ChatBackend(Protocol):
 
 
 def backend_reward_model_notice(backend: ChatBackend, names: Sequence[str]) -> str | None:
-    """What to say before these answer, where some of them are reward models."""
+    """A notice for people before these models answer, where some of them are reward models; None otherwise."""
     reward_models = backend.reward_models_among(names) if isinstance(backend, InferenceModel) else []
     return reward_model_notice(reward_models) if reward_models else None
 

@@ -15,124 +15,124 @@ from lowrank.records import Conversation
 
 @dataclass(frozen=True)
 class ChatPrompt(Conversation):
-    """A chat that is read with variables of its own for the template (`enable_thinking` and their kind)."""
+    """A chat with variables of its own for the chat template, such as `enable_thinking`."""
 
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 Question = Conversation | str | np.ndarray
-"""A chat, a text to go on with, or its tokens (L)."""
+"""A chat, a text to continue, or the int64 tokens (L) of such a text."""
 
 
 class PendingAnswer(Protocol):
-    """An answer on its way (generate/generation.py)."""
+    """An answer in progress (generate/generation.py)."""
 
     @property
     def answer(self) -> Answer:
-        """What there is so far."""
+        """The answer as far as it is generated."""
         ...
 
     def listen(self, listener: Callable[[TokenChunk], None]) -> None:
-        """Have every chunk told, those of the past first; from any thread."""
+        """Call `listener` with every chunk, those of the past first; from any thread."""
         ...
 
     def cancel(self) -> None:
-        """Stop, and free what it holds."""
+        """Stop generating, and free its memory."""
         ...
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A name one may ask."""
+    """A model that clients can name in requests: the base or an adapter."""
 
     name: str
     parent: str | None = None
     """The base's name, for an adapter."""
     version: int = 0
-    """How often it was published; 0 for the base."""
+    """The number of times it was published; 0 for the base."""
     resident: bool = True
-    """Its weights are in memory; others come when they are asked for."""
+    """Its weights are in memory; those of others are loaded by the first request for them."""
     created: int = 0
     """Seconds since 1970."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine does at the moment."""
+    """The numbers of answers that are in progress and that wait."""
 
     running: int
     waiting: int
     free_tokens: int | None = None
-    """Room in the KV cache."""
+    """Tokens that the KV cache still has room for; None: the engine does not know."""
 
 
 class ServeEngine(Protocol):
-    """`submit`, `embed`, `publish` and `unpublish` may block; they are called from threads of their own. All raise
-    `ApiError`."""
+    """Generates the answers of a server. `submit`, `embed`, `publish` and `unpublish` may block; the server calls them
+    in threads of a pool. They raise `ApiError`."""
 
     name: str
-    """As `--engine` names it, and what answers and logs say."""
+    """The engine's name in `--engine`, in replies and in logs."""
 
     @property
     def vocabulary(self) -> int:
-        """Tokens there are logits of."""
+        """The size of the vocabulary: how many tokens there are logits of."""
         ...
 
     def start(self) -> None:
-        """Load what takes long; called once, before anything is asked."""
+        """Load the model; called once, before any request."""
         ...
 
     def close(self) -> None:
-        """Whatever is being answered ends as cancelled."""
+        """Stop the engine; answers in progress end as cancelled."""
         ...
 
     @property
     def alive(self) -> bool:
-        """Whether it can answer."""
+        """Whether the engine can answer requests."""
         ...
 
     def served_models(self) -> Sequence[ServedModel]:
-        """What may be asked: the base first, then each adapter."""
+        """The models that requests can name: the base first, then each adapter."""
         ...
 
     def load(self) -> Load:
-        """How many answers are in progress, and how many wait."""
+        """The engine's load at this moment."""
         ...
 
     def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
-        """One answer for each of `configs`."""
+        """Begin one answer for each of `configs` with model `name`."""
         ...
 
     def embed(self, name: str, text: str | np.ndarray, pooling: Pooling) -> tuple[np.ndarray, int]:
-        """(D) A text's vector, and how many tokens it has."""
+        """((D) float32 embedding of a text by model `name`, its number of tokens)."""
         ...
 
     def token_text(self, token: int) -> str:
-        """One token as text, for log-probabilities."""
+        """The text of one token, for replies with log-probabilities."""
         ...
 
     def chat_template(self, name: str) -> str:
-        """The Jinja source that a model is asked through; empty if there is none."""
+        """The Jinja source of a model's chat template; empty if it has none."""
         ...
 
     def chat_variables(self, name: str) -> Mapping[str, Any]:
-        """What its chat template is given with every conversation (`chat_template_kwargs` of its settings)."""
+        """Variables of a model's chat template for all conversations (`chat_template_kwargs` of its settings)."""
         ...
 
     def publish(self, name: str, path: str) -> ServedModel:
-        """Load an adapter, or a new version of one."""
+        """Load the adapter in folder `path` as `name`, or as a new version of it."""
         ...
 
     def unpublish(self, name: str) -> None:
-        """Take an adapter out; answers in progress with it come to their end."""
+        """Remove an adapter; answers in progress with it run to their end."""
         ...
 
 
 @runtime_checkable
 class ImageEngine(Protocol):
-    """An engine that knows whether its models may be shown pictures; one that does not say so is shown none."""
+    """An engine that says whether requests may have pictures; other engines get none."""
 
     @property
     def image_problem(self) -> str | None:
-        """Why they may not, in words; None if they may."""
+        """Why requests may not have pictures, for people; None if they may."""
         ...

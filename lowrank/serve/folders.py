@@ -28,7 +28,7 @@ def adapter_within(roots: Sequence[Path], path: str) -> Path:
 
 
 def unknown_model(name: str, names: Sequence[str]) -> ApiError:
-    """What to raise for a name that is not there: it says which are."""
+    """The error for an unknown name, which lists the known ones."""
     there = ", ".join(names[:20]) + (f" and {len(names) - 20} more (GET /v1/models)" if len(names) > 20 else "")
     hint = did_you_mean(name, names) if len(names) > 20 else ""
     message = f"there is no model {name!r} here{hint}; there are {there}"

@@ -10,7 +10,7 @@ from lowrank.settings import NonNegative, Positive, Settings
 
 
 class RequestLimits(Settings):
-    """What one client, and all of them together, may ask for."""
+    """Limits on the requests of one client, and of all together."""
 
     body_bytes: Positive = 4 << 20
     """Bytes of one request."""

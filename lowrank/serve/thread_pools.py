@@ -18,7 +18,7 @@ _SMALL_AT_ONCE = 16
 
 
 class ThreadPools:
-    """Two pools of threads."""
+    """Two pools of threads: one for small requests, and one thread for all large ones."""
 
     def __init__(self) -> None:
         self._small = ThreadPoolExecutor(_SMALL_AT_ONCE, thread_name_prefix="lowrank-small")
@@ -30,6 +30,6 @@ class ThreadPools:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     def close(self) -> None:
-        """What was not begun is not done any more."""
+        """Stop both pools; work that was not begun is dropped."""
         for pool in (self._small, self._large):
             pool.shutdown(wait=False, cancel_futures=True)

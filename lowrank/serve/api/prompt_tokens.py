@@ -97,7 +97,7 @@ def refuse_too_long(
 
 
 def too_long(length: str, reach: int, question: Question) -> ApiError:
-    """What to raise for a question that fills the context alone."""
+    """The error for a prompt that fills the context by itself."""
     message = f"the conversation has {length} tokens and the model's maximum context length is {reach}"
     param = "messages" if isinstance(question, Conversation) else "prompt"
     return ApiError(400, message, code="context_length_exceeded", param=param)

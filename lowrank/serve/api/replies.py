@@ -1,4 +1,4 @@
-"""What clients receive: whole replies and chunks of streams, in OpenAI's form."""
+"""Whole replies and events of streams, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class ChatReply(OpenAiStream):
 
 
 def logprob_entries(chunk: TokenChunk, token_text: Callable[[int], str]) -> list[Json]:
-    """What the model thought of a chunk's token, in the form of chat replies."""
+    """The log-probabilities of a chunk's token, in the form of chat replies."""
     if chunk.token is None or chunk.logprob is None:
         return []
     likeliest = [_token(token_text(token), logprob) for token, logprob in chunk.top]

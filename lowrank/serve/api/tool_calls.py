@@ -105,7 +105,7 @@ class ToolCallReader:
         self._most = most
         self._held = ""
         self._calling: list[str] = []
-        """What came since a call began."""
+        """The text since a call began."""
         self._shown = False
 
     def add(self, text: str) -> str:

@@ -60,24 +60,24 @@ def _no_objections(path: str, options: ServingOptions) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class EngineKind:
-    """What a file says of its engine."""
+    """What a file declares of its engine."""
 
     open: Callable[[str, ServingOptions, Notify], ServeEngine]
-    """Load what the path names. Raises ConfigError, ModelError."""
+    """Load the model at a path. Raises ConfigError, ModelError."""
     reads: Callable[[str], bool]
-    """Whether a path is of a kind that it answers for; nothing is loaded or downloaded for that."""
+    """Whether the engine can run what a path names; this loads and downloads nothing."""
     takes: str
     """Those kinds in words, for messages: `GGUF files`."""
     check: Callable[[str, ServingOptions], Sequence[str]] = field(default=_no_objections)
-    """All that stands against these options for a path which it reads, before anything is loaded."""
+    """The problems of these options for a path that it reads, before anything is loaded."""
     packages: tuple[str, ...] = ()
-    """What is imported and need not be installed."""
+    """Optional packages that the engine imports."""
     extra: str = ""
     """The extra of ours that brings these: `pip install 'lowrank-llm[serve,EXTRA]'`."""
     named_only: bool = False
-    """`auto` never means it."""
+    """`auto` never chooses it."""
     compiles: bool = False
-    """It knows `ServingOptions.compile`."""
+    """It supports `ServingOptions.compile`."""
 
     @property
     def missing(self) -> list[str]:

@@ -25,7 +25,7 @@ class LlamaCppAnswer:
 
     @property
     def answer(self) -> Answer:
-        """What there is so far."""
+        """The answer as far as it is generated."""
         return self._stream.answer(prompt_tokens=self._prompt_tokens, reused_tokens=self._reused)
 
     def listen(self, listener: Listener) -> None:

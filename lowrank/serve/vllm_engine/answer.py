@@ -23,7 +23,7 @@ class VllmAnswer:
 
     @property
     def answer(self) -> Answer:
-        """What there is so far."""
+        """The answer as far as it is generated."""
         return self.stream.answer(prompt_tokens=self._prompt_tokens, reused_tokens=self.cached)
 
     def listen(self, listener: Listener) -> None:
