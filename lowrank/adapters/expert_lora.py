@@ -71,14 +71,14 @@ class RoutedExperts(AroundExperts):
         }
         outputs, done = [x_PD[:0].new_zeros(0, Expert(self.base, projection, 0).out_features)], 0
         for expert, ranges in chosen.rows:
-            pieces, masters = [], []
+            updates, masters = [], []
             for slot, first, end in ranges:
                 if slot in parts:
                     own = parts[slot]
-                    pieces.append(SlotUpdate(first - done, end - done, own.scale, own.A[expert], own.B[expert]))
+                    updates.append(SlotUpdate(first - done, end - done, own.scale, own.A[expert], own.B[expert]))
                     masters += [own.master_A[expert], own.master_B[expert]]
             end = ranges[-1][2]
-            outputs.append(routed_product(x_PD[done:end], Expert(self.base, projection, expert), pieces, masters))
+            outputs.append(routed_product(x_PD[done:end], Expert(self.base, projection, expert), updates, masters))
             done = end
         return torch.cat(outputs)
 

@@ -120,8 +120,8 @@ class RoutedLinear(nn.Module):
             y_TO = self._answer(x_TD)
             if y_TO is not None:
                 return y_TO.view(*x.shape[:-1], self.out_features)
-        pieces: list[SlotUpdate] = []
-        masters: list[torch.Tensor] = []  # of the pieces: A_0, B_0, A_1, B_1, ...
+        updates: list[SlotUpdate] = []
+        masters: list[torch.Tensor] = []  # of the updates: A_0, B_0, A_1, B_1, ...
         gains: list[Gain] = []
         excesses: list[torch.Tensor] = []  # of the gains
         others: list[tuple[int, int, int, LayerAdapter]] = []
@@ -136,13 +136,13 @@ class RoutedLinear(nn.Module):
                 others.append((slot, first, end, adapter))
                 continue
             A_RD, B_OR = adapter.in_compute_dtype(x_TD.dtype, low_rank)
-            pieces.append(SlotUpdate(first, end, adapter.scale, A_RD, B_OR, rate, key, counter_T))
+            updates.append(SlotUpdate(first, end, adapter.scale, A_RD, B_OR, rate, key, counter_T))
             masters += low_rank
             excess_O = gain_of(adapter.variant, adapter.masters)
             if excess_O is not None:
                 gains.append(Gain(first, end, excess_O.detach().to(x_TD.dtype)))
                 excesses.append(excess_O)
-        y_TO = routed_product(x_TD, self.base, pieces, masters, rematerialization_of(x))
+        y_TO = routed_product(x_TD, self.base, updates, masters, rematerialization_of(x))
         if gains:
             y_TO = apply_gains(y_TO, bias_of(self.base), gains, excesses)
         if others:

@@ -44,7 +44,7 @@ class SlotUpdate:
     counter_N: torch.Tensor | None = None
 
     def drop(self, x_PD: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Dropout as this piece draws it for these rows of the call; linear, and its own transpose."""
+        """Dropout as this update draws it for these rows of the call; linear, and its own transpose."""
         if not self.dropout or self.counter_N is None:
             return x_PD
         return dropout(x_PD, self.counter_N[rows], self.key, self.dropout)
@@ -59,7 +59,7 @@ class SavedForBackward:
     """What `make_x` makes x (T, D) from: as a rule x itself, the same tensor that other layers with this input keep.
     Empty where no A is trained (LoRA-FA, MiSS): nothing then asks for x."""
     h: tuple[torch.Tensor, ...]
-    """drop(x) A^T: (P, R) of each piece, or (T, R) of all of them where they were computed as groups."""
+    """drop(x) A^T: (P, R) of each update, or (T, R) of all of them where they were computed as groups."""
 
     def keep(self, ctx: Any, make_x: Callable[..., torch.Tensor]) -> None:
         """Put it into the autograd context."""
@@ -80,22 +80,22 @@ class SavedForBackward:
 def routed_product(
     x_TD: torch.Tensor,
     base: BaseLinear,
-    pieces: Sequence[SlotUpdate],
+    updates: Sequence[SlotUpdate],
     masters: Sequence[torch.Tensor],
     recipe: Rematerialization | None = None,
 ) -> torch.Tensor:
-    """x W^T + b with each piece's update on its rows, inside autograd.
+    """x W^T + b with each update on its rows, inside autograd.
 
-    `masters`: A_0, B_0, A_1, B_1, ..., which receive the gradients; arithmetic uses the pieces' copies. `recipe` makes
+    `masters`: A_0, B_0, A_1, B_1, ..., which receive the gradients; arithmetic uses the updates' copies. `recipe` makes
     x again, in any leading shape.
     """
     recipe = recipe or rematerialization_of(x_TD)
-    function = GroupedLoraFunction if prefers_grouped(x_TD, pieces) else LoraFunction
-    return function.apply(x_TD, base, tuple(pieces), recipe, *masters)  # pyright: ignore[reportReturnType]
+    function = GroupedLoraFunction if prefers_grouped(x_TD, updates) else LoraFunction
+    return function.apply(x_TD, base, tuple(updates), recipe, *masters)  # pyright: ignore[reportReturnType]
 
 
 _FIRST_MASTER = 4
-"""Where A_0 stands among the inputs of both functions, behind x, base, pieces and recipe."""
+"""Where A_0 stands among the inputs of both functions, behind x, base, updates and recipe."""
 
 
 class LoraFunction(torch.autograd.Function):
@@ -106,21 +106,21 @@ class LoraFunction(torch.autograd.Function):
         ctx: Any,
         x_TD: torch.Tensor,
         base: BaseLinear,
-        pieces: tuple[SlotUpdate, ...],
+        updates: tuple[SlotUpdate, ...],
         recipe: Rematerialization,
         *masters: torch.Tensor,
     ) -> torch.Tensor:
         del masters
         y_TO = base(x_TD)
         h: list[torch.Tensor] = []
-        for piece in pieces:
+        for update in updates:
             # On CPUs in 16 bits the rows are rounded up to a few shapes; `own_alone` zeroes the neighbors' rows.
-            own = row_bucket(x_TD, piece.first, piece.end)
-            h_PR = own.own_alone(piece.drop(x_TD[own.rows], own.rows) @ piece.A_RD.t())
-            own.add(y_TO, h_PR, piece.B_OR.t(), piece.scale)  # y += s h B^T
+            own = row_bucket(x_TD, update.first, update.end)
+            h_PR = own.own_alone(update.drop(x_TD[own.rows], own.rows) @ update.A_RD.t())
+            own.add(y_TO, h_PR, update.B_OR.t(), update.scale)  # y += s h B^T
             h.append(h_PR)
-        ctx.base, ctx.pieces = base, pieces
-        if pieces:
+        ctx.base, ctx.updates = base, updates
+        if updates:
             trains_A = any(ctx.needs_input_grad[_FIRST_MASTER::2])
             SavedForBackward(recipe.parts if trains_A else (), tuple(h)).keep(ctx, recipe.make)
         return y_TO
@@ -128,32 +128,32 @@ class LoraFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
         (dy_TO,) = outer
-        pieces: tuple[SlotUpdate, ...] = ctx.pieces
-        # The base's share of dx. Below, each piece adds its own to its rows in place.
+        updates: tuple[SlotUpdate, ...] = ctx.updates
+        # The base's share of dx. Below, each update adds its own to its rows in place.
         dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
-        if not pieces:
+        if not updates:
             return dx_TD, None, None, None
         saved = SavedForBackward.of(ctx)
         x_TD = saved.x(ctx)
         gradients: list[torch.Tensor | None] = []
-        for piece, h_PR in zip(pieces, saved.h):
-            own = row_bucket(dy_TO, piece.first, piece.end)
+        for update, h_PR in zip(updates, saved.h):
+            own = row_bucket(dy_TO, update.first, update.end)
             dy_PO = dy_TO[own.rows]
             # g = s dy B. Rows that are not the slot's own are zero in g and h, so neither product below sees them.
-            g_PR = own.own_alone((dy_PO @ piece.B_OR).mul_(piece.scale))
+            g_PR = own.own_alone((dy_PO @ update.B_OR).mul_(update.scale))
             # dA = g^T drop(x), with the mask of the forward pass drawn again from the same counters.
             trains_A = ctx.needs_input_grad[_FIRST_MASTER + len(gradients)]
             x_PD = x_TD[own.rows] if x_TD is not None and trains_A else None
-            gradients.append(None if x_PD is None else own.contract(g_PR, piece.drop(x_PD, own.rows)))
+            gradients.append(None if x_PD is None else own.contract(g_PR, update.drop(x_PD, own.rows)))
             # dB = s dy^T h.
-            gradients.append(own.contract(dy_PO, h_PR).mul_(piece.scale))
+            gradients.append(own.contract(dy_PO, h_PR).mul_(update.scale))
             # dx += drop(g A).
             if dx_TD is not None:
-                if piece.dropout:
-                    dx_PD = piece.drop(g_PR @ piece.A_RD, own.rows)
-                    dx_TD[piece.first : piece.end] += dx_PD[own.inside]
+                if update.dropout:
+                    dx_PD = update.drop(g_PR @ update.A_RD, own.rows)
+                    dx_TD[update.first : update.end] += dx_PD[own.inside]
                 else:
-                    own.add(dx_TD, g_PR, piece.A_RD, 1.0)
+                    own.add(dx_TD, g_PR, update.A_RD, 1.0)
         return dx_TD, None, None, None, *gradients
 
 
@@ -165,14 +165,14 @@ class GroupedLoraFunction(torch.autograd.Function):
         ctx: Any,
         x_TD: torch.Tensor,
         base: BaseLinear,
-        pieces: tuple[SlotUpdate, ...],
+        updates: tuple[SlotUpdate, ...],
         recipe: Rematerialization,
         *masters: torch.Tensor,
     ) -> torch.Tensor:
         del masters
         y_TO = base(x_TD)
-        h = grouped_forward(x_TD, y_TO, pieces)  # y += s h B^T, in place
-        ctx.base, ctx.pieces = base, pieces
+        h = grouped_forward(x_TD, y_TO, updates)  # y += s h B^T, in place
+        ctx.base, ctx.updates = base, updates
         SavedForBackward(recipe.parts, tuple(h)).keep(ctx, recipe.make)
         return y_TO
 
@@ -184,4 +184,4 @@ class GroupedLoraFunction(torch.autograd.Function):
         assert x_TD is not None, "kept whole: the kernel computes dA of all slots or of none"
         dx_TD = dy_TO @ ctx.base.dense_weight() if ctx.needs_input_grad[0] else None
         # dA and dB of every slot; the slots' share of dx is added to `dx_TD` in place.
-        return dx_TD, None, None, None, *grouped_backward(dy_TO, x_TD, saved.h[0], dx_TD, ctx.pieces)
+        return dx_TD, None, None, None, *grouped_backward(dy_TO, x_TD, saved.h[0], dx_TD, ctx.updates)

@@ -25,7 +25,7 @@ _MULTIPLE = 8
 
 
 class LowRank(Protocol):
-    """What a piece must offer: rows [first, end), scale, A (R, D), B (O, R)."""
+    """What an update must offer: rows [first, end), scale, A (R, D), B (O, R)."""
 
     @property
     def first(self) -> int:
@@ -58,9 +58,9 @@ class LowRank(Protocol):
         ...
 
 
-def prefers_grouped(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
+def prefers_grouped(x_TD: torch.Tensor, updates: Sequence[LowRank]) -> bool:
     """More than four slots without dropout, bf16, widths that fit the kernel, on a GPU that has it."""
-    return len(pieces) > _MANY and x_TD.is_cuda and has_grouped_kernel(x_TD.device) and can_group(x_TD, pieces)
+    return len(updates) > _MANY and x_TD.is_cuda and has_grouped_kernel(x_TD.device) and can_group(x_TD, updates)
 
 
 def has_grouped_kernel(device: torch.device) -> bool:
@@ -70,27 +70,27 @@ def has_grouped_kernel(device: torch.device) -> bool:
     return capability(device)[0] in (9, 10)
 
 
-def can_group(x_TD: torch.Tensor, pieces: Sequence[LowRank]) -> bool:
-    """Whether the kernel takes these operands at all (on any device): the rows of each piece begin where those of the
+def can_group(x_TD: torch.Tensor, updates: Sequence[LowRank]) -> bool:
+    """Whether the kernel takes these operands at all (on any device): the rows of each update begin where those of the
     one before end, since groups are told apart by their ends alone."""
     return (
         x_TD.dtype == torch.bfloat16
         and x_TD.shape[1] % _MULTIPLE == 0
-        and pieces[0].B_OR.shape[0] % _MULTIPLE == 0
-        and not any(piece.dropout for piece in pieces)
-        and all(one.end == other.first for one, other in pairwise(pieces))
+        and updates[0].B_OR.shape[0] % _MULTIPLE == 0
+        and not any(update.dropout for update in updates)
+        and all(one.end == other.first for one, other in pairwise(updates))
     )
 
 
-def _stack(pieces: Sequence[LowRank]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, slice]:
+def _stack(updates: Sequence[LowRank]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, slice]:
     """A (G, R, D), scale * B (G, O, R), end rows (G) and the rows they cover together."""
-    widest = max(piece.A_RD.shape[0] for piece in pieces)
+    widest = max(update.A_RD.shape[0] for update in updates)
     rank = -(-widest // _MULTIPLE) * _MULTIPLE
-    A_GRD = torch.stack([F.pad(piece.A_RD, (0, 0, 0, rank - piece.A_RD.shape[0])) for piece in pieces])
-    B_GOR = torch.stack([F.pad(piece.B_OR * piece.scale, (0, rank - piece.B_OR.shape[1])) for piece in pieces])
-    begin = pieces[0].first
-    end_G = _ends(tuple(piece.end - begin for piece in pieces), A_GRD.device)
-    return A_GRD, B_GOR, end_G, slice(begin, pieces[-1].end)
+    A_GRD = torch.stack([F.pad(update.A_RD, (0, 0, 0, rank - update.A_RD.shape[0])) for update in updates])
+    B_GOR = torch.stack([F.pad(update.B_OR * update.scale, (0, rank - update.B_OR.shape[1])) for update in updates])
+    begin = updates[0].first
+    end_G = _ends(tuple(update.end - begin for update in updates), A_GRD.device)
+    return A_GRD, B_GOR, end_G, slice(begin, updates[-1].end)
 
 
 @lru_cache(maxsize=8)
@@ -99,12 +99,12 @@ def _ends(ends: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return to_device(torch.tensor(ends, dtype=torch.int32), device)
 
 
-def grouped_forward(x_TD: torch.Tensor, y_TO: torch.Tensor, pieces: Sequence[LowRank]) -> list[torch.Tensor]:
+def grouped_forward(x_TD: torch.Tensor, y_TO: torch.Tensor, updates: Sequence[LowRank]) -> list[torch.Tensor]:
     """Add every slot's update to `y_TO` in place; `[x A^T]` (T, R) for the backward pass.
 
-    The rows of the pieces follow one another (`can_group`).
+    The rows of the updates follow one another (`can_group`).
     """
-    A_GRD, B_GOR, end_G, rows = _stack(pieces)
+    A_GRD, B_GOR, end_G, rows = _stack(updates)
     h_TR = F.grouped_mm(x_TD[rows], A_GRD.transpose(1, 2), offs=end_G)
     y_TO[rows] += F.grouped_mm(h_TR, B_GOR.transpose(1, 2), offs=end_G)
     return [h_TR]
@@ -115,10 +115,10 @@ def grouped_backward(
     x_TD: torch.Tensor,
     h_TR: torch.Tensor,
     dx_TD: torch.Tensor | None,
-    pieces: Sequence[LowRank],
+    updates: Sequence[LowRank],
 ) -> list[torch.Tensor]:
     """[dA_0, dB_0, dA_1, dB_1, ...]; adds the slots' share to `dx_TD` in place."""
-    A_GRD, B_GOR, end_G, rows = _stack(pieces)
+    A_GRD, B_GOR, end_G, rows = _stack(updates)
     dy_TO = dy_TO[rows].contiguous()
     g_TR = F.grouped_mm(dy_TO, B_GOR, offs=end_G)
     dA_GRD = F.grouped_mm(g_TR.t(), x_TD[rows], offs=end_G)
@@ -126,7 +126,7 @@ def grouped_backward(
     if dx_TD is not None:
         dx_TD[rows] += F.grouped_mm(g_TR, A_GRD, offs=end_G)
     gradients = []
-    for index, piece in enumerate(pieces):
-        rank = piece.A_RD.shape[0]
-        gradients += [dA_GRD[index, :rank], dB_GOR[index, :, :rank] * piece.scale]
+    for index, update in enumerate(updates):
+        rank = update.A_RD.shape[0]
+        gradients += [dA_GRD[index, :rank], dB_GOR[index, :, :rank] * update.scale]
     return gradients

@@ -54,8 +54,8 @@ def test_equals_the_formula_with_the_mask_written_out() -> None:
         adapter = layer.adapters[slot]
         key = layer.routing.current.key(slot, "layer")
         assert key is not None
-        piece = SlotUpdate(first, end, 1.0, x_TD, x_TD, 0.4, key, torch.arange(14))
-        mask_TD = piece.drop(torch.ones(end - first, 5, dtype=torch.float64), slice(first, end))
+        update = SlotUpdate(first, end, 1.0, x_TD, x_TD, 0.4, key, torch.arange(14))
+        mask_TD = update.drop(torch.ones(end - first, 5, dtype=torch.float64), slice(first, end))
         assert 0 < (mask_TD == 0).float().mean() < 1
         A_RD, B_OR = adapter.masters["lora_A"], adapter.masters["lora_B"]
         expected[first:end] += adapter.scale * (x_TD[first:end] * mask_TD) @ A_RD.t() @ B_OR.t()
@@ -77,22 +77,22 @@ def test_grouped_equals_the_loop() -> None:
     """bf16, ranks that are no multiple of 8, bare-base rows in front: kernels/grouped.py against the plain loop."""
     torch.manual_seed(0)
     x_TD = torch.randn(60, 16).bfloat16()
-    pieces = tuple(
+    updates = tuple(
         SlotUpdate(5 + 11 * i, 5 + 11 * (i + 1), 0.5 + i, torch.randn(r, 16).bfloat16(), torch.randn(24, r).bfloat16())
         for i, r in enumerate((4, 8, 3, 16, 1))
     )
-    assert can_group(x_TD, pieces)
+    assert can_group(x_TD, updates)
     base = DenseLinear(nn.Linear(16, 24).bfloat16().requires_grad_(False))
     loop_input = x_TD.clone().requires_grad_()
-    masters = [tensor.float().requires_grad_() for piece in pieces for tensor in (piece.A_RD, piece.B_OR)]
-    loop = routed_product(loop_input, base, pieces, masters)
+    masters = [tensor.float().requires_grad_() for update in updates for tensor in (update.A_RD, update.B_OR)]
+    loop = routed_product(loop_input, base, updates, masters)
     y_TO = base(x_TD)
-    (h_TR,) = grouped_forward(x_TD, y_TO, pieces)
+    (h_TR,) = grouped_forward(x_TD, y_TO, updates)
     torch.testing.assert_close(y_TO, loop, rtol=3e-2, atol=0.3)
     dy_TO = torch.randn(60, 24).bfloat16()
     loop.backward(dy_TO)
     dx_TD = dy_TO @ base.dense_weight()
-    gradients = grouped_backward(dy_TO, x_TD, h_TR, dx_TD, pieces)
+    gradients = grouped_backward(dy_TO, x_TD, h_TR, dx_TD, updates)
     assert loop_input.grad is not None
     assert _relative(dx_TD, loop_input.grad) < 1e-2
     for gradient, master in zip(gradients, masters):
@@ -105,9 +105,9 @@ def test_groups_have_no_rows_of_others_between_them() -> None:
     the next slot's."""
     x_TD = torch.randn(60, 16).bfloat16()
     A_RD, B_OR = torch.randn(8, 16).bfloat16(), torch.randn(24, 8).bfloat16()
-    pieces = [SlotUpdate(10 * i, 10 * (i + 1), 1.0, A_RD, B_OR) for i in range(6)]
-    assert can_group(x_TD, pieces)
-    assert not can_group(x_TD, [*pieces[:2], *pieces[3:]])
+    updates = [SlotUpdate(10 * i, 10 * (i + 1), 1.0, A_RD, B_OR) for i in range(6)]
+    assert can_group(x_TD, updates)
+    assert not can_group(x_TD, [*updates[:2], *updates[3:]])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -148,6 +148,6 @@ def test_the_input_is_kept_only_where_some_A_is_trained() -> None:
             adapter.masters["lora_A"].requires_grad_(trains_A)
         x_TD = torch.randn(14, 5, dtype=torch.float64, requires_grad=True)
         masters = list(layer.adapters[0].masters.values())
-        piece = SlotUpdate(2, 7, 1.0, masters[0].detach(), masters[1].detach())
-        function: Any = routed_product(x_TD, layer.base, [piece], masters)
+        update = SlotUpdate(2, 7, 1.0, masters[0].detach(), masters[1].detach())
+        function: Any = routed_product(x_TD, layer.base, [update], masters)
         assert any(kept is x_TD for kept in function.grad_fn.saved_tensors) == trains_A
