@@ -64,7 +64,7 @@ class GRPOConfig(RolloutSettings):
 
 
 class GRPO:
-    """- min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL, over tokens; r = p / p when it was rollouts."""
+    """- min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL, over tokens; r = p / p when it was sampled."""
 
     record = Prompted
     needs = ("rollouts",)
@@ -105,7 +105,7 @@ class GRPO:
         """See the class."""
         config, logprob_T = self.settings, scores.logprob_T
         advantage_T = batch.signals_T["advantage"].to(logprob_T.dtype)
-        # on its first use an answer's probability is what it was when it was drawn
+        # on its first use an answer's probability is what it was when it was sampled
         old_T = logprob_T.detach() if config.num_iterations == 1 else batch.signals_T["logprob"].to(logprob_T.dtype)
         ratio_T = self._ratio(logprob_T - old_T, batch)
         high = config.epsilon if config.epsilon_high is None else config.epsilon_high

@@ -1,7 +1,7 @@
 """What a path names: a run, one of its checkpoints or jobs, an adapter, a model, a GGUF file, or a name on the hub.
 
-Every command that takes a model asks here, so that what one of them takes, all take. Only files' names and a run's
-config.json are looked at, without torch: the board looks at folders so, too.
+Every command that takes a model uses this, so that all accept the same paths. It reads only file names and a run's
+config.json, without torch, since the board uses it for folders, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ADAPTER_FILES = [
 
 
 class ArtifactKind(Enum):
-    """What there is at a path."""
+    """What a path names."""
 
     RUN = "a run"
     CHECKPOINT = "a checkpoint of a run"
@@ -41,31 +41,33 @@ class ArtifactKind(Enum):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A path, and what it names."""
+    """A path that was resolved to what it names."""
 
     path: str
-    """As it was given."""
+    """The path as it was given."""
     kind: ArtifactKind
     folder: Path
-    """The run's for a run, its checkpoints and its jobs. An adapter's: on the hub, where it is in the cache. For a
-    model of the hub, its name. For a GGUF file, the file."""
+    """The run's folder for a run, its checkpoints and its jobs; an adapter's folder, in the hub's cache for one of the
+    hub; a hub model's name; a GGUF file."""
     checkpoint: Path | None = None
     job: str | None = None
 
     @property
     def of_run(self) -> bool:
-        """Whether `folder` is a run's."""
+        """Whether `folder` is the folder of a run."""
         return self.kind in (ArtifactKind.RUN, ArtifactKind.CHECKPOINT, ArtifactKind.JOB)
 
     @property
     def name(self) -> str:
-        """What an adapter or a model is called: a folder of the hub's cache has a commit for its name."""
+        """The name of an adapter or model. It is taken from the path, since folders in the hub's cache are named by
+        commits."""
         return Path(self.path).name or self.folder.resolve().name or self.path
 
 
 def resolve(path: str, *, revision: str | None = None) -> Resolved:
-    """What `path` names. A name of the hub is looked up there, or in its cache: an adapter's is downloaded, at
-    `revision`; any other counts as a model's. ModelError for what can be neither a path nor such a name."""
+    """Resolve what `path` names. A hub name is looked up there, or in the cache: an adapter is downloaded, at
+    `revision`; any other name is taken for a model. ModelError for a text that can be neither a path nor such a
+    name."""
     folder = Path(path)
     _refuse_no_path(path)
     if is_gguf(path):
@@ -88,17 +90,18 @@ def resolve(path: str, *, revision: str | None = None) -> Resolved:
 
 
 def is_gguf(path: str) -> bool:
-    """Whether `path` is called like a GGUF file, which llama.cpp runs."""
+    """Return whether `path` is named like a GGUF file, which llama.cpp runs."""
     return path.endswith(".gguf")
 
 
 def is_run(folder: Path) -> bool:
-    """A model's folder has a config.json too; a run's names its model and where it is."""
+    """Return whether `folder` is a run's: its config.json, unlike a model's, has `model` and `output_dir`."""
     return _run_settings(folder) is not None
 
 
 def on_hub(name: str, revision: str | None = None) -> Path | None:
-    """The folder of an adapter on the hub, downloaded or in the cache; None if there is no adapter of that name."""
+    """Return the folder of an adapter of the hub, downloaded or in the cache; None if there is no adapter of this
+    name."""
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~", "lowrank/")):
         return None
     if modelscope_hub.is_wanted():

@@ -1,4 +1,4 @@
-"""How a job's parameters are updated: one file each, found by its name.
+"""Optimizers: one file each, found by its name.
 
 A file has a settings class (an `OptimizerSettings` with `type`) whose `make(groups)` returns a torch optimizer. From
 torch and from living libraries where there is one; written here only where there is none.
@@ -95,23 +95,24 @@ class OptimizerSettings(Settings):
         undecayed: Collection[str] = (),
         head_dim: int | None = None,
     ) -> torch.optim.Optimizer:
-        """The optimizer over one job's parameters, by name. `factors`: what each one's learning rate is multiplied by.
-        `undecayed`: names that weight decay does not reach. `head_dim`: of the base's attention. ConfigError where its
-        library is missing."""
+        """Return the optimizer of one job's parameters, by name. `factors`: a factor of the learning rate for each
+        parameter; `undecayed`: names of parameters without weight decay; `head_dim`: of the base's attention.
+        ConfigError if its library is not installed."""
         groups = self._groups(parameters, factors, undecayed)
         return self.make([{**group, "head_dim": head_dim} for group in groups])
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
-        """The optimizer over these groups."""
+        """Return the optimizer of these parameter groups."""
         raise NotImplementedError
 
     def notes(self, device: torch.device) -> list[str]:
-        """What a person should know about it on this device."""
+        """Return notices about the optimizer on this device."""
         del device
         return []
 
     def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int | None:
-        """Bytes it keeps for them, by name; None where a step on tensors without memory can be watched instead."""
+        """Return the bytes of its state for these parameters; None where the memory planner can simulate a step
+        instead."""
         del parameters
         return None
 
@@ -130,26 +131,29 @@ class OptimizerSettings(Settings):
 
 
 def split(groups: Groups, chosen: Callable[[str, nn.Parameter], bool]) -> tuple[Groups, Groups]:
-    """(groups of the parameters that are chosen, groups of the others), without empty ones."""
+    """Return `(groups of the chosen parameters, groups of the others)`, without empty groups."""
     parts: tuple[Groups, Groups] = ([], [])
     for group in groups:
         for part, wanted in zip(parts, (True, False)):
-            own = [(name, each) for name, each in zip(group["names"], group["params"]) if chosen(name, each) is wanted]
-            if own:
-                names, parameters = map(list, zip(*own))
+            pairs = zip(group["names"], group["params"])
+            matching = [(name, each) for name, each in pairs if chosen(name, each) is wanted]
+            if matching:
+                names, parameters = map(list, zip(*matching))
                 part.append({**group, "names": names, "params": parameters})
     return parts
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Of the next step; groups that learn faster or slower keep their factor."""
+    """Set the learning rate of the next step, times each group's `lr_factor`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_factor", 1.0)
 
 
 def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
-    """What the optimizer keeps in tensors; those that parameters share are counted once."""
-    tensors = {id(value): value for own in optimizer.state.values() for value in own.values() if torch.is_tensor(value)}
+    """Return the bytes of the optimizer's state tensors; shared ones are counted once."""
+    tensors = {
+        id(value): value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    }
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
@@ -157,12 +161,12 @@ ABSENT = {
     "lomo": "its library is not kept, and what it does is sgd with layerwise: true",
     "adalomo": "its library is not kept, and what it does is nearly adafactor with layerwise: true",
 }
-"""Optimizers that people know from elsewhere, and what to use."""
+"""Optimizers of other libraries that are not here, and what to use instead."""
 
 if TYPE_CHECKING:
 
     class OptimizerConfig(OptimizerSettings):
-        """What every optimizer's settings offer."""
+        """Settings of any optimizer."""
 
         type: str
 else:

@@ -42,7 +42,7 @@ class BAdamConfig(AdamSettings):
 
 
 class BAdam(torch.optim.Optimizer):
-    """torch's AdamW over the block whose turn it is. Which one that is follows from the steps taken alone."""
+    """torch's AdamW over the active block, which is determined by the number of steps taken."""
 
     def __init__(self, groups: Groups, settings: BAdamConfig) -> None:
         self.settings = settings
@@ -67,7 +67,7 @@ class BAdam(torch.optim.Optimizer):
 
     @property
     def active(self) -> frozenset[str]:
-        """Names of the block whose turn it is."""
+        """The names of the parameters of the active block."""
         return frozenset(self.blocks[self._place(self.param_groups[0]["taken"] // self.settings.switch_interval)])
 
     def _place(self, turn: int) -> int:
@@ -81,11 +81,11 @@ class BAdam(torch.optim.Optimizer):
         return (start + {"ascending": turn, "descending": -turn, "fixed": 0}[mode]) % number
 
     def _turn(self) -> None:
-        """An optimizer of the block alone, its state ours."""
+        """Return an optimizer of the active block, which shares this one's state."""
         active, groups = self.active, []
         for group in self.param_groups:
-            own = [each for name, each in zip(group["names"], group["params"]) if name in active]
-            groups.append({"params": own, "weight_decay": group["weight_decay"], "of": group})
+            params = [each for name, each in zip(group["names"], group["params"]) if name in active]
+            groups.append({"params": params, "weight_decay": group["weight_decay"], "of": group})
         self._inner = self.settings.fused_adamw([group for group in groups if group["params"]])
         self._inner.state = self.state
 
@@ -109,7 +109,7 @@ class BAdam(torch.optim.Optimizer):
 
 
 def blocks_of(names: Sequence[str], include_embedding: bool, include_lm_head: bool) -> list[list[str]]:
-    """Names of parameters by block, in the order of the layers."""
+    """Return the names of the parameters of each block, in the order of the layers."""
     layers: dict[str, list[str]] = {}
     embedding: list[str] = []
     rest: list[str] = []

@@ -1,4 +1,4 @@
-"""GaLore whose projected moments are in 8 bit: bitsandbytes' AdamW of stand-ins of low rank."""
+"""GaLore whose projected moments are in 8 bit: bitsandbytes' AdamW on low-rank placeholders."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ class GaLore8bitConfig(LowRankSettings):
 
 
 class GaLore8bit(torch.optim.Optimizer):
-    """A projected matrix has a stand-in of the projection's shape, which starts each step at zero: what bitsandbytes
-    makes of it is the step to project back."""
+    """Each projected matrix has a placeholder of the projection's shape, which is zero before each step; bitsandbytes'
+    update of it is projected back onto the matrix."""
 
     def __init__(self, groups: Groups, settings: GaLore8bitConfig) -> None:
         self.settings = settings
         defaults = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
         super().__init__(groups, defaults)
-        self._stand_in: dict[torch.Tensor, torch.Tensor] = {}
+        self._placeholder: dict[torch.Tensor, torch.Tensor] = {}
         inner: Groups = []
         for group in self.param_groups:
-            own = group["params"]
+            params = group["params"]
             if group["projected"]:
-                own = [nn.Parameter(each.new_zeros(low_shape(each, settings.rank))) for each in own]
-                self._stand_in.update(zip(group["params"], own))
-            inner.append({"params": own, "weight_decay": 0.0 if group["projected"] else group["weight_decay"]})
+                params = [nn.Parameter(each.new_zeros(low_shape(each, settings.rank))) for each in params]
+                self._placeholder.update(zip(group["params"], params))
+            inner.append({"params": params, "weight_decay": 0.0 if group["projected"] else group["weight_decay"]})
         self._inner = optimizer_of_bitsandbytes(
             "AdamW8bit", inner, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
         )
 
     def _inner_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """What bitsandbytes updates for it: itself, or the stand-in of its projection."""
-        return self._stand_in.get(parameter, parameter)
+        """Return what bitsandbytes updates: the parameter itself, or the placeholder of its projection."""
+        return self._placeholder.get(parameter, parameter)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
@@ -66,7 +66,7 @@ class GaLore8bit(torch.optim.Optimizer):
             for parameter in group["params"] if group["projected"] else ():
                 if parameter.grad is not None:
                     projections[parameter] = projection = self._projection(parameter)
-                    stand_in = self._stand_in[parameter].zero_()
+                    stand_in = self._placeholder[parameter].zero_()
                     stand_in.grad = project(parameter.grad, projection).contiguous()
         self._inner.step()
         for group in self.param_groups:
@@ -74,10 +74,10 @@ class GaLore8bit(torch.optim.Optimizer):
                 state = self.state[parameter] = self._inner.state[self._inner_of(parameter)]
                 if parameter in projections:
                     state["projection"] = projections[parameter]
-                    step = project_back(self._stand_in[parameter], projections[parameter], parameter)
+                    step = project_back(self._placeholder[parameter], projections[parameter], parameter)
                     parameter.add_(step, alpha=self.settings.scale)
                     decay(parameter, group)
-                    self._stand_in[parameter].grad = None
+                    self._placeholder[parameter].grad = None
 
     def _projection(self, parameter: nn.Parameter) -> torch.Tensor:
         state = self.state[parameter]
@@ -87,7 +87,7 @@ class GaLore8bit(torch.optim.Optimizer):
         return state["projection"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Without torch's casts: 8-bit moments stay what they are."""
+        """Load the state without torch's casts, so that 8-bit moments keep their dtype."""
         ordered = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, kept in state_dict["state"].items():
             parameter = ordered[index]

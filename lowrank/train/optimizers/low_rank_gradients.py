@@ -35,12 +35,12 @@ class LowRankSettings(AdamSettings):
     """Projected: matrices whose names have one of these in them; `all`: every matrix that is no embedding or head."""
 
     def with_projected(self, groups: Groups) -> Groups:
-        """The groups, those that are projected marked `projected`."""
+        """Return the groups with a flag `projected`."""
         chosen, others = split(groups, self.is_target)
         return [{**group, "projected": True} for group in chosen] + [{**group, "projected": False} for group in others]
 
     def is_target(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether its gradient is projected."""
+        """Return whether the gradient of a parameter is projected."""
         if parameter.ndim != 2 or min(parameter.shape) <= self.rank:
             return False
         if self.targets == "all":
@@ -49,7 +49,8 @@ class LowRankSettings(AdamSettings):
 
 
 def moments_of(state: dict[str, Any], gradient: torch.Tensor, group: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """(Adam's direction, its step size) for a gradient, projected or not; the moments and `step` move on."""
+    """Return `(Adam's direction, its step size)` for a gradient, projected or not, and update the moments and
+    `step`."""
     beta1, beta2 = group["betas"]
     state["step"] = state.get("step", 0) + 1
     first = state.setdefault("exp_avg", torch.zeros_like(gradient))
@@ -61,23 +62,23 @@ def moments_of(state: dict[str, Any], gradient: torch.Tensor, group: dict[str, A
 
 
 def project(gradient_OD: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """(O, R) or (R, D)."""
+    """Return the projected gradient, (O, R) or (R, D)."""
     tall = gradient_OD.shape[0] >= gradient_OD.shape[1]
     return gradient_OD @ projection.t() if tall else projection.t() @ gradient_OD
 
 
 def low_shape(parameter_OD: torch.Tensor, rank: int) -> tuple[int, int]:
-    """Of a projected gradient."""
+    """Return the shape of a projected gradient."""
     rows, columns = parameter_OD.shape
     return (rows, rank) if rows >= columns else (rank, columns)
 
 
 def project_back(low: torch.Tensor, projection: torch.Tensor, like_OD: torch.Tensor) -> torch.Tensor:
-    """(O, D)."""
+    """Return a projected update as (O, D)."""
     return low @ projection if like_OD.shape[0] >= like_OD.shape[1] else projection @ low
 
 
 def decay(parameter: torch.Tensor, group: dict[str, Any]) -> None:
-    """Decoupled weight decay, after the update as in both libraries."""
+    """Apply decoupled weight decay, after the update as in both libraries."""
     if group["weight_decay"]:
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])

@@ -59,7 +59,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Groups and state are the same objects here and in the parts."""
+        """Make the groups and state of the parts the same objects as those of this optimizer."""
         done = 0
         for part in self.parts:
             number = len(part.param_groups)

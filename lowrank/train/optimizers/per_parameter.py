@@ -1,4 +1,4 @@
-"""Optimizers of ours that update one parameter after another."""
+"""The base class of optimizers that update one parameter after another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowrank.train.optimizers.adamw import AdamSettings
 
 
 class PerParameterOptimizer(torch.optim.Optimizer):
-    """A relative of Adam; `update` is what it does to a parameter that has a gradient."""
+    """An optimizer with Adam's settings, whose subclasses implement `update`."""
 
     def __init__(self, groups: Groups, settings: AdamSettings) -> None:
         defaults = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0}
@@ -26,5 +26,5 @@ class PerParameterOptimizer(torch.optim.Optimizer):
                     self.update(name, parameter, parameter.grad, group)
 
     def update(self, name: str, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        """Change the parameter, and its state."""
+        """Update one parameter and its state from its gradient."""
         raise NotImplementedError

@@ -11,13 +11,13 @@ import torch
 from lowrank.errors import ConfigError
 
 _SMALLEST = 4096
-"""Smaller parameters keep their state in 32 bit."""
+"""Parameters with fewer numbers keep their state in 32 bit."""
 _BLOCK = 256
-"""Numbers that share a scale."""
+"""Block size: how many numbers share a scale."""
 
 
 def optimizer_of_bitsandbytes(name: str, groups: Any, **options: Any) -> torch.optim.Optimizer:
-    """`bitsandbytes.optim.<name>`. ConfigError if the library is not there."""
+    """Return `bitsandbytes.optim.<name>`. ConfigError if the library is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -28,8 +28,8 @@ def optimizer_of_bitsandbytes(name: str, groups: Any, **options: Any) -> torch.o
 
 
 def bytes_in_8_bit(parameters: Iterable[torch.Tensor], moments: int) -> int:
-    """Of the state of these parameters: a byte for each moment, a float32 scale for each block, one codebook a moment
-    for all; small parameters in 32 bit."""
+    """Return the bytes of these parameters' 8-bit state: a byte for each moment, a float32 scale for each block, and
+    one codebook per moment; small parameters in 32 bit."""
     total, codebooks = 0, 0
     for parameter in parameters:
         number = parameter.numel()
@@ -42,7 +42,7 @@ def bytes_in_8_bit(parameters: Iterable[torch.Tensor], moments: int) -> int:
 
 
 def unpaged(name: str, device: torch.device) -> list[str]:
-    """The word about a paged optimizer where nothing can be paged."""
+    """Return the notice about a paged optimizer on a device where nothing can be paged."""
     if device.type == "cuda":
         return []
     return [f"optimizer.type {name}: only a GPU's memory can be paged; on {device.type} the state stays where it is"]
