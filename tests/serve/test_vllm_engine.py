@@ -31,7 +31,7 @@ from lowrank.models.config import ModelConfig
 from lowrank.models.loading.pretrained import load_tokenizer
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.engines.vllm import Vllm, VllmEngine, open_vllm
-from lowrank.serve.vllm_engine.params import pieces_of, rank_for, sampling_options
+from lowrank.serve.vllm_engine.params import rank_for, sampling_options, token_chunks
 from tests.serve.running import TOKEN, http_serving, open_world, save
 
 
@@ -68,20 +68,20 @@ def test_words_of_a_request() -> None:
 
 def test_outputs_as_pieces() -> None:
     likely = [{5: SimpleNamespace(logprob=-0.1), 6: SimpleNamespace(logprob=-2.0)}]
-    (piece,) = pieces_of(Output("Hi", [5], likely), 1)
+    (piece,) = token_chunks(Output("Hi", [5], likely), 1)
     assert (piece.token, piece.text, piece.logprob, piece.top, piece.finish) == (5, "Hi", -0.1, ((5, -0.1),), None)
-    several = pieces_of(Output(" you two", [7, 8]), 0)
+    several = token_chunks(Output(" you two", [7, 8]), 0)
     assert [(piece.token, piece.text) for piece in several] == [(7, ""), (8, " you two")]
-    ended = pieces_of(Output("!", [9, 2], finish_reason="stop"), 0)
+    ended = token_chunks(Output("!", [9, 2], finish_reason="stop"), 0)
     assert [(piece.token, piece.text, piece.finish) for piece in ended] == [(9, "", None), (None, "!", "stop")]
-    by_text = pieces_of(Output("", [9], finish_reason="stop", stop_reason="x"), 0)
+    by_text = token_chunks(Output("", [9], finish_reason="stop", stop_reason="x"), 0)
     assert [(piece.token, piece.finish) for piece in by_text] == [(9, None), (None, "stop")]
-    by_length = pieces_of(Output("a", [9], finish_reason="length"), 0)
+    by_length = token_chunks(Output("a", [9], finish_reason="length"), 0)
     assert [(piece.token, piece.finish) for piece in by_length] == [(9, None), (None, "length")]
-    assert [piece.finish for piece in pieces_of(Output("", [], finish_reason="abort"), 0)] == ["cancelled"]
-    (failed,) = pieces_of(Output("", [], finish_reason="repetition"), 0)
+    assert [piece.finish for piece in token_chunks(Output("", [], finish_reason="abort"), 0)] == ["cancelled"]
+    (failed,) = token_chunks(Output("", [], finish_reason="repetition"), 0)
     assert (failed.finish, failed.error) == ("error", "vLLM ended the answer: repetition")
-    assert pieces_of(Output("", []), 0) == []
+    assert token_chunks(Output("", []), 0) == []
 
 
 def test_ranks_are_those_vllm_takes() -> None:
