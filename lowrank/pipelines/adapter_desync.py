@@ -1,4 +1,4 @@
-"""Detection of ranks whose adapters have come to differ, which must be equal to the bit after every step."""
+"""Desync detection: after every step all ranks must have the same adapters, to the bit; a difference ends the run."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def attach_media_encoder(
     if cache_features and cache is None and {"image", "video"} & set(every):
         cache = open_feature_cache(base, notify)
         notify(cache.describe())
-    base.media_encoder.feature_cache = cache  # now: what the base was tried out with is nobody's
+    base.media_encoder.feature_cache = cache  # after the trial, whose media do not belong into the cache
 
 
 class Attach(Protocol):

@@ -1,8 +1,7 @@
 """Jobs over devices and machines: each share of a run's jobs is an ordinary run with its own folder and process.
 
 A share is a job shard, what Slurm calls an array task. Shares exchange nothing, so one that fails costs only its own
-jobs' time, and
-is resumed by itself (`resume=true`).
+jobs' time, and is resumed by itself (`resume=true`).
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def finish_sweep(sweep: Sweep, folder: Path, report: Callable[[Event], None]) ->
         with new_folder(folder / BEST) as partial:
             shutil.copytree(source, partial, dirs_exist_ok=True)
     tied = [row["name"] for row in table["candidates"] if row["tied"] and row["state"] != "pruned"]
-    close = f"; not to be told from it on these rows: {', '.join(tied)}" if tied else ""
+    close = f"; tied with it on these rows, within the error of measurement: {', '.join(tied)}" if tied else ""
     saved = 1.0 - table["steps"] / max(1, table["steps_of_all"])
     report(Notice(f"sweep: the best is {winner} ({folder / BEST}); {saved:.0%} of all steps were not needed{close}"))
     return winner
