@@ -88,7 +88,7 @@ class AdapterSettings(Settings):
             problems.append(
                 f"trainable_token_indices: PEFT's files for {self.peft.type} have no place for them; use lora"
             )
-        problems += [*self._wrong_parts(), *self._wrong_patterns()]
+        problems += [*self._unsaved_patterns(), *self._wrong_parts(), *self._wrong_patterns()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -103,6 +103,17 @@ class AdapterSettings(Settings):
             PROJECTOR: self.freeze_multi_modal_projector,
         }
         return frozenset(part for part, is_frozen in frozen.items() if not is_frozen)
+
+    def _unsaved_patterns(self) -> list[str]:
+        """Patterns for which files of its PEFT type have no place: an adapter trained with them could not be read."""
+        of_rank = self.peft.has_patterns
+        has_place = {"rank": of_rank, "alpha": of_rank and "alpha" in self.peft.names}
+        return [
+            f"{name}_pattern: PEFT's files for {self.peft.type} have no place for another {name} of some modules; set "
+            f"adapter.{name} for all, or, in a variant of your own, has_patterns=True in its PeftKind"
+            for name, has in has_place.items()
+            if not has and getattr(self, f"{name}_pattern") and not {*self.refused, *self.unused} & {f"{name}_pattern"}
+        ]
 
     def _wrong_parts(self) -> list[str]:
         if not self.parts:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from lowrank import settings
+from lowrank.adapters.peft_kind import PeftKind
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.checkpoints.peft_config import describe_base
 from lowrank.checkpoints.peft_layout import load_adapter, save_adapter
@@ -39,6 +41,28 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return TypeAdapter(AdapterConfig).validate_python(
             {"type": TYPE, "rank": 4, "alpha": 6.0, "rank_pattern": {"v_proj": 2}}
         )
+
+
+def test_patterns_that_files_have_no_place_for_are_refused(config: Any) -> None:
+    """Or it would be trained and written as files that nothing reads."""
+
+    class WithoutPatterns(type(config)):  # type: ignore[misc]
+        peft: ClassVar[PeftKind] = replace(config.peft, has_patterns=False)
+
+    class WithoutAlpha(type(config)):  # type: ignore[misc]
+        peft: ClassVar[PeftKind] = replace(config.peft, names={"rank": "r"})
+        unused: ClassVar[tuple[str, ...]] = ("alpha",)
+
+    for wrong in ({"rank_pattern": {"v_proj": 2}}, {"alpha_pattern": {"v_proj": 2.0}}):
+        (name,) = wrong
+        with pytest.raises(
+            ValueError, match=rf"{name}: PEFT's files for LORAXS have no place .*set adapter\.\w+ for all"
+        ):
+            WithoutPatterns(**wrong)
+    with pytest.raises(ValueError, match="alpha_pattern: PEFT's files for LORAXS"):
+        WithoutAlpha(alpha_pattern={"v_proj": 2.0})
+    assert WithoutAlpha(rank_pattern={"v_proj": 2}).rank_pattern == {"v_proj": 2}
+    assert WithoutPatterns(rank=4, rank_pattern={}).rank == 4
 
 
 def hold_to_the_contract(*storages: str) -> None:
