@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ from lowrank.third_party import code_allowed, objects_given
 
 LOOKS_EVERY = 0.05
 """Seconds between looks for an answer."""
+
+_given_to_runs: dict[Path, list[GivenToRun]] = {}
+"""By run folder: what `LiveRun.add` was given in this process for a run that trains in it."""
+
+
+@dataclass(frozen=True)
+class GivenToRun:
+    """What only this process has of a job that was added: its objects by name, and the settings that hold its rows."""
+
+    objects: Mapping[str, Any]
+    config: JobConfig
+
+
+def take_given(run: Path) -> list[GivenToRun]:
+    """What was added to a run that has ended; the caller keeps it from now on."""
+    return _given_to_runs.pop(run.resolve(), [])
 
 
 class LiveRun:
@@ -79,7 +96,9 @@ class LiveRun:
             stack.enter_context(code_allowed(False))
             stack.enter_context(objects_given(given.objects))
             config = self._as_job(given.values, folder, source)
-        return self._send("add", config.name, {"settings": config.model_dump(mode="json")})
+        reply = self._send("add", config.name, {"settings": config.model_dump(mode="json")})
+        _given_to_runs.setdefault(self.path.resolve(), []).append(GivenToRun(given.objects, config))
+        return reply
 
     def stop(self, name: str) -> str:
         """End a job; its adapter as it is now is kept as `last`, and its slot is free."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank.api.exporting import export
 from lowrank.api.inference import Model, load
+from lowrank.api.live import take_given
 from lowrank.api.objects import given_again, refuse_missing
 from lowrank.api.settings import PlainSettings, plain_settings
 from lowrank.checkpoints.run_folder import CONFIG, METRICS
@@ -78,10 +80,17 @@ def train(
             "to go on with a run in a new process there is lowrank.TrainedRun(RUN).resume(objects=[...])"
         )
     given = plain_settings(settings)
-    with code_allowed(allow_code), objects_given(given.objects):
+    with code_allowed(allow_code), objects_given(given.objects), _own_random_numbers():
         resolved = _config(config, given)
         summary = train_run(resolved, reporters=_listeners(reporters, progress), strict=strict)
     return TrainedRun(resolved.output_dir, summary=summary, config=resolved, objects=given.objects)
+
+
+def _own_random_numbers() -> AbstractContextManager[None]:
+    """Inside, torch's global generator may be drawn from (kernels are tried out, models built): the caller's stays."""
+    import torch
+
+    return torch.random.fork_rng(devices=[])
 
 
 def _config(config: RunConfig | str | Path | None, given: PlainSettings) -> RunConfig:
@@ -150,7 +159,12 @@ class TrainedRun:
         if config is None and not is_run(self.path):
             raise OutputError(f"{self.path} is no run folder: there is no {CONFIG} of a run in it")
         self.summary: dict[str, Any] = dict(summary) if summary is not None else self._read_summary()
+        added = take_given(self.path) if config is not None else []
         self._config, self._objects = config, dict(objects or {})
+        for each in added:
+            self._objects |= each.objects
+        self._kept_rows: Any = [each.config for each in added]
+        """Rows in memory live as long as the settings they came with (data/sources/memory.py)."""
 
     def _read_summary(self) -> dict[str, Any]:
         file = self.path / SUMMARY
@@ -180,11 +194,13 @@ class TrainedRun:
 
     def load(self, **options: Any) -> Model:
         """The base with the adapters of all jobs: `lowrank.load` of this folder."""
-        return load(self.path, **options)
+        with objects_given(self._objects):
+            return load(self.path, **options)
 
     def export(self, to: Any = "merged", output: str | Path | None = None, **options: Any) -> dict[str, Any]:
         """`lowrank.export` of this folder."""
-        return export(self.path, to, output, **options)
+        with objects_given(self._objects):
+            return export(self.path, to, output, **options)
 
     def resume(
         self,
@@ -209,22 +225,29 @@ class TrainedRun:
         ConfigError for an object that is missing, or that the run does not know.
         """
         config = self._config
-        settings = read_file(self.path / CONFIG) if config is None else config.model_dump(exclude_unset=True)
+        settings = read_file(self.path / CONFIG) if config is None else self._with_added_jobs(config)
         again = given_again(objects, settings)
         known = {**self._objects, **again.objects}
         of_jobs = {key: value for key, value in changes.items() if key in JobSettings.model_fields}
         settings |= {**changes, "resume": True, "overwrite": False, "output_dir": str(self.path)}
         settings["jobs"] = [{**job, **of_jobs} for job in settings.get("jobs", ())]
-        with code_allowed(allow_code), objects_given(known):
+        with code_allowed(allow_code), objects_given(known), _own_random_numbers():
             refuse_missing(settings, str(self.path))
             changed = validate_settings(settings, source=f"the settings of {self.path} with changes")
             summary = train_run(changed, reporters=_listeners(reporters, progress))
         resumed = TrainedRun(self.path, summary=summary, config=changed, objects=known)
-        resumed._kept_rows = (config, again.rows, self._kept_rows)
+        resumed._kept_rows += [config, again.rows, self._kept_rows]
         return resumed
 
-    _kept_rows: Any = None
-    """Rows in memory live as long as the settings they came with (data/sources/memory.py)."""
+    def _with_added_jobs(self, config: RunConfig) -> dict[str, Any]:
+        """`config` as it was given, with the jobs that were added or cloned while it trained."""
+        settings = config.model_dump(exclude_unset=True)
+        file = self.path / CONFIG
+        if settings.get("sweep") or not file.is_file():
+            return settings
+        names = {job.name for job in config.jobs}
+        added = [job for job in read_file(file).get("jobs", ()) if job["name"] not in names]
+        return {**settings, "jobs": [*settings.get("jobs", ()), *added]} if added else settings
 
     def __repr__(self) -> str:
         return f"TrainedRun({str(self.path)!r}, jobs={self.jobs})"

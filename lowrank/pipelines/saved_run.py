@@ -73,8 +73,9 @@ def without_live_changes(requested: RunConfig, saved: SavedRun) -> RunConfig:
         kept = live["jobs"].get(job.name, {})
         if kept.get("added"):
             continue
-        if kept.get("settings") and job.model_dump(mode="json") == kept["settings"]:
-            job = JobConfig.model_validate(first[job.name])
+        if kept.get("settings"):  # in config.json, what a command has set; beside it whatever a person changes now
+            initial = _with_changes(first[job.name], kept["settings"], job.model_dump(mode="json"))
+            job = JobConfig.model_validate(initial)
         jobs.append(job)
     return requested.model_copy(update={"jobs": tuple(jobs)})
 
