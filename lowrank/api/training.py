@@ -15,7 +15,7 @@ from lowrank.api.objects import given_again, refuse_missing
 from lowrank.api.settings import PlainSettings, plain_settings
 from lowrank.checkpoints.run_folder import CONFIG, METRICS
 from lowrank.compat import load_any
-from lowrank.config import RunConfig, read_file, validate_settings
+from lowrank.config import RunConfig, flat_settings, read_file, validate_settings
 from lowrank.config.jobs import as_dict
 from lowrank.config.schema import JobSettings
 from lowrank.errors import ConfigError, OutputError
@@ -101,21 +101,11 @@ def _config(config: RunConfig | str | Path | None, given: PlainSettings) -> RunC
         return config
     if config is None:
         return validate_settings(given.values, source="the settings of lowrank.train")
-    resolved, warnings = load_any(config, list(_as_overrides(given.values)))
+    overrides = [f"{key}={json.dumps(value, default=_as_json)}" for key, value in flat_settings(given.values)]
+    resolved, warnings = load_any(config, overrides)
     for text in warnings:
         log_notice(text)
     return resolved
-
-
-def _as_overrides(values: Mapping[str, Any], above: str = "") -> Sequence[str]:
-    """Settings over a file's: `adapter.rank=8`."""
-    overrides: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            overrides += _as_overrides(value, f"{above}{key}.")
-        else:
-            overrides.append(f"{above}{key}={json.dumps(value, default=_as_json)}")
-    return overrides
 
 
 def _as_json(value: Any) -> Any:

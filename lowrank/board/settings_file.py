@@ -8,6 +8,7 @@ from typing import Any
 from lowrank.board import form
 from lowrank.board.places import OutsideError, Places, confined
 from lowrank.board.sweep_form import as_sweep
+from lowrank.config import flat_settings
 
 PATHS = {
     "adapter.path": "models", "objective.reward_model": "models", "objective.reference_model": "models",
@@ -62,7 +63,7 @@ def confine(places: Places, settings: Mapping[str, Any]) -> None:
 
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     """The same as `KEY=VALUE` words of a command line."""
-    return [f"{key}={_value(value)}" for key, value in _leaves(settings)]
+    return [f"{key}={_value(value)}" for key, value in flat_settings(settings)]
 
 
 def _check(path: str, folders: Sequence[Any]) -> None:
@@ -118,15 +119,6 @@ def _candidates(sweep: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, values in enumerate(one_by_one):
         if isinstance(values, Mapping):
             yield f"sweep.candidates.{number}: ", form.entry(values)
-
-
-def _leaves(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        path = f"{above}{key}"
-        if isinstance(item, Mapping) and item:
-            yield from _leaves(item, f"{path}.")
-        else:
-            yield path, item
 
 
 def _value(value: Any) -> str:

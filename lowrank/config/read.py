@@ -8,6 +8,7 @@ YAML is read by its 1.2 rules for plain values: `1e-4` is a number, `no` is a te
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,21 +159,61 @@ def read_file(path: Path) -> dict[str, Any]:
 def override(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The settings with `a.b=value` words over them; values are read as YAML. The given settings are left alone.
 
-    Entries of lists are named by place, those of `jobs` also by name: `jobs.r8.adapter.rank=8`.
+    Entries of lists are named by place, those of `jobs` also by name: `jobs.r8.adapter.rank=8`. A key with dots of its
+    own stands in quotes: `adapter.rank_pattern."layers.0.self_attn.q_proj"=4`.
     """
     result: Any = spell_out(settings) if overrides else dict(settings)
     problems: list[str] = []
     for entry in overrides:
-        key, equals, text = entry.partition("=")
-        if not equals or not key:
+        keys, text = _split(entry)
+        if text is None or keys == [""]:
             problems.append(f"{entry!r}: expected key=value, for example optimizer.learning_rate=1e-4")
             continue
         try:
-            result = _with(result, key.split("."), parse_value(text), ())
+            result = _with(result, keys, parse_value(text), ())
         except ConfigError as error:
             problems.append(f"{entry}: {error}")
     raise_all(ConfigError, "The command line cannot be used:", problems)
     return result
+
+
+def flat_settings(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as `(key, value)` of the words that `override` reads: `("adapter.rank", 8)`."""
+    for key, value in settings.items():
+        own = str(key)
+        path = f"{above}{own if _PLAIN_KEY.fullmatch(own) else json.dumps(own, ensure_ascii=False)}"
+        if isinstance(value, Mapping) and value:
+            yield from flat_settings(value, f"{path}.")
+        else:
+            yield path, value
+
+
+_PLAIN_KEY = re.compile(r"""[^\s."'=][^.=]*""")
+
+
+def _split(entry: str) -> tuple[list[str], str | None]:
+    """`a."b.c"=value` as `["a", "b.c"]` and `value`; None for the value where there is none."""
+    keys, rest = [], entry
+    while True:
+        key, after = _first_key(rest)
+        keys.append(key)
+        if after.startswith("."):
+            rest = after[1:]
+            continue
+        return keys, after[1:] if after else None
+
+
+def _first_key(text: str) -> tuple[str, str]:
+    """The first key of `text`, and what follows it: nothing, or a text that begins with a dot or an equals sign."""
+    if text.startswith('"'):
+        try:
+            key, end = json.JSONDecoder().raw_decode(text)
+        except json.JSONDecodeError:
+            key, end = "", 0
+        if end and text[end : end + 1] in ("", ".", "="):
+            return str(key), text[end:]
+    end = next((place for place, letter in enumerate(text) if letter in ".="), len(text))
+    return text[:end], text[end:]
 
 
 def parse_value(text: str) -> Any:

@@ -18,6 +18,8 @@ import pandas
 import pytest
 
 import lowrank
+from lowrank.api.settings import plain_settings
+from lowrank.api.training import _config
 from lowrank.export.targets import merged
 from tests.api.quick_run import QUICK, ROWS, settings
 from tests.api.test_own_code import Focal
@@ -204,6 +206,23 @@ def test_a_file_with_keywords_over_it(tmp_path: Path) -> None:
     other = lowrank.train(file, max_steps=1, objective=Focal.Config(), data=ROWS, output_dir=str(tmp_path / "other"))
     written = json.loads((other.path / "config.json").read_text())["jobs"][0]
     assert written["objective"]["type"] == "tests.api.test_own_code:Focal"
+
+
+def test_keys_with_dots_stand_over_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: lowrank/tiny\ndata: lowrank/demo\nadapter: {rank: 2, rank_pattern: {v_proj: 3}}\n")
+    patterns = {"layers.0.self_attn.q_proj": 4, r"layers\.1\..*(?=k_proj).*": 6, 'say "q"': 5, "o_proj": 1}
+    given = plain_settings(
+        {"adapter": {"rank_pattern": patterns}, "data": {"chat_template_kwargs": {"a.b": "x=y"}}, "output_dir": "x"}
+    )
+    (job,) = _config(file, given).jobs
+    assert job.adapter.rank == 2
+    assert job.adapter.rank_pattern == {"v_proj": 3, **patterns}
+    assert job.data.chat_template_kwargs == {"a.b": "x=y"}
+    swept = plain_settings(
+        {"sweep": {"grid": {"optimizer.learning_rate": [1e-4, 1e-5]}, "search": "none"}, "output_dir": "x"}
+    )
+    assert [job.optimizer.learning_rate for job in _config(file, swept).jobs] == [1e-4, 1e-5]
 
 
 def test_a_run_config_is_taken_as_it_is(tmp_path: Path) -> None:

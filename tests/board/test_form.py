@@ -121,6 +121,14 @@ def test_the_words_of_the_command_are_the_file(places: Places, tmp_path: Path) -
     assert load_any(first, rest)[0] == read(settings, tmp_path)
 
 
+def test_the_words_of_the_command_hold_keys_with_dots(places: Places, tmp_path: Path) -> None:
+    pattern = {"layers.0.self_attn.q_proj": 4, r"layers\.1\..*(?=k_proj).*": 2, "v_proj": 3}
+    settings = settings_of(places, "x", {**BASE, "adapter.rank_pattern": pattern}, [], {})
+    first, *rest = as_overrides(settings)
+    assert 'adapter.rank_pattern."layers.0.self_attn.q_proj"=4' in rest
+    assert load_any(first, rest)[0] == read(settings, tmp_path)
+
+
 def test_a_configuration_comes_back_as_the_form_it_was(places: Places, tmp_path: Path) -> None:
     values = {
         **BASE, "adapter.type": "dora", "adapter.rank": 8, "optimizer.type": "lion", "optimizer.learning_rate": 1e-5,

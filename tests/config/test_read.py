@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lowrank.compat import load_any
-from lowrank.config import RunConfig, load, override, read_file, steps_of, validate_settings
+from lowrank.config import RunConfig, flat_settings, load, override, read_file, steps_of, validate_settings
 from lowrank.config.paths import locate
 from lowrank.errors import ConfigError
 
@@ -233,3 +234,30 @@ def test_patterns_standard_input_and_paths_that_cannot_be(tmp_path: Path) -> Non
     }
     for path, text in reported.items():
         assert text in (locate(path, tmp_path)[1] or ""), path
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ('a."b.c"=1', {"a": {"b.c": 1}}),
+        ('a."b=c".d=1', {"a": {"b=c": {"d": 1}}}),
+        ('a."b\\"c"=1', {"a": {'b"c': 1}}),
+        ("a.b=c=d", {"a": {"b": "c=d"}}),
+        ('a="b.c"', {"a": "b.c"}),
+        ('a.b"c=1', {"a": {'b"c': 1}}),
+        ('a."b=1', {"a": {'"b': 1}}),
+    ],
+)
+def test_a_key_with_dots_stands_in_quotes(entry: str, expected: dict[str, Any]) -> None:
+    assert override({}, [entry]) == expected
+
+
+@pytest.mark.parametrize("entry", ["a", "=1", "", 'a."b.c"'])
+def test_words_that_are_no_setting(entry: str) -> None:
+    with pytest.raises(ConfigError, match="expected key=value"):
+        override({}, [entry])
+
+
+def test_flat_settings_are_read_back() -> None:
+    settings = {"a": {"b.c": {"d": 1}, "": 2, 'q"': 3, '"r': 4, "{{s}}": 5, "t=u": 6, "none": {}}, "v": [1], "w x": 7}
+    assert override({}, [f"{key}={json.dumps(value)}" for key, value in flat_settings(settings)]) == settings
