@@ -24,6 +24,11 @@ TERMS = {
     "checkpointer": {"keeper"},
     "slot": {"seat", "seats"},
     "handler": {"desk"},
+    "assign": {"deal", "deals", "dealt"},
+    "row_counts, counts": {"tally", "tallies"},
+    "run_command": {"obey", "obeys"},
+    "is_reward_model": {"judges"},
+    "supports_images": {"sees", "blind"},
     "media_encoder, audio_encoder": {"sight", "sighted", "hearing", "eyes", "ears"},
 }
 """What to say instead, by the parts of names that are refused."""

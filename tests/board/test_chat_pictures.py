@@ -201,8 +201,8 @@ def test_bytes_that_only_claim_to_be_a_picture(talking: Any, seeing: Running) ->
         assert large.status_code == 413
         elsewhere = http.post("/api/draft/check", content=b"x" * (5 << 20))
         assert elsewhere.status_code == 413
-    blind = "messages[0].content: unsupported content image_url: no images are read here (the base reads text only), "
-    assert in_chinese(f"{blind}no URL is ever fetched") == "这个模型不能看图片（基座只能读文字）"
+    refusal = "messages[0].content: unsupported content image_url: no images are read here (the base reads text only), "
+    assert in_chinese(f"{refusal}no URL is ever fetched") == "这个模型不能看图片（基座只能读文字）"
 
 
 def test_measured_answers_stand_beside_what_was_shown(browser: Any, seeing: Running) -> None:

@@ -16,7 +16,7 @@ PLAIN = {"instruction": "What is it?", "output": "A cat."}
 QUESTION = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
 
 
-class Blind(CharacterRenderer):
+class TextOnly(CharacterRenderer):
     """As a model is that reads text alone."""
 
     def takes(self, kind: str) -> bool:
@@ -26,7 +26,7 @@ class Blind(CharacterRenderer):
 def left_out(tmp_path: Path, row: dict[str, Any], **settings: Any) -> list[str]:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    report = examine(DataConfig(train=(SourceConfig(path=str(path), **settings),)), renderer=Blind())
+    report = examine(DataConfig(train=(SourceConfig(path=str(path), **settings),)), renderer=TextOnly())
     return [finding.example for finding in report.datasets[0].dropped]
 
 

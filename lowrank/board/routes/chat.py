@@ -90,8 +90,8 @@ async def list_models(request: Request, task: str) -> Response:
         answer = await client.get("/v1/models")
         names = [each["id"] for each in answer.json().get("data", [])]
         able = await client.post("/api/show", json={"model": names[0]}) if names else None
-        sees = able is not None and "vision" in (able.json().get("capabilities") or ())
-        return JSONResponse({"models": names, "sees": sees})
+        supports_images = able is not None and "vision" in (able.json().get("capabilities") or ())
+        return JSONResponse({"models": names, "supports_images": supports_images})
 
 
 class _Part(BaseModel):

@@ -4,9 +4,9 @@ import { pictures, thumbnail } from "./pictures.js";
 
 const run = $("#chat").dataset.run;
 const MOST_BYTES = 23 << 20; // of all that goes with a question
-let task = null, models = [], history = [], asking = null, sees = false;
+let task = null, models = [], history = [], asking = null, supportsImages = false;
 const shown = () => history.flatMap((turn) => (Array.isArray(turn.content) ? turn.content : [])).filter((part) => part.type === "image_url");
-const album = pictures(() => shown().length, () => sees);
+const album = pictures(() => shown().length, () => supportsImages);
 
 async function open() {
   $("#open").disabled = true;
@@ -30,7 +30,7 @@ async function until() {
   }
   for (let tries = 0; !models.length; tries += 1) {
     try {
-      ({ models, sees } = await get(`/api/chat/${task}/models`));
+      ({ models, supports_images: supportsImages } = await get(`/api/chat/${task}/models`));
     } catch (error) {
       if (tries > 20) throw error;
       await new Promise((resolve) => setTimeout(resolve, 300));
@@ -41,7 +41,7 @@ async function until() {
   $("#talking").hidden = false;
   const first = models.filter((model) => model !== "base").slice(0, 2);
   $("#models").append(...models.map((model) => el("label", {}, el("input", { type: "checkbox", value: model, checked: first.includes(model) || model === "base" || models.length < 3 }), ` ${model}`)));
-  $("#add-picture").hidden = $("#picture-keys").hidden = !sees;
+  $("#add-picture").hidden = $("#picture-keys").hidden = !supportsImages;
   $("#question").focus();
 }
 
@@ -119,7 +119,7 @@ $("#halt").addEventListener("click", () => asking?.abort());
 $("#again").addEventListener("click", () => { history = []; album.clear(); $("#turns").replaceChildren(); $("#question").focus(); });
 $("#close").addEventListener("click", async () => {
   await post(`/api/chat/${task}/close`).catch(() => {});
-  [task, models, history, sees] = [null, [], [], false];
+  [task, models, history, supportsImages] = [null, [], [], false];
   album.clear();
   $("#models").querySelectorAll("label").forEach((one) => one.remove());
   $("#turns").replaceChildren();

@@ -115,7 +115,7 @@ def _choose_layout(base: Base, wanted: str) -> str | None:
     padded_reason = _what_leaks(base)
     if padded_reason is not None:
         ahead = ""
-        if base.prompt_type is None and _sees_ahead(base):
+        if base.prompt_type is None and _attends_ahead(base):
             ahead = (
                 " Alone too its own attention lets a text's tokens see those after them, and it cannot be told where a "
                 "prompt ends (an encoder, or a prefix language model that takes no token_type_ids); lowrank trains "
@@ -183,7 +183,7 @@ def _reads_prompts_both_ways(base: Base) -> bool:
     return seen_both_ways and not any(moved(place)[:place].any() for place in (prompt, last))
 
 
-def _sees_ahead(base: Base) -> bool:
+def _attends_ahead(base: Base) -> bool:
     """Whether another last token changes what the model makes of the first ones, alone and with its own attention."""
     document = random_documents(base, 0)[1]
     other = torch.cat([document[:-1], (document[-1:] + 1) % base.model.get_input_embeddings().weight.shape[0]])

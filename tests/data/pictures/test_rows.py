@@ -283,9 +283,9 @@ def test_preferences_show_the_prompts_pictures_to_both_answers(tokenizer: Any, f
 def test_a_base_without_eyes_says_so(folder: Path, tmp_path: Path) -> None:
     from tests.checkpoint_folder import save_checkpoint_folder
 
-    blind = load_tokenizer(ModelConfig(path=str(save_checkpoint_folder(tmp_path / "text"))))
+    text_only = load_tokenizer(ModelConfig(path=str(save_checkpoint_folder(tmp_path / "text"))))
     with pytest.raises(DataError, match="this base reads text only"):
-        read(blind, folder, {"messages": chat("<image>?"), "images": ["pictures/0.png"]})
+        read(text_only, folder, {"messages": chat("<image>?"), "images": ["pictures/0.png"]})
 
 
 def test_a_template_that_loses_pictures_is_refused(tokenizer: Any, folder: Path) -> None:
