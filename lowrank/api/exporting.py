@@ -18,7 +18,7 @@ from lowrank.pipelines.export_checks import export_requests
 from lowrank.pipelines.export_source import open_source
 from lowrank.setting_problems import settings_of
 from lowrank.settings import Settings
-from lowrank.third_party import code_allowed
+from lowrank.third_party import code_allowed, objects_given
 
 TargetLike = str | Mapping[str, Any] | Settings
 """A target's name, its settings as a dict with `type`, or as an object."""
@@ -60,10 +60,11 @@ def export(
     """
     report = notify or log_notice
     targets = [_target(each, settings) for each in ([to] if isinstance(to, (str, Mapping, Settings)) else to)]
-    compared = None if prompts is None else one_source(prompts, "export: prompts")
+    objects: dict[str, Any] = {}
+    compared = None if prompts is None else one_source(prompts, "export: prompts", objects)
     if settings and len(targets) > 1:
         raise ConfigError("export: of several targets, each has its own settings: {'type': 'gguf', 'types': ['q8_0']}")
-    with code_allowed(allow_code):
+    with code_allowed(allow_code), objects_given(objects):
         found = open_source(
             str(path),
             adapters=[adapters] if isinstance(adapters, str) else list(adapters),

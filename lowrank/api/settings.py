@@ -59,7 +59,28 @@ def _data(value: Any, objects: dict[str, Any]) -> Any:
     if isinstance(value, Mapping):
         given = {key: _named(each, objects) for key, each in value.items() if key not in ("train", "eval")}
         return given | {key: _sources(value[key], objects) for key in ("train", "eval") if key in value}
-    return value if isinstance(value, Settings) else {SHORT_FORMS["data"]: _sources(value, objects)}
+    if isinstance(value, DataConfig):
+        name_functions(value, objects)
+    is_group = isinstance(value, Settings) and not isinstance(value, SourceConfig)
+    return value if is_group else {SHORT_FORMS["data"]: _sources(value, objects)}
+
+
+def name_functions(data: DataConfig, objects: dict[str, Any]) -> None:
+    """Add the functions that its datasets were given as `format` (`lowrank.rows`) to `objects`, by the names that the
+    settings have for them. ConfigError where one name means two of them."""
+    for source in (*data.train, *data.eval):
+        if _with_free_name(source, objects) is not source:
+            raise ConfigError(f"data: two functions for format are called {source.format}; name each its own")
+
+
+def _with_free_name(source: SourceConfig, objects: dict[str, Any]) -> SourceConfig:
+    """The dataset, whose function, if it was given one, is in `objects` by the name that stands in `format`."""
+    function = source._format_function  # pyright: ignore[reportPrivateUsage] (as `_held`)
+    if function is None:
+        return source
+    name = name_of(function, objects)
+    objects[name] = function
+    return source if name == source.format else source.model_copy(update={"format": name})
 
 
 def _sources(value: Any, objects: dict[str, Any]) -> Any:
@@ -75,7 +96,9 @@ def _sources(value: Any, objects: dict[str, Any]) -> Any:
 
 def _one_source(value: Any, objects: dict[str, Any]) -> Any:
     """A path, a source, or rows, as one of several datasets."""
-    if isinstance(value, (str, SourceConfig)):
+    if isinstance(value, SourceConfig):
+        return _with_free_name(value, objects)
+    if isinstance(value, str):
         return value
     return _source(value, objects) if isinstance(value, Mapping) else rows(value)
 
@@ -102,14 +125,19 @@ def _source(value: Mapping[str, Any], objects: dict[str, Any]) -> Any:
 
 def rows(rows: RowsLike, **settings: Any) -> SourceConfig:
     """Rows as a dataset of the settings; `settings` are the source's others (`format`, `columns`, `max_samples` ...).
+    `format` may be a function, which the call that is given the dataset then knows.
 
     A generator is read to its end, once. DataError if `rows` are not rows, or there are none; ConfigError for settings
     that a source does not have.
     """
     if "path" in settings:
         raise ConfigError(f"rows: they are here, so they have no path (got {settings['path']!r}); give one of both")
-    checked = settings_of(SourceConfig, {"path": "", **settings}, "the settings of the rows cannot be used:")
-    return keep_rows(rows, checked)
+    objects: dict[str, Any] = {}
+    named = {"path": "", **{key: _named(each, objects) for key, each in settings.items()}}
+    checked = settings_of(SourceConfig, named, "the settings of the rows cannot be used:")
+    source = keep_rows(rows, checked)
+    source._format_function = objects.get(str(source.format))  # pyright: ignore[reportPrivateUsage] (as `_held`)
+    return source
 
 
 def _is_row(value: Any) -> bool:

@@ -12,7 +12,7 @@ from lowrank.api.exporting import export
 from lowrank.api.inference import Model, load
 from lowrank.api.live import take_given
 from lowrank.api.objects import given_again, refuse_missing
-from lowrank.api.settings import PlainSettings, plain_settings
+from lowrank.api.settings import PlainSettings, name_functions, plain_settings
 from lowrank.checkpoints.run_folder import CONFIG, METRICS
 from lowrank.compat import load_any
 from lowrank.config import RunConfig, flat_settings, read_file, validate_settings
@@ -80,6 +80,9 @@ def train(
             "to go on with a run in a new process there is lowrank.TrainedRun(RUN).resume(objects=[...])"
         )
     given = plain_settings(settings)
+    if isinstance(config, RunConfig):
+        for job in config.jobs:
+            name_functions(job.data, given.objects)
     with code_allowed(allow_code), objects_given(given.objects), _own_random_numbers():
         resolved = _config(config, given)
         summary = train_run(resolved, reporters=_listeners(reporters, progress), strict=strict)

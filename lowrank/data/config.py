@@ -61,6 +61,8 @@ class SourceConfig(Settings):
     """Text to put for placeholders, e.g. {"{{name}}": Ada}."""
     _held: Any = PrivateAttr(default=None)
     """Rows in memory, which live as long as the settings that name them (data/sources/memory.py)."""
+    _format_function: Any = PrivateAttr(default=None)
+    """The function that `format` names, where `lowrank.rows` was given it and not its name."""
 
     @property
     def media_folder(self) -> Path | None:

@@ -15,6 +15,7 @@ from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import keep_rows
 from lowrank.data.sources.rows import read_rows
 from lowrank.evaluate.questions import read_questions
+from lowrank.records import Conversation, Message
 from tests.api.quick_run import ROWS, settings
 
 
@@ -34,6 +35,37 @@ def test_all_kinds_of_rows_are_the_same_rows() -> None:
 def test_rows_have_no_path() -> None:
     with pytest.raises(lowrank.ConfigError, match="rows: they are here, so they have no path"):
         lowrank.rows(ROWS, path="other.json")
+
+
+def _spoken(row: Any, columns: Any, tags: Any) -> Conversation:
+    del columns, tags
+    return Conversation((Message("user", row["asked"]), Message("assistant", row["answered"])))
+
+
+def _ending_in(end: str) -> Any:
+    def spoken(row: Any, columns: Any, tags: Any) -> Conversation:
+        return _spoken({**row, "answered": row["answered"] + end}, columns, tags)
+
+    return spoken
+
+
+def test_rows_take_a_function_as_their_format(tmp_path: Path) -> None:
+    rows = [{"asked": f"Say {number}.", "answered": f"It is {number}."} for number in range(8)]
+    source = lowrank.rows(rows, format=_spoken)
+    assert source.format == f"{__name__}:_spoken"
+    loud, quiet = (lowrank.rows(rows, format=_ending_in(end)) for end in ("!", ""))
+    given: dict[str, Any] = {**settings(), "max_steps": 1}
+    file = tmp_path / "run.yaml"
+    file.write_text("model: lowrank/tiny\nmax_steps: 1\n")
+    assert lowrank.train(**{**given, "data": source, "output_dir": tmp_path / "a"}).jobs == ["default"]
+    assert lowrank.train(file, data={"train": [source, loud, quiet]}, output_dir=str(tmp_path / "b")).jobs == [
+        "default"
+    ]
+    data: Any = {"train": [source], "eval": [loud]}
+    config = lowrank.RunConfig(**{**given, "data": data, "output_dir": tmp_path / "c"})
+    assert lowrank.train(config).jobs == ["default"]
+    with pytest.raises(lowrank.ConfigError, match=r"two functions for format are called .*spoken; name each its own"):
+        lowrank.train(lowrank.RunConfig(**{**given, "data": {"train": [loud, quiet]}, "output_dir": tmp_path / "d"}))
 
 
 def test_rows_that_are_none_say_so(tmp_path: Path) -> None:
