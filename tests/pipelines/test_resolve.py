@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lowrank.errors import ModelError
 from lowrank.pipelines.resolve import ArtifactKind, Resolved, resolve
@@ -82,3 +84,23 @@ def test_it_takes_neither_torch_nor_a_network_library_along() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output == "set()\n"
+
+
+def test_without_a_network_nobody_waits_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question to a hub that cannot be reached takes half a minute."""
+    questions: list[str] = []
+
+    def unreachable(name: str, file: str, **options: object) -> None:
+        questions.append(f"{name}/{file}")
+        raise LocalEntryNotFoundError("the hub cannot be reached")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name, revision: None)
+    with pytest.raises(ModelError, match=r"me/mistyped: no such folder here; if it is a hub name.*cannot be reached"):
+        resolve("me/mistyped")
+    assert questions == ["me/mistyped/adapter_config.json"]
+    cached = {("me/model", "config.json"): "/cache/config.json"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name, revision: cached.get(name))
+    assert resolve("me/model").kind is ArtifactKind.MODEL
+    assert len(questions) == 1, "a model that is in the cache is read from there"
