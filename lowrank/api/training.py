@@ -15,7 +15,7 @@ from lowrank.api.objects import given_again, refuse_missing
 from lowrank.api.settings import PlainSettings, name_functions, plain_settings
 from lowrank.checkpoints.run_folder import CONFIG, METRICS
 from lowrank.compat import load_any
-from lowrank.config import RunConfig, flat_settings, read_file, validate_settings
+from lowrank.config import RunConfig, flat_settings, read_file, unused, validate_settings
 from lowrank.config.jobs import as_dict
 from lowrank.config.schema import JobSettings
 from lowrank.errors import ConfigError, OutputError
@@ -101,14 +101,19 @@ def _config(config: RunConfig | str | Path | None, given: PlainSettings) -> RunC
         if given.values:
             names = ", ".join(given.values)
             raise ConfigError(f"train: a RunConfig has its settings already; put these into it: {names}")
-        return config
+        return _warned(config, unused(config))
     if config is None:
-        return validate_settings(given.values, source="the settings of lowrank.train")
+        resolved = validate_settings(given.values, source="the settings of lowrank.train")
+        return _warned(resolved, unused(resolved))
     overrides = [f"{key}={json.dumps(value, default=_as_json)}" for key, value in flat_settings(given.values)]
     resolved, warnings = load_any(config, overrides)
+    return _warned(resolved, warnings)
+
+
+def _warned(config: RunConfig, warnings: Sequence[str]) -> RunConfig:
     for text in warnings:
         log_notice(text)
-    return resolved
+    return config
 
 
 def _as_json(value: Any) -> Any:

@@ -225,6 +225,18 @@ def test_keys_with_dots_stand_over_a_file(tmp_path: Path) -> None:
     assert [job.optimizer.learning_rate for job in _config(file, swept).jobs] == [1e-4, 1e-5]
 
 
+def test_settings_without_effect_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    values: dict[str, Any] = {"model": "lowrank/tiny", "data": "lowrank/demo", "output_dir": "x"}
+    mixed = {"adapter": {"type": "hra", "rank": 4, "alpha": 3}}
+    for config, given in ((None, {**values, **mixed}), (lowrank.RunConfig(**values, **mixed), {})):
+        caplog.clear()
+        _config(config, plain_settings(given))
+        assert [record.message for record in caplog.records] == ["adapter.alpha has no effect with type: hra"]
+    caplog.clear()
+    _config(None, plain_settings({**values, "adapter": {"type": "hra", "rank": 4}}))
+    assert not caplog.records
+
+
 def test_a_run_config_is_taken_as_it_is(tmp_path: Path) -> None:
     config = lowrank.RunConfig(**QUICK, data={"train": [lowrank.rows(ROWS)]}, output_dir=tmp_path / "run")  # type: ignore[arg-type]
     assert lowrank.train(config).path == tmp_path / "run"
