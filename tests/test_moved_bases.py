@@ -101,7 +101,7 @@ def test_a_moved_base(command: str, path: str, file: str, world: Path, tmp_path:
     assert code == 4, output
     (sentence,) = [line for line in output.splitlines() if "there is no such folder" in line]
     assert f"{world / path / file} names the base {world / 'model'}" in sentence
-    assert sentence.endswith("say where it is now with --base PATH")
+    assert sentence.endswith("say where it is now (--base PATH, base=...)")
     code, output = call([*arguments, "--base", str(world / "now-here")])
     assert code == 0, output
     if command == "serve":

@@ -139,7 +139,10 @@ class LiveRun:
         """Let the whole run save and end between two steps, within a second or so; it can be resumed."""
         self._refuse_unless_training("stop")
         (self.path / STOP).touch()
-        return "the run saves and ends after the step in which it notices; with resume=true it goes on"
+        return (
+            "the run saves and ends after the step in which it notices; to go on: `lowrank train` of the same settings "
+            "with resume=true, or TrainedRun.resume in Python"
+        )
 
     def _as_job(self, content: Mapping[str, Any], folder: Path | None, source: str) -> JobConfig:
         run = read_file(self.path / CONFIG)

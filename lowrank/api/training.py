@@ -131,7 +131,7 @@ class _Callback:
     """A function as a reporter."""
 
     def __init__(self, function: Callable[[Event], None]) -> None:
-        self.report = function
+        self.report = self.function = function
 
     def close(self) -> None:
         """A function has nothing to close."""

@@ -79,7 +79,7 @@ def artifacts_of_folder(
     if base is None and Path(its_base).is_absolute() and not Path(its_base).exists():
         raise ModelError(
             f"{file} names the base {its_base} (base_model_name_or_path), and there is no such folder; say where it is "
-            "now with --base PATH"
+            "now (--base PATH, base=...)"
         )
     model = named_model(base or its_base, None if base else header.revision)
     data_of = {} if chat_template else {named.name: data_of_adapter(named.folder)}
@@ -173,7 +173,7 @@ def _base_of_run(
         if gone is not None:
             raise ModelError(
                 f"{folder / RUN_CONFIG} names the base {gone} (model.path), and there is no such folder; say where it "
-                "is now with --base PATH"
+                "is now (--base PATH, base=...)"
             )
     return found
 

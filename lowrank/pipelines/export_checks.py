@@ -75,7 +75,9 @@ def _refuse_place(own: ExportRequest, found: ResolvedSource) -> None:
     if own.folder.exists() and not own.folder.is_dir():
         problems.append(f"{own.folder} is a file")
     elif own.folder.is_dir() and any(own.folder.iterdir()):
-        problems.append(f"{own.folder} is not empty; choose another folder with -o, or empty it yourself")
+        problems.append(
+            f"{own.folder} is not empty; choose another folder (-o FOLDER, output=...), or empty it yourself"
+        )
     inside = own.folder.resolve()
     for origin in {found.folder.resolve(), found.source.base.resolve()}:
         if origin.is_dir() and (inside == origin or origin in inside.parents):

@@ -113,7 +113,10 @@ def _of_run(
     config = settings_of_run(named.folder / RUN_CONFIG)
     summary = find_json(named.folder / SUMMARY) or {}
     if named.job is not None and names:
-        raise ModelError(f"{named.path} is one job; to combine several, give the run and --adapter {named.job},...")
+        raise ModelError(
+            f"{named.path} is one job; to combine several, give the run and its jobs "
+            f"(--adapter {named.job},..., adapters=[...])"
+        )
     chosen = names or [named.job or _best(config, summary, notify)]
     jobs = [job_of(config, name) for name in dict.fromkeys(chosen)]
     found = artifacts_of_run(named, config, jobs, which=which, chat_template=chat_template, base=base, notify=notify)
@@ -166,7 +169,7 @@ def _how_combined(names: Sequence[str], rule: CombineConfig) -> str:
     """By what rule and weights adapters have become one, for people."""
     weights = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, rule.weights or (1.0,) * len(names)))
     kept = f", density {rule.density:g}" if rule.method in ("ties", "dare", "dare_ties") else ""
-    others = "; --combine and --weights say it otherwise" if rule == CombineConfig() else ""
+    others = "; another rule: --combine and --weights, combine={...}" if rule == CombineConfig() else ""
     return f"one adapter of {len(names)}: {rule.method}, weights {weights}{kept}{others}"
 
 
@@ -239,9 +242,15 @@ def _best(config: RunConfig, summary: dict[str, Any], notify: Callable[[str], No
         return names[0]
     best = summary.get("best_job")
     if best in names:
-        notify(f"of {len(names)} adapters this is {best}, which has the lowest held-out loss; --adapter takes another")
+        notify(
+            f"of {len(names)} adapters this is {best}, which has the lowest held-out loss; to take another: --adapter "
+            "NAME, adapters=..."
+        )
         return best
-    raise ModelError(f"the held-out losses of these jobs do not compare; choose with --adapter: {', '.join(names)}")
+    raise ModelError(
+        "the held-out losses of these jobs do not compare; choose one (--adapter NAME, adapters=...): "
+        f"{', '.join(names)}"
+    )
 
 
 def _facts(config: RunConfig, jobs: Sequence[JobConfig], summary: dict[str, Any]) -> dict[str, Any]:

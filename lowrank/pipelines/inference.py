@@ -195,7 +195,7 @@ class InferenceModel:
         if length >= reach:
             raise ModelError(
                 f"the conversation has {length} tokens and the model's maximum context length is {reach}; shorten "
-                "it (/undo, /reset)"
+                "it (in `lowrank chat`: /undo, /reset)"
             )
         return config.model_copy(update={"max_new_tokens": reach - length})
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
+from lowrank.notices import LOGGER
 from lowrank.report.events import Event, Notice, Reporter
 
 
@@ -26,7 +28,15 @@ class Listeners:
                 listener.report(event)
             except Exception as error:  # a tracker without a network, a pipe that nobody reads any more
                 self.watching.remove(listener)
-                problem = f"{type(error).__name__}: {error}"
-                failed.append(f"{type(listener).__name__} failed and receives no more events: {problem}")
+                name, problem = _name_of(listener), f"{type(error).__name__}: {error}"
+                level = logging.WARNING if hasattr(listener, "function") else logging.INFO
+                LOGGER.log(level, "%s failed on %s:", name, type(event).__name__, exc_info=error)
+                failed.append(f"{name} failed and receives no more events: {problem}")
         for text in failed:
             self(Notice(text, level="warning"))
+
+
+def _name_of(listener: Reporter) -> str:
+    """Of a function that a person gave, its own name; else that of the listener's class."""
+    function = getattr(listener, "function", listener)
+    return str(getattr(function, "__qualname__", type(function).__name__)).replace("<locals>.", "")

@@ -237,6 +237,28 @@ def test_settings_without_effect_are_named(caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.records
 
 
+def test_a_function_that_fails_is_named_with_its_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def show_loss(event: lowrank.Event) -> None:
+        if isinstance(event, lowrank.StepDone):
+            raise KeyError("losss")
+
+    lowrank.train(**settings(output_dir=tmp_path / "run", max_steps=1), reporters=[show_loss])
+    text = "show_loss failed and receives no more events: KeyError: 'losss'"
+    assert [record.message for record in caplog.records if record.message.endswith(text)]
+    (traced,) = [record for record in caplog.records if record.exc_info]
+    assert traced.message.endswith("show_loss failed on StepDone:")
+    assert "in show_loss" in str(caplog.text)
+
+
+def test_messages_name_the_way_out_in_python_too(run: lowrank.TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    with pytest.raises(lowrank.OutputError, match=r"choose another folder \(-o FOLDER, output=\.\.\.\)"):
+        run.export("merged", tmp_path / "full", adapters="r8")
+    with pytest.raises(lowrank.ModelError, match=r"shorten it \(in `lowrank chat`: /undo, /reset\)"):
+        run.load().generate("x " * 3000, "r8", max_new_tokens=2)
+
+
 def test_a_run_config_is_taken_as_it_is(tmp_path: Path) -> None:
     config = lowrank.RunConfig(**QUICK, data={"train": [lowrank.rows(ROWS)]}, output_dir=tmp_path / "run")  # type: ignore[arg-type]
     assert lowrank.train(config).path == tmp_path / "run"
