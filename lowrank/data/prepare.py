@@ -19,7 +19,7 @@ from lowrank.data.report.row_counts import RowCounts
 from lowrank.data.report.statistics import DataReport, build_report
 from lowrank.data.tokenized import check_record, is_written, read_tokenized, write_tokenized
 from lowrank.errors import DataError, raise_all
-from lowrank.records import KIND_NAMES
+from lowrank.records import KIND_NAMES, Preference
 from lowrank.segments import Segment
 
 _ROWS_AHEAD = 1000
@@ -223,8 +223,10 @@ class _Job:
 
     def report(self, all_row_counts: Sequence[RowCounts], shown: Iterable[Sample], complete: bool = True) -> DataReport:
         """On the rows counted; `shown` samples are rendered."""
+        kinds = {row_counts.record for row_counts in all_row_counts if row_counts.use == "train"}
         return build_report(
             all_row_counts,
+            pairs_shown=kinds == {Preference},
             unit="tokens" if isinstance(self.renderer, Renderer) else "characters",
             template_notices=self.renderer.notices,
             shown=[self.renderer.show(segment) for sample in shown for segment in sample],

@@ -65,6 +65,21 @@ def test_counts_lengths_and_shares(streaming: bool, tmp_path: Path) -> None:
     assert report.unit == "characters"
 
 
+def test_a_pair_is_shown_as_chosen_and_rejected(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {number}", "chosen": "good", "rejected": "bad"} for number in range(2)]
+    report = in_characters(train=write(tmp_path / "x.json", rows))
+    assert report.to_json()["pairs_shown"]
+    assert [sample[-1][0] for sample in report.shown[:2]] == ["good", "bad"]
+    text = shown(report)
+    places = [text.index(title) for title in ("pair 1: chosen", "pair 1: rejected", "pair 2: chosen")]
+    assert places == sorted(places)
+    assert "the rejected one is what is trained against" in " ".join(text.split())
+    assert "sample 1" not in text
+    plain = in_characters(train=write(tmp_path / "y.json", [row(1, "a")]))
+    assert "sample 1" in shown(plain)
+    assert "rejected" not in shown(plain)
+
+
 def test_json_is_plain_and_complete(tmp_path: Path) -> None:
     report = in_characters(train=write(tmp_path / "x.json", [row(1, "a"), row(2, "")]))
     content = json.loads(json.dumps(report.to_json()))

@@ -90,11 +90,21 @@ def _samples(report: DataReport, marks: bool) -> list[RenderableType]:
     if not report.shown:
         return []
     legend = Text.assemble("Samples as the model sees them: ", ("learned", LEARNED), ", ", ("context", CONTEXT), ".")
+    if report.pairs_shown:
+        about = ". The chosen answer is trained towards, the rejected one is what is trained against."
+        legend = Text.assemble(
+            "Pairs as the model sees them: ", ("answers", LEARNED), ", ", ("context", CONTEXT), about
+        )
     panels = [
-        Panel(_colored(sample, marks), title=f"sample {number}", title_align="left", border_style="dim")
-        for number, sample in enumerate(report.shown, start=1)
+        Panel(_colored(sample, marks), title=_title(number, report.pairs_shown), title_align="left", border_style="dim")
+        for number, sample in enumerate(report.shown)
     ]
     return [Text(), legend, *panels]
+
+
+def _title(number: int, pairs: bool) -> str:
+    """Of the sample at this place, from 0; of pairs two are one."""
+    return f"pair {number // 2 + 1}: {('chosen', 'rejected')[number % 2]}" if pairs else f"sample {number + 1}"
 
 
 def _colored(sample: tuple[tuple[str, float], ...], marks: bool) -> Text:

@@ -160,7 +160,9 @@ class DataReport:
     lengths: Lengths | None
     template_notices: tuple[str, ...]
     shown: tuple[tuple[tuple[str, float], ...], ...]
-    """Rendered samples, as pieces of text with their loss weight."""
+    """Rendered samples, as pieces of text with their loss weight; of a pair the chosen one, then the rejected."""
+    pairs_shown: bool = False
+    """What is shown are pairs, of which the rejected answer is trained against."""
 
     @property
     def losses(self) -> list[str]:
@@ -204,6 +206,7 @@ def build_report(
     unit: str,
     template_notices: Iterable[str] = (),
     shown: Sequence[Sequence[tuple[str, float]]] = (),
+    pairs_shown: bool = False,
     complete: bool = True,
 ) -> DataReport:
     """The report on what was counted. Lengths and shares are those of the training data."""
@@ -226,6 +229,7 @@ def build_report(
         lengths=_lengths(train),
         template_notices=tuple(template_notices),
         shown=tuple(tuple(sample) for sample in shown),
+        pairs_shown=pairs_shown,
     )
 
 
