@@ -111,6 +111,7 @@ def test_a_template(tmp_path: Path) -> None:
     (segment,) = renderer.render(Conversation((Message("user", "Say hi"), Message("assistant", "hi")))).segments
     learned = [token for token, weight in zip(segment.token_L.tolist(), segment.weight_L) if weight]
     assert tokenizer.decode(segment.token_L) == f"Q: Say hi\nA: hi{tokenizer.eos_token}"  # nothing after the end
+    assert renderer.notices == ()
     assert tokenizer.decode(learned).strip() == f"hi{tokenizer.eos_token}"  # the space before it is of its first token
 
 

@@ -46,10 +46,15 @@ def evaluate(
     adapters   who is asked, `base` among them; left out: all, and the base
     metrics    exact_match, and with `lowrank-llm[metrics]` bleu4, rouge1, rouge2, rougeL; higher is better, percent
     perplexity also the perplexity of the answers in the data; lower is better
+    max_samples        questions at the most, drawn by `seed`, which sampling takes too
+    max_new_tokens     tokens of an answer at the most
+    notify             receives what a person should know; left out: the logger `lowrank`
+    allow_code         the model's own code, or an adapter's, may run
 
     A row for each adapter (the index) and metric: `value`, its 95 % bootstrap interval `low`, `high` over the rows,
-    `gain` over the base with `gain_low`, `gain_high` (missing where there is no base to compare with), and the number
-    of `rows` it is of. Raises DataError, ModelError, ConfigError.
+    `gain` over the base with `gain_low`, `gain_high` (value less the base's: better above 0, of perplexity below 0;
+    missing where there is no base to compare with), and the number of `rows` it is of. Raises DataError, ModelError,
+    ConfigError.
     """
     import pandas
 

@@ -49,9 +49,17 @@ def export(
 
     to         targets: `peft`, `merged`, `gguf`, `awq` ... (docs/export.md); settings of a single one as keywords
     output     where to; of several, each to a folder in it. Left out: beside the run, `RUN-export/NAME-TARGET`
-    adapters   a job of the run (left out: the best), or more adapter folders; several become one, by `combine`
+    adapters   a job of the run (left out: that of the lowest held-out loss; ModelError where jobs of different
+               objectives do not compare), or more adapter folders; several become one, by `combine`
     combine    how: `{"method": "ties", "weights": [0.7, 0.3]}`
     prompts    rows to compare on, or a file of them, instead of the run's held-out ones
+    which      a job's adapter at its best held-out loss, or at its end (`last`)
+    base       where the base is now, if its folder has moved
+    chat_template  a built-in one or a .jinja file, instead of the run's
+    verify     False: do not read back and compare
+    dry_run    say what would be written, and write nothing
+    notify     receives each line about the progress; left out: the logger `lowrank`
+    allow_code the model's own code, or an adapter's, may run
     strict     NotTheSameError where what was written differs by more than it may; it is kept
 
     Returns what stands in the targets' export.json, `{"passed": ..., "targets": {name: {"path": ..., "comparisons":

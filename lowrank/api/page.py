@@ -32,7 +32,7 @@ rows = [{"prompt": "Who are you?", "completion": "A small model."}]
 run = lowrank.train(model="lowrank/tiny", data=rows, output_dir="runs/first", max_steps=20)
 run.metrics()  # a DataFrame; in a notebook, train shows a live table and curve
 run.load().generate("Who are you?")
-run.export("merged", "merged-model")
+run.export("merged", "first-merged")
 run.resume(max_steps=40)  # on another day: lowrank.TrainedRun("runs/first").resume(objects=[rows], max_steps=40)
 ```
 

@@ -57,7 +57,8 @@ def train(
 
     data          rows: a list of dicts, a `datasets.Dataset`, a DataFrame, a generator (read to its end), or a function
                   that returns one; a path; or `{"train": ..., "eval": ..., **settings}` of these. A source with
-                  settings of its own is `{"rows": rows, "format": "alpaca"}`.
+                  settings of its own is `{"rows": rows, "format": "alpaca"}`, and stands in
+                  `{"train": {"rows": rows, "format": "alpaca"}}`; `lowrank.rows` makes the same.
     jobs          several adapters at once: `[{"name": "r8", "adapter": {"rank": 8}}, {"name": "r64", ...}]`.
     objective     a name, settings (or their class), or an objective of your own: the class or the object. `adapter` and
                   `optimizer` take names, settings and classes too; `reward_funcs` and a source's `format` take
@@ -179,9 +180,11 @@ class TrainedRun:
         return list(self.summary.get("jobs", {}))
 
     def metrics(self) -> pandas.DataFrame:
-        """Everything that was logged, a row for each step (`event` is `step`) and each evaluation (`eval`) of each job:
-        columns `job`, `step`, `event`, `loss` (nats per token), `learning_rate`, `grad_norm`, `tokens`, `seconds`, and
-        what the objective adds. Empty before the first step."""
+        """Everything that was logged: a row for each logged step (`logging_steps`; `event` is `step`) and each
+        evaluation (`eval`) of each job. Columns: `job`, `step`, `event`, `loss` (nats per token; of objectives that
+        generate, as GRPO, minus the mean reward, and what is minimized is `policy_loss`), `tokens`, `time` (seconds
+        since 1970); of steps `epoch`, `learning_rate`, `grad_norm`, `loss_tokens`, `seconds`, `skipped`; of evaluations
+        `metric`, the one that decides, and `best`; and what the objective adds. Empty before the first step."""
         import pandas
 
         lines = [line for line in read_metrics(self.path / METRICS) if line.get("event") in ("step", "eval")]
