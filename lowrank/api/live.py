@@ -72,6 +72,10 @@ class LiveRun:
         if not is_run(self.path):
             raise OutputError(f"{self.path} is no run folder: there is no {CONFIG} of a run in it")
 
+    def __repr__(self) -> str:
+        jobs = ", ".join(f"{job.name}: {job.state}" for job in self.jobs())
+        return f"LiveRun({str(self.path)!r}, {jobs})"
+
     @property
     def training(self) -> bool:
         """Whether a process trains it now."""

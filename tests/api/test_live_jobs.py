@@ -40,6 +40,7 @@ def test_settings_set_live_stay_and_others_may_change(tmp_path: Path) -> None:
     """config.json of the run has what was set; a change beside it is no other run."""
     run = trained_until(tmp_path / "run", lambda live: live.set("default", {"optimizer.learning_rate": 1e-5}))
     (taken,) = steps(run).values()
+    assert repr(lowrank.LiveRun(run.path)) == f"LiveRun({str(run.path)!r}, default: interrupted)"
     again = lowrank.TrainedRun(run.path).resume(objects=[ROWS], progress=False, max_steps=taken + 1)
     assert steps(again) == {"default": taken + 1}
     assert again.metrics()["learning_rate"].iloc[-1] <= 1e-5
