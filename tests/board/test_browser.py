@@ -125,6 +125,24 @@ def test_a_persons_whole_way(browser: Any, running: Running, folder: Path, tmp_p
         assert "evil" not in page.title()
 
 
+def test_pairs_are_shown_as_chosen_and_rejected(browser: Any, running: Running, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    pairs = [
+        {"instruction": f"Say {number}", "input": "", "chosen": f"number {number}", "rejected": "no"}
+        for number in range(8)
+    ]
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps(pairs), encoding="utf-8")
+    with page_of(browser, running, "zh") as page:
+        page.goto(f"{running.url}/new")
+        page.locator('[data-model="lowrank/tiny"]').click()
+        page.set_input_files("#file", file)
+        expect(page.locator("#look pre.sample")).to_have_count(4, timeout=120_000)
+        labels = page.locator("#look p.dim.small").all_inner_texts()
+        assert [text for text in labels if text in ("优选回答", "被拒回答")] == ["优选回答", "被拒回答"] * 2
+
+
 def test_two_people_and_names_that_would_be_markup(browser: Any, running: Running) -> None:
     from playwright.sync_api import expect
 

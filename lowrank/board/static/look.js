@@ -33,8 +33,11 @@ function report(path, found) {
   if (others.length) parts.push(el("ul", { class: "notes dim" }, ...others.slice(0, 20).map((one) => sentence("li", one))));
   if (found.shown?.length) {
     parts.push(el("p", { class: "dim small" }, t("look.shown"), " ", el("mark", {}, t("look.mark"))));
-    for (const sample of found.shown.slice(0, 4))
+    if (found.pairs_shown) parts.push(el("p", { class: "dim small" }, t("look.pairs")));
+    for (const [number, sample] of found.shown.slice(0, 4).entries()) {
+      if (found.pairs_shown) parts.push(el("p", { class: "dim small" }, t(number % 2 ? "look.rejected" : "look.chosen")));
       parts.push(el("pre", { class: "sample", tabindex: "0" }, ...sample.map(([text, weight]) => (weight > 0 ? el("mark", {}, text) : text))));
+    }
   }
   return parts;
 }
