@@ -15,9 +15,10 @@ from lowrank.api.objects import given_again, refuse_missing
 from lowrank.api.settings import PlainSettings, name_functions, plain_settings
 from lowrank.checkpoints.run_folder import CONFIG, METRICS
 from lowrank.compat import load_any
-from lowrank.config import RunConfig, flat_settings, read_file, unused, validate_settings
+from lowrank.config import RunConfig, read_file, unused, validate_settings
 from lowrank.config.jobs import as_dict
 from lowrank.config.schema import JobSettings
+from lowrank.dotted_keys import flat_settings
 from lowrank.errors import ConfigError, OutputError
 from lowrank.notices import log_notice
 from lowrank.pipelines.launch import train as train_run

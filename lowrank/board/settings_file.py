@@ -8,7 +8,7 @@ from typing import Any
 from lowrank.board import form
 from lowrank.board.places import OutsideError, Places, confined
 from lowrank.board.sweep_form import as_sweep
-from lowrank.config import flat_settings
+from lowrank.dotted_keys import flat_settings
 
 PATHS = {
     "adapter.path": "models", "objective.reward_model": "models", "objective.reference_model": "models",

@@ -2,13 +2,12 @@
 
 from lowrank.config.checks import has_eval
 from lowrank.config.no_effect import unused
-from lowrank.config.read import flat_settings, load, override, read_file, settings_of_run, validate_settings
+from lowrank.config.read import load, override, read_file, settings_of_run, validate_settings
 from lowrank.config.schema import JobConfig, RunConfig, steps_of
 
 __all__ = [
     "JobConfig",
     "RunConfig",
-    "flat_settings",
     "has_eval",
     "load",
     "override",

@@ -8,7 +8,6 @@ YAML is read by its 1.2 rules for plain values: `1e-4` is a number, `no` is a te
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from lowrank.config.jobs import SHORT_FORMS, spell_out
 from lowrank.config.paths import locate_paths
 from lowrank.config.problems import error_lines
 from lowrank.config.schema import RunConfig
+from lowrank.dotted_keys import split_override
 from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.foreign_files import DEEPEST_JSON, is_deeper, read_at_most
 from lowrank.foreign_yaml import load_yaml
@@ -165,7 +165,7 @@ def override(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
     result: Any = spell_out(settings) if overrides else dict(settings)
     problems: list[str] = []
     for entry in overrides:
-        keys, text = _split(entry)
+        keys, text = split_override(entry)
         if text is None or keys == [""]:
             problems.append(f"{entry!r}: expected key=value, for example optimizer.learning_rate=1e-4")
             continue
@@ -175,45 +175,6 @@ def override(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
             problems.append(f"{entry}: {error}")
     raise_all(ConfigError, "The command line cannot be used:", problems)
     return result
-
-
-def flat_settings(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as `(key, value)` of the words that `override` reads: `("adapter.rank", 8)`."""
-    for key, value in settings.items():
-        own = str(key)
-        path = f"{above}{own if _PLAIN_KEY.fullmatch(own) else json.dumps(own, ensure_ascii=False)}"
-        if isinstance(value, Mapping) and value:
-            yield from flat_settings(value, f"{path}.")
-        else:
-            yield path, value
-
-
-_PLAIN_KEY = re.compile(r"""[^\s."'=][^.=]*""")
-
-
-def _split(entry: str) -> tuple[list[str], str | None]:
-    """`a."b.c"=value` as `["a", "b.c"]` and `value`; None for the value where there is none."""
-    keys, rest = [], entry
-    while True:
-        key, after = _first_key(rest)
-        keys.append(key)
-        if after.startswith("."):
-            rest = after[1:]
-            continue
-        return keys, after[1:] if after else None
-
-
-def _first_key(text: str) -> tuple[str, str]:
-    """The first key of `text`, and what follows it: nothing, or a text that begins with a dot or an equals sign."""
-    if text.startswith('"'):
-        try:
-            key, end = json.JSONDecoder().raw_decode(text)
-        except json.JSONDecodeError:
-            key, end = "", 0
-        if end and text[end : end + 1] in ("", ".", "="):
-            return str(key), text[end:]
-    end = next((place for place, letter in enumerate(text) if letter in ".="), len(text))
-    return text[:end], text[end:]
 
 
 def parse_value(text: str) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lowrank.compat import load_any
-from lowrank.config import RunConfig, flat_settings, load, override, read_file, steps_of, validate_settings
+from lowrank.config import RunConfig, load, override, read_file, steps_of, validate_settings
 from lowrank.config.paths import locate
+from lowrank.dotted_keys import flat_settings
 from lowrank.errors import ConfigError
 
 SHORT = "model: lowrank/tiny\ndata: lowrank/demo\noutput_dir: runs/first\n"

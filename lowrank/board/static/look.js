@@ -35,7 +35,7 @@ function report(path, found) {
     parts.push(el("p", { class: "dim small" }, t("look.shown"), " ", el("mark", {}, t("look.mark"))));
     if (found.pairs_shown) parts.push(el("p", { class: "dim small" }, t("look.pairs")));
     for (const [number, sample] of found.shown.slice(0, 4).entries()) {
-      if (found.pairs_shown) parts.push(el("p", { class: "dim small" }, t(number % 2 ? "look.rejected" : "look.chosen")));
+      if (found.pairs_shown) parts.push(el("p", { class: "dim small" }, number % 2 ? t("look.rejected") : t("look.chosen")));
       parts.push(el("pre", { class: "sample", tabindex: "0" }, ...sample.map(([text, weight]) => (weight > 0 ? el("mark", {}, text) : text))));
     }
   }
