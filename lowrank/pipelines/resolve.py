@@ -20,6 +20,7 @@ from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.steps import STATE_FILE
 from lowrank.errors import ModelError
 from lowrank.foreign_files import read_json
+from lowrank.hub_names import is_hub_name
 from lowrank.models import modelscope_hub
 
 _MODEL_CONFIG = "config.json"
@@ -103,20 +104,19 @@ def is_run(folder: Path) -> bool:
 def on_hub(name: str, revision: str | None = None) -> Path | None:
     """Return the folder of an adapter of the hub, downloaded or in the cache; None if there is no adapter of this
     name. ModelError if the hub cannot be reached and nothing of this name is in the cache."""
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~", "lowrank/")):
+    if Path(name).exists() or not is_hub_name(name) or name.startswith("lowrank/"):
         return None
     if modelscope_hub.is_wanted():
         folder = Path(modelscope_hub.folder_of(name, revision))
         return folder if (folder / CONFIG_FILE).is_file() else None
-    in_cache = [
-        isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=revision), str)
-        for file in (CONFIG_FILE, _MODEL_CONFIG)
-    ]
-    if in_cache == [False, True]:  # a model that was downloaded before: where there is no network, nobody waits for it
-        return None
     from huggingface_hub.errors import LocalEntryNotFoundError  # brings a network library along
 
+    def is_cached(file: str) -> bool:
+        return isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=revision), str)
+
     try:
+        if is_cached(_MODEL_CONFIG) and not is_cached(CONFIG_FILE):
+            return None  # a model that was downloaded before: where there is no network, nobody waits for one
         huggingface_hub.hf_hub_download(name, CONFIG_FILE, revision=revision)
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES))
     except LocalEntryNotFoundError as error:  # each further question to the hub would wait as long again

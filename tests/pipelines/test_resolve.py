@@ -104,3 +104,9 @@ def test_without_a_network_nobody_waits_twice(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name, revision: cached.get(name))
     assert resolve("me/model").kind is ArtifactKind.MODEL
     assert len(questions) == 1, "a model that is in the cache is read from there"
+
+
+@pytest.mark.parametrize("path", ["runs/my run", "me/a--b", "me/..", "me/a..b", "é/ü?", "~/x", "./x", "a/b/c", "me/x."])
+def test_what_no_hub_takes_for_a_name_is_a_path(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(path) == Resolved(path, ArtifactKind.MODEL, Path(path))
