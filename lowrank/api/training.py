@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,17 +84,10 @@ def train(
     if isinstance(config, RunConfig):
         for job in config.jobs:
             name_functions(job.data, given.objects)
-    with code_allowed(allow_code), objects_given(given.objects), _own_random_numbers():
+    with code_allowed(allow_code), objects_given(given.objects):
         resolved = _config(config, given)
         summary = train_run(resolved, reporters=_listeners(reporters, progress), strict=strict)
     return TrainedRun(resolved.output_dir, summary=summary, config=resolved, objects=given.objects)
-
-
-def _own_random_numbers() -> AbstractContextManager[None]:
-    """Inside, torch's global generator may be drawn from (kernels are tried out, models built): the caller's stays."""
-    import torch
-
-    return torch.random.fork_rng(devices=[])
 
 
 def _config(config: RunConfig | str | Path | None, given: PlainSettings) -> RunConfig:
@@ -233,7 +225,7 @@ class TrainedRun:
         of_jobs = {key: value for key, value in changes.items() if key in JobSettings.model_fields}
         settings |= {**changes, "resume": True, "overwrite": False, "output_dir": str(self.path)}
         settings["jobs"] = [{**job, **of_jobs} for job in settings.get("jobs", ())]
-        with code_allowed(allow_code), objects_given(known), _own_random_numbers():
+        with code_allowed(allow_code), objects_given(known):
             refuse_missing(settings, str(self.path))
             changed = validate_settings(settings, source=f"the settings of {self.path} with changes")
             summary = train_run(changed, reporters=_listeners(reporters, progress))

@@ -43,11 +43,15 @@ def _try(module: nn.Module, replacement: MemoryEfficientNorm | MemoryEfficientML
     small = copy.copy(module)
     small._modules = dict(module._modules)
     small._parameters = dict(module._parameters)
+    generator = torch.Generator().manual_seed(0)  # the caller's random numbers go on as if nothing had been tried
     if isinstance(replacement, MemoryEfficientNorm):
-        weight = torch.rand(_WIDTH, generator=torch.Generator().manual_seed(0)) + 0.5
+        weight = torch.rand(_WIDTH, generator=generator) + 0.5
         small._parameters["weight"] = nn.Parameter(weight.to(dtype), requires_grad=False)
         return same_bits(small, MemoryEfficientNorm(small, replacement.eps, replacement.kind))
     for name in ("gate_proj", "up_proj", "down_proj"):
         bias = getattr(module, name).bias is not None
-        small._modules[name] = nn.Linear(_WIDTH, _WIDTH, bias=bias, dtype=dtype).requires_grad_(False)
+        linear = nn.utils.skip_init(nn.Linear, _WIDTH, _WIDTH, bias=bias, dtype=dtype).requires_grad_(False)
+        for parameter in linear.parameters():  # as torch begins a linear layer
+            parameter.uniform_(-(_WIDTH**-0.5), _WIDTH**-0.5, generator=generator)
+        small._modules[name] = linear
     return same_bits(small, MemoryEfficientMLP(small))
