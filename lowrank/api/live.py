@@ -15,6 +15,7 @@ from lowrank.api.settings import plain_settings
 from lowrank.checkpoints.live_commands import CommandReply, read_state, replies, send
 from lowrank.checkpoints.run_folder import CONFIG, STOP
 from lowrank.config import JobConfig, RunConfig, read_file, validate_settings
+from lowrank.data.sources.memory import IN_MEMORY
 from lowrank.errors import ConfigError, OutputError, did_you_mean, raise_all
 from lowrank.pipelines.resolve import is_run
 from lowrank.report.live import LiveJob, is_training, jobs_of
@@ -101,7 +102,9 @@ class LiveRun:
             stack.enter_context(objects_given(given.objects))
             config = self._as_job(given.values, folder, source)
         reply = self._send("add", config.name, {"settings": config.model_dump(mode="json")})
-        _given_to_runs.setdefault(self.path.resolve(), []).append(GivenToRun(given.objects, config))
+        in_memory = any(source.path.startswith(IN_MEMORY) for source in (*config.data.train, *config.data.eval))
+        if given.objects or in_memory:
+            _given_to_runs.setdefault(self.path.resolve(), []).append(GivenToRun(given.objects, config))
         return reply
 
     def stop(self, name: str) -> str:

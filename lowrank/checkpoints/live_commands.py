@@ -114,7 +114,7 @@ class CommandQueue:
 
     def __init__(self, run: Path, carried_out: Collection[int] = ()) -> None:
         """`carried_out`: those that are in the checkpoint from which the run goes on."""
-        self._run = run
+        self._run, self._folder = run, command_folder(run)
         self.carried_out = set(carried_out)
         self._answered = {number: reply for number, reply in replies(run).items() if number not in self.carried_out}
         self.carried_out |= {number for number, reply in self._answered.items() if not reply.done}
@@ -123,7 +123,7 @@ class CommandQueue:
         """Make the folder, of the former one where the run has that. What writers that died have left stays: a claimed
         number without a command is skipped, and nobody can tell it from one that is being written."""
         if self._folder.name == FORMER_FOLDER:
-            self._folder.rename(self._run / FOLDER)
+            self._folder = self._folder.rename(self._run / FOLDER)
         self._folder.mkdir(exist_ok=True)
 
     def due(self, iteration: int) -> list[LiveCommand]:
@@ -157,14 +157,9 @@ class CommandQueue:
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Write what the jobs do now; not synced, since it is of the moment."""
-        folder = self._folder
-        partial = folder / f".{STATE}.{os.getpid()}"
+        partial = self._folder / f".{STATE}.{os.getpid()}"
         partial.write_text(json.dumps(state, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        os.replace(partial, folder / STATE)
-
-    @property
-    def _folder(self) -> Path:
-        return command_folder(self._run)
+        os.replace(partial, self._folder / STATE)
 
     def _numbers(self) -> set[int]:
         try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lowrank.adapters.prompts import PromptSettings
+from lowrank.checkpoints.run_folder import RUN_FILES, STOP
 from lowrank.models.layer_wrappers import wrapping_conflicts
 from lowrank.objectives import needs
 from lowrank.objectives.rollout import RolloutSettings
@@ -18,11 +19,7 @@ from lowrank.settings import Settings
 if TYPE_CHECKING:
     from lowrank.config.schema import JobConfig, RunConfig
 
-RESERVED_NAMES = (
-    "config.json", "demo.json", "checkpoint", "checkpoints", "summary.json", "metrics.jsonl", "loss.png",
-    "tensorboard", "report.html", "data_report.json", "predict", "eval", "stop", "commands", "orders", "best",
-    "sweep.json", "optuna.db", "shares",
-)  # fmt: skip
+RESERVED_NAMES = (*RUN_FILES, STOP, "checkpoint")
 """Names in the run folder that are not jobs."""
 
 

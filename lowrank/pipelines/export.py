@@ -33,7 +33,7 @@ from lowrank.pipelines.export_checks import (
     ExportRequest,
     check_room,
     checked_targets,
-    explain_disk_full,
+    explain_export_disk_full,
     where_to_verify,
 )
 from lowrank.pipelines.export_source import ResolvedSource
@@ -70,33 +70,33 @@ def export_targets(
         notify(notice)
     check_room(built, failures)
     failures.raise_if_none_is_left()
-    built = [each for each in built if each.own.type not in failures.errors]
+    built = [each for each in built if each.request.type not in failures.errors]
     _announce(built, notify)
     result: dict[str, Any] = {"source": source.name, "base": source.model.path, "targets": {}, "passed": True}
     if not dry_run:
         for each in built:
-            with failures.of(each.own.type):
+            with failures.of(each.request.type):
                 for install in each.needs.installs:
                     install.make()
-        built = [each for each in built if each.own.type not in failures.errors]
+        built = [each for each in built if each.request.type not in failures.errors]
         failures.raise_if_none_is_left()
         answers, image_answer = None, None
         if verify:
             answers, image_answer = _reference_answers(found, source, prompts, notify, on_progress)
         comparer = None if answers is None else Comparer(answers, source.stop_tokens)
         for each in built:
-            with failures.of(each.own.type):
+            with failures.of(each.request.type):
                 reported = _export_target(each, source, comparer, image_answer, on_progress)
-                result["targets"][each.own.type] = reported
+                result["targets"][each.request.type] = reported
                 notify(
-                    f"{each.own.type}: written in {reported['seconds']:.0f} s, {format_size(reported['bytes'])}; "
+                    f"{each.request.type}: written in {reported['seconds']:.0f} s, {format_size(reported['bytes'])}; "
                     f"{_verdict(reported['passed'])}"
                 )
         failures.raise_if_none_is_left()
     else:
         for each in built:
-            result["targets"][each.own.type] = {
-                "path": str(each.own.folder), "disk_bytes": each.needs.disk_bytes,
+            result["targets"][each.request.type] = {
+                "path": str(each.request.folder), "disk_bytes": each.needs.disk_bytes,
                 "memory_bytes": each.needs.memory_bytes, "notes": list(each.needs.notes),
             }  # fmt: skip
     for each in requests:
@@ -113,10 +113,10 @@ def export_targets(
 def _announce(built: Sequence[CheckedTarget], notify: Callable[[str], None]) -> None:
     """What each target takes and where it goes, and what is fetched for it."""
     for each in built:
-        notify(f"{each.own.type}: {format_size(each.needs.disk_bytes)} on disk, "
-               f"{format_size(each.needs.memory_bytes)} of memory, into {each.own.folder}")  # fmt: skip
+        notify(f"{each.request.type}: {format_size(each.needs.disk_bytes)} on disk, "
+               f"{format_size(each.needs.memory_bytes)} of memory, into {each.request.folder}")  # fmt: skip
         for note in each.needs.notes:
-            notify(f"{each.own.type}: {note}")
+            notify(f"{each.request.type}: {note}")
     for each in built:
         for install in each.needs.installs:
             notify(install.description)
@@ -135,18 +135,18 @@ def _export_target(
     on_progress: ExportProgressCallback,
 ) -> dict[str, Any]:
     """Write one target, compare it, and say so beside it."""
-    own, target, needs = checked.own, checked.target, checked.needs
+    request, target, needs = checked.request, checked.target, checked.needs
     started = time.monotonic()
-    with explain_disk_full(own, needs), new_folder(own.folder) as partial:
+    with explain_export_disk_full(request, needs), new_folder(request.folder) as partial:
         written = target.write(
-            source, partial, lambda done, total, what="": on_progress(f"writing {own.type}", done, total)
+            source, partial, lambda done, total, what="": on_progress(f"writing {request.type}", done, total)
         )
         written = (*written, *_bring_value_head(source, partial))
     seconds = time.monotonic() - started
     failed = dict(target.failures) if isinstance(target, WritesParts) else {}
     comparisons: list[Comparison] = []
     uncompared: list[str] = []
-    read_backs = target.read_back(source, own.folder)
+    read_backs = target.read_back(source, request.folder)
     try:
         for read_back in read_backs if comparer else ():
             assert comparer is not None
@@ -171,14 +171,14 @@ def _export_target(
         notes.append("unverified: what was written was not compared with what was trained")
     answers = None if comparer is None else comparer.answers
     report = {
-        "target": own.config.model_dump(mode="json"),
-        "path": str(own.folder),
+        "target": request.config.model_dump(mode="json"),
+        "path": str(request.folder),
         "source": source.name,
         "base": source.model.path,
         "notes": notes,
         "written": list(written),
         "seconds": round(seconds, 3),
-        "bytes": sum(path.stat().st_size for path in own.folder.rglob("*") if path.is_file()),
+        "bytes": sum(path.stat().st_size for path in request.folder.rglob("*") if path.is_file()),
         "passed": False if failed else all(each.passed for each in comparisons) if answers else None,
         "failed": {name: error_as_json(error) for name, error in failed.items()},
         "compared_on": answers.held_out.origin if answers else None,
@@ -186,9 +186,9 @@ def _export_target(
         "comparisons": [each.to_json() for each in comparisons],
         "lowrank": __version__,
     }
-    write_text(own.folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    usage = _usage(target, source, own.folder)
-    write_text(own.folder / "README.md", card(source, own.type, usage, comparisons, notes))
+    write_text(request.folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    usage = _usage(target, source, request.folder)
+    write_text(request.folder / "README.md", card(source, request.type, usage, comparisons, notes))
     return report
 
 

@@ -50,7 +50,7 @@ def export_requests(targets: Sequence[TargetConfig], folder: Path) -> list[Expor
 class CheckedTarget:
     """A target that can be written, as far as is known beforehand."""
 
-    own: ExportRequest
+    request: ExportRequest
     target: ExportTarget
     needs: Needs
 
@@ -69,19 +69,19 @@ def checked_targets(
     return built
 
 
-def _refuse_place(own: ExportRequest, found: ResolvedSource) -> None:
+def _refuse_place(request: ExportRequest, found: ResolvedSource) -> None:
     """Nothing is written over, and nothing into what it is made of."""
     problems = []
-    if own.folder.exists() and not own.folder.is_dir():
-        problems.append(f"{own.folder} is a file")
-    elif own.folder.is_dir() and any(own.folder.iterdir()):
+    if request.folder.exists() and not request.folder.is_dir():
+        problems.append(f"{request.folder} is a file")
+    elif request.folder.is_dir() and any(request.folder.iterdir()):
         problems.append(
-            f"{own.folder} is not empty; choose another folder (-o FOLDER, output=...), or empty it yourself"
+            f"{request.folder} is not empty; choose another folder (-o FOLDER, output=...), or empty it yourself"
         )
-    inside = own.folder.resolve()
+    inside = request.folder.resolve()
     for origin in {found.folder.resolve(), found.source.base.resolve()}:
         if origin.is_dir() and (inside == origin or origin in inside.parents):
-            problems.append(f"{own.folder} is inside of what is exported ({origin}); choose a folder outside")
+            problems.append(f"{request.folder} is inside of what is exported ({origin}); choose a folder outside")
     raise_all(OutputError, "an export cannot go there", problems)
 
 
@@ -90,16 +90,16 @@ def check_room(built: Sequence[CheckedTarget], failures: TargetFailures) -> None
     taken: dict[Path, int] = {}
     memory = psutil.virtual_memory().available
     for each in built:
-        with failures.of(each.own.type):
+        with failures.of(each.request.type):
             problems = []
-            folder, needs = each.own.folder, each.needs
+            folder, needs = each.request.folder, each.needs
             parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
             wanted, free = taken.get(parent, 0) + needs.disk_bytes, shutil.disk_usage(parent).free
             if wanted > free:
                 problems.append(f"{format_size(wanted)} of disk are needed in {parent}, {format_size(free)} are free")
             if needs.memory_bytes > memory:
                 size = format_size(needs.memory_bytes)
-                problems.append(f"{each.own.type} needs {size} of memory, {format_size(memory)} are free")
+                problems.append(f"{each.request.type} needs {size} of memory, {format_size(memory)} are free")
             raise_all(OutputError, "there is not enough room", problems)
             taken[parent] = wanted
 
@@ -125,7 +125,7 @@ def where_to_verify(source: Source) -> tuple[Source, str]:
 
 
 @contextmanager
-def explain_disk_full(own: ExportRequest, needs: Needs) -> Generator[None, None, None]:
+def explain_export_disk_full(request: ExportRequest, needs: Needs) -> Generator[None, None, None]:
     """A full disk in our words. What was written until then is gone already, nothing stands under the final name."""
     try:
         yield
@@ -135,6 +135,7 @@ def explain_disk_full(own: ExportRequest, needs: Needs) -> Generator[None, None,
         ):  # a process that was given the writing says it
             raise
         raise OutputError(
-            f"{own.folder}: the disk became full while {own.type} was written ({format_size(needs.disk_bytes)} are "
-            "needed); nothing is left of it. Free some space, or choose another disk with -o"
+            f"{request.folder}: the disk became full while {request.type} was written "
+            f"({format_size(needs.disk_bytes)} are needed); nothing is left of it. Free some space, or choose another "
+            "disk with -o"
         ) from error

@@ -26,7 +26,7 @@ from lowrank.export.targets.merged import MergedExportConfig
 from lowrank.export.targets.peft import PeftExportConfig
 from lowrank.export.writing import shards
 from lowrank.pipelines.export import export_targets
-from lowrank.pipelines.export_checks import ExportRequest, explain_disk_full, export_requests
+from lowrank.pipelines.export_checks import ExportRequest, explain_export_disk_full, export_requests
 from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.train import train
 from tests.checkpoint_folder import CHATML, save_checkpoint_folder, write_alpaca
@@ -206,7 +206,7 @@ def _by_a_child() -> None:
 @pytest.mark.parametrize("write", [_by_safetensors, _by_a_child])
 def test_every_writer_says_that_the_disk_is_full(write: Callable[[], None], tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the disk became full while merged was written"):  # noqa: SIM117
-        with explain_disk_full(ExportRequest(MergedExportConfig(), tmp_path / "out"), Needs(1, 1)):
+        with explain_export_disk_full(ExportRequest(MergedExportConfig(), tmp_path / "out"), Needs(1, 1)):
             write()
 
 
