@@ -1,7 +1,8 @@
 """Commands that need the heavy packages, run by a prewarmed child process of the board; their results are JSON.
 
 The worker holds half a gigabyte, so it is ended after some minutes without a request and before a run starts. Of two
-requests with the same `topic` the newer wins: the older is ended, and its `run` raises `Superseded`.
+requests with the same `topic` the newer wins: the older is ended, and its `run` raises `Superseded` once it is over,
+because its files lie in a folder that is deleted then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lowrank.board import children
 
 _IDLE_SECONDS = 180.0
 _LONGEST_SECONDS = 900.0
+_KILLED_SECONDS = 10.0
 
 
 class Superseded(Exception):
@@ -87,13 +89,13 @@ class WarmWorker:
         """End the worker; requests that wait raise Superseded."""
         with self._lock:
             child, self._child = self._child, None
+            if child is not None:
+                _kill_group(child)
             for request in self._requests.values():
                 request.superseded = True
-                _kill(request.pid)
                 request.done.set()
             self._requests.clear()
         if child is not None:
-            child.kill()
             child.communicate()
 
     def close_if_idle(self) -> None:
@@ -109,8 +111,7 @@ class WarmWorker:
             older = self._requests.get(self._topics.get(topic, 0))
             if older is not None:
                 older.superseded = True
-                _kill(older.pid)
-                older.done.set()
+                _kill(older.pid)  # if it is not known yet, `_listen` kills it
             self._number += 1
             number, self._last_request = self._number, time.monotonic()
             self._requests[number], self._topics[topic] = request, number
@@ -126,6 +127,7 @@ class WarmWorker:
                 raise Superseded(topic)
             if not over:
                 _kill(request.pid)
+                request.done.wait(_KILLED_SECONDS)
             return request.code if request.code is not None else 1
         finally:
             with self._lock:
@@ -154,6 +156,7 @@ class WarmWorker:
                     request.done.set()
         with self._lock:  # it died: nobody waits for it any more
             if self._child is child or self._child is None:
+                _kill_group(child)
                 for request in self._requests.values():
                     request.done.set()
 
@@ -176,6 +179,12 @@ def _kill(pid: int | None) -> None:
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """The worker and its forks, of which one may have begun that it has not told of: it started a session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _text(path: Path) -> str:

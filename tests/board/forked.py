@@ -47,16 +47,13 @@ class _WarmWorker:
             self._child = command_line.start(
                 ["warm"], cwd=cwd, stdin=question, out=Path(answer), err=Path(os.devnull), session=True
             )
+            self.pid = self._child.pid
             self.stdin: IO[bytes] = os.fdopen(os.open(question, os.O_WRONLY), "wb")
             self.stdout: IO[bytes] = os.fdopen(os.open(answer, os.O_RDONLY), "rb")
 
     def poll(self) -> int | None:
         """Its exit code, once it is over."""
         return self._child.poll()
-
-    def kill(self) -> None:
-        """At once."""
-        self._child.kill()
 
     def communicate(self) -> None:
         """Wait for its end; by then a reader has seen the end of its output."""

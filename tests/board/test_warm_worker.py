@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from lowrank.board import children
-from lowrank.board.warm_worker import Superseded
+from lowrank.board.warm_worker import Superseded, WarmWorker
 from tests.board.running import Running, board_on
 
 BASE = {"model.path": "lowrank/tiny", "data.train": ["lowrank/demo"]}
@@ -108,6 +110,59 @@ def test_the_newest_request_wins(running: Running, http: httpx.Client) -> None:
             thread.join(60)
     assert worker.run(["show", "nothing.yaml", "--json"], topic="t").error
     assert http.post("/api/draft/check", json={"values": BASE}).json()["problems"] == []
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+_SLOW_TO_START = """
+import time
+from lowrank.cli.warm import serve_requests
+
+def handle(request):
+    open(request["out"], "w").close()
+    time.sleep(100)
+
+time.sleep(0.5)
+serve_requests(handle)
+"""
+
+
+def test_a_request_superseded_before_it_began_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fork is made later, opens files in a folder that must still be there, and would run on unseen."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(cwd: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", _SLOW_TO_START]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True))
+        return started[-1]
+
+    monkeypatch.setattr(children, "start_warm_worker", start)
+    worker, received = WarmWorker(tmp_path, tmp_path / "worker"), []
+
+    def request() -> None:
+        try:
+            worker.run(["plan"], topic="t")
+        except Superseded:
+            received.append("superseded")
+
+    threads = [threading.Thread(target=request) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    _until(lambda: len(received) == 2 and len(psutil.Process(started[0].pid).children()) == 1)
+    (newest,) = psutil.Process(started[0].pid).children()
+    worker.close()
+    _until(lambda: len(received) == 3 and not _lives(newest))
+    assert not list((tmp_path / "worker").iterdir())
 
 
 @pytest.mark.slow
