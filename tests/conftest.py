@@ -10,7 +10,7 @@ import pytest
 
 from lowrank.third_party import code_allowed
 
-pytest_plugins = ["tests.torchvision_without_cuda", "tests.processor_time", "tests.plans"]
+pytest_plugins = ["tests.torchvision_without_cuda", "tests.processor_time", "tests.plans", "tests.plots"]
 """In this order: the first must be imported before transformers, so nothing here imports that."""
 gc.set_threshold(50_000, 20, 100)  # as in lowrank/cli/main.py
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,13 +31,18 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is _DEVICE:  # half of all calls on fake tensors
-            return result
-        for each in tree_leaves(result):
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # half of all calls on fake tensors
+            return args[0].fake_device
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        for each in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(each, torch.Tensor):
                 self._see(each)
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and the guard that torch puts around every call costs as much as the call."""
+        return False
 
     @contextmanager
     def phase(self) -> Generator[_Peak, None, None]:

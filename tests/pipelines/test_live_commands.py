@@ -19,19 +19,12 @@ from lowrank.cli.main import main
 from lowrank.config import RunConfig
 from lowrank.pipelines.train import train
 from lowrank.report.events import JobFinished, JobMoved, StepDone
-from lowrank.report.summary import SummaryBuilder
 from tests.pipelines.live_runs import Killed, ScriptedReporter, kill, make_world, run, settings, weights
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the time of such short runs."""
-    monkeypatch.setattr(SummaryBuilder, "_draw", lambda _: None)
 
 
 def answer(out: Path, number: int) -> CommandReply:

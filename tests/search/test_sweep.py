@@ -20,7 +20,6 @@ from lowrank.pipelines.train import train
 from lowrank.planning.choose import choose
 from lowrank.planning.plan import MemoryPlan, Planner
 from lowrank.report.events import JobFinished, JobMoved, JobStarted, Notice, StepDone
-from lowrank.report.summary import SummaryBuilder
 from tests.pipelines.live_runs import Killed, ScriptedReporter, kill, make_world, run, settings, weights
 
 GRID = {"adapter.rank": [2, 4], "optimizer.learning_rate": [1e-3, 1e-2]}
@@ -29,12 +28,6 @@ GRID = {"adapter.rank": [2, 4], "optimizer.learning_rate": [1e-3, 1e-2]}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the time of such short runs."""
-    monkeypatch.setattr(SummaryBuilder, "_draw", lambda _: None)
 
 
 def swept(world: Path, out: Path, sweep: dict[str, Any], **changes: Any) -> dict[str, Any]:
