@@ -38,7 +38,7 @@ from lowrank.kernels.glibc_malloc import Heap
 from lowrank.kernels.shape_bucketing import bucketed_rows
 from lowrank.models.attention.paged import KVCache, PagedBatch, SequenceChunk
 from lowrank.models.base import Base
-from lowrank.models.checks.kv_cache import kv_cache_mismatch
+from lowrank.models.checks.kv_cache import known_kv_cache_mismatch
 
 Result = TypeVar("Result")
 _PAGE = 16
@@ -67,7 +67,7 @@ class Generator:
         if base.layer_wrapper is not None:  # a wrapped layer's pages may hold fewer tokens: others cannot use them
             self.config = self.config.model_copy(update={"enable_prefix_caching": False})
         with bank.routing.using(ForwardContext()):  # of the bare base
-            reason = kv_cache_mismatch(base)
+            reason = known_kv_cache_mismatch(base)
         self.notice = None if reason is None else f"requests are answered in fixed batches, which is slower: {reason}"
         self.compiled = compiled or (CompiledDecoding(base, bank) if self.config.compile else None)
         if self.compiled is not None and self.notice is not None:

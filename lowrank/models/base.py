@@ -86,6 +86,8 @@ class Base:
         """In training, attention is shifted sparse, in groups of so many tokens; None: whole."""
         self.layer_wrapper: LayerWrapper | None = None
         """What has a forward pass of its own around decoder layers."""
+        self.kv_cache_mismatches: dict[object, str | None] = {}
+        """What models/checks/kv_cache.py has found out, by what of this base it depends on."""
         self.router_aux_loss_coef: float | None = None
         """Weight of the loss of a mixture's routers in training; None: it plays no part."""
         self._keeps_router_logits = False

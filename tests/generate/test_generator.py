@@ -52,6 +52,20 @@ def llama() -> tuple[Engine, list[int]]:
     return world()
 
 
+def test_a_base_is_asked_once_whether_it_goes_on_from_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator comes with every evaluation, and the question reads every weight of the base seven times."""
+    engine, _ = world()
+    passes: list[None] = []
+    call = engine.base.call
+    monkeypatch.setattr(engine.base, "call", lambda *given, **options: passes.append(None) or call(*given, **options))
+    generator_of(engine)
+    first = len(passes)
+    generator_of(engine)
+    assert (first > 0, len(passes) - first) == (True, 0)
+    engine.base.set_layout("padded")
+    assert "does not receive the boundaries" in str(generator_of(engine).notice)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_same_answer_whatever_else_is_in_the_batch(dtype: torch.dtype, temperature: float) -> None:

@@ -94,7 +94,7 @@ def test_every_optimizer(name: str, tuning: str) -> None:
 @pytest.mark.parametrize("storage", ["dense", "nf4", "int8"])
 def test_answers_with_pages(storage: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions and answers of the bare base and of two adapters in the same steps, greedy and drawn."""
-    monkeypatch.setattr(generator_module, "kv_cache_mismatch", lambda base: None)  # it compares numbers
+    monkeypatch.setattr(generator_module, "known_kv_cache_mismatch", lambda base: None)  # it compares numbers
     launched: list[int] = []
     add = decode_lora.add_updates_of_rows
     monkeypatch.setattr(linear, "add_updates_of_rows", lambda *given: launched.append(len(given[0])) or add(*given))
