@@ -155,8 +155,9 @@ class WarmWorker:
                     request.code = reply["code"]
                     request.done.set()
         with self._lock:  # it died: nobody waits for it any more
-            if self._child is child or self._child is None:
+            if self._child is child:
                 _kill_group(child)
+            if self._child is child or self._child is None:
                 for request in self._requests.values():
                     request.done.set()
 
