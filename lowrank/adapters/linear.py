@@ -45,7 +45,9 @@ class LayerAdapter:
 
     def in_compute_dtype(self, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         """A and B in the compute dtype, from `low_rank`, which are the masters', where no copies are kept."""
-        return [tensor.detach().to(dtype) for tensor in self.copies or low_rank]
+        if self.copies is not None:
+            return [tensor.to(dtype) for tensor in self.copies]
+        return [tensor.detach().to(dtype) for tensor in low_rank]
 
 
 class StackedAdapters:

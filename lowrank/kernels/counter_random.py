@@ -37,10 +37,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def random_bits(counter_T: torch.Tensor, width: int, key: int) -> torch.Tensor:
     """int32 (T, width), uniform over all 2^32 values."""
     signed = key - (1 << 32) if key >= (1 << 31) else key
-    row_T = _mix(counter_T.to(torch.int32) ^ signed)
-    column_W = _mix(torch.arange(width, dtype=torch.int32, device=counter_T.device) * _GOLDEN + signed)
+    row_T = counter_T.to(torch.int32) ^ signed
+    column_W = torch.arange(width, dtype=torch.int32, device=counter_T.device) * _GOLDEN + signed
     # Rows and columns are mixed by themselves and their sum once more, whole: with less, some rows draw nearly alike.
-    return _mix(row_T[:, None] + column_W[None, :])
+    row_T, column_W = _mix(torch.cat((row_T, column_W))).split((len(row_T), width))
+    return _mix(row_T[:, None] + column_W)
 
 
 def dropout(x_TD: torch.Tensor, counter_T: torch.Tensor, key: int, probability: float) -> torch.Tensor:

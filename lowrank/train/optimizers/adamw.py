@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from lowrank.train.optimizers import Groups, OptimizerSettings
+
+_STEP_BYTES = 64
+"""The number of steps, which each parameter has of its own, and allocators give no less."""
 
 
 class AdamSettings(OptimizerSettings):
@@ -33,3 +38,6 @@ class AdamWConfig(AdamSettings):
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
         return self.fused_adamw(groups)
+
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return sum(2 * parameter.numel() * parameter.itemsize + _STEP_BYTES for parameter in parameters.values())
