@@ -39,11 +39,6 @@ class LiveBytes(TorchDispatchMode):
                 self._see(each)
         return result
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: nothing is compiled here, and the guard that torch puts around every call costs as much as the call."""
-        return False
-
     @contextmanager
     def phase(self) -> Generator[_Peak, None, None]:
         """The peak within a `with` block, in `.bytes` after it."""
