@@ -50,11 +50,9 @@ def questions(found: ResolvedSource, count: int) -> list[tuple[Any, str]]:
 def exact_match(reader: ExportReader, found: ResolvedSource, held_out: list[tuple[Any, str]]) -> float:
     """The share of questions that are answered as in the data."""
     source = found.source
-    right = 0
-    for prompt, expected in held_out:
-        tokens = reader.greedy(prompt, _NEW_TOKENS, source.stop_tokens)
-        right += source.tokenizer.decode(tokens, skip_special_tokens=True).strip() == expected.strip()
-    return right / len(held_out)
+    answers = reader.greedy([prompt for prompt, _ in held_out], _NEW_TOKENS, source.stop_tokens, lambda done: None)
+    said = [source.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    return sum(text == expected.strip() for text, (_, expected) in zip(said, held_out)) / len(held_out)
 
 
 def main() -> None:

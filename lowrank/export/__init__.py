@@ -73,8 +73,15 @@ class ExportReader(Protocol):
         """
         ...
 
-    def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
-        """The likeliest continuation of a prompt, without the stop token."""
+    def greedy(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        stop_tokens: frozenset[int],
+        on_answered: Callable[[int], None],
+    ) -> list[list[int]]:
+        """The likeliest continuation of each prompt, without the stop token. `on_answered` is called with the number of
+        those that are answered."""
         ...
 
     def __enter__(self) -> ExportReader: ...

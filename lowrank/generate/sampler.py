@@ -10,7 +10,12 @@ from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import Answer, GenerationConfig, Prompt, TokenChunk
 from lowrank.models.base import Base
 
-__all__ = ["GenerationConfig", "Prompt", "answer_all", "generate"]
+__all__ = ["GenerationConfig", "Prompt", "TokenChunk", "answer_all", "generate"]
+
+LEAST_CACHED_TOKENS = 4096
+"""Of the KV cache, however few are asked for."""
+ROOM_BETWEEN = 256
+"""Tokens of the KV cache for each prompt, beside its own and its answer's."""
 
 
 def generate(
@@ -58,8 +63,8 @@ def answer_all(
     """
     lengths = [bank.num_virtual(prompt.slot) + len(prompt.token_L) for prompt in prompts]
     longest = max(lengths, default=0) + config.max_new_tokens
-    room = min(rows_at_once, max(1, len(prompts))) * (longest + 256)
-    settings = GeneratorConfig(max_num_seqs=rows_at_once, kv_cache_tokens=max(room, 4096))
+    room = min(rows_at_once, max(1, len(prompts))) * (longest + ROOM_BETWEEN)
+    settings = GeneratorConfig(max_num_seqs=rows_at_once, kv_cache_tokens=max(room, LEAST_CACHED_TOKENS))
     generator = Generator(base, bank, settings, compiled)
     generations = []
     for index, prompt in enumerate(prompts):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
+from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.errors import DataError
 from lowrank.export import ReadBack
 from lowrank.export.targets.gguf import tolerance
 from lowrank.export.verify.compare import Comparer, ReferenceLogprobs, _answered, _losses
 from lowrank.export.verify.held_out import HeldOut, from_segments
+from lowrank.export.verify.readers import BankReader
+from lowrank.models.attention.paged import PagedBatch
 from lowrank.segments import Segment
+from tests.tiny_models import make_base, make_engine
 
 
 class Changed:
@@ -22,8 +30,8 @@ class Changed:
     def logprobs(self, token_L: np.ndarray, prompt: int | None = None) -> np.ndarray:
         return self.logprob_LV[: len(token_L)]
 
-    def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
-        return []
+    def greedy(self, prompts: Sequence[np.ndarray], *_: object) -> list[list[int]]:
+        return [[] for _ in prompts]
 
     def __enter__(self) -> Changed:
         return self
@@ -102,3 +110,31 @@ def test_losses_of_unlikely_tokens_may_move_by_more(surprised: bool) -> None:
     found = Comparer(answers, frozenset()).compare(read_back, read_back.open(), lambda *_: None)
     assert found.perplexity / found.reference_perplexity - 1 == pytest.approx(0.022, abs=1e-3)
     assert found.passed == surprised, found.problems
+
+
+def test_questions_are_answered_side_by_side_as_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass reads every weight, so that a question at a time costs as many times as much."""
+    engine, (slot,) = make_engine(make_base("llama", torch.float64, max_position_embeddings=4096), LoraConfig(rank=4))
+    with torch.no_grad():
+        for parameter in engine.bank.parameters(slot).values():
+            parameter.add_(0.05)
+        engine.bank.refresh(slot)
+    reader = BankReader(engine.base, engine.bank, slot)
+    prompts = [np.random.default_rng(length).integers(3, 97, length) for length in (3, 40, 7, 12)]
+    passes: list[None] = []
+    forward = engine.base.forward_with_kv_cache
+    monkeypatch.setattr(engine.base, "forward_with_kv_cache", lambda *given: passes.append(None) or forward(*given))
+    done: list[int] = []
+    together = reader.greedy(prompts, 12, frozenset([2]), done.append)
+    assert done == [1, 2, 3, 4]
+    assert len(passes) <= 13 + 3  # a question may be read in pieces
+    assert together == [reader.greedy([prompt], 12, frozenset([2]), done.append)[0] for prompt in prompts]
+    spans: list[int] = []
+
+    def watched(token_T: torch.Tensor, pages: PagedBatch, *more: Any) -> torch.Tensor:
+        spans.append(len(pages.spans))
+        return forward(token_T, pages, *more)
+
+    monkeypatch.setattr(engine.base, "forward_with_kv_cache", watched)
+    reader.greedy([np.resize(prompts[0], 3000)] * 2, 2, frozenset(), done.append)
+    assert max(spans) == 1  # of long ones no two, so that no more memory is taken than for one

@@ -12,6 +12,7 @@ from lowrank.adapters.variants.lora import LoraConfig
 from lowrank.config import RunConfig
 from lowrank.pipelines.train import train
 from lowrank.train.loss_scale import STEPS_TO_GROW, LossScale, scale_for
+from tests.checkpoint_folder import save_checkpoint_folder
 from tests.tiny_models import make_base, make_engine, random_step
 
 
@@ -67,8 +68,11 @@ def test_it_grows_after_many_steps_and_never_below_one() -> None:
 
 
 def run(folder: Path, **more: object) -> dict[str, object]:
+    model = folder.parent / "model"
+    if not model.exists():
+        save_checkpoint_folder(model)
     settings = {
-        "model": {"path": "lowrank/tiny", "dtype": "float16", "attention": "packed", "memory_efficient_modules": False},
+        "model": {"path": str(model), "dtype": "float16", "attention": "packed", "memory_efficient_modules": False},
         "data": {"train": ["lowrank/demo"], "max_samples": 16, "batch_size": 2},
         "output_dir": str(folder),
         "save_steps": 2,

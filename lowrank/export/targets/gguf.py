@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -306,9 +306,19 @@ class LlamaReader:
         )
         return _log_softmax(logits_KV), length
 
-    def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
+    def greedy(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        stop_tokens: frozenset[int],
+        on_answered: Callable[[int], None],
+    ) -> list[list[int]]:
         """See `ExportReader`; ends also where llama.cpp itself would."""
-        return self._session.generate(token_L.tolist(), max_new_tokens, stop_tokens)[0]
+        answers: list[list[int]] = []
+        for token_L in prompts:
+            answers.append(self._session.generate(token_L.tolist(), max_new_tokens, stop_tokens)[0])
+            on_answered(len(answers))
+        return answers
 
     def __enter__(self) -> LlamaReader:
         return self

@@ -102,10 +102,9 @@ def reference_answers(
     reader: BankReader, held_out: HeldOut, stop_tokens: frozenset[int], vocabulary: int, tick: Tick
 ) -> ReferenceLogprobs:
     """Ask base + adapter, and the bare base for its loss. Questions without an answer are compared on its own."""
-    greedy = []
-    for number, prompt in enumerate(held_out.prompts):
-        greedy.append(tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)))
-        tick(number + 1, len(held_out.prompts) + len(held_out.documents))
+    total = len(held_out.prompts) + len(held_out.documents)
+    answered = reader.greedy(held_out.prompts, _NEW_TOKENS, stop_tokens, lambda done: tick(done, total))
+    greedy = [tuple(answer) for answer in answered]
     if not any(chosen.any() for chosen in held_out.compared):
         held_out = _answered(held_out, greedy)
     held_out = places_for(held_out, vocabulary)
@@ -117,7 +116,7 @@ def reference_answers(
         if has_adapter:
             alone = BankReader(reader.base, reader.bank).logprobs(document, _prompt(compared))[compared]
             base_losses.append(_losses(alone, document, compared))
-        tick(len(held_out.prompts) + number + 1, len(held_out.prompts) + len(held_out.documents))
+        tick(len(held_out.prompts) + number + 1, total)
     base_loss = float(np.concatenate(base_losses).mean()) if has_adapter else None
     return ReferenceLogprobs(held_out, tuple(logprobs), tuple(greedy), tuple(losses), base_loss)
 
@@ -164,11 +163,11 @@ def _compare(
     tick: Tick,
 ) -> Comparison:
     requested = answers.held_out
-    kls, agreed, losses, same = [], [], [], 0
+    total = len(requested.prompts) + len(requested.documents)
+    answered = reader.greedy(requested.prompts, _NEW_TOKENS, stop_tokens, lambda done: tick(done, total))
+    same = sum(tuple(answer) == expected for answer, expected in zip(answered, answers.greedy, strict=True))
+    kls, agreed, losses = [], [], []
     between_kls, between_agreed = [], []
-    for number, (prompt, expected) in enumerate(zip(requested.prompts, answers.greedy)):
-        same += tuple(reader.greedy(prompt, _NEW_TOKENS, stop_tokens)) == expected
-        tick(number + 1, len(requested.prompts) + len(requested.documents))
     for number, (document, compared) in enumerate(zip(requested.documents, requested.compared)):
         own = reader.logprobs(document, _prompt(compared))[compared]
         reference = answers.logprobs[number]
@@ -178,7 +177,7 @@ def _compare(
         if between is not None:
             between_kls.append(kl_of(between[number], own))
             between_agreed.append(between[number].argmax(1) == own.argmax(1))
-        tick(len(requested.prompts) + number + 1, len(requested.prompts) + len(requested.documents))
+        tick(len(requested.prompts) + number + 1, total)
     loss_N, reference_N = np.concatenate(losses), np.concatenate(answers.losses)
     return build_comparison(
         read_back,

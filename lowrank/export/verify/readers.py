@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,7 +19,7 @@ from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
 from lowrank.export import ImageQuestion
 from lowrank.export.source import Source
-from lowrank.generate.sampler import GenerationConfig, Prompt, generate
+from lowrank.generate.sampler import LEAST_CACHED_TOKENS, ROOM_BETWEEN, GenerationConfig, Prompt, TokenChunk, answer_all
 from lowrank.media.decoding import examine, from_pillow
 from lowrank.media.limits import MediaLimits
 from lowrank.media.processor import MediaProcessor, processor_of
@@ -121,10 +121,33 @@ class BankReader:
             hidden_KD = self.bank.hidden(batch)[-rows:]
             return self.bank.head(self.slot).logits(hidden_KD).log_softmax(-1).float().cpu().numpy()
 
-    def greedy(self, token_L: np.ndarray, max_new_tokens: int, stop_tokens: frozenset[int]) -> list[int]:
+    def greedy(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        stop_tokens: frozenset[int],
+        on_answered: Callable[[int], None],
+    ) -> list[list[int]]:
         """See `ExportReader`."""
-        config = GenerationConfig(max_new_tokens=max_new_tokens)
-        return generate(self.base, self.bank, [Prompt(token_L, self.slot)], config, stop_tokens=stop_tokens)[0]
+        answered: set[int] = set()
+
+        def on_chunk(index: int, chunk: TokenChunk) -> None:
+            if chunk.finish is not None:
+                answered.add(index)
+                on_answered(len(answered))
+
+        asked = [Prompt(token_L, self.slot) for token_L in prompts]
+        room = max(map(len, prompts), default=0) + max_new_tokens + ROOM_BETWEEN
+        answers = answer_all(
+            self.base,
+            self.bank,
+            asked,
+            GenerationConfig(max_new_tokens=max_new_tokens),
+            stop_tokens=stop_tokens,
+            rows_at_once=max(1, LEAST_CACHED_TOKENS // room),  # a full step in the memory that one answer takes as well
+            on_chunk=on_chunk,
+        )
+        return [answer.tokens for answer in answers]
 
     def __enter__(self) -> BankReader:
         return self
