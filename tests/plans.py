@@ -1,4 +1,4 @@
-"""Runs in tests are planned once for each kind of run: a memory plan traces steps on fake tensors, which takes longer
+"""Runs in tests are planned once for each kind of job: a memory plan traces steps on fake tensors, which takes longer
 than the few steps of a tiny model.
 
 What a plan may refuse is still asked every time, and the modules named below plan every run. Plans lie in a folder
@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lowrank.checkpoints.atomic import write_text
-from lowrank.config import RunConfig
+from lowrank.config import JobConfig, RunConfig
 from lowrank.data.prepare import Prepared
 from lowrank.models.layer_wrappers import saved_wrapper
 from lowrank.pipelines import memory_plan
@@ -36,49 +36,59 @@ def once_for_each_kind(folder: str | Path) -> Callable[[RunConfig, Sequence[Prep
     plan = memory_plan._plan
 
     def planned(config: RunConfig, data: Sequence[Prepared]) -> Any:
-        kind = _kind(config, data)
-        if kind is None:
+        kinds = _kinds(config, data)
+        if kinds is None:
             return plan(config, data)
-        file = Path(folder, hashlib.sha256(kind.encode()).hexdigest() + ".json")
-        if file.exists():
+        files = [Path(folder, hashlib.sha256(kind.encode()).hexdigest() + ".json") for kind in kinds]
+        if all(file.exists() for file in files):
             memory_plan.planned_jobs(config, data)
-            saved = json.loads(file.read_text())
+            saved = json.loads(files[0].read_text())
             step, pictures = saved.pop("step"), saved.pop("pictures", None)
             return None, MemoryPlan(StepBytes(**step), pictures=PlannedMedia(**pictures) if pictures else None, **saved)
         found = plan(config, data)
         if not isinstance(found, Exception) and found[1].fits:
             saved = found[1].as_dict()
-            write_text(file, json.dumps({key: value for key, value in saved.items() if key not in ("peak", "fits")}))
+            for file in files:
+                write_text(
+                    file, json.dumps({key: value for key, value in saved.items() if key not in ("peak", "fits")})
+                )
         return found
 
     return planned
 
 
-def _kind(config: RunConfig, data: Sequence[Prepared]) -> str | None:
-    """All that may make a plan fail, and nothing of sizes; None for what is planned every time."""
+def _kinds(config: RunConfig, data: Sequence[Prepared]) -> list[str] | None:
+    """Of each job, all that may make a plan of it fail, and nothing of sizes; None for what is planned every time."""
     try:
         base = read_config(config.model)
     except Exception:  # planned, to say so
         return None
     if saved_wrapper(base) is not None or any(getattr(job.adapter, "path", None) for job in config.jobs):
         return None
-    sizes = {"rank", "alpha", "dropout"}
-    jobs = [
-        [
-            job.tuning,
-            job.adapter.model_dump(mode="json", exclude=sizes),
-            job.objective.model_dump(mode="json"),
-            job.optimizer.type,
-            job.freeze.model_dump(mode="json"),
-            job.neftune_noise_alpha is None,
-            any(segment.media for segment in own.train.heaviest_step()),
-        ]
-        for job, own in zip(config.jobs, data)
-    ]
     model = config.model.model_dump(mode="json", exclude={"path"})
     settings = [config.micro_batch_tokens, config.lanes, config.devices, config.base, config.shard_size]
-    given = [Path(config.model.path).name, base.to_dict(), model, settings, jobs]
-    return json.dumps(given, sort_keys=True, default=str)
+    return [
+        json.dumps([Path(config.model.path).name, base.to_dict(), model, settings, _kind(job, own)], default=str)
+        for job, own in zip(config.jobs, data)
+    ]
+
+
+def _kind(job: JobConfig, own: Prepared) -> list[Any]:
+    return [
+        job.tuning,
+        _without_numbers(job.adapter.model_dump(mode="json")),
+        _without_numbers(job.objective.model_dump(mode="json", exclude={"reward_funcs", "system_prompt"})),
+        job.optimizer.type,
+        job.freeze.model_dump(mode="json"),
+        job.neftune_noise_alpha is None,
+        any(segment.media for segment in own.train.heaviest_step()),
+    ]
+
+
+def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value for key, value in settings.items() if isinstance(value, bool) or not isinstance(value, (int, float))
+    }
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +104,7 @@ def _plan_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _plans(request: pytest.FixtureRequest, _plan_folder: Path) -> Iterator[None]:
-    """Runs of one kind share a memory plan."""
+    """Runs of jobs of one kind share a memory plan."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.module.__name__.startswith(EVERY_TIME):
             patch.setattr(memory_plan, "_plan", once_for_each_kind(_plan_folder))
